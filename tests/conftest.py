@@ -8,8 +8,10 @@ import functools
 import json
 import math
 import os
+import random
 import signal
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and pytest has a process for each core
@@ -23,11 +25,20 @@ from helpers import small_run
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation import (
+    GenerationConfig,
+    HuggingfaceLlamaGenerator,
+    Request,
+    default_model,
+    load_model_and_tokenizer,
+    make_strategy,
+)
+from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.drafts.policy import PLAIN, Plan
 from self_speculation.generator_base import single_result
 from self_speculation.model.fused_layers import fuse
-from self_speculation.model.linear import Float16Linear, works
+from self_speculation.model.linear import NARROW, Float16Linear, works
+from self_speculation.scheduler import Scheduler
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,6 +52,23 @@ hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).parent.parent
 EOS = 2
+PROMPT = [5, 9, 4, 7, 7, 3]
+
+# Ways to decode by a model of four layers: all give the same greedy ids.
+LAYERS = {"exit_layer": 2, "num_speculations": 4}
+COPY = {"exit_layer": 4, "num_speculations": 4, "draft_weights": "int4"}
+ADAPTIVE = {"generation_strategy": "adaptive"}
+WAYS = {
+    "plain": {},
+    "layers": LAYERS,
+    "n-grams": {**LAYERS, "prompt_lookup": 2},
+    "confidence": {**LAYERS, "prompt_lookup": 2, "draft_confidence": 0.3},
+    "short head": {**LAYERS, "draft_vocabulary": 20},
+    "copy": COPY,
+    "adaptive": ADAPTIVE,
+    "adaptive copy": {**ADAPTIVE, "draft_weights": "int4"},
+    "wide": {**LAYERS, "num_speculations": NARROW + 3},
+}
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n\nclass Stop:\n\tpass\n",
@@ -81,10 +109,18 @@ def tiny_llama(
     return model
 
 
+def own_llama(*args: object, fused: bool = False, **config: object) -> LlamaForCausalLM:
+    """A tiny Llama that a test may change."""
+    model = copy.deepcopy(tiny_llama(*args, **config))
+    if fused:
+        fuse(model)
+    return model
+
+
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     """A tiny Llama that a test may change."""
-    return copy.deepcopy(tiny_llama())
+    return own_llama()
 
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -93,25 +129,48 @@ needs_fbgemm = pytest.mark.skipif(
 )
 
 
-def strategy_name(config):
-    """The strategy of some settings: their own, or what they say of drafts."""
-    drafted = "self_speculative" if "num_speculations" in config else "autoregressive"
-    return config.get("strategy") or drafted
+def config_of(**settings):
+    """Greedy settings, with the strategy that they ask for."""
+    drafted = "self_speculative" if "num_speculations" in settings else "autoregressive"
+    return GenerationConfig(**{"sample": False, "generation_strategy": drafted, **settings})
 
 
-def in_batch(model, requests, batch_size, **config):
+def in_batch(model, requests, batch_size, **settings):
     """Results by index."""
-    name = strategy_name(config)
-    config = {key: value for key, value in config.items() if key != "strategy"}
-    settings = GenerationConfig(**{"sample": False, "generation_strategy": name, **config})
-    return dict(make_strategy(name).generate_batch(model, requests, settings, batch_size))
+    config = config_of(**settings)
+    strategy = make_strategy(config.generation_strategy)
+    return dict(strategy.generate_batch(model, requests, config, batch_size))
 
 
-def generate(model, prompt, strategy=None, eos=(EOS,), **config):
+def generate(model, prompt, strategy=None, eos=(EOS,), **settings):
     """The result of one prompt. Fields of `Request` may be given, too."""
     own = {field.name for field in dataclasses.fields(Request)} - {"prompt", "config"}
-    request = Request(prompt, eos_token_ids=eos, **{name: config.pop(name) for name in own & config.keys()})
-    return single_result(in_batch(model, [request], 1, strategy=strategy, **config).items())
+    fields = {name: settings.pop(name) for name in own & settings.keys()}
+    request = Request(prompt, eos_token_ids=eos, **fields)
+    settings |= {"generation_strategy": strategy} if strategy else {}
+    return answer_of(make_strategy(config_of(**settings).generation_strategy), model, request, **settings)
+
+
+def answer_of(strategy, model, request, batch_size=1, **settings):
+    """The result of a request, or of a prompt, by a strategy that may have kept its cache."""
+    request = request if isinstance(request, Request) else Request(request, eos_token_ids=[EOS])
+    config = config_of(**{"max_steps": 12, **settings})
+    return single_result(strategy.generate_batch(model, [request], config, batch_size))
+
+
+def ids_of(model, prompt=PROMPT, **settings):
+    """The ids of an answer that no end id ends."""
+    return generate(model, prompt, **{"max_steps": 20, "eos": (), **settings}).predicted_tokens
+
+
+def scheduler_of(model, batch_size, token_budget=None, **settings):
+    config = config_of(**{"max_steps": 12, **settings})
+    strategy = make_strategy(config.generation_strategy)
+    return Scheduler(strategy, model, config, batch_size, token_budget)
+
+
+def generator_of(tokenizer, model, strategy="autoregressive"):
+    return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(strategy))
 
 
 def drained(scheduler):
@@ -154,26 +213,26 @@ def planned(choose):
     return plan
 
 
-def drawn_plan(matched, limits, choice, integer):
-    """Any possible plan for adaptive decoding.
+def random_plans(seed):
+    """A patch: adaptive decoding makes any possible plan."""
+    draws = random.Random(seed)
 
-    Args:
-        choice: picks a member of a list.
-        integer: picks a number between two.
-    """
-    if not max(limits):
-        return Plan()
-    found = zip(matched["n-grams"], limits, strict=True)
-    lookups = [choice([PLAIN, "n-grams"]) if number and limit else PLAIN for number, limit in found]
-    source = choice([PLAIN, *sorted(name for name, found in matched.items() if found is None)])
-    if source == PLAIN and not any(lookups):
-        return Plan()
-    length, looked_up = (integer(1, max(limits)) for _ in range(2))
-    # The draft of a trial has the given length.
-    return Plan(source, length, lookups, looked_up, is_trial=choice([True, False]))
+    def choose(matched, limits):
+        if not max(limits):
+            return Plan()
+        found = zip(matched["n-grams"], limits, strict=True)
+        lookups = [draws.choice([PLAIN, "n-grams"]) if number and limit else PLAIN for number, limit in found]
+        source = draws.choice([PLAIN, *sorted(name for name, found in matched.items() if found is None)])
+        if source == PLAIN and not any(lookups):
+            return Plan()
+        length, looked_up = (draws.randint(1, max(limits)) for _ in range(2))
+        # The draft of a trial has the given length.
+        return Plan(source, length, lookups, looked_up, is_trial=draws.choice([True, False]))
+
+    return patch.object(AdaptivePolicy, "plan", planned(choose))
 
 
-def transformers_generate(model, prompt, max_steps, eos=EOS, **kwargs):
+def transformers_generate(model, prompt=PROMPT, max_steps=20, eos=EOS, **kwargs):
     """Greedy token ids by transformers, cut before the first end id."""
     with torch.inference_mode():
         ids = model.generate(
@@ -255,6 +314,20 @@ def model_folder(byte_tokenizer, text_model, tmp_path_factory) -> Path:
 def graphs(monkeypatch):
     """CUDA graphs without a GPU, see `cuda_graphs.stand_in`."""
     return cuda_graphs.stand_in(monkeypatch)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The bundled model and its tokenizer."""
+    return load_model_and_tokenizer(default_model())
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch.distributed.run
 
 from measures.calibration import Costs
 
+SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 PYTHON_FUNCTIONS = ["--include_path", str(forks.ROOT / "eval_tasks"), "--tasks", "python_functions"]
 SMALL_TRAINING = [
     "--vocabulary_size", "300", "--num_layers", "3", "--hidden_size", "16", "--intermediate_size", "24",
@@ -120,3 +121,12 @@ def refused(main, args, capsys):
     (line,) = [line for line in errors.splitlines() if ": error: " in line]
     assert errors.rstrip().endswith(line)
     return line
+
+
+def error_line(kind, call, *args, **kwargs):
+    """The message of an error that a call raises; it has one line."""
+    with pytest.raises(kind) as error:
+        call(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message
+    return message

@@ -10,6 +10,7 @@ from conftest import tiny_llama
 from distributions import PROMPT as SAMPLED_PROMPT
 from distributions import STEPS, config, expected, p_value
 from distributions import model as sampled_model
+from helpers import watch
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
@@ -34,12 +35,8 @@ SPECULATION = {"custom_generate": self_speculative_generate, "exit_layer": 2, "n
 def rounds(monkeypatch):
     """The draft lengths that were verified; empty if transformers' own loop has run."""
     seen = []
-    verify = self_speculation_generator.verify_draft
-    monkeypatch.setattr(
-        self_speculation_generator,
-        "verify_draft",
-        lambda draft, *rest: seen.append(draft.shape[1]) or verify(draft, *rest),
-    )
+    module = self_speculation_generator
+    watch(monkeypatch, module, "verify_draft", lambda draft, *_: seen.append(draft.shape[1]))
     return seen
 
 
@@ -111,19 +108,17 @@ PADDED = torch.tensor([[0, 0, 5, 9, 4, 7], [8, 3, 11, 7, 7, 3], [0, 0, 0, 0, 5, 
 
 
 @pytest.mark.parametrize("options", COMPARED, ids=lambda options: "-".join(options))
-@pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
-def test_ids_are_those_of_generate(batch, options, rounds):
+def test_ids_are_those_of_generate(options, rounds):
     """Guards against an argument without effect, padding that the model reads as text, padding that
     processors and criteria do not see, and rows that end at different lengths.
     """
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **options}
-    model = tiny_llama()
-    options["attention_mask"] = batch.ne(0).long()
-    theirs, ours = model.generate(batch, **options), model.generate(batch, **options, **SPECULATION)
+    model, batch = tiny_llama(), {"inputs": PADDED, "attention_mask": PADDED.ne(0).long()}
+    theirs, ours = (model.generate(**batch, **options, **own) for own in ({}, SPECULATION))
     if options.get("return_dict_in_generate"):
         theirs, ours = theirs.sequences, ours.sequences
     assert ours.tolist() == theirs.tolist()
-    assert rounds or theirs.shape[1] == batch.shape[1] + 1
+    assert rounds or theirs.shape[1] == PADDED.shape[1] + 1
 
 
 SYNTH_ID = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])

@@ -10,7 +10,7 @@ import datasets
 import pandas
 import pyarrow
 import pytest
-from helpers import watch
+from helpers import error_line, watch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -268,10 +268,7 @@ def test_a_bad_file_is_refused_in_one_line_with_its_place(name, content, message
     if content is not None:
         (tmp_path / name).write_bytes(content)
     kinds = {"chat.jsonl": "chat_format", "spec.jsonl": "spec_bench"}
-    with pytest.raises(DataError) as caught:
-        load(kinds.get(name, "custom_jsonl"), str(tmp_path / name))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in error_line(DataError, load, kinds.get(name, "custom_jsonl"), str(tmp_path / name))
 
 
 def test_columns_of_other_names(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import config_of, generator_of
 
 from self_speculation import (
     GenerationConfig,
@@ -18,7 +19,7 @@ def test_only_texts_that_cannot_fit_are_not_tokenized(kind, text_model, request,
     tokenizing before the same error.
     """
     tokenizer = request.getfixturevalue(kind)
-    generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
+    generator = generator_of(tokenizer, text_model)
     ids = sorted(range(len(tokenizer)), key=lambda i: len(tokenizer.decode([i])))
     for text in (
         "café ",
@@ -65,9 +66,9 @@ def test_a_strategy_with_generate_token_ids_alone(byte_tokenizer, text_model):
         HuggingfaceLlamaGenerator(byte_tokenizer, text_model, strategy)
         for strategy in (Own(), make_strategy("autoregressive"))
     )
-    text = ours.generate("def", GenerationConfig(sample=False, max_steps=20)).decoded_prediction
+    text = ours.generate("def", config_of(max_steps=20)).decoded_prediction
     for settings in ({}, {"stop_words": [text[6:9]]}, {"no_repeat_ngram_size": 1}):
-        config = GenerationConfig(sample=False, max_steps=20, **settings)
+        config = config_of(max_steps=20, **settings)
         found, expected = (dict(generator.generate_batch(prompts, config)) for generator in (own, ours))
         assert isinstance(found.pop(2), ValueError)
         for index, result in found.items():

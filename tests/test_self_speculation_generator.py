@@ -4,7 +4,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import EOS, ROOT, drawn_plan, generate, planned, tiny_llama, transformers_generate
+from conftest import EOS, PROMPT, ROOT, generate, ids_of, random_plans, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -16,10 +16,7 @@ from transformers import (
 
 from self_speculation import GenerationConfig, Request, SelfSpeculativeGenerationStrategy, make_strategy
 from self_speculation.decoding.processors import FrequencyPenaltyLogitsProcessor
-from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.scheduler import Scheduler
-
-PROMPT = [5, 9, 4, 7, 7, 3]
 
 
 def history_bias(input_ids, scores):
@@ -106,7 +103,7 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
 
 @settings(max_examples=40)
 @given(
-    data=st.data(),
+    seed=st.integers(0, 2**32),
     shared=SHARED,
     agreement=st.sampled_from(["never", "always", "sometimes"]),
     weights=st.sampled_from(["exact", "int4"]),
@@ -116,25 +113,17 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
     prompt=st.lists(st.integers(3, 9), min_size=1, max_size=30),
 )
 def test_ids_equal_for_every_sequence_of_plans(
-    data, shared, agreement, weights, fused, draft_vocabulary, processors, prompt
+    seed, shared, agreement, weights, fused, draft_vocabulary, processors, prompt
 ):
     """Guards against keys, values or ids that one draft source leaves to another. Plans are random: on a tiny
     model, the policy always has the same best plan.
     """
     weights = "exact" if agreement == "never" else weights  # a hooked layer has no copy
     model = tiny_llama(num_layers=8, agreement=agreement, fused=fused)
-    shared = {**shared, "max_steps": 2 * shared["max_steps"]}
-
-    def plan(matched, limits):
-        one_of, between = (
-            lambda *given, of=of: data.draw(of(*given)) for of in (st.sampled_from, st.integers)
-        )
-        return drawn_plan(matched, limits, one_of, between)
-
-    shared["logits_processors"] = PROCESSORS[processors]
+    shared |= {"max_steps": 2 * shared["max_steps"], "logits_processors": PROCESSORS[processors]}
     plain = generate(model, prompt, **shared)
     drafts = {"draft_vocabulary": draft_vocabulary, "draft_weights": weights}
-    with patch.object(AdaptivePolicy, "plan", planned(plan)):
+    with random_plans(seed):
         found = generate(model, prompt, "adaptive", **shared, **drafts)
     assert found.predicted_tokens == plain.predicted_tokens
     assert found.stop_reason == plain.stop_reason
@@ -168,14 +157,14 @@ def test_autoregressive_results():
 
 def test_a_huge_draft_length():
     """Guards against memory for drafts that the length limit rules out."""
-    result = generate(tiny_llama(), PROMPT, exit_layer=1, num_speculations=10**9, max_steps=12, eos=[])
-    assert result.predicted_tokens == transformers_generate(tiny_llama(), PROMPT, 12, -1)
+    drafts = {"exit_layer": 1, "num_speculations": 10**9}
+    assert ids_of(tiny_llama(), **drafts) == transformers_generate(tiny_llama(), eos=-1)
 
 
 def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
     """Guards against counts that include accepted tokens after the end of the output."""
     model = tiny_llama(agreement="always", initializer_range=0.5)
-    ids = generate(model, PROMPT, max_steps=5, eos=[]).predicted_tokens
+    ids = ids_of(model, max_steps=5)
     end = next(i for i in range(2, 5) if ids[i] not in ids[:i])
     result = generate(model, PROMPT, max_steps=9, eos=[ids[end]], exit_layer=2, num_speculations=8)
     assert result.predicted_tokens == ids[:end]
@@ -246,8 +235,7 @@ def test_early_exit_is_the_truncated_model():
     model, truncated = tiny_llama(), tiny_llama(num_layers=3)
     state = {name: value for name, value in model.state_dict().items() if ".layers.3." not in name}
     truncated.load_state_dict(state)
-    result = generate(model, PROMPT, exit_layer=3, max_steps=20, eos=[])
-    assert result.predicted_tokens == transformers_generate(truncated, PROMPT, 20, -1)
+    assert ids_of(model, exit_layer=3) == transformers_generate(truncated, eos=-1)
 
 
 @pytest.mark.parametrize(

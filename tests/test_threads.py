@@ -95,7 +95,7 @@ def test_threads_change_between_rounds_and_ids_do_not(strategy, batch_size):
     model = tiny_llama(fused=True, agreement="always", bos_token_id=3)
     trace_after(model, 0)
     requests = [Request([5, 9, 4, 7 + i]) for i in range(3)]
-    expected = in_batch(model, requests, batch_size, strategy=strategy, max_steps=12)
+    expected = in_batch(model, requests, batch_size, generation_strategy=strategy, max_steps=12)
     seen = []
 
     class Changes(ThreadGovernor):
@@ -106,7 +106,7 @@ def test_threads_change_between_rounds_and_ids_do_not(strategy, batch_size):
 
     govern_threads(model, Changes())
     try:
-        found = in_batch(model, requests, batch_size, strategy=strategy, max_steps=12)
+        found = in_batch(model, requests, batch_size, generation_strategy=strategy, max_steps=12)
     finally:
         govern_threads(model, None)
         torch.set_num_threads(1)

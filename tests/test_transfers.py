@@ -1,14 +1,18 @@
-"""Reads from the device: each waits for all queued work of a GPU, so tests count them."""
+"""Reads from the device: each waits for all queued work of a GPU, so tests count and order them."""
 
-import random
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import drawn_plan, generate, planned, tiny_llama
+from conftest import LAYERS, generate, random_plans, tiny_llama
+from helpers import watch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MaxLengthCriteria
 
-from self_speculation.drafts.adaptive import AdaptivePolicy
+from self_speculation import autoregressive_generator as generator
+from self_speculation.decoding import batch
+from self_speculation.transfers import Reading
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
 
@@ -62,9 +66,8 @@ def reads(monkeypatch):
 )
 def test_one_read_a_round_and_at_most_one_for_a_drafted_token(config, reads_drafts, reads):
     """Guards against a second read of a verification, a probability or a token."""
-    drafts = {"exit_layer": 2, "num_speculations": 3, "max_steps": 30, "eos": []}
     with reads:
-        result = generate(tiny_llama(fused=True), PROMPT, **drafts, **config)
+        result = generate(tiny_llama(fused=True), PROMPT, max_steps=30, eos=[], **LAYERS, **config)
     assert reads.number == 1 + result.num_verifications + reads_drafts * result.num_drafted
 
 
@@ -76,18 +79,12 @@ def test_autoregressive_decoding_reads_once_per_token(reads):
 
 
 @pytest.mark.parametrize("config", [{}, {"draft_vocabulary": 9}], ids=str)
-def test_adaptive_rounds_read_no_more(config, reads, monkeypatch):
+def test_adaptive_rounds_read_no_more(config, reads):
     """Guards against reads for plans or n-grams. A draft of layers takes one for each token, to decide
     whether it goes on. Random plans give every kind of round.
     """
-    draws = random.Random(0)
-
-    def plan(matched, rooms):
-        return drawn_plan(matched, rooms, draws.choice, draws.randint)
-
     model = tiny_llama(num_layers=8)
-    monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
-    with reads:
+    with random_plans(0), reads:
         result = generate(model, PROMPT, "adaptive", max_steps=60, eos=[], **config)
     assert set(result.drafts_by_source) == {"none", "exit 1", "exit 2", "exit 3", "n-grams"}
     of_layers = sum(
@@ -95,3 +92,31 @@ def test_adaptive_rounds_read_no_more(config, reads, monkeypatch):
     )
     # The verdict on exits is queued before the prompt's first token, so no read waits for it.
     assert reads.number == 2 + result.num_verifications + of_layers
+
+
+WITHOUT_WAITING = ["read", "pass", "pass", "read", "pass", "read", "pass", "read", "pass", "read", "read"]
+IN_TURN = ["read", *["pass", "read"] * 5]
+
+
+@pytest.mark.parametrize(
+    ("late", "request_", "expected"),
+    [
+        (False, {}, IN_TURN),
+        (True, {}, WITHOUT_WAITING),
+        (True, {"streamer": SimpleNamespace(put=list, end=list)}, WITHOUT_WAITING),
+        (True, {"eos": [14]}, [*WITHOUT_WAITING[:6], "read"]),  # the third token
+        (False, {"eos": [14]}, IN_TURN[:5]),
+        (True, {"logits_processors": [lambda ids, logits: logits]}, IN_TURN),
+        (True, {"stopping_criteria": [MaxLengthCriteria(90)]}, IN_TURN),
+    ],
+)
+def test_the_next_pass_is_queued_before_a_read(late, request_, expected, monkeypatch):
+    """Guards against a GPU that waits for the host after each token, against passes beyond the last token,
+    and against one that is queued although a processor or criterion needs the token first.
+    """
+    order = []
+    monkeypatch.setattr(batch, "reads_late", lambda device: late)
+    watch(monkeypatch, generator, "forward_early", lambda *_, **__: order.append("pass"))
+    watch(monkeypatch, Reading, "wait", lambda *_: order.append("read"))
+    generate(tiny_llama(), PROMPT[:3], max_steps=6, **{"eos": [], **request_})
+    assert order == expected

@@ -1,6 +1,5 @@
 """Batches: the output of a sequence does not depend on other sequences."""
 
-import copy
 from collections import deque
 from contextlib import nullcontext
 from itertools import count
@@ -8,27 +7,27 @@ from operator import length_hint
 
 import pytest
 import torch
-from conftest import Recorder, drained, generate, in_batch, strategy_name, tiny_llama
+from conftest import (
+    ADAPTIVE,
+    LAYERS,
+    Recorder,
+    drained,
+    generator_of,
+    ids_of,
+    in_batch,
+    own_llama,
+    scheduler_of,
+    tiny_llama,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MaxLengthCriteria
 
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
+from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding import batch
-from self_speculation.model import model_runner
-from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.scheduler import Scheduler
 
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
-DRAFTED = {"exit_layer": 2, "num_speculations": 3}
-
-
-def scheduler_of(model, batch_size, budget=None, **config):
-    strategy = strategy_name(config)
-    config.pop("strategy", None)
-    config = GenerationConfig(**{"sample": False, "max_steps": 12, **config})
-    return Scheduler(make_strategy(strategy), model, config, batch_size, budget)
 
 
 def together(model, requests, batch_size, budget=None, cancelled=None, **config):
@@ -54,11 +53,11 @@ def together(model, requests, batch_size, budget=None, cancelled=None, **config)
 
 
 def tokens_alone(model, prompts, **config):
-    return [generate(model, prompt, eos=[], **config).predicted_tokens for prompt in prompts]
+    return [ids_of(model, prompt, **config) for prompt in prompts]
 
 
 DRAFTS = st.one_of(
-    st.just({"strategy": "adaptive"}),
+    st.just(ADAPTIVE),
     st.just({}),
     st.fixed_dictionaries({"exit_layer": st.integers(1, 3)}),
     st.fixed_dictionaries(
@@ -118,7 +117,7 @@ def test_every_row_is_as_if_alone(
     one is cancelled: guards against keys that stay behind, and a token that it still gets, or others lose. On
     a GPU tokens are read late: guards against a pass too many that shows.
     """
-    is_adaptive = "strategy" in drafts  # whose drafts and draws depend on time
+    is_adaptive = drafts == ADAPTIVE  # whose drafts and draws depend on time
     requests = [
         Request(
             prompt,
@@ -162,7 +161,11 @@ def nan_from(length):
     return lambda ids, logits: logits * torch.nan if ids.shape[1] >= length else logits
 
 
-@pytest.mark.parametrize(("drafts", "late"), [({}, False), ({}, True), (DRAFTED, False)])
+# A fourth token would be the id whose embedding is NaN, which the row then has in its pass.
+THREE = {**LAYERS, "num_speculations": 3}
+
+
+@pytest.mark.parametrize(("drafts", "late"), [({}, False), ({}, True), (THREE, False)])
 @pytest.mark.parametrize(
     "broken",
     [Request([4, 49, *[5] * 30]), Request([4, 6], nan_from(6)), Request([4, 49, *[5] * 30], raises_from(1))],
@@ -174,7 +177,7 @@ def test_nan_stays_in_its_row(batch_size, broken, drafts, late, monkeypatch):
     that are padded with a token that the row does not have.
     """
     monkeypatch.setattr(batch, "reads_late", lambda device: late)
-    model = copy.deepcopy(tiny_llama())
+    model = own_llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[[0, 49]] = torch.nan
     requests = [Request(prompt) for prompt in PROMPTS[:4]]
@@ -201,7 +204,7 @@ def test_slots_are_reused_as_soon_as_they_are_free():
 
 @pytest.fixture
 def generator(byte_tokenizer, text_model):
-    return HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
+    return generator_of(byte_tokenizer, text_model)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,7 @@ def test_no_rows(generator):
         next(generator.generate_batch(["x"], GenerationConfig(), batch_size=0))
 
 
-@pytest.mark.parametrize("drafts", [{}, DRAFTED, {"strategy": "adaptive"}])
+@pytest.mark.parametrize("drafts", [{}, LAYERS, ADAPTIVE])
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_a_streamer_that_raises_ends_its_own_request(after, drafts):
     """Guards against an error of one request that ends or changes other requests."""
@@ -248,7 +251,7 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
     def out_of_memory(*_):
         raise MemoryError
 
-    drafts = {**DRAFTED, "sample": True, "temperature": 1.0, "max_steps": 8}
+    drafts = {**LAYERS, "sample": True, "temperature": 1.0, "max_steps": 8}
     model, requests = tiny_llama(), [Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     scheduler = scheduler_of(model, 2, **drafts)
     for key in range(num_rows):
@@ -281,7 +284,7 @@ def test_a_prompt_that_finds_no_memory_to_join_fails_alone(owner, name, monkeypa
     a scheduler.
     """
     model, prompts = tiny_llama(), {"decodes": [9, 9, 9], "is read": [*range(3, 40)], "joins": [5, 6, 7]}
-    scheduler, working = scheduler_of(model, 3, budget=4), getattr(owner, name)
+    scheduler, working = scheduler_of(model, 3, token_budget=4), getattr(owner, name)
 
     def out_of_memory(first, *others, **kwargs):
         if owner is torch and first[0].dtype != torch.long:  # not the rows' last tokens
@@ -332,38 +335,12 @@ def test_a_scheduler_that_was_idle(monkeypatch):
     assert 0 < drained(scheduler)[0].prefill_time < 100
 
 
-@pytest.mark.parametrize("drafts", [{}, DRAFTED, {"strategy": "adaptive"}])
-def test_captured_passes(drafts, graphs):
-    """Guards against passes of one row that are used for several, against a cache that is too small, and
-    against a captured pass over the last token of a prompt at a wrong position.
-    """
-    model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
-    lengths = (1200, model_runner.PREFILL_CHUNK + 1)
-    prompts = [*PROMPTS, *([3 + 7 * i % 40 for i in range(length)] for length in lengths), [4]]
-    solo = tokens_alone(model, prompts, max_steps=12)
-    capture_decoding(model)
-    for size in (3, 1, 3):
-        got = in_batch(model, [Request(prompt) for prompt in prompts], size, max_steps=12, **drafts)
-        assert [got[index].predicted_tokens for index in range(len(prompts))] == solo
-    assert graphs.replayed
-
-
-@pytest.mark.usefixtures("graphs")
 def test_batches_that_are_taken_from_in_turn():
-    """Guards against generations that share a cache: eager ones have their own, captured ones raise."""
-    model, strategy = copy.deepcopy(tiny_llama()), make_strategy("autoregressive")
+    """Guards against generations that share a cache. Captured ones do, see test_captured_runner.py."""
+    model, strategy = tiny_llama(), make_strategy("autoregressive")
     config = GenerationConfig(sample=False, max_steps=12)
     requests = [Request(prompt) for prompt in PROMPTS]
     solo = dict(enumerate(tokens_alone(model, PROMPTS, max_steps=12)))
     both = [strategy.generate_batch(model, requests, config, batch_size=2) for _ in range(2)]
     for results in zip(*both, strict=True):
         assert all(result.predicted_tokens == solo[index] for index, result in results)
-    capture_decoding(model)
-    short = Request(PROMPTS[0], stop_checks=ends_at(3))  # while the next one goes on
-    first = strategy.generate_batch(model, [short, *requests], config, batch_size=2)
-    second = strategy.generate_batch(model, requests, config, batch_size=2)
-    next(first)
-    assert {index: result.predicted_tokens for index, result in second} == solo
-    errors = [str(result) for _, result in first if isinstance(result, RuntimeError)]
-    assert errors
-    assert "let one end before the next begins" in errors[0]

@@ -1,10 +1,8 @@
 """Chunked prefill: a long prompt shares its steps with sequences that decode, and changes no output."""
 
-import copy
-
 import torch
-from conftest import drained, generate, tiny_llama
-from test_batch import scheduler_of, together
+from conftest import drained, ids_of, own_llama, scheduler_of, tiny_llama
+from test_batch import together
 
 from self_speculation import Request
 
@@ -21,8 +19,7 @@ def add(scheduler, prompts):
 def assert_as_alone(model, results, prompts, **config):
     """The prompts by key have the outputs that they have alone."""
     for key, prompt in prompts.items():
-        alone = generate(model, prompt, eos=[], **{"max_steps": 12, **config})
-        assert results[key].predicted_tokens == alone.predicted_tokens
+        assert results[key].predicted_tokens == ids_of(model, prompt, **{"max_steps": 12, **config})
 
 
 def test_a_long_prompt_does_not_hold_up_others():
@@ -62,7 +59,7 @@ def test_prompts_are_read_in_turn():
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
     """Guards against NaN that the next sequence in this slot reads, beyond its last token."""
-    model = copy.deepcopy(tiny_llama())
+    model = own_llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[49] = torch.nan
     scheduler = scheduler_of(model, 2, 8)
@@ -78,7 +75,7 @@ def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
 
 def test_an_error_in_a_chunk_belongs_to_its_request():
     """Guards against a prompt without room in memory that ends all sequences."""
-    model = copy.deepcopy(tiny_llama())
+    model = own_llama()
 
     def fails_in_a_prompt(module, inputs, output):  # noqa: ARG001
         if inputs[0].shape[1] > 1 and (inputs[0] == max(LONG)).any():

@@ -7,9 +7,8 @@ import re
 import jsonschema
 import pytest
 import torch
-from conftest import generate
+from conftest import ADAPTIVE, generate
 
-import self_speculation
 from self_speculation.decoding.grammar import Grammar, GrammarError, GrammarProcessor
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 
@@ -17,13 +16,8 @@ DRAFTS = {
     "exit": {"exit_layer": 3, "num_speculations": 4},
     "n-grams": {"exit_layer": 3, "num_speculations": 4, "prompt_lookup": 3},
     "four bits": {"exit_layer": 24, "num_speculations": 4, "draft_weights": "int4"},
-    "adaptive": {"strategy": "adaptive"},
+    "adaptive": ADAPTIVE,
 }
-
-
-@pytest.fixture(scope="module")
-def bundled():
-    return self_speculation.load_model_and_tokenizer(self_speculation.default_model())
 
 
 def answer(bundled, grammar, prompt="values = ", max_steps=120, **config):
@@ -67,7 +61,7 @@ def test_outputs_conform_to_random_schemas(bundled, number):
     for turn in range(number):
         schema = random_schema(draws)
         grammar = Grammar.json_schema(schema)
-        plain, text = answer(bundled, grammar, strategy="autoregressive", max_steps=400)
+        plain, text = answer(bundled, grammar, max_steps=400)
         jsonschema.validate(json.loads(text), schema)
         kinds = DRAFTS if number > 8 else [list(DRAFTS)[turn % len(DRAFTS)]]
         for kind in kinds:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import Recorder, in_batch, tiny_llama
+from conftest import ADAPTIVE, LAYERS, Recorder, in_batch, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batch import DRAFTED, raises_from
+from test_batch import raises_from
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from self_speculation import GenerationConfig, Request, Sampler
@@ -100,9 +100,9 @@ ROW = st.fixed_dictionaries(
     batch_size=st.integers(1, 4),
     ends=st.lists(st.integers(2, 49), max_size=2),
     drafts=st.one_of(
-        st.sampled_from([{}, {"strategy": "adaptive"}]),
+        st.sampled_from([{}, ADAPTIVE]),
         st.builds(
-            lambda length, lookup: {**DRAFTED, "num_speculations": length, "prompt_lookup": lookup},
+            lambda length, lookup: {**LAYERS, "num_speculations": length, "prompt_lookup": lookup},
             st.integers(1, 7),
             st.sampled_from([0, 2]),
         ),

@@ -5,32 +5,22 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import EOS, drained, strategy_name, tiny_llama, transformers_generate
+from conftest import LAYERS, answer_of, config_of, drained, generate, own_llama, scheduler_of, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batch import DRAFTS, ends_at, nan_from, raises_from
 
-from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.generator_base import single_result
+from self_speculation import Request, make_strategy
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.traced_runner import trace_after
-from self_speculation.scheduler import Scheduler
 
 STORY = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
 
 
-def answer(strategy, model, request, /, batch_size=1, **config):
-    """The result of a request, or of a prompt; with the cache that the strategy keeps."""
-    config.pop("strategy", None)
-    config = GenerationConfig(**{"sample": False, "max_steps": 8, **config})
-    request = request if isinstance(request, Request) else Request(request, eos_token_ids=[EOS])
-    return single_result(strategy.generate_batch(model, [request], config, batch_size))
-
-
-def fresh(model, request, **config):
+def fresh(model, prompt, **config):
     """The result without a cache of earlier requests."""
-    return answer(make_strategy(strategy_name(config)), model, request, **config)
+    return generate(model, prompt, **{"max_steps": 12, **config})
 
 
 @given(
@@ -50,12 +40,12 @@ def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, 
     forgets: length of the history that the next turn keeps, as a template drops old messages.
     """
     model = tiny_llama(agreement=agreement, fused=fused)
-    strategy = make_strategy(strategy_name(drafts))
-    settings = {"max_steps": max_steps, "batch_size": batch_size, **drafts}
+    settings = {"max_steps": max_steps, **drafts}
+    strategy = make_strategy(config_of(**settings).generation_strategy)
     history: list[int] = []
     for turn, cut in zip(turns, forgets, strict=False):
         history = [*history[:cut], *turn]
-        kept = answer(strategy, model, history, reuse_cache=True, **settings)
+        kept = answer_of(strategy, model, history, batch_size, reuse_cache=True, **settings)
         read = fresh(model, history, **settings)
         assert (kept.predicted_tokens, kept.stop_reason) == (read.predicted_tokens, read.stop_reason)
         assert (read.num_cached_tokens, kept.num_prompt_tokens) == (0, len(history))
@@ -66,8 +56,7 @@ def test_the_slot_with_the_longest_prefix_is_taken():
     """Guards against a cache that is not used, and against a prefix that is overwritten although another slot
     is free.
     """
-    config = GenerationConfig(sample=False, max_steps=3, reuse_cache=True)
-    scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=3)
+    scheduler = scheduler_of(tiny_llama(), 3, max_steps=3, reuse_cache=True)
 
     def cached(*prompts):
         for key, prompt in enumerate(prompts):
@@ -82,34 +71,6 @@ def test_the_slot_with_the_longest_prefix_is_taken():
     assert cached([*other, 9]) == [12]  # the last token's logits are needed
     assert cached([41, 42]) == [0]  # takes the least recently used slot: the story's
     assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]
-
-
-def changed_in_place(model):
-    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
-
-
-def hooked(model):
-    model.model.layers[1].register_forward_hook(lambda module, inputs, output: -output)
-
-
-def one_element(model):
-    """The fingerprint may miss it, so `fuse` is called."""
-    model.model.layers[0].mlp.down_proj.weight.data[3, 5] += 30
-    fuse(model)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("change", [changed_in_place, hooked, torch.nn.Module.double, fuse, one_element])
-def test_a_changed_model_discards_the_cache(change, fused):
-    """Guards against keys and values of earlier weights, code or formats; test_fingerprint.py has all kinds
-    of changes.
-    """
-    model, strategy = tiny_llama.__wrapped__(fused=fused), make_strategy("autoregressive")
-    answer(strategy, model, STORY, reuse_cache=True)
-    change(model)
-    after = answer(strategy, model, STORY, reuse_cache=True)
-    assert after.num_cached_tokens == 0
-    assert after.predicted_tokens == transformers_generate(model, STORY, 8)
 
 
 def replaced(model):
@@ -132,15 +93,15 @@ def doubled(model):
 @pytest.mark.parametrize("traced", [False, True])
 def test_weights_that_were_others_in_between(change, fp32_activations, traced):
     """Guards against a kept runner that goes on with traces or copies of other weights."""
-    model = tiny_llama.__wrapped__().to(torch.bfloat16 if fp32_activations else torch.float32)
+    model = own_llama().to(torch.bfloat16 if fp32_activations else torch.float32)
     fuse(model, fp32_activations)
     trace_after(model, 0 if traced else torch.inf)
     strategy = make_strategy("autoregressive")
-    first = answer(strategy, model, STORY, reuse_cache=True)
+    first = answer_of(strategy, model, STORY, reuse_cache=True)
     restore = change(model)
     fresh(model, STORY)
     restore()
-    after = answer(strategy, model, [STORY[0], *STORY], reuse_cache=True)
+    after = answer_of(strategy, model, [STORY[0], *STORY], reuse_cache=True)
     assert first.predicted_tokens == fresh(model, STORY).predicted_tokens
     assert after.predicted_tokens == fresh(model, [STORY[0], *STORY]).predicted_tokens
 
@@ -149,8 +110,8 @@ def test_weights_that_were_others_in_between(change, fp32_activations, traced):
 def test_the_cache_is_for_one_exit_layer_and_batch_size(other):
     """Guards against layers that an early exit did not run, and a cache with too few slots."""
     model, strategy = tiny_llama(), make_strategy("autoregressive")
-    answer(strategy, model, STORY, reuse_cache=True, **other)
-    after = answer(strategy, model, STORY, reuse_cache=True)
+    answer_of(strategy, model, STORY, reuse_cache=True, **other)
+    after = answer_of(strategy, model, STORY, reuse_cache=True)
     assert after.num_cached_tokens == 0
     assert after.predicted_tokens == fresh(model, STORY).predicted_tokens
 
@@ -164,22 +125,22 @@ def test_a_failed_request_leaves_no_prefix(breaks, length):
     """Guards against keys of a failed round in a cached prefix, and against NaN there, also of a request that
     ended before it.
     """
-    drafts = {"exit_layer": 2, "num_speculations": 3, "reuse_cache": True}
+    drafts = {**LAYERS, "reuse_cache": True}
     model, strategy = tiny_llama(agreement="always"), make_strategy("self_speculative")
-    answer(strategy, model, [*STORY, 9], **drafts)
+    answer_of(strategy, model, [*STORY, 9], **drafts)
     request = Request(STORY, breaks(len(STORY) + 3), stop_checks=ends_at(length))
     with nullcontext() if length else pytest.raises((KeyError, FloatingPointError)):
-        answer(strategy, model, request, **drafts)
-    after = answer(strategy, model, STORY, **drafts)
+        answer_of(strategy, model, request, **drafts)
+    after = answer_of(strategy, model, STORY, **drafts)
     assert (after.num_cached_tokens, after.predicted_tokens) == (0, fresh(model, STORY).predicted_tokens)
 
 
 def test_two_threads_do_not_share_a_cache():
     """Guards against two requests at once in the kept cache of one strategy."""
     model, strategy = tiny_llama(), make_strategy("autoregressive")
-    answer(strategy, model, STORY, reuse_cache=True)
+    answer_of(strategy, model, STORY, reuse_cache=True)
     with ThreadPoolExecutor(6) as threads:
-        found = list(threads.map(lambda _: answer(strategy, model, STORY, reuse_cache=True), range(6)))
+        found = list(threads.map(lambda _: answer_of(strategy, model, STORY, reuse_cache=True), range(6)))
     expected = fresh(model, STORY).predicted_tokens
     assert [result.predicted_tokens for result in found] == [expected] * 6
 
@@ -187,17 +148,17 @@ def test_two_threads_do_not_share_a_cache():
 @pytest.mark.usefixtures("graphs")
 def test_captured_passes_write_to_no_cached_prefix():
     """Guards against the padding rows of a captured pass, which wrote to every free slot."""
-    model = tiny_llama.__wrapped__(num_layers=2, fused=True)
+    model = own_llama(2, fused=True)
     capture_decoding(model)
     strategy, other = make_strategy("self_speculative"), [40, *STORY]
-    drafts = {"exit_layer": 1, "num_speculations": 2, "batch_size": 3}
-    first = answer(strategy, model, STORY, reuse_cache=True, **drafts)
-    answer(strategy, model, other, reuse_cache=True, **drafts)
+    drafts = {"exit_layer": 1, "num_speculations": 2}
+    first = answer_of(strategy, model, STORY, 3, reuse_cache=True, **drafts)
+    answer_of(strategy, model, other, 3, reuse_cache=True, **drafts)
     history = [*STORY, *first.predicted_tokens, 9]
-    kept = answer(strategy, model, history, reuse_cache=True, **drafts)
+    kept = answer_of(strategy, model, history, 3, reuse_cache=True, **drafts)
     assert kept.num_cached_tokens >= len(STORY)
     fresh(model, other, **drafts)  # takes the passes and their cache
-    after = answer(strategy, model, history, reuse_cache=True, **drafts)
+    after = answer_of(strategy, model, history, 3, reuse_cache=True, **drafts)
     assert after.num_cached_tokens == 0
     decode_eagerly(model)
     read = fresh(model, history, **drafts)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import hypothesis
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import LAYERS, ids_of, tiny_llama
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import MinPLogitsWarper
@@ -14,6 +14,7 @@ from transformers import MinPLogitsWarper
 from arguments import parse
 from self_speculation.config import SAMPLING_RULES, GenerationConfig
 from self_speculation.decoding import sampling
+from self_speculation.decoding.processors import FrequencyPenaltyLogitsProcessor, config_processors
 from self_speculation.decoding.sampling import (
     Sampler,
     decode_next_token,
@@ -158,15 +159,32 @@ def leaves(value, first, other=-torch.inf):
     return process
 
 
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 2}])
+@pytest.mark.parametrize("drafts", [{}, LAYERS])
 @pytest.mark.parametrize(("value", "other"), [(-torch.inf, -torch.inf), (torch.inf, 0.0)])
 @pytest.mark.parametrize("first", [2, 5])
 def test_logits_without_a_distribution(drafts, value, other, first):
     """Guards against the last token of the vocabulary, sampled from NaN. Like `generate` of transformers, we
     raise an error if we sample, and take the first of the largest logits if not.
     """
-    shared = {"logits_processors": [leaves(value, first, other)], "max_steps": 8, "eos": [], **drafts}
+    shared = {"logits_processors": [leaves(value, first, other)], "max_steps": 8, **drafts}
     with pytest.raises(FloatingPointError, match=r"cannot sample: .* do logits processors forbid"):
-        generate(tiny_llama(), [5, 6], sample=True, **shared)
-    tokens = generate(tiny_llama(), [5, 6], **shared).predicted_tokens
+        ids_of(tiny_llama(), [5, 6], sample=True, **shared)
+    tokens = ids_of(tiny_llama(), [5, 6], **shared)
     assert set(tokens[first - 2 :]) == {7 if value > 0 else 0}
+
+
+def test_the_penalties_of_openai():
+    """Guards against another formula than logit - count * frequency - (count > 0) * presence, and against
+    counts of the prompt.
+    """
+    processor = FrequencyPenaltyLogitsProcessor(2, frequency=0.5, presence=0.25)
+    scores = processor(torch.tensor([[3, 3, 1, 0, 1]]), torch.zeros(1, 5))
+    assert scores.tolist() == [[-0.75, -1.25, 0.0, 0.0, 0.0]]
+    assert config_processors(GenerationConfig(), 3) == []
+
+
+def test_a_repetition_penalty_over_the_last_tokens():
+    """Guards against a penalty of llama.cpp's clients that sees the whole prompt."""
+    [processor] = config_processors(GenerationConfig(repetition_penalty=2.0, repetition_window=2), 3)
+    scores = processor(torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 5))
+    assert scores.tolist() == [[1.0, 1.0, 0.5, 0.5, 1.0]]

@@ -5,15 +5,12 @@ judge by the argmax or resample from the target have p-values of at most 2e-9.
 """
 
 import itertools
-import random
 
 import pytest
 import torch
-from conftest import drawn_plan, planned
+from conftest import random_plans
 from distributions import PROMPT, config, expected, observed, p_value
 from transformers import RepetitionPenaltyLogitsProcessor
-
-from self_speculation.drafts.adaptive import AdaptivePolicy
 
 SAMPLES = 800
 
@@ -32,6 +29,7 @@ PROCESSORS = {
     "vocabulary, processor": [OnlyOthers()],
 }
 SETTINGS = {
+    "autoregressive": {"generation_strategy": "autoregressive", "exit_layer": -1},  # the comparison itself
     "plain": {},
     "all": {"temperature": 1.5, "top_k": 4, "top_p": 0.8},
     "processor": {},
@@ -48,9 +46,9 @@ SETTINGS = {
 }  # fmt: skip
 # Rows may have drafts of several sources. This guards against n-grams that are always accepted because
 # another row has no draft.
-FAST = ("plain", "all", "processor", "confidence", "lookup", "vocabulary, all",
+FAST = ("autoregressive", "plain", "all", "processor", "confidence", "lookup", "vocabulary, all",
         "int4, lookup, confidence")  # fmt: skip
-DEFAULT = [(name, 4) for name in FAST]
+DEFAULT = [(name, 16) for name in FAST]
 SLOW = [how for how in itertools.product(SETTINGS, (1, 2, 4)) if how not in DEFAULT]
 
 
@@ -64,22 +62,11 @@ def test_self_speculative_distribution(name, batch_size):
 
 
 @pytest.mark.parametrize("draft_vocabulary", [2, pytest.param(None, marks=pytest.mark.slow)])
-def test_adaptive_distribution(draft_vocabulary, monkeypatch):
+def test_adaptive_distribution(draft_vocabulary):
     """Guards against plans that change the distribution. They are random, to have every kind of round."""
-    draws = random.Random(0)
-
-    def plan(matched, limits):
-        return drawn_plan(matched, limits, draws.choice, draws.randint)
-
-    monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     chosen = config(
         generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, top_p=0.8,
         draft_vocabulary=draft_vocabulary, shared_lookup=60,
     )  # fmt: skip
-    assert p_value(observed(chosen, [], SAMPLES, 2), expected(chosen, [])) > 1e-4
-
-
-def test_autoregressive_distribution():
-    """Guards against a wrong reference or comparison."""
-    plain = config(generation_strategy="autoregressive", exit_layer=-1)
-    assert p_value(observed(plain, [], SAMPLES, 4), expected(plain, [])) > 1e-4
+    with random_plans(0):
+        assert p_value(observed(chosen, [], SAMPLES, 16), expected(chosen, [])) > 1e-4

@@ -3,12 +3,12 @@
 import copy
 
 import pytest
-from conftest import generate, tiny_llama, transformers_generate
+from conftest import LAYERS, config_of, generator_of, ids_of, tiny_llama, transformers_generate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
+from self_speculation import GenerationConfig
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.decoding.texts import decode
 
@@ -53,17 +53,13 @@ def test_cut_and_settled_text():
 @pytest.fixture
 def answer(byte_tokenizer, text_model):
     def generate_text(prompt, tokenizer=byte_tokenizer, **config):
-        strategy = config.get("generation_strategy", "autoregressive")
-        generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy(strategy))
-        return generator.generate(prompt, GenerationConfig(sample=False, max_steps=30, **config))
+        config = config_of(max_steps=30, **config)
+        return generator_of(tokenizer, text_model, config.generation_strategy).generate(prompt, config)
 
     return generate_text
 
 
-SPECULATIVE = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 5}
-
-
-@pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
+@pytest.mark.parametrize("extra", [{}, LAYERS], ids=["plain", "speculative"])
 def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra):
     """Guards against text with a stop word, against more ids than those whose text has it, and against a
     search in the prompt.
@@ -84,7 +80,7 @@ def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra)
         assert result.generation_strategy_result.stop_reason == "stop_word"
 
 
-@pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
+@pytest.mark.parametrize("extra", [{}, LAYERS], ids=["plain", "speculative"])
 def test_every_source_of_end_ids_counts(answer, text_model, byte_tokenizer, extra, monkeypatch):
     """Guards against ignored end ids of the config, the tokenizer or the model; the earliest one counts."""
     ids = answer("def", **extra).generation_strategy_result.predicted_tokens
@@ -113,7 +109,7 @@ def test_empty_prompts_and_rates(answer, text_model, byte_tokenizer):
     generation = result.generation_strategy_result
     assert generation.prefill_time + generation.decode_time <= result.total_time
     tokenizer = copy.deepcopy(byte_tokenizer)
-    generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
+    generator = generator_of(tokenizer, text_model)
     tokenizer.bos_token = None
     assert generator.encode("") == [tokenizer.eos_token_id]
     tokenizer.eos_token = None
@@ -121,14 +117,13 @@ def test_empty_prompts_and_rates(answer, text_model, byte_tokenizer):
         generator.generate("", GenerationConfig())
 
 
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}])
+@pytest.mark.parametrize("drafts", [{}, LAYERS])
 def test_one_callable_or_a_list(drafts):
     """Guards against `'function' object is not iterable`, and against a call of transformers' lists."""
     processor, criterion = SuppressTokensLogitsProcessor([7, 9]), lambda ids, scores: ids.shape[1] >= 9
 
     def ids(**own):
-        settings = {"eos": [], "max_steps": 20, **drafts, **own}
-        return generate(tiny_llama(), [5, 6, 7], **settings).predicted_tokens
+        return ids_of(tiny_llama(), [5, 6, 7], **drafts, **own)
 
     one, lists, theirs = (
         ids(logits_processors=processors, stopping_criteria=criteria)

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from conftest import WAYS, config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinkers import QWEN3, R1, SMOLLM3, TAGS, Teller, thinking_tokenizer
@@ -18,14 +19,7 @@ from self_speculation.decoding.thinking import Splitter, Thinking, ThinkingReade
 
 HELLO = [{"role": "user", "content": "Hello"}]
 ANSWER, PATTERN = Grammar.regex('\\{"a": [a-z]{3}\\}'), r'\{"a": [a-z]{3}\}'
-DRAFTS = {
-    "plain": {"generation_strategy": "autoregressive"},
-    "layers": {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 4},
-    "n-grams": {
-        "generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 2, "prompt_lookup": 3,
-    },
-    "adaptive": {"generation_strategy": "adaptive"},
-}  # fmt: skip
+DRAFTS = ("plain", "layers", "n-grams", "adaptive")
 
 
 def in_turn(has_begun=False, ids=(None, None)):
@@ -112,14 +106,8 @@ def test_the_prompt_tells_whether_its_answer_thinks(byte_tokenizer, template, kw
     generator = Teller(thinking_tokenizer(byte_tokenizer, template))
     messages = [{"role": "system", "content": system}, *HELLO]
     thinking = Thinking.of(generator.tokenizer, generator.render_chat(messages, kwargs))
-    assert (
-        thinking
-        == {
-            "off": None,
-            "may begin": in_turn(False, generator.tokenizer.convert_tokens_to_ids(TAGS)),
-            "has begun": in_turn(True, generator.tokenizer.convert_tokens_to_ids(TAGS)),
-        }[state]
-    )
+    ids = generator.tokenizer.convert_tokens_to_ids(TAGS)
+    assert thinking == (None if state == "off" else in_turn(state == "has begun", ids))
 
 
 def test_the_config_of_a_tokenizer_may_name_the_tags(byte_tokenizer):
@@ -141,9 +129,7 @@ def told(request, byte_tokenizer):
     def answers(text, template=QWEN3, drafts=DRAFTS, stop_words=None, max_steps=60, before="", **own):
         tokenizer, results = thinking_tokenizer(byte_tokenizer, template, request.param), {}
         for name in drafts:
-            config = GenerationConfig(
-                sample=False, max_steps=max_steps, stop_words=stop_words, **DRAFTS[name]
-            )
+            config = config_of(max_steps=max_steps, stop_words=stop_words, **WAYS[name])
             teller = Teller(tokenizer, config.generation_strategy, text, max_position_embeddings=512)
             prompt = teller.render_chat([{"role": "user", "content": before}], {})
             ids = teller.encode(prompt, special_tokens=False)

@@ -1,17 +1,12 @@
 """Drafts of layers, and when they end. What they may change is in test_self_speculation_generator.py."""
 
-import copy
-from dataclasses import replace
-
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import PROMPT, config_of, generate, in_batch, own_llama, tiny_llama
 
-from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation import Request
 from self_speculation.decoding.sampling import Sampler, verify_draft
 from self_speculation.drafts.layers import LayerDrafts
-
-PROMPT = [5, 9, 4, 7, 7, 3]
 
 
 def test_ngrams_are_drafted():
@@ -34,14 +29,11 @@ def test_confidence_ends_drafts():
 
 def test_a_greedy_row_beside_a_sampled_one_has_its_own_confidence():
     """Guards against drafts that never end: in one distribution for all rows a greedy token has all of it."""
-    config = GenerationConfig(
-        sample=True, max_steps=30, exit_layer=2, num_speculations=5, draft_confidence=0.3,
-        generation_strategy="self_speculative",
-    )  # fmt: skip
-    greedy = Request(PROMPT, config=replace(config, sample=False))
-    strategy, model = make_strategy("self_speculative"), tiny_llama()
-    ((_, alone),) = strategy.generate_batch(model, [greedy], config, 1)
-    beside = dict(strategy.generate_batch(model, [greedy, Request([8, 2], seed=1)], config, 2))[0]
+    model = tiny_llama()
+    drafts = {"max_steps": 30, "exit_layer": 2, "num_speculations": 5, "draft_confidence": 0.3}
+    greedy = Request(PROMPT, config=config_of(**drafts))
+    alone = in_batch(model, [greedy], 1, sample=True, **drafts)[0]
+    beside = in_batch(model, [greedy, Request([8, 2], seed=1)], 2, sample=True, **drafts)[0]
     assert beside.predicted_tokens == alone.predicted_tokens
     assert beside.draft_stats == alone.draft_stats
     assert 0 < alone.num_drafted < 5 * alone.num_verifications - sum(range(5))
@@ -51,7 +43,7 @@ def test_a_greedy_row_beside_a_sampled_one_has_its_own_confidence():
 def test_a_draft_that_may_say_nothing_is_not_confident(sample):
     """Guards against a confidence that is no number: the only id that the draft knows is forbidden."""
     result = generate(
-        copy.deepcopy(tiny_llama()), [0, 5], max_steps=20, eos=[], exit_layer=2, num_speculations=4,
+        own_llama(), [0, 5], max_steps=20, eos=[], exit_layer=2, num_speculations=4,
         sample=sample, draft_vocabulary=1, no_repeat_ngram_size=1, draft_confidence=0.5,
     )  # fmt: skip
     assert len({*result.predicted_tokens}) == 20

@@ -1,6 +1,5 @@
 """What adaptive decoding learns of its sources, and which round it makes next, in simulated rounds."""
 
-import copy
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,22 +8,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import ADAPTIVE, PROMPT, answer_of, generate, own_llama, tiny_llama
 
-from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation import Request, make_strategy
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.costs import PassTimes, draft_ratio
 from self_speculation.drafts.policy import PLAIN, Arm, FixedPolicy, RoundOutcome
-from self_speculation.generator_base import single_result
 from self_speculation.model import made
 from self_speculation.model.kernels import Int4Kernel
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import head_format
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
-
-PROMPT = [5, 9, 4, 7, 7, 3]
 
 COPY = "exit 10"
 # Estimated cost of a drafted token, in plain steps.
@@ -354,7 +350,7 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
     """Guards against a process that grows with every answer, models that share what they learn, and rounds
     that the result does not count.
     """
-    model, other = (copy.deepcopy(tiny_llama(fused=True)) for _ in range(2))
+    model, other = (own_llama(fused=True) for _ in range(2))
     for seed in range(6):
         result = generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
         assert {*result.drafts_by_source} <= {"none", "n-grams", "exit 1"}
@@ -373,21 +369,15 @@ def test_the_last_tokens_of_a_prompt_judge_exits(draft_vocabulary, monkeypatch):
     """Guards against verdicts by states that later layers have overwritten, by other positions, or by ids
     that no draft may have; and against traces of ranges that nothing else runs.
     """
-    model, judged = copy.deepcopy(tiny_llama(num_layers=8, fused=True)), []
+    model, judged = own_llama(8, fused=True), []
     monkeypatch.setattr(AdaptivePolicy, "to_be_judged", lambda policy: policy._judged)
     monkeypatch.setattr(AdaptivePolicy, "judge", lambda policy, *numbers: judged.append(numbers))
     strategy, draws = make_strategy("adaptive"), random.Random(0)
-    config = GenerationConfig(
-        generation_strategy="adaptive",
-        max_steps=3,
-        sample=False,
-        reuse_cache=True,
-        draft_vocabulary=draft_vocabulary,
-    )
+    how = {**ADAPTIVE, "max_steps": 3, "reuse_cache": True, "draft_vocabulary": draft_vocabulary}
     prompt = []
     for num_new, num_judging in ((7, 7), (30, 16), (20, 16), (5, None)):  # behind a prefix that is kept
         prompt = prompt + draws.choices(range(3, 50), k=num_new)
-        single_result(strategy.generate_batch(model, [Request(prompt, eos_token_ids=[])], config, 1))
+        answer_of(strategy, model, Request(prompt, eos_token_ids=[]), **how)
         if num_judging is None:
             assert not judged
             continue
@@ -426,7 +416,7 @@ def test_estimated_costs_are_those_of_the_formula(variant, slower, monkeypatch):
 
 def test_a_copy_on_a_gpu_costs_half_a_step(monkeypatch):
     """Guards against an estimate by bytes: torch's kernel takes half the time of 16 bits, not a third."""
-    model = copy.deepcopy(tiny_llama(num_layers=10)).bfloat16()
+    model = own_llama(10).bfloat16()
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
     monkeypatch.setattr("self_speculation.model.quantized_layers.works", lambda *_: True)
     head = head_in_layers(model)

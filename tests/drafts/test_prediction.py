@@ -1,13 +1,11 @@
 """Predicted outputs: an answer that resembles a text drafts most of itself, and stays the model's own."""
 
 import pytest
-from conftest import generate, tiny_llama
+from conftest import ADAPTIVE, LAYERS, PROMPT, generate, ids_of, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
 from self_speculation.drafts.prediction import _Cursor
-
-PROMPT = [5, 9, 4, 7, 7, 3]
 
 
 def test_a_cursor_follows_what_is_replaced_left_out_and_put_in():
@@ -48,13 +46,11 @@ def test_a_cursor_does_not_depend_on_when_it_is_asked(prediction, output, cut):
     assert (at_once.next(5), at_once.matched) == (in_two.next(5), in_two.matched)
 
 
-@pytest.mark.parametrize(
-    "how", [{"strategy": "adaptive"}, {"exit_layer": 2, "num_speculations": 6, "prompt_lookup": 2}]
-)
+@pytest.mark.parametrize("how", [ADAPTIVE, {**LAYERS, "prompt_lookup": 2}])
 def test_the_ids_are_the_models_own(how):
     """Whatever is predicted: the answer itself, a variant of it, or something else."""
     model, shared = tiny_llama(), {"max_steps": 30, "eos": []}
-    plain = generate(model, PROMPT, **shared).predicted_tokens
+    plain = ids_of(model, **shared)
     for prediction, least in ((plain, 16), ([*plain[:9], 1, *plain[12:]], 1), ([49] * 40, 0), ([], 0)):
         result = generate(model, PROMPT, prediction=prediction, **shared, **how)
         assert result.predicted_tokens == plain

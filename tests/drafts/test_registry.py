@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import conftest
 import pytest
 import torch
-from conftest import EOS, planned, tiny_llama
+from conftest import EOS, PROMPT, planned, tiny_llama
 from helpers import custom_data, refused
 
 import benchmark
@@ -89,7 +90,7 @@ def test_a_sweep_does_not_predict_what_it_cannot_replay(model_folder, capsys):
 
 
 def test_generate_of_transformers_hands_its_flag_on(monkeypatch):
-    model, ids = tiny_llama(), torch.tensor([[5, 9, 4, 7, 7, 3]])
+    model, ids = tiny_llama(), torch.tensor([PROMPT])
     speculate = custom_generate.self_speculative_generate
     monkeypatch.setattr(custom_generate, "GenerationConfig", WithAlways)
     monkeypatch.setattr(speculate, "__signature__", custom_generate._signature())
@@ -103,13 +104,12 @@ def test_generate_of_transformers_hands_its_flag_on(monkeypatch):
 
 def test_adaptive_decoding_chooses_among_it(monkeypatch):
     """The plans are given: whether it pays is the policy's to learn."""
-    from conftest import generate as ids_of
 
     def plan(matched, limits):
         assert {"always", "exit 1"} <= {*matched}
         return Plan("always", 2) if max(limits) else Plan()
 
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
-    monkeypatch.setattr("conftest.GenerationConfig", WithAlways)
-    result = ids_of(tiny_llama(), [5, 9, 4, 7], "adaptive", max_steps=9, eos=[], always=9)
+    monkeypatch.setattr(conftest, "GenerationConfig", WithAlways)
+    result = conftest.generate(tiny_llama(), PROMPT, "adaptive", max_steps=9, eos=[], always=9)
     assert "always" in result.drafts_by_source

@@ -1,22 +1,18 @@
 """Drafts from finished answers: fewer rounds for a question like an earlier one, and the model's own ids."""
 
-import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from conftest import generate, in_batch, tiny_llama
+from conftest import ADAPTIVE, LAYERS, PROMPT, config_of, generate, ids_of, in_batch, own_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
 from measures.timed_runs import run_every_pass
-from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation import Request, make_strategy
 from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.drafts.shared import _LONG, FinishedAnswers
-
-PROMPT = [5, 9, 4, 7, 7, 3]
-BEFORE_AN_EXIT = {"exit_layer": 2, "num_speculations": 4}
 
 
 def answer(*ids):
@@ -53,28 +49,25 @@ def test_threads_share_it():
         sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize(
-    "how", [{"strategy": "adaptive"}, BEFORE_AN_EXIT, {**BEFORE_AN_EXIT, "prompt_lookup": 2}]
-)
+@pytest.mark.parametrize("how", [ADAPTIVE, LAYERS, {**LAYERS, "prompt_lookup": 2}])
 def test_a_repeated_question_needs_fewer_rounds(how):
     """Guards against another output, and against an index that is lost between two schedulers."""
-    model = copy.deepcopy(tiny_llama())
-    plain = generate(model, PROMPT, strategy="autoregressive", max_steps=40, eos=[]).predicted_tokens
+    model = own_llama()
+    plain = ids_of(model, max_steps=40)
     settings = {"max_steps": 40, "eos": [], "shared_lookup": 200, **how}
     first, second = (generate(model, PROMPT, **settings) for _ in range(2))
     assert first.predicted_tokens == second.predicted_tokens == plain
     assert second.drafts_by_source["shared"].accepted > 20
     assert second.num_verifications < first.num_verifications / 2
-    others = generate(copy.deepcopy(model), PROMPT, **settings)
+    others = generate(own_llama(), PROMPT, **settings)
     assert others.num_verifications > 2 * second.num_verifications  # no answers of another model
 
 
 def test_a_warm_up_teaches_nothing():
     """Guards against a measured answer that is drafted from the warm-up's or from a forgotten one."""
-    model = copy.deepcopy(tiny_llama())
-    config = {**BEFORE_AN_EXIT, "shared_lookup": 200}
-    of_run = GenerationConfig(sample=False, generation_strategy="self_speculative", **config)
-    run_every_pass(make_strategy("self_speculative"), model, PROMPT, of_run)
+    model = own_llama()
+    config = {**LAYERS, "shared_lookup": 200}
+    run_every_pass(make_strategy("self_speculative"), model, PROMPT, config_of(**config))
     for _ in range(2):
         assert "shared" not in generate(model, PROMPT, max_steps=40, eos=[], **config).drafts_by_source
         forget_what_was_learnt(model)
@@ -83,8 +76,8 @@ def test_a_warm_up_teaches_nothing():
 def test_rows_learn_from_rows_that_have_finished():
     """Guards against answers that are added only after the whole batch."""
     requests = [Request(PROMPT, eos_token_ids=[]) for _ in range(3)]
-    settings = {"max_steps": 30, "shared_lookup": 200, **BEFORE_AN_EXIT}
-    made = in_batch(copy.deepcopy(tiny_llama()), requests, 2, **settings)
+    settings = {"max_steps": 30, "shared_lookup": 200, **LAYERS}
+    made = in_batch(own_llama(), requests, 2, **settings)
     assert made[0].predicted_tokens == made[1].predicted_tokens == made[2].predicted_tokens
     assert "shared" not in made[0].drafts_by_source
     assert made[2].drafts_by_source["shared"].accepted > 15

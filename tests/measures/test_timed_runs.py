@@ -1,26 +1,22 @@
 """Timings: every pass is warmed up, and every second is in a figure."""
 
-import copy
-
 import pytest
-from conftest import generate, tiny_llama
+from conftest import LAYERS, config_of, generate, generator_of, own_llama, tiny_llama
 from helpers import watch
 
 from measures.metrics import speed
 from measures.timed_runs import measure_examples, run_every_pass
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
+from self_speculation import Request, make_strategy
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.model_runner import ModelRunner
 
-SPECULATION = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 5}
 
-
-@pytest.mark.parametrize(("config", "widths"), [({}, {1: 3}), (SPECULATION, {6: 3})])
+@pytest.mark.parametrize(("config", "widths"), [({}, {1: 3}), (LAYERS, {5: 3})])
 def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
     """Guards against a draft length that is not drafted in full, and a warm-up that is longer than needed."""
     calls = watch(monkeypatch, ModelRunner, "run")
     model = tiny_llama(agreement="always")  # all is accepted: the fewest rounds
-    settings = GenerationConfig(sample=False, stop_words=["a"], stop_token_ids=list(range(50)), **config)
+    settings = config_of(stop_words=["a"], stop_token_ids=list(range(50)), **config)
     strategy = make_strategy(settings.generation_strategy)
     run_every_pass(strategy, model, [5, 9, 4, 7] * 100, settings)
     depth, longest = model.config.num_hidden_layers, config.get("num_speculations", 0)
@@ -30,15 +26,15 @@ def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("config", [SPECULATION, {"generation_strategy": "adaptive", "prompt_lookup": 2}])
+@pytest.mark.parametrize("config", [LAYERS, {"generation_strategy": "adaptive", "prompt_lookup": 2}])
 def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, byte_tokenizer, monkeypatch):
     """By a clock that passes of the model move. Guards against passes between answers that no figure has."""
     now = [0.0]
     watch(monkeypatch, ModelRunner, "run", lambda *_, **__: now.append(now.pop() + 1.0))
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     model = tiny_llama(vocab_size=len(byte_tokenizer))
-    settings = GenerationConfig(sample=False, max_steps=24, **config)
-    generator = HuggingfaceLlamaGenerator(byte_tokenizer, model, make_strategy(settings.generation_strategy))
+    settings = config_of(max_steps=24, **config)
+    generator = generator_of(byte_tokenizer, model, settings.generation_strategy)
     requests = {index: Request([5, 9, 4, 7, index]) for index in range(3)}
     records = [record for _, record in measure_examples([("", generator, settings)], requests, batch_size)]
     assert now[0] > 20
@@ -48,14 +44,13 @@ def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, 
         assert all(r["prefill_time"] + r["decode_time"] == r["wall_time"] for r in records)
 
 
-@pytest.mark.parametrize("config", [{}, SPECULATION], ids=["autoregressive", "self_speculative"])
+@pytest.mark.parametrize("config", [{}, LAYERS], ids=["autoregressive", "self_speculative"])
 def test_after_a_warm_up_nothing_is_captured(config, graphs):
     """Guards against a capture inside a timed example, for a shorter draft or a larger cache."""
-    model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
+    model = own_llama(3, max_position_embeddings=4096)
     capture_decoding(model)
-    settings = GenerationConfig(sample=False, max_steps=1200, **config)
+    settings = config_of(max_steps=1200, **config)
     run_every_pass(make_strategy(settings.generation_strategy), model, list(range(3, 43)), settings)
-    config = {key: value for key, value in config.items() if key != "generation_strategy"}
     num_captured = len(graphs.captured)
     shared = {"eos": [], "stop_checks": lambda ids: len(ids) > 40, **config}
     for max_steps in (1200, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20):

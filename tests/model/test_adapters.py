@@ -7,6 +7,7 @@ from pathlib import Path
 import forks
 import pytest
 from conftest import ROOT
+from helpers import error_line
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model.loading import load_config
@@ -78,14 +79,10 @@ def folder(tmp_path):
 
 def refusal(folder, **options):
     """The line by which `load_config` and `load_model_and_tokenizer` refuse it."""
-    lines = []
-    for load in (load_config, load_model_and_tokenizer):
-        with pytest.raises(LoadingError) as error:
-            load(str(folder), LoadingOptions(**options))
-        lines.append(str(error.value))
-    assert lines[0] == lines[1]
-    assert "\n" not in lines[0]
-    return lines[0]
+    loads = (load_config, load_model_and_tokenizer)
+    line, other = (error_line(LoadingError, load, str(folder), LoadingOptions(**options)) for load in loads)
+    assert line == other
+    return line
 
 
 def test_models_of_peft(model_folder, tmp_path):

@@ -6,18 +6,22 @@ import warnings
 
 import pytest
 import torch
-from conftest import EOS, generate, in_batch, strategy_name, tiny_llama
+from conftest import (
+    ADAPTIVE,
+    COPY,
+    EOS,
+    LAYERS,
+    answer_of,
+    generate,
+    ids_of,
+    in_batch,
+    own_llama,
+    tiny_llama,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from self_speculation import (
-    GenerationConfig,
-    LoadingOptions,
-    Request,
-    load_model_and_tokenizer,
-    make_strategy,
-)
-from self_speculation.generator_base import single_result
+from self_speculation import LoadingOptions, Request, load_model_and_tokenizer, make_strategy
 from self_speculation.model import linear
 from self_speculation.model.attention import attend_to_past
 from self_speculation.model.fused_layers import fuse, prefills_in_bfloat16
@@ -28,11 +32,6 @@ from self_speculation.model.sources import LoadingError
 
 CPU = torch.device("cpu")
 PROMPTS = [[3 + (i * i + i // n) % 40 for i in range(length)] for n, length in ((3, 170), (5, 331), (7, 20))]
-DRAFTS = [
-    {"exit_layer": 2, "num_speculations": 3},
-    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
-    {"generation_strategy": "adaptive"},
-]
 needs_kernels = pytest.mark.skipif(
     not (works(Float16Linear, CPU, torch.float32) and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     reason="torch without FBGEMM or oneDNN in bfloat16",
@@ -41,7 +40,7 @@ needs_kernels = pytest.mark.skipif(
 
 @functools.cache
 def model_of(dtype=torch.float16, **config):
-    model = copy.deepcopy(tiny_llama(max_position_embeddings=512, **config)).half().to(dtype)
+    model = own_llama(max_position_embeddings=512, **config).half().to(dtype)
     fuse(model, fp32_activations=True, bfloat16_prefill=True)
     return model
 
@@ -62,7 +61,7 @@ def error(found, expected):
 
 
 @needs_kernels
-@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize("drafts", [LAYERS, COPY, ADAPTIVE])
 def test_no_strategy_and_no_batch_changes_an_id(drafts):
     """Guards against verification, or another row's prompt, in bfloat16."""
     model = model_of()
@@ -95,7 +94,7 @@ def test_layers_that_are_not_fused_any_more():
     model = copy.deepcopy(model_of())
     generate(model, PROMPTS[1], max_steps=2)
     model.config._attn_implementation = "eager"
-    assert len(generate(model, PROMPTS[1], max_steps=2, eos=[]).predicted_tokens) == 2
+    assert len(ids_of(model, PROMPTS[1], max_steps=2)) == 2
 
 
 @needs_kernels
@@ -122,14 +121,11 @@ def test_attention_without_a_mask(width, past, seed):
 @needs_kernels
 def test_kept_prefixes_are_of_one_kind():
     """Guards against keys of a prompt in bfloat16 in an answer in float32, and the other way round."""
-    model, strategy = copy.deepcopy(model_of()), make_strategy(strategy_name({}))
-    config = GenerationConfig(sample=False, max_steps=4, reuse_cache=True)
+    model, strategy = copy.deepcopy(model_of()), make_strategy("autoregressive")
     for in_bfloat16, cached in ((True, 0), (True, 169), (False, 0), (False, 169), (True, 0)):
         if prefills_in_bfloat16(model) != in_bfloat16 or not cached:
             fuse(model, fp32_activations=True, bfloat16_prefill=in_bfloat16)
-        request = Request(PROMPTS[0], eos_token_ids=[EOS])
-        result = single_result(strategy.generate_batch(model, [request], config, 1))
-        assert result.num_cached_tokens == cached
+        assert answer_of(strategy, model, PROMPTS[0], reuse_cache=True).num_cached_tokens == cached
 
 
 def has(monkeypatch, *, amx=False, avx512_bf16=False):
@@ -167,7 +163,7 @@ def test_refusals(monkeypatch, options, amx, why):
 def test_refusals_of_devices_and_of_fuse():
     with pytest.raises(LoadingError, match="not for cuda; use --dtype bfloat16"):
         check_prefill_dtype(LoadingOptions(prefill_dtype="bfloat16"), torch.device("cuda"))
-    model = tiny_llama.__wrapped__()
+    model = own_llama()
     with pytest.raises(ValueError, match="need weights in 16 bits"):
         fuse(model, bfloat16_prefill=True)
     assert not prefills_in_bfloat16(model)

@@ -8,13 +8,13 @@ import threading
 import time
 import traceback
 import warnings
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import PROMPT, WAYS, ids_of, own_llama, tiny_llama
+from helpers import watch
 
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.policy import RoundOutcome
@@ -25,25 +25,12 @@ from self_speculation.model.runners import make_runner
 from self_speculation.model.traced_runner import num_traces, trace_after
 
 NUM_THREADS = 6
-NUM_TOKENS = 12
-PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 3, 11], [6] * 9]
-STRATEGIES = [
-    {},
-    {"exit_layer": 2, "num_speculations": 3},
-    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
-    {"exit_layer": 2, "num_speculations": 2, "draft_vocabulary": 20},
-    {"strategy": "adaptive"},
-    {"strategy": "adaptive", "draft_weights": "int4"},
-]
+PROMPTS = [PROMPT, [8, 3, 11], [6] * 9]
 
 
 def seconds():
     """How long to look for faults: STRESS_SECONDS."""
     return float(os.environ.get("STRESS_SECONDS", "20"))
-
-
-def ids(model, prompt, **how):
-    return generate(model, prompt, max_steps=NUM_TOKENS, eos=[], **how).predicted_tokens
 
 
 def change(model, random_):
@@ -77,7 +64,7 @@ class Trial:
         self.faults, self.num_answers, self.num_rounds, self.next_model = [], 0, 0, 0
 
     def begin_anew(self):
-        self.model = copy.deepcopy(tiny_llama()).to(self.dtype)
+        self.model = own_llama().to(self.dtype)
         fuse(self.model, self.fp32_activations)
         trace_after(self.model, self.random.choice((0, 2, 20)))
 
@@ -89,11 +76,11 @@ class Trial:
         else:
             change(self.model, self.random)
         self.num_rounds += 1
-        model = copy.deepcopy(tiny_llama()).to(self.dtype)
+        model = own_llama().to(self.dtype)
         model.load_state_dict(self.model.state_dict())
         fuse(model, self.fp32_activations)
         trace_after(model, torch.inf)
-        self.fresh, self.expected = model, [ids(model, prompt) for prompt in PROMPTS]
+        self.fresh, self.expected = model, [ids_of(model, prompt) for prompt in PROMPTS]
         self.is_over = time.monotonic() > self.end or bool(self.faults)
 
     def decode(self, number):
@@ -105,8 +92,8 @@ class Trial:
             try:
                 if own.random() < 0.1:
                     fuse(self.model)
-                which, how = own.randrange(len(PROMPTS)), own.choice(STRATEGIES)
-                found = ids(self.model, PROMPTS[which], **how)
+                which, how = own.randrange(len(PROMPTS)), own.choice([*WAYS.values()])
+                found = ids_of(self.model, PROMPTS[which], **how)
                 if found != self.expected[which] and not self.is_near_tie(which, found):
                     self.faults.append(f"round {self.num_rounds}: {how} {found} != {self.expected[which]}")
             except Exception:
@@ -128,21 +115,25 @@ class Trial:
         return self.faults
 
 
-class Turns:
-    """Events that threads wait for, in the order that a test needs. Each is waited for once and for half
-    a second: with locks, the other thread cannot get there.
+class Crowd:
+    """Counts the threads that are inside. The first one waits half a second for another one: with locks, no
+    other one gets there.
     """
 
     def __init__(self):
-        self._events, self._waited = defaultdict(threading.Event), set()
+        self.now = self.most = self.visits = 0
+        self._another, self._has_waited = threading.Event(), False
 
-    def reach(self, name):
-        self._events[name].set()
-
-    def wait(self, name):
-        if name not in self._waited:
-            self._waited.add(name)
-            self._events[name].wait(0.5)
+    def visit(self, *_, **__):
+        self.visits += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        if self.now > 1:
+            self._another.set()
+        elif not self._has_waited:
+            self._has_waited = True
+            self._another.wait(0.5)
+        self.now -= 1
 
 
 def run_all(*functions):
@@ -157,12 +148,16 @@ def never_packed(monkeypatch):
     monkeypatch.setattr(linear.Linear, "can_be_packed", False)
 
 
+def traced_llama():
+    model = own_llama(fused=True)
+    trace_after(model, 0)
+    return model
+
+
 @pytest.mark.usefixtures("never_packed")
 def test_a_trace_in_use_stays_as_it_is():
     """Guards against a trace that loses its weights, or gets others, while a generation runs it."""
-    model, prompt = copy.deepcopy(tiny_llama()), torch.tensor([PROMPTS[0]])
-    fuse(model)
-    trace_after(model, 0)
+    model, prompt = traced_llama(), torch.tensor([PROMPT])
 
     def step(runner, cache):
         cache.rollback(cache.length(0) - prompt.shape[1])
@@ -191,22 +186,11 @@ def test_one_thread_traces_at_a_time(monkeypatch):
     """Guards against global variables of `torch.jit.trace` that two threads write, and two traces of one
     range.
     """
-    model, turns, trace, num_inside = copy.deepcopy(tiny_llama()), Turns(), torch.jit.trace, [0, 0]
-    fuse(model)
-    trace_after(model, 0)
-
-    def traced(*args, **options):
-        num_inside[0] += 1
-        num_inside[1] = max(num_inside)
-        turns.reach(f"{num_inside[0]} are inside")
-        turns.wait("2 are inside")
-        num_inside[0] -= 1
-        return trace(*args, **options)
-
-    monkeypatch.setattr(torch.jit, "trace", traced)
-    found = run_all(*[lambda: ids(model, PROMPTS[0])] * 2)
-    assert found == [ids(copy.deepcopy(model), PROMPTS[0])] * 2
-    assert num_inside == [0, 1]
+    model, crowd = traced_llama(), Crowd()
+    watch(monkeypatch, torch.jit, "trace", crowd.visit)
+    found = run_all(*[lambda: ids_of(model)] * 2)
+    assert found == [ids_of(copy.deepcopy(model))] * 2
+    assert crowd.most == 1
     assert num_traces(model) == 1
 
 
@@ -215,20 +199,11 @@ def test_tracing_leaves_warnings_on(monkeypatch):
     """Guards against all warnings off: another thread's `catch_warnings`, which begins during a trace and
     ends after it, restores the filters of within.
     """
-    model, trace, others = copy.deepcopy(tiny_llama()), torch.jit.trace, warnings.catch_warnings()
-    began = []
-
-    def traced(*args, **options):
-        if not began:
-            began.append(others.__enter__())
-        return trace(*args, **options)
-
-    fuse(model)
-    trace_after(model, 0)
-    monkeypatch.setattr(torch.jit, "trace", traced)
+    model, others, began = traced_llama(), warnings.catch_warnings(), []
+    watch(monkeypatch, torch.jit, "trace", lambda *_, **__: began or began.append(others.__enter__()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ids(model, PROMPTS[0])
+        ids_of(model)
         others.__exit__()
         with pytest.raises(UserWarning, match="still shown"):
             warnings.warn("still shown", UserWarning, stacklevel=1)
@@ -236,37 +211,30 @@ def test_tracing_leaves_warnings_on(monkeypatch):
 
 def test_a_copy_is_made_once():
     """Guards against twice the memory and time when two threads first need a copy."""
-    turns, calls = Turns(), []
-    whole = linear.Linear(torch.nn.Linear(4, 4))
+    crowd, whole = Crowd(), linear.Linear(torch.nn.Linear(4, 4))
 
     def make():
-        calls.append(1)
-        turns.reach(f"{len(calls)} make it")
-        turns.wait("2 make it")
+        crowd.visit()
         return object()
 
     first, second = run_all(*[lambda: whole.cached_copy("key", make)] * 2)
     assert first is second
-    assert len(calls) == 1
+    assert crowd.visits == 1
 
 
 def test_statistics_change_for_one_thread_at_a_time():
     """Guards against a RuntimeError or a division by zero while another answer teaches times."""
-    turns, num_inside = Turns(), [0, 0]
+    crowd = Crowd()
 
     def grows(num_tokens):
-        num_inside[0] += 1
-        num_inside[1] = max(num_inside)
-        turns.reach(f"{num_inside[0]} are inside")
-        turns.wait("2 are inside")
-        num_inside[0] -= 1
+        crowd.visit()
         return float(num_tokens)
 
     stats = ArmStats(grows)
     one, other = AdaptivePolicy({}, 4, stats), AdaptivePolicy({}, 4, stats)
     outcome = RoundOutcome([""], [0], [[]], [0], [0], (0.0, 1.0))
     run_all(lambda: one.plan({}, [1]), lambda: other.learn(outcome))
-    assert num_inside == [0, 1]
+    assert crowd.most == 1
 
 
 @pytest.fixture

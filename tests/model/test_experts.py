@@ -1,7 +1,17 @@
 """Mixtures of experts: ids as by transformers, what passes cost, and what is refused by name."""
 
 import pytest
-from conftest import EOS, generate, in_batch, transformers_generate
+from conftest import (
+    ADAPTIVE,
+    COPY,
+    EOS,
+    LAYERS,
+    PROMPT,
+    generate,
+    ids_of,
+    in_batch,
+    transformers_generate,
+)
 from helpers import refused
 from test_llama_model_utils import OF_EXPERTS, family
 
@@ -16,12 +26,8 @@ from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.sources import LoadingError
 
 KINDS = [kind for kind, family in FAMILIES.items() if not family.has_copies]
-PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 6], [5, 9, 4, 5, 9, 4, 5, 9], [11, 12, 13]]
-DRAFTS = {
-    "autoregressive": {},
-    "self_speculative": {"exit_layer": 2, "num_speculations": 3, "prompt_lookup": 2},
-    "adaptive": {"prompt_lookup": 3},
-}
+PROMPTS = [PROMPT, [8, 6], [5, 9, 4, 5, 9, 4, 5, 9], [11, 12, 13]]
+WAYS = [{}, {**LAYERS, "prompt_lookup": 2}, {**ADAPTIVE, "prompt_lookup": 3}]
 
 
 def mixture(kind, **config):
@@ -39,18 +45,17 @@ def test_ids_of_transformers(kind):
     model = mixture(kind)
     expected = [transformers_generate(model, prompt, 20) for prompt in PROMPTS]
     requests = [Request(prompt, eos_token_ids=[EOS]) for prompt in PROMPTS]
-    for strategy, drafts in DRAFTS.items():
-        found = in_batch(model, requests, 3, strategy=strategy, max_steps=20, **drafts)
+    for way in WAYS:
+        found = in_batch(model, requests, 3, max_steps=20, **way)
         assert [found[row].predicted_tokens for row in range(4)] == expected
-        alone = generate(model, PROMPTS[2], strategy, max_steps=20, **drafts)
+        alone = generate(model, PROMPTS[2], max_steps=20, **way)
         assert alone.predicted_tokens == expected[2]
 
 
 def test_layers_without_experts():
     """Guards against a model that has experts in some layers only."""
     model = mixture("qwen3_moe", mlp_only_layers=[1])
-    result = generate(model, PROMPTS[0], max_steps=20, eos=[], **DRAFTS["self_speculative"])
-    assert result.predicted_tokens == transformers_generate(model, PROMPTS[0], 20, -1)
+    assert ids_of(model, **WAYS[1]) == transformers_generate(model, eos=-1)
 
 
 def test_estimated_costs_know_which_experts_a_pass_reads():
@@ -83,7 +88,7 @@ def test_copies_and_captured_passes_are_refused_by_name(kind):
     """
     model = mixture(kind)
     with pytest.raises(ValueError, match=f"draft_weights int4: there are no copies of a {kind} model"):
-        generate(model, PROMPTS[0], exit_layer=4, num_speculations=2, draft_weights="int4")
+        generate(model, PROMPTS[0], **COPY)
     with pytest.raises(ValueError, match=rf"compile True: not with a mixture of experts \({kind}\)"):
         capture_decoding(model)
 

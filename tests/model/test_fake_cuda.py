@@ -5,7 +5,6 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 """
 
 import contextlib
-import copy
 import math
 import random
 import sys
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import generate, strategy_name, tiny_llama
+from conftest import PROMPT, WAYS, config_of, generate, ids_of, own_llama, scheduler_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -23,14 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
 
-from self_speculation import (
-    GenerationConfig,
-    LoadingOptions,
-    Request,
-    Sampler,
-    load_model_and_tokenizer,
-    make_strategy,
-)
+from self_speculation import LoadingOptions, Request, Sampler, load_model_and_tokenizer, make_strategy
 from self_speculation import self_speculation_generator as generator
 from self_speculation.model import captured_runner
 from self_speculation.model.attention import AttentionKernel
@@ -39,7 +31,6 @@ from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.runners import make_runner
 from self_speculation.model.traced_runner import trace_after
-from self_speculation.scheduler import Scheduler
 from self_speculation.transfers import Reading, on_device
 
 DEVICE = "cuda:0"
@@ -231,38 +222,21 @@ def cuda(monkeypatch):
         yield make
 
 
-PATHS = {
-    "autoregressive": {},
-    "early exit": {"exit_layer": 2},
-    "self-speculative": {"exit_layer": 2, "num_speculations": 5},
-    "wide": {"exit_layer": 1, "num_speculations": NARROW + 4},
-    "lookups": {"exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3},
-    "confidence": {"exit_layer": 2, "num_speculations": 5, "draft_confidence": 0.3},
-    "short vocabulary": {"exit_layer": 2, "num_speculations": 5, "draft_vocabulary": 9},
-    "adaptive": {"strategy": "adaptive"},
-    "int4": {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
-}
+PATHS = {**WAYS, "early exit": {"exit_layer": 2}}
 
 
 @pytest.mark.parametrize(
     ("path", "heads", "fused", "window"),
     [
-        *((path, HEADS[0 if path == "int4" else 1], True, None) for path in PATHS),
-        *(
-            (path, HEADS[1], False, None)
-            for path in ("autoregressive", "early exit", "self-speculative", "adaptive")
-        ),
+        *((path, HEADS[0 if "copy" in path else 1], True, None) for path in PATHS),
+        *((path, HEADS[1], False, None) for path in ("plain", "early exit", "layers", "adaptive")),
         # How drafts end or where they come from has little to do with layers.
         *(
             pytest.param(path, HEADS[1], False, None, marks=pytest.mark.slow)
-            for path in ("wide", "lookups", "confidence", "short vocabulary")
+            for path in ("wide", "n-grams", "confidence", "short head")
         ),
-        *(
-            (path, heads, True, None)
-            for path in ("self-speculative", "wide")
-            for heads in (HEADS[0], HEADS[2])
-        ),
-        *(("self-speculative", HEADS[1], fused, 5) for fused in (True, False)),
+        *((path, heads, True, None) for path in ("layers", "wide") for heads in (HEADS[0], HEADS[2])),
+        *(("layers", HEADS[1], fused, 5) for fused in (True, False)),
     ],
 )
 def test_every_path(cuda, path, heads, fused, window, monkeypatch):
@@ -270,20 +244,29 @@ def test_every_path(cuda, path, heads, fused, window, monkeypatch):
     and where rows differ in length and settings, end, make room for others, and take what others have left.
     """
     monkeypatch.setattr("self_speculation.scheduler.cache_fingerprint", lambda model: "of bits that are none")
-    name = strategy_name(PATHS[path])
-    how = {key: value for key, value in PATHS[path].items() if key != "strategy"}
-    config = GenerationConfig(max_steps=7, generation_strategy=name, reuse_cache=True, **how)
+    config = config_of(sample=True, max_steps=7, reuse_cache=True, **PATHS[path])
     own = [{"sample": False}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"max_steps": 3}]
     processors = [RepetitionPenaltyLogitsProcessor(1.2)]
     requests = [
         Request([5, 6, 7, *[8] * i, 9], processors * i, config=replace(config, **each))
         for i, each in enumerate(own)
     ]
-    num_layers = 4 if path == "int4" else 3
-    model, strategy = cuda(heads, fused, num_layers, window=window), make_strategy(name)
+    model = cuda(heads, fused, 4 if "copy" in path else 3, window=window)
+    strategy = make_strategy(config.generation_strategy)
     for batch_size in (1, 2, 2):
         results = dict(strategy.generate_batch(model, requests, config, batch_size))
     assert all(result.num_cached_tokens >= 3 for result in results.values())
+
+
+def rows_of(runner, lengths, depth):
+    """A cache with rows of such lengths, whose first layers have read their prompts."""
+    cache = runner.new_cache(30, max(lengths) + 70, len(lengths))
+    cache.set_rows([])
+    for row, length in enumerate(lengths):
+        prompt = torch.zeros(1, length, dtype=torch.long, device=DEVICE)
+        forward_early(runner, cache.prompt_view(row), prompt, depth, num_logits=0)
+        cache.add_row(length)
+    return cache
 
 
 @pytest.mark.parametrize("window", [None, 1000])
@@ -313,13 +296,8 @@ def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypa
     def called(lengths, *widths):
         """By passes over the prompts of such rows, and of such widths over all rows."""
         runner = make_runner(model)
-        cache = runner.new_cache(30, max(lengths) + 40, len(lengths))
         with torch.inference_mode(), Kernels() as ran:
-            cache.set_rows([])
-            for row, length in enumerate(lengths):
-                prompt = torch.zeros(1, length, dtype=torch.long, device=DEVICE)
-                forward_early(runner, cache.prompt_view(row), prompt, 1, num_logits=0)
-                cache.add_row(length)
+            cache = rows_of(runner, lengths, 1)
             for width in widths:
                 ids = torch.zeros(len(lengths), width, dtype=torch.long, device=DEVICE)
                 forward_early(runner, cache, ids, 1, num_logits=0)
@@ -351,14 +329,13 @@ def test_cudnn_is_disabled_for_layers_of_transformers(cuda, fused, monkeypatch):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_same_ids_by_flash_attention(groups, monkeypatch):
     """Guards against heads in another order, and against a mask that is missing or aligned otherwise."""
-    model = copy.deepcopy(
-        tiny_llama(num_attention_heads=2 * groups, hidden_size=48, max_position_embeddings=2048)
+    model = own_llama(
+        fused=True, num_attention_heads=2 * groups, hidden_size=48, max_position_embeddings=2048
     )
-    drafts = {"exit_layer": 2, "num_speculations": 5, "max_steps": 12, "eos": []}
-    prompts = [[5, 9, 4, 7, 7, 3], [5 + i % 40 for i in range(PREFILL_CHUNK + 37)]]
-    fuse(model)
+    drafts = {"exit_layer": 2, "num_speculations": 5, "max_steps": 12}
+    prompts = [PROMPT, [5 + i % 40 for i in range(PREFILL_CHUNK + 37)]]
     trace_after(model, math.inf)
-    expected = [generate(model, prompt, **drafts).predicted_tokens for prompt in prompts]
+    expected = [ids_of(model, prompt, **drafts) for prompt in prompts]
     lengths = []
 
     def attention(query, key, value, _, is_causal, scale):
@@ -371,7 +348,7 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
     flash = AttentionKernel.FLASH
     monkeypatch.setattr("self_speculation.model.model_runner.attention_kernel", lambda *_: flash)
     monkeypatch.setattr("self_speculation.model.attention.flash_attention", attention)
-    assert [generate(model, prompt, **drafts).predicted_tokens for prompt in prompts] == expected
+    assert [ids_of(model, prompt, **drafts) for prompt in prompts] == expected
     assert {(6, 6), (PREFILL_CHUNK, PREFILL_CHUNK), (37, PREFILL_CHUNK + 37)} < {*lengths}
     assert any(width == 6 and length > 6 for width, length in lengths)  # verifications
 
@@ -394,13 +371,8 @@ def test_work_of_a_fused_layer(cuda, heads, lengths, width, expected):
     keys: the host has no time for it. Counts one more layer in a pass over rows of such lengths.
     """
     runner, ran = ModelRunner(cuda(heads)), []
-    cache = runner.new_cache(30, 100, len(lengths))
     with torch.inference_mode():
-        cache.set_rows([])
-        for row, length in enumerate(lengths):
-            prompt = torch.zeros(1, length, dtype=torch.long, device=DEVICE)
-            forward_early(runner, cache.prompt_view(row), prompt, 4)
-            cache.add_row(length)
+        cache = rows_of(runner, lengths, 4)
         for depth in (1, 2):
             cache.set_rows(lengths)
             with Kernels() as counts:
@@ -422,10 +394,7 @@ def test_work_of_a_round(cuda, captured, monkeypatch):
     model = cuda((4, 4), num_layers=32)
     if captured:
         captured_runner.capture_decoding(model)
-    config = GenerationConfig(
-        max_steps=40, sample=False, generation_strategy="self_speculative", exit_layer=8, num_speculations=6
-    )
-    scheduler = Scheduler(make_strategy("self_speculative"), model, config, batch_size=1)
+    scheduler = scheduler_of(model, 1, max_steps=40, exit_layer=8, num_speculations=6)
     scheduler.add_request(0, Request([5] * 30))
     scheduler.step()
     replays.clear()

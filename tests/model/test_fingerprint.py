@@ -141,16 +141,10 @@ def test_weights_without_versions_or_memory(model):
     assert fingerprint(model.to("meta")) == fingerprint(model)
 
 
-@pytest.fixture
-def mesh(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-def test_a_sharded_weight_is_read_locally(model, mesh):
+@pytest.mark.usefixtures("one_rank")
+def test_a_sharded_weight_is_read_locally(model):
     """Guards against reading the parts of other ranks."""
-    head = model.lm_head
+    head, mesh = model.lm_head, init_device_mesh("cpu", (1,))
     head.weight = nn.Parameter(DTensor.from_local(head.weight.data, mesh, [Replicate()]))
     before = fingerprint(model)
     assert fingerprint(model) == before

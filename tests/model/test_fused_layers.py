@@ -10,8 +10,21 @@ from functools import partial
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from conftest import assert_close, generate, needs_onednn, tiny_llama, transformers_generate
+from conftest import (
+    ADAPTIVE,
+    COPY,
+    LAYERS,
+    PROMPT,
+    assert_close,
+    generate,
+    ids_of,
+    needs_onednn,
+    own_llama,
+    tiny_llama,
+    transformers_generate,
+)
 from safetensors.torch import load_model, save_model
+from test_runners import OF_WEIGHTS, heads_ablated, one_element, replaced_data
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -23,28 +36,13 @@ from self_speculation.model.fused_layers import bytes_made, fuse, fused_model
 from self_speculation.model.model_runner import ModelRunner, forward
 from self_speculation.model.quantized_layers import quantized
 
-PROMPT = [5, 9, 4, 7, 7, 3]
-INT4_DRAFTS = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"}
 packed_or_not = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_onednn)])
-
-
-def tokens(model, num_tokens=20, **config):
-    return generate(model, PROMPT, max_steps=num_tokens, eos=[], **config).predicted_tokens
 
 
 def fused(model):
     """[layers + 1] whether each layer and the head is fused."""
     parts, _ = fused_model(model)
     return [part in parts for part in (*model.model.layers, model.lm_head)]
-
-
-def fuse_and_pack(model, packed, monkeypatch):
-    """Fuse a model; if `packed`, it decodes by packed copies of its weights on every machine."""
-    if packed:
-        monkeypatch.setattr(linear, "_PACKED", dict.fromkeys((torch.float32, torch.bfloat16), range(1, 9)))
-    fuse(model)
-    assert_logits(model)
-    assert bytes_made(model) or not packed
 
 
 def assert_logits(model):
@@ -72,64 +70,19 @@ def test_weights_are_in_memory_once(model):
     assert joint.shape[0] == sum(len(projection.weight) for projection in projections)
 
 
-def assigned_and_trained(model):
-    """The parameters are made while the model decodes."""
-    model.load_state_dict(copy.deepcopy(tiny_llama()).state_dict(), assign=True)
-    tokens(model, 3)
-    ids = torch.tensor([PROMPT])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.requires_grad_()(ids, labels=ids).loss.backward()
-    assert not any(p.grad is None or p.is_inference() for p in model.parameters())
-    optimizer.step()
-
-
-def replaced_data(model):
-    model.model.layers[1].self_attn.q_proj.weight.data = torch.randn(32, 32)
-
-
-def heads_ablated(model):
-    """torch counts no version for this, nor for the next two."""
-    model.model.layers[1].self_attn.o_proj.weight.data[:, 16:].zero_()
-
-
-def other_rows_of_the_head(model):
-    model.lm_head.weight.data.copy_(model.lm_head.weight.data.flip(0).clone())
-
-
-def another_norm(model):
-    model.model.norm.weight.data[3].mul_(30)
-
-
-def replaced_activations(model):
-    for layer in model.model.layers:
-        layer.mlp.act_fn = nn.GELU()
-
-
-OF_WEIGHTS = [assigned_and_trained, replaced_data, heads_ablated, other_rows_of_the_head, another_norm]
-
-
-@packed_or_not
-@pytest.mark.parametrize("change", [*OF_WEIGHTS, replaced_activations])
-def test_current_weights_decode(model, change, packed, monkeypatch):
-    """Guards against a model that decodes with the weights or numbers it had when it was fused."""
-    fuse_and_pack(model, packed, monkeypatch)
-    before = tokens(model)
-    change(model)
-    assert all(fused(model))
-    assert_logits(model)
-    assert tokens(model) == transformers_generate(model, PROMPT, 20, -1) != before
-
-
 @packed_or_not
 def test_fuse_remakes_everything(model, packed, monkeypatch):
     """Guards against a copy that survives a change of one element, which no fingerprint sees."""
-    fuse_and_pack(model, packed, monkeypatch)
-    tokens(model, **INT4_DRAFTS)
-    before = [weakref.ref(part) for fused in fused_model(model)[0].values() for part in fused.linears]
-    model.model.layers[2].mlp.down_proj.weight.data[3, 5].add_(30)
+    if packed:
+        monkeypatch.setattr(linear, "_PACKED", {torch.float32: range(1, 9)})
     fuse(model)
     assert_logits(model)
-    assert tokens(model, **INT4_DRAFTS) == transformers_generate(model, PROMPT, 20, -1)
+    assert bytes_made(model) or not packed
+    ids_of(model, **COPY)
+    before = [weakref.ref(part) for fused in fused_model(model)[0].values() for part in fused.linears]
+    one_element(model)
+    assert_logits(model)
+    assert ids_of(model, **COPY) == transformers_generate(model, eos=-1)
     gc.collect()
     assert not any(part() for part in before)  # traces have let go of them, too
 
@@ -169,10 +122,10 @@ def test_unused_parts_are_freed(model):
     if a hook has the model.
     """
     fuse(model)
-    tokens(model, 3)
+    ids_of(model, max_steps=3)
     pruned = weakref.ref(model.model.layers[3])
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:3], 3
-    tokens(model, 6, strategy="adaptive", draft_weights="int4")
+    ids_of(model, max_steps=6, **ADAPTIVE, draft_weights="int4")
     gc.collect()
     assert pruned() is None
 
@@ -183,7 +136,7 @@ def test_unused_parts_are_freed(model):
         own = copy.deepcopy(model)
         fuse(own)
         change(own)
-        tokens(own, 6, exit_layer=2, num_speculations=3)
+        ids_of(own, max_steps=6, **LAYERS)
         whole = weakref.ref(own)
         del own
         gc.collect()
@@ -197,13 +150,13 @@ def test_inference_mode_and_autocast(model):
     with torch.inference_mode():
         made = type(model)(model.config).eval()
         made.load_state_dict(model.state_dict())
-    plain = tokens(model, 12)
+    plain = ids_of(model, max_steps=12)
     for each in (made, model):
         assert fuse(each) == 4
-        assert tokens(each, 12) == plain
+        assert ids_of(each, max_steps=12) == plain
         with torch.autocast("cpu", torch.bfloat16):
-            for drafts in ({}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}):
-                assert tokens(each, 12, **drafts) == plain
+            for drafts in ({}, LAYERS, ADAPTIVE):
+                assert ids_of(each, max_steps=12, **drafts) == plain
 
 
 class Adapter(nn.Linear):
@@ -303,8 +256,8 @@ def test_weights_are_packed_if_memory_has_room(model, monkeypatch):
 def test_all_weights_are_saved(model, by_transformers, tmp_path):
     """Guards against projections that share a storage: code that saves a model keeps only one of those."""
     fuse(model)
-    tokens(model, 4)
-    other = copy.deepcopy(tiny_llama(agreement="always"))
+    ids_of(model, max_steps=4)
+    other = own_llama(agreement="always")
     if by_transformers:
         model.save_pretrained(tmp_path)
         other = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -315,19 +268,12 @@ def test_all_weights_are_saved(model, by_transformers, tmp_path):
     assert all(torch.equal(other.state_dict()[name], weight) for name, weight in expected.items())
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("one_rank")
 def test_all_weights_are_trained(model):
     """Guards against weights that miss an update because a wrapper shards joint projections."""
     fuse(model)
-    tokens(model, 4)
-    reference, ids = copy.deepcopy(tiny_llama()), torch.tensor([PROMPT])
+    ids_of(model, max_steps=4)
+    reference, ids = own_llama(), torch.tensor([PROMPT])
     for layer in model.model.layers:
         torch.distributed.fsdp.fully_shard(layer)
     torch.distributed.fsdp.fully_shard(model)

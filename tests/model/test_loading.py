@@ -1,6 +1,5 @@
 """Loading a model, and the one line that explains why it cannot be loaded."""
 
-import copy
 import importlib
 import json
 import os
@@ -10,20 +9,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import assert_close, generate, tiny_llama, transformers_generate
+from conftest import assert_close, generate, generator_of, tiny_llama, transformers_generate
+from helpers import error_line
 from huggingface_hub import errors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import benchmark
-from runs.program import run
-from self_speculation import (
-    GenerationConfig,
-    HuggingfaceLlamaGenerator,
-    LoadingError,
-    LoadingOptions,
-    load_model_and_tokenizer,
-    make_strategy,
-)
+from self_speculation import GenerationConfig, LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model.families import context_length
 from self_speculation.model.fused_layers import fused_model
 from self_speculation.model.loading import default_model, load_config, resolve_dtype
@@ -37,11 +28,7 @@ def folder(model_folder, tmp_path):
 
 
 def refusal(model, **options):
-    with pytest.raises(LoadingError) as caught:
-        load_model_and_tokenizer(model, LoadingOptions(**options))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return error_line(LoadingError, load_model_and_tokenizer, model, LoadingOptions(**options))
 
 
 def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model):
@@ -253,30 +240,7 @@ def test_a_token_without_an_embedding_is_refused(model_folder):
     """
     model, tokenizer = load_model_and_tokenizer(str(model_folder))
     tokenizer.add_tokens(["<pad>"])
-    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("autoregressive"))
+    generator = generator_of(tokenizer, model)
     generator.generate("a man", GenerationConfig(max_steps=2))
     with pytest.raises(ValueError, match="but the model knows only"):
         generator.generate("a<pad>", GenerationConfig(max_steps=2))
-
-
-@pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative", "adaptive"])
-def test_logits_of_nan_are_an_error(strategy):
-    """Guards against any text: argmax takes NaN for the largest number, and sampling takes any token."""
-    model = copy.deepcopy(tiny_llama())
-    model.model.norm.weight.data[0] = torch.nan
-    layers = {"exit_layer": 2, "num_speculations": 2} if strategy == "self_speculative" else {}
-    for sample in (True, False):
-        with pytest.raises(FloatingPointError, match=r"not numbers \(NaN\)"):
-            generate(model, [5, 6], strategy, sample=sample, max_steps=4, **layers)
-
-
-def test_scripts_report_nan_in_one_line(folder, common, capsys):
-    """Guards against a traceback."""
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.3.mlp.down_proj.weight"][0, 0] = torch.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SystemExit) as end:
-        run(lambda: benchmark.main([*common, "--model", str(folder)]))
-    assert end.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("logits are not numbers (NaN): its weights are damaged, or need --dtype float32")

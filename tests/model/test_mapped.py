@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import generate, own_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -80,7 +80,7 @@ def test_a_packed_model_takes_no_memory_for_its_file(tmp_path):
     """Guards against four bytes per weight: a fingerprint would read the pages of the file again, and against
     weights that are copied out of it.
     """
-    tiny_llama.__wrapped__(vocab_size=1000).to(torch.bfloat16).save_pretrained(tmp_path)
+    own_llama(vocab_size=1000).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     places = [weight.data_ptr() for weight in model.parameters()]
     for _ in range(2):

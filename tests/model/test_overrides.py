@@ -1,20 +1,28 @@
 """Code around all layers changes a model's output and is refused by name; code in layers is followed."""
 
-import copy
 from types import MethodType
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
-from conftest import EOS, drained, generate, tiny_llama, transformers_generate
+from conftest import (
+    EOS,
+    LAYERS,
+    PROMPT,
+    drained,
+    generate,
+    ids_of,
+    own_llama,
+    scheduler_of,
+    tiny_llama,
+    transformers_generate,
+)
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from self_speculation import GenerationConfig, Request, make_strategy, self_speculative_generate
-from self_speculation.scheduler import Scheduler
+from self_speculation import Request, self_speculative_generate
 
-PROMPT = [5, 9, 4, 7, 7, 3]
 ADAPTIVE = {"custom_generate": self_speculative_generate, "generation_strategy": "adaptive"}
 
 
@@ -62,7 +70,7 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_code_around_all_layers_is_refused(change, message):
     """Guards against an output that silently differs from that of `generate`."""
-    model = copy.deepcopy(tiny_llama())
+    model = own_llama()
     change(model)
     with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor([PROMPT]), max_new_tokens=4, **ADAPTIVE)
@@ -82,16 +90,15 @@ def test_hooks_on_all_modules_are_refused():
 
 def test_each_request_checks_the_model():
     """Guards against a scheduler that checks its model only at first. Sequences in flight go on."""
-    model = copy.deepcopy(tiny_llama())
-    config = GenerationConfig(sample=False, max_steps=4)
-    scheduler = Scheduler(make_strategy("autoregressive"), model, config, 2)
+    model = own_llama()
+    scheduler = scheduler_of(model, 2, max_steps=4)
     scheduler.add_request("before", Request(PROMPT))
     scheduler.step()
     handle = model.register_forward_hook(other)
     scheduler.add_request("after", Request(PROMPT))
     handle.remove()
     results = drained(scheduler)
-    assert results["before"].predicted_tokens == generate(model, PROMPT, max_steps=4, eos=[]).predicted_tokens
+    assert results["before"].predicted_tokens == ids_of(model, max_steps=4)
     assert "has the hook other" in str(results["after"])
 
 
@@ -138,11 +145,11 @@ FOLLOWED = {
 @pytest.mark.parametrize("fused", [False, True])
 def test_code_in_layers_is_followed(change, fused):
     """Guards against a layer's hook that is ignored, and against refusing a model that accelerate placed."""
-    model = tiny_llama.__wrapped__(fused=fused)
+    model = own_llama(fused=fused)
     FOLLOWED[change](model)
     with torch.compiler.set_stance("force_eager"):  # compiling takes seconds
         expected = transformers_generate(model, PROMPT, 9)
-    for options in ({}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}):
+    for options in ({}, LAYERS, {"generation_strategy": "adaptive"}):
         assert generate(model, PROMPT, max_steps=9, eos=[EOS], **options).predicted_tokens == expected
     assert transformers_generate(model, PROMPT, 9, **ADAPTIVE) == expected
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import forks
 import pytest
 from conftest import ROOT
+from helpers import error_line
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 
@@ -60,9 +61,8 @@ def test_impossible_quantisations_are_refused(model_folder, tmp_path, monkeypatc
     """Guards against an ImportError, and against a flag that transformers ignores with a warning."""
 
     def refusal(model, quantization):
-        with pytest.raises(LoadingError) as error:
-            load_model_and_tokenizer(str(model), LoadingOptions(quantization=quantization))
-        return str(error.value)
+        options = LoadingOptions(quantization=quantization)
+        return error_line(LoadingError, load_model_and_tokenizer, str(model), options)
 
     find_spec = "self_speculation.model.loading.importlib.util.find_spec"
     monkeypatch.setattr(find_spec, lambda name: None)

@@ -6,15 +6,14 @@ on them.
 
 import pytest
 import torch
-from conftest import assert_close, generate, tiny_llama, transformers_generate
-from helpers import refused
-from int4_layout import unpacked
+from conftest import COPY, PROMPT, assert_close, generate, own_llama, tiny_llama, transformers_generate
+from helpers import SPECULATION, refused
+from test_kernels import unpacked
 from test_llama_model_utils import family
 from torch import nn
 
 import benchmark
 import correctness
-import generate as generate_script
 import sweep
 from self_speculation.model import int4_linear, quantized_layers
 from self_speculation.model.families import FAMILIES
@@ -22,16 +21,9 @@ from self_speculation.model.fused_layers import bytes_made, fuse, fused_model
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kernels import Int4Kernel, int4_kernel
 from self_speculation.model.linear import Float16Linear, works
-from self_speculation.model.loading import default_model, load_model_and_tokenizer
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import head_format, quantized
 
-PROMPT = [5, 9, 4, 7, 7, 3]
-DRAFTS = {"exit_layer": 4, "num_speculations": 2, "draft_weights": "int4"}
-SPECULATION = [
-    "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3",
-    "--draft_weights", "int4",
-]  # fmt: skip
 CPU = torch.device("cpu")
 needs_own_kernel = pytest.mark.skipif(int4_kernel().variant is None, reason=str(int4_kernel()))
 
@@ -125,7 +117,7 @@ def test_the_layout_of_a_gpu(monkeypatch):
 
 def test_copies_are_made_once():
     """Guards against a new copy for each generation."""
-    model = tiny_llama.__wrapped__(fused=True)
+    model = own_llama(fused=True)
     runner = ModelRunner(model)
     twin = quantized(runner, 3)
     assert len(twin.layers) == 3
@@ -138,7 +130,7 @@ def test_copies_are_made_once():
 @pytest.mark.skipif(not works(Float16Linear, CPU, torch.float32), reason="no kernel here")
 def test_formats_of_the_head(monkeypatch):
     """Guards against a copy without the bias, and against one that is slower than the model's own head."""
-    model = tiny_llama.__wrapped__()
+    model = own_llama()
     model.lm_head.bias = nn.Parameter(torch.randn(50))
     fuse(model)
     runner, hidden = ModelRunner(model), torch.randn(3, 32)
@@ -155,19 +147,19 @@ def test_formats_of_the_head(monkeypatch):
         head_format(CPU, torch.float32)
 
 
-def test_at_full_depth_drafts_are_mostly_right():
+def test_at_full_depth_drafts_are_mostly_right(bundled):
     """Guards against copies that guess worse than four bits allow. The model is trained: the two best tokens
     of a random one are too close.
     """
-    model, tokenizer = load_model_and_tokenizer(default_model())
+    model, tokenizer = bundled
     prompt = tokenizer.encode("def parse_header(line):\n")
-    how = {**DRAFTS, "exit_layer": model.config.num_hidden_layers, "num_speculations": 4}
+    how = {**COPY, "exit_layer": model.config.num_hidden_layers}
     assert generate(model, prompt, max_steps=80, eos=[], **how).acceptance_rate > 0.8
 
 
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
     """Guards against a machine that swaps because copies fill its memory."""
-    model = tiny_llama.__wrapped__(num_layers=3, fused=True)
+    model = own_llama(3, fused=True)
     quantized(ModelRunner(model), 2)
     needed = bytes_made(model) - bytes_made(model, for_drafts=False)
     fuse(model)
@@ -200,7 +192,7 @@ def test_a_copy_of_every_family(model_type):
     """
     model = in_sixteen_steps(family(model_type, num_hidden_layers=2).float())
     expected = transformers_generate(model, PROMPT, 12, eos=-1)
-    result = generate(model, PROMPT, max_steps=12, eos=[], **{**DRAFTS, "exit_layer": 2})
+    result = generate(model, PROMPT, max_steps=12, eos=[], **{**COPY, "exit_layer": 2})
     assert result.predicted_tokens == expected
     assert result.acceptance_rate > 0.7
     copied = {name for name, module in model.named_modules() if type(module) is nn.Linear} - {"lm_head"}
@@ -216,7 +208,7 @@ def test_a_copy_of_transformers_layers_follows_their_weights():
     model = in_sixteen_steps(family("olmo2", num_hidden_layers=2).float())
 
     def drafted():
-        return generate(model, PROMPT, max_steps=12, eos=[], **{**DRAFTS, "exit_layer": 2})
+        return generate(model, PROMPT, max_steps=12, eos=[], **{**COPY, "exit_layer": 2})
 
     def copies():
         return quantized(ModelRunner(model), 2).layers[0].linears
@@ -279,13 +271,10 @@ def test_layers_that_are_not_plain_have_no_copies(model_type, change, message):
         quantized(ModelRunner(model), 1)
 
 
-@pytest.mark.parametrize("script", [generate_script, benchmark, correctness, sweep])
+@pytest.mark.parametrize("script", [benchmark, correctness, sweep])
 def test_scripts_refuse_in_one_line(script, common, monkeypatch, capsys):
     """Guards against a traceback if a loaded model turns out to be too large to be copied."""
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: 0)
-    flags = {
-        generate_script: [*common[:2], "--prompt", "Once", *SPECULATION],
-        sweep: [*common, "--draft_weights", "int4", "--exit_layer_last", "2"],
-    }
-    line = refused(script.main, flags.get(script, [*common, *SPECULATION]), capsys)
+    own = ["--exit_layer_last", "2"] if script is sweep else SPECULATION
+    line = refused(script.main, [*common, *own, "--draft_weights", "int4"], capsys)
     assert "error: --draft_weights int4: takes" in line

@@ -6,7 +6,8 @@ that outputs do not depend on it.
 
 import pytest
 import torch
-from conftest import assert_close, generate, in_batch, tiny_llama
+from conftest import LAYERS, assert_close, config_of, generate, ids_of, in_batch, own_llama, tiny_llama
+from helpers import watch
 
 from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
@@ -19,15 +20,12 @@ from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.short_head import ShortHead, likely_ids, prefer_ids
 
 PROMPT = [45, 9, 44, 7, 7, 43]
-DRAFTS = {"exit_layer": 2, "num_speculations": 3, "max_steps": 40, "eos": []}
-
-
-fresh = tiny_llama.__wrapped__  # a model of its own
+DRAFTS = {**LAYERS, "max_steps": 40, "eos": []}
 
 
 def test_likely_ids_are_the_counted_and_then_the_first():
     """Guards against ids beyond the vocabulary."""
-    model = fresh()
+    model = own_llama()
     assert likely_ids(model, 3) == [0, 1, 2]
     prefer_ids(model, {40: 7, 2: 3, 30: 1, 99: 50, -1: 50})
     assert likely_ids(model, 2) == [2, 40]
@@ -36,9 +34,7 @@ def test_likely_ids_are_the_counted_and_then_the_first():
 
 def test_rows_are_copied_once(monkeypatch):
     """Guards against new copies for each answer, and against a copy in four bits of the whole head."""
-    model, copied = fresh(fused=True), []
-    select_rows = Linear.select_rows
-    monkeypatch.setattr(Linear, "select_rows", lambda self, ids: copied.append(ids) or select_rows(self, ids))
+    model, copied = own_llama(fused=True), watch(monkeypatch, Linear, "select_rows")
     for weights in ("exact", "int4", "int4"):
         generate(model, PROMPT, draft_vocabulary=12, draft_weights=weights, **DRAFTS)
     assert len(copied) == 1
@@ -50,7 +46,7 @@ def test_rows_are_copied_once(monkeypatch):
 
 def test_rows_of_a_plain_head_are_copied_once():
     """Guards against new copies for each answer of a model that is not fused."""
-    runner = ModelRunner(fresh())
+    runner = ModelRunner(own_llama())
     heads = [ShortHead(runner, 12) for _ in range(2)]
     assert heads[0].linears[0] is heads[1].linears[0]
 
@@ -58,7 +54,7 @@ def test_rows_of_a_plain_head_are_copied_once():
 @pytest.mark.parametrize("fused", [False, True])
 def test_rows_follow_the_weights(fused):
     """Guards against drafts by rows of an earlier head."""
-    model = fresh(agreement="always", exit_layer=2, fused=fused)
+    model = own_llama(agreement="always", exit_layer=2, fused=fused)
     first = generate(model, PROMPT, draft_vocabulary=49, **DRAFTS)
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
@@ -94,7 +90,7 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
     that are not read.
     """
     torch.manual_seed(0)
-    model = fresh()
+    model = own_llama()
     model.lm_head.bias = torch.nn.Parameter(torch.randn(50))
     if fused:
         fuse(model)
@@ -119,7 +115,7 @@ def test_the_best_ids_in_four_bits_have_the_logits_of_the_whole_head():
     against biases of other ids, and against rows of a batch that get each other's.
     """
     torch.manual_seed(0)
-    model = fresh()
+    model = own_llama()
     model.lm_head.bias = torch.nn.Parameter(torch.randn(50))
     fuse(model)
     prefer_ids(model, {49: 2, 48: 1})
@@ -136,7 +132,7 @@ def test_the_best_ids_in_four_bits_have_the_logits_of_the_whole_head():
 
 def test_a_row_knows_its_own_ids_alone():
     """Guards against drafts that depend on other rows, also after rows move, leave or join."""
-    head = ShortHead(ModelRunner(fresh()), 3)
+    head = ShortHead(ModelRunner(own_llama()), 3)
     likely, first, second, third = [0, 1, 2], sequence(7, 9), sequence(9, 30), sequence(41)
     with torch.inference_mode():
         head.seen.read([first, second])
@@ -155,7 +151,7 @@ def test_a_row_knows_its_own_ids_alone():
 
 def test_each_position_of_a_text_knows_the_ids_before_it():
     """Guards against a predicted sweep whose drafts know later ids."""
-    head = ShortHead(ModelRunner(fresh()), 3)
+    head = ShortHead(ModelRunner(own_llama()), 3)
     with torch.inference_mode():
         head.seen.read_text([9, 7, 1, 30, 9], 3)
         assert known(head, 3) == [[0, 1, 2, 7, 9], [0, 1, 2, 7, 9, 30], [0, 1, 2, 7, 9, 30]]
@@ -171,7 +167,7 @@ def test_a_row_with_many_new_ids_has_all_rows(weights, monkeypatch):
     """Guards against a row that gets the ids of its neighbours, against one that keeps all rows once its text
     is an ordinary one again, and against ids in four bits of which another one is the best.
     """
-    runner = ModelRunner(fresh(fused=True))
+    runner = ModelRunner(own_llama(fused=True))
     config = GenerationConfig(generation_strategy="adaptive", draft_weights=weights)
     head = DraftContext(runner, config).drafter(4).head
     assert isinstance(head, FusedHead)  # by default a small vocabulary is whole
@@ -203,7 +199,7 @@ def test_texts_of_other_ids_are_drafted(monkeypatch):
     monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
     monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.0)
     monkeypatch.setattr(short_head, "_WORTH_COPYING", 40)
-    model = fresh(agreement="always", exit_layer=0)
+    model = own_llama(agreement="always", exit_layer=0)
     with torch.no_grad():  # the token after i is i + 1
         model.lm_head.weight.copy_(torch.nn.functional.normalize(model.model.embed_tokens.weight).roll(1, 0))
     fuse(model)
@@ -227,7 +223,7 @@ def test_rows_of_seen_ids_are_limited(monkeypatch):
     learning ids because rows of ended sequences stay.
     """
     monkeypatch.setattr(short_head, "_MOST_SEEN", 4)
-    head = ShortHead(ModelRunner(fresh()), 3)
+    head = ShortHead(ModelRunner(own_llama()), 3)
     first, second = sequence(10, 11, 22), sequence(12, 20, 21, 22)
     with torch.inference_mode():
         head.seen.read([first, second])
@@ -238,8 +234,8 @@ def test_rows_of_seen_ids_are_limited(monkeypatch):
 
 def test_ids_of_the_prompt_can_be_drafted():
     """Guards against a short head that never drafts a name of the prompt."""
-    model = fresh(agreement="always", exit_layer=2)
-    plain = generate(model, PROMPT, max_steps=40, eos=[]).predicted_tokens
+    model = own_llama(agreement="always", exit_layer=2)
+    plain = ids_of(model, PROMPT, max_steps=40)
     result = generate(model, [*plain, *PROMPT], draft_vocabulary=1, **DRAFTS)
     assert result.num_accepted > 10
 
@@ -248,11 +244,11 @@ def test_a_head_is_short_by_default_where_that_saves_time(monkeypatch):
     """Guards against drafts that read 150,000 rows per token, and against a short head that saves nothing:
     beside many layers, in a small vocabulary, or for the model's own exits.
     """
-    model = fresh(fused=True)
+    model = own_llama(fused=True)
 
     def vocabulary(**config):
-        asked = {"exit_layer": 4, "num_speculations": 3, "generation_strategy": "self_speculative", **config}
-        return DraftContext(ModelRunner(model), GenerationConfig(**asked)).draft_vocabulary
+        asked = config_of(**{"exit_layer": 4, "num_speculations": 3, **config})
+        return DraftContext(ModelRunner(model), asked).draft_vocabulary
 
     assert vocabulary(draft_weights="int4") is None
     monkeypatch.setattr("self_speculation.model.quantized_layers.works", lambda *_: True)
@@ -272,9 +268,8 @@ def test_a_head_of_another_class_stays_whole(monkeypatch):
     """
     monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
     monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.0)
-    model = fresh()
+    model = own_llama()
     model.lm_head.__class__ = type("Part", (torch.nn.Linear,), {})
     with pytest.raises(ValueError, match="draft_vocabulary 8: needs the whole head"):
         generate(model, PROMPT, draft_vocabulary=8, **DRAFTS)
-    result = generate(model, PROMPT, "adaptive", max_steps=20, eos=[])
-    assert result.predicted_tokens == generate(fresh(), PROMPT, max_steps=20, eos=[]).predicted_tokens
+    assert ids_of(model, generation_strategy="adaptive") == ids_of(tiny_llama())

@@ -3,12 +3,11 @@
 import inspect
 
 import pytest
-from conftest import generate, in_batch, transformers_generate
+from conftest import ADAPTIVE, LAYERS, answer_of, ids_of, in_batch, transformers_generate
 from test_llama_model_utils import family, pieces_match_the_whole
 from transformers import CONFIG_MAPPING
 
-from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.generator_base import single_result
+from self_speculation import Request, make_strategy
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.families import FAMILIES, attention_types
 from self_speculation.model.fused_layers import fuse
@@ -20,8 +19,7 @@ SETTINGS = {
     "sliding_window": WINDOW, "use_sliding_window": True,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
-LAYERS = {"exit_layer": 2, "num_speculations": 4}
-STRATEGIES = [{}, {**LAYERS, "prompt_lookup": 2}, {"strategy": "adaptive"}]
+WAYS = [{}, {**LAYERS, "prompt_lookup": 2}, ADAPTIVE]
 PROMPTS = [[5 + 7 * i % 50 for i in range(length)] for length in (3, 40, WINDOW)]
 
 
@@ -42,10 +40,10 @@ def windowed(model_type, attention="sdpa"):
     return family(model_type, attention, **settings(model_type))
 
 
-def gives_ids_of_transformers(model, strategies=STRATEGIES, batch_size=2, max_steps=MAX_STEPS):
+def gives_ids_of_transformers(model, ways=WAYS, batch_size=2, max_steps=MAX_STEPS):
     expected = [transformers_generate(model, prompt, max_steps, eos=-1) for prompt in PROMPTS]
     fuse(model)
-    for how in strategies:
+    for how in ways:
         results = in_batch(model, map(Request, PROMPTS), batch_size, max_steps=max_steps, **how)
         assert [results[row].predicted_tokens for row in range(len(PROMPTS))] == expected
 
@@ -87,8 +85,8 @@ def test_settings_of_another_family():
     kept = {"sliding_window": WINDOW, "layer_types": ["sliding_attention"] * 4, "num_experts_per_tok": 2}
     model = family("llama", **kept)
     pieces_match_the_whole(model)
-    expected = transformers_generate(model, PROMPTS[1], MAX_STEPS, eos=-1, use_cache=False)
-    assert generate(model, PROMPTS[1], "adaptive", (), max_steps=MAX_STEPS).predicted_tokens == expected
+    expected = transformers_generate(model, PROMPTS[1], eos=-1, use_cache=False)
+    assert ids_of(model, PROMPTS[1], **ADAPTIVE) == expected
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -98,11 +96,9 @@ def test_another_window_discards_what_was_kept(captured, request):
     if captured:
         request.getfixturevalue("graphs")
         capture_decoding(model)
-    config = GenerationConfig(max_steps=6, sample=False, reuse_cache=True)
     for window in (WINDOW, 20, 20):
         model.config.sliding_window = window
-        results = strategy.generate_batch(model, [Request(PROMPTS[1])], config, 1)
-        answer = single_result(results)
+        answer = answer_of(strategy, model, Request(PROMPTS[1]), max_steps=6, reuse_cache=True)
         expected = transformers_generate(model, PROMPTS[1], 6, eos=-1)
         assert answer.predicted_tokens == expected
     assert answer.num_cached_tokens == len(PROMPTS[1]) - 1

@@ -6,7 +6,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import assert_close, generate, in_batch, needs_fbgemm, tiny_llama
+from conftest import (
+    COPY,
+    WAYS,
+    assert_close,
+    config_of,
+    generate,
+    ids_of,
+    in_batch,
+    needs_fbgemm,
+    own_llama,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_llama_model_utils import family
@@ -25,21 +35,13 @@ from self_speculation.model.fused_layers import activation_dtype, fuse
 from self_speculation.model.model_runner import ModelRunner, forward
 
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
-INT4_DRAFTS = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"}
-DRAFTS = [
-    {},
-    {"exit_layer": 2},
-    {"exit_layer": 2, "num_speculations": 3},
-    {"exit_layer": 3, "num_speculations": 4, "prompt_lookup": 2, "draft_confidence": 0.3},
-    INT4_DRAFTS,
-    {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20},
-]
+ALL_WAYS = {**WAYS, "early exit": {"exit_layer": 2}}
 pytestmark = needs_fbgemm
 
 
 def pair(dtype):
     """A W16A32 model, and one in float32 of the same weights, by transformers' layers."""
-    model = copy.deepcopy(tiny_llama()).half().to(dtype)
+    model = own_llama().half().to(dtype)
     exact = copy.deepcopy(model).float()
     assert fuse(model, fp32_activations=True) == 4
     return model, exact
@@ -86,17 +88,17 @@ shared_pair = functools.cache(pair)
 @settings(max_examples=20)
 @given(
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    drafts=st.sampled_from(DRAFTS),
+    way=st.sampled_from(sorted(ALL_WAYS)),
     prompt=st.sampled_from(PROMPTS),
     max_steps=st.integers(1, 24),
     batch_size=st.sampled_from([1, 3]),
 )
-def test_the_output_is_that_of_float32_with_any_drafts(dtype, drafts, prompt, max_steps, batch_size):
+def test_the_output_is_that_of_float32_with_any_drafts(dtype, way, prompt, max_steps, batch_size):
     """Guards against near-ties as wide as those of 16 bits: drafts would change greedy outputs."""
     model, exact = shared_pair(dtype)
     requests = [Request(each) for each in (prompt, *PROMPTS[: batch_size - 1])]
-    depth = {"exit_layer": 2} if drafts == {"exit_layer": 2} else {}
-    found = in_batch(model, requests, batch_size, max_steps=max_steps, **drafts)
+    depth = ALL_WAYS[way] if way == "early exit" else {}
+    found = in_batch(model, requests, batch_size, max_steps=max_steps, **ALL_WAYS[way])
     expected = in_batch(exact, requests, 1, max_steps=max_steps, **depth)
     for index in range(batch_size):
         assert found[index].predicted_tokens == expected[index].predicted_tokens
@@ -124,8 +126,7 @@ def test_progress_is_shown(models):
 
     with progress.shown_by(bar):
         fuse(models[0])
-        config = GenerationConfig(generation_strategy="self_speculative", **INT4_DRAFTS)
-        make_strategy("self_speculative").prepare(models[0], config)
+        make_strategy("self_speculative").prepare(models[0], config_of(**COPY))
     assert [title for title, *_ in shown] == ["packing weights", "copies for drafts, int4"]
     assert all(sum(done) == num_bytes > 0 for _, num_bytes, done in shown)
 
@@ -144,11 +145,10 @@ def test_weights_beyond_float16_are_refused(models, value):
 
 def test_drafts_may_have_weights_beyond_float16():
     """Guards against a float32 model that is refused because a copy for drafts cannot hold a weight."""
-    model = copy.deepcopy(tiny_llama(hidden_size=64))
+    model = own_llama(hidden_size=64)
     model.lm_head.weight.data[3, 3] = 1e5
     fuse(model)
-    expected = generate(model, PROMPTS[0], max_steps=12, eos=[]).predicted_tokens
-    assert generate(model, PROMPTS[0], max_steps=12, eos=[], **INT4_DRAFTS).predicted_tokens == expected
+    assert ids_of(model) == ids_of(model, **COPY)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def folder(byte_tokenizer, tmp_path):
     """Saves a model and its tokenizer."""
 
     def save(dtype=torch.bfloat16, largest=1.0):
-        model = copy.deepcopy(tiny_llama(vocab_size=len(byte_tokenizer)))
+        model = own_llama(vocab_size=len(byte_tokenizer))
         model.model.layers[0].mlp.up_proj.weight.data[0, 0] = largest
         byte_tokenizer.save_pretrained(tmp_path)
         model.to(dtype).save_pretrained(tmp_path)

@@ -4,13 +4,12 @@ import copy
 import re
 
 import pytest
-from conftest import EOS
+from conftest import EOS, config_of, generator_of
 from helpers import watch
 from thinkers import QWEN3, TAGS, Teller, thinking_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from runs.conversation import Conversation
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
 
@@ -23,8 +22,8 @@ def turns(byte_tokenizer, text_model, monkeypatch):
         monkeypatch.setattr(byte_tokenizer, "chat_template", template)
         tokenizer, special = copy.deepcopy(byte_tokenizer), [("<s>", byte_tokenizer.bos_token_id)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=special)
-        generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
-        config = GenerationConfig(sample=False, max_steps=12, stop_token_ids=[EOS])
+        generator = generator_of(tokenizer, text_model)
+        config = config_of(max_steps=12, stop_token_ids=[EOS])
         talk = Conversation(generator, config, "none", chat=True)
         seen = watch(monkeypatch, generator, "generate")
         for prompt in prompts:
@@ -56,7 +55,7 @@ def test_earlier_thinking_comes_back_if_the_template_asks(byte_tokenizer, capsys
     """Guards against thinking that stays in the history because its tokens are kept."""
     block = f"{TAGS[0]}\n{thought}\n{TAGS[1]}\n\n"
     teller = Teller(thinking_tokenizer(byte_tokenizer, QWEN3), text=f"{block}u</s>")
-    talk = Conversation(teller, GenerationConfig(sample=False), "none", chat=True, template_kwargs=kwargs)
+    talk = Conversation(teller, config_of(), "none", chat=True, template_kwargs=kwargs)
     talk.answer("Who?")
     printed = capsys.readouterr()
     assert printed.out == "u\n"

@@ -8,8 +8,8 @@ import pandas
 import pytest
 import torch
 import yaml
-from conftest import ROOT, assert_close, tiny_llama
-from helpers import refused, run_program, watch, write_rows
+from conftest import ROOT, assert_close, generator_of, own_llama
+from helpers import SPECULATION, refused, run_program, watch, write_rows
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
 from measures.harness_model import HarnessModel
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse, make_strategy
+from self_speculation import GenerationConfig, fuse
 from self_speculation.model.linear import Float16Linear, works
 
-SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 ALL = "functions,lines,text"
 ANSWERED = [0, 2, 3, 4, 5]
 
@@ -279,19 +278,17 @@ def test_the_tasks_of_the_repository(model_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("depth", [-1, 2])
 def test_likelihoods_of_weights_in_16_bits_are_those_of_float32(depth, byte_tokenizer):
     """Guards against log-likelihoods by transformers' layers, which round to 16 bits."""
-    model = copy.deepcopy(tiny_llama(vocab_size=len(byte_tokenizer))).to(torch.float16)
+    model = own_llama(vocab_size=len(byte_tokenizer)).to(torch.float16)
     exact = copy.deepcopy(model).float()
     if not works(Float16Linear, torch.device("cpu"), torch.float32):
         pytest.skip("torch without FBGEMM")
     fuse(model, fp32_activations=True)
     assert fuse(model) == 4  # which changes nothing
-    strategy = make_strategy("autoregressive")
-    config = GenerationConfig(exit_layer=depth, generation_strategy="autoregressive")
+    config = GenerationConfig(exit_layer=depth)
     ids = torch.tensor([[5, 9, 4, 7], [3, 8, 0, 0]])
     asked = []
     for each in (model, exact):
-        generator = HuggingfaceLlamaGenerator(byte_tokenizer, each, strategy)
-        asked.append(HarnessModel(generator, config, seed=1)._model_call(ids))
+        asked.append(HarnessModel(generator_of(byte_tokenizer, each), config, seed=1)._model_call(ids))
     assert asked[0].dtype == torch.float32
     assert_close(asked[0][0], asked[1][0], roundings=200)
     assert_close(asked[0][1, :2], asked[1][1, :2], roundings=200)

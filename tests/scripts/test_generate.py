@@ -16,11 +16,11 @@ import pexpect
 import pexpect.fdpexpect
 import pytest
 from conftest import ROOT
+from helpers import SPECULATION
 
 import generate
 from self_speculation import HuggingfaceLlamaGenerator
 
-SPECULATIVE = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 GREEDY = ["--sample", "False", "--max_steps", "20"]
 
 
@@ -96,7 +96,7 @@ def test_every_strategy_and_streamer_prints_the_same_answer(said, streamer):
     assert len(plain.stdout) > 20
     assert "20 tokens in" in plain.stderr
     assert not re.search("acceptance|early exit", plain.stderr)
-    other = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--streamer", streamer, "--compare")
+    other = said("--prompt", "def add", *GREEDY, *SPECULATION, "--streamer", streamer, "--compare")
     assert re.search(r"  without streaming: .* \([\d.]+-[\d.]+\)\n$", other.stderr)
     assert other.stdout == plain.stdout
     assert all(f in other.stderr for f in ("acceptance rate", "mean accepted length", "prefill"))
@@ -138,7 +138,7 @@ def test_a_comparison_needs_turns_that_agree(ours, verdict, said, monkeypatch):
         return SimpleNamespace(generation_strategy_result=SimpleNamespace(decode_tokens_per_second=speed))
 
     monkeypatch.setattr(HuggingfaceLlamaGenerator, "generate", timed)
-    result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
+    result = said("--prompt", "def add", *GREEDY, *SPECULATION, "--compare", "True")
     assert result.returncode == (130 if verdict == "interrupted" else 0)
     assert result.stderr.splitlines()[-1] == f"  without streaming: {verdict}"
 
@@ -181,7 +181,7 @@ def test_slow_work_before_the_first_token_is_named(said, monkeypatch):
     """Guards against seconds in which nothing seems to happen, and a line about work that takes no time."""
     for silence, is_named in ((0.0, True), (forks.HANGS, False)):
         monkeypatch.setattr("runs.status._SILENCE", silence)
-        stderr = said("--prompt", "def", *GREEDY, *SPECULATIVE, "--draft_weights", "int4").stderr
+        stderr = said("--prompt", "def", *GREEDY, *SPECULATION, "--draft_weights", "int4").stderr
         assert ("preparing the layers that draft" in stderr) == is_named
         line = r"^copies for drafts take \d\.\d\d GiB, multiplied by (own|torch's) kernel \(.+\)$"
         assert re.search(line, stderr, re.MULTILINE)
@@ -205,7 +205,7 @@ def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):
     """Guards against errors that end a conversation, a slash that is always a command, text that is lost
     while the model loads, and keys that are read during an answer.
     """
-    child = talk("--chat", "True", *GREEDY, *SPECULATIVE, "--streamer", "speculative")
+    child = talk("--chat", "True", *GREEDY, *SPECULATION, "--streamer", "speculative")
     child.send("hi\rsame breath\r")  # while it loads
     child.expect("Enter sends it")
     sizes = []

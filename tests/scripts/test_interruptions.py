@@ -13,7 +13,17 @@ from unittest.mock import Mock
 import forks
 import pytest
 from conftest import ROOT
-from helpers import about, no_calibration, no_pictures, only_run, refused, run_program, small_run, untimed
+from helpers import (
+    SPECULATION,
+    about,
+    no_calibration,
+    no_pictures,
+    only_run,
+    refused,
+    run_program,
+    small_run,
+    untimed,
+)
 
 import benchmark
 import correctness
@@ -22,7 +32,6 @@ from runs import records
 from runs.records import _write as write_record
 
 DRAFTS = ["--exit_layer", "2", "--num_speculations", "3"]
-SPECULATION = ["--generation_strategy", "self_speculative", *DRAFTS]
 GRID = ["--sample", "False", "--exit_layer_last", "2", "--num_speculations_last", "3"]
 
 

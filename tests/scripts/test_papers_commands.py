@@ -9,7 +9,7 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 from conftest import tiny_llama
-from helpers import no_calibration, no_pictures
+from helpers import no_calibration, no_pictures, write_rows
 from lm_eval.tasks import TaskManager
 
 COMMANDS = """
@@ -44,7 +44,7 @@ def hub_dataset(folder, config, rows):
     card = {"configs": [{"config_name": config, "data_files": splits}]}
     (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
     for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{split}.jsonl", rows)
 
 
 @pytest.fixture(scope="module")

@@ -8,30 +8,19 @@ import time
 import forks
 import psutil
 import pytest
-from conftest import ROOT, tiny_llama
-from helpers import TORCHRUN, run_program, small_run, write_program
+from conftest import ROOT, config_of, generator_of, tiny_llama
+from helpers import TORCHRUN, error_line, run_program, small_run, write_program
 
 from arguments import ModelArguments
-from self_speculation import (
-    GenerationConfig,
-    HuggingfaceLlamaGenerator,
-    LoadingError,
-    LoadingOptions,
-    Request,
-    load_model_and_tokenizer,
-    make_strategy,
-)
+from self_speculation import LoadingError, LoadingOptions, Request, load_model_and_tokenizer
 
-CASES = {
-    "full depth": {},
+CASES = {  # exchanges depend on the strategy, on who draws, and on what rows need after a pass
     "early exit": {"exit_layer": 2},
-    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
-    "speculative": {"exit_layer": 2, "num_speculations": 3},
+    "sampled": {"sample": True, "no_repeat_ngram_size": 2},
     "lookups, confidence": {
         "exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3, "draft_confidence": 0.3,
     },
     "adaptive": {"generation_strategy": "adaptive"},
-    "sampled": {"sample": True},
     "sampled, speculative": {"sample": True, "exit_layer": 1, "num_speculations": 2},
 }  # fmt: skip
 PROMPTS = ["def add(a, b):", "Once upon a time there was a man."]
@@ -50,11 +39,8 @@ def ids_of(model, tokenizer):
     """The output ids of every case and prompt, from the same seed, alone and in a batch."""
     ids = {}
     for name, case in CASES.items():
-        strategy = "self_speculative" if "num_speculations" in case else "autoregressive"
-        config = GenerationConfig(
-            **{"sample": False, "max_steps": 10, "generation_strategy": strategy, **case}
-        )
-        generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
+        config = config_of(max_steps=10, **case)
+        generator = generator_of(tokenizer, model, config.generation_strategy)
         for size in (1, 2):
             requests = [Request(prompt, seed=1) for prompt in PROMPTS]
             for index, result in generator.generate_batch(requests, config, batch_size=size):
@@ -179,9 +165,10 @@ def test_tensor_and_pipeline_refuse_what_they_cannot_do(model_folder, monkeypatc
     """Guards against flags that are ignored, and a process that waits for ranks that nobody starts."""
 
     def said(**options):
-        with pytest.raises((ValueError, LoadingError)) as caught:
+        def load():
             load_model_and_tokenizer(str(model_folder), ModelArguments(**options).loading_options())
-        return str(caught.value)
+
+        return error_line((ValueError, LoadingError), load)
 
     assert said(parallel="tensor", device="cpu").startswith("device cpu: must be auto with --parallel tensor")
     assert said(parallel="pipeline", compile=True).startswith("compile True: not with --parallel pipeline")

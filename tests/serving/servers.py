@@ -12,29 +12,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import requests
 import uvicorn
+from conftest import config_of, generator_of
 from openai import OpenAI
 
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 from serving.app import App
 from serving.engine import Engine
 from serving.flags import ServeArguments
 from serving.http11 import StrictProtocol
 
-GREEDY = GenerationConfig(
-    sample=False,
-    max_steps=12,
-    generation_strategy="self_speculative",
-    exit_layer=2,
-    num_speculations=3,
-    reuse_cache=True,
-)
+GREEDY = config_of(max_steps=12, exit_layer=2, num_speculations=3, reuse_cache=True)
+CHAT = "chat/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 def tiny_generator(model, tokenizer, config=GREEDY):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = TEMPLATE
-    return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
+    return generator_of(tokenizer, model, config.generation_strategy)
 
 
 class Running(Engine):
@@ -81,9 +76,8 @@ class Served:
 
     def expected(self, prompt, max_steps):
         """The text of autoregressive decoding, greedy and alone."""
-        config, plain = GenerationConfig(sample=False, max_steps=max_steps), make_strategy("autoregressive")
-        alone = HuggingfaceLlamaGenerator(self.generator.tokenizer, self.generator.model, plain)
-        return alone.generate(prompt, config).decoded_prediction
+        alone = generator_of(self.generator.tokenizer, self.generator.model)
+        return alone.generate(prompt, config_of(max_steps=max_steps)).decoded_prediction
 
 
 def send(served, body, path="completions", **headers):

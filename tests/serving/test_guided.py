@@ -3,6 +3,7 @@ people have: openai, LangChain, LiteLLM.
 """
 
 import contextlib
+import itertools
 import json
 import re
 import threading
@@ -11,15 +12,12 @@ from typing import Literal
 import jsonschema
 import pydantic
 import pytest
+from conftest import config_of, generator_of
 from helpers import watch
-from servers import Served, post, raw_request, refused, until
+from servers import CHAT, HELLO, Served, post, raw_request, refused, until
 
-import self_speculation
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 from self_speculation.decoding import grammar
 
-CHAT = "chat/completions"
-HELLO = [{"role": "user", "content": "Hello"}]
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"enum": [1, 2, 3]}},
@@ -50,11 +48,11 @@ class Trip(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def served():
-    model, tokenizer = self_speculation.load_model_and_tokenizer(self_speculation.default_model())
+def served(bundled):
+    model, tokenizer = bundled
     tokenizer.chat_template = TEMPLATE
-    config = GenerationConfig(sample=False, max_steps=200, generation_strategy="adaptive")
-    with Served(HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("adaptive")), config) as served:
+    config = config_of(max_steps=200, generation_strategy="adaptive")
+    with Served(generator_of(tokenizer, model, "adaptive"), config) as served:
         yield served
 
 
@@ -101,8 +99,9 @@ BAD_SCHEMAS = {
 }
 
 
-@pytest.mark.parametrize("schema", BAD_SCHEMAS)
-@pytest.mark.parametrize("kind", ["schema", "tool"])
+@pytest.mark.parametrize(
+    ("schema", "kind"), [*zip(BAD_SCHEMAS, itertools.cycle(["schema", "tool"]), strict=False)]
+)
 def test_bad_schemas(served, schema, kind):
     """Guards against a status 500, a message of many lines, an empty answer, and seconds of work."""
     schema, said = BAD_SCHEMAS[schema]

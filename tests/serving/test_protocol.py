@@ -4,12 +4,11 @@ import json
 
 import pytest
 from pydantic import ValidationError
+from servers import HELLO
 
 from self_speculation import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
 from serving.protocol import APIError, ChatRequest, CompletionRequest, validation_error
-
-HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def refused(kind, **request):

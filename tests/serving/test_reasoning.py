@@ -4,13 +4,11 @@ import json
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from servers import GREEDY, Served, chunks, post, refused
+from servers import CHAT, GREEDY, HELLO, Served, chunks, post, refused
 from thinkers import QWEN3, R1, SMOLLM3, TAGS, Teller, thinking_tokenizer
 
 from serving.protocol import ChatRequest
 
-CHAT = "chat/completions"
-HELLO = [{"role": "user", "content": "Hello"}]
 NAMES = ["reasoning_content", "reasoning"]
 THOUGHT = "Hm, {a\n\nnaïve 日本"
 TEXT = f"{TAGS[0]}\n{THOUGHT}\n{TAGS[1]}\n\n"

@@ -14,6 +14,8 @@ from helpers import watch
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from servers import (
+    CHAT,
+    HELLO,
     Running,
     Served,
     chunks,
@@ -29,8 +31,6 @@ from tokenizers.processors import TemplateProcessing
 
 from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 
-CHAT = "chat/completions"
-HELLO = [{"role": "user", "content": "Hello"}]
 LONG = [{"role": "user", "content": "x y z " * 60}]
 PROMPTS = ["def add(a, b):", "Once upon a time", "Human: who", "café"]
 

@@ -13,15 +13,11 @@ from functools import partial
 import psutil
 import pytest
 import requests
+from conftest import config_of, generator_of
 from servers import Served, chunks, raw_request, tiny_generator, until
 from test_serve import serving
 
-from self_speculation import (
-    GenerationConfig,
-    HuggingfaceLlamaGenerator,
-    load_model_and_tokenizer,
-    make_strategy,
-)
+from self_speculation import load_model_and_tokenizer
 from serving.engine import Job
 
 PROMPTS = ["def add(a, b):", "Once upon a time", "class Stop:", "Human: who are you?", "café", "return a + b"]
@@ -71,15 +67,14 @@ def storm(generator, url, number, seed, clients=16, half_way=lambda: None):
     with ThreadPoolExecutor(clients) as pool:
         outcomes = Counter(pool.map(send, range(number)))
     for (prompt, max_steps), texts in answers.items():
-        config = GenerationConfig(sample=False, max_steps=max_steps)
-        assert texts == {generator.generate(prompt, config).decoded_prediction}
+        assert texts == {generator.generate(prompt, config_of(max_steps=max_steps)).decoded_prediction}
     return outcomes
 
 
 def test_forty_requests_at_once(text_model, byte_tokenizer):
     """Guards against jobs that stay in memory, and against races of many clients."""
     with Served(tiny_generator(text_model, byte_tokenizer), batch_size=3, max_waiting=4) as served:
-        alone = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
+        alone = generator_of(byte_tokenizer, text_model)
         outcomes = storm(alone, served.url, 40, seed=1, clients=12)
         assert {"answer", "stream"} <= set(outcomes) <= {"answer", "stream", "gone", 400, 429}
         until(lambda: not served.num_jobs)
@@ -93,7 +88,7 @@ def test_a_thousand_requests_a_kill_and_a_signal(model_folder):
     flags = ["--model", model_folder, "--exit_layer", "2", "--max_waiting", "8"]
     with serving(*flags) as (script, _, url):
         model, tokenizer = load_model_and_tokenizer(str(model_folder))
-        alone = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("autoregressive"))
+        alone = generator_of(tokenizer, model)
         total = storm(alone, url, 300, seed=1)
         before = psutil.Process(script.pid).memory_info().rss
         total += storm(alone, url, 500, seed=2)

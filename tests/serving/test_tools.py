@@ -5,11 +5,10 @@ import json
 
 import jsonschema
 import pytest
-from conftest import tiny_llama
+from conftest import ADAPTIVE, LAYERS, config_of, generator_of, tiny_llama
 from tokenizers import AddedToken, normalizers
 
-import self_speculation
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
+from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.grammar import Grammar
 from serving.tools import call_grammar, find_calls, known_format
 
@@ -31,18 +30,13 @@ TOOLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bundled():
-    return self_speculation.load_model_and_tokenizer(self_speculation.default_model())
-
-
 @pytest.mark.parametrize("template", [TAGS, OBJECT])
 @pytest.mark.parametrize("name", [None, "weather", "stop", "south"])
 def test_a_guided_answer_is_a_call(template, name, bundled):
     """Guards against references in the parameters of one function that lead to those of another."""
     model, tokenizer = bundled
     tokenizer.chat_template = template
-    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("self_speculative"))
+    generator = generator_of(tokenizer, model, "self_speculative")
     config = GenerationConfig(sample=False, max_steps=200, exit_layer=3, num_speculations=4)
     result = generator.generate(Request("call = ", grammar=call_grammar(TOOLS, tokenizer, name)), config)
     (call,) = find_calls(result.decoded_prediction, TOOLS)
@@ -75,18 +69,15 @@ def family(request):
     return tokenizer, special, others
 
 
-@pytest.mark.parametrize(
-    "drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"generation_strategy": "adaptive"}]
-)
+@pytest.mark.parametrize("drafts", [{}, LAYERS, ADAPTIVE])
 def test_added_tokens_are_guided(family, drafts):
     """Guards against an answer in words where the grammar asks for a tag that is one token, for the text of a
     special token, or for letters that the tokenizer normalizes.
     """
     tokenizer, special, others = family
-    strategy = {"generation_strategy": "self_speculative"} if "exit_layer" in drafts else {}
-    config = GenerationConfig(**{**strategy, **drafts}, max_steps=200, temperature=1.0)
+    config = config_of(sample=True, max_steps=200, temperature=1.0, **drafts)
     model = tiny_llama(vocab_size=len(tokenizer) + 8)  # heads are often padded
-    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
+    generator = generator_of(tokenizer, model, config.generation_strategy)
 
     def answer(grammar):
         result = generator.generate(Request([5, 6], grammar=grammar, seed=0), config)
