@@ -59,7 +59,7 @@ class SweepArguments:
     verify_top: int = field(default=0, metadata=MAY_DIFFER)
     """Measure this many of the best predicted cells."""
     tuned: str | None = None
-    """Folder or CSV of an earlier predicted sweep: --draft_vocabulary takes the ids that it counted."""
+    """Folder of an earlier predicted sweep: --draft_vocabulary takes the ids that it counted."""
     resume: str | None = None
     """Folder of an interrupted sweep to continue."""
 

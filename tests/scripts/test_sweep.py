@@ -1,5 +1,6 @@
 """sweep.py: counts read off one pass are those of real decoding; --tuned uses what a sweep found."""
 
+import json
 import os
 import re
 from collections import Counter
@@ -23,7 +24,8 @@ from self_speculation.model.linear import Linear
 from sweep import SweepArguments
 
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
-FOUND = "mode,exit_layer,num_speculations,draft_weights,speedup\npredicted,2,3,exact,1.5\n"
+FOUND = {"status": "finished", "arguments": {"draft_weights": "exact"}}
+FOUND |= {"metrics": {"best": {"exit_layer": 2, "num_speculations": 3, "speedup": 1.5}}}
 
 
 def test_costs_of_a_round():
@@ -191,10 +193,10 @@ def by_eval(args):
 def test_every_script_makes_a_short_head_of_the_counted_ids(main, end, more, common, tmp_path, monkeypatch):
     """Guards against a head that is made before the counts are known, and a script that ignores them."""
     (tmp_path / "vocabulary.json").write_text('{"299": 3, "131": 2, "222": 1}')
-    (tmp_path / "sweep.csv").write_text(FOUND)
+    (tmp_path / "run.json").write_text(json.dumps({**FOUND, "model": common[1]}))
     made = watch(monkeypatch, Linear, "select_rows")
     flags = [*common[: common.index(end) if end else None], *more, "--sample", "False"]
-    assert main([*flags, "--tuned", str(tmp_path / "sweep.csv"), "--draft_vocabulary", "4"]) == 0
+    assert main([*flags, "--tuned", str(tmp_path), "--draft_vocabulary", "4"]) == 0
     assert [ids.tolist() for (_, ids), _ in made] == [[0, 131, 222, 299]]
 
 
@@ -208,21 +210,16 @@ def test_every_script_makes_a_short_head_of_the_counted_ids(main, end, more, com
 )
 def test_tuned_without_ids_is_refused_by_a_sweep(counted, size, message, common, tmp_path, capsys):
     """Guards against --tuned that does nothing."""
-    (tmp_path / "sweep.csv").write_text(FOUND)
+    (tmp_path / "run.json").write_text(json.dumps({**FOUND, "model": common[1]}))
     if counted is not None:
         (tmp_path / "vocabulary.json").write_text(counted)
-    flags = ["--tuned", str(tmp_path / "sweep.csv"), *(["--draft_vocabulary", size] if size else [])]
-    assert f"sweep.csv: {message}" in refused(sweep.main, [*common, *flags], capsys)
+    flags = ["--tuned", str(tmp_path), *(["--draft_vocabulary", size] if size else [])]
+    assert f"{tmp_path}: {message}" in refused(sweep.main, [*common, *flags], capsys)
 
 
 @pytest.mark.usefixtures("timeless")
 def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
-    """Guards against a cell that is not the best measured one, another model's sweep, and --resume that
-    refuses its own arguments.
-    """
-    (tmp_path / "found.csv").write_text(f"{FOUND}measured,1,2,exact,1.4\nmeasured,3,4,exact,\n")
-    found = tuned(GenerationConfig(), TuningArguments(str(tmp_path / "found.csv")), ModelArguments(), [])
-    assert (found.exit_layer, found.num_speculations) == (1, 2)
+    """Guards against another cell, another model's sweep, and --resume that refuses its own arguments."""
     assert sweep.main([*common, "--num_speculations_last", "2"]) == 0
     folder = only_run(tmp_path)
     best = about(folder)["metrics"]["best"]
@@ -239,6 +236,7 @@ def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
         (["--exit_layer", "2"], "--tuned sets exit_layer and num_speculations"),
         (["--tuned", str(tmp_path / "nowhere.csv")], "nowhere.csv: No such file"),
         (["--tuned", str(tmp_path)], "no sweep in there"),
+        (["--tuned", str(folder / "sweep.csv"), "--model", default_model()], "is a sweep of --model"),
         (["--model", default_model()], f"is a sweep of --model {flags[1]}, not of {default_model()}"),
     ):
         assert message in refused(benchmark.main, [*flags, *extra], capsys)
