@@ -27,7 +27,9 @@ class Int4Layer(FusedLayer):
 
     def __init__(self, layer: FusedLayer) -> None:
         vars(self).update(vars(layer))
-        self._can_attend = self._head_dim % 16 == 0 and self._query_norm is None
+        self._of_heads = [norm and norm.weight for norm in (self._query_norm, self._key_norm)]
+        epsilons = {norm.epsilon for norm in (self._input_norm, self._query_norm, self._key_norm) if norm}
+        self._can_attend = self._head_dim % 16 == 0 and len(epsilons) == 1
 
     @staticmethod
     def fits(layer: Any) -> bool:
@@ -48,8 +50,8 @@ class Int4Layer(FusedLayer):
         keys, values, past = cache.one_row
         qkv, norm = self.linears[0], self._input_norm
         attended = torch.ops.self_speculation.int4_attend(
-            hidden, norm.weight, norm.epsilon, *qkv.tensors()[:2], qkv.bias, context.rotations, keys, values,
-            past, self._scaling, self._num_heads,
+            hidden, norm.weight, norm.epsilon, *qkv.tensors()[:2], qkv.bias, *self._of_heads,
+            context.rotations, keys, values, past, self._scaling, self._num_heads,
         )  # fmt: skip
         return self._finish(hidden, attended)
 

@@ -1,4 +1,4 @@
-"""Builds and loads this library's own kernel for copies in four bits on a CPU, int4_kernel.cpp.
+"""Builds and loads this library's own kernels for copies in four bits on a CPU, int4_kernel.cpp.
 
 It is built once, by the compiler that is there, and kept in the user's cache. Without a compiler, or on
 another kind of processor, torch's kernel computes the products. Drafts are slower then; nothing else changes.
@@ -23,6 +23,7 @@ from torch import Tensor
 from self_speculation.model.user_cache import cache_folder, replacing
 
 _SOURCE = Path(__file__).with_name("int4_kernel.cpp")
+_SOURCES = (_SOURCE, *map(_SOURCE.with_name, ("int4_products.h", "int4_rounding.h")))
 _TORCH = Path(torch.__file__).parent
 _OPTIONS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared")
 
@@ -92,7 +93,7 @@ def _best_variant() -> str | None:
 
 def _file_name(variant: str) -> str:
     """Homes are shared by machines and environments: the name has all that the file depends on."""
-    parts = (torch.__version__, _SOURCE.read_text(), *_OPTIONS, *VARIANTS[variant])
+    parts = (torch.__version__, *(file.read_text() for file in _SOURCES), *_OPTIONS, *VARIANTS[variant])
     return f"int4-{variant}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
 
 
@@ -158,7 +159,7 @@ def _fake_mm(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_attend(hidden: Tensor, *others: Any) -> Tensor:
-    keys, heads = others[6], others[-1]
+    keys, heads = others[-5], others[-1]
     return hidden.new_empty(1, heads * keys.shape[3])
 
 

@@ -111,7 +111,7 @@ def test_shapes_of_fake_tensors():
 
     def run(hidden):
         attended = ops.int4_attend(
-            hidden, norm, 1e-5, *layer[0], None, torch.eye(16)[None], *buffers, past, 1.0, 2
+            hidden, norm, 1e-5, *layer[0], None, None, None, torch.eye(16)[None], *buffers, past, 1.0, 2
         )
         ops.int4_mlp(hidden, attended, *layer[1], norm, 1e-5, *layer[2], *layer[3], 48)
         return attended, hidden, ops.int4_mm(hidden, *layer[0]), *ops.int4_round(hidden, torch.ones(32))

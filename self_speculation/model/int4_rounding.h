@@ -1,0 +1,86 @@
+// The rounding of W, as `in_four_bits` of int4_linear.py does it.
+#pragma once
+#include <tuple>
+
+#include "int4_products.h"
+
+namespace {
+// Rounds one group of `LANES` rows as `in_four_bits` of int4_linear.py does: elements [32, LANES], counts [32].
+void round_group(const Floats* elements, const float* counts, uint8_t* weight, uint16_t* scales) {
+  Floats least = elements[0], largest = elements[0], mean = {};
+  for (int j = 0; j < GROUP; j++) {
+    least = elements[j] < least ? elements[j] : least, largest = elements[j] > largest ? elements[j] : largest;
+    mean += elements[j] * counts[j];
+  }
+  auto rounded = [](Floats x) {  // to bfloat16
+    Ints bits = (Ints)x;
+    return (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff);
+  };
+  auto step = [](Floats element, Floats per_scale, Floats middle) {
+    const Floats lowest = splat(-8.0f), highest = splat(7.0f), nearest = splat(0x1.8p23f);
+    Floats steps = (element - middle) * per_scale;
+    steps = steps > lowest ? steps : lowest, steps = steps < highest ? steps : highest;
+    return steps + nearest - nearest;
+  };
+  const Floats smallest = splat(1e-12f);
+  Floats best_error = splat(INFINITY), best_scale = smallest, best_middle = {};
+  for (float share : {1.0f, 0.9f, 0.8f}) {
+    Floats scale = (largest - least) * share / 15.0f, middle = (least + largest + scale) / 2.0f;
+    for (int fit = 0; fit < 2; fit++) {
+      scale = rounded(scale > smallest ? scale : smallest), middle = rounded(middle);
+      Floats mean_step = {}, square = {}, product = {}, per_scale = 1.0f / scale;
+      for (int j = 0; j < GROUP; j++) {
+        Floats steps = step(elements[j], per_scale, middle), weighted = steps * counts[j];
+        mean_step += weighted, square += weighted * steps, product += weighted * elements[j];
+      }
+      Floats error = scale * (scale * square + 2.0f * (middle * mean_step - product)) + middle * (middle - 2.0f * mean);
+      Ints better = error < best_error;
+      best_error = better ? error : best_error;
+      best_scale = better ? scale : best_scale, best_middle = better ? middle : best_middle;
+      Floats variance = square - mean_step * mean_step;
+      scale = (product - mean_step * mean) / (variance > smallest ? variance : smallest);
+      middle = mean - scale * mean_step;
+    }
+  }
+  for (int j = 0; j < GROUP; j++) {
+    Ints steps = __builtin_convertvector(step(elements[j], 1.0f / best_scale, best_middle), Ints) + 8;
+    for (int64_t row = 0; row < LANES; row++) weight[j / 8 * 64 + row * 4 + j % 4] |= steps[row] << (j & 4);
+  }
+  for (int64_t row = 0; row < LANES; row++) {
+    scales[row] = ((Ints)best_scale)[row] >> 16, scales[ROWS + row] = ((Ints)best_middle)[row] >> 16;
+  }
+}
+
+template <class Number>
+void round_rows(const Number* numbers, int64_t rows, int64_t columns, const float* counts, uint8_t* weight, uint16_t* scales) {
+  int64_t groups = (columns + GROUP - 1) / GROUP;
+  for (int64_t first = 0; first < (rows + ROWS - 1) / ROWS * ROWS; first += LANES) {
+    for (int64_t g = 0; g < groups; g++) {
+      alignas(64) float elements[GROUP][LANES] = {};
+      int64_t width = std::min(GROUP, columns - g * GROUP);
+      for (int64_t row = 0; row < std::min(LANES, rows - first); row++)
+        for (int64_t j = 0; j < width; j++)
+          elements[j][row] = float(numbers[(first + row) * columns + g * GROUP + j]);
+      int64_t at = first / ROWS * groups + g, lane = first % ROWS;
+      round_group(reinterpret_cast<Floats*>(elements), counts + g * GROUP, weight + at * BYTES + lane * 4,
+                  scales + at * 2 * ROWS + lane);
+    }
+  }
+}
+
+// On the caller's thread: int4_linear.py rounds several weights at a time.
+std::tuple<Tensor, Tensor> int4_round(const Tensor& from, const Tensor& counts) {
+  STD_TORCH_CHECK(from.dim() == 2 && from.is_contiguous(), "weight: not a matrix in one piece");
+  int64_t num_blocks = (from.size(0) + ROWS - 1) / ROWS, groups = (from.size(1) + GROUP - 1) / GROUP;
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Float && counts.is_contiguous() && counts.numel() == groups * GROUP,
+                  "counts: not one float32 for each column");
+  Tensor weight = empty({num_blocks, groups, 4, 64}, aoti_torch_dtype_uint8());
+  Tensor scales = empty({num_blocks, groups, 2, ROWS}, aoti_torch_dtype_bfloat16());
+  auto* steps = static_cast<uint8_t*>(weight.mutable_data_ptr());
+  std::fill_n(steps, weight.numel(), 0);
+  auto* sums = static_cast<const float*>(counts.const_data_ptr());
+  auto* numbers = static_cast<uint16_t*>(scales.mutable_data_ptr());
+  with_numbers(from, [&](auto* rows) { round_rows(rows, from.size(0), from.size(1), sums, steps, numbers); });
+  return {weight, scales};
+}
+}  // namespace
