@@ -73,25 +73,15 @@ def test_outputs_conform_to_random_schemas(bundled, number):
         jsonschema.validate(json.loads(text), schema)
 
 
-def test_expressions_and_grammars(bundled):
-    for grammar in (Grammar.regex(r"[0-9]{4}-[0-9]{2}"), Grammar.lark('start: /[0-9]{4}/ "-" /[0-9]{2}/')):
-        _, text = answer(bundled, grammar, **DRAFTS["exit"])
-        assert re.fullmatch(r"[0-9]{4}-[0-9]{2}", text)
-
-
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ('{"type": "nonsense"}', "Invalid type: nonsense"),
         ('{"$ref": "#/nowhere"}', "does not exist"),
-        ('{"type": "integer", "minimum": 5, "maximum": 2}', "minimum (5) is greater than maximum (2)"),
         ("[1]", "must be an object"),
-        (f'{{"const": "{"x" * 100_000}"}}', "at most 100000"),
-        (json.dumps({"properties": {str(i): {} for i in range(6000)}}), "limit for this grammar: 10000"),
     ],
 )
-def test_a_schema_that_is_invalid_or_too_large(schema, message):
-    """Guards against seconds of work and gigabytes of memory."""
+def test_an_invalid_schema_is_refused(schema, message):
+    """Guards against a traceback. test_guided.py has schemas that are too large, too."""
     with pytest.raises(GrammarError, match=re.escape(message)):
         GrammarSandbox().check(Grammar.json_schema(schema).definition)
 
