@@ -239,6 +239,7 @@ def test_correctness_catches_a_wrong_accept_rule_by_distribution(
     monkeypatch.setattr(self_speculation_generator, "verify_draft", rule)
     sampling = ["--temperature", "1", "--top_p", "1", "--top_k", "2", "--samples_per_prompt", num_samples]
     sampling += ["--exit_layer", "3", "--num_speculations", "1", "--sampled_prompts", "1"]
+    sampling += ["--batch_size", "20"]
     assert correctness.main([*common, *sampling]) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED: ")
 

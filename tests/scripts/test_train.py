@@ -8,14 +8,13 @@ import sys
 from pkgutil import resolve_name
 from unittest.mock import Mock
 
-import forks
 import pandas
 import pytest
 import torch
-from conftest import ROOT
 from helpers import SMALL_TRAINING, about, only_run, refused, watch, write_program, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import generate
 import train
 from runs.records import RecordError, Run
 from self_speculation import load_model_and_tokenizer
@@ -98,8 +97,7 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
     assert model.config.max_position_embeddings == 32
     # If the end of a text were padding, too, its embedding would stay zero.
     assert model.get_input_embeddings().weight[tokenizer.eos_token_id].abs().sum() > 0
-    result = forks.run(ROOT / "generate.py", "--model", folder / "model", *GENERATE)
-    assert result.returncode == 0, result.stderr
+    assert generate.main([*map(str, ["--model", folder / "model", *GENERATE])]) == 0
 
 
 KILLED = BaseException("SIGKILL, as far as files show it: no code of the product handles it")

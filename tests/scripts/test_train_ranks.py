@@ -27,6 +27,8 @@ from test_train import (
 )
 from transformers import AutoModelForCausalLM
 
+import train
+
 SHARDS = '"torch.distributed.checkpoint:FileSystemWriter"'
 NO_SPACE = 'OSError(28, "No space left on device")'
 NOT_WRITTEN = "checkpoint-4: [Errno 28] No space left on device; no checkpoint was written yet"
@@ -147,8 +149,8 @@ def test_two_ranks_learn_what_one_does(parallel, data, tmp_path, texts):
     """
     flags = [*(stream_of(tmp_path) if data == "stream" else arguments(tmp_path, texts)), *DROPPING]
     shared = ["--parallel", parallel, "--batch_size", "1", "--gradient_accumulation", "2"]
-    for name, ranks, more in (("one", 1, []), ("two", 2, shared)):
-        output = ["--output_dir", tmp_path / name / "logs"]
-        result = forks.run_ranks(ranks, ROOT / "train.py", *flags, *more, *output)
-        assert result.returncode == 0, result.stderr
+    outputs = [["--output_dir", str(tmp_path / name / "logs")] for name in ("one", "two")]
+    assert train.main([*flags, *outputs[0]]) == 0
+    result = forks.run_ranks(2, ROOT / "train.py", *flags, *shared, *outputs[1])
+    assert result.returncode == 0, result.stderr
     assert_similar(only_run(tmp_path / "two"), only_run(tmp_path / "one"))
