@@ -28,6 +28,8 @@ class Int4Layer(FusedLayer):
     def __init__(self, layer: FusedLayer) -> None:
         vars(self).update(vars(layer))
         self._of_heads = [norm and norm.weight for norm in (self._query_norm, self._key_norm)]
+        # Numbers of the layer itself: a trace with another one is another trace.
+        self._epsilon, self._mlp_epsilon = self._input_norm.epsilon, self._mlp_norm.epsilon
         epsilons = {norm.epsilon for norm in (self._input_norm, self._query_norm, self._key_norm) if norm}
         self._can_attend = self._head_dim % 16 == 0 and len(epsilons) == 1
 
@@ -48,19 +50,18 @@ class Int4Layer(FusedLayer):
         if context.rows * context.width > 1 or cache.one_row is None or not self._can_attend:
             return super().__call__(hidden, context, cache)
         keys, values, past = cache.one_row
-        qkv, norm = self.linears[0], self._input_norm
+        qkv, norm = self.linears[0], self._input_norm.weight
         attended = torch.ops.self_speculation.int4_attend(
-            hidden, norm.weight, norm.epsilon, *qkv.tensors()[:2], qkv.bias, *self._of_heads,
+            hidden, norm, self._epsilon, *qkv.tensors()[:2], qkv.bias, *self._of_heads,
             context.rotations, keys, values, past, self._scaling, self._num_heads,
         )  # fmt: skip
         return self._finish(hidden, attended)
 
     def _project(self, hidden: Tensor) -> Tensor:
-        norm = self._input_norm
-        return self.linears[0].matmul_bf16(hidden, norm.weight, norm.epsilon)
+        return self.linears[0].matmul_bf16(hidden, self._input_norm.weight, self._epsilon)
 
     def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         _, out, gate_up, down = (linear.tensors() for linear in self.linears)
-        norm = self._mlp_norm.weight, self._mlp_norm.epsilon
+        norm = self._mlp_norm.weight, self._mlp_epsilon
         torch.ops.self_speculation.int4_mlp(hidden, attended, *out, *norm, *gate_up, *down, self._width)
         return hidden

@@ -147,6 +147,26 @@ def test_traced_drafts_are_those_of_torchs_operators(model_type):
                 assert is_close(got, expected)
 
 
+def test_traced_drafts_have_the_norms_of_now():
+    """Guards against an epsilon that stays a constant of a trace."""
+    model = family("llama", head_dim=16).float()
+    fuse(model)
+    trace_after(model, 0)
+    ids = torch.randint(3, 50, (1, 9), generator=torch.Generator().manual_seed(0))
+
+    def drafted(runner):
+        cache = runner.new_cache(8, 9)
+        forward(runner, cache, ids[:, :8])
+        return forward(quantized(runner, len(runner.layers)), cache, ids[:, 8:]).hidden[0]
+
+    for epsilon in (1e-6, 1.0, 30.0):
+        for layer in model.model.layers:
+            layer.input_layernorm.variance_epsilon = epsilon
+            layer.post_attention_layernorm.variance_epsilon = epsilon / 3
+        with torch.inference_mode():
+            assert is_close(drafted(TracedRunner(model)), drafted(ModelRunner(model))), epsilon
+
+
 def _without_operators(layer):
     plain = object.__new__(FusedLayer)
     vars(plain).update(vars(layer))
