@@ -1,5 +1,7 @@
 """Passes over ranges of layers give the logits of transformers, for every supported family."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import assert_close, generate, tiny_llama
@@ -133,6 +135,16 @@ def test_longrope_ends_at_its_original_context():
     pieces_match_the_whole(model)
     with pytest.raises(ValueError, match=r"context of 32 tokens .rope_type longrope is supported within"):
         generate(model, [5] * 32)
+
+
+def test_rotary_tables_without_memory_are_made_by_the_next_pass():
+    """Guards against a server whose every prompt fails after one for whose tables there was no memory."""
+    runner, ids = ModelRunner(family("llama")), torch.arange(40)[None]
+    expected = forward(ModelRunner(runner.model), runner.new_cache(40, 40), ids).logits
+    rotary = runner.model.model.rotary_emb
+    with patch.object(rotary, "forward", side_effect=MemoryError), pytest.raises(MemoryError):
+        forward(runner, runner.new_cache(40, 40), ids)
+    assert torch.equal(forward(runner, runner.new_cache(40, 40), ids).logits, expected)
 
 
 def test_no_layer_sees_a_token_twice_at_the_same_position():

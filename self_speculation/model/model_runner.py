@@ -87,13 +87,14 @@ class _Rotary:
         if num_positions > self._size:
             # Twice as many, so that a longer and longer text rarely grows them. Only padding is beyond the
             # context.
-            self._size = max(num_positions, min(2 * num_positions, self._context))
-            positions = torch.arange(self._size, device=self.like.device)[None].clamp_(max=self._context - 1)
+            size = max(num_positions, min(2 * num_positions, self._context))
+            positions = torch.arange(size, device=self.like.device)[None].clamp_(max=self._context - 1)
             with lock(self.module):  # some kinds of rotation change their module for longer positions
-                for rotation in self.tables:
-                    self.tables[rotation] = torch.cat(
-                        cos_and_sin(self.module, self.like, positions, rotation)
-                    )
+                tables = {
+                    rotation: torch.cat(cos_and_sin(self.module, self.like, positions, rotation))
+                    for rotation in self.tables
+                }
+            self.tables, self._size = tables, size  # once there was memory for all of them
 
 
 class ModelRunner:
