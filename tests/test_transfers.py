@@ -107,12 +107,12 @@ IN_TURN = ["read", *["pass", "read"] * 5]
         (True, {"eos": [14]}, [*WITHOUT_WAITING[:6], "read"]),  # the third token
         (False, {"eos": [14]}, IN_TURN[:5]),
         (True, {"logits_processors": [lambda ids, logits: logits]}, IN_TURN),
-        (True, {"stopping_criteria": [MaxLengthCriteria(90)]}, IN_TURN),
+        (True, {"stopping_criteria": [MaxLengthCriteria(90)]}, WITHOUT_WAITING),
     ],
 )
 def test_the_next_pass_is_queued_before_a_read(late, request_, expected, monkeypatch):
     """Guards against a GPU that waits for the host after each token, against passes beyond the last token,
-    and against one that is queued although a processor or criterion needs the token first.
+    and against one that is queued although a processor needs the token first.
     """
     order = []
     monkeypatch.setattr(batch, "reads_late", lambda device: late)

@@ -183,7 +183,7 @@ class Batch:
         reading = Reading([logits.amax(-1), tokens])
         self.commit_unread()
         self.last, self._unread = tokens[:, None], (reading, logits)
-        go_on = (sequence.remaining > 1 and not sequence.mirrors_ids for sequence in self.sequences)
+        go_on = (sequence.remaining > 1 and not sequence.has_processors for sequence in self.sequences)
         if not (reads_late(self.last.device) and all(go_on)):
             self.commit_unread()
 

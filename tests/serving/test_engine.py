@@ -120,10 +120,16 @@ def test_a_shutdown_finishes_what_it_can_and_aborts_the_rest(engine, seconds, ki
     assert engine.stop()
 
 
-@pytest.mark.parametrize("sample", [False, True])
-def test_ranks_take_the_same_steps_with_one_broadcast_each(text_model, byte_tokenizer, monkeypatch, sample):
+PLAIN = {"generation_strategy": "autoregressive", "exit_layer": -1, "num_speculations": -1}
+
+
+@pytest.mark.parametrize(("changes", "late"), [({}, False), ({"sample": True}, False), (PLAIN, True)])
+def test_ranks_take_the_same_steps_with_one_broadcast_each(
+    text_model, byte_tokenizer, monkeypatch, changes, late
+):
     """Two threads are ranks; eight jobs in four slots; a client and a clock end two. Guards against a
-    broadcast per token, and a rank that goes on with a sequence that the first one has ended.
+    broadcast per token, a rank that goes on with a sequence that the first one has ended, and, where tokens
+    are read late, a rank that runs another pass because it lacks the criteria of the first one.
     """
     messages, num_broadcasts, jobs = queue.Queue(), 0, []
 
@@ -141,7 +147,8 @@ def test_ranks_take_the_same_steps_with_one_broadcast_each(text_model, byte_toke
         return False
 
     monkeypatch.setattr("serving.engine.broadcast_from_rank0", broadcast)
-    config = replace(GREEDY, sample=sample, max_steps=40)
+    monkeypatch.setattr("self_speculation.decoding.batch.reads_late", lambda device: late)
+    config = replace(GREEDY, max_steps=40, **changes)
     generator, other = (tiny_generator(text_model, byte_tokenizer, config) for _ in range(2))
     first, second = steps = [], []  # the ids of each sequence before each step
     for each, seen in zip((generator, other), steps, strict=True):
