@@ -151,6 +151,8 @@ def test_order_and_shots_depend_on_the_seed_alone(tmp_path):
     examples = in_order("custom_jsonl", path, n_shot=2)
     assert examples[0].prompt == "ask 0 say 0\n\nask 1 say 1\n\nask 2"
     assert len(examples) == 7
+    (example, *_) = in_order("custom_jsonl", path, n_shot=1, template="<{message}>")
+    assert example.prompt == "<ask 0 say 0\n\nask 1>"
 
 
 def test_shots_come_from_the_training_split_of_a_folder(tmp_path, monkeypatch):
@@ -227,6 +229,8 @@ def test_a_template_keeps_its_other_braces(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "{x} {message}", "response": "r"}])
     (example,) = load("custom_jsonl", path, template='{"q": "{message}", {y}}')
     assert example.prompt == '{"q": "{x} {message}", {y}}'
+    path = write(tmp_path / "b.jsonl", ROWS["spec_bench"])
+    assert load("spec_bench", path, template="<{message}>")[0].later_turns == ("<more>",)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

@@ -108,17 +108,18 @@ def test_heads_and_attention(tied, kv_heads, attention):
     "config",
     [
         {"attention_bias": True, "mlp_bias": True},
+        {"rms_norm_eps": 0.5},
         {"rope_type": "linear", "factor": 2.0},
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 32},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     ],
-    ids=lambda config: config.get("rope_type", "biases"),
+    ids=lambda config: config.get("rope_type", next(iter(config))),
 )  # fmt: skip
-def test_biases_and_scaled_rotary_embeddings(config):
-    """Guards against biases that are left out, and against a table of rotations that differs from those of
-    each pass.
+def test_biases_norms_and_scaled_rotary_embeddings(config):
+    """Guards against biases or an epsilon that are left out, and against a table of rotations that differs
+    from those of each pass.
     """
     if "rope_type" in config:
         config = {"rope_parameters": {"rope_theta": 10000.0, **config}}

@@ -230,6 +230,17 @@ def test_a_processor_runs_once_per_row_of_logits():
     assert processor.call_count == 1 + 2 * result.num_drafted + result.num_verifications
 
 
+def test_criteria_see_every_token():
+    """Guards against accepted tokens that are not in the history yet."""
+    seen = []
+    result = generate(
+        tiny_llama(agreement="always"), PROMPT, max_steps=9, eos=[], exit_layer=2, num_speculations=3,
+        stopping_criteria=[lambda ids, _: seen.append(ids[0].tolist()) is not None],
+    )  # fmt: skip
+    tokens = result.predicted_tokens
+    assert seen == [[*PROMPT, *tokens[:n]] for n in range(1, 10)]
+
+
 def test_early_exit_is_the_truncated_model():
     """Guards against an early exit that runs other layers or skips the norm."""
     model, truncated = tiny_llama(), tiny_llama(num_layers=3)

@@ -187,6 +187,16 @@ def test_nan_stays_in_its_row(batch_size, broken, drafts, late, monkeypatch):
     assert found == tokens_alone(model, PROMPTS[:4], max_steps=9, **drafts)
 
 
+def test_rows_that_do_not_draft_repeat_their_last_token():
+    """Guards against padding that a row may not have: its keys are cached, and masks do not stop NaN."""
+    scheduler = scheduler_of(tiny_llama(), 2, exit_layer=2, num_speculations=3)
+    for key in range(2):
+        scheduler.add_request(key, Request(PROMPTS[key]))
+    batch = scheduler.batch
+    sampled, _ = batch.sample_draft(torch.eye(50)[[7, 7]], 0, [True, False], None)
+    assert sampled.tokens.tolist() == [7, batch.sequences[1].tokens[-1]]
+
+
 def ends_at(length):
     return lambda tokens: len(tokens) == length
 
@@ -300,6 +310,18 @@ def test_a_prompt_that_finds_no_memory_to_join_fails_alone(owner, name, monkeypa
     assert isinstance(got.pop("joins"), torch.OutOfMemoryError)
     alone = tokens_alone(model, [prompts[key] for key in got], max_steps=12)
     assert [result.predicted_tokens for result in got.values()] == alone
+
+
+def test_a_cancelled_row_ends_at_once():
+    """Guards against a row that decodes to its limit although nobody waits for it."""
+    scheduler = scheduler_of(tiny_llama(), 2, max_steps=40)
+    for key in range(2):
+        scheduler.add_request(key, Request(PROMPTS[key]))
+    scheduler.step()
+    scheduler.cancel({0})
+    found = drained(scheduler)
+    assert [len(found[key].predicted_tokens) for key in range(2)] == [2, 40]
+    assert found[0].stop_reason == "cancelled"
 
 
 def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ADAPTIVE, LAYERS, Recorder, in_batch, tiny_llama
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_batch import raises_from
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -11,6 +11,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from self_speculation import GenerationConfig, Request, Sampler
 from self_speculation.decoding import batch
 from self_speculation.decoding.sampling import joint_sampler
+from self_speculation.decoding.sequence import Sequence
 
 SAMPLERS = st.builds(
     Sampler,
@@ -23,6 +24,7 @@ SAMPLERS = st.builds(
 
 
 @given(samplers=st.lists(SAMPLERS, min_size=1, max_size=5), width=st.sampled_from([(), (3,)]))
+@example(samplers=[Sampler(temperature=0.3), Sampler(), Sampler(top_k=3)], width=())
 def test_each_row_has_the_distribution_of_its_own_sampler(samplers, width):
     """Guards against settings of another row, and against probabilities of rows that are all greedy."""
     logits = 3 * torch.randn(len(samplers), *width, 200, generator=torch.Generator().manual_seed(0))
@@ -52,6 +54,16 @@ def plainly(decoded, request, ends):
         except KeyError as error:
             return tokens, error
     return tokens, None
+
+
+def test_the_first_error_of_a_round_counts():
+    """Guards against a NaN behind it, which adds tokens that nothing has judged."""
+    request = Request([5, 6], raises_from(3))
+    sequence = Sequence(request, GenerationConfig(max_steps=9), 99, torch.device("cpu"))
+    logits = sequence.process(torch.zeros(3, 50), 0, 3)
+    sequence.check([0.0, 0.0, torch.nan])
+    sequence.commit([7, 8, 9], logits)
+    assert (sequence.tokens, type(sequence.error)) == ([7], KeyError)
 
 
 def fails_from(length):

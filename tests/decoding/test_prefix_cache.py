@@ -73,6 +73,21 @@ def test_the_slot_with_the_longest_prefix_is_taken():
     assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]
 
 
+@pytest.mark.parametrize("first", [STORY, [40, 41]])
+def test_a_kept_prefix_survives_a_shorter_prompt(first):
+    """Guards against a swap of slots that cuts the longer one, whichever comes first."""
+    model, short = tiny_llama(), [40, 41]
+    scheduler = scheduler_of(model, 2, max_steps=3, reuse_cache=True)
+    second = short if first is STORY else STORY
+    for prompts in ([first, second], [[*short, 9]], [[*STORY, 9]]):
+        for prompt in prompts:
+            scheduler.add_request(len(prompt), Request(prompt))
+        results = drained(scheduler)
+    (result,) = results.values()
+    assert result.num_cached_tokens >= len(STORY)
+    assert result.predicted_tokens == fresh(model, [*STORY, 9], eos=(), max_steps=3).predicted_tokens
+
+
 def replaced(model):
     """Other tensors; returns how to put the former ones back."""
     former = [(parameter, parameter.data) for parameter in model.parameters()]

@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from transformers import MinPLogitsWarper
 
 from arguments import parse
+from self_speculation import self_speculation_generator
 from self_speculation.config import SAMPLING_RULES, GenerationConfig
 from self_speculation.decoding import sampling
 from self_speculation.decoding.processors import FrequencyPenaltyLogitsProcessor, config_processors
@@ -22,6 +23,7 @@ from self_speculation.decoding.sampling import (
     top_k_top_p_filtering,
     verify_draft,
 )
+from self_speculation.drafts.draft import Draft
 from serving.protocol import ChatRequest
 
 SAMPLING = Sampler(sample=True)
@@ -37,6 +39,13 @@ def test_filters():
         ({"top_k": 1, "top_p": 0.5, "min_tokens_to_keep": 3}, [4, 3, 2, -9]),
     ):
         assert (top_k_top_p_filtering(logits, filter_value=-9, **settings) == torch.tensor(kept)).all()
+
+
+def test_a_bound_that_is_reached_exactly():
+    """Guards against one token more or less, where rounding decides nothing."""
+    alike = torch.zeros(4)
+    assert Sampler(True, top_p=0.5).probabilities(alike).tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert Sampler(True, min_p=1.0).probabilities(alike).tolist() == [0.25] * 4
 
 
 @pytest.mark.parametrize("rule", SAMPLING_RULES)
@@ -76,6 +85,14 @@ def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, min_p
         got = Sampler(True, 0.5, top_k, top_p, min_p).probabilities(logits)
         # Sorted: transformers leaves out other ones of several equal tokens.
         torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values, rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_come_with_the_distribution_that_they_were_drawn_from():
+    """Guards against drafts that verification takes for samples of another distribution."""
+    sampler, logits = Sampler(True, 0.5, 3, 0.9, 0.1), torch.tensor([[4.0, 3.0, 2.0, 0.0]])
+    sampled = sampler(logits, torch.tensor([0.5], dtype=torch.float64))
+    assert sampled.probabilities.equal(sampler.probabilities(logits))
+    assert sampled.tokens.equal(draw(sampled.probabilities, torch.tensor([0.5], dtype=torch.float64)))
 
 
 @hypothesis.given(
@@ -128,6 +145,15 @@ def test_extreme_temperatures(temperature):
     """Guards against NaN by a division by zero or beyond fp32."""
     probabilities = Sampler(temperature=temperature).probabilities(torch.tensor([-9e4, 8e4, -torch.inf]))
     assert probabilities.tolist() == [0, 1, 0]
+
+
+def test_each_number_of_a_round_is_used_once(monkeypatch):
+    """Guards against a next token that depends on an acceptance. A short draft leaves some numbers unused."""
+    given, batch = [], SimpleNamespace(sampler=SAMPLING)
+    monkeypatch.setattr(self_speculation_generator, "verify_draft", lambda *args: given.append(args[-1]))
+    draft = Draft(["x"], torch.zeros(1, 2, dtype=torch.long), None, [2])
+    self_speculation_generator.verify(batch, draft, torch.zeros(1, 3, 4), torch.tensor([[1, 2, 3, 4]]))
+    assert given[0].tolist() == [[1, 2, 4]]
 
 
 @pytest.mark.parametrize("q", [[0.4, 0.3, 0.2, 0.1], [1, 0, 0, 0], [0, 0.5, 0.5, 0]])

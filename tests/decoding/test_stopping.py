@@ -47,7 +47,21 @@ def test_cut_and_settled_text():
     assert [words.cut(text) for text in ("a\n\nb Human:", "Human:", "Hum")] == ["a", "", "Hum"]
     texts = {"I am Hum": "I am ", "line\n": "line", "Humid": "Humid"}
     assert [words.settled(text) for text in texts] == [*texts.values()]
+    assert StopWords(None, ["aab"]).settled("xaa") == "x"  # two beginnings
     assert StopWords(None, []).settled("Hum") == "Hum"
+
+
+@pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
+@pytest.mark.parametrize(
+    ("before", "word"), [("x " * 60, "Ω" * 20), ("ア" * 30, "Ω")], ids=["long word", "bytes before"]
+)
+def test_words_of_many_bytes_and_behind_them(name, before, word, request):
+    """Guards against a window of as many tokens as a word has characters, and against one that begins inside
+    a character: some decoders then replace the whole run of bytes.
+    """
+    tokenizer = request.getfixturevalue(name)
+    ids, found = tokenizer.encode(before + word), StopWords(tokenizer, [word])
+    assert [n for n in range(len(ids) + 1) if found(ids[:n])] == [len(ids)]
 
 
 @pytest.fixture

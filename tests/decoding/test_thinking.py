@@ -6,7 +6,7 @@ import re
 
 import pytest
 from conftest import WAYS, config_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from thinkers import QWEN3, R1, SMOLLM3, TAGS, Teller, thinking_tokenizer
 from tokenizers import Tokenizer
@@ -42,6 +42,7 @@ PIECES = st.lists(st.sampled_from(["<", "<th", "ink>", *TAGS, "</", "think>", "\
 
 @settings(max_examples=60)
 @given(pieces=PIECES, has_begun=st.booleans())
+@example(pieces=["a</", "think>", "b"], has_begun=True)
 def test_pieces_give_what_the_whole_text_gives(pieces, has_begun):
     """Guards against parts of tags in a text, tags that are missed where they are cut, and line breaks that
     depend on how a text was cut.

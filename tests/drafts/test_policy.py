@@ -14,7 +14,7 @@ from self_speculation import Request, make_strategy
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
-from self_speculation.drafts.costs import PassTimes, draft_ratio
+from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.policy import PLAIN, Arm, FixedPolicy, RoundOutcome
 from self_speculation.model import made
 from self_speculation.model.kernels import Int4Kernel
@@ -344,6 +344,15 @@ def test_acceptance_by_probability_is_learnt():
         chooser.learn(RoundOutcome([COPY], [0], [[0.95]], [1], [0], None))
         chooser.learn(RoundOutcome([COPY], [0], [[0.99]], [1], [1], None))  # overall acceptance stays
     assert chooser.should_continue([[0.95, 0.95]]) == [False]
+
+
+def test_a_token_after_a_rejected_one_is_not_judged():
+    """Guards against a source that seems the worse the longer its drafts are."""
+    chooser, expected = policy(copy_takes=0.3), DecayedMean(0.9, weight=6.0)
+    chooser.learn(RoundOutcome([COPY], [0], [], [4], [1], None))
+    for is_right in (1.0, 0.0):
+        expected.add(is_right)
+    assert chooser._acceptance(COPY, 0).value == expected.value
 
 
 def test_what_is_learnt_is_as_large_as_there_are_sources():

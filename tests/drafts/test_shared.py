@@ -34,6 +34,13 @@ def test_it_keeps_the_last_answers(lengths, num_tokens):
     assert sum(map(len, found)) <= num_tokens
 
 
+def test_an_answer_is_found_by_the_end_of_its_prompt():
+    """Guards against a repeated question whose first tokens are not drafted."""
+    kept, ids = FinishedAnswers(100), [*range(20)]
+    kept.add(SimpleNamespace(prompt=ids[:12], ids_from=lambda position: ids[position:]))
+    assert kept.lookup(2, ids[:12]) == (_LONG, [12, 13])
+
+
 def test_threads_share_it():
     """Guards against a lookup in the middle of an addition."""
     kept, ids = FinishedAnswers(400), [1, 2, 3, 4] * 50

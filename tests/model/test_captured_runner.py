@@ -36,11 +36,11 @@ DRAFTS = {"exit_layer": 1, "num_speculations": 6}
 
 def test_keys_read_are_those_there_are(graphs):
     """Guards against passes that read a cache to its end, most of it padding, short answers that are slower
-    after a long prompt, and a capture for each length.
+    after a long prompt, a capture for each length, and drafts that do not see their own last tokens.
     """
     model, capacities, num_captured = own_llama(3, fused=True, max_position_embeddings=4096), [], []
     prompts = [
-        [5 + i % 40 for i in range(length)] for length in (10, 300, PREFILL_CHUNK + 1, 3000, 11, 700, 3000)
+        [5 + i % 40 for i in range(length)] for length in (10, 300, PREFILL_CHUNK + 1, 3000, 249, 700, 3000)
     ]
     expected = [ids_of(model, prompt, max_steps=9) for prompt in prompts]
     capture_decoding(model)
@@ -50,6 +50,7 @@ def test_keys_read_are_those_there_are(graphs):
             graphs.replayed.clear()
             drafts = {"exit_layer": exit_layer, "num_speculations": k}
             assert ids_of(model, prompt, max_steps=9, **drafts) == ids
+            assert max(num_keys for *_, num_keys in graphs.replayed) >= length + 8  # all but the last token
             for *_, num_keys in graphs.replayed:
                 assert length < num_keys <= (max(256, 2 * (length + 9)) if length < 1000 else length + 520)
         capacities.append(make_runner(model).new_cache(1, 1).passes.capacity)

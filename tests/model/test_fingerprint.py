@@ -62,6 +62,14 @@ def test_a_change_changes_it(model, change):
     assert fingerprint(model) != before
 
 
+def test_the_same_bits_in_another_format(model):
+    """Guards against a fingerprint of addresses and bits alone."""
+    head = model.lm_head.to(torch.bfloat16)
+    before = fingerprint(head)
+    head.weight.data = head.weight.data.view(torch.float16)
+    assert fingerprint(head) != before
+
+
 def test_hooks_at_one_address_differ(model):
     """Guards against comparing hooks by `id`: a later hook may get the `id` of a freed one."""
 

@@ -182,8 +182,9 @@ class DoublingNorm(LlamaRMSNorm):
         lambda layer: setattr(layer.input_layernorm, "__class__", DoublingNorm),
         lambda layer: setattr(layer.mlp, "forward", torch.neg),
         lambda layer: layer.mlp.register_forward_hook(lambda module, inputs, output: -output),
+        lambda layer: layer.mlp.register_forward_pre_hook(lambda module, inputs: (-inputs[0],)),
     ],
-    ids=["an adapter", "another norm", "another forward", "a hook"],
+    ids=["an adapter", "another norm", "another forward", "a hook", "a hook before"],
 )
 def test_changed_layers_are_not_fused(model, change):
     """Guards against an adapter, a quantised layer or a hook that fused layers ignore."""
@@ -223,6 +224,13 @@ def test_hooks_may_write_to_their_modules(model):
     assert assert_followed() is parts
     model.model.layers[2].input_layernorm.variance_epsilon = 0.5
     assert assert_followed() is not parts
+
+
+def test_a_long_pass_goes_through_the_mlp_in_pieces(model, monkeypatch):
+    """Guards against a last piece that is left out."""
+    monkeypatch.setattr(fused_layers, "_MLP_PIECE", 4)
+    fuse(model)
+    assert_logits(model)
 
 
 def test_a_layer_is_fused_again_without_its_hook(model):

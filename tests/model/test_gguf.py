@@ -55,6 +55,8 @@ def write(path, model, tokenizer, quantised=None):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         if heads := num_heads.get(name.split(".")[-2]):
             weight = weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
         name, data = names.get_name(name, (".weight",)), weight.numpy()
@@ -107,6 +109,17 @@ def test_a_file_loads_as_the_model_it_was_written_from(written, text_model, byte
     assert tokenizer.encode("a man: who are you?", return_tensors="pt").tolist() == ids.tolist()
     with torch.inference_mode():
         assert_close(model(ids).logits, text_model(ids).logits)
+
+
+def test_a_tied_head(byte_tokenizer, tmp_path):
+    """Guards against a file without a head that is refused."""
+    model = tiny_llama(vocab_size=len(byte_tokenizer), tie_word_embeddings=True)
+    write(tmp_path / "tied.gguf", model, byte_tokenizer)
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "tied.gguf"), LoadingOptions(dtype="float32"))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.tensor([[5, 9, 4]])
+    with torch.inference_mode():
+        assert_close(loaded(ids).logits, model(ids).logits)
 
 
 @needs_fbgemm

@@ -201,6 +201,16 @@ def test_it_is_built_once(builds):
     assert load().variant is None
 
 
+def test_another_source_has_another_file(builds, tmp_path, monkeypatch):
+    """Guards against a kernel of an earlier version."""
+    file, _, loaded = builds
+    load()
+    (tmp_path / "other.h").write_text("// another one")
+    monkeypatch.setattr(kernels, "_SOURCES", (*kernels._SOURCES[:-1], tmp_path / "other.h"))
+    load()
+    assert loaded[0] == file != loaded[1]
+
+
 @pytest.mark.parametrize("cache", ["/proc/nowhere", "others"])
 def test_a_cache_that_cannot_be_written(builds, cache, monkeypatch, tmp_path):
     """Guards against drafts that are slower for it, and against code in a folder that others can write."""

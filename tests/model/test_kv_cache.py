@@ -50,6 +50,15 @@ def test_rolling_back_more_than_there_is_fails_early():
     assert cache.length(0) == 2
 
 
+def test_positions_follow_a_rollback():
+    """Guards against those of before, which stay on the device."""
+    cache, cpu = KVCache(Buffers(1, 2)), torch.device("cpu")
+    cache.set_rows([3, 5])
+    assert cache.positions(0, 2, cpu).tolist() == [[3, 4], [5, 6]]
+    cache.rollback([1, 0])
+    assert cache.positions(0, 2, cpu).tolist() == [[2, 3], [5, 6]]
+
+
 @pytest.mark.parametrize("missing", [(0, 0), (0, 1), (1, 0)])
 def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     """Guards against a model over several GPUs whose cache is refused because it does not fit the first one,

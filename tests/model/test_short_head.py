@@ -147,6 +147,8 @@ def test_a_row_knows_its_own_ids_alone():
         assert known(head, 2) == [[*likely, 7, 9, 30], [*likely, 41]]
         head.seen.read([first, third])
         assert known(head, 2) == [[*likely, 7, 9, 30], [*likely, 41]]
+        head.seen.read([first, sequence(9)])  # the first one knows all
+        assert known(head, 2) == [[*likely, 7, 9, 30], [*likely, 9]]
 
 
 def test_each_position_of_a_text_knows_the_ids_before_it():

@@ -35,7 +35,9 @@ def test_costs_of_a_round():
 
 
 def test_a_predicted_cell_is_the_median_example_with_its_interval():
-    """Guards against one slow prompt that decides a cell, and an interval of too few prompts."""
+    """Guards against one slow prompt that decides a cell, an interval of too few prompts, and a speed-up that
+    leaves out the prompt.
+    """
 
     def example(match, prefill_time=0.0):
         return {
@@ -49,6 +51,7 @@ def test_a_predicted_cell_is_the_median_example_with_its_interval():
     # Three rounds of two draft steps and a verification, or eight of them and a last one of one draft step.
     always, never = 9 / (3 * 1.5), 9 / (8 * 1.5 + 1.25)
     assert cell_of([*[example("1")] * 12, example("0", 1000.0)])["speedup"] == pytest.approx(always)
+    assert cell_of([example("1", 4.5)])["speedup"] == pytest.approx((4.5 + 9) / (4.5 + 4.5))
     cell = cell_of([example("1"), example("0")] * 5)
     assert (cell["speedup_low"], cell["speedup_high"]) == pytest.approx((never, always), rel=0.05)
     cell = cell_of([example("1")] * 4)

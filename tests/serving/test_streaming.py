@@ -22,13 +22,13 @@ def test_bytes_and_offsets_of_parts_of_characters(request, name, text):
     prompt = tokenizer.encode(PROMPT)
     ids = tokenizer.encode(PROMPT + text)
     ids = ids[len(prompt) :] if ids[: len(prompt)] == prompt else tokenizer.encode(text)
-    collector = LogprobCollector(tokenizer, 2)
+    collector, logits = LogprobCollector(tokenizer, 2), torch.linspace(0, 9, len(tokenizer))[None]
     for i in range(len(ids)):
         history = torch.tensor([[*prompt, *ids[: i + 1]]])
-        assert not collector(history, torch.zeros(1, len(tokenizer)))
+        assert not collector(history, logits)
     answer = continuation(tokenizer, prompt, ids)
     tokens = collector.take(len(answer))
-    assert len(tokens) == len(ids)
+    assert [token.logprob for token in tokens] == logits.log_softmax(-1)[0, ids].tolist()
     assert b"".join(token.token.bytes for token in tokens) == answer.encode()
     for i, token in enumerate(tokens):
         before = b"".join(token.token.bytes for token in tokens[:i])
