@@ -53,7 +53,8 @@ class Linear:
     def __init__(self, *projections: Any, fp32_activations: bool = False) -> None:
         self._weights = [projection.weight for projection in projections]
         biases = [projection.bias for projection in projections if projection.bias is not None]
-        self.bias = _side_by_side(biases) if biases else None
+        or_zeros = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in projections]
+        self.bias = _side_by_side(or_zeros) if biases else None
         self._parameters = [*self._weights, *biases]
         self.fp32_activations = fp32_activations
         joint = None if fp32_activations else _side_by_side(self._weights)

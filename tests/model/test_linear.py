@@ -57,3 +57,18 @@ def test_copies_are_dropped_when_a_bias_changes():
     some.cached_copy("another copy", object)
     follow_weights([some])
     assert "a copy" not in some.copies
+
+
+@pytest.mark.parametrize("fp32_activations", [False, pytest.param(True, marks=needs_fbgemm)])
+def test_some_projections_have_a_bias(fp32_activations):
+    """Guards against a bias that is added to the outputs of another projection, or to none."""
+    torch.manual_seed(0)
+    projections = [nn.Linear(8, rows, bias=bias) for rows, bias in ((6, False), (4, True), (2, False))]
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        expected = torch.cat([projection(x) for projection in projections], 1)
+        joint = Linear(*projections, fp32_activations=fp32_activations)
+        torch.testing.assert_close(joint(x), expected, atol=2e-3, rtol=2e-3)
+        projections[1].bias += 1
+        expected[:, 6:10] += 1
+        torch.testing.assert_close(joint(x), expected, atol=2e-3, rtol=2e-3)
