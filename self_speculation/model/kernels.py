@@ -1,6 +1,6 @@
 """Builds and loads this library's own kernels for copies in four bits on a CPU, int4_kernel.cpp.
 
-It is built once, by the compiler that is there, and kept in the user's cache. Without a compiler, or on
+The file is built once, by the compiler that is there, and kept in the user's cache. Without a compiler, or on
 another kind of processor, torch's kernel computes the products. Drafts are slower then; nothing else changes.
 """
 

@@ -32,8 +32,8 @@ def round_up(number: int, step: int) -> int:
 class Appendable(ABC):
     """Takes keys and values from layers."""
 
-    # Of one row and one layer: buffers [1 or more, kv_heads, capacity, head_dim], whose slot 0 it is, and
-    # [S, 0], its length as a size. None: only `append` knows where they are.
+    # Of one row and one layer: keys and values [1 or more, kv_heads, capacity, head_dim], in whose slot 0 the
+    # row is, and [start, 0], whose size is its length before a pass. None: only `append` knows where.
     one_row: tuple[Tensor, Tensor, Tensor] | None = None
 
     @abstractmethod
