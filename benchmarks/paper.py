@@ -163,16 +163,15 @@ def _conclude(paper: Run, rows: pandas.DataFrame, missing: dict[int, str], rehea
     records = [record for record in kept if record["index"] in rows.index]
     k = rows["num_speculations"]
     rows["formula"] = (1 + k * rows["acceptance"]) / (1 + k * rows["exit_layer"] / rows["layers"])
-    table = rows.join(
-        pandas.DataFrame({record["index"]: record for record in records}).T.drop(columns="index")
-    )
+    found = pandas.DataFrame(records or {name: [] for name in ("index", *_COLUMNS) if name not in rows})
+    table = rows.join(found.set_index("index"))
     table["not_measured"] = pandas.Series(missing, dtype=str)
     table = table.astype(dict.fromkeys(list(_COLUMNS)[3:], float))
     paper.replace("paper.csv", table.to_csv(index=False))
     paper.finish(kept, {"not_measured": {rows["row"][number]: why for number, why in missing.items()}})
     measured = "measured here"
     if rehearsed:
-        measured = f"a rehearsal with {Path(rehearsed).name} in place of the checkpoints"
+        measured = f"a rehearsal with {Path(rehearsed).name} in place of the checkpoints, by the column exit"
     title = "; ".join(dict.fromkeys(record["machine"] for record in records))
     table.index = table["row"] + ", exit " + table["exit_layer"].astype(str) + ", k " + k.astype(str)
     series = {

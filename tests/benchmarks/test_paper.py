@@ -48,7 +48,7 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     assert paper.main(args) == 0
     folder = only_run(tmp_path)
     output = capsys.readouterr().out
-    assert f"a rehearsal with {endless_folder.name} in place of the checkpoints" in output
+    assert f"a rehearsal with {endless_folder.name} in place of the checkpoints, by the column exit" in output
     assert (
         "error: cannot load abisee/cnn_dailymail from the hub"
         in output.partition("not measured: llama3-8B cnn_dm")[2]
@@ -78,6 +78,16 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     assert len(started) == 3
     assert "not measured: " not in capsys.readouterr().out
     assert [row["index"] for row in map(json.loads, (folder / "records.jsonl").open())] == [1, 10]
+
+
+def test_nothing_is_measured(started, endless_folder, tmp_path, capsys):
+    """Guards against a traceback where neither checkpoints nor data are at hand."""
+    args = ["--rows", "cnn_dm", "--model", str(endless_folder), "--data_path", str(tmp_path)]
+    assert paper.main([*args, "--output_dir", str(tmp_path / "logs")]) == 1
+    table = pandas.read_csv(only_run(tmp_path) / "paper.csv")
+    assert len(table) == len(started) == 8
+    assert table["not_measured"].notna().all()
+    assert capsys.readouterr().out.count("not measured: ") == 8
 
 
 def test_ctrl_c_in_a_row_is_continued_there(started, endless_folder, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ Norms and attention differ from torch's in the last bit, which may round an inpu
 
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import generate, own_llama
 from test_llama_model_utils import family
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
@@ -193,7 +193,7 @@ def test_layers_that_the_operators_do_not_compute(model_type, config, fits):
 
 def test_halves_have_torchs_operators():
     """Guards against activations in 16 bits in operators that take float32."""
-    model = tiny_llama().bfloat16()
+    model = own_llama().bfloat16()
     fuse(model)
     assert not any(type(layer) is Int4Layer for layer in quantized(ModelRunner(model), 2).layers)
     drafts = {"exit_layer": 2, "num_speculations": 2, "draft_weights": "int4"}
