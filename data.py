@@ -209,7 +209,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
     if len(shots) < args.n_shot:
-        raise DataError(f"--n_shot {args.n_shot}: {where} has only {len(shots)} examples for that")
+        raise DataError(f"--n_shot {args.n_shot}: {where} has too few examples for that, only {len(shots)}")
     if not examples:
         raise DataError(f"{where}: no examples" + (" besides the shots" if shots else ""))
     before = "".join(_shot(dataset, shot) for shot in shots)

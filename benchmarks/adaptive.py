@@ -33,7 +33,7 @@ from arguments import GenerationConfig, ModelArguments, at_least, check, parse, 
 from benchmarks.sides import ADAPTIVE, PLAIN, SPECULATIVE, Answers, in_turns, ours, strategies
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
-from runs.heading import heading
+from runs.heading import counted, heading
 from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
@@ -114,7 +114,7 @@ def show(turns: Sequence[Mapping[str, Answers]], picking: str, workload: str) ->
         )  # fmt: skip
     print(f"\n{pandas.DataFrame(rows).to_string(index=False, float_format='{:.2f}'.format)}")
     for source, counts in own[ADAPTIVE].draft_stats.by_source.items():
-        print(f"  {source}: {counts.accepted} of {counts.drafted} in {counts.rounds} rounds")
+        print(f"  {source}: {counts.accepted} of {counts.drafted} in {counted(counts.rounds, 'round')}")
     sys.stdout.flush()
     return rows
 

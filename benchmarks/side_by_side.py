@@ -62,7 +62,7 @@ from benchmarks.sides import (
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from measures.plots import bars
-from runs.heading import citation, heading
+from runs.heading import citation, counted, heading, threads_used
 from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             speedups = ", ".join(f"{row['side']} {_spread(row, ratio, f'{ratio}_')}" for row in others)
             said.append(f"over {base}, batch size {size}: {speedups}")
-    _end(about, rows, f"speed-ups of {len(prompts)} prompts {'; '.join(said)}", args.rounds)
+    _end(about, rows, f"speed-ups of {counted(len(prompts), 'prompt')} {'; '.join(said)}", args.rounds)
     return 0
 
 
@@ -168,7 +168,11 @@ def _spread(row: Mapping[str, Any], middle: str, ends: str) -> str:
 
 def _end(about: dict[str, Any], rows: Sequence[Mapping[str, Any]], figure: str, rounds: int) -> None:
     """Print the last two lines."""
-    line = citation(about, f"{figure} (median of paired turns, {rounds} rounds, middle half in parentheses)")
+    about["threads_used"] = threads_used(
+        [n for row in rows for n in row["threads"]], about["threads"], "turn"
+    )
+    of = f"median of paired turns, {counted(rounds, 'round')}, middle half in parentheses"
+    line = citation(about, f"{figure} ({of})")
     print(f"\n{line}\n{json.dumps({**about, 'citation': line, 'rows': rows})}")
 
 
@@ -197,9 +201,11 @@ def first_tokens(
                 {
                     "tokens": length, "side": name, "seconds": statistics.median(seconds),
                     "least": min(seconds), "of transformers": ratio, "low": low, "high": high,
+                    "threads": [number for turn in turns for number in turn[name].threads],
                 }
             )  # fmt: skip
-    print(pandas.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format))
+    table = pandas.DataFrame(rows).drop(columns="threads")
+    print(table.to_string(index=False, float_format="{:.2f}".format))
     return rows
 
 
@@ -252,7 +258,7 @@ def compare(
                 "tokens/s_of_sums": together.tokens_per_second,
                 "tokens_per_verification": together.tokens_per_verification,
                 "acceptance": None if name == LOOKUP else together.acceptance_rate(config.num_speculations),
-                "answers": len(same), "same_ids": sum(same),
+                "answers": len(same), "same_ids": sum(same), "threads": together.threads,
             }
         )  # fmt: skip
     show(rows)

@@ -33,6 +33,7 @@ class Answers:
     total_time: float
     results: list[GenerationStrategyResult] = field(default_factory=list)  # of a strategy here
     num_verifications: int = 0  # of transformers' drafts
+    threads: list[int] = field(default_factory=lambda: [torch.get_num_threads()])  # at the end of each turn
 
     def __add__(self, other: Answers) -> Answers:
         return Answers(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))

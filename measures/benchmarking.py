@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from measures import metrics, spec_bench
 from measures.text_quality import text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
-from runs.heading import citation, counted, heading
+from runs.heading import citation, counted, heading, note, threads_used
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
@@ -75,21 +74,21 @@ class Benchmark(Experiment):
             if not self.config.greedy:
                 summary["comparison"]["identical_outputs"] = None
             summary["remarks"] = remarks(summary["comparison"], _unit(summary))
-        most = run.description["threads"]
-        slowed = [
-            any(record.get(f"{prefix}threads", most) < most for prefix, *_ in self._sides)
-            for record in records
+        most: int = run.description["threads"]
+        threads = [
+            min(record.get(f"{prefix}threads", most) for prefix, *_ in self._sides) for record in records
         ]
-        if any(slowed):
+        if used := threads_used(threads, most, "example"):
+            run.description["threads_used"] = used
             summary["remarks"].append(
-                f"other programs used the processors: {sum(slowed)} of {len(records)} examples were decoded "
-                f"with fewer threads than the {most} above, a quiet machine is faster"
+                f"other programs used the processors, decoding had {used}: a quiet machine is faster"
             )
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
             summary["remarks"].append("adaptive decoding made no drafts: none was expected to be faster")
         pairs = zip(self.examples, records, strict=True)
         if cut := sum(len(record.get("turns", "1")) <= len(example.later_turns) for example, record in pairs):
-            summary["remarks"].append(f"{cut} conversations have turns for which the context has no room")
+            left_out = f"of {counted(cut, 'conversation')}"
+            summary["remarks"].append(f"the context has no room for the later turns {left_out}")
         predictions = [record["prediction"] for record in records]
         references = [record["reference"] for record in records]
         summary["text"] = text_quality(predictions, references) if any(references) else {}
@@ -106,7 +105,7 @@ class Benchmark(Experiment):
         run.finish(records, summary)
         print("\n".join(lines))
         for remark in summary["remarks"]:
-            print("\n" + textwrap.fill(f"note: {remark}", 80, subsequent_indent="  ", break_on_hyphens=False))
+            print(f"\n{note(remark)}")
         print(f"\n{run.folder}/: run.json, records.jsonl\n\n{summary['citation']}")
         return 0
 
@@ -133,10 +132,7 @@ def remarks(compared: Record, unit: str) -> list[str]:
     median, totals, interval = (compared[f"speedup{of}"] for of in ("", "_of_totals", "_interval"))
     if median is None:
         return ["there is nothing to compare: no example has an answer by both strategies"]
-    found = []
-    if interval is None or interval[0] <= 1 <= interval[1]:
-        why = "there are fewer than five" if interval is None else "1.00 is in the 90 % confidence interval"
-        found.append(f"these {unit} do not tell which strategy is faster: {why}")
+    found = metrics.undecided(interval, unit)
     if max(median / totals, totals / median) > _TOTALS_DISAGREE:
         found.append(f"a few slow or long {unit} dominate the speed-up of totals")
     return found
@@ -155,8 +151,10 @@ def _figure(summary: Record, records: Sequence[Record]) -> str:
     spread = "no interval for fewer than five"
     if interval is not None:
         spread = f"90 % confidence interval {interval[0]:.2f} to {interval[1]:.2f}"
-    whose = "examples" if (unit := _unit(summary)) == "examples" else f"{unit} of {len(records)} examples"
-    return f"{figure}, median of {number} {whose}, {spread}"
+    whose = counted(number, _unit(summary).removesuffix("s"))
+    if _unit(summary) != "examples":
+        whose += f" of {counted(len(records), 'example')}"
+    return f"{figure}, median of {whose}, {spread}"
 
 
 def _unit(summary: Record) -> str:
@@ -173,7 +171,7 @@ def _table(summary: Record) -> list[str]:
     unit, several = _unit(summary), summary["num_ranks"] > 1
     sides = [prefix for prefix in ("", BASELINE) if f"{prefix}speed" in summary]
     names = ["this strategy", "autoregressive"][: len(sides)]
-    title, sizes = f"{summary['num_examples']} examples", summary["batch_sizes"]
+    title, sizes = counted(summary["num_examples"], "example"), summary["batch_sizes"]
     if len(sizes) > 1:  # of a resumed run; the heading has its last one
         title += f", batches of {', '.join(map(str, sizes))}"
     rows = [row(title, *names)]

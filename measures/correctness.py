@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
 from runs.examples import Encoded, Experiment, OneByOne
-from runs.heading import heading
+from runs.heading import counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, HuggingfaceLlamaGenerator
@@ -80,8 +80,8 @@ class CompareIds(Experiment):
             )
         print(f"report: {run.folder}/run.json, records.jsonl")
         print(
-            f"{'FAILED' if real else 'passed'}: {identical} of {len(records)} examples identical, "
-            f"{near_ties} near-ties, {real} differences that rounding does not explain"
+            f"{'FAILED' if real else 'passed'}: {identical} of {counted(len(records), 'example')} identical, "
+            f"{counted(near_ties, 'near-tie')}, {counted(real, 'difference')} that rounding does not explain"
         )
         return 1 if real else 0
 
@@ -169,9 +169,10 @@ class CompareDistributions(OneByOne):
         run.finish(records, {"p_value": p_value, "false_alarm": FALSE_ALARM, "failed": failed})
         print(heading(run.description, left_out=("max_steps",)))  # __post_init__ replaces it
         for record in records:
+            kinds, samples = counted(record["num_kinds"], "kind"), counted(self.num_samples, "sample")
             print(
                 f"example {record['index']}: p-value {record['p_value']:.3g}, "
-                f"{record['num_kinds']} kinds of tokens in {self.num_samples} samples of each strategy"
+                f"{kinds} of tokens in {samples} of each strategy"
             )
         print(f"report: {run.folder}/run.json, records.jsonl")
         print(

@@ -19,7 +19,7 @@ from measures.harness_model import HarnessModel, Loader, UnsupportedError, reque
 from measures.metrics import draft_stats, speed
 from runs import ranks
 from runs.failures import Failed, reason
-from runs.heading import machine
+from runs.heading import counted, machine
 from runs.records import Record, describe, describe_model
 from runs.startup import join_ranks, load_generator, model_name
 from runs.status import print_status
@@ -75,7 +75,10 @@ def evaluate(
             return 1
         if loader.model is not None and loader.model.has_begun and not isinstance(error, UnsupportedError):
             raise
-        refuse(f"lm_eval: {one_line(error)}")  # wrong flags, tasks or data sets
+        why = one_line(error)  # wrong flags, tasks or data sets
+        if why.startswith("Tasks not found") and not args.include_path:
+            why += "; those of this program, such as python_functions, need --include_path eval_tasks"
+        refuse(f"lm_eval: {why}")
     return 0
 
 
@@ -92,7 +95,9 @@ def _show(records: list[Record]) -> None:
         by_task[record["task"]].append(record)
     for task, own in by_task.items():
         picked = " and ".join(sorted({"greedy" if record["greedy"] else "sampled" for record in own}))
-        line = f"{task}: {len(own)} answers, {picked}, {speed(own)['tokens_per_second']:.1f} tokens/s"
+        line = (
+            f"{task}: {counted(len(own), 'answer')}, {picked}, {speed(own)['tokens_per_second']:.1f} tokens/s"
+        )
         if (size := own[0]["batch_size"]) > 1:
             line += f" in batches of {size}"
         if "drafts" in own[0]:

@@ -129,6 +129,14 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return interval and (float(interval.low), float(interval.high))
 
 
+def undecided(interval: Sequence[float] | None, unit: str) -> list[str]:
+    """A warning unless the interval of a speed-up tells which side is faster; `unit` names its windows."""
+    if interval is not None and not interval[0] <= 1 <= interval[1]:
+        return []
+    why = "there are fewer than five" if interval is None else "1.00 is in the 90 % confidence interval"
+    return [f"these {unit} do not tell which strategy is faster: {why}"]
+
+
 def predicted_speedup(alpha: float, k: int, c: float) -> float:
     """Tokens of a round, (1 - alpha^(k+1)) / (1 - alpha), over its cost in plain steps, k c + 1 (Leviathan et
     al., theorem 3.8). `alpha` is `DraftStats.token_acceptance`.

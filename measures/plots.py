@@ -27,22 +27,27 @@ _UNITS = {
 }
 
 
-def heat_maps(table: pandas.DataFrame, mode: str, title: str, path: Path) -> None:
-    """Draw speed-up and acceptance over exit layer and draft length; a frame marks the best cell.
+def heat_maps(
+    table: pandas.DataFrame, mode: str, framed: tuple[tuple[int, int], str], title: str, path: Path
+) -> None:
+    """Draw speed-up and acceptance over exit layer and draft length.
 
     Args:
         mode: how the speed-ups came about, the first word above them.
+        framed: exit layer and draft length of the cell with a frame, and the meaning of the frame.
         path: without suffix.
     """
     rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
     size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.5 * rows))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
     spread = max(0.05, float((table["speedup"] - 1).abs().max()))
-    _heat_map(left, table, "speedup", "{:.2f}", "RdBu", TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread))
+    cell, meaning = framed
+    norm = TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread)
+    _heat_map(left, table, cell, "speedup", "{:.2f}", "RdBu", norm)
     left.set_title(f"{mode} speed-up over autoregressive decoding (red: slower)", fontsize=10)
-    _heat_map(right, table, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
+    _heat_map(right, table, cell, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
     right.set_title("acceptance rate", fontsize=10)
-    frame = pyplot.Rectangle((0, 0), 1, 1, label="best speed-up", **_FRAME)
+    frame = pyplot.Rectangle((0, 0), 1, 1, label=meaning, **_FRAME)
     figure.legend(handles=[frame], loc="outside lower right", fontsize=_SMALL)
     figure.suptitle(title, fontsize=_SMALL)
     save(figure, path)
@@ -85,7 +90,13 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _heat_map(
-    axes: Axes, table: pandas.DataFrame, value: str, form: str, colors: str, norm: Normalize
+    axes: Axes,
+    table: pandas.DataFrame,
+    framed: tuple[int, int],
+    value: str,
+    form: str,
+    colors: str,
+    norm: Normalize,
 ) -> None:
     grid = table.pivot(index="exit_layer", columns="num_speculations", values=value)
     image = axes.imshow(grid.to_numpy(dtype=float), cmap=colors, norm=norm, aspect="auto", origin="lower")
@@ -93,12 +104,11 @@ def _heat_map(
     axes.set_yticks(range(len(grid.index)), grid.index)
     axes.set_xlabel("draft length [tokens]")
     axes.set_ylabel("exit layer")
-    best = table.loc[table["speedup"].idxmax()]
     for (row, column), number in numpy.ndenumerate(grid.to_numpy(dtype=float)):
         red, green, blue, _ = image.cmap(image.norm(number))
         color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
         axes.text(column, row, form.format(number), ha="center", va="center", fontsize=9, color=color)
-        if (grid.index[row], grid.columns[column]) == (best["exit_layer"], best["num_speculations"]):
+        if (grid.index[row], grid.columns[column]) == framed:
             corner = (column - 0.48, row - 0.46)
             axes.add_patch(pyplot.Rectangle(corner, 0.96, 0.92, **_FRAME))
 

@@ -10,6 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isnan
 
 import pandas
 import torch
@@ -23,7 +24,7 @@ from measures.replay import predicted_cell
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import OneByOne
 from runs.failures import failed
-from runs.heading import heading
+from runs.heading import counted, heading, note
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
@@ -101,22 +102,26 @@ class Sweep(OneByOne):
             run.finish(records, {**extra, "best": None})
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
             return 0
-        best = compared[["exit_layer", "num_speculations", "speedup"]].astype(object).iloc[0].to_dict()
+        first = compared.astype(object).iloc[0]
+        best = first[["exit_layer", "num_speculations", "speedup"]].to_dict()
+        which = "" if first["mode"] == self.mode else f"{first['mode']} "
         title = heading(run.description, left_out=("exit_layer", "num_speculations"))
-        drawn = f"{title}\n{len(self.examples)} prompts, whole answers with prefill"
-        heat_maps(compared[compared["mode"] == self.mode], self.mode, drawn, run.folder / "sweep")
+        answered = f"{counted(len(self.examples), 'prompt')}, whole answers with prefill"
+        cells = compared[compared["mode"] == self.mode]
+        framed = ((best["exit_layer"], best["num_speculations"]), f"best {which}speed-up")
+        heat_maps(cells, self.mode, framed, f"{title}\n{answered}", run.folder / "sweep")
         run.finish(records, {**extra, "best": best})
-        print(
-            f"{title}\n\n{len(self.examples)} prompts, whole answers with prefill; "
-            "medians, from and to are the 90 % confidence interval"
-        )
+        print(f"{title}\n\n{answered}; medians, from and to are the 90 % confidence interval")
         shown = compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)
         print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
         if len(table) > _ROWS_SHOWN:
             print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
+        interval = None if isnan(first["speedup_low"]) else (first["speedup_low"], first["speedup_high"])
+        for remark in metrics.undecided(interval, "prompts"):
+            print(f"\n{note(remark)}")
         print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
         if best["speedup"] < 1:
-            print("no cell is faster than autoregressive decoding; the nearest:")
+            print(f"no {which}cell is faster than autoregressive decoding; the nearest:")
         flags = ["exit_layer", "num_speculations"]
         flags += ["draft_weights"] if self.config.draft_weights != "exact" else []
         flags += ["draft_vocabulary"] if self.config.draft_vocabulary else []

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from arguments import refuse
 from runs.failures import EXPLAINABLE, reason
-from runs.heading import counted
+from runs.heading import counted, early_exit_alone
 from runs.startup import autoregressive, encode_chat
 from runs.status import log_if_slow, print_status, status_held
 from self_speculation import (
@@ -64,7 +64,12 @@ def read_grammar(name: str, text: str | None) -> Grammar:
         grammar = Grammar.json_schema({"type": "object"})
     else:
         grammar = Grammar.json_schema(text) if name.endswith(".json") else Grammar.lark(text)
-    GrammarSandbox().check(grammar.definition)
+    try:
+        GrammarSandbox().check(grammar.definition)
+    except ValueError as error:
+        if text is None or name.endswith(".json"):
+            raise
+        raise ValueError(f"read as Lark, as all files but .json are: {error}") from error
     return grammar
 
 
@@ -281,14 +286,15 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
     """Lines with the number of tokens, the speed, and the acceptance of drafts."""
     took = result.generation_strategy_result
     ended = "interrupted" if interrupted else f"stopped by {took.stop_reason}"
-    early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
-    whose = f"; by the early exit at layer {config.exit_layer} alone, not by the full model" if early else ""
+    alone = early_exit_alone(vars(config))
+    whose = f"; {alone}" if alone else ""
     thought = f", {result.num_thinking_tokens} of them thinking," if result.num_thinking_tokens else ""
     cached = f", {took.num_cached_tokens} of them cached" if took.num_cached_tokens else ""
+    made, read = (counted(n, "token") for n in (result.num_tokens_generated, took.num_prompt_tokens))
     lines = [
-        f"{result.num_tokens_generated} tokens{thought} in {result.total_time:.2f} s, {ended}{whose}",
+        f"{made}{thought} in {result.total_time:.2f} s, {ended}{whose}",
         f"decode {took.decode_tokens_per_second:.1f} tokens/s, "
-        f"prefill {took.prefill_time * 1000:.0f} ms for {took.num_prompt_tokens} tokens{cached}",
+        f"prefill {took.prefill_time * 1000:.0f} ms for {read}{cached}",
     ]
     if took.num_drafted:
         lines.append(

@@ -18,6 +18,7 @@ from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArgu
 from data import DataError, Example, hash_texts, load_examples
 from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
+from runs.heading import counted
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
 from runs.startup import encode_chat, join_ranks, load_generator, model_name
 from runs.status import print_status
@@ -187,7 +188,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
                     run.write_status("interrupted")
         if why or ranks.is_first():
             why = why or ("interrupted" if status == 130 else "another rank is gone")
-            kept = f"{len(run.records())} of {experiment.num_records} {experiment.unit} are kept"
+            kept = f"{len(run.records())} of {counted(experiment.num_records, experiment.unit[:-1])} are kept"
             print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
         if not in_lockstep:
             sys.exit(status)  # without a farewell to ranks that wait in a pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -57,6 +57,8 @@ def _settings(run: Record, left_out: Collection[str]) -> list[str]:
         asked.get("generation_strategy"),
     )
     parts: list[str] = []
+    if "exit_layer" not in left_out and (alone := early_exit_alone(asked)):
+        names, left_out = (*names[:2], f"{names[2]} {alone}"), {*left_out, "exit_layer"}
     for name, group in zip(names, (ModelArguments, DataArguments, GenerationConfig), strict=True):
         own = [field for field in fields(group) if field.name in asked.keys() - {*_HIDDEN, *left_out}]
         changed = [field.name for field in own if asked[field.name] != field.default]
@@ -81,10 +83,32 @@ def machine(run: Record) -> str:
     same = run["computed_in"] == run["dtype"]
     dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
     on_cpu = run["device"] == "cpu"
-    where = f"{run['processor']}, {counted(run['threads'], 'thread')}" if on_cpu else run["device"]
+    threads = run.get("threads_used") or counted(run["threads"], "thread")
+    where = f"{run['processor']}, {threads}" if on_cpu else run["device"]
     kernel = run.get("kernel_of_copies")  # runs of earlier versions lack it
     copies = f", copies by {kernel}" if kernel else ""
     return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}{copies}"
+
+
+def early_exit_alone(asked: Record) -> str:
+    """Whose tokens a generation by these arguments has, if they are not the full model's."""
+    if asked.get("generation_strategy") != "autoregressive" or asked["exit_layer"] == -1:
+        return ""
+    return f"by the early exit at layer {asked['exit_layer']} alone, not by the full model"
+
+
+def threads_used(used: Sequence[int], most: int, what: str) -> str:
+    """Such as "1 of 2 threads in 3 of 10 examples"; empty if none had fewer than `most` threads."""
+    fewer = sorted(number for number in used if number < most)
+    if not fewer:
+        return ""
+    few = " to ".join(map(str, dict.fromkeys((fewer[0], fewer[-1]))))
+    return f"{few} of {counted(most, 'thread')} in {len(fewer)} of {counted(len(used), what)}"
+
+
+def note(remark: str) -> str:
+    """A remark below a table, in 80 columns."""
+    return textwrap.fill(f"note: {remark}", 80, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def counted(number: int, what: str) -> str:

@@ -43,13 +43,20 @@ def test_heat_maps_have_title_units_and_the_figures_of_the_table(drawn, tmp_path
     that look measured, and a frame without a meaning.
     """
     row = {"exit_layer": 3, "num_speculations": 2, "speedup": 1.234, "acceptance_rate": 0.567}
-    plots.heat_maps(pandas.DataFrame([row]), "predicted", "x" * 100 + "\n" + "y" * 100, tmp_path / "sweep")
+    table = pandas.DataFrame([row, {**row, "num_speculations": 4, "speedup": 1.5}])
+    framed = ((3, 2), "best measured speed-up")
+    plots.heat_maps(table, "predicted", framed, "x" * 100 + "\n" + "y" * 100, tmp_path / "sweep")
     (figure,) = drawn
     figure.canvas.draw()
     title = figure._suptitle.get_window_extent()
     assert 0 <= title.x0 < title.x1 <= figure.bbox.width
     assert figure.axes[0].get_title().startswith("predicted speed-up over autoregressive decoding")
-    assert [text.get_text() for legend in figure.legends for text in legend.texts] == ["best speed-up"]
-    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["1.23"], ["57%"]]
+    assert [text.get_text() for legend in figure.legends for text in legend.texts] == [framed[1]]
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [
+        ["1.23", "1.50"],
+        ["57%"] * 2,
+    ]
+    frames = [[patch.get_xy() for patch in axes.patches] for axes in figure.axes]
+    assert frames == [[(-0.48, -0.46)]] * 2  # around the first cell, which is not the fastest
     for axes in figure.axes:
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("draft length [tokens]", "exit layer")

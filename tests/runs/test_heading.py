@@ -3,7 +3,7 @@
 import dataclasses
 
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments
-from runs.heading import citation, heading, machine
+from runs.heading import citation, heading, machine, threads_used
 
 MACHINE = {
     "model": "a/b", "dtype": "bfloat16", "computed_in": "float32", "device": "cpu",
@@ -42,6 +42,16 @@ def test_a_citation_names_all_that_its_figure_holds_for():
     )
     greedy = (ModelArguments(), GenerationConfig(sample=False), DataArguments())
     assert "autoregressive, greedy, at most 512" in citation(run(*greedy, **made_by), "")
+
+
+def test_threads_that_were_used():
+    """Guards against all threads of a machine in a figure that had fewer."""
+    assert threads_used([2, 2], 2, "example") == ""
+    assert threads_used([2, 1], 2, "example") == "1 of 2 threads in 1 of 2 examples"
+    assert threads_used([3, 16, 12, 3], 16, "turn") == "3 to 12 of 16 threads in 3 of 4 turns"
+    assert machine(run(threads_used="1 of 2 threads in 1 of 1 turn")) == (
+        "weights in bfloat16, products in float32, a processor, 1 of 2 threads in 1 of 1 turn, 1 rank"
+    )
 
 
 def test_machines(tmp_path):

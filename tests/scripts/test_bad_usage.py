@@ -85,6 +85,7 @@ MISTAKES = {
         "--generation_strategy adaptive --exit_layer 2": "--exit_layer 2: adaptive chooses it, leave it out",
         "--prediction x": "--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0",
         "--grammar /nowhere": "--grammar /nowhere: No such file or directory",
+        f"--grammar {__file__}": f"--grammar {__file__}: read as Lark, as all files but .json are: ",
         "--model /nowhere": "--model '/nowhere': no such folder",
         "--device tpu": "--device 'tpu': not on this machine",
         "--device tpu --model_args x=1": "(with --model_args 'x=1')",

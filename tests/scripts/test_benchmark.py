@@ -61,12 +61,28 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     assert all(name in table for name in speeds | ratios)
 
 
-def test_figures_of_a_busy_machine_say_so(common, monkeypatch, capsys):
-    """Guards against a table that does not tell that other programs slowed decoding down."""
+def test_figures_of_a_busy_machine_say_so(common, tmp_path, monkeypatch, capsys):
+    """Guards against a table that does not tell that other programs slowed decoding down, and a citation with
+    threads that no example had.
+    """
     monkeypatch.setattr("runs.records.most_threads", lambda model: 2)  # examples end with one thread
     assert benchmark.main(common) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "note: other programs used the processors: 5 of 5 examples were decoded with fewer threads" in said
+    output = capsys.readouterr().out
+    used = "1 of 2 threads in 5 of 5 examples"
+    assert f"note: other programs used the processors, decoding had {used}: " in " ".join(output.split())
+    assert f", {used}, 1 rank, batch size 1; " in output.splitlines()[-1]
+    assert about(only_run(tmp_path))["threads_used"] == used
+
+
+def test_figures_of_an_early_exit_alone_say_so(common, capsys):
+    """Guards against a speed of the first layers that is taken for the model's, and "1 examples"."""
+    assert benchmark.main([*common, "--num_samples", "1", "--exit_layer", "2"]) == 0
+    table = capsys.readouterr().out
+    words = ", autoregressive by the early exit at layer 2 alone, not by the full model, "
+    assert words in " ".join(table.partition("\n\n")[0].split())
+    assert words in table.splitlines()[-1]
+    assert "median of 1 example, " in table.splitlines()[-1]
+    assert "\n1 example " in table
 
 
 def test_figures_that_mean_nothing_are_left_out(common, tmp_path, capsys):

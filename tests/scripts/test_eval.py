@@ -259,6 +259,14 @@ def test_an_unsupported_task_is_refused_by_name(tasks, flags, message, arguments
     assert message in refused(eval_script.main, arguments(tasks, *flags), capsys)
 
 
+def test_tasks_of_the_repository_without_their_folder(model_folder, tmp_path, capsys):
+    """Guards against a task of the documentation that seems not to exist."""
+    flags = ["--model", str(model_folder), "--tasks", "python_lines", "--output_path", str(tmp_path)]
+    said = refused(eval_script.main, flags, capsys)
+    assert "Tasks not found: python_lines; those of this program, such as python_functions, need" in said
+    assert said.rstrip().endswith("--include_path eval_tasks")
+
+
 def test_mistakes_of_the_program_are_not_explained_away(arguments, monkeypatch):
     """Guards against a ValueError of ours that reads as one of the harness about its flags."""
     monkeypatch.setattr(HarnessModel, "_answer", lambda *_: int("x"))

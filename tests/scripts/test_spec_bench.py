@@ -69,6 +69,6 @@ def test_turns_without_room_are_counted(asked, tmp_path, capsys):
     row = {"question_id": 1, "category": "stem", "turns": ["why", "x" * 300]}
     write_rows(tmp_path / "question.jsonl", [row])
     assert benchmark.main(asked) == 0
-    assert "1 conversations have turns for which the context has no room" in capsys.readouterr().out
+    assert "no room for the later turns of 1 conversation\n" in capsys.readouterr().out
     assert correctness.main(asked) == 0
     assert "correctness.py asks the first turn of each conversation only" in capsys.readouterr().err

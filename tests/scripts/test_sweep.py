@@ -14,6 +14,7 @@ import eval as eval_script
 import generate
 import sweep
 from arguments import GenerationConfig, ModelArguments
+from measures import sweeping
 from measures.calibration import Costs
 from measures.replay import predicted_cell
 from runs.heading import heading
@@ -140,6 +141,38 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     assert {"draft_step", "verifications"} <= set(run["metrics"]["calibration"])
     records = pandas.read_json(folder / "records.jsonl", lines=True)
     assert counts(str(folder), ModelArguments(common[1])) == Counter(records["tokens"].explode())
+
+
+@pytest.mark.parametrize(("verified", "which", "speedup"), [("0", "", 2.0), ("2", "measured ", 0.5)])
+@pytest.mark.usefixtures("timeless")
+def test_frame_and_last_lines_are_of_one_cell(
+    verified, which, speedup, common, tmp_path, monkeypatch, capsys
+):
+    """Guards against a frame around a cell that --tuned does not use, "no cell is faster" where two of twelve
+    were measured, and a cell of few prompts that looks certain.
+    """
+    drawn = watch(monkeypatch, sweeping, "heat_maps")
+    monkeypatch.setattr(sweeping, "predicted_cell", cell_of_speedup(2.0, "predicted"))
+    monkeypatch.setattr(
+        sweeping.Sweep, "measure_cell", lambda _, cell: cell_of_speedup(0.5, "measured")([], None, *cell)
+    )
+    assert sweep.main([*common, "--num_samples", "1", "--verify_top", verified]) == 0
+    best = about(only_run(tmp_path))["metrics"]["best"]
+    assert best["speedup"] == speedup
+    (((_, _, framed, title, _), _),) = drawn
+    assert framed == ((best["exit_layer"], best["num_speculations"]), f"best {which}speed-up")
+    assert title.endswith("\n1 prompt, whole answers with prefill")
+    output = capsys.readouterr().out
+    slower = "no measured cell is faster than autoregressive decoding; the nearest:"
+    assert (output.splitlines()[-2] == slower) == (verified == "2")
+    said = "note: these prompts do not tell which strategy is faster: there are fewer than five"
+    assert " ".join(output.split()).count(said) == 1
+
+
+def cell_of_speedup(speedup, mode):
+    return lambda _records, _costs, exit_layer, num_speculations: {
+        "mode": mode, "exit_layer": exit_layer, "num_speculations": num_speculations, "speedup": speedup,
+    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("timeless")
