@@ -107,14 +107,15 @@ void attend_to_chunk(const float* queries, int64_t n, int64_t d, const float* ke
 }
 
 // Attention of one token, [1, heads * d]: joint projection of norm(hidden), rotation by [1, d, d] (of which the diagonal
-// and those of rotated halves are read), keys and values into slot 0 of [slots, kv_heads, capacity, d]. `past` [start, 0] has as
-// many rows as positions are before the token: TorchScript traces sizes of tensors, and numbers only as constants.
+// and those of rotated halves are read), keys and values into slot 0 of [slots, kv_heads, capacity, d]. `past` [start, 0]
+// has as many rows as positions are before the token: TorchScript traces sizes of tensors, and numbers as constants.
 Tensor int4_attend(const Tensor& hidden, const Tensor& norm, double epsilon, const Tensor& weight, const Tensor& scales,
                    std::optional<Tensor> bias, std::optional<Tensor> query_norm, std::optional<Tensor> key_norm,
                    const Tensor& rotation, const Tensor& keys, const Tensor& values, const Tensor& past, double scale,
                    int64_t heads) {
   const float* from = matrix(hidden);
-  int64_t start = past.size(0), kv_heads = keys.size(1), capacity = keys.size(2), d = keys.size(3), together = heads / kv_heads;
+  int64_t start = past.size(0), kv_heads = keys.size(1), capacity = keys.size(2), d = keys.size(3);
+  int64_t together = heads / kv_heads, outputs = (heads + 2 * kv_heads) * d;
   Weight w(weight, scales, hidden.size(1));
   RMSNorm normed(norm, epsilon);
   auto is_fit = [&](const Tensor& buffer) {
@@ -122,13 +123,14 @@ Tensor int4_attend(const Tensor& hidden, const Tensor& norm, double epsilon, con
   };
   STD_TORCH_CHECK(hidden.size(0) == 1 && normed.size == w.columns && is_fit(keys) && is_fit(values) &&
                       values.numel() == keys.numel() && start < capacity && d % 16 == 0 &&
-                      heads % kv_heads == 0 && w.rows >= (heads + 2 * kv_heads) * d && rotation.numel() == d * d &&
-                      rotation.scalar_type() == ScalarType::Float && rotation.is_contiguous(),
-                  "hidden, norm, rotation, keys, values: not those of a token");
+                      heads % kv_heads == 0 && w.rows >= outputs && rotation.numel() == d * d &&
+                      rotation.scalar_type() == ScalarType::Float && rotation.is_contiguous() &&
+                      (!bias || (bias->numel() == outputs && bias->is_contiguous())),
+                  "hidden, norm, bias, rotation, keys, values: not those of a token");
   std::unique_ptr<float[]> joint(new float[w.rows]), rotated(new float[(heads + kv_heads) * d]);
   w.multiply(1, [&](int64_t, float* computed) { return normed(from, computed); }, joint.get());
   if (bias) with_numbers(*bias, [&](auto* numbers) {
-    for (int64_t j = 0; j < bias->numel(); j++) joint[j] += float(numbers[j]);
+    for (int64_t j = 0; j < outputs; j++) joint[j] += float(numbers[j]);
   });
   auto norm_heads = [&](const std::optional<Tensor>& norm, int64_t first, int64_t number) {
     if (!norm) return;
@@ -145,7 +147,8 @@ Tensor int4_attend(const Tensor& hidden, const Tensor& norm, double epsilon, con
       rotated[head * d + j] = joint[head * d + j] * own + joint[head * d + other] * crossed;
   }
   for (int64_t j = 0; j < heads * d; j++) rotated[j] *= float(scale);
-  auto *of_keys = static_cast<float*>(keys.mutable_data_ptr()), *of_values = static_cast<float*>(values.mutable_data_ptr());
+  auto* of_keys = static_cast<float*>(keys.mutable_data_ptr());
+  auto* of_values = static_cast<float*>(values.mutable_data_ptr());
   for (int64_t head = 0; head < kv_heads; head++) {
     std::copy_n(&rotated[(heads + head) * d], d, of_keys + (head * capacity + start) * d);
     std::copy_n(&joint[(heads + kv_heads + head) * d], d, of_values + (head * capacity + start) * d);
@@ -168,13 +171,14 @@ Tensor int4_attend(const Tensor& hidden, const Tensor& norm, double epsilon, con
     const Attended* of_head = &parts[head / together * chunks * together + head % together];
     float largest = -INFINITY, sum = 0.0f;
     for (int64_t i = 0; i < chunks; i++) largest = std::max(largest, of_head[i * together].largest);
-    for (int64_t i = 0; i < chunks; i++) sum += of_head[i * together].sum * std::exp(of_head[i * together].largest - largest);
     std::fill_n(to, d, 0.0f);
     for (int64_t i = 0; i < chunks; i++) {
       const Attended& part = of_head[i * together];
-      float share = std::exp(part.largest - largest) / sum;
+      float share = std::exp(part.largest - largest);
+      sum += share * part.sum;
       for (int64_t j = 0; j < d; j++) to[j] += share * part.values[j];
     }
+    for (int64_t j = 0; j < d; j++) to[j] /= sum;
   }
   return out;
 }
