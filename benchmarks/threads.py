@@ -31,7 +31,6 @@ from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 from self_speculation import GenerationStrategyResult, Request, ThreadGovernor, govern_threads
-from self_speculation.model.traced_runner import trace_after
 from self_speculation.threads import most_threads
 
 
@@ -60,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     most = most_threads(model)
     about = describe("threads", (model_args, config), "") | describe_model(model_name(model_args), model)
     print(heading(about, left_out=("sample",)))
-    trace_after(model, 0)
     ids = workloads(generator.tokenizer)["chat"][0]
 
     def answer() -> GenerationStrategyResult:

@@ -18,7 +18,6 @@ from runs.status import log_if_slow
 from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio
 from self_speculation.model.families import context_length
-from self_speculation.model.traced_runner import trace_after
 
 _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
 
@@ -36,7 +35,6 @@ class Benchmark(Experiment):
             self._sides.append((BASELINE, *autoregressive(self.generator, self.config)))
 
     def warm_up(self) -> None:
-        trace_after(self.generator.model, 0)
         with log_if_slow("warming up"):
             prompt = self.longest_prompt
             # Later turns read the answers to earlier ones.

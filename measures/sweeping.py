@@ -34,7 +34,6 @@ from self_speculation.drafts.registry import make_drafter
 from self_speculation.model.families import context_length
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.short_head import ShortHead
-from self_speculation.model.traced_runner import trace_after
 
 COLUMNS = [
     "mode", "exit_layer", "num_speculations", "draft_weights", "speedup", "speedup_low", "speedup_high",
@@ -67,7 +66,6 @@ class Sweep(OneByOne):
 
     def warm_up(self) -> None:
         """Warm up plain decoding; `measure_cell` warms up its cell."""
-        trace_after(self.generator.model, 0)
         with log_if_slow("warming up"):
             warm_up([self._plain], self.longest_prompt, self.batch_size)
 

@@ -79,15 +79,13 @@ def _filled(parts: list[str]) -> str:
 
 
 def machine(run: Record) -> str:
-    """Number format, GPU or processor with threads, number of ranks, and the kernel of copies for drafts."""
+    """Number format, GPU or processor with threads, and number of ranks."""
     same = run["computed_in"] == run["dtype"]
     dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
     on_cpu = run["device"] == "cpu"
     threads = run.get("threads_used") or counted(run["threads"], "thread")
     where = f"{run['processor']}, {threads}" if on_cpu else run["device"]
-    kernel = run.get("kernel_of_copies")  # runs of earlier versions lack it
-    copies = f", copies by {kernel}" if kernel else ""
-    return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}{copies}"
+    return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}"
 
 
 def early_exit_alone(asked: Record) -> str:

@@ -25,7 +25,7 @@ from arguments import read_run
 from runs import ranks
 from runs.failures import try_to_write
 from self_speculation.model.fused_layers import activation_dtype
-from self_speculation.model.quantized_layers import kernel_of_copies
+from self_speculation.model.kernels import cpu_operators
 from self_speculation.threads import most_threads
 
 Record = dict[str, Any]
@@ -178,7 +178,7 @@ def describe_model(name: str, model: PreTrainedModel, device: torch.device | Non
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": _processor(),
         "threads": most_threads(model),
-        "kernel_of_copies": kernel_of_copies(model),
+        "operators": None if on_gpu else str(cpu_operators()),
         "python": platform.python_version(),
     }
 

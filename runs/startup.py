@@ -22,9 +22,9 @@ from runs.status import FewerThreads, log_if_slow, print_status
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.fused_layers import bytes_made
-from self_speculation.model.kernels import int4_kernel
+from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.loading import default_model, load_config, resolve_device
-from self_speculation.model.quantized_layers import check_family, kernel_of_copies
+from self_speculation.model.quantized_layers import check_family
 from self_speculation.model.short_head import prefer_ids
 from self_speculation.model.sources import LoadingWarning
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
@@ -99,7 +99,13 @@ def load_generator(
     model_config = model_config or read_config(model_args)
     options = model_args.loading_options()
     try:
-        resolve_device(model_args.device)
+        if resolve_device(model_args.device).type == "cpu":
+            with log_if_slow("building the operators of this processor, once"):
+                operators = cpu_operators()
+            if operators.variant is None:
+                print_status(
+                    f"warning: products by {operators}: decoding is slower, weights take 4 bytes each"
+                )
         config.check_depth(model_config.num_hidden_layers)
         check_family(config.draft_weights, model_config)
         # transformers shows its progress at a terminal only; errors are raised.
@@ -111,14 +117,10 @@ def load_generator(
                 print_status(f"warning: {warning.message}")
         prefer_ids(model, counted or {})
         strategy = make_strategy(config.generation_strategy)
-        if config.draft_weights != "exact" and model.device.type == "cpu":
-            with log_if_slow("building the kernel of copies in four bits, once for this processor"):
-                int4_kernel()
         with log_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
-        if copies := bytes_made(model) - bytes_made(model, for_drafts=False):
-            by = f", multiplied by {kernel}" if (kernel := kernel_of_copies(model)) else ""
-            print_status(f"copies for drafts take {copies / 2**30:.2f} GiB{by}")
+        if copies := bytes_made(model):
+            print_status(f"copies for drafts take {copies / 2**30:.2f} GiB")
     except (LoadingError, ValueError) as error:
         if (why := reason(error)) is not None:
             refuse(f"--model {model_name(model_args)}: {why}", status=1)

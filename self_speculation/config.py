@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
 DraftWeights = Literal["exact", "int4"]
-PrefillDtype = Literal["auto", "bfloat16"]
+PrefillDtype = Literal["auto", "float32", "bfloat16"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Parallel = Literal["data", "tensor", "pipeline", "fsdp"]
 Quantization = Literal["none", "int8", "int4"]

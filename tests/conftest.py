@@ -37,7 +37,7 @@ from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.drafts.policy import PLAIN, Plan
 from self_speculation.generator_base import single_result
 from self_speculation.model.fused_layers import fuse
-from self_speculation.model.linear import Float16Linear, works
+from self_speculation.model.kernels import cpu_operators
 from self_speculation.scheduler import Scheduler
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
@@ -122,10 +122,7 @@ def model() -> LlamaForCausalLM:
     return own_llama()
 
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-needs_fbgemm = pytest.mark.skipif(
-    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
-)
+needs_operators = pytest.mark.skipif(cpu_operators().variant is None, reason=str(cpu_operators()))
 
 
 def config_of(**settings):

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from self_speculation.model import captured_runner
-from self_speculation.model.linear import Linear
 
 # Calls that read a tensor on the host, copy host data, or give results whose shape depends on values.
 REFUSED = {
@@ -131,7 +130,6 @@ def stand_in(monkeypatch):
     """CUDA graphs as above. Each replay is compared with the eager pass over the same inputs and cache: to
     the bit. Returns what was captured and replayed, by shape.
     """
-    monkeypatch.setattr(Linear, "can_be_packed", False)  # as on a GPU
     del STREAMS[1:]
     seen = SimpleNamespace(captured=[], replayed=[])
     graphs = {"Stream": Stream, "graph_pool_handle": object, "CUDAGraph": Graph, "graph": capture}

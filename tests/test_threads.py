@@ -8,7 +8,6 @@ import torch
 from conftest import in_batch, tiny_llama
 
 from self_speculation import Request, ThreadGovernor, govern_threads
-from self_speculation.model.traced_runner import trace_after
 from self_speculation.threads import _Reading, adjust_threads, most_threads
 
 
@@ -93,7 +92,6 @@ def test_others_get_as_many_processors_as_they_use(monkeypatch, others, threads)
 def test_threads_change_between_rounds_and_ids_do_not(strategy, batch_size):
     """Guards against passes, traced ones among them, that depend on the number of threads they began with."""
     model = tiny_llama(fused=True, agreement="always", bos_token_id=3)
-    trace_after(model, 0)
     requests = [Request([5, 9, 4, 7 + i]) for i in range(3)]
     expected = in_batch(model, requests, batch_size, generation_strategy=strategy, max_steps=12)
     seen = []

@@ -21,11 +21,10 @@ from self_speculation.drafts.draft import Draft, DraftSource, join
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import LookupDrafts
 from self_speculation.drafts.policy import PLAIN, FixedPolicy, RoundOutcome
+from self_speculation.model.captured_runner import num_captures
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.linear import NARROW
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward
-from self_speculation.model.runners import num_prepared
 from self_speculation.model.short_head import ShortHead
 from self_speculation.transfers import Reading, Stopwatch
 
@@ -63,7 +62,7 @@ class DraftComposer:
         self._model, self._device, self._sources, self._policy = model, model.device, sources, policy
         self._free = [source for source in sources.values() if isinstance(source, LookupDrafts)]
         self._learner = policy if isinstance(policy, AdaptivePolicy) else None
-        self._stopwatch, self._num_prepared = Stopwatch(self._device), 0
+        self._stopwatch, self._num_graphs = Stopwatch(self._device), 0
         self._guesses: list[_Guess] = []  # of the last round
         # Of prompts since the last round: exits, positions, and a read of how many of these each had right.
         self._judgements: list[tuple[list[str], int, Reading]] = []
@@ -75,9 +74,7 @@ class DraftComposer:
         Reads from the device: none before the next round, when the prompt's first token has been read.
         """
         width = tokens.shape[1]
-        # A pass over few tokens behind a kept prefix would be traced, range by range.
-        is_wide = width > NARROW or not cache.length(0)
-        names = self._learner.to_be_judged() if self._learner and is_wide else []
+        names = self._learner.to_be_judged() if self._learner else []
         exits = [source for name in names if isinstance(source := self._sources[name], LayerDrafts)]
         if not exits:
             return forward(runner, cache, tokens).logits
@@ -98,7 +95,7 @@ class DraftComposer:
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None) -> Draft:
         """Draft tokens for each row, see `DraftSource.draft`."""
         if self._learner:
-            self._stopwatch, self._num_prepared = Stopwatch(self._device), num_prepared(self._model)
+            self._stopwatch, self._num_graphs = Stopwatch(self._device), num_captures(self._model)
             self._learn_pending(self._learner)
         matched: dict[str, list[int | None]] = {source.name: [] for source in self._free}
         for source in self._free:
@@ -125,8 +122,8 @@ class DraftComposer:
         if not self._learner:
             return
         seconds = broadcast_from_rank0(self._model, self._stopwatch.stop())
-        # A round that traces or captures a pass takes ten times as long.
-        is_typical = num_prepared(self._model) == self._num_prepared
+        # A round that captures a pass takes ten times as long.
+        is_typical = num_captures(self._model) == self._num_graphs
         matched = draft.matched or [0] * len(num_accepted)
         drafted = draft.sources, matched, draft.confidences, draft.lengths
         self._learner.learn(RoundOutcome(*drafted, num_accepted, seconds if is_typical else None))

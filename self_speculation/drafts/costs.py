@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from self_speculation.model.experts import bytes_per_layer, with_experts
-from self_speculation.model.kernels import int4_kernel
+from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.quantized_layers import bytes_per_weight
 
 if TYPE_CHECKING:
@@ -60,43 +60,41 @@ def draft_ratio(
     draft_head = head * min(draft_vocabulary or rows, rows) / rows
     layer_bytes, head_bytes = bytes_per_weight(model, draft_weights)
     if draft_weights == "int4":
-        layer_bytes *= _COSTS[_copy_kernel(model.device)][0]
+        layer_bytes *= _costs(model.device, draft_weights)[0]
         head_bytes = layer_bytes if draft_head < head else head_bytes  # a short head is a copy, too
     read = (layer_bytes * exit_layer + head_bytes * draft_head) / model.dtype.itemsize
     return read / (len(layers) + head)
 
 
-# Cost of a pass over n tokens by kernel, in times to read its weights; linear in between. The last is
-# proportional.
+# Cost of a pass over n tokens by what computes it, in times to read its weights; linear in between. The last
+# is proportional.
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 64_000)
 _COSTS: Mapping[str, Sequence[float]] = {
-    "float16": (1.0, 1.06, 1.18, 1.5, 2.5, 4.6, 9.0),  # W16A32 (FBGEMM)
-    "packed": (1.0, 1.04, 1.1, 1.25, 1.5, 2.5, 4.0),  # oneDNN
-    # Four bits: our own kernel with two kinds of instructions, and torch's.
-    "AVX512_VNNI": (1.0, 1.1, 1.2, 1.5, 2.8, 5.5, 11.0),
-    "AVX2": (1.1, 1.35, 1.8, 3.2, 6.2, 12.4, 25.0),
-    "torch": (1.7, 2.3, 3.0, 5.8, 11.0, 21.0, 42.0),
+    # Our operators on weights in 16 bits and, in four, on copies.
+    "AVX512_VNNI": (1.0, 1.05, 1.2, 1.9, 3.4, 6.6, 13.0),
+    "AVX2": (1.0, 1.05, 1.2, 2.0, 4.5, 8.5, 17.0),
+    "AVX512_VNNI, int4": (1.0, 1.1, 1.2, 1.5, 2.8, 5.5, 11.0),
+    "AVX2, int4": (1.1, 1.35, 1.8, 3.2, 6.2, 12.4, 25.0),
+    "torch": (1.0, 1.1, 1.3, 1.6, 2.2, 3.5, 6.0),
+    "torch, int4": (1.7, 2.3, 3.0, 5.8, 11.0, 21.0, 42.0),
     "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # bound by memory
 }
 
 
 def growth(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
     """Estimates the cost of a pass over n tokens, relative to one token, through a model or its copy."""
-    device = runner.rotary.device
-    if draft_weights == "int4":
-        kind = _copy_kernel(device)
-    elif device.type != "cpu":
-        kind = "gpu"
-    else:
-        kind = "float16" if runner.dtype != runner.model.dtype else "packed"
-    costs = [*_COSTS[kind], 1000 * _COSTS[kind][-1]]
+    costs = _costs(runner.rotary.device, draft_weights)
+    costs = [*costs, 1000 * costs[-1]]
     return cache(
         with_experts(lambda number: float(numpy.interp(number, _TOKENS, costs)) / costs[0], runner.model)
     )
 
 
-def _copy_kernel(device: torch.device) -> str:
-    return "gpu" if device.type != "cpu" else int4_kernel().variant or "torch"
+def _costs(device: torch.device, draft_weights: DraftWeights) -> Sequence[float]:
+    if device.type != "cpu":
+        return _COSTS["gpu"]
+    kind = cpu_operators().variant or "torch"
+    return _COSTS[kind if draft_weights == "exact" else f"{kind}, int4"]
 
 
 class PassTimes:

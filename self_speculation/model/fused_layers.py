@@ -1,17 +1,16 @@
-"""Fused layers: decoder layers with joint projections and fewer kernels, over the model's own weights.
+"""Fused layers: decoder layers with fewer kernels, over the model's own weights.
 
 This module knows the layout that Llama's relatives share in transformers: layers that compute
 x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up) of rms-normed inputs, with
-or without biases and norms of q and k. `fuse` lays projections of the same input side by side in memory and
-changes nothing else: the model's own `forward`, saving, training and moving work as before. When a generation
-begins, layers that have changed are fused again.
+or without biases and norms of q and k. On a GPU `fuse` lays projections of the same input side by side in
+memory. On a CPU it makes nothing: `InPlaceRunner` reads weights where they lie, and activations are float32
+whatever format weights have. The model's own `forward`, saving, training and moving work as before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
-from self_speculation.model.devices import free_memory
 from self_speculation.model.families import has_fused_layers
 from self_speculation.model.fingerprint import structure
+from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.linear import NARROW, BFloat16Linear, Linear, follow_weights, replace_linears
+from self_speculation.model.linear import BFloat16Linear, Linear, Slot, replace_linears, tensors_in
 from self_speculation.model.made import discard, found, lock, made, state
 from self_speculation.model.overrides import replaced_forward
 
@@ -34,12 +33,18 @@ _CENTRED_NORMS = ("Gemma3RMSNorm",)
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 _OF_TORCH = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
 
+# By their classes, the activations that the operator has, with its number for them.
+OPERATOR_ACTIVATIONS = {
+    "SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "NewGELUActivation": 1, "GELU tanh": 1,
+    "GELUActivation": 2, "GELU none": 2, "ReLU": 3, "ReLUSquaredActivation": 4,
+}  # fmt: skip
+
 # Tokens of a long pass that go through an MLP at a time on a CPU: larger intermediate results, of which each
 # layer allocates new ones, are new pages of memory each time.
 _MLP_PIECE = 512
 
-# The share of the free memory that packed copies may take.
-_SHARE_OF_ROOM = 1 / 3
+# Queries of a group become queries of one head in passes over up to so many tokens.
+_MOST_GROUPED = 16
 
 
 @dataclass
@@ -47,7 +52,6 @@ class _Settings:
     """Arguments of `fuse`."""
 
     is_fused: bool = False
-    fp32_activations: bool = False
     bfloat16_prefill: bool = False
     num_changes: int = 0  # see `num_changes`
 
@@ -68,67 +72,55 @@ class _Parts:
         base, head = model.base_model, model.get_output_embeddings()
         modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
         plain = [key for key, parts in modules.items() if difference(model, *parts) is None]
-        embed, can_widen = base.embed_tokens, len(plain) == len(modules) and _fits_float16(model)
-        is_as_built = not hasattr(embed, "scalar_embed_scale") or difference(model, embed) is None
-        fp32 = settings.fp32_activations and can_widen and is_as_built  # `ModelRunner.embed` scales by itself
-        if fp32:
+        if model.device.type == "cpu" and model.dtype.itemsize == 2:
+            embed = base.embed_tokens  # `ModelRunner.embed` scales by itself
+            is_as_built = not hasattr(embed, "scalar_embed_scale") or difference(model, embed) is None
+            if len(plain) < len(modules) or not is_as_built or cpu_operators().variant is None:
+                return  # no torch kernel multiplies float32 by 16 bits, and no layer would take the other's
             self.dtype, self.prefills_in_bfloat16 = torch.float32, settings.bfloat16_prefill
         # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
         with torch.inference_mode(False), torch.no_grad():
             for key in plain:
-                if key is head:
-                    self.fused[key] = FusedHead(RMSNorm(base.norm), Linear(head, fp32_activations=fp32))
-                else:
-                    self.fused[key] = FusedLayer(key, fp32)
-        packable = [linear for linear in self.linears() if linear.can_be_packed]
-        if sum(linear.num_bytes for linear in packable) <= _SHARE_OF_ROOM * free_memory(torch.device("cpu")):
-            for linear in packable:
-                linear.may_be_packed = True
+                is_head = key is head
+                self.fused[key] = FusedHead(RMSNorm(base.norm), Linear(head)) if is_head else FusedLayer(key)
 
     def linears(self) -> list[Linear]:
         fused = (linear for part in self.fused.values() for linear in part.linears)
         return [*fused, *self.plain.copy().values()]  # a copy: another thread may add one
 
 
-def fuse(model: Any, fp32_activations: bool | None = None, bfloat16_prefill: bool | None = None) -> int:
+def fuse(model: Any, bfloat16_prefill: bool | None = None) -> int:
     """Decode this model by fused layers from now on.
 
     Plain layers of fused families with sdpa attention are fused; quantised, offloaded, hooked and
-    adapter-wrapped modules are not. Call it again after writing single elements of weights through `.data`,
-    which no fingerprint sees: it remakes all that was made of the model.
+    adapter-wrapped modules are not. On a CPU a model in 16 bits is fused as a whole or not at all, and its
+    output is that of a float32 model. Call it again after writing to weights through `.data`, which torch
+    does not count: drafts in fewer bits and kept prefixes are made anew.
 
     Args:
-        fp32_activations: multiply weights in 16 bits by float32 activations (W16A32), on a CPU, if all
-            layers and the head are fused. The output is that of a float32 model. None: no change.
-        bfloat16_prefill: with W16A32, multiply in bfloat16 in passes over at least LONG tokens of a prompt.
-            The output is that of a prompt read in bfloat16, whatever drafts. None: no change.
+        bfloat16_prefill: on a CPU, weights in 16 bits: multiply in bfloat16 in passes over at least
+            MIN_BFLOAT16_PREFILL tokens of a prompt. The output is that of a prompt read in bfloat16, whatever
+            drafts. None: no change.
 
     Returns:
         The number of fused layers.
 
     Raises:
-        ValueError: for W16A32, there is no kernel, a part is not fused, or float16 cannot hold a weight. For
-            prompts in bfloat16, there is no W16A32 or no kernel.
+        ValueError: prompts in bfloat16 need a CPU, fused weights in 16 bits and oneDNN.
     """
     with lock(model):
         settings = state(model, _Settings)
-        given = {"fp32_activations": fp32_activations, "bfloat16_prefill": bfloat16_prefill}
-        vars(settings).update({name: value for name, value in given.items() if value is not None})
+        if bfloat16_prefill is not None:
+            settings.bfloat16_prefill = bfloat16_prefill
         settings.is_fused = True
         discard(model, _Parts)
-        try:
-            fused, dtype = fused_model(model)
-            if fp32_activations and dtype != torch.float32:
-                raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
-            has_kernel = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            if bfloat16_prefill and not (has_kernel and prefills_in_bfloat16(model)):
-                raise ValueError(
-                    "prompts in bfloat16 need weights in 16 bits multiplied in float32, and oneDNN"
-                )
-        except ValueError:
-            settings.fp32_activations = settings.bfloat16_prefill = False
+        fused, _ = fused_model(model)
+        if bfloat16_prefill and not (
+            prefills_in_bfloat16(model) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
+            settings.bfloat16_prefill = False
             discard(model, _Parts)
-            raise
+            raise ValueError("prompts in bfloat16 need fused weights in 16 bits on a CPU, and oneDNN")
     return sum(layer in fused for layer in model.base_model.layers)
 
 
@@ -139,7 +131,7 @@ def prefills_in_bfloat16(model: Any) -> bool:
 
 
 def activation_dtype(model: Any) -> torch.dtype:
-    """Of activations, keys, values and logits. Raises ValueError if float16 cannot hold a weight."""
+    """Of activations, keys, values and logits."""
     return fused_model(model)[1]
 
 
@@ -149,9 +141,6 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
     Returns:
         The fused parts, by decoder layer; of the final norm and head by `lm_head`. The dtype of activations,
         keys, values and logits.
-
-    Raises:
-        ValueError: float16 cannot hold a weight of a W16A32 model any more.
     """
     base, head = model.base_model, model.get_output_embeddings()
 
@@ -165,25 +154,14 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
 
     with lock(model):
         parts = made(model, _Parts, valid_for, lambda: _Parts(model))
-        follow_weights(parts.linears())
+        for linear in parts.linears():
+            linear.follow_weights()
         return parts.fused, parts.dtype
 
 
-def _fits_float16(model: Any) -> bool:
-    """Whether `Float16Linear` takes all weights."""
-    return all(
-        w.device.type == "cpu" and w.dtype in (torch.bfloat16, torch.float16) for w in model.parameters()
-    )
-
-
-def bytes_made(model: Any, for_drafts: bool = True) -> int:
-    """Bytes of all copies of a model's weights.
-
-    Args:
-        for_drafts: include copies that only drafts read, such as those in four bits.
-    """
-    copies = ((linear, copy) for linear in linears_made(model) for copy in [*linear.copies.values()])
-    return sum(copy.num_bytes for linear, copy in copies if for_drafts or copy is linear.packed_copy)
+def bytes_made(model: Any) -> int:
+    """Bytes of all copies of a model's weights, which draft."""
+    return sum(copy.num_bytes for linear in linears_made(model) for copy in [*linear.copies.values()])
 
 
 def linears_made(model: Any) -> list[Linear]:
@@ -228,7 +206,23 @@ def difference(model: Any, *roots: nn.Module) -> str | None:
             return f"its weights are in fewer bits or in parts ({type(weight).__name__}, {weight.dtype})"
     if len({(weight.dtype, weight.device) for weight in weights}) > 1 or weights[0].device.type == "meta":
         return "its weights differ in dtype or device, or are offloaded"
+    return None if weights[0].device.type != "cpu" else _unlike_operators(named, weights)
+
+
+def _unlike_operators(named: list[tuple[str, nn.Module]], weights: list[nn.Parameter]) -> str | None:
+    """What no operator of a CPU takes."""
+    for name, module in named:
+        kind = type(module)
+        if kind.__module__.startswith(_ACTIVATIONS) and _operator_activation(module) is None:
+            return f"{name or 'it'} is a {kind.__name__}, an activation that no operator has"
+    if any(weight.stride()[-1:] not in ((), (1,)) for weight in weights):
+        return "its weights are transposed in memory"
     return None
+
+
+def _operator_activation(module: nn.Module) -> int | None:
+    name = type(module).__name__
+    return OPERATOR_ACTIVATIONS.get(f"{name} {getattr(module, 'approximate', '')}".strip())
 
 
 class RMSNorm:
@@ -237,11 +231,16 @@ class RMSNorm:
     def __init__(self, module: Any) -> None:
         self.is_centred = type(module).__name__ in _CENTRED_NORMS
         self.epsilon = module.eps if self.is_centred else module.variance_epsilon
-        self.weight = module.weight.data
+        self.slot: Slot = (module._parameters, "weight")
         self._shape = self.weight.shape
         self._on_cpu = self.weight.device.type == "cpu"
         self._root = len(self.weight) ** 0.5
         self._zero, self._least = torch.tensor([0.0, self._root * self.epsilon**0.5]).unbind()
+
+    @property
+    def weight(self) -> Tensor:
+        table, name = self.slot
+        return table[name]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if not self._on_cpu:
@@ -259,17 +258,13 @@ class RMSNorm:
             return scaled.addcmul_(scaled, self.weight.float()).type_as(hidden)
         return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
 
-    def tensors(self) -> list[Tensor]:
-        """See `Linear.tensors`."""
-        return [self.weight, self._zero, self._least]
-
 
 class FusedLayer:
-    """A decoder layer with joint projections."""
+    """A decoder layer of queries, keys and values in one product, and of gates and what they gate in one."""
 
     products: torch.dtype | None = None  # of attention over many tokens on a CPU; None: as its inputs
 
-    def __init__(self, layer: Any, fp32_activations: bool) -> None:
+    def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self._head_dim = attention.layer_idx, attention.head_dim
         self.groups, self._scaling = attention.num_key_value_groups, attention.scaling
@@ -277,14 +272,14 @@ class FusedLayer:
             projection.out_features // self._head_dim for projection in (attention.q_proj, attention.k_proj)
         )
         self._num_rotated = self._num_heads + self._kv_heads
-        linear = partial(Linear, fp32_activations=fp32_activations)
         self.linears: tuple[Any, ...] = (
-            linear(attention.q_proj, attention.k_proj, attention.v_proj),
-            linear(attention.o_proj),
-            linear(mlp.gate_proj, mlp.up_proj),
-            linear(mlp.down_proj),
+            Linear(attention.q_proj, attention.k_proj, attention.v_proj),
+            Linear(attention.o_proj),
+            Linear(mlp.gate_proj, mlp.up_proj),
+            Linear(mlp.down_proj),
         )
         self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # `difference`: there are no hooks
+        self._kind = _operator_activation(mlp.act_fn)
         self._width = mlp.gate_proj.out_features
         self._input_norm = RMSNorm(layer.input_layernorm)
         self._attended_norm = self._output_norm = self._query_norm = self._key_norm = None
@@ -299,7 +294,7 @@ class FusedLayer:
 
     def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
-        heads = self._project(hidden).view(hidden.shape[0], -1, self._head_dim)
+        heads = self.linears[0](self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
         if self._query_norm is not None and self._key_norm is not None:
@@ -308,19 +303,12 @@ class FusedLayer:
         rotated = context.rotate(queries_keys)
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
         all_keys, all_values = cache.append(keys, values, self.index)
-        return self._finish(hidden, self._attend(queries, all_keys, all_values, context))
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        """[T, H] -> [T, heads * head_dim] queries, keys and values."""
-        return self.linears[0](self._input_norm(hidden))
-
-    def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention, in place."""
+        attended = self._attend(queries, all_keys, all_values, context)
         _, out, gate_up, down = self.linears
         hidden = _add(hidden, out, attended, self._attended_norm)
         is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
         for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
-            joint = gate_up.matmul_bf16(self._mlp_norm(piece))
+            joint = gate_up.matmul_native(self._mlp_norm(piece))
             gate, up = joint.split_with_sizes((self._width, self._width), 1)
             _add(piece, down, self._activation(gate).mul_(up), self._output_norm)
         return hidden
@@ -342,7 +330,7 @@ class FusedLayer:
             return attended.transpose(1, 2).reshape(rows * width, -1)
         # [B, kv_heads, groups, T, head_dim]
         grouped = queries.view(rows, width, self._kv_heads, self.groups, -1).permute(0, 2, 3, 1, 4)
-        is_wide = width > NARROW and keys.shape[1] == 1
+        is_wide = width > _MOST_GROUPED and keys.shape[1] == 1
         to_past = is_wide and context.is_causal and keys.device.type == "cpu"
         mask = None if to_past else context.mask(1 if is_wide else self.groups)
         if is_wide or mask is None:
@@ -369,23 +357,60 @@ class FusedLayer:
         return attend(context.kernel, heads, keys, values, mask, self._scaling)
 
     def in_bfloat16(self) -> FusedLayer:
-        """This layer with products in bfloat16, for one long pass on a CPU. It has a copy of the weights."""
+        """This layer with products in bfloat16, for one long pass on a CPU."""
         layer = replace_linears(self, BFloat16Linear)
         layer.products = torch.bfloat16
         return layer
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors that a pass reads."""
-        norms = (self._input_norm, self._query_norm, self._key_norm, self._attended_norm)
-        parts = (*self.linears, *norms, self._mlp_norm, self._output_norm)
-        return [tensor for part in parts if part is not None for tensor in part.tensors()]
+    @property
+    def has_slots(self) -> bool:
+        """Whether the operator can multiply by its weights."""
+        if not all(getattr(linear, "is_in_place", False) for linear in self.linears):
+            return False
+        return not any(tensor.dtype == torch.float64 for tensor in tensors_in(self.slots()))
+
+    def slots(self) -> list[Slot]:
+        """All tensors that the operator reads, in its order."""
+        norms = [*self._norms.values()]
+        return [norm.slot for norm in norms if norm] + [s for linear in self.linears for s in linear.slots()]
+
+    @property
+    def _norms(self) -> Mapping[str, RMSNorm | None]:
+        return {
+            "input": self._input_norm,
+            "query": self._query_norm,
+            "key": self._key_norm,
+            "attended": self._attended_norm,
+            "mlp": self._mlp_norm,
+            "output": self._output_norm,
+        }
+
+    def description(self, window: int | None, rotation: int) -> tuple[list[Any], list[float]]:
+        """What the operator is told of it, see `Layer` of cpp/layers.cpp.
+
+        Args:
+            rotation: the number of its tables.
+        """
+        names = [name for linear in self.linears for name in linear.has_biases]
+        has = sum(1 << i for i, has_bias in enumerate(names) if has_bias)
+        norms = self._norms
+        for bit, name in ((7, "query"), (8, "attended"), (9, "output")):
+            has |= (norms[name] is not None) << bit
+        has |= self._input_norm.is_centred << 10
+        numbers = [has, self._num_heads, self._kv_heads, self._width, window or 0, rotation, self._kind]
+        return numbers, [self._scaling, *(norm.epsilon if norm else 0.0 for norm in norms.values())]
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """[kv_heads, head_dim]"""
+        return self._kv_heads, self._head_dim
 
 
 def _add(hidden: Tensor, linear: Any, x: Tensor, norm: RMSNorm | None) -> Tensor:
     """hidden + norm(linear(x)), in place; None: without a norm."""
     if norm is not None:
         return hidden.add_(norm(linear(x)))
-    return linear.add_to(hidden, x) if isinstance(linear, Linear) else hidden.add_(linear.matmul_bf16(x))
+    return linear.add_to(hidden, x) if isinstance(linear, Linear) else hidden.add_(linear.matmul_native(x))
 
 
 class FusedHead:
@@ -396,7 +421,7 @@ class FusedHead:
         self.linears: tuple[Any, ...] = (linear,)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.linears[0](self.norm(hidden))
+        return self.linears[0].logits(hidden, self.norm)
 
 
 Fused = FusedLayer | FusedHead

@@ -4,26 +4,16 @@ gguf's reader makes numpy views of each token and each merge, which takes 6 to 1
 150,000. Only the tokenizer needs them, and transformers reads that otherwise. `Header` is gguf's reader
 without them. Configs of the families here are made by `_settings`, which transformers calls with what its
 own fast reader returns: for other families it calls gguf's.
-
-Weights in float16 are saved in the user's cache, with a checksum of each, and the model is mapped from there:
-only copies that passes read are in memory, and the next start dequantises nothing. They are valid for the
-content of the `.gguf` file, for parts of the config, and for the code that dequantised them.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import math
 import os
-import shutil
 import struct
-import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -33,19 +23,14 @@ import numpy as np
 import torch
 from gguf.constants import GGUFValueType
 from gguf.gguf_reader import ReaderTensor
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, __version__
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from self_speculation.model.families import FAMILIES
-from self_speculation.model.mapped import release
 from self_speculation.model.progress import progress
-from self_speculation.model.sources import LoadingWarning
-from self_speculation.model.user_cache import cache_folder, drop_oldest, mark_used, replacing
 
 # Longer arrays of numbers have one for each token.
 _LONGEST = 2**12
@@ -53,14 +38,8 @@ _LONGEST = 2**12
 # Elements that are dequantised at a time: they stay in the processor's cache.
 _AT_A_TIME = 2**18
 
-# Bytes that must stay free on the disk, and those that kept weights may take. A larger model is kept alone.
-_SPARE, _MOST = 2**30, 2**35
-
 # Families by their names in files, where those differ.
 _FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
-
-# A user's own folder may have other files.
-_KEPT_NAMES = "[0-9a-f]" * 64 + "-*-*-*.safetensors"
 
 _lock = Lock()
 
@@ -138,70 +117,7 @@ def own_settings() -> Iterator[None]:
 
 
 def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights of a model, by the names of its parameters. In float16 they are mapped from the user's
-    cache; if they cannot be kept there, a LoadingWarning says why.
-    """
-    if dtype != torch.float16:
-        return _dequantized(header, config, dtype)
-    # Config fields that affect dequantised weights.
-    shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
-    name = "-".join(map(str, (_digest(header.path), *shape))) + ".safetensors"
-    try:
-        if (weights := _kept(cache_folder() / name)) is not None:
-            return weights
-    except OSError:
-        pass  # to write it anew may help
-    weights = _dequantized(header, config, dtype)
-    try:
-        _keep(weights, file := cache_folder() / name)
-        if (kept := _kept(file)) is not None:
-            return kept
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
-    except (OSError, SafetensorError) as error:
-        why = f"takes twice the memory, since its weights cannot be kept in the user's cache ({error})"
-        warnings.warn(f"model {str(header.path)!r}: {why}", LoadingWarning, stacklevel=2)
-        return weights
-
-
-def _kept(file: Path) -> dict[str, Tensor] | None:
-    """The weights of a file, mapped; None: there are none, not all as they were saved, or by other code."""
-    try:
-        with safe_open(file, "pt") as opened:
-            sums = opened.metadata()
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError):
-        return None
-    mark_used(file)
-    return weights if sums == _sums(weights) else None
-
-
-def _keep(weights: dict[str, Tensor], file: Path) -> None:
-    num_bytes = sum(weight.nbytes for weight in weights.values())
-    with replacing(file) as new:
-        drop_oldest((kept for kept in file.parent.glob(_KEPT_NAMES) if kept != file), _MOST - num_bytes)
-        if shutil.disk_usage(new.parent).free < num_bytes + _SPARE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.parent))
-        save_file(weights, new, _sums(weights))
-
-
-def _sums(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Checksums of weights, and the versions of the code that made them. It reads mapped weights on all
-    threads and frees their pages, which the kernel has in its cache then.
-    """
-
-    def checksum(weight: Tensor) -> str:
-        bits = zlib.crc32(weight.view(torch.uint8).numpy().data)
-        release(weight)
-        return str(bits)
-
-    own = zlib.crc32(Path(__file__).read_bytes())
-    versions = {"format": "pt", "versions": f"gguf {version('gguf')}, transformers {__version__}, {own}"}
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return versions | dict(zip(weights, threads.map(checksum, weights.values()), strict=True))
-
-
-def _dequantized(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights in memory, read on several threads."""
+    """All weights of a model, by the names of its parameters, read on several threads."""
     architecture = header.fields["general.architecture"].contents()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -241,11 +157,3 @@ def _read(path: Path, tensor: ReaderTensor, dtype: torch.dtype) -> Tensor:
         rows.copy_(torch.from_numpy(gguf.dequantize(blocks, tensor.tensor_type)).view(rows.shape))
         start += blocks.nbytes
     return weight
-
-
-def _digest(path: Path) -> str:
-    state = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while part := file.read(2**22):
-            state.update(part)
-    return state.hexdigest()

@@ -4,8 +4,8 @@
 and middle minimise the error of the product, for inputs as large as the model's own. Other groups and
 roundings are in docs/performance.md.
 
-On a CPU our own kernel (kernels.py) takes float32, rounds 32 inputs at a time to eight bits and returns
-float32. torch's kernels, on a GPU and where ours cannot be built, take and return bfloat16.
+On a CPU our operators (kernels.py) take float32, round 32 inputs at a time to eight bits and return float32.
+torch's kernels, on a GPU and where ours cannot be built, take and return bfloat16.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from self_speculation.model.kernels import int4_kernel
+from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.kv_cache import round_up
+from self_speculation.model.linear import Linear, Slot, project
 
 # Elements of a weight that are quantised at a time, about. Each piece is some 200 kernels on a GPU and takes
 # 50 bytes per element; on a CPU intermediate results stay in the processor's cache.
@@ -34,30 +35,30 @@ _BLOCK_OF_ROWS = 16
 
 
 class Int4Linear:
-    """As `Linear`, over a copy of its weight [out, in].
+    """As `Linear`, over a copy of its weights. By operators each projection is a copy of its own.
 
     Args:
         squares: [in] mean squares of inputs, up to a factor; None: all alike.
     """
 
     bytes_per_weight = 0.5 + 4 / _GROUP
-    packed_copy = None  # as that of `Linear`
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, squares: Tensor | None = None) -> None:
-        self.num_bytes = self.copy_bytes(weight.shape)
-        self._num_rows, self._padding = len(weight), -weight.shape[1] % _GROUP
+    def __init__(self, linear: Linear, squares: Tensor | None = None) -> None:
+        weight = linear.weights[0]
+        self.num_bytes = self.copy_bytes(linear.shape)
+        self._num_rows, self._padding = linear.shape[0], -weight.shape[1] % _GROUP
         squares = weight.new_ones(weight.shape[1]) if squares is None else squares
         counts = _shares(pad(squares, (0, self._padding)))
         is_on_cpu = weight.device.type == "cpu"
-        self.is_own = is_on_cpu and int4_kernel().variant is not None
-        if self.is_own:
-            self._dtype, ops = torch.float32, torch.ops.self_speculation
-            self._weight, self._scales = ops.int4_round(weight.detach().contiguous(), counts.flatten())
-        else:
-            self._dtype, ops = torch.bfloat16, torch.ops.aten
-            self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
-            self._weight, self._scales = self._rounded(weight, counts)
-        self.bias = None if bias is None else bias.to(self._dtype)
+        self.is_in_place = is_on_cpu and cpu_operators().variant is not None
+        self.has_biases = linear.has_biases
+        if self.is_in_place:
+            self._parts = [_Part(*pair, counts) for pair in linear.pairs]
+            return
+        ops = torch.ops.aten
+        self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
+        self._weight, self._scales = self._rounded(linear.weight, counts)
+        self.bias = None if linear.bias is None else linear.bias.bfloat16()
 
     def _rounded(self, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Steps as torch's kernels take them, and scales and middles [groups of a row, out, 2]."""
@@ -72,35 +73,42 @@ class Int4Linear:
             scales.append(scale)
         return torch.cat(parts), torch.cat(scales, 1)
 
+    def slots(self) -> list[Slot]:
+        """As those of `Linear`, if it `is_in_place`."""
+        return [slot for part in self._parts for slot in part.slots]
+
     def __call__(self, x: Tensor) -> Tensor:
-        return self.matmul_bf16(x).to(x.dtype)
+        if not self.is_in_place:
+            return self.matmul_native(x).to(x.dtype)
+        parts = [project(x.float(), part.slots, part.num_rows) for part in self._parts]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
 
-    def matmul_bf16(self, x: Tensor, norm: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
-        """In bfloat16, or in float32 by our own kernel.
-
-        Args:
-            norm: [in] weight of a root mean square norm of x, with its epsilon; only if `is_own`.
-        """
-        x = x.to(self._dtype)
-        if self.is_own:
-            int4_mm = torch.ops.self_speculation.int4_mm
-            product = int4_mm(x.contiguous(), self._weight, self._scales, norm, epsilon)
-        else:
-            x = pad(x, (0, self._padding)) if self._padding else x
-            product = self._kernel(x, self._weight, _GROUP, self._scales)
+    def matmul_native(self, x: Tensor) -> Tensor:
+        """In bfloat16 by torch's kernels."""
+        if self.is_in_place:
+            return self(x)
+        x = pad(x.bfloat16(), (0, self._padding)) if self._padding else x.bfloat16()
+        product = self._kernel(x, self._weight, _GROUP, self._scales)
         if product.shape[1] != self._num_rows:
             product = product[:, : self._num_rows].contiguous()
         return product if self.bias is None else product.add_(self.bias)
-
-    def tensors(self) -> list[Tensor]:
-        """As those of `Linear`."""
-        return [part for part in (self._weight, self._scales, self.bias) if part is not None]
 
     @staticmethod
     def copy_bytes(shape: torch.Size) -> int:
         """Size of the copy of a weight [out, in]."""
         elements = round_up(shape[0], _BLOCK_OF_ROWS) * round_up(shape[1], _GROUP)
         return elements // 2 + elements // _GROUP * 4  # with scales and middles
+
+
+class _Part:
+    """A projection, as operators take it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, counts: Tensor) -> None:
+        self.num_rows, round_weight = len(weight), torch.ops.self_speculation.int4_round
+        steps, scales = round_weight(weight.detach().contiguous(), counts.flatten())
+        tensors = {"steps": steps, "scales": scales}
+        tensors |= {} if bias is None else {"bias": bias.detach().float()}
+        self.slots: list[Slot] = [(tensors, name) for name in tensors]
 
 
 def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

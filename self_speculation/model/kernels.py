@@ -1,7 +1,8 @@
-"""Builds and loads this library's own kernels for copies in four bits on a CPU, int4_kernel.cpp.
+"""Builds and loads this library's operators for a CPU, cpp/layers.cpp.
 
-The file is built once, by the compiler that is there, and kept in the user's cache. Without a compiler, or on
-another kind of processor, torch's kernel computes the products. Drafts are slower then; nothing else changes.
+The file is built once, by the compiler that is there, and kept in the user's cache; an installed wheel and an
+image have it built. Without a compiler, or on another kind of processor, torch computes the products: weights
+take four bytes each then.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from self_speculation.model.user_cache import cache_folder, replacing
 
-_SOURCE = Path(__file__).with_name("int4_kernel.cpp")
-_SOURCES = (_SOURCE, *map(_SOURCE.with_name, ("int4_products.h", "int4_rounding.h")))
+_FOLDER = Path(__file__).with_name("cpp")
+_SOURCES = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
 _TORCH = Path(torch.__file__).parent
 _OPTIONS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared")
 
@@ -34,26 +34,31 @@ VARIANTS = {
     "AVX2": _AVX2,
 }
 
-# Seconds after which a compiler counts as broken; it takes 3 on a quiet machine.
+# Seconds after which a compiler counts as broken; it takes 10 on a quiet machine.
 _PATIENCE = 300.0
 
 _lock = Lock()
+_loaded: list[CPUOperators] = []
 
 
-class Int4Kernel(NamedTuple):
-    """What multiplies copies in four bits on a CPU."""
+class CPUOperators(NamedTuple):
+    """What computes passes over few tokens on a CPU."""
 
-    variant: str | None  # of VARIANTS; None: it is torch's kernel
-    why_not: str = ""  # why it is torch's
+    variant: str | None  # of VARIANTS; None: torch
+    why_not: str = ""  # why it is torch
 
     def __str__(self) -> str:
-        return f"torch's kernel ({self.why_not})" if self.variant is None else f"own kernel ({self.variant})"
+        return f"torch ({self.why_not})" if self.variant is None else f"own operators ({self.variant})"
 
 
-def int4_kernel() -> Int4Kernel:
-    """Load the kernel, after building it if need be."""
+def cpu_operators() -> CPUOperators:
+    """Load the operators, after building them if need be."""
+    if _loaded:
+        return _loaded[0]
     with _lock:
-        return _load()
+        if not _loaded:
+            _loaded.append(_load())
+        return _loaded[0]
 
 
 def build_into(folder: Path) -> None:
@@ -66,21 +71,19 @@ def build_into(folder: Path) -> None:
         _compile(variant, folder / _file_name(variant))
 
 
-@cache
-def _load() -> Int4Kernel:
+def _load() -> CPUOperators:
     variant = _best_variant()
     if variant is None:
-        return Int4Kernel(None, "there is no other one for this processor")
+        return CPUOperators(None, "there are none for this processor")
     try:
-        if not any(map(_is_loaded, (_SOURCE.with_name(_file_name(variant)), *_kept(variant)))):
+        if not any(map(_is_loaded, (_FOLDER / _file_name(variant), *_kept(variant)))):
             _build(variant)
     except (RuntimeError, OSError) as error:
-        return Int4Kernel(None, f"the other one cannot be built: {error}")
-    torch.library.register_fake("self_speculation::int4_mm", _fake_mm)
-    torch.library.register_fake("self_speculation::int4_attend", _fake_attend)
-    torch.library.register_fake("self_speculation::int4_mlp", lambda *_: None)
+        return CPUOperators(None, f"ours cannot be built: {error}")
+    torch.library.register_fake("self_speculation::run_layers", lambda *_: None)
+    torch.library.register_fake("self_speculation::project", _fake_project)
     torch.library.register_fake("self_speculation::int4_round", _fake_round)
-    return Int4Kernel(variant)
+    return CPUOperators(variant)
 
 
 def _best_variant() -> str | None:
@@ -94,7 +97,7 @@ def _best_variant() -> str | None:
 def _file_name(variant: str) -> str:
     """Homes are shared by machines and environments: the name has all that the file depends on."""
     parts = (torch.__version__, *(file.read_text() for file in _SOURCES), *_OPTIONS, *VARIANTS[variant])
-    return f"int4-{variant}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
+    return f"layers-{variant}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
 
 
 def _kept(variant: str) -> list[Path]:
@@ -118,14 +121,22 @@ def _build(variant: str) -> None:
         if _is_loaded(file):
             return
     with tempfile.TemporaryDirectory() as folder:  # for this process
-        _compile(variant, file := Path(folder) / "int4.so")
+        _compile(variant, file := Path(folder) / "layers.so")
         torch.ops.load_library(file)
 
 
 def _compile(variant: str, file: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     places = (f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}", "-ltorch_cpu")
-    command = [*compiler, *_OPTIONS, *VARIANTS[variant], str(_SOURCE), "-o", str(file), *places]
+    command = [
+        *compiler,
+        *_OPTIONS,
+        *VARIANTS[variant],
+        str(_FOLDER / "layers.cpp"),
+        "-o",
+        str(file),
+        *places,
+    ]
     how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": _PATIENCE}
     try:
         done = subprocess.run(command, **how)
@@ -154,13 +165,8 @@ def _is_own(path: Path) -> bool:
     return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
 
 
-def _fake_mm(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0], 16 * weight.shape[0])
-
-
-def _fake_attend(hidden: Tensor, *others: Any) -> Tensor:
-    keys, heads = others[-5], others[-1]
-    return hidden.new_empty(1, heads * keys.shape[3])
+def _fake_project(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape[0], others[-1])
 
 
 def _fake_round(weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

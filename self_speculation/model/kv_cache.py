@@ -32,10 +32,6 @@ def round_up(number: int, step: int) -> int:
 class Appendable(ABC):
     """Takes keys and values from layers."""
 
-    # Of one row and one layer: keys and values [1 or more, kv_heads, capacity, head_dim], in whose slot 0 the
-    # row is, and [start, 0], whose size is its length before a pass. None: only `append` knows where.
-    one_row: tuple[Tensor, Tensor, Tensor] | None = None
-
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append T positions to each of B rows of a layer.
@@ -151,9 +147,10 @@ class KVCache(Appendable):
     """
 
     is_prompt = False  # the next positions are a prompt's
+    first_slot: int  # of row 0
 
     def __init__(self, buffers: Buffers) -> None:
-        self.buffers, self._first_row = buffers, 0
+        self.buffers, self.first_slot = buffers, 0
         self.set_rows([0])
 
     def set_rows(self, lengths: Sequence[int]) -> None:
@@ -218,7 +215,7 @@ class KVCache(Appendable):
         self._appended[layer] += width
         # Views by shape and strides: one call each, instead of a slice per dimension.
         of_row, of_head = all_keys.stride(0), all_keys.stride(1)
-        first = self._first_row * of_row
+        first = self.first_slot * of_row
         new, new_strides = (rows, width, heads, size), (of_row, size, of_head, 1)
         if rows > 1:
             keys, values = keys.view(new), values.view(new)
@@ -227,20 +224,23 @@ class KVCache(Appendable):
         shape, strides = (rows * heads, 1, end, size), (of_head, of_head, size, 1)
         return all_keys.as_strided(shape, strides, first), all_values.as_strided(shape, strides, first)
 
-    def with_room(self, first: int, last: int, width: int) -> list[tuple[Tensor, Tensor]]:
-        """The buffers of layers first..last-1, from the first row on, with room for T more positions of each
-        row. The layers have run before. The caller writes the positions and calls `advance`.
+    def buffers_of(self, first: int, last: int, width: int, new_keys: Tensor) -> list[Tensor]:
+        """Keys and values of layers first..last-1, all slots, with room for T more positions of each row. The
+        caller writes the positions and calls `advance`.
+
+        Args:
+            new_keys: [any, kv_heads, head_dim], of layers that may run for the first time.
         """
-        end, row, buffers = self.longest(first) + width, self._first_row, self.buffers
-        pairs = [buffers.with_room(layer, end) for layer in range(first, last)]
-        return [(keys[row:], values[row:]) for keys, values in pairs] if row else pairs
+        end = self.longest(first) + width
+        return [part for layer in range(first, last) for part in self.buffers.with_room(layer, end, new_keys)]
 
     def scattered(self, positions: Tensor, first: int, last: int) -> WrittenAt:
         """Takes keys and values of layers first..last-1 at positions [B, T], for rows that differ in
         length.
         """
         width = positions.shape[1]
-        self.with_room(first, last, width)
+        for layer in range(first, last):
+            self.buffers.with_room(layer, self.longest(first) + width)
         self.advance(first, last, width)
         return WrittenAt(self.buffers.of_layers, positions, round_up(self.longest(first), ALIGNMENT))
 
@@ -276,7 +276,7 @@ class KVCache(Appendable):
     def prompt_view(self, slot: int, length: int = 0) -> KVCache:
         """A view of one slot, to prefill it after its first `length` positions."""
         view = copy.copy(self)
-        view._first_row, view.is_prompt = slot, True
+        view.first_slot, view.is_prompt = slot, True
         view.set_rows([length])
         return view
 

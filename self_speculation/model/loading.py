@@ -32,9 +32,9 @@ from self_speculation.config import DtypeName, LoadingOptions, Parallel, Prefill
 from self_speculation.model.captured_runner import capture_decoding, check_can_be_captured
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
-from self_speculation.model.fused_layers import fuse
+from self_speculation.model.fused_layers import activation_dtype, fuse
 from self_speculation.model.gguf_files import Header, own_settings, read_weights
-from self_speculation.model.linear import Float16Linear, works
+from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
 
 
@@ -91,9 +91,14 @@ def check_prefill_dtype(options: LoadingOptions, device: torch.device) -> None:
         return
     if device.type != "cpu":
         raise LoadingError(f"prefill_dtype {name}: is for a CPU, not for {device.type}; use --dtype {name}")
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if name == "bfloat16" and not computes_bfloat16():
         why = "this processor has neither AMX nor AVX512_BF16, and is no faster in it"
         raise LoadingError(f"prefill_dtype {name}: {why}; use auto")
+
+
+def computes_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16 faster than in float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_config(model: str, options: LoadingOptions | None = None) -> PretrainedConfig:
@@ -165,21 +170,13 @@ def load_model_and_tokenizer(
         kwargs |= options.model_args
         if kwargs.pop("rope_scaling", None) is not None:  # by itself transformers forgets the base
             kwargs["rope_parameters"] = config.rope_parameters
-        dtype_of_16_bits = None if adapted else _w16a32_dtype(model, options, config, device)
-        if dtype_of_16_bits is None and options.prefill_dtype != "auto":
+        own = None if adapted else _own_dtype(model, options, config, device)
+        if own is None and options.prefill_dtype == "bfloat16":
             raise LoadingError(
-                f"prefill_dtype {options.prefill_dtype}: needs weights in 16 bits and products in float32, so"
-                " dtype auto, fuse True, parallel data, quantization none, no adapter, and a fused family"
+                "prefill_dtype bfloat16: needs weights in 16 bits and products in float32, so dtype auto,"
+                " fuse True, parallel data, quantization none, no adapter, and a fused family"
             )
-        if dtype_of_16_bits is not None:
-            loaded = _load(model, source, {**kwargs, "dtype": dtype_of_16_bits}, config, header)
-            try:
-                fuse(loaded, fp32_activations=True, bfloat16_prefill=options.prefill_dtype == "bfloat16")
-                return loaded, tokenizer
-            except ValueError as error:
-                if options.prefill_dtype != "auto":
-                    raise LoadingError(f"prefill_dtype {options.prefill_dtype}: {error}") from error
-                warnings.warn(f"model {model!r}: in float32, since {error}", LoadingWarning, stacklevel=2)
+        kwargs |= {} if own is None else {"dtype": own}
         loaded = _load(model, source, kwargs, config, header)
         if adapted is not None:
             from peft import PeftModel
@@ -187,7 +184,11 @@ def load_model_and_tokenizer(
             # Merged, weights stay plain: others are not fused.
             loaded = PeftModel.from_pretrained(loaded, str(folder)).merge_and_unload().eval()
     if options.fuse:
-        fuse(loaded)
+        fuse(loaded, bfloat16_prefill=options.prefill_dtype == "bfloat16")
+        if own is not None and activation_dtype(loaded) != torch.float32:
+            why = "a layer is not one that our operators have"
+            warnings.warn(f"model {model!r}: in float32, since {why}", LoadingWarning, stacklevel=2)
+            fuse(loaded.float())
     if options.compile:
         capture_decoding(loaded)
     return loaded, tokenizer
@@ -214,10 +215,10 @@ def _load(
     return loaded.eval()
 
 
-def _w16a32_dtype(
+def _own_dtype(
     model: str, options: LoadingOptions, config: PretrainedConfig, device: torch.device
 ) -> torch.dtype | None:
-    """The dtype of weights if `auto` is W16A32; None: it is not."""
+    """The dtype of weights that operators read as they are, where `auto` is that; None: it is float32."""
     dtype = torch.float16 if model.endswith(".gguf") else config.dtype
     settings = (options.dtype, options.parallel, options.quantization, options.fuse)
     return (
@@ -227,7 +228,7 @@ def _w16a32_dtype(
         and dtype in (torch.bfloat16, torch.float16)
         and has_fused_layers(config)
         and device.type == "cpu"
-        and works(Float16Linear, device, torch.float32)
+        and cpu_operators().variant is not None
         else None
     )
 

@@ -23,7 +23,7 @@ from self_speculation.model.families import AttentionType, attention_types, chec
 from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model, num_changes, prefills_in_bfloat16
 from self_speculation.model.kv_cache import Appendable, Buffers, KVCache
-from self_speculation.model.linear import LONG
+from self_speculation.model.linear import MIN_BFLOAT16_PREFILL
 from self_speculation.model.made import lock
 
 # Most positions of one pass over a prompt: they bound its memory. In bfloat16, a pass converts all weights.
@@ -208,7 +208,7 @@ class ModelRunner:
                 for kind in set(kinds)
             }
         states = hidden.flatten(0, 1)  # [B * T, H]
-        in_bfloat16 = self._prefills_in_bfloat16 and cache.is_prompt and len(states) >= LONG
+        in_bfloat16 = self._prefills_in_bfloat16 and cache.is_prompt and len(states) >= MIN_BFLOAT16_PREFILL
         for layer, kind in zip(self.layers[first:last], kinds, strict=True):
             layer = layer.in_bfloat16() if in_bfloat16 else layer
             states = layer(states, context := contexts[kind], context.visible(takes_keys))

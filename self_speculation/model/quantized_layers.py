@@ -1,8 +1,8 @@
 """Layers in four bits, made from the model's own: for cheap drafts, never for the target.
 
 A copy of a layer that is not fused is transformers' own layer with other products in place of each
-`nn.Linear`. A head in four bits costs most agreement, so it gets more: float16 in a float32 model on a CPU,
-else it is the model's own. Each copy stays with the `Linear` that it was made of, see `Linear.cached_copy`.
+`nn.Linear`. A head in four bits costs most agreement, so it is the model's own, unless it is a short one.
+Each copy stays with the `Linear` that it was made of, see `Linear.cached_copy`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,12 +21,10 @@ from transformers import PreTrainedModel
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import FAMILIES
-from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, linears_made, plain_linear
-from self_speculation.model.int4_layer import Int4Layer
+from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, plain_linear
 from self_speculation.model.int4_linear import Int4Linear
-from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.linear import Float16Linear, Linear, replace_linears, works
+from self_speculation.model.linear import Linear, has_kernel, replace_linears
 from self_speculation.model.made import lock
 from self_speculation.model.model_runner import ModelRunner, PlainLayer, forward_early
 from self_speculation.model.progress import progress
@@ -38,18 +37,6 @@ _TOKENS_TO_LEARN = 64
 # 16 bits gave 187 and 95 tokens/s (A100, groups of 32; pytorch/ao, pull request 880).
 _INT4_ON_CUDA = 2.0 * 95 / 187
 
-Format = type[Int4Linear] | type[Float16Linear]
-
-
-def head_format(device: torch.device, dtype: torch.dtype) -> type[Float16Linear] | None:
-    """The format of the head beside layers in four bits, for weights of this dtype; None: the model's own.
-    Raises ValueError if there are no kernels for layers in four bits.
-    """
-    if not works(Int4Linear, device, dtype):
-        raise ValueError(f"draft_weights int4: there are no kernels for it with {dtype} on {device}")
-    has_float16 = device.type == "cpu" and dtype == torch.float32 and works(Float16Linear, device, dtype)
-    return Float16Linear if has_float16 else None
-
 
 def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tuple[float, float]:
     """Bytes by weight of a draft's layers, and of its head, that memory reads in the time of its products.
@@ -58,15 +45,18 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
     own = float(model.dtype.itemsize)
     if draft_weights == "exact":
         return own, own
-    head_kind = head_format(model.device, model.dtype)
-    layer_bytes = _INT4_ON_CUDA if model.device.type == "cuda" else Int4Linear.bytes_per_weight
-    return layer_bytes, own if head_kind is None else head_kind.bytes_per_weight
+    if not _has_kernel(model.device, model.dtype):
+        raise ValueError(
+            f"draft_weights int4: there are no kernels for it with {model.dtype} on {model.device}"
+        )
+    return _INT4_ON_CUDA if model.device.type == "cuda" else Int4Linear.bytes_per_weight, own
 
 
-def kernel_of_copies(model: PreTrainedModel) -> str | None:
-    """What multiplies the copies in four bits that a model has; None without, and on a GPU."""
-    has_copies = any(Int4Linear in linear.copies for linear in linears_made(model))
-    return str(int4_kernel()) if has_copies and model.device.type == "cpu" else None
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    def copied(weight: Tensor) -> Int4Linear:
+        return Int4Linear(Linear(SimpleNamespace(weight=weight, bias=None)))
+
+    return has_kernel(copied, device, dtype)
 
 
 def check_family(draft_weights: DraftWeights, config: Any) -> None:
@@ -88,18 +78,14 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     """
     check_family("int4", runner.config)
     layers = [_with_linears(runner, f"layer {i}", part) for i, part in enumerate(runner.layers[:num_layers])]
-    head = _with_linears(runner, "head", runner.head)
-    head_kind: Format | None = head_format(runner.rotary.device, runner.model.dtype)
-    head_kind = head_kind if short_head is None else Int4Linear  # its best few are computed in 16
-    formats: dict[Linear, Format] = {linear: Int4Linear for layer in layers for linear in layer.linears}
-    head = short_head or head
-    formats |= {} if head_kind is None else dict.fromkeys(head.linears, head_kind)
+    _with_linears(runner, "head", runner.head)
+    bytes_per_weight(runner.model, "int4")  # raises ValueError without kernels
+    parts = layers if short_head is None else [*layers, short_head]  # its best few are computed again
     with lock(runner.model):
-        copied = _make_copies(runner, layers, formats)
+        copied = _make_copies(runner, layers, [linear for part in parts for linear in part.linears])
     copies = [replace_linears(layer, copied) for layer in layers]
-    if runner.dtype == torch.float32:  # of activations, as the kernel takes them
-        copies = [Int4Layer(layer) if Int4Layer.fits(layer) else layer for layer in copies]
-    return runner.with_layers(copies, runner.head if head_kind is None else replace_linears(head, copied))
+    head = runner.head if short_head is None else replace_linears(short_head, copied)
+    return runner.with_layers(copies, head)
 
 
 def _with_linears(runner: ModelRunner, name: str, part: Any) -> Any:
@@ -161,11 +147,11 @@ def _with_modules(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> n
 
 
 def _make_copies(
-    runner: ModelRunner, layers: Sequence[Any], formats: Mapping[Linear, Format]
-) -> Callable[[Linear], Int4Linear | Float16Linear]:
+    runner: ModelRunner, layers: Sequence[Any], linears: Sequence[Linear]
+) -> Callable[[Linear], Int4Linear]:
     """Make what is missing on all threads. Returns a function that finds the copy of a `Linear`."""
-    missing = [linear for linear, kind in formats.items() if kind not in linear.copies]
-    num_bytes = sum(formats[linear].copy_bytes(linear.shape) for linear in missing)
+    missing = [linear for linear in linears if Int4Linear not in linear.copies]
+    num_bytes = sum(Int4Linear.copy_bytes(linear.shape) for linear in missing)
     if missing and num_bytes > (free := free_memory(runner.rotary.device, num_ranks(runner.model))):
         raise ValueError(
             f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
@@ -173,10 +159,8 @@ def _make_copies(
         )
     squares = _input_squares(runner, layers) if missing else {}
 
-    def copied(linear: Linear) -> Int4Linear | Float16Linear:
-        kind: Any = formats[linear]
-        learnt = {"squares": squares.get(linear)} if kind is Int4Linear else {}
-        return linear.cached_copy(kind, lambda: kind(linear.weight, bias=linear.bias, **learnt))
+    def copied(linear: Linear) -> Int4Linear:
+        return linear.cached_copy(Int4Linear, lambda: Int4Linear(linear, squares.get(linear)))
 
     # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
     num_threads = torch.get_num_threads() if runner.rotary.device.type == "cpu" else 1
@@ -197,7 +181,7 @@ class _SquaresSummed:
         self._squares[self._linear] = self._squares.get(self._linear, 0) + sums
         return self._linear(x)
 
-    matmul_bf16 = __call__
+    matmul_native = __call__
 
 
 @torch.no_grad()

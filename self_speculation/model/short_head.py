@@ -119,9 +119,7 @@ class ShortHead:
     def _all(self, normed: Tensor) -> Tensor:
         whole: Any = self._whole
         if isinstance(self.linears[0], Int4Linear):
-            whole = whole.cached_copy(
-                Int4Linear, lambda: Int4Linear(self._whole.weight, bias=self._whole.bias)
-            )
+            whole = whole.cached_copy(Int4Linear, lambda: Int4Linear(self._whole))
         return _logits(whole, self._whole, normed)
 
 

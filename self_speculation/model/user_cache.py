@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -55,23 +55,6 @@ def replacing(file: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         lock.release()
-
-
-def mark_used(file: Path) -> None:
-    """`drop_oldest` goes by the time of this call."""
-    with suppress(OSError):  # a folder that is read only, or a file of another user
-        os.utime(file)
-
-
-def drop_oldest(files: Iterable[Path], most: int) -> None:
-    """Remove the files that were used longest ago, so that the others take `most` bytes together. Call it in
-    a block of `replacing`. A process that has mapped a removed file keeps its contents.
-    """
-    stats = [(file.stat(), file) for file in files]
-    for stat, file in sorted(stats, key=lambda pair: pair[0].st_mtime_ns, reverse=True):
-        most -= stat.st_size
-        if most < 0:
-            file.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

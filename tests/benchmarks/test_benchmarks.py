@@ -19,6 +19,7 @@ from benchmarks.peers import fastest, in_each_format
 from benchmarks.sides import EARLY_EXIT, TRANSFORMERS, Answers, ours, theirs
 from benchmarks.synthetic import random_llama
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse
+from self_speculation.model.model_runner import ModelRunner
 
 OURS = ["autoregressive", "self-speculative", "int4 copy", "adaptive"]
 
@@ -151,8 +152,11 @@ def test_time_without_an_open_request_does_not_count():
 
 
 @pytest.fixture
-def dry(capsys):
-    """Runs gpu.py on the tiny model; its status, its lines and the JSON of the last one."""
+def dry(capsys, monkeypatch):
+    """Runs gpu.py on the tiny model, by the passes of a GPU; its status, its lines and the JSON of the last
+    one.
+    """
+    monkeypatch.setattr("self_speculation.model.runners.InPlaceRunner", ModelRunner)
 
     def run(*args):
         status = gpu.main(["--dry", "True", "--prompts", "128", "--rounds", "1", *args])

@@ -25,23 +25,23 @@ from self_speculation import LoadingOptions, Request, load_model_and_tokenizer, 
 from self_speculation.model import linear
 from self_speculation.model.attention import attend_to_past
 from self_speculation.model.fused_layers import fuse, prefills_in_bfloat16
-from self_speculation.model.linear import LONG, Float16Linear, works
+from self_speculation.model.kernels import cpu_operators
+from self_speculation.model.linear import MIN_BFLOAT16_PREFILL
 from self_speculation.model.loading import check_prefill_dtype, default_model
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.sources import LoadingError
 
-CPU = torch.device("cpu")
 PROMPTS = [[3 + (i * i + i // n) % 40 for i in range(length)] for n, length in ((3, 170), (5, 331), (7, 20))]
 needs_kernels = pytest.mark.skipif(
-    not (works(Float16Linear, CPU, torch.float32) and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-    reason="torch without FBGEMM or oneDNN in bfloat16",
+    cpu_operators().variant is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="no operators, or oneDNN without bfloat16",
 )
 
 
 @functools.cache
 def model_of(dtype=torch.float16, **config):
     model = own_llama(max_position_embeddings=512, **config).half().to(dtype)
-    fuse(model, fp32_activations=True, bfloat16_prefill=True)
+    fuse(model, bfloat16_prefill=True)
     return model
 
 
@@ -81,8 +81,8 @@ def test_only_long_passes_over_prompts_are_in_bfloat16(dtype, config):
     """
     model = model_of(dtype, **config)
     exact = copy.deepcopy(model)
-    fuse(exact, fp32_activations=True, bfloat16_prefill=False)
-    for ids, is_long in ((PROMPTS[1], True), (PROMPTS[1][: LONG - 1], False)):
+    fuse(exact, bfloat16_prefill=False)
+    for ids, is_long in ((PROMPTS[1], True), (PROMPTS[1][: MIN_BFLOAT16_PREFILL - 1], False)):
         expected = states(exact, ids)
         assert torch.equal(states(model, ids, for_prompts=False), expected)
         assert (0 < error(states(model, ids), expected) < 2**-4) == is_long
@@ -124,7 +124,7 @@ def test_kept_prefixes_are_of_one_kind():
     model, strategy = copy.deepcopy(model_of()), make_strategy("autoregressive")
     for in_bfloat16, cached in ((True, 0), (True, 169), (False, 0), (False, 169), (True, 0)):
         if prefills_in_bfloat16(model) != in_bfloat16 or not cached:
-            fuse(model, fp32_activations=True, bfloat16_prefill=in_bfloat16)
+            fuse(model, bfloat16_prefill=in_bfloat16)
         assert answer_of(strategy, model, PROMPTS[0], reuse_cache=True).num_cached_tokens == cached
 
 
@@ -148,7 +148,7 @@ def test_loading(monkeypatch):
         ({"dtype": "float32"}, True, "dtype auto"),
         ({"dtype": "bfloat16"}, True, "dtype auto"),
         ({"fuse": False}, True, "fuse True"),
-        ({"prefill_dtype": "float16"}, True, "'float16': must be one of auto, bfloat16"),
+        ({"prefill_dtype": "float16"}, True, "'float16': must be one of auto, float32, bfloat16"),
     ],
 )
 def test_refusals(monkeypatch, options, amx, why):
@@ -164,7 +164,7 @@ def test_refusals_of_devices_and_of_fuse():
     with pytest.raises(LoadingError, match="not for cuda; use --dtype bfloat16"):
         check_prefill_dtype(LoadingOptions(prefill_dtype="bfloat16"), torch.device("cuda"))
     model = own_llama()
-    with pytest.raises(ValueError, match="need weights in 16 bits"):
+    with pytest.raises(ValueError, match="need fused weights in 16 bits"):
         fuse(model, bfloat16_prefill=True)
     assert not prefills_in_bfloat16(model)
 

@@ -7,22 +7,17 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 from conftest import PROMPT, WAYS, ids_of, own_llama, tiny_llama
-from helpers import watch
 
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.policy import RoundOutcome
 from self_speculation.model import linear
 from self_speculation.model.fused_layers import fuse
-from self_speculation.model.model_runner import forward
-from self_speculation.model.runners import make_runner
-from self_speculation.model.traced_runner import num_traces, trace_after
 
 NUM_THREADS = 6
 PROMPTS = [PROMPT, [8, 3, 11], [6] * 9]
@@ -60,26 +55,23 @@ class Trial:
 
     def __init__(self, dtype, seed):
         self.dtype, self.random, self.seed = dtype, random.Random(seed), seed
-        self.fp32_activations = dtype != torch.float32
         self.faults, self.num_answers, self.num_rounds, self.next_model = [], 0, 0, 0
 
     def begin_anew(self):
         self.model = own_llama().to(self.dtype)
-        fuse(self.model, self.fp32_activations)
-        trace_after(self.model, self.random.choice((0, 2, 20)))
+        fuse(self.model)
 
     def next_round(self):
         """Called by one thread while the others wait."""
         if self.num_rounds == self.next_model:
             self.begin_anew()
-            self.next_model = max(10, 2 * self.next_model)  # TorchScript never frees a graph
+            self.next_model = max(10, 2 * self.next_model)
         else:
             change(self.model, self.random)
         self.num_rounds += 1
         model = own_llama().to(self.dtype)
         model.load_state_dict(self.model.state_dict())
-        fuse(model, self.fp32_activations)
-        trace_after(model, torch.inf)
+        fuse(model)
         self.fresh, self.expected = model, [ids_of(model, prompt) for prompt in PROMPTS]
         self.is_over = time.monotonic() > self.end or bool(self.faults)
 
@@ -140,73 +132,6 @@ def run_all(*functions):
     """Run each in a thread of its own. Returns their results."""
     with ThreadPoolExecutor(len(functions)) as threads:
         return [future.result() for future in [threads.submit(function) for function in functions]]
-
-
-@pytest.fixture
-def never_packed(monkeypatch):
-    """Passes over packed copies are not traced."""
-    monkeypatch.setattr(linear.Linear, "can_be_packed", False)
-
-
-def traced_llama():
-    model = own_llama(fused=True)
-    trace_after(model, 0)
-    return model
-
-
-@pytest.mark.usefixtures("never_packed")
-def test_a_trace_in_use_stays_as_it_is():
-    """Guards against a trace that loses its weights, or gets others, while a generation runs it."""
-    model, prompt = traced_llama(), torch.tensor([PROMPT])
-
-    def step(runner, cache):
-        cache.rollback(cache.length(0) - prompt.shape[1])
-        return forward(runner, cache, prompt[:, :1]).logits
-
-    def begun():
-        runner = make_runner(model)
-        cache = runner.new_cache(prompt.shape[1], 20)
-        forward(runner, cache, prompt)
-        return runner, cache
-
-    with torch.inference_mode():
-        runner = begun()
-        before = step(*runner)
-        for parameter in model.model.layers.parameters():
-            parameter.data = parameter.data * 2
-        other = begun()
-        assert step(*runner).equal(before)
-        assert not step(*other).equal(before)
-        assert step(*runner).equal(before)
-    assert num_traces(model) == 1
-
-
-@pytest.mark.usefixtures("never_packed")
-def test_one_thread_traces_at_a_time(monkeypatch):
-    """Guards against global variables of `torch.jit.trace` that two threads write, and two traces of one
-    range.
-    """
-    model, crowd = traced_llama(), Crowd()
-    watch(monkeypatch, torch.jit, "trace", crowd.visit)
-    found = run_all(*[lambda: ids_of(model)] * 2)
-    assert found == [ids_of(copy.deepcopy(model))] * 2
-    assert crowd.most == 1
-    assert num_traces(model) == 1
-
-
-@pytest.mark.usefixtures("never_packed")
-def test_tracing_leaves_warnings_on(monkeypatch):
-    """Guards against all warnings off: another thread's `catch_warnings`, which begins during a trace and
-    ends after it, restores the filters of within.
-    """
-    model, others, began = traced_llama(), warnings.catch_warnings(), []
-    watch(monkeypatch, torch.jit, "trace", lambda *_, **__: began or began.append(others.__enter__()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ids_of(model)
-        others.__exit__()
-        with pytest.raises(UserWarning, match="still shown"):
-            warnings.warn("still shown", UserWarning, stacklevel=1)
 
 
 def test_a_copy_is_made_once():

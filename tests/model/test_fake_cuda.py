@@ -5,7 +5,6 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 """
 
 import contextlib
-import math
 import random
 import sys
 from dataclasses import replace
@@ -26,11 +25,10 @@ from self_speculation import LoadingOptions, Request, Sampler, load_model_and_to
 from self_speculation import self_speculation_generator as generator
 from self_speculation.model import captured_runner
 from self_speculation.model.attention import AttentionKernel
-from self_speculation.model.fused_layers import NARROW, fuse
+from self_speculation.model.fused_layers import _MOST_GROUPED, fuse
 from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.runners import make_runner
-from self_speculation.model.traced_runner import trace_after
 from self_speculation.transfers import Reading, on_device
 
 DEVICE = "cuda:0"
@@ -178,8 +176,7 @@ def cuda(monkeypatch):
         # A parameter of no memory is no `Parameter`, and nowhere.
         f"{package}.model.fused_layers.difference": lambda *modules: None,
         f"{package}.model.fused_layers.structure": lambda *modules, **_: (),
-        f"{package}.model.linear.contents": lambda groups: [()] * len(groups),
-        f"{package}.model.fingerprint.contents": lambda groups: [()] * len(groups),
+        f"{package}.model.fingerprint._value": lambda tensor: None,
         "torch.from_dlpack": lambda part: part,
         # Reads, and events for them.
         f"{package}.decoding.batch.read": read,
@@ -307,9 +304,9 @@ def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypa
     assert called([30], 1, 5) == [plain] * 3
     assert called([65], 1, 5) == [masked, plain, masked]
     model = cuda(dtype=dtype, num_layers=1)
-    assert called([30], 1, 5, NARROW + 4) == [plain] * 4
+    assert called([30], 1, 5, _MOST_GROUPED + 4) == [plain] * 4
     assert called([30, 30], 1, 5) == [plain] * 4
-    assert called([30, 20], 1, 5, NARROW + 4) == [plain] * 2 + [masked] * 3
+    assert called([30, 20], 1, 5, _MOST_GROUPED + 4) == [plain] * 2 + [masked] * 3
     captured_runner.capture_decoding(model)
     assert called([30], 1, 5) == [plain] + [masked] * 2
     assert called([1100, 1030], 1, 5) == [plain] * 2 + [masked] * 2
@@ -334,7 +331,7 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
     )
     drafts = {"exit_layer": 2, "num_speculations": 5, "max_steps": 12}
     prompts = [PROMPT, [5 + i % 40 for i in range(PREFILL_CHUNK + 37)]]
-    trace_after(model, math.inf)
+    monkeypatch.setattr("self_speculation.scheduler.make_runner", ModelRunner)
     expected = [ids_of(model, prompt, **drafts) for prompt in prompts]
     lengths = []
 
@@ -361,7 +358,7 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
         ((4, 4), [30], 1, (12, 22)),
         ((6, 2), [30], 5, (12, 26)),
         ((6, 2), [30, 30], 5, (12, 28)),
-        ((6, 2), [30], NARROW + 1, (12, 26)),
+        ((6, 2), [30], _MOST_GROUPED + 1, (12, 26)),
         ((6, 2), [30, 20, 7], 1, (13, 26)),
         ((6, 2), [30, 20, 7], 5, (14, 30)),
     ],

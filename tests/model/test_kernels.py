@@ -1,4 +1,4 @@
-"""Our own kernel of copies in four bits: products, rounding, and places where it cannot be built."""
+"""Our operators: products in four bits, rounding, and places where they cannot be built."""
 
 import os
 import shutil
@@ -9,14 +9,13 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_operators
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from self_speculation.model import kernels
-from self_speculation.model.int4_linear import Int4Linear, _shares, in_four_bits
-from self_speculation.model.kernels import Int4Kernel, int4_kernel
+from self_speculation.model.int4_linear import _shares, in_four_bits
+from self_speculation.model.kernels import CPUOperators, cpu_operators
 
-needs_kernel = pytest.mark.skipif(int4_kernel().variant is None, reason=str(int4_kernel()))
 SHAPES = [(16, 32), (64, 96), (50, 48), (17, 33), (2128, 100), (40, 576)]
 
 
@@ -51,39 +50,46 @@ def product(x, weight, scales):
 
 def made(shape):
     torch.manual_seed(0)
-    return Int4Linear(torch.randn(shape)).tensors()
+    return torch.ops.self_speculation.int4_round(
+        torch.randn(shape), _shares(torch.ones(-(-shape[1] // 32) * 32)).flatten()
+    )
 
 
-@needs_kernel
+def multiplied(x, weight, scales):
+    """By all rows, with those of the padding."""
+    return torch.ops.self_speculation.project(x, [], 0.0, False, [weight, scales], False, 16 * len(weight))
+
+
+@needs_operators
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 8, 15, 33])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_are_exact(shape, num_tokens):
     """Guards against rows, columns, tokens or groups in a wrong order, and padding that counts."""
     weight, scales = made(shape)
     x = torch.randn(num_tokens, shape[1])
-    got = torch.ops.self_speculation.int4_mm(x, weight, scales)
+    got = multiplied(x, weight, scales)
     assert torch.equal(got, product(x, weight, scales))
     # Whatever stands beside a token, and however many threads there are.
-    alone = [torch.ops.self_speculation.int4_mm(row[None], weight, scales) for row in x]
+    alone = [multiplied(row[None], weight, scales) for row in x]
     assert torch.equal(got, torch.cat(alone))
     torch.set_num_threads(2)
     try:
-        assert torch.equal(got, torch.ops.self_speculation.int4_mm(x, weight, scales))
+        assert torch.equal(got, multiplied(x, weight, scales))
     finally:
         torch.set_num_threads(1)
 
 
-@needs_kernel
+@needs_operators
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan, 0.0, 3e38, 1e-42])
 @pytest.mark.parametrize("at", [0, 35])
 def test_a_token_is_its_own(number, at):
     """Guards against an infinity, NaN or tiny number of one token in the products of others."""
     weight, scales = made((48, 40))
     x = torch.randn(9, 40)
-    before = torch.ops.self_speculation.int4_mm(x, weight, scales)
+    before = multiplied(x, weight, scales)
     x[4] = 0.0
     x[4, at] = number
-    after = torch.ops.self_speculation.int4_mm(x, weight, scales)
+    after = multiplied(x, weight, scales)
     others = [row for row in range(9) if row != 4]
     assert torch.equal(before[others], after[others])
     if number == 3e38:
@@ -94,27 +100,22 @@ def test_a_token_is_its_own(number, at):
 
 PROGRAM = """
 import sys, torch
-from self_speculation.model.kernels import int4_kernel
-from self_speculation.model.int4_linear import Int4Linear
-weight, x = torch.load(sys.argv[1])
-copied = Int4Linear(weight)
-torch.save((int4_kernel(), *copied.tensors(), copied(x)), sys.argv[1])
+from self_speculation.model.kernels import cpu_operators
+operators, (weight, counts, x) = cpu_operators(), torch.load(sys.argv[1])
+packed = torch.ops.self_speculation.int4_round(weight, counts)
+product = torch.ops.self_speculation.project(x, [], 0.0, False, [*packed], False, len(weight))
+torch.save((operators, *packed, product), sys.argv[1])
 """
 
 
-@needs_kernel
+@needs_operators
 def test_shapes_of_fake_tensors():
     """Guards against operators that `FakeTensorMode`, and so a dry run, cannot pass through."""
     ops = torch.ops.self_speculation
-    layer = [Int4Linear(torch.randn(shape)).tensors() for shape in ((64, 32), (32, 32), (96, 32), (32, 48))]
-    norm, past, buffers = torch.ones(32), torch.empty(5, 0), torch.zeros(2, 1, 1, 8, 16)
 
-    def run(hidden):
-        attended = ops.int4_attend(
-            hidden, norm, 1e-5, *layer[0], None, None, None, torch.eye(16)[None], *buffers, past, 1.0, 2
-        )
-        ops.int4_mlp(hidden, attended, *layer[1], norm, 1e-5, *layer[2], *layer[3], 48)
-        return attended, hidden, ops.int4_mm(hidden, *layer[0]), *ops.int4_round(hidden, torch.ones(32))
+    def run(x):
+        product = ops.project(x, [], 0.0, False, [torch.ones(24, 32)], False, 24)
+        return product, *ops.int4_round(x, torch.ones(32))
 
     computed = run(torch.ones(1, 32))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -122,21 +123,23 @@ def test_shapes_of_fake_tensors():
     assert [(t.shape, t.dtype) for t in faked] == [(t.shape, t.dtype) for t in computed]
 
 
-@needs_kernel
+@needs_operators
 def test_all_variants_give_the_same(tmp_path):
     """Guards against a kernel for older processors that nobody runs here: it rounds and multiplies alike."""
     torch.manual_seed(0)
     weight, x, file = torch.randn(50, 100), 100 * torch.randn(15, 100), tmp_path / "numbers"
-    torch.save((weight, x), file)
+    counts = _shares(torch.ones(128)).flatten()
+    torch.save((weight, counts, x), file)
     env = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", PROGRAM, file], env=env, check=True, timeout=kernels._PATIENCE)
     kernel, *got = torch.load(file, weights_only=False)
-    assert kernel == Int4Kernel("AVX2")
-    copied = Int4Linear(weight)
-    assert all(map(torch.equal, got, (*copied.tensors(), copied(x))))
+    assert kernel == CPUOperators("AVX2")
+    packed = torch.ops.self_speculation.int4_round(weight, counts)
+    product = torch.ops.self_speculation.project(x, [], 0.0, False, [*packed], False, len(weight))
+    assert all(map(torch.equal, got, (*packed, product)))
 
 
-@needs_kernel
+@needs_operators
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_rounds_as_on_a_gpu(shape, dtype):
@@ -163,8 +166,8 @@ def test_it_rounds_as_on_a_gpu(shape, dtype):
 @pytest.fixture
 def builds(tmp_path, monkeypatch):
     """A cache, and a compiler that takes no time; files that were loaded."""
-    if (variant := int4_kernel().variant) is None:
-        pytest.skip(str(int4_kernel()))
+    if (variant := cpu_operators().variant) is None:
+        pytest.skip(str(cpu_operators()))
     monkeypatch.setenv("SELF_SPECULATION_CACHE", str(tmp_path / "cache"))
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; echo built > "$2"')
@@ -183,7 +186,7 @@ def builds(tmp_path, monkeypatch):
 
 
 def load():
-    return kernels._load.__wrapped__()
+    return kernels._load()
 
 
 def test_it_is_built_once(builds):
@@ -248,7 +251,7 @@ def test_without_a_compiler(builds, script, why):
     kernel = load()
     assert kernel.variant is None
     assert why in kernel.why_not
-    assert str(kernel).startswith("torch's kernel (")
+    assert str(kernel).startswith("torch (")
     assert not loaded
 
 
@@ -264,7 +267,7 @@ def test_two_processes_build_at_once(builds):
     assert loaded == [file] * 3
 
 
-def test_other_processors_have_torchs_kernel(monkeypatch):
+def test_other_processors_have_none(monkeypatch):
     """Guards against instructions that a processor does not have."""
     for level, vnni, variant in (
         ("AVX512", True, "AVX512_VNNI"), ("AVX512", False, "AVX2"), ("AVX2", True, "AVX2"),
@@ -273,7 +276,7 @@ def test_other_processors_have_torchs_kernel(monkeypatch):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda level=level: level)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda vnni=vnni: {"avx512_vnni": vnni})
         assert kernels._best_variant() == variant
-    assert "no other one for this processor" in load().why_not
+    assert "none for this processor" in load().why_not
 
 
 @pytest.mark.slow

@@ -174,8 +174,9 @@ def test_growing_without_memory_keeps_what_is_there(left):
         cache.update(block(0, 8), block(0, 8), layer)
     cache.reserve(1000, 2000)  # of another sequence
     try:
+        like = torch.empty(0)
         with OutOfMemory(left):
-            cache.with_room(0, 2, 1)
+            cache.buffers_of(0, 2, 1, like)
     except torch.OutOfMemoryError:
         assert (cache.buffers.capacity, cache.length(0), cache.length(1)) == (8, 8, 8)
     cache.rollback(4)

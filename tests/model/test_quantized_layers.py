@@ -6,7 +6,16 @@ on them.
 
 import pytest
 import torch
-from conftest import COPY, PROMPT, assert_close, generate, own_llama, tiny_llama, transformers_generate
+from conftest import (
+    COPY,
+    PROMPT,
+    assert_close,
+    generate,
+    needs_operators,
+    own_llama,
+    tiny_llama,
+    transformers_generate,
+)
 from helpers import SPECULATION, refused
 from test_kernels import unpacked
 from test_llama_model_utils import family
@@ -19,13 +28,15 @@ from self_speculation.model import int4_linear, quantized_layers
 from self_speculation.model.families import FAMILIES
 from self_speculation.model.fused_layers import bytes_made, fuse, fused_model
 from self_speculation.model.int4_linear import Int4Linear
-from self_speculation.model.kernels import Int4Kernel, int4_kernel
-from self_speculation.model.linear import Float16Linear, works
+from self_speculation.model.kernels import CPUOperators
+from self_speculation.model.linear import Linear
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.quantized_layers import head_format, quantized
+from self_speculation.model.quantized_layers import quantized
 
-CPU = torch.device("cpu")
-needs_own_kernel = pytest.mark.skipif(int4_kernel().variant is None, reason=str(int4_kernel()))
+
+def tensors(copied):
+    """Those of a copy by operators."""
+    return [table[name] for table, name in copied.slots()]
 
 
 def four_bits(weight):
@@ -37,7 +48,7 @@ def four_bits(weight):
     return ((steps - 8) * scales + middles)[:, : weight.shape[1]]
 
 
-@pytest.mark.parametrize("is_own", [pytest.param(True, marks=needs_own_kernel), False])
+@pytest.mark.parametrize("is_own", [pytest.param(True, marks=needs_operators), False])
 @pytest.mark.parametrize("width", [1, 2, 5, 17])
 @pytest.mark.parametrize("shape", [(64, 32), (2128, 96), (50, 48), (2100, 576), (40, 100), (17, 33)])
 def test_a_kernel_multiplies_by_what_was_packed(shape, width, is_own, monkeypatch):
@@ -46,25 +57,25 @@ def test_a_kernel_multiplies_by_what_was_packed(shape, width, is_own, monkeypatc
     groups, others have not.
     """
     if not is_own:
-        monkeypatch.setattr(int4_linear, "int4_kernel", lambda: Int4Kernel(None))
+        monkeypatch.setattr(int4_linear, "cpu_operators", lambda: CPUOperators(None))
     torch.manual_seed(0)
     linear = nn.Linear(*reversed(shape)).requires_grad_(False)
     x = torch.randint(-127, 128, (width, shape[1])) / 64.0  # exact in eight bits of the kernels' formats
     x[:, ::32] = 127 / 64
-    copied, approximate = Int4Linear(linear.weight, linear.bias), four_bits(linear.weight)
+    copied, approximate = Int4Linear(Linear(linear)), four_bits(linear.weight)
     assert (approximate - linear.weight).norm() < 0.13 * linear.weight.norm()
     got = copied(x)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
     computed_in = torch.float32 if is_own else torch.bfloat16
     if is_own:  # ties may be rounded otherwise
-        steps, scales, middles = unpacked(*copied.tensors()[:2])
+        steps, scales, middles = unpacked(*tensors(copied)[:2])
         values = (steps - 8.0) * scales.T[:, :, None] + middles.T[:, :, None]
         approximate = values.flatten(1)[: shape[0], : shape[1]]
     assert_close(got, x @ approximate.T + linear.bias, computed_in, roundings=100 if is_own else 2)
-    assert copied.matmul_bf16(x).dtype == computed_in
-    of_bias = len(linear.bias) * computed_in.itemsize
-    assert sum(t.nbytes for t in copied.tensors()) == copied.num_bytes + of_bias
+    assert copied.matmul_native(x).dtype == computed_in
+    if is_own:
+        assert sum(t.nbytes for t in tensors(copied)) == copied.num_bytes + 4 * len(linear.bias)
 
 
 def test_four_bits_reach_the_ends_of_a_group():
@@ -94,8 +105,8 @@ def test_columns_of_large_inputs_are_closest():
     assert set(found) == {linear for layer in runner.layers for linear in layer.linears}
     assert all(len(squares) == linear.shape[1] for linear, squares in found.items())
     linear, copied = runner.layers[0].linears[1], quantized(runner, 1).layers[0].linears[1]
-    expected = Int4Linear(linear.weight, squares=found[linear])
-    assert all(map(torch.equal, copied.tensors(), expected.tensors()))
+    expected = Int4Linear(linear, found[linear])
+    assert all(map(torch.equal, tensors(copied), tensors(expected)))
 
 
 def test_the_layout_of_a_gpu(monkeypatch):
@@ -122,29 +133,17 @@ def test_copies_are_made_once():
     twin = quantized(runner, 3)
     assert len(twin.layers) == 3
     again = quantized(ModelRunner(model), 4)
-    for part, other in ((again.layers[0], twin.layers[0]), (again.head, twin.head)):
-        assert all(mine is theirs for mine, theirs in zip(part.linears, other.linears, strict=True))
+    pairs = zip(again.layers[0].linears, twin.layers[0].linears, strict=True)
+    assert all(mine is theirs for mine, theirs in pairs)
+    assert again.head is runner.head
     assert fused_model(model)[0][model.model.layers[0]] is runner.layers[0]
 
 
-@pytest.mark.skipif(not works(Float16Linear, CPU, torch.float32), reason="no kernel here")
-def test_formats_of_the_head(monkeypatch):
-    """Guards against a copy without the bias, and against one that is slower than the model's own head."""
-    model = own_llama()
-    model.lm_head.bias = nn.Parameter(torch.randn(50))
-    fuse(model)
-    runner, hidden = ModelRunner(model), torch.randn(3, 32)
-    with torch.inference_mode():
-        head = quantized(runner, 2).head
-        assert isinstance(head.linears[0], Float16Linear)
-        assert_close(head(hidden), runner.head(hidden), torch.float16, roundings=2)
-    monkeypatch.setattr(quantized_layers, "works", lambda kind, *_: kind is Int4Linear)
-    assert quantized(runner, 2).head is runner.head
-    monkeypatch.setattr(quantized_layers, "works", lambda *_: True)
-    assert head_format(torch.device("cuda"), torch.float32) is head_format(CPU, torch.bfloat16) is None
-    monkeypatch.setattr(quantized_layers, "works", lambda *_: False)
+def test_there_may_be_no_kernel(monkeypatch):
+    """Guards against a traceback where neither ours nor torch's can be had."""
+    monkeypatch.setattr(quantized_layers, "has_kernel", lambda *_: False)
     with pytest.raises(ValueError, match="draft_weights int4: there are no kernels for it with torch"):
-        head_format(CPU, torch.float32)
+        quantized(ModelRunner(own_llama(fused=True)), 2)
 
 
 def test_at_full_depth_drafts_are_mostly_right(bundled):
@@ -161,7 +160,7 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
     """Guards against a machine that swaps because copies fill its memory."""
     model = own_llama(3, fused=True)
     quantized(ModelRunner(model), 2)
-    needed = bytes_made(model) - bytes_made(model, for_drafts=False)
+    needed = bytes_made(model)
     fuse(model)
     runner, free = ModelRunner(model), needed - 1
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: free)
@@ -196,7 +195,7 @@ def test_a_copy_of_every_family(model_type):
     assert result.predicted_tokens == expected
     assert result.acceptance_rate > 0.7
     copied = {name for name, module in model.named_modules() if type(module) is nn.Linear} - {"lm_head"}
-    assert bytes_made(model) - Float16Linear.copy_bytes(model.lm_head.weight.shape) == sum(
+    assert bytes_made(model) == sum(
         Int4Linear.copy_bytes(model.get_submodule(name).weight.shape) for name in copied
     )
 
@@ -217,7 +216,7 @@ def test_a_copy_of_transformers_layers_follows_their_weights():
     before, size = copies(), bytes_made(model)
     assert all(mine is theirs for mine, theirs in zip(copies(), before, strict=True))
     q_proj, norm = model.model.layers[0].self_attn.q_proj, model.model.layers[1].post_feedforward_layernorm
-    q_proj.weight.data.neg_()
+    q_proj.weight.detach().neg_()
     assert drafted().acceptance_rate > 0.7
     assert [mine is theirs for mine, theirs in zip(copies(), before, strict=True)].count(False) == 1
     norm.weight = nn.Parameter(-norm.weight.detach())

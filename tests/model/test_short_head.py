@@ -253,12 +253,14 @@ def test_a_head_is_short_by_default_where_that_saves_time(monkeypatch):
         return DraftContext(ModelRunner(model), asked).draft_vocabulary
 
     assert vocabulary(draft_weights="int4") is None
-    monkeypatch.setattr("self_speculation.model.quantized_layers.works", lambda *_: True)
+    monkeypatch.setattr("self_speculation.model.quantized_layers.has_kernel", lambda *_: True)
     monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
     monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.1)
     adaptive = {"generation_strategy": "adaptive", "exit_layer": -1, "num_speculations": -1}
     assert vocabulary(draft_weights="int4", exit_layer=1) == vocabulary(**adaptive) == 16
-    assert vocabulary(draft_weights="int4") is vocabulary(exit_layer=1) is None
+    assert vocabulary(exit_layer=1) is None
+    monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.2)
+    assert vocabulary(draft_weights="int4") is None
     assert vocabulary(draft_weights="int4", draft_vocabulary=30) == 30
     monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.03)
     assert vocabulary(draft_weights="int4") == 16

@@ -11,7 +11,6 @@ from self_speculation import Request, make_strategy
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.families import FAMILIES, attention_types
 from self_speculation.model.fused_layers import fuse
-from self_speculation.model.traced_runner import num_traces, trace_after
 
 WINDOW, MAX_STEPS = 7, 16
 # Those of a family that has them: windows in every second layer, or in all.
@@ -60,14 +59,6 @@ def test_pieces(model_type, attention):
 def test_ids(model_type, batch_size):
     """Guards against rows of other lengths, and against windows of the wrong layers."""
     gives_ids_of_transformers(windowed(model_type), batch_size=batch_size)
-
-
-def test_traces():
-    """Guards against lengths, masks and windows of one step that are constants of a trace."""
-    model = windowed("qwen2")
-    trace_after(model, 0)
-    gives_ids_of_transformers(model, [{}, LAYERS], batch_size=1)
-    assert num_traces(model) == 4
 
 
 def test_captured_passes(graphs):

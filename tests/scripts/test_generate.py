@@ -183,7 +183,7 @@ def test_slow_work_before_the_first_token_is_named(said, monkeypatch):
         monkeypatch.setattr("runs.status._SILENCE", silence)
         stderr = said("--prompt", "def", *GREEDY, *SPECULATION, "--draft_weights", "int4").stderr
         assert ("preparing the layers that draft" in stderr) == is_named
-        line = r"^copies for drafts take \d\.\d\d GiB, multiplied by (own|torch's) kernel \(.+\)$"
+        line = r"^copies for drafts take \d\.\d\d GiB$"
         assert re.search(line, stderr, re.MULTILINE)
 
 

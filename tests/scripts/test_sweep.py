@@ -20,7 +20,6 @@ from measures.replay import predicted_cell
 from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
-from self_speculation.model import traced_runner
 from self_speculation.model.linear import Linear
 from sweep import SweepArguments
 
@@ -98,20 +97,6 @@ def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra):
     pandas.testing.assert_frame_equal(predicted[COUNTS], measured[COUNTS])
     assert (predicted["num_tokens"] == measured["num_tokens"]).all()
     assert (predicted[["total_time", "speedup", "tokens_per_second_median"]] > 0).all(axis=None)
-
-
-@pytest.mark.parametrize("mode", ["predicted", "measured"])
-def test_cells_are_traced_like_other_scripts(common, monkeypatch, mode):
-    """Guards against speed-ups over a plain decoding that is slower than that of other scripts, whose passes
-    are traced.
-    """
-    traces = watch(monkeypatch, traced_runner.TracedRunner, "_trace")
-    monkeypatch.setattr("measures.calibration._PATIENCE", 0.0)
-    no_pictures(monkeypatch)
-    run = [*common, "--num_samples", "1", "--num_speculations_last", "1", "--mode", mode]
-    assert sweep.main(run) == 0
-    traced = {(first, len(layers)) for (*_, layers, _, _, first), _ in traces}
-    assert {(0, 1), (0, 2), (0, 3), (0, 4), (1, 3), (3, 1)} <= traced
 
 
 def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):

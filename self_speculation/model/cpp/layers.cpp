@@ -1,0 +1,364 @@
+// Passes over few tokens on a CPU: a range of layers, or one product, as one operator, over weights where they lie.
+// kernels.py builds this file; cpu_layers.py calls it.
+//
+// One parallel region serves all layers. Threads claim pieces of a phase from a counter: a thread that the machine takes
+// away holds up one piece, and one thread alone finishes everything.
+#include <sched.h>
+
+#include <atomic>
+
+#include "attention.h"
+#include "int4_rounding.h"
+#include "weights.h"
+
+namespace {
+void pause() {
+#ifdef __x86_64__
+  _mm_pause();
+#else
+  __asm__ volatile("yield");
+#endif
+}
+
+class Phase {
+ public:
+  // The pieces are `f(0)` to `f(n - 1)`. A thread that gets one calls `prepare` first. Returns once all are done.
+  template <class Prepare, class F>
+  void run(int64_t n, const Prepare& prepare, const F& f) {
+    int64_t own = 0;
+    if (next_.load(std::memory_order_relaxed) < n) prepare();
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n; own++) f(i);
+    if (own) done_.fetch_add(own, std::memory_order_release);
+    for (int spins = 0; done_.load(std::memory_order_acquire) < n;) ++spins < 20000 ? pause() : void(sched_yield());
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
+// Rows of several weights as pieces of work. They are long, since fetching ahead starts anew with each.
+class Pieces {
+ public:
+  Pieces(std::initializer_list<const Weight*> weights, int64_t threads) : weights_(weights) {
+    for (const Weight* weight : weights_) blocks_ += round_up(weight->rows, BLOCK) / BLOCK;
+    size_ = std::max<int64_t>(1, (blocks_ + 2 * threads - 1) / (2 * threads));
+  }
+  int64_t number() const { return (blocks_ + size_ - 1) / size_; }
+
+  // Calls f(index of the weight, first row, last row) for the parts of a piece.
+  template <class F>
+  void of(int64_t piece, const F& f) const {
+    int64_t first = piece * size_, last = std::min(first + size_, blocks_);
+    for (size_t i = 0; i < weights_.size(); i++) {
+      int64_t blocks = round_up(weights_[i]->rows, BLOCK) / BLOCK;
+      if (first < blocks && last > 0)
+        f(i, std::max<int64_t>(0, first) * BLOCK, std::min(last * BLOCK, weights_[i]->rows));
+      first -= blocks, last -= blocks;
+    }
+  }
+
+ private:
+  std::vector<const Weight*> weights_;
+  int64_t blocks_ = 0, size_;
+};
+
+template <class F>
+void on_all_threads(int64_t threads, const F& f) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (; first < last; first++) f();
+  });
+}
+
+enum Activation : int64_t { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED };
+
+Floats activate(Activation kind, Floats x) {
+  switch (kind) {
+    case SILU: return x / (1.0f + exponential(-x));
+    case GELU_TANH: {
+      Floats inner = 0.7978845608f * (x + 0.044715f * x * x * x);  // (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))
+      return x / (1.0f + exponential(-2.0f * inner));
+    }
+    case GELU:
+      for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.7071067812f));
+      return x;
+    case RELU: return x < 0.0f ? Floats{} : x;
+    case RELU_SQUARED: return x < 0.0f ? Floats{} : x * x;
+  }
+  return x;
+}
+
+// What `FusedLayer.description` says of a layer, and its weights.
+enum Has : int64_t { QUERY_BIAS = 1, KEY_BIAS = 2, VALUE_BIAS = 4, OUT_BIAS = 8, GATE_BIAS = 16, UP_BIAS = 32,
+                     DOWN_BIAS = 64, HEAD_NORMS = 128, ATTENDED_NORM = 256, OUTPUT_NORM = 512, CENTRED_NORMS = 1024 };
+
+struct Layer {
+  int64_t has, heads, kv_heads, width, window, rotation;
+  Activation activation;
+  float scaling;
+  Norm input_norm, query_norm, key_norm, attended_norm, mlp_norm, output_norm;
+  Weight query, key, value, out, gate, up, down;
+
+  Layer(const Tensor*& next, const int64_t* numbers, const double* factors, int64_t hidden, int64_t d)
+      : has(numbers[0]), heads(numbers[1]), kv_heads(numbers[2]), width(numbers[3]), window(numbers[4]),
+        rotation(numbers[5]), activation(Activation(numbers[6])), scaling(float(factors[0])),
+        input_norm(norm(next, hidden, factors[1], true)), query_norm(norm(next, d, factors[2], has & HEAD_NORMS)),
+        key_norm(norm(next, d, factors[3], has & HEAD_NORMS)),
+        attended_norm(norm(next, hidden, factors[4], has & ATTENDED_NORM)),
+        mlp_norm(norm(next, hidden, factors[5], true)), output_norm(norm(next, hidden, factors[6], has & OUTPUT_NORM)),
+        query(next, heads * d, hidden, has & QUERY_BIAS), key(next, kv_heads * d, hidden, has & KEY_BIAS),
+        value(next, kv_heads * d, hidden, has & VALUE_BIAS), out(next, hidden, heads * d, has & OUT_BIAS),
+        gate(next, width, hidden, has & GATE_BIAS), up(next, width, hidden, has & UP_BIAS),
+        down(next, hidden, width, has & DOWN_BIAS) {}
+
+  Norm norm(const Tensor*& next, int64_t size, double epsilon, bool is_there) const {
+    return is_there ? Norm(*next++, size, epsilon, has & CENTRED_NORMS) : Norm();
+  }
+};
+
+// New positions of some rows, through a range of layers that differ in nothing but their numbers.
+class Pass {
+ public:
+  Pass(const std::vector<Layer>& layers, float* states, int64_t tokens, int64_t hidden, const std::vector<Tensor>& caches,
+       const std::vector<Tensor>& rotations, const int64_t* starts, int64_t rows, int64_t first_slot)
+      : layers_(layers), caches_(caches), rotations_(rotations), states_(states), starts_(starts), tokens_(tokens),
+        rows_(rows), width_(tokens / rows), hidden_(hidden), first_slot_(first_slot), capacity_(caches[0].size(2)),
+        d_(caches[0].size(3)), heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), together_(heads_ / kv_heads_),
+        joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(layers[0].width),
+        spans_(spans_of(*std::max_element(starts, starts + rows))), threads_(torch::stable::get_num_threads()),
+        phases_(new Phase[layers.size() * 7]), finished_(new std::atomic<int64_t>[layers.size() * rows * kv_heads_]()),
+        projected_(new float[tokens * joint_]), attended_(new float[tokens * heads_ * d_]),
+        gates_(new float[tokens * mlp_width_]), ups_(new float[tokens * mlp_width_]), added_(new float[tokens * hidden]),
+        sums_(new float[rows * kv_heads_ * spans_ * of_group() * d_]),
+        parts_(new Attended[rows * kv_heads_ * spans_ * of_group()]) {
+    for (int64_t i = 0; i < rows * kv_heads_ * spans_ * of_group(); i++) parts_[i].values = &sums_[i * d_];
+  }
+
+  void run() {
+    on_all_threads(threads_, [&] {
+      Phase* phase = phases_.get();
+      for (size_t index = 0; index < layers_.size(); index++) {
+        const Layer& layer = layers_[index];
+        project(*phase++, layer);
+        phase++->run(rows_ * kv_heads_ * spans_, [] {}, [&](int64_t piece) { attend(index, piece); });
+        add(phase, layer.out, attended_.get(), layer.attended_norm);
+        activate_gates(*phase++, layer);
+        add(phase, layer.down, gates_.get(), layer.output_norm);
+      }
+    });
+  }
+
+ private:
+  int64_t of_group() const { return width_ * together_; }  // queries that share keys
+  int64_t spans_of(int64_t start) const { return (start + width_ + SPAN - 1) / SPAN; }
+
+  // Makes the inputs of a phase from the normed states.
+  auto inputs(const Norm& norm, const Weight& weight, std::optional<Inputs>& x) const {
+    return [&, this] {
+      x.emplace(tokens_, hidden_, weight.type, [&](int64_t t, float* to) { norm(states_ + t * hidden_, to); });
+    };
+  }
+
+  void project(Phase& phase, const Layer& layer) {
+    std::optional<Inputs> x;
+    std::initializer_list<const Weight*> weights = {&layer.query, &layer.key, &layer.value};
+    int64_t columns[] = {0, heads_ * d_, (heads_ + kv_heads_) * d_};
+    Pieces pieces(weights, threads_);
+    phase.run(pieces.number(), inputs(layer.input_norm, layer.query, x), [&](int64_t piece) {
+      pieces.of(piece, [&](size_t i, int64_t first, int64_t last) {
+        float* to = &projected_[columns[i]];
+        weights.begin()[i]->multiply(first, last, *x, [&](int64_t t, int64_t row, float number) { to[t * joint_ + row] = number; });
+      });
+    });
+  }
+
+  // A span of the keys of one head of a row. New keys and values are written by the span that they are in, which is the
+  // only one to read them.
+  void attend(size_t index, int64_t piece) {
+    const Layer& layer = layers_[index];
+    int64_t span = piece % spans_, of_row = piece / spans_, head = of_row % kv_heads_, row = of_row / kv_heads_;
+    int64_t start = starts_[row], number = spans_of(start), key = span * SPAN, slot = first_slot_ + row;
+    if (span >= number) return;
+    auto cached = [&](size_t which) {
+      return static_cast<float*>(caches_[2 * index + which].mutable_data_ptr()) + (slot * kv_heads_ + head) * capacity_ * d_;
+    };
+    float *keys = cached(0), *values = cached(1);
+    auto* cosines = static_cast<const float*>(rotations_[layer.rotation].const_data_ptr());
+    const float* sines = cosines + rotations_[layer.rotation].size(1) * d_;
+    std::unique_ptr<float[]> queries(new float[of_group() * d_]), normed(new float[d_]);
+    auto turn = [&](const float* x, const Norm& norm, int64_t position, float factor, float* to) {
+      if (norm.weight) norm(x, normed.get()), x = normed.get();
+      rotate(x, cosines + position * d_, sines + position * d_, d_, factor, to);
+    };
+    for (int64_t t = 0; t < width_; t++) {
+      const float* joint = &projected_[(row * width_ + t) * joint_];
+      int64_t position = start + t;
+      for (int64_t i = 0; i < together_; i++)
+        turn(joint + (head * together_ + i) * d_, layer.query_norm, position, layer.scaling, &queries[(t * together_ + i) * d_]);
+      if (position / SPAN != span) continue;
+      turn(joint + (heads_ + head) * d_, layer.key_norm, position, 1.0f, keys + position * d_);
+      std::copy_n(joint + (heads_ + kv_heads_ + head) * d_, d_, values + position * d_);
+    }
+    Attended* of_head = &parts_[of_row * spans_ * of_group()];
+    attend_to_span(queries.get(), width_, together_, d_, start, layer.window, keys, values, key, of_head + span * of_group());
+    if (finished_[index * rows_ * kv_heads_ + of_row].fetch_add(1, std::memory_order_acq_rel) + 1 < number) return;
+    for (int64_t i = 0; i < of_group(); i++) {  // the last one to finish adds up all spans, in their order
+      Attended& whole = of_head[i];
+      for (int64_t other = 1; other < number; other++) whole.add(of_head[other * of_group() + i], d_);
+      float* to = &attended_[(row * width_ + i / together_) * heads_ * d_ + (head * together_ + i % together_) * d_];
+      for (int64_t j = 0; j < d_; j++) to[j] = whole.values[j] / whole.sum;
+    }
+  }
+
+  // act(x W_gate^T) * x W_up^T, of the normed states
+  void activate_gates(Phase& phase, const Layer& layer) {
+    std::optional<Inputs> x;
+    Pieces pieces({&layer.gate}, threads_);
+    phase.run(pieces.number(), inputs(layer.mlp_norm, layer.gate, x), [&](int64_t piece) {
+      pieces.of(piece, [&](size_t, int64_t first, int64_t last) {
+        auto into = [&](std::unique_ptr<float[]>& to) {
+          return [&](int64_t t, int64_t row, float number) { to[t * mlp_width_ + row] = number; };
+        };
+        layer.gate.multiply(first, last, *x, into(gates_)), layer.up.multiply(first, last, *x, into(ups_));
+        for (int64_t t = 0; t < tokens_; t++)
+          for (int64_t j = first; j < last; j += LANES) {
+            float *gates = &gates_[t * mlp_width_ + j], *ups = &ups_[t * mlp_width_ + j];
+            int64_t n = std::min(LANES, last - j);
+            Floats product = activate(layer.activation, widen(gates, n)) * widen(ups, n);
+            std::memcpy(gates, &product, n * sizeof(float));
+          }
+      });
+    });
+  }
+
+  // states += norm(x W^T)
+  void add(Phase*& phase, const Weight& weight, const float* from, const Norm& norm) {
+    std::optional<Inputs> x;
+    Pieces pieces({&weight}, threads_);
+    float* to = norm.weight ? added_.get() : states_;
+    bool is_sum = !norm.weight;
+    phase++->run(
+        pieces.number(), [&] {
+          x.emplace(tokens_, weight.columns, weight.type,
+                    [&](int64_t t, float* to) { std::copy_n(from + t * weight.columns, weight.columns, to); });
+        },
+        [&](int64_t piece) {
+          pieces.of(piece, [&](size_t, int64_t first, int64_t last) {
+            weight.multiply(first, last, *x, [&](int64_t t, int64_t row, float number) {
+              float& state = to[t * hidden_ + row];
+              state = is_sum ? state + number : number;
+            });
+          });
+        });
+    if (is_sum) return;
+    phase++->run(tokens_, [] {}, [&](int64_t t) {
+      float *row = &added_[t * hidden_], *state = states_ + t * hidden_;
+      norm(row, row);
+      for (int64_t j = 0; j < hidden_; j++) state[j] += row[j];
+    });
+  }
+
+  const std::vector<Layer>& layers_;
+  const std::vector<Tensor>&caches_, &rotations_;
+  float* states_;          // [tokens, hidden]
+  const int64_t* starts_;  // [rows] positions before the pass
+  int64_t tokens_, rows_, width_, hidden_, first_slot_, capacity_, d_, heads_, kv_heads_, together_, joint_;
+  int64_t mlp_width_, spans_, threads_;
+  std::unique_ptr<Phase[]> phases_;
+  std::unique_ptr<std::atomic<int64_t>[]> finished_;  // spans of a head, by layer, row and head
+  std::unique_ptr<float[]> projected_, attended_, gates_, ups_, added_, sums_;
+  std::unique_ptr<Attended[]> parts_;  // [rows, kv_heads, spans, width * together]
+};
+
+float* matrix(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.is_contiguous(), name, ": no float32 matrix");
+  return static_cast<float*>(x.mutable_data_ptr());
+}
+
+// Layers over T new positions of each of B rows. cpu_layers.py says what the arguments are.
+void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, const Tensor& numbers, const Tensor& factors,
+                std::vector<Tensor> weights, std::vector<Tensor> caches, std::vector<Tensor> rotations) {
+  float* states = matrix(hidden, "hidden");
+  int64_t tokens = hidden.size(0), size = hidden.size(1), rows = starts.numel(), number = numbers.size(0);
+  STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && factors.scalar_type() == ScalarType::Double &&
+                      numbers.is_contiguous() && factors.is_contiguous() && numbers.size(1) == 7 && factors.size(1) == 7 &&
+                      starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && rows > 0 && tokens % rows == 0 &&
+                      int64_t(caches.size()) == 2 * number && number == factors.size(0) && number > 0 && tokens > 0,
+                  "starts, numbers, factors, caches: not those of a pass over ", number, " layers");
+  auto* of_rows = static_cast<const int64_t*>(starts.const_data_ptr());
+  int64_t slots = caches[0].size(0), capacity = caches[0].size(2), d = caches[0].size(3);
+  int64_t end = *std::max_element(of_rows, of_rows + rows) + tokens / rows;
+  auto* of_layers = static_cast<const int64_t*>(numbers.const_data_ptr());
+  for (const Tensor& cache : caches)
+    STD_TORCH_CHECK(cache.dim() == 4 && cache.scalar_type() == ScalarType::Float && cache.is_contiguous() &&
+                        cache.size(1) == of_layers[2] && cache.size(2) == capacity && cache.size(3) == d && d % 2 == 0 &&
+                        first_slot + rows <= cache.size(0) && cache.size(0) == slots && end <= capacity,
+                    "caches: no buffers of ", end, " positions for ", rows, " rows");
+  for (const Tensor& table : rotations)
+    STD_TORCH_CHECK(table.dim() == 3 && table.scalar_type() == ScalarType::Float && table.is_contiguous() &&
+                        table.size(0) == 2 && table.size(1) >= end && table.size(2) == d,
+                    "rotations: no tables of ", end, " positions and ", d, " columns");
+  std::vector<Layer> layers;
+  layers.reserve(number);
+  const Tensor* next = weights.data();
+  auto* of_floats = static_cast<const double*>(factors.const_data_ptr());
+  for (int64_t i = 0; i < number; i++) {
+    const int64_t* own = of_layers + 7 * i;
+    STD_TORCH_CHECK(std::equal(own + 1, own + 4, of_layers + 1) && own[1] % own[2] == 0 && own[5] >= 0 &&
+                        own[5] < int64_t(rotations.size()) && own[6] >= SILU && own[6] <= RELU_SQUARED,
+                    "numbers: not those of layers of one shape");
+    layers.emplace_back(next, own, of_floats + 7 * i, size, d);
+  }
+  STD_TORCH_CHECK(next == weights.data() + weights.size(), "weights: not as many as the layers have");
+  Pass(layers, states, tokens, size, caches, rotations, of_rows, rows, first_slot).run();
+}
+
+
+// x W^T + b, or norm(x) W^T + b: [T, in] -> [T, rows]. `weight` is a weight as those of layers; `norm` one tensor or none.
+Tensor project(const Tensor& x, std::vector<Tensor> norm, double epsilon, bool is_centred, std::vector<Tensor> weight,
+               bool has_bias, int64_t rows) {
+  const float* from = matrix(x, "x");
+  int64_t tokens = x.size(0), columns = x.size(1), threads = torch::stable::get_num_threads();
+  const Tensor* next = weight.data();
+  STD_TORCH_CHECK(weight.size() >= 1, "weight: there is none");
+  Weight w(next, rows, columns, has_bias);
+  STD_TORCH_CHECK(next == weight.data() + weight.size(), "weight: not as many tensors as it has");
+  Norm normed = norm.empty() ? Norm() : Norm(norm[0], columns, epsilon, is_centred);
+  Tensor out = empty({tokens, rows}, aoti_torch_dtype_float32());
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  Pieces pieces({&w}, threads);
+  Phase phase;
+  if (tokens) on_all_threads(threads, [&] {
+    std::optional<Inputs> inputs;
+    phase.run(
+        pieces.number(),
+        [&] {
+          inputs.emplace(tokens, columns, w.type, [&](int64_t t, float* computed) {
+            if (normed.weight) normed(from + t * columns, computed);
+            else std::copy_n(from + t * columns, columns, computed);
+          });
+        },
+        [&](int64_t piece) {
+          pieces.of(piece, [&](size_t, int64_t first, int64_t last) {
+            w.multiply(first, last, *inputs, [&](int64_t t, int64_t row, float number) { to[t * rows + row] = number; });
+          });
+        });
+  });
+  return out;
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY(self_speculation, library) {
+  library.def(
+      "run_layers(Tensor(a!) hidden, Tensor starts, int first_slot, Tensor numbers, Tensor factors, Tensor[] weights,"
+      " Tensor[] caches, Tensor[] rotations) -> ()");
+  library.def(
+      "project(Tensor x, Tensor[] norm, float epsilon, bool is_centred, Tensor[] weight, bool has_bias, int rows)"
+      " -> Tensor");
+  library.def("int4_round(Tensor weight, Tensor counts) -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(self_speculation, CPU, library) {
+  library.impl("run_layers", TORCH_BOX(&run_layers));
+  library.impl("project", TORCH_BOX(&project));
+  library.impl("int4_round", TORCH_BOX(&int4_round));
+}

@@ -1,0 +1,138 @@
+// Vectors of numbers, and what the instructions of a processor do with them. Whatever is not named by its instruction,
+// the compiler makes for any processor.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace {
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#ifdef __AVX512VNNI__
+constexpr int64_t LANES = 16;
+#else
+constexpr int64_t LANES = 8;
+#endif
+#define VECTOR(bytes) __attribute__((vector_size(LANES * (bytes))))
+typedef float Floats VECTOR(4);
+typedef int32_t Ints VECTOR(4);
+typedef uint8_t Bytes VECTOR(4);  // four for each lane
+typedef uint16_t Shorts VECTOR(2);
+
+template <class V>
+V load(const void* from) {
+  V to;
+  std::memcpy(&to, from, sizeof(V));
+  return to;
+}
+Floats splat(float x) { return x - Floats{}; }
+// Memory for so many floats, at an address that no vector of which crosses a line of the cache.
+std::unique_ptr<Floats[]> aligned(int64_t number) { return std::unique_ptr<Floats[]>(new Floats[(number + LANES - 1) / LANES]); }
+int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+
+// Numbers in the format of a weight or a norm, LANES of them.
+Floats widen(const float* from) { return load<Floats>(from); }
+Floats widen(const BFloat16* from) { return (Floats)(__builtin_convertvector(load<Shorts>(from), Ints) << 16); }
+#ifdef __AVX512VNNI__
+Floats widen(const Half* from) { return _mm512_cvtph_ps(load<__m256i>(from)); }
+Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Sums of four steps times four inputs, in each lane. Together with `total`: steps are at most 15.
+Ints dot(Ints sums, Bytes steps, int32_t x) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)steps, _mm512_set1_epi32(x));
+}
+Ints total(Ints sums) { return sums; }
+__m256 half_of(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+#elif defined(__AVX2__)
+Floats widen(const Half* from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
+Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+// Two sums of 16 bits for each lane: those of a group are at most 16 * 15 * 127.
+Ints dot(Ints sums, Bytes steps, int32_t x) {
+  return (Ints)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)steps, _mm256_set1_epi32(x)));
+}
+Ints total(Ints sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+__m256 half_of(Floats x) { return x; }
+#else
+Floats widen(const Half* from) {
+  typedef _Float16 Halves VECTOR(2);
+  return __builtin_convertvector(load<Halves>(from), Floats);
+}
+Floats fma(Floats a, Floats b, Floats c) {
+  for (int i = 0; i < LANES; i++) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return a;
+}
+Ints dot(Ints sums, Bytes steps, int32_t x) {
+#ifdef __ARM_FEATURE_DOTPROD
+  int32x4_t halves[2] = {load<int32x4_t>(&sums), load<int32x4_t>((char*)&sums + 16)};
+  for (int i = 0; i < 2; i++)
+    halves[i] = vdotq_s32(halves[i], load<int8x16_t>((char*)&steps + 16 * i), vreinterpretq_s8_s32(vdupq_n_s32(x)));
+  return load<Ints>(halves);
+#else
+  for (int j = 0; j < 4; j++) sums += ((Ints)steps >> 8 * j & 255) * int32_t(int8_t(x >> 8 * j));
+  return sums;
+#endif
+}
+Ints total(Ints sums) { return sums; }
+#endif
+
+// The first n of them, then zeros: what follows may be no memory of this process.
+template <class Number>
+Floats widen(const Number* from, int64_t n) {
+  Number whole[LANES] = {};
+  std::memcpy(whole, from, n * sizeof(Number));
+  return widen(whole);
+}
+
+// The sums of four vectors, each in the same order.
+void lane_sums(const Floats* of, float* sums) {
+#ifdef __AVX2__
+  __m256 low = _mm256_hadd_ps(half_of(of[0]), half_of(of[1])), high = _mm256_hadd_ps(half_of(of[2]), half_of(of[3]));
+  __m256 both = _mm256_hadd_ps(low, high);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#else
+  for (int i = 0; i < 4; i++)
+    sums[i] = (of[i][0] + of[i][1]) + (of[i][2] + of[i][3]) + ((of[i][4] + of[i][5]) + (of[i][6] + of[i][7]));
+#endif
+}
+float lane_sum(Floats x) {
+  Floats alone[4] = {x};
+  float sums[4];
+  lane_sums(alone, sums);
+  return sums[0];
+}
+
+Floats exponential(Floats x) {  // to 2e-7; NaN stays NaN
+  const Floats least = splat(-87.0f), most = splat(88.0f), nearest = splat(0x1.8p23f);
+  Floats within = x > least ? x : least;
+  within = within < most ? within : most;
+  Floats power = within * 0x1.715476p0f + nearest, rest = fma(power - nearest, splat(-0x1.62e430p-1f), within);
+  Floats sum = splat(1.0f / 720.0f);
+  for (float factor : {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) sum = fma(sum, rest, splat(factor));
+  return x == x ? (Floats)((Ints)sum + (((Ints)power - (Ints)nearest) << 23)) : x;
+}
+
+// Calls f with the numbers of a tensor.
+template <class F>
+void with_numbers(ScalarType type, const void* numbers, const F& f) {
+  if (type == ScalarType::Float) return f(static_cast<const float*>(numbers));
+  if (type == ScalarType::Half) return f(static_cast<const Half*>(numbers));
+  if (type == ScalarType::BFloat16) return f(static_cast<const BFloat16*>(numbers));
+  STD_TORCH_CHECK(false, "weight: neither float32 nor float16 nor bfloat16");
+}
+}  // namespace

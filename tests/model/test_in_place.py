@@ -1,0 +1,248 @@
+"""Passes over few tokens on a CPU are one operator: right, the same to the bit for every width, row and
+number of threads, and always over the weights of now.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import LAYERS, PROMPT, WAYS, assert_close, ids_of, needs_operators, own_llama, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_llama_model_utils import family
+from torch import nn
+
+from self_speculation.model.fused_layers import bytes_made, fuse
+from self_speculation.model.in_place_runner import InPlaceRunner
+from self_speculation.model.linear import Linear
+from self_speculation.model.model_runner import ModelRunner, forward
+
+pytestmark = needs_operators
+
+ODD = {"hidden_size": 36, "intermediate_size": 41, "num_attention_heads": 6, "num_key_value_heads": 3}
+SHAPES = {
+    "odd": {**ODD, "head_dim": 10},
+    "one head": {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu_pytorch_tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "relu2": {"hidden_act": "relu2"},
+    "long": {"max_position_embeddings": 2048},
+}
+FUSED_FAMILIES = ("mistral", "ministral", "qwen2", "qwen3", "seed_oss", "gemma3_text")
+
+
+def spoilt(cache):
+    """What was never written is NaN, or a huge number."""
+    for index, part in enumerate(part for pair in cache.buffers.of_layers for part in pair or ()):
+        for row in range(len(part)):
+            part[row, :, cache.length(0, row) if row < cache.num_rows else 0 :] = (1e30, float("nan"))[
+                index % 2
+            ]
+
+
+def model_of(name, dtype=torch.float32):
+    model = family(name) if name in FUSED_FAMILIES else own_llama(**SHAPES[name])
+    with torch.no_grad():
+        for weight in model.parameters():  # biases and norms are not zeros and ones
+            weight.add_(0.02 * torch.randn_like(weight))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*SHAPES, *FUSED_FAMILIES])
+def test_logits_are_those_of_transformers(name, dtype):
+    """Guards against an option of a layer that is passed over, sizes that are no multiple of a vector's,
+    columns that are read beyond a row, windows, and chunks of keys that are merged wrongly.
+    """
+    torch.manual_seed(0)
+    model, length = model_of(name, dtype), 1100 if name == "long" else 45
+    exact = copy.deepcopy(model).float()
+    if hasattr(exact.model.embed_tokens, "embed_scale"):
+        exact.model.embed_tokens.embed_scale.fill_(exact.model.embed_tokens.scalar_embed_scale)
+    assert fuse(model) == len(model.model.layers)
+    ids = torch.randint(3, 50, (1, length))
+    with torch.inference_mode():
+        runner = InPlaceRunner(model)
+        cache, found, start = runner.new_cache(1, length), [], 0
+        for width in (1, 3, 20, 21, *[100] * 11):
+            part = ids[:, start : start + width]
+            if part.numel():
+                found.append(forward(runner, cache, part, part.shape[1]).logits)
+                spoilt(cache)
+            start += width
+        assert_close(torch.cat(found, 1), exact(ids).logits, roundings=400)
+
+
+@given(
+    name=st.sampled_from(["odd", "biases", "qwen3", "gemma3_text"]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    lengths=st.lists(st.integers(1, 150) | st.just(600), min_size=1, max_size=9),
+    width=st.integers(1, 33),
+    split=st.integers(1, 33),
+    threads=st.integers(1, 3),
+)
+@settings(max_examples=12)
+def test_bits_do_not_depend_on_the_pass(name, dtype, lengths, width, split, threads):
+    """Guards against sums in another order for another width, row, piece or thread: ties would decide."""
+    torch.manual_seed(0)
+    model = model_of(name, dtype)
+    fuse(model)
+    runner, rows = InPlaceRunner(model), len(lengths)
+    hidden = torch.randn(rows, width, model.config.hidden_size)
+    num_layers = len(runner.layers)
+
+    def cache_of(own):
+        cache = runner.new_cache(max(own) + width, max(own) + width, num_slots=len(own))
+        cache.buffers.capacity = max(own) + width
+        cache.set_rows([0] * len(own))
+        runner.run_layers(cache, torch.zeros(len(own), 1, hidden.shape[2]), 0, num_layers)
+        for index, pair in enumerate(cache.buffers.of_layers):
+            for part in pair:
+                for row, length in enumerate(own):
+                    torch.manual_seed(1000 * index + length)
+                    past = torch.randn(part.shape[1], length, part.shape[3])
+                    part[row, :, :length] = past
+        cache.set_rows(own)
+        spoilt(cache)
+        return cache
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            together = runner.run_layers(cache_of(lengths), hidden.clone(), 0, num_layers)
+            logits = runner.logits(together, width)
+            torch.set_num_threads(1)
+            for row, length in enumerate(lengths):
+                cache = cache_of([length])
+                parts = [
+                    runner.run_layers(cache, part.clone(), 0, num_layers)
+                    for part in hidden[row : row + 1].split(split, 1)
+                ]
+                alone = torch.cat(parts, 1)
+                assert torch.equal(alone[0], together[row])
+                assert torch.equal(runner.logits(alone, 1)[0, 0], logits[row, -1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("way", [WAYS["layers"], WAYS["copy"], {**LAYERS, "num_speculations": 9}])
+def test_logits_of_all_ways_are_equal(way):
+    """Guards against a draft or verification that rounds otherwise: not only greedy ids agree, but logits."""
+    model = own_llama(fused=True).bfloat16()
+    fuse(model)
+
+    def seen(**settings):
+        found = {}
+
+        def keep(ids, scores):
+            found.setdefault(tuple(ids[0].tolist()), []).append(scores[0].clone())
+            return scores
+
+        return ids_of(model, logits_processors=[keep], **settings), found
+
+    (ids, plain), (same, found) = seen(), seen(**way)
+    assert same == ids
+    assert len(found) > len(plain) > 10  # drafted texts, and those of the answer
+    for text, (scores,) in plain.items():
+        assert any(torch.equal(scores, other) for other in found[text])
+
+
+def test_nan_stays_in_its_row():
+    """Guards against a broken row that spoils its neighbours, and against NaN that vanishes in a maximum."""
+    model = own_llama(fused=True)
+    runner = InPlaceRunner(model)
+    hidden = torch.randn(3, 2, 32)
+    with torch.inference_mode():
+        cache = runner.new_cache(1, 8, num_slots=3)
+        cache.set_rows([0] * 3)
+        expected = runner.run_layers(cache, hidden.clone(), 0, 4)
+        for value in (float("nan"), float("inf")):
+            broken = hidden.clone()
+            broken[1, 1, 5] = value
+            cache.set_rows([0] * 3)
+            found = runner.run_layers(cache, broken, 0, 4)
+            assert torch.equal(found[[0, 2]], expected[[0, 2]])
+            assert torch.equal(found[1, 0], expected[1, 0])
+            assert found[1, 1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.mlp.up_proj.weight.data.mul_(2),
+        lambda layer: layer.mlp.up_proj.weight.data.__setitem__((0, 0), 30.0),
+        lambda layer: setattr(layer.mlp.up_proj, "weight", nn.Parameter(torch.randn(48, 32))),
+        lambda layer: setattr(layer.mlp.up_proj.weight, "data", torch.randn(48, 32)),
+        lambda layer: layer.input_layernorm.weight.data.mul_(3),
+    ],
+)
+def test_a_weight_that_changes_between_two_tokens_decodes(change):
+    """Guards against anything that is made of weights: what decodes is the weights of now, without a call."""
+    model = own_llama(fused=True)
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        runner = InPlaceRunner(model)
+        cache = runner.new_cache(1, 20)
+        forward(runner, cache, ids)
+    torch.manual_seed(0)
+    change(model.model.layers[2])
+    with torch.inference_mode():
+        found = forward(runner, cache, ids[:, :1]).logits
+        plain = ModelRunner(model)
+        plain_cache = plain.new_cache(1, 20)
+        plain_cache.buffers.of_layers = [
+            tuple(part.clone() for part in pair) for pair in cache.buffers.of_layers
+        ]
+        plain_cache.set_rows([len(PROMPT)])
+        assert_close(found, forward(plain, plain_cache, ids[:, :1]).logits, roundings=400)
+    assert bytes_made(model) == 0
+
+
+def test_wide_decoding_is_by_the_operator_too(monkeypatch):
+    """Guards against a batch whose passes are long enough for torch's products, which round otherwise."""
+    model = tiny_llama(fused=True)
+    runner = InPlaceRunner(model)
+    monkeypatch.setattr(Linear, "__call__", None)
+    with torch.inference_mode():
+        cache = runner.new_cache(1, 60, num_slots=9)
+        cache.set_rows([3] * 9)
+        cache.buffers.capacity = 64
+        forward(runner, cache, torch.ones(9, 17, dtype=torch.long), 17)
+
+
+def test_bad_arguments_are_refused():
+    """Guards against memory that is read or written out of bounds."""
+    model = tiny_llama(fused=True)
+    runner = InPlaceRunner(model)
+    hidden, cache = torch.randn(1, 1, 32), runner.new_cache(1, 8)
+    with torch.inference_mode():
+        runner.run_layers(cache, hidden.clone(), 0, 4)
+        own = runner._range(0, 4)
+        tensors = [table[name] for table, name in own.slots]
+        caches = [part for pair in cache.buffers.of_layers for part in pair]
+        tables = [runner.rotary[:, :64].contiguous()]
+        good = {
+            "hidden": torch.randn(1, 32), "starts": torch.tensor([3]), "first_slot": 0,
+            "numbers": own.numbers, "factors": own.factors, "weights": tensors, "caches": caches,
+            "rotations": tables,
+        }  # fmt: skip
+        run = torch.ops.self_speculation.run_layers
+        for name, value in [
+            ("hidden", torch.randn(1, 31)), ("hidden", torch.randn(1, 32).double()),
+            ("starts", torch.tensor([5000])), ("starts", torch.tensor([0, 0])), ("first_slot", 7),
+            ("weights", tensors[:-1]), ("weights", [*tensors, tensors[0]]),
+            ("weights", [t.double() for t in tensors]), ("caches", caches[:-1]),
+            ("caches", [c[..., :4] for c in caches]), ("rotations", []), ("rotations", [tables[0][:, :1]]),
+        ]:  # fmt: skip
+            with pytest.raises((RuntimeError, ValueError, IndexError)):
+                run(*{**good, name: value}.values())
+
+
+def test_a_field_is_not_forgotten():
+    """Guards against a description that the operator reads by other positions."""
+    layer = InPlaceRunner(tiny_llama(fused=True)).layers[0]
+    numbers, factors = layer.description(window=7, rotation=1)
+    assert numbers[1:6] == [4, 2, 48, 7, 1]
+    assert len(numbers) == len(factors) == 7
