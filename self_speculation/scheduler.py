@@ -190,12 +190,12 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def cancel(self, keys: Container[Key]) -> None:
-        """Finish these requests before the next step, with the tokens they have, as "cancelled"."""
+        """Finish these requests before the next step, with the tokens they have, as "cancelled". Callbacks of
+        requests may call it.
+        """
         for sequence in (*self.batch.sequences, *self._waiting):
             if sequence.key in keys and sequence.remaining:
                 sequence.stop_reason = "cancelled"
-        for sequence in [waiting for waiting in self._waiting if not waiting.remaining]:
-            self._drop_waiting(sequence)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -209,6 +209,7 @@ class Scheduler(Generic[Key]):
     @torch.inference_mode()
     def pop_finished(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:
         """Remove the finished sequences from the batch; returns their keys and results."""
+        self._drop_cancelled()
         rows = [row for row, sequence in enumerate(self.batch.sequences) if not sequence.remaining]
         for row in reversed(rows):
             sequence = self.batch.remove(row)
@@ -253,6 +254,7 @@ class Scheduler(Generic[Key]):
                 self._drop_waiting(sequence)
 
     def _next_prompt(self) -> Sequence | None:
+        self._drop_cancelled()
         begun = [each for each in self._waiting if each.slot is not None]
         has_slot = len(self.batch) + len(begun) < self._batch_size
         return self._waiting[0] if has_slot and self._waiting else next(iter(begun), None)
@@ -281,6 +283,10 @@ class Scheduler(Generic[Key]):
         if not is_last:
             self._waiting.append(sequence)
         return tokens.shape[1]
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [waiting for waiting in self._waiting if not waiting.remaining]:
+            self._drop_waiting(sequence)
 
     def _drop_waiting(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
