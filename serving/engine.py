@@ -120,8 +120,8 @@ class Engine:
             self._changed.notify()
 
     def run(self) -> bool:
-        """Run jobs until `shut_down`; returns whether the engine worked to the end; not if the GPU is lost. Raises
-        RankError.
+        """Run jobs until `shut_down`, or until the GPU is lost; returns whether the engine worked to the end.
+        Raises RankError.
         """
         in_lockstep = True
         try:
