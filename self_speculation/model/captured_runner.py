@@ -15,7 +15,9 @@ import copy
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -38,6 +40,11 @@ _LEAST_KEYS, _UNSPLIT_KEYS = 256, 1024
 # Bytes of a graph for each layer: 12 to 17 kernels of some 10 kB.
 _LAYER_BYTES = 200_000
 _SHARE = 0.9  # of free memory; prompts and sampling need the rest
+# torch hands out so many streams of a device in turn. Graphs of a stream share a workspace, see
+# `_drop_replays`. These are the streams of recorders and their graphs.
+_NUM_STREAMS = 32
+_STREAMS: WeakKeyDictionary[Any, torch.cuda.Stream] = WeakKeyDictionary()
+_LOCK = Lock()
 
 
 class _IsCaptured:
@@ -212,7 +219,8 @@ class _Passes:
         193402), and an exception may keep one for long. So all go together, and the stream with them.
         """
         self._replays: dict[Any, Callable[[], None]] = {}
-        self._record = GraphRecorder(self._runner.rotary.device)
+        self._recorder: GraphRecorder | None = None  # frees its stream first
+        self._recorder = GraphRecorder(self._runner.rotary.device)
 
     @property
     def capacity(self) -> int:
@@ -261,6 +269,9 @@ class _Passes:
         """
         key = (runner.reads, first, last, rows, width, num_keys)
         if key not in self._replays:
+            read = {linear for linears, *_ in self._replays for linear in linears}
+            if any(linear() is None for linear in read):  # a copy was replaced, and its graphs are large
+                self._drop_replays()
             if (rows, width) not in self.inputs:
                 states = runner.unit.new_empty(min(rows, self.num_slots), width, runner.config.hidden_size)
                 self.inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
@@ -269,8 +280,9 @@ class _Passes:
             positions.fill_(self.capacity - 1)
             layers = [*zip(runner.layers, runner.attention_types, strict=False)][first:last]
             num_keys = min(num_keys, self.capacity)
+            assert self._recorder is not None
             try:
-                self._replays[key] = self._record(partial(self._run, layers, states, positions, num_keys))
+                self._replays[key] = self._recorder(partial(self._run, layers, states, positions, num_keys))
             except BaseException:
                 self._drop_replays()
                 raise
@@ -299,14 +311,26 @@ class GraphRecorder:
     """Captures functions as CUDA graphs, on one side stream and in one memory pool.
 
     The functions leave nothing in the pool that another one reads, so graphs may be replayed in any order.
+
+    Raises:
+        RuntimeError: all streams have graphs.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        with _LOCK:
+            taken = {*_STREAMS.values()}
+            streams = (torch.cuda.Stream(device) for _ in range(_NUM_STREAMS))
+            self._stream = next((stream for stream in streams if stream not in taken), None)
+            if self._stream is None:
+                raise RuntimeError(f"compile True: at most {_NUM_STREAMS} models of a process are captured")
+            _STREAMS[self] = self._stream
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """Run it once, for kernels and workspaces that are made on first use; then capture it."""
         outer, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
+        with _LOCK:
+            _STREAMS[graph] = self._stream
         self._stream.wait_stream(outer)
         try:
             # If a capture fails, `torch.cuda.graph` leaves its stream the current one. This ends it.

@@ -18,7 +18,7 @@ from conftest import (
     own_llama,
     scheduler_of,
 )
-from cuda_graphs import CaptureError
+from cuda_graphs import CaptureError, Stream
 from helpers import watch
 from test_llama_model_utils import family
 from torch.nn.functional import scaled_dot_product_attention
@@ -253,10 +253,39 @@ def test_an_error_in_a_capture(fails, monkeypatch):
     assert answers(1, 2) == expected[1:]
 
 
+@pytest.mark.usefixtures("graphs")
+def test_captured_models_share_no_stream():
+    """Guards against graphs of a model whose workspace goes with those of another one: torch hands out the
+    same streams in turn, and the second model needs a new one each time.
+    """
+    first, second = (own_llama(n, fused=True, max_position_embeddings=8192) for n in (2, 3))
+    expected = ids_of(first)
+    for model in (first, second):
+        capture_decoding(model)
+        ids_of(model)
+    for length in (1100, 2100, 3100):  # the cache grows
+        ids_of(second, [5 + i % 40 for i in range(length)], max_steps=3)
+        assert ids_of(first) == expected
+
+
+def test_graphs_of_replaced_copies_are_dropped(monkeypatch):
+    """Guards against tens of megabytes more for each change of weights. Replays do nothing here."""
+    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: None)
+    model, numbers = own_llama(fused=True), []
+    capture_decoding(model)
+    for _ in range(3):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.mul_(-1.5)
+        ids_of(model, **COPY)
+        passes = make_runner(model).new_cache(1, 1).passes
+        numbers.append(sum(bool(linears) for linears, *_ in passes._replays))
+    assert numbers == [1] * 3
+
+
 def captured(run, stream=None):
     """A graph, without the comparison of `cuda_graphs.stand_in`."""
     graph = torch.cuda.CUDAGraph()
-    stream = stream or torch.cuda.Stream()
+    stream = stream or Stream()
     with torch.cuda.graph(graph, object(), stream, capture_error_mode="thread_local"):
         run()
     return graph
@@ -267,7 +296,7 @@ def test_the_stand_in_does_as_cuda_does():
     """Guards against a stand-in that lets everything pass, a capture that changes its inputs, results in the
     pool that outlive a replay, and graphs that outlive others of their stream.
     """
-    x, kept, stream = torch.ones(3), [], torch.cuda.Stream()
+    x, kept, stream = torch.ones(3), [], Stream()
     with torch.inference_mode():
         # A read on the host, host data, a shape by value.
         for fault in (lambda: x.sum().item(), lambda: torch.tensor([1.0]), lambda: x[x > 0]):
