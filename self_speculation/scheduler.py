@@ -33,7 +33,7 @@ from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early, prefill_chunk
 from self_speculation.model.overrides import check_followed
-from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint
+from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint, kept_caches
 from self_speculation.model.runners import make_runner
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
@@ -61,10 +61,6 @@ class DecodingStrategy(GenerationStrategy, ABC):
     name: GenerationStrategyName
     has_drafts = True
     make_composer: Callable[[DraftContext], DraftComposer | None] = staticmethod(lambda context: None)
-
-    def __init__(self) -> None:
-        # The cache of the last scheduler with reuse_cache. A deque, so that only one thread gets it.
-        self.kept_caches: deque[PrefixCache] = deque(maxlen=1)
 
     @abstractmethod
     def passes(self, decoding: Decoding) -> abc.Iterator[PassRange]:
@@ -222,7 +218,7 @@ class Scheduler(Generic[Key]):
                 self._ensure_prepared().cache.buffers.limit = self._longest_possible()
         elif self._prepared is not None:  # leave the cache to the next scheduler; the weights may change
             if self._prepared.slots.fingerprint is not None:
-                self._strategy.kept_caches.append(self._prepared.slots)
+                kept_caches(self._model).append(self._prepared.slots)
             self._prepared = None
         finished, self._finished = self._finished, []
         return finished
@@ -312,7 +308,7 @@ class Scheduler(Generic[Key]):
             settings = self._batch_size, self.batch.longest_draft, self._depth
             fingerprint = (*settings, cache_fingerprint(self._model))
             with suppress(IndexError):
-                kept = self._strategy.kept_caches.pop()
+                kept = kept_caches(self._model).pop()
                 if kept.fingerprint == fingerprint and kept.cache.is_valid:
                     return kept
         return PrefixCache(runner.new_cache(1, 1, self._batch_size), self._batch_size, fingerprint)

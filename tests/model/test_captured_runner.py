@@ -1,8 +1,10 @@
 """Captured passes: the ids of eager ones, one capture per shape, and no captures that CUDA refuses."""
 
 import contextlib
+import gc
 import itertools
 import math
+import weakref
 from collections import Counter
 
 import pytest
@@ -11,7 +13,9 @@ from conftest import (
     ADAPTIVE,
     COPY,
     PROMPT,
+    answer_of,
     assert_close,
+    config_of,
     drained,
     ids_of,
     in_batch,
@@ -23,12 +27,14 @@ from helpers import watch
 from test_llama_model_utils import family
 from torch.nn.functional import scaled_dot_product_attention
 
-from self_speculation import Request
+from self_speculation import Request, make_strategy, release
 from self_speculation.model import attention, captured_runner, model_runner
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.families import AttentionType
+from self_speculation.model.fused_layers import linears_made
 from self_speculation.model.model_runner import PREFILL_CHUNK, forward
+from self_speculation.model.prefix_cache import kept_caches
 from self_speculation.model.runners import make_runner
 
 DRAFTS = {"exit_layer": 1, "num_speculations": 6}
@@ -280,6 +286,33 @@ def test_graphs_of_replaced_copies_are_dropped(monkeypatch):
         passes = make_runner(model).new_cache(1, 1).passes
         numbers.append(sum(bool(linears) for linears, *_ in passes._replays))
     assert numbers == [1] * 3
+
+
+@pytest.mark.parametrize("how", [{}, {**COPY, "exit_layer": 2}, ADAPTIVE])
+def test_weights_are_freed(how, monkeypatch):
+    """Guards against weights that stay on a GPU with passes and caches: of a model that has moved, and of one
+    that is gone while its strategy is not.
+    """
+    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: None)
+    model = own_llama(2, fused=True)
+    capture_decoding(model)
+    strategy = make_strategy(config_of(**how).generation_strategy)
+
+    def weights(model):
+        answer_of(strategy, model, Request(PROMPT), reuse_cache=True, **how)
+        assert len(kept_caches(model)) == 1
+        return [weakref.ref(part) for linear in linears_made(model) for part in linear.tensors()]
+
+    before = weights(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # as `model.to` does
+    release(model)
+    gc.collect()
+    assert not any(storage() for storage in before)
+    before = weights(model)
+    del model
+    gc.collect()
+    assert not any(storage() for storage in before)
 
 
 def captured(run, stream=None):
