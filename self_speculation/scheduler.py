@@ -27,7 +27,7 @@ from self_speculation.drafts.registry import DraftContext
 from self_speculation.drafts.shared import finished_answers
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import run_every_pass
-from self_speculation.model.devices import in_step
+from self_speculation.model.devices import in_step, num_ranks
 from self_speculation.model.families import check_supported, context_length, described_context
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
@@ -139,7 +139,7 @@ class Scheduler(Generic[Key]):
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
         elif config.exit_layer != -1:
             self._depth = config.exit_layer
-        self.batch = Batch(self._device, longest)
+        self.batch = Batch(self._device, longest, num_ranks(model))
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
         self._prepared: Decoding | None = None  # None: idle, the weights may change

@@ -100,11 +100,14 @@ def verify(batch: Batch, draft: Draft, logits: Tensor, numbers: Tensor | None) -
         numbers = torch.cat((numbers[:, :k], numbers[:, -1:]), 1)  # [B, k+1]
     if not k:  # a shortcut with the same result
         sampled = batch.sampler(logits[:, 0], None if numbers is None else numbers[:, 0])
-        return Verification(batch.last.new_zeros(len(batch)), sampled.tokens)
-    lengths = None  # all drafts have k tokens
-    if min(draft.lengths) < k:
-        lengths = on_device(draft.lengths, draft.tokens.device)
-    return verify_draft(draft.tokens, draft.probabilities, logits, batch.sampler, lengths, numbers)
+        verification = Verification(batch.last.new_zeros(len(batch)), sampled.tokens)
+    else:
+        # None: all drafts have k tokens.
+        lengths = on_device(draft.lengths, draft.tokens.device) if min(draft.lengths) < k else None
+        q = draft.probabilities
+        verification = verify_draft(draft.tokens, q, logits, batch.sampler, lengths, numbers)
+    batch.agree(verification.num_accepted, verification.next_token)
+    return verification
 
 
 def read_verification(
