@@ -77,7 +77,7 @@ def nucleus(probabilities: Tensor, top_p: float, allow_sync: bool | None = None)
     largest, ids = rows.topk(_LIKELY) if is_partial else rows.sort(descending=True, stable=True)
     # The mass of more likely tokens. A GPU sums a row in any order: in float32 the last token of
     # the nucleus, and so the output of a seed, would vary.
-    before = largest.cumsum(-1, dtype=_precise(rows.device)) - largest
+    before = largest.cumsum(-1, dtype=_precise(rows.device)).sub_(largest)
     left_out = before >= max(top_p, torch.finfo(torch.float32).tiny)
     shares = largest.masked_fill(left_out, 0.0)
     kept = torch.zeros_like(rows).scatter_(-1, ids, shares / shares.sum(-1, keepdim=True))

@@ -39,7 +39,10 @@ _STEP, _PADDING = 1024, 64
 _LEAST_KEYS, _UNSPLIT_KEYS = 256, 1024
 # Bytes of a graph for each layer: 12 to 17 kernels of some 10 kB.
 _LAYER_BYTES = 200_000
-_SHARE = 0.9  # of free memory; prompts and sampling need the rest
+_SHARE = 0.9  # of free memory; prompts need the rest
+# Bytes by logit of a round while it is sampled by top-p: distributions of draft and target, their order and
+# sums in float64, and what sorting takes.
+_SAMPLING_BYTES = 48
 # torch hands out so many streams of a device in turn. Graphs of a stream share a workspace, see
 # `_drop_replays`. These are the streams of recorders and their graphs.
 _NUM_STREAMS = 32
@@ -163,7 +166,7 @@ def run_every_pass(
     """
     if not isinstance(cache, CapturedCache):
         return
-    captured = cache.passes
+    captured, passes = cache.passes, [*passes]
     kinds = [
         (runner, first, last, rows, width)
         for runner, first, last, max_width in passes
@@ -172,7 +175,9 @@ def run_every_pass(
     ]
     shapes = [(*kind, num_keys) for kind in kinds for num_keys in _lengths(num_positions)]
     num_layers = sum(last - first for _, first, last, *_ in kinds)
-    cache.reserve(1, captured.fitting(num_positions, longest, num_layers * _LAYER_BYTES))
+    sampled = num_rows * max(max_width for *_, max_width in passes) * captured.vocab_size
+    needed = num_layers * _LAYER_BYTES, sampled * _SAMPLING_BYTES
+    cache.reserve(1, captured.fitting(num_positions, longest, *needed))
     with progress("capturing passes", len(shapes), "passes") as advance:
         for runner, *shape in shapes:
             captured.capture(runner, *shape)
@@ -208,7 +213,7 @@ class _Passes:
         # Graphs read its tables of cos and sin, which only grow here.
         self._runner = ModelRunner(runner.model)
         self.buffers = self._runner.new_cache(1, 1, num_slots).buffers
-        self.num_slots = num_slots
+        self.num_slots, self.vocab_size = num_slots, runner.config.vocab_size
         del self._runner.model  # the key of these passes: it would never be freed
         self.num_captured = 0
         self._drop_replays()
@@ -228,13 +233,14 @@ class _Passes:
         last = self.buffers.of_layers[-1]
         return 0 if last is None else last[0].shape[2]
 
-    def fitting(self, least: int, most: int, graph_bytes: int) -> int:
+    def fitting(self, least: int, most: int, graph_bytes: int, sampling_bytes: int) -> int:
         """The most positions of a row that fit in memory, if more than `least` do.
 
         Args:
             graph_bytes: of the graphs that read one number of keys.
+            sampling_bytes: that sampling the tokens of a round takes.
         """
-        like, room = self._like, _SHARE * free_memory(self._runner.rotary.device)
+        like, room = self._like, _SHARE * free_memory(self._runner.rotary.device) - sampling_bytes
         position = 2 * len(self._runner.layers) * self.num_slots * like.nbytes
         for number in range(most, least, -_STEP):
             if (number + _STEP) * position + len(_lengths(number)) * graph_bytes <= room:

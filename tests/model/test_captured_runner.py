@@ -376,10 +376,12 @@ def test_nothing_is_captured_where_passes_are_eager(graphs):
 @pytest.mark.usefixtures("graphs")
 def test_the_context_is_reserved_where_it_fits(monkeypatch):
     """Guards against a long request that ends all captured passes, and against a cache that leaves their
-    graphs no room: keys and values of 8,192 positions take 5 MB, the graphs for them 10 MB.
+    graphs or sampling no room: keys and values of 8,192 positions take 5 MB, the graphs for them 10 MB, and
+    sampling 10 MB in the last case.
     """
-    capacities = []
-    for free in (0, 10e6, 20e6):
+    capacities, byte = [], captured_runner._SAMPLING_BYTES
+    for free, logit in ((0, byte), (10e6, byte), (20e6, byte), (20e6, 1e5)):
+        monkeypatch.setattr(captured_runner, "_SAMPLING_BYTES", logit)
         monkeypatch.setattr(captured_runner, "free_memory", lambda device, free=free: free)
         model = own_llama(2, fused=True, max_position_embeddings=8192)
         capture_decoding(model)
@@ -387,4 +389,4 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
         scheduler.run_every_pass(100, longest=8192)
         keys, _ = scheduler._ensure_prepared().cache.buffers.of_layers[0]
         capacities.append(keys.shape[2])
-    assert capacities == [1024, 4096, 9216]
+    assert capacities == [1024, 4096, 9216, 4096]
