@@ -68,11 +68,13 @@ def capture_decoding(model: PreTrainedModel) -> None:
 
 
 def check_can_be_captured(config: Any) -> None:
-    """Raises ValueError for mixtures of experts: their kernels depend on the experts that tokens choose, and
-    some of transformers' read those from the device.
-    """
+    """Raises ValueError for quantised weights and for experts, whose kernels depend on what tokens choose."""
     if experts_per_token(config) is not None:
         raise ValueError(f"compile True: not with a mixture of experts ({config.model_type})")
+    quantized = getattr(config, "quantization_config", None) or {}
+    settings = quantized if isinstance(quantized, dict) else vars(quantized)
+    if (method := settings.get("quant_method", "gguf")) != "gguf":  # whose weights are in 16 bits here
+        raise ValueError(f"compile True: not with quantised weights ({getattr(method, 'value', method)})")
 
 
 def decode_eagerly(model: PreTrainedModel) -> None:
@@ -317,9 +319,7 @@ class GraphRecorder:
     """Captures functions as CUDA graphs, on one side stream and in one memory pool.
 
     The functions leave nothing in the pool that another one reads, so graphs may be replayed in any order.
-
-    Raises:
-        RuntimeError: all streams have graphs.
+    Raises RuntimeError if all streams have graphs.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -390,3 +390,15 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
         keys, _ = scheduler._ensure_prepared().cache.buffers.of_layers[0]
         capacities.append(keys.shape[2])
     assert capacities == [1024, 4096, 9216, 4096]
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "gguf"])
+def test_quantised_checkpoints_are_refused(method):
+    """Guards against an error of CUDA in the middle of a capture; --quantization is refused, too."""
+    config = family("llama").config
+    config.quantization_config = {"quant_method": method}
+    refused = contextlib.nullcontext()
+    if method != "gguf":
+        refused = pytest.raises(ValueError, match=f"compile True: not with quantised weights \\({method}\\)")
+    with refused:
+        captured_runner.check_can_be_captured(config)
