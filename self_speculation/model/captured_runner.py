@@ -326,10 +326,10 @@ class GraphRecorder:
         with _LOCK:
             taken = {*_STREAMS.values()}
             streams = (torch.cuda.Stream(device) for _ in range(_NUM_STREAMS))
-            self._stream = next((stream for stream in streams if stream not in taken), None)
-            if self._stream is None:
+            stream = next((each for each in streams if each not in taken), None)
+            if stream is None:
                 raise RuntimeError(f"compile True: at most {_NUM_STREAMS} models of a process are captured")
-            _STREAMS[self] = self._stream
+            self._stream = _STREAMS[self] = stream
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
