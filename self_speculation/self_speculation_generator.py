@@ -67,6 +67,7 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     draft = composer.draft(batch, cache, batch.draft_limits(), numbers.draft)  # k tokens, k <= K
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits, numbers.verify)  # [B] accepted, [B] next token
+    batch.agree(verification.num_accepted, verification.next_token)
     num_accepted, tokens = read_verification(batch, draft, logits, verification)  # on the host
     composer.learn(draft, num_accepted)
     k = draft.tokens.shape[1]
@@ -100,14 +101,11 @@ def verify(batch: Batch, draft: Draft, logits: Tensor, numbers: Tensor | None) -
         numbers = torch.cat((numbers[:, :k], numbers[:, -1:]), 1)  # [B, k+1]
     if not k:  # a shortcut with the same result
         sampled = batch.sampler(logits[:, 0], None if numbers is None else numbers[:, 0])
-        verification = Verification(batch.last.new_zeros(len(batch)), sampled.tokens)
-    else:
-        # None: all drafts have k tokens.
-        lengths = on_device(draft.lengths, draft.tokens.device) if min(draft.lengths) < k else None
-        q = draft.probabilities
-        verification = verify_draft(draft.tokens, q, logits, batch.sampler, lengths, numbers)
-    batch.agree(verification.num_accepted, verification.next_token)
-    return verification
+        return Verification(batch.last.new_zeros(len(batch)), sampled.tokens)
+    lengths = None  # all drafts have k tokens
+    if min(draft.lengths) < k:
+        lengths = on_device(draft.lengths, draft.tokens.device)
+    return verify_draft(draft.tokens, draft.probabilities, logits, batch.sampler, lengths, numbers)
 
 
 def read_verification(
