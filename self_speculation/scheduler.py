@@ -27,13 +27,13 @@ from self_speculation.drafts.registry import DraftContext
 from self_speculation.drafts.shared import finished_answers
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import run_every_pass
-from self_speculation.model.devices import in_step
+from self_speculation.model.devices import in_step, num_ranks
 from self_speculation.model.families import check_supported, context_length, described_context
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early, prefill_chunk
 from self_speculation.model.overrides import check_followed
-from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint
+from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint, kept_caches
 from self_speculation.model.runners import make_runner
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
@@ -61,10 +61,6 @@ class DecodingStrategy(GenerationStrategy, ABC):
     name: GenerationStrategyName
     has_drafts = True
     make_composer: Callable[[DraftContext], DraftComposer | None] = staticmethod(lambda context: None)
-
-    def __init__(self) -> None:
-        # The cache of the last scheduler with reuse_cache. A deque, so that only one thread gets it.
-        self.kept_caches: deque[PrefixCache] = deque(maxlen=1)
 
     @abstractmethod
     def passes(self, decoding: Decoding) -> abc.Iterator[PassRange]:
@@ -143,7 +139,7 @@ class Scheduler(Generic[Key]):
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
         elif config.exit_layer != -1:
             self._depth = config.exit_layer
-        self.batch = Batch(self._device, longest)
+        self.batch = Batch(self._device, longest, num_ranks(model))
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
         self._prepared: Decoding | None = None  # None: idle, the weights may change
@@ -190,12 +186,12 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def cancel(self, keys: Container[Key]) -> None:
-        """Finish these requests before the next step, with the tokens they have, as "cancelled"."""
+        """Finish these requests before the next step, with the tokens they have, as "cancelled". Callbacks of
+        requests may call it.
+        """
         for sequence in (*self.batch.sequences, *self._waiting):
             if sequence.key in keys and sequence.remaining:
                 sequence.stop_reason = "cancelled"
-        for sequence in [waiting for waiting in self._waiting if not waiting.remaining]:
-            self._drop_waiting(sequence)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -209,6 +205,7 @@ class Scheduler(Generic[Key]):
     @torch.inference_mode()
     def pop_finished(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:
         """Remove the finished sequences from the batch; returns their keys and results."""
+        self._drop_cancelled()
         rows = [row for row, sequence in enumerate(self.batch.sequences) if not sequence.remaining]
         for row in reversed(rows):
             sequence = self.batch.remove(row)
@@ -221,7 +218,7 @@ class Scheduler(Generic[Key]):
                 self._ensure_prepared().cache.buffers.limit = self._longest_possible()
         elif self._prepared is not None:  # leave the cache to the next scheduler; the weights may change
             if self._prepared.slots.fingerprint is not None:
-                self._strategy.kept_caches.append(self._prepared.slots)
+                kept_caches(self._model).append(self._prepared.slots)
             self._prepared = None
         finished, self._finished = self._finished, []
         return finished
@@ -253,6 +250,7 @@ class Scheduler(Generic[Key]):
                 self._drop_waiting(sequence)
 
     def _next_prompt(self) -> Sequence | None:
+        self._drop_cancelled()
         begun = [each for each in self._waiting if each.slot is not None]
         has_slot = len(self.batch) + len(begun) < self._batch_size
         return self._waiting[0] if has_slot and self._waiting else next(iter(begun), None)
@@ -282,6 +280,10 @@ class Scheduler(Generic[Key]):
             self._waiting.append(sequence)
         return tokens.shape[1]
 
+    def _drop_cancelled(self) -> None:
+        for sequence in [waiting for waiting in self._waiting if not waiting.remaining]:
+            self._drop_waiting(sequence)
+
     def _drop_waiting(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self._ensure_prepared().slots.release(sequence)
@@ -306,7 +308,7 @@ class Scheduler(Generic[Key]):
             settings = self._batch_size, self.batch.longest_draft, self._depth
             fingerprint = (*settings, cache_fingerprint(self._model))
             with suppress(IndexError):
-                kept = self._strategy.kept_caches.pop()
+                kept = kept_caches(self._model).pop()
                 if kept.fingerprint == fingerprint and kept.cache.is_valid:
                     return kept
         return PrefixCache(runner.new_cache(1, 1, self._batch_size), self._batch_size, fingerprint)

@@ -67,6 +67,7 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     draft = composer.draft(batch, cache, batch.draft_limits(), numbers.draft)  # k tokens, k <= K
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits, numbers.verify)  # [B] accepted, [B] next token
+    batch.agree(verification.num_accepted, verification.next_token)
     num_accepted, tokens = read_verification(batch, draft, logits, verification)  # on the host
     composer.learn(draft, num_accepted)
     k = draft.tokens.shape[1]

@@ -26,7 +26,7 @@ from self_speculation import (
 )
 from self_speculation.config import RankError
 from self_speculation.generator_base import TokenizedRequest
-from self_speculation.model.devices import broadcast_from_rank0
+from self_speculation.model.devices import broadcast_from_rank0, is_lost_device
 from self_speculation.model.families import context_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
@@ -120,7 +120,9 @@ class Engine:
             self._changed.notify()
 
     def run(self) -> bool:
-        """Run jobs until `shut_down`; returns whether the engine worked to the end. Raises RankError."""
+        """Run jobs until `shut_down`, or until the GPU is lost; returns whether the engine worked to the end.
+        Raises RankError.
+        """
         in_lockstep = True
         try:
             while True:
@@ -169,8 +171,14 @@ class Engine:
             self._scheduler.step()
         except Exception:  # it is also the result of each sequence in the batch
             _log.exception("a step of %d sequences failed", len(self._scheduler.batch))
+        lost = None
         for key, result in self._scheduler.pop_finished():
-            self.in_flight.pop(key).on_finish(aborted.get(key, result))
+            if is_lost_device(result):
+                lost = result
+            else:
+                self.in_flight.pop(key).on_finish(aborted.get(key, result))
+        if isinstance(lost, Exception):
+            raise lost
 
     def _abort_error(self, job: Job) -> RequestAborted | None:
         now = time.perf_counter()

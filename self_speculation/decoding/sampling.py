@@ -75,7 +75,9 @@ def nucleus(probabilities: Tensor, top_p: float, allow_sync: bool | None = None)
     allow_sync = rows.device.type == "cpu" if allow_sync is None else allow_sync
     is_partial = allow_sync and rows.shape[1] > _LIKELY
     largest, ids = rows.topk(_LIKELY) if is_partial else rows.sort(descending=True, stable=True)
-    before = largest.cumsum(-1) - largest  # the mass of more likely tokens
+    # The mass of more likely tokens. A GPU sums a row in any order: in float32 the last token of
+    # the nucleus, and so the output of a seed, would vary.
+    before = largest.cumsum(-1, dtype=_precise(rows.device)).sub_(largest)
     left_out = before >= max(top_p, torch.finfo(torch.float32).tiny)
     shares = largest.masked_fill(left_out, 0.0)
     kept = torch.zeros_like(rows).scatter_(-1, ids, shares / shares.sum(-1, keepdim=True))
@@ -90,8 +92,11 @@ def nucleus(probabilities: Tensor, top_p: float, allow_sync: bool | None = None)
 
 def random_numbers(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """[n] uniform between 0 and 1, precise enough for `draw`."""
-    precise = torch.float32 if device.type == "mps" else torch.float64
-    return torch.rand(n, dtype=precise, device=device, generator=generator)
+    return torch.rand(n, dtype=_precise(device), device=device, generator=generator)
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:

@@ -235,7 +235,8 @@ class Sequence:
                 if self.mirrors_ids and not (self._processors and i < len(tokens) - 1):
                     self._ids[0, self.length] = token
                 self.tokens.append(token)
-                self.stop_reason = self._stopping.reason(self.tokens, self.history(), logits[i : i + 1])
+                reason = self._stopping.reason(self.tokens, self.history(), logits[i : i + 1])
+                self.stop_reason = self.stop_reason or reason  # a check may have cancelled this sequence
                 if self.stop_reason:
                     break
         new = self.tokens[before:]

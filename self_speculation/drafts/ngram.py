@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import abc
+from itertools import takewhile
 from weakref import WeakKeyDictionary
 
 import torch
@@ -82,11 +83,11 @@ class LookupDrafts(DraftSource):
         """How many tokens match, and at most k tokens that follow; 0 and none if nothing matches."""
 
     def lookup(self, sequence: Sequence, limit: int) -> tuple[int, list[int]]:
-        """How many tokens match, and at most `limit` tokens to draft. What a grammar forbids is left out:
-        verification would reject it.
+        """How many tokens match, and at most `limit` tokens to draft, up to one that the model lacks or a
+        grammar forbids: verification would reject it.
         """
         matched, ids = self._find(sequence, limit) if limit else (0, [])
-        return matched, sequence.allowed(ids)
+        return matched, sequence.allowed([*takewhile(lambda id_: 0 <= id_ < self._vocab_size, ids)])
 
     def draft(
         self,

@@ -15,7 +15,9 @@ import copy
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -37,7 +39,15 @@ _STEP, _PADDING = 1024, 64
 _LEAST_KEYS, _UNSPLIT_KEYS = 256, 1024
 # Bytes of a graph for each layer: 12 to 17 kernels of some 10 kB.
 _LAYER_BYTES = 200_000
-_SHARE = 0.9  # of free memory; prompts and sampling need the rest
+_SHARE = 0.9  # of free memory; prompts need the rest
+# Bytes by logit of a round while it is sampled by top-p: distributions of draft and target, their order and
+# sums in float64, and what sorting takes.
+_SAMPLING_BYTES = 48
+# torch hands out so many streams of a device in turn. Graphs of a stream share a workspace, see
+# `_drop_replays`. These are the streams of recorders and their graphs.
+_NUM_STREAMS = 32
+_STREAMS: WeakKeyDictionary[Any, torch.cuda.Stream] = WeakKeyDictionary()
+_LOCK = Lock()
 
 
 class _IsCaptured:
@@ -58,11 +68,13 @@ def capture_decoding(model: PreTrainedModel) -> None:
 
 
 def check_can_be_captured(config: Any) -> None:
-    """Raises ValueError for mixtures of experts: their kernels depend on the experts that tokens choose, and
-    some of transformers' read those from the device.
-    """
+    """Raises ValueError for quantised weights and for experts, whose kernels depend on what tokens choose."""
     if experts_per_token(config) is not None:
         raise ValueError(f"compile True: not with a mixture of experts ({config.model_type})")
+    quantized = getattr(config, "quantization_config", None) or {}
+    settings = quantized if isinstance(quantized, dict) else vars(quantized)
+    if (method := settings.get("quant_method", "gguf")) != "gguf":  # whose weights are in 16 bits here
+        raise ValueError(f"compile True: not with quantised weights ({getattr(method, 'value', method)})")
 
 
 def decode_eagerly(model: PreTrainedModel) -> None:
@@ -156,7 +168,7 @@ def run_every_pass(
     """
     if not isinstance(cache, CapturedCache):
         return
-    captured = cache.passes
+    captured, passes = cache.passes, [*passes]
     kinds = [
         (runner, first, last, rows, width)
         for runner, first, last, max_width in passes
@@ -165,7 +177,9 @@ def run_every_pass(
     ]
     shapes = [(*kind, num_keys) for kind in kinds for num_keys in _lengths(num_positions)]
     num_layers = sum(last - first for _, first, last, *_ in kinds)
-    cache.reserve(1, captured.fitting(num_positions, longest, num_layers * _LAYER_BYTES))
+    sampled = num_rows * max(max_width for *_, max_width in passes) * captured.vocab_size
+    needed = num_layers * _LAYER_BYTES, sampled * _SAMPLING_BYTES
+    cache.reserve(1, captured.fitting(num_positions, longest, *needed))
     with progress("capturing passes", len(shapes), "passes") as advance:
         for runner, *shape in shapes:
             captured.capture(runner, *shape)
@@ -201,7 +215,7 @@ class _Passes:
         # Graphs read its tables of cos and sin, which only grow here.
         self._runner = ModelRunner(runner.model)
         self.buffers = self._runner.new_cache(1, 1, num_slots).buffers
-        self.num_slots = num_slots
+        self.num_slots, self.vocab_size = num_slots, runner.config.vocab_size
         del self._runner.model  # the key of these passes: it would never be freed
         self.num_captured = 0
         self._drop_replays()
@@ -212,7 +226,8 @@ class _Passes:
         193402), and an exception may keep one for long. So all go together, and the stream with them.
         """
         self._replays: dict[Any, Callable[[], None]] = {}
-        self._record = GraphRecorder(self._runner.rotary.device)
+        self._recorder: GraphRecorder | None = None  # frees its stream first
+        self._recorder = GraphRecorder(self._runner.rotary.device)
 
     @property
     def capacity(self) -> int:
@@ -220,13 +235,14 @@ class _Passes:
         last = self.buffers.of_layers[-1]
         return 0 if last is None else last[0].shape[2]
 
-    def fitting(self, least: int, most: int, graph_bytes: int) -> int:
+    def fitting(self, least: int, most: int, graph_bytes: int, sampling_bytes: int) -> int:
         """The most positions of a row that fit in memory, if more than `least` do.
 
         Args:
             graph_bytes: of the graphs that read one number of keys.
+            sampling_bytes: that sampling the tokens of a round takes.
         """
-        like, room = self._like, _SHARE * free_memory(self._runner.rotary.device)
+        like, room = self._like, _SHARE * free_memory(self._runner.rotary.device) - sampling_bytes
         position = 2 * len(self._runner.layers) * self.num_slots * like.nbytes
         for number in range(most, least, -_STEP):
             if (number + _STEP) * position + len(_lengths(number)) * graph_bytes <= room:
@@ -261,6 +277,9 @@ class _Passes:
         """
         key = (runner.reads, first, last, rows, width, num_keys)
         if key not in self._replays:
+            read = {linear for linears, *_ in self._replays for linear in linears}
+            if any(linear() is None for linear in read):  # a copy was replaced, and its graphs are large
+                self._drop_replays()
             if (rows, width) not in self.inputs:
                 states = runner.unit.new_empty(min(rows, self.num_slots), width, runner.config.hidden_size)
                 self.inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
@@ -269,8 +288,9 @@ class _Passes:
             positions.fill_(self.capacity - 1)
             layers = [*zip(runner.layers, runner.attention_types, strict=False)][first:last]
             num_keys = min(num_keys, self.capacity)
+            assert self._recorder is not None
             try:
-                self._replays[key] = self._record(partial(self._run, layers, states, positions, num_keys))
+                self._replays[key] = self._recorder(partial(self._run, layers, states, positions, num_keys))
             except BaseException:
                 self._drop_replays()
                 raise
@@ -299,14 +319,24 @@ class GraphRecorder:
     """Captures functions as CUDA graphs, on one side stream and in one memory pool.
 
     The functions leave nothing in the pool that another one reads, so graphs may be replayed in any order.
+    Raises RuntimeError if all streams have graphs.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        with _LOCK:
+            taken = {*_STREAMS.values()}
+            streams = (torch.cuda.Stream(device) for _ in range(_NUM_STREAMS))
+            stream = next((each for each in streams if each not in taken), None)
+            if stream is None:
+                raise RuntimeError(f"compile True: at most {_NUM_STREAMS} models of a process are captured")
+            self._stream = _STREAMS[self] = stream
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """Run it once, for kernels and workspaces that are made on first use; then capture it."""
         outer, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
+        with _LOCK:
+            _STREAMS[graph] = self._stream
         self._stream.wait_stream(outer)
         try:
             # If a capture fails, `torch.cuda.graph` leaves its stream the current one. This ends it.

@@ -51,6 +51,11 @@ def is_lost_rank(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def is_lost_device(error: object) -> bool:
+    """Whether this process cannot use the GPU any more: every later call fails as well."""
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
 def synchronize(model: PreTrainedModel) -> None:
     """Wait for all GPUs that have a part of the model."""
     for device in {model.device, *getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}:

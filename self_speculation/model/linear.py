@@ -253,6 +253,7 @@ def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
     if len(parameters) == 1:
         return parameters[0].data
     joint = torch.cat([parameter.data for parameter in parameters])
-    for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
-        parameter.data = torch.from_dlpack(part)
+    with torch.cuda.device_of(joint):  # the only GPU that `from_dlpack` takes tensors of
+        for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
+            parameter.data = torch.from_dlpack(part)
     return joint

@@ -42,7 +42,7 @@ def made(
     make: Callable[[], T],
 ) -> T:
     """The result of `make`, kept by key while `valid_for(result)` is what it was once that was made: making
-    may move weights. None: it is valid as long as the model.
+    may move weights. None: it is valid as long as the model, and `release` keeps it.
     """
     shelf, current = _shelf(model), valid_for or (lambda _: None)
     kept = shelf.by_key.get(key)
@@ -71,6 +71,18 @@ def found(model: nn.Module, key: Hashable) -> Any:
 def discard(model: nn.Module, key: Hashable) -> None:
     """Drop what is kept by key, if anything."""
     _shelf(model).by_key.pop(key, None)
+
+
+def release(model: nn.Module) -> None:
+    """Free what decoding has made of a model: joint and packed weights, copies, captured passes, kept caches.
+    After `model.to("cpu")` they would hold the weights on the GPU. What was set or learnt stays, and the next
+    generation makes the rest again. Call it while nothing is generated.
+    """
+    shelf = _shelf(model)
+    with shelf.lock:
+        for key, (valid_for, _) in [*shelf.by_key.items()]:
+            if valid_for is not None:
+                discard(model, key)
 
 
 def lock(model: nn.Module) -> AbstractContextManager[bool]:

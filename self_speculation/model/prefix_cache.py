@@ -5,6 +5,7 @@ A prompt with a known prefix is not read again.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from self_speculation.model.families import attention_types
 from self_speculation.model.fingerprint import fingerprint
 from self_speculation.model.fused_layers import num_changes
 from self_speculation.model.kv_cache import KVCache
+from self_speculation.model.made import made
 
 
 class _Prefix(NamedTuple):
@@ -100,6 +102,12 @@ class PrefixCache:
         self._holders[slot] = holder
         if not isinstance(holder, _Prefix):
             holder.slot = slot
+
+
+def kept_caches(model: PreTrainedModel) -> deque[PrefixCache]:
+    """The cache that the last scheduler with reuse_cache has left; a deque lets only one thread get it."""
+    caches: deque[PrefixCache] = made(model, PrefixCache, lambda _: (), lambda: deque(maxlen=1))
+    return caches
 
 
 def cache_fingerprint(model: PreTrainedModel) -> Hashable:

@@ -324,6 +324,42 @@ def test_a_cancelled_row_ends_at_once():
     assert found[0].stop_reason == "cancelled"
 
 
+class Calls:
+    """A streamer, a stop check and a criterion that calls a function."""
+
+    def __init__(self, call):
+        self._call = call
+
+    def put(self, _):
+        self._call()
+
+    def __call__(self, *_):
+        return self._call() or False
+
+    def end(self):
+        self._call()
+
+
+@pytest.mark.parametrize("budget", [None, 2])
+@pytest.mark.parametrize("callback", ["streamer", "stop_checks", "stopping_criteria"])
+@pytest.mark.parametrize("drafts", [{}, LAYERS])
+def test_a_callback_may_cancel(callback, budget, drafts):
+    """Guards against a row that is dropped while it joins the batch, and a reason that is overwritten."""
+    model = tiny_llama()
+    scheduler = scheduler_of(model, 3, budget, max_steps=20, **drafts)
+    cancels = Calls(lambda: scheduler.cancel({"cancels", "waits"}))
+    scheduler.add_request("stays", Request(PROMPTS[0]))
+    scheduler.add_request("waits", Request(PROMPTS[4]))
+    scheduler.add_request("cancels", Request(PROMPTS[2], **{callback: cancels}))
+    found = drained(scheduler)
+    expected = dict(zip(("stays", "cancels", "waits"), tokens_alone(model, PROMPTS[:5:2]), strict=True))
+    ends = {key: result.stop_reason for key, result in found.items()}
+    assert ends == {"stays": "max_steps", "cancels": "cancelled", "waits": "cancelled"}
+    assert found["stays"].predicted_tokens == expected["stays"]
+    assert found["cancels"].predicted_tokens == expected["cancels"][:1]
+    assert scheduler.num_free_slots == 3
+
+
 def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     """Guards against a cache that doubles beyond the longest possible sequence, or beyond that of a finished
     row.

@@ -1,10 +1,11 @@
 """Predicted outputs: an answer that resembles a text drafts most of itself, and stays the model's own."""
 
 import pytest
-from conftest import ADAPTIVE, LAYERS, PROMPT, generate, ids_of, tiny_llama
+from conftest import ADAPTIVE, LAYERS, PROMPT, generate, ids_of, in_batch, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
+from self_speculation import Request
 from self_speculation.drafts.prediction import _Cursor
 
 
@@ -57,3 +58,16 @@ def test_the_ids_are_the_models_own(how):
         counts = result.drafts_by_source.get("prediction")
         accepted = counts.accepted if counts else 0
         assert accepted >= least if least else accepted == 0
+
+
+@pytest.mark.parametrize("how", [ADAPTIVE, {**LAYERS, "prompt_lookup": 2}])
+@pytest.mark.parametrize("unknown", [50, -1, 10**6])
+def test_ids_that_the_model_lacks(how, unknown):
+    """Guards against a prediction that fails the whole batch, and on a GPU ends the process."""
+    model, shared = tiny_llama(), {"max_steps": 12}
+    plain = ids_of(model, **shared)
+    requests = [Request(PROMPT, prediction=[*plain[:5], unknown, *plain[6:]]), Request(PROMPT[:4])]
+    found = in_batch(model, requests, 2, **shared, **how)
+    assert found[0].predicted_tokens == plain
+    assert found[1].predicted_tokens == ids_of(model, PROMPT[:4], **shared)
+    assert found[0].drafts_by_source["prediction"].accepted

@@ -1,8 +1,10 @@
 """Captured passes: the ids of eager ones, one capture per shape, and no captures that CUDA refuses."""
 
 import contextlib
+import gc
 import itertools
 import math
+import weakref
 from collections import Counter
 
 import pytest
@@ -11,24 +13,28 @@ from conftest import (
     ADAPTIVE,
     COPY,
     PROMPT,
+    answer_of,
     assert_close,
+    config_of,
     drained,
     ids_of,
     in_batch,
     own_llama,
     scheduler_of,
 )
-from cuda_graphs import CaptureError
+from cuda_graphs import CaptureError, Stream
 from helpers import watch
 from test_llama_model_utils import family
 from torch.nn.functional import scaled_dot_product_attention
 
-from self_speculation import Request
+from self_speculation import Request, make_strategy, release
 from self_speculation.model import attention, captured_runner, model_runner
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.families import AttentionType
+from self_speculation.model.fused_layers import linears_made
 from self_speculation.model.model_runner import PREFILL_CHUNK, forward
+from self_speculation.model.prefix_cache import kept_caches
 from self_speculation.model.runners import make_runner
 
 DRAFTS = {"exit_layer": 1, "num_speculations": 6}
@@ -253,10 +259,66 @@ def test_an_error_in_a_capture(fails, monkeypatch):
     assert answers(1, 2) == expected[1:]
 
 
+@pytest.mark.usefixtures("graphs")
+def test_captured_models_share_no_stream():
+    """Guards against graphs of a model whose workspace goes with those of another one: torch hands out the
+    same streams in turn, and the second model needs a new one each time.
+    """
+    first, second = (own_llama(n, fused=True, max_position_embeddings=8192) for n in (2, 3))
+    expected = ids_of(first)
+    for model in (first, second):
+        capture_decoding(model)
+        ids_of(model)
+    for length in (1100, 2100, 3100):  # the cache grows
+        ids_of(second, [5 + i % 40 for i in range(length)], max_steps=3)
+        assert ids_of(first) == expected
+
+
+def test_graphs_of_replaced_copies_are_dropped(monkeypatch):
+    """Guards against tens of megabytes more for each change of weights. Replays do nothing here."""
+    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: None)
+    model, numbers = own_llama(fused=True), []
+    capture_decoding(model)
+    for _ in range(3):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.mul_(-1.5)
+        ids_of(model, **COPY)
+        passes = make_runner(model).new_cache(1, 1).passes
+        numbers.append(sum(bool(linears) for linears, *_ in passes._replays))
+    assert numbers == [1] * 3
+
+
+@pytest.mark.parametrize("how", [{}, {**COPY, "exit_layer": 2}, ADAPTIVE])
+def test_weights_are_freed(how, monkeypatch):
+    """Guards against weights that stay on a GPU with passes and caches: of a model that has moved, and of one
+    that is gone while its strategy is not.
+    """
+    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: None)
+    model = own_llama(2, fused=True)
+    capture_decoding(model)
+    strategy = make_strategy(config_of(**how).generation_strategy)
+
+    def weights(model):
+        answer_of(strategy, model, Request(PROMPT), reuse_cache=True, **how)
+        assert len(kept_caches(model)) == 1
+        return [weakref.ref(part) for linear in linears_made(model) for part in linear.tensors()]
+
+    before = weights(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # as `model.to` does
+    release(model)
+    gc.collect()
+    assert not any(storage() for storage in before)
+    before = weights(model)
+    del model
+    gc.collect()
+    assert not any(storage() for storage in before)
+
+
 def captured(run, stream=None):
     """A graph, without the comparison of `cuda_graphs.stand_in`."""
     graph = torch.cuda.CUDAGraph()
-    stream = stream or torch.cuda.Stream()
+    stream = stream or Stream()
     with torch.cuda.graph(graph, object(), stream, capture_error_mode="thread_local"):
         run()
     return graph
@@ -267,7 +329,7 @@ def test_the_stand_in_does_as_cuda_does():
     """Guards against a stand-in that lets everything pass, a capture that changes its inputs, results in the
     pool that outlive a replay, and graphs that outlive others of their stream.
     """
-    x, kept, stream = torch.ones(3), [], torch.cuda.Stream()
+    x, kept, stream = torch.ones(3), [], Stream()
     with torch.inference_mode():
         # A read on the host, host data, a shape by value.
         for fault in (lambda: x.sum().item(), lambda: torch.tensor([1.0]), lambda: x[x > 0]):
@@ -314,10 +376,12 @@ def test_nothing_is_captured_where_passes_are_eager(graphs):
 @pytest.mark.usefixtures("graphs")
 def test_the_context_is_reserved_where_it_fits(monkeypatch):
     """Guards against a long request that ends all captured passes, and against a cache that leaves their
-    graphs no room: keys and values of 8,192 positions take 5 MB, the graphs for them 10 MB.
+    graphs or sampling no room: keys and values of 8,192 positions take 5 MB, the graphs for them 10 MB, and
+    sampling 10 MB in the last case.
     """
-    capacities = []
-    for free in (0, 10e6, 20e6):
+    capacities, byte = [], captured_runner._SAMPLING_BYTES
+    for free, logit in ((0, byte), (10e6, byte), (20e6, byte), (20e6, 1e5)):
+        monkeypatch.setattr(captured_runner, "_SAMPLING_BYTES", logit)
         monkeypatch.setattr(captured_runner, "free_memory", lambda device, free=free: free)
         model = own_llama(2, fused=True, max_position_embeddings=8192)
         capture_decoding(model)
@@ -325,4 +389,16 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
         scheduler.run_every_pass(100, longest=8192)
         keys, _ = scheduler._ensure_prepared().cache.buffers.of_layers[0]
         capacities.append(keys.shape[2])
-    assert capacities == [1024, 4096, 9216]
+    assert capacities == [1024, 4096, 9216, 4096]
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "gguf"])
+def test_quantised_checkpoints_are_refused(method):
+    """Guards against an error of CUDA in the middle of a capture; --quantization is refused, too."""
+    config = family("llama").config
+    config.quantization_config = {"quant_method": method}
+    refused = contextlib.nullcontext()
+    if method != "gguf":
+        refused = pytest.raises(ValueError, match=f"compile True: not with quantised weights \\({method}\\)")
+    with refused:
+        captured_runner.check_can_be_captured(config)

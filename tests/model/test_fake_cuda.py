@@ -136,6 +136,17 @@ def shares(one, other):
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
+class CurrentDevice:
+    """At first it is another one than the model's."""
+
+    index = 1
+
+    def exchange(self, index):
+        before = self.index
+        self.index = before if index < 0 else index
+        return before
+
+
 @pytest.fixture
 def cuda(monkeypatch):
     """Makes models of fake tensors; whatever is read from the device is drawn."""
@@ -163,6 +174,12 @@ def cuda(monkeypatch):
     def new_zeros(like, *size, **kind):
         return zeros(*size, **{"dtype": like.dtype, "device": like.device, **kind})
 
+    current = CurrentDevice()
+
+    def from_dlpack(part):
+        assert part.device.index == current.index, "Can't export tensors on a different CUDA device index"
+        return part
+
     with torch.device("cpu"):  # torch caches its constructors at the first context, here before the patches
         torch.empty(0)
     package = "self_speculation"
@@ -177,7 +194,9 @@ def cuda(monkeypatch):
         f"{package}.model.fused_layers.difference": lambda *modules: None,
         f"{package}.model.fused_layers.structure": lambda *modules, **_: (),
         f"{package}.model.fingerprint._value": lambda tensor: None,
-        "torch.from_dlpack": lambda part: part,
+        "torch.from_dlpack": from_dlpack,
+        "torch.cuda._exchange_device": current.exchange,
+        "torch.cuda._maybe_exchange_device": current.exchange,
         # Reads, and events for them.
         f"{package}.decoding.batch.read": read,
         f"{package}.self_speculation_generator.read_verification": few_accepted,

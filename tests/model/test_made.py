@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import nn
 
-from self_speculation.model.made import discard, found, lock, made
+from self_speculation.model.made import discard, found, lock, made, release, state
 
 
 class Part:
@@ -70,6 +70,15 @@ def test_it_is_freed_before_the_next_one_is_made_and_with_its_model():
     del model
     gc.collect()
     assert part() is None
+
+
+def test_what_is_released():
+    """Guards against memory that stays, and against settings that go."""
+    model = nn.Linear(1, 1)
+    part, setting = weakref.ref(made(model, "key", lambda _: 1, Part)), state(model, Part)
+    release(model)
+    assert part() is None
+    assert state(model, Part) is setting
 
 
 def test_threads_make_it_once():

@@ -128,6 +128,30 @@ def test_exchanges_of_ranks(tensor):
     assert adaptive[1] == "1"  # it drafts by time
 
 
+SAMPLED = """
+import torch.distributed as dist
+from self_speculation.decoding import sampling
+
+if not ranks.is_first():
+    draw = sampling.draw
+    sampling.draw = lambda weights, numbers: draw(weights, (numbers + 0.5) % 1)
+drafts = {"exit_layer": 2, "num_speculations": 3}
+for strategy, own in (("autoregressive", {}), ("self_speculative", drafts), ("adaptive", {})):
+    config = GenerationConfig(sample=True, temperature=2.0, max_steps=20, **own)
+    requests = [Request([5, 6, 7 + i], seed=i) for i in range(2)]
+    batch = make_strategy(strategy).generate_batch(model, requests, config, 2)
+    ids = [result.predicted_tokens for _, result in batch]
+    of_ranks = [None] * 2
+    dist.all_gather_object(of_ranks, ids)
+    print(of_ranks[0] == of_ranks[1])
+"""
+
+
+def test_sampled_tokens_are_those_of_the_first_rank(tensor):
+    """Guards against ranks that wait for each other for ever, since one of them rounds otherwise."""
+    assert tensor(2, SAMPLED) == ["True"] * 3
+
+
 @pytest.mark.slow
 def test_one_rank_of_generate_reads_and_answers(folder):
     """Guards against ranks that wait for standard input, and an answer from each."""

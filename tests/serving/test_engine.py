@@ -7,9 +7,10 @@ import queue
 import threading
 import time
 from dataclasses import replace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
+import torch
 from conftest import generate, tiny_llama
 from helpers import watch
 from servers import GREEDY, Running, held, tiny_generator
@@ -180,6 +181,23 @@ def test_an_engine_that_fails_ends_all_jobs(engine, monkeypatch):
     """Guards against clients that wait for ever, and a server that claims to be healthy."""
     monkeypatch.setattr(engine._scheduler, "pop_finished", failing)
     assert kinds(submit(engine, PROMPTS * 2)[1]) == [ServerShutdown] * 8
+    assert not engine.accepts_jobs
+    assert not engine.stop()
+
+
+@pytest.mark.parametrize("name", ["step", "add_request"])
+def test_an_engine_that_loses_its_gpu_ends(name, engine, monkeypatch):
+    """Guards against a server that is healthy although every request fails, so that nothing restarts it."""
+    scheduler = engine._scheduler
+    honest = getattr(scheduler, name)
+
+    def lost(*args):
+        with patch.object(torch.Tensor, "unbind" if name == "step" else "__setitem__", fails):
+            return honest(*args)
+
+    fails = Mock(side_effect=torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    monkeypatch.setattr(scheduler, name, lost)
+    assert kinds(submit(engine, PROMPTS)[1]) == [ServerShutdown] * 4
     assert not engine.accepts_jobs
     assert not engine.stop()
 
