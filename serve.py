@@ -41,26 +41,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = replace(tuned(config, tuning, model_args, argv), reuse_cache=True)
     check_drafts(config)
-    if model_args.parallel == "data" and not ranks.is_first():
-        return 0  # only one process can have the port
-    listener = _listen(args) if ranks.is_first() else None
+    if not ranks.is_first():
+        return 2  # the first one says why
+    if ranks.num_processes() > 1 or model_args.parallel not in ("data", "pipeline"):
+        what = "torchrun" if model_args.parallel == "data" else f"--parallel {model_args.parallel}"
+        refuse(f"{what}: serve.py is one process; for a model on several cards: --parallel pipeline")
+    listener = _listen(args)
 
     import uvicorn
 
-    from runs.startup import join_ranks, load_generator, model_name
+    from runs.startup import load_generator, model_name
     from self_speculation import Request
     from self_speculation.decoding.grammar import Grammar
     from serving.app import App
-    from serving.engine import Engine, follow
+    from serving.engine import Engine
     from serving.http11 import StrictProtocol
 
-    join_ranks(model_args)
     generator = load_generator(model_args, config, counted=counts(tuning.tuned, model_args))
     latest_end = max(args.shutdown_time, _GRACE)
-    if listener is None:
-        on_signals(lambda count: None, latest_end)  # the first rank ends this one
-        follow(generator, config, batch.batch_size)
-        return 0
     engine = Engine(generator, config, batch.batch_size, args.max_waiting)
     name = args.served_name or _name(model_name(model_args))
     address, port = listener.getsockname()[:2]
