@@ -29,10 +29,12 @@ from arguments import (
 )
 from runs import ranks
 from runs.program import on_signals, run
+from runs.status import print_status
 from runs.tuning import TuningArguments, counts, tuned
 from serving.flags import ServeArguments
 
 _GRACE = 5  # seconds in which aborted requests get their last event
+_BACKLOG = 32  # connections that wait; asyncio logs so many errors a second if there are no descriptors left
 _SWITCH_INTERVAL = 5e-4  # seconds that another thread may keep the engine's waiting; Python has 5e-3
 
 
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             access_log=False,
             server_header=False,
             http=StrictProtocol,
+            backlog=_BACKLOG,
             timeout_graceful_shutdown=_GRACE - 1,
         )
     )
@@ -84,12 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def shut_down(count: int) -> None:
         """Finish what is begun, or nothing at the second signal. Meanwhile /health says 503."""
-        engine.shut_down(latest_end - _GRACE if count == 1 else 0)
+        seconds = latest_end - _GRACE if count == 1 else 0
+        engine.shut_down(seconds)
+        if unfinished := len(engine.in_flight) + len(engine.waiting):
+            print_status(f"shutting down; unfinished answers: {unfinished}, which may take {seconds:g} s")
 
     on_signals(shut_down, latest_end)
     sys.setswitchinterval(_SWITCH_INTERVAL)
     host = f"[{address}]" if ":" in address else address
-    print(f"serving {name} at http://{host}:{port}", file=sys.stderr, flush=True)
+    print_status(f"serving {name} at http://{host}:{port}")
     http = Thread(target=serve, name="http")
     http.start()
     try:
@@ -97,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         server.should_exit = True
         http.join()
+    print_status("the server has ended")
     return 0 if succeeded and server.started else 1
 
 

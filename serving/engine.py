@@ -56,6 +56,7 @@ class Job:
     arrival_time: float = field(default_factory=time.perf_counter)
     admission_time: float = math.nan
     is_cancelled: bool = False  # set by any thread
+    origin: str = ""  # of whose request, for a log
 
 
 class Engine:
@@ -79,6 +80,7 @@ class Engine:
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
         self.waiting: deque[Job] = deque()
         self.in_flight: dict[int, Job] = {}  # by the scheduler's key
+        self.on_result: Callable[[Job, GenerationStrategyResult], None] = lambda job, result: None
         self._keys = itertools.count()
         self._changed = Condition()  # guards the jobs
         self._deadline = math.inf  # of all jobs
@@ -111,6 +113,7 @@ class Engine:
         """Accept no more jobs, abort those that do not finish in time, and let `run` return."""
         with self._changed:
             self._deadline = min(self._deadline, time.perf_counter() + seconds)
+            self._scheduler.whole_chunks = False  # jobs are aborted between two steps
             self._changed.notify()
 
     def run(self) -> bool:
@@ -155,7 +158,10 @@ class Engine:
         except Exception:  # it is also the result of each sequence in the batch
             _log.exception("a step of %d sequences failed", len(self._scheduler.batch))
         for key, result in self._scheduler.pop_finished():
-            self.in_flight.pop(key).on_finish(aborted.get(key, result))
+            job = self.in_flight.pop(key)
+            if isinstance(result, GenerationStrategyResult):  # of a job that is aborted, too
+                self.on_result(job, result)
+            job.on_finish(aborted.get(key, result))
 
     def _abort_error(self, job: Job) -> RequestAborted | None:
         now = time.perf_counter()

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
 import h11
-from h11._receivebuffer import ReceiveBuffer
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
-
-
-class _StrictLines(ReceiveBuffer):
-    """The lines of a head, and those after the last chunk of a body, do not end with LF alone."""
-
-    def maybe_extract_lines(self) -> list[bytearray] | None:
-        before = bytes(self)
-        lines = super().maybe_extract_lines()
-        if lines is not None and _BARE_LF.search(before, 0, len(before) - len(self)):
-            raise h11.RemoteProtocolError("a line ends with LF alone")
-        return lines
+_HEAD_SECONDS = 30  # until a connection without a whole head ends
+_EOF_SECONDS = 2  # in which a client that sends no more still gets its answer; it may also be gone
 
 
 class StrictConnection(h11.Connection):
     """Refuses lines that end with LF alone, and requests with two lengths (RFC 9112, 2.2 and 6.1)."""
 
-    def __init__(self, our_role: type[h11.SERVER]) -> None:
-        super().__init__(our_role)
-        self._receive_buffer = _StrictLines()
-
     def next_event(self) -> Any:
+        before, _ = self.trailing_data
         event = super().next_event()
+        # The lines of a head, or those after the last chunk of a body.
+        if isinstance(event, h11.Request | h11.EndOfMessage):
+            lines = before[: len(before) - len(self.trailing_data[0])]
+            if _BARE_LF.search(lines):
+                raise h11.RemoteProtocolError("a line ends with LF alone")
         if isinstance(event, h11.Request):
             names = {name for name, _ in event.headers}
             if {b"content-length", b"transfer-encoding"} <= names:
@@ -45,3 +38,21 @@ class StrictProtocol(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = StrictConnection(h11.SERVER)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, None)
+
+    def _end_if_idle(self, before: RequestResponseCycle | None) -> None:
+        """End a connection that has sent no head since the last request, which was the same before."""
+        if self.cycle is before and (before is None or before.response_complete):
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, self.cycle)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """True keeps the other direction open."""
+        if self.cycle is None or self.cycle.response_complete:
+            return None
+        self.loop.call_later(_EOF_SECONDS, self.transport.close)
+        return True

@@ -20,7 +20,7 @@ from serving.fields import (
     Fields,
     Id,
     Limit,
-    Message,
+    Messages,
     Penalty,
     Prediction,
     Prompts,
@@ -30,11 +30,11 @@ from serving.fields import (
     StreamOptions,
     StructuredOutputs,
     TemplateKwargs,
+    Texts,
     ThinkingSwitch,
     Tool,
     ToolChoice,
     Words,
-    why_forbidden,
 )
 from serving.streaming import Delta, Token, TokenLogprob
 from serving.tools import call_grammar, find_calls, known_format
@@ -68,10 +68,6 @@ def validation_error(error: ValidationError) -> APIError:
     param = ".".join(map(str, path))[:100]
     value = "" if first["type"] in ("missing", "json_invalid") else f" {reprlib.repr(first['input']):.60}"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        kinds = [kind for kind in (ChatRequest, CompletionRequest) if kind.__name__ == error.title]
-        known = (kind.model_fields for kind in (kinds if len(path) == 1 else Fields.__subclasses__()))
-        message = why_forbidden(str(path[-1]), {name for names in known for name in names})
     return APIError(f"{param or 'the body'}{value}: {message}", param=param or None)
 
 
@@ -102,7 +98,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[Id, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
     response_format: ResponseFormat = ResponseFormat()
-    guided_json: Schema | None = None  # of vLLM
+    guided_json: Schema | None = None  # of older versions of vLLM, as the next two
+    guided_regex: str | None = None
+    guided_choice: Texts = Field([])
     structured_outputs: StructuredOutputs = StructuredOutputs()
     prediction: Prediction | None = None
     stop: Words | None = None
@@ -148,6 +146,8 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
         given = {
             "response_format": self.response_format.type != "text",
             "guided_json": self.guided_json is not None,
+            "guided_regex": self.guided_regex is not None,
+            "guided_choice": bool(self.guided_choice),
             "structured_outputs": self.structured_outputs != StructuredOutputs(),
         }
         return [name for name, is_given in given.items() if is_given]
@@ -173,9 +173,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002
         """The language of the answer. Raises GrammarError for an invalid schema."""
-        if self.guided_json is not None:
-            return Grammar.json_schema(self.guided_json)
-        return self.response_format.grammar or self.structured_outputs.grammar
+        older = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
+        guides = self.response_format, self.structured_outputs, StructuredOutputs.model_validate(older)
+        return next(filter(None, (guide.grammar for guide in guides)), None)
 
     @property
     def streams_text(self) -> bool:
@@ -234,7 +234,7 @@ class ChatRequest(BaseRequest):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+    messages: Messages
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     tools: list[Tool] = Field([], max_length=128)
@@ -291,7 +291,7 @@ class ChatRequest(BaseRequest):
 
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
         reasoning = dict.fromkeys(_REASONING, delta.thinking) if delta.thinking else {}
-        reasoning = reasoning if self.include_reasoning else {}
+        reasoning = reasoning if self.include_reasoning and not self.reasoning.exclude else {}
         if self.stream and delta.thinking:
             return {"delta": reasoning, "finish_reason": finish_reason}
         message, tools = dict[str, Any](content=delta.text), self.tools_for_template

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from conftest import generate, tiny_llama
+from helpers import watch
 from servers import GREEDY, Running, held, tiny_generator
 
 from self_speculation import GenerationStrategyResult, Request
@@ -112,6 +113,18 @@ def test_a_shutdown_finishes_what_it_can_and_aborts_the_rest(engine, seconds, ki
             submit(engine, [[5]])
     assert kinds(results) == [kind] * 8
     assert engine.stop()
+
+
+def test_a_shutdown_is_not_held_up_by_a_whole_chunk(engine, monkeypatch):
+    """Guards against a stream without a last event: jobs are aborted between two steps."""
+    sizes = []
+    watch(monkeypatch, engine._scheduler, "_prefill_chunk", lambda _, size: sizes.append(size))
+    with held(engine) as at_rest:
+        _, results = submit(engine, [[5] * 200])
+        assert at_rest.wait(60)
+        engine.shut_down(600)
+    assert kinds(results) == [GenerationStrategyResult]
+    assert sizes == [64, 64, 64, 64]
 
 
 def test_an_engine_that_fails_ends_all_jobs(engine, monkeypatch):

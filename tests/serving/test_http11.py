@@ -54,3 +54,21 @@ def test_requests_in_pieces_and_in_a_row(address):
     assert statuses(address, request[:30], request[30:], GOOD, HEALTH) == [200, 200, 200]
     at = request.index(b"\r\n") + 1
     assert statuses(address, request[:at], request[at:] + HEALTH) == [200, 200]
+
+
+def test_a_client_that_sends_no_more_gets_its_answer(address):
+    """As `nc -N` does. Guards against an empty answer."""
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(GOOD)
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD, GOOD + HEAD])
+def test_a_connection_without_a_whole_head_ends(address, monkeypatch, sent):
+    """Guards against idle connections that use up the server's descriptors."""
+    monkeypatch.setattr("serving.http11._HEAD_SECONDS", 0.5)
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(sent)
+        while connection.recv(65536):
+            pass

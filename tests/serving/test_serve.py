@@ -36,7 +36,9 @@ def serving(*args, port=0, env=None):
                 assert script.poll() is None, forks.read(stderr)
                 time.sleep(0.01)
             yield script, found[1], found[2]
-            assert "Traceback" not in forks.read(stderr), forks.read(stderr)
+            said = forks.read(stderr)
+            assert "Traceback" not in said, said
+            assert script.poll() != 0 or said.endswith("the server has ended\n"), said
         finally:
             script.end()
 
