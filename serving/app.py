@@ -23,10 +23,9 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 import self_speculation
-from runs.status import print_status
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.grammar import GrammarError
 from self_speculation.model.families import context_length
@@ -36,6 +35,7 @@ from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, Metrics, figures
 from serving.prompts import Prompt, encode
 from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest
+from serving.request_log import RequestLog
 from serving.responses import AnswerResponse, api_error
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
 
@@ -46,7 +46,6 @@ _PAGE_POLICY = (  # nothing comes from elsewhere, whatever a model writes
 _NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 _SEEDS = 2**63
-_MOST_IGNORED = 200  # names
 _PATHS = "/, /health, /metrics, /v1/models, /v1/chat/completions, /v1/completions"
 
 _AnyRequest = ChatRequest | CompletionRequest
@@ -92,27 +91,31 @@ class App(Starlette):
         address: str,
     ) -> None:
         self._generator, self._engine, self._config, self._name = generator, engine, config, name
-        self._args, self._metrics, self._created = args, Metrics(engine, name), int(time.time())
+        self._args, self._metrics = args, Metrics(engine, name)
+        owner, context = "self-speculation", context_length(generator.model.config)
+        self._entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": owner}
+        self._entry["max_model_len"] = context
         self._compiling, self._num_guided = asyncio.Lock(), 0
         generator.use_sandbox()
         backend = (self_speculation.__version__, name, generator.model.dtype, config)
         self._fingerprint = f"fp_{hashlib.sha256(repr(backend).encode()).hexdigest()[:10]}"
-        self._ignored: set[str] = set()  # names of fields that the log has
+        self._log = RequestLog(args.log_requests)
         engine.on_result = self._count
-        posts = {"/chat/completions": ChatRequest, "/completions": CompletionRequest}
-        gets = {"/models": self._models, "/models/{name:path}": self._model}
-        routes = [
-            *(Route(path, self._page) for path in PAGE_FILES),
-            Route("/health", self._health),
-            Route("/metrics", self._exposition),
+        api = [
+            Route("/models", self._models),
+            Route("/models/{name:path}", self._model),
+            Route("/chat/completions", partial(self._respond, ChatRequest), methods=["POST"]),
+            Route("/completions", partial(self._respond, CompletionRequest), methods=["POST"]),
         ]
-        for begin in ("/v1", ""):
-            routes += [Route(begin + path, respond) for path, respond in gets.items()]
-            for path, kind in posts.items():
-                routes.append(Route(begin + path, partial(self._respond, kind), methods=["POST"]))
         access = Middleware(AccessMiddleware, key=args.key, on_error=self._respond_error)
         super().__init__(
-            routes=routes,
+            routes=[
+                *(Route(path, self._page) for path in PAGE_FILES),
+                Route("/health", self._health),
+                Route("/metrics", self._exposition),
+                Mount("/v1", routes=api),
+                *api,
+            ],
             middleware=[access, *host_check(address, args.host)],
             exception_handlers={HTTPException: self._respond_error},
         )
@@ -130,21 +133,11 @@ class App(Starlette):
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _models(self, _: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model_entry]})
+        return JSONResponse({"object": "list", "data": [self._entry]})
 
     async def _model(self, http: HTTPRequest) -> Response:
         self._check_model(http.path_params["name"])
-        return JSONResponse(self._model_entry)
-
-    @property
-    def _model_entry(self) -> dict[str, Any]:
-        return {
-            "id": self._name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "self-speculation",
-            "max_model_len": context_length(self._generator.model.config),
-        }
+        return JSONResponse(self._entry)
 
     async def _respond_error(self, http: HTTPRequest, exception: Exception) -> Response:
         if isinstance(exception, HTTPException) and exception.status_code == 404:
@@ -156,27 +149,14 @@ class App(Starlette):
     def _count_error(self, exception: Exception, origin: str) -> APIError:
         error = api_error(exception)
         self._metrics.count_error(error.status)
-        self._log(origin, f"{error.status}, {error}")
+        self._log.write(origin, f"{error.status}, {error}")
         return error
 
     def _count(self, job: Job, result: GenerationStrategyResult) -> None:
         """Count what a job generated, also one that is cancelled. Called by the engine's thread."""
         finished = FinishedRequest.of(job, result)
         self._metrics.count(finished)
-        self._log(job.origin, str(finished))
-
-    def _log(self, origin: str, line: str) -> None:
-        if self._args.log_requests:  # in ASCII, since clients could write anything
-            print_status(ascii(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {origin}: {line}")[1:-1])
-
-    def _log_ignored(self, names: set[str]) -> None:
-        """Name each field once, and no more than clients could fill a log with."""
-        new = sorted({ascii(name[:50]) for name in names} - self._ignored)[
-            : _MOST_IGNORED - len(self._ignored)
-        ]
-        if new:
-            self._ignored.update(new)
-            print_status(f"requests have fields that this server ignores: {', '.join(new)}")
+        self._log.write(job.origin, finished)
 
     def _check_model(self, name: str) -> None:
         if name != self._name:
@@ -239,7 +219,7 @@ class App(Starlette):
         """A request, its prompts, and what all its choices share."""
         ignored, generator = set[str](), self._generator
         request = kind.model_validate_json(body, context=ignored)
-        self._log_ignored(ignored)
+        self._log.name_ignored(ignored)
         self._check(request, 1 if isinstance(request, ChatRequest) else len(request.prompt))
         prompts, thinking = encode(request, generator, self._args)
         config, bias = request.generation_config(self._config), dict(request.logit_bias)

@@ -15,6 +15,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     Json,
     PlainValidator,
@@ -25,7 +26,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
 from self_speculation.config import check_template_kwargs
 from self_speculation.decoding.grammar import Grammar
@@ -53,8 +54,10 @@ _MAX_CHAT = 4096  # messages, and their parts and calls, together
 _MAX_FIELDS = 100  # of an object
 
 
-class Fields(BaseModel, extra="ignore", strict=True, frozen=True, allow_inf_nan=False):
+class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
     """Drops fields that are null or unknown. The names of the latter join the context, which is a set."""
+
+    model_config = ConfigDict(frozen=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -65,13 +68,16 @@ class Fields(BaseModel, extra="ignore", strict=True, frozen=True, allow_inf_nan=
             raise ValueError(f"must have at most {_MAX_FIELDS} fields, not {len(given)}")
         given = {name: value for name, value in given.items() if value is not None}
         known = {field.alias or name for name, field in cls.model_fields.items()}
+        ignored: set[str] = set() if info.context is None else info.context
         for name in given.keys() - known:
-            if why := _why_refused(name, given[name], known):
+            if why := _why_refused(name, given[name], set() if name in ignored else known):
                 error = PydanticCustomError("unknown_field", "{why}", {"why": why})
-                details = {"type": error, "loc": (name,), "input": given[name]}
+                details = InitErrorDetails(type=error, loc=(name,), input=given[name])
                 raise ValidationError.from_exception_data(cls.__name__, [details])
-        if info.context is not None:
-            info.context.update(given.keys() - known - _CHANGES.keys())
+            if name not in _CHANGES:
+                ignored.add(name)
+        if len(ignored) > _MAX_FIELDS:  # each is compared with the known ones
+            raise ValueError(f"must have at most {_MAX_FIELDS} unknown fields together")
         return given
 
 

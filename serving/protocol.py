@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 import time
 import uuid
 from abc import ABC, abstractmethod
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.config import SAMPLING_RULES, GenerationConfig
@@ -61,16 +60,6 @@ class APIError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def validation_error(error: ValidationError) -> APIError:
-    """Turn pydantic's first error into an API error."""
-    first = error.errors(include_url=False)[0]
-    path = [part for part in first["loc"] if part != "[key]"]  # pydantic's mark of a bad key
-    param = ".".join(map(str, path))[:100]
-    value = "" if first["type"] in ("missing", "json_invalid") else f" {reprlib.repr(first['input']):.60}"
-    message = first["msg"].removeprefix("Value error, ")
-    return APIError(f"{param or 'the body'}{value}: {message}", param=param or None)
-
-
 def _rule_field(name: str) -> Any:
     least, most = SAMPLING_RULES[name]
     return type(getattr(GenerationConfig, name)) | None, Field(None, ge=least, le=most)
@@ -84,6 +73,7 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     object_name: ClassVar[str]
     chunk_name: ClassVar[str]
+    id_prefix: ClassVar[str]
 
     model: str | None = None
     max_tokens: Limit = None
@@ -189,10 +179,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     def head(self, model: str, fingerprint: str) -> dict[str, Any]:
         """The first fields of an answer, or of each chunk of a stream."""
-        name = self.chunk_name if self.stream else self.object_name
         return {
-            "id": f"{name}-{uuid.uuid4().hex}",
-            "object": name,
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": self.chunk_name if self.stream else self.object_name,
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": fingerprint,
@@ -233,6 +222,7 @@ class ChatRequest(BaseRequest):
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
 
     messages: Messages
     logprobs: bool = False
@@ -325,6 +315,7 @@ class CompletionRequest(BaseRequest):
 
     object_name = "text_completion"
     chunk_name = "text_completion"
+    id_prefix = "cmpl"
 
     prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=5)

@@ -8,7 +8,8 @@ from servers import HELLO
 
 from self_speculation import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
-from serving.protocol import APIError, ChatRequest, CompletionRequest, validation_error
+from serving.protocol import APIError, ChatRequest, CompletionRequest
+from serving.responses import api_error
 
 
 def refused(kind, **request):
@@ -16,7 +17,7 @@ def refused(kind, **request):
     with pytest.raises(ValidationError) as invalid:
         kind.model_validate_json(json.dumps(request))
     assert invalid.value.error_count() <= 8  # the longest list of faults is that of a prompt's union
-    error = validation_error(invalid.value)
+    error = api_error(invalid.value)
     return error.param, str(error)
 
 
@@ -97,6 +98,14 @@ def test_unknown_fields_are_ignored_and_named():
     named = set()
     assert ChatRequest.model_validate(request, context=named) == ChatRequest(messages=HELLO)
     assert named == {*IGNORED, "id", "timestamp"}
+
+
+def test_unknown_fields_are_few():
+    """Each is compared with the known ones. Guards against a request that takes seconds of that."""
+    messages = [{**HELLO[0], **{f"field {i} {j}": 0 for j in range(50)}} for i in range(3)]
+    with pytest.raises(ValidationError, match="at most 100 unknown fields together"):
+        ChatRequest.model_validate({"messages": messages}, context=set())
+    ChatRequest.model_validate({"messages": messages[:1] * 4}, context=set())
 
 
 def test_fields_of_earlier_answers_are_ignored():

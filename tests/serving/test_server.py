@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -253,6 +254,42 @@ def test_drafts_can_be_streamed_and_switched_off(served):
     assert all(part["draft"] == {"accepted": 0, "pending": ""} for part in parts)
     drafts = post(served, **request, drafts=False).json()["metrics"]["speculative_decoding"]
     assert drafts["drafted"] == drafts["acceptance_histogram"][0] == 0
+
+
+def test_a_log_of_requests(text_model, byte_tokenizer, capsys):
+    """Guards against an answer, an error or a client that disconnects which no line names, against lines that
+    a client writes, and against a line for each request with the same unknown field.
+    """
+    with Served(tiny_generator(text_model, byte_tokenizer), log_requests=True) as served:
+        for _ in range(2):
+            fields = {"prompt": "x", "max_tokens": 3, "frobnicate": 1, "a\nb": 2}
+            send(served, json.dumps(fields), **{"X-Request-Id": "mine"})
+        post(served, prompt="x", max_tokens=0)
+        requests.get(f"{served.url}/v1/a%0Ab")
+        with held(served.engine, num_steps=2) as at_rest:
+            with raw_request(served.url, {"prompt": "x", "max_tokens": 200, "stream": True}):
+                assert at_rest.wait(60)
+                (job,) = served.engine.in_flight.values()
+            until(lambda: job.is_cancelled)
+        until(lambda: not served.num_jobs)
+    ignored, first, second, invalid, missing, gone = capsys.readouterr().err.splitlines()
+    assert ignored == "requests have fields that this server ignores: 'a\\nb', 'frobnicate'"
+    answer = r"\S+ POST /v1/completions {}: {}, {} tokens in \S+ s, the first after \S+ s; prompt 1 "
+    for line in (first, second):
+        assert re.match(answer.format("mine", "max_steps", 3), line)
+    assert re.match(r"\S+ POST /v1/completions \w{32}: 400, max_tokens 0: ", invalid)
+    assert re.match(r"\S+ GET /v1/a\\nb \w{32}: 404, no such path", missing)
+    assert re.match(answer.format(r"\w{32}", "cancelled", r"\d"), gone)
+
+
+def test_paths_without_a_version(served):
+    """Guards against a base URL without /v1 that does not work, as it does with llama.cpp."""
+    assert served.client.with_options(base_url=served.url).models.list().data[0].id == "tiny"
+    answer = requests.post(f"{served.url}/chat/completions", json={"messages": HELLO, "max_tokens": 2}).json()
+    assert answer["id"].startswith("chatcmpl-")
+    assert post(served, prompt="x", max_tokens=1).json()["id"].startswith("cmpl-")
+    (*_, last) = chunks(post(served, CHAT, messages=HELLO, max_tokens=2, stream=True))
+    assert last["id"].startswith("chatcmpl-")
 
 
 TOO_LONG = "maximum context length is 256 tokens"
