@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import Field, create_model, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.config import SAMPLING_RULES, GenerationConfig
@@ -103,14 +103,6 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
     drafts: bool = True
     stream_drafts: bool = False
 
-    @field_validator(*_NEEDED, check_fields=False)
-    @classmethod
-    def _check_needed(cls, given: Any, info: ValidationInfo) -> Any:
-        needed = _NEEDED[str(info.field_name)]
-        if given and not info.data.get(needed):
-            raise ValueError(f"is for {needed} true")
-        return given
-
     @property
     def max_new_tokens(self) -> int | None:
         """The lowest of the limits by three names; None: the server's default."""
@@ -128,6 +120,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
             both = ("ignore_eos", guides[0])
         if both:
             raise APIError(f"{both[0]}: cannot be combined with {both[1]}", param=both[0])
+        for name, needed in _NEEDED.items():
+            if getattr(self, name, None) and not getattr(self, needed):
+                raise APIError(f"{name}: is for {needed} true", param=name)
         return self
 
     @property
