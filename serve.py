@@ -34,7 +34,6 @@ from runs.tuning import TuningArguments, counts, tuned
 from serving.flags import ServeArguments
 
 _GRACE = 5  # seconds in which aborted requests get their last event
-_BACKLOG = 32  # connections that wait; asyncio logs so many errors a second if there are no descriptors left
 _SWITCH_INTERVAL = 5e-4  # seconds that another thread may keep the engine's waiting; Python has 5e-3
 
 
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from self_speculation.decoding.grammar import Grammar
     from serving.app import App
     from serving.engine import Engine
-    from serving.http11 import StrictProtocol
+    from serving.http11 import BACKLOG, StrictProtocol
 
     generator = load_generator(model_args, config, counted=counts(tuning.tuned, model_args))
     latest_end = max(args.shutdown_time, _GRACE)
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             access_log=False,
             server_header=False,
             http=StrictProtocol,
-            backlog=_BACKLOG,
+            backlog=BACKLOG,
             timeout_graceful_shutdown=_GRACE - 1,
         )
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import resource
+import time
 from typing import Any
 
 import h11
@@ -11,6 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HEAD_SECONDS = 30  # until a connection without a whole head ends
+BACKLOG = 50  # connections that asyncio accepts at once
+_RESERVED = 50 + BACKLOG  # descriptors, also for files
 _EOF_SECONDS = 2  # in which a client that sends no more still gets its answer; it may also be gone
 
 
@@ -32,8 +37,18 @@ class StrictConnection(h11.Connection):
         return event
 
 
+def most_connections() -> float:
+    """As many as leave descriptors for other things: without any, reading a file fails, and asyncio logs
+    hundreds of errors a second.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if soft == resource.RLIM_INFINITY else max(1, soft - _RESERVED)
+
+
 class StrictProtocol(H11Protocol):
-    """Answers what `StrictConnection` refuses with status 400, and closes the connection."""
+    """Answers what `StrictConnection` refuses with status 400, and closes the connection. Closes those that
+    send no head, the oldest one as soon as there are too many.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,18 +56,28 @@ class StrictProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._since = time.perf_counter()
         self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, None)
+        connections = [each for each in self.connections if not each.transport.is_closing()]
+        if len(connections) > most_connections():
+            idle = [each for each in connections if each.is_idle]  # this one, too
+            min(idle, key=lambda each: each._since).transport.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
 
     def _end_if_idle(self, before: RequestResponseCycle | None) -> None:
         """End a connection that has sent no head since the last request, which was the same before."""
-        if self.cycle is before and (before is None or before.response_complete):
+        if self.cycle is before and self.is_idle:
             self.transport.close()
         elif not self.transport.is_closing():
             self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, self.cycle)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """True keeps the other direction open."""
-        if self.cycle is None or self.cycle.response_complete:
+        if self.is_idle:
             return None
         self.loop.call_later(_EOF_SECONDS, self.transport.close)
         return True

@@ -72,3 +72,14 @@ def test_a_connection_without_a_whole_head_ends(address, monkeypatch, sent):
         connection.sendall(sent)
         while connection.recv(65536):
             pass
+
+
+def test_idle_connections_leave_room_for_others(address, monkeypatch):
+    """Guards against clients that are refused, and files that cannot be read, because somebody has opened as
+    many connections as the process may have descriptors.
+    """
+    monkeypatch.setattr("serving.http11.most_connections", lambda: 3)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(5)]
+        assert statuses(address, HEALTH) == [200]
+        assert [each.recv(1) for each in idle[:3]] == [b""] * 3
