@@ -206,7 +206,7 @@ class App(Starlette):
         try:
             async with self._compiling:
                 if await http.is_disconnected():
-                    raise ClientDisconnect
+                    raise ClientDisconnect("the client has disconnected")
                 if time.perf_counter() > arrival + self._args.max_time:
                     raise RequestTimeout(f"no answer after {self._args.max_time:g} seconds")
                 yield

@@ -58,7 +58,8 @@ class StrictProtocol(H11Protocol):
         super().connection_made(transport)
         self._since = time.perf_counter()
         self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, None)
-        connections = [each for each in self.connections if not each.transport.is_closing()]
+        every = [each for each in self.connections if isinstance(each, StrictProtocol)]
+        connections = [each for each in every if not each.transport.is_closing()]
         if len(connections) > most_connections():
             idle = [each for each in connections if each.is_idle]  # this one, too
             min(idle, key=lambda each: each._since).transport.close()

@@ -36,7 +36,7 @@ class AnswerResponse(StreamingResponse):
             for job in self._jobs:
                 job.is_cancelled = True
         if not self._has_begun:
-            raise ClientDisconnect
+            raise ClientDisconnect("the client has disconnected")
 
     async def stream_response(self, send: Send) -> None:
         async for part in self._parts:
