@@ -69,8 +69,8 @@ class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
         given = {name: value for name, value in given.items() if value is not None}
         known = {field.alias or name for name, field in cls.model_fields.items()}
         ignored: set[str] = set() if info.context is None else info.context
-        for name in given.keys() - known:
-            if why := _why_refused(name, given[name], set() if name in ignored else known):
+        for name in given.keys() - known - ignored:
+            if why := _why_refused(name, given[name], known):
                 error = PydanticCustomError("unknown_field", "{why}", {"why": why})
                 details = InitErrorDetails(type=error, loc=(name,), input=given[name])
                 raise ValidationError.from_exception_data(cls.__name__, [details])
