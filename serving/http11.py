@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 import resource
+import socket
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HEAD_SECONDS = 30  # until a connection without a whole head ends
 BACKLOG = 50  # connections that asyncio accepts at once
 _RESERVED = 50 + BACKLOG  # descriptors, also for files
-_EOF_SECONDS = 2  # in which a client that sends no more still gets its answer; it may also be gone
+_ROUND_TRIPS = (0.02, 0.2, 1, 5)  # seconds after which a closed socket may have refused
 
 
 class StrictConnection(h11.Connection):
@@ -77,8 +78,20 @@ class StrictProtocol(H11Protocol):
             self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, self.cycle)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """True keeps the other direction open."""
-        if self.is_idle:
+        """The client is gone, or sends no more and waits: an interim answer, which a closed socket refuses,
+        tells. Clients of HTTP/1.0 do not know interim answers. True keeps the other direction open.
+        """
+        if self.is_idle or self.scope["http_version"] != "1.1":
             return None
-        self.loop.call_later(_EOF_SECONDS, self.transport.close)
+        self.cycle.keep_alive = False
+        if not self.cycle.response_started:
+            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+            for seconds in _ROUND_TRIPS:
+                self.loop.call_later(seconds, self._end_if_refused)
         return True
+
+    def _end_if_refused(self) -> None:
+        connection = self.transport.get_extra_info("socket")
+        is_open = not self.transport.is_closing()
+        if is_open and connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
