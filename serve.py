@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not ranks.is_first():
         return 2  # the first one says why
     if ranks.num_processes() > 1 or model_args.parallel not in ("data", "pipeline"):
-        what = "torchrun" if model_args.parallel == "data" else f"--parallel {model_args.parallel}"
+        what = "torchrun" if ranks.num_processes() > 1 else f"--parallel {model_args.parallel}"
         refuse(f"{what}: serve.py is one process; for a model on several cards: --parallel pipeline")
     listener = _listen(args)
 

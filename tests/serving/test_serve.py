@@ -86,7 +86,8 @@ def test_the_server_is_one_process(processes, parallel, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", processes)
     monkeypatch.setattr("serve._listen", None)
     line = refused(serve.main, ["--parallel", parallel], capsys)
-    assert "serve.py is one process; for a model on several cards: --parallel pipeline" in line
+    what = "torchrun" if processes == "2" else f"--parallel {parallel}"
+    assert f"{what}: serve.py is one process; for a model on several cards: --parallel pipeline" in line
     monkeypatch.setenv("RANK", "1")
     assert serve.main(["--parallel", parallel]) == 2
     assert capsys.readouterr().err == ""
