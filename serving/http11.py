@@ -58,12 +58,16 @@ class StrictProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._since = time.perf_counter()
-        self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, None)
+        self._timer = self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, None)
         every = [each for each in self.connections if isinstance(each, StrictProtocol)]
         connections = [each for each in every if not each.transport.is_closing()]
         if len(connections) > most_connections():
             idle = [each for each in connections if each.is_idle]  # this one, too
             min(idle, key=lambda each: each._since).transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()  # it would keep this object
+        super().connection_lost(exc)
 
     @property
     def is_idle(self) -> bool:
@@ -74,8 +78,8 @@ class StrictProtocol(H11Protocol):
         """End a connection that has sent no head since the last request, which was the same before."""
         if self.cycle is before and self.is_idle:
             self.transport.close()
-        elif not self.transport.is_closing():
-            self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, self.cycle)
+        else:
+            self._timer = self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, self.cycle)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """The client is gone, or sends no more and waits: an interim answer, which a closed socket refuses,
