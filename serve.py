@@ -29,6 +29,7 @@ from arguments import (
 )
 from runs import ranks
 from runs.program import on_signals, run
+from runs.status import print_status
 from runs.tuning import TuningArguments, counts, tuned
 from serving.flags import ServeArguments
 
@@ -41,26 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = replace(tuned(config, tuning, model_args, argv), reuse_cache=True)
     check_drafts(config)
-    if model_args.parallel == "data" and not ranks.is_first():
-        return 0  # only one process can have the port
-    listener = _listen(args) if ranks.is_first() else None
+    if not ranks.is_first():
+        return 2  # the first one says why
+    if ranks.num_processes() > 1 or model_args.parallel not in ("data", "pipeline"):
+        what = "torchrun" if ranks.num_processes() > 1 else f"--parallel {model_args.parallel}"
+        refuse(f"{what}: serve.py is one process; for a model on several cards: --parallel pipeline")
+    listener = _listen(args)
 
     import uvicorn
 
-    from runs.startup import join_ranks, load_generator, model_name
+    from runs.startup import load_generator, model_name
     from self_speculation import Request
     from self_speculation.decoding.grammar import Grammar
     from serving.app import App
-    from serving.engine import Engine, follow
-    from serving.http11 import StrictProtocol
+    from serving.engine import Engine
+    from serving.http11 import BACKLOG, StrictProtocol
 
-    join_ranks(model_args)
     generator = load_generator(model_args, config, counted=counts(tuning.tuned, model_args))
     latest_end = max(args.shutdown_time, _GRACE)
-    if listener is None:
-        on_signals(lambda count: None, latest_end)  # the first rank ends this one
-        follow(generator, config, batch.batch_size)
-        return 0
     engine = Engine(generator, config, batch.batch_size, args.max_waiting)
     name = args.served_name or _name(model_name(model_args))
     address, port = listener.getsockname()[:2]
@@ -74,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             access_log=False,
             server_header=False,
             http=StrictProtocol,
+            backlog=BACKLOG,
             timeout_graceful_shutdown=_GRACE - 1,
         )
     )
@@ -86,12 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def shut_down(count: int) -> None:
         """Finish what is begun, or nothing at the second signal. Meanwhile /health says 503."""
-        engine.shut_down(latest_end - _GRACE if count == 1 else 0)
+        seconds = latest_end - _GRACE if count == 1 else 0
+        engine.shut_down(seconds)
+        if unfinished := len(engine.in_flight) + len(engine.waiting):
+            print_status(f"shutting down; unfinished answers: {unfinished}, which may take {seconds:g} s")
 
     on_signals(shut_down, latest_end)
     sys.setswitchinterval(_SWITCH_INTERVAL)
     host = f"[{address}]" if ":" in address else address
-    print(f"serving {name} at http://{host}:{port}", file=sys.stderr, flush=True)
+    print_status(f"serving {name} at http://{host}:{port}")
     http = Thread(target=serve, name="http")
     http.start()
     try:
@@ -99,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         server.should_exit = True
         http.join()
+    print_status("the server has ended")
     return 0 if succeeded and server.started else 1
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Thread
 from typing import NoReturn
 
@@ -40,7 +41,8 @@ def on_signals(act: Callable[[int], None], seconds: float) -> None:
         for count in itertools.count(1):
             os.read(receiver, 1)
             if count == 1:
-                faulthandler.dump_traceback_later(seconds, exit=True)
+                with suppress(RuntimeError):  # no memory for its thread
+                    faulthandler.dump_traceback_later(seconds, exit=True)
             act(count)
 
     Thread(target=wait, name="signals", daemon=True).start()

@@ -105,8 +105,8 @@ class Scheduler(Generic[Key]):
         batch_size: the most sequences at a time.
         token_budget: tokens of a step (as in Sarathi-Serve, arXiv 2403.02310). A decoding row counts as one,
             whatever it drafts; waiting prompts are prefilled in chunks of the rest, in turn, at least one
-            token. Nobody waits for a step without decoding rows, so it prefills whole chunks. None: a prompt
-            is prefilled at once.
+            token; in every other step, prompts that fit go first. Nobody waits while one prompt is alone, so
+            it is prefilled in whole chunks. None: a prompt is prefilled at once.
 
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
@@ -141,6 +141,8 @@ class Scheduler(Generic[Key]):
             self._depth = config.exit_layer
         self.batch = Batch(self._device, longest, num_ranks(model))
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
+        self.whole_chunks = True  # False: a prompt that is alone keeps to the budget, too
+        self._short_first = False
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
         self._prepared: Decoding | None = None  # None: idle, the weights may change
         self._ensure_prepared()
@@ -237,10 +239,14 @@ class Scheduler(Generic[Key]):
                 raise
 
     def _prefill_waiting(self) -> None:
-        """Prefill waiting prompts, a chunk each in turn, with what decoding leaves of the budget."""
-        chunk = prefill_chunk(self._model)
-        left = max(self._token_budget - len(self.batch), 1 if self.batch else chunk)
-        while left > 0 and (sequence := self._next_prompt()) is not None:
+        """Prefill waiting prompts, a chunk each, with what decoding leaves of the budget."""
+        chunk, left = prefill_chunk(self._model), self._token_budget
+        if self.batch:
+            left = max(1, left - len(self.batch))
+        elif len(self._waiting) == 1 and self.whole_chunks:
+            left = max(left, chunk)
+        self._short_first = not self._short_first
+        while left > 0 and (sequence := self._next_prompt(left)) is not None:
             adjust_threads(self._model)
             try:
                 with self._without_autocast(), in_step(self._model):
@@ -248,12 +254,16 @@ class Scheduler(Generic[Key]):
             except Exception as error:
                 sequence.error = error
                 self._drop_waiting(sequence)
+            if self.batch:  # the first token of a prompt ends whole chunks
+                left = min(left, self._token_budget - len(self.batch))
 
-    def _next_prompt(self) -> Sequence | None:
+    def _next_prompt(self, left: float) -> Sequence | None:
         self._drop_cancelled()
-        begun = [each for each in self._waiting if each.slot is not None]
-        has_slot = len(self.batch) + len(begun) < self._batch_size
-        return self._waiting[0] if has_slot and self._waiting else next(iter(begun), None)
+        ready = [each for each in self._waiting if each.slot is not None]
+        if len(self.batch) + len(ready) < self._batch_size:
+            ready = [*self._waiting]
+        short = [each for each in ready if len(each.prompt) - each.num_computed <= left]
+        return next(iter(short if short and self._short_first else ready), None)
 
     def _prefill_chunk(self, sequence: Sequence, num_tokens: int) -> int:
         """Prefill up to so many tokens of a waiting sequence; returns their number. The last ones add it to

@@ -5,46 +5,46 @@ from __future__ import annotations
 import codecs
 import hmac
 import os
-import re
 import uuid
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.flags import ServeArguments
 from serving.protocol import APIError
 
 _FILES = ("page.css", "page.js", "markdown-it.umd.min.js")
 PAGE_FILES = {"/": "page.html"} | {f"/{name}": name for name in _FILES}
 _PUBLIC_PATHS = (*PAGE_FILES, "/health")  # need no key
-_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a name or an address, and a port
+_LONGEST_ID = 200  # characters of a client's x-request-id
 
 
 class AccessMiddleware:
-    """Checks the API key and, if only this machine can reach the server, the Host header. Answers errors, and
-    adds x-request-id to each response.
-    """
+    """Checks the API key, answers errors, and adds x-request-id to each response."""
 
     def __init__(
         self,
         app: ASGIApp,
-        args: ServeArguments,
-        is_local: bool,
+        key: str | None,
         on_error: Callable[[HTTPRequest, Exception], Awaitable[Response]],
     ) -> None:
-        self._app, self._args, self._is_local, self._on_error = app, args, is_local, on_error
+        self._app, self._on_error = app, on_error
         # Headers are bytes; a key may hold non-ASCII characters or bytes that are no characters.
-        self._key = None if args.key is None else os.fsencode(args.key)
+        self._key = None if key is None else os.fsencode(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        if not 0 < len(request_id) <= _LONGEST_ID:
+            request_id = uuid.uuid4().hex
+        scope.setdefault("state", {})["id"] = request_id
         has_begun = False
 
         async def send_with_id(message: Message) -> None:
@@ -64,32 +64,30 @@ class AccessMiddleware:
             await response(scope, receive, send_with_id)
 
     def _check(self, scope: Scope) -> None:
-        """Raises APIError if the request is rejected."""
-        headers = dict(scope["headers"])
-        # Another site can point its own name at this machine (DNS rebinding).
-        if self._is_local and not self._names_this_machine(headers.get(b"host", b"").decode("latin-1")):
-            raise APIError("Host: must be localhost or this machine's loopback address")
+        """Raises APIError if the request lacks the key."""
         # The router uses this path. Starlette makes that of `Request.url` from the Host header.
         if self._key is None or scope["path"] in _PUBLIC_PATHS:
             return
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) > 1:
+            raise APIError(f"Authorization: must be one header, not {len(given)}")
+        scheme, _, key = b"".join(given).partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
             raise APIError("Authorization: must be Bearer and the API key", 401, code="invalid_api_key")
 
-    def _names_this_machine(self, host: str) -> bool:
-        if (match := _HOST.fullmatch(host)) is None:
-            return False
-        name = match[1].removeprefix("[").removesuffix("]").lower()
-        return name in ("localhost", self._args.host.lower()) or is_loopback(name)
 
-
-def is_loopback(address: str) -> bool:
-    """Whether this is a loopback IP address, such as 127.0.0.2 or ::1."""
+def host_check(address: str, host: str) -> list[Middleware]:
+    """The check of the Host header at an address that only this machine reaches: another site can point its
+    own name at it (DNS rebinding). `host` is another name that is allowed.
+    """
     try:
-        ip = ip_address(address)
+        is_local = ip_address(address).is_loopback
     except ValueError:
-        return False
-    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+        is_local = False
+    own = [name for each in (address, host) for name in (each, f"[{each}]")]
+    allowed = ["localhost", "127.0.0.1", "[::1]", *own]
+    check = Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)
+    return [check] if is_local else []
 
 
 async def read_body(http: HTTPRequest, max_bytes: int) -> bytes:

@@ -23,20 +23,19 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 import self_speculation
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.grammar import GrammarError
-from self_speculation.decoding.texts import decode
-from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.families import context_length
-from serving.access import PAGE_FILES, AccessMiddleware, is_loopback, read_body
+from serving.access import PAGE_FILES, AccessMiddleware, host_check, read_body
 from serving.engine import Engine, Job, QueueFull, RequestTimeout
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, Metrics, figures
-from serving.openapi import document
+from serving.prompts import Prompt, encode
 from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest
+from serving.request_log import RequestLog
 from serving.responses import AnswerResponse, api_error
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
 
@@ -47,9 +46,9 @@ _PAGE_POLICY = (  # nothing comes from elsewhere, whatever a model writes
 _NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 _SEEDS = 2**63
+_PATHS = "/, /health, /metrics, /v1/models, /v1/chat/completions, /v1/completions"
 
 _AnyRequest = ChatRequest | CompletionRequest
-_Prompt = tuple[list[int], str]  # token ids, and the text if the answer repeats it, or else an empty one
 
 
 @dataclass
@@ -92,26 +91,32 @@ class App(Starlette):
         address: str,
     ) -> None:
         self._generator, self._engine, self._config, self._name = generator, engine, config, name
-        self._args, self._metrics, self._created = args, Metrics(engine, name), int(time.time())
+        self._args, self._metrics = args, Metrics(engine, name)
+        owner, context = "self-speculation", context_length(generator.model.config)
+        self._entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": owner}
+        self._entry["max_model_len"] = context
         self._compiling, self._num_guided = asyncio.Lock(), 0
         generator.use_sandbox()
         backend = (self_speculation.__version__, name, generator.model.dtype, config)
         self._fingerprint = f"fp_{hashlib.sha256(repr(backend).encode()).hexdigest()[:10]}"
-        access = Middleware(
-            AccessMiddleware, args=args, is_local=is_loopback(address), on_error=self._respond_error
-        )
+        self._log = RequestLog(args.log_requests)
+        engine.on_result = self._count
+        api = [
+            Route("/models", self._models),
+            Route("/models/{name:path}", self._model),
+            Route("/chat/completions", partial(self._respond, ChatRequest), methods=["POST"]),
+            Route("/completions", partial(self._respond, CompletionRequest), methods=["POST"]),
+        ]
+        access = Middleware(AccessMiddleware, key=args.key, on_error=self._respond_error)
         super().__init__(
             routes=[
                 *(Route(path, self._page) for path in PAGE_FILES),
                 Route("/health", self._health),
                 Route("/metrics", self._exposition),
-                Route("/openapi.json", self._openapi),
-                Route("/v1/models", self._models),
-                Route("/v1/models/{name:path}", self._model),
-                Route("/v1/chat/completions", partial(self._respond, ChatRequest), methods=["POST"]),
-                Route("/v1/completions", partial(self._respond, CompletionRequest), methods=["POST"]),
+                Mount("/v1", routes=api),
+                *api,
             ],
-            middleware=[access],
+            middleware=[access, *host_check(address, args.host)],
             exception_handlers={HTTPException: self._respond_error},
         )
 
@@ -127,78 +132,31 @@ class App(Starlette):
     async def _exposition(self, _: HTTPRequest) -> Response:
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def _openapi(self, _: HTTPRequest) -> Response:
-        return JSONResponse(document(self._args.key is not None))
-
     async def _models(self, _: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model_entry]})
+        return JSONResponse({"object": "list", "data": [self._entry]})
 
     async def _model(self, http: HTTPRequest) -> Response:
         self._check_model(http.path_params["name"])
-        return JSONResponse(self._model_entry)
+        return JSONResponse(self._entry)
 
-    @property
-    def _model_entry(self) -> dict[str, Any]:
-        return {
-            "id": self._name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "self-speculation",
-            "max_model_len": context_length(self._generator.model.config),
-        }
-
-    async def _respond_error(self, _: HTTPRequest, exception: Exception) -> Response:
-        error = self._count_error(exception)
+    async def _respond_error(self, http: HTTPRequest, exception: Exception) -> Response:
+        if isinstance(exception, HTTPException) and exception.status_code == 404:
+            exception.detail = f"no such path: this server has {_PATHS}"
+        error = self._count_error(exception, _origin(http))
         headers = getattr(exception, "headers", None) or _HEADERS.get(error.status)
         return JSONResponse(error.body, error.status, headers)
 
-    def _count_error(self, exception: Exception) -> APIError:
+    def _count_error(self, exception: Exception, origin: str) -> APIError:
         error = api_error(exception)
         self._metrics.count_error(error.status)
+        self._log.write(origin, f"{error.status}, {error}")
         return error
 
-    def _encode_prompts(self, request: CompletionRequest) -> list[_Prompt]:
-        self._check(request, len(request.prompt))
-        if request.echo and request.logprobs is not None:
-            raise APIError("echo: cannot be combined with logprobs", param="echo")
-        encoded = []
-        for prompt in request.prompt:
-            ids, echo = self._encode(prompt, "prompt"), ""
-            if request.echo:
-                echo = prompt if isinstance(prompt, str) else decode(self._generator.tokenizer, ids)
-            encoded.append((ids, echo))
-        return encoded
-
-    def _encode_chat(self, request: ChatRequest) -> tuple[list[_Prompt], Thinking | None]:
-        """Token ids of the chat as the only prompt, and how its answer thinks."""
-        self._check(request, 1)
-        tokenizer = self._generator.tokenizer
-        if not tokenizer.chat_template:
-            raise APIError("messages: the model has no chat template, use /v1/completions", param="messages")
-        messages = [message.for_template for message in request.messages]
-        tools = request.tools_for_template or None
-        kwargs = {**self._args.template_kwargs, **request.template_kwargs}
-        render = partial(self._generator.render_chat, messages, kwargs, tools=tools)
-        try:
-            prompt = render()
-            thinking = Thinking.of(tokenizer, prompt)
-            if self._args.sanitize_control_tokens and not self._generator.is_far_too_long(prompt):
-                prompt = render(tokenize=True, sanitize_control_tokens=True, return_dict=False)  # ids
-        except ValueError as error:
-            raise APIError(f"messages: {error}", param="messages") from error
-        # The template adds special tokens.
-        return [(self._encode(prompt, "messages", special_tokens=False), "")], thinking
-
-    def _encode(self, prompt: str | list[int], param: str, special_tokens: bool = True) -> list[int]:
-        generator, length = self._generator, f"{len(prompt)} characters"
-        context = context_length(generator.model.config)
-        if isinstance(prompt, list) or not generator.is_far_too_long(prompt):
-            ids = generator.encode(prompt, special_tokens)
-            if len(ids) < context:
-                return ids
-            length = f"{len(ids)} tokens"
-        message = f"{param}: this model's maximum context length is {context} tokens, the prompt has {length}"
-        raise APIError(message, param=param, code="context_length_exceeded")
+    def _count(self, job: Job, result: GenerationStrategyResult) -> None:
+        """Count what a job generated, also one that is cancelled. Called by the engine's thread."""
+        finished = FinishedRequest.of(job, result)
+        self._metrics.count(finished)
+        self._log.write(job.origin, finished)
 
     def _check_model(self, name: str) -> None:
         if name != self._name:
@@ -230,7 +188,7 @@ class App(Starlette):
 
         # In threads: a long request takes a while to parse, check and tokenize.
         request, prompts, shared = await asyncio.to_thread(self._parse, kind, body)
-        submit = partial(self._submit, request, prompts, shared, arrival, emit)
+        submit = partial(self._submit, request, prompts, shared, arrival, _origin(http), emit)
         with _naming_field(request):
             async with self._turn(http, arrival) if shared.grammar else nullcontext():
                 choices = await asyncio.to_thread(submit)
@@ -248,7 +206,7 @@ class App(Starlette):
         try:
             async with self._compiling:
                 if await http.is_disconnected():
-                    raise ClientDisconnect
+                    raise ClientDisconnect("the client has disconnected")
                 if time.perf_counter() > arrival + self._args.max_time:
                     raise RequestTimeout(f"no answer after {self._args.max_time:g} seconds")
                 yield
@@ -257,13 +215,13 @@ class App(Starlette):
 
     def _parse(
         self, kind: type[_AnyRequest], body: bytes
-    ) -> tuple[_AnyRequest, list[_Prompt], self_speculation.Request]:
-        """A request, its prompts as ids and as texts to repeat, and what all its choices share."""
-        request, generator, thinking = kind.model_validate_json(body), self._generator, None
-        if isinstance(request, ChatRequest):
-            prompts, thinking = self._encode_chat(request)
-        else:
-            prompts = self._encode_prompts(request)
+    ) -> tuple[_AnyRequest, list[Prompt], self_speculation.Request]:
+        """A request, its prompts, and what all its choices share."""
+        ignored, generator = set[str](), self._generator
+        request = kind.model_validate_json(body, context=ignored)
+        self._log.name_ignored(ignored)
+        self._check(request, 1 if isinstance(request, ChatRequest) else len(request.prompt))
+        prompts, thinking = encode(request, generator, self._args)
         config, bias = request.generation_config(self._config), dict(request.logit_bias)
         if request.ignore_eos:
             bias |= dict.fromkeys(generator.eos_token_ids, -math.inf)
@@ -277,9 +235,10 @@ class App(Starlette):
     def _submit(
         self,
         request: _AnyRequest,
-        prompts: Sequence[_Prompt],
+        prompts: Sequence[Prompt],
         shared: self_speculation.Request,
         arrival: float,
+        origin: str,
         emit: Callable[[int, Any], None],
     ) -> list[_Choice]:
         """Submit a job per choice; `emit` gets its index, and each `Delta` and the result of its job."""
@@ -299,7 +258,7 @@ class App(Starlette):
                 reader = prepared.stop_words.reader
                 logprobs = LogprobCollector(tokenizer, request.num_top_logprobs, reader)
                 prepared = replace(prepared, stopping_criteria=logprobs)
-            job = Job(prepared, to_queue, self._args.max_time, arrival)
+            job = Job(prepared, to_queue, self._args.max_time, arrival, origin=origin)
             choices.append(_Choice(index, job, logprobs, echo))
         self._engine.submit([choice.job for choice in choices])
         return choices
@@ -317,13 +276,11 @@ class App(Starlette):
                     raise event
             if isinstance(event, GenerationStrategyResult):
                 unfinished -= 1
-                queue_time, delta = job.admission_time - job.arrival_time, Delta("")
+                delta = Delta("")
                 if not request.streams_text:
                     whole = job.request.finish(event)
                     delta = Delta(whole.decoded_prediction, thinking="" if request.stream else whole.thinking)
-                choice.finished = FinishedRequest(event, queue_time, job.request.num_thinking_tokens)
-                self._metrics.count(choice.finished)
-                event = delta
+                choice.finished, event = FinishedRequest.of(job, event), delta
             elif not (request.streams_text or event.thinking):
                 continue  # the whole text comes at the end
             yield choice, event
@@ -361,8 +318,7 @@ class App(Starlette):
         except Exception as exception:
             if not begun:
                 raise
-            error = self._count_error(exception)
-            yield _server_sent(error.body)
+            yield _server_sent(self._count_error(exception, choices[0].job.origin).body)
             return
         if has_usage:
             yield chunk([], **_figures(request, choices))
@@ -377,6 +333,10 @@ def _naming_field(request: BaseRequest) -> Iterator[None]:
     except GrammarError as error:
         (name,) = request.guides
         raise APIError(f"{name}: {error}", param=name) from error
+
+
+def _origin(http: HTTPRequest) -> str:
+    return f"{http.method} {http.scope['path']} {http.state.id}"
 
 
 def _server_sent(content: Any) -> str:

@@ -14,26 +14,17 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition
 
-from self_speculation import (
-    GenerationConfig,
-    GenerationStrategyResult,
-    HuggingfaceLlamaGenerator,
-    Request,
-)
-from self_speculation.config import RankError
+from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
 from self_speculation.generator_base import TokenizedRequest
-from self_speculation.model.devices import broadcast_from_rank0, is_lost_device
+from self_speculation.model.devices import is_lost_device
 from self_speculation.model.families import context_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 _PROMPT = 1024  # tokens of a usual one
 _log = logging.getLogger(__name__)
-# The fields of a request that the other ranks need.
-_SHARED = ("prompt", "seed", "config", "logit_bias", "prediction", "grammar", "thinking")
 
 
 class RequestAborted(Exception):
@@ -66,10 +57,11 @@ class Job:
     arrival_time: float = field(default_factory=time.perf_counter)
     admission_time: float = math.nan
     is_cancelled: bool = False  # set by any thread
+    origin: str = ""  # of whose request, for a log
 
 
 class Engine:
-    """See the module. If several ranks hold one model, the first has the engine, and the others `follow`."""
+    """See the module."""
 
     def __init__(
         self,
@@ -78,13 +70,18 @@ class Engine:
         batch_size: int,
         max_waiting: int,
     ) -> None:
-        self._model, self._scheduler = generator.model, _make_scheduler(generator, config, batch_size)
+        strategy, model = generator.generation_strategy, generator.model
+        assert isinstance(strategy, DecodingStrategy)
+        # A chunk of a prompt must not hold up streams for much longer than a round.
+        token_budget = 64 if model.device.type == "cpu" else 512
+        self._scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size, token_budget)
         # What a request that reaches further needs besides is captured while others stream.
-        longest = context_length(self._model.config)
+        longest = context_length(model.config)
         self._scheduler.run_every_pass(min(longest, _PROMPT + config.max_steps), longest)
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
         self.waiting: deque[Job] = deque()
         self.in_flight: dict[int, Job] = {}  # by the scheduler's key
+        self.on_result: Callable[[Job, GenerationStrategyResult], None] = lambda job, result: None
         self._keys = itertools.count()
         self._changed = Condition()  # guards the jobs
         self._deadline = math.inf  # of all jobs
@@ -117,13 +114,11 @@ class Engine:
         """Accept no more jobs, abort those that do not finish in time, and let `run` return."""
         with self._changed:
             self._deadline = min(self._deadline, time.perf_counter() + seconds)
+            self._scheduler.whole_chunks = False  # jobs are aborted between two steps
             self._changed.notify()
 
     def run(self) -> bool:
-        """Run jobs until `shut_down`, or until the GPU is lost; returns whether the engine worked to the end.
-        Raises RankError.
-        """
-        in_lockstep = True
+        """Run jobs until `shut_down`, or until the GPU is lost; returns whether the engine worked to the end."""
         try:
             while True:
                 with self._changed:
@@ -134,9 +129,6 @@ class Engine:
         except Exception:
             _log.exception("the engine failed")
             return False
-        except RankError:
-            in_lockstep = False
-            raise
         finally:
             with self._changed:
                 self.shut_down(0)
@@ -145,8 +137,6 @@ class Engine:
                 self.waiting.clear()
             for job in unfinished:
                 job.on_finish(ServerShutdown("the server failed"))
-            if in_lockstep:
-                broadcast_from_rank0(self._model, None)
 
     def _step(self) -> None:
         """Abort and admit jobs, run one step of the scheduler, finish jobs."""
@@ -160,9 +150,6 @@ class Engine:
             self.in_flight |= admitted
         for job, error in dropped:
             job.on_finish(error)
-        # One broadcast per step has all that depends on a clock or a client: ranks wait at each broadcast.
-        requests = [{name: getattr(job.request, name) for name in _SHARED} for job in admitted.values()]
-        broadcast_from_rank0(self._model, ([*aborted], requests))
         self._scheduler.cancel(aborted)
         for key, job in admitted.items():
             job.admission_time = time.perf_counter()
@@ -175,8 +162,11 @@ class Engine:
         for key, result in self._scheduler.pop_finished():
             if is_lost_device(result):
                 lost = result
-            else:
-                self.in_flight.pop(key).on_finish(aborted.get(key, result))
+                continue
+            job = self.in_flight.pop(key)
+            if isinstance(result, GenerationStrategyResult):  # of a job that is aborted, too
+                self.on_result(job, result)
+            job.on_finish(aborted.get(key, result))
         if isinstance(lost, Exception):
             raise lost
 
@@ -187,26 +177,3 @@ class Engine:
         if now > job.arrival_time + job.timeout:
             return RequestTimeout(f"no answer after {job.timeout:g} seconds")
         return ServerShutdown("the server shuts down") if now > self._deadline else None
-
-
-def follow(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch_size: int) -> None:
-    """Repeat the steps of the first rank's engine until it stops."""
-    scheduler, keys = _make_scheduler(generator, config, batch_size), itertools.count()
-    while (message := broadcast_from_rank0(generator.model, None)) is not None:
-        aborted, requests = message
-        scheduler.cancel(aborted)
-        for fields in requests:
-            scheduler.add_request(next(keys), generator.tokenize(Request(**fields), fields["config"]))
-        with suppress(Exception):  # the first rank reports it
-            scheduler.step()
-        scheduler.pop_finished()
-
-
-def _make_scheduler(
-    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch_size: int
-) -> Scheduler[int]:
-    strategy, model = generator.generation_strategy, generator.model
-    assert isinstance(strategy, DecodingStrategy)
-    # A chunk of a prompt must not hold up streams for much longer than a round.
-    token_budget = 64 if model.device.type == "cpu" else 512
-    return Scheduler(strategy, model, config, batch_size, token_budget)

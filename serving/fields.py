@@ -1,6 +1,7 @@
-"""The fields of requests to OpenAI's protocol, and which others are accepted.
+"""The fields of requests to OpenAI's protocol.
 
-A field that would change the answer and cannot be honoured is an error that names it.
+A field that the server does not know is ignored and named in the log, as vLLM and llama.cpp do. It is an
+error if it would change the answer, or if its name looks like that of a field which the server has.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 from difflib import get_close_matches
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,89 +21,89 @@ from pydantic import (
     PlainValidator,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
-from pydantic_core import from_json
+from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
 from self_speculation.config import check_template_kwargs
 from self_speculation.decoding.grammar import Grammar
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-# Fields that the server cannot honour -> values that ask for nothing. Null always asks for nothing.
-_NEUTRAL: dict[str, list[Any]] = {
-    "add_generation_prompt": [True], "add_special_tokens": [False], "bad_words": [[]],
-    "best_of": [1], "chat_template_kwargs": [{}], "continue_final_message": [False],
-    "continuous_usage_stats": [False], "documents": [[]], "dry_multiplier": [0], "dynatemp_range": [0],
-    "echo": [False], "exclude": [False], "extra_body": [{}], "function_call": ["none", "auto"],
-    "functions": [[]], "images": [[]],
-    "include_reasoning": [False, True], "include_stop_str_in_output": [False], "length_penalty": [1],
-    "min_tokens": [0], "mirostat": [0], "modalities": [["text"]], "parallel_tool_calls": [True, False],
-    "priority": [0], "reasoning": [{}], "reasoning_effort": [*get_args(Effort)], "return_token_ids": [False],
-    "skip_special_tokens": [True, False], "spaces_between_special_tokens": [True], "suffix": [""],
-    "tool_calls": [[]], "tool_choice": ["none", "auto"], "tools": [[]], "typical_p": [1],
-    "use_beam_search": [False], "verbosity": ["low", "medium", "high"], "xtc_probability": [0],
+# Fields that would change the answer -> their values that ask for nothing, besides null, false, 0 and what is
+# empty.
+_CHANGES: dict[str, tuple[Any, ...]] = {
+    "audio": (), "bad_words": (), "best_of": (1,), "continue_final_message": (), "dry_multiplier": (),
+    "dynatemp_range": (), "echo": (), "function_call": ("none", "auto"), "functions": (), "grammar": (),
+    "guided_grammar": (), "images": (), "include_stop_str_in_output": (), "json_schema": (),
+    "length_penalty": (1,), "lora": (), "min_tokens": (), "mirostat": (), "modalities": (["text"],),
+    "prefix": (), "prompt_embeds": (), "suffix": (), "tools": (), "top_a": (),
+    "truncate_prompt_tokens": (-1,), "typ_p": (1,), "typical_p": (1,), "use_beam_search": (),
+    "xtc_probability": (),
 }  # fmt: skip
-# Fields that do not change the text of an answer; some are in answers of other servers, and clients send them
-# back.
-_IGNORED = {
-    "annotations", "cache_control", "cache_prompt", "chat_id", "include_obfuscation", "index", "metadata",
-    "name", "prompt_cache_key", "prompt_cache_retention", "provider_specific_fields", "reasoning_details",
-    "refusal", "safety_identifier", "service_tier", "session_id", "store", "strict", "thinking_blocks",
-    "user",
-}  # fmt: skip
+# Fields of other servers whose names look like ours.
+_OTHERS = {"context", "encoder_repetition_penalty", "models", "reasoning_format", "repetition_penalty_range"}
+_OTHERS |= {"temperature_last", "top_n"}
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
 # first fault.
-MAX_ITEMS = 2048  # messages of a chat, parts of a message, prompts
+MAX_ITEMS = 2048  # of a list
+_MAX_CHAT = 4096  # messages, and their parts and calls, together
 _MAX_FIELDS = 100  # of an object
 
 
-class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
-    """Allows its own fields, and other fields with neutral values."""
+class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
+    """Drops fields that are null or unknown. The names of the latter join the context, which is a set."""
 
-    model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": {"type": "null"}})
+    model_config = ConfigDict(frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_neutral(cls, given: Any) -> Any:
+    def _drop_unknown(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, dict):
             return given
         if len(given) > _MAX_FIELDS:
             raise ValueError(f"must have at most {_MAX_FIELDS} fields, not {len(given)}")
+        given = {name: value for name, value in given.items() if value is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        ignored: set[str] = set() if info.context is None else info.context
+        for name in given.keys() - known - ignored:
+            if why := _why_refused(name, given[name], known):
+                error = PydanticCustomError("unknown_field", "{why}", {"why": why})
+                details = InitErrorDetails(type=error, loc=(name,), input=given[name])
+                raise ValidationError.from_exception_data(cls.__name__, [details])
+            if name not in _CHANGES:
+                ignored.add(name)
+        if len(ignored) > _MAX_FIELDS:  # each is compared with the known ones
+            raise ValueError(f"must have at most {_MAX_FIELDS} unknown fields together")
+        return given
 
-        def asks(name: str, value: Any) -> bool:
-            return name in cls.model_fields or not (name in _IGNORED or value in _NEUTRAL.get(name, []))
 
-        return {name: value for name, value in given.items() if value is not None and asks(name, value)}
-
-
-def why_forbidden(name: str, known: set[str]) -> str:
-    """Why a field is an error, beside fields that are known there."""
-    if name in _NEUTRAL:
-        return f"this server can honour only {' or '.join(map(json.dumps, _NEUTRAL[name]))}"
-    near = get_close_matches(name[:50], known, 1, cutoff=0.75)
-    hint = f"did you mean {near[0]}?" if near else "leave it out"
-    return f"this server cannot honour this field, {hint}"
+def _why_refused(name: str, value: Any, known: set[str]) -> str | None:
+    if name in _CHANGES:
+        neutral = _CHANGES[name]
+        allowed = f", only {' or '.join(map(json.dumps, neutral))}" if neutral else ", leave it out"
+        return f"this server cannot honour this field{allowed}" if value and value not in neutral else None
+    near = None if name in _OTHERS else get_close_matches(name[:50], known, 1, cutoff=0.8)
+    return f"there is no such field, did you mean {near[0]}?" if near else None
 
 
-def _no_limit(given: Any) -> Any:
-    return None if given == -1 else given
+def _as_limit(given: Any) -> Any:
+    if given == -1:
+        return None
+    return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
 def as_list(given: Any) -> Any:
     return [given] if isinstance(given, str) else given
 
 
-Limit = Annotated[int | None, Field(ge=1), BeforeValidator(_no_limit, json_schema_input_type=int | None)]
+Limit = Annotated[int | None, Field(ge=1), BeforeValidator(_as_limit)]
 Penalty = Annotated[float | None, Field(ge=0.01, le=100)]
-Id = Annotated[int, Field(ge=0, strict=False)]  # a string, since it is a key
-Words = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
-    Field(max_length=128),
-    BeforeValidator(as_list, json_schema_input_type=str | list[str]),
-]
+Id = Annotated[str, Field(pattern="^[0-9]{1,9}$"), AfterValidator(int)]  # a key
+Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=128), BeforeValidator(as_list)]
 
 
 class StreamOptions(Fields):
@@ -123,10 +124,8 @@ def _joined(given: Any, *, between: str = "\n") -> str:
     return between.join(part.text for part in _parts.validate_python(given))
 
 
-_Text = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[_TextPart])]
-_Verbatim = Annotated[
-    str, BeforeValidator(partial(_joined, between=""), json_schema_input_type=str | list[_TextPart])
-]  # parts of one text
+_Text = Annotated[str, BeforeValidator(_joined)]
+_Verbatim = Annotated[str, BeforeValidator(partial(_joined, between=""))]  # parts of one text
 
 
 class Prediction(Fields):
@@ -140,6 +139,7 @@ class ThinkingSwitch(Fields):
 
 class Reasoning(Fields):
     effort: Effort | None = None
+    exclude: bool = False
 
 
 class _Called(Fields):
@@ -157,7 +157,7 @@ class _ToolCall(Fields):
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Text = ""
-    tool_calls: list[_ToolCall] = Field([], max_length=MAX_ITEMS)
+    tool_calls: list[_ToolCall] = []
     tool_call_id: str | None = None
     # Texts of thinking, by either name. Some servers have other things under these names.
     reasoning_content: Any = None
@@ -173,6 +173,19 @@ class Message(Fields):
             if thought and isinstance(thought, str):
                 message["reasoning_content"] = thought
         return message
+
+
+def _check_size(given: Any) -> Any:
+    if isinstance(given, list):
+        fields = [each[name] for each in given if isinstance(each, dict) for name in _LISTS & each.keys()]
+        number = len(given) + sum(len(field) for field in fields if isinstance(field, list))
+        if number > _MAX_CHAT:
+            raise ValueError(f"must be at most {_MAX_CHAT} messages, parts and calls together, not {number}")
+    return given
+
+
+_LISTS = {"content", "tool_calls"}
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_check_size)]
 
 
 class _Function(Fields):
@@ -201,9 +214,7 @@ def _as_tool_choice(given: Any) -> Any:
 
 
 # The errors of a union name its types.
-ToolChoice = Annotated[
-    _Choice | Tool, PlainValidator(_as_tool_choice, json_schema_input_type=_Choice | Literal["any"] | Tool)
-]
+ToolChoice = Annotated[_Choice | Tool, PlainValidator(_as_tool_choice)]
 
 
 class _JSONSchema(Fields):
@@ -237,11 +248,12 @@ def _as_object(given: Any) -> Any:
     return from_json(given) if isinstance(given, str) else given
 
 
-TemplateKwargs = Annotated[dict[str, Any], AfterValidator(check_template_kwargs)]
-
-Schema = Annotated[
-    dict[str, Any], BeforeValidator(_as_object, json_schema_input_type=dict[str, Any] | Json[dict[str, Any]])
+TemplateKwargs = Annotated[
+    dict[str, Any], Field(max_length=_MAX_FIELDS), AfterValidator(check_template_kwargs)
 ]
+
+Schema = Annotated[dict[str, Any], BeforeValidator(_as_object)]
+Texts = Annotated[list[str], Field(max_length=MAX_ITEMS)]
 
 
 class StructuredOutputs(Fields):
@@ -250,7 +262,7 @@ class StructuredOutputs(Fields):
     json_schema: Schema | None = Field(default=None, alias="json")
     json_object: bool = False
     regex: str | None = None
-    choice: list[str] = Field(default=[], max_length=MAX_ITEMS)
+    choice: Texts = []
 
     @model_validator(mode="after")
     def _check_number(self) -> StructuredOutputs:
@@ -281,8 +293,4 @@ def _as_prompts(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 
 
 _Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
-Prompts = Annotated[
-    list[str | _Ids],
-    Field(fail_fast=True),
-    WrapValidator(_as_prompts, json_schema_input_type=str | _Ids | list[str | _Ids]),
-]
+Prompts = Annotated[list[str | _Ids], Field(fail_fast=True), WrapValidator(_as_prompts)]

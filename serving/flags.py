@@ -34,6 +34,8 @@ class ServeArguments(TemplateArguments):
     sanitize_control_tokens: bool = False
     """Read control tokens in chat messages, such as <|im_end|>, as plain text. Without it a message can end
     itself and start another one in the system's role."""
+    log_requests: bool = False
+    """Print a line for each answer and error: its path and x-request-id, how it ended, tokens and times."""
     shutdown_time: float = 30.0
     """Seconds after SIGTERM or Ctrl-C in which the server ends, at least 5. Requests that are unfinished 5
     seconds before are aborted."""

@@ -2,6 +2,7 @@
 const $ = id => document.getElementById(id);
 const markdown = markdownit({html: false, breaks: true}).disable("image");
 const FENCE_ENDS = /^[ >]*(`{3,}|~{3,})[ \t]*$/m;
+const SETTINGS = ["system", "temperature", "limit"];
 let model;            // its name
 let turns = [];       // the chat: of each turn question, drafts, thinking, text, kinds of both, ending, usage, metrics
 let writing = null;   // the AbortController of the answer that is being written
@@ -165,8 +166,11 @@ async function request(path, body) {
     method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal: writing?.signal,
   }).catch(error => { throw error.name === "AbortError" ? error : new Error("The server cannot be reached."); });
   $("key-row").hidden = response.status !== 401;
-  if (response.status === 401) $("key").focus();
   if (response.ok) return response;
+  if (response.status === 401) {
+    $("key").focus();
+    throw new Error($("key").value ? "This is not the server’s key." : "This server needs its key.");
+  }
   const said = await response.text();
   let message = said || `The server answered with status ${response.status}.`;
   try { message = JSON.parse(said).error.message; } catch { /* a proxy's answer, which is no JSON */ }
@@ -193,10 +197,11 @@ async function* chunks(response) {
   throw new Error("The server went away before the answer ended.");
 }
 
-/** The tab's storage keeps the chat over a reload. */
+/** The tab's storage keeps the chat and the settings over a reload. */
 function save() {
   try {
     sessionStorage.setItem("chat", JSON.stringify(turns));
+    for (const id of SETTINGS) sessionStorage.setItem(id, $(id).value);
   } catch {
     $("error").textContent = "The browser does not store this chat: a reload loses it.";
   }
@@ -205,6 +210,7 @@ function save() {
 function restore() {
   try {
     turns = JSON.parse(sessionStorage.getItem("chat")) ?? [];
+    for (const id of SETTINGS) $(id).value = sessionStorage.getItem(id) ?? "";
   } catch { /* the browser forbids storage; `save` tells */ }
   turns = turns.filter(turn => turn.text || turn.thinking || turn.ending);
   for (const turn of turns) {
@@ -249,6 +255,8 @@ async function ask(question) {
   const messages = turns.flatMap(({question, thinking, text}) => [
     {role: "user", content: question}, {role: "assistant", content: text, reasoning_content: thinking || undefined},
   ]);
+  const system = $("system").value.trim();
+  if (system) messages.unshift({role: "system", content: system});
   const turn = {question, drafts: $("drafts").checked, thinking: "", thinkingKinds: "", text: "", kinds: ""};
   const {section, element, answer} = addTurn(turn);
   element.ariaBusy = true;
@@ -256,6 +264,7 @@ async function ask(question) {
   try {
     const response = await request("v1/chat/completions", {
       model, messages: [...messages, {role: "user", content: question}], drafts: turn.drafts,
+      temperature: $("temperature").valueAsNumber, max_tokens: $("limit").valueAsNumber,  // not a number: null
       stream: true, stream_drafts: true, stream_options: {include_usage: true},
     });
     for await (const chunk of chunks(response)) {
@@ -333,6 +342,9 @@ $("question").onkeydown = event => {
   $("form").requestSubmit();
 };
 $("stop").onclick = () => writing?.abort();
+$("set").onclick = () => {
+  $("set").ariaExpanded = !($("settings").hidden = !$("settings").hidden);
+};
 $("anew").onclick = () => {
   writing?.abort();
   turns = [];

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 import time
 import uuid
 from abc import ABC, abstractmethod
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import Field, create_model, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.config import SAMPLING_RULES, GenerationConfig
@@ -20,7 +19,7 @@ from serving.fields import (
     Fields,
     Id,
     Limit,
-    Message,
+    Messages,
     Penalty,
     Prediction,
     Prompts,
@@ -30,11 +29,11 @@ from serving.fields import (
     StreamOptions,
     StructuredOutputs,
     TemplateKwargs,
+    Texts,
     ThinkingSwitch,
     Tool,
     ToolChoice,
     Words,
-    why_forbidden,
 )
 from serving.streaming import Delta, Token, TokenLogprob
 from serving.tools import call_grammar, find_calls, known_format
@@ -61,20 +60,6 @@ class APIError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def validation_error(error: ValidationError) -> APIError:
-    """Turn pydantic's first error into an API error."""
-    first = error.errors(include_url=False)[0]
-    path = [part for part in first["loc"] if part != "[key]"]  # pydantic's mark of a bad key
-    param = ".".join(map(str, path))[:100]
-    value = "" if first["type"] in ("missing", "json_invalid") else f" {reprlib.repr(first['input']):.60}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        kinds = [kind for kind in (ChatRequest, CompletionRequest) if kind.__name__ == error.title]
-        known = (kind.model_fields for kind in (kinds if len(path) == 1 else Fields.__subclasses__()))
-        message = why_forbidden(str(path[-1]), {name for names in known for name in names})
-    return APIError(f"{param or 'the body'}{value}: {message}", param=param or None)
-
-
 def _rule_field(name: str) -> Any:
     least, most = SAMPLING_RULES[name]
     return type(getattr(GenerationConfig, name)) | None, Field(None, ge=least, le=most)
@@ -88,6 +73,7 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     object_name: ClassVar[str]
     chunk_name: ClassVar[str]
+    id_prefix: ClassVar[str]
 
     model: str | None = None
     max_tokens: Limit = None
@@ -102,7 +88,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[Id, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
     response_format: ResponseFormat = ResponseFormat()
-    guided_json: Schema | None = None  # of vLLM
+    guided_json: Schema | None = None  # of older versions of vLLM, as the next two
+    guided_regex: str | None = None
+    guided_choice: Texts = Field([])
     structured_outputs: StructuredOutputs = StructuredOutputs()
     prediction: Prediction | None = None
     stop: Words | None = None
@@ -114,14 +102,6 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
     stream_options: StreamOptions = StreamOptions()
     drafts: bool = True
     stream_drafts: bool = False
-
-    @field_validator(*_NEEDED, check_fields=False)
-    @classmethod
-    def _check_needed(cls, given: Any, info: ValidationInfo) -> Any:
-        needed = _NEEDED[str(info.field_name)]
-        if given and not info.data.get(needed):
-            raise ValueError(f"is for {needed} true")
-        return given
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -140,6 +120,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
             both = ("ignore_eos", guides[0])
         if both:
             raise APIError(f"{both[0]}: cannot be combined with {both[1]}", param=both[0])
+        for name, needed in _NEEDED.items():
+            if getattr(self, name, None) and not getattr(self, needed):
+                raise APIError(f"{name}: is for {needed} true", param=name)
         return self
 
     @property
@@ -148,6 +131,8 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
         given = {
             "response_format": self.response_format.type != "text",
             "guided_json": self.guided_json is not None,
+            "guided_regex": self.guided_regex is not None,
+            "guided_choice": bool(self.guided_choice),
             "structured_outputs": self.structured_outputs != StructuredOutputs(),
         }
         return [name for name, is_given in given.items() if is_given]
@@ -173,9 +158,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002
         """The language of the answer. Raises GrammarError for an invalid schema."""
-        if self.guided_json is not None:
-            return Grammar.json_schema(self.guided_json)
-        return self.response_format.grammar or self.structured_outputs.grammar
+        older = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
+        guides = self.response_format, self.structured_outputs, StructuredOutputs.model_validate(older)
+        return next(filter(None, (guide.grammar for guide in guides)), None)
 
     @property
     def streams_text(self) -> bool:
@@ -189,10 +174,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     def head(self, model: str, fingerprint: str) -> dict[str, Any]:
         """The first fields of an answer, or of each chunk of a stream."""
-        name = self.chunk_name if self.stream else self.object_name
         return {
-            "id": f"{name}-{uuid.uuid4().hex}",
-            "object": name,
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": self.chunk_name if self.stream else self.object_name,
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": fingerprint,
@@ -233,8 +217,9 @@ class ChatRequest(BaseRequest):
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+    messages: Messages
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     tools: list[Tool] = Field([], max_length=128)
@@ -291,7 +276,7 @@ class ChatRequest(BaseRequest):
 
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
         reasoning = dict.fromkeys(_REASONING, delta.thinking) if delta.thinking else {}
-        reasoning = reasoning if self.include_reasoning else {}
+        reasoning = reasoning if self.include_reasoning and not self.reasoning.exclude else {}
         if self.stream and delta.thinking:
             return {"delta": reasoning, "finish_reason": finish_reason}
         message, tools = dict[str, Any](content=delta.text), self.tools_for_template
@@ -325,6 +310,7 @@ class CompletionRequest(BaseRequest):
 
     object_name = "text_completion"
     chunk_name = "text_completion"
+    id_prefix = "cmpl"
 
     prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import AsyncGenerator, Sequence
 
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from runs.failures import reason
 from serving.engine import Job, QueueFull, RequestAborted, RequestTimeout, ServerShutdown
-from serving.protocol import APIError, validation_error
+from serving.protocol import APIError
 
 _log = logging.getLogger(__name__)
 _STATUS = {QueueFull: 429, ClientDisconnect: 499, ServerShutdown: 503, RequestTimeout: 504}
@@ -35,7 +36,7 @@ class AnswerResponse(StreamingResponse):
             for job in self._jobs:
                 job.is_cancelled = True
         if not self._has_begun:
-            raise ClientDisconnect
+            raise ClientDisconnect("the client has disconnected")
 
     async def stream_response(self, send: Send) -> None:
         async for part in self._parts:
@@ -58,9 +59,19 @@ def api_error(error: Exception) -> APIError:
     if isinstance(error, RequestAborted | ClientDisconnect):
         return APIError(str(error), _STATUS[type(error)])
     if isinstance(error, ValidationError):
-        return validation_error(error)
+        return _validation_error(error)
     if isinstance(error, ValueError):  # the scheduler raises it for an invalid request
         return APIError(str(error))
     if (why := reason(error, less="a shorter prompt or less max_tokens")) is None:
         _log.error("a request failed", exc_info=error)
     return APIError(why or "the server failed at this request", 500)
+
+
+def _validation_error(error: ValidationError) -> APIError:
+    """Of pydantic's first error."""
+    first = error.errors(include_url=False)[0]
+    path = [part for part in first["loc"] if part != "[key]"]  # pydantic's mark of a bad key
+    param = ".".join(map(str, path))[:100]
+    value = "" if first["type"] in ("missing", "json_invalid") else f" {reprlib.repr(first['input']):.60}"
+    message = first["msg"].removeprefix("Value error, ")
+    return APIError(f"{param or 'the body'}{value}: {message}", param=param or None)

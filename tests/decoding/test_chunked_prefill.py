@@ -2,6 +2,7 @@
 
 import torch
 from conftest import drained, ids_of, own_llama, scheduler_of, tiny_llama
+from helpers import watch
 from test_batch import together
 
 from self_speculation import Request
@@ -55,6 +56,35 @@ def test_prompts_are_read_in_turn():
     add(scheduler, dict(enumerate([[8, 2], [5, 9, 4], [6] * 9, [7]])))
     scheduler.step()
     assert len(scheduler.batch) == 4
+
+
+def test_a_short_prompt_does_not_wait_for_whole_chunks(monkeypatch):
+    """Guards against whole chunks for a long prompt that came to an idle scheduler: in the step in which a
+    short one joins, and while it waits, also behind several long ones.
+    """
+    monkeypatch.setattr("self_speculation.scheduler.prefill_chunk", lambda model: 32)
+    scheduler = scheduler_of(tiny_llama(), 5, 8)
+    calls = watch(monkeypatch, scheduler, "_prefill_chunk")
+
+    def step():
+        """The tokens that it prefills of each prompt."""
+        calls.clear()
+        scheduler.step()
+        return {sequence.key: number for (sequence, _), number in calls}
+
+    add(scheduler, {"long": [*LONG, *LONG]})
+    assert step() == {"long": 32}
+    add(scheduler, {"short": [8, 2, 5]})
+    steps = [step(), step()]
+    assert len(scheduler.batch) == 1
+    add(scheduler, {"longer": [*LONG, *LONG], "third": [*LONG, *LONG]})
+    steps += [step(), step()]
+    add(scheduler, {"last": [8, 2]})
+    steps += [step(), step()]
+    assert len(scheduler.batch) == 2
+    while scheduler._waiting:
+        steps.append(step())
+    assert max(sum(numbers.values()) for numbers in steps) <= 8
 
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():

@@ -47,6 +47,26 @@ def test_a_process_that_hangs_ends():
     assert "in act" in stuck.stderr
 
 
+UNWATCHED = """
+import faulthandler, os, signal, threading
+from runs.program import on_signals
+
+def fails(seconds, exit):
+    raise RuntimeError("unable to start watchdog thread")
+
+faulthandler.dump_traceback_later = fails
+ended = threading.Event()
+on_signals(lambda count: ended.set(), 1.0)
+os.kill(os.getpid(), signal.SIGTERM)
+assert ended.wait(60)
+"""
+
+
+def test_a_signal_counts_without_a_watch():
+    """Under `ulimit -v` its thread cannot start. Guards against a SIGTERM that is ignored for ever."""
+    subprocess.run([sys.executable, "-c", UNWATCHED], cwd=ROOT, check=True, timeout=100)
+
+
 @pytest.mark.parametrize("threads", [None, 3])
 def test_threads_are_fixed_or_follow_other_programs(threads, model_folder):
     """Guards against --threads that is not used, or that the governor changes again."""

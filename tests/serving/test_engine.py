@@ -2,11 +2,8 @@
 
 import copy
 import math
-import pickle
 import queue
-import threading
 import time
-from dataclasses import replace
 from unittest.mock import Mock, patch
 
 import pytest
@@ -16,9 +13,8 @@ from helpers import watch
 from servers import GREEDY, Running, held, tiny_generator
 
 from self_speculation import GenerationStrategyResult, Request
-from self_speculation.config import RankError
 from self_speculation.model.captured_runner import capture_decoding
-from serving.engine import ClientDisconnected, Engine, Job, QueueFull, RequestTimeout, ServerShutdown, follow
+from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 
@@ -121,60 +117,16 @@ def test_a_shutdown_finishes_what_it_can_and_aborts_the_rest(engine, seconds, ki
     assert engine.stop()
 
 
-PLAIN = {"generation_strategy": "autoregressive", "exit_layer": -1, "num_speculations": -1}
-
-
-@pytest.mark.parametrize(("changes", "late"), [({}, False), ({"sample": True}, False), (PLAIN, True)])
-def test_ranks_take_the_same_steps_with_one_broadcast_each(
-    text_model, byte_tokenizer, monkeypatch, changes, late
-):
-    """Two threads are ranks; eight jobs in four slots; a client and a clock end two. Guards against a
-    broadcast per token, a rank that goes on with a sequence that the first one has ended, and, where tokens
-    are read late, a rank that runs another pass because it lacks the criteria of the first one.
-    """
-    messages, num_broadcasts, jobs = queue.Queue(), 0, []
-
-    def broadcast(_, value):
-        nonlocal num_broadcasts
-        if threading.current_thread() is follower:
-            return pickle.loads(messages.get(timeout=60))
-        messages.put(pickle.dumps(value))
-        num_broadcasts += 1
-        return value
-
-    def ends_two(ids, _):
-        jobs[1].is_cancelled = ids.shape[1] > 10
-        jobs[2].timeout = 0 if ids.shape[1] > 20 else 600
-        return False
-
-    monkeypatch.setattr("serving.engine.broadcast_from_rank0", broadcast)
-    monkeypatch.setattr("self_speculation.decoding.batch.reads_late", lambda device: late)
-    config = replace(GREEDY, max_steps=40, **changes)
-    generator, other = (tiny_generator(text_model, byte_tokenizer, config) for _ in range(2))
-    first, second = steps = [], []  # the ids of each sequence before each step
-    for each, seen in zip((generator, other), steps, strict=True):
-
-        def note(decoding, seen=seen):
-            seen.append([list(sequence.ids) for sequence in decoding.batch.sequences])
-
-        watch(monkeypatch, each.generation_strategy, "step", note)
-    follower = threading.Thread(target=follow, args=(other, config, 4))
-    follower.start()
-    results = [queue.Queue() for _ in range(8)]
-    for index, result in enumerate(results):
-        criterion = None if index else ends_two
-        request = Request(PROMPTS[index % 4], stopping_criteria=criterion, seed=index, config=config)
-        jobs.append(Job(generator.tokenize(request, config), result.put))
-    engine = Running(generator, config, 4, max_waiting=4)
-    engine.submit(jobs)
-    ended = kinds(results)
-    assert engine.stop()
-    follower.join(60)
-    assert not follower.is_alive()
-    assert ended[1:3] == [ClientDisconnected, RequestTimeout]
-    assert ended[3:] == [GenerationStrategyResult] * 5
-    assert first == second
-    assert num_broadcasts <= len(first) + 8  # some broadcasts end a job without a step, one ends all
+def test_a_shutdown_is_not_held_up_by_a_whole_chunk(engine, monkeypatch):
+    """Guards against a stream without a last event: jobs are aborted between two steps."""
+    sizes = []
+    watch(monkeypatch, engine._scheduler, "_prefill_chunk", lambda _, size: sizes.append(size))
+    with held(engine) as at_rest:
+        _, results = submit(engine, [[5] * 200])
+        assert at_rest.wait(60)
+        engine.shut_down(600)
+    assert kinds(results) == [GenerationStrategyResult]
+    assert sizes == [64, 64, 64, 64]
 
 
 def test_an_engine_that_fails_ends_all_jobs(engine, monkeypatch):
@@ -200,15 +152,3 @@ def test_an_engine_that_loses_its_gpu_ends(name, engine, monkeypatch):
     assert kinds(submit(engine, PROMPTS)[1]) == [ServerShutdown] * 4
     assert not engine.accepts_jobs
     assert not engine.stop()
-
-
-def test_an_engine_whose_rank_fails_meets_the_others_no_more(text_model, byte_tokenizer, monkeypatch):
-    """Guards against a server that waits in an exchange while other ranks wait in a pass."""
-    engine, told, ended = Engine(tiny_generator(text_model, byte_tokenizer), GREEDY, 4, 4), [], []
-    monkeypatch.setattr("serving.engine.broadcast_from_rank0", lambda _, message: told.append(message))
-    monkeypatch.setattr(engine._scheduler, "step", Mock(side_effect=RankError("a rank failed")))
-    engine.submit([Job(Request(PROMPTS[0]), ended.append)])
-    with pytest.raises(RankError):
-        engine.run()
-    assert [type(error) for error in ended] == [ServerShutdown]
-    assert len(told) == 1  # of the step

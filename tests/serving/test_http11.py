@@ -1,9 +1,11 @@
 """Requests that a proxy before the server may read in another way."""
 
 import contextlib
+import json
 import socket
 
 import pytest
+from servers import held, until
 
 CHUNKED = b"2\r\n{}\r\n0\r\n\r\n"
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -54,3 +56,46 @@ def test_requests_in_pieces_and_in_a_row(address):
     assert statuses(address, request[:30], request[30:], GOOD, HEALTH) == [200, 200, 200]
     at = request.index(b"\r\n") + 1
     assert statuses(address, request[:at], request[at:] + HEALTH) == [200, 200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_sends_no_more_gets_its_answer(served, address, stream):
+    """As `nc -N` does. Guards against an empty answer, and a sequence that decodes for one that is gone."""
+    body = json.dumps({"prompt": "x", "max_tokens": 200, "stream": stream}).encode()
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with socket.create_connection(address, timeout=60) as waits:
+        with held(served.engine) as at_rest:
+            waits.sendall(request)
+            waits.shutdown(socket.SHUT_WR)
+            with socket.create_connection(address, timeout=60) as leaves:
+                leaves.sendall(request)
+                until(lambda: served.num_jobs == 2)
+                assert at_rest.wait(60)
+                jobs = [*served.engine.in_flight.values(), *served.engine.waiting]
+            until(lambda: any(job.is_cancelled for job in jobs))
+            assert sum(job.is_cancelled for job in jobs) == 1
+        answer = b"".join(iter(lambda: waits.recv(65536), b""))
+    interim, head, text = answer.split(b"\r\n\r\n", 2)
+    assert (interim, head[:12]) == (b"HTTP/1.1 102 Processing", b"HTTP/1.1 200")
+    assert len(text) > 200
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD, GOOD + HEAD])
+def test_a_connection_without_a_whole_head_ends(address, monkeypatch, sent):
+    """Guards against idle connections that use up the server's descriptors."""
+    monkeypatch.setattr("serving.http11._HEAD_SECONDS", 0.5)
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(sent)
+        while connection.recv(65536):
+            pass
+
+
+def test_idle_connections_leave_room_for_others(address, monkeypatch):
+    """Guards against clients that are refused, and files that cannot be read, because somebody has opened as
+    many connections as the process may have descriptors.
+    """
+    monkeypatch.setattr("serving.http11.most_connections", lambda: 3)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(5)]
+        assert statuses(address, HEALTH) == [200]
+        assert [each.recv(1) for each in idle[:3]] == [b""] * 3

@@ -282,7 +282,9 @@ def test_a_long_answer(page):
 
 @pytest.mark.parametrize("width", [360, 1100])
 def test_phones_and_desktops(page, width):
-    """Guards against a header of several rows, and a page that is wider than its window."""
+    """Guards against buttons in several rows, a page that is wider than its window, and colours without a
+    legend.
+    """
     page.set_viewport_size({"width": width, "height": 700})
     models = {"data": [{"id": "a-model-with-a-long-name" * 3}]}
     page.route("**/models", lambda route: route.fulfill(json=models))
@@ -294,12 +296,37 @@ def test_phones_and_desktops(page, width):
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     expect(page.locator(".empty")).to_be_hidden()
     assert page.locator(".question").inner_text() == "Give me three tips for sleeping better."
-    boxes = [part.bounding_box() for part in page.locator("header > :visible").all()]
+    expect(page.locator(".legend")).to_be_visible()
+    page.get_by_role("button", name="Settings").click()
+    boxes = [part.bounding_box() for part in page.locator("header > :not(.legend):visible").all()]
     middles = [box["y"] + box["height"] / 2 for box in boxes]
     assert max(middles) - min(middles) < 4
-    boxes += [part.bounding_box() for part in page.locator("form > :visible, .answer > :visible").all()]
+    others = page.locator(".legend, #settings > :visible, form > :visible, .answer > :visible")
+    boxes += [part.bounding_box() for part in others.all()]
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
     assert page.evaluate("document.querySelector('main').scrollWidth") <= width
+
+
+def test_settings(page):
+    """Guards against settings that are not sent or that a reload loses, and empty ones that are sent."""
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json))
+    answer_with(page, in_pieces("An answer.", 1000))
+    ask(page, "Who?")
+    assert (sent[-1]["temperature"], sent[-1]["max_tokens"], len(sent[-1]["messages"])) == (None, None, 1)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Temperature").fill("0.5")
+    page.get_by_label("Most tokens").fill("7")
+    for _ in range(2):
+        page.get_by_label("Message").fill("And?")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("button", name="Send")).to_be_visible()
+        assert (sent[-1]["temperature"], sent[-1]["max_tokens"]) == (0.5, 7)
+        assert sent[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
+        page.reload()
+        expect(page.get_by_role("alert")).to_have_text("This server needs its key.")
+        say_key(page)
 
 
 @pytest.mark.slow

@@ -8,15 +8,17 @@ from servers import HELLO
 
 from self_speculation import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
-from serving.protocol import APIError, ChatRequest, CompletionRequest, validation_error
+from serving.protocol import APIError, ChatRequest, CompletionRequest
+from serving.responses import api_error
 
 
 def refused(kind, **request):
     """The field at fault, and the message."""
-    with pytest.raises(ValidationError) as invalid:
+    with pytest.raises((ValidationError, APIError)) as invalid:
         kind.model_validate_json(json.dumps(request))
-    assert invalid.value.error_count() <= 8  # the longest list of faults is that of a prompt's union
-    error = validation_error(invalid.value)
+    # The longest list of faults is that of a prompt's union.
+    assert isinstance(invalid.value, APIError) or invalid.value.error_count() <= 8
+    error = api_error(invalid.value)
     return error.param, str(error)
 
 
@@ -24,9 +26,8 @@ def refused(kind, **request):
 FIELDS = {
     "chat_template_kwargs": ([{}, {"enable_thinking": False}], {"messages": []}),
     "top_logprobs": ([0], 1),
-    "stream_options": ([{}, {"include_usage": True, "continuous_usage_stats": False}], {"x": 1}),
+    "stream_options": ([{}, {"include_usage": True, "continuous_usage_stats": True}], 1),
     "stream_drafts": ([False], True),
-    "frobnicate": ([None], 1),
     "tools": ([[]], 1),
     "tool_choice": (["none", "auto"], "maybe"),
     "response_format": ([{}, {"type": "text"}], {"type": "json_schema"}),
@@ -40,28 +41,23 @@ FIELDS = {
     "max_tokens": ([-1], -2),
     "stop_token_ids": ([[]], [-1]),
     "continue_final_message": ([False], True),
-    "add_generation_prompt": ([True], False),
     "include_reasoning": ([False, True], "x"),
     "reasoning_effort": (["none", "low", "high", "max"], "banana"),
     "enable_thinking": ([True, False], "no"),
-    "thinking": ([{"type": "enabled"}], {"type": "enabled", "budget_tokens": 9}),
-    "reasoning": ([{}, {"effort": "low", "exclude": False}], {"exclude": True}),
-    "verbosity": (["high"], "x"),
-    "extra_body": ([{}], {"x": 1}),
-    "images": ([[]], ["x"]),
-    "min_tokens": ([0], 5),
-    "priority": ([0], 1),
-    "skip_special_tokens": ([True], 1.5),
+    "thinking": ([{"type": "enabled", "budget_tokens": 9}], {"type": "x"}),
+    "reasoning": ([{}, {"effort": "low", "exclude": True, "max_tokens": 9}], {"effort": 1}),
     "ignore_eos": ([False], 1),
-    **dict.fromkeys(
-        (
-            "cache_prompt", "chat_id", "include_obfuscation", "metadata", "prompt_cache_key",
-            "prompt_cache_retention", "provider_specific_fields", "safety_identifier",
-            "service_tier", "store", "user",
-        ),
-        (["x", {"x": 1}, True], None),
-    ),
-}  # fmt: skip
+    "best_of": ([1, 0], 2),
+    "function_call": (["none", "auto"], "f"),
+    "images": ([[]], ["x"]),
+    "length_penalty": ([1.0], 2),
+    "lora": ([[]], [{"id": 0}]),
+    "min_tokens": ([0], 5),
+    "mirostat": ([0], 2),
+    "modalities": ([["text"]], ["audio"]),
+    "suffix": ([""], "x"),
+    "truncate_prompt_tokens": ([-1], 5),
+}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -75,10 +71,42 @@ def test_neutral_values_are_accepted_and_others_are_errors(name):
         assert request.generation_config(GenerationConfig()) == GenerationConfig()
         assert request.grammar(None) is None
         assert not any((request.logit_bias, request.ignore_eos, request.tools_for_template))
-    if other is not None:
-        param, message = refused(ChatRequest, messages=HELLO, **{name: other})
-        assert param.split(".")[0] == name
-        assert message.startswith(name)
+    param, message = refused(ChatRequest, messages=HELLO, **{name: other})
+    assert param.split(".")[0] == name
+    assert message.startswith(name)
+
+
+# What real programs send besides, and no answer depends on.
+IGNORED = [
+    "add_generation_prompt", "add_special_tokens", "background_tasks", "cache_prompt", "cache_salt",
+    "chat_id", "dry_allowed_length", "dry_base", "dry_penalty_last_n", "encoder_repetition_penalty",
+    "extra_body", "features", "files", "id_slot", "include_obfuscation", "keep_alive", "metadata",
+    "min_keep", "mirostat_eta", "mirostat_tau", "models", "n_keep", "n_probs", "num_ctx", "options",
+    "parallel_tool_calls", "params", "priority", "prompt_cache_key", "provider", "reasoning_format",
+    "repetition_penalty_range", "request_id", "return_tokens_as_token_ids", "route", "safe_prompt",
+    "safety_identifier", "samplers", "service_tier", "session_id", "skip_special_tokens",
+    "spaces_between_special_tokens", "store", "think", "timings_per_token", "tool_ids", "tool_servers",
+    "top_n", "transforms", "user", "variables", "verbosity", "web_search_options", "xtc_threshold",
+]  # fmt: skip
+
+
+def test_unknown_fields_are_ignored_and_named():
+    """Guards against programs that get an error for a field that is meant for another server, and against a
+    field that nobody hears of.
+    """
+    message = {**HELLO[0], "id": "7", "timestamp": 1, "prefix": False}
+    request = {"messages": [message], **dict.fromkeys(IGNORED, "x"), "min_tokens": 0, "lora": []}
+    named = set()
+    assert ChatRequest.model_validate(request, context=named) == ChatRequest(messages=HELLO)
+    assert named == {*IGNORED, "id", "timestamp"}
+
+
+def test_unknown_fields_are_few():
+    """Each is compared with the known ones. Guards against a request that takes seconds of that."""
+    messages = [{**HELLO[0], **{f"field {i} {j}": 0 for j in range(50)}} for i in range(3)]
+    with pytest.raises(ValidationError, match="at most 100 unknown fields together"):
+        ChatRequest.model_validate({"messages": messages}, context=set())
+    ChatRequest.model_validate({"messages": messages[:1] * 4}, context=set())
 
 
 def test_fields_of_earlier_answers_are_ignored():
@@ -107,6 +135,7 @@ def test_fields_of_other_servers_mean_what_they_mean_there():
     def config(**given):
         return ChatRequest(messages=HELLO, **given).generation_config(GenerationConfig())
 
+    assert config(max_tokens=4.0).max_steps == 4
     assert config(n_predict=7, max_tokens=9).max_steps == 7
     assert config(n_predict=-1, max_tokens=-1).max_steps == GenerationConfig().max_steps
     for given, penalty, window in (
@@ -128,6 +157,8 @@ def test_fields_of_other_servers_mean_what_they_mean_there():
     for given, grammar in (
         ({"guided_json": schema}, expected),
         ({"guided_json": json.dumps(schema)}, expected),
+        ({"guided_regex": "[0-9]+"}, Grammar.regex("[0-9]+")),
+        ({"guided_choice": ["a", "b"]}, Grammar.lark('start: "a" | "b"')),
         ({"structured_outputs": {"json": schema}}, expected),
         ({"structured_outputs": {"json": json.dumps(schema)}}, expected),
         ({"structured_outputs": {"json_object": True}}, expected),
@@ -192,16 +223,24 @@ def test_parts_of_a_prediction_are_one_text():
 
 EMPTY = {"role": "user", "content": ""}
 LONG = [{"type": "text", "text": ""}] * 9_000
+CALL = {"function": {"name": "f", "arguments": "{}"}}
+HINT = "there is no such field, did you mean "
 FAULTS = [  # of a chat: fields, the place of the fault, and what the message says
-    ({"temprature": 1}, "temprature", " 1: this server cannot honour this field, did you mean temperature?"),
-    ({"frobnicate": 1}, "frobnicate", " 1: this server cannot honour this field, leave it out"),
-    ({"min_tokens": 5}, "min_tokens", " 5: this server can honour only 0"),
+    ({"temprature": 1}, "temprature", f" 1: {HINT}temperature?"),
+    ({"max_token": 1}, "max_token", f"{HINT}max_tokens?"),
+    ({"best_of": 2}, "best_of", " 2: this server cannot honour this field, only 1"),
+    ({"min_tokens": 5}, "min_tokens", " 5: this server cannot honour this field, leave it out"),
     ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "mean include_usage?"),
-    ({"x" * 1_000_000: 1}, "x" * 100, "leave it out"),
+    ({"messages": [{**HELLO[0], "prefix": True}]}, "messages.0.prefix", "cannot honour"),
+    ({"chat_template_kwargs": {f"x{i}": 0 for i in range(101)}}, "chat_template_kwargs", "at most 100 items"),
     ({"messages": [{"content": "x"}]}, "messages.0.role", ""),
     ({"tool_choice": "maybe"}, "tool_choice", ""),
     ({"tool_choice": 5}, "tool_choice", ""),
-    ({"tool_choice": {"type": "function", "function": {"nam": "f"}}}, "tool_choice.function.name", ""),
+    (
+        {"tool_choice": {"type": "function", "function": {"nam": "f"}}},
+        "tool_choice.function.nam",
+        "mean name?",
+    ),
     ({"chat_template_kwargs": 5}, "chat_template_kwargs", " 5: Input should be"),
     ({"chat_template_kwargs": "enable_thinking=false"}, "chat_template_kwargs", "should be an object"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "no variable of chat"),
@@ -218,12 +257,14 @@ FAULTS = [  # of a chat: fields, the place of the fault, and what the message sa
     ({"messages": [{**EMPTY, "content": "\ud800"}]}, None, ""),
     ({"logit_bias": {"x": 1}}, "logit_bias.x", ""),
     ({"logit_bias": {"-1": 1}}, "logit_bias.-1", ""),
+    ({"logit_bias": {"5_0": 1}}, "logit_bias.5_0", ""),
     ({"response_format": {"type": "text", "schema": {}}}, "response_format", ""),
     ({"response_format": {"type": "json_object", "schema": 1}}, "response_format.schema", ""),
     ({"messages": [{**EMPTY, "content": 5}]}, "messages.0.content", ""),
-    ({"messages": [EMPTY] * 9_000}, "messages", "at most 2048 items"),
-    ({"messages": [{}] * 9_000}, "messages.0.role", "required"),
-    ({"messages": [{**EMPTY, "content": LONG}]}, "messages.0.content", "at most 2048 items"),
+    ({"messages": [EMPTY] * 9_000}, "messages", "at most 4096 messages, parts and calls together, not 9000"),
+    ({"messages": [{**EMPTY, "content": LONG}]}, "messages", "not 9001"),
+    ({"messages": [{"role": "assistant", "tool_calls": [CALL] * 2_000}] * 3}, "messages", "not 6003"),
+    ({"messages": [{}] * 4_000}, "messages.0.role", "required"),
     ({f"x{i}": 0 for i in range(9_000)}, None, "at most 100 fields, not 900"),
 ]
 

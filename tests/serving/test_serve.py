@@ -36,7 +36,9 @@ def serving(*args, port=0, env=None):
                 assert script.poll() is None, forks.read(stderr)
                 time.sleep(0.01)
             yield script, found[1], found[2]
-            assert "Traceback" not in forks.read(stderr), forks.read(stderr)
+            said = forks.read(stderr)
+            assert "Traceback" not in said, said
+            assert script.poll() != 0 or said.endswith("the server has ended\n"), said
         finally:
             script.end()
 
@@ -75,27 +77,20 @@ def test_a_shutdown_aborts_long_requests_with_an_error(endless_folder):
         assert script.wait() == 0
 
 
-@pytest.mark.slow
-def test_one_model_on_two_ranks(model_folder):
-    """The first one listens. Guards against ranks that diverge because of a client or a clock."""
-    request = {"prompt": "def add(a", "max_tokens": 30, "seed": 5, "temperature": 1, "n": 3, "stop": ["xyz"]}
-    flags = ["--model", model_folder, "--exit_layer", "2"]
-    with serving(*flags) as (_, _, url):
-        alone = requests.post(f"{url}/v1/completions", json=request).json()
-    first, second = forks.environments(2)
-    flags += ["--parallel", "tensor"]
-    other = forks.Fork(ROOT / "serve.py", *FLAGS, *flags, env=second)
-    with contextlib.ExitStack() as stack:
-        stack.callback(other.end)
-        script, _, url = stack.enter_context(serving(*flags, env=first))
-        endless = {**request, "max_tokens": 200, "stream": True}
-        with requests.post(f"{url}/v1/completions", json=endless, stream=True) as left:
-            next(left.iter_lines())
-        together = requests.post(f"{url}/v1/completions", json=request).json()
-        assert together["choices"] == alone["choices"]
-        other.send_signal(signal.SIGTERM)
-        script.send_signal(signal.SIGTERM)
-        assert (script.wait(), other.wait()) == (0, 0)
+@pytest.mark.parametrize(
+    ("processes", "parallel"),
+    [("2", "data"), ("2", "tensor"), ("1", "tensor"), ("2", "pipeline"), ("1", "fsdp")],
+)
+def test_the_server_is_one_process(processes, parallel, capsys, monkeypatch):
+    """Guards against processes that load a model and then wait for a port, and one that waits for others."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr("serve._listen", None)
+    line = refused(serve.main, ["--parallel", parallel], capsys)
+    what = "torchrun" if processes == "2" else f"--parallel {parallel}"
+    assert f"{what}: serve.py is one process; for a model on several cards: --parallel pipeline" in line
+    monkeypatch.setenv("RANK", "1")
+    assert serve.main(["--parallel", parallel]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_port_that_is_taken(capsys, monkeypatch):
