@@ -29,6 +29,9 @@ T = TypeVar("T")
 class DataError(ValueError):
     """The data is unusable; the message is one line with file and line, or what is allowed."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # names of files and columns may have line breaks
+
 
 class ColumnError(DataError):
     """Data lack a column."""
@@ -59,7 +62,17 @@ def cell(place: str, row: Row, column: str) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} must be text, not {type(value).__name__}")
-    return value.replace("\r\n", "\n")  # line breaks of Windows
+    return _unicode(place, column, value.replace("\r\n", "\n"))  # line breaks of Windows
+
+
+def _unicode(place: str, column: str, text: str) -> str:
+    """The text. Raises DataError for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise DataError(f"{place}: column {column!r} is not Unicode text: {half} stands alone") from error
+    return text
 
 
 def _turns(place: str, row: Row, column: str) -> list[Row]:
@@ -73,7 +86,7 @@ def _texts(place: str, row: Row, column: str) -> list[str]:
     texts = _value(place, row, column)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{place}: column {column!r} must be a list of texts, one or more")
-    return texts
+    return [_unicode(place, column, text) for text in texts]
 
 
 def _whole_number(place: str, row: Row, column: str) -> int:

@@ -253,6 +253,7 @@ def test_values_stay_text(kind, tmp_path):
         ("a.jsonl", b"[" * 100_000, "line 1: lists and objects within each other, too deep"),
         ("a.jsonl", b'{"prompt": null, "response": ""}', "line 1: column 'prompt' must be text, not None"),
         ("a.jsonl", b"\xff\xfe", "a.jsonl: 'utf-8' codec can't decode"),
+        ("a.jsonl", b'{"prompt": "a\\ud800", "response": ""}', "column 'prompt' is not Unicode text: '"),
         ("a.jsonl", b"", "a.jsonl: no examples"),
         ("a.csv", b"prompt,response\na,b\na,b,c\n", "a.csv, line 3: must have the 2 fields of the header"),
         ("a.csv", b"prompt,response\nc\n", "a.csv, line 2: must have the 2 fields"),
@@ -265,6 +266,7 @@ def test_values_stay_text(kind, tmp_path):
         ("chat.jsonl", b'{"data": "hi"}', "line 1: column 'data' must be a list of turns"),
         ("spec.jsonl", b'{"question_id": "a"}', "line 1: column 'question_id' must be a whole number"),
         ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": []}', "'turns' must be a list of texts"),
+        ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": ["\\udfff"]}', "column 'turns' is not"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_in_one_line_with_its_place(name, content, message, tmp_path):
@@ -285,6 +287,7 @@ def test_columns_of_other_names(tmp_path):
         DataError, match=r"no column 'x'; found: turns, data, task_id; .* in --prompt_field and"
     ):
         load("custom_jsonl", path, **{**fields, "prompt_field": "x"})
+    error_line(DataError, load, "custom_jsonl", path, prompt_field="x\ny")  # guards against two lines
 
 
 def test_flags_that_do_not_fit_the_dataset():
