@@ -82,11 +82,11 @@ class LookupDrafts(DraftSource):
         """How many tokens match, and at most k tokens that follow; 0 and none if nothing matches."""
 
     def lookup(self, sequence: Sequence, limit: int) -> tuple[int, list[int]]:
-        """How many tokens match, and at most `limit` tokens to draft. What a grammar forbids is left out:
-        verification would reject it.
+        """How many tokens match, as far as there are priors, and at most `limit` tokens to draft. What a
+        grammar forbids is left out: verification would reject it.
         """
         matched, ids = self._find(sequence, limit) if limit else (0, [])
-        return matched, sequence.allowed(ids)
+        return min(matched, len(self.arm.priors) - 1), sequence.allowed(ids)
 
     def draft(
         self,
