@@ -159,6 +159,7 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
     except (OSError, SafetensorError) as error:
         why = f"takes twice the memory, since its weights cannot be kept in the user's cache ({error})"
+        why += "; SELF_SPECULATION_CACHE=FOLDER names another"
         warnings.warn(f"model {str(header.path)!r}: {why}", LoadingWarning, stacklevel=2)
         return weights
 
