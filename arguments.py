@@ -45,6 +45,8 @@ DatasetName = Literal[
 # values must match, or None; `run` is by `runs.records.describe`.
 MAY_DIFFER = {"resume": lambda run, was, now: None}
 
+_ADVANCED = {"draft_confidence", "draft_vocabulary", "prefill_dtype"}
+
 # `refuse` writes to this stream, or to standard error if it is None. Ranks whose standard error is silenced
 # keep the real one here.
 errors: TextIO | None = None
@@ -229,6 +231,18 @@ class _Parser(simple_parsing.ArgumentParser):
         for action in (None, "store"):  # None: the default action
             self.register("action", action, _StoreValue)
 
+    def _preprocessing(self, *args: Any, **kwargs: Any) -> None:
+        """Also move rarely used flags into a group at the end."""
+        if self._preprocessing_done:
+            return
+        super()._preprocessing(*args, **kwargs)
+        groups, advanced = list(self._action_groups), self.add_argument_group("advanced")
+        for group in groups:
+            for action in list(group._group_actions):
+                if action.dest.rpartition(".")[2] in _ADVANCED:
+                    group._group_actions.remove(action)
+                    advanced._group_actions.append(action)
+
     def error(self, message: str) -> NoReturn:
         refuse(message)
 
@@ -317,17 +331,6 @@ def _check_config(config: GenerationConfig, model_args: ModelArguments | None) -
         if re.search(r"[^\W\d],[^\W\d]", word) or re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", word, re.DOTALL):
             several = " ".join(re.findall(r"\w+", word))
             refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
-
-
-def check_drafts(config: GenerationConfig) -> None:
-    """End the program if flags about drafts are missing, do not fit the strategy or are not used by it."""
-    try:
-        config.check_drafts()
-    except ValueError as error:
-        refuse(f"--{error}")
-    for idle in config.idle_fields():
-        add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
-        refuse(f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}")
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

@@ -174,8 +174,12 @@ assert tuple(DATASETS) == get_args(DatasetName)
 
 
 def mismatch(args: DataArguments) -> str | None:
-    """One line about a flag that does not fit the dataset, or None; reads no data."""
-    dataset = DATASETS[args.dataset]
+    """One line about a flag that does not fit the dataset or the disk, or None; reads no data."""
+    dataset, path = DATASETS[args.dataset], Path(args.data_path or ".").expanduser()
+    if not path.exists():
+        return f"--data_path {args.data_path}: no such file or folder"
+    if not path.is_dir() and not is_table(path):
+        return f"--data_path {path}: must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
     if args.n_shot and dataset.between is None:
         return f"--n_shot {args.n_shot}: {args.dataset} takes no shots"
     if args.data_path is None and dataset.source is None:
@@ -284,8 +288,7 @@ def _rows(
             raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
         source = files[0]
     if not is_table(source):
-        allowed = "must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
-        raise DataError(f"--data_path {source}: {allowed}")
+        raise DataError(f"{source}: must be a .jsonl, .csv or .parquet file, also .gz")
     rows = list(read_table(source))
     return [rows[index] for index in chosen(len(rows))]
 

@@ -23,13 +23,13 @@ from arguments import (
     BatchArguments,
     GenerationConfig,
     ModelArguments,
-    check_drafts,
     parse,
     refuse,
 )
 from runs import ranks
 from runs.program import on_signals, run
 from runs.tuning import TuningArguments, counts, tuned
+from runs.validation import validate
 from serving.flags import ServeArguments
 
 _GRACE = 5  # seconds in which aborted requests get their last event
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments)
     model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = replace(tuned(config, tuning, model_args, argv), reuse_cache=True)
-    check_drafts(config)
+    validate(model_args, config)
     if model_args.parallel == "data" and not ranks.is_first():
         return 0  # only one process can have the port
     listener = _listen(args) if ranks.is_first() else None

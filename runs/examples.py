@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
@@ -18,7 +19,7 @@ from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArgu
 from data import DataError, Example, hash_texts, load_examples
 from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
-from runs.heading import counted
+from runs.heading import counted, least_threads, note_threads
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
 from runs.startup import encode_chat, join_ranks, load_generator, model_name
 from runs.status import print_status
@@ -173,7 +174,9 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             if ranks.rank() != 0:
                 return 0
             complete = run.records()
-            return experiment.conclude(run, [complete[index] for index in range(experiment.num_records)])
+            records = [complete[index] for index in range(experiment.num_records)]
+            note_threads(run.description, [*map(least_threads, records)], experiment.unit[:-1])
+            return experiment.conclude(run, records)
         except (RecordError, Failed) as error:
             why = str(error)
         except (*EXPLAINABLE, RankError) as error:
@@ -210,7 +213,7 @@ def _measure(experiment: Experiment, run: Run, indices: Sequence[int]) -> None:
             if isinstance(record, Exception):
                 wrong.append(failed(experiment.name(index), record, experiment.batch_size))
                 continue
-            run.append({"index": index, **record}, ranks.rank())
+            run.append({"index": index, "threads": torch.get_num_threads(), **record}, ranks.rank())
             bar.update()
     if wrong:
         raise wrong[0]

@@ -106,6 +106,17 @@ def threads_used(used: Sequence[int], most: int, what: str) -> str:
     return f"{few} of {counted(most, 'thread')} in {len(fewer)} of {counted(len(used), what)}"
 
 
+def note_threads(about: Record, used: Sequence[int], what: str) -> None:
+    """Add the numbers of threads that were used to the content of `run.json`, if some are fewer than all."""
+    if few := threads_used(used, about["threads"], what):
+        about["threads_used"] = few
+
+
+def least_threads(record: Record) -> int:
+    """The fewest threads of a record's strategies."""
+    return min(value for name, value in record.items() if name.endswith("threads"))
+
+
 def note(remark: str) -> str:
     """A remark below a table, in 80 columns."""
     return textwrap.fill(f"note: {remark}", 80, subsequent_indent="  ", break_on_hyphens=False)

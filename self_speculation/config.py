@@ -47,6 +47,12 @@ def check(options: Any, field: str, ok: bool, allowed: str) -> None:
         raise ValueError(f"{field} {getattr(options, field)!r}: {allowed}")
 
 
+def default_model() -> str:
+    """The folder of the bundled LayerSkip model, in a checkout or else in the installed package."""
+    in_checkout = Path(__file__).parents[1] / "checkpoints" / "python-10m"
+    return str(in_checkout if in_checkout.is_dir() else Path(__file__).parent / "bundled")
+
+
 def why_no_model(model: str) -> str | None:
     """Why no model can be read from a path; None: it can, or is a hub id."""
     path = Path(model).expanduser()
@@ -193,7 +199,7 @@ class GenerationConfig:
                 last = "the last but one layer" if self.draft_weights == "exact" else "the last layer"
                 raise ValueError(f"exit_layer: self_speculative needs one between 1 and {last}")
             if self.num_speculations < 1:
-                raise ValueError("num_speculations: self_speculative needs at least 1")
+                raise ValueError("num_speculations: self_speculative needs at least 1, such as 4")
 
     def check_depth(self, num_layers: int) -> None:
         """Check the settings against the number of layers.

@@ -260,7 +260,7 @@ def test_values_stay_text(kind, tmp_path):
         ("a.parquet", b"no", "a.parquet: "),
         ("a.jsonl.gz", b"no", "a.jsonl.gz: Not a gzipped file"),
         ("a.xml", b"", "must be a .jsonl, .csv or .parquet file"),
-        ("test.csv", None, "No such file"),
+        ("test.csv", None, "no such file or folder"),
         (".", None, "must hold one file test"),
         ("chat.jsonl", b'{"data": [{"role": "USER"}]}', "line 1: no column 'message'; found: role"),
         ("chat.jsonl", b'{"data": "hi"}', "line 1: column 'data' must be a list of turns"),

@@ -135,9 +135,9 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
     for layer in context.exit_layers:
         drafter = context.drafter(layer)
         arm = Arm(draft_step(layer), is_judged=True)
-        if layer == len(context.runner.layers):
+        if is_whole := layer == len(context.runner.layers):
             arm = replace(arm, is_judged=False, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
-        yield LayerDrafts(drafter, layer, weights, arm)
+        yield LayerDrafts(drafter, layer, weights, arm, is_whole)
 
 
 # In order of precedence for rows where several match.

@@ -51,7 +51,7 @@ MISTAKES = {
         "--num_speculations 3": "--num_speculations 3: autoregressive decoding drafts nothing, add",
         "--compare True": "--exit_layer: self_speculative needs one between 1 and the last but one layer",
         f"--n_shot {HUGE}": f"--n_shot {HUGE}: ",
-        "--data_path /nowhere.jsonl": "/nowhere.jsonl: No such file",
+        "--data_path /nowhere.jsonl": "--data_path /nowhere.jsonl: no such file or folder",
         "--data_path /proc/self/mem": "--data_path /proc/self/mem: must be a .jsonl",
         "--model ''": "--model '': ",
         "--output_dir /proc/nowhere": "--output_dir /proc/nowhere: cannot be created (",
@@ -79,7 +79,8 @@ MISTAKES = {
     generate: {
         "--exit_layer 4": "--exit_layer 4: must be between 1 and 3, the model has 4 layers; -1 is full depth",
         f"{SPECULATIVE} --exit_layer 4 --num_speculations 3": "; with draft_weights int4 it may be 4",
-        SPECULATIVE: "--exit_layer: self_speculative needs one between 1 and the last but one layer",
+        SPECULATIVE: "between 1 and the last but one layer; sweep.py finds exit layer and length, and",
+        f"{SPECULATIVE} --exit_layer 2": "--num_speculations: self_speculative needs at least 1, such as 4; ",
         "--compare True": "--compare True: needs a --generation_strategy to compare",
         "--shared_lookup 9": "--shared_lookup 9: autoregressive decoding drafts nothing, add",
         "--generation_strategy adaptive --exit_layer 2": "--exit_layer 2: adaptive chooses it, leave it out",
