@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if config.shared_lookup:
         refuse(f"--shared_lookup {config.shared_lookup}: must be 0, each cell has the same prompts")
-    validate(model_args, data_args=data_args)
+    validate(model_args, config, data_args, hint=None)
 
     from measures.sweeping import Measured, Predicted
     from runs.examples import run_experiment

@@ -32,13 +32,14 @@ import pandas
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import MAY_DIFFER, ModelArguments, at_least, check, parse, refuse
-from data import DATASETS, DataError, is_table
+from data import DATASETS
 from measures.plots import bars
 from runs import ranks
 from runs.heading import machine
 from runs.program import run
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe
 from runs.startup import read_config
+from tables import DataError, is_table
 
 PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))
 PUBLISHED["row"] = [

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
-from data import DataError, Example, hash_texts, load_examples
+from data import Example, hash_texts, load_examples
 from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
 from runs.heading import counted, least_threads, note_threads
@@ -28,6 +28,7 @@ from self_speculation.config import RankError
 from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.devices import is_lost_rank, num_ranks
 from self_speculation.model.families import context_length
+from tables import DataError
 
 # Prompts of a conversation and the answers to all but the last one -> the ids of all of them, and how the
 # next answer thinks.
@@ -213,7 +214,7 @@ def _measure(experiment: Experiment, run: Run, indices: Sequence[int]) -> None:
             if isinstance(record, Exception):
                 wrong.append(failed(experiment.name(index), record, experiment.batch_size))
                 continue
-            run.append({"index": index, "threads": torch.get_num_threads(), **record}, ranks.rank())
+            run.append({"index": index, "threads": torch.get_num_threads(), **record})
             bar.update()
     if wrong:
         raise wrong[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -113,8 +114,8 @@ def note_threads(about: Record, used: Sequence[int], what: str) -> None:
 
 
 def least_threads(record: Record) -> int:
-    """The fewest threads of a record's strategies."""
-    return min(value for name, value in record.items() if name.endswith("threads"))
+    """The fewest threads of a record's strategies; records of earlier versions have none."""
+    return min((value for name, value in record.items() if name.endswith("threads")), default=sys.maxsize)
 
 
 def note(remark: str) -> str:

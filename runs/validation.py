@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,32 @@ _CHATS = "such as --model HuggingFaceTB/SmolLM2-135M-Instruct; `make chat` bring
 
 def validate(
     model_args: ModelArguments,
-    config: GenerationConfig | None = None,
+    config: GenerationConfig,
     data_args: DataArguments | None = None,
     chat: bool = False,
-    hint: str = "; sweep.py finds exit layer and length, and --tuned FOLDER takes them",
+    hint: str | None = "; sweep.py finds exit layer and length, and --tuned FOLDER takes them",
 ) -> None:
     """End the program in one line if the flags cannot work.
 
     Args:
-        config: None: its drafts are checked elsewhere.
         chat: prompts need the tokenizer's chat template.
-        hint: follows an error about missing flags of drafts.
+        hint: follows an error about missing flags of drafts; None: the script sets exit layer and length.
     """
+    _check_pairs(model_args, config)
     if data_args is not None:
         from data import mismatch
 
+        chat = data_args.chat
         if wrong := mismatch(data_args):
             refuse(wrong)
-    if config is not None:
+    if hint is not None:
         _check_drafts(config, hint)
     model = default_model() if model_args.model is None else model_args.model
     folder = Path(model).expanduser()
     if not folder.exists():
         _check_hub(model, model_args)
     layers = _read(folder / "config.json").get("num_hidden_layers")
-    if config is not None and isinstance(layers, int) and not model_args.model_args:
+    if hint is not None and isinstance(layers, int) and not model_args.model_args:
         try:
             config.check_depth(layers)
         except ValueError as error:
@@ -47,6 +49,18 @@ def validate(
     if chat and tokenizer and "chat_template" not in tokenizer and not any(folder.glob("*chat_template*")):
         which = "the bundled model continues Python and" if model_args.model is None else f"{model}"
         refuse(f"--chat True: {which} has no chat template; name a model that has one, {_CHATS}")
+
+
+def _check_pairs(model_args: ModelArguments, config: GenerationConfig) -> None:
+    """Refuse copies of weights that are not whole, and several stop words in one value, which never match."""
+    if config.draft_weights != "exact":
+        for name, value in {"quantization": "none", "parallel": "data"}.items():
+            if (given := getattr(model_args, name)) != value:
+                refuse(f"--draft_weights {config.draft_weights}: not with --{name} {given}")
+    for word in config.stop_words or []:
+        if re.search(r"[^\W\d],[^\W\d]", word) or re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", word, re.DOTALL):
+            several = " ".join(re.findall(r"\w+", word))
+            refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
 
 
 def _check_drafts(config: GenerationConfig, hint: str) -> None:

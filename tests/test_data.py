@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import data
 from arguments import DataArguments
-from data import DATASETS, DataError, hash_texts, load_examples
+from data import DATASETS, hash_texts, load_examples
+from tables import DataError
 
 CHAT = [("USER", "hi #"), ("PARSER", "[A]"), ("USER", "more"), ("PARSER", "[B]")]
 EXAMPLES = {  # a row, its first prompt and the reference; # stands for the number of the row

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from arguments import ModelArguments, refuse
-from data import DataError
 from measures.plots import agreement_by_exit
 from runs import ranks, records
 from runs.heading import heading
@@ -29,6 +28,7 @@ from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import context_length
 from self_speculation.model.loading import load_config, resolve_device
 from self_speculation.model.sources import adapted_model
+from tables import DataError
 from training import from_flags
 from training.flags import Flags
 from training.progress import Progress, Stop

@@ -176,7 +176,7 @@ def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
     said = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
     assert line.startswith(f"example 2: {said}; 3 of 4")
     assert "examples are kept, go on with --resume" in line
-    records = (only_run(tmp_path) / "records.rank0.jsonl").read_text().splitlines()
+    records = (only_run(tmp_path) / "records.jsonl").read_text().splitlines()
     assert {json.loads(record)["index"] for record in records} == {0, 1, 3}
 
 

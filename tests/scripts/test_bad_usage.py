@@ -30,8 +30,8 @@ MISTAKES = {
         "--max_steps x": "--max_steps: invalid int value: 'x'",
         "--max_step 3": "unknown argument '--max_step'; did you mean --max_steps?",
         "stray": "unknown argument 'stray'",
-        "--draft_confidence auto": "--draft_confidence 'auto': must be between 0 and 1; generation_strategy "
-        "adaptive does better",
+        "--draft_confidence auto": "--draft_confidence: invalid float value: 'auto'",
+        "--draft_confidence 2": "--draft_confidence 2.0: must be between 0 and 1",
         "--stop_words ''": "--stop_words ['']: must not be empty texts",
         "--stop_words return,if": "'return,if': several stand one after the other, as in return",
         "--stop_words \"['return','if']\"": "several stand one after the other, as in return if",
