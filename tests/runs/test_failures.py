@@ -132,8 +132,8 @@ def test_other_errors_are_not_explained_away(common, fails_at):
 @pytest.mark.parametrize(("error", "says"), SAID)
 def test_a_conversation_goes_on(error, says, common, fails_at, monkeypatch, capsys):
     """Guards against a conversation that ends, or that has the failed prompt in its history."""
-    monkeypatch.setattr("runs.conversation._session", lambda: None)
-    monkeypatch.setattr("runs.conversation._ask", Mock(side_effect=["one", "two", "three", EOFError]))
+    session = Mock(prompt=Mock(side_effect=["one", "two", "three", EOFError]))
+    monkeypatch.setattr("runs.conversation._session", lambda: session)
     monkeypatch.setattr("runs.conversation._unechoed", nullcontext)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     encoded = watch(monkeypatch, Conversation, "_encoded")
