@@ -47,7 +47,7 @@ def validate(
             refuse(f"--{error}")
     tokenizer = _read(folder / "tokenizer_config.json")
     if chat and tokenizer and "chat_template" not in tokenizer and not any(folder.glob("*chat_template*")):
-        which = "the bundled model continues Python and" if model_args.model is None else f"{model}"
+        which = "the bundled model continues Python and" if not model_args.model else "the model's tokenizer"
         refuse(f"--chat True: {which} has no chat template; name a model that has one, {_CHATS}")
 
 
