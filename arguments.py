@@ -9,7 +9,6 @@ import argparse
 import ast
 import difflib
 import json
-import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -44,6 +43,8 @@ DatasetName = Literal[
 # Metadata of a flag that may differ when a run is resumed. `metadata["resume"](run, was, now)` returns why
 # values must match, or None; `run` is by `runs.records.describe`.
 MAY_DIFFER = {"resume": lambda run, was, now: None}
+
+_ADVANCED = {"draft_confidence", "draft_vocabulary", "prefill_dtype"}
 
 # `refuse` writes to this stream, or to standard error if it is None. Ranks whose standard error is silenced
 # keep the real one here.
@@ -229,6 +230,18 @@ class _Parser(simple_parsing.ArgumentParser):
         for action in (None, "store"):  # None: the default action
             self.register("action", action, _StoreValue)
 
+    def _preprocessing(self, *args: Any, **kwargs: Any) -> None:
+        """Also move rarely used flags into a group at the end."""
+        if self._preprocessing_done:
+            return
+        super()._preprocessing(*args, **kwargs)
+        groups, advanced = list(self._action_groups), self.add_argument_group("advanced")
+        for group in groups:
+            for action in list(group._group_actions):
+                if action.dest.rpartition(".")[2] in _ADVANCED:
+                    group._group_actions.remove(action)
+                    advanced._group_actions.append(action)
+
     def error(self, message: str) -> NoReturn:
         refuse(message)
 
@@ -262,8 +275,6 @@ def parse(
     except ValueError as error:  # a dataclass refuses its own value; the message starts with the field
         refuse(f"--{error}")
     found = [getattr(values, group.__name__) for group in groups]
-    if config := getattr(values, "GenerationConfig", None):
-        _check_config(config, getattr(values, "ModelArguments", None))
     actions = list(parser._actions)
     if rest is not None:
         others, unknown = rest.parse_known_args(unknown)
@@ -289,7 +300,7 @@ def read_run(folder: str) -> dict[str, Any]:
     """Read `run.json` in the folder of --resume.
 
     Raises:
-        ValueError: there is none, it is not of a run, or of one with a value that is gone.
+        ValueError: there is none, or it is not of a run.
     """
     try:
         described = json.loads((Path(folder).expanduser() / "run.json").read_text("utf-8"))
@@ -297,37 +308,7 @@ def read_run(folder: str) -> dict[str, Any]:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"resume {folder}: no run.json of a run in there") from error
-    confidence = described["arguments"].get("draft_confidence")
-    if confidence == "auto":
-        raise ValueError(f"resume {folder}: that run had --draft_confidence auto, which is gone; begin anew")
-    if isinstance(confidence, str):  # as earlier versions recorded it
-        described["arguments"]["draft_confidence"] = float(confidence)
     return described
-
-
-def _check_config(config: GenerationConfig, model_args: ModelArguments | None) -> None:
-    # Copies are made of whole 16- or 32-bit weights.
-    if model_args is not None and config.draft_weights != "exact":
-        needed = {"quantization": "none", "parallel": "data"}
-        for name, value in needed.items():
-            if (given := getattr(model_args, name)) != value:
-                refuse(f"--draft_weights {config.draft_weights}: not with --{name} {given}")
-    # Several stop words in one value, by commas or as a list, would never match.
-    for word in config.stop_words or []:
-        if re.search(r"[^\W\d],[^\W\d]", word) or re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", word, re.DOTALL):
-            several = " ".join(re.findall(r"\w+", word))
-            refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
-
-
-def check_drafts(config: GenerationConfig) -> None:
-    """End the program if flags about drafts are missing, do not fit the strategy or are not used by it."""
-    try:
-        config.check_drafts()
-    except ValueError as error:
-        refuse(f"--{error}")
-    for idle in config.idle_fields():
-        add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
-        refuse(f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}")
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

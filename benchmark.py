@@ -24,14 +24,13 @@ from arguments import (
     DataArguments,
     GenerationConfig,
     ModelArguments,
-    check_drafts,
     parse,
     refuse,
 )
-from data import mismatch
 from runs.failures import try_to_write
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
+from runs.validation import validate
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class MeasurementArguments:
     answer_file: str | None = field(default=None, metadata=MAY_DIFFER)
     """Also write the answers to spec_bench in its own format; with --compare True, those of autoregressive
     decoding to a second file beside it."""
+    text_quality: bool = field(default=False, metadata=MAY_DIFFER)
+    """Also compare answers with reference answers: ROUGE, BLEU, exact match and edit distance."""
     resume: str | None = None
     """Folder of an interrupted run to continue."""
 
@@ -53,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         __doc__ or "", *groups, TuningArguments, args=argv
     )
     config = tuned(config, tuning, model_args, argv)
-    if wrong := mismatch(data_args):
-        refuse(wrong)
     if args.answer_file is not None:
         if data_args.dataset != "spec_bench":
             refuse(f"--answer_file {args.answer_file}: is a format of spec_bench, not of {data_args.dataset}")
@@ -69,12 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse(f"--answer_file {path}: is a folder, must be a file")
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    check_drafts(config)
+    validate(model_args, config, data_args)
 
     from measures.benchmarking import Benchmark
     from runs.examples import run_experiment
 
-    make = partial(Benchmark, compare=args.compare, answer_file=args.answer_file)
+    make = partial(
+        Benchmark, compare=args.compare, answer_file=args.answer_file, text_quality=args.text_quality
+    )
     flags = (model_args, config, data_args, args, batch)
     return run_experiment("benchmark", make, *flags, counted=counts(tuning.tuned, model_args))
 

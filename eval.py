@@ -28,10 +28,11 @@ from typing import Any, NoReturn
 
 from lm_eval._cli.run import Run
 
-from arguments import GenerationConfig, ModelArguments, check_drafts, given_flags, parse, refuse
+from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse
 from runs.failures import try_to_write
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
+from runs.validation import validate
 from self_speculation.config import SAMPLING_RULES
 
 # Flags that override settings of tasks, and the harness's names of these settings.
@@ -63,7 +64,7 @@ def flags(
     groups = (ModelArguments, GenerationConfig, TuningArguments)
     model_args, config, tuning, args = parse(__doc__ or "", *groups, args=argv, rest=commands.choices["run"])
     config = tuned(config, tuning, model_args, argv)
-    check_drafts(config)
+    validate(model_args, config)
     _read_config_file(args)
     given = given_flags(argv, GenerationConfig)
     asked = {theirs: getattr(config, ours) for ours, theirs in TASK_SETTINGS.items() if ours in given}

@@ -18,16 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from arguments import (
-    GenerationConfig,
-    ModelArguments,
-    TemplateArguments,
-    check_drafts,
-    parse,
-    refuse,
-)
+from arguments import GenerationConfig, ModelArguments, TemplateArguments, parse, refuse
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
+from runs.validation import validate
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tuned(config, tuning, model_args, argv)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
-    check_drafts(config)
+    validate(model_args, config, chat=args.chat)
     if args.prediction and not config.looks_up:
         refuse("--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0")
     prediction = None if args.prediction is None else _read("prediction", args.prediction)

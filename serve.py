@@ -23,7 +23,6 @@ from arguments import (
     BatchArguments,
     GenerationConfig,
     ModelArguments,
-    check_drafts,
     parse,
     refuse,
 )
@@ -31,6 +30,7 @@ from runs import ranks
 from runs.program import on_signals, run
 from runs.status import print_status
 from runs.tuning import TuningArguments, counts, tuned
+from runs.validation import validate
 from serving.flags import ServeArguments
 
 _GRACE = 5  # seconds in which aborted requests get their last event
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments)
     model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = replace(tuned(config, tuning, model_args, argv), reuse_cache=True)
-    check_drafts(config)
+    validate(model_args, config)
     if not ranks.is_first():
         return 2  # the first one says why
     if ranks.num_processes() > 1 or model_args.parallel not in ("data", "pipeline"):

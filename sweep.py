@@ -32,9 +32,9 @@ from arguments import (
     parse,
     refuse,
 )
-from data import mismatch
 from runs.program import run
 from runs.tuning import COUNTS, counts
+from runs.validation import validate
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if config.shared_lookup:
         refuse(f"--shared_lookup {config.shared_lookup}: must be 0, each cell has the same prompts")
-    if wrong := mismatch(data_args):
-        refuse(wrong)
+    validate(model_args, config, data_args, hint=None)
 
     from measures.sweeping import Measured, Predicted
     from runs.examples import run_experiment

@@ -6,14 +6,14 @@
 The model is a Llama of random weights in bf16 with the shape of a real one. Its early exit agrees with it
 about as often as those of the published LayerSkip checkpoints do. Prompts are random ids. The sides are
 `generate` of transformers, plain and with `assistant_early_exit` (one prompt at a time), and our strategies,
-eager and captured, with the model's first layers and with an int4 copy of all. Sides alternate. (Llama-3.2-1B
+eager and captured, with the model's first layers and with a 4-bit copy of all. Sides alternate. (Llama-3.2-1B
 ties its head to its embedding; here they are two.) Row r of a batch has a prompt of r tokens less.
 
 Above the table stand the memory bandwidth, the host's time for an eager layer and for a captured pass, the
 kernels of an eager plain step and round, and the device's time for the products of a layer.
 
 The columns are about decoding without prefill: *tokens/s* of all sequences together; *x ours*, *x hf*:
-speed-up over eager autoregressive decoding and over transformers; *limit*: the share of the memory bandwidth
+speed-up over eager decoding without drafts and over transformers; *limit*: the share of the memory bandwidth
 (of a product of matrix and vector) that reading weights, keys and values takes, without drafts; *accept*:
 accepted / drafted tokens; *GiB*: peak memory; *ids*: = and the number of near-ties if every token is the
 model's choice in fp32 or a near-tie, else the number of the others.

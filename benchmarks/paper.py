@@ -11,7 +11,7 @@ hand is named, and the other rows run. --resume FOLDER goes on with an interrupt
 With --model, all rows decode with that model: a rehearsal, which a CPU can do. The exit is at the same share
 of its layers.
 
-The columns: *acc* accepted / drafted tokens; *x* the speed-up over autoregressive decoding; *formula* the
+The columns: *acc* accepted / drafted tokens; *x* the speed-up over decoding without drafts; *formula* the
 speed-up by the published acceptance, (1 + k acc) / (1 + k exit / layers); *len* the mean accepted length;
 *tok/s* those of whole answers. The columns with a star are measured here: medians, with the 90 % confidence
 interval. The CSV of the run also has text metrics, numbers of examples, machines and lines for a citation.
@@ -32,12 +32,14 @@ import pandas
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import MAY_DIFFER, ModelArguments, at_least, check, parse, refuse
+from data import DATASETS
 from measures.plots import bars
 from runs import ranks
 from runs.heading import machine
 from runs.program import run
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe
 from runs.startup import read_config
+from tables import DataError, is_table
 
 PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))
 PUBLISHED["row"] = [
@@ -62,7 +64,8 @@ class PaperArguments:
     max_steps: int | None = None
     """New tokens at most; without it, as published."""
     data_path: str | None = field(default=None, metadata=MAY_DIFFER)
-    """Folder of local data: a file or a folder for each dataset, such as xsum_summarization.jsonl."""
+    """Folder of local data: a file or a folder for each dataset, such as xsum_summarization.jsonl. The hub is
+    not asked for data then."""
     resume: str | None = None
     """Folder of an interrupted run to continue."""
 
@@ -97,8 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             with ranks.process_group():  # SIGTERM ends the program of a row, too
                 for number in rows.index.difference(list(paper.records())):
                     print(f"{rows['row'][number]} ...", file=sys.stderr)
-                    flags = _flags(rows.loc[number], model_args, args)
-                    found = _measured(flags, paper.folder / f"row{number}")
+                    try:
+                        flags = _flags(rows.loc[number], model_args, args)
+                        found: Record | str = _measured(flags, paper.folder / f"row{number}")
+                    except DataError as error:
+                        found = str(error)
                     if isinstance(found, str):
                         missing[number] = found
                         print(f"  not measured: {found}", file=sys.stderr)
@@ -114,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments) -> dict[str, Any]:
-    """The flags of benchmark.py for a row, but for its --output_dir."""
+    """The flags of benchmark.py for a row, but for its --output_dir. Raises DataError without local data."""
     given = {each.name: getattr(model_args, each.name) for each in fields(model_args)}
     changed = {each.name for each in fields(model_args) if given[each.name] != each.default} - {"output_dir"}
     flags = {
@@ -122,17 +128,29 @@ def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments)
         "n_shot": row["n_shot"], "generation_strategy": "self_speculative", "exit_layer": row["exit"],
         "num_speculations": row["num_speculations"], "draft_confidence": row["draft_confidence"],
         "max_steps": args.max_steps or row["max_steps"], "num_samples": args.num_samples,
-        "sample": False, "compare": True,
+        "sample": False, "compare": True, "text_quality": True,
     }  # fmt: skip
     if args.data_path is not None:
-        flags["data_path"] = next(Path(args.data_path).expanduser().glob(f"{row['dataset']}*"), None)
+        flags["data_path"] = _local(Path(args.data_path).expanduser(), row["dataset"])
     return {name: value for name, value in flags.items() if not pandas.isna(value)}
+
+
+def _local(folder: Path, dataset: str) -> Path | None:
+    """The file or folder of a dataset; None for one that is not from the hub. Raises DataError."""
+    paths = [path for path in folder.iterdir() if path.name.partition(".")[0] == dataset]
+    found = [path for path in paths if is_table(path) or (path.is_dir() and path.name == dataset)]
+    if len(found) == 1:
+        return found[0]
+    if not found and isinstance(DATASETS[dataset].source, Path):
+        return None
+    raise DataError(f"--data_path {folder}: must hold one file or folder {dataset}, found {len(found)}")
 
 
 def _measured(flags: dict[str, Any], folder: Path) -> Record | str:
     """The figures of a row, or why there are none; goes on with what is in `folder`."""
-    begun = next(folder.glob("benchmark_*"), None)
-    given = {**flags, "output_dir": folder} if begun is None else {"resume": begun}
+    # A program that was killed early has left a folder without run.json.
+    begun = next(folder.glob("benchmark_*/run.json"), None)
+    given = {**flags, "output_dir": folder} if begun is None else {"resume": begun.parent}
     command = [sys.executable, str(Path(__file__).parent.parent / "benchmark.py")]
     command += [word for name, value in given.items() for word in (f"--{name}", str(value))]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -141,8 +159,8 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record | str:
     if ended.returncode != 0:
         lines = ended.stderr.splitlines() or [f"benchmark.py ended with status {ended.returncode}"]
         return lines[-1].removeprefix("benchmark.py: error: ")
-    (done,) = folder.glob("benchmark_*")
-    report = json.loads((done / "run.json").read_text("utf-8"))
+    (done,) = folder.glob("benchmark_*/run.json")
+    report = json.loads(done.read_text("utf-8"))
     metrics, compared = report["metrics"], report["metrics"]["comparison"]
     low, high = compared["speedup_interval"] or (None, None)
     return {
@@ -169,17 +187,22 @@ def _conclude(paper: Run, rows: pandas.DataFrame, missing: dict[int, str], rehea
     table = table.astype(dict.fromkeys(list(_COLUMNS)[3:], float))
     paper.replace("paper.csv", table.to_csv(index=False))
     paper.finish(kept, {"not_measured": {rows["row"][number]: why for number, why in missing.items()}})
-    measured = "measured here"
-    if rehearsed:
-        measured = f"a rehearsal with {Path(rehearsed).name} in place of the checkpoints, by the column exit"
+    measured, color = "measured here", "C2"
     title = "; ".join(dict.fromkeys(record["machine"] for record in records))
     table.index = table["row"] + ", exit " + table["exit_layer"].astype(str) + ", k " + k.astype(str)
-    series = {
-        "published": table.assign(value=table["speedup"], low=None, high=None),
-        "by the formula": table.assign(value=table["formula"], low=None, high=None),
-        measured: table.assign(value=table["measured_speedup"]),
-    }
-    bars(series, "speed-up over autoregressive decoding", title, paper.folder / "paper")
+    drawn_title = title
+    if rehearsed:
+        name, color = Path(rehearsed).name, "silver"
+        measured = f"a rehearsal with {name} in place of the checkpoints, by the column exit"
+        drawn_title = f"REHEARSAL with {name}, which is none of the published checkpoints\n{title}"
+        table.index += " (rehearsed at exit " + table["exit"].astype(str) + ")"
+    drawn = [
+        table.assign(by="published", value=table["speedup"], low=None, high=None),
+        table.assign(by="by the formula", value=table["formula"], low=None, high=None),
+        table.assign(by=measured, value=table["measured_speedup"]),
+    ]
+    label = "speed-up over decoding without drafts"
+    bars(pandas.concat(drawn), label, drawn_title, paper.folder / "paper", colors=("C0", "C1", color))
     print(f"{title}\n* {measured}\n")
     print(
         table.rename(columns=_COLUMNS)[[*_COLUMNS.values()]].to_string(

@@ -10,15 +10,15 @@ or two batches, at a turn. The sides:
   `assistant_early_exit` at the same exit layer and draft length; with prompt lookup. The latter two take one
   prompt at a time.
 - llama.cpp with --peers llama.cpp: in 16 bits, and in fewer (Q8_0, Q4_1, Q4_0, Q4_K_M).
-- here: autoregressive; self-speculative by the flags of drafting; by an int4 copy of all layers; adaptive
+- here: without drafts; self-speculative by the flags of drafting; by a 4-bit copy of all layers; adaptive
   (with a copy if --draft_weights asks for one).
 
 --prompt_tokens 1000 4000 measures the first token after prompts of so many tokens instead (HumanEval's, one
-after the other): transformers in bfloat16, autoregressive decoding here, and with --prefill_dtype bfloat16
+after the other): transformers in bfloat16, decoding without drafts here, and with --prefill_dtype bfloat16
 both with it and without.
 
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
-the turns, *x plain* the speed-up over autoregressive decoding here; *decode* tokens/s without prefill; *per
+the turns, *x plain* the speed-up over decoding without drafts here; *decode* tokens/s without prefill; *per
 round* tokens of a row per verification. The sums below are all tokens by all time. The last line but one is
 for a citation, the last one is one JSON object.
 """
@@ -62,7 +62,7 @@ from benchmarks.sides import (
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from measures.plots import bars
-from runs.heading import citation, counted, heading, threads_used
+from runs.heading import citation, counted, heading, note, note_threads
 from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
@@ -119,13 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = args.prompts(generator.tokenizer)
     about = describe("side_by_side", (model_args, config), "") | describe_model(model_name(model_args), model)
     about["arguments"]["dataset"] = "human_eval" if args.workload == "code" else args.workload
-    print(title := heading(about))
+    print(heading(about))
     if args.prompt_tokens:
         found = first_tokens(generator, config, args.prompt_tokens, args.rounds)
         said = [
             f"{each['side']} {_spread(each, 'of transformers', '')} after {each['tokens']}" for each in found
         ]
         figure = f"seconds to the first token over those of {found[0]['side']}: {', '.join(said)} tokens"
+        note_threads(about, [n for row in found for n in row["threads"]], "turn")
         _end(about, found, figure, args.rounds)
         return 0
     rows: list[dict[str, Any]] = []
@@ -139,22 +140,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             peers |= alone if size == 1 else {}
             print(f"\nbatch size {size}: speed-up over transformers in {formats[size][TRANSFORMERS]}")
             rows += compare(generator, config, peers, prompts, size, args.rounds, model_args.seed)
+    note_threads(about, [n for row in rows for n in row["threads"]], "turn")
     if args.picture is not None:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        table = pandas.DataFrame(rows)
-        table["side"] = [f"here, {side}" if side in _OURS else side for side in table["side"]]
-        if len(args.batch_size) > 1:
+        table = pandas.DataFrame(rows).rename(columns={"tokens/s": "value"})
+        table["by"] = ["this program" if side in _OURS else "other software" for side in table["side"]]
+        baseline = None
+        if len(args.batch_size) == 1:
+            baseline = float(table.loc[table["side"] == PLAIN, "value"].iloc[0])
+        else:
             table["side"] += ", batch " + table["batch_size"].astype(str)
         label = "tokens/s of whole answers with prefill: median, and the middle half of turns as a line"
-        bars({"": table.set_index("side").rename(columns={"tokens/s": "value"})}, label, title, path)
+        bars(table.set_index("side"), label, heading(about), path, baseline, ("C0", "silver"))
     about |= {"transformers_in": formats, "rounds": args.rounds, "prompts": len(prompts)}
     said = []
     for size in args.batch_size:
         own = [row for row in rows if row["batch_size"] == size and row["side"] in _OURS]
         for ratio, base, others in (
             ("ratio", f"generate of transformers in {formats[size][TRANSFORMERS]}", own),
-            ("ratio_to_plain", "autoregressive decoding here", [row for row in own if row["side"] != PLAIN]),
+            ("ratio_to_plain", "decoding without drafts here", [row for row in own if row["side"] != PLAIN]),
         ):
             speedups = ", ".join(f"{row['side']} {_spread(row, ratio, f'{ratio}_')}" for row in others)
             said.append(f"over {base}, batch size {size}: {speedups}")
@@ -167,10 +172,9 @@ def _spread(row: Mapping[str, Any], middle: str, ends: str) -> str:
 
 
 def _end(about: dict[str, Any], rows: Sequence[Mapping[str, Any]], figure: str, rounds: int) -> None:
-    """Print the last two lines."""
-    about["threads_used"] = threads_used(
-        [n for row in rows for n in row["threads"]], about["threads"], "turn"
-    )
+    """Print the last lines."""
+    if used := about.get("threads_used"):
+        print(f"\n{note(f'other programs used the processors, decoding had {used}')}")
     of = f"median of paired turns, {counted(rounds, 'round')}, middle half in parentheses"
     line = citation(about, f"{figure} ({of})")
     print(f"\n{line}\n{json.dumps({**about, 'citation': line, 'rows': rows})}")

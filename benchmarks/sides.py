@@ -19,7 +19,7 @@ from self_speculation.model.captured_runner import capture_decoding, decode_eage
 from self_speculation.results import DraftStats
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, exit", "transformers, lookup"
-PLAIN, SPECULATIVE, COPY, ADAPTIVE = "autoregressive", "self-speculative", "int4 copy", "adaptive"
+PLAIN, SPECULATIVE, COPY, ADAPTIVE = "without drafts", "self-speculative", "4-bit copy", "adaptive"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def strategies(config: GenerationConfig, copied_layers: int) -> dict[str, Genera
 
     Args:
         config: exit layer and draft length of self-speculation.
-        copied_layers: layers of the int4 copy that drafts.
+        copied_layers: layers of the 4-bit copy that drafts.
     """
     chosen = replace(config, exit_layer=-1, num_speculations=-1, draft_confidence=None)
     speculative = replace(config, generation_strategy="self_speculative")
@@ -179,7 +179,7 @@ def in_turns(
         seed: of the first group; each group has its own.
     """
     turns = [(turn, number) for turn in range(rounds) for number in range(len(groups))]
-    for turn, number in tqdm(turns, desc=title, leave=False):
+    for turn, number in tqdm(turns, desc=title, leave=False, disable=None):
         answers = {}
         for name in rotated(list(sides), turn + number):
             torch.manual_seed(seed + number)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from measures import metrics, spec_bench
+from measures.plots import bars
 from measures.text_quality import text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
-from runs.heading import citation, counted, heading, note, threads_used
+from runs.heading import citation, counted, heading, note
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
@@ -19,6 +22,7 @@ from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio
 from self_speculation.model.families import context_length
 
+_NAMES = ("this strategy", "without drafts")
 _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
 
 
@@ -28,6 +32,7 @@ class Benchmark(Experiment):
 
     compare: bool
     answer_file: str | None
+    text_quality: bool
 
     def __post_init__(self) -> None:
         self._sides: list[TimedSide] = [("", self.generator, self.config)]
@@ -72,12 +77,7 @@ class Benchmark(Experiment):
             if not self.config.greedy:
                 summary["comparison"]["identical_outputs"] = None
             summary["remarks"] = remarks(summary["comparison"], _unit(summary))
-        most: int = run.description["threads"]
-        threads = [
-            min(record.get(f"{prefix}threads", most) for prefix, *_ in self._sides) for record in records
-        ]
-        if used := threads_used(threads, most, "example"):
-            run.description["threads_used"] = used
+        if used := run.description.get("threads_used"):
             summary["remarks"].append(
                 f"other programs used the processors, decoding had {used}: a quiet machine is faster"
             )
@@ -87,9 +87,10 @@ class Benchmark(Experiment):
         if cut := sum(len(record.get("turns", "1")) <= len(example.later_turns) for example, record in pairs):
             left_out = f"of {counted(cut, 'conversation')}"
             summary["remarks"].append(f"the context has no room for the later turns {left_out}")
-        predictions = [record["prediction"] for record in records]
-        references = [record["reference"] for record in records]
-        summary["text"] = text_quality(predictions, references) if any(references) else {}
+        summary["text"] = {}
+        texts = [[record[of] for record in records] for of in ("prediction", "reference")]
+        if self.text_quality and any(texts[1]):
+            summary["text"] = text_quality(*texts)
         summary["peak_memory_mib"] = metrics.peak_memory_mib(model.device)
         title = heading(run.description)
         lines = [title, "", *_table(summary)]
@@ -100,12 +101,26 @@ class Benchmark(Experiment):
         if self.answer_file is not None:
             self._write_answers(run, rows, records, Path(self.answer_file).expanduser().absolute())
         summary["citation"] = citation(run.description, _figure(summary, records))
+        self._show_speeds(run, summary, records, title)
         run.finish(records, summary)
         print("\n".join(lines))
         for remark in summary["remarks"]:
             print(f"\n{note(remark)}")
-        print(f"\n{run.folder}/: run.json, records.jsonl\n\n{summary['citation']}")
+        written = ", ".join(sorted(path.name for path in run.folder.iterdir()))
+        print(f"\n{run.folder}/: {written}\n\n{summary['citation']}")
         return 0
+
+    def _show_speeds(self, run: Run, summary: Record, records: list[Record], title: str) -> None:
+        """Write and draw the speed of each strategy."""
+        rows = []
+        for name, (prefix, *_) in zip(_NAMES, self._sides, strict=False):
+            low, high = metrics.speed_interval(records, prefix) or (None, None)
+            rows.append({"strategy": name, **summary[f"{prefix}speed"], "low": low, "high": high})
+        table = pandas.DataFrame(rows).set_index("strategy")
+        run.replace("benchmark.csv", table.to_csv())
+        table = table.assign(by="", value=table["tokens_per_second_median"])
+        label = f"tokens/s, median of {_unit(summary)}, 90 % confidence interval"
+        bars(table, label, title, run.folder / "benchmark", table["value"].iloc[-1] if self.compare else None)
 
     def _write_answers(self, run: Run, rows: list[Record], records: list[Record], path: Path) -> None:
         """One file for each strategy."""
@@ -142,9 +157,9 @@ def _figure(summary: Record, records: Sequence[Record]) -> str:
         value, interval, number = (compared[f"speedup{of}"] for of in ("", "_interval", "_windows"))
         if value is None:
             return "no answers to compare"
-        figure = f"speed-up {value:.2f} over autoregressive decoding by the same program"
+        figure = f"speed-up {value:.2f} over decoding without drafts by the same program"
     else:
-        interval, number = metrics.speed_interval(records), len({record["window"] for record in records})
+        interval, number = metrics.speed_interval(records, ""), len({record["window"] for record in records})
         figure = f"{summary['speed']['tokens_per_second_median']:.1f} tokens/s"
     spread = "no interval for fewer than five"
     if interval is not None:
@@ -168,16 +183,17 @@ def _table(summary: Record) -> list[str]:
 
     unit, several = _unit(summary), summary["num_ranks"] > 1
     sides = [prefix for prefix in ("", BASELINE) if f"{prefix}speed" in summary]
-    names = ["this strategy", "autoregressive"][: len(sides)]
+    names = _NAMES[: len(sides)]
     title, sizes = counted(summary["num_examples"], "example"), summary["batch_sizes"]
     if len(sizes) > 1:  # of a resumed run; the heading has its last one
         title += f", batches of {', '.join(map(str, sizes))}"
     rows = [row(title, *names)]
     if compared := summary.get("comparison"):
-        middle_half = "-".join(f"{quartile:.2f}" for quartile in compared["speedup_quartiles"][::2])
+        rows.append(row(f"speed-up, median of {unit}", compared["speedup"]))
+        if compared["speedup_windows"] > 1:
+            middle_half = "-".join(f"{quartile:.2f}" for quartile in compared["speedup_quartiles"][::2])
+            rows.append(row(f"  middle half of {unit}", middle_half))
         rows += [
-            row(f"speed-up, median of {unit}", compared["speedup"]),
-            row(f"  middle half of {unit}", middle_half or None),
             row("  faster on", f"{compared['speedup_faster']} of {compared['speedup_windows']}"),
             row("  of totals", compared["speedup_of_totals"]),
         ]
@@ -210,7 +226,7 @@ def _table(summary: Record) -> list[str]:
                 accepted = f"{counts['accepted']} of {counts['drafted']}"
                 rows.append(row(f"  {source}, {rounds}: accepted", accepted))
             else:
-                rows.append(row("  without drafts", rounds))
+                rows.append(row("  rounds without drafts", str(counts["rounds"])))
     rows += [row(name.replace("_", " "), value) for name, value in summary["text"].items()]
     memory = "peak memory, MiB" + (", of rank 0" if several else "")
     rows.append(row(memory, summary["peak_memory_mib"], style=".0f"))

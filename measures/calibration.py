@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from runs import ranks
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.registry import make_drafter
@@ -120,7 +121,8 @@ def calibrate(
     verified = sorted({exit_layers[0], exit_layers[-1]}) if config.draft_weights == "exact" else [0]
     turns = list[list[float]]()
     started = time.perf_counter()
-    with tqdm(total=_TURNS, desc="calibration") as bar:
+    hidden = None if ranks.is_first() else True  # None: unless at a terminal
+    with tqdm(total=_TURNS, desc="calibration", disable=hidden) as bar:
         while len(turns) < _TURNS:
             late = time.perf_counter() - started > _PATIENCE
             if len(turns) > 1 and broadcast_from_rank0(model, late):

@@ -7,6 +7,7 @@ The harness's own Hugging Face model computes log-likelihoods, except those of a
 from __future__ import annotations
 
 import logging
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -129,16 +130,19 @@ class HarnessModel(HFLM):
             last = self._exit_layer or len(runner.layers)
             return forward_early(runner, cache, inps, last, width).logits
 
+    def _hides(self, disable_tqdm: bool) -> bool | None:
+        return disable_tqdm or self.rank != 0 or None  # None: unless at a terminal
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As in the harness, with one progress bar instead of one for each batch of windows."""
-        with tqdm(desc="windows of texts", disable=disable_tqdm or self.rank != 0) as self._windows:
+        with tqdm(desc="windows of texts", disable=self._hides(disable_tqdm)) as self._windows:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if override_bs is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm)
+            return super()._loglikelihood_tokens(requests, disable_tqdm or not sys.stderr.isatty())
         found = super()._loglikelihood_tokens(requests, True, override_bs)  # of a rolling log-likelihood
         self._windows.update(len(requests))
         return found
@@ -157,7 +161,7 @@ class HarnessModel(HFLM):
         self.has_begun = True
         answers = [""] * len(tasks)
         tokens, seconds = 0, 0.0
-        with tqdm(total=len(tasks), desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
+        with tqdm(total=len(tasks), desc="answers", disable=self._hides(disable_tqdm)) as bar:
             for index, record in self._measured(tasks):
                 answers[index] = self._answer(tasks[index], record)
                 tokens, seconds = tokens + record["num_tokens"], seconds + record["wall_time"]

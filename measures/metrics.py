@@ -41,9 +41,9 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     }
 
 
-def speed_interval(records: Sequence[Record]) -> tuple[float, float] | None:
+def speed_interval(records: Sequence[Record], prefix: str) -> tuple[float, float] | None:
     """The 90 % confidence interval of `tokens_per_second_median`; None for fewer than five windows."""
-    return median_interval(_sums(records, "window", "")["rate"].tolist())
+    return median_interval(_sums(records, "window", prefix)["rate"].tolist())
 
 
 def speedup(records: Sequence[Record], baseline: str) -> Record:

@@ -20,7 +20,7 @@ from self_speculation.results import DraftStats
 _MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 _HEADINGS = {
-    "questions": "questions", "tokens_per_second": "tokens/s", "autoregressive": "autoregressive",
+    "questions": "questions", "tokens_per_second": "tokens/s", "autoregressive": "without drafts",
     "speedup": "speed-up", "low": "from", "high": "to", "mean_accepted_length": "accepted length",
 }  # fmt: skip
 
@@ -61,12 +61,12 @@ def show(categories: dict[str, Record], title: str, path: Path) -> str:
     value, label = table["tokens_per_second"], "tokens/s, median of questions"
     if "speedup" in table:
         value = table["speedup"]
-        label = "speed-up over autoregressive decoding: median of questions, 90 % confidence interval"
-    drawn = pandas.DataFrame({"value": value, "low": table.get("low"), "high": table.get("high")})
-    bars({"": drawn}, label, title, path)
+        label = "speed-up over decoding without drafts: median of questions, 90 % confidence interval"
+    bars(pandas.DataFrame({"by": "", "low": None, "high": None, **table, "value": value}), label, title, path)
     shown = table.astype({"questions": int}).rename(columns=_HEADINGS)
     lines = shown.to_string(float_format="{:.2f}".format, na_rep="-")
-    return f"medians of questions; from and to are the 90 % confidence interval\n{lines}"
+    grouped = f"\nmt_bench: {', '.join(_MT_BENCH)}" if "mt_bench" in categories else ""
+    return f"medians of questions; from and to are the 90 % confidence interval{grouped}\n{lines}"
 
 
 def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, prefix: str = "") -> str:

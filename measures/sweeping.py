@@ -24,7 +24,7 @@ from measures.replay import predicted_cell
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import OneByOne
 from runs.failures import failed
-from runs.heading import counted, heading, note
+from runs.heading import counted, heading, least_threads, note, note_threads
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
@@ -86,6 +86,7 @@ class Sweep(OneByOne):
             "mode": "measured", "exit_layer": cell[0], "num_speculations": cell[1],
             **metrics.acceptance(metrics.draft_stats(records)), **metrics.speed(records),
             "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
+            "threads": min(map(least_threads, records)),
         }  # fmt: skip
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
@@ -107,7 +108,8 @@ class Sweep(OneByOne):
         answered = f"{counted(len(self.examples), 'prompt')}, whole answers with prefill"
         cells = compared[compared["mode"] == self.mode]
         framed = ((best["exit_layer"], best["num_speculations"]), f"best {which}speed-up")
-        heat_maps(cells, self.mode, framed, f"{title}\n{answered}", run.folder / "sweep")
+        measured = best["speedup"] if which else None
+        heat_maps(cells, self.mode, framed, f"{title}\n{answered}", run.folder / "sweep", measured)
         run.finish(records, {**extra, "best": best})
         print(f"{title}\n\n{answered}; medians, from and to are the 90 % confidence interval")
         shown = compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)
@@ -119,7 +121,7 @@ class Sweep(OneByOne):
             print(f"\n{note(remark)}")
         print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
         if best["speedup"] < 1:
-            print(f"no {which}cell is faster than autoregressive decoding; the nearest:")
+            print(f"no {which}cell is faster than decoding without drafts; the nearest:")
         flags = ["exit_layer", "num_speculations"]
         flags += ["draft_weights"] if self.config.draft_weights != "exact" else []
         flags += ["draft_vocabulary"] if self.config.draft_vocabulary else []
@@ -193,6 +195,7 @@ class Predicted(Sweep):
         context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
         longest = max(k for _, k in self.grid)
         costs = calibrate(self.generator.model, self.config, self._exit_layers, int(context), longest)
+        note_threads(run.description, [torch.get_num_threads()], "calibration")
         predicted = [predicted_cell(records, costs, *cell) for cell in self.grid]
         verified = []
         for row in sorted(predicted, key=lambda row: -row["speedup"])[: self.verify_top]:
@@ -203,6 +206,7 @@ class Predicted(Sweep):
                 raise failed(_name(cell), error, self.batch_size) from error
             measured = verified[-1]["speedup"] or 0.0
             print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {measured:.2f} measured")
+        note_threads(run.description, [row["threads"] for row in verified], "measured cell")
         return self.show(run, records, [*predicted, *verified], {"calibration": asdict(costs)})
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:

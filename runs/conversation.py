@@ -5,6 +5,7 @@ Answers go to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import statistics
@@ -13,6 +14,7 @@ import termios
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,12 +48,16 @@ _TURNS = 3  # of a comparison: a single one would show the noise of the machine
 # Ratios of turns that differ by more than this factor are those of a busy machine.
 _DISAGREE = 1.25
 
-_HELP = """/help      lists commands and keys
-/exit      leaves
-Enter      sends the prompt
-Alt-Enter  begins a new line, as a backslash at the end and Enter do
-Ctrl-C     stops an answer
-Ctrl-D     leaves"""
+_HELP = """/help         lists commands and keys
+/clear        forgets the conversation
+/system TEXT  tells the model who it is, from now on; without a text, no longer
+/save FILE    writes the conversation as JSON
+/exit         leaves
+Enter         sends the prompt; one that is typed during an answer comes next
+Alt-Enter     begins a new line, as a backslash at the end and Enter do
+Ctrl-C        stops an answer
+Ctrl-D        leaves"""
+_COMMAND = re.compile(r"\s*/(?:(system|save)\b\s*(.*?)|(\w*))\s*", re.DOTALL)
 
 
 def read_grammar(name: str, text: str | None) -> Grammar:
@@ -87,7 +93,8 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._messages: list[dict[str, str]] = []  # empty without --chat
+        self._messages: list[dict[str, str]] = []
+        self._system: list[dict[str, str]] = []  # one message, or none
 
     def answer(self, prompt: str) -> bool:
         """Print the answer and its statistics; False if Ctrl-C ended it.
@@ -112,17 +119,16 @@ class Conversation:
             result = self.generator.generate(request, config)
         if streamer is None:
             print(result.decoded_prediction)
-        if self.chat:
-            self._messages.append({"role": "user", "content": prompt})
-            self._messages.append({"role": "assistant", "content": result.decoded_prediction})
-            if result.num_thinking_tokens:  # whether the model sees it again is up to the template
-                self._messages[-1]["reasoning_content"] = result.thinking
+        self._messages.append({"role": "user", "content": prompt})
+        self._messages.append({"role": "assistant", "content": result.decoded_prediction})
+        if result.num_thinking_tokens:  # whether the model sees it again is up to the template
+            self._messages[-1]["reasoning_content"] = result.thinking
         print_status(_statistics(result, self.config, interrupt.met))
         if legend := getattr(streamer, "legend", ""):
             print_status(f"  {legend}")
         if self.compare and not interrupt.met:
             try:
-                with log_if_slow("comparing with autoregressive decoding, without streaming"):
+                with log_if_slow("comparing with decoding without drafts, without streaming"):
                     compared = self._comparison(Request(ids, **own))
                 print_status(f"  {compared}")
             except KeyboardInterrupt:  # the conversation goes on
@@ -134,8 +140,28 @@ class Conversation:
         """The prompt's token ids; with --chat, those of the whole conversation, and how the answer thinks."""
         if not self.chat:
             return self.generator.encode(prompt), None
-        messages = [*self._messages, {"role": "user", "content": prompt}]
+        messages = [*self._system, *self._messages, {"role": "user", "content": prompt}]
         return encode_chat(self.generator, messages, self.template_kwargs)
+
+    def obey(self, command: str, text: str) -> str:
+        """Follow /clear, /system or /save; what to say."""
+        if command == "clear":
+            self._messages = []
+            return "the conversation is forgotten"
+        if command == "system":
+            if not self.chat:
+                return "/system: needs --chat True, a prompt alone has no roles"
+            self._system = [{"role": "system", "content": text}] if text else []
+            return "the system prompt is set" if text else "there is no system prompt now"
+        if not text:
+            return "/save: needs the name of a new file"
+        messages = json.dumps([*self._system, *self._messages], indent=2, ensure_ascii=False)
+        try:
+            with open(Path(text).expanduser(), "x", encoding="utf-8") as file:  # replaces none
+                file.write(f"{messages}\n")
+        except OSError as error:
+            return f"/save {text}: cannot be written ({error.strerror})"
+        return f"the conversation is in {text}"
 
     def _comparison(self, request: Request) -> str:
         """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""
@@ -150,7 +176,7 @@ class Conversation:
             return "without streaming: answers of one token, nothing to compare"
         # Speeds of the turn with the median ratio: medians of both may contradict it.
         ours, plain = sorted(turns, key=lambda turn: turn[0] / turn[1])[_TURNS // 2]
-        speeds = f"{ours:.1f} tokens/s, autoregressive {plain:.1f}"
+        speeds = f"{ours:.1f} tokens/s, without drafts {plain:.1f}"
         return f"without streaming: {speeds}: {_verdict([a / b for a, b in turns])}"
 
 
@@ -210,10 +236,10 @@ def converse(talk: Conversation) -> int:
     """Answer prompts from the terminal until /exit or Ctrl-D; the exit status."""
     session = _session()
     print_status("Type a prompt, Enter sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.")
-    may_drop = False  # what was typed while the model was loaded is a prompt
     while True:
         try:
-            prompt, may_drop = _ask(session, may_drop), True
+            # What was typed meanwhile is a prompt, too.
+            prompt = session.prompt(">>> ", prompt_continuation="... ")
         except KeyboardInterrupt:  # Ctrl-C
             if not session.default_buffer.text:
                 print_status("/exit or Ctrl-D leaves")
@@ -223,9 +249,13 @@ def converse(talk: Conversation) -> int:
         last_line = prompt.strip().rpartition("\n")[2].strip()
         if last_line == "/exit":  # even after other lines
             return 0
-        if re.fullmatch(r"\s*/\w*\s*", prompt):
-            unknown = f"{last_line}: no such command, there are /help, /exit"
-            print_status(_HELP if last_line == "/help" else unknown)
+        if found := _COMMAND.fullmatch(prompt):
+            command = found[1] or found[3]
+            if found[1] or command == "clear":
+                print_status(talk.obey(command, found[2] or ""))
+            else:
+                unknown = f"/{command}: no such command, there are /help, /clear, /system, /save, /exit"
+                print_status(_HELP if command == "help" else unknown)
             continue
         try:
             with _unechoed():
@@ -260,16 +290,6 @@ def _session() -> PromptSession[str]:
         event.current_buffer.insert_text("\n")
 
     return PromptSession(multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True))
-
-
-def _ask(session: PromptSession[str], drop: bool) -> str:
-    """Read the next prompt; `drop` keys that were typed before."""
-    from prompt_toolkit.input.typeahead import clear_typeahead
-
-    if drop:
-        clear_typeahead(session.input)  # keys that came together with the last prompt
-        termios.tcflush(sys.stdin, termios.TCIFLUSH)
-    return session.prompt(">>> ", prompt_continuation="... ")
 
 
 def _verdict(ratios: Sequence[float]) -> str:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
-from data import DataError, Example, hash_texts, load_examples
+from data import Example, hash_texts, load_examples
 from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
-from runs.heading import counted
+from runs.heading import counted, least_threads, note_threads
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
 from runs.startup import encode_chat, join_ranks, load_generator, model_name
 from runs.status import print_status
@@ -27,6 +28,7 @@ from self_speculation.config import RankError
 from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.devices import is_lost_rank, num_ranks
 from self_speculation.model.families import context_length
+from tables import DataError
 
 # Prompts of a conversation and the answers to all but the last one -> the ids of all of them, and how the
 # next answer thinks.
@@ -173,7 +175,9 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             if ranks.rank() != 0:
                 return 0
             complete = run.records()
-            return experiment.conclude(run, [complete[index] for index in range(experiment.num_records)])
+            records = [complete[index] for index in range(experiment.num_records)]
+            note_threads(run.description, [*map(least_threads, records)], experiment.unit[:-1])
+            return experiment.conclude(run, records)
         except (RecordError, Failed) as error:
             why = str(error)
         except (*EXPLAINABLE, RankError) as error:
@@ -210,7 +214,7 @@ def _measure(experiment: Experiment, run: Run, indices: Sequence[int]) -> None:
             if isinstance(record, Exception):
                 wrong.append(failed(experiment.name(index), record, experiment.batch_size))
                 continue
-            run.append({"index": index, **record}, ranks.rank())
+            run.append({"index": index, "threads": torch.get_num_threads(), **record})
             bar.update()
     if wrong:
         raise wrong[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -102,6 +103,17 @@ def threads_used(used: Sequence[int], most: int, what: str) -> str:
         return ""
     few = " to ".join(map(str, dict.fromkeys((fewer[0], fewer[-1]))))
     return f"{few} of {counted(most, 'thread')} in {len(fewer)} of {counted(len(used), what)}"
+
+
+def note_threads(about: Record, used: Sequence[int], what: str) -> None:
+    """Add the numbers of threads that were used to the content of `run.json`, if some are fewer than all."""
+    if few := threads_used(used, about["threads"], what):
+        about["threads_used"] = few
+
+
+def least_threads(record: Record) -> int:
+    """The fewest threads of a record's strategies; records of earlier versions have none."""
+    return min((value for name, value in record.items() if name.endswith("threads")), default=sys.maxsize)
 
 
 def note(remark: str) -> str:

@@ -1,6 +1,7 @@
 """The folder of a run: one JSON about it, and one JSONL with a record for each example, written as they come.
 
-An interruption loses no written record, and a half-written line is not read as a record.
+All ranks append to the JSONL, a line at a time. An interruption loses no written record, and a half-written
+line is not read as a record.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -41,10 +42,7 @@ class RecordError(Exception):
 
 @dataclass
 class Run:
-    """A folder with `run.json` and `records.jsonl`.
-
-    Each rank appends to its own `records.rank<N>.jsonl`; `finish` merges them.
-    """
+    """A folder with `run.json` and `records.jsonl`."""
 
     folder: Path
     description: Record
@@ -67,19 +65,21 @@ class Run:
         earlier = check_same_run(path, description)
         began = {"began": earlier["began"]} if "began" in earlier else {}
         run = cls(Path(path).expanduser(), description | began)
-        for part in run.folder.glob("records.rank*.jsonl"):  # the last line may be cut
-            os.truncate(part, len(_complete(part.read_bytes())))
+        run._replace_records(run.records().values())  # without a line that was cut
         return run
 
     def records(self) -> dict[int, Record]:
         """Every complete record by its index."""
-        paths = [*self.folder.glob("records.rank*.jsonl"), *self.folder.glob("records.jsonl")]
-        lines = (line for path in paths for line in _complete(path.read_bytes()).splitlines())
-        return {record["index"]: record for record in map(json.loads, lines)}
+        found, path = dict[int, Record](), self.folder / "records.jsonl"
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError):  # it was cut
+                record = json.loads(line)
+                found[record["index"]] = record
+        return found
 
-    def append(self, record: Record, rank: int = 0) -> None:
-        """Write a record of a rank; it is on the disk before this returns."""
-        path = self.folder / f"records.rank{rank}.jsonl"
+    def append(self, record: Record) -> None:
+        """Write a record; it is on the disk before this returns."""
+        path = self.folder / "records.jsonl"
         try:
             _write(path, "a", _line(record))
         except OSError as error:
@@ -87,10 +87,11 @@ class Run:
 
     def finish(self, records: list[Record], metrics: Record) -> None:
         """Write all records in order into one file, and the metrics into run.json."""
-        self.replace("records.jsonl", "".join(map(_line, records)))
+        self._replace_records(records)
         self.write_status("finished", metrics=metrics)
-        for part in self.folder.glob("records.rank*.jsonl"):
-            part.unlink()
+
+    def _replace_records(self, records: Iterable[Record]) -> None:
+        self.replace("records.jsonl", "".join(map(_line, records)))
 
     def write_status(self, status: str, **more: Any) -> None:
         """Write description and status into run.json."""
@@ -207,16 +208,12 @@ def _processor() -> str:
 
 
 def _write(path: Path, mode: str, text: str) -> None:
-    with open(path, mode, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    with open(path, f"{mode}b", buffering=0) as file:  # a line is one write, between those of other ranks
+        rest = memoryview(text.encode())
+        while rest:  # a full disk takes a part
+            rest = rest[file.write(rest) :]
         os.fsync(file.fileno())
 
 
 def _line(record: Record) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _complete(content: bytes) -> bytes:
-    """Up to the last line break."""
-    return content[: content.rfind(b"\n") + 1]

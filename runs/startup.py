@@ -20,10 +20,11 @@ from runs import ranks
 from runs.failures import reason
 from runs.status import FewerThreads, log_if_slow, print_status
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
+from self_speculation.config import default_model
 from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import cpu_operators
-from self_speculation.model.loading import default_model, load_config, resolve_device
+from self_speculation.model.loading import load_config, resolve_device
 from self_speculation.model.quantized_layers import check_family
 from self_speculation.model.short_head import prefer_ids
 from self_speculation.model.sources import LoadingWarning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer
@@ -22,7 +23,10 @@ _held: list[str] | None = None  # lines that wait for the end of an answer
 
 @contextmanager
 def log_if_slow(what: str) -> Iterator[None]:
-    """Print at the first process what is being done, if it takes longer than a second."""
+    """Print at the first process what is being done, if it takes longer than a second, and then how long it
+    took.
+    """
+    began = time.perf_counter()
     timer = Timer(_SILENCE, print_status, [f"{what} ..."])
     timer.daemon = True
     timer.start()
@@ -30,6 +34,8 @@ def log_if_slow(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+    if (seconds := time.perf_counter() - began) > _SILENCE:
+        print_status(f"{what} took {seconds:.0f} s")
 
 
 @contextmanager

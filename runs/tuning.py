@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import GenerationConfig, ModelArguments, given_flags, refuse
+from self_speculation.config import default_model
 
 # This file beside the table of a predicted sweep has the count of each token id in the outputs.
 COUNTS = "vocabulary.json"
@@ -88,8 +89,6 @@ def _sweep(tuned: str, model: str | None) -> tuple[Path, dict[str, Any]]:
     if sweep["status"] != "finished":
         raise ValueError(f"the sweep is unfinished, go on with sweep.py --resume {last.parent}")
     if model is None:
-        from self_speculation import default_model  # imports torch
-
         model = default_model()
     if Path(sweep["model"]).expanduser().resolve() != Path(model).expanduser().resolve():
         raise ValueError(f"is a sweep of --model {sweep['model']}, not of {model}")

@@ -27,7 +27,7 @@ _HOME = {
     "ThreadGovernor": "threads",
     "Verification": "decoding.sampling",
     "decode_next_token": "decoding.sampling",
-    "default_model": "model.loading",
+    "default_model": "config",
     "fuse": "model.fused_layers",
     "govern_threads": "threads",
     "load_model_and_tokenizer": "model.loading",

@@ -47,6 +47,12 @@ def check(options: Any, field: str, ok: bool, allowed: str) -> None:
         raise ValueError(f"{field} {getattr(options, field)!r}: {allowed}")
 
 
+def default_model() -> str:
+    """The folder of the bundled LayerSkip model, in a checkout or else in the installed package."""
+    in_checkout = Path(__file__).parents[1] / "checkpoints" / "python-10m"
+    return str(in_checkout if in_checkout.is_dir() else Path(__file__).parent / "bundled")
+
+
 def why_no_model(model: str) -> str | None:
     """Why no model can be read from a path; None: it can, or is a hub id."""
     path = Path(model).expanduser()
@@ -77,18 +83,9 @@ def check_template_kwargs(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return given
 
 
-def _number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 # Metadata of fields about drafts: the strategies that use them, the one to suggest first.
 _FIXED: Mapping[str, Any] = {"used_by": ("self_speculative",)}
 _DRAFTS: Mapping[str, Any] = {"used_by": ("adaptive", "self_speculative")}
-# The dataclass refuses texts, not the parser.
-_NUMBER_OR_TEXT = {"custom_args": {"type": _number_or_text}}
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class GenerationConfig:
     """int4: draft with a copy of the layers in four bits; exit_layer may be all of them. It takes 0.63 bytes
     for each of their weights and, for a float32 model on a CPU, 2 for each of the head. exact: the model's
     own."""
-    draft_confidence: float | None = field(default=None, metadata={**_FIXED, **_NUMBER_OR_TEXT})
+    draft_confidence: float | None = field(default=None, metadata=_FIXED)
     """End a draft after a token whose own probability is below this; default: drafts have num_speculations
     tokens."""
     draft_vocabulary: int | None = field(default=None, metadata=_DRAFTS)
@@ -161,10 +158,7 @@ class GenerationConfig:
         layer, length = self.exit_layer, self.num_speculations
         check(self, "exit_layer", layer == -1 or layer >= 1, "must be -1 (full depth) or at least 1")
         check(self, "num_speculations", length == -1 or length >= 1, "must be -1 or at least 1")
-        confidence: Any = self.draft_confidence
-        better = "; generation_strategy adaptive does better than auto did" if confidence == "auto" else ""
-        is_confidence = not isinstance(confidence, str) and 0 <= (confidence or 0) <= 1
-        check(self, "draft_confidence", is_confidence, f"must be between 0 and 1{better}")
+        check(self, "draft_confidence", 0 <= (self.draft_confidence or 0) <= 1, "must be between 0 and 1")
         compared = f"must be between 0 (off) and {_LONGEST_NGRAM}"
         check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _LONGEST_NGRAM, compared)
         check(self, "shared_lookup", self.shared_lookup >= 0, "must be 0 (off) or more")
@@ -193,7 +187,7 @@ class GenerationConfig:
                 last = "the last but one layer" if self.draft_weights == "exact" else "the last layer"
                 raise ValueError(f"exit_layer: self_speculative needs one between 1 and {last}")
             if self.num_speculations < 1:
-                raise ValueError("num_speculations: self_speculative needs at least 1")
+                raise ValueError("num_speculations: self_speculative needs at least 1, such as 4")
 
     def check_depth(self, num_layers: int) -> None:
         """Check the settings against the number of layers.

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import data
 from arguments import DataArguments
-from data import DATASETS, DataError, hash_texts, load_examples
+from data import DATASETS, hash_texts, load_examples
+from tables import DataError
 
 CHAT = [("USER", "hi #"), ("PARSER", "[A]"), ("USER", "more"), ("PARSER", "[B]")]
 EXAMPLES = {  # a row, its first prompt and the reference; # stands for the number of the row
@@ -253,18 +254,20 @@ def test_values_stay_text(kind, tmp_path):
         ("a.jsonl", b"[" * 100_000, "line 1: lists and objects within each other, too deep"),
         ("a.jsonl", b'{"prompt": null, "response": ""}', "line 1: column 'prompt' must be text, not None"),
         ("a.jsonl", b"\xff\xfe", "a.jsonl: 'utf-8' codec can't decode"),
+        ("a.jsonl", b'{"prompt": "a\\ud800", "response": ""}', "column 'prompt' is not Unicode text: '"),
         ("a.jsonl", b"", "a.jsonl: no examples"),
         ("a.csv", b"prompt,response\na,b\na,b,c\n", "a.csv, line 3: must have the 2 fields of the header"),
         ("a.csv", b"prompt,response\nc\n", "a.csv, line 2: must have the 2 fields"),
         ("a.parquet", b"no", "a.parquet: "),
         ("a.jsonl.gz", b"no", "a.jsonl.gz: Not a gzipped file"),
         ("a.xml", b"", "must be a .jsonl, .csv or .parquet file"),
-        ("test.csv", None, "No such file"),
+        ("test.csv", None, "no such file or folder"),
         (".", None, "must hold one file test"),
         ("chat.jsonl", b'{"data": [{"role": "USER"}]}', "line 1: no column 'message'; found: role"),
         ("chat.jsonl", b'{"data": "hi"}', "line 1: column 'data' must be a list of turns"),
         ("spec.jsonl", b'{"question_id": "a"}', "line 1: column 'question_id' must be a whole number"),
         ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": []}', "'turns' must be a list of texts"),
+        ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": ["\\udfff"]}', "column 'turns' is not"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_in_one_line_with_its_place(name, content, message, tmp_path):
@@ -285,6 +288,7 @@ def test_columns_of_other_names(tmp_path):
         DataError, match=r"no column 'x'; found: turns, data, task_id; .* in --prompt_field and"
     ):
         load("custom_jsonl", path, **{**fields, "prompt_field": "x"})
+    error_line(DataError, load, "custom_jsonl", path, prompt_field="x\ny")  # guards against two lines
 
 
 def test_flags_that_do_not_fit_the_dataset():

@@ -15,7 +15,7 @@ from test_custom_generate import rounds as rounds
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import self_speculation
-from self_speculation.model.loading import default_model
+from self_speculation.config import default_model
 
 
 @pytest.fixture

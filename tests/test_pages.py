@@ -20,8 +20,8 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.servers import started
+from self_speculation.config import default_model
 from self_speculation.model.families import FAMILIES
-from self_speculation.model.loading import default_model
 
 FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
 PAGES = sorted({*FILES} - {"CHANGELOG.md"})

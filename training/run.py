@@ -19,8 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from arguments import ModelArguments, refuse
-from data import DataError
-from measures.plots import curves_by_exit
+from measures.plots import agreement_by_exit
 from runs import ranks, records
 from runs.heading import heading
 from runs.records import Record, RecordError, Run
@@ -29,6 +28,7 @@ from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import context_length
 from self_speculation.model.loading import load_config, resolve_device
 from self_speculation.model.sources import adapted_model
+from tables import DataError
 from training import from_flags
 from training.flags import Flags
 from training.progress import Progress, Stop
@@ -242,7 +242,7 @@ def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float
     run.replace("exits.csv", table.to_csv(index=False))
     asked = run.description["arguments"]
     title = heading(run.description | {"arguments": asked | {"dataset": asked["data_path"] or asked["data"]}})
-    curves_by_exit(table, list(EXIT_SCORES), asked["exits"] or (), title, run.folder / "exits")
+    agreement_by_exit(table, asked["exits"] or (), title, run.folder / "exits")
     run.write_status("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")

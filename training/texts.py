@@ -24,8 +24,9 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data import DataError, cell, hash_texts, is_table, load_from_hub, one_line, read_table
+from data import cell, hash_texts, load_from_hub, one_line
 from self_speculation.model.kv_cache import round_up
+from tables import DataError, is_table, read_table
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 

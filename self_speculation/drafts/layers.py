@@ -29,12 +29,22 @@ class LayerDrafts(DraftSource):
         draft_weights: exact: the model's own layers draft, and verification starts from their cache and exit
             states. Those of a copy are less exact, and dropped.
         arm: what a policy knows of these drafts.
+        is_whole: all layers draft.
     """
 
-    def __init__(self, drafter: ModelRunner, exit_layer: int, draft_weights: DraftWeights, arm: Arm) -> None:
+    def __init__(
+        self,
+        drafter: ModelRunner,
+        exit_layer: int,
+        draft_weights: DraftWeights,
+        arm: Arm,
+        is_whole: bool = False,
+    ) -> None:
         self.drafter, self.exit_layer, self.arm = drafter, exit_layer, arm
         self._keeps_cache = draft_weights == "exact"
-        self.name = f"exit {exit_layer}" if self._keeps_cache else f"exit {exit_layer}, {draft_weights}"
+        self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
+        if not self._keeps_cache and not is_whole:
+            self.name += " of a 4-bit copy"
         self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
     def draft(

@@ -26,7 +26,8 @@ class Arm:
     Args:
         draft_step: number of rows -> estimated cost of a drafted token of each, in plain steps of one row;
             by default free, since no layer runs.
-        priors: [i] prior acceptance of a token after i matched ones; only [0] for layers.
+        priors: [i] prior acceptance of a token after i matched ones, the last one also after more; only [0]
+            for layers.
         weight: of the priors, in observations.
         is_judged: prompts tell its acceptance, see `AdaptivePolicy.judge`.
         least_match: tokens that must match before a fixed policy drafts with it.

@@ -16,7 +16,7 @@ from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, growth
 from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import NgramDrafts
+from self_speculation.drafts.ngram import LookupDrafts, NgramDrafts
 from self_speculation.drafts.policy import Arm, FixedPolicy
 from self_speculation.drafts.prediction import PredictionDrafts
 from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts, finished_answers
@@ -107,12 +107,18 @@ def make_composer(context: DraftContext) -> DraftComposer:
     """The sources that the config asks for.
 
     Raises:
-        ValueError: layers or head cannot be copied, or the head is on several devices.
+        ValueError: layers or head cannot be copied, the head is on several devices, or a source has too few
+            priors.
     """
     config = context.config
     asked_for = (source for kind in SOURCES if kind.asked_for(config) for source in kind.make(context))
     sources = {source.name: source for source in asked_for}
     arms = {name: source.arm for name, source in sources.items()}
+    for name, source in sources.items():
+        most = max(1, source.arm.least_match)
+        if isinstance(source, LookupDrafts) and len(source.arm.priors) <= most:
+            least = f"must have {most + 1} values or more, for 0 to {most} matched tokens"
+            raise ValueError(f"draft source {name!r}: arm.priors {least}")
     if config.is_adaptive:
         return DraftComposer(context.model, sources, AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context)))
     return DraftComposer(context.model, sources, FixedPolicy(arms, config.draft_confidence))
@@ -129,9 +135,9 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
     for layer in context.exit_layers:
         drafter = context.drafter(layer)
         arm = Arm(draft_step(layer), is_judged=True)
-        if layer == len(context.runner.layers):
+        if is_whole := layer == len(context.runner.layers):
             arm = replace(arm, is_judged=False, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
-        yield LayerDrafts(drafter, layer, weights, arm)
+        yield LayerDrafts(drafter, layer, weights, arm, is_whole)
 
 
 # In order of precedence for rows where several match.

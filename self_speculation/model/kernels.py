@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -101,11 +102,11 @@ def _file_name(variant: str) -> str:
 
 
 def _kept(variant: str) -> list[Path]:
-    """The file in the user's cache; none without a home directory."""
-    try:
-        return [cache_folder() / "kernels" / _file_name(variant)]
-    except OSError:
-        return []
+    """The file in the user's cache, and the one in a temporary folder, for a home that cannot be written."""
+    folders = [Path(tempfile.gettempdir()) / f"self-speculation-{os.getuid()}"]
+    with suppress(OSError):  # there is no home directory
+        folders.insert(0, cache_folder() / "kernels")
+    return [folder / _file_name(variant) for folder in folders]
 
 
 def _build(variant: str) -> None:

@@ -38,12 +38,6 @@ from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
 
 
-def default_model() -> str:
-    """The folder of the bundled LayerSkip model, in a checkout or else in the installed package."""
-    in_checkout = Path(__file__).parents[2] / "checkpoints" / "python-10m"
-    return str(in_checkout if in_checkout.is_dir() else Path(__file__).parents[1] / "bundled")
-
-
 def resolve_device(name: str = "auto") -> torch.device:
     """`cuda` is the GPU of this rank; `auto` is that GPU if there is one, else the CPU. Raises LoadingError
     if it is not on this machine.

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -21,9 +22,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from self_speculation.config import LoadingOptions, why_no_model
-from self_speculation.model.devices import is_lost_rank
 
 _HUB_TIMEOUT = 5.0  # seconds
+_UNREACHABLE = "not in the local cache, and the hub cannot be reached: check the network or name a folder"
 
 
 class LoadingError(Exception):
@@ -46,6 +47,20 @@ def hub_answers(repo: str, kind: Literal["model", "dataset"] = "model") -> bool:
     except Exception:  # without a network, each version of the hub's client raises its own
         return False
     return True
+
+
+def check_hub(model: str, revision: str | None = None) -> None:
+    """Raise LoadingError if a model is neither in the local cache nor on the hub; does not import torch."""
+    try:
+        if try_to_load_from_cache(model, "config.json", revision=revision) is None:
+            url = hf_hub_url(model, "config.json", revision=revision)
+            get_hf_file_metadata(url, timeout=_HUB_TIMEOUT)
+    except EntryNotFoundError:
+        return  # the repository is there
+    except Exception as error:
+        is_known = isinstance(error, HfHubHTTPError | HFValidationError | OfflineModeIsEnabled)
+        why = _advice(model, error) if is_known else _UNREACHABLE
+        raise LoadingError(f"model {model!r}: {why}") from error
 
 
 def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
@@ -97,6 +112,8 @@ def explained(model: str) -> Iterator[None]:
     except LoadingError:
         raise
     except Exception as error:
+        from self_speculation.model.devices import is_lost_rank  # imports torch
+
         if is_lost_rank(error):
             raise
         raise LoadingError(f"model {model!r}: {_advice(model, error)}") from error
@@ -110,7 +127,7 @@ def _advice(model: str, error: BaseException) -> str:
         if isinstance(cause, RepositoryNotFoundError | HFValidationError):
             return "neither a local folder nor a model on the hub (a private one needs `hf auth login`)"
         if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            return "not in the local cache, and the hub cannot be reached: check the network or name a folder"
+            return _UNREACHABLE
         if isinstance(cause, SafetensorError):
             return f"the weights are corrupt or cut short ({cause}): download them again"
         cause = cause.__cause__ or cause.__context__

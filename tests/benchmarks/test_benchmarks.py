@@ -21,7 +21,7 @@ from benchmarks.synthetic import random_llama
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse
 from self_speculation.model.model_runner import ModelRunner
 
-OURS = ["autoregressive", "self-speculative", "int4 copy", "adaptive"]
+OURS = ["without drafts", "self-speculative", "4-bit copy", "adaptive"]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_side_by_side(measured, tmp_path):
     for size in (1, 2):
         peer = f"generate of transformers in {formats[str(size)]['transformers']}"
         assert "paired turns, 1 round, " in record["citation"]
-        for base in (peer, "autoregressive decoding here"):
+        for base in (peer, "decoding without drafts here"):
             assert f"over {base}, batch size {size}: " in record["citation"]
     by_side = {row["side"]: row["tokens_per_verification"] for row in rows[:7]}
     assert by_side["transformers, exit"] == pytest.approx(by_side["self-speculative"], rel=0.1)
@@ -186,7 +186,7 @@ def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
     def measure(task, _):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         order.append((*task.place, task.compiled))
-        copied, length, size = task.strategy("int4 copy"), *task.place
+        copied, length, size = task.strategy("4-bit copy"), *task.place
         assert (copied.exit_layer, copied.num_speculations, copied.draft_weights) == (4, 3, "int4")
         for batch in task.batches:
             assert [len(ids) for ids in batch] == [max(1, length - row) for row in range(size)]
@@ -208,8 +208,8 @@ def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
     assert min(min(each["exact"], each["int4"]) for each in record["product_us"]) > 0
     assert [line for line in said if line.split()[:3] == ["256", "x", "64"]]
     work = record["work"]
-    assert work["self-speculative"]["kernels"] > work["autoregressive"]["kernels"] > 4 * 12
-    assert f"autoregressive, eager round: {work['autoregressive']['kernels']} kernels" in "\n".join(said)
+    assert work["self-speculative"]["kernels"] > work["without drafts"]["kernels"] > 4 * 12
+    assert f"without drafts, eager round: {work['without drafts']['kernels']} kernels" in "\n".join(said)
     host = record["host_us"]
     assert min(host["layer"], host["captured"]) > 0
     assert any(
@@ -222,13 +222,13 @@ def test_gpu_keeps_what_it_has_when_it_ends_early(dry, nothing_is_measured):
 
     def measure(_, found):
         answers = gpu.Answers([[1, 2, 3]], 1, 1.0, 2.0)
-        found["autoregressive"] = gpu.Measured(answers=[answers])
+        found["without drafts"] = gpu.Measured(answers=[answers])
         signal.raise_signal(signal.SIGINT)
 
     nothing_is_measured(measure)
     status, said, record = dry()
     assert (status, record["ended"]) == (130, "interrupted")
-    assert [(row["side"], row["tokens/s"]) for row in record["rows"]] == [("autoregressive", 2.0)]
+    assert [(row["side"], row["tokens/s"]) for row in record["rows"]] == [("without drafts", 2.0)]
     assert any(line.startswith("interrupted: 1 rows") for line in said)
     status, _, record = dry("--minutes", "0")
     assert (status, record["ended"], record["rows"]) == (0, "stopped after 0 minutes", [])
@@ -258,14 +258,14 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
     failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
     assert failed == {
         (False, "transformers, exit"): "OutOfMemoryError: CUDA out of memory. Tried to allocate",
-        (False, "int4 copy"): "MemoryError: no room",
+        (False, "4-bit copy"): "MemoryError: no room",
         **{(True, side): "ValueError: compile True: needs one GPU" for side in OURS},
     }
     whole = {row["side"]: row for row in record["rows"] if row["error"] is None}
-    assert [*whole] == ["transformers", "autoregressive", "self-speculative", "adaptive"]
+    assert [*whole] == ["transformers", "without drafts", "self-speculative", "adaptive"]
     assert all(row["ids"]["equal"] + row["ids"]["near_ties"] == 16 for row in whole.values())
     assert all(row["tokens/s"] > 0 and row["x hf"] > 0 for row in whole.values())
-    assert whole["autoregressive"]["limit"] > 0
+    assert whole["without drafts"]["limit"] > 0
     assert 0 <= whole["self-speculative"]["accept"] <= 1
     assert record["host_us"] is None
     assert all(len(line) <= 80 for line in said[:-1])

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pandas
 import pytest
-from helpers import about, only_run, refused
+from helpers import about, only_run, refused, watch
 
 import benchmark
 from benchmarks import paper
@@ -49,10 +49,8 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     folder = only_run(tmp_path)
     output = capsys.readouterr().out
     assert f"a rehearsal with {endless_folder.name} in place of the checkpoints, by the column exit" in output
-    assert (
-        "error: cannot load abisee/cnn_dailymail from the hub"
-        in output.partition("not measured: llama3-8B cnn_dm")[2]
-    )
+    why = f"--data_path {data}: must hold one file or folder cnn_dm_summarization, found 0"
+    assert why in output.partition("not measured: llama3-8B cnn_dm")[2]
     table = pandas.read_csv(folder / "paper.csv").set_index("row")
     measured, missing = table.loc["llama2-7B xsum"], table.loc["llama3-8B cnn_dm"]
     assert measured["formula"] == pytest.approx((1 + 12 * 0.546) / (1 + 12 * 8 / 32))
@@ -70,18 +68,20 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     }
     assert asked.items() <= flags.items()
     assert ("--draft_confidence" in flags, flags["--max_steps"], flags["--dtype"]) == (False, "4", "float32")
-    assert ["--draft_confidence", "0.4"] in [started[1][i : i + 2] for i in range(len(started[1]))]
 
     (data / "cnn_dm_summarization.jsonl").write_text(json.dumps({"article": "a", "highlights": "b"}) + "\n")
-    monkeypatch.setattr(paper, "bars", lambda *_: None)
+    (data / "cnn_dm_summarization_old.jsonl").write_text("begins with the name of the dataset\n")
+    monkeypatch.setattr(paper, "bars", lambda *_, **__: None)
     assert paper.main(["--resume", str(folder), "--rows", "llama3-8B"]) == 0
-    assert len(started) == 3
+    assert len(started) == 2
+    assert ["--draft_confidence", "0.4"] in [started[1][i : i + 2] for i in range(len(started[1]))]
     assert "not measured: " not in capsys.readouterr().out
     assert [row["index"] for row in map(json.loads, (folder / "records.jsonl").open())] == [1, 10]
 
 
 def test_nothing_is_measured(started, endless_folder, tmp_path, capsys):
     """Guards against a traceback where neither checkpoints nor data are at hand."""
+    (tmp_path / "cnn_dm_summarization.jsonl").write_text("damaged")
     args = ["--rows", "cnn_dm", "--model", str(endless_folder), "--data_path", str(tmp_path)]
     assert paper.main([*args, "--output_dir", str(tmp_path / "logs")]) == 1
     table = pandas.read_csv(only_run(tmp_path) / "paper.csv")
@@ -94,6 +94,7 @@ def test_ctrl_c_in_a_row_is_continued_there(started, endless_folder, tmp_path, m
     """Guards against examples of a row that are measured again."""
     begun = tmp_path / "begun" / "benchmark_1"
     begun.mkdir(parents=True)
+    (begun / "run.json").touch()
     monkeypatch.setattr(benchmark, "main", lambda flags: 130)
     with pytest.raises(KeyboardInterrupt):
         paper._measured({}, begun.parent)
@@ -102,6 +103,35 @@ def test_ctrl_c_in_a_row_is_continued_there(started, endless_folder, tmp_path, m
     assert paper.main(args) == 130
     assert about(only_run(tmp_path))["status"] == "interrupted"
     assert f"go on with --resume {only_run(tmp_path)}" in capsys.readouterr().err
+
+
+def test_a_row_that_was_killed_early_is_measured(started, endless_folder, tmp_path, monkeypatch):
+    """Guards against a folder without run.json, which nothing can go on with, that ends its row forever, and
+    against a picture of a rehearsal that looks like a failed reproduction.
+    """
+    drawn, measured = watch(monkeypatch, paper, "bars"), paper._measured
+    args = ["--rows", "7B human_eval", "--num_samples", "1", "--max_steps", "4"]
+    args += [
+        "--model",
+        str(endless_folder),
+        "--output_dir",
+        str(tmp_path / "logs"),
+        "--data_path",
+        str(tmp_path),
+    ]
+
+    def killed_before(flags, row):
+        (row / "benchmark_1").mkdir(parents=True)
+        return measured(flags, row)
+
+    monkeypatch.setattr(paper, "_measured", killed_before)
+    assert paper.main(args) == 0
+    assert "--output_dir" in started[0]
+    assert "--data_path" not in started[0]  # human_eval is in a package
+    (((table, _, title, _), _),) = drawn
+    name = endless_folder.name
+    assert title.startswith(f"REHEARSAL with {name}, which is none of the published checkpoints\n")
+    assert table.index[0] == "llama2-7B human_eval, exit 8, k 6 (rehearsed at exit 1)"
 
 
 def test_sigterm_ends_the_program_of_a_row(endless_folder, tmp_path, monkeypatch, capsys):

@@ -22,12 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from self_speculation import LoadingOptions, Request, load_model_and_tokenizer, make_strategy
+from self_speculation.config import default_model
 from self_speculation.model import linear
 from self_speculation.model.attention import attend_to_past
 from self_speculation.model.fused_layers import fuse, prefills_in_bfloat16
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.linear import MIN_BFLOAT16_PREFILL
-from self_speculation.model.loading import check_prefill_dtype, default_model
+from self_speculation.model.loading import check_prefill_dtype
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.sources import LoadingError
 

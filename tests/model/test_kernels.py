@@ -181,6 +181,7 @@ def builds(tmp_path, monkeypatch):
         loaded.append(file)
 
     monkeypatch.setattr(torch.ops, "load_library", load)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
     return tmp_path / "cache/kernels" / kernels._file_name(variant), compiler, loaded
 
@@ -216,8 +217,10 @@ def test_another_source_has_another_file(builds, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cache", ["/proc/nowhere", "others"])
 def test_a_cache_that_cannot_be_written(builds, cache, monkeypatch, tmp_path):
-    """Guards against drafts that are slower for it, and against code in a folder that others can write."""
-    _, _, loaded = builds
+    """Guards against drafts that are slower for it, a compiler at each start, and against code in a folder
+    that others can write.
+    """
+    _, compiler, loaded = builds
     if cache == "others":
         (tmp_path / cache / "kernels").mkdir(parents=True)
         (tmp_path / cache / "kernels").chmod(0o777)
@@ -225,7 +228,10 @@ def test_a_cache_that_cannot_be_written(builds, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("SELF_SPECULATION_CACHE", cache)
     assert load().variant
     assert not loaded[0].is_relative_to(cache)
-    assert not loaded[0].exists()
+    compiler.unlink()
+    assert load().variant
+    assert loaded[0] == loaded[1]
+    assert stat.S_IMODE(loaded[0].parent.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from huggingface_hub import errors
 from safetensors.torch import load_file
 
 from self_speculation import GenerationConfig, LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.config import default_model
 from self_speculation.model.families import context_length
 from self_speculation.model.fused_layers import fused_model
-from self_speculation.model.loading import default_model, load_config, resolve_dtype
+from self_speculation.model.loading import load_config, resolve_dtype
 from self_speculation.model.sources import hub_answers
 
 

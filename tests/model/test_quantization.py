@@ -21,7 +21,7 @@ PROGRAM = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from self_speculation import *
-from self_speculation.model.loading import default_model
+from self_speculation.config import default_model
 found = {{}}
 for quantization in ("none", "int8", "int4"):
     model, tokenizer = load_model_and_tokenizer(default_model(), LoadingOptions(quantization=quantization))

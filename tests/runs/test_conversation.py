@@ -1,6 +1,7 @@
 """A conversation reads only what is new of each turn."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -47,6 +48,27 @@ def test_a_turn_reads_what_the_template_changes(turns, byte_tokenizer, template)
     text = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert second == byte_tokenizer.encode(text, add_special_tokens=False)
     assert template != TEMPLATE or took.num_cached_tokens > len(first) // 2
+
+
+def test_commands_of_a_conversation(byte_tokenizer, tmp_path):
+    """Guards against a history that cannot be left, kept or begun by a system prompt, and a file that is
+    replaced.
+    """
+    teller = Teller(thinking_tokenizer(byte_tokenizer, QWEN3), text="u</s>")
+    talk, file = Conversation(teller, config_of(), "none", chat=True), tmp_path / "talk.json"
+    assert talk.obey("system", "Be brief.") == "the system prompt is set"
+    talk.answer("Who?")
+    assert teller.tokenizer.decode(talk._encoded("And I?")[0]).startswith("system: Be brief.\nuser: Who?\n")
+    assert talk.obey("save", str(file)) == f"the conversation is in {file}"
+    said = [("system", "Be brief."), ("user", "Who?"), ("assistant", "u")]
+    assert json.loads(file.read_text()) == [{"role": role, "content": text} for role, text in said]
+    assert talk.obey("save", str(file)) == f"/save {file}: cannot be written (File exists)"
+    assert talk.obey("save", "") == "/save: needs the name of a new file"
+    assert talk.obey("clear", "") == "the conversation is forgotten"
+    assert talk.obey("system", "") == "there is no system prompt now"
+    assert teller.tokenizer.decode(talk._encoded("And I?")[0]) == "user: And I?\nassistant: "
+    alone = Conversation(teller, config_of(), "none")
+    assert alone.obey("system", "x") == "/system: needs --chat True, a prompt alone has no roles"
 
 
 @pytest.mark.parametrize(("kwargs", "keeps"), [({}, False), ({"keep": True}, True)])

@@ -132,8 +132,8 @@ def test_other_errors_are_not_explained_away(common, fails_at):
 @pytest.mark.parametrize(("error", "says"), SAID)
 def test_a_conversation_goes_on(error, says, common, fails_at, monkeypatch, capsys):
     """Guards against a conversation that ends, or that has the failed prompt in its history."""
-    monkeypatch.setattr("runs.conversation._session", lambda: None)
-    monkeypatch.setattr("runs.conversation._ask", Mock(side_effect=["one", "two", "three", EOFError]))
+    session = Mock(prompt=Mock(side_effect=["one", "two", "three", EOFError]))
+    monkeypatch.setattr("runs.conversation._session", lambda: session)
     monkeypatch.setattr("runs.conversation._unechoed", nullcontext)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     encoded = watch(monkeypatch, Conversation, "_encoded")
@@ -176,7 +176,7 @@ def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
     said = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
     assert line.startswith(f"example 2: {said}; 3 of 4")
     assert "examples are kept, go on with --resume" in line
-    records = (only_run(tmp_path) / "records.rank0.jsonl").read_text().splitlines()
+    records = (only_run(tmp_path) / "records.jsonl").read_text().splitlines()
     assert {json.loads(record)["index"] for record in records} == {0, 1, 3}
 
 

@@ -30,12 +30,12 @@ def test_a_full_disk_keeps_what_is_written(run, monkeypatch):
     run.append({"index": 0})
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr("runs.records.os.fsync", full)
-    with pytest.raises(RecordError, match=r"records.rank0.jsonl: No space left on device"):
+    with pytest.raises(RecordError, match=r"records.jsonl: No space left on device"):
         run.append({"index": 1})
     with pytest.raises(RecordError, match="No space left"):
         run.write_status("finished")
     assert about(run.folder)["status"] == "running"
-    assert sorted(path.name for path in run.folder.iterdir()) == ["records.rank0.jsonl", "run.json"]
+    assert sorted(path.name for path in run.folder.iterdir()) == ["records.jsonl", "run.json"]
 
 
 def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):

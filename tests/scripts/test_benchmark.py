@@ -35,7 +35,8 @@ def records_of(folder):
 
 def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     """Guards against a run without its machine, records out of order, and a table that lacks a figure."""
-    assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--sample", "False"]) == 0
+    flags = ["--compare", "True", "--text_quality", "True", *SPECULATION, "--sample", "False"]
+    assert benchmark.main([*common, *flags]) == 0
     run, records = about(only_run(tmp_path)), records_of(only_run(tmp_path))
     facts = {"libraries", "device", "dtype", "threads", "dataset_fingerprint", "num_layers", "processor"}
     assert facts | {"num_ranks", "version", "commit"} <= run.keys()
@@ -53,12 +54,16 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     assert table.startswith(f"{heading(run)}\n\n5 examples ")
     *lines, cited = table.splitlines()
     assert all(len(line) <= 100 for line in lines if "run.json" not in line)
-    over = f"speed-up {metrics['comparison']['speedup']:.2f} over autoregressive decoding by the same program"
+    over = f"speed-up {metrics['comparison']['speedup']:.2f} over decoding without drafts by the same program"
     assert cited == metrics["citation"]
     assert cited.startswith(f"{over}, median of 5 examples, 90 % confidence interval ")
     speeds = {"tokens/s, all tokens by wall time", "tokens/s, decode, median answer", "ms to first token"}
     ratios = {"speed-up, median of examples", "speed-up, decode", "paper's formula", "acceptance rate"}
     assert all(name in table for name in speeds | ratios)
+    table = pandas.read_csv(only_run(tmp_path) / "benchmark.csv", index_col="strategy")
+    assert table.index.tolist() == ["this strategy", "without drafts"]
+    assert (table["low"] <= table["tokens_per_second_median"]).all()
+    assert (only_run(tmp_path) / "benchmark.png").stat().st_size > 10_000
 
 
 def test_figures_of_a_busy_machine_say_so(common, tmp_path, monkeypatch, capsys):
@@ -74,6 +79,17 @@ def test_figures_of_a_busy_machine_say_so(common, tmp_path, monkeypatch, capsys)
     assert about(only_run(tmp_path))["threads_used"] == used
 
 
+@pytest.mark.parametrize("sample", [False, True])
+def test_verdicts_of_a_busy_machine_say_so(sample, common, tmp_path, monkeypatch, capsys):
+    """Guards against a heading with threads that no example had."""
+    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)
+    flags = ["--sample", str(sample), "--num_samples", "1", "--samples_per_prompt", "20", *SPECULATION]
+    correctness.main([*common, *flags])
+    used = "1 of 2 threads in 1 of 1 example"
+    assert used in " ".join(capsys.readouterr().out.split())
+    assert about(only_run(tmp_path))["threads_used"] == used
+
+
 def test_figures_of_an_early_exit_alone_say_so(common, capsys):
     """Guards against a speed of the first layers that is taken for the model's, and "1 examples"."""
     assert benchmark.main([*common, "--num_samples", "1", "--exit_layer", "2"]) == 0
@@ -86,14 +102,19 @@ def test_figures_of_an_early_exit_alone_say_so(common, capsys):
 
 
 def test_figures_that_mean_nothing_are_left_out(common, tmp_path, capsys):
-    """Guards against an acceptance rate without drafts, and identical outputs of two random samples."""
+    """Guards against an acceptance rate without drafts, identical outputs of two random samples, the quality
+    of texts that nobody asked for, and the middle half of one example.
+    """
     assert benchmark.main(common) == 0
     assert "acceptance" not in about(only_run(tmp_path))["metrics"]
     output = capsys.readouterr().out
     assert "acceptance" not in output
+    assert "rouge" not in output
     assert " tokens/s, median of 5 examples, 90 % confidence interval " in output.splitlines()[-1]
-    assert benchmark.main([*common, "--compare", "True", *SPECULATION]) == 0
-    assert "identical outputs" not in capsys.readouterr().out
+    assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--num_samples", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "identical outputs" not in output
+    assert "middle half" not in output
 
 
 def test_examples_draw_their_own_samples(common, tmp_path):

@@ -123,8 +123,11 @@ def reference(model_folder, task_folder, few_files_are_read):  # noqa: ARG001
 @pytest.mark.parametrize(
     "flags", [[], [*SPECULATION, "--batch_size", "2"]], ids=["autoregressive", "self_speculative"]
 )
-def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, capsys):
-    """Guards against answers or prompts cut elsewhere or mixed up, and log-likelihoods of a draft."""
+def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, monkeypatch, capsys):
+    """Guards against answers or prompts cut elsewhere or mixed up, log-likelihoods of a draft, and a bar for
+    each text at a terminal.
+    """
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     ours, (functions, rest) = evaluated(ALL, *flags), reference
     assert [ours.answers["functions"][i] for i in ANSWERED] == [sample["resps"] for sample in functions]
     for task, metric in (("lines", "acc,none"), ("text", "byte_perplexity,none")):

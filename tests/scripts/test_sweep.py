@@ -144,19 +144,33 @@ def test_frame_and_last_lines_are_of_one_cell(
     assert sweep.main([*common, "--num_samples", "1", "--verify_top", verified]) == 0
     best = about(only_run(tmp_path))["metrics"]["best"]
     assert best["speedup"] == speedup
-    (((_, _, framed, title, _), _),) = drawn
+    (((_, _, framed, title, _, measured), _),) = drawn
+    assert measured == (0.5 if which else None)
     assert framed == ((best["exit_layer"], best["num_speculations"]), f"best {which}speed-up")
     assert title.endswith("\n1 prompt, whole answers with prefill")
     output = capsys.readouterr().out
-    slower = "no measured cell is faster than autoregressive decoding; the nearest:"
+    slower = "no measured cell is faster than decoding without drafts; the nearest:"
     assert (output.splitlines()[-2] == slower) == (verified == "2")
     said = "note: these prompts do not tell which strategy is faster: there are fewer than five"
     assert " ".join(output.split()).count(said) == 1
 
 
+@pytest.mark.usefixtures("timeless")
+@pytest.mark.parametrize(("mode", "what"), [("predicted", "calibration"), ("measured", "cell")])
+def test_a_sweep_of_a_busy_machine_says_so(mode, what, common, tmp_path, monkeypatch, capsys):
+    """Guards against a heading and a picture with threads that no cell had."""
+    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)
+    grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--num_samples", "1"]
+    assert sweep.main([*common, *grid, "--mode", mode]) == 0
+    used = f"1 of 2 threads in 1 of 1 {what}"
+    assert about(only_run(tmp_path))["threads_used"] == used
+    assert used in " ".join(capsys.readouterr().out.split())
+
+
 def cell_of_speedup(speedup, mode):
     return lambda _records, _costs, exit_layer, num_speculations: {
         "mode": mode, "exit_layer": exit_layer, "num_speculations": num_speculations, "speedup": speedup,
+        "threads": 1,
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from openai import OpenAI
 from servers import raw_request
 
 import serve
-from self_speculation.model.loading import default_model
+from self_speculation.config import default_model
 
 FLAGS = [
     "--generation_strategy", "self_speculative", "--exit_layer", "3", "--num_speculations", "3",
