@@ -72,9 +72,9 @@ def self_speculative_generate(
     Args:
         input_ids: [B, P], padded on the left where the attention mask is 0. Processors and criteria see the
             padding, the model does not.
-        logits_processor, stopping_criteria: called with one row at a time, so a caller's own must depend on
-            the ids and logits of that row only. Processors are called for drafted tokens, too; an error there
-            is raised if the output gets there. `generate` does not pass `stop_strings` on: use
+        logits_processor, stopping_criteria: called with one row at a time, so those of a caller must depend
+            on the ids and logits of that row only. Processors are called for drafted tokens, too; an error
+            there is raised if the output gets there. `generate` does not pass `stop_strings` on: use
             `StopStringCriteria(tokenizer, strings)`.
         kwargs: exit_layer, num_speculations (by default `assistant_early_exit` and `num_assistant_tokens`)
             and the other options of drafts, see `GenerationConfig`. generation_strategy is "self_speculative"
@@ -84,7 +84,7 @@ def self_speculative_generate(
         As `generate`: [B, P + longest output] ids, padded on the right. Sampled ids have the same
         distribution, but other random numbers. If `fuse(model, fp32_activations=True)` was called, as
         `load_model_and_tokenizer` does for 16-bit weights on a CPU, they are computed in float32. `generate`
-        computes in the model's own dtype, so its ids may differ.
+        computes in the model's dtype, so its ids may differ.
 
     Raises:
         ValueError: an argument that would change the text, by name; an exit layer that the model does not

@@ -24,7 +24,7 @@ from self_speculation.decoding.thinking import Part, Splitter, Thinking
 _COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": ""}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
-# Characters that do more to a terminal than to move the cursor right or to the next line -> what is printed.
+# Characters that do more to a terminal than to move the cursor right or to the next line -> replacements.
 _PRINTED = {code: chr(0x2400 + code) for code in range(0x20)}  # pictures of control characters
 _PRINTED |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd") | {9: "    ", 10: "\n", 13: ""}
 
@@ -47,6 +47,7 @@ class StandardTextStreamer:
         end_with: printed after the answer.
         prompt: the ids before the answer; they tell how its first token reads.
         thinking: how outputs think.
+        non_blocking, skip_prompt: ignored; scripts for the paper's code base pass them.
     """
 
     def __init__(
@@ -57,19 +58,20 @@ class StandardTextStreamer:
         end_with: str = "\n",
         prompt: Sequence[int] = (),
         thinking: Thinking | None = None,
+        *,
+        non_blocking: bool = False,  # noqa: ARG002
+        skip_prompt: bool = False,  # noqa: ARG002
     ) -> None:
         self._tokenizer, self._thinking = tokenizer, thinking
         self._stop_words = StopWords(tokenizer, stop_words or ())
         self._file = file or sys.stdout
         self._end_with = end_with
         self._on_terminal = self._file.isatty() and os.environ.get("TERM") != "dumb"
-        self._is_colored = "NO_COLOR" not in os.environ
         self._begin(prompt)
 
     def _begin(self, prompt: Sequence[int] = ()) -> None:
-        self._text = Detokenizer(self._tokenizer, prompt)
-        self._splitter = Splitter(self._thinking)
-        self._was_thinking = False  # in what was shown last
+        self._text, self._splitter = Detokenizer(self._tokenizer, prompt), Splitter(self._thinking)
+        self._screen = _Screen(self._file)
         self._held: list[Cell] = []  # committed, but is a stop word or may become one
 
     def put(self, ids: Iterable[int]) -> None:
@@ -104,34 +106,27 @@ class StandardTextStreamer:
             self._held += _cells(self._splitter.add(self._text.add(id_), id_), style)
 
     def _flush(self, finished: bool = False) -> None:
-        """Show what cannot become a stop word."""
+        """Show the text that cannot become a stop word."""
         shown = self._visible(self._held, finished)
         self._held = self._held[len(shown) :]
         self._show(shown)
 
     def _visible(self, cells: list[Cell], finished: bool) -> list[Cell]:
-        """Leave out stop words, the text after them and, unless finished, what may become one."""
+        """Leave out stop words, the text after them and, unless finished, an end that may become one."""
         start = sum(cell.is_thinking for cell in cells)
         shown = self._stop_words.cut(_text(cells[start:]))
         return cells[: start + len(shown if finished else self._stop_words.settled(shown))]
 
     def _show(self, cells: list[Cell]) -> None:
-        """Print decided cells."""
+        """Print decided cells; on a terminal, also replace the drafts."""
         if self._on_terminal:
-            for is_thinking, run in groupby(self._printed(cells), key=itemgetter(2)):
-                dim = _DIM if is_thinking and self._is_colored else ""
-                self._file.write(f"{dim}{_text(run)}{dim and _RESET}")
+            self._screen.show(cells, self._drafted())
         else:
             self._file.write(_text(cell for cell in cells if not cell.is_thinking))
-        self._file.flush()
+            self._file.flush()
 
-    def _printed(self, cells: list[Cell]) -> Iterator[Cell]:
-        """What a terminal gets for decided cells, with an empty line between thinking and answer."""
-        for cell in cells:
-            if self._was_thinking and not cell.is_thinking:
-                yield from _cells([("\n\n", True)], "target")
-            self._was_thinking = cell.is_thinking
-            yield from _printed(cell)
+    def _drafted(self) -> list[Cell]:
+        return []
 
 
 class SpeculativeTextStreamer(StandardTextStreamer):
@@ -140,27 +135,10 @@ class SpeculativeTextStreamer(StandardTextStreamer):
     On a terminal drafted tokens are yellow. Accepted ones turn green, rejected ones vanish, and the full
     model's own tokens have the terminal's colour. A file gets decided text only. The environment variable
     `NO_COLOR` turns colours off.
-
-    Args:
-        non_blocking, skip_prompt: ignored; scripts for the paper's code base pass them.
     """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_words: Iterable[str] | None = None,
-        file: TextIO | None = None,
-        end_with: str = "\n",
-        prompt: Sequence[int] = (),
-        non_blocking: bool = False,  # noqa: ARG002
-        skip_prompt: bool = False,  # noqa: ARG002
-        thinking: Thinking | None = None,
-    ) -> None:
-        super().__init__(tokenizer, stop_words, file, end_with, prompt, thinking)
 
     def _begin(self, prompt: Sequence[int] = ()) -> None:
         super()._begin(prompt)
-        self._screen = _Screen(self._file, self._is_colored)
         self._drafts: list[int] = []
         self._verified: list[int] = []  # deleted drafts; the next decided ids are compared with them
 
@@ -196,25 +174,19 @@ class SpeculativeTextStreamer(StandardTextStreamer):
 
     @property
     def legend(self) -> str:
-        """What the colours mean; empty if drafts are not shown."""
+        """The meaning of the colours; empty if drafts are not shown."""
         if not self._on_terminal:
             return ""
         names = {"draft": "drafted", "accepted": "accepted", "target": "the full model's own"}
         return " ".join(self._screen.colored(name, style) for style, name in names.items())
 
-    def _pending(self) -> list[Cell]:
+    def _drafted(self) -> list[Cell]:
         """The drafts, after decided text that is held back."""
         if not self._drafts:
             return []
         text = self._text.rest(self._drafts).rstrip("\ufffd")  # without an incomplete character
         drafted = _cells(self._splitter.preview(text), "draft")
         return self._visible([*self._held, *drafted], finished=False)
-
-    def _show(self, cells: list[Cell]) -> None:
-        if not self._on_terminal:
-            return super()._show(cells)
-        drafts = [printed for cell in self._pending() for printed in _printed(cell)]
-        self._screen.show([*self._printed(cells)], drafts)
 
 
 def _cells(parts: Iterable[Part], style: str) -> list[Cell]:
@@ -225,8 +197,8 @@ def _text(cells: Iterable[Cell]) -> str:
     return "".join(cell.char for cell in cells)
 
 
-def _printed(cell: Cell) -> list[Cell]:
-    return [cell._replace(char=char) for char in cell.char.translate(_PRINTED)]
+def _printed(cells: Iterable[Cell]) -> list[Cell]:
+    return [cell._replace(char=char) for cell in cells for char in cell.char.translate(_PRINTED)]
 
 
 class _Screen:
@@ -236,8 +208,9 @@ class _Screen:
     be put after a character at the margin, and a draft may be an accent on it.
     """
 
-    def __init__(self, file: TextIO, is_colored: bool) -> None:
-        self._file, self._is_colored = file, is_colored
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._is_colored = file, "NO_COLOR" not in os.environ
+        self._was_thinking = False  # at the last decided cell
         self._column = 0  # of the first cell that can be drawn again
         self._kept: list[Cell] = []  # the last decided character
         self._cells: list[Cell] = []  # that, and the drafts
@@ -245,7 +218,8 @@ class _Screen:
     def show(self, decided: list[Cell], drafts: list[Cell]) -> None:
         """Append decided cells and replace the drafts."""
         width, height = shutil.get_terminal_size()
-        cells, end = [*self._kept, *decided, *drafts], len(self._kept) + len(decided)
+        decided = [*self._kept, *_printed(self._spaced(decided))]
+        cells, end = [*decided, *_printed(drafts)], len(decided)
         positions = self._positions(cells, width)
         while len(cells) > end and positions[len(cells)][0] > height - 2:  # lost lines cannot be erased
             cells.pop()
@@ -260,6 +234,14 @@ class _Screen:
         drawn = (i for i, cell in enumerate(cells[:end]) if wcwidth(cell.char) > 0)
         first = max(drawn, default=0)
         self._kept, self._cells, self._column = cells[first:end], cells[first:], positions[first][1]
+
+    def _spaced(self, decided: Iterable[Cell]) -> Iterator[Cell]:
+        """With an empty line between thinking and answer."""
+        for cell in decided:
+            if self._was_thinking and not cell.is_thinking:
+                yield from [Cell("\n", "target")] * 2
+            self._was_thinking = cell.is_thinking
+            yield cell
 
     def colored(self, text: str, style: str, is_thinking: bool = False) -> str:
         color = (_COLORS[style] + _DIM * is_thinking) if self._is_colored else ""

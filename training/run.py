@@ -117,7 +117,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
         texts = load_texts(data_args)
     run = ranks.share(partial(_open_run, flags, hash_parts(texts)))
     if config is None:
-        trained = ranks.share(lambda: _own_tokenizer(run, texts[0], shape.vocabulary_size))
+        trained = ranks.share(lambda: _new_tokenizer(run, texts[0], shape.vocabulary_size))
         tokenizer = tokenizer_from_json(trained, length)
         model = from_flags.new_llama(shape, tokenizer, length, seed)
     else:
@@ -189,7 +189,7 @@ def _samples(description: Record) -> int:
     return description["num_ranks"] * arguments["batch_size"] * arguments["gradient_accumulation"]
 
 
-def _own_tokenizer(run: Run, texts: Texts, vocabulary_size: int) -> str:
+def _new_tokenizer(run: Run, texts: Texts, vocabulary_size: int) -> str:
     """The JSON of a new model's tokenizer, which the first start of the run trains."""
     path = run.folder / "tokenizer.json"
     if not path.exists():

@@ -81,10 +81,10 @@ def _read(args: TrainingDataArguments) -> Texts:
     """All rows, with the columns to learn. `datasets` caches them until a file changes."""
     make: Callable[[], Texts]
     if args.data_path is None and args.data != "python_stdlib":
-        what = f"--data {args.data}"
+        flag = f"--data {args.data}"
         make = partial(_hub_rows, args.data, args.text_column, args.streaming)
     else:
-        what = "--data python_stdlib" if args.data_path is None else f"--data_path {args.data_path}"
+        flag = "--data python_stdlib" if args.data_path is None else f"--data_path {args.data_path}"
         paths = standard_library() if args.data_path is None else _files(args.data_path)
         files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
         kwargs = {"files": files, "column": args.text_column}
@@ -96,7 +96,7 @@ def _read(args: TrainingDataArguments) -> Texts:
         if isinstance(cause, DataError) and str(cause).startswith("--"):
             raise cause from error
         is_empty = type(cause).__name__ == "SchemaInferenceError"  # a generator without rows has no columns
-        raise DataError(f"{what}: {'has no texts' if is_empty else one_line(cause)}") from error
+        raise DataError(f"{flag}: {'has no texts' if is_empty else one_line(cause)}") from error
 
 
 def _files(pattern: str) -> list[Path]:

@@ -113,13 +113,13 @@ def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: 
 @contextmanager
 def calling(module: nn.Module, function: Callable) -> Iterator[None]:
     """In this block `function` is the module's `forward`. Hooks, which may gather sharded weights, run."""
-    own, module.forward = vars(module).get("forward"), function
+    former, module.forward = vars(module).get("forward"), function
     try:
         yield
     finally:
         del module.forward
-        if own is not None:
-            module.forward = own
+        if former is not None:
+            module.forward = former
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
