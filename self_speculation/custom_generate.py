@@ -50,12 +50,12 @@ _STATEFUL = {
     transformers.SynthIDTextWatermarkLogitsProcessor: "watermarking_config (SynthID)",
 }
 
-# Processors of transformers with data for each row.
-_BY_ROW = (
-    transformers.RepetitionPenaltyLogitsProcessor,
-    transformers.EncoderRepetitionPenaltyLogitsProcessor,
-    transformers.EncoderNoRepeatNGramLogitsProcessor,
-)
+# Processors that hold data of each row of a batch.
+_BY_ROW = {
+    transformers.EncoderRepetitionPenaltyLogitsProcessor: "encoder_repetition_penalty",
+    transformers.EncoderNoRepeatNGramLogitsProcessor: "encoder_no_repeat_ngram_size",
+    transformers.PrefixConstrainedLogitsProcessor: "prefix_allowed_tokens_fn",
+}
 
 
 def self_speculative_generate(
@@ -72,11 +72,10 @@ def self_speculative_generate(
     Args:
         input_ids: [B, P], padded on the left where the attention mask is 0. Processors and criteria see the
             padding, the model does not.
-        logits_processor, stopping_criteria: a caller's own must depend on their arguments only. They may
-            treat the rows of a batch differently, but a row must not depend on the tokens of another one.
-            Processors are called for drafted tokens, too; an error there is raised if the output gets there.
-            `generate` does not pass `stop_strings` on: use `StopStringCriteria(tokenizer, strings)`. In a
-            batch without end ids no row ends before all have met a criterion, as in `generate`.
+        logits_processor, stopping_criteria: called with one row at a time, so those of a caller must depend
+            on the ids and logits of that row only. Processors are called for drafted tokens, too; an error
+            there is raised if the output gets there. `generate` does not pass `stop_strings` on: use
+            `StopStringCriteria(tokenizer, strings)`.
         kwargs: exit_layer, num_speculations (by default `assistant_early_exit` and `num_assistant_tokens`)
             and the other options of drafts, see `GenerationConfig`. generation_strategy is "self_speculative"
             or "adaptive".
@@ -85,7 +84,7 @@ def self_speculative_generate(
         As `generate`: [B, P + longest output] ids, padded on the right. Sampled ids have the same
         distribution, but other random numbers. If `fuse(model, fp32_activations=True)` was called, as
         `load_model_and_tokenizer` does for 16-bit weights on a CPU, they are computed in float32. `generate`
-        computes in the model's own dtype, so its ids may differ.
+        computes in the model's dtype, so its ids may differ.
 
     Raises:
         ValueError: an argument that would change the text, by name; an exit layer that the model does not
@@ -99,7 +98,7 @@ def self_speculative_generate(
         streamer = _generate_streamer()
     batch_size, mask = len(input_ids), kwargs.get("attention_mask")
     seen = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    given = (generation_config, logits_processor, seen, streamer, kwargs)
+    given = (generation_config, logits_processor, stopping_criteria, seen, streamer, kwargs)
     for is_given, refusal in _refusals(*given):
         if is_given:
             raise ValueError(f"self_speculative_generate: {refusal}")
@@ -126,12 +125,10 @@ def self_speculative_generate(
         streamer = SimpleNamespace(put=lambda ids: [put(id_) for id_ in ids.split(1)], end=streamer.end)
         eos_criteria, others = [], [*eos_criteria, *others]
     end_ids = [id_ for criterion in eos_criteria for id_ in criterion.eos_token_id.tolist()]
-    ends_apart = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    ended: dict[int, int] | None = None if ends_apart else {}
     requests = []
     for row in range(batch_size):
         prompt = input_ids[row, seen[row]].tolist()
-        calls = _calls_for_row(row, input_ids, len(prompt), logits_processor, others, ended)
+        calls = _calls_for_row(row, input_ids[row, None], len(prompt), logits_processor, others)
         requests.append(Request(prompt, *calls, streamer, eos_token_ids=end_ids))
     outputs: list[Tensor] = [input_ids] * batch_size
     strategy = make_strategy(config.generation_strategy)
@@ -142,8 +139,6 @@ def self_speculative_generate(
             warnings.warn(f"row {row} ends with the model's context, before its max_length", stacklevel=2)
         end_id = [] if result.end_token_id is None else [result.end_token_id]
         outputs[row] = torch.tensor([*result.predicted_tokens, *end_id])
-    if ended and len(ended) == batch_size:  # rows that were ahead of the last one
-        outputs = [output[: max(ended.values()) - input_ids.shape[1]] for output in outputs]
     padding = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
     new = torch.nn.utils.rnn.pad_sequence(outputs, batch_first=True, padding_value=padding)
     sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
@@ -151,63 +146,47 @@ def self_speculative_generate(
 
 
 def _calls_for_row(
-    row: int,
-    input_ids: Tensor,
-    prompt_length: int,
-    processors: Iterable[Callable],
-    criteria: Iterable[Callable],
-    ended: dict[int, int] | None,
+    row: int, padded: Tensor, prompt_length: int, processors: Iterable[Any], criteria: Iterable[Any]
 ) -> tuple[Callable | None, Callable | None]:
-    """A processor and a criterion for one row of [B, P] prompts, which call those of the batch.
-
-    A callable that may treat rows differently gets this row B times; its result for this index counts.
+    """A processor and a criterion that call those of the batch with this row, [1, P], and its padding.
 
     Args:
         prompt_length: without padding.
-        ended: lengths at which rows have met a criterion, with padding. No row ends before all have; None:
-            each ends alone.
     """
-    batch_size, padded = len(input_ids), input_ids[row, None]
-    processors, criteria = [_for_row(row, processor) for processor in processors], [*criteria]
+    processors = [_without_padding(row, processor) for processor in processors]
 
-    def with_padding(ids: Tensor) -> Tensor:  # [1, n] -> [B, P + output]
-        return torch.cat([padded.to(ids.device), ids[:, prompt_length:]], dim=1).expand(batch_size, -1)
+    def call(function: Callable, ids: Tensor, logits: Tensor | None) -> Tensor:
+        ids = torch.cat([padded.to(ids.device), ids[:, prompt_length:]], dim=1)
+        result = torch.as_tensor(function(ids, logits))
+        if result.numel() != (1 if logits is None else logits.numel()):
+            name = getattr(function, "__name__", type(function).__name__)
+            raise ValueError(f"self_speculative_generate: {name} holds data of other rows than it is given")
+        return result
 
     def process(ids: Tensor, logits: Tensor) -> Tensor:  # [1, n], [1, V] -> [1, V]
-        ids = with_padding(ids)
         for processor in processors:
-            is_own = type(processor).__module__ != transformers.LogitsProcessor.__module__
-            if batch_size > 1 and (is_own or isinstance(processor, _BY_ROW)):
-                logits = processor(ids, logits.repeat(batch_size, 1))[row, None]
-            else:
-                logits = processor(ids[:1], logits)
+            logits = call(processor, ids, logits)
         return logits
 
     def is_over(ids: Tensor, _logits: Tensor) -> bool:
-        ids = with_padding(ids)
-        # A criterion returns one value, or one for each row. By default, `generate` passes no logits.
-        results = (torch.as_tensor(criterion(ids, None)).flatten() for criterion in criteria)
-        is_met = any(result.expand(batch_size)[row] for result in results)
-        if ended is None:
-            return is_met
-        if is_met:
-            ended.setdefault(row, ids.shape[1])
-        return len(ended) == batch_size and ids.shape[1] >= max(ended.values())
+        return any(bool(call(criterion, ids, None)) for criterion in criteria)  # `generate` has no logits
 
     return process if processors else None, is_over if criteria else None
 
 
-def _for_row(row: int, processor: Any) -> Callable:
-    """A processor that calls `prefix_allowed_tokens_fn` with the index of this row's prompt only."""
-    if type(processor) is not transformers.PrefixConstrainedLogitsProcessor:
+def _without_padding(row: int, processor: Any) -> Any:
+    """A penalty of repetitions holds the length of each row's padding: the same one, for this row."""
+    if type(processor) is not transformers.RepetitionPenaltyLogitsProcessor:
         return processor
-    allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
-    return transformers.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(prompt, ids), num_beams=1)
+    ignored = processor.prompt_ignore_length
+    ignored = ignored[row, None] if isinstance(ignored, Tensor) else ignored
+    return transformers.RepetitionPenaltyLogitsProcessor(processor.penalty, ignored)
 
 
 def _refusals(
     config: transformers.GenerationConfig,
-    processors: Iterable[Callable],
+    processors: Iterable[Any],
+    criteria: Iterable[Any],
     seen: Tensor,
     streamer: Any,
     kwargs: dict,
@@ -219,12 +198,17 @@ def _refusals(
     for name in _METHODS:
         yield getattr(config, name, None), f"{name}: is another decoding method"
     yield config.cache_implementation == "quantized", "cache_implementation quantized: would change the text"
+    kinds, rows = {type(processor) for processor in processors}, len(seen)
     for kind, name in _STATEFUL.items():
-        stateful = f"{name}: its logits processor keeps a state, which drafts would change"
-        yield any(type(processor) is kind for processor in processors), stateful
+        yield kind in kinds, f"{name}: its logits processor keeps a state, which drafts would change"
+    for kind, name in _BY_ROW.items():
+        yield rows > 1 and kind in kinds, f"{name}: takes one row, its logits processor has data of each"
+    others = [criterion for criterion in criteria if type(criterion) is not MaxLengthCriteria]
+    all_end_together = rows > 1 and others and not any(hasattr(each, "eos_token_id") for each in others)
+    yield all_end_together, "stopping_criteria: without eos_token_id, all rows of a batch would end together"
     for name in _NOT_RETURNED:
         yield config.return_dict_in_generate and getattr(config, name), f"{name}: is not computed"
-    yield streamer is not None and len(seen) > 1, f"streamer: takes one row, not {len(seen)}"
+    yield streamer is not None and rows > 1, f"streamer: takes one row, not {rows}"
     yield kwargs.get("inputs_embeds") is not None, "inputs_embeds: prompts must be token ids"
     # transformers sets the attribute on a cache that the caller passed.
     yield getattr(kwargs.get("cache"), "_is_user_defined", False), "cache: is neither read nor filled"

@@ -1,4 +1,4 @@
-"""What a generation returns, and the counts of its drafts."""
+"""The results of a generation, and the counts of its drafts."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _draft_count(name: str) -> property:
 
 @dataclass(frozen=True)
 class GenerationStrategyResult:
-    """What a strategy generated, and its counts and times; counts of drafts are None when autoregressive."""
+    """Output, counts and times of a strategy; counts of drafts are None when autoregressive."""
 
     predicted_tokens: list[int]  # without the end id
     acceptance_rate: float | None = None  # accepted / drafted tokens; None without drafts

@@ -118,7 +118,7 @@ class Engine:
             self._changed.notify()
 
     def run(self) -> bool:
-        """Run jobs until `shut_down`, or until the GPU is lost; returns whether the engine worked to the end."""
+        """Run jobs until `shut_down` or the loss of the GPU; returns whether the engine worked to the end."""
         try:
             while True:
                 with self._changed:

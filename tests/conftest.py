@@ -10,6 +10,7 @@ import math
 import os
 import random
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -38,6 +39,7 @@ from self_speculation.drafts.policy import PLAIN, Plan
 from self_speculation.generator_base import single_result
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.kernels import cpu_operators
+from self_speculation.results import DraftStats
 from self_speculation.scheduler import Scheduler
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
@@ -88,7 +90,8 @@ def tiny_llama(
     """A random Llama in fp32, with fused layers if `fused`.
 
     agreement: how often early exits guess the model's token: `always` (the layers from `exit_layer` on add
-    nothing), `never` (the last layer changes every logit's sign), `sometimes`.
+    nothing), `never` (the last layer changes every logit's sign), `sometimes`; `loops`: always, and the last
+    token alone decides the next one, so that outputs soon go round in a circle.
     """
     torch.manual_seed(0)
     settings = {
@@ -98,7 +101,7 @@ def tiny_llama(
     }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
     if agreement != "sometimes":
-        for layer in model.model.layers[exit_layer:]:
+        for layer in model.model.layers[0 if agreement == "loops" else exit_layer :]:
             torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
             torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     if agreement == "never":
@@ -197,6 +200,25 @@ class Recorder:
 
     def end(self):
         self.ended += 1
+
+
+@contextmanager
+def mixed_drafts(*sources):
+    """In this block tokens are drafted, accepted and rejected; those of each of these sources, if some are
+    named. Ids that are compared would be equal, too, if a source silently stopped.
+    """
+    seen, add = DraftStats(), DraftStats.add
+
+    def counted(stats, *counts, **more):
+        add(seen, *counts, **more)
+        add(stats, *counts, **more)
+
+    with patch.object(DraftStats, "add", counted):
+        yield
+    assert seen.num_drafted > seen.num_accepted > 0, f"{seen.num_accepted} of {seen.num_drafted} accepted"
+    for source in sources:
+        _, drafted, accepted = seen.by_source.get(source, (0, 0, 0))
+        assert drafted > accepted > 0, f"{source}: {accepted} of {drafted} accepted"
 
 
 def planned(choose):

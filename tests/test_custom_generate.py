@@ -40,18 +40,24 @@ def rounds(monkeypatch):
     return seen
 
 
-class AddsByRow(LogitsProcessor):
-    """A caller's own processor whose result depends on the row and on the padding."""
+class AddsAtPadding(LogitsProcessor):
+    """A caller's own processor whose result depends on the padding."""
 
     def __call__(self, input_ids, scores):
-        row = torch.arange(len(scores))
-        scores[row, 7 + row] += 9.0 * input_ids.eq(0).any(-1)
+        scores[:, 7] += 9.0 * input_ids.eq(0).any(-1)
         return scores
 
 
-def ends_rows_apart(ids, scores, **_):
+class AddsByRow(LogitsProcessor):
+    """A caller's own processor that holds data of each row."""
+
+    def __call__(self, input_ids, scores):  # noqa: ARG002
+        return scores + torch.arange(3)[:, None]
+
+
+def ends_by_last_id(ids, scores, **_):
     assert scores is None  # as in `generate`
-    return torch.arange(len(ids)) + ids.shape[1] >= 15
+    return (ids[:, -1] % 5 == 0) & (ids.shape[1] > 8)
 
 
 def only_even_ones(row, ids):
@@ -75,15 +81,11 @@ COMPARED = [
     {"stopping_criteria": [MaxLengthCriteria(3)]},
     {"stopping_criteria": [MaxLengthCriteria(0)]},
     {"stopping_criteria": [MaxLengthCriteria(15), MaxLengthCriteria(9)]},
-    {"stopping_criteria": [ends_rows_apart]},
+    {"stopping_criteria": [ends_by_last_id]},
     {"stopping_criteria": [lambda ids, scores, **_: ids.shape[1] >= 9]},
-    {"stopping_criteria": [ends_rows_apart], "eos_token_id": None},
-    {"stopping_criteria": [lambda ids, scores: ids[:, -1] == 11], "eos_token_id": None},
     {"max_time": 1000.0},
     {"repetition_penalty": 1.7},
-    {"encoder_repetition_penalty": 1.7},
     {"no_repeat_ngram_size": 1},
-    {"encoder_no_repeat_ngram_size": 1},
     {"bad_words_ids": [[7], [0, 5]]},
     {"sequence_bias": [[[11], 3.0], [[0, 5], -9.0]]},
     {"renormalize_logits": True, "remove_invalid_values": True},
@@ -93,9 +95,8 @@ COMPARED = [
     {"begin_suppress_tokens": list(range(10, 50))},
     {"watermarking_config": WatermarkingConfig(bias=6.0, seeding_scheme="lefthash")},
     {"watermarking_config": WatermarkingConfig(bias=6.0, seeding_scheme="selfhash", context_width=8)},
-    {"prefix_allowed_tokens_fn": only_even_ones},
-    {"logits_processor": [AddsByRow()]},
-    {**ONE, "temperature": 0.5, "num_return_sequences": 3, "prefix_allowed_tokens_fn": only_even_ones},
+    {"logits_processor": [AddsAtPadding()]},
+    {**ONE, "temperature": 0.5, "num_return_sequences": 3},
     {**ONE, "top_p": 0.9, "min_p": 0.1, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3},
     {**ONE, "top_h": 0.4},
     {**ONE, "typical_p": 0.5},
@@ -104,6 +105,12 @@ COMPARED = [
     {"cache_implementation": "static", "max_cache_len": 64, "disable_compile": True},
     {"prefill_chunk_size": 2, "num_beams": 1, "low_memory": True, "output_scores": True},
 ]  # fmt: skip
+BY_ROW = [
+    {"encoder_repetition_penalty": 1.7},
+    {"encoder_no_repeat_ngram_size": 1},
+    {"prefix_allowed_tokens_fn": only_even_ones},
+    {"stopping_criteria": [ends_by_last_id], "eos_token_id": None},
+]
 PADDED = torch.tensor([[0, 0, 5, 9, 4, 7], [8, 3, 11, 7, 7, 3], [0, 0, 0, 0, 5, 4]])
 
 
@@ -119,6 +126,18 @@ def test_ids_are_those_of_generate(options, rounds):
         theirs, ours = theirs.sequences, ours.sequences
     assert ours.tolist() == theirs.tolist()
     assert rounds or theirs.shape[1] == PADDED.shape[1] + 1
+
+
+@pytest.mark.parametrize("options", BY_ROW, ids=lambda options: "-".join(options))
+def test_arguments_that_hold_data_of_rows_take_one_row(options):
+    """Guards against a row that gets the data of another one, and a refusal where there is one row."""
+    name, model = next(iter(options)), tiny_llama()
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **options}
+    theirs, ours = (model.generate(PROMPT, **options, **own) for own in ({}, SPECULATION))
+    assert ours.tolist() == theirs.tolist()
+    assert theirs.tolist() != model.generate(PROMPT, do_sample=False, max_new_tokens=12).tolist()
+    with pytest.raises(ValueError, match=f"self_speculative_generate: {name}: "):
+        model.generate(PADDED, attention_mask=PADDED.ne(0).long(), **options, **SPECULATION)
 
 
 SYNTH_ID = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])
@@ -141,6 +160,8 @@ REFUSED = [
     ({"num_speculations": -1}, "num_speculations: self_speculative needs at least 1"),
     ({"inputs": None, "inputs_embeds": torch.zeros(1, 6, 32)}, "inputs_embeds: prompts must be token ids"),
     ({"inputs": PADDED, "streamer": SimpleNamespace(put=lambda ids: None)}, "streamer: takes one row, not 3"),
+    ({"logits_processor": [AddsByRow()]}, "AddsByRow holds data of other rows than it is given"),
+    ({"stopping_criteria": [lambda *_: torch.zeros(3)]}, "<lambda> holds data of other"),
 ]  # fmt: skip
 
 
@@ -155,7 +176,9 @@ def test_arguments_that_would_change_the_ids_are_refused(options, message, monke
 
 def test_every_field_of_the_config_is_compared_refused_or_irrelevant():
     """Guards against a field of a later transformers that no test covers."""
-    tried = {name for options in COMPARED for name in options} | {n for o, _ in REFUSED for n in o}
+    tried = {name for options in [*COMPARED, *BY_ROW] for name in options} | {
+        n for o, _ in REFUSED for n in o
+    }
     tried |= {*SPECULATION, "output_logits", "output_attentions", "output_hidden_states"}
     of_beams = {"early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups"}
     of_drafts = {

@@ -4,8 +4,18 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import EOS, PROMPT, ROOT, generate, ids_of, random_plans, tiny_llama, transformers_generate
-from hypothesis import given, settings
+from conftest import (
+    EOS,
+    PROMPT,
+    ROOT,
+    generate,
+    ids_of,
+    mixed_drafts,
+    random_plans,
+    tiny_llama,
+    transformers_generate,
+)
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     LlamaConfig,
@@ -47,7 +57,7 @@ DRAFTS = st.fixed_dictionaries(
 )
 SHARED = st.fixed_dictionaries(
     {
-        "max_steps": st.integers(1, 20),
+        "max_steps": st.sampled_from([20, 16, 12, 8, 5, 3, 2, 1]),  # of `integers` every second one is 1
         "eos": st.lists(st.integers(0, 49), max_size=6, unique=True),
         "no_repeat_ngram_size": st.sampled_from([None, 1, 2]),
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
@@ -56,16 +66,31 @@ SHARED = st.fixed_dictionaries(
     }
 )
 
+PLAIN = {
+    "max_steps": 20, "eos": [], "no_repeat_ngram_size": None, "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0, "presence_penalty": 0.0,
+}  # fmt: skip
 
-@settings(max_examples=150)
+
+@mixed_drafts("exit 1", "exit 2", "exit 3", "n-grams")
+@settings(max_examples=60)
 @given(
     drafts=DRAFTS,
     shared=SHARED,
-    agreement=st.sampled_from(["never", "always", "sometimes"]),
+    agreement=st.sampled_from(["never", "always", "sometimes", "loops"]),
     fused=st.booleans(),
     processors=st.sampled_from(sorted(PROCESSORS)),
     stops_at=st.sampled_from([None, 3, 7]),
-    prompt=st.lists(st.integers(3, 49), min_size=1, max_size=7),
+    prompt=st.lists(st.integers(3, 49), min_size=1, max_size=7) | st.lists(st.integers(3, 9), min_size=9),
+)
+@example(  # n-grams that are accepted, and that are rejected
+    drafts={"exit_layer": 2, "num_speculations": 4, "prompt_lookup": 1},
+    shared=PLAIN,
+    agreement="never",
+    fused=False,
+    processors="none",
+    stops_at=None,
+    prompt=[5, 9, 4, 5, 9],
 )
 def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processors, stops_at, prompt):
     """Guards against errors in length limits, rollback, stops inside a draft, the history of processors and
@@ -101,7 +126,8 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
     assert all(0 <= accepted <= drafted for accepted, drafted in counts)
 
 
-@settings(max_examples=40)
+@mixed_drafts("exit 1", "exit 2", "n-grams")
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32),
     shared=SHARED,
@@ -158,7 +184,8 @@ def test_autoregressive_results():
 def test_a_huge_draft_length():
     """Guards against memory for drafts that the length limit rules out."""
     drafts = {"exit_layer": 1, "num_speculations": 10**9}
-    assert ids_of(tiny_llama(), **drafts) == transformers_generate(tiny_llama(), eos=-1)
+    with mixed_drafts():
+        assert ids_of(tiny_llama(), **drafts) == transformers_generate(tiny_llama(), eos=-1)
 
 
 def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():

@@ -91,7 +91,7 @@ class RecipeArguments:
         at_least(self, 1, "rotation")
 
     def exit_layers(self, num_layers: int) -> list[int]:
-        """The exits that learn; raises ValueError if the model has no such exit."""
+        """The exits that learn; raises ValueError if the model lacks one of them."""
         if self.early_exit_scale == 0:
             return []
         exits = self.exits or range(1, num_layers)

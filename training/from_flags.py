@@ -78,7 +78,6 @@ def trainer_settings(
         weight_decay=args.weight_decay, adam_beta2=0.95,
         logging_steps=args.log_steps, logging_nan_inf_filter=False, eval_strategy="steps",
         eval_steps=args.eval_steps, save_steps=args.save_steps, save_total_limit=2,
-        remove_unused_columns=False,  # `documents` is one
         ddp_find_unused_parameters=False,  # every rank calls every layer
         accelerator_config={
             "dispatch_batches": False,  # samples of a stream may differ in length

@@ -9,35 +9,21 @@ from typing import Any
 
 import pandas
 from accelerate.utils import gather_object
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from runs.ranks import num_processes
-from runs.records import RecordError
 
 
 class Stop(TrainerCallback):
     """End a training on all ranks after the current step, with a log row and a checkpoint, if one rank gets
-    SIGINT or SIGTERM or cannot write the log.
-
-    A second SIGINT ends it at once, but not under torchrun, which sends a second one to every rank. A signal
-    outside of `train` also ends it at once.
+    SIGINT or SIGTERM; a second SIGINT ends a single process at once. The Trainer's `enable_jit_checkpoint`
+    ends one rank only, and others wait for it.
 
     Attributes:
-        reason: why the training ended early, or None.
-        status: the exit status if it ended early.
+        status: the exit status of a training that a signal has ended, or 0.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.reason: str | None = None
-        self.status = 1
-        self._requested = 0, ""  # status and reason of this rank
-        self._is_over = False
-        self._trainer = trainer
-        trainer.add_callback(self)
-
-    def after_this_step(self, status: int, reason: str) -> None:
-        """End the training after the current step, with this exit status."""
-        self._requested = status, reason
+    status = 0
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
@@ -50,32 +36,28 @@ class Stop(TrainerCallback):
                 signal.signal(signum, handler)
 
     def _handle(self, signum: int, _: Any) -> None:
-        again = signum == signal.SIGINT and self._requested[0] > 128 and num_processes() == 1
-        self.after_this_step(128 + signum, "interrupted")
-        if again or self._is_over or not self._trainer.is_in_train:
-            self.status = 128 + signum
+        if signum == signal.SIGINT and self.status and num_processes() == 1:  # torchrun sends a second one
             raise KeyboardInterrupt
+        self.status = 128 + signum
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        if status := max(gather_object([self._requested[0]])):
-            self.status, self.reason = status, self._requested[1] or "another rank was interrupted"
+        self.status = max(gather_object([self.status]))
+        if self.status:
             control.should_log = control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, *args: Any, **others: Any) -> None:
-        self.on_step_end(*args, **others)  # a signal may have come after the last step
-        self._is_over = True
+    on_train_end = on_step_end  # a signal may have come after the last step
 
 
 class Progress(ProgressCallback):
     """A bar with the loss, a line for each evaluation, and a table of all logged values.
 
     Args:
-        write_table: writes the CSV after each new row. If it raises RecordError, `stop` ends the training.
+        write_table: writes the CSV after each new row.
     """
 
-    def __init__(self, write_table: Callable[[str], None], stop: Stop) -> None:
+    def __init__(self, write_table: Callable[[str], None]) -> None:
         super().__init__()
-        self._write_table, self._stop = write_table, stop
+        self._write_table = write_table
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         if not state.is_world_process_zero:
@@ -84,10 +66,7 @@ class Progress(ProgressCallback):
         table = pandas.DataFrame([row for row in state.log_history if "train_runtime" not in row])
         # A resumption must not change the order of the columns.
         table = table[sorted(table, key=lambda name: (name != "step", len(name), name))]
-        try:
-            self._write_table(table.to_csv(index=False))
-        except RecordError as error:
-            self._stop.after_this_step(1, str(error))
+        self._write_table(table.to_csv(index=False))
         if self.training_bar is None:
             return
         if "loss" in logs:

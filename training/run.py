@@ -8,7 +8,6 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import pandas
@@ -38,7 +37,6 @@ from training.texts import (
     hash_parts,
     is_stream,
     load_texts,
-    named,
     padded,
     to_blocks,
     tokenizer_from_json,
@@ -55,15 +53,6 @@ from training.trainer import (
 )
 
 
-class Start(NamedTuple):
-    """A training that is ready to begin."""
-
-    run: Run
-    trainer: EarlyExitTrainer
-    texts: Texts  # of the training samples
-    evaluation: datasets.Dataset  # all held-out samples
-
-
 def train(flags: Flags) -> int:
     """Train, print the scores of all exits and save the model; return the exit status."""
     set_threads(flags.model)
@@ -71,33 +60,31 @@ def train(flags: Flags) -> int:
     logging.disable_progress_bar()  # of saving
     datasets.disable_progress_bars()
     try:
-        start = _set_up(flags)
+        run, trainer, evaluation = _set_up(flags)
     except (LoadingError, ValueError, RecordError) as error:
         refuse(str(error) if str(error).startswith("--") else f"--{error}")
     except OSError as error:  # of the cache of datasets
         refuse(f"{error.filename or datasets.config.HF_DATASETS_CACHE}: {error.strerror}", status=1)
-    run, trainer = start.run, start.trainer
-    stop = Stop(trainer)
-    trainer.add_callback(Progress(partial(run.replace, "log.csv"), stop))
+    trainer.add_callback(Progress(partial(run.replace, "log.csv")))
+    trainer.add_callback(stop := Stop())
     checkpoint = newest_checkpoint(run.folder)
     try:
-        with stop.handle_signals():
-            if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
-                trainer.restore(str(checkpoint))
-            else:
+        if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
+            trainer.restore(str(checkpoint))
+        else:
+            with stop.handle_signals():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if stop.reason is None:
-                _save_and_show(run, trainer, trainer.evaluate(start.evaluation))
-    except DivergedError as error:
-        texts = named(start.texts, flags.model.seed, error.documents)
-        stop.reason = f"{error}, of {texts}: look at them, or begin anew with a lower --learning_rate"
+        if not stop.status:
+            _save_and_show(run, trainer, trainer.evaluate(evaluation))
+            ranks.barrier()  # no exchange may be under way when the process group is destroyed
+            return 0
+        reason = "interrupted"
     except KeyboardInterrupt:
-        stop.reason, stop.status = "interrupted", max(stop.status, 130)
+        reason, stop.status = "interrupted", max(stop.status, 130)
+    except DivergedError as error:
+        reason, stop.status = f"{error}: begin anew with a lower --learning_rate", 1
     except (DataError, RecordError, CheckpointError, SafetensorError, OSError) as error:
-        stop.reason = str(error)
-    if stop.reason is None:
-        ranks.barrier()  # no exchange may be under way when the process group is destroyed
-        return 0
+        reason, stop.status = str(error), 1
     if bar := trainer.pop_callback(Progress).training_bar:
         bar.close()
     if ranks.rank() == 0:
@@ -106,12 +93,12 @@ def train(flags: Flags) -> int:
         last = newest_checkpoint(run.folder)
         kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
         go_on = f", go on with --resume {run.folder}" if last or stop.status > 1 else ""
-        print(f"{stop.reason}; {kept}{go_on}", file=sys.stderr)
+        print(f"{reason}; {kept}{go_on}", file=sys.stderr)
     return stop.status
 
 
-def _set_up(flags: Flags) -> Start:
-    """Check and open everything; quick checks come first.
+def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
+    """A new or resumed run, its trainer, and all held-out samples; quick checks come first.
 
     Raises:
         LoadingError, ValueError, RecordError: something is missing, or flags do not fit.
@@ -130,7 +117,7 @@ def _set_up(flags: Flags) -> Start:
         texts = load_texts(data_args)
     run = ranks.share(partial(_open_run, flags, hash_parts(texts)))
     if config is None:
-        trained = ranks.share(lambda: _own_tokenizer(run, texts[0], shape.vocabulary_size))
+        trained = ranks.share(lambda: _new_tokenizer(run, texts[0], shape.vocabulary_size))
         tokenizer = tokenizer_from_json(trained, length)
         model = from_flags.new_llama(shape, tokenizer, length, seed)
     else:
@@ -165,7 +152,7 @@ def _set_up(flags: Flags) -> Start:
         processing_class=tokenizer,
     )
     trainer.remove_callback(ProgressCallback)
-    return Start(run, trainer, texts[0], evaluation)
+    return run, trainer, evaluation
 
 
 def _read_config(model_args: ModelArguments, sequence_length: int) -> PretrainedConfig:
@@ -202,7 +189,7 @@ def _samples(description: Record) -> int:
     return description["num_ranks"] * arguments["batch_size"] * arguments["gradient_accumulation"]
 
 
-def _own_tokenizer(run: Run, texts: Texts, vocabulary_size: int) -> str:
+def _new_tokenizer(run: Run, texts: Texts, vocabulary_size: int) -> str:
     """The JSON of a new model's tokenizer, which the first start of the run trains."""
     path = run.folder / "tokenizer.json"
     if not path.exists():

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 from zlib import crc32
 
 import datasets
-import numpy
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -45,7 +44,7 @@ Texts: TypeAlias = datasets.Dataset | datasets.IterableDataset  # the latter is 
 
 
 def load_texts(args: TrainingDataArguments) -> tuple[Texts, Texts]:
-    """(training, evaluation) rows: `text`, or `prompt` and `response`; rows of files also have a `source`.
+    """(training, evaluation) rows: `text`, or `prompt` and `response`.
 
     Raises:
         DataError: there are no such files or dataset, or it lacks the columns.
@@ -66,17 +65,13 @@ def _is_in_part(row: dict[str, str], share: float, held_out: bool) -> bool:
     for name, value in row.items():
         if not isinstance(value, str):
             raise DataError(f"--text_column {name}: holds {value!r}, which is not text")
-    return (crc32("\0".join(_content(row)).encode()) / 2**32 < share) == held_out
-
-
-def _content(row: dict[str, str]) -> list[str]:
-    return [value for name, value in row.items() if name != "source"]
+    return (crc32("\0".join(row.values()).encode()) / 2**32 < share) == held_out
 
 
 def hash_parts(parts: Iterable[Texts]) -> str:
     """A hash of all texts; of a stream, of the first ones."""
     rows = chain(*(part.take(100) if is_stream(part) else part for part in parts))
-    return hash_texts(map(_content, rows))
+    return hash_texts([*row.values()] for row in rows)
 
 
 def is_stream(texts: Texts) -> bool:
@@ -87,14 +82,14 @@ def _read(args: TrainingDataArguments) -> Texts:
     """All rows, with the columns to learn. `datasets` caches them until a file changes."""
     make: Callable[[], Texts]
     if args.data_path is None and args.data != "python_stdlib":
-        what = f"--data {args.data}"
+        flag = f"--data {args.data}"
         make = partial(_hub_rows, args.data, args.text_column, args.streaming)
     else:
-        what = "--data python_stdlib" if args.data_path is None else f"--data_path {args.data_path}"
+        flag = "--data python_stdlib" if args.data_path is None else f"--data_path {args.data_path}"
         paths = standard_library() if args.data_path is None else _files(args.data_path)
         files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
         kwargs = {"files": files, "column": args.text_column}
-        make = partial(datasets.Dataset.from_generator, _file_rows, gen_kwargs=kwargs)
+        make = partial(datasets.Dataset.from_generator, _rows_of_files, gen_kwargs=kwargs)
     try:
         return make()
     except Exception as error:  # the hub, Arrow and generators raise errors without a common base
@@ -102,7 +97,7 @@ def _read(args: TrainingDataArguments) -> Texts:
         if isinstance(cause, DataError) and str(cause).startswith("--"):
             raise cause from error
         is_empty = type(cause).__name__ == "SchemaInferenceError"  # a generator without rows has no columns
-        raise DataError(f"{what}: {'has no texts' if is_empty else one_line(cause)}") from error
+        raise DataError(f"{flag}: {'has no texts' if is_empty else one_line(cause)}") from error
 
 
 def _files(pattern: str) -> list[Path]:
@@ -122,7 +117,7 @@ def standard_library() -> list[Path]:
     ]
 
 
-def _file_rows(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[str, str]]:
+def _rows_of_files(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[str, str]]:
     """The rows of tables; any other file is one text, unless it is blank."""
     columns: list[str] = []
     for name, *_ in files:
@@ -135,8 +130,7 @@ def _file_rows(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[
         for place, row in rows:
             columns = columns or _columns(row, column)
             names = columns if len(columns) > 1 else ["text"]
-            values = [cell(place, row, name) for name in columns]
-            yield {**dict(zip(names, values, strict=True)), "source": place}
+            yield dict(zip(names, (cell(place, row, name) for name in columns), strict=True))
 
 
 def _hub_rows(name: str, column: str, streaming: bool) -> Texts:
@@ -173,7 +167,7 @@ def train_tokenizer(texts: Texts, vocabulary_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     some = texts.take(_STREAM_BUFFER) if is_stream(texts) else texts
-    tokenizer.train_from_iterator(("".join(_content(row)) for row in some), trainer)
+    tokenizer.train_from_iterator(("".join(row.values()) for row in some), trainer)
     return tokenizer
 
 
@@ -186,19 +180,20 @@ def tokenizer_from_json(json: str, context: int) -> PreTrainedTokenizerBase:
 
 
 def to_blocks(texts: Texts, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> Texts:
-    """Shuffled texts -> rows of `input_ids`, `labels` and `documents`: the first and last text of a block.
+    """Shuffled texts -> rows of `input_ids` and `labels`; a stream is shuffled within a buffer of texts.
 
     Texts are joined, an end of text after each, and cut into blocks of `length`; tokens attend to the texts
     before theirs. A prompt with its response is a block of its own of at most `length`, and only the
     response and its end have labels. `datasets` caches the blocks by texts, tokenizer, length and seed, but
-    knows the code below by its name only: rename `Joined` or `_pairs` when its output changes.
+    knows the code below by its name only: rename `Joined` or `_pair_blocks` when its output changes.
 
     Raises:
         DataError: the texts do not fill one block.
     """
     are_pairs = "prompt" in texts.column_names
-    convert: Callable = partial(_pairs, tokenizer, length) if are_pairs else Joined(tokenizer, length)
-    blocks = shuffled(texts, seed).map(
+    convert: Callable = partial(_pair_blocks, tokenizer, length) if are_pairs else Joined(tokenizer, length)
+    buffer = {"buffer_size": _STREAM_BUFFER} if is_stream(texts) else {}
+    blocks = texts.shuffle(seed, **buffer).map(
         convert, batched=True, with_indices=True, remove_columns=texts.column_names
     )
     if not is_stream(texts) and not len(blocks):
@@ -226,48 +221,27 @@ class Stream(torch.utils.data.IterableDataset):
             yield from blocks
 
 
-def shuffled(texts: Texts, seed: int) -> Texts:
-    """All texts in random order; a stream within a buffer of texts."""
-    return texts.shuffle(seed, **({"buffer_size": _STREAM_BUFFER} if is_stream(texts) else {}))
-
-
-def named(texts: Texts, seed: int, documents: list[list[int]], at_most: int = 8) -> str:
-    """Names of these documents [first, last]: their files, or the beginnings of the texts."""
-    texts = shuffled(texts, seed)
-    indices = sorted({index for first, last in documents for index in range(first, last + 1)})
-    if is_stream(texts):
-        return f"texts {', '.join(map(str, indices[:at_most]))} of the stream"
-    rows = (texts[index] for index in indices[:at_most])
-    names = [row.get("source") or repr(next(iter(row.values()))[:40]) for row in rows]
-    more = f" and {len(indices) - at_most} more" if len(indices) > at_most else ""
-    return ", ".join(dict.fromkeys(names)) + more
-
-
 class Joined:
     """Texts -> blocks of `length`. The ids left over from one call begin the first block of the next."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self._tokenizer, self._length = tokenizer, length
-        self._rest = numpy.empty((2, 0), int)  # ids, and the index of each id's text
+        self._rest: list[int] = []
 
-    def __call__(self, rows: dict[str, list[str]], indices: list[int]) -> dict[str, Any]:
-        encoded = self._tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        texts = [[*text, self._tokenizer.eos_token_id] for text in encoded]
-        new = numpy.stack([numpy.concatenate(texts), numpy.repeat(indices, [len(text) for text in texts])])
+    def __call__(self, rows: dict[str, list[str]], indices: list[int]) -> dict[str, list[list[int]]]:
         if indices[0] == 0:  # the first call, or a stream that starts again
-            self._rest = self._rest[:, :0]
-        both = numpy.concatenate([self._rest, new], axis=1)
-        whole = both.shape[1] // self._length * self._length
-        self._rest = both[:, whole:]
-        ids, owners = both[:, :whole].reshape(2, -1, self._length)
-        return {"input_ids": ids, "labels": ids, "documents": owners[:, [0, -1]]}
+            self._rest = []
+        texts = self._tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [*self._rest, *chain(*([*text, self._tokenizer.eos_token_id] for text in texts))]
+        *blocks, self._rest = (ids[at : at + self._length] for at in range(0, len(ids) + 1, self._length))
+        return {"input_ids": blocks, "labels": blocks}
 
 
-def _pairs(
-    tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]], indices: list[int]
-) -> dict[str, Any]:
-    blocks, labels, documents = [], [], []
-    for prompt, response, index in zip(rows["prompt"], rows["response"], indices, strict=True):
+def _pair_blocks(
+    tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]], _: list[int]
+) -> dict[str, list[list[int]]]:
+    blocks, labels = [], []
+    for prompt, response in zip(rows["prompt"], rows["response"], strict=True):
         before = tokenizer(prompt, verbose=False)["input_ids"]
         if tokenizer.eos_token_id in before[-1:]:  # some tokenizers end every text
             before.pop()
@@ -276,8 +250,7 @@ def _pairs(
         if len(before) < length and len(before) + len(answer) > 1:  # else there is no label to learn
             blocks.append([*before, *answer][:length])
             labels.append([*[IGNORED] * len(before), *answer][:length])
-            documents.append([index, index])
-    return {"input_ids": blocks, "labels": labels, "documents": documents}
+    return {"input_ids": blocks, "labels": labels}
 
 
 def padded(pad_token_id: int, at_most: int, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:

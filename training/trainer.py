@@ -10,12 +10,12 @@ calls `_prepare_for_training` and `_load_from_checkpoint`.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,20 +39,8 @@ from training.flags import RecipeArguments
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
 
-# Check so many losses and gradient norms together, unless a log row or a checkpoint comes first.
-_CHECK_EVERY = 1000
-
-
 class DivergedError(Exception):
-    """A loss or a gradient is not a finite number.
-
-    Attributes:
-        documents: [first, last] of each sample of the batches, where the data have such a column.
-    """
-
-    def __init__(self, step: int, what: str, value: float, documents: list[list[int]]) -> None:
-        super().__init__(f"{what} is {value} at step {step}")
-        self.documents = documents
+    """A loss or a gradient is not a finite number; the message names the step."""
 
 
 class CheckpointError(Exception):
@@ -125,13 +113,13 @@ def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: 
 @contextmanager
 def calling(module: nn.Module, function: Callable) -> Iterator[None]:
     """In this block `function` is the module's `forward`. Hooks, which may gather sharded weights, run."""
-    own, module.forward = vars(module).get("forward"), function
+    former, module.forward = vars(module).get("forward"), function
     try:
         yield
     finally:
         del module.forward
-        if own is not None:
-            module.forward = own
+        if former is not None:
+            module.forward = former
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
@@ -142,8 +130,7 @@ def plain(model: nn.Module) -> PreTrainedModel:
 class EarlyExitTrainer(Trainer):
     """A Trainer for the recipe, which evaluates every exit.
 
-    Batches have `input_ids` and `labels`, padded on the right. A column `documents` of [first, last] names
-    the texts of a sample in a DivergedError.
+    Batches have `input_ids` and `labels`, padded on the right.
 
     Args:
         model: of a supported family, with or without an adapter of peft.
@@ -168,8 +155,7 @@ class EarlyExitTrainer(Trainer):
         self._settings = settings
         self._exits = settings.exit_layers(plain(model).config.num_hidden_layers)
         self._micro_step = 0
-        # Unchecked losses of micro-batches and norms of gradients: step, name, value, documents.
-        self._unchecked: list[tuple[int, str, Tensor, Tensor]] = []
+        self._bad_step = torch.tensor(math.inf)  # the first one whose gradient is not finite; on the device
         self._restart_clock()
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True
@@ -187,15 +173,12 @@ class EarlyExitTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
-        inputs = dict(inputs)
-        documents = inputs.pop("documents", torch.empty(0, 2))
         if isinstance(num_items_in_batch, Tensor):  # FSDP would round a float to the computing dtype
             num_items_in_batch = num_items_in_batch.long()
-        inputs |= self._plan(len(inputs["input_ids"]))
+        inputs = inputs | self._plan(len(inputs["input_ids"]))
         with self._computing(early_exit_loss, losses.exit_losses):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._tokens += inputs["input_ids"].numel()
-        self._unchecked.append((self.state.global_step + 1, "a loss", loss.detach(), documents))
         return loss
 
     def _plan(self, num_samples: int) -> dict[str, Any]:
@@ -230,16 +213,12 @@ class EarlyExitTrainer(Trainer):
         norm = super()._get_grad_norm(*args, **kwargs)
         if not self.args.fp16:  # fp16 skips a step whose gradient is not finite
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
-            step = self.state.global_step + 1
-            batches = torch.cat([documents for at, _, _, documents in self._unchecked if at == step])
-            self._unchecked.append((step, "the gradient", whole.to(self.args.device), batches))
-        if len(self._unchecked) > _CHECK_EVERY:
-            self._check_losses()
+            step = torch.where(whole.isfinite(), math.inf, self.state.global_step + 1.0)
+            self._bad_step = torch.minimum(self._bad_step.to(step.device), step)
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs or "train_loss" in logs:  # the latter at the end of the training
-            self._check_losses()
+        self._check_finite(logs.get("loss", 0.0))
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds)
@@ -249,23 +228,16 @@ class EarlyExitTrainer(Trainer):
     def _restart_clock(self) -> None:
         self._since, self._tokens = time.perf_counter(), 0
 
-    def _check_losses(self) -> None:
-        """Raises DivergedError on every rank if an unchecked value of one of them is not finite."""
-        unchecked, self._unchecked = self._unchecked, []
-        values = torch.stack([value.float() for _, _, value, _ in unchecked]).tolist() if unchecked else []
-        bad = [
-            (step, what, value, documents.tolist())
-            for (step, what, _, documents), value in zip(unchecked, values, strict=True)
-            if not numpy.isfinite(value)
-        ]
-        if found := gather_object(bad):
-            step, what, value, _ = min(found, key=lambda each: each[:2])  # a loss sorts before its gradient
-            documents = [rows for at, of, _, rows in found if (at, of) == (step, what)]
-            raise DivergedError(step, what, value, list(chain(*documents)))
+    def _check_finite(self, loss: float = 0.0) -> None:
+        """Raises DivergedError if this mean over all ranks, or a gradient so far, is not finite."""
+        if (step := float(self._bad_step)) < math.inf or not math.isfinite(loss):
+            raise DivergedError(
+                f"loss or gradient is not finite at step {min(step, self.state.global_step):.0f}"
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Raises CheckpointError on every rank if one of them cannot write. Older checkpoints are kept."""
-        self._check_losses()
+        self._check_finite()
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         reasons = []
         try:

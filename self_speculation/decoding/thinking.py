@@ -72,7 +72,7 @@ class Splitter:
         self._at_start = self.has_thought  # of thinking or answer, where line breaks are left out
 
     def add(self, text: str, id_: int | None = None, finished: bool = False) -> list[Part]:
-        """What is settled after a new text, whose last token is `id_`; if the output has finished, all."""
+        """The parts that a new text settles, whose last token is `id_`; if the output has finished, all."""
         settled = self._settle(text, id_)
         if finished:
             text, self._held = self._held.rstrip("\n"), ""
@@ -80,7 +80,7 @@ class Splitter:
         return settled
 
     def preview(self, text: str) -> list[Part]:
-        """What drafts of this text would settle, where tags are found by their texts."""
+        """The parts that drafts of this text would settle; tags in drafts are found by their texts."""
         other = copy.copy(self)
         if not self.in_answer:
             other._begin, other._end = (tag._replace(id=None) for tag in (self._begin, self._end))

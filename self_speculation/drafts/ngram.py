@@ -83,8 +83,8 @@ class LookupDrafts(DraftSource):
         """How many tokens match, and at most k tokens that follow; 0 and none if nothing matches."""
 
     def lookup(self, sequence: Sequence, limit: int) -> tuple[int, list[int]]:
-        """How many tokens match, as far as there are priors, and at most `limit` tokens to draft, up to one that
-        the model lacks or a grammar forbids: verification would reject it.
+        """How many tokens match, as far as there are priors, and at most `limit` tokens to draft, up to one
+        that the model lacks or a grammar forbids: verification would reject it.
         """
         matched, ids = self._find(sequence, limit) if limit else (0, [])
         known = [*takewhile(lambda id_: 0 <= id_ < self._vocab_size, ids)]

@@ -15,6 +15,7 @@ from conftest import (
     generator_of,
     ids_of,
     in_batch,
+    mixed_drafts,
     own_llama,
     scheduler_of,
     tiny_llama,
@@ -93,6 +94,7 @@ ROW = st.tuples(
 )
 
 
+@mixed_drafts("n-grams")
 @given(
     rows=st.lists(ROW, min_size=1, max_size=7),
     batch_size=st.integers(1, 5),
@@ -101,7 +103,7 @@ ROW = st.tuples(
     drafts=DRAFTS,
     ends=st.lists(st.integers(2, 49), max_size=6),
     sample=st.booleans(),
-    agreement=st.sampled_from(["sometimes", "always", "never"]),
+    agreement=st.sampled_from(["sometimes", "always", "never", "loops"]),
     fused=st.booleans(),
     context=st.sampled_from([20, 256]),
     late=st.booleans(),
@@ -181,7 +183,8 @@ def test_nan_stays_in_its_row(batch_size, broken, drafts, late, monkeypatch):
     with torch.no_grad():
         model.model.embed_tokens.weight[[0, 49]] = torch.nan
     requests = [Request(prompt) for prompt in PROMPTS[:4]]
-    got = in_batch(model, [requests[0], broken, *requests[1:]], batch_size, max_steps=9, **drafts)
+    with mixed_drafts() if drafts else nullcontext():
+        got = in_batch(model, [requests[0], broken, *requests[1:]], batch_size, max_steps=9, **drafts)
     assert str(got.pop(1)).startswith(("the model's logits are not numbers", "'its own'"))
     found = [got[index].predicted_tokens for index in sorted(got)]
     assert found == tokens_alone(model, PROMPTS[:4], max_steps=9, **drafts)
@@ -249,7 +252,8 @@ def test_a_streamer_that_raises_ends_its_own_request(after, drafts):
     model, prompts = tiny_llama(), [[5, 9, 4], [7, 8], [3, 3, 8]]
     requests = [Request(prompt) for prompt in prompts]
     requests.insert(1, Request([9, 9], streamer=Recorder(after)))
-    got = in_batch(model, requests, 2, max_steps=12, **drafts)
+    with mixed_drafts() if drafts == LAYERS else nullcontext():
+        got = in_batch(model, requests, 2, max_steps=12, **drafts)
     assert isinstance(got.pop(1), KeyError)
     assert [got[index].predicted_tokens for index in (0, 2, 3)] == tokens_alone(model, prompts, max_steps=12)
 
@@ -273,7 +277,9 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
     assert all(isinstance(error, MemoryError) for _, error in scheduler.pop_finished())
     for key in (3, 4):
         scheduler.add_request(key, requests[key])
-    for key, result in drained(scheduler).items():
+    with mixed_drafts():
+        results = drained(scheduler)
+    for key, result in results.items():
         alone = in_batch(model, [requests[key]], 1, **drafts)[0]
         assert result.predicted_tokens == alone.predicted_tokens
 

@@ -7,7 +7,7 @@ import re
 import jsonschema
 import pytest
 import torch
-from conftest import ADAPTIVE, generate
+from conftest import ADAPTIVE, generate, mixed_drafts
 
 from self_speculation.decoding.grammar import Grammar, GrammarError, GrammarProcessor
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
@@ -52,6 +52,7 @@ def random_schema(draws, depth=0):
     return {"type": kind}
 
 
+@mixed_drafts("exit 3")
 @pytest.mark.parametrize(
     "number", [pytest.param(8, id="few"), pytest.param(200, marks=pytest.mark.slow, id="many")]
 )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ADAPTIVE, LAYERS, Recorder, in_batch, tiny_llama
+from conftest import ADAPTIVE, LAYERS, Recorder, in_batch, mixed_drafts, tiny_llama
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_batch import raises_from
@@ -107,6 +107,7 @@ ROW = st.fixed_dictionaries(
 )
 
 
+@mixed_drafts("exit 2", "n-grams")
 @given(
     rows=st.lists(ROW, min_size=1, max_size=6),
     batch_size=st.integers(1, 4),

@@ -5,7 +5,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import LAYERS, answer_of, config_of, drained, generate, own_llama, scheduler_of, tiny_llama
+from conftest import (
+    LAYERS,
+    answer_of,
+    config_of,
+    drained,
+    generate,
+    mixed_drafts,
+    own_llama,
+    scheduler_of,
+    tiny_llama,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batch import DRAFTS, ends_at, nan_from, raises_from
@@ -22,6 +32,7 @@ def fresh(model, prompt, **config):
     return generate(model, prompt, **{"max_steps": 12, **config})
 
 
+@mixed_drafts()
 @given(
     turns=st.lists(st.lists(st.integers(3, 40), min_size=1, max_size=9), min_size=2, max_size=6),
     forgets=st.lists(st.none() | st.integers(0, 30), min_size=6, max_size=6),
@@ -158,6 +169,7 @@ def test_two_threads_do_not_share_a_cache():
     assert [result.predicted_tokens for result in found] == [expected] * 6
 
 
+@mixed_drafts("exit 1")
 @pytest.mark.usefixtures("graphs")
 def test_captured_passes_write_to_no_cached_prefix():
     """Guards against the padding rows of a captured pass, which wrote to every free slot."""

@@ -1,9 +1,18 @@
 """Stop words, at any token boundary, and end ids."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
-from conftest import LAYERS, config_of, generator_of, ids_of, tiny_llama, transformers_generate
+from conftest import (
+    LAYERS,
+    config_of,
+    generator_of,
+    ids_of,
+    mixed_drafts,
+    tiny_llama,
+    transformers_generate,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
@@ -73,7 +82,12 @@ def answer(byte_tokenizer, text_model):
     return generate_text
 
 
-@pytest.mark.parametrize("extra", [{}, LAYERS], ids=["plain", "speculative"])
+@pytest.fixture(params=[{}, LAYERS], ids=["plain", "speculative"])
+def extra(request):
+    with mixed_drafts("exit 2") if request.param else nullcontext():
+        yield request.param
+
+
 def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra):
     """Guards against text with a stop word, against more ids than those whose text has it, and against a
     search in the prompt.
@@ -94,7 +108,6 @@ def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra)
         assert result.generation_strategy_result.stop_reason == "stop_word"
 
 
-@pytest.mark.parametrize("extra", [{}, LAYERS], ids=["plain", "speculative"])
 def test_every_source_of_end_ids_counts(answer, text_model, byte_tokenizer, extra, monkeypatch):
     """Guards against ignored end ids of the config, the tokenizer or the model; the earliest one counts."""
     ids = answer("def", **extra).generation_strategy_result.predicted_tokens
@@ -131,13 +144,12 @@ def test_empty_prompts_and_rates(answer, text_model, byte_tokenizer):
         generator.generate("", GenerationConfig())
 
 
-@pytest.mark.parametrize("drafts", [{}, LAYERS])
-def test_one_callable_or_a_list(drafts):
+def test_one_callable_or_a_list(extra):
     """Guards against `'function' object is not iterable`, and against a call of transformers' lists."""
     processor, criterion = SuppressTokensLogitsProcessor([7, 9]), lambda ids, scores: ids.shape[1] >= 9
 
     def ids(**own):
-        return ids_of(tiny_llama(), [5, 6, 7], **drafts, **own)
+        return ids_of(tiny_llama(), [5, 6, 7], **extra, **own)
 
     one, lists, theirs = (
         ids(logits_processors=processors, stopping_criteria=criteria)

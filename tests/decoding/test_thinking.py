@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from conftest import WAYS, config_of
+from conftest import WAYS, config_of, mixed_drafts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from thinkers import QWEN3, R1, SMOLLM3, TAGS, Teller, thinking_tokenizer
@@ -141,6 +141,7 @@ def told(request, byte_tokenizer):
     return answers
 
 
+@mixed_drafts("exit 2")
 @pytest.mark.parametrize(
     ("template", "thought"), [(QWEN3, ""), (R1, "ab {c"), (QWEN3, "A city: {]\n\nnaïve 日")]
 )

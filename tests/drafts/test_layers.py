@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PROMPT, config_of, generate, in_batch, own_llama, tiny_llama
+from conftest import PROMPT, config_of, generate, in_batch, mixed_drafts, own_llama, tiny_llama
 
 from self_speculation import Request
 from self_speculation.decoding.sampling import Sampler, verify_draft
@@ -11,7 +11,7 @@ from self_speculation.drafts.layers import LayerDrafts
 
 def test_ngrams_are_drafted():
     """Without layers a token decides the next one, so the output soon goes round in a circle."""
-    model = tiny_llama(agreement="always", exit_layer=0)
+    model = tiny_llama(agreement="loops")
     result = generate(model, PROMPT, max_steps=60, eos=[], exit_layer=2, num_speculations=4, prompt_lookup=3)
     rounds, drafted, accepted = result.drafts_by_source["n-grams"]
     assert 3 < rounds < accepted <= drafted <= 4 * rounds
@@ -27,6 +27,7 @@ def test_confidence_ends_drafts():
     assert full.drafted_by_position == generate(model, PROMPT, **shared).drafted_by_position
 
 
+@mixed_drafts("exit 2")
 def test_a_greedy_row_beside_a_sampled_one_has_its_own_confidence():
     """Guards against drafts that never end: in one distribution for all rows a greedy token has all of it."""
     model = tiny_llama()
@@ -50,6 +51,7 @@ def test_a_draft_that_may_say_nothing_is_not_confident(sample):
     assert (result.num_accepted, result.num_drafted) == (0, 18)  # one at a time, and none for the last token
 
 
+@mixed_drafts()
 @pytest.mark.parametrize("weights", ["exact", "int4"])
 @pytest.mark.parametrize("confidence", [0.2, 0.5])
 def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, monkeypatch):

@@ -1,7 +1,7 @@
 """Predicted outputs: an answer that resembles a text drafts most of itself, and stays the model's own."""
 
 import pytest
-from conftest import ADAPTIVE, LAYERS, PROMPT, generate, ids_of, in_batch, tiny_llama
+from conftest import ADAPTIVE, LAYERS, PROMPT, generate, ids_of, in_batch, mixed_drafts, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +47,7 @@ def test_a_cursor_does_not_depend_on_when_it_is_asked(prediction, output, cut):
     assert (at_once.next(5), at_once.matched) == (in_two.next(5), in_two.matched)
 
 
+@mixed_drafts("prediction")
 @pytest.mark.parametrize("how", [ADAPTIVE, {**LAYERS, "prompt_lookup": 2}])
 def test_the_ids_are_the_models_own(how):
     """Whatever is predicted: the answer itself, a variant of it, or something else."""

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from conftest import ADAPTIVE, LAYERS, PROMPT, config_of, generate, ids_of, in_batch, own_llama
+from conftest import ADAPTIVE, LAYERS, PROMPT, config_of, generate, ids_of, in_batch, mixed_drafts, own_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +56,7 @@ def test_threads_share_it():
         sys.setswitchinterval(interval)
 
 
+@mixed_drafts()
 @pytest.mark.parametrize("how", [ADAPTIVE, LAYERS, {**LAYERS, "prompt_lookup": 2}])
 def test_a_repeated_question_needs_fewer_rounds(how):
     """Guards against another output, and against an index that is lost between two schedulers."""
@@ -80,6 +81,7 @@ def test_a_warm_up_teaches_nothing():
         forget_what_was_learnt(model)
 
 
+@mixed_drafts("exit 2")
 def test_rows_learn_from_rows_that_have_finished():
     """Guards against answers that are added only after the whole batch."""
     requests = [Request(PROMPT, eos_token_ids=[]) for _ in range(3)]

@@ -110,8 +110,7 @@ def test_prompts_are_masked(byte_tokenizer):
     response = [*byte_tokenizer("cd", add_special_tokens=False)["input_ids"], byte_tokenizer.eos_token_id]
     assert block["input_ids"] == prompt + response
     assert block["labels"] == [IGNORED] * len(prompt) + response
-    assert block["documents"][0] == block["documents"][1]
-    batch = padded(0, 12, [block, {"input_ids": [5], "labels": [5], "documents": [0, 0]}])
+    batch = padded(0, 12, [block, {"input_ids": [5], "labels": [5]}])
     assert batch["labels"][1].tolist() == [5] + [IGNORED] * 11
 
 
