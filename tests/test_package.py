@@ -43,6 +43,11 @@ def test_decoding_with_the_oldest_versions():
     subprocess.run(["make", "oldest"], cwd=ROOT, check=True)
 
 
+def test_the_citation_has_the_version():
+    """Guards against a citation of another release."""
+    assert f"\nversion: {self_speculation.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_it_declares_what_it_imports():
     """Guards against a library that needs the scripts' requirements, or other versions of them."""
     text = (ROOT / "pyproject.toml").read_text().partition("dependencies = [")[2].partition("]")[0]
