@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -26,13 +27,17 @@ from self_speculation.model.user_cache import cache_folder, replacing
 _FOLDER = Path(__file__).with_name("cpp")
 _SOURCES = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
 _TORCH = Path(torch.__file__).parent
-_OPTIONS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared")
+_OPTIONS = (
+    "-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11
+)  # fmt: skip
 
 # By the instructions that the kernel uses, the compiler's options for them.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 VARIANTS = {
     "AVX512_VNNI": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
     "AVX2": _AVX2,
+    "ARM": ("-march=armv8.2-a+fp16+dotprod",),
 }
 
 # Seconds after which a compiler counts as broken; it takes 10 on a quiet machine.
@@ -69,7 +74,8 @@ def build_into(folder: Path) -> None:
         RuntimeError: there is no compiler, or it fails.
     """
     for variant in VARIANTS:
-        _compile(variant, folder / _file_name(variant))
+        if (variant == "ARM") == (platform.machine() == "aarch64"):
+            _compile(variant, folder / _file_name(variant))
 
 
 def _load() -> CPUOperators:
@@ -88,16 +94,22 @@ def _load() -> CPUOperators:
 
 
 def _best_variant() -> str | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    if platform.machine() == "aarch64":
+        return "ARM" if "asimddp" in Path("/proc/cpuinfo").read_text() else None
     level = torch.backends.cpu.get_cpu_capability()  # ATEN_CPU_CAPABILITY lowers it
-    if not sys.platform.startswith("linux") or level not in ("AVX2", "AVX512"):
+    if level not in ("AVX2", "AVX512"):
         return None
     has_vnni = level == "AVX512" and torch.cpu.get_capabilities().get("avx512_vnni", False)
     return "AVX512_VNNI" if has_vnni else "AVX2"
 
 
 def _file_name(variant: str) -> str:
-    """Homes are shared by machines and environments: the name has all that the file depends on."""
-    parts = (torch.__version__, *(file.read_text() for file in _SOURCES), *_OPTIONS, *VARIANTS[variant])
+    """Homes are shared by machines and environments: the name has all that the file depends on. It is built for
+    the oldest torch that this library has, by the interface that torch keeps stable.
+    """
+    parts = (*(file.read_text() for file in _SOURCES), *_OPTIONS, *VARIANTS[variant])
     return f"layers-{variant}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
 
 

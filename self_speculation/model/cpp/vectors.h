@@ -25,7 +25,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(WIDE)  // WIDE: a test on processors without
 constexpr int64_t LANES = 16;
 #else
 constexpr int64_t LANES = 8;
@@ -43,8 +43,10 @@ V load(const void* from) {
   return to;
 }
 Floats splat(float x) { return x - Floats{}; }
-// Memory for so many floats, at an address that no vector of which crosses a line of the cache.
-std::unique_ptr<Floats[]> aligned(int64_t number) { return std::unique_ptr<Floats[]>(new Floats[(number + LANES - 1) / LANES]); }
+// Memory for so many floats, aligned so that no vector crosses a line of the cache.
+std::unique_ptr<Floats[]> aligned(int64_t number) {
+  return std::unique_ptr<Floats[]>(new Floats[(number + LANES - 1) / LANES]);
+}
 int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
 
 // Numbers in the format of a weight or a norm, LANES of them.
@@ -79,10 +81,11 @@ Floats fma(Floats a, Floats b, Floats c) {
 }
 Ints dot(Ints sums, Bytes steps, int32_t x) {
 #ifdef __ARM_FEATURE_DOTPROD
-  int32x4_t halves[2] = {load<int32x4_t>(&sums), load<int32x4_t>((char*)&sums + 16)};
-  for (int i = 0; i < 2; i++)
-    halves[i] = vdotq_s32(halves[i], load<int8x16_t>((char*)&steps + 16 * i), vreinterpretq_s8_s32(vdupq_n_s32(x)));
-  return load<Ints>(halves);
+  int32x4_t parts[LANES / 4];
+  std::memcpy(parts, &sums, sizeof(parts));
+  for (int64_t i = 0; i < LANES / 4; i++)
+    parts[i] = vdotq_s32(parts[i], load<int8x16_t>((char*)&steps + 16 * i), vreinterpretq_s8_s32(vdupq_n_s32(x)));
+  return load<Ints>(parts);
 #else
   for (int j = 0; j < 4; j++) sums += ((Ints)steps >> 8 * j & 255) * int32_t(int8_t(x >> 8 * j));
   return sums;
@@ -106,8 +109,11 @@ void lane_sums(const Floats* of, float* sums) {
   __m256 both = _mm256_hadd_ps(low, high);
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
 #else
-  for (int i = 0; i < 4; i++)
-    sums[i] = (of[i][0] + of[i][1]) + (of[i][2] + of[i][3]) + ((of[i][4] + of[i][5]) + (of[i][6] + of[i][7]));
+  for (int i = 0; i < 4; i++) {
+    float half[8];
+    for (int j = 0; j < 8; j++) half[j] = LANES == 16 ? of[i][j] + of[i][(j + 8) % LANES] : of[i][j];
+    sums[i] = (half[0] + half[1]) + (half[2] + half[3]) + ((half[4] + half[5]) + (half[6] + half[7]));
+  }
 #endif
 }
 float lane_sum(Floats x) {
