@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interactive and ranks.num_processes() > 1:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
     prompt = one_prompt(args.prompt) if ranks.is_first() and not interactive else None
-    generator = load_generator(model_args, config, chat=args.chat, counted=counts(tuning.tuned, model_args))
+    generator = load_generator(
+        model_args, config, chat=args.chat, counted=counts(tuning.tuned, model_args), fast_prompts=True
+    )
     if grammar is not None:
         generator.use_sandbox()
     prompt = broadcast_from_rank0(generator.model, prompt)

@@ -148,7 +148,8 @@ def run_experiment(
             check_same_run(args.resume, description, arguments)
     except (DataError, RecordError) as error:
         refuse(str(error))
-    generator = load_generator(model_args, config, model_config, data_args.chat, counted)
+    is_exact = script == "correctness"
+    generator = load_generator(model_args, config, model_config, data_args.chat, counted, not is_exact)
     description |= describe_model(model_name(model_args), generator.model)
     fitting = _examples_that_fit(generator, examples, data_args)
     if script != "benchmark" and any(example.later_turns for example in fitting):

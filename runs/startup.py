@@ -24,7 +24,7 @@ from self_speculation.config import default_model
 from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import cpu_operators
-from self_speculation.model.loading import load_config, resolve_device
+from self_speculation.model.loading import load_config, resolve_device, with_fast_prompts
 from self_speculation.model.quantized_layers import check_family
 from self_speculation.model.short_head import prefer_ids
 from self_speculation.model.sources import LoadingWarning
@@ -87,12 +87,13 @@ def load_generator(
     model_config: PretrainedConfig | None = None,
     chat: bool = False,
     counted: Mapping[int, int] | None = None,
+    fast_prompts: bool = False,
 ) -> HuggingfaceLlamaGenerator:
     """Load --model and make the strategy of --generation_strategy.
 
     An error ends the program in one line, with status 1 if memory is short, else with status 2; with `chat`
     also a tokenizer without a chat template. A short draft vocabulary takes the most frequent ids of
-    `counted`, see `runs.tuning.counts`.
+    `counted`, see `runs.tuning.counts`; `fast_prompts`: see `with_fast_prompts`.
     """
     logging.set_verbosity_error()
     set_threads(model_args)
@@ -107,6 +108,8 @@ def load_generator(
                 print_status(
                     f"warning: products by {operators}: decoding is slower, weights take 4 bytes each"
                 )
+        if fast_prompts:
+            options = with_fast_prompts(model_name(model_args), options, model_config)
         config.check_depth(model_config.num_hidden_layers)
         check_family(config.draft_weights, model_config)
         # transformers shows its progress at a terminal only; errors are raised.

@@ -248,12 +248,13 @@ class LoadingOptions:
     seed: int = 42
     """Seed of all random generators."""
     dtype: DtypeName = "auto"
-    """Number format; auto: the checkpoint's own, where a CPU multiplies 16-bit weights in float32, and half
-    for a .gguf file on a GPU; half: bfloat16 if the device computes in it, else float16; others: of weights
-    and activations."""
+    """Number format of weights; auto: the checkpoint's own, and half for a .gguf file on a GPU; half:
+    bfloat16 if the device computes in it, else float16. A CPU multiplies 16-bit weights by float32
+    activations."""
     prefill_dtype: PrefillDtype = "auto"
-    """bfloat16: read long prompts by products in bfloat16, on a CPU with AMX or AVX512_BF16 and with 16-bit
-    weights that it multiplies in float32; decoding stays as it is. auto: as decoding."""
+    """How a CPU reads long prompts; decoding is in float32. bfloat16: by products in bfloat16, with AMX or
+    AVX512_BF16 and 16-bit weights. auto: generate.py, benchmark.py and sweep.py do so for checkpoints in
+    bfloat16; others, and the library, read in float32."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
     parallel: Parallel = "data"
@@ -263,9 +264,7 @@ class LoadingOptions:
     quantization: Quantization = "none"
     """Hold the layers' weights in this many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
-    """Decode by fewer and faster kernels over the same weights; False: by transformers' layers. On a CPU this
-    may add a packed copy of the weights: always for 16-bit weights multiplied in float32, else if it is
-    clearly faster and fits into a third of the free memory."""
+    """Decode by fewer and faster kernels over the same weights; False: by transformers' layers."""
     compile: bool = False
     """On a GPU, capture the decoding passes as CUDA graphs: this takes some seconds and then less time per
     token. train.py: compile the layers (torch.compile)."""

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import self_speculation
+from self_speculation.model.kernels import cpu_operators
 
 
 @pytest.mark.slow
@@ -19,7 +20,7 @@ def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
     source = tmp_path / "source"
     for name in ("self_speculation", "checkpoints"):
         shutil.copytree(ROOT / name, source / name)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", tmp_path / "site", source], check=True)
@@ -30,6 +31,12 @@ def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
         [sys.executable, "example.py"], cwd=tmp_path, env={"PYTHONPATH": "site", "HF_HUB_OFFLINE": "1"},
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    # Its operators are built in: there is no compiler.
+    here = {"PYTHONPATH": "site", "CXX": "none", "SELF_SPECULATION_CACHE": str(tmp_path / "cache")}
+    program = "from self_speculation.model.kernels import cpu_operators; print(cpu_operators())"
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, cwd=tmp_path, env=here, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == str(cpu_operators())
     text, acceptance = done.stdout.strip().rsplit(maxsplit=1)
     assert len(text) > 20
     assert 0 < float(acceptance) <= 1

@@ -68,7 +68,7 @@ def cpu_operators() -> CPUOperators:
 
 
 def build_into(folder: Path) -> None:
-    """Build all variants, for an image that runs on other machines: into this module's folder.
+    """Build all variants for this kind of processor, for an image or a wheel: into the folder of the sources.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
@@ -106,8 +106,8 @@ def _best_variant() -> str | None:
 
 
 def _file_name(variant: str) -> str:
-    """Homes are shared by machines and environments: the name has all that the file depends on. It is built for
-    the oldest torch that this library has, by the interface that torch keeps stable.
+    """Homes are shared by machines: the name has all that the file depends on. It is built for the oldest
+    torch that this library takes, by the interface that torch keeps stable.
     """
     parts = (*(file.read_text() for file in _SOURCES), *_OPTIONS, *VARIANTS[variant])
     return f"layers-{variant}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
@@ -141,15 +141,8 @@ def _build(variant: str) -> None:
 def _compile(variant: str, file: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     places = (f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}", "-ltorch_cpu")
-    command = [
-        *compiler,
-        *_OPTIONS,
-        *VARIANTS[variant],
-        str(_FOLDER / "layers.cpp"),
-        "-o",
-        str(file),
-        *places,
-    ]
+    what = (*_OPTIONS, *VARIANTS[variant], str(_FOLDER / "layers.cpp"))
+    command = [*compiler, *what, "-o", str(file), *places]
     how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": _PATIENCE}
     try:
         done = subprocess.run(command, **how)

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -93,6 +94,16 @@ def check_prefill_dtype(options: LoadingOptions, device: torch.device) -> None:
 def computes_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16 faster than in float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def with_fast_prompts(model: str, options: LoadingOptions, config: PretrainedConfig) -> LoadingOptions:
+    """Where `prefill_dtype` is auto, read long prompts of checkpoints in bfloat16 in that format, as
+    transformers does, if this processor computes in it.
+    """
+    if options.prefill_dtype != "auto" or not computes_bfloat16() or adapted_model(model, options):
+        return options
+    own = _own_dtype(model, options, config, resolve_device(options.device))
+    return replace(options, prefill_dtype="bfloat16") if own == torch.bfloat16 else options
 
 
 def load_config(model: str, options: LoadingOptions | None = None) -> PretrainedConfig:

@@ -28,7 +28,7 @@ from self_speculation.model.attention import attend_to_past
 from self_speculation.model.fused_layers import fuse, prefills_in_bfloat16
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.linear import MIN_BFLOAT16_PREFILL
-from self_speculation.model.loading import check_prefill_dtype
+from self_speculation.model.loading import check_prefill_dtype, load_config, with_fast_prompts
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.sources import LoadingError
 
@@ -140,6 +140,23 @@ def test_loading(monkeypatch):
     has(monkeypatch, avx512_bf16=True)
     options = LoadingOptions(device="cpu", prefill_dtype="bfloat16")
     assert prefills_in_bfloat16(load_model_and_tokenizer(default_model(), options)[0])
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scripts_read_prompts_as_transformers_does(
+    monkeypatch, dtype, has_bfloat16, byte_tokenizer, tmp_path
+):
+    """Guards against prompts that take twice as long as those of transformers, and against rounded prompts of
+    a checkpoint that has more bits.
+    """
+    has(monkeypatch, avx512_bf16=has_bfloat16)
+    model = own_llama(vocab_size=len(byte_tokenizer)).to(dtype)
+    model.save_pretrained(tmp_path)
+    asked = LoadingOptions(device="cpu")
+    found = with_fast_prompts(str(tmp_path), asked, load_config(str(tmp_path), asked)).prefill_dtype
+    is_fast = dtype == torch.bfloat16 and has_bfloat16 and cpu_operators().variant is not None
+    assert found == ("bfloat16" if is_fast else "auto")
 
 
 @pytest.mark.parametrize(

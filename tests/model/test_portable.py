@@ -1,5 +1,5 @@
-"""The operators on other processors: without vector instructions, with vectors of 16 numbers, on ARM (emulated), and
-under sanitizers.
+"""The operators on other processors: without vector instructions, with vectors of 16 numbers, on ARM
+(emulated), and under sanitizers.
 """
 
 import shutil
