@@ -154,6 +154,11 @@ def _read(path: Path, tensor: ReaderTensor, dtype: torch.dtype) -> Tensor:
         # Read, not mapped: pages of a mapping count as memory of this process. gguf dequantises 16 rows at a
         # time; these are one row of many blocks.
         blocks = np.fromfile(path, np.uint8, len(rows) * row_bytes, offset=start)[None]
-        rows.copy_(torch.from_numpy(gguf.dequantize(blocks, tensor.tensor_type)).view(rows.shape))
+        numbers = torch.from_numpy(gguf.dequantize(blocks, tensor.tensor_type)).view(rows.shape)
+        rows.copy_(numbers)
+        if dtype == torch.float16 and float(rows.abs().amax()) == math.inf:
+            raise ValueError(
+                f"{tensor.name} has weights beyond 65504, which need --dtype bfloat16 or float32"
+            )
         start += blocks.nbytes
     return weight

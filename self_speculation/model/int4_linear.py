@@ -2,7 +2,7 @@
 
 32 elements of a row share a scale and a middle and are stored in 16 steps: five bits each with those. Scale
 and middle minimise the error of the product, for inputs as large as the model's own. Other groups and
-roundings are in docs/performance.md.
+roundings are in docs/tried.md.
 
 On a CPU our operators (kernels.py) take float32, round 32 inputs at a time to eight bits and return float32.
 torch's kernels, on a GPU and where ours cannot be built, take and return bfloat16.

@@ -1,5 +1,5 @@
-"""What is made from a model and kept with it: fused layers, traces, captured passes, statistics, finished
-answers. It is freed with the model, so it must not refer to the model.
+"""What is made from a model and kept with it: fused layers, captured passes, statistics, finished answers.
+It is freed with the model, so it must not refer to the model.
 """
 
 from __future__ import annotations

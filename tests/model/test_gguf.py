@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import EOS, ROOT, assert_close, needs_operators, tiny_llama
+from conftest import EOS, ROOT, assert_close, needs_operators, own_llama, tiny_llama
 from helpers import error_line
 from transformers import AutoModelForCausalLM
 from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
@@ -132,6 +132,19 @@ def test_weights_are_dequantised_as_by_gguf(kind, dtype, byte_tokenizer, tmp_pat
         if weight.dim() > 1 and ".layers." in name:
             written = torch.from_numpy(gguf.dequantize(gguf.quantize(written.numpy(), kind), kind))
         assert torch.equal(weight, written.to(weight.dtype)), name
+
+
+@needs_operators
+def test_weights_beyond_float16_are_refused(byte_tokenizer, tmp_path):
+    """Guards against infinities: float16 does not hold what a file in bfloat16 may have."""
+    model = own_llama(vocab_size=len(byte_tokenizer))
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = 1e5
+    write(tmp_path / "x.gguf", model, byte_tokenizer, gguf.GGMLQuantizationType.BF16)
+    with pytest.raises(
+        LoadingError, match="blk.1.ffn_up.weight has weights beyond 65504, which need --dtype"
+    ):
+        load_model_and_tokenizer(str(tmp_path / "x.gguf"))
+    load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(("has_bf16", "wanted"), [(True, torch.bfloat16), (False, torch.float16)])

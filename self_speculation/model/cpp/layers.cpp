@@ -1,5 +1,5 @@
 // Passes over few tokens on a CPU: a range of layers, or one product, as one operator, over weights where they lie.
-// kernels.py builds this file; cpu_layers.py calls it.
+// kernels.py builds this file; in_place_runner.py calls it.
 //
 // One parallel region serves all layers. Threads claim pieces of a phase from a counter: a thread that the machine takes
 // away holds up one piece, and one thread alone finishes everything.
@@ -275,7 +275,7 @@ float* matrix(const Tensor& x, const char* name) {
   return static_cast<float*>(x.mutable_data_ptr());
 }
 
-// Layers over T new positions of each of B rows. cpu_layers.py says what the arguments are.
+// Layers over T new positions of each of B rows. in_place_runner.py says what the arguments are.
 void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, const Tensor& numbers, const Tensor& factors,
                 std::vector<Tensor> weights, std::vector<Tensor> caches, std::vector<Tensor> rotations) {
   float* states = matrix(hidden, "hidden");
