@@ -140,9 +140,7 @@ def test_weights_beyond_float16_are_refused(byte_tokenizer, tmp_path):
     model = own_llama(vocab_size=len(byte_tokenizer))
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = 1e5
     write(tmp_path / "x.gguf", model, byte_tokenizer, gguf.GGMLQuantizationType.BF16)
-    with pytest.raises(
-        LoadingError, match="blk.1.ffn_up.weight has weights beyond 65504, which need --dtype"
-    ):
+    with pytest.raises(LoadingError, match=r"blk\.1\.ffn_up\.weight has weights beyond 65504: they"):
         load_model_and_tokenizer(str(tmp_path / "x.gguf"))
     load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="bfloat16"))
 
