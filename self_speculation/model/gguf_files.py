@@ -157,8 +157,7 @@ def _read(path: Path, tensor: ReaderTensor, dtype: torch.dtype) -> Tensor:
         numbers = torch.from_numpy(gguf.dequantize(blocks, tensor.tensor_type)).view(rows.shape)
         rows.copy_(numbers)
         if dtype == torch.float16 and float(rows.abs().amax()) == math.inf:
-            raise ValueError(
-                f"{tensor.name} has weights beyond 65504, which need --dtype bfloat16 or float32"
-            )
+            why = "weights beyond 65504: they need --dtype bfloat16 or float32"
+            raise ValueError(f"{tensor.name} has {why}")
         start += blocks.nbytes
     return weight
