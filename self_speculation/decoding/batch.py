@@ -206,22 +206,23 @@ class Batch:
             for sequence, largest in zip(self.sequences, values[:rows], strict=True):
                 sequence.check([largest])
             ids = [[int(id_)] for id_ in values[rows:]]
-            self.commit(ids, self.last, logits, [0] * rows, [""] * rows)
+            self.commit(ids, self.last, logits, [None] * rows, [None] * rows)
 
     def commit(
         self,
         tokens: abc.Sequence[abc.Sequence[int]],
         last: Tensor,
         logits: Tensor,
-        num_drafted: abc.Sequence[int],
-        sources: abc.Sequence[str],
+        num_drafted: abc.Sequence[int | None],
+        sources: abc.Sequence[str | None],
     ) -> None:
         """Append the tokens of a round to the outputs, up to the token that ends an output.
 
         Args:
             last: [B, 1] the last token of each row, on the device.
             logits: [B, n, V] processed, n >= tokens.
-            sources: [B] names of the draft sources; "": no verification.
+            num_drafted: [B] tokens of a draft; None: no verification.
+            sources: [B] names of the draft sources.
         """
         for row, sequence in enumerate(self.sequences):
             sequence.commit(tokens[row], logits[row], num_drafted[row], sources[row])
