@@ -24,7 +24,7 @@ from self_speculation.transfers import on_device
 class Draft:
     """At most k >= 0 tokens for each row, and the hidden states that verification starts from."""
 
-    sources: abc.Sequence[str]  # [B] names
+    sources: abc.Sequence[str | None]  # [B] names; None: no source
     tokens: Tensor  # [B, k]
     probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy, or if k is 0
     lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
@@ -35,8 +35,16 @@ class Draft:
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams
 
 
-class DraftSource(ABC):
-    """Drafts tokens for rows of a batch."""
+class DraftPasses:
+    """Whatever drafts."""
+
+    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
+        """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
+        yield PassRange(runner, 0, len(runner.layers), longest + 1)
+
+
+class DraftSource(DraftPasses, ABC):
+    """Computes tokens for rows of a batch."""
 
     name: str
     arm: Arm
@@ -60,15 +68,11 @@ class DraftSource(ABC):
             should_continue: is asked after each token that layers draft; None: drafts have the most tokens.
         """
 
-    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
-        """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
-        yield PassRange(runner, 0, len(runner.layers), longest + 1)
-
 
 def join(batch: Batch, drafts: abc.Sequence[Draft]) -> Draft:
     """One draft of drafts for different rows. All layers verify it, since none has processed all rows."""
     if not drafts:
-        return Draft(["none"] * len(batch), *batch.stack([]), [0] * len(batch))
+        return Draft([None] * len(batch), *batch.stack([]), [0] * len(batch))
     drafts = [draft for draft in drafts if any(draft.lengths)] or drafts[:1]
     if len(drafts) == 1:
         return drafts[0]

@@ -16,9 +16,8 @@ from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, growth
 from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import LookupDrafts, NgramDrafts
+from self_speculation.drafts.ngram import LookupDrafts, TextDrafts
 from self_speculation.drafts.policy import Arm, FixedPolicy
-from self_speculation.drafts.prediction import PredictionDrafts
 from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts, finished_answers
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.made import discard, made
@@ -100,28 +99,29 @@ class SourceEntry(NamedTuple):
     """A kind of drafts."""
 
     asked_for: Callable[[GenerationConfig], bool]
-    make: Callable[[DraftContext], Iterable[DraftSource]]  # several: what adaptive decoding picks from
+    make: Callable[
+        [DraftContext], Iterable[DraftSource | LookupDrafts]
+    ]  # several: what adaptive decoding picks from
 
 
 def make_composer(context: DraftContext) -> DraftComposer:
     """The sources that the config asks for.
 
     Raises:
-        ValueError: layers or head cannot be copied, the head is on several devices, or a source has too few
-            priors.
+        ValueError: layers or head cannot be copied, or the head is on several devices.
     """
-    config = context.config
-    asked_for = (source for kind in SOURCES if kind.asked_for(config) for source in kind.make(context))
-    sources = {source.name: source for source in asked_for}
-    arms = {name: source.arm for name, source in sources.items()}
-    for name, source in sources.items():
-        most = max(1, source.arm.least_match)
-        if isinstance(source, LookupDrafts) and len(source.arm.priors) <= most:
-            least = f"must have {most + 1} values or more, for 0 to {most} matched tokens"
-            raise ValueError(f"draft source {name!r}: arm.priors {least}")
+    config, sources, lookups = context.config, {}, []
+    arms: dict[str, Arm] = {}
+    for source in (each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)):
+        if isinstance(source, LookupDrafts):
+            lookups.append(source)
+            arms |= source.arms
+        else:
+            sources[source.name], arms[source.name] = source, source.arm
+    policy: FixedPolicy | AdaptivePolicy = FixedPolicy(arms, config.draft_confidence)
     if config.is_adaptive:
-        return DraftComposer(context.model, sources, AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context)))
-    return DraftComposer(context.model, sources, FixedPolicy(arms, config.draft_confidence))
+        policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context))
+    return DraftComposer(context.model, sources, lookups, context.vocab_size, policy)
 
 
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
@@ -140,20 +140,21 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
         yield LayerDrafts(drafter, layer, weights, arm, is_whole)
 
 
-# In order of precedence for rows where several match.
+def _text(context: DraftContext) -> Iterator[TextDrafts]:
+    # What followed a single token is mostly chance; adaptive decoding learns how often.
+    yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH, 1 if context.config.is_adaptive else 2)
+
+
+def _shared(context: DraftContext) -> Iterator[SharedDrafts]:
+    config = context.config
+    yield SharedDrafts(finished_answers(context.model, config.shared_lookup), is_sure=not config.is_adaptive)
+
+
+# A longer match goes first; of equal ones the upper source's.
 SOURCES: list[SourceEntry] = [
     SourceEntry(lambda config: True, _layers),
-    SourceEntry(lambda config: config.looks_up, lambda context: [PredictionDrafts(context.vocab_size)]),
-    SourceEntry(
-        lambda config: config.looks_up,
-        lambda context: [NgramDrafts(context.config.prompt_lookup or _LONGEST_MATCH, context.vocab_size)],
-    ),
-    SourceEntry(
-        lambda config: config.shared_lookup > 0,
-        lambda context: [
-            SharedDrafts(finished_answers(context.model, context.config.shared_lookup), context.vocab_size)
-        ],
-    ),
+    SourceEntry(lambda config: config.looks_up, _text),
+    SourceEntry(lambda config: config.shared_lookup > 0, _shared),
 ]
 
 

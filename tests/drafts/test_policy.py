@@ -15,7 +15,7 @@ from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
-from self_speculation.drafts.policy import PLAIN, Arm, FixedPolicy, RoundOutcome
+from self_speculation.drafts.policy import Arm, FixedPolicy, Match, RoundOutcome
 from self_speculation.model import made
 from self_speculation.model.kernels import CPUOperators
 from self_speculation.model.model_runner import ModelRunner
@@ -79,7 +79,7 @@ class World:
 
 
 class Round(NamedTuple):
-    source: str  # of layers; PLAIN: none drafted
+    source: str  # of layers; None: none drafted
     plan: object
     num_tokens: int
     seconds: float  # without noise
@@ -100,8 +100,9 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
         policy.judge(num_right, 16)
     for _ in range(rounds):
         found = [draws.choice([1, 2, 3]) if draws.random() < world.finds else None for _ in range(num_rows)]
-        plan = policy.plan({"n-grams": found}, [8] * num_rows)
-        sources, matched = [*(plan.lookups or [PLAIN] * num_rows)], [0] * num_rows
+        plan = policy.plan([number and Match("n-grams", number) for number in found], [8] * num_rows)
+        chosen = plan.lookups or [False] * num_rows
+        sources, matched = ["n-grams" if looks_up else None for looks_up in chosen], [0] * num_rows
         drafted, accepted = [0] * num_rows, [0] * num_rows
         confidences = [[] for _ in range(num_rows)]
         looked_up = world.chances.get("n-grams", 0.0)
@@ -110,12 +111,12 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
                 continue
             is_right = draws.random() < looked_up  # the first token of an n-gram, drafted or not
             policy.see("n-grams", found[row], is_right)
-            if source != PLAIN:
+            if source is not None:
                 matched[row], drafted[row] = found[row], min(plan.looked_up, 8)
                 accepted[row] = int(is_right)
                 while 0 < accepted[row] < drafted[row] and draws.random() < looked_up:
                     accepted[row] += 1
-        own = [row for row, source in enumerate(sources) if source == PLAIN and plan.source != PLAIN]
+        own = [row for row, source in enumerate(sources) if source is None and plan.source is not None]
         steps = 0
         while own and steps < min(plan.length, 8) and (not steps or all(policy.should_continue(confidences))):
             for row in own:
@@ -166,7 +167,7 @@ def test_a_source_that_has_become_good_is_noticed(good, bad_rounds):
     chooser = policy(copy_takes=0.3)
     bad = play(chooser, World(), bad_rounds)
     tried = {each.source for each in bad}
-    assert tried == {PLAIN, COPY}
+    assert tried == {None, COPY}
     assert speed(bad[300:] or bad, World()) > (0.99 if bad_rounds > 300 else 0.95)
     assert mostly(play(chooser, World({good: 0.95}), 2 * bad_rounds, seed=1)[-100:]) == good
 
@@ -185,8 +186,8 @@ def test_a_good_exit_drafts_from_the_first_round_on(num_rows):
     world = World({"exit 2": 0.1, "exit 4": 0.9})
     made = play(policy(), world, 40, num_rows)
     assert made[0].source == "exit 4"
-    assert {each.source for each in made} <= {"exit 4", PLAIN}
-    assert not any(each.plan.is_trial for each in made if each.source != PLAIN)
+    assert {each.source for each in made} <= {"exit 4", None}
+    assert not any(each.plan.is_trial for each in made if each.source is not None)
 
 
 def test_prompts_judge_exits_ever_more_rarely():
@@ -234,7 +235,7 @@ def test_nothing_is_worse_than_plain_steps(worlds):
     assert sorted(found)[worlds // 2] > 1.1
 
 
-@pytest.mark.parametrize("stalled", [(PLAIN, 1), ("exit 4", 1), ("exit 4", 2), ("exit 4", 400)])
+@pytest.mark.parametrize("stalled", [(None, 1), ("exit 4", 1), ("exit 4", 2), ("exit 4", 400)])
 def test_a_stall_rules_out_no_source(stalled):
     """Guards against a process that stands still for a while, also while a source is hardly known."""
     world = World({"exit 2": 0.2, "exit 4": 0.95})
@@ -244,7 +245,7 @@ def test_a_stall_rules_out_no_source(stalled):
 def test_times_are_learnt_and_forgotten():
     """Guards against an estimate that is believed for ever, and against times of a slow hour."""
     sure, chooser = {"exit 2": 0.9, "exit 4": 0.9}, policy()
-    assert mostly(play(chooser, World(sure, draft=sure))[-100:]) == PLAIN
+    assert mostly(play(chooser, World(sure, draft=sure))[-100:]) is None
     assert mostly(play(chooser, World(sure), 3000)[-100:]) == "exit 2"
 
 
@@ -254,7 +255,7 @@ def test_times_belong_to_a_number_of_threads():
     chooser = policy(ArmStats(partial(line, 0.02), lambda: threads[0]))
     assert mostly(play(chooser, World(sure), 100)[-50:]) == "exit 2"
     threads[0] = 1
-    assert mostly(play(chooser, World(sure, draft=sure), 100)[-50:]) == PLAIN
+    assert mostly(play(chooser, World(sure, draft=sure), 100)[-50:]) is None
     threads[0] = 2
     assert mostly(play(chooser, World(sure), 10)) == "exit 2"
 
@@ -293,25 +294,26 @@ def test_ngrams_go_before_a_copy_row_by_row():
     chooser, shared = policy(copy_takes=0.05), {"slope": 0.005, "draft": {COPY: 0.05}}
     world, alone = World({COPY: 0.8, "n-grams": 0.95}, finds=0.5, **shared), World({COPY: 0.8}, **shared)
     made = play(chooser, world, 400, num_rows=4)
-    ready = {"n-grams": [3, None, None, 3]}
+    ready = [Match("n-grams", 3), None, None, None]
     plan = next(p for p in (chooser.plan(ready, [8, 8, 8, 0]) for _ in range(9)) if not p.is_trial)
-    assert (plan.source, plan.lookups) == (COPY, ["n-grams", PLAIN, PLAIN, PLAIN])  # no room in the last
+    assert (plan.source, plan.lookups) == (COPY, [True, False, False, False])
     made_alone = play(policy(copy_takes=0.05), alone, 400, num_rows=4)
     assert speed(made, world, 4) > speed(made_alone, alone, 4) + 0.1
 
 
-def test_a_fixed_policy_takes_the_first_source_that_matches_enough():
-    """Guards against short matches of a source whose short matches are chance."""
-    arms = {"exit 2": Arm(lambda num_rows: 0.2), "shared": Arm(least_match=3), "n-grams": Arm()}
-    plan = FixedPolicy(arms, None).plan({"shared": [2, 3, None], "n-grams": [1, 9, None]}, [4, 1, 2])
-    assert (plan.source, plan.lookups) == ("exit 2", ["n-grams", "shared", PLAIN])
+def test_a_fixed_policy_takes_what_was_looked_up_first():
+    """Guards against layers that draft where a text tells what follows."""
+    plan = FixedPolicy({"exit 2": Arm(lambda num_rows: 0.2), "n-grams": Arm()}, None).plan(
+        [Match("n-grams", 2), None], [4, 1]
+    )
+    assert (plan.source, plan.lookups) == ("exit 2", [True, False])
 
 
 def settled(num_rows=1):
     """A policy that drafts with a copy, by its current plan."""
     chooser = policy(copy_takes=0.3)
     play(chooser, World({COPY: 0.9}, is_confident=True), 300, num_rows)
-    plans = (chooser.plan({"n-grams": [None] * num_rows}, [8] * num_rows) for _ in range(9))
+    plans = (chooser.plan([None] * num_rows, [8] * num_rows) for _ in range(9))
     assert next(plan for plan in plans if not plan.is_trial).source == COPY
     return chooser
 
@@ -364,7 +366,7 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
         assert {*result.drafts_by_source} <= {"none", "n-grams", "exit 1"}
         assert sum(counts.rounds for counts in result.drafts_by_source.values()) == result.num_verifications
     (learnt,) = made.found(model, ArmStats).values()
-    assert {*learnt.trials} <= {PLAIN, "exit 1"}
+    assert {*learnt.trials} <= {None, "exit 1"}
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that an n-gram matched
     assert {*learnt.by_confidence} <= {"exit 1"}
     assert made.found(other, ArmStats) is None
