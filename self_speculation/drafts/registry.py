@@ -20,7 +20,7 @@ from self_speculation.drafts.ngram import LookupDrafts, TextDrafts
 from self_speculation.drafts.policy import Arm, FixedPolicy
 from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts, finished_answers
 from self_speculation.model.captured_runner import is_captured
-from self_speculation.model.made import discard, made
+from self_speculation.model.model_cache import cached, evict
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import bytes_per_weight, quantized
 from self_speculation.model.short_head import ShortHead, default_vocabulary
@@ -165,14 +165,14 @@ def _stats(context: DraftContext) -> ArmStats:
         (config.draft_weights, context.draft_vocabulary, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
-    learnt: dict[Hashable, ArmStats] = made(model, ArmStats, None, dict)
+    learnt: dict[Hashable, ArmStats] = cached(model, ArmStats, None, dict)
     return learnt.setdefault(key, ArmStats(growth(runner), torch.get_num_threads))
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:
     """Drop the statistics of adaptive decoding and the finished answers, as in a new process."""
-    discard(model, ArmStats)
-    discard(model, FinishedAnswers)
+    evict(model, ArmStats)
+    evict(model, FinishedAnswers)
 
 
 def driving_flags() -> tuple[str, ...]:

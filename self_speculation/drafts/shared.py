@@ -10,7 +10,7 @@ from torch import nn
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.ngram import LookupDrafts, NgramIndex
 from self_speculation.drafts.policy import Arm, Match
-from self_speculation.model.made import made
+from self_speculation.model.model_cache import cached
 
 # Sizes of the n-grams that find an output in an earlier answer. Each takes 130 bytes a token.
 _LONG, _SHORT = 6, 3
@@ -47,7 +47,7 @@ def finished_answers(model: nn.Module, num_tokens: int) -> FinishedAnswers:
     """Those of a model, since ids are those of its tokenizer; empty if the number of tokens is another one
     than before. A change of weights does not matter: these are guesses.
     """
-    return made(model, FinishedAnswers, lambda _: num_tokens, lambda: FinishedAnswers(num_tokens))
+    return cached(model, FinishedAnswers, lambda _: num_tokens, lambda: FinishedAnswers(num_tokens))
 
 
 class SharedDrafts(LookupDrafts):

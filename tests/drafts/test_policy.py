@@ -16,7 +16,7 @@ from self_speculation.drafts import costs
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.policy import Arm, FixedPolicy, Match, RoundOutcome
-from self_speculation.model import made
+from self_speculation.model import model_cache
 from self_speculation.model.kernels import CPUOperators
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
@@ -365,13 +365,13 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
         result = generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
         assert {*result.drafts_by_source} <= {"none", "n-grams", "exit 1"}
         assert sum(counts.rounds for counts in result.drafts_by_source.values()) == result.num_verifications
-    (learnt,) = made.found(model, ArmStats).values()
+    (learnt,) = model_cache.peek(model, ArmStats).values()
     assert {*learnt.trials} <= {None, "exit 1"}
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that an n-gram matched
     assert {*learnt.by_confidence} <= {"exit 1"}
-    assert made.found(other, ArmStats) is None
+    assert model_cache.peek(other, ArmStats) is None
     generate(model, PROMPT, "adaptive", max_steps=20, eos=[], sample=True)
-    assert len(made.found(model, ArmStats)) == 2  # sampled tokens have another acceptance
+    assert len(model_cache.peek(model, ArmStats)) == 2  # sampled tokens have another acceptance
 
 
 @pytest.mark.parametrize("draft_vocabulary", [None, 20])
