@@ -121,7 +121,7 @@ class Buffers:
                 )
 
 
-class SeenFrom(Appendable):
+class WindowedCache(Appendable):
     """Appends to a cache, and returns what it does from a position on."""
 
     def __init__(self, cache: Appendable, first_key: int | Tensor) -> None:
