@@ -28,7 +28,7 @@ from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import AttentionType, context_length
-from self_speculation.model.kv_cache import KVCache, WrittenAt, round_up
+from self_speculation.model.kv_cache import KVCache, ScatteredCache, round_up
 from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
 from self_speculation.model.model_runner import ModelRunner, PassRange
 from self_speculation.model.progress import progress
@@ -308,7 +308,7 @@ class _Passes:
             kind: AttentionContext.ragged(self._runner, kind, positions, num_keys, splits_keys=splits)
             for kind in {kind for _, kind in layers}
         }
-        cache = WrittenAt(self.buffers.of_layers, positions, num_keys)
+        cache = ScatteredCache(self.buffers.of_layers, positions, num_keys)
         hidden = states.flatten(0, 1)
         for layer, kind in layers:
             hidden = layer(hidden, contexts[kind], cache)
