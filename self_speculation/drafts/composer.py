@@ -25,7 +25,7 @@ from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward
 from self_speculation.model.short_head import ShortHead
-from self_speculation.transfers import Reading, Stopwatch
+from self_speculation.transfers import AsyncRead, Stopwatch
 
 # The last positions of a prompt that judge exits.
 _JUDGING = 16
@@ -58,7 +58,7 @@ class DraftComposer:
         self._stopwatch, self._num_graphs = Stopwatch(self._device), 0
         self._guesses: list[tuple[Match, Sequence, int]] = []  # of the last round, and where they stand
         # Of prompts since the last round: exits, positions, and a read of how many of these each had right.
-        self._judgements: list[tuple[list[str], int, Reading]] = []
+        self._judgements: list[tuple[list[str], int, AsyncRead]] = []
 
     def prefill(self, runner: ModelRunner, cache: KVCache, sequence: Sequence, tokens: Tensor) -> Tensor:
         """Prefill the last tokens [1, T] of a prompt; returns the logits [1, 1, V] after them.
@@ -82,7 +82,7 @@ class DraftComposer:
         states = [state.to(hidden.device) for state in states]
         best = [drafter.logits(state, num_positions).argmax(-1) for state in states]  # [1, n] each
         num_right = [(own == best[-1]).sum() for own in best[:-1]]
-        self._judgements.append((names, num_positions, Reading(num_right)))
+        self._judgements.append((names, num_positions, AsyncRead(num_right)))
         return runner.logits(hidden, 1)
 
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None) -> Draft:
