@@ -175,7 +175,7 @@ def forget_what_was_learnt(model: PreTrainedModel) -> None:
     evict(model, FinishedAnswers)
 
 
-def driving_flags() -> tuple[str, ...]:
+def draft_flags() -> tuple[str, ...]:
     """The fields of a config that change how drafts are made; none changes the output."""
     drafting = (field.name for field in fields(GenerationConfig) if "used_by" in field.metadata)
     return ("generation_strategy", *drafting)
