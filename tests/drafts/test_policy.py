@@ -17,9 +17,9 @@ from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.policy import Arm, FixedPolicy, Match, RoundOutcome
 from self_speculation.model import model_cache
+from self_speculation.model.full_forward import exit_logits, hidden_after_each_layer
 from self_speculation.model.kernels import CPUOperators
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
 COPY = "exit 10"
 # Estimated cost of a drafted token, in plain steps.
