@@ -24,7 +24,7 @@ from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import BFloat16Linear, Linear, Slot, replace_linears, tensors_in
 from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
-from self_speculation.model.overrides import replaced_forward
+from self_speculation.model.unsupported_hooks import replaced_forward
 
 # Norms that multiply by 1 + weight, in float32.
 _CENTRED_NORMS = ("Gemma3RMSNorm",)
