@@ -141,8 +141,8 @@ class AdaptivePolicy:
             ]
             if any(chances):
                 plans.append(self._with_lookups(None, chances, longest))
-                if layers.length:
-                    plans.append(self._with_lookups(layers.source, chances, layers.length))
+                if layers.max_drafted:
+                    plans.append(self._with_lookups(layers.source, chances, layers.max_drafted))
             promising = max(plans, key=lambda plan: plan.rate)
             if promising.rate > self._MARGIN * self._plain.rate:
                 best = promising
@@ -160,7 +160,7 @@ class AdaptivePolicy:
         """
         plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
         if plan.is_trial:
-            return [width < plan.length] * num_rows
+            return [width < plan.max_drafted] * num_rows
         assert plan.source is not None, "nothing drafts"
         by_confidence = self._stats.by_confidence[plan.source]
         accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
@@ -241,7 +241,7 @@ class AdaptivePolicy:
     def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
         """A trial of the arm that has been due longest; None: none is due or affordable."""
         stats = self._stats
-        if best.source is not None or not best.length:  # in use
+        if best.source is not None or not best.max_drafted:  # in use
             stats.trials[best.source] = _Trials(stats.num_rounds + _WAIT)
         dates = [(stats.trials[name].due, name) for name in self._tried]
         due = sorted((date for date in dates if date[0] <= stats.num_rounds), key=lambda date: date[0])

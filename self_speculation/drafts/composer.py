@@ -99,11 +99,11 @@ class DraftComposer:
         drafts = []
         if plan.source is not None:
             rows = zip(limits, matches, strict=True)
-            own = [0 if match else min(limit, plan.length) for limit, match in rows]
+            own = [0 if match else min(limit, plan.max_drafted) for limit, match in rows]
             layers, should_continue = self._sources[plan.source], self._policy.should_continue
             drafts = [layers.draft(batch, cache, own, numbers, should_continue)]
         if any(matches):
-            drafts.append(copied(batch, matches, plan.looked_up, self._vocab_size))
+            drafts.append(copied(batch, matches, plan.max_lookup, self._vocab_size))
         draft = join(batch, drafts)
         if self._learner:
             self._stopwatch.split()

@@ -44,9 +44,9 @@ class Plan(NamedTuple):
     """One round."""
 
     source: str | None = None  # for the other rows; None: no draft
-    length: int = 0  # the most tokens of a row
+    max_drafted: int = 0  # the most tokens of a row
     lookups: Sequence[bool] = ()  # [B] whether a row has the draft that was looked up; empty: none has
-    looked_up: int = 0  # the most tokens of these
+    max_lookup: int = 0  # the most tokens of these
     tokens: float = 1.0  # expected, of all rows
     seconds: float = 1.0  # expected
     is_trial: bool = False

@@ -112,13 +112,17 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
             is_right = draws.random() < looked_up  # the first token of an n-gram, drafted or not
             policy.see("n-grams", found[row], is_right)
             if source is not None:
-                matched[row], drafted[row] = found[row], min(plan.looked_up, 8)
+                matched[row], drafted[row] = found[row], min(plan.max_lookup, 8)
                 accepted[row] = int(is_right)
                 while 0 < accepted[row] < drafted[row] and draws.random() < looked_up:
                     accepted[row] += 1
         own = [row for row, source in enumerate(sources) if source is None and plan.source is not None]
         steps = 0
-        while own and steps < min(plan.length, 8) and (not steps or all(policy.should_continue(confidences))):
+        while (
+            own
+            and steps < min(plan.max_drafted, 8)
+            and (not steps or all(policy.should_continue(confidences)))
+        ):
             for row in own:
                 sources[row] = plan.source
                 confidences[row].append(world.confidence(plan.source, draws))
@@ -152,7 +156,7 @@ def test_drafts_are_longer_where_more_is_accepted():
 
     def length(**world):
         late = play(policy(), World(**world))[-100:]
-        return sum(each.plan.looked_up or each.num_tokens for each in late) / 100
+        return sum(each.plan.max_lookup or each.num_tokens for each in late) / 100
 
     assert length(chances={"exit 2": 0.98, "exit 4": 0.98}) > length(chances={"exit 2": 0.75}) + 1 > 2
     assert length(chances={"n-grams": 0.95}, finds=1.0) > length(chances={"n-grams": 0.6}, finds=1.0)
