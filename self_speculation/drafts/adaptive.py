@@ -179,7 +179,7 @@ class AdaptivePolicy:
         return self._judged
 
     @_alone
-    def judge(self, num_right: Mapping[str, float], num_positions: int) -> None:
+    def score_exits(self, num_right: Mapping[str, float], num_positions: int) -> None:
         """Learn from a prompt: at so many of its positions these exits would have drafted a right token."""
         for name, number in num_right.items():
             self._acceptance(name, 0).add(number / num_positions, weight=num_positions)

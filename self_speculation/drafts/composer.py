@@ -138,7 +138,7 @@ class DraftComposer:
                 is_right = sequence.ids_from(position)[0] == match.ids[0]
                 learner.see(match.source, match.matched, is_right)
         for exits, num_positions, reading in self._judgements:
-            learner.judge(dict(zip(exits, reading.wait(), strict=True)), num_positions)
+            learner.score_exits(dict(zip(exits, reading.wait(), strict=True)), num_positions)
         self._guesses, self._judgements = [], []
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:

@@ -23,7 +23,7 @@ class Arm:
         priors: [i] prior acceptance of a token after i matched ones, the last one also after more; only [0]
             for layers.
         weight: of the priors, in observations.
-        is_judged: prompts tell its acceptance, see `AdaptivePolicy.judge`.
+        is_judged: prompts tell its acceptance, see `AdaptivePolicy.score_exits`.
     """
 
     draft_step: Callable[[int], float] | None = None

@@ -97,7 +97,7 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
         num_right = {
             name: sum(draws.random() < chance for _ in range(16)) for name, chance in chances.items()
         }
-        policy.judge(num_right, 16)
+        policy.score_exits(num_right, 16)
     for _ in range(rounds):
         found = [draws.choice([1, 2, 3]) if draws.random() < world.finds else None for _ in range(num_rows)]
         plan = policy.plan([number and Match("n-grams", number) for number in found], [8] * num_rows)
@@ -199,7 +199,7 @@ def test_prompts_judge_exits_ever_more_rarely():
     chooser, judged = policy(), []
     for number in range(60):
         judged += [number] * ("exit 2" in chooser.to_be_judged())
-        chooser.judge({"exit 2": 0, "exit 4": 1}, 16)
+        chooser.score_exits({"exit 2": 0, "exit 4": 1}, 16)
         play(chooser, World(), 16)
     assert judged[:2] == [0, 1]
     assert 3 < len(judged) < 8
@@ -385,7 +385,7 @@ def test_the_last_tokens_of_a_prompt_judge_exits(draft_vocabulary, monkeypatch):
     """
     model, judged = own_llama(8, fused=True), []
     monkeypatch.setattr(AdaptivePolicy, "to_be_judged", lambda policy: policy._judged)
-    monkeypatch.setattr(AdaptivePolicy, "judge", lambda policy, *numbers: judged.append(numbers))
+    monkeypatch.setattr(AdaptivePolicy, "score_exits", lambda policy, *numbers: judged.append(numbers))
     strategy, draws = make_strategy("adaptive"), random.Random(0)
     how = {**ADAPTIVE, "max_steps": 3, "reuse_cache": True, "draft_vocabulary": draft_vocabulary}
     prompt = []
