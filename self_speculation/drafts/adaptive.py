@@ -55,11 +55,11 @@ class ArmStats:
     """Statistics of a model's sources, across requests and threads. Bounded by the number of sources.
 
     Args:
-        growth: estimated cost of a pass over n tokens, relative to one.
+        relative_pass_cost: estimated cost of a pass over n tokens, relative to one.
         num_threads: that the next pass will use. Times are valid for one number of threads.
     """
 
-    growth: Callable[[int], float]
+    relative_pass_cost: Callable[[int], float]
     num_threads: Callable[[], int] = lambda: 1
     num_rounds: int = 0
     # By source and matched tokens.
@@ -77,7 +77,7 @@ class ArmStats:
     @property
     def times(self) -> PassTimes:
         number = self.num_threads()
-        return self._times.get(number) or self._times.setdefault(number, PassTimes(self.growth))
+        return self._times.get(number) or self._times.setdefault(number, PassTimes(self.relative_pass_cost))
 
 
 def _alone(method: Callable[..., T]) -> Callable[..., T]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from self_speculation.config import LONGEST_DRAFT, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.composer import DraftComposer
-from self_speculation.drafts.costs import draft_ratio, growth
+from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import LookupDrafts, TextDrafts
@@ -126,7 +126,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
 
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
     weights = context.config.draft_weights
-    grows = growth(context.runner, weights)
+    grows = relative_pass_cost(context.runner, weights)
 
     def draft_step(layer: int) -> Callable[[int], float]:
         ratio = draft_ratio(context.model, layer, weights, context.draft_vocabulary)
@@ -166,7 +166,7 @@ def _stats(context: DraftContext) -> ArmStats:
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
     learnt: dict[Hashable, ArmStats] = cached(model, ArmStats, None, dict)
-    return learnt.setdefault(key, ArmStats(growth(runner), torch.get_num_threads))
+    return learnt.setdefault(key, ArmStats(relative_pass_cost(runner), torch.get_num_threads))
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:

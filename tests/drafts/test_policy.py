@@ -420,7 +420,7 @@ def test_estimated_costs_are_those_of_the_formula(variant, slower, monkeypatch):
     whole, short = draft_ratio(model, 3, "int4"), draft_ratio(model, 3, "int4", 10)
     assert whole == pytest.approx((3 * weights + head) / (10 + head))
     assert short == pytest.approx((3 + head * 10 / 50) * weights / (10 + head))
-    grows = costs.growth(ModelRunner(model), "int4")
+    grows = costs.relative_pass_cost(ModelRunner(model), "int4")
     assert (grows(1), grows(4)) == (1.0, pytest.approx(1.2 if variant else 3.0 / 1.7))
 
 
