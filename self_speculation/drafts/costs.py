@@ -114,7 +114,7 @@ class PassTimes:
     _PRIOR_EXCESS = 0.3
 
     def __init__(self, relative_pass_cost: Callable[[int], float]) -> None:
-        self._relative_pass_cost = relative_pass_cost
+        self._pass_cost = relative_pass_cost
         self._plain_steps: dict[int, DecayedMean] = {}  # by rows
         self._slopes: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
         self._draft_steps: dict[tuple[str | None, int], DecayedMean] = {}
@@ -127,13 +127,9 @@ class PassTimes:
     def plain_step(self, num_rows: int) -> float:
         """A pass over one token of each row."""
         if not self._plain_steps:
-            return self._relative_pass_cost(num_rows)
+            return self._pass_cost(num_rows)
         known = min(self._plain_steps, key=lambda rows: abs(rows - num_rows))
-        return (
-            self._plain_steps[known].value
-            * self._relative_pass_cost(num_rows)
-            / self._relative_pass_cost(known)
-        )
+        return self._plain_steps[known].value * self._pass_cost(num_rows) / self._pass_cost(known)
 
     def draft_step(self, source: str | None, num_rows: int, estimate: Callable[[int], float]) -> float:
         """A drafted token of each row.
@@ -142,7 +138,7 @@ class PassTimes:
             source: None: as estimated.
             estimate: see `Arm.draft_step`.
         """
-        expected = self.plain_step(num_rows) / self._relative_pass_cost(num_rows) * estimate(num_rows)
+        expected = self.plain_step(num_rows) / self._pass_cost(num_rows) * estimate(num_rows)
         known = self._draft_steps.get((source, num_rows))
         if known is None:
             return expected
@@ -183,6 +179,4 @@ class PassTimes:
 
     def _estimated_excess(self, num_rows: int, num_drafted: int) -> float:
         """Cost of a verification beyond a plain step, in plain steps."""
-        return (
-            self._relative_pass_cost(num_rows * (1 + num_drafted)) / self._relative_pass_cost(num_rows) - 1.0
-        )
+        return self._pass_cost(num_rows * (1 + num_drafted)) / self._pass_cost(num_rows) - 1.0
