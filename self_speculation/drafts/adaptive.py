@@ -136,9 +136,7 @@ class AdaptivePolicy:
             num_drafting = sum(limit > 0 for limit in limits)
             layers = self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_BY_LAYERS))
             plans = [layers]
-            chances = [
-                self._acceptance(match.source, match.matched).value if match else 0.0 for match in matches
-            ]
+            chances = [self._acceptance(*each[:2]).value if each else 0.0 for each in matches]
             if any(chances):
                 plans.append(self._with_lookups(None, chances, longest))
                 if layers.max_drafted:
@@ -243,11 +241,10 @@ class AdaptivePolicy:
         stats = self._stats
         if best.source is not None or not best.max_drafted:  # in use
             stats.trials[best.source] = _Trials(stats.num_rounds + _WAIT)
-        dates = [(stats.trials[name].due, name) for name in self._tried]
-        due = sorted((date for date in dates if date[0] <= stats.num_rounds), key=lambda date: date[0])
+        due = [name for name in self._tried if stats.trials[name].due <= stats.num_rounds]
         # A single row drafts two tokens per trial, a batch one.
         length = min(2 if num_rows == 1 else 1, longest)
-        for _, name in due:
+        for name in sorted(due, key=lambda name: stats.trials[name].due):
             trial = self._plain if name is None else self._hoped(name, num_rows, length)
             if trial is None:
                 stats.trials[name].due += _WAIT

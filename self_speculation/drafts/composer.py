@@ -92,12 +92,12 @@ class DraftComposer:
             self._learn_pending(self._learner)
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         plan = self._policy.plan(matches, limits)
-        chosen = plan.lookups or [False] * len(batch)
-        pairs = [*zip(matches, batch.sequences, strict=True)]
+        pairs = zip(matches, batch.sequences, strict=True)
         self._guesses = [(match, sequence, sequence.length) for match, sequence in pairs if match]
+        chosen = plan.lookups or [False] * len(batch)
         matches = [match if has else None for match, has in zip(matches, chosen, strict=True)]
         drafts = []
-        if plan.source is not None:
+        if plan.source is not None and not all(matches):
             rows = zip(limits, matches, strict=True)
             own = [0 if match else min(limit, plan.max_drafted) for limit, match in rows]
             layers, should_continue = self._sources[plan.source], self._policy.should_continue

@@ -97,10 +97,9 @@ class _Place:
         for position in range(start, len(ids)):
             goes_on = self.matched and ids[self._position] == ids[position]
             self.matched, self._position = self.matched + 1 if goes_on else 0, self._position + 1
-        if self.matched < self._longest:
-            self.matched, self._position = self._index.locate(
-                ids[max(self._num_predicted, len(ids) - self._longest) :]
-            )
+        matched, position = self._index.locate(ids[max(self._num_predicted, len(ids) - self._longest) :])
+        if matched > self.matched:
+            self.matched, self._position = matched, position
 
     def next(self, k: int) -> list[int]:
         return self._index.follow(self._position, k)
@@ -142,11 +141,8 @@ def copied(batch: Batch, matches: abc.Sequence[Match | None], most: int, vocab_s
     for i in range(width):
         batch.record_draft(tokens[:, i], i, [i < length for length in lengths])
     q = None if batch.sampler.greedy else one_hot(tokens, vocab_size)
-    sources, matched = (
-        [match and match.source for match in matches],
-        [match.matched if match else 0 for match in matches],
-    )
-    return Draft(sources, tokens, q, lengths, matched=matched)
+    sources = [match and match.source for match in matches]
+    return Draft(sources, tokens, q, lengths, matched=[match.matched if match else 0 for match in matches])
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -99,9 +99,8 @@ class SourceEntry(NamedTuple):
     """A kind of drafts."""
 
     asked_for: Callable[[GenerationConfig], bool]
-    make: Callable[
-        [DraftContext], Iterable[DraftSource | LookupDrafts]
-    ]  # several: what adaptive decoding picks from
+    # Several sources: what adaptive decoding picks from.
+    make: Callable[[DraftContext], Iterable[DraftSource | LookupDrafts]]
 
 
 def make_composer(context: DraftContext) -> DraftComposer:
