@@ -143,6 +143,6 @@ class DraftComposer:
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
-        sources = [*self._sources.values(), *self._lookups]
-        passes = (source.passes(runner, longest) for source in sources)
-        yield from dict.fromkeys(chain.from_iterable(passes))
+        passes = (source.passes(runner, longest) for source in self._sources.values())
+        verification = [PassRange(runner, 0, len(runner.layers), longest + 1)] if self._lookups else []
+        yield from dict.fromkeys(chain(*passes, verification))

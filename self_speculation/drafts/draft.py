@@ -35,15 +35,7 @@ class Draft:
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams
 
 
-class DraftPasses:
-    """Whatever drafts."""
-
-    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
-        """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
-        yield PassRange(runner, 0, len(runner.layers), longest + 1)
-
-
-class DraftSource(DraftPasses, ABC):
+class DraftSource(ABC):
     """Computes tokens for rows of a batch."""
 
     name: str
@@ -67,6 +59,10 @@ class DraftSource(DraftPasses, ABC):
             numbers: [B, K] random numbers that sample tokens; None when greedy.
             should_continue: is asked after each token that layers draft; None: drafts have the most tokens.
         """
+
+    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
+        """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
+        yield PassRange(runner, 0, len(runner.layers), longest + 1)
 
 
 def join(batch: Batch, drafts: abc.Sequence[Draft]) -> Draft:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftPasses
+from self_speculation.drafts.draft import Draft
 from self_speculation.drafts.policy import Arm, Match
 from self_speculation.transfers import on_device
 
@@ -63,7 +63,7 @@ class NgramIndex:
         return [self.ids[position + i % period] for i in range(num_tokens)]
 
 
-class LookupDrafts(DraftPasses, ABC):
+class LookupDrafts(ABC):
     """Copies tokens from somewhere. They cost nothing: no layer runs."""
 
     arms: abc.Mapping[str, Arm]  # by source
