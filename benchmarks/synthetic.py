@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
+from self_speculation.model.full_forward import exit_logits, hidden_after_each_layer
 
 # Standard deviation of the logits: as peaked as a trained model, so sampled drafts are accepted about
 # as often as greedy ones.

@@ -14,8 +14,8 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from self_speculation import GenerationStrategyResult
 from self_speculation.model.families import attention_types
+from self_speculation.model.full_forward import attention_arguments
 from self_speculation.model.fused_layers import activation_dtype, prefills_in_bfloat16
-from self_speculation.model.whole_texts import attention_arguments
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3

@@ -32,7 +32,7 @@ _HOME = {
     "govern_threads": "threads",
     "load_model_and_tokenizer": "model.loading",
     "make_strategy": "strategies",
-    "release": "model.made",
+    "release": "model.model_cache",
     "self_speculative_generate": "custom_generate",
     "top_k_top_p_filtering": "decoding.sampling",
     "verify_draft": "decoding.sampling",

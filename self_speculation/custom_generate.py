@@ -31,8 +31,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request
-from self_speculation.drafts.registry import driving_flags
-from self_speculation.model.overrides import check_followed
+from self_speculation.drafts.registry import draft_flags
+from self_speculation.model.unsupported_hooks import check_followed
 from self_speculation.strategies import make_strategy
 
 # Outputs of `generate` that are not computed here.
@@ -104,7 +104,7 @@ def self_speculative_generate(
             raise ValueError(f"self_speculative_generate: {refusal}")
     limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
     max_length = min(limits, default=generation_config.max_length)
-    drafting = {name: kwargs[name] for name in driving_flags() if name in kwargs}
+    drafting = {name: kwargs[name] for name in draft_flags() if name in kwargs}
     early = generation_config.assistant_early_exit
     if early is not None and drafting.get("generation_strategy") != "adaptive":
         length = generation_config.num_assistant_tokens  # 20 by default
@@ -216,7 +216,7 @@ def _refusals(
     if (positions := kwargs.get("position_ids")) is not None:
         differ = (positions != seen.long().cumsum(-1) - 1)[seen].any()
         yield differ, "position_ids: must be those that follow from the attention mask"
-    for name in kwargs.keys() - _ACCEPTED - {*driving_flags()}:
+    for name in kwargs.keys() - _ACCEPTED - {*draft_flags()}:
         yield kwargs[name] is not None, f"{name}: does not reach the model"
 
 
@@ -232,7 +232,7 @@ def _signature() -> inspect.Signature:
     """The signature with all draft options: `generate` passes only arguments of the signature."""
     parameters = dict(inspect.signature(self_speculative_generate).parameters)
     rest = parameters.pop("kwargs")
-    for name in driving_flags():
+    for name in draft_flags():
         parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     return inspect.Signature([*parameters.values(), rest])
 

@@ -46,9 +46,9 @@ class DraftStats:
     def __add__(self, other: DraftStats) -> DraftStats:
         return DraftStats(self.rounds + other.rounds)
 
-    def add(self, source: str, drafted: int, accepted: int, emitted: int) -> None:
-        """Count one round, of source "none" if nothing was drafted."""
-        self.rounds[DraftRound(source if drafted else "none", drafted, accepted, emitted)] += 1
+    def add(self, source: str | None, drafted: int, accepted: int, emitted: int) -> None:
+        """Count one round; its source is "none" if nothing was drafted."""
+        self.rounds[DraftRound(source if source and drafted else "none", drafted, accepted, emitted)] += 1
 
     @property
     def num_verifications(self) -> int:

@@ -32,9 +32,9 @@ from self_speculation.model.families import check_supported, context_length, des
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early, prefill_chunk
-from self_speculation.model.overrides import check_followed
 from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint, kept_caches
 from self_speculation.model.runners import make_runner
+from self_speculation.model.unsupported_hooks import check_followed
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from self_speculation.model.devices import num_ranks
-from self_speculation.model.made import discard, found, made
+from self_speculation.model.model_cache import cached, evict, peek
 
 
 class _Reading(NamedTuple):
@@ -110,18 +110,18 @@ def govern_threads(model: PreTrainedModel, governor: ThreadGovernor | None) -> N
     """
     if governor is not None and num_ranks(model) > 1:
         raise ValueError("govern_threads: several ranks hold this model; their threads must not change")
-    discard(model, ThreadGovernor)
+    evict(model, ThreadGovernor)
     if governor is not None:
-        made(model, ThreadGovernor, None, lambda: governor)
+        cached(model, ThreadGovernor, None, lambda: governor)
 
 
 def most_threads(model: PreTrainedModel) -> int:
     """The number of threads that compute while other programs leave the processors alone."""
-    governor = found(model, ThreadGovernor)
+    governor = peek(model, ThreadGovernor)
     return torch.get_num_threads() if governor is None else governor.most
 
 
 def adjust_threads(model: PreTrainedModel) -> None:
     """Adjust the number of threads, if the model has a governor."""
-    if (governor := found(model, ThreadGovernor)) is not None:
+    if (governor := peek(model, ThreadGovernor)) is not None:
         governor.adjust()

@@ -16,7 +16,7 @@ def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype
     return there.to(device, non_blocking=True)
 
 
-class Reading:
+class AsyncRead:
     """One read of several tensors; fp32 holds ids below 2^24 exactly.
 
     A GPU copies them when its queue reaches the copy. More work may be queued before `wait`.
@@ -42,7 +42,7 @@ class Reading:
 
 def read(numbers: Sequence[Tensor]) -> list[list[float]]:
     """The numbers of each tensor, by one read."""
-    values = iter(Reading(numbers).wait())
+    values = iter(AsyncRead(numbers).wait())
     return [list(itertools.islice(values, part.numel())) for part in numbers]
 
 

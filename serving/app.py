@@ -228,7 +228,8 @@ class App(Starlette):
         predicted = request.prediction and generator.encode_prediction(request.prediction.content, config)
         with _naming_field(request):
             grammar = request.grammar(generator.tokenizer)
-        given = {"prediction": predicted, "grammar": grammar, "thinking": thinking}
+        drafts = request.drafts_with(config)
+        given = {"prediction": predicted, "grammar": grammar, "thinking": thinking, "drafts": drafts}
         shared = self_speculation.Request([], config=config, logit_bias=bias, **given)
         return request, prompts, shared
 

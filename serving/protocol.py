@@ -150,11 +150,11 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
         if self.repeat_penalty is not None:
             given["repetition_penalty"] = self.repeat_penalty if self.repeat_last_n else 1.0
             given["repetition_window"] = max(1, self.repeat_last_n % _MOST_TOKENS)
-        config = replace(default, **{name: value for name, value in given.items() if value is not None})
-        # A row without drafts takes one token of each round, with random numbers of its own.
-        drafts = self.drafts and (self.seed is None or config.greedy or config.drafts_repeat)
-        none: dict[str, Any] = {"generation_strategy": "autoregressive", "exit_layer": -1, "prompt_lookup": 0}
-        return config if drafts else replace(config, **none)
+        return replace(default, **{name: value for name, value in given.items() if value is not None})
+
+    def drafts_with(self, config: GenerationConfig) -> bool:
+        """Whether to draft: not if a seed would not reproduce the output."""
+        return self.drafts and (self.seed is None or config.greedy or config.drafts_repeat)
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002
         """The language of the answer. Raises GrammarError for an invalid schema."""

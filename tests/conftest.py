@@ -35,7 +35,7 @@ from self_speculation import (
     make_strategy,
 )
 from self_speculation.drafts.adaptive import AdaptivePolicy
-from self_speculation.drafts.policy import PLAIN, Plan
+from self_speculation.drafts.policy import Plan
 from self_speculation.generator_base import single_result
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.kernels import cpu_operators
@@ -222,10 +222,10 @@ def mixed_drafts(*sources):
 
 
 def planned(choose):
-    """Replaces `AdaptivePolicy.plan`: `choose` gets the matches and the limits."""
+    """Replaces `AdaptivePolicy.plan`: `choose` gets the sources that compute, the matches and the limits."""
 
-    def plan(policy, matched, limits):
-        policy._plan = choose(dict.fromkeys(policy._arms) | matched, limits)
+    def plan(policy, matches, limits):
+        policy._plan = choose([*policy._draft_steps], matches, limits)
         return policy._plan
 
     return plan
@@ -235,13 +235,12 @@ def random_plans(seed):
     """A patch: adaptive decoding makes any possible plan."""
     draws = random.Random(seed)
 
-    def choose(matched, limits):
+    def choose(sources, matches, limits):
         if not max(limits):
             return Plan()
-        found = zip(matched["n-grams"], limits, strict=True)
-        lookups = [draws.choice([PLAIN, "n-grams"]) if number and limit else PLAIN for number, limit in found]
-        source = draws.choice([PLAIN, *sorted(name for name, found in matched.items() if found is None)])
-        if source == PLAIN and not any(lookups):
+        lookups = [match is not None and draws.choice([True, False]) for match in matches]
+        source = draws.choice([None, *sorted(sources)])
+        if source is None and not any(lookups):
             return Plan()
         length, looked_up = (draws.randint(1, max(limits)) for _ in range(2))
         # The draft of a trial has the given length.

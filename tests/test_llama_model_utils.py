@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT
 
 from self_speculation.llama_model_utils import crop_past_key_values
 from self_speculation.model.families import FAMILIES, context_length, has_fused_layers
+from self_speculation.model.full_forward import exit_logits, hidden_after_each_layer
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.kv_cache import Buffers, KVCache
 from self_speculation.model.model_runner import (
@@ -18,7 +19,6 @@ from self_speculation.model.model_runner import (
     forward_early,
     forward_remainder,
 )
-from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
 SHAPE = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,

@@ -12,7 +12,7 @@ from transformers import MaxLengthCriteria
 
 from self_speculation import autoregressive_generator as generator
 from self_speculation.decoding import batch
-from self_speculation.transfers import Reading
+from self_speculation.transfers import AsyncRead
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
 
@@ -114,6 +114,6 @@ def test_the_next_pass_is_queued_before_a_read(late, request_, expected, monkeyp
     order = []
     monkeypatch.setattr(batch, "reads_late", lambda device: late)
     watch(monkeypatch, generator, "forward_early", lambda *_, **__: order.append("pass"))
-    watch(monkeypatch, Reading, "wait", lambda *_: order.append("read"))
+    watch(monkeypatch, AsyncRead, "wait", lambda *_: order.append("read"))
     generate(tiny_llama(), PROMPT[:3], max_steps=6, **{"eos": [], **request_})
     assert order == expected

@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from data import one_line
 from runs.failures import try_to_write
 from self_speculation.model.families import check_supported
-from self_speculation.model.whole_texts import hidden_after_each_layer
+from self_speculation.model.full_forward import hidden_after_each_layer
 from training import losses, recipe
 from training.flags import RecipeArguments
 

@@ -23,7 +23,7 @@ from self_speculation.decoding.sampling import (
     random_numbers,
 )
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.transfers import Reading, on_device, read
+from self_speculation.transfers import AsyncRead, on_device, read
 
 
 def reads_late(device: torch.device) -> bool:
@@ -52,7 +52,7 @@ class Batch:
         self.sequences: list[Sequence] = []
         self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] of each; not cached yet
         # Of tokens that are not committed yet: a read of largest logits [B] and tokens [B]; [B, 1, V] logits.
-        self._unread: tuple[Reading, Tensor] | None = None
+        self._unread: tuple[AsyncRead, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -124,7 +124,7 @@ class Batch:
 
     def record_draft(
         self, tokens: Tensor, position: int, is_drafting: abc.Sequence[bool], confidence: Tensor | None = None
-    ) -> Reading | None:
+    ) -> AsyncRead | None:
         """Write drafted tokens [B] into the histories, and stream them where drafts are shown.
 
         Reads from the device: one if drafts are shown or a confidence [B] is given, by which drafts end; else
@@ -137,7 +137,7 @@ class Batch:
         shown = [row for row in drafting if self.sequences[row].stream.shows_draft]
         if confidence is None and not shown:
             return None
-        reading = Reading([tokens] if confidence is None else [tokens, confidence])
+        reading = AsyncRead([tokens] if confidence is None else [tokens, confidence])
         for row in shown:
             id_ = int(reading.wait()[row])  # an error of the device is not the streamer's
             with self.sequences[row].failing_alone():
@@ -191,7 +191,7 @@ class Batch:
         logits = self.process(logits[:, None])  # [B, 1, V]
         tokens = self.sampler(logits[:, 0], None if numbers is None else numbers[:, -1]).tokens  # [B]
         self.agree(tokens)
-        reading = Reading([logits.amax(-1), tokens])
+        reading = AsyncRead([logits.amax(-1), tokens])
         self.commit_unread()
         self.last, self._unread = tokens[:, None], (reading, logits)
         go_on = (sequence.remaining > 1 and not sequence.has_processors for sequence in self.sequences)
@@ -206,22 +206,23 @@ class Batch:
             for sequence, largest in zip(self.sequences, values[:rows], strict=True):
                 sequence.check([largest])
             ids = [[int(id_)] for id_ in values[rows:]]
-            self.commit(ids, self.last, logits, [0] * rows, [""] * rows)
+            self.commit(ids, self.last, logits, [None] * rows, [None] * rows)
 
     def commit(
         self,
         tokens: abc.Sequence[abc.Sequence[int]],
         last: Tensor,
         logits: Tensor,
-        num_drafted: abc.Sequence[int],
-        sources: abc.Sequence[str],
+        num_drafted: abc.Sequence[int | None],
+        sources: abc.Sequence[str | None],
     ) -> None:
         """Append the tokens of a round to the outputs, up to the token that ends an output.
 
         Args:
             last: [B, 1] the last token of each row, on the device.
             logits: [B, n, V] processed, n >= tokens.
-            sources: [B] names of the draft sources; "": no verification.
+            num_drafted: [B] tokens of a draft; None: no verification.
+            sources: [B] names of the draft sources.
         """
         for row, sequence in enumerate(self.sequences):
             sequence.commit(tokens[row], logits[row], num_drafted[row], sources[row])

@@ -38,7 +38,9 @@ class Request:
     this, since it has no tokenizer."""
     config: GenerationConfig | None = None
     """Length, sampling and stop conditions of this request; None: those of the batch. All requests of a batch
-    draft in the same way, but "autoregressive" here turns drafts off."""
+    draft in the same way."""
+    drafts: bool = True
+    """False: no tokens are drafted for this request."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these ids."""
     prediction: str | list[int] | None = None

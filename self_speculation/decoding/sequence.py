@@ -196,9 +196,7 @@ class Sequence:
 
     def draft_limit(self, k: int) -> int:
         """The most tokens to draft, at most k. A round outputs up to one token more."""
-        own = self._request.config
-        is_drafting = own is None or own.generation_strategy != "autoregressive"
-        return max(0, min(k, self.remaining - 1)) if is_drafting else 0
+        return max(0, min(k, self.remaining - 1)) if self._request.drafts else 0
 
     def write_drafted(self, token: Tensor, position: int) -> None:
         """Write the draft's token at position 0, 1, ... if processors read it."""
@@ -213,14 +211,18 @@ class Sequence:
         return draft
 
     def commit(
-        self, tokens: abc.Sequence[int], logits: Tensor, num_drafted: int = 0, source: str = ""
+        self,
+        tokens: abc.Sequence[int],
+        logits: Tensor,
+        num_drafted: int | None = None,
+        source: str | None = None,
     ) -> None:
         """Append tokens to the output, up to the one that ends it or to a failure.
 
         Args:
             tokens: the accepted ones of a draft and one more.
             logits: [n or more, V] processed; those of the tokens.
-            num_drafted: tokens that `source` drafted in this round.
+            num_drafted: tokens that `source` drafted in this round; None: no verification.
         """
         failure, self._failure = self._failure, None
         if not self.remaining:
@@ -240,7 +242,7 @@ class Sequence:
                 if self.stop_reason:
                     break
         new = self.tokens[before:]
-        if self.draft_stats is not None and source:
+        if self.draft_stats is not None and num_drafted is not None:
             self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=len(new))
         self._first_token_at = self._first_token_at or time.perf_counter()
         with self.failing_alone():

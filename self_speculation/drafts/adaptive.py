@@ -14,7 +14,7 @@ from threading import RLock
 from typing import Any, TypeVar
 
 from self_speculation.drafts.costs import DecayedMean, PassTimes
-from self_speculation.drafts.policy import PLAIN, Arm, Confidences, Plan, RoundOutcome
+from self_speculation.drafts.policy import Arm, Confidences, Match, Plan, RoundOutcome
 
 T = TypeVar("T")
 
@@ -55,11 +55,11 @@ class ArmStats:
     """Statistics of a model's sources, across requests and threads. Bounded by the number of sources.
 
     Args:
-        growth: estimated cost of a pass over n tokens, relative to one.
+        relative_pass_cost: estimated cost of a pass over n tokens, relative to one.
         num_threads: that the next pass will use. Times are valid for one number of threads.
     """
 
-    growth: Callable[[int], float]
+    relative_pass_cost: Callable[[int], float]
     num_threads: Callable[[], int] = lambda: 1
     num_rounds: int = 0
     # By source and matched tokens.
@@ -67,7 +67,7 @@ class ArmStats:
     by_confidence: defaultdict[str, AcceptanceByConfidence] = field(  # by source
         default_factory=lambda: defaultdict(AcceptanceByConfidence)
     )
-    trials: dict[str, _Trials] = field(default_factory=dict)
+    trials: dict[str | None, _Trials] = field(default_factory=dict)
     judging: _Trials = field(default_factory=lambda: _Trials(due=0))  # of exits, by prompts
     # Time that trials may take, in plain steps. It begins above 0, so that a good source is found early.
     credit: float = 4.0
@@ -77,7 +77,7 @@ class ArmStats:
     @property
     def times(self) -> PassTimes:
         number = self.num_threads()
-        return self._times.get(number) or self._times.setdefault(number, PassTimes(self.growth))
+        return self._times.get(number) or self._times.setdefault(number, PassTimes(self.relative_pass_cost))
 
 
 def _alone(method: Callable[..., T]) -> Callable[..., T]:
@@ -113,9 +113,9 @@ class AdaptivePolicy:
 
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
-        self._layered = [name for name, arm in arms.items() if not arm.is_free]
+        self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
         self._judged = [name for name, arm in arms.items() if arm.is_judged]
-        self._tried = (PLAIN, *self._layered)
+        self._tried = (None, *self._draft_steps)
         for i, name in enumerate(self._tried, 1):
             stats.trials.setdefault(name, _Trials(stats.num_rounds + _WAIT * i))
         self._plan, self._plain = Plan(), Plan()
@@ -123,11 +123,11 @@ class AdaptivePolicy:
         self._layer_plans: dict[tuple[PassTimes, int, int, int], Plan] = {}
 
     @_alone
-    def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
+    def plan(self, matches: Sequence[Match | None], limits: Sequence[int]) -> Plan:
         """Plan one round.
 
         Args:
-            matched: by free source, [B] tokens that an n-gram matched; None: no draft for the row.
+            matches: [B] drafts that were looked up; None: none.
             limits: [B] the most tokens to draft.
         """
         stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
@@ -136,11 +136,11 @@ class AdaptivePolicy:
             num_drafting = sum(limit > 0 for limit in limits)
             layers = self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_BY_LAYERS))
             plans = [layers]
-            lookups, chances = self._looked_up(matched, limits)
+            chances = [self._acceptance(*each[:2]).value if each else 0.0 for each in matches]
             if any(chances):
-                plans.append(self._with_lookups(PLAIN, lookups, chances, longest))
-                if layers.length:
-                    plans.append(self._with_lookups(layers.source, lookups, chances, layers.length))
+                plans.append(self._with_lookups(None, chances, longest))
+                if layers.max_drafted:
+                    plans.append(self._with_lookups(layers.source, chances, layers.max_drafted))
             promising = max(plans, key=lambda plan: plan.rate)
             if promising.rate > self._MARGIN * self._plain.rate:
                 best = promising
@@ -158,7 +158,8 @@ class AdaptivePolicy:
         """
         plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
         if plan.is_trial:
-            return [width < plan.length] * num_rows
+            return [width < plan.max_drafted] * num_rows
+        assert plan.source is not None, "nothing drafts"
         by_confidence = self._stats.by_confidence[plan.source]
         accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
         seconds = self._seconds(plan.source, num_rows)
@@ -176,7 +177,7 @@ class AdaptivePolicy:
         return self._judged
 
     @_alone
-    def judge(self, num_right: Mapping[str, float], num_positions: int) -> None:
+    def score_exits(self, num_right: Mapping[str, float], num_positions: int) -> None:
         """Learn from a prompt: at so many of its positions these exits would have drafted a right token."""
         for name, number in num_right.items():
             self._acceptance(name, 0).add(number / num_positions, weight=num_positions)
@@ -192,13 +193,15 @@ class AdaptivePolicy:
         """Learn from the outcome of a round."""
         stats, plan = self._stats, self._plan
         sources, matched, confidences, drafted, accepted, seconds = outcome
-        if plan.is_trial and plan.source != PLAIN and sum(accepted) == sum(drafted):  # try it again soon
+        if plan.is_trial and plan.source is not None and sum(accepted) == sum(drafted):  # try it again soon
             stats.trials[plan.source] = _Trials(stats.num_rounds + _WAIT)
         if any(drafted) or stats.num_rounds % _WAIT == 0:
             self._layer_plans.clear()
-        for row, source in enumerate(sources if any(drafted) else ()):
+        for row, source in enumerate(sources):
+            if source is None:
+                continue
             # `see` has learnt the first token of an n-gram.
-            for i in range(0 if source in self._layered else 1, min(accepted[row] + 1, drafted[row])):
+            for i in range(0 if source in self._draft_steps else 1, min(accepted[row] + 1, drafted[row])):
                 is_right = float(i < accepted[row])
                 self._acceptance(source, matched[row]).add(is_right)
                 if confidences and confidences[row]:
@@ -210,56 +213,39 @@ class AdaptivePolicy:
             beyond = times.bounded(sum(seconds), plan.seconds) - plan.seconds
             stats.credit -= beyond / self._plain.seconds
         own = max((n for n, source in zip(drafted, sources, strict=True) if source == plan.source), default=0)
-        if own:
-            draft_step = self._arms[plan.source].draft_step
+        if own and plan.source is not None:
+            draft_step = self._draft_steps[plan.source]
             times.add_draft(plan.source, num_rows, draft_seconds / own, draft_step)
         times.add_verification(num_rows, max(drafted), verify_seconds)
-
-    def _looked_up(
-        self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]
-    ) -> tuple[list[str], list[float]]:
-        """[B] the best n-gram source of each row, and the acceptance of its tokens."""
-        lookups, chances = [PLAIN] * len(limits), [0.0] * len(limits)
-        for name, numbers in matched.items():
-            for row, number in enumerate(numbers):
-                if number is not None and limits[row]:
-                    chance = self._acceptance(name, number).value
-                    if chance > chances[row]:
-                        lookups[row], chances[row] = name, chance
-        return lookups, chances
 
     def _layers_alone(self, num_rows: int, num_drafting: int, longest: int) -> Plan:
         """Drafts of the best arm of layers, or a plain step."""
         key = (self._stats.times, num_rows, num_drafting, longest)
         if key not in self._layer_plans:
             plans = [self._plain]
-            for name in self._layered:
+            for name in self._draft_steps:
                 acceptance = self._acceptance(name, 0).value
                 chances = [acceptance] * num_drafting + [0.0] * (num_rows - num_drafting)
                 plans.append(self._best_length(name, chances, longest))
             self._layer_plans[key] = max(plans, key=lambda plan: plan.rate)
         return self._layer_plans[key]
 
-    def _with_lookups(
-        self, source: str, lookups: Sequence[str], chances: Sequence[float], longest: int
-    ) -> Plan:
+    def _with_lookups(self, source: str | None, chances: Sequence[float], longest: int) -> Plan:
         """N-grams, and drafts of the source for rows where more of them is expected to be accepted."""
-        own = 0.0 if source == PLAIN else self._acceptance(source, 0).value
+        own = 0.0 if source is None else self._acceptance(source, 0).value
         plan = self._best_length(source, [max(chance, own) for chance in chances], longest)
-        pairs = zip(lookups, chances, strict=True)
-        return plan._replace(lookups=[name if chance > own else PLAIN for name, chance in pairs])
+        return plan._replace(lookups=[chance > own for chance in chances])
 
     def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
         """A trial of the arm that has been due longest; None: none is due or affordable."""
         stats = self._stats
-        if best.source != PLAIN or not best.length:  # in use
+        if best.source is not None or not best.max_drafted:  # in use
             stats.trials[best.source] = _Trials(stats.num_rounds + _WAIT)
-        dates = [(stats.trials[name].due, name) for name in self._tried]
-        due = sorted(date for date in dates if date[0] <= stats.num_rounds)
+        due = [name for name in self._tried if stats.trials[name].due <= stats.num_rounds]
         # A single row drafts two tokens per trial, a batch one.
         length = min(2 if num_rows == 1 else 1, longest)
-        for _, name in due:
-            trial = self._plain if name == PLAIN else self._hoped(name, num_rows, length)
+        for name in sorted(due, key=lambda name: stats.trials[name].due):
+            trial = self._plain if name is None else self._hoped(name, num_rows, length)
             if trial is None:
                 stats.trials[name].due += _WAIT
                 continue
@@ -286,29 +272,29 @@ class AdaptivePolicy:
         return Plan(name, length, (), 0, tokens[-1], self._seconds(name, num_rows)(length))
 
     def _best_length(
-        self, name: str, chances: Sequence[float], longest: int, is_estimate: bool = False
+        self, name: str | None, chances: Sequence[float], longest: int, is_estimate: bool = False
     ) -> Plan:
         """The best round of rows with these chances per token."""
         tokens, seconds = _expected_tokens(chances, longest), self._seconds(name, len(chances), is_estimate)
         best = max(range(longest + 1), key=lambda k: tokens[k] / seconds(k))
         return Plan(name, longest, (), best, tokens[best], seconds(best))
 
-    def _seconds(self, name: str, num_rows: int, is_estimate: bool = False) -> Callable[[int], float]:
+    def _seconds(self, name: str | None, num_rows: int, is_estimate: bool = False) -> Callable[[int], float]:
         """Draft length -> time of a round; `is_estimate`: whatever drafts took so far."""
         verification, draft_step = self._stats.times.verification(num_rows), 0.0
-        if name != PLAIN:
-            estimate = self._arms[name].draft_step
+        if name is not None:
+            estimate = self._draft_steps[name]
             known = None if is_estimate else name
             draft_step = self._stats.times.draft_step(known, num_rows, estimate)
         return lambda k: draft_step * k + verification(k)
 
     def _acceptance(self, name: str, matched: int) -> DecayedMean:
         """Acceptance of a token after accepted ones."""
-        means = self._stats.acceptance
-        if (name, matched) not in means:
-            arm = self._arms[name]
-            means[name, matched] = DecayedMean(arm.priors[matched], arm.weight)
-        return means[name, matched]
+        means, arm = self._stats.acceptance, self._arms[name]
+        key = name, min(matched, len(arm.priors) - 1)
+        if key not in means:
+            means[key] = DecayedMean(arm.priors[key[1]], arm.weight)
+        return means[key]
 
 
 def _expected_tokens(chances: Sequence[float], longest: int) -> list[float]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Mapping
-from itertools import chain
-from typing import NamedTuple
+from itertools import chain, takewhile
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,37 +18,29 @@ from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.drafts.draft import Draft, DraftSource, join
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import LookupDrafts
-from self_speculation.drafts.policy import PLAIN, FixedPolicy, RoundOutcome
+from self_speculation.drafts.ngram import LookupDrafts, copied
+from self_speculation.drafts.policy import FixedPolicy, Match, RoundOutcome
 from self_speculation.model.captured_runner import num_captures
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward
 from self_speculation.model.short_head import ShortHead
-from self_speculation.transfers import Reading, Stopwatch
+from self_speculation.transfers import AsyncRead, Stopwatch
 
 # The last positions of a prompt that judge exits.
 _JUDGING = 16
 
 
-class _Guess(NamedTuple):
-    """The first token that a free source would draft."""
-
-    source: str
-    matched: int
-    id: int
-    sequence: Sequence
-    position: int
-
-
 class DraftComposer:
-    """Drafts as a policy plans: by layers, n-grams or both, or not at all.
+    """Drafts as a policy plans: by layers, by lookups or both, or not at all.
 
     Reads from the device: those of the sources that draft.
 
     Args:
         model: all its ranks make the same plans.
         sources: by name; layers have one head.
+        lookups: each row has the longest match of these; the first one of equal length.
+        vocab_size: width of the logits.
         policy: an `AdaptivePolicy` learns from rounds and prompts.
     """
 
@@ -57,15 +48,17 @@ class DraftComposer:
         self,
         model: PreTrainedModel,
         sources: Mapping[str, DraftSource],
+        lookups: abc.Sequence[LookupDrafts],
+        vocab_size: int,
         policy: FixedPolicy | AdaptivePolicy,
     ) -> None:
         self._model, self._device, self._sources, self._policy = model, model.device, sources, policy
-        self._free = [source for source in sources.values() if isinstance(source, LookupDrafts)]
+        self._lookups, self._vocab_size = lookups, vocab_size
         self._learner = policy if isinstance(policy, AdaptivePolicy) else None
         self._stopwatch, self._num_graphs = Stopwatch(self._device), 0
-        self._guesses: list[_Guess] = []  # of the last round
+        self._guesses: list[tuple[Match, Sequence, int]] = []  # of the last round, and where they stand
         # Of prompts since the last round: exits, positions, and a read of how many of these each had right.
-        self._judgements: list[tuple[list[str], int, Reading]] = []
+        self._judgements: list[tuple[list[str], int, AsyncRead]] = []
 
     def prefill(self, runner: ModelRunner, cache: KVCache, sequence: Sequence, tokens: Tensor) -> Tensor:
         """Prefill the last tokens [1, T] of a prompt; returns the logits [1, 1, V] after them.
@@ -89,7 +82,7 @@ class DraftComposer:
         states = [state.to(hidden.device) for state in states]
         best = [drafter.logits(state, num_positions).argmax(-1) for state in states]  # [1, n] each
         num_right = [(own == best[-1]).sum() for own in best[:-1]]
-        self._judgements.append((names, num_positions, Reading(num_right)))
+        self._judgements.append((names, num_positions, AsyncRead(num_right)))
         return runner.logits(hidden, 1)
 
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None) -> Draft:
@@ -97,25 +90,35 @@ class DraftComposer:
         if self._learner:
             self._stopwatch, self._num_graphs = Stopwatch(self._device), num_captures(self._model)
             self._learn_pending(self._learner)
-        matched: dict[str, list[int | None]] = {source.name: [] for source in self._free}
-        for source in self._free:
-            for sequence, limit in zip(batch.sequences, limits, strict=True):
-                number, ids = source.lookup(sequence, min(limit, 1))
-                matched[source.name].append(number if ids else None)
-                if ids and self._learner:
-                    self._guesses.append(_Guess(source.name, number, ids[0], sequence, sequence.length))
-        plan = self._policy.plan(matched, limits)
-        names = [name or plan.source for name in plan.lookups or [PLAIN] * len(batch)]  # [B]
+        matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
+        plan = self._policy.plan(matches, limits)
+        pairs = zip(matches, batch.sequences, strict=True)
+        self._guesses = [(match, sequence, sequence.length) for match, sequence in pairs if match]
+        chosen = plan.lookups or [False] * len(batch)
+        matches = [match if has else None for match, has in zip(matches, chosen, strict=True)]
         drafts = []
-        for name in dict.fromkeys(filter(None, names)):
-            most = plan.length if name == plan.source else plan.looked_up
-            own = [min(limit, most) if each == name else 0 for each, limit in zip(names, limits, strict=True)]
-            should_continue = self._policy.should_continue
-            drafts.append(self._sources[name].draft(batch, cache, own, numbers, should_continue))
+        if plan.source is not None and not all(matches):
+            rows = zip(limits, matches, strict=True)
+            own = [0 if match else min(limit, plan.max_drafted) for limit, match in rows]
+            layers, should_continue = self._sources[plan.source], self._policy.should_continue
+            drafts = [layers.draft(batch, cache, own, numbers, should_continue)]
+        if any(matches):
+            drafts.append(copied(batch, matches, plan.max_lookup, self._vocab_size))
         draft = join(batch, drafts)
         if self._learner:
             self._stopwatch.split()
         return draft
+
+    def _look_up(self, sequence: Sequence, limit: int) -> Match | None:
+        """The longest match, and at most `limit` tokens to draft, up to one that the model lacks or a grammar
+        forbids: verification would reject it.
+        """
+        found = [match for each in self._lookups if limit and (match := each.find(sequence, limit))]
+        if not found:
+            return None
+        best = max(found, key=lambda match: match.matched)
+        ids = sequence.allowed([*takewhile(lambda id_: 0 <= id_ < self._vocab_size, best.ids)])
+        return best._replace(ids=ids) if ids else None
 
     def learn(self, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         """Learn from the outcome of the last draft; num_accepted: [B]."""
@@ -130,15 +133,16 @@ class DraftComposer:
 
     def _learn_pending(self, learner: AdaptivePolicy) -> None:
         """Learn from the guesses of the last round and the prompts since."""
-        for guess in self._guesses:
-            if guess.sequence.length > guess.position:
-                is_right = guess.sequence.ids_from(guess.position)[0] == guess.id
-                learner.see(guess.source, guess.matched, is_right)
+        for match, sequence, position in self._guesses:
+            if sequence.length > position:
+                is_right = sequence.ids_from(position)[0] == match.ids[0]
+                learner.see(match.source, match.matched, is_right)
         for exits, num_positions, reading in self._judgements:
-            learner.judge(dict(zip(exits, reading.wait(), strict=True)), num_positions)
+            learner.score_exits(dict(zip(exits, reading.wait(), strict=True)), num_positions)
         self._guesses, self._judgements = [], []
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
         passes = (source.passes(runner, longest) for source in self._sources.values())
-        yield from dict.fromkeys(chain.from_iterable(passes))
+        verification = [PassRange(runner, 0, len(runner.layers), longest + 1)] if self._lookups else []
+        yield from dict.fromkeys(chain(*passes, verification))

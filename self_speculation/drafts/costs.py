@@ -81,7 +81,7 @@ _COSTS: Mapping[str, Sequence[float]] = {
 }
 
 
-def growth(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
+def relative_pass_cost(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
     """Estimates the cost of a pass over n tokens, relative to one token, through a model or its copy."""
     costs = _costs(runner.rotary.device, draft_weights)
     costs = [*costs, 1000 * costs[-1]]
@@ -104,7 +104,7 @@ class PassTimes:
     Both begin as estimates, for which a plain step of one row takes a second. Old observations decay.
 
     Args:
-        growth: estimated cost of a pass over n tokens, relative to one.
+        relative_pass_cost: estimated cost of a pass over n tokens, relative to one.
     """
 
     # Longer times count as this many times the expected time.
@@ -113,8 +113,8 @@ class PassTimes:
     # On a GPU two tokens more cost half a hundredth of a step, and the noise of a pass is ten times that.
     _PRIOR_EXCESS = 0.3
 
-    def __init__(self, growth: Callable[[int], float]) -> None:
-        self._growth = growth
+    def __init__(self, relative_pass_cost: Callable[[int], float]) -> None:
+        self._pass_cost = relative_pass_cost
         self._plain_steps: dict[int, DecayedMean] = {}  # by rows
         self._slopes: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
         self._draft_steps: dict[tuple[str | None, int], DecayedMean] = {}
@@ -127,9 +127,9 @@ class PassTimes:
     def plain_step(self, num_rows: int) -> float:
         """A pass over one token of each row."""
         if not self._plain_steps:
-            return self._growth(num_rows)
+            return self._pass_cost(num_rows)
         known = min(self._plain_steps, key=lambda rows: abs(rows - num_rows))
-        return self._plain_steps[known].value * self._growth(num_rows) / self._growth(known)
+        return self._plain_steps[known].value * self._pass_cost(num_rows) / self._pass_cost(known)
 
     def draft_step(self, source: str | None, num_rows: int, estimate: Callable[[int], float]) -> float:
         """A drafted token of each row.
@@ -138,7 +138,7 @@ class PassTimes:
             source: None: as estimated.
             estimate: see `Arm.draft_step`.
         """
-        expected = self.plain_step(num_rows) / self._growth(num_rows) * estimate(num_rows)
+        expected = self.plain_step(num_rows) / self._pass_cost(num_rows) * estimate(num_rows)
         known = self._draft_steps.get((source, num_rows))
         if known is None:
             return expected
@@ -179,4 +179,4 @@ class PassTimes:
 
     def _estimated_excess(self, num_rows: int, num_drafted: int) -> float:
         """Cost of a verification beyond a plain step, in plain steps."""
-        return self._growth(num_rows * (1 + num_drafted)) / self._growth(num_rows) - 1.0
+        return self._pass_cost(num_rows * (1 + num_drafted)) / self._pass_cost(num_rows) - 1.0

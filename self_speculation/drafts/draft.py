@@ -24,7 +24,7 @@ from self_speculation.transfers import on_device
 class Draft:
     """At most k >= 0 tokens for each row, and the hidden states that verification starts from."""
 
-    sources: abc.Sequence[str]  # [B] names
+    sources: abc.Sequence[str | None]  # [B] names; None: no source
     tokens: Tensor  # [B, k]
     probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy, or if k is 0
     lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
@@ -36,7 +36,7 @@ class Draft:
 
 
 class DraftSource(ABC):
-    """Drafts tokens for rows of a batch."""
+    """Computes tokens for rows of a batch."""
 
     name: str
     arm: Arm
@@ -68,7 +68,7 @@ class DraftSource(ABC):
 def join(batch: Batch, drafts: abc.Sequence[Draft]) -> Draft:
     """One draft of drafts for different rows. All layers verify it, since none has processed all rows."""
     if not drafts:
-        return Draft(["none"] * len(batch), *batch.stack([]), [0] * len(batch))
+        return Draft([None] * len(batch), *batch.stack([]), [0] * len(batch))
     drafts = [draft for draft in drafts if any(draft.lengths)] or drafts[:1]
     if len(drafts) == 1:
         return drafts[0]

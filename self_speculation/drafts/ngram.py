@@ -1,12 +1,11 @@
-"""Drafts from n-grams (prompt lookup decoding): the last tokens occurred earlier in prompt or output, and the
-tokens that followed them there are the draft.
+"""Drafts that are looked up (prompt lookup decoding): the last tokens occurred before, in a predicted output,
+in the prompt or in the output, and the tokens that followed them there are the draft.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import abc
-from itertools import takewhile
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,10 +13,12 @@ from torch import Tensor
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.policy import Arm, ShouldContinue
-from self_speculation.model.kv_cache import KVCache
+from self_speculation.drafts.draft import Draft
+from self_speculation.drafts.policy import Arm, Match
 from self_speculation.transfers import on_device
+
+# Ends a predicted output: no model has this id.
+_END = -1
 
 
 class NgramIndex:
@@ -29,112 +30,119 @@ class NgramIndex:
 
     def __init__(self, lengths: abc.Sequence[int]) -> None:
         self._lengths = lengths
-        self._ids: list[int] = []
+        self.ids: list[int] = []
         self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token that followed it
 
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def extend(self, ids: abc.Sequence[int]) -> None:
+    def extend(self, ids: abc.Iterable[int]) -> None:
         """Append tokens to the text."""
         for token in ids:
             # N-grams that end before this token have a follower only now, so none finds itself.
-            position = len(self._ids)
+            position = len(self.ids)
             for n in self._lengths:
                 if n <= position:
-                    self._followed_at[tuple(self._ids[position - n :])] = position
-            self._ids.append(token)
+                    self._followed_at[tuple(self.ids[position - n :])] = position
+            self.ids.append(token)
 
-    def lookup(self, num_tokens: int, end: abc.Sequence[int] | None = None) -> tuple[int, list[int]]:
-        """The longest n-gram at the end that occurred before: its n, and the tokens that followed it there.
+    def locate(self, end: abc.Sequence[int]) -> tuple[int, int]:
+        """n of the longest n-gram at this end that the text has, and the position after it; (0, 0): none.
 
         >>> index = NgramIndex([3, 2, 1])
         >>> index.extend([7, 1, 2, 3, 9, 1, 2])
-        >>> index.lookup(2)
-        (2, [3, 9])
-
-        Args:
-            end: of another text; None: of the indexed one.
-
-        Returns:
-            (0, []) if there is none. The tokens that followed may run into the end: they repeat from there.
+        >>> index.locate([1, 2]), index.follow(3, 6)
+        ((2, 3), [3, 9, 1, 2, 3, 9])
         """
-        end = self._ids if end is None else end
         for n in self._lengths:
             position = self._followed_at.get(tuple(end[-n:])) if n <= len(end) else None
             if position is not None:
-                period = len(self._ids) - position
-                return n, [self._ids[position + i % period] for i in range(num_tokens)]
-        return 0, []
+                return n, position
+        return 0, 0
+
+    def follow(self, position: int, num_tokens: int) -> list[int]:
+        """The tokens from a position on. At the end of the text they repeat from there."""
+        period = len(self.ids) - position
+        return [self.ids[position + i % period] for i in range(num_tokens)]
 
 
-class LookupDrafts(DraftSource):
-    """Copies tokens from somewhere. They cost nothing: no layer runs.
+class LookupDrafts(ABC):
+    """Copies tokens from somewhere. They cost nothing: no layer runs."""
 
-    Args:
-        vocab_size: width of the logits.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    arms: abc.Mapping[str, Arm]  # by source
 
     @abstractmethod
-    def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
-        """How many tokens match, and at most k tokens that follow; 0 and none if nothing matches."""
-
-    def lookup(self, sequence: Sequence, limit: int) -> tuple[int, list[int]]:
-        """How many tokens match, as far as there are priors, and at most `limit` tokens to draft, up to one
-        that the model lacks or a grammar forbids: verification would reject it.
-        """
-        matched, ids = self._find(sequence, limit) if limit else (0, [])
-        known = [*takewhile(lambda id_: 0 <= id_ < self._vocab_size, ids)]
-        return min(matched, len(self.arm.priors) - 1), sequence.allowed(known)
-
-    def draft(
-        self,
-        batch: Batch,
-        cache: KVCache,  # noqa: ARG002
-        limits: abc.Sequence[int],
-        numbers: Tensor | None,  # noqa: ARG002
-        should_continue: ShouldContinue | None,  # noqa: ARG002
-    ) -> Draft:
-        """Reads from the device only to show drafts."""
-        found = [self.lookup(*row) for row in zip(batch.sequences, limits, strict=True)]
-        lengths = [len(ids) for _, ids in found]
-        # Padded with each row's last token, as in `Batch.sample_draft`.
-        last = [sequence.ids_from(sequence.length - 1) for sequence in batch.sequences]
-        padded = [[*ids, *end * (max(lengths) - len(ids))] for (_, ids), end in zip(found, last, strict=True)]
-        tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
-        for i in range(max(lengths)):
-            batch.record_draft(tokens[:, i], i, [i < length for length in lengths])
-        q = None if batch.sampler.greedy else one_hot(tokens, self._vocab_size)
-        matched = [matched if ids else 0 for matched, ids in found]
-        return Draft([self.name] * len(batch), tokens, q, lengths, matched=matched)
+    def find(self, sequence: Sequence, k: int) -> Match | None:
+        """The longest match of the end of a sequence, and at most k > 0 tokens that follow."""
 
 
-class NgramDrafts(LookupDrafts):
-    """What followed the longest n-gram at the end where it occurred before.
+class _Place:
+    """Where the end of a sequence occurred before in its text: prediction, prompt and output.
 
-    Args:
-        longest: tokens to match at most.
+    A match of the longest n-gram goes on while the output does as the text did, however often the n-gram
+    occurs: so the next one of many equal lines is found.
     """
 
-    name = "n-grams"
+    def __init__(self, prediction: abc.Sequence[int], longest: int) -> None:
+        self._longest, self._index = longest, NgramIndex(range(longest, 0, -1))
+        self._index.extend([*prediction, _END] if prediction else [])
+        self._num_predicted = len(self._index.ids)
+        self.matched = self._position = 0
 
-    def __init__(self, longest: int, vocab_size: int) -> None:
-        super().__init__(vocab_size)
-        self._longest = longest
-        self._indices: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
+    @property
+    def is_predicted(self) -> bool:
+        return self._position < self._num_predicted
+
+    def read(self, sequence: Sequence) -> None:
+        """Move on with the new tokens of a sequence."""
+        ids, start = self._index.ids, len(self._index.ids)
+        self._index.extend(sequence.ids_from(start - self._num_predicted))
+        for position in range(start, len(ids)):
+            goes_on = self.matched and ids[self._position] == ids[position]
+            self.matched, self._position = self.matched + 1 if goes_on else 0, self._position + 1
+        matched, position = self._index.locate(ids[max(self._num_predicted, len(ids) - self._longest) :])
+        if matched > self.matched:
+            self.matched, self._position = matched, position
+
+    def next(self, k: int) -> list[int]:
+        return self._index.follow(self._position, k)
+
+
+class TextDrafts(LookupDrafts):
+    """What followed the end of a sequence where it occurred in its prediction, its prompt or its output.
+
+    Args:
+        longest: tokens of the longest n-gram.
+        least: tokens that must match.
+    """
+
+    def __init__(self, longest: int, least: int) -> None:
+        self._longest, self._least = longest, min(least, longest)
+        self._places: WeakKeyDictionary[Sequence, _Place] = WeakKeyDictionary()
         priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
-        # What followed a single token is mostly chance.
-        self.arm = Arm(priors=priors, least_match=min(2, longest))
+        self.arms = {"prediction": Arm(priors=priors), "n-grams": Arm(priors=priors)}
 
-    def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
-        index = self._indices.get(sequence)
-        if index is None:
-            index = self._indices[sequence] = NgramIndex(range(self._longest, 0, -1))
-        index.extend(sequence.ids_from(len(index)))
-        return index.lookup(k)
+    def find(self, sequence: Sequence, k: int) -> Match | None:
+        place = self._places.get(sequence)
+        if place is None:
+            place = self._places[sequence] = _Place(sequence.prediction, self._longest)
+        place.read(sequence)
+        if place.matched < self._least:
+            return None
+        name = "prediction" if place.is_predicted else "n-grams"
+        return Match(name, place.matched, place.next(k))
+
+
+def copied(batch: Batch, matches: abc.Sequence[Match | None], most: int, vocab_size: int) -> Draft:
+    """The draft of what was looked up, at most so many tokens. Reads from the device only to show drafts."""
+    found = [match.ids[:most] if match else [] for match in matches]  # [B]
+    width, lengths = max(map(len, found)), [*map(len, found)]
+    # Padded with each row's last token, as in `Batch.sample_draft`.
+    last = [sequence.ids_from(sequence.length - 1) for sequence in batch.sequences]
+    padded = [[*ids, *end * (width - len(ids))] for ids, end in zip(found, last, strict=True)]
+    tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
+    for i in range(width):
+        batch.record_draft(tokens[:, i], i, [i < length for length in lengths])
+    q = None if batch.sampler.greedy else one_hot(tokens, vocab_size)
+    sources = [match and match.source for match in matches]
+    return Draft(sources, tokens, q, lengths, matched=[match.matched if match else 0 for match in matches])
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:

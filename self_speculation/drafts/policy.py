@@ -12,12 +12,6 @@ from typing import NamedTuple
 Confidences = Sequence[Sequence[float]]  # [B][k] probabilities of drafted tokens
 ShouldContinue = Callable[[Confidences], Sequence[bool]]  # [B] whether to draft another token
 
-PLAIN = ""  # no source
-
-
-def _free(num_rows: int) -> float:  # noqa: ARG001
-    return 0.0
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -25,32 +19,34 @@ class Arm:
 
     Args:
         draft_step: number of rows -> estimated cost of a drafted token of each, in plain steps of one row;
-            by default free, since no layer runs.
+            None: none, since no layer runs.
         priors: [i] prior acceptance of a token after i matched ones, the last one also after more; only [0]
             for layers.
         weight: of the priors, in observations.
-        is_judged: prompts tell its acceptance, see `AdaptivePolicy.judge`.
-        least_match: tokens that must match before a fixed policy drafts with it.
+        is_judged: prompts tell its acceptance, see `AdaptivePolicy.score_exits`.
     """
 
-    draft_step: Callable[[int], float] = _free
+    draft_step: Callable[[int], float] | None = None
     priors: Sequence[float] = (0.0,)
     weight: float = 2.0
     is_judged: bool = False
-    least_match: int = 1
 
-    @property
-    def is_free(self) -> bool:
-        return self.draft_step is _free
+
+class Match(NamedTuple):
+    """A draft that was looked up."""
+
+    source: str
+    matched: int  # tokens
+    ids: Sequence[int] = ()  # that followed
 
 
 class Plan(NamedTuple):
     """One round."""
 
-    source: str = PLAIN  # for rows without an n-gram
-    length: int = 0  # the most tokens of a row
-    lookups: Sequence[str] = ()  # [B] n-gram source of each row; PLAIN: none
-    looked_up: int = 0  # the most n-gram tokens of a row
+    source: str | None = None  # for the other rows; None: no draft
+    max_drafted: int = 0  # the most tokens of a row
+    lookups: Sequence[bool] = ()  # [B] whether a row has the draft that was looked up; empty: none has
+    max_lookup: int = 0  # the most tokens of these
     tokens: float = 1.0  # expected, of all rows
     seconds: float = 1.0  # expected
     is_trial: bool = False
@@ -63,7 +59,7 @@ class Plan(NamedTuple):
 class RoundOutcome(NamedTuple):
     """What became of a round."""
 
-    sources: Sequence[str]  # [B] that drafted
+    sources: Sequence[str | None]  # [B] that drafted
     matched: Sequence[int]  # [B] tokens that an n-gram matched
     confidences: Confidences  # empty if unknown
     drafted: Sequence[int]  # [B] tokens
@@ -72,7 +68,7 @@ class RoundOutcome(NamedTuple):
 
 
 class FixedPolicy:
-    """Drafts up to the limits: by the first free source that matches enough, else by layers.
+    """Drafts up to the limits: by what was looked up, else by layers.
 
     Args:
         arms: by name of the source.
@@ -82,16 +78,10 @@ class FixedPolicy:
     should_continue: ShouldContinue | None = None  # None: drafts are as long as planned
 
     def __init__(self, arms: Mapping[str, Arm], confidence: float | None) -> None:
-        self._arms = arms
-        *_, self._drafting = (name for name, arm in arms.items() if not arm.is_free)
+        *_, self._drafting = (name for name, arm in arms.items() if arm.draft_step)
         if confidence is not None:
             self.should_continue = lambda rows: [bool(row) and row[-1] >= confidence for row in rows]
 
-    def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
+    def plan(self, matches: Sequence[Match | None], limits: Sequence[int]) -> Plan:
         """See `AdaptivePolicy.plan`."""
-        lookups = []
-        for row in range(len(limits)):
-            found = ((name, numbers[row] or 0) for name, numbers in matched.items())
-            enough = (name for name, number in found if number >= self._arms[name].least_match)
-            lookups.append(next(enough, PLAIN))
-        return Plan(self._drafting, max(limits), lookups, max(limits))
+        return Plan(self._drafting, max(limits), [match is not None for match in matches], max(limits))

@@ -13,15 +13,14 @@ from transformers import PreTrainedModel
 from self_speculation.config import LONGEST_DRAFT, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.composer import DraftComposer
-from self_speculation.drafts.costs import draft_ratio, growth
+from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import LookupDrafts, NgramDrafts
+from self_speculation.drafts.ngram import LookupDrafts, TextDrafts
 from self_speculation.drafts.policy import Arm, FixedPolicy
-from self_speculation.drafts.prediction import PredictionDrafts
 from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts, finished_answers
 from self_speculation.model.captured_runner import is_captured
-from self_speculation.model.made import discard, made
+from self_speculation.model.model_cache import cached, evict
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import bytes_per_weight, quantized
 from self_speculation.model.short_head import ShortHead, default_vocabulary
@@ -100,33 +99,33 @@ class SourceEntry(NamedTuple):
     """A kind of drafts."""
 
     asked_for: Callable[[GenerationConfig], bool]
-    make: Callable[[DraftContext], Iterable[DraftSource]]  # several: what adaptive decoding picks from
+    # Several sources: what adaptive decoding picks from.
+    make: Callable[[DraftContext], Iterable[DraftSource | LookupDrafts]]
 
 
 def make_composer(context: DraftContext) -> DraftComposer:
     """The sources that the config asks for.
 
     Raises:
-        ValueError: layers or head cannot be copied, the head is on several devices, or a source has too few
-            priors.
+        ValueError: layers or head cannot be copied, or the head is on several devices.
     """
-    config = context.config
-    asked_for = (source for kind in SOURCES if kind.asked_for(config) for source in kind.make(context))
-    sources = {source.name: source for source in asked_for}
-    arms = {name: source.arm for name, source in sources.items()}
-    for name, source in sources.items():
-        most = max(1, source.arm.least_match)
-        if isinstance(source, LookupDrafts) and len(source.arm.priors) <= most:
-            least = f"must have {most + 1} values or more, for 0 to {most} matched tokens"
-            raise ValueError(f"draft source {name!r}: arm.priors {least}")
+    config, sources, lookups = context.config, {}, []
+    arms: dict[str, Arm] = {}
+    for source in (each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)):
+        if isinstance(source, LookupDrafts):
+            lookups.append(source)
+            arms |= source.arms
+        else:
+            sources[source.name], arms[source.name] = source, source.arm
+    policy: FixedPolicy | AdaptivePolicy = FixedPolicy(arms, config.draft_confidence)
     if config.is_adaptive:
-        return DraftComposer(context.model, sources, AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context)))
-    return DraftComposer(context.model, sources, FixedPolicy(arms, config.draft_confidence))
+        policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context))
+    return DraftComposer(context.model, sources, lookups, context.vocab_size, policy)
 
 
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
     weights = context.config.draft_weights
-    grows = growth(context.runner, weights)
+    grows = relative_pass_cost(context.runner, weights)
 
     def draft_step(layer: int) -> Callable[[int], float]:
         ratio = draft_ratio(context.model, layer, weights, context.draft_vocabulary)
@@ -140,20 +139,21 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
         yield LayerDrafts(drafter, layer, weights, arm, is_whole)
 
 
-# In order of precedence for rows where several match.
+def _text(context: DraftContext) -> Iterator[TextDrafts]:
+    # What followed a single token is mostly chance; adaptive decoding learns how often.
+    yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH, 1 if context.config.is_adaptive else 2)
+
+
+def _shared(context: DraftContext) -> Iterator[SharedDrafts]:
+    config = context.config
+    yield SharedDrafts(finished_answers(context.model, config.shared_lookup), is_sure=not config.is_adaptive)
+
+
+# A longer match goes first; of equal ones the upper source's.
 SOURCES: list[SourceEntry] = [
     SourceEntry(lambda config: True, _layers),
-    SourceEntry(lambda config: config.looks_up, lambda context: [PredictionDrafts(context.vocab_size)]),
-    SourceEntry(
-        lambda config: config.looks_up,
-        lambda context: [NgramDrafts(context.config.prompt_lookup or _LONGEST_MATCH, context.vocab_size)],
-    ),
-    SourceEntry(
-        lambda config: config.shared_lookup > 0,
-        lambda context: [
-            SharedDrafts(finished_answers(context.model, context.config.shared_lookup), context.vocab_size)
-        ],
-    ),
+    SourceEntry(lambda config: config.looks_up, _text),
+    SourceEntry(lambda config: config.shared_lookup > 0, _shared),
 ]
 
 
@@ -164,17 +164,17 @@ def _stats(context: DraftContext) -> ArmStats:
         (config.draft_weights, context.draft_vocabulary, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
-    learnt: dict[Hashable, ArmStats] = made(model, ArmStats, None, dict)
-    return learnt.setdefault(key, ArmStats(growth(runner), torch.get_num_threads))
+    learnt: dict[Hashable, ArmStats] = cached(model, ArmStats, None, dict)
+    return learnt.setdefault(key, ArmStats(relative_pass_cost(runner), torch.get_num_threads))
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:
     """Drop the statistics of adaptive decoding and the finished answers, as in a new process."""
-    discard(model, ArmStats)
-    discard(model, FinishedAnswers)
+    evict(model, ArmStats)
+    evict(model, FinishedAnswers)
 
 
-def driving_flags() -> tuple[str, ...]:
+def draft_flags() -> tuple[str, ...]:
     """The fields of a config that change how drafts are made; none changes the output."""
     drafting = (field.name for field in fields(GenerationConfig) if "used_by" in field.metadata)
     return ("generation_strategy", *drafting)

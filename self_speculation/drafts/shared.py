@@ -9,8 +9,8 @@ from torch import nn
 
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.ngram import LookupDrafts, NgramIndex
-from self_speculation.drafts.policy import Arm
-from self_speculation.model.made import made
+from self_speculation.drafts.policy import Arm, Match
+from self_speculation.model.model_cache import cached
 
 # Sizes of the n-grams that find an output in an earlier answer. Each takes 130 bytes a token.
 _LONG, _SHORT = 6, 3
@@ -31,33 +31,36 @@ class FinishedAnswers:
         """Add an answer and the end of its prompt."""
         ids = sequence.ids_from(max(0, len(sequence.prompt) - _LONG))[: self.num_tokens // 2]
         with self._lock:
-            if len(self._new) + len(ids) > self.num_tokens // 2:
+            if len(self._new.ids) + len(ids) > self.num_tokens // 2:
                 self._old, self._new = self._new, NgramIndex((_LONG, _SHORT))
             self._new.extend(ids)
 
-    def lookup(self, num_tokens: int, end: abc.Sequence[int]) -> tuple[int, list[int]]:
-        """See `NgramIndex.lookup`."""
+    def find(self, end: abc.Sequence[int], num_tokens: int) -> tuple[int, list[int]]:
+        """See `NgramIndex`: how many tokens match, and at most so many that followed."""
         with self._lock:
-            found = [index.lookup(num_tokens, end) for index in (self._new, self._old)]
-        return max(found, key=lambda match: match[0])
+            found = [(*index.locate(end), index) for index in (self._new, self._old)]
+            matched, position, index = max(found, key=lambda place: place[0])
+            return matched, index.follow(position, num_tokens) if matched else []
 
 
 def finished_answers(model: nn.Module, num_tokens: int) -> FinishedAnswers:
     """Those of a model, since ids are those of its tokenizer; empty if the number of tokens is another one
     than before. A change of weights does not matter: these are guesses.
     """
-    return made(model, FinishedAnswers, lambda _: num_tokens, lambda: FinishedAnswers(num_tokens))
+    return cached(model, FinishedAnswers, lambda _: num_tokens, lambda: FinishedAnswers(num_tokens))
 
 
 class SharedDrafts(LookupDrafts):
-    """What followed the longest n-gram at the end of a sequence in finished answers."""
+    """What followed the end of a sequence in finished answers.
 
-    name = "shared"
-    arm = Arm(priors=[0.2 + 0.1 * matched for matched in range(_LONG + 1)], least_match=_LONG)
+    Args:
+        is_sure: only after the longer n-gram.
+    """
 
-    def __init__(self, answers: FinishedAnswers, vocab_size: int) -> None:
-        super().__init__(vocab_size)
-        self._answers = answers
+    def __init__(self, answers: FinishedAnswers, is_sure: bool) -> None:
+        self._answers, self._least = answers, _LONG if is_sure else _SHORT
+        self.arms = {"shared": Arm(priors=[0.2 + 0.1 * matched for matched in range(_LONG + 1)])}
 
-    def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
-        return self._answers.lookup(k, sequence.ids_from(max(0, sequence.length - _LONG)))
+    def find(self, sequence: Sequence, k: int) -> Match | None:
+        matched, ids = self._answers.find(sequence.ids_from(max(0, sequence.length - _LONG)), k)
+        return Match("shared", matched, ids) if matched >= self._least else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from self_speculation.model.attention import CHUNK, AttentionKernel
 from self_speculation.model.families import AttentionType
-from self_speculation.model.kv_cache import ALIGNMENT, Appendable, SeenFrom, round_up
+from self_speculation.model.kv_cache import ALIGNMENT, Appendable, WindowedCache, round_up
 
 # Added to scores. exp of it is 0, and it is finite in 16 bits and times log2(e).
 _MASKED = -30_000.0
@@ -97,7 +97,7 @@ class AttentionContext:
 
     def visible(self, cache: Appendable) -> Appendable:
         """The cache, or what its tokens see of it."""
-        return SeenFrom(cache, self.first_key) if self.first_key else cache
+        return WindowedCache(cache, self.first_key) if self.first_key else cache
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""

@@ -28,8 +28,8 @@ from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import AttentionType, context_length
-from self_speculation.model.kv_cache import KVCache, WrittenAt, round_up
-from self_speculation.model.made import discard, found, lock, made, state
+from self_speculation.model.kv_cache import KVCache, ScatteredCache, round_up
+from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
 from self_speculation.model.model_runner import ModelRunner, PassRange
 from self_speculation.model.progress import progress
 
@@ -63,8 +63,8 @@ def capture_decoding(model: PreTrainedModel) -> None:
     check_can_be_captured(model.config)
     if num_ranks(model) > 1 or len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("compile True: needs the whole model on one GPU")
-    state(model, _IsCaptured)
-    discard(model, _Passes)
+    singleton(model, _IsCaptured)
+    evict(model, _Passes)
 
 
 def check_can_be_captured(config: Any) -> None:
@@ -79,16 +79,16 @@ def check_can_be_captured(config: Any) -> None:
 
 def decode_eagerly(model: PreTrainedModel) -> None:
     for kept in (_IsCaptured, _Passes):
-        discard(model, kept)
+        evict(model, kept)
 
 
 def is_captured(model: PreTrainedModel) -> bool:
-    return found(model, _IsCaptured) is not None
+    return peek(model, _IsCaptured) is not None
 
 
 def num_captures(model: PreTrainedModel) -> int:
     """Passes captured so far, of those that are kept now."""
-    passes = found(model, _Passes)
+    passes = peek(model, _Passes)
     return passes.num_captured if passes else 0
 
 
@@ -104,7 +104,7 @@ class CapturedRunner(ModelRunner):
             return self.fingerprint, passes.num_slots >= num_slots
 
         with lock(self.model):
-            passes = made(self.model, _Passes, valid_for, lambda: _Passes(self, num_slots))
+            passes = cached(self.model, _Passes, valid_for, lambda: _Passes(self, num_slots))
             cache = CapturedCache(passes)
         cache.reserve(prompt_length, num_positions)
         return cache
@@ -308,7 +308,7 @@ class _Passes:
             kind: AttentionContext.ragged(self._runner, kind, positions, num_keys, splits_keys=splits)
             for kind in {kind for _, kind in layers}
         }
-        cache = WrittenAt(self.buffers.of_layers, positions, num_keys)
+        cache = ScatteredCache(self.buffers.of_layers, positions, num_keys)
         hidden = states.flatten(0, 1)
         for layer, kind in layers:
             hidden = layer(hidden, contexts[kind], cache)

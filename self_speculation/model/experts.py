@@ -48,17 +48,17 @@ def distinct_experts(chosen: int, of: int, num_tokens: float) -> float:
     return of * (1.0 - (1.0 - chosen / of) ** num_tokens)
 
 
-def with_experts(growth: Callable[[float], float], model: Any) -> Callable[[float], float]:
+def with_experts(dense: Callable[[float], float], model: Any) -> Callable[[float], float]:
     """The cost of a pass over n tokens relative to one, from that of a dense model."""
     if (experts := experts_per_token(model.config)) is None:
-        return growth
+        return dense
     all_read, expert_bytes = bytes_read(
         [*model.base_model.layers, model.get_output_embeddings()], model.config
     )
     share = expert_bytes / all_read
 
-    def mixture_growth(num_tokens: float) -> float:
+    def mixture(num_tokens: float) -> float:
         more = distinct_experts(*experts, num_tokens) / experts[0]  # each for 1 / more of the tokens
-        return (1.0 - share) * growth(num_tokens) + share * more * growth(num_tokens / more)
+        return (1.0 - share) * dense(num_tokens) + share * more * dense(num_tokens / more)
 
-    return mixture_growth
+    return mixture

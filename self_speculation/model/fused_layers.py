@@ -23,8 +23,8 @@ from self_speculation.model.fingerprint import structure
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import BFloat16Linear, Linear, Slot, replace_linears, tensors_in
-from self_speculation.model.made import discard, found, lock, made, state
-from self_speculation.model.overrides import replaced_forward
+from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
+from self_speculation.model.unsupported_hooks import replaced_forward
 
 # Norms that multiply by 1 + weight, in float32.
 _CENTRED_NORMS = ("Gemma3RMSNorm",)
@@ -60,7 +60,7 @@ class _Parts:
     """What is made of a model's layers and head. A change of their structure discards it as a whole."""
 
     def __init__(self, model: Any) -> None:
-        settings, config = state(model, _Settings), model.config
+        settings, config = singleton(model, _Settings), model.config
         settings.num_changes += 1
         self.fused: dict[nn.Module, Fused] = {}  # by decoder layer; of the final norm and head by `lm_head`
         self.plain: dict[nn.Module, Linear] = {}  # see `plain_linear`
@@ -109,24 +109,24 @@ def fuse(model: Any, bfloat16_prefill: bool | None = None) -> int:
         ValueError: prompts in bfloat16 need a CPU, fused weights in 16 bits and oneDNN.
     """
     with lock(model):
-        settings = state(model, _Settings)
+        settings = singleton(model, _Settings)
         if bfloat16_prefill is not None:
             settings.bfloat16_prefill = bfloat16_prefill
         settings.is_fused = True
-        discard(model, _Parts)
+        evict(model, _Parts)
         fused, _ = fused_model(model)
         if bfloat16_prefill and not (
             prefills_in_bfloat16(model) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         ):
             settings.bfloat16_prefill = False
-            discard(model, _Parts)
+            evict(model, _Parts)
             raise ValueError("prompts in bfloat16 need fused weights in 16 bits on a CPU, and oneDNN")
     return sum(layer in fused for layer in model.base_model.layers)
 
 
 def prefills_in_bfloat16(model: Any) -> bool:
     """Whether long passes over prompts multiply in bfloat16."""
-    parts = found(model, _Parts)
+    parts = peek(model, _Parts)
     return parts is not None and parts.prefills_in_bfloat16
 
 
@@ -153,7 +153,7 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
         return model.config._attn_implementation, tuple(seen)
 
     with lock(model):
-        parts = made(model, _Parts, valid_for, lambda: _Parts(model))
+        parts = cached(model, _Parts, valid_for, lambda: _Parts(model))
         for linear in parts.linears():
             linear.follow_weights()
         return parts.fused, parts.dtype
@@ -166,13 +166,13 @@ def bytes_made(model: Any) -> int:
 
 def linears_made(model: Any) -> list[Linear]:
     """All of a model's fused parts, and those of plain modules."""
-    parts = found(model, _Parts)
+    parts = peek(model, _Parts)
     return [] if parts is None else parts.linears()
 
 
 def num_changes(model: Any) -> int:
     """How often parts were made. Runners from an earlier count are invalid, even if weights are restored."""
-    return state(model, _Settings).num_changes
+    return singleton(model, _Settings).num_changes
 
 
 def plain_linear(model: Any, module: nn.Module) -> Linear:
@@ -180,7 +180,7 @@ def plain_linear(model: Any, module: nn.Module) -> Linear:
     fused parts.
     """
     with lock(model):
-        plain = found(model, _Parts).plain
+        plain = peek(model, _Parts).plain
         if module not in plain:
             plain[module] = Linear(module)
         return plain[module]

@@ -121,7 +121,7 @@ class Buffers:
                 )
 
 
-class SeenFrom(Appendable):
+class WindowedCache(Appendable):
     """Appends to a cache, and returns what it does from a position on."""
 
     def __init__(self, cache: Appendable, first_key: int | Tensor) -> None:
@@ -234,7 +234,7 @@ class KVCache(Appendable):
         end = self.longest(first) + width
         return [part for layer in range(first, last) for part in self.buffers.with_room(layer, end, new_keys)]
 
-    def scattered(self, positions: Tensor, first: int, last: int) -> WrittenAt:
+    def scattered(self, positions: Tensor, first: int, last: int) -> ScatteredCache:
         """Takes keys and values of layers first..last-1 at positions [B, T], for rows that differ in
         length.
         """
@@ -242,7 +242,7 @@ class KVCache(Appendable):
         for layer in range(first, last):
             self.buffers.with_room(layer, self.longest(first) + width)
         self.advance(first, last, width)
-        return WrittenAt(self.buffers.of_layers, positions, round_up(self.longest(first), ALIGNMENT))
+        return ScatteredCache(self.buffers.of_layers, positions, round_up(self.longest(first), ALIGNMENT))
 
     def advance(self, first: int, last: int, width: int) -> None:
         """Count T positions as appended to layers first..last-1."""
@@ -320,7 +320,7 @@ class KVCache(Appendable):
         return (part for pair in self.buffers.of_layers for part in pair or ())
 
 
-class WrittenAt(Appendable):
+class ScatteredCache(Appendable):
     """Writes keys and values at positions [B, T] to the buffers of layers, for a pass that masks row by row.
     Attention reads `length` positions, S.
     """

@@ -24,7 +24,7 @@ from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model, num_changes, prefills_in_bfloat16
 from self_speculation.model.kv_cache import Appendable, Buffers, KVCache
 from self_speculation.model.linear import MIN_BFLOAT16_PREFILL
-from self_speculation.model.made import lock
+from self_speculation.model.model_cache import lock
 
 # Most positions of one pass over a prompt: they bound its memory. In bfloat16, a pass converts all weights.
 PREFILL_CHUNK = 1024

@@ -16,7 +16,7 @@ from self_speculation.model.families import attention_types
 from self_speculation.model.fingerprint import fingerprint
 from self_speculation.model.fused_layers import num_changes
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.made import made
+from self_speculation.model.model_cache import cached
 
 
 class _Prefix(NamedTuple):
@@ -106,7 +106,7 @@ class PrefixCache:
 
 def kept_caches(model: PreTrainedModel) -> deque[PrefixCache]:
     """The cache that the last scheduler with reuse_cache has left; a deque lets only one thread get it."""
-    caches: deque[PrefixCache] = made(model, PrefixCache, lambda _: (), lambda: deque(maxlen=1))
+    caches: deque[PrefixCache] = cached(model, PrefixCache, lambda _: (), lambda: deque(maxlen=1))
     return caches
 
 

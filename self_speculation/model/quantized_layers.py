@@ -25,7 +25,7 @@ from self_speculation.model.fused_layers import FusedHead, FusedLayer, differenc
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import Linear, has_kernel, replace_linears
-from self_speculation.model.made import lock
+from self_speculation.model.model_cache import lock
 from self_speculation.model.model_runner import ModelRunner, PlainLayer, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead

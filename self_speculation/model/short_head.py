@@ -22,7 +22,7 @@ from self_speculation.model.experts import bytes_per_layer
 from self_speculation.model.fused_layers import FusedHead, difference, plain_linear
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear
-from self_speculation.model.made import state
+from self_speculation.model.model_cache import singleton
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import on_device
 
@@ -48,13 +48,13 @@ class _Counted:
 
 def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
     """Let short heads have the ids that were counted most."""
-    state(model, _Counted).ids = tuple(sorted(counts, key=lambda id_: -counts[id_]))
+    singleton(model, _Counted).ids = tuple(sorted(counts, key=lambda id_: -counts[id_]))
 
 
 def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
     """So many ids in ascending order: the most frequent ones, then the first ones of the tokenizer."""
     size = model.get_output_embeddings().weight.shape[0]
-    frequent = [id_ for id_ in state(model, _Counted).ids if 0 <= id_ < size]
+    frequent = [id_ for id_ in singleton(model, _Counted).ids if 0 <= id_ < size]
     return sorted([*dict.fromkeys([*frequent, *range(size)[:number]])][:number])
 
 
@@ -102,7 +102,7 @@ class ShortHead:
         grows = grows and (
             Int4Linear in whole.copies or free_memory(runner.rotary.device) > 2 * whole.num_bytes
         )
-        many_new, demand = _MANY_NEW if grows else math.inf, state(runner.model, _Demand)
+        many_new, demand = _MANY_NEW if grows else math.inf, singleton(runner.model, _Demand)
         self.seen = SeenIds(whole, frozenset(ids), runner.rotary, many_new, demand)
 
     def __call__(self, hidden: Tensor) -> Tensor:

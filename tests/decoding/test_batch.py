@@ -74,9 +74,8 @@ DRAFTS = st.one_of(
 
 
 OWN = st.fixed_dictionaries(
-    {"generation_strategy": st.sampled_from(["self_speculative", "autoregressive"])},
+    {"max_steps": st.integers(1, 24)},
     optional={
-        "max_steps": st.integers(1, 24),
         "sample": st.booleans(),
         "temperature": st.sampled_from([0.5, 1.3]),
         "top_k": st.sampled_from([1, 5]),
@@ -91,6 +90,7 @@ ROW = st.tuples(
     st.lists(st.integers(3, 40), min_size=1, max_size=12) | st.integers(4, 12).map(lambda n: TEXT[:n]),
     st.none() | OWN,
     st.none() | st.integers(1, 9),
+    st.sampled_from([True, True, False]),
 )
 
 
@@ -126,9 +126,10 @@ def test_every_row_is_as_if_alone(
             eos_token_ids=ends,
             stopping_criteria=[MaxLengthCriteria(len(prompt) + at)] if at else None,
             seed=index,
+            drafts=drafts_here,
             config=own and GenerationConfig(**(own | ({"sample": False} if is_adaptive else {}))),
         )
-        for index, (prompt, own, at) in enumerate(rows)
+        for index, (prompt, own, at, drafts_here) in enumerate(rows)
     ]
     model = tiny_llama(agreement=agreement, fused=fused, max_position_embeddings=context)
     config |= {"sample": sample and not is_adaptive, **drafts}
@@ -145,6 +146,7 @@ def test_every_row_is_as_if_alone(
         assert (mine.stop_reason, mine.end_token_id) == (alone.stop_reason, alone.end_token_id)
         if not is_adaptive:
             assert mine.draft_stats == alone.draft_stats
+        assert request.drafts or not mine.num_drafted
 
 
 def raises_from(length):

@@ -139,7 +139,7 @@ def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, drafts
             streamer=Recorder(),
             seed=0,
             eos_token_ids=ends,
-            config=GenerationConfig(generation_strategy="self_speculative", **row["own"]),
+            config=GenerationConfig(**row["own"]),
         )
         for row in rows
     ]

@@ -5,13 +5,17 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
 from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts import ngram
-from self_speculation.drafts.ngram import NgramDrafts, NgramIndex, one_hot
+from self_speculation.drafts.composer import DraftComposer
+from self_speculation.drafts.ngram import NgramIndex, TextDrafts, one_hot
+from self_speculation.drafts.policy import Arm, FixedPolicy
+from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts
 from self_speculation.model import experts
 
 
@@ -33,27 +37,84 @@ def test_the_index_finds_what_a_scan_finds(ids, longest, num_tokens, step):
     index = NgramIndex(range(longest, 0, -1))
     for start in range(0, len(ids), step):
         index.extend(ids[start : start + step])
-        assert index.lookup(num_tokens) == by_scanning(ids[: len(index)], longest, num_tokens)
+        matched, position = index.locate(index.ids)
+        found = (matched, index.follow(position, num_tokens)) if matched else (0, [])
+        assert found == by_scanning(index.ids, longest, num_tokens)
 
 
-def sequence(*prompt, processor=None):
-    request = Request([*prompt], processor)
-    return Sequence(request, GenerationConfig(max_steps=9), 99, torch.device("cpu"))
+def sequence(*prompt, prediction=(), processor=None):
+    request = Request([*prompt], processor, prediction=[*prediction])
+    return Sequence(request, GenerationConfig(max_steps=99), 199, torch.device("cpu"))
 
 
-def test_an_output_is_indexed_once():
-    """Guards against tokens that are indexed again in each round."""
-    drafts, text = NgramDrafts(2, 50), sequence(7, 1, 2)
-    for token in (3, 9, 1, 2):
-        text.tokens.append(token)
-        assert drafts.lookup(text, 2) == by_scanning(text.ids, 2, 2)
+def longest_match(text, *sources):
+    policy = FixedPolicy({"exit 1": Arm(lambda num_rows: 0.2)}, None)
+    return DraftComposer(tiny_llama(), {}, sources, 50, policy)._look_up(text, 3)
 
 
 def test_what_a_grammar_forbids_is_not_drafted():
     """Guards against a verification of tokens that it must reject."""
-    allows_one = Mock(count_allowed=lambda output, draft: 1)
-    text = sequence(7, 1, 2, 3, 7, 1, processor=allows_one)
-    assert NgramDrafts(2, 50).lookup(text, 3) == (2, [2])
+    text = sequence(7, 1, 2, 3, 7, 1, processor=Mock(count_allowed=lambda output, draft: 1))
+    assert longest_match(text, TextDrafts(2, 1)) == ("n-grams", 2, [2])
+
+
+@pytest.mark.parametrize(("own", "expected"), [(2, "shared"), (6, "n-grams"), (8, "n-grams")])
+def test_a_longer_match_goes_first(own, expected):
+    """Guards against two tokens of the prompt that go before an answer that was the same."""
+    answers, finished, ids = FinishedAnswers(100), sequence(1), [*range(3, 13)]
+    finished.tokens += ids
+    answers.add(finished)
+    text = sequence(*ids[8 - own : 8], 40, 41, 42, *ids[:8])
+    assert longest_match(text, TextDrafts(8, 1), SharedDrafts(answers, True)).source == expected
+
+
+def found_in(text, k=2, longest=4, least=2):
+    """What a new index finds, and what one finds that has read the output token by token."""
+    drafts, begun = TextDrafts(longest, least), sequence(*text.prompt, prediction=text.prediction)
+    for token in text.tokens:
+        drafts.find(begun, k)
+        begun.tokens.append(token)
+    return drafts.find(begun, k)
+
+
+def test_an_output_is_indexed_once():
+    """Guards against tokens that are indexed again in each round."""
+    drafts, text = TextDrafts(2, 1), sequence(7, 1, 2)
+    for token in (3, 9, 1, 2):
+        text.tokens.append(token)
+        match = drafts.find(text, 2)
+        assert (match[1:] if match else (0, [])) == by_scanning(text.ids, 2, 2)
+
+
+def test_a_match_goes_on_beyond_the_longest_ngram():
+    """Guards against the last of many lines that begin alike, in place of the next one."""
+    line = [1, 2, 3, 4, 5]
+    text = sequence(8, *line, 10, *line, 20, *line, 30, 9)
+    text.tokens += [8, *line]
+    assert found_in(text).ids == [10, 1]
+    text.tokens += [10, *line]
+    assert found_in(text).ids == [20, 1]
+
+
+def test_a_prediction_is_found_after_what_is_replaced_left_out_and_put_in():
+    """Guards against a prediction that is lost at the first difference."""
+    predicted = list(range(10, 60))
+    text = sequence(5, prediction=predicted)
+    for more, expected, matched in (
+        (predicted[:20], [30, 31], 20),
+        ([99], None, 0),  # replaced
+        ([31, 32], [33, 34], 2),
+        ([40, 41], [42, 43], 2),  # left out
+        ([99, 98, 97, 42, 43], [44, 45], 2),  # put in
+        (predicted[34:], [], 18),
+    ):
+        text.tokens += more
+        match = found_in(text)
+        if expected is None:
+            assert match is None
+        else:
+            assert (match.source, match.matched) == ("prediction", matched)
+            assert match.ids[: len(expected)] == expected
 
 
 def test_a_copied_token_has_all_of_q():

@@ -15,11 +15,11 @@ from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
-from self_speculation.drafts.policy import PLAIN, Arm, FixedPolicy, RoundOutcome
-from self_speculation.model import made
+from self_speculation.drafts.policy import Arm, FixedPolicy, Match, RoundOutcome
+from self_speculation.model import model_cache
+from self_speculation.model.full_forward import exit_logits, hidden_after_each_layer
 from self_speculation.model.kernels import CPUOperators
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
 COPY = "exit 10"
 # Estimated cost of a drafted token, in plain steps.
@@ -79,7 +79,7 @@ class World:
 
 
 class Round(NamedTuple):
-    source: str  # of layers; PLAIN: none drafted
+    source: str  # of layers; None: none drafted
     plan: object
     num_tokens: int
     seconds: float  # without noise
@@ -97,11 +97,12 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
         num_right = {
             name: sum(draws.random() < chance for _ in range(16)) for name, chance in chances.items()
         }
-        policy.judge(num_right, 16)
+        policy.score_exits(num_right, 16)
     for _ in range(rounds):
         found = [draws.choice([1, 2, 3]) if draws.random() < world.finds else None for _ in range(num_rows)]
-        plan = policy.plan({"n-grams": found}, [8] * num_rows)
-        sources, matched = [*(plan.lookups or [PLAIN] * num_rows)], [0] * num_rows
+        plan = policy.plan([number and Match("n-grams", number) for number in found], [8] * num_rows)
+        chosen = plan.lookups or [False] * num_rows
+        sources, matched = ["n-grams" if looks_up else None for looks_up in chosen], [0] * num_rows
         drafted, accepted = [0] * num_rows, [0] * num_rows
         confidences = [[] for _ in range(num_rows)]
         looked_up = world.chances.get("n-grams", 0.0)
@@ -110,14 +111,18 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
                 continue
             is_right = draws.random() < looked_up  # the first token of an n-gram, drafted or not
             policy.see("n-grams", found[row], is_right)
-            if source != PLAIN:
-                matched[row], drafted[row] = found[row], min(plan.looked_up, 8)
+            if source is not None:
+                matched[row], drafted[row] = found[row], min(plan.max_lookup, 8)
                 accepted[row] = int(is_right)
                 while 0 < accepted[row] < drafted[row] and draws.random() < looked_up:
                     accepted[row] += 1
-        own = [row for row, source in enumerate(sources) if source == PLAIN and plan.source != PLAIN]
+        own = [row for row, source in enumerate(sources) if source is None and plan.source is not None]
         steps = 0
-        while own and steps < min(plan.length, 8) and (not steps or all(policy.should_continue(confidences))):
+        while (
+            own
+            and steps < min(plan.max_drafted, 8)
+            and (not steps or all(policy.should_continue(confidences)))
+        ):
             for row in own:
                 sources[row] = plan.source
                 confidences[row].append(world.confidence(plan.source, draws))
@@ -151,7 +156,7 @@ def test_drafts_are_longer_where_more_is_accepted():
 
     def length(**world):
         late = play(policy(), World(**world))[-100:]
-        return sum(each.plan.looked_up or each.num_tokens for each in late) / 100
+        return sum(each.plan.max_lookup or each.num_tokens for each in late) / 100
 
     assert length(chances={"exit 2": 0.98, "exit 4": 0.98}) > length(chances={"exit 2": 0.75}) + 1 > 2
     assert length(chances={"n-grams": 0.95}, finds=1.0) > length(chances={"n-grams": 0.6}, finds=1.0)
@@ -166,7 +171,7 @@ def test_a_source_that_has_become_good_is_noticed(good, bad_rounds):
     chooser = policy(copy_takes=0.3)
     bad = play(chooser, World(), bad_rounds)
     tried = {each.source for each in bad}
-    assert tried == {PLAIN, COPY}
+    assert tried == {None, COPY}
     assert speed(bad[300:] or bad, World()) > (0.99 if bad_rounds > 300 else 0.95)
     assert mostly(play(chooser, World({good: 0.95}), 2 * bad_rounds, seed=1)[-100:]) == good
 
@@ -185,8 +190,8 @@ def test_a_good_exit_drafts_from_the_first_round_on(num_rows):
     world = World({"exit 2": 0.1, "exit 4": 0.9})
     made = play(policy(), world, 40, num_rows)
     assert made[0].source == "exit 4"
-    assert {each.source for each in made} <= {"exit 4", PLAIN}
-    assert not any(each.plan.is_trial for each in made if each.source != PLAIN)
+    assert {each.source for each in made} <= {"exit 4", None}
+    assert not any(each.plan.is_trial for each in made if each.source is not None)
 
 
 def test_prompts_judge_exits_ever_more_rarely():
@@ -194,7 +199,7 @@ def test_prompts_judge_exits_ever_more_rarely():
     chooser, judged = policy(), []
     for number in range(60):
         judged += [number] * ("exit 2" in chooser.to_be_judged())
-        chooser.judge({"exit 2": 0, "exit 4": 1}, 16)
+        chooser.score_exits({"exit 2": 0, "exit 4": 1}, 16)
         play(chooser, World(), 16)
     assert judged[:2] == [0, 1]
     assert 3 < len(judged) < 8
@@ -234,7 +239,7 @@ def test_nothing_is_worse_than_plain_steps(worlds):
     assert sorted(found)[worlds // 2] > 1.1
 
 
-@pytest.mark.parametrize("stalled", [(PLAIN, 1), ("exit 4", 1), ("exit 4", 2), ("exit 4", 400)])
+@pytest.mark.parametrize("stalled", [(None, 1), ("exit 4", 1), ("exit 4", 2), ("exit 4", 400)])
 def test_a_stall_rules_out_no_source(stalled):
     """Guards against a process that stands still for a while, also while a source is hardly known."""
     world = World({"exit 2": 0.2, "exit 4": 0.95})
@@ -244,7 +249,7 @@ def test_a_stall_rules_out_no_source(stalled):
 def test_times_are_learnt_and_forgotten():
     """Guards against an estimate that is believed for ever, and against times of a slow hour."""
     sure, chooser = {"exit 2": 0.9, "exit 4": 0.9}, policy()
-    assert mostly(play(chooser, World(sure, draft=sure))[-100:]) == PLAIN
+    assert mostly(play(chooser, World(sure, draft=sure))[-100:]) is None
     assert mostly(play(chooser, World(sure), 3000)[-100:]) == "exit 2"
 
 
@@ -254,7 +259,7 @@ def test_times_belong_to_a_number_of_threads():
     chooser = policy(ArmStats(partial(line, 0.02), lambda: threads[0]))
     assert mostly(play(chooser, World(sure), 100)[-50:]) == "exit 2"
     threads[0] = 1
-    assert mostly(play(chooser, World(sure, draft=sure), 100)[-50:]) == PLAIN
+    assert mostly(play(chooser, World(sure, draft=sure), 100)[-50:]) is None
     threads[0] = 2
     assert mostly(play(chooser, World(sure), 10)) == "exit 2"
 
@@ -293,25 +298,26 @@ def test_ngrams_go_before_a_copy_row_by_row():
     chooser, shared = policy(copy_takes=0.05), {"slope": 0.005, "draft": {COPY: 0.05}}
     world, alone = World({COPY: 0.8, "n-grams": 0.95}, finds=0.5, **shared), World({COPY: 0.8}, **shared)
     made = play(chooser, world, 400, num_rows=4)
-    ready = {"n-grams": [3, None, None, 3]}
+    ready = [Match("n-grams", 3), None, None, None]
     plan = next(p for p in (chooser.plan(ready, [8, 8, 8, 0]) for _ in range(9)) if not p.is_trial)
-    assert (plan.source, plan.lookups) == (COPY, ["n-grams", PLAIN, PLAIN, PLAIN])  # no room in the last
+    assert (plan.source, plan.lookups) == (COPY, [True, False, False, False])
     made_alone = play(policy(copy_takes=0.05), alone, 400, num_rows=4)
     assert speed(made, world, 4) > speed(made_alone, alone, 4) + 0.1
 
 
-def test_a_fixed_policy_takes_the_first_source_that_matches_enough():
-    """Guards against short matches of a source whose short matches are chance."""
-    arms = {"exit 2": Arm(lambda num_rows: 0.2), "shared": Arm(least_match=3), "n-grams": Arm()}
-    plan = FixedPolicy(arms, None).plan({"shared": [2, 3, None], "n-grams": [1, 9, None]}, [4, 1, 2])
-    assert (plan.source, plan.lookups) == ("exit 2", ["n-grams", "shared", PLAIN])
+def test_a_fixed_policy_takes_what_was_looked_up_first():
+    """Guards against layers that draft where a text tells what follows."""
+    plan = FixedPolicy({"exit 2": Arm(lambda num_rows: 0.2), "n-grams": Arm()}, None).plan(
+        [Match("n-grams", 2), None], [4, 1]
+    )
+    assert (plan.source, plan.lookups) == ("exit 2", [True, False])
 
 
 def settled(num_rows=1):
     """A policy that drafts with a copy, by its current plan."""
     chooser = policy(copy_takes=0.3)
     play(chooser, World({COPY: 0.9}, is_confident=True), 300, num_rows)
-    plans = (chooser.plan({"n-grams": [None] * num_rows}, [8] * num_rows) for _ in range(9))
+    plans = (chooser.plan([None] * num_rows, [8] * num_rows) for _ in range(9))
     assert next(plan for plan in plans if not plan.is_trial).source == COPY
     return chooser
 
@@ -363,13 +369,13 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
         result = generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
         assert {*result.drafts_by_source} <= {"none", "n-grams", "exit 1"}
         assert sum(counts.rounds for counts in result.drafts_by_source.values()) == result.num_verifications
-    (learnt,) = made.found(model, ArmStats).values()
-    assert {*learnt.trials} <= {PLAIN, "exit 1"}
+    (learnt,) = model_cache.peek(model, ArmStats).values()
+    assert {*learnt.trials} <= {None, "exit 1"}
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that an n-gram matched
     assert {*learnt.by_confidence} <= {"exit 1"}
-    assert made.found(other, ArmStats) is None
+    assert model_cache.peek(other, ArmStats) is None
     generate(model, PROMPT, "adaptive", max_steps=20, eos=[], sample=True)
-    assert len(made.found(model, ArmStats)) == 2  # sampled tokens have another acceptance
+    assert len(model_cache.peek(model, ArmStats)) == 2  # sampled tokens have another acceptance
 
 
 @pytest.mark.parametrize("draft_vocabulary", [None, 20])
@@ -379,7 +385,7 @@ def test_the_last_tokens_of_a_prompt_judge_exits(draft_vocabulary, monkeypatch):
     """
     model, judged = own_llama(8, fused=True), []
     monkeypatch.setattr(AdaptivePolicy, "to_be_judged", lambda policy: policy._judged)
-    monkeypatch.setattr(AdaptivePolicy, "judge", lambda policy, *numbers: judged.append(numbers))
+    monkeypatch.setattr(AdaptivePolicy, "score_exits", lambda policy, *numbers: judged.append(numbers))
     strategy, draws = make_strategy("adaptive"), random.Random(0)
     how = {**ADAPTIVE, "max_steps": 3, "reuse_cache": True, "draft_vocabulary": draft_vocabulary}
     prompt = []
@@ -414,7 +420,7 @@ def test_estimated_costs_are_those_of_the_formula(variant, slower, monkeypatch):
     whole, short = draft_ratio(model, 3, "int4"), draft_ratio(model, 3, "int4", 10)
     assert whole == pytest.approx((3 * weights + head) / (10 + head))
     assert short == pytest.approx((3 + head * 10 / 50) * weights / (10 + head))
-    grows = costs.growth(ModelRunner(model), "int4")
+    grows = costs.relative_pass_cost(ModelRunner(model), "int4")
     assert (grows(1), grows(4)) == (1.0, pytest.approx(1.2 if variant else 3.0 / 1.7))
 
 

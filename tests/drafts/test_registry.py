@@ -19,7 +19,7 @@ from self_speculation.drafts import registry
 from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.ngram import LookupDrafts, one_hot
-from self_speculation.drafts.policy import Arm, Plan
+from self_speculation.drafts.policy import Arm, Match, Plan
 
 SCRIPTS = {
     generate: [],
@@ -105,8 +105,8 @@ def test_generate_of_transformers_hands_its_flag_on(monkeypatch):
 def test_adaptive_decoding_chooses_among_it(monkeypatch):
     """The plans are given: whether it pays is the policy's to learn."""
 
-    def plan(matched, limits):
-        assert {"always", "exit 1"} <= {*matched}
+    def plan(sources, matches, limits):  # noqa: ARG001
+        assert {"always", "exit 1"} <= {*sources}
         return Plan("always", 2) if max(limits) else Plan()
 
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
@@ -118,23 +118,17 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
 class Echo(LookupDrafts):
     """Guesses the last token again, and claims that a hundred tokens matched."""
 
-    name, arm = "echo", Arm()
+    arms = {"echo": Arm(priors=(0.1, 0.99))}  # noqa: RUF012
 
-    def _find(self, sequence, k):
-        return 100, sequence.ids_from(sequence.length - 1) * k
+    def find(self, sequence, k):
+        return Match("echo", 100, sequence.ids_from(sequence.length - 1) * k)
 
 
 @pytest.mark.parametrize("strategy", ["adaptive", "self_speculative"])
 def test_a_source_that_matches_more_than_its_priors(strategy, monkeypatch):
     """Guards against an IndexError in the middle of an answer, and a source that never drafts."""
-    kind = registry.SourceEntry(lambda config: True, lambda context: [Echo(context.vocab_size)])
+    kind = registry.SourceEntry(lambda config: True, lambda context: [Echo()])
     monkeypatch.setattr(registry, "SOURCES", [*registry.SOURCES, kind])
     exits = {} if strategy == "adaptive" else {"exit_layer": 1, "num_speculations": 2}
-
-    def drafted():
-        return conftest.generate(tiny_llama(), PROMPT, strategy, max_steps=9, eos=[], **exits)
-
-    with pytest.raises(ValueError, match=r"draft source 'echo': arm\.priors must have 2 values or more"):
-        drafted()
-    monkeypatch.setattr(Echo, "arm", Arm(priors=(0.1, 0.99)))
-    assert "echo" in drafted().drafts_by_source
+    result = conftest.generate(tiny_llama(), PROMPT, strategy, max_steps=9, eos=[], **exits)
+    assert "echo" in result.drafts_by_source

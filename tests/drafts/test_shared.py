@@ -29,8 +29,8 @@ def test_it_keeps_the_last_answers(lengths, num_tokens):
         kept.add(answer(*ids))
         ids = ids[: num_tokens // 2]
         for n in range(3, len(ids)):
-            assert kept.lookup(1, ids[:n]) == (_LONG if n >= _LONG else 3, ids[n : n + 1])
-    found = [ids[: num_tokens // 2] for ids in answers if kept.lookup(1, ids[:3])[0]]
+            assert kept.find(ids[:n], 1) == (_LONG if n >= _LONG else 3, ids[n : n + 1])
+    found = [ids[: num_tokens // 2] for ids in answers if kept.find(ids[:3], 1)[0]]
     assert sum(map(len, found)) <= num_tokens
 
 
@@ -38,7 +38,7 @@ def test_an_answer_is_found_by_the_end_of_its_prompt():
     """Guards against a repeated question whose first tokens are not drafted."""
     kept, ids = FinishedAnswers(100), [*range(20)]
     kept.add(SimpleNamespace(prompt=ids[:12], ids_from=lambda position: ids[position:]))
-    assert kept.lookup(2, ids[:12]) == (_LONG, [12, 13])
+    assert kept.find(ids[:12], 2) == (_LONG, [12, 13])
 
 
 def test_threads_share_it():
@@ -50,7 +50,7 @@ def test_threads_share_it():
         with ThreadPoolExecutor(2) as pool:
             adding = pool.submit(lambda: [kept.add(answer(*ids)) for _ in range(100)])
             while not adding.done():
-                kept.lookup(4, [1, 2, 3, 4, 1, 2, 3, 4])
+                kept.find([1, 2, 3, 4, 1, 2, 3, 4], 4)
             adding.result()
     finally:
         sys.setswitchinterval(interval)

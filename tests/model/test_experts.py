@@ -17,7 +17,7 @@ from test_llama_model_utils import OF_EXPERTS, family
 
 import benchmark
 from self_speculation import Request
-from self_speculation.drafts.costs import draft_ratio, growth
+from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.model import loading
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.experts import bytes_read, distinct_experts
@@ -71,7 +71,7 @@ def test_estimated_costs_know_which_experts_a_pass_reads():
     assert distinct_experts(2, 8, 1) == pytest.approx(2)
     assert distinct_experts(2, 8, 1000) == pytest.approx(8)
 
-    cost, dense = (growth(ModelRunner(each)) for each in (model, family("llama").float()))
+    cost, dense = (relative_pass_cost(ModelRunner(each)) for each in (model, family("llama").float()))
     of_all = 4 * expert_bytes / (4 * all_read + model.lm_head.weight.nbytes)
     assert cost(1) == 1.0
     assert cost(2) == pytest.approx(1 + of_all * 0.75 + (dense(2) - 1) * (1 - of_all), abs=0.03)

@@ -29,7 +29,7 @@ from self_speculation.model.fused_layers import _MOST_GROUPED, fuse
 from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.runners import make_runner
-from self_speculation.transfers import Reading, on_device
+from self_speculation.transfers import AsyncRead, on_device
 
 DEVICE = "cuda:0"
 
@@ -200,8 +200,8 @@ def cuda(monkeypatch):
         # Reads, and events for them.
         f"{package}.decoding.batch.read": read,
         f"{package}.self_speculation_generator.read_verification": few_accepted,
-        f"{package}.transfers.Reading.__init__": lambda self, numbers: setattr(self, "numbers", numbers),
-        f"{package}.transfers.Reading.wait": lambda reading: [*chain(*read(reading.numbers))],
+        f"{package}.transfers.AsyncRead.__init__": lambda self, numbers: setattr(self, "numbers", numbers),
+        f"{package}.transfers.AsyncRead.wait": lambda reading: [*chain(*read(reading.numbers))],
         f"{package}.transfers.Stopwatch._event": lambda stopwatch: None,
         # Fake mode holds on one thread.
         f"{package}.model.quantized_layers.ThreadPoolExecutor": lambda number: contextlib.nullcontext(
@@ -430,7 +430,7 @@ def test_a_read_waits_for_the_gpu_that_copies(monkeypatch):
     monkeypatch.setattr("torch.cuda.current_stream", lambda device=None: device)
     monkeypatch.setattr("torch.empty", lambda *size, pin_memory=False, **kind: empty(*size, **kind))
     with FakeTensorMode() as mode:
-        Reading([FakeTensor(mode, empty(3, device="meta"), torch.device("cuda:1"))])
+        AsyncRead([FakeTensor(mode, empty(3, device="meta"), torch.device("cuda:1"))])
     assert recorded == [torch.device("cuda:1")]
 
 

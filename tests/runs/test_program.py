@@ -12,7 +12,7 @@ from conftest import ROOT
 from arguments import GenerationConfig, ModelArguments
 from runs import status
 from runs.startup import load_generator
-from self_speculation.model.made import found
+from self_speculation.model.model_cache import peek
 from self_speculation.threads import ThreadGovernor, most_threads
 
 # The main thread waits in C, as for a lock; the last thread never gives the interpreter away once it begins.
@@ -75,7 +75,7 @@ def test_threads_are_fixed_or_follow_other_programs(threads, model_folder):
             ModelArguments(model=str(model_folder), threads=threads), GenerationConfig()
         ).model
         assert most_threads(model) == torch.get_num_threads() == (threads or 1)
-        assert (found(model, ThreadGovernor) is None) == (threads is not None)
+        assert (peek(model, ThreadGovernor) is None) == (threads is not None)
     finally:
         torch.set_num_threads(1)
 

@@ -193,8 +193,8 @@ def test_a_seed_holds(drafts, repeat):
         ({"seed": 1, "temperature": 0}, True),
         ({"temperature": 0.5}, True),
     ):
-        own = ChatRequest(messages=HELLO, **given).generation_config(config)
-        assert (own.generation_strategy != "autoregressive") == drafted
+        request = ChatRequest(messages=HELLO, **given)
+        assert request.drafts_with(request.generation_config(config)) == drafted
 
 
 def test_a_template_gets_the_arguments_of_calls():
@@ -298,7 +298,7 @@ def test_the_servers_config_has_the_defaults():
     config = request.generation_config(default)
     assert (config.sample, config.temperature, config.top_p) == (True, 0.5, 0.5)
     assert (config.max_steps, config.stop_words) == (9, ["y"])
-    assert (config.generation_strategy, config.exit_layer) == ("autoregressive", -1)
+    assert not request.drafts_with(config)
     assert ChatRequest(messages=HELLO, temperature=0).generation_config(GenerationConfig()).greedy
     more = {"max_tokens": 9, "max_completion_tokens": 9}
     for limits in ({"max_tokens": 5}, more | {"max_tokens": 5}, more | {"max_completion_tokens": 5}):

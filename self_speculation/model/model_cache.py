@@ -35,7 +35,7 @@ def _shelf(model: nn.Module) -> _Shelf:
     return shelf
 
 
-def made(
+def cached(
     model: nn.Module,
     key: Hashable,
     valid_for: Callable[[T], Hashable] | None,
@@ -57,18 +57,18 @@ def made(
     return kept[1]
 
 
-def state(model: nn.Module, kind: Callable[[], T]) -> T:
+def singleton(model: nn.Module, kind: Callable[[], T]) -> T:
     """The one object of this class that is kept with a model, as long as the model."""
-    return made(model, kind, None, kind)
+    return cached(model, kind, None, kind)
 
 
-def found(model: nn.Module, key: Hashable) -> Any:
+def peek(model: nn.Module, key: Hashable) -> Any:
     """What is kept by key, valid or not; None: nothing."""
     kept = _shelf(model).by_key.get(key)
     return None if kept is None else kept[1]
 
 
-def discard(model: nn.Module, key: Hashable) -> None:
+def evict(model: nn.Module, key: Hashable) -> None:
     """Drop what is kept by key, if anything."""
     _shelf(model).by_key.pop(key, None)
 
@@ -82,7 +82,7 @@ def release(model: nn.Module) -> None:
     with shelf.lock:
         for key, (valid_for, _) in [*shelf.by_key.items()]:
             if valid_for is not None:
-                discard(model, key)
+                evict(model, key)
 
 
 def lock(model: nn.Module) -> AbstractContextManager[bool]:

@@ -52,11 +52,11 @@ def two_hooks(model):
     add_hook_to_module(model, OtherHook(), append=True)
 
 
-OTHER = "other of test_overrides"
+OTHER = "other of test_unsupported_hooks"
 REFUSED = [
     (lambda m: setattr(m.model, "forward", MethodType(other, m.model)), f"LlamaModel has {OTHER} instead of"),
     (replaced_and_hooked, f"LlamaForCausalLM has {OTHER} instead of its forward"),
-    (two_hooks, "LlamaForCausalLM has OtherHook of test_overrides instead of its forward"),
+    (two_hooks, "LlamaForCausalLM has OtherHook of test_unsupported_hooks instead of its forward"),
     (lambda m: setattr(m, "__class__", OtherForward), f"OtherForward has a forward of its own, {OTHER}"),
     (lambda m: setattr(m, "__class__", OtherInputs), f"inputs are made by {OTHER}, as for prompt tuning"),
     (lambda m: m.model.register_forward_hook(other), f"LlamaModel has the hook {OTHER}"),
@@ -82,7 +82,9 @@ def test_hooks_on_all_modules_are_refused():
     """Guards against a hook that runs for layers but not for the model."""
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        with pytest.raises(ValueError, match=r"all modules have the hook .*<lambda> of test_overrides"):
+        with pytest.raises(
+            ValueError, match=r"all modules have the hook .*<lambda> of test_unsupported_hooks"
+        ):
             generate(tiny_llama(), PROMPT, max_steps=4)
     finally:
         handle.remove()

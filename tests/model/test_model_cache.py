@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import nn
 
-from self_speculation.model.made import discard, found, lock, made, release, state
+from self_speculation.model.model_cache import cached, evict, lock, peek, release, singleton
 
 
 class Part:
@@ -19,18 +19,18 @@ def test_it_is_kept_while_it_is_valid():
     model, other = nn.Linear(1, 1), nn.Linear(1, 1)
 
     def current():
-        return made(model, "key", lambda _: tuple(model.weight.shape), Part)
+        return cached(model, "key", lambda _: tuple(model.weight.shape), Part)
 
     part = current()
-    assert current() is found(model, "key") is part
-    assert made(model, "another key", None, Part) is not part
-    assert made(other, "key", None, Part) is not part
+    assert current() is peek(model, "key") is part
+    assert cached(model, "another key", None, Part) is not part
+    assert cached(other, "key", None, Part) is not part
     model.weight = nn.Parameter(model.weight[None])
-    assert found(model, "key") is part
+    assert peek(model, "key") is part
     changed = current()
     assert current() is changed is not part
-    discard(model, "key")
-    assert found(model, "key") is None
+    evict(model, "key")
+    assert peek(model, "key") is None
     assert current() is not changed
 
 
@@ -39,7 +39,7 @@ def test_it_says_itself_what_it_is_valid_for():
     model = nn.Linear(1, 1)
 
     def of_size(least):
-        return made(model, "key", lambda kept: len(kept) >= least, lambda: [0] * least)
+        return cached(model, "key", lambda kept: len(kept) >= least, lambda: [0] * least)
 
     assert [len(of_size(least)) for least in (3, 2, 4)] == [3, 3, 4]
 
@@ -52,20 +52,20 @@ def test_making_may_change_the_model():
         model.weight = nn.Parameter(model.weight[None])
         return Part()
 
-    parts = {made(model, "key", lambda _: tuple(model.weight.shape), make) for _ in range(2)}
+    parts = {cached(model, "key", lambda _: tuple(model.weight.shape), make) for _ in range(2)}
     assert len(parts) == 1
 
 
 def test_it_is_freed_before_the_next_one_is_made_and_with_its_model():
     """Guards against twice the memory, and against memory of a model that is gone."""
     model = nn.Linear(1, 1)
-    part = weakref.ref(made(model, "key", lambda _: 1, Part))
+    part = weakref.ref(cached(model, "key", lambda _: 1, Part))
 
     def make():
         assert part() is None
         return Part()
 
-    part = weakref.ref(made(model, "key", lambda _: 2, make))
+    part = weakref.ref(cached(model, "key", lambda _: 2, make))
     assert part() is not None
     del model
     gc.collect()
@@ -75,10 +75,10 @@ def test_it_is_freed_before_the_next_one_is_made_and_with_its_model():
 def test_what_is_released():
     """Guards against memory that stays, and against settings that go."""
     model = nn.Linear(1, 1)
-    part, setting = weakref.ref(made(model, "key", lambda _: 1, Part)), state(model, Part)
+    part, setting = weakref.ref(cached(model, "key", lambda _: 1, Part)), singleton(model, Part)
     release(model)
     assert part() is None
-    assert state(model, Part) is setting
+    assert singleton(model, Part) is setting
 
 
 def test_threads_make_it_once():
@@ -87,7 +87,7 @@ def test_threads_make_it_once():
 
     def ask():
         both_ask.wait(10)
-        return made(model, "key", None, lambda: both_ask.n_waiting or Part())
+        return cached(model, "key", None, lambda: both_ask.n_waiting or Part())
 
     with ThreadPoolExecutor(2) as threads:
         first, second = (threads.submit(ask) for _ in range(2))
@@ -97,6 +97,6 @@ def test_threads_make_it_once():
 def test_reading_does_not_wait_for_making():
     """Guards against decoding that waits while another thread makes copies for seconds."""
     model = nn.Linear(1, 1)
-    part = made(model, "key", None, Part)
+    part = cached(model, "key", None, Part)
     with ThreadPoolExecutor(1) as threads, lock(model):
-        assert threads.submit(made, model, "key", None, Part).result(10) is part
+        assert threads.submit(cached, model, "key", None, Part).result(10) is part
