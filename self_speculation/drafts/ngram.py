@@ -98,7 +98,7 @@ class LookupDrafts(DraftSource):
         numbers: Tensor | None,  # noqa: ARG002
         should_continue: ShouldContinue | None,  # noqa: ARG002
     ) -> Draft:
-        """Reads from the device only to show drafts."""
+        """Reads nothing from the device."""
         found = [self.lookup(*row) for row in zip(batch.sequences, limits, strict=True)]
         lengths = [len(ids) for _, ids in found]
         # Padded with each row's last token, as in `Batch.sample_draft`.
@@ -106,7 +106,8 @@ class LookupDrafts(DraftSource):
         padded = [[*ids, *end * (max(lengths) - len(ids))] for (_, ids), end in zip(found, last, strict=True)]
         tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
         for i in range(max(lengths)):
-            batch.record_draft(tokens[:, i], i, [i < length for length in lengths])
+            ids = [row[i] for row in padded]
+            batch.record_draft(tokens[:, i], i, [i < length for length in lengths], ids=ids)
         q = None if batch.sampler.greedy else one_hot(tokens, self._vocab_size)
         matched = [matched if ids else 0 for matched, ids in found]
         return Draft([self.name] * len(batch), tokens, q, lengths, matched=matched)
