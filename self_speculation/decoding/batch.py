@@ -115,7 +115,7 @@ class Batch:
             numbers: `RandomNumbers.draft`.
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
-        sampled = self.sampler(logits, None if numbers is None else numbers[:, position])
+        sampled = self.sampler(logits, None if numbers is None else numbers[:, position], is_draft=True)
         self.agree(sampled.tokens)
         if not all(is_drafting):
             mask = on_device(is_drafting, logits.device).bool()
