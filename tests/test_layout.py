@@ -33,20 +33,20 @@ LIBRARY = {
 # Folder -> the most lines of its modules. A change that needs more raises the number and says why they are
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
-    "scripts": 1469,
-    "benchmarks": 2499,
-    "measures": 1899,
-    "runs": 1512,
-    "serving": 1928,
-    "training": 1343,
-    "self_speculation": 2058,
-    "self_speculation/decoding": 1585,
-    "self_speculation/drafts": 1383,
-    "self_speculation/model": 4699,
-    "self_speculation/model, C++": 516,
+    "scripts": 1465,
+    "benchmarks": 2516,
+    "measures": 1937,
+    "runs": 1650,
+    "serving": 1972,
+    "training": 1344,
+    "self_speculation": 2137,
+    "self_speculation/decoding": 1674,
+    "self_speculation/drafts": 1320,
+    "self_speculation/model": 4214,
+    "self_speculation/model/cpp, C++": 993,
 }
 MAX_LINES = 350  # of a file
-LONGER = {"data", "arguments", "serving.app", "self_speculation.model.fused_layers", "benchmarks.gpu"}
+LONGER = {"self_speculation.model.fused_layers", "benchmarks.gpu"}
 
 
 def modules():

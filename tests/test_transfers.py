@@ -5,13 +5,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import LAYERS, generate, random_plans, tiny_llama
+from conftest import LAYERS, Recorder, generate, random_plans, tiny_llama
 from helpers import watch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MaxLengthCriteria
 
 from self_speculation import autoregressive_generator as generator
+from self_speculation import self_speculation_generator as speculative
 from self_speculation.decoding import batch
+from self_speculation.decoding.grammar import Grammar, GrammarProcessor
+from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import AsyncRead
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
@@ -48,6 +51,11 @@ def reads(monkeypatch):
     return counting
 
 
+def drafted_by_layers(result):
+    drafts = (result.drafts_by_source or {}).items()
+    return sum(counts.drafted for name, counts in drafts if name.startswith("exit"))
+
+
 @pytest.mark.parametrize(
     ("config", "reads_drafts"),
     [
@@ -59,13 +67,27 @@ def reads(monkeypatch):
         ({"draft_confidence": 0.1}, True),
         ({"streamer": Mock()}, True),  # which shows drafts
         ({"streamer": Mock(), "draft_confidence": 0.3}, True),
+        ({"streamer": Mock(), "prompt_lookup": 3}, True),  # but not what the host has drafted
     ],
 )
 def test_one_read_a_round_and_at_most_one_for_a_drafted_token(config, reads_drafts, reads):
     """Guards against a second read of a verification, a probability or a token."""
     with reads:
         result = generate(tiny_llama(fused=True), PROMPT, max_steps=30, eos=[], **LAYERS, **config)
-    assert reads.number == 1 + result.num_verifications + reads_drafts * result.num_drafted
+    assert reads.number == 1 + result.num_verifications + reads_drafts * drafted_by_layers(result)
+
+
+@pytest.mark.parametrize("more", [None, {}, {"streamer": Mock()}, {"prompt_lookup": 3}])
+def test_a_grammar_reads_each_drafted_token_once(bundled, more, reads):
+    """Guards against a read of the whole output for each mask, in drafts and again in verification."""
+    model, tokenizer = bundled
+    ids = tokenizer.encode("values = ")
+    processor = GrammarProcessor(Grammar.regex("[0-9, ]+"), tokenizer, len(ids), model.config.vocab_size, [0])
+    drafts = {} if more is None else {"exit_layer": 3, "num_speculations": 4, **more}
+    with reads:
+        result = generate(model, ids, max_steps=30, eos=[], logits_processors=[processor], **drafts)
+    rounds = result.num_verifications if drafts else 29
+    assert reads.number == 1 + rounds + drafted_by_layers(result)
 
 
 def test_autoregressive_decoding_reads_once_per_token(reads):
@@ -84,11 +106,8 @@ def test_adaptive_rounds_read_no_more(config, reads):
     with random_plans(0), reads:
         result = generate(model, PROMPT, "adaptive", max_steps=60, eos=[], **config)
     assert set(result.drafts_by_source) == {"none", "exit 1", "exit 2", "exit 3", "n-grams"}
-    of_layers = sum(
-        counts.drafted for name, counts in result.drafts_by_source.items() if name.startswith("exit")
-    )
     # The verdict on exits is queued before the prompt's first token, so no read waits for it.
-    assert reads.number == 2 + result.num_verifications + of_layers
+    assert reads.number == 2 + result.num_verifications + drafted_by_layers(result)
 
 
 WITHOUT_WAITING = ["read", "pass", "pass", "read", "pass", "read", "pass", "read", "pass", "read", "read"]
@@ -117,3 +136,28 @@ def test_the_next_pass_is_queued_before_a_read(late, request_, expected, monkeyp
     watch(monkeypatch, AsyncRead, "wait", lambda *_: order.append("read"))
     generate(tiny_llama(), PROMPT[:3], max_steps=6, **{"eos": [], **request_})
     assert order == expected
+
+
+@pytest.mark.parametrize(
+    ("late", "expected"),
+    [
+        (False, ["pass", "show", "pass", "show", "pass", "show", "pass", "pass", "read"]),
+        (True, ["pass", "pass", "pass", "pass", "pass", "show", "read"]),
+    ],
+)
+def test_drafts_are_shown_while_a_gpu_verifies(late, expected, monkeypatch):
+    """Guards against a GPU that waits until each drafted token is printed, and against a CPU that shows a
+    draft only when it is complete.
+    """
+    order, recorder = [], Recorder()
+    monkeypatch.setattr(batch, "reads_late", lambda device: late)
+    watch(monkeypatch, ModelRunner, "run", lambda *_, **__: order.append("pass"))
+    watch(monkeypatch, speculative, "read_verification", lambda *_: order.append("read"))
+    watch(
+        monkeypatch, recorder, "put", lambda *_, is_draft=False: order.append("show" if is_draft else "put")
+    )
+    drafts = {"exit_layer": 2, "num_speculations": 3, "streamer": recorder}
+    result = generate(tiny_llama(), PROMPT, max_steps=8, eos=[], **drafts)
+    first_round = order[order.index("put") + 1 :]
+    assert first_round[: len(expected)] == expected
+    assert (recorder.decided, recorder.drafts) == (result.predicted_tokens, [])

@@ -23,7 +23,7 @@ from self_speculation.decoding.sampling import (
     random_numbers,
 )
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.transfers import AsyncRead, on_device, read
+from self_speculation.transfers import AsyncRead, Known, on_device, read
 
 
 def reads_late(device: torch.device) -> bool:
@@ -115,7 +115,7 @@ class Batch:
             numbers: `RandomNumbers.draft`.
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
-        sampled = self.sampler(logits, None if numbers is None else numbers[:, position])
+        sampled = self.sampler(logits, None if numbers is None else numbers[:, position], is_draft=True)
         self.agree(sampled.tokens)
         if not all(is_drafting):
             mask = on_device(is_drafting, logits.device).bool()
@@ -123,26 +123,38 @@ class Batch:
         return sampled, logits
 
     def record_draft(
-        self, tokens: Tensor, position: int, is_drafting: abc.Sequence[bool], confidence: Tensor | None = None
-    ) -> AsyncRead | None:
-        """Write drafted tokens [B] into the histories, and stream them where drafts are shown.
+        self,
+        tokens: Tensor,
+        position: int,
+        is_drafting: abc.Sequence[bool],
+        confidence: Tensor | None = None,
+        ids: abc.Sequence[int] | None = None,
+    ) -> AsyncRead | Known | None:
+        """Write drafted tokens [B] into the histories, and stream them where drafts are shown: at once, or on
+        a GPU when `show_drafts` is called.
 
-        Reads from the device: one if drafts are shown or a confidence [B] is given, by which drafts end; else
-        none. Returns that read: tokens, then confidences.
+        Reads from the device: one if a grammar follows the draft, drafts are shown, or a confidence [B] is
+        given, by which drafts end; else none. Returns that read: tokens, then confidences.
+
+        Args:
+            ids: the tokens, of a source that knows them on the host; they are not read.
         """
         drafting = [row for row, drafts in enumerate(is_drafting) if drafts]
-        for row in drafting:
-            self.sequences[row].write_drafted(tokens[row], position)
+        reading: AsyncRead | Known | None = None if ids is None else Known(ids)
         # A draft may go on after an end id. The rest is not shown.
-        shown = [row for row in drafting if self.sequences[row].stream.shows_draft]
-        if confidence is None and not shown:
-            return None
-        reading = AsyncRead([tokens] if confidence is None else [tokens, confidence])
-        for row in shown:
-            id_ = int(reading.wait()[row])  # an error of the device is not the streamer's
-            with self.sequences[row].failing_alone():
-                self.sequences[row].stream.show_drafted(id_)
+        is_read = confidence is not None or any(self.sequences[row].reads_draft for row in drafting)
+        if reading is None and is_read:
+            reading = AsyncRead([tokens] if confidence is None else [tokens, confidence])
+        for row in drafting:
+            self.sequences[row].write_drafted(tokens[row], position, reading, row)
+        if not reads_late(tokens.device):
+            self.show_drafts()
         return reading
+
+    def show_drafts(self) -> None:
+        """Stream the drafted tokens that are not shown yet."""
+        for sequence in self.sequences:
+            sequence.show_draft()
 
     def stack(self, sampled_tokens: abc.Sequence[SampledTokens]) -> tuple[Tensor, Tensor | None]:
         """k times [B] tokens -> [B, k], and their distributions [B, k, V]; None when greedy, or if k is 0."""

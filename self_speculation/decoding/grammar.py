@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTok
 
 from self_speculation.decoding.grammar_sandbox import LIMITS, GrammarError, grammar_error
 from self_speculation.decoding.thinking import Thinking
+from self_speculation.transfers import on_device
 
 # Small models repeat white space without end if they may.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
@@ -122,18 +123,22 @@ class GrammarProcessor(LogitsProcessor):
         self._byte_biases = _BYTE_BIASES
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids: [1, n] prompt, output and draft; scores: [1, V].
+        """input_ids: [1, n] prompt, output and draft; scores: [1, V]."""
+        return self.masked(input_ids[0, self._prompt_length :].tolist(), scores)
+
+    def masked(self, output: Sequence[int], scores: Tensor) -> Tensor:
+        """The same for ids on the host, those of output and draft: nothing is read from the device.
 
         Raises GrammarError if nothing can follow, if what can is beyond the limits of llguidance, or after a
         forbidden token. Of a draft, verification rejects such a token, so that its error does not count.
         """
-        if not self._move_to(input_ids[0, self._prompt_length :].tolist()):
+        if not self._move_to(output):
             raise grammar_error(
                 self._matcher.get_error() or "the output has a token that the grammar forbids"
             )
-        bitmask = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8).astype(numpy.int32)
+        bitmask = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8)
         self._byte_biases = self._byte_biases.to(scores.device)
-        added = embedding(torch.from_numpy(bitmask).to(scores.device, non_blocking=True), self._byte_biases)
+        added = embedding(on_device(bitmask, scores.device, torch.int32), self._byte_biases)
         return scores + added.flatten()[: self._vocab_size]
 
     def count_allowed(self, output: Sequence[int], draft: Sequence[int]) -> int:

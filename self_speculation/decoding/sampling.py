@@ -17,7 +17,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from self_speculation.config import LEAST_TEMPERATURE, SAMPLING_RULES, GenerationConfig
 from self_speculation.transfers import on_device
 
-# On a CPU, top-p first sorts this many of the most likely tokens: it hardly ever keeps more.
+# Top-p hardly ever keeps more tokens. A draft has no others; on a CPU they are sorted first.
 _LIKELY = 128
 
 
@@ -63,17 +63,21 @@ def top_k_top_p_filtering(
     return rows.reshape(logits.shape)
 
 
-def nucleus(probabilities: Tensor, top_p: float, allow_sync: bool | None = None) -> Tensor:
+def nucleus(
+    probabilities: Tensor, top_p: float, allow_sync: bool | None = None, is_draft: bool = False
+) -> Tensor:
     """Top-p of [..., V] probabilities: keep the fewest tokens, at least one, that together reach `top_p`, and
     scale them to sum to 1. Of equally likely tokens it keeps those with the lowest ids.
 
     Args:
+        is_draft: keep none but the `_LIKELY` most likely tokens, so that no vocabulary is sorted. The output
+            is exact: a draft may have any distribution that it states.
         allow_sync: whether to read from the device, to sort less; None: on a CPU only. There a read costs
             nothing, and sorting a large vocabulary takes as long as several layers.
     """
     rows = probabilities.reshape(-1, probabilities.shape[-1])
     allow_sync = rows.device.type == "cpu" if allow_sync is None else allow_sync
-    is_partial = allow_sync and rows.shape[1] > _LIKELY
+    is_partial = (allow_sync or is_draft) and rows.shape[1] > _LIKELY
     largest, ids = rows.topk(_LIKELY) if is_partial else rows.sort(descending=True, stable=True)
     # The mass of more likely tokens. A GPU sums a row in any order: in float32 the last token of
     # the nucleus, and so the output of a seed, would vary.
@@ -81,7 +85,7 @@ def nucleus(probabilities: Tensor, top_p: float, allow_sync: bool | None = None)
     left_out = before >= max(top_p, torch.finfo(torch.float32).tiny)
     shares = largest.masked_fill(left_out, 0.0)
     kept = torch.zeros_like(rows).scatter_(-1, ids, shares / shares.sum(-1, keepdim=True))
-    if is_partial:
+    if is_partial and not is_draft:
         end = left_out.logical_not().sum(-1, keepdim=True)
         is_sure = largest.gather(-1, end - 1) > largest.gather(-1, end.clamp(max=_LIKELY - 1))
         # `topk` orders equal tokens anyhow, and some rows need more. Each row is decided by itself.
@@ -132,8 +136,10 @@ class Sampler:
     def greedy(self) -> bool:
         return not self.sample or self.temperature < LEAST_TEMPERATURE
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """[..., V] logits -> [..., V] probabilities in fp32; one-hot when greedy."""
+    def probabilities(self, logits: Tensor, is_draft: bool = False) -> Tensor:
+        """[..., V] logits -> [..., V] probabilities in fp32; one-hot when greedy. Those of a draft may lack
+        tokens that are not likely, see `nucleus`.
+        """
         logits = logits.float()
         if self.greedy:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -141,18 +147,20 @@ class Sampler:
             logits = logits / self.temperature
         probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
         if self.top_p < 1:
-            probabilities = nucleus(probabilities, self.top_p)
+            probabilities = nucleus(probabilities, self.top_p, is_draft=is_draft)
         if self.min_p:
             least = self.min_p * probabilities.amax(-1, keepdim=True)
             probabilities = probabilities.where(probabilities >= least, 0.0)
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities
 
-    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> SampledTokens:
+    def __call__(
+        self, logits: Tensor, numbers: Tensor | None = None, is_draft: bool = False
+    ) -> SampledTokens:
         """Sample one token for each row of logits [n, V], with random numbers [n] if given."""
         if self.greedy:
             return SampledTokens(logits.argmax(-1), None)
-        probabilities = self.probabilities(logits)
+        probabilities = self.probabilities(logits, is_draft)
         return SampledTokens(draw(probabilities, numbers), probabilities)
 
     def confidence(self, sampled: SampledTokens, logits: Tensor) -> Tensor:
@@ -174,16 +182,19 @@ class SamplerOfRows:
             rows[Sampler(False) if sampler.greedy else sampler].append(row)
         self._rows = {sampler: on_device(own, device) for sampler, own in rows.items()}
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor, is_draft: bool = False) -> Tensor:
         """[B, ..., V] logits -> [B, ..., V] probabilities in fp32."""
         probabilities = torch.empty_like(logits, dtype=torch.float32)
         for sampler, rows in self._rows.items():
-            probabilities.index_copy_(0, rows, sampler.probabilities(logits.index_select(0, rows)))
+            own = sampler.probabilities(logits.index_select(0, rows), is_draft)
+            probabilities.index_copy_(0, rows, own)
         return probabilities
 
-    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> SampledTokens:
+    def __call__(
+        self, logits: Tensor, numbers: Tensor | None = None, is_draft: bool = False
+    ) -> SampledTokens:
         """Sample one token for each row of logits [B, V]."""
-        probabilities = self.probabilities(logits)
+        probabilities = self.probabilities(logits, is_draft)
         return SampledTokens(draw(probabilities, numbers), probabilities)
 
     def confidence(self, sampled: SampledTokens, logits: Tensor) -> Tensor:

@@ -7,18 +7,18 @@ import time
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
-from self_speculation.transfers import on_device
+from self_speculation.transfers import AsyncRead, Known, on_device
 
 _NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
 _NO_DISTRIBUTION = "cannot sample: the largest logit is infinite; do logits processors forbid every token?"
@@ -49,11 +49,13 @@ class OutputStream:
         """Whether to stream the next drafted token."""
         return hasattr(self._streamer, "delete") and not self._has_draft_ended
 
-    def show_drafted(self, id_: int) -> None:
-        self._has_draft_ended = id_ in self._end_ids
-        if not self._has_draft_ended:
-            self._num_shown += 1
-            self._streamer.put(torch.tensor([id_]), is_draft=True)
+    def show_drafted(self, ids: abc.Sequence[int]) -> None:
+        """Stream what is new of the ids that are drafted so far."""
+        new = [*takewhile(lambda id_: id_ not in self._end_ids, ids[self._num_shown :])]
+        self._num_shown += len(new)
+        self._has_draft_ended = self._num_shown < len(ids)
+        if new:
+            self._streamer.put(torch.tensor(new), is_draft=True)
 
     def commit(self, tokens: abc.Sequence[int]) -> None:
         """Delete the draft, and stream these tokens."""
@@ -114,7 +116,10 @@ class Sequence:
         self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
         self.draft_stats = DraftStats() if has_drafts else None
         self.stream = OutputStream(request.streamer, self._stopping.end_ids)
-        self._processors = LogitsProcessorList(request.processors(config))
+        self._processors = request.processors(config)
+        self._has_grammar = any(hasattr(processor, "masked") for processor in self._processors)
+        # Of each token of this round's draft: a read of a batch, and its row.
+        self._drafted: list[tuple[AsyncRead | Known, int]] = []
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(self.prompt)] = on_device(self.prompt, device)
 
@@ -188,20 +193,53 @@ class Sequence:
         self._failure = None  # of a draft: verification processes its positions again
         processed = logits.clone()  # processors may change what they are given
         for i, position in enumerate(range(num_drafted, num_drafted + count)):
+            drafted = self._drafted_ids(position) if self._has_grammar else []
             try:
-                processed[i] = self._processors(self.history(position), logits[i : i + 1])
+                processed[i] = self._process_row(logits[i : i + 1], drafted, position)
             except Exception as error:
                 self._failure = self._failure or Failure(position, error)
         return processed
+
+    def _process_row(self, scores: Tensor, drafted: list[int], num_drafted: int) -> Tensor:
+        for processor in self._processors:
+            if hasattr(processor, "masked"):
+                scores = processor.masked([*self.tokens, *drafted], scores)
+            else:
+                scores = processor(self.history(num_drafted), scores)
+        return scores
 
     def draft_limit(self, k: int) -> int:
         """The most tokens to draft, at most k. A round outputs up to one token more."""
         return max(0, min(k, self.remaining - 1)) if self._request.drafts else 0
 
-    def write_drafted(self, token: Tensor, position: int) -> None:
-        """Write the draft's token at position 0, 1, ... if processors read it."""
+    @property
+    def reads_draft(self) -> bool:
+        """Whether the host needs the next drafted token: for a grammar, or to show it."""
+        return self._has_grammar or self.stream.shows_draft
+
+    def write_drafted(
+        self, token: Tensor, position: int, reading: AsyncRead | Known | None, row: int
+    ) -> None:
+        """Write the draft's token at position 0, 1, ... if processors read it.
+
+        Args:
+            reading: of the tokens of a batch, whose `row` this sequence is; None: nobody needs it.
+        """
         if self._processors:
             self._ids[0, self.length + position] = token
+        if reading is not None:
+            self._drafted.append((reading, row))
+
+    def _drafted_ids(self, count: int | None = None) -> list[int]:
+        """The first ids of this round's draft, by the reads that are still to come."""
+        return [int(reading.wait()[row]) for reading, row in self._drafted[:count]]
+
+    def show_draft(self) -> None:
+        """Stream what is drafted and not shown yet."""
+        if self._drafted and self.stream.shows_draft:
+            ids = self._drafted_ids()  # an error of the device is not the streamer's
+            with self.failing_alone():
+                self.stream.show_drafted(ids)
 
     def allowed(self, draft: list[int]) -> list[int]:
         """The first tokens of a draft, up to one that a processor with `count_allowed` forbids."""
@@ -225,6 +263,7 @@ class Sequence:
             num_drafted: tokens that `source` drafted in this round; None: no verification.
         """
         failure, self._failure = self._failure, None
+        self._drafted = []
         if not self.remaining:
             return
         before = len(self.tokens)

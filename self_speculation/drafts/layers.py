@@ -19,8 +19,8 @@ from self_speculation.model.short_head import ShortHead
 class LayerDrafts(DraftSource):
     """The first layers draft: each pass gives one token to every row whose draft has not ended.
 
-    Reads from the device: one per B tokens if drafts end by confidence or are shown; otherwise none. If the
-    model's own layers draft and no draft is shown, a GPU begins the next pass before that read arrives. If
+    Reads from the device: one per B tokens if drafts end by confidence, are shown or follow a grammar;
+    otherwise none. If the model's own layers draft, a GPU begins the next pass before that read arrives. If
     the draft ends there, the pass is not lost: verification needs the last token's exit state anyway.
 
     Args:

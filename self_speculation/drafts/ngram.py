@@ -131,7 +131,7 @@ class TextDrafts(LookupDrafts):
 
 
 def copied(batch: Batch, matches: abc.Sequence[Match | None], most: int, vocab_size: int) -> Draft:
-    """The draft of what was looked up, at most so many tokens. Reads from the device only to show drafts."""
+    """The draft of what was looked up, at most so many tokens. Reads nothing from the device."""
     found = [match.ids[:most] if match else [] for match in matches]  # [B]
     width, lengths = max(map(len, found)), [*map(len, found)]
     # Padded with each row's last token, as in `Batch.sample_draft`.
@@ -139,7 +139,7 @@ def copied(batch: Batch, matches: abc.Sequence[Match | None], most: int, vocab_s
     padded = [[*ids, *end * (width - len(ids))] for ids, end in zip(found, last, strict=True)]
     tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
     for i in range(width):
-        batch.record_draft(tokens[:, i], i, [i < length for length in lengths])
+        batch.record_draft(tokens[:, i], i, [i < n for n in lengths], ids=[row[i] for row in padded])
     q = None if batch.sampler.greedy else one_hot(tokens, vocab_size)
     sources = [match and match.source for match in matches]
     return Draft(sources, tokens, q, lengths, matched=[match.matched if match else 0 for match in matches])

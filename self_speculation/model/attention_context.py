@@ -13,9 +13,6 @@ from self_speculation.model.attention import CHUNK, AttentionKernel
 from self_speculation.model.families import AttentionType
 from self_speculation.model.kv_cache import ALIGNMENT, Appendable, WindowedCache, round_up
 
-# Added to scores. exp of it is 0, and it is finite in 16 bits and times log2(e).
-_MASKED = -30_000.0
-
 # Up to this many tokens of a pass, one matrix product for each token rotates queries and keys.
 _FEW_ROTATIONS = 64
 
@@ -88,7 +85,9 @@ class AttentionContext:
             hidden = keys > own
             if window is not None and length > window:
                 hidden |= keys <= own - window
-            return (hidden.to(runner.dtype) * _MASKED).repeat(1, 1, copies, 1)
+            # Half: GPUs multiply by log2(e), and a chunk that is wholly -inf gives NaN.
+            masked = torch.finfo(runner.dtype).min / 2
+            return (hidden.to(runner.dtype) * masked).repeat(1, 1, copies, 1)
 
         kernel = runner.kernel.with_mask
         splits_keys = splits_keys and kernel is not AttentionKernel.ANY

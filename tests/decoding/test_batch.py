@@ -192,6 +192,23 @@ def test_nan_stays_in_its_row(batch_size, broken, drafts, late, monkeypatch):
     assert found == tokens_alone(model, PROMPTS[:4], max_steps=9, **drafts)
 
 
+@pytest.mark.parametrize("drafts", [{"generation_strategy": "autoregressive", "exit_layer": -1}, THREE])
+def test_rows_do_not_see_beyond_their_end(drafts):
+    """Guards against a mask that huge keys outweigh."""
+    prompts = [PROMPTS[1], PROMPTS[4]]
+    scheduler = scheduler_of(model := tiny_llama(), 2, max_steps=9, **drafts)
+    for row, prompt in enumerate(prompts):
+        scheduler.add_request(row, Request(prompt))
+    with torch.inference_mode():
+        for part in scheduler._prepared.cache._all_buffers():
+            for row, prompt in enumerate(prompts):
+                part[row, :, len(prompt) :] = 1e6 * torch.randn_like(part[row, :, len(prompt) :]).sign()
+    got = drained(scheduler)
+    assert [got[row].predicted_tokens for row in range(2)] == tokens_alone(
+        model, prompts, max_steps=9, **drafts
+    )
+
+
 def test_rows_that_do_not_draft_repeat_their_last_token():
     """Guards against padding that a row may not have: its keys are cached, and masks do not stop NaN."""
     scheduler = scheduler_of(tiny_llama(), 2, exit_layer=2, num_speculations=3)

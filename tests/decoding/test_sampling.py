@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import hypothesis
 import pytest
 import torch
-from conftest import LAYERS, ids_of, tiny_llama
+from conftest import LAYERS, generate, ids_of, tiny_llama
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MinPLogitsWarper
 
 from arguments import parse
@@ -103,12 +104,51 @@ def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, min_p
         torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values, rtol=1e-5, atol=1e-7)
 
 
-def test_tokens_come_with_the_distribution_that_they_were_drawn_from():
+@pytest.mark.parametrize("is_draft", [False, True])
+def test_tokens_come_with_the_distribution_that_they_were_drawn_from(is_draft):
     """Guards against drafts that verification takes for samples of another distribution."""
-    sampler, logits = Sampler(True, 0.5, 3, 0.9, 0.1), torch.tensor([[4.0, 3.0, 2.0, 0.0]])
-    sampled = sampler(logits, torch.tensor([0.5], dtype=torch.float64))
-    assert sampled.probabilities.equal(sampler.probabilities(logits))
-    assert sampled.tokens.equal(draw(sampled.probabilities, torch.tensor([0.5], dtype=torch.float64)))
+    number = torch.tensor([0.5], dtype=torch.float64)
+    for sampler in (Sampler(True, 0.5, 3, 0.9, 0.1), Sampler(True, 1.0, 0, 0.95)):
+        for logits in (torch.tensor([[4.0, 3.0, 2.0, 0.0]]), torch.arange(1000.0)[None] / 1000):
+            sampled = sampler(logits, number, is_draft)
+            assert sampled.probabilities.equal(sampler.probabilities(logits, is_draft))
+            assert sampled.tokens.equal(draw(sampled.probabilities, number))
+
+
+class Sorts(TorchDispatchMode):
+    """Counts rows that are sorted as a whole."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.sort:
+            self.number += args[0].shape[:-1].numel()
+        return function(*args, **(kwargs or {}))
+
+
+def test_drafts_sort_no_vocabulary(monkeypatch):
+    """Guards against a GPU that sorts the vocabulary for each drafted token, as verification does."""
+    monkeypatch.setattr(sampling, "nucleus", partial(sampling.nucleus, allow_sync=False))
+    model, drafts = tiny_llama(vocab_size=300), {"exit_layer": 2, "num_speculations": 3}
+    with Sorts() as sorts:
+        result = generate(model, [5, 6, 7], eos=[], sample=True, top_p=0.9, temperature=0.5, **drafts)
+    assert result.num_drafted
+    assert sorts.number == 1 + result.num_drafted + result.num_verifications  # the prompt's, the targets'
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
+def test_a_draft_keeps_the_likely_tokens(scale):
+    """Guards against another q than the target's where that has few tokens, and against one of no tokens or
+    with less than all of the probability where it has many.
+    """
+    torch.manual_seed(0)
+    logits, sampler = torch.randn(3, 1000) * scale, Sampler(True, top_p=0.95)
+    own, targets = sampler.probabilities(logits, is_draft=True), sampler.probabilities(logits)
+    torch.testing.assert_close(own.sum(-1), torch.ones(3))
+    assert (own > 0).sum(-1).equal((targets > 0).sum(-1).clamp(max=128))
+    assert ((own > 0) <= (targets > 0)).all()
+    if scale == 8:
+        assert own.equal(targets)
 
 
 @hypothesis.given(

@@ -13,6 +13,8 @@ from conftest import mixed_drafts, random_plans
 from distributions import PROMPT, config, expected, observed, p_value
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from self_speculation.decoding import sampling
+
 SAMPLES = 800
 
 
@@ -62,6 +64,16 @@ def test_self_speculative_distribution(name, batch_size):
     with nullcontext() if name == "autoregressive" else mixed_drafts():
         samples = observed(chosen, processors, SAMPLES, batch_size)
     assert p_value(samples, expected(chosen, processors)) > 1e-4
+
+
+@pytest.mark.parametrize("draft_confidence", [0.0, 0.3])
+def test_drafts_of_likely_tokens_only(draft_confidence, monkeypatch):
+    """Guards against a target that lacks the other tokens, too, and a draft that states another q."""
+    chosen = config(top_p=0.95, temperature=1.5, draft_confidence=draft_confidence)
+    wanted = expected(chosen, [])
+    monkeypatch.setattr(sampling, "_LIKELY", 2)
+    with mixed_drafts("exit 1"):
+        assert p_value(observed(chosen, [], SAMPLES, 16), wanted) > 1e-4
 
 
 @mixed_drafts("exit 1")
