@@ -225,10 +225,12 @@ class App(Starlette):
         config, bias = request.generation_config(self._config), dict(request.logit_bias)
         if request.ignore_eos:
             bias |= dict.fromkeys(generator.eos_token_ids, -math.inf)
-        predicted = request.prediction and generator.encode_prediction(request.prediction.content, config)
+        drafts = request.drafts_with(config)
+        predicted = None
+        if request.prediction and drafts:
+            predicted = generator.encode_prediction(request.prediction.content, config)
         with _naming_field(request):
             grammar = request.grammar(generator.tokenizer)
-        drafts = request.drafts_with(config)
         given = {"prediction": predicted, "grammar": grammar, "thinking": thinking, "drafts": drafts}
         shared = self_speculation.Request([], config=config, logit_bias=bias, **given)
         return request, prompts, shared

@@ -165,7 +165,8 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
     change(model)
     found = [*answers()]
     assert len(fused_model(model)[0]) == 5 or "layers" in runner or change not in OF_WEIGHTS
-    assert [result.num_cached_tokens for result in found] == [0] * 3
+    # The third way goes on with the cache of the second one.
+    assert [result.num_cached_tokens for result in found[:2]] == [0] * 2
     after = [result.predicted_tokens for result in found]
     assert after == [transformers_generate(model, PROMPT, 8, -1)] * 3
     assert (after == before) == (change is nn.Module.double)
