@@ -6,7 +6,8 @@ Nothing is made of the weights, so what decodes is always the weights of now.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,9 +61,9 @@ class InPlaceRunner(ModelRunner):
         cache.advance(first, last, width)
         return states.view(rows, width, size)
 
-    def with_layers(self, layers: list, head) -> ModelRunner:  # type: ignore[no-untyped-def]
-        other = super().with_layers(layers, head)
-        other._ranges = {}  # type: ignore[attr-defined]
+    def with_layers(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
+        other: Any = super().with_layers(layers, head)
+        other._ranges = {}
         return other
 
     def _range(self, first: int, last: int) -> _Range | None:
