@@ -43,7 +43,7 @@ def record(arguments: list[str]) -> list[tuple[float, str]]:
     script = str(Path(__file__).parent.parent / "generate.py")
     child = pexpect.spawn(
         sys.executable, [script, *arguments], dimensions=(LINES, WIDE), encoding="utf-8", timeout=300,
-        env={**os.environ, "TERM": "xterm-256color", "TQDM_NCOLS": str(COLUMNS)},
+        env={**os.environ, "TERM": "xterm-256color", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
     )  # fmt: skip
     written: list[tuple[float, str]] = []
     while True:
