@@ -83,6 +83,8 @@ class InPlaceRunner(ModelRunner):
         pairs = zip(layers, kinds, strict=True)
         told = [layer.description(kind.window, rotations.index(kind.rotation)) for layer, kind in pairs]
         numbers, factors = zip(*told, strict=True)
+        if len({tuple(own[1:4]) for own in numbers}) > 1:  # pruned layers differ in heads or width
+            return None
         return _Range(
             [slot for layer in layers for slot in layer.slots()],
             torch.tensor(numbers),

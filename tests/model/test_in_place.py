@@ -6,7 +6,17 @@ import copy
 
 import pytest
 import torch
-from conftest import LAYERS, PROMPT, WAYS, assert_close, ids_of, needs_operators, own_llama, tiny_llama
+from conftest import (
+    LAYERS,
+    PROMPT,
+    WAYS,
+    assert_close,
+    ids_of,
+    needs_operators,
+    own_llama,
+    tiny_llama,
+    transformers_generate,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_llama_model_utils import family
@@ -147,6 +157,18 @@ def test_logits_of_all_ways_are_equal(way):
     assert len(found) > len(plain) > 10  # drafted texts, and those of the answer
     for text, (scores,) in plain.items():
         assert any(torch.equal(scores, other) for other in found[text])
+
+
+def test_layers_of_other_shapes_decode():
+    """Guards against an error where some layers were pruned: the operator takes layers of one shape."""
+    model = own_llama(fused=True)
+    mlp = model.model.layers[1].mlp
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, nn.Linear(32, 20, bias=False))
+    mlp.down_proj = nn.Linear(20, 32, bias=False)
+    expected = transformers_generate(model, PROMPT, 12, -1)
+    for way in ({}, WAYS["layers"], WAYS["copy"]):
+        assert ids_of(model, max_steps=12, **way) == expected
 
 
 def test_nan_stays_in_its_row():
