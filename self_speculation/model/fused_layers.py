@@ -206,17 +206,15 @@ def difference(model: Any, *roots: nn.Module) -> str | None:
             return f"its weights are in fewer bits or in parts ({type(weight).__name__}, {weight.dtype})"
     if len({(weight.dtype, weight.device) for weight in weights}) > 1 or weights[0].device.type == "meta":
         return "its weights differ in dtype or device, or are offloaded"
-    return None if weights[0].device.type != "cpu" else _unlike_operators(named, weights)
+    return None if weights[0].device.type != "cpu" else _unlike_operators(named)
 
 
-def _unlike_operators(named: list[tuple[str, nn.Module]], weights: list[nn.Parameter]) -> str | None:
+def _unlike_operators(named: list[tuple[str, nn.Module]]) -> str | None:
     """What no operator of a CPU takes."""
     for name, module in named:
         kind = type(module)
         if kind.__module__.startswith(_ACTIVATIONS) and _operator_activation(module) is None:
             return f"{name or 'it'} is a {kind.__name__}, an activation that no operator has"
-    if any(weight.stride()[-1:] not in ((), (1,)) for weight in weights):
-        return "its weights are transposed in memory"
     return None
 
 

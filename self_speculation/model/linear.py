@@ -46,8 +46,9 @@ class Linear:
         self._tables = [vars(p) if isinstance(p, SimpleNamespace) else p._parameters for p in projections]
         self.has_biases = [table["bias"] is not None for table in self._tables]
         self._joint: tuple[Tensor, Tensor | None] | None = None
-        self.is_in_place = self.weights[0].device.type == "cpu"
-        if not self.is_in_place:
+        on_cpu = self.weights[0].device.type == "cpu"
+        self.is_in_place = on_cpu and all(weight.stride(1) == 1 for weight in self.weights)
+        if not on_cpu:
             biases = None
             if any(self.has_biases):
                 biases = _side_by_side(
@@ -80,7 +81,7 @@ class Linear:
         if self._joint is not None:
             product, bias = torch.mm(x, self._joint[0]), self._joint[1]
             return product if bias is None else product.add_(bias)
-        if is_multiplied_in_place(x, MAX_NARROW_TOKENS):
+        if self.is_in_place and is_multiplied_in_place(x, MAX_NARROW_TOKENS):
             parts = [project(x, self.slots_of(i), len(weight)) for i, weight in enumerate(self.weights)]
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         product = x.new_empty(len(x), self.shape[0])

@@ -171,6 +171,18 @@ def test_layers_of_other_shapes_decode():
         assert ids_of(model, max_steps=12, **way) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_transposed_in_memory(dtype):
+    """Guards against rows that are read across memory, and against another format for all layers."""
+    model = own_llama().to(dtype)
+    for module in (model.model.layers[1].self_attn.q_proj, model.lm_head):
+        module.weight.data = module.weight.data.t().contiguous().t()
+    expected = transformers_generate(copy.deepcopy(model).float(), PROMPT, 12, -1)
+    assert fuse(model) == 4
+    for way in ({}, WAYS["layers"], WAYS["copy"]):
+        assert ids_of(model, max_steps=12, **way) == expected
+
+
 def test_nan_stays_in_its_row():
     """Guards against a broken row that spoils its neighbours, and against NaN that vanishes in a maximum."""
     model = own_llama(fused=True)
