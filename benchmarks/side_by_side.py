@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             table["side"] += ", batch " + table["batch_size"].astype(str)
         label = "tokens/s of whole answers with prefill: median, and the middle half of turns as a line"
-        bars(table.set_index("side"), label, heading(about), path, baseline, ("C0", "silver"))
+        bars(table.set_index("side"), label, heading(about), path, baseline, ("silver", "C0"))
     about |= {"transformers_in": formats, "rounds": args.rounds, "prompts": len(prompts)}
     said = []
     for size in args.batch_size:
