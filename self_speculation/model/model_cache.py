@@ -74,7 +74,7 @@ def evict(model: nn.Module, key: Hashable) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Free what decoding has made of a model: joint and packed weights, copies, captured passes, kept caches.
+    """Free what decoding has made of a model: joint weights, copies, captured passes, kept caches.
     After `model.to("cpu")` they would hold the weights on the GPU. What was set or learnt stays, and the next
     generation makes the rest again. Call it while nothing is generated.
     """

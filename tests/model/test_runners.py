@@ -141,7 +141,7 @@ CHANGED = [
 
 @pytest.mark.parametrize(("change", "runner"), CHANGED)
 def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
-    """Guards against weights, copies, numbers or hooks of before in fused layers, packed weights, traces and
+    """Guards against weights, copies, numbers or hooks of before in fused layers and
     captured passes (on a GPU their memory may hold anything by then), and against kept keys and values.
     """
     model, graphs = own_llama(), None
