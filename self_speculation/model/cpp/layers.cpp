@@ -27,7 +27,12 @@ class Phase {
   void run(int64_t n, const Prepare& prepare, const F& f) {
     int64_t own = 0;
     if (next_.load(std::memory_order_relaxed) < n) prepare();
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n; own++) f(i);
+    try {
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n;) own++, f(i);
+    } catch (...) {  // no memory: torch raises it once all threads are through, so no other may wait for this piece
+      done_.fetch_add(own, std::memory_order_release);
+      throw;
+    }
     if (own) done_.fetch_add(own, std::memory_order_release);
     for (int spins = 0; done_.load(std::memory_order_acquire) < n;) ++spins < 20000 ? pause() : void(sched_yield());
   }
