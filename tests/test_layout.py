@@ -36,14 +36,14 @@ CEILINGS = {
     "scripts": 1465,
     "benchmarks": 2516,
     "measures": 1937,
-    "runs": 1650,
+    "runs": 1651,
     "serving": 1974,
     "training": 1344,
-    "self_speculation": 2137,
+    "self_speculation": 2136,
     "self_speculation/decoding": 1674,
-    "self_speculation/drafts": 1320,
-    "self_speculation/model": 4216,
-    "self_speculation/model/cpp, C++": 998,
+    "self_speculation/drafts": 1328,
+    "self_speculation/model": 4589,
+    "self_speculation/model/cpp, C++": 1320,
 }
 MAX_LINES = 350  # of a file
 LONGER = {"self_speculation.model.fused_layers", "benchmarks.gpu"}

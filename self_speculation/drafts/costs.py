@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy
 
 from self_speculation.model.experts import bytes_per_layer, with_experts
+from self_speculation.model.few_bits import is_in_few_bits
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.quantized_layers import bytes_per_weight
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from self_speculation.config import DraftWeights
@@ -56,13 +56,14 @@ def draft_ratio(
     """
     layers = model.base_model.layers
     head = model.get_output_embeddings().weight.nbytes / bytes_per_layer(model)
-    rows = len(model.get_output_embeddings().weight)
+    rows = model.get_output_embeddings().out_features
     draft_head = head * min(draft_vocabulary or rows, rows) / rows
+    own_layer, own_head = bytes_per_weight(model, "exact")
     layer_bytes, head_bytes = bytes_per_weight(model, draft_weights)
     if draft_weights == "int4":
-        layer_bytes *= _costs(model.device, draft_weights)[0]
+        layer_bytes *= _costs(model, draft_weights)[0]
         head_bytes = layer_bytes if draft_head < head else head_bytes  # a short head is a copy, too
-    read = (layer_bytes * exit_layer + head_bytes * draft_head) / model.dtype.itemsize
+    read = layer_bytes / own_layer * exit_layer + head_bytes / own_head * draft_head
     return read / (len(layers) + head)
 
 
@@ -73,28 +74,29 @@ _COSTS: Mapping[str, Sequence[float]] = {
     # Our operators on weights in 16 bits and, in four, on copies.
     "AVX512_VNNI": (1.0, 1.05, 1.2, 1.9, 3.4, 6.6, 13.0),
     "AVX2": (1.0, 1.05, 1.2, 2.0, 4.5, 8.5, 17.0),
-    "AVX512_VNNI, int4": (1.0, 1.1, 1.2, 1.5, 2.8, 5.5, 11.0),
-    "AVX2, int4": (1.1, 1.35, 1.8, 3.2, 6.2, 12.4, 25.0),
+    "AVX512_VNNI, few bits": (1.0, 1.1, 1.2, 1.5, 2.8, 5.5, 11.0),
+    "AVX2, few bits": (1.1, 1.35, 1.8, 3.2, 6.2, 12.4, 25.0),
     "torch": (1.0, 1.1, 1.3, 1.6, 2.2, 3.5, 6.0),
-    "torch, int4": (1.7, 2.3, 3.0, 5.8, 11.0, 21.0, 42.0),
+    "torch, few bits": (1.7, 2.3, 3.0, 5.8, 11.0, 21.0, 42.0),
     "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # bound by memory
 }
 
 
 def relative_pass_cost(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
     """Estimates the cost of a pass over n tokens, relative to one token, through a model or its copy."""
-    costs = _costs(runner.rotary.device, draft_weights)
+    costs = _costs(runner.model, draft_weights)
     costs = [*costs, 1000 * costs[-1]]
     return cache(
         with_experts(lambda number: float(numpy.interp(number, _TOKENS, costs)) / costs[0], runner.model)
     )
 
 
-def _costs(device: torch.device, draft_weights: DraftWeights) -> Sequence[float]:
-    if device.type != "cpu":
+def _costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Sequence[float]:
+    if model.device.type != "cpu":
         return _COSTS["gpu"]
     kind = cpu_operators().variant or "torch"
-    return _COSTS[kind if draft_weights == "exact" else f"{kind}, int4"]
+    in_few_bits = draft_weights != "exact" or is_in_few_bits(model)
+    return _COSTS[f"{kind}, few bits" if in_few_bits else kind]
 
 
 class PassTimes:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from self_speculation.config import LONGEST_DRAFT, GenerationConfig
+from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
@@ -22,7 +22,7 @@ from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts, finish
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.model_cache import cached, evict
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.quantized_layers import bytes_per_weight, quantized
+from self_speculation.model.quantized_layers import bytes_per_weight, copies_are_smaller, quantized
 from self_speculation.model.short_head import ShortHead, default_vocabulary
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
@@ -56,12 +56,18 @@ class DraftContext:
         if not config.is_adaptive:
             return [config.exit_layer]
         early = {max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)}
-        return sorted(early) if config.draft_weights == "exact" else [*sorted(early), num_layers]
+        return sorted(early) if self.draft_weights == "exact" else [*sorted(early), num_layers]
+
+    @cached_property
+    def draft_weights(self) -> DraftWeights:
+        """From the config; adaptive decoding makes no copies of what is in few bits already."""
+        config = self.config
+        return "exact" if config.is_adaptive and not copies_are_smaller(self.model) else config.draft_weights
 
     @cached_property
     def draft_vocabulary(self) -> int | None:
         """From the config, or the default of copies and adaptive decoding; None: the whole head."""
-        config, weights = self.config, self.config.draft_weights
+        config, weights = self.config, self.draft_weights
         if config.draft_vocabulary is not None or (weights == "exact" and not config.is_adaptive):
             return config.draft_vocabulary
         return default_vocabulary(self.runner, self.exit_layers[-1], bytes_per_weight(self.model, weights))
@@ -84,7 +90,7 @@ class DraftContext:
         Raises:
             ValueError: layers or head cannot be copied, or the head is on several devices.
         """
-        if self.config.draft_weights != "exact":
+        if self.draft_weights != "exact":
             return quantized(self.runner, num_layers, self.short_head)
         runner, head = self.runner, self.short_head
         return runner if head is None else runner.with_layers(runner.layers, head)
@@ -124,7 +130,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
 
 
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
-    weights = context.config.draft_weights
+    weights = context.draft_weights
     grows = relative_pass_cost(context.runner, weights)
 
     def draft_step(layer: int) -> Callable[[int], float]:
@@ -161,7 +167,7 @@ def _stats(context: DraftContext) -> ArmStats:
     """The statistics of earlier answers, for these drafts on the model's current device."""
     model, config, runner = context.model, context.config, context.runner
     key = (
-        (config.draft_weights, context.draft_vocabulary, config.greedy, config.prompt_lookup),
+        (context.draft_weights, context.draft_vocabulary, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
     learnt: dict[Hashable, ArmStats] = cached(model, ArmStats, None, dict)

@@ -25,7 +25,11 @@ def bytes_read(modules: Iterable[nn.Module], config: Any) -> tuple[float, float]
     weights transformers keeps as [experts, out, in].
     """
     chosen, of = experts_per_token(config) or (1, 1)
-    weights = [(weight.dim(), weight.nbytes) for module in modules for weight in module.parameters()]
+    weights = [
+        (weight.dim(), weight.nbytes)
+        for module in modules
+        for weight in (*module.parameters(), *module.buffers())  # those in few bits are buffers
+    ]
     expert_bytes = sum(size for dim, size in weights if dim == 3) * chosen / of
     return expert_bytes + sum(size for dim, size in weights if dim < 3), expert_bytes
 

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.model.families import has_fused_layers
+from self_speculation.model.few_bits import FewBitsLinear
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.kv_cache import Appendable
@@ -31,7 +32,7 @@ _CENTRED_NORMS = ("Gemma3RMSNorm",)
 
 # Modules of plain layers that are not those of their family. Fused layers call activations as they are.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
-_OF_TORCH = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
+_PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, FewBitsLinear)
 
 # By their classes, the activations that the operator has, with its number for them.
 OPERATOR_ACTIVATIONS = {
@@ -194,19 +195,25 @@ def difference(model: Any, *roots: nn.Module) -> str | None:
     named = [pair for root in roots for pair in root.named_modules()]
     for name, module in named:
         kind = type(module)
-        if kind not in _OF_TORCH and not kind.__module__.startswith((family, *_ACTIVATIONS)):
+        if kind not in _PLAIN and not kind.__module__.startswith((family, *_ACTIVATIONS)):
             return f"{name or 'it'} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
         if kind.__module__.startswith(_ACTIVATIONS) and [*module.parameters()]:
             return f"{name or 'it'} is a {kind.__name__}, an activation with weights"
         if module._forward_hooks or module._forward_pre_hooks or replaced_forward(module):
             return f"{name or 'it'} has a hook or another forward"
     weights = [weight for root in roots for weight in root.parameters()]
+    in_few_bits = [module.weight for _, module in named if type(module) is FewBitsLinear]
+    if in_few_bits and any(type(module) is nn.Linear for _, module in named):
+        return "only some of its weights are in few bits"
     for weight in weights:
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             return f"its weights are in fewer bits or in parts ({type(weight).__name__}, {weight.dtype})"
-    if len({(weight.dtype, weight.device) for weight in weights}) > 1 or weights[0].device.type == "meta":
+    (device, *others) = {weight.device for weight in (*weights, *in_few_bits)}
+    if others or device.type == "meta" or len({weight.dtype for weight in weights}) > 1:
         return "its weights differ in dtype or device, or are offloaded"
-    return None if weights[0].device.type != "cpu" else _unlike_operators(named)
+    if device.type != "cpu":
+        return f"its weights are in few bits on {device}" if in_few_bits else None
+    return _unlike_operators(named)
 
 
 def _unlike_operators(named: list[tuple[str, nn.Module]]) -> str | None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,15 +22,22 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf.constants import GGUFValueType
+from accelerate import init_empty_weights
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from gguf.gguf_reader import ReaderTensor
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from self_speculation.model.families import FAMILIES
+from self_speculation.model.few_bits import FORMATS, FewBitsEmbedding, FewBitsLinear
 from self_speculation.model.progress import progress
 
 # Longer arrays of numbers have one for each token.
@@ -37,6 +45,8 @@ _LONGEST = 2**12
 
 # Elements that are dequantised at a time: they stay in the processor's cache.
 _AT_A_TIME = 2**18
+
+_DENSE = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 # Families by their names in files, where those differ.
 _FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
@@ -116,8 +126,67 @@ def own_settings() -> Iterator[None]:
                 del GGUF_CONFIG_ARCHS[name]
 
 
+def unread_formats(header: Header) -> Mapping[str, float]:
+    """By formats of matrices that are not read as they are, their shares of all numbers in matrices."""
+    sizes = Counter[str]()
+    for tensor in header.tensors:
+        if len(tensor.shape) > 1:
+            kind = tensor.tensor_type
+            sizes[kind.name if kind not in FORMATS and kind not in _DENSE else ""] += int(tensor.n_elements)
+    return {name: size / sizes.total() for name, size in sizes.items() if name}
+
+
+def has_few_bits(header: Header) -> bool:
+    """Whether weights of this file are decoded in the file's own bits."""
+    in_few_bits = any(tensor.tensor_type in FORMATS for tensor in header.tensors)
+    return in_few_bits and not unread_formats(header)
+
+
+def load_in_few_bits(
+    header: Header, config: PretrainedConfig, kwargs: Mapping[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model with the file's own bits in place of matrices, and the names of parameters that it lacks."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with init_empty_weights(include_buffers=False):
+        model = kind._from_config(config, dtype=torch.float32, **kwargs)
+    dense: dict[str, Tensor] = {}
+    packed: dict[str, tuple[Tensor, int, int]] = {}  # with rows and columns
+    for name, tensor, rows in _read_all(header, config, _bytes_or_float32):
+        if rows.dtype == torch.uint8:
+            columns = int(tensor.shape[0])
+            weight = torch.ops.self_speculation.weight_of_file(rows, int(tensor.tensor_type), columns)
+            packed[name] = weight, len(rows), columns
+        else:
+            dense[name] = rows
+    for name, matrix in packed.items():
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        module, replaced = model.get_submodule(parent), model.get_submodule(name.removesuffix(".weight"))
+        if isinstance(replaced, nn.Embedding):
+            scale = getattr(replaced, "scalar_embed_scale", None)
+            setattr(module, child, FewBitsEmbedding(*matrix, scale))
+            if config.tie_word_embeddings:
+                model.set_output_embeddings(FewBitsLinear(*matrix))
+        else:
+            bias = dense.pop(name.removesuffix("weight") + "bias", None)
+            setattr(module, child, FewBitsLinear(*matrix, bias))
+    model.load_state_dict(dense, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval(), [name for name, weight in model.named_parameters() if weight.is_meta]
+
+
 def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights of a model, by the names of its parameters, read on several threads."""
+    """All weights of a model, by the names of its parameters."""
+
+    def read(path: Path, tensor: ReaderTensor) -> Tensor:
+        return _read(path, tensor, dtype if len(tensor.shape) > 1 else torch.float32)
+
+    return {name: weight.to(dtype) for name, _, weight in _read_all(header, config, read)}
+
+
+def _read_all(
+    header: Header, config: PretrainedConfig, read: Callable[[Path, ReaderTensor], Tensor]
+) -> Iterator[tuple[str, ReaderTensor, Tensor]]:
+    """All weights, by the names of parameters, with transformers' order of rows; read on several threads."""
     architecture = header.fields["general.architecture"].contents()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -129,20 +198,28 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
     tensors = {by_name_in_file[t.name]: t for t in largest_first if t.name in by_name_in_file}
     num_bytes = sum(tensor.n_bytes for tensor in tensors.values())
 
-    def read(tensor: ReaderTensor) -> Tensor:
-        weight = _read(header.path, tensor, dtype if len(tensor.shape) > 1 else torch.float32)
-        # It restores transformers' order of rows. Nothing is computed: numpy need not know bfloat16.
+    def ordered(tensor: ReaderTensor) -> Tensor:
+        weight = read(header.path, tensor)
+        # Nothing is computed: numpy need not know bfloat16.
         plain = weight.view(torch.int16) if weight.dtype.itemsize == 2 else weight
-        ordered = processor.process(weights=plain.numpy(), name=tensor.name).weights
-        return torch.from_numpy(np.ascontiguousarray(ordered)).view(weight.dtype).to(dtype)
+        rows = processor.process(weights=plain.numpy(), name=tensor.name).weights
+        return torch.from_numpy(np.ascontiguousarray(rows)).view(weight.dtype)
 
-    weights = {}
-    title, num_threads = f"unpacking {header.path.name}", torch.get_num_threads()
+    title, num_threads = f"reading {header.path.name}", torch.get_num_threads()
     with progress(title, num_bytes) as advance, ThreadPoolExecutor(num_threads) as threads:
-        for (name, tensor), weight in zip(tensors.items(), threads.map(read, tensors.values()), strict=True):
-            weights[name] = weight
+        for (name, tensor), weight in zip(
+            tensors.items(), threads.map(ordered, tensors.values()), strict=True
+        ):
+            yield name, tensor, weight
             advance(tensor.n_bytes)
-    return weights
+
+
+def _bytes_or_float32(path: Path, tensor: ReaderTensor) -> Tensor:
+    """A matrix in few bits as the file has it, [rows, bytes]; others in float32."""
+    if len(tensor.shape) != 2 or tensor.tensor_type not in FORMATS:
+        return _read(path, tensor, torch.float32)
+    rows = np.fromfile(path, np.uint8, int(tensor.n_bytes), offset=int(tensor.data_offset))
+    return torch.from_numpy(rows).view(int(tensor.shape[1]), -1)
 
 
 def _read(path: Path, tensor: ReaderTensor, dtype: torch.dtype) -> Tensor:

@@ -28,21 +28,32 @@ class _Range(NamedTuple):
     factors: Tensor  # [layers, 7]
     rotations: list[str | None]
     key_shape: tuple[int, int]
+    is_in_few_bits: bool
+
+
+# The most tokens of a pass over weights in few bits: a core's cache has the inputs of so many.
+_PIECE = 64
 
 
 class InPlaceRunner(ModelRunner):
-    """Runs fused layers by the operator, but for long passes over prompts."""
+    """Runs fused layers by the operator, but for long passes over prompts by weights in 16 and more bits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._ranges: dict[tuple[int, int], _Range | None] = {}
 
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        rows, width, size = hidden.shape
-        if (cache.is_prompt and rows * width > MAX_NARROW_TOKENS) or (
-            own := self._range(first, last)
-        ) is None:
+        rows, width, _ = hidden.shape
+        own = self._range(first, last)
+        if own is None or (cache.is_prompt and rows * width > MAX_NARROW_TOKENS and not own.is_in_few_bits):
             return super().run_layers(cache, hidden, first, last)
+        if own.is_in_few_bits and rows * width > _PIECE:
+            pieces = hidden.split(max(1, _PIECE // rows), 1)
+            return torch.cat([self._run_range(own, cache, piece, first, last) for piece in pieces], 1)
+        return self._run_range(own, cache, hidden, first, last)
+
+    def _run_range(self, own: _Range, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+        rows, width, size = hidden.shape
         states = hidden.reshape(rows * width, size).contiguous()
         caches = cache.buffers_of(first, last, width, states.new_empty(0, *own.key_shape))
         self._rotary.reserve(cache.longest(first) + width)
@@ -91,4 +102,5 @@ class InPlaceRunner(ModelRunner):
             torch.tensor(factors, dtype=torch.float64),
             rotations,
             layers[0].key_shape,
+            any(linear.is_in_few_bits for layer in layers for linear in layer.linears),
         )

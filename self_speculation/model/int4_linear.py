@@ -42,11 +42,12 @@ class Int4Linear:
     """
 
     bytes_per_weight = 0.5 + 4 / _GROUP
+    is_in_few_bits = False  # a draft's: its long prompts are passes of torch
 
     def __init__(self, linear: Linear, squares: Tensor | None = None) -> None:
         weight = linear.weights[0]
         self.num_bytes = self.copy_bytes(linear.shape)
-        self._num_rows, self._padding = linear.shape[0], -weight.shape[1] % _GROUP
+        self._num_rows, self._padding = linear.shape[0], -linear.shape[1] % _GROUP
         squares = weight.new_ones(weight.shape[1]) if squares is None else squares
         counts = _shares(pad(squares, (0, self._padding)))
         is_on_cpu = weight.device.type == "cpu"
@@ -104,11 +105,19 @@ class _Part:
     """A projection, as operators take it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, counts: Tensor) -> None:
-        self.num_rows, round_weight = len(weight), torch.ops.self_speculation.int4_round
-        steps, scales = round_weight(weight.detach().contiguous(), counts.flatten())
-        tensors = {"steps": steps, "scales": scales}
+        self.num_rows = len(weight)
+        tensors = {"weight": _rounded_in_place(weight, counts)}
         tensors |= {} if bias is None else {"bias": bias.detach().float()}
         self.slots: list[Slot] = [(tensors, name) for name in tensors]
+
+
+def four_bits(weight: Tensor, squares: Tensor) -> Tensor:
+    """A weight [out, in] in the format of `FewBitsLinear`, for inputs with these mean squares [in]."""
+    return _rounded_in_place(weight, _shares(pad(squares, (0, -weight.shape[1] % _GROUP))))
+
+
+def _rounded_in_place(weight: Tensor, counts: Tensor) -> Tensor:
+    return torch.ops.self_speculation.int4_round(weight.detach().contiguous(), counts.flatten())
 
 
 def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,6 @@ def _fake_project(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape[0], others[-1])
 
 
-def _fake_round(weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_round(weight: Tensor, counts: Tensor) -> Tensor:
     blocks, groups = -(-weight.shape[0] // 16), counts.shape[0] // 32
-    packed = weight.new_empty(blocks, groups, 4, 64, dtype=torch.uint8)
-    return packed, weight.new_empty(blocks, groups, 2, 16, dtype=torch.bfloat16)
+    return weight.new_empty(64 + blocks * groups * 320, dtype=torch.uint8)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
+from self_speculation.model.few_bits import FewBitsLinear, eight_bits
 from self_speculation.model.fingerprint import version_of
 from self_speculation.model.kernels import cpu_operators
 
@@ -43,11 +44,13 @@ class Linear:
     """
 
     def __init__(self, *projections: Any) -> None:
-        self._tables = [vars(p) if isinstance(p, SimpleNamespace) else p._parameters for p in projections]
+        self.projections = projections
+        self.is_in_few_bits = isinstance(projections[0], FewBitsLinear)
+        self._tables = [_table(projection) for projection in projections]
         self.has_biases = [table["bias"] is not None for table in self._tables]
         self._joint: tuple[Tensor, Tensor | None] | None = None
-        on_cpu = self.weights[0].device.type == "cpu"
-        self.is_in_place = on_cpu and all(weight.stride(1) == 1 for weight in self.weights)
+        on_cpu = self._tables[0]["weight"].device.type == "cpu"
+        self.is_in_place = self.is_in_few_bits or (on_cpu and all(w.stride(1) == 1 for w in self.weights))
         if not on_cpu:
             biases = None
             if any(self.has_biases):
@@ -62,11 +65,13 @@ class Linear:
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of each projection."""
-        return [(table["weight"], table["bias"]) for table in self._tables]
+        return list(zip(self.weights, (table["bias"] for table in self._tables), strict=True))
 
     @property
     def weights(self) -> list[Tensor]:
-        """[out, in] of each projection."""
+        """[out, in] of each projection. Those in few bits are dequantised."""
+        if self.is_in_few_bits:
+            return [projection.dequantized() for projection in self.projections]
         return [table["weight"] for table in self._tables]
 
     def slots(self) -> list[Slot]:
@@ -81,11 +86,11 @@ class Linear:
         if self._joint is not None:
             product, bias = torch.mm(x, self._joint[0]), self._joint[1]
             return product if bias is None else product.add_(bias)
-        if self.is_in_place and is_multiplied_in_place(x, MAX_NARROW_TOKENS):
-            parts = [project(x, self.slots_of(i), len(weight)) for i, weight in enumerate(self.weights)]
+        if self.is_in_few_bits or (self.is_in_place and is_multiplied_in_place(x, MAX_NARROW_TOKENS)):
+            parts = [project(x, self.slots_of(i), rows) for i, rows in enumerate(self._num_rows)]
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         product = x.new_empty(len(x), self.shape[0])
-        parts = product.split([len(weight) for weight in self.weights], 1)
+        parts = product.split(self._num_rows, 1)
         for part, (weight, bias) in zip(parts, self.pairs, strict=True):
             torch.mm(x, weight.to(x.dtype).t(), out=part)
             if bias is not None:
@@ -94,7 +99,7 @@ class Linear:
 
     def logits(self, hidden: Tensor, norm: Any) -> Tensor:
         """Of a single projection, over normed states."""
-        if self.is_in_place and is_multiplied_in_place(hidden, _MOST_ROWS):
+        if self.is_in_few_bits or (self.is_in_place and is_multiplied_in_place(hidden, _MOST_ROWS)):
             return project(hidden, self.slots(), self.shape[0], norm)
         return self(norm(hidden))
 
@@ -121,26 +126,35 @@ class Linear:
             return self._joint[1]
         if not any(self.has_biases):
             return None
-        return torch.cat([w.new_zeros(len(w)) if b is None else b.data for w, b in self.pairs])
+        biases = zip(self._num_rows, self._tables, strict=True)
+        return torch.cat([torch.zeros(n) if t["bias"] is None else t["bias"].data for n, t in biases])
 
     @property
     def shape(self) -> torch.Size:
         """[out, in]"""
-        return torch.Size((sum(map(len, self.weights)), self.weights[0].shape[1]))
+        return torch.Size((sum(self._num_rows), _shape(self.projections[0])[1]))
+
+    @property
+    def _num_rows(self) -> list[int]:
+        return [_shape(projection)[0] for projection in self.projections]
 
     @property
     def num_bytes(self) -> int:
         """Of the weight, without copies."""
-        return sum(weight.nbytes for weight in self.weights)
+        return sum(table["weight"].nbytes for table in self._tables)
 
     def rows(self, ids: Tensor) -> Tensor:
         """[n, in] some rows of the weight of a single projection."""
+        if self.is_in_few_bits:
+            return self.projections[0].rows(ids.flatten()).view(*ids.shape, -1)
         (weight,) = self.weights
         return weight.data[ids.to(weight.device)]
 
     def select_rows(self, ids: Tensor) -> Linear:
-        """A `Linear` over a copy of some rows [n] of the weight."""
+        """A `Linear` over a copy of some rows [n] of the weight, in eight bits if that is in few."""
         bias = None if self.bias is None else self.bias[ids]
+        if self.is_in_few_bits:
+            return Linear(FewBitsLinear(eight_bits(self.rows(ids)), len(ids), self.shape[1], bias))
         return Linear(SimpleNamespace(weight=self.rows(ids), bias=bias))
 
     @property
@@ -166,6 +180,17 @@ class Linear:
         if self.copies and self.version != self._version_when_made:
             with self._lock:
                 self.copies.clear()
+
+
+def _table(projection: Any) -> Mapping[str, Any]:
+    """Where weight and bias stand."""
+    if isinstance(projection, SimpleNamespace):
+        return vars(projection)
+    return projection._buffers if isinstance(projection, FewBitsLinear) else projection._parameters
+
+
+def _shape(projection: Any) -> torch.Size:
+    return projection.shape if isinstance(projection, FewBitsLinear) else projection.weight.shape
 
 
 def is_multiplied_in_place(x: Tensor, most: int) -> bool:

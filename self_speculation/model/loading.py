@@ -34,8 +34,16 @@ from self_speculation.model.captured_runner import capture_decoding, check_can_b
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
 from self_speculation.model.fused_layers import activation_dtype, fuse
-from self_speculation.model.gguf_files import Header, own_settings, read_weights
+from self_speculation.model.gguf_files import (
+    Header,
+    has_few_bits,
+    load_in_few_bits,
+    own_settings,
+    read_weights,
+    unread_formats,
+)
 from self_speculation.model.kernels import cpu_operators
+from self_speculation.model.quantized_layers import quantize
 from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
 
 
@@ -171,23 +179,31 @@ def load_model_and_tokenizer(
             raise LoadingError(f"model {model!r}: {why}: it is that of another model")
         kwargs |= {"dtype": dtype, "use_safetensors": True}
         kwargs |= _placement(options.parallel, device, config)
-        kwargs |= _quantized(options.quantization, dtype, config, base)
+        bits = _bits(options.quantization, device, config, base)
+        if bits is None:
+            kwargs |= _quantized(options.quantization, dtype, config)
         kwargs |= options.model_args
         if kwargs.pop("rope_scaling", None) is not None:  # by itself transformers forgets the base
             kwargs["rope_parameters"] = config.rope_parameters
-        own = None if adapted else _own_dtype(model, options, config, device)
+        in_few_bits = header is not None and not adapted and _is_in_few_bits(header, options, device)
+        own = None if adapted or in_few_bits else _own_dtype(model, options, config, device)
         if own is None and options.prefill_dtype == "bfloat16":
             raise LoadingError(
                 "prefill_dtype bfloat16: needs weights in 16 bits and products in float32, so dtype auto,"
                 " fuse True, parallel data, quantization none, no adapter, and a fused family"
             )
         kwargs |= {} if own is None else {"dtype": own}
-        loaded = _load(model, source, kwargs, config, header)
+        loaded = _load(model, source, kwargs, config, header, in_few_bits)
         if adapted is not None:
             from peft import PeftModel
 
             # Merged, weights stay plain: others are not fused.
             loaded = PeftModel.from_pretrained(loaded, str(folder)).merge_and_unload().eval()
+    if bits is not None:
+        try:
+            quantize(loaded, bits)
+        except ValueError as error:
+            raise LoadingError(str(error)) from error
     if options.fuse:
         fuse(loaded, bfloat16_prefill=options.prefill_dtype == "bfloat16")
         if own is not None and activation_dtype(loaded) != torch.float32:
@@ -200,9 +216,14 @@ def load_model_and_tokenizer(
 
 
 def _load(
-    model: str, source: str, kwargs: dict[str, Any], config: PretrainedConfig, header: Header | None
+    model: str,
+    source: str,
+    kwargs: dict[str, Any],
+    config: PretrainedConfig,
+    header: Header | None,
+    in_few_bits: bool,
 ) -> PreTrainedModel:
-    """Load all weights from `source`, or from the `.gguf` file with this header."""
+    """Load all weights from `source`, or from the `.gguf` file with this header, in its own bits or not."""
     kind: Any = AutoModelForCausalLM
     where: str | None = source
     if header is not None:
@@ -212,9 +233,18 @@ def _load(
         kwargs = {name: value for name, value in kwargs.items() if name not in taken}
         kind, where, kwargs["config"] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, config
         dtype = torch.float32 if isinstance(kwargs["dtype"], str) else kwargs["dtype"]
-        kwargs["state_dict"] = read_weights(header, config, dtype)
-    loaded, info = kind.from_pretrained(where, **kwargs, output_loading_info=True)
-    if absent := sorted(info["missing_keys"]):
+    if header is not None and in_few_bits:
+        own = {
+            name: kwargs[name]
+            for name in kwargs.keys() - {"config", "dtype", "device_map", "use_safetensors"}
+        }
+        loaded, absent = load_in_few_bits(header, config, own)
+    else:
+        if header is not None:
+            kwargs["state_dict"] = read_weights(header, config, dtype)
+        loaded, info = kind.from_pretrained(where, **kwargs, output_loading_info=True)
+        absent = sorted(info["missing_keys"])
+    if absent:
         missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
         raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
     return loaded.eval()
@@ -225,10 +255,10 @@ def _own_dtype(
 ) -> torch.dtype | None:
     """The dtype of weights that operators read as they are, where `auto` is that; None: it is float32."""
     dtype = torch.float16 if model.endswith(".gguf") else config.dtype
-    settings = (options.dtype, options.parallel, options.quantization, options.fuse)
+    settings = (options.dtype, options.parallel, options.fuse)
     return (
         dtype
-        if settings == ("auto", "data", "none", True)
+        if settings == ("auto", "data", True)
         and "dtype" not in options.model_args
         and dtype in (torch.bfloat16, torch.float16)
         and has_fused_layers(config)
@@ -236,6 +266,21 @@ def _own_dtype(
         and cpu_operators().variant is not None
         else None
     )
+
+
+def _is_in_few_bits(header: Header, options: LoadingOptions, device: torch.device) -> bool:
+    """Whether a `.gguf` file is read in its own bits: on a CPU with operators, unless another dtype is asked
+    for. A warning says which weights have no operators.
+    """
+    settings = (options.dtype, options.parallel, options.quantization, options.fuse)
+    if settings != ("auto", "data", "none", True) or "dtype" in options.model_args:
+        return False
+    if device.type != "cpu" or cpu_operators().variant is None:
+        return False
+    for name, share in unread_formats(header).items():
+        what = f"{share:.0%} of its weights are in {name}, which no operator here has"
+        warnings.warn(f"model {header.path}: {what}: all are read in 16 bits", LoadingWarning, stacklevel=3)
+    return has_few_bits(header)
 
 
 def _header(model: str) -> Header | None:
@@ -256,18 +301,30 @@ def _placement(parallel: Parallel, device: torch.device, config: PretrainedConfi
     return {"distributed_config": DistributedConfig(tp_size=ranks)}
 
 
+def _bits(
+    quantization: Quantization, device: torch.device, config: PretrainedConfig, weights: str
+) -> int | None:
+    """Bits that loaded weights are rounded to for our operators; None: they are not. Raises LoadingError if
+    they are in few bits already.
+    """
+    if quantization == "none":
+        return None
+    if weights.endswith(".gguf") or getattr(config, "quantization_config", None) is not None:
+        raise LoadingError(f"quantization {quantization}: the weights of {weights} are quantised already")
+    own = device.type == "cpu" and cpu_operators().variant is not None
+    return {"int8": 8, "int4": 4}[quantization] if own else None
+
+
 def _quantized(
-    quantization: Quantization, dtype: torch.dtype | str, config: PretrainedConfig, weights: str
+    quantization: Quantization, dtype: torch.dtype | str, config: PretrainedConfig
 ) -> dict[str, Any]:
-    """Arguments of `from_pretrained` about weights in fewer bits."""
+    """Arguments of `from_pretrained` about weights in fewer bits by other libraries."""
     if quantization == "none":
         return {}
     library = {"int8": "torchao", "int4": "bitsandbytes"}[quantization]
     if importlib.util.find_spec(library) is None:
         needs = f"needs {library}, install requirements-quantization.txt"
         raise LoadingError(f"quantization {quantization}: {needs}")
-    if weights.endswith(".gguf") or getattr(config, "quantization_config", None) is not None:
-        raise LoadingError(f"quantization {quantization}: the weights of {weights} are quantised already")
     if quantization == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 

@@ -180,7 +180,7 @@ class ModelRunner:
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] ids -> [B, T, H]"""
         scale = getattr(self._embed, "scalar_embed_scale", None)
-        if scale is None or self._embed.weight.dtype == self.dtype:
+        if scale is None or self._embed.weight.dtype in (self.dtype, torch.uint8):
             return self._embed(input_ids).to(self.dtype)
         return embedding(input_ids, self._embed.weight).to(self.dtype) * scale  # not rounded to 16 bits
 

@@ -1,4 +1,5 @@
-"""Layers in four bits, made from the model's own: for cheap drafts, never for the target.
+"""Weights in fewer bits than a checkpoint's: copies of layers in four bits, for cheap drafts, and `quantize`,
+which rounds the model itself.
 
 A copy of a layer that is not fused is transformers' own layer with other products in place of each
 `nn.Linear`. A head in four bits costs most agreement, so it is the model's own, unless it is a short one.
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import FAMILIES
+from self_speculation.model.few_bits import FewBitsLinear, eight_bits, is_in_few_bits, mean_bytes_per_weight
 from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, plain_linear
-from self_speculation.model.int4_linear import Int4Linear
+from self_speculation.model.int4_linear import Int4Linear, four_bits
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import Linear, has_kernel, replace_linears
 from self_speculation.model.model_cache import lock
@@ -33,6 +35,9 @@ from self_speculation.model.short_head import ShortHead
 # Tokens that the size of inputs is learnt from.
 _TOKENS_TO_LEARN = 64
 
+# A copy that takes hardly fewer bytes than the model's own layers drafts no faster.
+_CLEARLY_MORE = 1.25
+
 # Bytes that CUDA reads while torch's kernel multiplies by a weight in four bits. A whole model in four and in
 # 16 bits gave 187 and 95 tokens/s (A100, groups of 32; pytorch/ao, pull request 880).
 _INT4_ON_CUDA = 2.0 * 95 / 187
@@ -42,14 +47,15 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
     """Bytes by weight of a draft's layers, and of its head, that memory reads in the time of its products.
     Raises ValueError if there are no kernels for layers in four bits.
     """
-    own = float(model.dtype.itemsize)
+    own = mean_bytes_per_weight(model.base_model.layers[0])
+    of_head = mean_bytes_per_weight(model.get_output_embeddings())
     if draft_weights == "exact":
-        return own, own
+        return own, of_head
     if not _has_kernel(model.device, model.dtype):
         raise ValueError(
             f"draft_weights int4: there are no kernels for it with {model.dtype} on {model.device}"
         )
-    return _INT4_ON_CUDA if model.device.type == "cuda" else Int4Linear.bytes_per_weight, own
+    return _INT4_ON_CUDA if model.device.type == "cuda" else Int4Linear.bytes_per_weight, of_head
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -57,6 +63,47 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
         return Int4Linear(Linear(SimpleNamespace(weight=weight, bias=None)))
 
     return has_kernel(copied, device, dtype)
+
+
+def copies_are_smaller(model: PreTrainedModel) -> bool:
+    """Whether copies in four bits take clearly fewer bytes than the model's own layers."""
+    own = mean_bytes_per_weight(model.base_model.layers[0])
+    return not is_in_few_bits(model) or own > _CLEARLY_MORE * Int4Linear.bytes_per_weight
+
+
+@torch.no_grad()
+def quantize(model: PreTrainedModel, bits: int) -> None:
+    """Round the weights of a model on a CPU in place, to four or eight bits; its head to eight.
+
+    Raises:
+        ValueError: layers or head with hooks, adapters or quantised weights, or experts.
+    """
+    name = f"quantization int{bits}"
+    if not FAMILIES[model.config.model_type].has_copies:
+        raise ValueError(f"{name}: experts of a {model.config.model_type} model are not rounded")
+    runner, head = ModelRunner(model), model.get_output_embeddings()
+    layers = [_with_linears(runner, f"layer {i}", part, name) for i, part in enumerate(runner.layers)]
+    _with_linears(runner, "head", runner.head, name)
+    by_linear = _input_squares(runner, layers) if bits == 4 else {}
+    squares = {id(p): by_linear[linear] for linear in by_linear for p in linear.projections}
+    found = [
+        (parent, child, module)
+        for parent in (*model.base_model.layers.modules(), model)
+        for child, module in parent.named_children()
+        if type(module) is nn.Linear
+    ]
+
+    def rounded(found: tuple[nn.Module, str, nn.Linear]) -> FewBitsLinear:
+        module, is_whole = found[2], bits == 8 or found[2] is head
+        weight, bias = module.weight.data, None if module.bias is None else module.bias.data
+        made = eight_bits(weight) if is_whole else four_bits(weight, squares[id(module)])
+        return FewBitsLinear(made, len(weight), weight.shape[1], bias)
+
+    num_bytes, pool = sum(module.weight.nbytes for _, _, module in found), ThreadPoolExecutor
+    with progress(name, num_bytes) as advance, pool(torch.get_num_threads()) as threads:
+        for (parent, child, module), made in zip(found, threads.map(rounded, found), strict=True):
+            setattr(parent, child, made)
+            advance(module.weight.nbytes)
 
 
 def check_family(draft_weights: DraftWeights, config: Any) -> None:
@@ -73,10 +120,15 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
         short_head: replaces the head.
 
     Raises:
-        ValueError: a mixture of experts, layers or head with hooks, adapters or quantised weights, no
-            kernels, or no memory for the copies.
+        ValueError: a mixture of experts, layers or head with hooks, adapters or quantised weights, weights
+            that a copy hardly makes smaller, no kernels, or no memory for the copies.
     """
     check_family("int4", runner.config)
+    if not copies_are_smaller(runner.model):
+        own = mean_bytes_per_weight(runner.model.base_model.layers[0])
+        raise ValueError(
+            f"draft_weights int4: the model's weights take {8 * own:.1f} bits already; it must be exact"
+        )
     layers = [_with_linears(runner, f"layer {i}", part) for i, part in enumerate(runner.layers[:num_layers])]
     _with_linears(runner, "head", runner.head)
     bytes_per_weight(runner.model, "int4")  # raises ValueError without kernels
@@ -88,14 +140,14 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     return runner.with_layers(copies, head)
 
 
-def _with_linears(runner: ModelRunner, name: str, part: Any) -> Any:
+def _with_linears(runner: ModelRunner, name: str, part: Any, flag: str = "draft_weights int4") -> Any:
     """A layer or head with a `Linear` for each product. Raises ValueError if it is not plain."""
     if isinstance(part, FusedLayer | FusedHead):
         return part
     modules = (part.module,) if isinstance(part, PlainLayer) else part.modules
     if (why := difference(runner.model, *modules)) is not None:
-        only = "only layers and a head without hooks, adapters and quantised weights are copied"
-        raise ValueError(f"draft_weights int4: {name}: {why}; {only}")
+        only = "only layers and a head without hooks, adapters and quantised weights are rounded"
+        raise ValueError(f"{flag}: {name}: {why}; {only}")
     if isinstance(part, PlainLayer):
         return _UnfusedLayer(runner.model, part)
     return FusedHead(part.norm, plain_linear(runner.model, part.modules[1]))
@@ -106,7 +158,9 @@ class _UnfusedLayer:
 
     def __init__(self, model: PreTrainedModel, layer: PlainLayer) -> None:
         self._layer = layer
-        self._replaced = [module for module in layer.module.modules() if type(module) is nn.Linear]
+        self._replaced = [
+            module for module in layer.module.modules() if type(module) in (nn.Linear, FewBitsLinear)
+        ]
         self.linears = tuple(plain_linear(model, module) for module in self._replaced)
 
     @property

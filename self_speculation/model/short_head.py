@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.devices import free_memory
 from self_speculation.model.experts import bytes_per_layer
+from self_speculation.model.few_bits import FewBitsLinear, mean_bytes_per_weight
 from self_speculation.model.fused_layers import FusedHead, difference, plain_linear
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear
@@ -53,23 +54,22 @@ def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
 
 def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
     """So many ids in ascending order: the most frequent ones, then the first ones of the tokenizer."""
-    size = model.get_output_embeddings().weight.shape[0]
+    size = model.get_output_embeddings().out_features
     frequent = [id_ for id_ in singleton(model, _Counted).ids if 0 <= id_ < size]
     return sorted([*dict.fromkeys([*frequent, *range(size)[:number]])][:number])
 
 
-def default_vocabulary(
-    runner: ModelRunner, num_layers: int, bytes_per_weight: tuple[float, float]
-) -> int | None:
+def default_vocabulary(runner: ModelRunner, num_layers: int, num_bytes: tuple[float, float]) -> int | None:
     """A quarter of the rows if that makes a draft step of so many layers clearly cheaper; None: all rows.
     Weights of layers and of the head have these numbers of bytes.
     """
     if _whole_linear(runner) is None:
         return None
-    size, width = runner.model.get_output_embeddings().weight.shape
+    size, width = (head := runner.model.get_output_embeddings()).out_features, head.in_features
     rows = max(_LEAST_ROWS, 2 ** round(math.log2(size / 4)))
-    layer_bytes, head_bytes = bytes_per_weight
-    layers = num_layers * layer_bytes * bytes_per_layer(runner.model) / runner.model.dtype.itemsize
+    layer_bytes, head_bytes = num_bytes
+    own_bytes = mean_bytes_per_weight(runner.model.base_model.layers[0])
+    layers = num_layers * layer_bytes * bytes_per_layer(runner.model) / own_bytes
     saved = head_bytes * (size - rows) * width
     return rows if saved > _CLEARLY_CHEAPER * (layers + head_bytes * size * width) else None
 
@@ -139,7 +139,7 @@ def _whole_linear(runner: ModelRunner) -> Linear | None:
     if isinstance(runner.head, FusedHead):
         return runner.head.linears[0]
     head = runner.head.modules[1]
-    is_plain = type(head) is nn.Linear and difference(runner.model, head) is None
+    is_plain = type(head) in (nn.Linear, FewBitsLinear) and difference(runner.model, head) is None
     return plain_linear(runner.model, head) if is_plain else None
 
 

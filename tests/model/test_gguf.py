@@ -21,12 +21,13 @@ from self_speculation.model import gguf_files, loading
 from self_speculation.model.gguf_files import Header
 
 
-def write(path, model, tokenizer, quantised=None):
+def write(path, model, tokenizer, quantised=None, everything=False):
     """Write a file as converters do: without the size of the vocabulary, and with the two halves of each
     head, which rotate together, interleaved.
 
     Args:
         quantised: format of the layers' matrices; None: float32.
+        everything: embeddings and head have that format, too.
     """
     config = model.config
     file = gguf.GGUFWriter(path, "llama")
@@ -57,7 +58,7 @@ def write(path, model, tokenizer, quantised=None):
         if heads := num_heads.get(name.split(".")[-2]):
             weight = weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
         name, data = names.get_name(name, (".weight",)), weight.numpy()
-        if quantised is None or weight.dim() == 1 or not name.startswith("blk."):
+        if quantised is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
             file.add_tensor(name, data)
         else:
             file.add_tensor(name, gguf.quantize(data, quantised), raw_dtype=quantised)

@@ -26,6 +26,7 @@ from self_speculation.model.fused_layers import bytes_made, fuse
 from self_speculation.model.in_place_runner import InPlaceRunner
 from self_speculation.model.linear import Linear
 from self_speculation.model.model_runner import ModelRunner, forward
+from self_speculation.model.quantized_layers import quantize
 
 pytestmark = needs_operators
 
@@ -86,7 +87,7 @@ def test_logits_are_those_of_transformers(name, dtype):
 
 @given(
     name=st.sampled_from(["odd", "biases", "qwen3", "gemma3_text"]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, 8, 4]),
     lengths=st.lists(st.integers(1, 150) | st.just(600), min_size=1, max_size=9),
     width=st.integers(1, 33),
     split=st.integers(1, 33),
@@ -96,7 +97,9 @@ def test_logits_are_those_of_transformers(name, dtype):
 def test_bits_do_not_depend_on_the_pass(name, dtype, lengths, width, split, threads):
     """Guards against sums in another order for another width, row, piece or thread: ties would decide."""
     torch.manual_seed(0)
-    model = model_of(name, dtype)
+    model = model_of(name, torch.float32 if isinstance(dtype, int) else dtype)
+    if isinstance(dtype, int):
+        quantize(model, dtype)
     fuse(model)
     runner, rows = InPlaceRunner(model), len(lengths)
     hidden = torch.randn(rows, width, model.config.hidden_size)

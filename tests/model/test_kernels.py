@@ -19,21 +19,24 @@ from self_speculation.model.kernels import CPUOperators, cpu_operators
 SHAPES = [(16, 32), (64, 96), (50, 48), (17, 33), (2128, 100), (40, 576)]
 
 
-def unpacked(weight, scales):
+def unpacked(weight, shape):
     """The kernel's layout -> steps [rows, groups, 32] from 0 to 15, sizes and middles [groups, rows]."""
-    blocks, groups = weight.shape[:2]
-    halves = torch.stack((weight & 15, weight >> 4), 3)  # [blocks, groups, 4, half, 4 rows + byte]
+    blocks, groups = -(-shape[0] // 16), -(-shape[1] // 32)
+    scales, steps = weight[64:].view(blocks, groups, 320).split((64, 256), 2)
+    steps = steps.reshape(blocks, groups, 4, 64)
+    halves = torch.stack((steps & 15, steps >> 4), 3)  # [blocks, groups, 4, half, 4 rows + byte]
     steps = (
         halves.view(blocks, groups, 4, 2, 16, 4).permute(0, 4, 1, 2, 3, 5).reshape(blocks * 16, groups, 32)
     )
+    scales = scales.contiguous().view(torch.bfloat16).view(blocks, groups, 2, 16)
     return steps, *scales.float().permute(2, 1, 0, 3).flatten(2)
 
 
-def product(x, weight, scales):
+def product(x, weight, shape):
     """Of inputs rounded to eight bits by groups, in the kernel's order of sums; products and sums are rounded
     as by fused multiply-add.
     """
-    steps, sizes, middles = unpacked(weight, scales)
+    steps, sizes, middles = unpacked(weight, shape)
     groups = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
     largest = groups.abs().amax(2, keepdim=True)
     rounded = (groups * torch.where(largest > 1e-30, 127 / largest, 0.0)).round()
@@ -55,9 +58,10 @@ def made(shape):
     )
 
 
-def multiplied(x, weight, scales):
+def multiplied(x, weight, shape):
     """By all rows, with those of the padding."""
-    return torch.ops.self_speculation.project(x, [], 0.0, False, [weight, scales], False, 16 * len(weight))
+    rows = -(-shape[0] // 16) * 16
+    return torch.ops.self_speculation.project(x, [], 0.0, False, [weight], False, rows)
 
 
 @needs_operators
@@ -65,16 +69,16 @@ def multiplied(x, weight, scales):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_are_exact(shape, num_tokens):
     """Guards against rows, columns, tokens or groups in a wrong order, and padding that counts."""
-    weight, scales = made(shape)
+    weight = made(shape)
     x = torch.randn(num_tokens, shape[1])
-    got = multiplied(x, weight, scales)
-    assert torch.equal(got, product(x, weight, scales))
+    got = multiplied(x, weight, shape)
+    assert torch.equal(got, product(x, weight, shape))
     # Whatever stands beside a token, and however many threads there are.
-    alone = [multiplied(row[None], weight, scales) for row in x]
+    alone = [multiplied(row[None], weight, shape) for row in x]
     assert torch.equal(got, torch.cat(alone))
     torch.set_num_threads(2)
     try:
-        assert torch.equal(got, multiplied(x, weight, scales))
+        assert torch.equal(got, multiplied(x, weight, shape))
     finally:
         torch.set_num_threads(1)
 
@@ -84,12 +88,13 @@ def test_products_are_exact(shape, num_tokens):
 @pytest.mark.parametrize("at", [0, 35])
 def test_a_token_is_its_own(number, at):
     """Guards against an infinity, NaN or tiny number of one token in the products of others."""
-    weight, scales = made((48, 40))
+    shape = (48, 40)
+    weight = made(shape)
     x = torch.randn(9, 40)
-    before = multiplied(x, weight, scales)
+    before = multiplied(x, weight, shape)
     x[4] = 0.0
     x[4, at] = number
-    after = multiplied(x, weight, scales)
+    after = multiplied(x, weight, shape)
     others = [row for row in range(9) if row != 4]
     assert torch.equal(before[others], after[others])
     if number == 3e38:
@@ -103,8 +108,8 @@ import sys, torch
 from self_speculation.model.kernels import cpu_operators
 operators, (weight, counts, x) = cpu_operators(), torch.load(sys.argv[1])
 packed = torch.ops.self_speculation.int4_round(weight, counts)
-product = torch.ops.self_speculation.project(x, [], 0.0, False, [*packed], False, len(weight))
-torch.save((operators, *packed, product), sys.argv[1])
+product = torch.ops.self_speculation.project(x, [], 0.0, False, [packed], False, len(weight))
+torch.save((operators, packed, product), sys.argv[1])
 """
 
 
@@ -115,7 +120,7 @@ def test_shapes_of_fake_tensors():
 
     def run(x):
         product = ops.project(x, [], 0.0, False, [torch.ones(24, 32)], False, 24)
-        return product, *ops.int4_round(x, torch.ones(32))
+        return product, ops.int4_round(x, torch.ones(32))
 
     computed = run(torch.ones(1, 32))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -135,8 +140,8 @@ def test_all_variants_give_the_same(tmp_path):
     kernel, *got = torch.load(file, weights_only=False)
     assert kernel == CPUOperators("AVX2")
     packed = torch.ops.self_speculation.int4_round(weight, counts)
-    product = torch.ops.self_speculation.project(x, [], 0.0, False, [*packed], False, len(weight))
-    assert all(map(torch.equal, got, (*packed, product)))
+    product = torch.ops.self_speculation.project(x, [], 0.0, False, [packed], False, len(weight))
+    assert all(map(torch.equal, got, (packed, product)))
 
 
 @needs_operators
@@ -151,7 +156,7 @@ def test_it_rounds_as_on_a_gpu(shape, dtype):
     counts = _shares(squares)
     rows = torch.nn.functional.pad(weight, (0, -shape[1] % 32, 0, -shape[0] % 16))
     expected, numbers = in_four_bits(rows, counts)
-    steps, *scales = unpacked(*torch.ops.self_speculation.int4_round(weight, counts))
+    steps, *scales = unpacked(torch.ops.self_speculation.int4_round(weight, counts), shape)
     expected = expected.view(steps.shape)
     same = (steps == expected).all(2) & (torch.stack(scales, 2) == numbers).all(2).T
     assert same.float().mean() > 0.98

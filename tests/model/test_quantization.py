@@ -9,10 +9,12 @@ from pathlib import Path
 
 import forks
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_operators
 from helpers import error_line
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.model import loading
+from self_speculation.model.kernels import CPUOperators
 
 # `make test` installs the libraries there: in the environment they would slow down every other test.
 LIBRARIES = Path(sys.prefix) / "quantization"
@@ -41,17 +43,19 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_strategies_agree_on_a_quantised_model():
+@pytest.mark.parametrize("own", [pytest.param(True, marks=needs_operators), False])
+def test_strategies_agree_on_a_quantised_model(own):
     """Guards against weights that were not quantised, and against quantisers such as LLM.int8, where the
     result of a token depends on the other tokens of its pass.
     """
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True, text=True, timeout=forks.HANGS, env={**os.environ, "PYTHONPATH": str(LIBRARIES)},
-    )  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(LIBRARIES)}
+    env |= {} if own else {"ATEN_CPU_CAPABILITY": "default"}  # there are no operators for it
+    command = [sys.executable, "-c", PROGRAM]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=forks.HANGS, env=env)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert [of["kind"] for of in found.values()] == ["Parameter", "Int8Tensor", "Params4bit"]
+    theirs = ["Parameter", "Int8Tensor", "Params4bit"]
+    assert [of["kind"] for of in found.values()] == (["Parameter", "Tensor", "Tensor"] if own else theirs)
     for of in found.values():
         assert of["autoregressive"] == of["self_speculative"] == of["adaptive"]
     assert found["int4"]["autoregressive"] != found["none"]["autoregressive"]
@@ -64,6 +68,7 @@ def test_impossible_quantisations_are_refused(model_folder, tmp_path, monkeypatc
         options = LoadingOptions(quantization=quantization)
         return error_line(LoadingError, load_model_and_tokenizer, str(model), options)
 
+    monkeypatch.setattr(loading, "cpu_operators", lambda: CPUOperators(None))
     find_spec = "self_speculation.model.loading.importlib.util.find_spec"
     monkeypatch.setattr(find_spec, lambda name: None)
     for quantization, library in (("int8", "torchao"), ("int4", "bitsandbytes")):

@@ -1,12 +1,10 @@
 // The rounding of W, as `in_four_bits` of int4_linear.py does it.
 #pragma once
-#include <tuple>
-
 #include "weights.h"
 
 namespace {
 // Rounds one group of `LANES` rows as `in_four_bits` of int4_linear.py does: elements [32, LANES], counts [32].
-void round_group(const Floats* elements, const float* counts, uint8_t* weight, uint16_t* scales) {
+void round_group(const Floats* elements, const float* counts, uint8_t* low, uint16_t* scales) {
   Floats least = elements[0], largest = elements[0], mean = {};
   for (int j = 0; j < GROUP; j++) {
     least = elements[j] < least ? elements[j] : least, largest = elements[j] > largest ? elements[j] : largest;
@@ -44,7 +42,7 @@ void round_group(const Floats* elements, const float* counts, uint8_t* weight, u
   }
   for (int j = 0; j < GROUP; j++) {
     Ints steps = __builtin_convertvector(step(elements[j], 1.0f / best_scale, best_middle), Ints) + 8;
-    for (int64_t row = 0; row < LANES; row++) weight[j / 8 * 64 + row * 4 + j % 4] |= steps[row] << (j & 4);
+    for (int64_t row = 0; row < LANES; row++) low[j / 8 * 64 + row * 4 + j % 4] |= steps[row] << (j & 4);
   }
   for (int64_t row = 0; row < LANES; row++) {
     scales[row] = ((Ints)best_scale)[row] >> 16, scales[BLOCK + row] = ((Ints)best_middle)[row] >> 16;
@@ -52,7 +50,8 @@ void round_group(const Floats* elements, const float* counts, uint8_t* weight, u
 }
 
 template <class Number>
-void round_rows(const Number* numbers, int64_t rows, int64_t columns, const float* counts, uint8_t* weight, uint16_t* scales) {
+void round_rows(const Number* numbers, int64_t rows, int64_t columns, const float* counts, uint8_t* blocks) {
+  const Format& format = FORMATS[0];
   int64_t groups = (columns + GROUP - 1) / GROUP;
   for (int64_t first = 0; first < (rows + BLOCK - 1) / BLOCK * BLOCK; first += LANES) {
     for (int64_t g = 0; g < groups; g++) {
@@ -61,35 +60,24 @@ void round_rows(const Number* numbers, int64_t rows, int64_t columns, const floa
       for (int64_t row = 0; row < std::min(LANES, rows - first); row++)
         for (int64_t j = 0; j < width; j++)
           elements[j][row] = float(numbers[(first + row) * columns + g * GROUP + j]);
-      int64_t at = first / BLOCK * groups + g, lane = first % BLOCK;
-      round_group(reinterpret_cast<Floats*>(elements), counts + g * GROUP, weight + at * BYTES + lane * 4,
-                  scales + at * 2 * BLOCK + lane);
+      int64_t lane = first % BLOCK;
+      uint8_t* cell = blocks + first / BLOCK * format.to(groups) + format.to(g);
+      round_group(reinterpret_cast<Floats*>(elements), counts + g * GROUP, cell + format.scales() + lane * 4,
+                  reinterpret_cast<uint16_t*>(cell) + lane);
     }
   }
 }
 
-Tensor empty(std::initializer_list<int64_t> shape, int32_t dtype) {
-  int64_t strides[4] = {1, 1, 1, 1}, n = shape.size();
-  for (int64_t i = n - 1; i > 0; i--) strides[i - 1] = strides[i] * shape.begin()[i];
-  AtenTensorHandle made;  // not by `torch::stable::empty`, which takes longer than a small product
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(n, shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
-}
-
 // On the caller's thread: int4_linear.py rounds several weights at a time.
-std::tuple<Tensor, Tensor> int4_round(const Tensor& from, const Tensor& counts) {
+Tensor int4_round(const Tensor& from, const Tensor& counts) {
   STD_TORCH_CHECK(from.dim() == 2 && from.is_contiguous(), "weight: not a matrix in one piece");
-  int64_t num_blocks = (from.size(0) + BLOCK - 1) / BLOCK, groups = (from.size(1) + GROUP - 1) / GROUP;
-  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Float && counts.is_contiguous() && counts.numel() == groups * GROUP,
+  int64_t rows = from.size(0), columns = from.size(1);
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Float && counts.is_contiguous() && counts.numel() == round_up(columns, GROUP),
                   "counts: not one float32 for each column");
-  Tensor weight = empty({num_blocks, groups, 4, 64}, aoti_torch_dtype_uint8());
-  Tensor scales = empty({num_blocks, groups, 2, BLOCK}, aoti_torch_dtype_bfloat16());
-  auto* steps = static_cast<uint8_t*>(weight.mutable_data_ptr());
-  std::fill_n(steps, weight.numel(), 0);
-  auto* sums = static_cast<const float*>(counts.const_data_ptr());
-  auto* numbers = static_cast<uint16_t*>(scales.mutable_data_ptr());
-  with_numbers(from.scalar_type(), from.const_data_ptr(), [&](auto* rows) { round_rows(rows, from.size(0), from.size(1), sums, steps, numbers); });
-  return {weight, scales};
+  Tensor weight = new_weight(FORMATS[0], rows, columns);
+  auto* blocks = static_cast<uint8_t*>(weight.mutable_data_ptr()) + HEADER;
+  auto* of_columns = static_cast<const float*>(counts.const_data_ptr());
+  with_numbers(from.scalar_type(), from.const_data_ptr(), [&](auto* numbers) { round_rows(numbers, rows, columns, of_columns, blocks); });
+  return weight;
 }
 }  // namespace

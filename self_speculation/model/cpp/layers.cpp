@@ -68,6 +68,41 @@ class Pieces {
   int64_t blocks_ = 0, size_;
 };
 
+// Inputs of more tokens are made once, those of fewer by each thread: that is one phase less.
+constexpr int64_t MADE_ALONE = 8;
+
+// A thread's view of products over some tokens.
+class Products {
+ public:
+  // `shared`: memory for all inputs, if they are made once.
+  Products(int64_t tokens, int64_t columns, int64_t threads, Floats* shared)
+      : tokens_(tokens), threads_(threads), shared_(shared), in_order_(aligned(Inputs::stride_of(columns))),
+        own_(shared ? nullptr : aligned(tokens * Inputs::stride_of(columns))) {}
+  static std::unique_ptr<Floats[]> memory(int64_t tokens, int64_t columns) {
+    return tokens > MADE_ALONE ? aligned(tokens * Inputs::stride_of(columns)) : nullptr;
+  }
+
+  // Two phases: x is what `fill(token, to)` writes, then f(x, index of the weight, first row, last row) for all rows.
+  template <class Fill, class F>
+  void run(Phase*& phase, std::initializer_list<const Weight*> weights, const Fill& fill, const F& f) const {
+    const Weight& weight = **weights.begin();
+    Inputs x(shared_ ? shared_ : own_.get(), tokens_, weight.columns, weight.type);
+    auto put = [&](int64_t t) { x.put(t, fill, reinterpret_cast<float*>(in_order_.get())); };
+    auto put_all = [&] { for (int64_t t = 0; t < tokens_; t++) put(t); };
+    if (shared_) phase->run(tokens_, [] {}, put);
+    phase++;
+    Pieces pieces(weights, threads_);
+    phase++->run(pieces.number(), [&] { if (!shared_) put_all(); }, [&](int64_t piece) {
+      pieces.of(piece, [&](size_t i, int64_t first, int64_t last) { f(x, i, first, last); });
+    });
+  }
+
+ private:
+  int64_t tokens_, threads_;
+  Floats* shared_;
+  std::unique_ptr<Floats[]> in_order_, own_;
+};
+
 template <class F>
 void on_all_threads(int64_t threads, const F& f) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
@@ -131,24 +166,26 @@ class Pass {
         d_(caches[0].size(3)), heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), together_(heads_ / kv_heads_),
         joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(layers[0].width),
         spans_(spans_of(*std::max_element(starts, starts + rows))), threads_(torch::stable::get_num_threads()),
-        phases_(new Phase[layers.size() * 7]), finished_(new std::atomic<int64_t>[layers.size() * rows * kv_heads_]()),
+        phases_(new Phase[layers.size() * 11]), finished_(new std::atomic<int64_t>[layers.size() * rows * kv_heads_]()),
         projected_(new float[tokens * joint_]), attended_(new float[tokens * heads_ * d_]),
         gates_(new float[tokens * mlp_width_]), ups_(new float[tokens * mlp_width_]), added_(new float[tokens * hidden]),
         sums_(new float[rows * kv_heads_ * spans_ * of_group() * d_]),
-        parts_(new Attended[rows * kv_heads_ * spans_ * of_group()]) {
+        parts_(new Attended[rows * kv_heads_ * spans_ * of_group()]), widest_(std::max({hidden, heads_ * d_, mlp_width_})),
+        inputs_(Products::memory(tokens, widest_)) {
     for (int64_t i = 0; i < rows * kv_heads_ * spans_ * of_group(); i++) parts_[i].values = &sums_[i * d_];
   }
 
   void run() {
     on_all_threads(threads_, [&] {
       Phase* phase = phases_.get();
+      const Products products(tokens_, widest_, threads_, inputs_.get());
       for (size_t index = 0; index < layers_.size(); index++) {
         const Layer& layer = layers_[index];
-        project(*phase++, layer);
+        project(products, phase, layer);
         phase++->run(rows_ * kv_heads_ * spans_, [] {}, [&](int64_t piece) { attend(index, piece); });
-        add(phase, layer.out, attended_.get(), layer.attended_norm);
-        activate_gates(*phase++, layer);
-        add(phase, layer.down, gates_.get(), layer.output_norm);
+        add(products, phase, layer.out, attended_.get(), heads_ * d_, layer.attended_norm);
+        activate_gates(products, phase, layer);
+        add(products, phase, layer.down, gates_.get(), mlp_width_, layer.output_norm);
       }
     });
   }
@@ -157,24 +194,18 @@ class Pass {
   int64_t of_group() const { return width_ * together_; }  // queries that share keys
   int64_t spans_of(int64_t start) const { return (start + width_ + SPAN - 1) / SPAN; }
 
-  // Makes the inputs of a phase from the normed states.
-  auto inputs(const Norm& norm, const Weight& weight, std::optional<Inputs>& x) const {
-    return [&, this] {
-      x.emplace(tokens_, hidden_, weight.type, [&](int64_t t, float* to) { norm(states_ + t * hidden_, to); });
-    };
+  auto normed(const Norm& norm) const {
+    return [&, this](int64_t t, float* to) { norm(states_ + t * hidden_, to); };
   }
 
-  void project(Phase& phase, const Layer& layer) {
-    std::optional<Inputs> x;
-    std::initializer_list<const Weight*> weights = {&layer.query, &layer.key, &layer.value};
+  void project(const Products& products, Phase*& phase, const Layer& layer) {
+    const Weight* weights[] = {&layer.query, &layer.key, &layer.value};
     int64_t columns[] = {0, heads_ * d_, (heads_ + kv_heads_) * d_};
-    Pieces pieces(weights, threads_);
-    phase.run(pieces.number(), inputs(layer.input_norm, layer.query, x), [&](int64_t piece) {
-      pieces.of(piece, [&](size_t i, int64_t first, int64_t last) {
-        float* to = &projected_[columns[i]];
-        weights.begin()[i]->multiply(first, last, *x, [&](int64_t t, int64_t row, float number) { to[t * joint_ + row] = number; });
-      });
-    });
+    products.run(phase, {weights[0], weights[1], weights[2]}, normed(layer.input_norm),
+                 [&](const Inputs& x, size_t i, int64_t first, int64_t last) {
+                   float* to = &projected_[columns[i]];
+                   weights[i]->multiply(first, last, x, [&](int64_t t, int64_t row, float number) { to[t * joint_ + row] = number; });
+                 });
   }
 
   // A span of the keys of one head of a row. New keys and values are written by the span that they are in, which is the
@@ -216,45 +247,33 @@ class Pass {
   }
 
   // act(x W_gate^T) * x W_up^T, of the normed states
-  void activate_gates(Phase& phase, const Layer& layer) {
-    std::optional<Inputs> x;
-    Pieces pieces({&layer.gate}, threads_);
-    phase.run(pieces.number(), inputs(layer.mlp_norm, layer.gate, x), [&](int64_t piece) {
-      pieces.of(piece, [&](size_t, int64_t first, int64_t last) {
-        auto into = [&](std::unique_ptr<float[]>& to) {
-          return [&](int64_t t, int64_t row, float number) { to[t * mlp_width_ + row] = number; };
-        };
-        layer.gate.multiply(first, last, *x, into(gates_)), layer.up.multiply(first, last, *x, into(ups_));
-        for (int64_t t = 0; t < tokens_; t++)
-          for (int64_t j = first; j < last; j += LANES) {
-            float *gates = &gates_[t * mlp_width_ + j], *ups = &ups_[t * mlp_width_ + j];
-            int64_t n = std::min(LANES, last - j);
-            Floats product = activate(layer.activation, widen(gates, n)) * widen(ups, n);
-            std::memcpy(gates, &product, n * sizeof(float));
-          }
-      });
+  void activate_gates(const Products& products, Phase*& phase, const Layer& layer) {
+    products.run(phase, {&layer.gate}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
+      auto into = [&](std::unique_ptr<float[]>& to) {
+        return [&](int64_t t, int64_t row, float number) { to[t * mlp_width_ + row] = number; };
+      };
+      layer.gate.multiply(first, last, x, into(gates_)), layer.up.multiply(first, last, x, into(ups_));
+      for (int64_t t = 0; t < tokens_; t++)
+        for (int64_t j = first; j < last; j += LANES) {
+          float *gates = &gates_[t * mlp_width_ + j], *ups = &ups_[t * mlp_width_ + j];
+          int64_t n = std::min(LANES, last - j);
+          Floats product = activate(layer.activation, widen(gates, n)) * widen(ups, n);
+          std::memcpy(gates, &product, n * sizeof(float));
+        }
     });
   }
 
-  // states += norm(x W^T)
-  void add(Phase*& phase, const Weight& weight, const float* from, const Norm& norm) {
-    std::optional<Inputs> x;
-    Pieces pieces({&weight}, threads_);
+  // states += norm(x W^T), of x [T, columns]
+  void add(const Products& products, Phase*& phase, const Weight& weight, const float* from, int64_t columns, const Norm& norm) {
     float* to = norm.weight ? added_.get() : states_;
     bool is_sum = !norm.weight;
-    phase++->run(
-        pieces.number(), [&] {
-          x.emplace(tokens_, weight.columns, weight.type,
-                    [&](int64_t t, float* to) { std::copy_n(from + t * weight.columns, weight.columns, to); });
-        },
-        [&](int64_t piece) {
-          pieces.of(piece, [&](size_t, int64_t first, int64_t last) {
-            weight.multiply(first, last, *x, [&](int64_t t, int64_t row, float number) {
-              float& state = to[t * hidden_ + row];
-              state = is_sum ? state + number : number;
-            });
-          });
-        });
+    products.run(phase, {&weight}, [&](int64_t t, float* row) { std::copy_n(from + t * columns, columns, row); },
+                 [&](const Inputs& x, size_t, int64_t first, int64_t last) {
+                   weight.multiply(first, last, x, [&](int64_t t, int64_t row, float number) {
+                     float& state = to[t * hidden_ + row];
+                     state = is_sum ? state + number : number;
+                   });
+                 });
     if (is_sum) return;
     phase++->run(tokens_, [] {}, [&](int64_t t) {
       float *row = &added_[t * hidden_], *state = states_ + t * hidden_;
@@ -273,6 +292,8 @@ class Pass {
   std::unique_ptr<std::atomic<int64_t>[]> finished_;  // spans of a head, by layer, row and head
   std::unique_ptr<float[]> projected_, attended_, gates_, ups_, added_, sums_;
   std::unique_ptr<Attended[]> parts_;  // [rows, kv_heads, spans, width * together]
+  int64_t widest_;
+  std::unique_ptr<Floats[]> inputs_;  // of a product, if there are many tokens
 };
 
 float* matrix(const Tensor& x, const char* name) {
@@ -319,6 +340,8 @@ void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, 
 }
 
 
+constexpr int64_t MOST_ROUNDED = 64;
+
 // x W^T + b, or norm(x) W^T + b: [T, in] -> [T, rows]. `weight` is a weight as those of layers; `norm` one tensor or none.
 Tensor project(const Tensor& x, std::vector<Tensor> norm, double epsilon, bool is_centred, std::vector<Tensor> weight,
                bool has_bias, int64_t rows) {
@@ -331,23 +354,23 @@ Tensor project(const Tensor& x, std::vector<Tensor> norm, double epsilon, bool i
   Norm normed = norm.empty() ? Norm() : Norm(norm[0], columns, epsilon, is_centred);
   Tensor out = empty({tokens, rows}, aoti_torch_dtype_float32());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
-  Pieces pieces({&w}, threads);
-  Phase phase;
-  if (tokens) on_all_threads(threads, [&] {
-    std::optional<Inputs> inputs;
-    phase.run(
-        pieces.number(),
-        [&] {
-          inputs.emplace(tokens, columns, w.type, [&](int64_t t, float* computed) {
-            if (normed.weight) normed(from + t * columns, computed);
-            else std::copy_n(from + t * columns, columns, computed);
+  // Weights in few bits also multiply long prompts: inputs of so many tokens stay in the cache of a core.
+  const int64_t most = w.format ? MOST_ROUNDED : std::max<int64_t>(1, tokens);
+  std::unique_ptr<Phase[]> phases(new Phase[2 * (tokens / most + 1)]);
+  std::unique_ptr<Floats[]> shared = Products::memory(std::min(most, tokens), columns);
+  on_all_threads(threads, [&] {
+    Phase* phase = phases.get();
+    for (int64_t start = 0; start < tokens; start += most) {
+      auto fill = [&](int64_t t, float* computed) {
+        const float* own = from + (start + t) * columns;
+        if (normed.weight) normed(own, computed);
+        else std::copy_n(own, columns, computed);
+      };
+      Products(std::min(most, tokens - start), columns, threads, shared.get())
+          .run(phase, {&w}, fill, [&](const Inputs& x, size_t, int64_t first, int64_t last) {
+            w.multiply(first, last, x, [&](int64_t t, int64_t row, float number) { to[(start + t) * rows + row] = number; });
           });
-        },
-        [&](int64_t piece) {
-          pieces.of(piece, [&](size_t, int64_t first, int64_t last) {
-            w.multiply(first, last, *inputs, [&](int64_t t, int64_t row, float number) { to[t * rows + row] = number; });
-          });
-        });
+    }
   });
   return out;
 }
@@ -360,10 +383,14 @@ STABLE_TORCH_LIBRARY(self_speculation, library) {
   library.def(
       "project(Tensor x, Tensor[] norm, float epsilon, bool is_centred, Tensor[] weight, bool has_bias, int rows)"
       " -> Tensor");
-  library.def("int4_round(Tensor weight, Tensor counts) -> (Tensor, Tensor)");
+  library.def("int4_round(Tensor weight, Tensor counts) -> Tensor");
+  library.def("weight_of_file(Tensor rows, int code, int columns) -> Tensor");
+  library.def("rows_of_weight(Tensor weight, Tensor ids, int rows, int columns) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(self_speculation, CPU, library) {
   library.impl("run_layers", TORCH_BOX(&run_layers));
   library.impl("project", TORCH_BOX(&project));
   library.impl("int4_round", TORCH_BOX(&int4_round));
+  library.impl("weight_of_file", TORCH_BOX(&weight_of_file));
+  library.impl("rows_of_weight", TORCH_BOX(&rows_of_weight));
 }

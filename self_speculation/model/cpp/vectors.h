@@ -53,24 +53,28 @@ int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / st
 Floats widen(const float* from) { return load<Floats>(from); }
 Floats widen(const BFloat16* from) { return (Floats)(__builtin_convertvector(load<Shorts>(from), Ints) << 16); }
 #ifdef __AVX512VNNI__
+constexpr bool TAKES_EIGHT_BITS = true;  // `dot` takes steps above 127
 Floats widen(const Half* from) { return _mm512_cvtph_ps(load<__m256i>(from)); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-// Sums of four steps times four inputs, in each lane. Together with `total`: steps are at most 15.
+// Sums of four steps times four inputs, in each lane. `total` follows up to 8 of them if steps have 4 bits, 4 of them if
+// they have 5, 2 if they have 6.
 Ints dot(Ints sums, Bytes steps, int32_t x) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)steps, _mm512_set1_epi32(x));
 }
 Ints total(Ints sums) { return sums; }
 __m256 half_of(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 #elif defined(__AVX2__)
+constexpr bool TAKES_EIGHT_BITS = false;
 Floats widen(const Half* from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-// Two sums of 16 bits for each lane: those of a group are at most 16 * 15 * 127.
+// Two sums of 16 bits for each lane, of 16 products of 15 * 127, 8 of 31 * 127, or 4 of 63 * 127.
 Ints dot(Ints sums, Bytes steps, int32_t x) {
   return (Ints)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)steps, _mm256_set1_epi32(x)));
 }
 Ints total(Ints sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
 __m256 half_of(Floats x) { return x; }
 #else
+constexpr bool TAKES_EIGHT_BITS = false;
 Floats widen(const Half* from) {
   typedef _Float16 Halves VECTOR(2);
   return __builtin_convertvector(load<Halves>(from), Floats);

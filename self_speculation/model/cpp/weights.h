@@ -1,20 +1,12 @@
 // x W^T with few tokens x, over weights as they lie in memory. Each (row of a weight, token) is one sum along the columns,
 // in one order: its bits do not depend on other tokens, on other rows, or on the number of threads.
 #pragma once
-#include <optional>
-
-#include "vectors.h"
+#include "few_bits.h"
 
 namespace {
 constexpr int64_t ROWS = 4;          // of a weight in floating point that are multiplied at a time
 constexpr int64_t MOST_TOKENS = 8;   // at a time
 constexpr int64_t AHEAD = 8192;      // bytes; the processor's own prefetching ends with each page of 4 KiB
-// W in four bits is stored by blocks of 16 rows and groups of 32 columns. Both are padded.
-//   steps [N / 16, K / 32, 4, 64] bytes: byte 4 r + j of part i has two steps of row r, from 0 to 15. Column
-//     8 i + j is its lower half, column 8 i + 4 + j its upper half.
-//   scales [N / 16, K / 32, 2, 16] bfloat16: the size of a step, and the value of step 8.
-constexpr int64_t BLOCK = 16, GROUP = 32, BYTES = BLOCK * GROUP / 2;
-constexpr int64_t GROUPS_AHEAD = 16;
 
 // Two vectors of columns of a weight, as its products take them; of bfloat16, even columns and odd ones.
 struct Columns {
@@ -29,48 +21,29 @@ Columns columns_of(const BFloat16* from) {
   return {(Floats)(both << 16), (Floats)(both & int32_t(0xffff0000))};
 }
 
-// Inputs of products, [T, stride], with zeros after the columns, in the order of `Columns` for weights of this type; for
-// weights in few bits in eight bits, by groups of 32.
+// Inputs of products with weights of a type, in memory for T * stride floats: [T, stride] with zeros after the columns, in
+// the order of `Columns`; for weights in few bits, rounded.
 struct Inputs {
-  int64_t tokens, columns, stride, groups;
-  std::unique_ptr<Floats[]> memory;
+  int64_t tokens, columns, stride;
+  ScalarType type;
   float* numbers;
-  std::unique_ptr<int8_t[]> steps;       // [T, groups, 32] from -127 to 127
-  std::unique_ptr<float[]> sizes, sums;  // [T, groups] the size of a step, and the sum of the group
+  RoundedInputs rounded;
 
-  // `fill(token, to)` writes the numbers of a token.
+  Inputs(Floats* memory, int64_t tokens, int64_t columns, ScalarType type)
+      : tokens(tokens), columns(columns), stride(stride_of(columns)), type(type), numbers(reinterpret_cast<float*>(memory)),
+        rounded(memory, tokens, stride / GROUP) {}
+  static int64_t stride_of(int64_t columns) { return round_up(columns, GROUP); }
+
+  // `fill(token, to)` writes the numbers of a token; `in_order` is memory for them.
   template <class Fill>
-  Inputs(int64_t tokens, int64_t columns, ScalarType type, const Fill& fill)
-      : tokens(tokens), columns(columns), stride(round_up(columns, GROUP)), groups(stride / GROUP),
-        memory(aligned(tokens * stride)), numbers(reinterpret_cast<float*>(memory.get())) {
-    std::unique_ptr<float[]> in_order(new float[stride]);
-    for (int64_t t = 0; t < tokens; t++) {
-      float *own = &numbers[t * stride], *filled = type == ScalarType::BFloat16 ? in_order.get() : own;
-      fill(t, filled);
-      std::fill(filled + columns, filled + stride, 0.0f);
-      if (filled == own) continue;
-      for (int64_t k = 0; k < stride; k += 2 * LANES)
-        for (int64_t i = 0; i < LANES; i++) own[k + i] = filled[k + 2 * i], own[k + LANES + i] = filled[k + 2 * i + 1];
-    }
-    if (type == ScalarType::Byte) quantise();
-  }
-
-  // An infinity makes steps of 0 and a size of infinity, whose product is NaN. NaN makes a size of NaN.
-  void quantise() {
-    steps.reset(new int8_t[tokens * stride]), sizes.reset(new float[tokens * groups]), sums.reset(new float[tokens * groups]);
-    for (int64_t at = 0; at < tokens * groups; at++) {
-      const float* values = &numbers[at * GROUP];
-      int32_t largest = 0, sum = 0;  // absolute values are in the order of their bits, NaN last
-      for (int j = 0; j < GROUP; j++) largest = std::max(largest, std::bit_cast<int32_t>(values[j]) & 0x7fffffff);
-      float range = std::bit_cast<float>(largest), per_step = range > 1e-30f ? 127.0f / range : 0.0f;
-      int8_t* of_group = steps.get() + at * GROUP;
-      for (int j = 0; j < GROUP; j++) {
-        constexpr float nearest = 0x1.8p23f;  // a sum with it has no fraction
-        int32_t step = std::bit_cast<int32_t>(values[j] * per_step + nearest) - std::bit_cast<int32_t>(nearest);
-        sum += of_group[j] = int8_t(step);
-      }
-      sizes[at] = range / 127.0f, sums[at] = sizes[at] * float(sum);
-    }
+  void put(int64_t t, const Fill& fill, float* in_order) const {
+    float *own = numbers + t * stride, *filled = type == ScalarType::Float || type == ScalarType::Half ? own : in_order;
+    fill(t, filled);
+    std::fill(filled + columns, filled + stride, 0.0f);
+    if (type == ScalarType::Byte) return rounded.round(t, filled);
+    if (filled == own) return;
+    for (int64_t k = 0; k < stride; k += 2 * LANES)
+      for (int64_t i = 0; i < LANES; i++) own[k + i] = filled[k + 2 * i], own[k + LANES + i] = filled[k + 2 * i + 1];
   }
 };
 
@@ -162,67 +135,23 @@ void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, 
   }
 }
 
-// Products of a block of rows in four bits and T tokens from `token` on, [T, BLOCK].
-template <int T>
-void block(const uint8_t* steps, const BFloat16* scales, const Inputs& x, int64_t token, float* out) {
-  for (int64_t row = 0; row < BLOCK; row += LANES) {
-    Floats outputs[T] = {};
-    for (int64_t g = 0; g < x.groups; g++) {
-      Ints sums[T] = {};
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        __builtin_prefetch(steps + (g + GROUPS_AHEAD) * BYTES + i * 64);
-        Bytes both = load<Bytes>(steps + g * BYTES + i * 64 + row * 4), lower = both & 15, upper = both >> 4;
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++) {
-          const int8_t* columns = x.steps.get() + ((token + t) * x.groups + g) * GROUP + i * 8;
-          sums[t] = dot(dot(sums[t], lower, load<int32_t>(columns)), upper, load<int32_t>(columns + 4));
-        }
-      }
-      __builtin_prefetch(scales + (g + GROUPS_AHEAD) * 2 * BLOCK);
-      const BFloat16* of_group = scales + g * 2 * BLOCK + row;
-      Floats size = widen(of_group), zero = fma(size, splat(-8.0f), widen(of_group + BLOCK));
-#pragma GCC unroll 8
-      for (int t = 0; t < T; t++) {
-        int64_t at = (token + t) * x.groups + g;
-        outputs[t] = fma(zero, splat(x.sums[at]), outputs[t]);
-        outputs[t] = fma(__builtin_convertvector(total(sums[t]), Floats) * size, splat(x.sizes[at]), outputs[t]);
-      }
-    }
-    for (int t = 0; t < T; t++) std::memcpy(out + t * BLOCK + row, &outputs[t], sizeof(Floats));
-  }
-}
-
-void products_of_block(const uint8_t* steps, const BFloat16* scales, const Inputs& x, float* out) {
-  int64_t t = 0;
-  auto tile = [&]<int T>() {
-    for (; t + T <= x.tokens; t += T) block<T>(steps, scales, x, t, out + t * BLOCK);
-  };
-  if constexpr (LANES == 16) tile.template operator()<8>();
-  tile.template operator()<4>(), tile.template operator()<2>(), tile.template operator()<1>();
-}
-
 // A weight [rows, columns] in one of the formats, with its bias.
 struct Weight {
-  ScalarType type;  // Byte: four bits
+  ScalarType type;  // Byte: few bits
   const void* numbers;
-  const BFloat16* scales = nullptr;
+  const Format* format = nullptr;  // of few bits
   int64_t rows, columns, row;  // row: elements from one row to the next
   ScalarType bias_type = ScalarType::Float;
   const void* bias = nullptr;
 
-  // The next tensors are the weight's: its numbers, scales if they are in four bits, and a bias if there is one.
+  // The next tensors are the weight's: its numbers, and a bias if there is one.
   Weight(const Tensor*& next, int64_t rows, int64_t columns, bool has_bias) : rows(rows), columns(columns) {
     const Tensor& weight = *next++;
     type = weight.scalar_type(), numbers = weight.const_data_ptr();
     if (type == ScalarType::Byte) {
-      const Tensor& of_steps = *next++;
-      int64_t blocks = round_up(rows, BLOCK) / BLOCK, groups = round_up(columns, GROUP) / GROUP;
-      STD_TORCH_CHECK(weight.numel() == blocks * groups * BYTES && of_steps.numel() == blocks * groups * 2 * BLOCK &&
-                          of_steps.scalar_type() == ScalarType::BFloat16 && weight.is_contiguous() &&
-                          of_steps.is_contiguous(),
-                      "weight, scales: not those of a matrix of ", rows, " times ", columns, " in four bits");
-      scales = static_cast<const BFloat16*>(of_steps.const_data_ptr());
+      format = &format_of(*static_cast<const uint8_t*>(numbers));
+      STD_TORCH_CHECK(weight.numel() == format->size(rows, columns) && weight.is_contiguous(), "weight: no matrix of ", rows,
+                      " times ", columns, " in few bits");
     } else {
       STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns && weight.stride(1) == 1 &&
                           (type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16),
@@ -236,19 +165,17 @@ struct Weight {
     }
   }
 
-  bool is_in_four_bits() const { return type == ScalarType::Byte; }
-
   // Rows from `first` on of x W^T + b: `put(token, row, number)`. Both ends are multiples of BLOCK, or all rows.
   template <class Put>
   void multiply(int64_t first, int64_t last, const Inputs& x, const Put& put) const {
-    int64_t unit = is_in_four_bits() ? BLOCK : ROWS;
+    int64_t unit = format ? BLOCK : ROWS;
     std::unique_ptr<float[]> products(new float[x.tokens * unit]);
     last = std::min(last, rows);
     for (int64_t at = first; at < last; at += unit) {
       int64_t n = std::min(unit, last - at);
-      if (is_in_four_bits()) {
-        int64_t index = at / BLOCK * x.groups;
-        products_of_block(static_cast<const uint8_t*>(numbers) + index * BYTES, scales + index * 2 * BLOCK, x, products.get());
+      if (format) {
+        const int64_t of_block = format->to(x.rounded.groups);
+        products_of_block(*format, static_cast<const uint8_t*>(numbers) + HEADER + at / BLOCK * of_block, x.rounded, products.get());
       } else {
         with_numbers(type, numbers, [&](auto* w) { products_of_rows(w + at * row, row, n, x, products.get()); });
       }

@@ -1,0 +1,376 @@
+// Weights in few bits: their formats, how they are made of those of a `.gguf` file, and their products.
+//
+// A weight [N, K] is one tensor of bytes. The first 64 have the code of its format. Then come blocks of 16 rows, each with
+// cells of 32 columns in their order. Rows are padded to 16 and columns to 32 by zeros. A cell has
+//   scales: the sizes of a step of 16 rows and, if the format has them, their middles,
+//   low [4, 64]: byte 4 r + j of part i has the lower 4 bits of two steps of row r: of column 8 i + j in its lower half,
+//     of column 8 i + 4 + j in its upper half,
+//   high [bits - 4, 64]: byte 4 r + j of part i has the upper bits of columns 4 v + j of row r, for 8 / (bits - 4)
+//     numbers v, in their order.
+// A number is (step - offset) * size + middle.
+#pragma once
+#include <optional>
+
+#include "vectors.h"
+
+namespace {
+constexpr int64_t BLOCK = 16, GROUP = 32, HEADER = 64, LOW = BLOCK * GROUP / 2, SUPER = 256;
+constexpr int64_t BYTES_AHEAD = 4096;
+
+struct Format {
+  int code;                    // ggml's number; 0: our own, of copies and of models that are rounded here
+  int bits, group;             // of a step; columns that share a size
+  bool has_middle, has_super;  // super: sizes are bytes, times a number for 256 columns, which is before their cells
+  float offset;
+
+  int64_t scales() const { return has_super ? BLOCK * (GROUP / group) * (1 + has_middle) : BLOCK * 2 * (1 + has_middle); }
+  int64_t cell() const { return scales() + LOW + (bits - 4) * 64; }
+  int64_t before() const { return has_super ? BLOCK * 2 * (1 + has_middle) : 0; }
+  // Bytes of a block of rows, up to a cell.
+  int64_t to(int64_t group) const { return group * cell() + (group + SUPER / GROUP - 1) / (SUPER / GROUP) * before(); }
+  int64_t size(int64_t rows, int64_t columns) const {
+    return HEADER + round_up(rows, BLOCK) / BLOCK * to(round_up(columns, GROUP) / GROUP);
+  }
+};
+constexpr Format FORMATS[] = {
+    {0, 4, 32, true, false, 8},    // its scales are in bfloat16, all others in float16
+    {2, 4, 32, false, false, 8},   // Q4_0
+    {3, 4, 32, true, false, 0},    // Q4_1
+    {6, 5, 32, false, false, 16},  // Q5_0
+    {7, 5, 32, true, false, 0},    // Q5_1
+    {8, 8, 32, false, false, 128}, // Q8_0
+    {10, 4, 16, true, true, 0},    // Q2_K
+    {11, 4, 16, false, true, 4},   // Q3_K
+    {12, 4, 32, true, true, 0},    // Q4_K
+    {13, 5, 32, true, true, 0},    // Q5_K
+    {14, 6, 16, false, true, 32},   // Q6_K
+    {20, 8, 32, false, false, 128}, // IQ4_NL
+    {23, 8, 32, false, true, 128},  // IQ4_XS
+};
+const Format& format_of(int64_t code) {
+  for (const Format& format : FORMATS)
+    if (format.code == code) return format;
+  STD_TORCH_CHECK(false, "weight: there is no format ", code);
+}
+
+// Of LANES rows: sizes of a step, values of step 0, and middles.
+struct Scales {
+  Floats sizes, zeros, middles;
+};
+Floats scale_numbers(const Format& format, const uint8_t* at, int64_t row) {
+  return format.code ? widen(reinterpret_cast<const Half*>(at) + row) : widen(reinterpret_cast<const BFloat16*>(at) + row);
+}
+// `of_super`: what is before the cells of 256 columns, if the format has it.
+Scales scales_of(const Format& format, const uint8_t* of_super, const uint8_t* cell, int64_t half, int64_t row) {
+  const uint8_t* from = format.has_super ? of_super : cell;
+  Floats sizes = scale_numbers(format, from, row), middles = {};
+  if (format.has_middle) middles = scale_numbers(format, from + 2 * BLOCK, row);
+  if (format.has_super) {
+    typedef int8_t Signed VECTOR(1);
+    auto bytes = [](const uint8_t* at) { return __builtin_convertvector(load<Signed>(at), Floats); };
+    const uint8_t* at = cell + half * BLOCK * (1 + format.has_middle) + row;
+    sizes *= bytes(at);
+    if (format.has_middle) middles *= -bytes(at + BLOCK);
+  }
+  return {sizes, fma(sizes, splat(-format.offset), middles), middles};
+}
+
+// Inputs of products in eight bits by groups of 32.
+struct RoundedInputs {
+  int64_t tokens, groups;
+  int8_t* steps;  // [groups, T, 32] from -127 to 127
+  float* sizes;   // [groups, T] of a step
+  float* sums;    // [groups, T, 3] of the group's halves, and of the group
+
+  // In memory for T * groups * 32 floats.
+  RoundedInputs(Floats* memory, int64_t tokens, int64_t groups)
+      : tokens(tokens), groups(groups), steps(reinterpret_cast<int8_t*>(memory)),
+        sizes(reinterpret_cast<float*>(steps + tokens * groups * GROUP)), sums(sizes + tokens * groups) {}
+  // The numbers [groups * 32] of a token. An infinity makes steps of 0 and a size of infinity, whose product is NaN. NaN
+  // makes a size of NaN.
+  void round(int64_t token, const float* numbers) const {
+    for (int64_t g = 0; g < groups; g++) {
+      const float* values = numbers + g * GROUP;
+      int32_t largest = 0, halves[2] = {};  // absolute values are in the order of their bits, NaN last
+      for (int j = 0; j < GROUP; j++) largest = std::max(largest, std::bit_cast<int32_t>(values[j]) & 0x7fffffff);
+      float range = std::bit_cast<float>(largest), per_step = range > 1e-30f ? 127.0f / range : 0.0f;
+      int64_t at = g * tokens + token;
+      int8_t* of_group = &steps[at * GROUP];
+      for (int half = 0; half < 2; half++)
+        for (int j = half * 16; j < half * 16 + 16; j++) {
+          constexpr float nearest = 0x1.8p23f;  // a sum with it has no fraction
+          int32_t step = std::bit_cast<int32_t>(values[j] * per_step + nearest) - std::bit_cast<int32_t>(nearest);
+          halves[half] += of_group[j] = int8_t(step);
+        }
+      sizes[at] = range / 127.0f;
+      for (int half = 0; half < 2; half++) sums[at * 3 + half] = sizes[at] * float(halves[half]);
+      sums[at * 3 + 2] = sizes[at] * float(halves[0] + halves[1]);
+    }
+  }
+};
+
+// The steps of LANES rows of a cell, by four columns. If a product does not take eight bits, `upper` gets the upper four.
+template <int HIGH>
+void steps_of(const uint8_t* low, int64_t row, Bytes* steps, Bytes* upper) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    Bytes both = load<Bytes>(low + i * 64 + row * 4);
+    steps[2 * i] = both & 15, steps[2 * i + 1] = both >> 4;
+  }
+  if constexpr (HIGH > 0) {
+    constexpr int of_byte = 8 / HIGH;
+    const uint8_t* high = low + LOW + row * 4;
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) {
+      typedef uint16_t Pairs VECTOR(4);  // there are no shifts of bytes
+      Pairs bits = (Pairs)load<Bytes>(high + v / of_byte * 64);
+      int up = 4 - HIGH * (v % of_byte);
+      Bytes shifted = (Bytes)(up >= 0 ? bits << up : bits >> -up) & uint8_t(((1 << HIGH) - 1) << 4);
+      if (HIGH == 4 && !TAKES_EIGHT_BITS) upper[v] = (Bytes)((Pairs)shifted >> 4);
+      else steps[v] |= shifted;
+    }
+  }
+}
+
+// Calls f<upper bits>().
+template <class F>
+void with_high_bits(const Format& format, const F& f) {
+  switch (format.bits) {
+    case 4: return f.template operator()<0>();
+    case 5: return f.template operator()<1>();
+    case 6: return f.template operator()<2>();
+    case 8: return f.template operator()<4>();
+  }
+}
+
+// Products of a block of rows and all tokens, [T, BLOCK]. T: their number; 0: that of `x`.
+template <int HIGH, bool HALVES, int T>
+void products_of_cells(const Format& format, const uint8_t* block, const RoundedInputs& x, float* out) {
+  constexpr bool splits = HIGH == 4 && !TAKES_EIGHT_BITS;
+  constexpr int parts = BLOCK / LANES, exact = HIGH == 1 || HALVES ? 4 : 8;  // vectors that are added up in `dot`
+  const int64_t tokens = T ? T : x.tokens;
+  const int8_t* columns = x.steps;
+  const float *of_sizes = x.sizes, *sums = x.sums;
+  Floats few[T ? T * parts : 1] = {};
+  if (!T) std::fill_n(out, tokens * BLOCK, 0.0f);
+  const uint8_t* of_super = nullptr;
+  for (int64_t g = 0; g < x.groups; g++) {
+    if (format.has_super && g % (SUPER / GROUP) == 0) of_super = block, block += format.before();
+    for (int64_t byte = 0; byte < format.cell(); byte += 64) __builtin_prefetch(block + byte + BYTES_AHEAD);
+    const uint8_t* low = block + format.scales();
+    for (int part = 0; part < parts; part++) {
+      Bytes steps[8], upper[8];
+      steps_of<HIGH>(low, part * LANES, steps, upper);
+      Scales scales[1 + HALVES];
+      for (int half = 0; half <= HALVES; half++) scales[half] = scales_of(format, of_super, block, half, part * LANES);
+#pragma GCC unroll 4
+      for (int64_t t = 0; t < tokens; t++) {
+        const int64_t at = g * tokens + t;
+        Floats sum = T ? few[t * parts + part] : load<Floats>(out + t * BLOCK + part * LANES), size = splat(of_sizes[at]);
+        Ints whole = {}, some = {}, uppers = {};
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; v++) {
+          int32_t four = load<int32_t>(columns + at * GROUP + 4 * v);
+          some = dot(some, steps[v], four);
+          if (splits) uppers = dot(uppers, upper[v], four);
+          if ((v + 1) % (HIGH == 2 ? 2 : exact) == 0) whole += total(some), some = Ints{};
+          if (HALVES && v % 4 == 3) {
+            const int half = v / 4;
+            sum = fma(scales[half].zeros, splat(sums[at * 3 + half]), sum);
+            sum = fma(__builtin_convertvector(whole, Floats) * scales[half].sizes, size, sum);
+            whole = Ints{};
+          }
+        }
+        if (!HALVES) {
+          if (splits) whole += total(uppers) << 4;
+          sum = fma(scales[0].zeros, splat(sums[at * 3 + 2]), sum);
+          sum = fma(__builtin_convertvector(whole, Floats) * scales[0].sizes, size, sum);
+        }
+        if (T) few[t * parts + part] = sum;
+        else std::memcpy(out + t * BLOCK + part * LANES, &sum, sizeof(Floats));
+      }
+    }
+    block += format.cell();
+  }
+  if (T) std::memcpy(out, few, sizeof(few));
+}
+
+void products_of_block(const Format& format, const uint8_t* block, const RoundedInputs& x, float* out) {
+  auto of = [&]<int HIGH, bool HALVES>() {
+    if (x.tokens == 1) products_of_cells<HIGH, HALVES, 1>(format, block, x, out);
+    else products_of_cells<HIGH, HALVES, 0>(format, block, x, out);
+  };
+  with_high_bits(format, [&]<int HIGH>() {
+    format.group == GROUP ? of.template operator()<HIGH, false>() : of.template operator()<HIGH, true>();
+  });
+}
+
+// Writes the steps [32] of a row into its cell.
+void put_steps(const uint8_t* steps, int64_t row, int high_bits, uint8_t* low) {
+  auto word = [&](int v) { return load<uint32_t>(steps + 4 * v); };
+  auto add = [&](uint8_t* to, uint32_t bits) {
+    bits |= load<uint32_t>(to + row * 4);
+    std::memcpy(to + row * 4, &bits, 4);
+  };
+  for (int v = 0; v < 8; v++) {
+    add(low + v / 2 * 64, (word(v) & 0x0f0f0f0f) << v % 2 * 4);
+    if (!high_bits) continue;
+    int of_byte = 8 / high_bits;
+    add(low + LOW + v / of_byte * 64, (word(v) >> 4 & 0x01010101u * ((1 << high_bits) - 1)) << v % of_byte * high_bits);
+  }
+}
+
+// 32 columns of a row, as a file has them. ggml's layouts are described in its quants.
+struct FileGroup {
+  uint8_t steps[GROUP];
+  const uint8_t *size, *middle;      // two bytes each, of the group, or of 256 columns
+  uint8_t sizes[2] = {}, middles[2] = {};  // of halves
+};
+constexpr int64_t bytes_in_file(int code) {
+  switch (code) {
+    case 2: return 18; case 3: return 20; case 6: return 22; case 7: return 24; case 8: return 34; case 10: return 84;
+    case 11: return 110; case 12: return 144; case 13: return 176; case 14: return 210; case 20: return 18;
+    case 23: return 136; default: return 0;
+  }
+}
+FileGroup group_in_file(int code, const uint8_t* row, int64_t group) {
+  FileGroup to;
+  const int64_t g = group % 8, n = g / 4, l = g % 4;
+  const bool is_super = format_of(code).has_super;
+  const uint8_t* at = row + (is_super ? group / 8 : group) * bytes_in_file(code);
+  auto all = [&](auto f) { for (int j = 0; j < GROUP; j++) to.steps[j] = uint8_t(f(j)); };
+  auto nibble = [](const uint8_t* low, int j) { return low[j % 16] >> j / 16 * 4 & 15; };
+  constexpr int8_t steps_of_iq4[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+  to.size = at, to.middle = at + 2;
+  switch (code) {
+    case 2: all([&](int j) { return nibble(at + 2, j); }); break;
+    case 3: all([&](int j) { return nibble(at + 4, j); }); break;
+    case 6: case 7: {
+      const uint8_t* low = at + (code == 6 ? 6 : 8);
+      uint32_t high = load<uint32_t>(low - 4);
+      all([&](int j) { return nibble(low, j) | (high >> j & 1) << 4; });
+      break;
+    }
+    case 8: all([&](int j) { return at[2 + j] ^ 128; }); break;  // plus 128
+    case 10:
+      to.size = at + 80, to.middle = at + 82;
+      all([&](int j) { return at[16 + 32 * n + j] >> 2 * l & 3; });
+      for (int half = 0; half < 2; half++) to.sizes[half] = at[2 * g + half] & 15, to.middles[half] = at[2 * g + half] >> 4;
+      break;
+    case 11:
+      to.size = at + 108;
+      all([&](int j) { return (at[32 + 32 * n + j] >> 2 * l & 3) | (at[j] >> g & 1) << 2; });
+      for (int half = 0; half < 2; half++) {
+        int64_t i = 2 * g + half;
+        int low = at[96 + i % 8] >> i / 8 * 4 & 15, high = at[104 + i % 4] >> i / 4 * 2 & 3;
+        to.sizes[half] = uint8_t((low | high << 4) - 32);
+      }
+      break;
+    case 12: case 13: {
+      const uint8_t *scales = at + 4, *low = at + (code == 12 ? 16 : 48);
+      all([&](int j) { return (low[g / 2 * 32 + j] >> g % 2 * 4 & 15) | (code == 13 ? (at[16 + j] >> g & 1) << 4 : 0); });
+      to.sizes[0] = g < 4 ? scales[g] & 63 : (scales[g + 4] & 15) | scales[g - 4] >> 6 << 4;
+      to.middles[0] = g < 4 ? scales[g + 4] & 63 : scales[g + 4] >> 4 | scales[g] >> 6 << 4;
+      break;
+    }
+    case 14:
+      to.size = at + 208;
+      all([&](int j) { return (at[64 * n + l % 2 * 32 + j] >> l / 2 * 4 & 15) | (at[128 + 32 * n + j] >> 2 * l & 3) << 4; });
+      for (int half = 0; half < 2; half++) to.sizes[half] = at[192 + 2 * g + half];
+      break;
+    case 20: all([&](int j) { return steps_of_iq4[nibble(at + 2, j)] + 128; }); break;
+    case 23:
+      all([&](int j) { return steps_of_iq4[nibble(at + 8 + 16 * g, j)] + 128; });
+      to.sizes[0] = uint8_t(((at[4 + g / 2] >> g % 2 * 4 & 15) | (load<uint16_t>(at + 2) >> 2 * g & 3) << 4) - 32);
+  }
+  return to;
+}
+
+Tensor empty(std::initializer_list<int64_t> shape, int32_t dtype) {
+  int64_t strides[4] = {1, 1, 1, 1}, n = shape.size();
+  for (int64_t i = n - 1; i > 0; i--) strides[i - 1] = strides[i] * shape.begin()[i];
+  AtenTensorHandle made;  // not by `torch::stable::empty`, which takes longer than a small product
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(n, shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// A weight [rows, columns] of zeros in few bits.
+Tensor new_weight(const Format& format, int64_t rows, int64_t columns) {
+  Tensor weight = empty({format.size(rows, columns)}, aoti_torch_dtype_uint8());
+  auto* bytes = static_cast<uint8_t*>(weight.mutable_data_ptr());
+  std::fill_n(bytes, weight.numel(), 0), bytes[0] = uint8_t(format.code);
+  return weight;
+}
+
+// A weight of a file, its rows [N, bytes] as the file has them. Only moves numbers.
+Tensor weight_of_file(const Tensor& from, int64_t code, int64_t columns) {
+  const Format& format = format_of(code);
+  const int64_t of_block = bytes_in_file(int(code)), wide = format.has_super ? SUPER : GROUP, rows = from.size(0);
+  STD_TORCH_CHECK(of_block && from.dim() == 2 && from.is_contiguous() && from.scalar_type() == ScalarType::Byte &&
+                      columns % wide == 0 && from.size(1) == columns / wide * of_block,
+                  "weight: not that of a file, in format ", code);
+  Tensor weight = new_weight(format, rows, columns);
+  const auto* raw = static_cast<const uint8_t*>(from.const_data_ptr());
+  auto* blocks = static_cast<uint8_t*>(weight.mutable_data_ptr()) + HEADER;
+  const int64_t groups = columns / GROUP, row_bytes = from.size(1);
+  torch::stable::parallel_for(0, round_up(rows, BLOCK) / BLOCK, 1, [&](int64_t first, int64_t last) {
+    for (int64_t row = first * BLOCK; row < std::min(rows, last * BLOCK); row++)
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t r = row % BLOCK;
+        uint8_t* cell = blocks + row / BLOCK * format.to(groups) + format.to(g);
+        FileGroup group = group_in_file(int(code), raw + row * row_bytes, g);
+        uint8_t* numbers = cell;
+        if (format.has_super) {
+          if (g % 8 == 0) cell += format.before();
+          else numbers = nullptr;
+          for (int half = 0; half < GROUP / format.group; half++) {
+            uint8_t* at = cell + half * BLOCK * (1 + format.has_middle) + r;
+            *at = group.sizes[half];
+            if (format.has_middle) at[BLOCK] = group.middles[half];
+          }
+        }
+        if (numbers) {
+          std::memcpy(numbers + 2 * r, group.size, 2);
+          if (format.has_middle) std::memcpy(numbers + 2 * BLOCK + 2 * r, group.middle, 2);
+        }
+        put_steps(group.steps, r, format.bits - 4, cell + format.scales());
+      }
+  });
+  return weight;
+}
+
+// Some rows [n] of a weight in few bits, [n, columns] in float32.
+Tensor rows_of_weight(const Tensor& weight, const Tensor& ids, int64_t rows, int64_t columns) {
+  const auto* bytes = static_cast<const uint8_t*>(weight.const_data_ptr());
+  const Format& format = format_of(bytes[0]);
+  STD_TORCH_CHECK(weight.numel() == format.size(rows, columns) && weight.is_contiguous() &&
+                      ids.scalar_type() == ScalarType::Long && ids.is_contiguous(), "weight, ids: not those of a weight in few bits");
+  const auto* wanted = static_cast<const int64_t*>(ids.const_data_ptr());
+  const int64_t n = ids.numel(), groups = round_up(columns, GROUP) / GROUP;
+  Tensor numbers = empty({n, columns}, aoti_torch_dtype_float32());
+  auto* to = static_cast<float*>(numbers.mutable_data_ptr());
+  STD_TORCH_CHECK(std::all_of(wanted, wanted + n, [&](int64_t id) { return id >= 0 && id < rows; }), "ids: not those of rows");
+  torch::stable::parallel_for(0, n, 64, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      const int64_t r = wanted[i] % BLOCK, lane = r % LANES;
+      const uint8_t *block = bytes + HEADER + wanted[i] / BLOCK * format.to(groups), *of_super = nullptr;
+      for (int64_t g = 0; g < groups; g++) {
+        if (format.has_super && g % (SUPER / GROUP) == 0) of_super = block, block += format.before();
+        Scales halves[2];
+        for (int half = 0; half < 2; half++)
+          halves[half] = scales_of(format, of_super, block, format.group == GROUP ? 0 : half, r - lane);
+        Bytes steps[8], upper[8] = {};
+        with_high_bits(format, [&]<int HIGH>() { steps_of<HIGH>(block + format.scales(), r - lane, steps, upper); });
+        for (int64_t j = 0; j < std::min(GROUP, columns - g * GROUP); j++) {
+          const Scales& scales = halves[j / 16];
+          float step = float(steps[j / 4][lane * 4 + j % 4] + upper[j / 4][lane * 4 + j % 4] * 16);
+          to[i * columns + g * GROUP + j] = (step - format.offset) * scales.sizes[lane] + scales.middles[lane];
+        }
+        block += format.cell();
+      }
+    }
+  });
+  return numbers;
+}
+}  // namespace

@@ -1,0 +1,129 @@
+"""Modules of a CPU whose weights are in few bits: those of a `.gguf` file as it has them, or rounded here.
+
+cpp/few_bits.h has the formats. Inputs are rounded to eight bits, 32 at a time, as llama.cpp does; products
+are float32. The bits of a token do not depend on the pass, so prompts, drafts and verifications agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+# By their numbers in files: matrices that are read as they are.
+FORMATS = {
+    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
+    14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
+}  # fmt: skip
+_Q8_0 = 8
+_GROUP = 32  # columns that share a size
+_AT_A_TIME = 2**22  # elements that are rounded: intermediate results are small
+
+
+class _FewBits(nn.Module):
+    """A matrix [rows, columns] in few bits. In a state dict it stands in float32, as any other weight.
+
+    Args:
+        weight: bytes, see cpp/few_bits.h.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, rows: int, columns: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self._shape = torch.Size((rows, columns))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """[n, columns] in float32"""
+        return torch.ops.self_speculation.rows_of_weight(self.weight, ids.contiguous(), *self._shape)
+
+    def dequantized(self) -> Tensor:
+        """[rows, columns] in float32"""
+        return self.rows(torch.arange(self._shape[0]))
+
+    def _save_to_state_dict(
+        self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.dequantized()
+
+
+class FewBitsLinear(_FewBits):
+    """In place of an `nn.Linear`: [..., in] -> [..., out]."""
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, rows: int, columns: int, bias: Tensor | None = None) -> None:
+        super().__init__(weight, rows, columns)
+        self.out_features, self.in_features = rows, columns
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = [self.weight] if self.bias is None else [self.weight, self.bias]
+        flat = x.float().flatten(0, -2).contiguous()
+        product = torch.ops.self_speculation.project(
+            flat, [], 0.0, False, weight, self.bias is not None, self.out_features
+        )
+        return product.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+class FewBitsEmbedding(_FewBits):
+    """In place of an `nn.Embedding`: [...] ids -> [..., columns].
+
+    Args:
+        scale: of the result.
+    """
+
+    def __init__(self, weight: Tensor, rows: int, columns: int, scale: float | None = None) -> None:
+        super().__init__(weight, rows, columns)
+        self.num_embeddings, self.embedding_dim, self.scale = rows, columns, scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.rows(ids.flatten()).view(*ids.shape, -1)
+        return rows if self.scale is None else rows * self.scale
+
+
+def eight_bits(weight: Tensor) -> Tensor:
+    """Round a matrix [n, k] to Q8_0."""
+    rows = []
+    for part in weight.split(max(1, _AT_A_TIME // weight.shape[1])):
+        groups = pad(part, (0, -part.shape[1] % _GROUP)).float().unflatten(1, (-1, _GROUP))
+        sizes = (groups.abs().amax(2, keepdim=True) / 127).half()
+        steps = (groups / sizes.float().clamp(min=1e-30)).round_().clamp_(-127, 127).to(torch.int8)
+        rows.append(torch.cat((sizes.view(torch.uint8), steps.view(torch.uint8)), 2).flatten(1))
+    columns = -(-weight.shape[1] // _GROUP) * _GROUP
+    return torch.ops.self_speculation.weight_of_file(torch.cat(rows), _Q8_0, columns)
+
+
+def is_in_few_bits(model: Any) -> bool:
+    """Whether the layers of a model are."""
+    return any(isinstance(module, _FewBits) for module in model.base_model.layers[0].modules())
+
+
+def formats_of(model: nn.Module) -> str:
+    """Names of the formats of a model's matrices, those with most bytes first; empty: none is in few bits."""
+    sizes = Counter[str]()
+    for weight in {id(part): part.weight for part in model.modules() if isinstance(part, _FewBits)}.values():
+        sizes[FORMATS.get(int(weight[0]), "int4")] += weight.nbytes
+    return ", ".join(name for name, _ in sizes.most_common())
+
+
+def mean_bytes_per_weight(*modules: nn.Module) -> float:
+    """Of all matrices in these modules, on average."""
+    matrices = [
+        (part.weight.nbytes, part.shape.numel() if isinstance(part, _FewBits) else part.weight.numel())
+        for module in modules
+        for part in module.modules()
+        if isinstance(part, nn.Linear | _FewBits)
+    ]
+    sizes, numbers = zip(*matrices, strict=True)
+    return sum(sizes) / sum(numbers)
