@@ -14,12 +14,11 @@ if __name__ == "__main__":
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from arguments import (
-    MAY_DIFFER,
     BatchArguments,
     DataArguments,
     GenerationConfig,
@@ -39,10 +38,10 @@ class MeasurementArguments:
 
     compare: bool = False
     """Also decode each prompt autoregressively, in turn, and report the speed-up."""
-    answer_file: str | None = field(default=None, metadata=MAY_DIFFER)
+    answer_file: str | None = None
     """Also write the answers to spec_bench in its own format; with --compare True, those of autoregressive
     decoding to a second file beside it."""
-    text_quality: bool = field(default=False, metadata=MAY_DIFFER)
+    text_quality: bool = False
     """Also compare answers with reference answers: ROUGE, BLEU, exact match and edit distance."""
     resume: str | None = None
     """Folder of an interrupted run to continue."""

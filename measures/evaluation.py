@@ -47,7 +47,7 @@ def evaluate(
     def load(batch_size: int | str, max_batch_size: int | None) -> HarnessModel:
         generator = load_generator(model_args, config, counted=counted)
         if ranks.is_first():  # above lm_eval's table
-            print(machine(describe("eval", (), "") | describe_model(model_name(model_args), generator.model)))
+            print(machine(describe("eval", ()) | describe_model(model_name(model_args), generator.model)))
         accelerator = None
         if ranks.world_size() > 1:
             patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)

