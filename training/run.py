@@ -84,6 +84,8 @@ def train(flags: Flags) -> int:
         reason, stop.status = f"{error}: begin anew with a lower --learning_rate", 1
     except (DataError, RecordError, CheckpointError, SafetensorError, OSError) as error:
         reason, stop.status = str(error), 1
+        if ranks.rank() != 0:  # the first one may have no error, and wait for this one
+            refuse(reason, stop.status)
     if bar := trainer.pop_callback(Progress).training_bar:
         bar.close()
     if ranks.rank() == 0:
