@@ -40,8 +40,6 @@ DatasetName = Literal[
     "spec_bench",
 ]
 
-_ADVANCED = {"draft_confidence", "draft_vocabulary", "prefill_dtype"}
-
 # `refuse` writes to this stream, or to standard error if it is None. Ranks whose standard error is silenced
 # keep the real one here.
 errors: TextIO | None = None
@@ -216,18 +214,6 @@ class _Parser(simple_parsing.ArgumentParser):
         super().__init__(**kwargs)
         for action in (None, "store"):  # None: the default action
             self.register("action", action, _StoreValue)
-
-    def _preprocessing(self, *args: Any, **kwargs: Any) -> None:
-        """Also move rarely used flags into a group at the end."""
-        if self._preprocessing_done:
-            return
-        super()._preprocessing(*args, **kwargs)
-        groups, advanced = list(self._action_groups), self.add_argument_group("advanced")
-        for group in groups:
-            for action in list(group._group_actions):
-                if action.dest.rpartition(".")[2] in _ADVANCED:
-                    group._group_actions.remove(action)
-                    advanced._group_actions.append(action)
 
     def error(self, message: str) -> NoReturn:
         refuse(message)

@@ -26,7 +26,7 @@ from arguments import (
     parse,
     refuse,
 )
-from runs.failures import try_to_write
+from runs.failures import check_writable
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
 from runs.validation import validate
@@ -59,10 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if batch.batch_size > 1:
             refuse(f"--answer_file {args.answer_file}: needs --batch_size 1, it has the time of each answer")
         path = Path(args.answer_file).expanduser()
-        try:
-            try_to_write(path.parent)
-        except OSError as error:
-            refuse(f"--answer_file {path}: cannot be written ({error.strerror})")
+        check_writable("answer_file", path.parent)
         if path.is_dir():
             refuse(f"--answer_file {path}: is a folder, must be a file")
     if args.compare and config.generation_strategy == "autoregressive":

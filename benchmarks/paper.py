@@ -35,9 +35,10 @@ from arguments import ModelArguments, at_least, check, parse, refuse
 from data import DATASETS, DataError, is_table
 from measures.plots import bars
 from runs import ranks
+from runs.failures import check_writable
 from runs.heading import machine
 from runs.program import run
-from runs.records import Record, RecordError, Run, check_writable, describe
+from runs.records import Record, RecordError, Run, describe
 from runs.startup import read_config
 
 PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))
@@ -87,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         share = rows["exit_layer"] / rows["layers"]
         rows["exit"] = (share * read_config(model_args).num_hidden_layers).round().clip(lower=1).astype(int)
     description = describe("paper", (model_args, args))
+    check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
     try:
-        check_writable(args.resume, model_args.output_dir)
         if args.resume is not None:
             paper = Run.resume(args.resume, description)
         else:

@@ -87,8 +87,9 @@ def predicted_cell(records: Sequence[Record], costs: Costs, exit_layer: int, dra
     for record in records:
         matches = [match == "1" for match in record["matches"][str(exit_layer)]]
         rounds.append(replay(matches, record["max_tokens"], draft_length))
-        by_length = rounds[-1].rounds_by_length.items()
-        seconds.append(record["prefill_time"] + sum(n * costs.round(exit_layer, k) for k, n in by_length))
+        kinds = rounds[-1].rounds.items()
+        decoding = sum(n * costs.round(exit_layer, kind.drafted) for kind, n in kinds)
+        seconds.append(record["prefill_time"] + decoding)
         plain = record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step
         speedups.append(plain / seconds[-1])
     num_tokens = [record["num_tokens"] for record in records]

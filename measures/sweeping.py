@@ -23,7 +23,7 @@ from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.replay import Costs, costs_of, predicted_cell
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
-from runs.examples import OneByOne
+from runs.examples import Experiment
 from runs.failures import failed
 from runs.heading import counted, heading, note
 from runs.records import Record, Run
@@ -59,7 +59,7 @@ Cell = tuple[int, int]  # exit layer, draft length
 
 
 @dataclass
-class Sweep(OneByOne):
+class Sweep(Experiment):
     """Measures single cells and shows the results, for both modes."""
 
     grid: Sequence[Cell]

@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, load_examples
 from runs import ranks
-from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
+from runs.failures import EXPLAINABLE, Failed, check_writable, failed, less_than, reason
 from runs.heading import counted
-from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
+from runs.records import Record, RecordError, Run, check_same_run, describe, describe_model
 from runs.startup import encode_chat, join_ranks, load_generator, model_name
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
@@ -86,22 +86,11 @@ class Experiment(ABC):
         """The requests of these examples, by index, each with its own seed."""
         return {index: self.examples[index].request(self.seed + index) for index in indices}
 
-    @abstractmethod
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         """Yield index and record, or error, of each index, in any order.
 
         A record depends on index and flags alone, except for its times.
         """
-
-    @abstractmethod
-    def conclude(self, run: Run, records: list[Record]) -> int:
-        """Finish the run with all records in order; the exit status."""
-
-
-class OneByOne(Experiment):
-    """Makes its records one after the other."""
-
-    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         for index in indices:
             try:
                 record: Record | Exception = self.measure(index)
@@ -109,9 +98,13 @@ class OneByOne(Experiment):
                 record = error
             yield index, record
 
-    @abstractmethod
     def measure(self, index: int) -> Record:
-        """The record of an index."""
+        """The record of an index, for experiments that make one after the other."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        """Finish the run with all records in order; the exit status."""
 
 
 def run_experiment(
@@ -136,8 +129,8 @@ def run_experiment(
         model_config, counted: see `load_generator`.
     """
     join_ranks(model_args)
+    check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
     try:
-        check_writable(args.resume, model_args.output_dir)
         examples = load_examples(data_args, model_args.seed)
         description = describe(script, (model_args, config, data_args, args, batch))
         if args.resume is not None:

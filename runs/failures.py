@@ -9,6 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from arguments import refuse
+
 # Ways to generate with less memory.
 _LESS = (
     "a shorter prompt, a lower --max_steps, --dtype half, --quantization int8 or int4, --draft_weights exact"
@@ -54,10 +56,18 @@ def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
     return Failed(f"{what}: {why}")
 
 
-def try_to_write(folder: Path) -> None:
-    """Make a folder if there is none, write a small file to it and delete that again; raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(_PROBE))
-        file.flush()
-        os.fsync(file.fileno())
+def check_writable(flag: str, folder: str | Path) -> None:
+    """End the program with one line, before anything is loaded, if a folder cannot be made or a small file in
+    it cannot be written.
+    """
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # mkdir below /proc reports ENOENT.
+        deed = "written" if os.path.isdir(path) else "created"
+        refuse(f"--{flag} {folder}: cannot be {deed} ({error.strerror})")

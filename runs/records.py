@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 import self_speculation
 from arguments import read_run
 from runs import ranks
-from runs.failures import try_to_write
 from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.threads import most_threads
@@ -116,18 +115,6 @@ class Run:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise RecordError(f"cannot write {path}: {error.strerror}") from error
-
-
-def check_writable(resume: str | None, output_dir: str) -> None:
-    """Refuse a folder that cannot be written, before anything is loaded; raises RecordError."""
-    flag, folder = ("output_dir", output_dir) if resume is None else ("resume", resume)
-    path = Path(folder).expanduser()
-    try:
-        try_to_write(path)
-    except OSError as error:
-        # mkdir below /proc reports ENOENT.
-        deed = "written" if os.path.isdir(path) else "created"
-        raise RecordError(f"--{flag} {folder}: cannot be {deed} ({error.strerror})") from error
 
 
 def check_same_run(resume: str, description: Record) -> Record:

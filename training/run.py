@@ -21,6 +21,7 @@ from arguments import ModelArguments, refuse
 from data import DataError
 from measures.plots import agreement_by_exit
 from runs import ranks, records
+from runs.failures import check_writable
 from runs.heading import heading
 from runs.records import Record, RecordError, Run
 from runs.startup import set_threads
@@ -113,7 +114,8 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     # All ranks join before rank 0 does anything alone. gloo reduces offloaded gradients.
     backend = {"backend": "cuda:nccl,cpu:gloo"} if device.type == "cuda" and ranks.num_processes() > 1 else {}
     state = PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE, **backend)
-    ranks.share(lambda: records.check_writable(args.resume, model_args.output_dir))
+    place = ("resume", args.resume) if args.resume else ("output_dir", model_args.output_dir)
+    ranks.share(lambda: check_writable(*place))
     with state.local_main_process_first():  # the others find its cached files
         texts = load_texts(data_args)
     run = ranks.share(partial(_open_run, flags))

@@ -243,7 +243,7 @@ class EarlyExitTrainer(Trainer):
         except (Exception, CheckpointException) as error:  # torch raises more than OSError
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            cause = error
+            cause: BaseException = error
             if isinstance(error, CheckpointException):  # of shards: errors by rank
                 cause, _ = next(iter(error.failures.values()))
             raise CheckpointError(f"cannot write {folder}: {one_line(cause)}") from error
