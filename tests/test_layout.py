@@ -33,16 +33,16 @@ LIBRARY = {
 # Folder -> the most lines of its modules. A change that needs more raises the number and says why they are
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
-    "scripts": 1465,
-    "benchmarks": 2516,
-    "measures": 1937,
-    "runs": 1650,
+    "scripts": 1394,
+    "benchmarks": 2512,
+    "measures": 1809,
+    "runs": 1576,
     "serving": 1974,
-    "training": 1344,
-    "self_speculation": 2137,
+    "training": 1323,
+    "self_speculation": 2074,
     "self_speculation/decoding": 1674,
     "self_speculation/drafts": 1320,
-    "self_speculation/model": 4216,
+    "self_speculation/model": 4205,
     "self_speculation/model/cpp, C++": 998,
 }
 MAX_LINES = 350  # of a file
