@@ -20,7 +20,7 @@ from data import one_line
 from measures.harness_model import HarnessModel, UnsupportedError, request_config
 from measures.metrics import draft_stats, speed
 from runs import ranks
-from runs.failures import Failed, reason
+from runs.failures import reason
 from runs.heading import counted, machine
 from runs.records import Record, describe, describe_model
 from runs.startup import join_ranks, load_generator, model_name
@@ -82,7 +82,7 @@ def evaluate(
         print_status(f"interrupted; {_kept(args)}")
         return 130
     except Exception as error:
-        if (why := str(error) if isinstance(error, Failed) else reason(error, _LESS)) is not None:
+        if (why := reason(error, _LESS)) is not None:
             print(f"{why}; {_kept(args)}", file=sys.stderr)
             return 1
         if any(model.has_begun for model in loaded) and not isinstance(error, UnsupportedError):

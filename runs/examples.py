@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, load_examples
 from runs import ranks
-from runs.failures import EXPLAINABLE, Failed, check_writable, failed, less_than, reason
+from runs.failures import EXPLAINABLE, check_writable, failed, less_than, reason
 from runs.heading import counted
 from runs.records import Record, RecordError, Run, check_same_run, describe, describe_model
 from runs.startup import encode_chat, join_ranks, load_generator, model_name
@@ -158,7 +158,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             refuse(str(error))
         finished = ranks.share(run.records)
         missing = [index for index in range(experiment.num_records) if index not in finished]
-        status, why, is_shared = 1, "", num_ranks(experiment.generator.model) > 1
+        status, why = 1, ""
         try:
             _measure(experiment, run, missing[ranks.rank() :: ranks.world_size()])
             ranks.barrier()
@@ -167,11 +167,10 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             complete = run.records()
             records = [complete[index] for index in range(experiment.num_records)]
             return experiment.conclude(run, records)
-        except (RecordError, Failed) as error:
-            why = str(error)
         except EXPLAINABLE as error:
             why = reason(error, less_than(experiment.batch_size)) or ""
-            if not (why or is_lost_rank(error)) or (is_shared and not ranks.is_first()):
+            elsewhere = ends_ranks(experiment.generator.model, error) and not ranks.is_first()
+            if elsewhere or not (why or is_lost_rank(error)):
                 raise
         except KeyboardInterrupt:
             status = 130
@@ -182,7 +181,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             why = why or ("interrupted" if status == 130 else "another rank is gone")
             kept = f"{len(run.records())} of {counted(experiment.num_records, experiment.unit[:-1])} are kept"
             print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
-        if is_shared:
+        if num_ranks(experiment.generator.model) > 1:
             sys.exit(status)  # without a farewell to ranks that wait in a pass
         return status
 

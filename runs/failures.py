@@ -20,17 +20,18 @@ _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 
 _PROBE = 2**16  # bytes, more than a file system keeps beside the name of a file
 
-# The kinds of errors that `reason` may explain; any other is a mistake of the program.
-EXPLAINABLE = (RuntimeError, MemoryError, FloatingPointError)
-
 
 class Failed(Exception):
-    """The work on one example failed; the message is one line that names it."""
+    """The work cannot go on; the message is one line that names the example or the file."""
+
+
+# The kinds of errors that `reason` may explain; any other is a mistake of the program.
+EXPLAINABLE = (RuntimeError, MemoryError, FloatingPointError, Failed)
 
 
 def reason(error: BaseException, less: str = _LESS) -> str | None:
     """Explain an error in one line; None for a mistake of the program. `less`: ways to use less memory."""
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError | Failed):
         return str(error)
     cause: BaseException | None = error
     while cause is not None:

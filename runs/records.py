@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 import self_speculation
 from arguments import read_run
 from runs import ranks
+from runs.failures import Failed
 from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.threads import most_threads
@@ -38,7 +39,7 @@ _MAY_DIFFER = {
 }  # fmt: skip
 
 
-class RecordError(Exception):
+class RecordError(Failed):
     """A record cannot be written or read; the message is one line with advice."""
 
 

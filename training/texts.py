@@ -73,22 +73,18 @@ def is_stream(texts: Texts) -> bool:
 
 def _read(args: TrainingDataArguments) -> Texts:
     """All rows, with the columns to learn. `datasets` caches them until a file changes."""
-    make: Callable[[], Texts]
-    if args.data_path is None and args.data != "python_stdlib":
-        flag = f"--data {args.data}"
-        make = partial(_hub_rows, args.data, args.text_column, args.streaming)
-    else:
-        flag = "--data python_stdlib" if args.data_path is None else f"--data_path {args.data_path}"
+    flag = f"--data {args.data}" if args.data_path is None else f"--data_path {args.data_path}"
+    try:
+        if args.data_path is None and args.data != "python_stdlib":
+            return _hub_rows(args.data, args.text_column, args.streaming)
         paths = standard_library() if args.data_path is None else _files(args.data_path)
         files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
         kwargs = {"files": files, "column": args.text_column}
-        make = partial(datasets.Dataset.from_generator, _rows_of_files, gen_kwargs=kwargs)
-    try:
-        return make()
+        return datasets.Dataset.from_generator(_rows_of_files, gen_kwargs=kwargs)
     except Exception as error:  # the hub, Arrow and generators raise errors without a common base
         cause = error.__cause__ or error
         if isinstance(cause, DataError) and str(cause).startswith("--"):
-            raise cause from error
+            raise cause from None
         is_empty = type(cause).__name__ == "SchemaInferenceError"  # a generator without rows has no columns
         raise DataError(f"{flag}: {'has no texts' if is_empty else one_line(cause)}") from error
 
