@@ -11,7 +11,7 @@ import difflib
 import json
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, get_args
 
@@ -40,12 +40,6 @@ DatasetName = Literal[
     "spec_bench",
 ]
 
-# Metadata of a flag that may differ when a run is resumed. `metadata["resume"](run, was, now)` returns why
-# values must match, or None; `run` is by `runs.records.describe`.
-MAY_DIFFER = {"resume": lambda run, was, now: None}
-
-_ADVANCED = {"draft_confidence", "draft_vocabulary", "prefill_dtype"}
-
 # `refuse` writes to this stream, or to standard error if it is None. Ranks whose standard error is silenced
 # keep the real one here.
 errors: TextIO | None = None
@@ -63,9 +57,9 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
 
     model_args: str | None = None  # type: ignore[assignment]  # `loading_options` has the parsed ones
     """k=v,k=v passed to from_pretrained, such as attn_implementation=eager; v may be a dictionary."""
-    output_dir: str = field(default="./logs", metadata=MAY_DIFFER)
+    output_dir: str = "./logs"
     """Folder for records; generate.py writes none."""
-    threads: int | None = field(default=None, metadata=MAY_DIFFER)
+    threads: int | None = None
     """Threads of a CPU; without it, one for each core, and fewer while other programs use the cores."""
 
     def __post_init__(self) -> None:
@@ -183,20 +177,11 @@ def _outside_brackets(text: str) -> Iterator[str]:
     yield part
 
 
-def _why_same_batch_size(run: dict[str, Any], *_: Any) -> str | None:
-    asked = run["arguments"]
-    if run["script"] == "sweep":
-        return "cells are compared by their times with so many sequences"
-    if asked["draft_weights"] != "exact" and asked["sample"] and asked["temperature"] > 0:
-        return f"with {asked['draft_weights']} drafts, sampled tokens depend on the batch"
-    return None
-
-
 @dataclass(frozen=True)
 class BatchArguments:
     """How many sequences at once."""
 
-    batch_size: int = field(default=1, metadata={"resume": _why_same_batch_size})
+    batch_size: int = 1
     """Sequences decoded at a time; each comes out as it would alone."""
 
     def __post_init__(self) -> None:
@@ -229,18 +214,6 @@ class _Parser(simple_parsing.ArgumentParser):
         super().__init__(**kwargs)
         for action in (None, "store"):  # None: the default action
             self.register("action", action, _StoreValue)
-
-    def _preprocessing(self, *args: Any, **kwargs: Any) -> None:
-        """Also move rarely used flags into a group at the end."""
-        if self._preprocessing_done:
-            return
-        super()._preprocessing(*args, **kwargs)
-        groups, advanced = list(self._action_groups), self.add_argument_group("advanced")
-        for group in groups:
-            for action in list(group._group_actions):
-                if action.dest.rpartition(".")[2] in _ADVANCED:
-                    group._group_actions.remove(action)
-                    advanced._group_actions.append(action)
 
     def error(self, message: str) -> NoReturn:
         refuse(message)

@@ -14,12 +14,11 @@ if __name__ == "__main__":
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from arguments import (
-    MAY_DIFFER,
     BatchArguments,
     DataArguments,
     GenerationConfig,
@@ -27,7 +26,7 @@ from arguments import (
     parse,
     refuse,
 )
-from runs.failures import try_to_write
+from runs.failures import check_writable
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
 from runs.validation import validate
@@ -39,10 +38,10 @@ class MeasurementArguments:
 
     compare: bool = False
     """Also decode each prompt autoregressively, in turn, and report the speed-up."""
-    answer_file: str | None = field(default=None, metadata=MAY_DIFFER)
+    answer_file: str | None = None
     """Also write the answers to spec_bench in its own format; with --compare True, those of autoregressive
     decoding to a second file beside it."""
-    text_quality: bool = field(default=False, metadata=MAY_DIFFER)
+    text_quality: bool = False
     """Also compare answers with reference answers: ROUGE, BLEU, exact match and edit distance."""
     resume: str | None = None
     """Folder of an interrupted run to continue."""
@@ -60,10 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if batch.batch_size > 1:
             refuse(f"--answer_file {args.answer_file}: needs --batch_size 1, it has the time of each answer")
         path = Path(args.answer_file).expanduser()
-        try:
-            try_to_write(path.parent)
-        except OSError as error:
-            refuse(f"--answer_file {path}: cannot be written ({error.strerror})")
+        check_writable("answer_file", path.parent)
         if path.is_dir():
             refuse(f"--answer_file {path}: is a folder, must be a file")
     if args.compare and config.generation_strategy == "autoregressive":

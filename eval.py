@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from lm_eval._cli.run import Run
 
 from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse
-from runs.failures import try_to_write
+from runs.failures import check_writable
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
 from runs.validation import validate
@@ -101,11 +101,7 @@ def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
         if getattr(args, name) and model_args.parallel == "tensor":
             refuse(f"--{name}: not with --parallel tensor, whose ranks could find different answers there")
     path = Path(args.output_path)
-    folder = path.parent if path.suffix == ".json" else path
-    try:
-        try_to_write(folder)
-    except OSError as error:
-        refuse(f"--output_path {path}: cannot be written: {error.strerror}")
+    check_writable("output_path", path.parent if path.suffix == ".json" else path)
 
 
 def _read_config_file(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@
 
 The grid sets exit layer and draft length, and the strategy is self_speculative: a line names flags that are
 not used. Predicted mode generates each example once, at full depth, reads the guesses of all exit layers, and
-replays the rounds of every cell; a calibration measures their costs. Counts are exact, times are estimates.
+replays the rounds of every cell; rounds of some cells are measured. Counts are exact, times are estimates.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ if __name__ == "__main__":
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from arguments import (
-    MAY_DIFFER,
     BatchArguments,
     DataArguments,
     GenerationConfig,
@@ -56,7 +55,7 @@ class SweepArguments:
     """Last draft length."""
     num_speculations_step: int = 1
     """Step between draft lengths."""
-    verify_top: int = field(default=0, metadata=MAY_DIFFER)
+    verify_top: int = 0
     """Measure this many of the best predicted cells."""
     tuned: str | None = None
     """Folder of an earlier predicted sweep: --draft_vocabulary takes the ids that it counted."""

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
     generator = load_generator(model_args, config)
     model, end_ids = generator.model, generator.eos_token_ids
-    about = describe("adaptive", (model_args, config), "") | describe_model(model_name(model_args), model)
+    about = describe("adaptive", (model_args, config)) | describe_model(model_name(model_args), model)
     print(heading(about, left_out=("sample",)))
     prompts = {
         name: [[ids] for ids in found[: args.num_prompts]]

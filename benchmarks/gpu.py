@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.logging.set_verbosity_error()
     device = torch.device("cpu" if args.dry else "cuda")
-    about = describe("gpu", (args,), "")
+    about = describe("gpu", (args,))
     about["device"] = "cpu" if args.dry else torch.cuda.get_device_name(device)
     rows: list[Record] = []
     ended, started = "finished", time.perf_counter()

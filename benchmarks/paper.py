@@ -14,7 +14,7 @@ of its layers.
 The columns: *acc* accepted / drafted tokens; *x* the speed-up over decoding without drafts; *formula* the
 speed-up by the published acceptance, (1 + k acc) / (1 + k exit / layers); *len* the mean accepted length;
 *tok/s* those of whole answers. The columns with a star are measured here: medians, with the 90 % confidence
-interval. The CSV of the run also has text metrics, numbers of examples, machines and lines for a citation.
+interval. The CSV of the run also has text metrics, numbers of examples and machines.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ import pandas
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import MAY_DIFFER, ModelArguments, at_least, check, parse, refuse
-from data import DATASETS
+from arguments import ModelArguments, at_least, check, parse, refuse
+from data import DATASETS, DataError, is_table
 from measures.plots import bars
 from runs import ranks
+from runs.failures import check_writable
 from runs.heading import machine
 from runs.program import run
-from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe
+from runs.records import Record, RecordError, Run, describe
 from runs.startup import read_config
-from tables import DataError, is_table
 
 PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))
 PUBLISHED["row"] = [
@@ -57,13 +57,13 @@ _COLUMNS = {
 class PaperArguments:
     """Which rows, and on how much data."""
 
-    rows: list[str] = field(default_factory=list, metadata=MAY_DIFFER)
+    rows: list[str] = field(default_factory=list)
     """Only rows whose model or dataset contains one of these."""
     num_samples: int | None = None
     """Examples of each row; without it, all."""
     max_steps: int | None = None
     """New tokens at most; without it, as published."""
-    data_path: str | None = field(default=None, metadata=MAY_DIFFER)
+    data_path: str | None = None
     """Folder of local data: a file or a folder for each dataset, such as xsum_summarization.jsonl. The hub is
     not asked for data then."""
     resume: str | None = None
@@ -87,11 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if model_args.model:
         share = rows["exit_layer"] / rows["layers"]
         rows["exit"] = (share * read_config(model_args).num_hidden_layers).round().clip(lower=1).astype(int)
-    description = describe("paper", (model_args, args), "")
+    description = describe("paper", (model_args, args))
+    check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
     try:
-        check_writable(args.resume, model_args.output_dir)
         if args.resume is not None:
-            check_same_run(args.resume, description, (model_args, args))
             paper = Run.resume(args.resume, description)
         else:
             paper = Run.create(model_args.output_dir, "paper", description)
@@ -171,7 +170,7 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record | str:
         "decode_speedup": compared["decode_speedup"],
         "predicted_decode_speedup": compared["predicted_decode_speedup"],
         "examples": metrics["num_examples"], "identical_outputs": compared["identical_outputs"],
-        **metrics["text"], "machine": machine(report), "citation": metrics["citation"],
+        **metrics["text"], "machine": machine(report),
     }  # fmt: skip
 
 

@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = generator.tokenizer
     long_prompt = text_of(tokenizer, args.long_prompt)
     about = describe_model(Path(model_name(model_args)).name, generator.model)
-    about |= describe("serving", (model_args, config, args), "")
+    about |= describe("serving", (model_args, config, args))
     with TemporaryDirectory() as name:
         folder = Path(name)
         if _PEER in args.servers:

@@ -19,8 +19,8 @@ both with it and without.
 
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
 the turns, *x plain* the speed-up over decoding without drafts here; *decode* tokens/s without prefill; *per
-round* tokens of a row per verification. The sums below are all tokens by all time. The last line but one is
-for a citation, the last one is one JSON object.
+round* tokens of a row per verification. The sums below are all tokens by all time. The last line but one has
+the figures, the last one is one JSON object.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from benchmarks.sides import (
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from measures.plots import bars
-from runs.heading import citation, counted, heading, note, note_threads
+from runs.heading import counted, heading, note
 from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config)
     model, end_ids = generator.model, generator.eos_token_ids
     prompts = args.prompts(generator.tokenizer)
-    about = describe("side_by_side", (model_args, config), "") | describe_model(model_name(model_args), model)
+    about = describe("side_by_side", (model_args, config)) | describe_model(model_name(model_args), model)
     about["arguments"]["dataset"] = "human_eval" if args.workload == "code" else args.workload
     print(heading(about))
     if args.prompt_tokens:
@@ -126,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{each['side']} {_spread(each, 'of transformers', '')} after {each['tokens']}" for each in found
         ]
         figure = f"seconds to the first token over those of {found[0]['side']}: {', '.join(said)} tokens"
-        note_threads(about, [n for row in found for n in row["threads"]], "turn")
         _end(about, found, figure, args.rounds)
         return 0
     rows: list[dict[str, Any]] = []
@@ -140,7 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             peers |= alone if size == 1 else {}
             print(f"\nbatch size {size}: speed-up over transformers in {formats[size][TRANSFORMERS]}")
             rows += compare(generator, config, peers, prompts, size, args.rounds, model_args.seed)
-    note_threads(about, [n for row in rows for n in row["threads"]], "turn")
     if args.picture is not None:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,11 +171,10 @@ def _spread(row: Mapping[str, Any], middle: str, ends: str) -> str:
 
 def _end(about: dict[str, Any], rows: Sequence[Mapping[str, Any]], figure: str, rounds: int) -> None:
     """Print the last lines."""
-    if used := about.get("threads_used"):
-        print(f"\n{note(f'other programs used the processors, decoding had {used}')}")
-    of = f"median of paired turns, {counted(rounds, 'round')}, middle half in parentheses"
-    line = citation(about, f"{figure} ({of})")
-    print(f"\n{line}\n{json.dumps({**about, 'citation': line, 'rows': rows})}")
+    if any(number < about["threads"] for row in rows for number in row["threads"]):
+        print(f"\n{note('other programs used the processors, decoding had fewer threads')}")
+    figure += f" (median of paired turns, {counted(rounds, 'round')}, middle half in parentheses)"
+    print(f"\n{figure}\n{json.dumps({**about, 'figure': figure, 'rows': rows})}")
 
 
 def first_tokens(

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config)
     model = generator.model
     most = most_threads(model)
-    about = describe("threads", (model_args, config), "") | describe_model(model_name(model_args), model)
+    about = describe("threads", (model_args, config)) | describe_model(model_name(model_args), model)
     print(heading(about, left_out=("sample",)))
     ids = workloads(generator.tokenizer)["chat"][0]
 

@@ -14,7 +14,7 @@ from measures.plots import bars
 from measures.text_quality import text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
-from runs.heading import citation, counted, heading, note
+from runs.heading import counted, heading, note
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
@@ -77,9 +77,10 @@ class Benchmark(Experiment):
             if not self.config.greedy:
                 summary["comparison"]["identical_outputs"] = None
             summary["remarks"] = remarks(summary["comparison"], _unit(summary))
-        if used := run.description.get("threads_used"):
+        names = [f"{prefix}threads" for prefix, *_ in self._sides]
+        if any(record[name] < run.description["threads"] for record in records for name in names):
             summary["remarks"].append(
-                f"other programs used the processors, decoding had {used}: a quiet machine is faster"
+                "other programs used the processors, decoding had fewer threads: a quiet machine is faster"
             )
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
             summary["remarks"].append("adaptive decoding made no drafts: none was expected to be faster")
@@ -100,14 +101,13 @@ class Benchmark(Experiment):
             lines += ["", spec_bench.show(summary["by_category"], title, run.folder / "categories")]
         if self.answer_file is not None:
             self._write_answers(run, rows, records, Path(self.answer_file).expanduser().absolute())
-        summary["citation"] = citation(run.description, _figure(summary, records))
         self._show_speeds(run, summary, records, title)
         run.finish(records, summary)
         print("\n".join(lines))
         for remark in summary["remarks"]:
             print(f"\n{note(remark)}")
         written = ", ".join(sorted(path.name for path in run.folder.iterdir()))
-        print(f"\n{run.folder}/: {written}\n\n{summary['citation']}")
+        print(f"\n{run.folder}/: {written}")
         return 0
 
     def _show_speeds(self, run: Run, summary: Record, records: list[Record], title: str) -> None:
@@ -149,25 +149,6 @@ def remarks(compared: Record, unit: str) -> list[str]:
     if max(median / totals, totals / median) > _TOTALS_DISAGREE:
         found.append(f"a few slow or long {unit} dominate the speed-up of totals")
     return found
-
-
-def _figure(summary: Record, records: Sequence[Record]) -> str:
-    """The headline, for a citation."""
-    if compared := summary.get("comparison"):
-        value, interval, number = (compared[f"speedup{of}"] for of in ("", "_interval", "_windows"))
-        if value is None:
-            return "no answers to compare"
-        figure = f"speed-up {value:.2f} over decoding without drafts by the same program"
-    else:
-        interval, number = metrics.speed_interval(records, ""), len({record["window"] for record in records})
-        figure = f"{summary['speed']['tokens_per_second_median']:.1f} tokens/s"
-    spread = "no interval for fewer than five"
-    if interval is not None:
-        spread = f"90 % confidence interval {interval[0]:.2f} to {interval[1]:.2f}"
-    whose = counted(number, _unit(summary).removesuffix("s"))
-    if _unit(summary) != "examples":
-        whose += f" of {counted(len(records), 'example')}"
-    return f"{figure}, median of {whose}, {spread}"
 
 
 def _unit(summary: Record) -> str:

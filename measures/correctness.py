@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
-from runs.examples import Encoded, Experiment, OneByOne
+from runs.examples import Encoded, Experiment
 from runs.heading import counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
@@ -127,7 +127,7 @@ class CompareIds(Experiment):
 
 
 @dataclass
-class CompareDistributions(OneByOne):
+class CompareDistributions(Experiment):
     """Sampling: the first drafted token must have the distribution of plain decoding, on every prompt."""
 
     num_prompts: int  # that are compared, the first ones

@@ -7,7 +7,9 @@ import itertools
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.registry import model_registry
@@ -15,10 +17,10 @@ from lm_eval.utils import setup_logging
 
 from arguments import GenerationConfig, ModelArguments, refuse
 from data import one_line
-from measures.harness_model import HarnessModel, Loader, UnsupportedError, request_config
+from measures.harness_model import HarnessModel, UnsupportedError, request_config
 from measures.metrics import draft_stats, speed
 from runs import ranks
-from runs.failures import Failed, reason
+from runs.failures import reason
 from runs.heading import counted, machine
 from runs.records import Record, describe, describe_model
 from runs.startup import join_ranks, load_generator, model_name
@@ -26,6 +28,13 @@ from runs.status import print_status
 
 _NAME = "self_speculation"  # what lm_eval calls our model
 _LESS = "a smaller --batch_size, --dtype half, --quantization int8 or int4"
+
+
+@dataclass
+class _Loader:
+    """A lazy model in the harness's registry. All are equal there, so one may replace another."""
+
+    create_from_arg_obj: Callable[[Any, dict[str, Any]], HarnessModel] = field(compare=False)
 
 
 def evaluate(
@@ -44,36 +53,39 @@ def evaluate(
     except UnsupportedError as error:
         refuse(f"--gen_kwargs {error}")
 
-    def load(batch_size: int | str, max_batch_size: int | None) -> HarnessModel:
+    loaded: list[HarnessModel] = []
+
+    def load(_: Any, sizes: dict[str, Any]) -> HarnessModel:
+        """Called by the harness once it has found the tasks."""
         generator = load_generator(model_args, config, counted=counted)
         if ranks.is_first():  # above lm_eval's table
-            print(machine(describe("eval", (), "") | describe_model(model_name(model_args), generator.model)))
+            print(machine(describe("eval", ()) | describe_model(model_name(model_args), generator.model)))
         accelerator = None
         if ranks.world_size() > 1:
             patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
             on_cpu = generator.model.device.type == "cpu"
             accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
-        return HarnessModel(generator, config, model_args.seed, batch_size, max_batch_size, accelerator)
+        sizes = {name: sizes[name] for name in ("batch_size", "max_batch_size")}
+        loaded.append(HarnessModel(generator, config, model_args.seed, accelerator=accelerator, **sizes))
+        return loaded[0]
 
-    loader = Loader(load)
-    model_registry.register(_NAME, target=loader)
+    model_registry.register(_NAME, target=_Loader(load))
     args.model, args.model_args = _NAME, {"pretrained": model_name(model_args), **args.model_args}
     try:
         setup_logging(args.verbosity or logging.INFO)
         args.func(args)
-        if loader.model is not None:
-            gathered = loader.model.gather_object(loader.model.records)
-            if gathered is not None:  # at rank 0
+        for model in loaded:
+            if (gathered := model.gather_object(model.records)) is not None:  # at rank 0
                 _show(list(itertools.chain.from_iterable(gathered)))
                 print(f"\nresults are in {args.output_path}")
     except KeyboardInterrupt:
         print_status(f"interrupted; {_kept(args)}")
         return 130
     except Exception as error:
-        if (why := str(error) if isinstance(error, Failed) else reason(error, _LESS)) is not None:
+        if (why := reason(error, _LESS)) is not None:
             print(f"{why}; {_kept(args)}", file=sys.stderr)
             return 1
-        if loader.model is not None and loader.model.has_begun and not isinstance(error, UnsupportedError):
+        if any(model.has_begun for model in loaded) and not isinstance(error, UnsupportedError):
             raise
         why = one_line(error)  # wrong flags, tasks or data sets
         if why.startswith("Tasks not found") and not args.include_path:

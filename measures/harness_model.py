@@ -7,12 +7,9 @@ The harness's own Hugging Face model computes log-likelihoods, except those of a
 from __future__ import annotations
 
 import logging
-import sys
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,17 +55,15 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, default
         names = ", ".join(f"{name}={value}" for name, value in wrong.items())
         raise UnsupportedError(f"{names}: supported are max_gen_toks, {', '.join(sorted(_SUPPORTED))}")
 
-    def rule(name: str) -> float:
-        candidates = (given.get(name), getattr(defaults, name, None), _DEFAULTS[name])
-        return next(value for value in candidates if value is not None)
-
     try:
         given = normalize_gen_kwargs(gen_kwargs)
+        own = {name: getattr(defaults, name, None) for name in SAMPLING_RULES}
+        rules = {n: v for part in (_DEFAULTS, own, given) for n, v in part.items() if v is not None}
         return replace(
             config,
             max_steps=given["max_gen_toks"],
             sample=bool(given["do_sample"]),
-            **{name: rule(name) for name in SAMPLING_RULES},
+            **{name: rules[name] for name in SAMPLING_RULES},
             no_repeat_ngram_size=given.get("no_repeat_ngram_size") or None,
             stop_words=[str(text) for text in given["until"] if text not in (None, "")],
         )
@@ -130,23 +125,6 @@ class HarnessModel(HFLM):
             last = self._exit_layer or len(runner.layers)
             return forward_early(runner, cache, inps, last, width).logits
 
-    def _hides(self, disable_tqdm: bool) -> bool | None:
-        return disable_tqdm or self.rank != 0 or None  # None: unless at a terminal
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """As in the harness, with one progress bar instead of one for each batch of windows."""
-        with tqdm(desc="windows of texts", disable=self._hides(disable_tqdm)) as self._windows:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        if override_bs is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm or not sys.stderr.isatty())
-        found = super()._loglikelihood_tokens(requests, True, override_bs)  # of a rolling log-likelihood
-        self._windows.update(len(requests))
-        return found
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A completion of each request, by its own generation arguments.
 
@@ -154,20 +132,15 @@ class HarnessModel(HFLM):
             UnsupportedError: names the task and the argument, before anything is generated.
             Failed: names the document that did not fit in memory.
         """
-        tasks, seen = [], Counter[int]()
-        for request in requests:
-            tasks.append(self._encoded(request, seen[id(request)]))
-            seen[id(request)] += 1
+        objects = [*map(id, requests)]
+        tasks = [self._encoded(each, objects[:i].count(id(each))) for i, each in enumerate(requests)]
         self.has_begun = True
-        answers = [""] * len(tasks)
-        tokens, seconds = 0, 0.0
-        with tqdm(total=len(tasks), desc="answers", disable=self._hides(disable_tqdm)) as bar:
-            for index, record in self._measured(tasks):
-                answers[index] = self._answer(tasks[index], record)
-                tokens, seconds = tokens + record["num_tokens"], seconds + record["wall_time"]
-                bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
-                bar.update()
-        return answers
+        hidden = disable_tqdm or self.rank != 0 or None  # None: unless at a terminal
+        answers = {
+            index: self._answer(tasks[index], record)
+            for index, record in tqdm(self._measured(tasks), "answers", len(tasks), disable=hidden)
+        }
+        return [answers[index] for index in range(len(tasks))]
 
     def _encoded(self, instance: Instance, repeat: int) -> _Task:
         """Encode a request; cut a prompt that is too long for the context on the left."""
@@ -192,12 +165,10 @@ class HarnessModel(HFLM):
     def _measured(self, tasks: Sequence[_Task]) -> Iterator[tuple[int, Record]]:
         """Index and record of each completion; requests with equal settings share batches."""
         size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
-
-        def settings(index: int) -> str:
-            return repr(tasks[index].config)
-
-        for _, alike in groupby(sorted(range(len(tasks)), key=settings), key=settings):
-            requests = {index: tasks[index].request for index in alike}
+        by_settings: dict[str, dict[int, Request]] = {}
+        for index, task in enumerate(tasks):
+            by_settings.setdefault(repr(task.config), {})[index] = task.request
+        for requests in by_settings.values():
             longest = tasks[max(requests, key=lambda index: len(requests[index].ids))]
             sides: list[TimedSide] = [("", self._generator, longest.config)]
             try:
@@ -230,19 +201,3 @@ class _Task(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.instance.task_name}, document {self.instance.doc_id}"
-
-
-@dataclass
-class Loader:
-    """A lazy model in the harness's registry: the harness calls it after it has found the tasks.
-
-    All loaders are equal, so one may replace another in the registry.
-    """
-
-    load: Callable[..., HarnessModel] = field(compare=False)  # called with batch_size and max_batch_size
-    model: HarnessModel | None = field(default=None, compare=False)
-
-    def create_from_arg_obj(self, _arguments: dict[str, Any], sizes: dict[str, Any]) -> HarnessModel:
-        """Called by the harness; it records the arguments in its files."""
-        self.model = self.load(sizes["batch_size"], sizes["max_batch_size"])
-        return self.model

@@ -109,11 +109,12 @@ def acceptance(stats: DraftStats) -> Record:
     `acceptance_by_position[i]` is over the drafts with more than i tokens, so it may rise.
     `rounds_by_accepted[i]` is the share of all rounds that accepted more than i tokens.
     """
+    accepted, drafted = stats.accepted_by_position, stats.drafted_by_position
     return {
         "acceptance_rate": stats.acceptance_rate,
         "mean_accepted_length": stats.mean_accepted_length,
-        "acceptance_by_position": stats.acceptance_by_position,
-        "rounds_by_accepted": [n / stats.num_verifications for n in stats.accepted_by_position],
+        "acceptance_by_position": [a / b for a, b in zip(accepted, drafted, strict=True)],
+        "rounds_by_accepted": [n / stats.num_verifications for n in accepted],
         "num_drafted": stats.num_drafted,
         "num_accepted": stats.num_accepted,
         "num_verifications": stats.num_verifications,

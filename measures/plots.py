@@ -18,6 +18,8 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from runs import ranks
+
 _SMALL = 9  # a line of 100 characters fits above two panels
 _FRAME: dict[str, Any] = {"fill": False, "color": "gold", "linewidth": 3}
 
@@ -100,7 +102,7 @@ def bars(
 
 def save(figure: Figure, path: Path) -> None:
     """`path` has no suffix."""
-    for suffix in (".png", ".pdf"):
+    for suffix in (".png", ".pdf") if ranks.writes() else ():
         figure.savefig(path.with_suffix(suffix), dpi=130)
     pyplot.close(figure)
 

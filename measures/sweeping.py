@@ -5,32 +5,35 @@ A cell is an exit layer and a draft length.
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isnan
+from typing import Any
 
+import numpy
 import pandas
 import torch
 from transformers import LogitsProcessorList
 
 from measures import metrics
-from measures.calibration import calibrate
 from measures.comparison import with_end
 from measures.plots import heat_maps
-from measures.replay import predicted_cell
+from measures.replay import Costs, costs_of, predicted_cell
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
-from runs.examples import OneByOne
+from runs.examples import Experiment
 from runs.failures import failed
-from runs.heading import counted, heading, least_threads, note, note_threads
+from runs.heading import counted, heading, note
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from runs.tuning import COUNTS
+from self_speculation import Request
 from self_speculation.decoding.processors import config_processors
 from self_speculation.drafts.registry import make_drafter
+from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.families import context_length
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.short_head import ShortHead
@@ -48,12 +51,15 @@ HEADINGS = {
 }  # fmt: skip
 
 _ROWS_SHOWN = 20
+# A predicted sweep measures rounds of these draft lengths and of the longest one, at a few exits, on a few
+# tokens of a few prompts. Captured passes have widths of powers of two.
+_LENGTHS, _EXITS, _TOKENS, _PROMPTS = (1, 3, 7, 15), 3, 24, 3
 
 Cell = tuple[int, int]  # exit layer, draft length
 
 
 @dataclass
-class Sweep(OneByOne):
+class Sweep(Experiment):
     """Measures single cells and shows the results, for both modes."""
 
     grid: Sequence[Cell]
@@ -71,23 +77,27 @@ class Sweep(OneByOne):
 
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by plain decoding, in turn."""
-        config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1])
-        sides: list[TimedSide] = [("", self.generator, config), self._plain]
-        warm_up(sides, self.longest_prompt, self.batch_size)
-        records = []
-        requests = self.requests(range(len(self.examples)))
-        for _, record in measure_examples(sides, requests, self.batch_size):
-            if isinstance(record, Exception):
-                raise record
-            records.append(record)
+        records = self._time(cell, self.requests(range(len(self.examples))))
         compared = metrics.speedup(records, BASELINE)
         low, high = compared["speedup_interval"] or (None, None)
         return {
             "mode": "measured", "exit_layer": cell[0], "num_speculations": cell[1],
             **metrics.acceptance(metrics.draft_stats(records)), **metrics.speed(records),
             "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
-            "threads": min(map(least_threads, records)),
         }  # fmt: skip
+
+    def _time(self, cell: Cell, requests: Mapping[int, Request], **settings: Any) -> list[Record]:
+        """Records of requests by this cell and by plain decoding, in turn."""
+        _, plain, plain_config = self._plain
+        config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1], **settings)
+        sides = [("", self.generator, config), (BASELINE, plain, replace(plain_config, **settings))]
+        warm_up(sides, max((request.ids for request in requests.values()), key=len), self.batch_size)
+        records = []
+        for _, record in measure_examples(sides, requests, self.batch_size):
+            if isinstance(record, Exception):
+                raise record
+            records.append(record)
+        return records
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
         """Write table and pictures; print the table, the best cell and its flags."""
@@ -191,11 +201,8 @@ class Predicted(Sweep):
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         run.replace(COUNTS, json.dumps(Counter(id_ for record in records for id_ in record["tokens"])))
-        # The middle of the median output
-        context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
-        longest = max(k for _, k in self.grid)
-        costs = calibrate(self.generator.model, self.config, self._exit_layers, int(context), longest)
-        note_threads(run.description, [torch.get_num_threads()], "calibration")
+        with log_if_slow("measuring costs of rounds"):
+            costs = broadcast_from_rank0(self.generator.model, self._costs(records))
         predicted = [predicted_cell(records, costs, *cell) for cell in self.grid]
         verified = []
         for row in sorted(predicted, key=lambda row: -row["speedup"])[: self.verify_top]:
@@ -206,8 +213,22 @@ class Predicted(Sweep):
                 raise failed(_name(cell), error, self.batch_size) from error
             measured = verified[-1]["speedup"] or 0.0
             print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {measured:.2f} measured")
-        note_threads(run.description, [row["threads"] for row in verified], "measured cell")
-        return self.show(run, records, [*predicted, *verified], {"calibration": asdict(costs)})
+        return self.show(run, records, [*predicted, *verified], {"costs": asdict(costs)})
+
+    def _costs(self, records: list[Record]) -> Costs:
+        """The costs of real rounds around the middle of the longest outputs."""
+        longest = sorted(records, key=lambda record: -len(record["tokens"]))[:_PROMPTS]
+        requests = {}
+        for index, tokens in ((record["index"], record["tokens"]) for record in longest):
+            ids = [*self.examples[index].ids, *tokens[: max(0, (len(tokens) - _TOKENS) // 2)]]
+            requests[index] = Request(ids)
+        places = numpy.linspace(0, len(self._exit_layers) - 1, min(_EXITS, len(self._exit_layers))).round()
+        most = max(k for _, k in self.grid)
+        cells = itertools.product((self._exit_layers[int(place)] for place in places), {*_LENGTHS, most})
+        steps = min(self.config.max_steps, _TOKENS)
+        return costs_of(
+            {cell: self._time(cell, requests, max_steps=steps) for cell in cells if cell[1] <= most}
+        )
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
         """Apply the logits processors of drafts to the [n, V] logits of the output's positions."""

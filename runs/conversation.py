@@ -45,9 +45,6 @@ if TYPE_CHECKING:  # its import takes a quarter of a second, and one prompt does
 
 _TURNS = 3  # of a comparison: a single one would show the noise of the machine
 
-# Ratios of turns that differ by more than this factor are those of a busy machine.
-_DISAGREE = 1.25
-
 _HELP = """/help         lists commands and keys
 /clear        forgets the conversation
 /system TEXT  tells the model who it is, from now on; without a text, no longer
@@ -295,10 +292,7 @@ def _session() -> PromptSession[str]:
 def _verdict(ratios: Sequence[float]) -> str:
     """What the ratios of speeds of several turns tell."""
     low, ratio, high = min(ratios), statistics.median(ratios), max(ratios)
-    verdict = f"{ratio:.2f} times as fast"
-    if low <= 1 <= high:
-        is_noise = high > _DISAGREE * low
-        verdict = "the machine was too busy to tell which is faster" if is_noise else "neither is faster"
+    verdict = "turns do not agree which is faster" if low <= 1 <= high else f"{ratio:.2f} times as fast"
     return f"{verdict} ({low:.2f}-{high:.2f})"
 
 

@@ -16,19 +16,17 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
-from data import Example, hash_texts, load_examples
+from data import DataError, Example, load_examples
 from runs import ranks
-from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
-from runs.heading import counted, least_threads, note_threads
-from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
+from runs.failures import EXPLAINABLE, check_writable, failed, less_than, reason
+from runs.heading import counted
+from runs.records import Record, RecordError, Run, check_same_run, describe, describe_model
 from runs.startup import encode_chat, join_ranks, load_generator, model_name
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
-from self_speculation.config import RankError
 from self_speculation.decoding.thinking import Thinking
-from self_speculation.model.devices import is_lost_rank, num_ranks
+from self_speculation.model.devices import ends_ranks, is_lost_rank, num_ranks
 from self_speculation.model.families import context_length
-from tables import DataError
 
 # Prompts of a conversation and the answers to all but the last one -> the ids of all of them, and how the
 # next answer thinks.
@@ -88,22 +86,11 @@ class Experiment(ABC):
         """The requests of these examples, by index, each with its own seed."""
         return {index: self.examples[index].request(self.seed + index) for index in indices}
 
-    @abstractmethod
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         """Yield index and record, or error, of each index, in any order.
 
         A record depends on index and flags alone, except for its times.
         """
-
-    @abstractmethod
-    def conclude(self, run: Run, records: list[Record]) -> int:
-        """Finish the run with all records in order; the exit status."""
-
-
-class OneByOne(Experiment):
-    """Makes its records one after the other."""
-
-    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         for index in indices:
             try:
                 record: Record | Exception = self.measure(index)
@@ -111,9 +98,13 @@ class OneByOne(Experiment):
                 record = error
             yield index, record
 
-    @abstractmethod
     def measure(self, index: int) -> Record:
-        """The record of an index."""
+        """The record of an index, for experiments that make one after the other."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        """Finish the run with all records in order; the exit status."""
 
 
 def run_experiment(
@@ -138,14 +129,12 @@ def run_experiment(
         model_config, counted: see `load_generator`.
     """
     join_ranks(model_args)
+    check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
     try:
-        check_writable(args.resume, model_args.output_dir)
         examples = load_examples(data_args, model_args.seed)
-        arguments = (model_args, config, data_args, args, batch)
-        content = hash_texts([each.prompt, each.reference, *each.later_turns] for each in examples)
-        description = describe(script, arguments, content)
+        description = describe(script, (model_args, config, data_args, args, batch))
         if args.resume is not None:
-            check_same_run(args.resume, description, arguments)
+            check_same_run(args.resume, description)
     except (DataError, RecordError) as error:
         refuse(str(error))
     is_exact = script == "correctness"
@@ -156,8 +145,8 @@ def run_experiment(
         print_status(f"{script}.py asks the first turn of each conversation only")
     experiment = make(generator, config, fitting, model_args.seed, batch.batch_size)
     experiment.warm_up()
-    resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
-    create = partial(Run.create, output_dir, script) if resume is None else partial(Run.resume, resume)
+    new = args.resume is None
+    create = partial(Run.create, model_args.output_dir, script) if new else partial(Run.resume, args.resume)
     return _run(experiment, partial(create, description))
 
 
@@ -169,7 +158,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             refuse(str(error))
         finished = ranks.share(run.records)
         missing = [index for index in range(experiment.num_records) if index not in finished]
-        status, why, in_lockstep = 1, "", True
+        status, why = 1, ""
         try:
             _measure(experiment, run, missing[ranks.rank() :: ranks.world_size()])
             ranks.barrier()
@@ -177,14 +166,11 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
                 return 0
             complete = run.records()
             records = [complete[index] for index in range(experiment.num_records)]
-            note_threads(run.description, [*map(least_threads, records)], experiment.unit[:-1])
             return experiment.conclude(run, records)
-        except (RecordError, Failed) as error:
-            why = str(error)
-        except (*EXPLAINABLE, RankError) as error:
+        except EXPLAINABLE as error:
             why = reason(error, less_than(experiment.batch_size)) or ""
-            in_lockstep = not isinstance(error, RankError)
-            if not (why or is_lost_rank(error)) or not (in_lockstep or ranks.is_first()):
+            elsewhere = ends_ranks(experiment.generator.model, error) and not ranks.is_first()
+            if elsewhere or not (why or is_lost_rank(error)):
                 raise
         except KeyboardInterrupt:
             status = 130
@@ -195,7 +181,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             why = why or ("interrupted" if status == 130 else "another rank is gone")
             kept = f"{len(run.records())} of {counted(experiment.num_records, experiment.unit[:-1])} are kept"
             print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
-        if not in_lockstep:
+        if num_ranks(experiment.generator.model) > 1:
             sys.exit(status)  # without a farewell to ranks that wait in a pass
         return status
 
@@ -210,9 +196,9 @@ def _measure(experiment: Experiment, run: Run, indices: Sequence[int]) -> None:
     hidden = None if ranks.rank() == 0 else True  # None: unless at a terminal
     with tqdm(total=len(indices), desc=experiment.unit, disable=hidden) as bar:
         for index, record in experiment.records(indices):
-            if isinstance(record, RuntimeError) and num_ranks(experiment.generator.model) > 1:
-                raise RankError(str(record)) from record
             if isinstance(record, Exception):
+                if ends_ranks(experiment.generator.model, record):
+                    raise record
                 wrong.append(failed(experiment.name(index), record, experiment.batch_size))
                 continue
             run.append({"index": index, "threads": torch.get_num_threads(), **record})

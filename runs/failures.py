@@ -9,6 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from arguments import refuse
+
 # Ways to generate with less memory.
 _LESS = (
     "a shorter prompt, a lower --max_steps, --dtype half, --quantization int8 or int4, --draft_weights exact"
@@ -18,17 +20,18 @@ _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 
 _PROBE = 2**16  # bytes, more than a file system keeps beside the name of a file
 
-# The kinds of errors that `reason` may explain; any other is a mistake of the program.
-EXPLAINABLE = (RuntimeError, MemoryError, FloatingPointError)
-
 
 class Failed(Exception):
-    """The work on one example failed; the message is one line that names it."""
+    """The work cannot go on; the message is one line that names the example or the file."""
+
+
+# The kinds of errors that `reason` may explain; any other is a mistake of the program.
+EXPLAINABLE = (RuntimeError, MemoryError, FloatingPointError, Failed)
 
 
 def reason(error: BaseException, less: str = _LESS) -> str | None:
     """Explain an error in one line; None for a mistake of the program. `less`: ways to use less memory."""
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError | Failed):
         return str(error)
     cause: BaseException | None = error
     while cause is not None:
@@ -54,10 +57,18 @@ def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
     return Failed(f"{what}: {why}")
 
 
-def try_to_write(folder: Path) -> None:
-    """Make a folder if there is none, write a small file to it and delete that again; raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(_PROBE))
-        file.flush()
-        os.fsync(file.fileno())
+def check_writable(flag: str, folder: str | Path) -> None:
+    """End the program with one line, before anything is loaded, if a folder cannot be made or a small file in
+    it cannot be written.
+    """
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # mkdir below /proc reports ENOENT.
+        deed = "written" if os.path.isdir(path) else "created"
+        refuse(f"--{flag} {folder}: cannot be {deed} ({error.strerror})")

@@ -20,7 +20,6 @@ from arguments import refuse
 from runs import ranks
 from runs.failures import EXPLAINABLE, reason
 from runs.status import print_status, work_bar
-from self_speculation.config import RankError
 from self_speculation.model.progress import shown_by
 
 
@@ -70,7 +69,7 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
     except BrokenPipeError:  # the reader of the output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
-    except (*EXPLAINABLE, RankError) as error:
+    except EXPLAINABLE as error:
         from self_speculation.model.devices import is_lost_rank
 
         if (why := reason(error, **advice)) is not None:

@@ -7,17 +7,13 @@ in every process, and only the first process prints and writes.
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import arguments
@@ -71,13 +67,9 @@ def join_as_one() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets Ctrl-C and tells the others
 
 
-def place_to_write(resume: str | None, output_dir: str) -> tuple[str | None, str]:
-    """`--resume` and `--output_dir` of this process; temporary folders if it is silenced."""
-    if is_first() or not _one_model_together:
-        return resume, output_dir
-    own = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, own, ignore_errors=True)
-    return resume and shutil.copytree(Path(resume).expanduser(), Path(own, "resumed")).as_posix(), own
+def writes() -> bool:
+    """Whether this process writes files; of several that hold one model together, the first one does."""
+    return is_first() or not _one_model_together
 
 
 @contextmanager
@@ -108,19 +100,20 @@ def leave() -> None:
 
 
 def share(make: Callable[[], T]) -> T:
-    """Call `make` at rank 0 and give its result to every rank."""
-    box = [make() if rank() == 0 else None]
-    if world_size() > 1:
+    """Call `make` at the first process and give its result to every one."""
+    box = [make() if is_first() else None]
+    if num_processes() > 1:
+        import torch
         import torch.distributed as dist
 
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]  # type: ignore[return-value]
 
 
 def barrier() -> None:
-    """Wait for the other ranks."""
+    """Wait for the other processes."""
     global _last_barrier
-    if world_size() > 1:
+    if num_processes() > 1:
         import torch.distributed as dist
 
         _last_barrier = dist.barrier(async_op=True)

@@ -12,7 +12,7 @@ import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +24,12 @@ from transformers import PreTrainedModel
 import self_speculation
 from arguments import read_run
 from runs import ranks
+<<<<<<< HEAD
 from runs.failures import try_to_write
 from self_speculation.model.few_bits import formats_of
+=======
+from runs.failures import Failed
+>>>>>>> 6a203ee134d4c8866a178ba214176dac490ddf57
 from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.threads import most_threads
@@ -33,11 +37,14 @@ from self_speculation.threads import most_threads
 Record = dict[str, Any]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
-# A resumed run must have these in common with the interrupted one, besides its arguments.
-_FACTS = ("dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries")
+# Arguments that may differ when a run is resumed; `train.py` compares the samples of a step itself.
+_MAY_DIFFER = {
+    "resume", "output_dir", "threads", "batch_size", "answer_file", "text_quality", "verify_top",
+    "gradient_accumulation", "gradient_checkpointing", "offload", "rows",
+}  # fmt: skip
 
 
-class RecordError(Exception):
+class RecordError(Failed):
     """A record cannot be written or read; the message is one line with advice."""
 
 
@@ -80,6 +87,8 @@ class Run:
 
     def append(self, record: Record) -> None:
         """Write a record; it is on the disk before this returns."""
+        if not ranks.writes():
+            return
         path = self.folder / "records.jsonl"
         try:
             _write(path, "a", _line(record))
@@ -102,6 +111,8 @@ class Run:
 
     def replace(self, name: str, text: str) -> None:
         """Replace a file of the folder atomically."""
+        if not ranks.writes():
+            return
         path = self.folder / name
         partial = path.with_suffix(".partial")
         try:
@@ -112,48 +123,29 @@ class Run:
             raise RecordError(f"cannot write {path}: {error.strerror}") from error
 
 
-def check_writable(resume: str | None, output_dir: str) -> None:
-    """Refuse a folder that cannot be written, before anything is loaded; raises RecordError."""
-    flag, folder = ("output_dir", output_dir) if resume is None else ("resume", resume)
-    path = Path(folder).expanduser()
-    try:
-        try_to_write(path)
-    except OSError as error:
-        # mkdir below /proc reports ENOENT.
-        deed = "written" if os.path.isdir(path) else "created"
-        raise RecordError(f"--{flag} {folder}: cannot be {deed} ({error.strerror})") from error
-
-
-def check_same_run(resume: str, description: Record, arguments: Sequence[Any] = ()) -> Record:
-    """Check what is known so far of a run against the one to resume, and return the `run.json` of that one.
-
-    Arguments must be equal unless the flag's metadata allow a difference, see `arguments.MAY_DIFFER`.
-
-    Raises:
-        RecordError: there is no such run, or it differs; names the difference.
+def check_same_run(resume: str, description: Record) -> Record:
+    """The `run.json` of the run to resume; raises RecordError, which names the difference, if it is none of
+    the script or has other arguments, device or dtype than are known so far of this one.
     """
-
     try:
         earlier = read_run(resume)
     except ValueError as error:
         raise RecordError(f"--{error}") from error
     if (script := earlier.get("script")) != description["script"]:
         raise RecordError(f"--resume {resume}: is of {script}.py, go on with that")
-    compared = []
-    for flag in [flag for group in arguments for flag in fields(group) if flag.name != "resume"]:
-        # Runs of earlier versions lack newer flags, which had their defaults then.
-        was, now = earlier["arguments"].get(flag.name, flag.default), description["arguments"][flag.name]
-        why = flag.metadata.get("resume", lambda *_: "")(description, was, now)
-        if why is not None:
-            compared.append((f"--{flag.name}", was, now, why and f"; {why}"))
-    compared += [(key, earlier.get(key), description[key], "") for key in _FACTS if key in description]
-    for what, was, now, why in compared:
-        if was != now:
-            raise RecordError(f"--resume {resume}: that run had {what} {was!r}, this one has {now!r}{why}")
+    asked, was_asked = description["arguments"], earlier["arguments"]
+    # The records of a measured sweep are times of batches.
+    compared = asked.keys() - (_MAY_DIFFER if script != "sweep" else _MAY_DIFFER - {"batch_size"})
+    pairs = [(f"--{name}", was_asked.get(name, asked[name]), asked[name]) for name in sorted(compared)]
+    pairs += [(key, earlier.get(key), description[key]) for key in ("device", "dtype") if key in description]
+    for name, was, now in pairs:
+        # The steps of the earlier training are the first ones of a longer one.
+        if was != now and not (name == "--num_steps" and now > was):
+            raise RecordError(f"--resume {resume}: that run had {name} {was!r}, this one has {now!r}")
     return earlier
 
 
-def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) -> Record:
+def describe(script: str, arguments: Sequence[Any]) -> Record:
     """The arguments and the time of a run, and the versions of this program and its libraries."""
     return {
         "script": script,
@@ -161,7 +153,6 @@ def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) ->
         "version": self_speculation.__version__,
         "commit": _commit(),
         "arguments": {key: value for group in arguments for key, value in asdict(group).items()},
-        "dataset_fingerprint": dataset_fingerprint,
         "num_ranks": ranks.num_processes(),
         "libraries": {name: version(name) for name in _LIBRARIES},
     }

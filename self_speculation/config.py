@@ -15,13 +15,6 @@ DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Parallel = Literal["data", "tensor", "pipeline", "fsdp"]
 Quantization = Literal["none", "int8", "int4"]
 
-
-class RankError(BaseException):
-    """A pass failed on one of several ranks that hold a model together; `__cause__` says why. The others wait
-    for this one, so its process must end: no `except Exception` may go on.
-    """
-
-
 # The longest n-gram of `prompt_lookup`: longer ones are followed by the same token nearly always.
 _LONGEST_NGRAM = 32
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,11 @@ class DraftRound(NamedTuple):
     drafted: int
     accepted: int
     emitted: int
+
+    @property
+    def in_output(self) -> int:
+        """Accepted tokens in the output."""
+        return min(self.accepted, self.emitted)
 
 
 class SourceCounts(NamedTuple):
@@ -56,16 +61,12 @@ class DraftStats:
         return self.rounds.total()
 
     @property
-    def num_emitted(self) -> int:
-        return sum(n * kind.emitted for kind, n in self.rounds.items())
-
-    @property
     def num_drafted(self) -> int:
-        return sum(self.drafted_by_position)
+        return sum(n * kind.drafted for kind, n in self.rounds.items())
 
     @property
     def num_accepted(self) -> int:
-        return sum(self.accepted_by_position)
+        return sum(n * kind.in_output for kind, n in self.rounds.items())
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -82,48 +83,32 @@ class DraftStats:
     @property
     def mean_accepted_length(self) -> float | None:
         """Tokens per verification."""
-        return self.num_emitted / self.num_verifications if self.rounds else None
+        emitted = sum(n * kind.emitted for kind, n in self.rounds.items())
+        return emitted / self.num_verifications if self.rounds else None
 
     @property
     def drafted_by_position(self) -> tuple[int, ...]:
         """[i]: rounds that drafted an i-th token."""
-        return self._by_position(lambda kind: kind.drafted)
+        return self._by_position("drafted")
 
     @property
     def accepted_by_position(self) -> tuple[int, ...]:
         """[i]: rounds with an accepted i-th token in the output."""
-        return self._by_position(lambda kind: min(kind.accepted, kind.emitted))
-
-    @property
-    def acceptance_by_position(self) -> tuple[float, ...]:
-        """[i]: accepted / drafted i-th tokens."""
-        pairs = zip(self.accepted_by_position, self.drafted_by_position, strict=True)
-        return tuple(accepted / drafted for accepted, drafted in pairs)
+        return self._by_position("in_output")
 
     @property
     def by_source(self) -> dict[str, SourceCounts]:
         """Sorted by name."""
         totals: dict[str, SourceCounts] = {}
         for kind, n in sorted(self.rounds.items()):
-            rounds, drafted, accepted = totals.get(kind.source, (0, 0, 0))
-            accepted += n * min(kind.accepted, kind.emitted)
-            totals[kind.source] = SourceCounts(rounds + n, drafted + n * kind.drafted, accepted)
+            known = totals.get(kind.source, (0, 0, 0))
+            more = n, n * kind.drafted, n * kind.in_output
+            totals[kind.source] = SourceCounts(*map(sum, zip(known, more, strict=True)))
         return totals
 
-    @property
-    def rounds_by_length(self) -> Counter[int]:
-        """Draft length -> rounds."""
-        lengths = Counter[int]()
-        for kind, n in self.rounds.items():
-            lengths[kind.drafted] += n
-        return lengths
-
-    def _by_position(self, reached: Callable[[DraftRound], int]) -> tuple[int, ...]:
-        counts = [0] * max((kind.drafted for kind in self.rounds), default=0)
-        for kind, n in self.rounds.items():
-            for i in range(reached(kind)):
-                counts[i] += n
-        return tuple(counts)
+    def _by_position(self, reached: str) -> tuple[int, ...]:
+        longest, kinds = max((kind.drafted for kind in self.rounds), default=0), self.rounds.items()
+        return tuple(sum(n for kind, n in kinds if getattr(kind, reached) > i) for i in range(longest))
 
 
 def _draft_count(name: str) -> property:

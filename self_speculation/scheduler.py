@@ -27,7 +27,7 @@ from self_speculation.drafts.registry import DraftContext
 from self_speculation.drafts.shared import finished_answers
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import run_every_pass
-from self_speculation.model.devices import in_step, num_ranks
+from self_speculation.model.devices import ends_ranks, num_ranks
 from self_speculation.model.families import check_supported, context_length, described_context
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
@@ -98,8 +98,8 @@ class Scheduler(Generic[Key]):
     `pop_finished` and `_prefill_chunk` change rows, in all three.
 
     If a request is invalid, or its processors, criteria or streamer raise, the error is its result and the
-    other requests go on. An error in a pass over several rows is raised, as is any RankError. Change weights
-    only while there are no requests, and not between construction and the first one.
+    other requests go on. An error in a pass over several rows is raised, and one that `ends_ranks`. Change
+    weights only while there are no requests, and not between construction and the first one.
 
     Args:
         batch_size: the most sequences at a time.
@@ -229,9 +229,11 @@ class Scheduler(Generic[Key]):
         decoding = self._ensure_prepared()
         adjust_threads(self._model)
         try:
-            with self._without_autocast(), in_step(self._model):
+            with self._without_autocast():
                 self._strategy.step(decoding)
         except Exception as error:
+            if ends_ranks(self._model, error):
+                raise
             decoding.slots.discard_prefixes()
             for sequence in self.batch.sequences:
                 sequence.error = sequence.error or error
@@ -249,9 +251,11 @@ class Scheduler(Generic[Key]):
         while left > 0 and (sequence := self._next_prompt(left)) is not None:
             adjust_threads(self._model)
             try:
-                with self._without_autocast(), in_step(self._model):
+                with self._without_autocast():
                     left -= self._prefill_chunk(sequence, int(min(left, chunk)))
             except Exception as error:
+                if ends_ranks(self._model, error):
+                    raise
                 sequence.error = error
                 self._drop_waiting(sequence)
             if self.batch:  # the first token of a prompt ends whole chunks

@@ -38,8 +38,7 @@ class Cell(NamedTuple):
 
 
 class StandardTextStreamer:
-    """Prints committed text. On a terminal thinking is dim and words are not divided at the edge; a file gets
-    the answer alone.
+    """Prints committed text. On a terminal thinking is dim; a file gets the answer alone.
 
     Args:
         tokenizer: the model's.
@@ -228,78 +227,35 @@ def _printed(cell: Cell) -> list[Cell]:
 
 
 class _Screen:
-    """Decided text on a terminal, and drafts after it that can be replaced. A word that does not fit begins a
-    line, which is known when it reaches the edge.
+    """Decided text on a terminal, and drafts after it that can be replaced.
 
-    To erase drafts, the cursor goes back to the last decided word and draws it again: the cursor cannot be
-    put after a character at the margin, a draft may be an accent on it, and the word may move.
+    To erase drafts, the cursor goes back to the last decided character and draws it again: the cursor cannot
+    be put after a character at the margin, and a draft may be an accent on it.
     """
 
     def __init__(self, file: TextIO, is_colored: bool) -> None:
         self._file, self._is_colored = file, is_colored
         self._column = 0  # of the first cell that can be drawn again
-        self._kept: list[Cell] = []  # the last decided word, or the end of one that is longer than a line
-        self._is_end = False  # it is such an end, and does not move
-        self._cells: list[Cell] = []  # what is drawn of it, and of the drafts
+        self._kept: list[Cell] = []  # the last decided character
+        self._drawn: list[Cell] = []  # it and the drafts
 
     def show(self, decided: list[Cell], drafts: list[Cell]) -> None:
         """Append decided cells and replace the drafts."""
         width, height = shutil.get_terminal_size()
         cells, end = [*self._kept, *decided, *drafts], len(self._kept) + len(decided)
-        while True:
-            drawn, starts, word = self._wrapped(cells, end, width)
-            positions = self._positions(drawn, width)
-            if len(cells) == end or positions[-1][0] <= height - 2:
-                break
+        positions = self._positions(cells, width)
+        while len(cells) > end and positions[len(cells)][0] > height - 2:
             cells.pop()  # lost lines cannot be erased
-        unchanged = len(self._cells)
-        if drawn[:unchanged] != self._cells:
-            unchanged, row = 0, self._positions(self._cells, width)[-1][0]
+        unchanged = len(self._drawn)
+        if cells[:unchanged] != self._drawn:
+            unchanged, row = 0, self._positions(self._drawn, width)[-1][0]
             back = (f"\x1b[{row}A" if row else "") + (f"\x1b[{self._column}C" if self._column else "")
             self._file.write(f"\r{back}\x1b[J")
-        for (style, is_thinking), run in groupby(drawn[unchanged:], key=itemgetter(1, 2)):
+        for (style, is_thinking), run in groupby(cells[unchanged:], key=itemgetter(1, 2)):
             self._file.write(self.colored(_text(run), style, is_thinking))
         self._file.flush()
         last = max((i for i, cell in enumerate(cells[:end]) if wcwidth(cell.char) > 0), default=0)
-        first = min(last, word)
-        if sum(max(0, wcwidth(cell.char)) for cell in cells[first:end]) > width:
-            first = last
-        self._is_end = first > word or (first == word == 0 and self._is_end)
-        self._kept, self._cells = cells[first:end], drawn[starts[first] :]
-        self._column = positions[starts[first]][1]
-
-    def _wrapped(self, cells: list[Cell], end: int, width: int) -> tuple[list[Cell], list[int], int]:
-        """The cells with a line break before each word that would be divided, where each cell begins in them,
-        and where the last word of the first `end` cells begins.
-        """
-        drawn: list[Cell] = []
-        starts: list[int] = []
-        column, word, word_column, may_move = self._column, 0, self._column, not self._is_end
-        last_word = 0
-        for i, cell in enumerate(cells):
-            advance = max(0, wcwidth(cell.char))
-            starts.append(len(drawn))
-            is_divided = column + advance > width
-            if cell.char == "\n" or (cell.char == " " and is_divided):
-                drawn.append(cell._replace(char="\n"))
-                column, word, word_column, may_move = 0, i + 1, 0, True
-            else:
-                is_narrow = cell.char != " " and advance < 2  # a line may break beside wide characters
-                if is_divided and is_narrow and may_move and word < i and word_column > 0:
-                    drawn.insert(starts[word], cell._replace(char="\n"))
-                    starts[word + 1 :] = [start + 1 for start in starts[word + 1 :]]
-                    column, word_column = column - word_column, 0
-                elif is_divided:
-                    column, word_column = 0, 0
-                drawn.append(cell)
-                column += advance
-                if not is_narrow:
-                    word, word_column, may_move = i + 1, column, True
-                elif advance == 0 and word == i:  # an accent on what is before the word
-                    word = i + 1
-            if i < end:
-                last_word = word
-        return drawn, [*starts, len(drawn)], last_word
+        self._kept, self._drawn, self._column = cells[last:end], cells[last:], positions[last][1]
 
     def colored(self, text: str, style: str, is_thinking: bool = False) -> str:
         color = (_COLORS[style] + _DIM * is_thinking) if self._is_colored else ""

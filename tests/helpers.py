@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch.distributed.run
 
-from measures.calibration import Costs
+from measures.replay import Costs
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 PYTHON_FUNCTIONS = ["--include_path", str(forks.ROOT / "eval_tasks"), "--tasks", "python_functions"]
@@ -80,15 +80,10 @@ def run_program(ranks, folder, code, *args):
 
 
 def no_calibration(monkeypatch):
-    """For a test that is not about times: sweep.py is told what passes cost."""
+    """For a test that is not about times: sweep.py is told what rounds cost."""
     monkeypatch.setattr(
-        "measures.sweeping.calibrate",
-        lambda model, config, exit_layers, *_: Costs(
-            plain_step=1.0,
-            draft_step={layer: layer / 8 for layer in exit_layers},
-            verifications=dict.fromkeys(exit_layers, (1.0, 1.5)),
-            lengths=(0, 20),
-        ),
+        "measures.sweeping.Predicted._costs",
+        lambda own, _: Costs(1.0, {layer: [(20, 1.5 + 20 * layer / 8)] for layer, _ in own.grid}),
     )
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from arguments import MAY_DIFFER, ModelArguments, at_least, check
-
-# The steps of the resumed run are the first steps of the longer one.
-MAY_GROW = {
-    "resume": lambda run, was, now: None if isinstance(was, int) and now > was else "it may only grow"
-}
+from arguments import ModelArguments, at_least, check
 
 
 @dataclass(frozen=True)
@@ -105,11 +100,11 @@ class RecipeArguments:
 class OptimizationArguments:
     """How long and how fast to train, and how often to log, evaluate and save."""
 
-    num_steps: int = field(default=1000, metadata=MAY_GROW)
+    num_steps: int = 1000
     """Optimizer steps."""
-    batch_size: int = field(default=4, metadata=MAY_DIFFER)
+    batch_size: int = 4
     """Samples per pass and rank."""
-    gradient_accumulation: int = field(default=1, metadata=MAY_DIFFER)
+    gradient_accumulation: int = 1
     """Passes per step."""
     learning_rate: float = 8e-4
     """The highest learning rate; it falls along a cosine to a tenth."""
@@ -117,9 +112,9 @@ class OptimizationArguments:
     """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.1
     """Weight decay of AdamW."""
-    gradient_checkpointing: bool = field(default=False, metadata=MAY_DIFFER)
+    gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    offload: bool = field(default=False, metadata=MAY_DIFFER)
+    offload: bool = False
     """With --parallel fsdp: keep weights and optimizer states in the memory of the CPU."""
     lora_rank: int = 0
     """Train a LoRA adapter of this rank instead of all weights, and merge it at the end (0: all weights)."""

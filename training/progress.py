@@ -17,7 +17,7 @@ from runs.ranks import num_processes
 class Stop(TrainerCallback):
     """End a training on all ranks after the current step, with a log row and a checkpoint, if one rank gets
     SIGINT or SIGTERM; a second SIGINT ends a single process at once. The Trainer's `enable_jit_checkpoint`
-    ends one rank only, and others wait for it.
+    waits three seconds, ends one rank only, whose collective calls others wait for, and ignores SIGINT.
 
     Attributes:
         status: the exit status of a training that a signal has ended, or 0.

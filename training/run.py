@@ -18,8 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from arguments import ModelArguments, refuse
+from data import DataError
 from measures.plots import agreement_by_exit
 from runs import ranks, records
+from runs.failures import check_writable
 from runs.heading import heading
 from runs.records import Record, RecordError, Run
 from runs.startup import set_threads
@@ -27,14 +29,12 @@ from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import context_length
 from self_speculation.model.loading import load_config, resolve_device
 from self_speculation.model.sources import adapted_model
-from tables import DataError
 from training import from_flags
 from training.flags import Flags
 from training.progress import Progress, Stop
 from training.texts import (
     Stream,
     Texts,
-    hash_parts,
     is_stream,
     load_texts,
     padded,
@@ -85,6 +85,8 @@ def train(flags: Flags) -> int:
         reason, stop.status = f"{error}: begin anew with a lower --learning_rate", 1
     except (DataError, RecordError, CheckpointError, SafetensorError, OSError) as error:
         reason, stop.status = str(error), 1
+        if ranks.rank() != 0:  # the first one may have no error, and wait for this one
+            refuse(reason, stop.status)
     if bar := trainer.pop_callback(Progress).training_bar:
         bar.close()
     if ranks.rank() == 0:
@@ -112,10 +114,11 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     # All ranks join before rank 0 does anything alone. gloo reduces offloaded gradients.
     backend = {"backend": "cuda:nccl,cpu:gloo"} if device.type == "cuda" and ranks.num_processes() > 1 else {}
     state = PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE, **backend)
-    ranks.share(lambda: records.check_writable(args.resume, model_args.output_dir))
+    place = ("resume", args.resume) if args.resume else ("output_dir", model_args.output_dir)
+    ranks.share(lambda: check_writable(*place))
     with state.local_main_process_first():  # the others find its cached files
         texts = load_texts(data_args)
-    run = ranks.share(partial(_open_run, flags, hash_parts(texts)))
+    run = ranks.share(partial(_open_run, flags))
     if config is None:
         trained = ranks.share(lambda: _new_tokenizer(run, texts[0], shape.vocabulary_size))
         tokenizer = tokenizer_from_json(trained, length)
@@ -166,13 +169,13 @@ def _read_config(model_args: ModelArguments, sequence_length: int) -> Pretrained
     return config
 
 
-def _open_run(flags: Flags, content: str) -> Run:
+def _open_run(flags: Flags) -> Run:
     """The folder of this training; raises RecordError."""
     resume = flags.optimization.resume
-    description = records.describe("train", flags, content)
+    description = records.describe("train", flags)
     if resume is None:
         return Run.create(flags.model.output_dir, "train", description)
-    earlier = records.check_same_run(resume, description, flags)
+    earlier = records.check_same_run(resume, description)
     if (now := _samples(description)) != (was := _samples(earlier)):
         raise RecordError(
             f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -23,9 +23,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data import cell, hash_texts, load_from_hub, one_line
+from data import DataError, cell, is_table, load_from_hub, one_line, read_table
 from self_speculation.model.kv_cache import round_up
-from tables import DataError, is_table, read_table
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 
@@ -68,34 +67,24 @@ def _is_in_part(row: dict[str, str], share: float, held_out: bool) -> bool:
     return (crc32("\0".join(row.values()).encode()) / 2**32 < share) == held_out
 
 
-def hash_parts(parts: Iterable[Texts]) -> str:
-    """A hash of all texts; of a stream, of the first ones."""
-    rows = chain(*(part.take(100) if is_stream(part) else part for part in parts))
-    return hash_texts([*row.values()] for row in rows)
-
-
 def is_stream(texts: Texts) -> bool:
     return isinstance(texts, datasets.IterableDataset)
 
 
 def _read(args: TrainingDataArguments) -> Texts:
     """All rows, with the columns to learn. `datasets` caches them until a file changes."""
-    make: Callable[[], Texts]
-    if args.data_path is None and args.data != "python_stdlib":
-        flag = f"--data {args.data}"
-        make = partial(_hub_rows, args.data, args.text_column, args.streaming)
-    else:
-        flag = "--data python_stdlib" if args.data_path is None else f"--data_path {args.data_path}"
+    flag = f"--data {args.data}" if args.data_path is None else f"--data_path {args.data_path}"
+    try:
+        if args.data_path is None and args.data != "python_stdlib":
+            return _hub_rows(args.data, args.text_column, args.streaming)
         paths = standard_library() if args.data_path is None else _files(args.data_path)
         files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
         kwargs = {"files": files, "column": args.text_column}
-        make = partial(datasets.Dataset.from_generator, _rows_of_files, gen_kwargs=kwargs)
-    try:
-        return make()
+        return datasets.Dataset.from_generator(_rows_of_files, gen_kwargs=kwargs)
     except Exception as error:  # the hub, Arrow and generators raise errors without a common base
         cause = error.__cause__ or error
         if isinstance(cause, DataError) and str(cause).startswith("--"):
-            raise cause from error
+            raise cause from None
         is_empty = type(cause).__name__ == "SchemaInferenceError"  # a generator without rows has no columns
         raise DataError(f"{flag}: {'has no texts' if is_empty else one_line(cause)}") from error
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import numpy
 import torch
-from accelerate.utils import DynamoBackend, gather_object
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
@@ -29,7 +29,6 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput
 
 from data import one_line
-from runs.failures import try_to_write
 from self_speculation.model.families import check_supported
 from self_speculation.model.full_forward import hidden_after_each_layer
 from training import losses, recipe
@@ -146,10 +145,10 @@ class EarlyExitTrainer(Trainer):
         self, model: nn.Module, settings: RecipeArguments, args: TrainingArguments, **kwargs: Any
     ) -> None:
         check_supported(plain(model).config)
-        if args.label_smoothing_factor or kwargs.get("compute_loss_func"):
-            raise ValueError("label_smoothing_factor, compute_loss_func: the recipe has a loss of its own")
-        if kwargs.get("compute_metrics") or kwargs.get("preprocess_logits_for_metrics"):
-            raise ValueError("compute_metrics, preprocess_logits_for_metrics: no logits are kept")
+        others = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+        if args.label_smoothing_factor or any(map(kwargs.get, others)):
+            names = ", ".join(("label_smoothing_factor", *others))
+            raise ValueError(f"{names}: the recipe has a loss of its own, and no logits are kept")
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process for each, by torchrun")
         self._settings = settings
@@ -236,18 +235,18 @@ class EarlyExitTrainer(Trainer):
             )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Raises CheckpointError on every rank if one of them cannot write. Older checkpoints are kept."""
+        """Raises CheckpointError if this rank cannot write, and of shards on every rank."""
         self._check_finite()
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        reasons = []
         try:
             super()._save_checkpoint(model, trial)
         except (Exception, CheckpointException) as error:  # torch raises more than OSError
-            reasons.append(_why_not_written(error, folder.parent))
-        if reasons := gather_object(reasons):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise CheckpointError(f"cannot write {folder}: {reasons[0]}")
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):  # of shards: errors by rank
+                cause, _ = next(iter(error.failures.values()))
+            raise CheckpointError(f"cannot write {folder}: {one_line(cause)}") from error
         self._restart_clock()
 
     def restore(self, checkpoint: str) -> None:
@@ -285,17 +284,6 @@ class EarlyExitTrainer(Trainer):
                 metrics[f"{metric_key_prefix}_{name}"] = values[-1]
             metrics |= {f"{metric_key_prefix}_{name}_exit_{exit}": v for exit, v in enumerate(values, 1)}
         return EvalLoopOutput(None, None, metrics, num_samples)
-
-
-def _why_not_written(error: BaseException, folder: Path) -> str:
-    """One line. torch does not tell that the disk is full; an attempt to write a small file does."""
-    if isinstance(error, CheckpointException):  # of sharded checkpoints: errors by rank
-        error, _ = next(iter(error.failures.values()))
-    try:
-        try_to_write(folder)
-    except OSError as probe_error:
-        error = probe_error
-    return one_line(error)
 
 
 def _padded_right(collate: Callable, rows: list[Any]) -> dict[str, Any]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
-
-from self_speculation.config import RankError
 
 T = TypeVar("T")
 
@@ -32,22 +28,15 @@ def broadcast_from_rank0(model: PreTrainedModel, value: T) -> T:
     return box[0]
 
 
-@contextmanager
-def in_step(model: PreTrainedModel) -> Iterator[None]:
-    """Raise RankError for an error of torch, such as out of memory, that other ranks may not have. All other
-    errors follow from the request, and all ranks have them.
+def ends_ranks(model: PreTrainedModel, error: Exception) -> bool:
+    """Whether other ranks wait in a pass that failed here, such as for want of memory: this process must end.
+    All other errors follow from the request, and all ranks have them.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if num_ranks(model) == 1:
-            raise
-        raise RankError(f"a rank failed: {error}") from error
+    return isinstance(error, RuntimeError) and num_ranks(model) > 1
 
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether a rank raised this because another one is gone."""
-    error = error.__cause__ or error if isinstance(error, RankError) else error
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

@@ -11,7 +11,7 @@ from helpers import about, only_run, refused
 import benchmark
 from runs.records import RecordError, Run, describe
 
-DESCRIPTION = {"script": "test", "arguments": {"seed": 1}, "dataset_fingerprint": "x"}
+DESCRIPTION = {"script": "test", "arguments": {"seed": 1}}
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):
     """Guards against figures of unknown code, and a copy without git that cannot run."""
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    commit = describe("test", [], "x")["commit"]
+    commit = describe("test", [])["commit"]
     assert (commit or "").removesuffix("-dirty") == head
     monkeypatch.setattr("runs.records.__file__", str(tmp_path / "runs" / "records.py"))
-    assert describe("test", [], "x")["commit"] is None
+    assert describe("test", [])["commit"] is None
 
 
 def test_a_full_disk_is_refused_before_anything_is_loaded(common, tmp_path, capsys, monkeypatch):

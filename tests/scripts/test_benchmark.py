@@ -38,7 +38,7 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     flags = ["--compare", "True", "--text_quality", "True", *SPECULATION, "--sample", "False"]
     assert benchmark.main([*common, *flags]) == 0
     run, records = about(only_run(tmp_path)), records_of(only_run(tmp_path))
-    facts = {"libraries", "device", "dtype", "threads", "dataset_fingerprint", "num_layers", "processor"}
+    facts = {"libraries", "device", "dtype", "threads", "num_layers", "processor"}
     assert facts | {"num_ranks", "version", "commit"} <= run.keys()
     assert (run["status"], run["arguments"]["exit_layer"]) == ("finished", 2)
     assert run["began"] <= run["ended"]
@@ -52,11 +52,7 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     assert metrics["text"].keys() == qualities
     table = capsys.readouterr().out
     assert table.startswith(f"{heading(run)}\n\n5 examples ")
-    *lines, cited = table.splitlines()
-    assert all(len(line) <= 100 for line in lines if "run.json" not in line)
-    over = f"speed-up {metrics['comparison']['speedup']:.2f} over decoding without drafts by the same program"
-    assert cited == metrics["citation"]
-    assert cited.startswith(f"{over}, median of 5 examples, 90 % confidence interval ")
+    assert all(len(line) <= 100 for line in table.splitlines() if "run.json" not in line)
     speeds = {"tokens/s, all tokens by wall time", "tokens/s, decode, median answer", "ms to first token"}
     ratios = {"speed-up, median of examples", "speed-up, decode", "paper's formula", "acceptance rate"}
     assert all(name in table for name in speeds | ratios)
@@ -66,28 +62,12 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     assert (only_run(tmp_path) / "benchmark.png").stat().st_size > 10_000
 
 
-def test_figures_of_a_busy_machine_say_so(common, tmp_path, monkeypatch, capsys):
-    """Guards against a table that does not tell that other programs slowed decoding down, and a citation with
-    threads that no example had.
-    """
+def test_figures_of_a_busy_machine_say_so(common, monkeypatch, capsys):
+    """Guards against a table that does not tell that other programs slowed decoding down."""
     monkeypatch.setattr("runs.records.most_threads", lambda model: 2)  # examples end with one thread
     assert benchmark.main(common) == 0
-    output = capsys.readouterr().out
-    used = "1 of 2 threads in 5 of 5 examples"
-    assert f"note: other programs used the processors, decoding had {used}: " in " ".join(output.split())
-    assert f", {used}, 1 rank, batch size 1; " in output.splitlines()[-1]
-    assert about(only_run(tmp_path))["threads_used"] == used
-
-
-@pytest.mark.parametrize("sample", [False, True])
-def test_verdicts_of_a_busy_machine_say_so(sample, common, tmp_path, monkeypatch, capsys):
-    """Guards against a heading with threads that no example had."""
-    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)
-    flags = ["--sample", str(sample), "--num_samples", "1", "--samples_per_prompt", "20", *SPECULATION]
-    correctness.main([*common, *flags])
-    used = "1 of 2 threads in 1 of 1 example"
-    assert used in " ".join(capsys.readouterr().out.split())
-    assert about(only_run(tmp_path))["threads_used"] == used
+    said = "note: other programs used the processors, decoding had fewer threads: "
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_figures_of_an_early_exit_alone_say_so(common, capsys):
@@ -96,8 +76,6 @@ def test_figures_of_an_early_exit_alone_say_so(common, capsys):
     table = capsys.readouterr().out
     words = ", autoregressive by the early exit at layer 2 alone, not by the full model, "
     assert words in " ".join(table.partition("\n\n")[0].split())
-    assert words in table.splitlines()[-1]
-    assert "median of 1 example, " in table.splitlines()[-1]
     assert "\n1 example " in table
 
 
@@ -110,7 +88,6 @@ def test_figures_that_mean_nothing_are_left_out(common, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "acceptance" not in output
     assert "rouge" not in output
-    assert " tokens/s, median of 5 examples, 90 % confidence interval " in output.splitlines()[-1]
     assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--num_samples", "1"]) == 0
     output = capsys.readouterr().out
     assert "identical outputs" not in output

@@ -113,10 +113,9 @@ def test_every_strategy_and_streamer_prints_the_same_answer(said, streamer):
     [
         ([99, 19, 42, 22], "42.0 tokens/s, without drafts 20.0: 2.10 times as fast (1.90-2.20)"),
         (
-            [99, 1.9, 2.2, 36],
-            "1.9 tokens/s, without drafts 10.0: the machine was too busy to tell which is faster (0.11-3.60)",
+            [99, 9.7, 20.2, 10.4],
+            "20.2 tokens/s, without drafts 20.0: turns do not agree which is faster (0.97-1.04)",
         ),
-        ([99, 9.7, 20.2, 10.4], "20.2 tokens/s, without drafts 20.0: neither is faster (0.97-1.04)"),
         ([0] * 4, "answers of one token, nothing to compare"),
         (KeyboardInterrupt, "interrupted"),
     ],

@@ -15,8 +15,7 @@ import generate
 import sweep
 from arguments import GenerationConfig, ModelArguments
 from measures import sweeping
-from measures.calibration import Costs
-from measures.replay import predicted_cell
+from measures.replay import Costs, costs_of, predicted_cell
 from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
@@ -29,9 +28,26 @@ FOUND |= {"metrics": {"best": {"exit_layer": 2, "num_speculations": 3, "speedup"
 
 
 def test_costs_of_a_round():
-    """Guards against draft lengths between measured ones that have no cost."""
-    costs = Costs(1.0, {2: 0.5}, {2: (1.0, 2.0, 4.0)}, lengths=(0, 1, 3))
-    assert [costs.round(2, k) for k in (0, 1, 2, 3)] == [1, 2 + 0.5, 3 + 1, 4 + 1.5]
+    """Guards against draft lengths and exits between measured ones that have no cost."""
+    costs = Costs(1.0, {2: [(1, 2.5), (3, 5.5)], 4: [(1, 3.5), (3, 7.5)]})
+    assert [costs.round(2, k) for k in (0, 1, 2, 3)] == [1, 2.5, 4, 5.5]
+    assert [costs.round(layer, 1) for layer in (1, 3, 4)] == [2.5, 3, 3.5]
+
+
+def test_costs_are_those_of_rounds_beside_plain_steps():
+    """Guards against the pace of a busy moment in a cost, a stall that decides, and answers of one token."""
+
+    def timed(pace, stall=1.0, steps=4):
+        drafts = [{"source": "exit", "drafted": k, "accepted": 1, "emitted": 2, "rounds": 1} for k in (3, 1)]
+        return {
+            "drafts": drafts, "num_decode_tokens": steps, "decode_time": pace * stall * 3.0,
+            "autoregressive_num_decode_tokens": steps, "autoregressive_decode_time": pace * 4.0,
+        }  # fmt: skip
+
+    costs = costs_of(
+        {(5, 3): [timed(1.0), timed(2.0), timed(1.0, stall=9.0), timed(1.0, steps=0)], (2, 3): []}
+    )
+    assert (costs.plain_step, costs.rounds) == (1.0, {5: [(2.0, 1.5)]})  # two rounds, of two drafted tokens
 
 
 def test_a_predicted_cell_is_the_median_example_with_its_interval():
@@ -46,7 +62,7 @@ def test_a_predicted_cell_is_the_median_example_with_its_interval():
         }  # fmt: skip
 
     def cell_of(examples):
-        return predicted_cell(examples, Costs(1.0, {2: 0.25}, {2: (1.0,)}, (0,)), 2, 2)
+        return predicted_cell(examples, Costs(1.0, {2: [(2, 1.5)]}), 2, 2)
 
     # Three rounds of two draft steps and a verification, or eight of them and a last one of one draft step.
     always, never = 9 / (3 * 1.5), 9 / (8 * 1.5 + 1.25)
@@ -103,7 +119,7 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     """Guards against a table without model and machine, predicted cells above measured ones, flags of another
     cell than the best one, and counts that --tuned does not hand on to --draft_vocabulary.
     """
-    monkeypatch.setattr("measures.calibration._PATIENCE", 0.0)
+    monkeypatch.setattr("measures.sweeping._PROMPTS", 1)
     assert sweep.main([*common, "--verify_top", "2"]) == 0
     folder = only_run(tmp_path)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -123,7 +139,9 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     rows = pandas.read_csv(folder / "sweep.csv")
     assert rows["mode"].value_counts().to_dict() == {"predicted": 12, "measured": 2}
     assert best["speedup"] == pytest.approx(rows[rows["mode"] == "measured"]["speedup"].max())
-    assert {"draft_step", "verifications"} <= set(run["metrics"]["calibration"])
+    costs = run["metrics"]["costs"]
+    assert costs["plain_step"] > 0
+    assert {layer: len(points) for layer, points in costs["rounds"].items()} == {"1": 3, "2": 3, "3": 3}
     records = pandas.read_json(folder / "records.jsonl", lines=True)
     assert counts(str(folder), ModelArguments(common[1])) == Counter(records["tokens"].explode())
 
@@ -155,22 +173,9 @@ def test_frame_and_last_lines_are_of_one_cell(
     assert " ".join(output.split()).count(said) == 1
 
 
-@pytest.mark.usefixtures("timeless")
-@pytest.mark.parametrize(("mode", "what"), [("predicted", "calibration"), ("measured", "cell")])
-def test_a_sweep_of_a_busy_machine_says_so(mode, what, common, tmp_path, monkeypatch, capsys):
-    """Guards against a heading and a picture with threads that no cell had."""
-    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)
-    grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--num_samples", "1"]
-    assert sweep.main([*common, *grid, "--mode", mode]) == 0
-    used = f"1 of 2 threads in 1 of 1 {what}"
-    assert about(only_run(tmp_path))["threads_used"] == used
-    assert used in " ".join(capsys.readouterr().out.split())
-
-
 def cell_of_speedup(speedup, mode):
     return lambda _records, _costs, exit_layer, num_speculations: {
         "mode": mode, "exit_layer": exit_layer, "num_speculations": num_speculations, "speedup": speedup,
-        "threads": 1,
     }  # fmt: skip
 
 
@@ -240,7 +245,6 @@ def test_every_script_makes_a_short_head_of_the_counted_ids(main, end, more, com
     [
         ("{}", "", "gives the ids of --draft_vocabulary here; give that flag too"),
         (None, "9", "has no vocabulary.json, which --mode predicted writes"),
-        ("[1]", "9", "vocabulary.json: "),
     ],
 )
 def test_tuned_without_ids_is_refused_by_a_sweep(counted, size, message, common, tmp_path, capsys):
@@ -269,7 +273,7 @@ def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
     assert by_another_path.exit_layer == best["exit_layer"]
     for extra, message in (
         (["--exit_layer", "2"], "--tuned sets exit_layer and num_speculations"),
-        (["--tuned", str(tmp_path / "nowhere.csv")], "nowhere.csv: No such file"),
+        (["--tuned", str(tmp_path / "nowhere.csv")], "nowhere.csv: no sweep in there"),
         (["--tuned", str(tmp_path)], "no sweep in there"),
         (["--tuned", str(folder / "sweep.csv"), "--model", default_model()], "is a sweep of --model"),
         (["--model", default_model()], f"is a sweep of --model {flags[1]}, not of {default_model()}"),

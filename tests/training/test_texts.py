@@ -6,7 +6,7 @@ import datasets
 import pandas
 import pytest
 
-from tables import DataError
+from data import DataError
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 from training.texts import load_texts, padded, to_blocks, tokenizer_from_json, train_tokenizer
