@@ -24,12 +24,8 @@ from transformers import PreTrainedModel
 import self_speculation
 from arguments import read_run
 from runs import ranks
-<<<<<<< HEAD
-from runs.failures import try_to_write
-from self_speculation.model.few_bits import formats_of
-=======
 from runs.failures import Failed
->>>>>>> 6a203ee134d4c8866a178ba214176dac490ddf57
+from self_speculation.model.few_bits import formats_of
 from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.threads import most_threads

@@ -33,7 +33,17 @@ LIBRARY = {
 # Folder -> the most lines of its modules. A change that needs more raises the number and says why they are
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
-
+    "scripts": 1394,
+    "benchmarks": 2515,
+    "measures": 1809,
+    "runs": 1552,
+    "serving": 1974,
+    "training": 1319,
+    "self_speculation": 2074,
+    "self_speculation/decoding": 1674,
+    "self_speculation/drafts": 1328,
+    "self_speculation/model": 4578,
+    "self_speculation/model/cpp, C++": 1320,
 }
 MAX_LINES = 350  # of a file
 LONGER = {"self_speculation.model.fused_layers", "benchmarks.gpu"}
