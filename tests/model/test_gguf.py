@@ -3,9 +3,9 @@
 import importlib.util
 import json
 import os
+import struct
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import gguf
@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import EOS, ROOT, assert_close, needs_operators, own_llama, tiny_llama
 from helpers import error_line
-from transformers import AutoModelForCausalLM
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files, loading
-from self_speculation.model.gguf_files import Header
+from self_speculation.model.loading import load_config
 
 
 def write(path, model, tokenizer, quantised=None, everything=False):
@@ -73,7 +72,6 @@ def cache(tmp_path, monkeypatch):
     """The folder of float16 weights."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("SELF_SPECULATION_CACHE", str(folder))
-    monkeypatch.setattr(gguf_files, "_LONGEST", 100)  # shorter than the vocabulary
     return folder
 
 
@@ -91,16 +89,8 @@ def assert_in_float16(loaded, model):
 
 
 def test_a_file_loads_as_the_model_it_was_written_from(written, text_model, byte_tokenizer, monkeypatch):
-    """Guards against another tokenizer, a vocabulary of size 0 (the header reads no tokens), and half
-    a minute of loading by gguf's own reader.
-    """
-
-    def build_fields(self, *args):
-        assert isinstance(self, Header)
-        return original(self, *args)
-
-    original = gguf.GGUFReader._build_fields
-    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", build_fields)
+    """Guards against another tokenizer, an empty vocabulary, and half a minute in gguf's reader."""
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", None)
     model, tokenizer = load_model_and_tokenizer(str(written), LoadingOptions(dtype="float32"))
     ids = byte_tokenizer.encode("a man: who are you?", return_tensors="pt")
     assert tokenizer.encode("a man: who are you?", return_tensors="pt").tolist() == ids.tolist()
@@ -175,12 +165,23 @@ def test_a_file_without_a_tokenizer_is_refused(text_model, byte_tokenizer, tmp_p
         load_model_and_tokenizer(str(tmp_path / "tiny.gguf"))
 
 
-def test_other_callers_of_transformers_have_its_own_settings(written):
-    """Guards against configs that this library has made for somebody else's `from_pretrained`."""
-    for arguments in ({}, {"attn_implementation": "flex_attention"}):
-        with nullcontext() if not arguments else pytest.raises(LoadingError):
-            load_model_and_tokenizer(str(written), LoadingOptions(arguments, dtype="float32"))
-        assert gguf_files._settings not in GGUF_CONFIG_ARCHS.values()
+def test_configs_are_those_of_transformers(written):
+    """Guards against a setting that transformers reads from a file, and this library does not."""
+    ours, theirs = (
+        load_config(str(written)),
+        AutoConfig.from_pretrained(written.parent, gguf_file=written.name),
+    )
+    assert ours.to_dict() == {**theirs.to_dict(), "_name_or_path": ours.name_or_path}
+
+
+def test_another_family_is_refused(written):
+    """Guards against the name of a key as the whole message."""
+    content = written.read_bytes()
+    name, other = (struct.pack("<Q", len(name)) + name for name in (b"llama", b"mamba"))
+    assert content.count(name) >= 1
+    written.write_bytes(content.replace(name, other, 1))
+    line = error_line(LoadingError, load_config, str(written))
+    assert "model type 'mamba' is not supported in .gguf files" in line
 
 
 def test_model_args_change_the_config(written):
