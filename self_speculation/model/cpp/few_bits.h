@@ -53,26 +53,22 @@ const Format& format_of(int64_t code) {
   STD_TORCH_CHECK(false, "weight: there is no format ", code);
 }
 
-// Of LANES rows: sizes of a step, values of step 0, and middles.
+// Of LANES rows: sizes of a step, and middles.
 struct Scales {
-  Floats sizes, zeros, middles;
+  Floats sizes = {}, middles = {};
+  Floats zeros(const Format& format) const { return fma(sizes, splat(-format.offset), middles); }  // values of step 0
 };
-Floats scale_numbers(const Format& format, const uint8_t* at, int64_t row) {
-  return format.code ? widen(reinterpret_cast<const Half*>(at) + row) : widen(reinterpret_cast<const BFloat16*>(at) + row);
+// Those at the beginning of a cell or, if the format has them there, of 256 columns.
+INLINE Scales scales_at(const Format& format, const uint8_t* at, int64_t row) {
+  auto numbers = [&](const uint8_t* from) {
+    return format.code ? widen(reinterpret_cast<const Half*>(from) + row) : widen(reinterpret_cast<const BFloat16*>(from) + row);
+  };
+  return {numbers(at), format.has_middle ? numbers(at + 2 * BLOCK) : Floats{}};
 }
-// `of_super`: what is before the cells of 256 columns, if the format has it.
-Scales scales_of(const Format& format, const uint8_t* of_super, const uint8_t* cell, int64_t half, int64_t row) {
-  const uint8_t* from = format.has_super ? of_super : cell;
-  Floats sizes = scale_numbers(format, from, row), middles = {};
-  if (format.has_middle) middles = scale_numbers(format, from + 2 * BLOCK, row);
-  if (format.has_super) {
-    typedef int8_t Signed VECTOR(1);
-    auto bytes = [](const uint8_t* at) { return __builtin_convertvector(load<Signed>(at), Floats); };
-    const uint8_t* at = cell + half * BLOCK * (1 + format.has_middle) + row;
-    sizes *= bytes(at);
-    if (format.has_middle) middles *= -bytes(at + BLOCK);
-  }
-  return {sizes, fma(sizes, splat(-format.offset), middles), middles};
+// Those of half a cell, from those of its 256 columns.
+INLINE Scales scales_in(const Format& format, const Scales& of_super, const uint8_t* cell, int64_t half, int64_t row) {
+  const auto* at = reinterpret_cast<const int8_t*>(cell) + half * BLOCK * (1 + format.has_middle) + row;
+  return {of_super.sizes * widen(at), format.has_middle ? -of_super.middles * widen(at + BLOCK) : Floats{}};
 }
 
 // Inputs of products in eight bits by groups of 32.
@@ -111,7 +107,7 @@ struct RoundedInputs {
 
 // The steps of LANES rows of a cell, by four columns. If a product does not take eight bits, `upper` gets the upper four.
 template <int HIGH>
-void steps_of(const uint8_t* low, int64_t row, Bytes* steps, Bytes* upper) {
+INLINE void steps_of(const uint8_t* low, int64_t row, Bytes* steps, Bytes* upper) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     Bytes both = load<Bytes>(low + i * 64 + row * 4);
@@ -132,19 +128,19 @@ void steps_of(const uint8_t* low, int64_t row, Bytes* steps, Bytes* upper) {
   }
 }
 
-// Calls f<upper bits>().
+// Calls f<upper bits, whether halves of a group have scales, whether 256 columns have scales>().
 template <class F>
-void with_high_bits(const Format& format, const F& f) {
-  switch (format.bits) {
-    case 4: return f.template operator()<0>();
-    case 5: return f.template operator()<1>();
-    case 6: return f.template operator()<2>();
-    case 8: return f.template operator()<4>();
-  }
+void with_kind(const Format& format, const F& f) {
+  if (format.group < GROUP) return format.bits == 6 ? f.template operator()<2, true, true>() : f.template operator()<0, true, true>();
+  auto with_super = [&]<int HIGH>() {
+    format.has_super ? f.template operator()<HIGH, false, true>() : f.template operator()<HIGH, false, false>();
+  };
+  if (format.bits == 4) return with_super.template operator()<0>();
+  format.bits == 5 ? with_super.template operator()<1>() : with_super.template operator()<4>();
 }
 
 // Products of a block of rows and all tokens, [T, BLOCK]. T: their number; 0: that of `x`.
-template <int HIGH, bool HALVES, int T>
+template <int HIGH, bool HALVES, bool HAS_SUPER, int T>
 void products_of_cells(const Format& format, const uint8_t* block, const RoundedInputs& x, float* out) {
   constexpr bool splits = HIGH == 4 && !TAKES_EIGHT_BITS;
   constexpr int parts = BLOCK / LANES, exact = HIGH == 1 || HALVES ? 4 : 8;  // vectors that are added up in `dot`
@@ -153,16 +149,23 @@ void products_of_cells(const Format& format, const uint8_t* block, const Rounded
   const float *of_sizes = x.sizes, *sums = x.sums;
   Floats few[T ? T * parts : 1] = {};
   if (!T) std::fill_n(out, tokens * BLOCK, 0.0f);
-  const uint8_t* of_super = nullptr;
+  Scales of_super[parts];
   for (int64_t g = 0; g < x.groups; g++) {
-    if (format.has_super && g % (SUPER / GROUP) == 0) of_super = block, block += format.before();
+    if (HAS_SUPER && g % (SUPER / GROUP) == 0) {
+      for (int part = 0; part < parts; part++) of_super[part] = scales_at(format, block, part * LANES);
+      block += format.before();
+    }
     for (int64_t byte = 0; byte < format.cell(); byte += 64) __builtin_prefetch(block + byte + BYTES_AHEAD);
     const uint8_t* low = block + format.scales();
+#pragma GCC unroll 2
     for (int part = 0; part < parts; part++) {
       Bytes steps[8], upper[8];
       steps_of<HIGH>(low, part * LANES, steps, upper);
-      Scales scales[1 + HALVES];
-      for (int half = 0; half <= HALVES; half++) scales[half] = scales_of(format, of_super, block, half, part * LANES);
+      Floats sizes[1 + HALVES], zeros[1 + HALVES];
+      for (int half = 0; half <= HALVES; half++) {
+        Scales own = HAS_SUPER ? scales_in(format, of_super[part], block, half, part * LANES) : scales_at(format, block, part * LANES);
+        sizes[half] = own.sizes, zeros[half] = own.zeros(format);
+      }
 #pragma GCC unroll 4
       for (int64_t t = 0; t < tokens; t++) {
         const int64_t at = g * tokens + t;
@@ -176,15 +179,15 @@ void products_of_cells(const Format& format, const uint8_t* block, const Rounded
           if ((v + 1) % (HIGH == 2 ? 2 : exact) == 0) whole += total(some), some = Ints{};
           if (HALVES && v % 4 == 3) {
             const int half = v / 4;
-            sum = fma(scales[half].zeros, splat(sums[at * 3 + half]), sum);
-            sum = fma(__builtin_convertvector(whole, Floats) * scales[half].sizes, size, sum);
+            sum = fma(zeros[half], splat(sums[at * 3 + half]), sum);
+            sum = fma(__builtin_convertvector(whole, Floats) * sizes[half], size, sum);
             whole = Ints{};
           }
         }
         if (!HALVES) {
           if (splits) whole += total(uppers) << 4;
-          sum = fma(scales[0].zeros, splat(sums[at * 3 + 2]), sum);
-          sum = fma(__builtin_convertvector(whole, Floats) * scales[0].sizes, size, sum);
+          sum = fma(zeros[0], splat(sums[at * 3 + 2]), sum);
+          sum = fma(__builtin_convertvector(whole, Floats) * sizes[0], size, sum);
         }
         if (T) few[t * parts + part] = sum;
         else std::memcpy(out + t * BLOCK + part * LANES, &sum, sizeof(Floats));
@@ -196,12 +199,9 @@ void products_of_cells(const Format& format, const uint8_t* block, const Rounded
 }
 
 void products_of_block(const Format& format, const uint8_t* block, const RoundedInputs& x, float* out) {
-  auto of = [&]<int HIGH, bool HALVES>() {
-    if (x.tokens == 1) products_of_cells<HIGH, HALVES, 1>(format, block, x, out);
-    else products_of_cells<HIGH, HALVES, 0>(format, block, x, out);
-  };
-  with_high_bits(format, [&]<int HIGH>() {
-    format.group == GROUP ? of.template operator()<HIGH, false>() : of.template operator()<HIGH, true>();
+  with_kind(format, [&]<int HIGH, bool HALVES, bool HAS_SUPER>() {
+    if (x.tokens == 1) products_of_cells<HIGH, HALVES, HAS_SUPER, 1>(format, block, x, out);
+    else products_of_cells<HIGH, HALVES, HAS_SUPER, 0>(format, block, x, out);
   });
 }
 
@@ -354,14 +354,17 @@ Tensor rows_of_weight(const Tensor& weight, const Tensor& ids, int64_t rows, int
   torch::stable::parallel_for(0, n, 64, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
       const int64_t r = wanted[i] % BLOCK, lane = r % LANES;
-      const uint8_t *block = bytes + HEADER + wanted[i] / BLOCK * format.to(groups), *of_super = nullptr;
+      const uint8_t* block = bytes + HEADER + wanted[i] / BLOCK * format.to(groups);
+      Scales of_super;
       for (int64_t g = 0; g < groups; g++) {
-        if (format.has_super && g % (SUPER / GROUP) == 0) of_super = block, block += format.before();
+        if (format.has_super && g % (SUPER / GROUP) == 0)
+          of_super = scales_at(format, block, r - lane), block += format.before();
         Scales halves[2];
         for (int half = 0; half < 2; half++)
-          halves[half] = scales_of(format, of_super, block, format.group == GROUP ? 0 : half, r - lane);
+          halves[half] = format.has_super ? scales_in(format, of_super, block, format.group == GROUP ? 0 : half, r - lane)
+                                          : scales_at(format, block, r - lane);
         Bytes steps[8], upper[8] = {};
-        with_high_bits(format, [&]<int HIGH>() { steps_of<HIGH>(block + format.scales(), r - lane, steps, upper); });
+        with_kind(format, [&]<int HIGH, bool, bool>() { steps_of<HIGH>(block + format.scales(), r - lane, steps, upper); });
         for (int64_t j = 0; j < std::min(GROUP, columns - g * GROUP); j++) {
           const Scales& scales = halves[j / 16];
           float step = float(steps[j / 4][lane * 4 + j % 4] + upper[j / 4][lane * 4 + j % 4] * 16);

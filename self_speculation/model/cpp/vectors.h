@@ -30,6 +30,7 @@ constexpr int64_t LANES = 16;
 #else
 constexpr int64_t LANES = 8;
 #endif
+#define INLINE inline __attribute__((always_inline))  // where vectors would go through memory
 #define VECTOR(bytes) __attribute__((vector_size(LANES * (bytes))))
 typedef float Floats VECTOR(4);
 typedef int32_t Ints VECTOR(4);
@@ -55,6 +56,7 @@ Floats widen(const BFloat16* from) { return (Floats)(__builtin_convertvector(loa
 #ifdef __AVX512VNNI__
 constexpr bool TAKES_EIGHT_BITS = true;  // `dot` takes steps above 127
 Floats widen(const Half* from) { return _mm512_cvtph_ps(load<__m256i>(from)); }
+Floats widen(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // Sums of four steps times four inputs, in each lane. `total` follows up to 8 of them if steps have 4 bits, 4 of them if
 // they have 5, 2 if they have 6.
@@ -66,6 +68,7 @@ __m256 half_of(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm51
 #elif defined(__AVX2__)
 constexpr bool TAKES_EIGHT_BITS = false;
 Floats widen(const Half* from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
+Floats widen(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 // Two sums of 16 bits for each lane, of 16 products of 15 * 127, 8 of 31 * 127, or 4 of 63 * 127.
 Ints dot(Ints sums, Bytes steps, int32_t x) {
@@ -78,6 +81,10 @@ constexpr bool TAKES_EIGHT_BITS = false;
 Floats widen(const Half* from) {
   typedef _Float16 Halves VECTOR(2);
   return __builtin_convertvector(load<Halves>(from), Floats);
+}
+Floats widen(const int8_t* from) {
+  typedef int8_t Signed VECTOR(1);
+  return __builtin_convertvector(load<Signed>(from), Floats);
 }
 Floats fma(Floats a, Floats b, Floats c) {
   for (int i = 0; i < LANES; i++) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
