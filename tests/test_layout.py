@@ -34,7 +34,7 @@ LIBRARY = {
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
     "scripts": 1394,
-    "benchmarks": 2515,
+    "benchmarks": 2529,
     "measures": 1809,
     "runs": 1552,
     "serving": 1974,
@@ -42,8 +42,8 @@ CEILINGS = {
     "self_speculation": 2074,
     "self_speculation/decoding": 1674,
     "self_speculation/drafts": 1328,
-    "self_speculation/model": 4578,
-    "self_speculation/model/cpp, C++": 1320,
+    "self_speculation/model": 4612,
+    "self_speculation/model/cpp, C++": 1323,
 }
 MAX_LINES = 350  # of a file
 LONGER = {"self_speculation.model.fused_layers", "benchmarks.gpu"}

@@ -105,6 +105,16 @@ Ints dot(Ints sums, Bytes steps, int32_t x) {
 Ints total(Ints sums) { return sums; }
 #endif
 
+// As `fma`, of registers: with operands in memory GCC moves sums there, too.
+Floats accumulate(Floats a, Floats b, Floats sum) {
+#ifdef __AVX2__
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#else
+  return fma(a, b, sum);
+#endif
+}
+
 // The first n of them, then zeros: what follows may be no memory of this process.
 template <class Number>
 Floats widen(const Number* from, int64_t n) {

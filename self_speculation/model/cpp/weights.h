@@ -4,135 +4,118 @@
 #include "few_bits.h"
 
 namespace {
-constexpr int64_t ROWS = 4;          // of a weight in floating point that are multiplied at a time
-constexpr int64_t MOST_TOKENS = 8;   // at a time
-constexpr int64_t AHEAD = 8192;      // bytes; the processor's own prefetching ends with each page of 4 KiB
+constexpr int64_t ROWS = 32;                          // of a weight in floating point that are multiplied at a time
+constexpr int64_t MOST_TOKENS = LANES == 16 ? 8 : 6;  // at a time: twice as many sums are in registers
+constexpr int64_t STEP = 2 * LANES;                   // columns at a time
 
-// Two vectors of columns of a weight, as its products take them; of bfloat16, even columns and odd ones.
-struct Columns {
-  Floats first, second;
-};
-template <class Number>
-Columns columns_of(const Number* from) {
-  return {widen(from), widen(from + LANES)};
+// The first or the second vector of a step's columns; of bfloat16, even columns and odd ones.
+template <bool SECOND, class Number>
+Floats columns_of(const Number* from) {
+  return widen(from + SECOND * LANES);
 }
-Columns columns_of(const BFloat16* from) {
+template <bool SECOND>
+Floats columns_of(const BFloat16* from) {
   Ints both = load<Ints>(from);
-  return {(Floats)(both << 16), (Floats)(both & int32_t(0xffff0000))};
+  return (Floats)(SECOND ? both & int32_t(0xffff0000) : both << 16);
 }
 
-// Inputs of products with weights of a type, in memory for T * stride floats: [T, stride] with zeros after the columns, in
-// the order of `Columns`; for weights in few bits, rounded.
+// Inputs of products with weights of a type, in memory for T * stride floats, with zeros after the columns: by parts of up
+// to MOST_TOKENS tokens, [stride / LANES, tokens of the part, LANES] in the order of `columns_of`; for weights in few
+// bits, rounded.
 struct Inputs {
-  int64_t tokens, columns, stride;
+  int64_t tokens, columns, stride, parts;
   ScalarType type;
   float* numbers;
   RoundedInputs rounded;
 
   Inputs(Floats* memory, int64_t tokens, int64_t columns, ScalarType type)
-      : tokens(tokens), columns(columns), stride(stride_of(columns)), type(type), numbers(reinterpret_cast<float*>(memory)),
-        rounded(memory, tokens, stride / GROUP) {}
+      : tokens(tokens), columns(columns), stride(stride_of(columns)), parts((tokens + MOST_TOKENS - 1) / MOST_TOKENS),
+        type(type), numbers(reinterpret_cast<float*>(memory)), rounded(memory, tokens, stride / GROUP) {}
   static int64_t stride_of(int64_t columns) { return round_up(columns, GROUP); }
+  int64_t first_of(int64_t part) const { return tokens * part / parts; }  // of nearly equal size
 
   // `fill(token, to)` writes the numbers of a token; `in_order` is memory for them.
   template <class Fill>
   void put(int64_t t, const Fill& fill, float* in_order) const {
-    float *own = numbers + t * stride, *filled = type == ScalarType::Float || type == ScalarType::Half ? own : in_order;
-    fill(t, filled);
-    std::fill(filled + columns, filled + stride, 0.0f);
-    if (type == ScalarType::Byte) return rounded.round(t, filled);
-    if (filled == own) return;
-    for (int64_t k = 0; k < stride; k += 2 * LANES)
-      for (int64_t i = 0; i < LANES; i++) own[k + i] = filled[k + 2 * i], own[k + LANES + i] = filled[k + 2 * i + 1];
+    fill(t, in_order);
+    std::fill(in_order + columns, in_order + stride, 0.0f);
+    if (type == ScalarType::Byte) return rounded.round(t, in_order);
+    int64_t part = ((t + 1) * parts - 1) / tokens, first = first_of(part), n = first_of(part + 1) - first;
+    int64_t apart = type == ScalarType::BFloat16 ? 2 : 1, second = apart == 2 ? 1 : LANES;
+    for (int64_t k = 0; k < stride; k += STEP)
+      for (int64_t i = 0; i < LANES; i++) {
+        float* to = numbers + first * stride + k * n + (t - first) * LANES + i;
+        to[0] = in_order[k + apart * i], to[n * LANES] = in_order[k + apart * i + second];
+      }
   }
 };
 
-// Products of R rows and T tokens, [T, ROWS].
-template <class Number, int R, int T, bool FETCH>
-void tile(const Number* w, int64_t row, const float* x, int64_t stride, int64_t columns, float* out) {
-  constexpr int64_t STEP = 2 * LANES;
-  Floats sums[(R * T + 3) / 4 * 4] = {};
-  auto add = [&](int64_t k, auto of_row) {
+// Adds products of R rows, `apart` rows from each other, and T tokens to `sums`, [T, ROWS]. Fetches the same of `ahead`.
+template <int R, int T, class Number>
+__attribute__((noinline)) void tile(const Number* w, const Number* ahead, int64_t row, int64_t apart, const float* x,
+                                    int64_t columns, Floats* sums) {
+  Floats own[R * T];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * T; i++) own[i] = sums[i / R * ROWS + i % R * apart];
+  auto half = [&]<bool SECOND>(const Number* w, int64_t row) __attribute__((always_inline)) {
+    Floats of_rows[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) of_rows[r] = columns_of<SECOND>(w + r * row);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      Columns both = of_row(r);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; t++) {
-        Floats& sum = sums[t * R + r];
-        sum = fma(both.first, load<Floats>(x + t * stride + k), sum);
-        sum = fma(both.second, load<Floats>(x + t * stride + k + LANES), sum);
-      }
+    for (int t = 0; t < T; t++) {
+      Floats input = load<Floats>(x + (SECOND * T + t) * LANES);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) own[t * R + r] = accumulate(of_rows[r], input, own[t * R + r]);
     }
   };
-  int64_t k = 0;
-  for (; k + STEP <= columns; k += STEP) {
-    if (FETCH)  // rows that follow each other are one stretch of memory
-#pragma GCC unroll 8
-      for (int64_t byte = 0; byte < int64_t(R * STEP * sizeof(Number)); byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(w + k * R) + byte + AHEAD, 0, 2);
-    add(k, [&](int r) { return columns_of(w + r * row + k); });
+  for (int64_t k = 0; k < columns / STEP * STEP; k += STEP, x += STEP * T) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) __builtin_prefetch(ahead + r * row * apart + k, 0, 2);
+    half.template operator()<false>(w + k, row * apart), half.template operator()<true>(w + k, row * apart);
   }
-  if (k < columns)  // what follows the last column may be no memory of this process
-    add(k, [&](int r) {
-      Number last[STEP] = {};
-      std::memcpy(last, w + r * row + k, (columns - k) * sizeof(Number));
-      return columns_of(last);
-    });
-  float lanes[(R * T + 3) / 4 * 4];
-#pragma GCC unroll 8
-  for (int i = 0; i < R * T; i += 4) lane_sums(sums + i, lanes + i);
-#pragma GCC unroll 8
-  for (int t = 0; t < T; t++)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) out[t * ROWS + r] = lanes[t * R + r];
+  if (int64_t rest = columns % STEP) {  // what follows the last column may be no memory of this process
+    Number last[R * STEP] = {};
+    for (int r = 0; r < R; r++) std::memcpy(last + r * STEP, w + r * row * apart + columns - rest, rest * sizeof(Number));
+    half.template operator()<false>(last, STEP), half.template operator()<true>(last, STEP);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R * T; i++) sums[i / R * ROWS + i % R * apart] = own[i];
 }
 
-// Products of `n` rows, up to ROWS, and all tokens, [T, ROWS].
-template <class Number, bool FETCH = true>
+// Products of `n` rows, up to ROWS, and all tokens, [T, ROWS]. Inputs of as many columns as the first cache holds are
+// multiplied by all rows. The rows of a tile are in different pages, which a processor reads faster than one after another.
+template <class Number>
 void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, float* out) {
-  auto tiles = [&]<int T>(const auto* w, int64_t row, int64_t columns, int64_t first, auto fetch) {
-    const float* from = &x.numbers[first * x.stride];
-    float* to = out + first * ROWS;
-    constexpr int R = T * 4 <= LANES * 3 / 2 ? 4 : T * 2 <= LANES * 3 / 2 ? 2 : 1;  // R * T sums are in registers
-    int64_t r = 0;
-    for (; r + R <= n; r += R) tile<std::decay_t<decltype(*w)>, R, T, fetch>(w + r * row, row, from, x.stride, columns, to + r);
-    for (; r < n; r++) tile<std::decay_t<decltype(*w)>, 1, T, fetch>(w + r * row, row, from, x.stride, columns, to + r);
-  };
-  auto some = [&](const auto* w, int64_t row, int64_t columns, int64_t first, int64_t tokens, auto fetch) {
-    switch (tokens) {
-      case 1: return tiles.template operator()<1>(w, row, columns, first, fetch);
-      case 2: return tiles.template operator()<2>(w, row, columns, first, fetch);
-      case 3: return tiles.template operator()<3>(w, row, columns, first, fetch);
-      case 4: return tiles.template operator()<4>(w, row, columns, first, fetch);
-      case 5: return tiles.template operator()<5>(w, row, columns, first, fetch);
-      case 6: return tiles.template operator()<6>(w, row, columns, first, fetch);
-      case 7: return tiles.template operator()<7>(w, row, columns, first, fetch);
-      case 8: return tiles.template operator()<8>(w, row, columns, first, fetch);
+  std::unique_ptr<Floats[]> sums(new Floats[x.tokens * ROWS]());
+  int64_t most = std::max<int64_t>(1024, 6144 / x.tokens), blocks = (x.columns + most - 1) / most;
+  int64_t width = round_up((x.columns + blocks - 1) / blocks, STEP);
+  for (int64_t from = 0; from < x.columns; from += width) {
+    const Number *own = w + from, *next = from + width < x.columns ? own + width : w + ROWS * row;
+    for (int64_t part = 0; part < x.parts; part++) {
+      int64_t first = x.first_of(part);
+      auto tiles = [&]<int T>() {
+        auto some = [&]<int R>(int64_t r, int64_t apart) {
+          const Number* ahead = r % x.parts == part ? next : own;  // each part fetches some of the next
+          tile<R, T>(own + r * row, ahead + r * row, row, apart, &x.numbers[first * x.stride + from * T],
+                     std::min(width, x.columns - from), &sums[first * ROWS + r]);
+        };
+        constexpr int R = T <= 2 ? 4 : 2;
+        for (int64_t r = 0; r < n / R; r++) some.template operator()<R>(r, n / R);
+        for (int64_t r = n / R * R; r < n; r++) some.template operator()<1>(r, 1);
+      };
+      switch (x.first_of(part + 1) - first) {
+        case 1: tiles.template operator()<1>(); break;
+        case 2: tiles.template operator()<2>(); break;
+        case 3: tiles.template operator()<3>(); break;
+        case 4: tiles.template operator()<4>(); break;
+        case 5: tiles.template operator()<5>(); break;
+        case 6: tiles.template operator()<6>(); break;
+        case 7: tiles.template operator()<7>(); break;
+        case 8: tiles.template operator()<8>(); break;
+      }
     }
-  };
-  if (x.tokens <= MOST_TOKENS) return some(w, row, x.columns, 0, x.tokens, std::true_type());
-  // More tokens: the rows are converted once.
-  std::unique_ptr<Floats[]> memory = aligned(ROWS * x.stride);
-  auto* rows = reinterpret_cast<float*>(memory.get());
-  for (int64_t r = 0; r < n; r++) {
-    auto put = [&](int64_t k, Columns both) { std::memcpy(&rows[r * x.stride + k], &both, sizeof(Columns)); };
-    int64_t k = 0;
-    for (; k + 2 * LANES <= x.columns; k += 2 * LANES) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w + r * row + k) + AHEAD, 0, 2);
-      put(k, columns_of(w + r * row + k));
-    }
-    if (k == x.columns) continue;
-    Number last[2 * LANES] = {};
-    std::memcpy(last, w + r * row + k, (x.columns - k) * sizeof(Number));
-    put(k, columns_of(last));
   }
-  // Tiles of ROWS rows, since the inputs of so many tokens are not in the first cache.
-  constexpr int64_t most = LANES * 3 / 2 / ROWS;
-  int64_t parts = (x.tokens + most - 1) / most, filled = round_up(x.columns, 2 * LANES);
-  for (int64_t part = 0; part < parts; part++) {  // of nearly equal size
-    int64_t first = x.tokens * part / parts;
-    some(rows, x.stride, filled, first, x.tokens * (part + 1) / parts - first, std::false_type());
-  }
+  for (int64_t i = 0; i < x.tokens * ROWS; i += 4) lane_sums(&sums[i], out + i);
 }
 
 // A weight [rows, columns] in one of the formats, with its bias.
