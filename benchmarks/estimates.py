@@ -18,10 +18,8 @@ _BANDWIDTH = 2.7e12  # bytes per second that an H100 reads
 # Seconds: a kernel in a graph besides its bytes; the GPU's wait for the host in a round; a sum over cards.
 _KERNEL, _WAIT, _SUM = 2.75e-6, 50e-6, 15e-6
 _AROUND = 18  # kernels of embedding, norm, head and sampling; the start of a graph counts as some
-# Kernels that a verification's layer takes longer for: attention with a mask does not split keys.
-_UNSPLIT = 12
-_POSITIONS = 1000
-_DRAFTED, _GAINED = 6, 5.2  # tokens of a round, if nine of ten drafted ones are right
+_UNSPLIT = 12  # kernels by which a layer of a verification is longer: masked attention splits no keys
+_POSITIONS, _DRAFTED, _GAINED = 1000, 6, 5.2  # tokens before and of a round, nine of ten drafts are right
 _FP32, _ADAMW = 4, 8  # bytes of a weight or gradient; of its state in AdamW
 
 
@@ -112,7 +110,6 @@ def decoding(config: PretrainedConfig, exit_layer: int, cards: int = 1, kernels:
     counted = float(kernels > 0)
     of_layer = 2 * (weights + cache) / cards / _BANDWIDTH + kernels * _KERNEL + 2 * _SUM * (cards > 1)
     outside = 2 * config.vocab_size * width / cards / _BANDWIDTH + counted * _AROUND * _KERNEL
-    # Plain steps are queued before the last token is read.
     plain, draft = (layers * of_layer + outside for layers in (config.num_hidden_layers, exit_layer))
     verification = plain + counted * config.num_hidden_layers * _UNSPLIT * _KERNEL
     return Decoding(plain, draft, _DRAFTED * draft + verification + counted * _WAIT)
