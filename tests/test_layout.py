@@ -34,7 +34,7 @@ LIBRARY = {
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
     "scripts": 1394,
-    "benchmarks": 2529,
+    "benchmarks": 2526,
     "measures": 1809,
     "runs": 1552,
     "serving": 1974,
