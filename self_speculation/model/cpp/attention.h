@@ -4,7 +4,7 @@
 #include "vectors.h"
 
 namespace {
-constexpr int64_t CHUNK = 128;  // keys whose scores are computed before their values are added
+constexpr int64_t CHUNK = 64;  // keys whose scores are computed before their values are added
 constexpr int64_t SPAN = 512;   // keys of one piece of work
 
 // Attention of one query over some keys, not divided by `sum`.
@@ -31,66 +31,91 @@ void rotate(const float* x, const float* cosines, const float* sines, int64_t d,
   }
 }
 
-// One query over the keys [first, last) of a chunk [CHUNK, d].
-void attend_to_chunk(const float* query, int64_t d, const float* keys, const float* values, int64_t first, int64_t last,
-                     Attended& attended) {
-  alignas(64) float scores[CHUNK + 4];
-  float largest = -INFINITY;
+// Q queries [Q, d] over the keys [first, last) of a chunk [CHUNK, d].
+template <int Q>
+void attend_to_chunk(const float* queries, int64_t d, const float* keys, const float* values, int64_t first, int64_t last,
+                     Attended* attended) {
+  alignas(64) float scores[Q][CHUNK + LANES];
   for (int64_t key = first; key < last; key += 4) {
-    Floats sums[4] = {};
+    Floats sums[Q * 4] = {};
     const float* of_keys[4];
     for (int i = 0; i < 4; i++) of_keys[i] = keys + std::min(key + i, last - 1) * d;  // a last key stands in
     int64_t j = 0;
     for (; j + LANES <= d; j += LANES)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) sums[i] = fma(load<Floats>(query + j), load<Floats>(of_keys[i] + j), sums[i]);
-    float four[4];
-    lane_sums(sums, four);
-    for (; j < d; j++)
-      for (int i = 0; i < 4; i++) four[i] += query[j] * of_keys[i][j];
-    for (int i = 0; i < 4 && key + i < last; i++) largest = std::max(largest, scores[key + i] = four[i]);
-  }
-  float sum = 0.0f;
-  for (int64_t key = first; key < last; key += LANES) {
-    int64_t n = std::min(LANES, last - key);
-    Floats powers = exponential(widen(scores + key, n) - largest);
-    std::memcpy(scores + key, &powers, n * sizeof(float));
-    for (int64_t i = 0; i < n; i++) sum += powers[i];
-  }
-  attended.largest = largest, attended.sum = sum;
-  auto add = [&]<int N>(int64_t j) {
-    Floats sums[N] = {};
-    for (int64_t key = first; key < last; key++)
+      for (int i = 0; i < 4; i++) {
+        Floats of_key = load<Floats>(of_keys[i] + j);
 #pragma GCC unroll 4
-      for (int i = 0; i < N; i++) sums[i] = fma(splat(scores[key]), load<Floats>(values + key * d + j + i * LANES), sums[i]);
-    std::memcpy(attended.values + j, sums, sizeof(sums));
+        for (int q = 0; q < Q; q++) sums[q * 4 + i] = fma(load<Floats>(queries + q * d + j), of_key, sums[q * 4 + i]);
+      }
+    for (int q = 0; q < Q; q++) {
+      float* four = &scores[q][key];  // those after the last key are written over
+      lane_sums(sums + q * 4, four);
+      for (int64_t rest = j; rest < d; rest++)
+        for (int i = 0; i < 4; i++) four[i] += queries[q * d + rest] * of_keys[i][rest];
+    }
+  }
+  for (int q = 0; q < Q; q++) {
+    std::fill_n(&scores[q][last], LANES, -INFINITY);
+    Floats most = splat(-INFINITY), sum = {};
+    for (int64_t key = first; key < last; key += LANES) {
+      Floats some = load<Floats>(&scores[q][key]);
+      most = some > most ? some : most;
+    }
+    float largest = -INFINITY;
+    for (int64_t i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
+    for (int64_t key = first; key < last; key += LANES) {
+      Floats powers = exponential(load<Floats>(&scores[q][key]) - largest);
+      for (int64_t i = last - key; i < LANES; i++) powers[i] = 0.0f;
+      std::memcpy(&scores[q][key], &powers, sizeof(Floats));
+      sum += powers;
+    }
+    attended[q].largest = largest, attended[q].sum = lane_sum(sum);
+  }
+  auto add = [&]<int N>(int64_t j) {
+    Floats sums[Q * N] = {};
+    for (int64_t key = first; key < last; key++)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i++) {
+        Floats value = load<Floats>(values + key * d + j + i * LANES);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; q++) sums[q * N + i] = fma(splat(scores[q][key]), value, sums[q * N + i]);
+      }
+    for (int q = 0; q < Q; q++) std::memcpy(attended[q].values + j, sums + q * N, N * sizeof(Floats));
   };
   int64_t j = 0;
   for (; j + 4 * LANES <= d; j += 4 * LANES) add.template operator()<4>(j);
   for (; j + LANES <= d; j += LANES) add.template operator()<1>(j);
-  for (; j < d; j++) {
-    float sum = 0.0f;
-    for (int64_t key = first; key < last; key++) sum += scores[key] * values[key * d + j];
-    attended.values[j] = sum;
-  }
+  for (; j < d; j++)
+    for (int q = 0; q < Q; q++) {
+      float sum = 0.0f;
+      for (int64_t key = first; key < last; key++) sum += scores[q][key] * values[key * d + j];
+      attended[q].values[j] = sum;
+    }
 }
 
 // Queries [T, heads, d] at positions `start` and on over the keys and values [.., d] of a span that begins at `key`. A
 // token sees the keys up to its own, and only `window` of them if that is not 0.
 void attend_to_span(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
                     const float* keys, const float* values, int64_t key, Attended* attended) {
-  std::unique_ptr<float[]> memory(new float[d]);
+  constexpr int most = LANES == 16 ? 4 : 2;  // queries at a time: their sums are in registers
+  std::unique_ptr<float[]> memory(new float[most * d]);
   for (int64_t i = 0; i < tokens * heads; i++) attended[i].clear(d);
   for (int64_t chunk = key; chunk < key + SPAN && chunk < start + tokens; chunk += CHUNK)
     for (int64_t t = 0; t < tokens; t++) {
       int64_t last = std::min(CHUNK, start + t + 1 - chunk);
       int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - chunk) : 0;
       if (first >= last) continue;
-      for (int64_t head = 0; head < heads; head++) {
-        Attended of_chunk{.values = memory.get()};
-        attend_to_chunk(queries + (t * heads + head) * d, d, keys + chunk * d, values + chunk * d, first, last, of_chunk);
-        attended[t * heads + head].add(of_chunk, d);
-      }
+      int64_t head = 0;
+      auto some = [&]<int Q>() {
+        for (; head + Q <= heads; head += Q) {
+          Attended of_chunk[Q];
+          for (int q = 0; q < Q; q++) of_chunk[q].values = &memory[q * d];
+          attend_to_chunk<Q>(queries + (t * heads + head) * d, d, keys + chunk * d, values + chunk * d, first, last, of_chunk);
+          for (int q = 0; q < Q; q++) attended[t * heads + head + q].add(of_chunk[q], d);
+        }
+      };
+      some.template operator()<most>(), some.template operator()<1>();
     }
 }
 }  // namespace
