@@ -137,7 +137,9 @@ class AdaptivePolicy:
             stats.wait, stats.trial_at = _WAIT, stats.num_rounds + _WAIT
             stats.used_at[plan.source] = 0
         for row, source in enumerate(sources):
-            for i in range(min(accepted[row] + 1, drafted[row]) if source is not None else 0):
+            if source is None:
+                continue
+            for i in range(min(accepted[row] + 1, drafted[row])):
                 is_right = i < accepted[row]
                 self._acceptance(source, matched[row]).add(float(is_right))
                 if confidences and confidences[row]:
