@@ -280,11 +280,7 @@ class Scheduler(Generic[Key]):
         cache = decoding.slots.prompt_view(sequence)
         tokens = sequence.history()[:, sequence.num_computed :][:, :num_tokens]
         is_last = sequence.num_computed + tokens.shape[1] == len(sequence.prompt)
-        if is_last and decoding.composer is not None:
-            logits = decoding.composer.prefill(decoding.runner, cache, sequence, tokens)
-        else:
-            passed = forward_early(decoding.runner, cache, tokens, decoding.depth, num_logits=int(is_last))
-            logits = passed.logits
+        logits = forward_early(decoding.runner, cache, tokens, decoding.depth, int(is_last)).logits
         sequence.num_computed += tokens.shape[1]
         if is_last:
             decoding.slots.join(sequence)  # without a row of the batch, `release` undoes it

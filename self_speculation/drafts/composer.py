@@ -1,8 +1,4 @@
-"""Drafts of a round: each row has the draft of one source, as a policy plans.
-
-For adaptive decoding, each prompt judges early exits: a pass tells how often each of them is right (see
-`measures.replay`).
-"""
+"""Drafts of a round: each row has the draft of one source, as a policy plans."""
 
 from __future__ import annotations
 
@@ -17,31 +13,26 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.drafts.draft import Draft, DraftSource, join
-from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import LookupDrafts, copied
 from self_speculation.drafts.policy import FixedPolicy, Match, RoundOutcome
 from self_speculation.model.captured_runner import num_captures
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner, PassRange, forward
-from self_speculation.model.short_head import ShortHead
-from self_speculation.transfers import AsyncRead, Stopwatch
-
-# The last positions of a prompt that judge exits.
-_JUDGING = 16
+from self_speculation.model.model_runner import ModelRunner, PassRange
+from self_speculation.transfers import Stopwatch
 
 
 class DraftComposer:
     """Drafts as a policy plans: by layers, by lookups or both, or not at all.
 
-    Reads from the device: those of the sources that draft.
+    Only the sources read from the device.
 
     Args:
         model: all its ranks make the same plans.
         sources: by name; layers have one head.
         lookups: each row has the longest match of these; the first one of equal length.
         vocab_size: width of the logits.
-        policy: an `AdaptivePolicy` learns from rounds and prompts.
+        policy: an `AdaptivePolicy` learns from rounds.
     """
 
     def __init__(
@@ -56,44 +47,13 @@ class DraftComposer:
         self._lookups, self._vocab_size = lookups, vocab_size
         self._learner = policy if isinstance(policy, AdaptivePolicy) else None
         self._stopwatch, self._num_graphs = Stopwatch(self._device), 0
-        self._guesses: list[tuple[Match, Sequence, int]] = []  # of the last round, and where they stand
-        # Of prompts since the last round: exits, positions, and a read of how many of these each had right.
-        self._judgements: list[tuple[list[str], int, AsyncRead]] = []
-
-    def prefill(self, runner: ModelRunner, cache: KVCache, sequence: Sequence, tokens: Tensor) -> Tensor:
-        """Prefill the last tokens [1, T] of a prompt; returns the logits [1, 1, V] after them.
-
-        For adaptive decoding, judge exits by the last tokens: would they have drafted what the model says?
-        Reads from the device: none before the next round, when the prompt's first token has been read.
-        """
-        width = tokens.shape[1]
-        names = self._learner.to_be_judged() if self._learner else []
-        exits = [source for name in names if isinstance(source := self._sources[name], LayerDrafts)]
-        if not exits:
-            return forward(runner, cache, tokens).logits
-        num_positions, states, first = min(width, _JUDGING), [], 0
-        hidden = runner.embed(tokens)
-        for last in (*(source.exit_layer for source in exits), len(runner.layers)):
-            hidden, first = runner.run_layers(cache, hidden, first, last), last
-            states.append(hidden[:, -num_positions:].clone())  # layers overwrite their input
-        drafter = exits[0].drafter
-        if isinstance(drafter.head, ShortHead):
-            drafter.head.seen.read_text(sequence.prompt, num_positions, may_grow=False)
-        states = [state.to(hidden.device) for state in states]
-        best = [drafter.logits(state, num_positions).argmax(-1) for state in states]  # [1, n] each
-        num_right = [(own == best[-1]).sum() for own in best[:-1]]
-        self._judgements.append((names, num_positions, AsyncRead(num_right)))
-        return runner.logits(hidden, 1)
 
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None) -> Draft:
         """Draft tokens for each row, see `DraftSource.draft`."""
         if self._learner:
             self._stopwatch, self._num_graphs = Stopwatch(self._device), num_captures(self._model)
-            self._learn_pending(self._learner)
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         plan = self._policy.plan(matches, limits)
-        pairs = zip(matches, batch.sequences, strict=True)
-        self._guesses = [(match, sequence, sequence.length) for match, sequence in pairs if match]
         chosen = plan.lookups or [False] * len(batch)
         matches = [match if has else None for match, has in zip(matches, chosen, strict=True)]
         drafts = []
@@ -130,16 +90,6 @@ class DraftComposer:
         matched = draft.matched or [0] * len(num_accepted)
         drafted = draft.sources, matched, draft.confidences, draft.lengths
         self._learner.learn(RoundOutcome(*drafted, num_accepted, seconds if is_typical else None))
-
-    def _learn_pending(self, learner: AdaptivePolicy) -> None:
-        """Learn from the guesses of the last round and the prompts since."""
-        for match, sequence, position in self._guesses:
-            if sequence.length > position:
-                is_right = sequence.ids_from(position)[0] == match.ids[0]
-                learner.see(match.source, match.matched, is_right)
-        for exits, num_positions, reading in self._judgements:
-            learner.score_exits(dict(zip(exits, reading.wait(), strict=True)), num_positions)
-        self._guesses, self._judgements = [], []
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""

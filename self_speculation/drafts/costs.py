@@ -1,4 +1,4 @@
-"""The cost of rounds: estimated from the bytes that passes read, corrected by those of adaptive decoding."""
+"""The cost of rounds: estimated from the bytes that passes read, corrected by rounds of adaptive decoding."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 64_000)
 _COSTS: Mapping[str, Sequence[float]] = {
     # Our operators on weights in 16 bits and, in four, on copies.
     "AVX512_VNNI": (1.0, 1.05, 1.2, 1.9, 3.4, 6.6, 13.0),
-    "AVX2": (1.0, 1.05, 1.2, 2.0, 4.5, 8.5, 17.0),
+    "AVX2": (1.0, 1.2, 1.45, 2.5, 4.1, 7.7, 15.4),
     "AVX512_VNNI, few bits": (1.0, 1.1, 1.2, 1.5, 2.8, 5.5, 11.0),
-    "AVX2, few bits": (1.1, 1.35, 1.8, 3.2, 6.2, 12.4, 25.0),
+    "AVX2, few bits": (1.35, 1.6, 2.6, 3.9, 6.5, 13.0, 26.5),
     "torch": (1.0, 1.1, 1.3, 1.6, 2.2, 3.5, 6.0),
     "torch, few bits": (1.7, 2.3, 3.0, 5.8, 11.0, 21.0, 42.0),
     "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # bound by memory
@@ -99,11 +99,35 @@ def _costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Sequence[floa
     return _COSTS[f"{kind}, few bits" if in_few_bits else kind]
 
 
-class PassTimes:
-    """Seconds of passes, learnt from rounds: one curve over the tokens of a verification, and one number for
-    each source's drafted token.
+class _Line:
+    """Seconds of a pass by its cost beyond a plain step, by least squares. Old observations decay.
 
-    Both begin as estimates, for which a plain step of one row takes a second. Old observations decay.
+    The estimated slope weighs as much as one pass that costs 0.3 plain steps more than a plain step. On a GPU
+    two tokens more cost half a hundredth of a step, and the noise of a pass is ten times that.
+    """
+
+    _PRIOR = 0.3**2
+
+    def __init__(self) -> None:
+        self._sums = numpy.zeros(5)  # of 1, x, x^2, y, x y
+
+    def add(self, excess: float, seconds: float, weight: float) -> None:
+        new = numpy.array((1.0, excess, excess**2, seconds, excess * seconds))
+        self._sums = _DECAY * self._sums + weight * new
+
+    def solve(self) -> tuple[float, float]:
+        """Seconds of a plain step, and of a plain step's cost more: without observations of it, as many."""
+        n, x, xx, y, xy = map(float, self._sums)
+        n, x, xx = n + self._PRIOR, x - self._PRIOR, xx + self._PRIOR
+        determinant = n * xx - x * x
+        return (xx * y - x * xy) / determinant, max(0.0, (n * xy - x * y) / determinant)
+
+
+class PassTimes:
+    """Seconds of passes, learnt from rounds: a line for each number of rows, and one number for each source's
+    drafted token.
+
+    Both begin as estimates, for which a plain step of one row takes a second.
 
     Args:
         relative_pass_cost: estimated cost of a pass over n tokens, relative to one.
@@ -111,74 +135,47 @@ class PassTimes:
 
     # Longer times count as this many times the expected time.
     _TOO_LONG = 3.0
-    # The estimated slope weighs as much as one pass that costs this many plain steps more than a plain step.
-    # On a GPU two tokens more cost half a hundredth of a step, and the noise of a pass is ten times that.
-    _PRIOR_EXCESS = 0.3
 
     def __init__(self, relative_pass_cost: Callable[[int], float]) -> None:
         self._pass_cost = relative_pass_cost
-        self._plain_steps: dict[int, DecayedMean] = {}  # by rows
-        self._slopes: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
-        self._draft_steps: dict[tuple[str | None, int], DecayedMean] = {}
+        self._lines: dict[int, _Line] = {}  # by rows
+        self._draft_steps: dict[tuple[str, int], DecayedMean] = {}  # measured over estimated
 
     def verification(self, num_rows: int) -> Callable[[int], float]:
         """Number of drafted tokens in each row -> time of their verification."""
-        plain, slope = self.plain_step(num_rows), self._slope(num_rows).value
-        return lambda num_drafted: plain * (1.0 + slope * self._estimated_excess(num_rows, num_drafted))
+        plain, slope = 1.0, 1.0
+        nearest = min(self._lines, key=lambda rows: abs(rows - num_rows), default=1)
+        if self._lines:
+            plain, slope = self._lines[nearest].solve()
+        ratio = self._pass_cost(num_rows) / self._pass_cost(nearest)
+        return lambda num_drafted: ratio * (plain + slope * self._excess(num_rows, num_drafted))
 
-    def plain_step(self, num_rows: int) -> float:
-        """A pass over one token of each row."""
-        if not self._plain_steps:
-            return self._pass_cost(num_rows)
-        known = min(self._plain_steps, key=lambda rows: abs(rows - num_rows))
-        return self._plain_steps[known].value * self._pass_cost(num_rows) / self._pass_cost(known)
-
-    def draft_step(self, source: str | None, num_rows: int, estimate: Callable[[int], float]) -> float:
-        """A drafted token of each row.
-
-        Args:
-            source: None: as estimated.
-            estimate: see `Arm.draft_step`.
-        """
-        expected = self.plain_step(num_rows) / self._pass_cost(num_rows) * estimate(num_rows)
-        known = self._draft_steps.get((source, num_rows))
-        if known is None:
-            return expected
-        # A slow first draft must not rule out a second one.
-        return known.value if known.count > 1.0 else min(known.value, expected)
-
-    def bounded(self, seconds: float, expected: float) -> float:
-        """A stall of the machine counts as a few times the expected time. Nothing is expected of a first
-        round.
-        """
-        return min(seconds, self._TOO_LONG * expected) if self._plain_steps else seconds
+    def draft_step(self, source: str, num_rows: int, estimate: Callable[[int], float]) -> float:
+        """A drafted token of each row; estimate: see `Arm.draft_step`."""
+        known = self._draft_steps.setdefault((source, num_rows), DecayedMean(1.0))
+        return known.value * self._estimated_step(num_rows, estimate)
 
     def add_draft(self, source: str, num_rows: int, seconds: float, estimate: Callable[[int], float]) -> None:
         """Learn the time of a drafted token, see `draft_step`."""
-        expected = self.draft_step(source, num_rows, estimate)
-        known = self._draft_steps.setdefault((source, num_rows), DecayedMean(0.0, weight=0.0))
-        known.add(self.bounded(seconds, expected))
+        seconds = self._bounded(seconds, self.draft_step(source, num_rows, estimate))
+        self._draft_steps[source, num_rows].add(seconds / self._estimated_step(num_rows, estimate))
 
     def add_verification(self, num_rows: int, num_drafted: int, seconds: float) -> None:
         """Learn the time of a verification of so many tokens in each row."""
-        excess = self._estimated_excess(num_rows, num_drafted)
-        expected = 1.0 + self._slope(num_rows).value * excess  # in plain steps
-        # The first round may include warm-up; use it for plain steps only.
-        if not self._plain_steps or (num_rows not in self._plain_steps and num_drafted):
-            self._plain_steps[num_rows] = DecayedMean(0.0, weight=0.0)
-            self._plain_steps[num_rows].add(seconds / expected, weight=0.1)
-            return
-        seconds = self.bounded(seconds, self.plain_step(num_rows) * expected)
-        if not num_drafted:
-            self._plain_steps.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(seconds)
-        elif excess > 0.0:
-            more = seconds / self.plain_step(num_rows) - 1.0
-            weight = min(1.0, (excess / self._PRIOR_EXCESS) ** 2)
-            self._slope(num_rows).add(max(0.0, more / excess), weight)
+        seconds = self._bounded(seconds, self.verification(num_rows)(num_drafted))
+        weight = 1.0 if num_rows in self._lines else 0.1  # the first round may include warm-up
+        line = self._lines.setdefault(num_rows, _Line())
+        line.add(self._excess(num_rows, num_drafted), seconds, weight)
 
-    def _slope(self, num_rows: int) -> DecayedMean:
-        return self._slopes.setdefault(num_rows, DecayedMean(1.0, weight=1.0))
+    def _bounded(self, seconds: float, expected: float) -> float:
+        """A stall of the machine counts as a few times the expected time. Nothing is expected of a first
+        round.
+        """
+        return min(seconds, self._TOO_LONG * expected) if self._lines else seconds
 
-    def _estimated_excess(self, num_rows: int, num_drafted: int) -> float:
-        """Cost of a verification beyond a plain step, in plain steps."""
+    def _estimated_step(self, num_rows: int, estimate: Callable[[int], float]) -> float:
+        return self.verification(num_rows)(0) / self._pass_cost(num_rows) * estimate(num_rows)
+
+    def _excess(self, num_rows: int, num_drafted: int) -> float:
+        """Estimated cost of a verification beyond a plain step, in plain steps."""
         return self._pass_cost(num_rows * (1 + num_drafted)) / self._pass_cost(num_rows) - 1.0

@@ -23,13 +23,11 @@ class Arm:
         priors: [i] prior acceptance of a token after i matched ones, the last one also after more; only [0]
             for layers.
         weight: of the priors, in observations.
-        is_judged: prompts tell its acceptance, see `AdaptivePolicy.score_exits`.
     """
 
     draft_step: Callable[[int], float] | None = None
     priors: Sequence[float] = (0.0,)
     weight: float = 2.0
-    is_judged: bool = False
 
 
 class Match(NamedTuple):

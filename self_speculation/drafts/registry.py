@@ -29,7 +29,7 @@ from self_speculation.model.short_head import ShortHead, default_vocabulary
 _LONGEST_MATCH = 4
 
 # Prior acceptance of a copy of all layers, and its weight: two rejections must not rule it out.
-_COPY_PRIOR, _TRUST_IN_COPY = (0.9,), 6.0
+_COPY_PRIOR, _TRUST_IN_COPY = (0.95,), 6.0
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
 
     for layer in context.exit_layers:
         drafter = context.drafter(layer)
-        arm = Arm(draft_step(layer), is_judged=True)
+        arm = Arm(draft_step(layer), weight=1.0)  # one good trial is enough
         if is_whole := layer == len(context.runner.layers):
-            arm = replace(arm, is_judged=False, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
+            arm = replace(arm, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
         yield LayerDrafts(drafter, layer, weights, arm, is_whole)
 
 

@@ -158,7 +158,7 @@ def test_statistics_change_for_one_thread_at_a_time():
     stats = ArmStats(grows)
     one, other = AdaptivePolicy({}, 4, stats), AdaptivePolicy({}, 4, stats)
     outcome = RoundOutcome([""], [0], [[]], [0], [0], (0.0, 1.0))
-    run_all(lambda: one.plan({}, [1]), lambda: other.learn(outcome))
+    run_all(lambda: one.plan([None], [1]), lambda: other.learn(outcome))
     assert crowd.most == 1
 
 
