@@ -75,6 +75,8 @@ class AdaptivePolicy:
 
     # Expected speed of drafts over that of plain steps, at least: it is an estimate.
     _MARGIN = 1.03
+    # The share of a round's tokens that another drafted one must add.
+    _TOO_FEW = 0.01
     # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
     _LONGEST_BY_LAYERS = 8
 
@@ -188,7 +190,10 @@ class AdaptivePolicy:
         tokens, seconds = float(len(chances)), self._seconds(name, len(chances))
         best, counts = Plan(None, 0, (), 0, tokens, seconds(0)), Counter(filter(None, chances))
         for k in range(1, longest + 1):
-            tokens += sum(number * chance**k for chance, number in counts.items())
+            more = sum(number * chance**k for chance, number in counts.items())
+            if more < self._TOO_FEW * tokens:  # nor do longer drafts, and planning takes time
+                break
+            tokens += more
             plan = Plan(name, longest, (), k, tokens, seconds(k))
             best = max(best, plan, key=lambda plan: plan.rate)
         return best
