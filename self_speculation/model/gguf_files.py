@@ -107,9 +107,10 @@ class Header:
             return self._number(_NUMBERS[kind])
         kind, number = self._number("I"), self._number("Q")
         if kind == _STRING:
-            for _ in range(number):
-                length = self._number("Q")
-                self._at += length
+            at, length_at = self._at, struct.Struct("<Q").unpack_from
+            for _ in range(number):  # of tokens, or of merges
+                at += 8 + length_at(self._bytes, at)[0]
+            self._at = at
             return number
         values = struct.unpack_from(f"<{number}{_NUMBERS[kind]}", self._bytes, self._at)
         self._at += struct.calcsize(f"<{number}{_NUMBERS[kind]}")
@@ -183,12 +184,11 @@ def load_in_few_bits(
         model = kind._from_config(config, dtype=torch.float32, **kwargs)
     dense: dict[str, Tensor] = {}
     packed: dict[str, tuple[Tensor, int, int]] = {}  # with rows and columns
-    for name, tensor, rows in _read_all(header, config, _bytes_or_float32):
-        if rows.dtype == torch.uint8:
-            weight = torch.ops.self_speculation.weight_of_file(rows, int(tensor.kind), tensor.shape[1])
+    for name, tensor, weight in _read_all(header, config, _bytes_or_float32):
+        if weight.dtype == torch.uint8:
             packed[name] = weight, *tensor.shape
         else:
-            dense[name] = rows
+            dense[name] = weight
     for name, matrix in packed.items():
         parent, _, child = name.removesuffix(".weight").rpartition(".")
         module, replaced = model.get_submodule(parent), model.get_submodule(name.removesuffix(".weight"))
@@ -217,7 +217,9 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
 def _read_all(
     header: Header, config: PretrainedConfig, read: Callable[[Path, TensorInFile], Tensor]
 ) -> Iterator[tuple[str, TensorInFile, Tensor]]:
-    """All weights, by the names of parameters, with transformers' order of rows; read on several threads."""
+    """All weights, by the names of parameters, with transformers' order of rows; read on several threads. Those
+    that are read as bytes are weights in few bits.
+    """
     architecture = header.metadata["general.architecture"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -234,7 +236,10 @@ def _read_all(
         # Nothing is computed: numpy need not know bfloat16.
         plain = weight.view(torch.int16) if weight.dtype.itemsize == 2 else weight
         rows = processor.process(weights=plain.numpy(), name=tensor.name).weights
-        return torch.from_numpy(np.ascontiguousarray(rows)).view(weight.dtype)
+        weight = torch.from_numpy(np.ascontiguousarray(rows)).view(weight.dtype)
+        if weight.dtype != torch.uint8:
+            return weight
+        return torch.ops.self_speculation.weight_of_file(weight, int(tensor.kind), tensor.shape[1])
 
     title, num_threads = f"reading {header.path.name}", torch.get_num_threads()
     with progress(title, num_bytes) as advance, ThreadPoolExecutor(num_threads) as threads:
