@@ -183,7 +183,7 @@ def load_in_few_bits(
     with init_empty_weights(include_buffers=False):
         model = kind._from_config(config, dtype=torch.float32, **kwargs)
     dense: dict[str, Tensor] = {}
-    packed: dict[str, tuple[Tensor, int, int]] = {}  # with rows and columns
+    packed: dict[str, tuple[Any, ...]] = {}  # with rows and columns
     for name, tensor, weight in _read_all(header, config, _bytes_or_float32):
         if weight.dtype == torch.uint8:
             packed[name] = weight, *tensor.shape
@@ -217,8 +217,8 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
 def _read_all(
     header: Header, config: PretrainedConfig, read: Callable[[Path, TensorInFile], Tensor]
 ) -> Iterator[tuple[str, TensorInFile, Tensor]]:
-    """All weights, by the names of parameters, with transformers' order of rows; read on several threads. Those
-    that are read as bytes are weights in few bits.
+    """All weights, by the names of parameters, in transformers' order of rows; read on several threads. What is
+    read as bytes becomes weights in few bits.
     """
     architecture = header.metadata["general.architecture"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
