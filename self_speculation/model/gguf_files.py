@@ -183,23 +183,23 @@ def load_in_few_bits(
     with init_empty_weights(include_buffers=False):
         model = kind._from_config(config, dtype=torch.float32, **kwargs)
     dense: dict[str, Tensor] = {}
-    packed: dict[str, tuple[Any, ...]] = {}  # with rows and columns
+    packed: dict[str, list[Any]] = {}  # bytes, rows and columns
     for name, tensor, weight in _read_all(header, config, _bytes_or_float32):
         if weight.dtype == torch.uint8:
-            packed[name] = weight, *tensor.shape
+            packed[name] = [weight, *tensor.shape]
         else:
             dense[name] = weight
-    for name, matrix in packed.items():
+    for name, (weight, rows, columns) in packed.items():
         parent, _, child = name.removesuffix(".weight").rpartition(".")
         module, replaced = model.get_submodule(parent), model.get_submodule(name.removesuffix(".weight"))
         if isinstance(replaced, nn.Embedding):
             scale = getattr(replaced, "scalar_embed_scale", None)
-            setattr(module, child, FewBitsEmbedding(*matrix, scale))
+            setattr(module, child, FewBitsEmbedding(weight, rows, columns, scale))
             if config.tie_word_embeddings:
-                model.set_output_embeddings(FewBitsLinear(*matrix))
+                model.set_output_embeddings(FewBitsLinear(weight, rows, columns))
         else:
             bias = dense.pop(name.removesuffix("weight") + "bias", None)
-            setattr(module, child, FewBitsLinear(*matrix, bias))
+            setattr(module, child, FewBitsLinear(weight, rows, columns, bias))
     model.load_state_dict(dense, strict=False, assign=True)
     model.tie_weights()
     return model.eval(), [name for name, weight in model.named_parameters() if weight.is_meta]
@@ -217,8 +217,8 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
 def _read_all(
     header: Header, config: PretrainedConfig, read: Callable[[Path, TensorInFile], Tensor]
 ) -> Iterator[tuple[str, TensorInFile, Tensor]]:
-    """All weights, by the names of parameters, in transformers' order of rows; read on several threads. What is
-    read as bytes becomes weights in few bits.
+    """All weights, by the names of parameters, in transformers' order of rows; read on several threads. Bytes
+    become weights in few bits.
     """
     architecture = header.metadata["general.architecture"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())

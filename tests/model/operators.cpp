@@ -20,6 +20,36 @@ void print(const char* name, const float* numbers, int64_t number) {
   for (int64_t i = 0; i < number; i++) std::printf("%s %.9g\n", name, numbers[i]);
 }
 
+Inputs rounded(Floats* memory, const std::vector<float>& x, int64_t tokens, int64_t columns, ScalarType type) {
+  const Inputs inputs(memory, tokens, columns, type);
+  std::vector<float> in_order(inputs.stride);
+  auto fill = [&](int64_t t, float* to) { std::copy_n(&x[t * columns], columns, to); };
+  for (int64_t t = 0; t < tokens; t++) inputs.put(t, fill, in_order.data());
+  return inputs;
+}
+
+// A block of 16 rows as a file has them, of arbitrary steps.
+void few_bits(const Format& format) {
+  constexpr int64_t columns = 512, groups = columns / GROUP;
+  const int64_t row_bytes = columns / (format.has_super ? SUPER : GROUP) * bytes_in_file(format.code);
+  std::vector<uint8_t> raw(BLOCK * row_bytes), block(format.to(groups));
+  for (uint8_t& each : raw) each = uint8_t(int(next() * 128));
+  for (int64_t row = 0; row < BLOCK; row++)
+    for (int64_t g = 0; g < groups; g++) {
+      const FileGroup group = group_in_file(format.code, &raw[row * row_bytes], g);
+      for (const uint8_t* number : {group.size, format.has_middle ? group.middle : group.size})
+        const_cast<uint8_t*>(number)[1] = 0x24;  // some hundredth
+    }
+  rearrange(format, format.code, raw.data(), row_bytes, 0, BLOCK, groups, block.data());
+  for (int64_t tokens : {1, 3}) {
+    const std::vector<float> x = random(tokens * columns);
+    std::vector<float> out(tokens * BLOCK);
+    auto memory = aligned(tokens * columns);
+    products_of_block(format, block.data(), rounded(memory.get(), x, tokens, columns, ScalarType::Byte).rounded, out.data());
+    print("few-bits", out.data(), out.size());
+  }
+}
+
 template <class Number>
 void products(const char* name, ScalarType type, int64_t columns) {
   constexpr int64_t rows = 4;
@@ -27,10 +57,11 @@ void products(const char* name, ScalarType type, int64_t columns) {
   for (float number : random(rows * columns)) w.push_back(Number(number));
   std::vector<float> x = random(9 * columns);
   for (int64_t tokens = 1; tokens < 10; tokens++) {
-    Inputs inputs(tokens, columns, type, [&](int64_t t, float* to) { std::copy_n(&x[t * columns], columns, to); });
+    auto memory = aligned(tokens * Inputs::stride_of(columns));
+    const Inputs inputs = rounded(memory.get(), x, tokens, columns, type);
     std::vector<float> out(tokens * ROWS);
     products_of_rows(w.data(), columns, rows, inputs, out.data());
-    print(name, out.data(), out.size());
+    for (int64_t t = 0; t < tokens; t++) print(name, &out[t * ROWS], rows);
   }
 }
 }  // namespace
@@ -40,16 +71,9 @@ int main() {
     products<float>("float", ScalarType::Float, columns);
     products<Half>("half", ScalarType::Half, columns);
     products<BFloat16>("bfloat16", ScalarType::BFloat16, columns);
-    int64_t groups = round_up(columns, GROUP) / GROUP;
-    std::vector<uint8_t> steps(groups * BYTES);
-    for (uint8_t& each : steps) each = uint8_t(int(next() * 128));
-    std::vector<BFloat16> scales;
-    for (float number : random(groups * 2 * BLOCK)) scales.push_back(BFloat16(number));
-    std::vector<float> x = random(3 * columns), out(3 * BLOCK);
-    Inputs inputs(3, columns, ScalarType::Byte, [&](int64_t t, float* to) { std::copy_n(&x[t * columns], columns, to); });
-    products_of_block(steps.data(), scales.data(), inputs, out.data());
-    print("int4", out.data(), out.size());
   }
+  for (const Format& format : FORMATS)
+    if (format.code) few_bits(format);
   constexpr int64_t d = 20, tokens = 2, start = 300;
   std::vector<float> queries = random(tokens * 3 * d), keys = random(SPAN * d), values = random(SPAN * d), memory(6 * d);
   for (int64_t window : {0, 150}) {

@@ -286,6 +286,29 @@ FileGroup group_in_file(int code, const uint8_t* row, int64_t group) {
   return to;
 }
 
+// Moves rows [.., groups of columns] of a file into blocks, which are zeros.
+void rearrange(const Format& format, int code, const uint8_t* raw, int64_t row_bytes, int64_t first, int64_t last,
+               int64_t groups, uint8_t* blocks) {
+  for (int64_t row = first; row < last; row++)
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t r = row % BLOCK;
+      uint8_t *numbers = blocks + row / BLOCK * format.to(groups) + format.to(g), *cell = numbers;
+      const FileGroup group = group_in_file(code, raw + row * row_bytes, g);
+      const bool begins = !format.has_super || g % (SUPER / GROUP) == 0;
+      if (format.has_super) {
+        cell += begins ? format.before() : 0;
+        for (int half = 0; half < GROUP / format.group; half++) {
+          uint8_t* at = cell + half * BLOCK * (1 + format.has_middle) + r;
+          *at = group.sizes[half];
+          if (format.has_middle) at[BLOCK] = group.middles[half];
+        }
+      }
+      if (begins) std::memcpy(numbers + 2 * r, group.size, 2);
+      if (begins && format.has_middle) std::memcpy(numbers + 2 * BLOCK + 2 * r, group.middle, 2);
+      put_steps(group.steps, r, format.bits - 4, cell + format.scales());
+    }
+}
+
 Tensor empty(std::initializer_list<int64_t> shape, int32_t dtype) {
   int64_t strides[4] = {1, 1, 1, 1}, n = shape.size();
   for (int64_t i = n - 1; i > 0; i--) strides[i - 1] = strides[i] * shape.begin()[i];
@@ -313,29 +336,8 @@ Tensor weight_of_file(const Tensor& from, int64_t code, int64_t columns) {
   Tensor weight = new_weight(format, rows, columns);
   const auto* raw = static_cast<const uint8_t*>(from.const_data_ptr());
   auto* blocks = static_cast<uint8_t*>(weight.mutable_data_ptr()) + HEADER;
-  const int64_t groups = columns / GROUP, row_bytes = from.size(1);
   torch::stable::parallel_for(0, round_up(rows, BLOCK) / BLOCK, 1, [&](int64_t first, int64_t last) {
-    for (int64_t row = first * BLOCK; row < std::min(rows, last * BLOCK); row++)
-      for (int64_t g = 0; g < groups; g++) {
-        const int64_t r = row % BLOCK;
-        uint8_t* cell = blocks + row / BLOCK * format.to(groups) + format.to(g);
-        FileGroup group = group_in_file(int(code), raw + row * row_bytes, g);
-        uint8_t* numbers = cell;
-        if (format.has_super) {
-          if (g % 8 == 0) cell += format.before();
-          else numbers = nullptr;
-          for (int half = 0; half < GROUP / format.group; half++) {
-            uint8_t* at = cell + half * BLOCK * (1 + format.has_middle) + r;
-            *at = group.sizes[half];
-            if (format.has_middle) at[BLOCK] = group.middles[half];
-          }
-        }
-        if (numbers) {
-          std::memcpy(numbers + 2 * r, group.size, 2);
-          if (format.has_middle) std::memcpy(numbers + 2 * BLOCK + 2 * r, group.middle, 2);
-        }
-        put_steps(group.steps, r, format.bits - 4, cell + format.scales());
-      }
+    rearrange(format, int(code), raw, from.size(1), first * BLOCK, std::min(rows, last * BLOCK), columns / GROUP, blocks);
   });
   return weight;
 }
