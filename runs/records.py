@@ -25,7 +25,7 @@ import self_speculation
 from arguments import read_run
 from runs import ranks
 from runs.failures import Failed
-from self_speculation.model.few_bits import formats_of
+from self_speculation.model.few_bits import formats_of, num_parameters
 from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.threads import most_threads
@@ -161,7 +161,7 @@ def describe_model(name: str, model: PreTrainedModel, device: torch.device | Non
     return {
         "model": name,
         "num_layers": model.config.num_hidden_layers,
-        "num_parameters": model.num_parameters(),
+        "num_parameters": num_parameters(model),
         "dtype": formats_of(model) or str(model.dtype).removeprefix("torch."),
         "computed_in": str(activation_dtype(model)).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,

@@ -241,9 +241,9 @@ class LoadingOptions:
     seed: int = 42
     """Seed of all random generators."""
     dtype: DtypeName = "auto"
-    """Number format of weights; auto: the checkpoint's own, and half for a .gguf file on a GPU; half:
-    bfloat16 if the device computes in it, else float16. A CPU multiplies 16-bit weights by float32
-    activations."""
+    """Number format of weights; auto: the checkpoint's own, those of a .gguf file in its own few bits, on a
+    GPU in half; half: bfloat16 if the device computes in it, else float16. A CPU multiplies 16-bit weights by
+    float32 activations."""
     prefill_dtype: PrefillDtype = "auto"
     """How a CPU reads long prompts; decoding is in float32. bfloat16: by products in bfloat16, with AMX or
     AVX512_BF16 and 16-bit weights. auto: generate.py, benchmark.py and sweep.py do so for checkpoints in
@@ -255,7 +255,8 @@ class LoadingOptions:
     or, in train.py, a share of weights, gradients and optimizer on each (fsdp). In one process: some layers
     on each and the rest in memory (pipeline)."""
     quantization: Quantization = "none"
-    """Hold the layers' weights in this many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
+    """Hold the layers' weights in this many bits: on a CPU rounded for its operators, on a GPU by torchao
+    (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by transformers' layers."""
     compile: bool = False

@@ -7,12 +7,13 @@ are float32. The bits of a token do not depend on the pass, so prompts, drafts a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 # By their numbers in files: matrices that are read as they are.
 FORMATS = {
@@ -73,7 +74,7 @@ class FewBitsLinear(_FewBits):
         product = torch.ops.self_speculation.project(
             flat, [], 0.0, False, weight, self.bias is not None, self.out_features
         )
-        return product.view(*x.shape[:-1], -1).to(x.dtype)
+        return product.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class FewBitsEmbedding(_FewBits):
@@ -88,7 +89,7 @@ class FewBitsEmbedding(_FewBits):
         self.num_embeddings, self.embedding_dim, self.scale = rows, columns, scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self.rows(ids.flatten()).view(*ids.shape, -1)
+        rows = self.rows(ids.flatten()).view(*ids.shape, self.embedding_dim)
         return rows if self.scale is None else rows * self.scale
 
 
@@ -112,9 +113,19 @@ def is_in_few_bits(model: Any) -> bool:
 def formats_of(model: nn.Module) -> str:
     """Names of the formats of a model's matrices, those with most bytes first; empty: none is in few bits."""
     sizes = Counter[str]()
-    for weight in {id(part): part.weight for part in model.modules() if isinstance(part, _FewBits)}.values():
-        sizes[FORMATS.get(int(weight[0]), "int4")] += weight.nbytes
-    return ", ".join(name for name, _ in sizes.most_common())
+    for part in _matrices(model):
+        sizes[FORMATS.get(int(part.weight[0]), "int4")] += part.weight.nbytes
+    return "/".join(name for name, _ in sizes.most_common())
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    """Numbers in all weights, whatever their format."""
+    return model.num_parameters() + sum(part.shape.numel() for part in _matrices(model))
+
+
+def _matrices(model: nn.Module) -> Iterable[_FewBits]:
+    """Those in few bits; a head that shares its weight with the embedding counts once."""
+    return {id(part.weight): part for part in model.modules() if isinstance(part, _FewBits)}.values()
 
 
 def mean_bytes_per_weight(*modules: nn.Module) -> float:

@@ -75,7 +75,7 @@ class Header:
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as self._bytes,
             ):
                 self._read()
-        except (IndexError, KeyError, OverflowError, ValueError, struct.error) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as error:
             raise ValueError(f"the file is cut short or damaged, or cannot be read ({error})") from error
 
     def _read(self) -> None:
@@ -89,6 +89,8 @@ class Header:
         self.tensors = [tensor._replace(start=start + tensor.start) for tensor in found]
         if any(tensor.start + tensor.num_bytes > len(self._bytes) for tensor in self.tensors):
             raise ValueError("it ends before its last tensor")
+        if not isinstance(self.metadata["general.architecture"], str):
+            raise ValueError("its architecture has no name")
 
     def _number(self, kind: str) -> Any:
         (number,) = struct.unpack_from(f"<{kind}", self._bytes, self._at)
@@ -175,13 +177,11 @@ def has_few_bits(header: Header) -> bool:
     return in_few_bits and not unread_formats(header)
 
 
-def load_in_few_bits(
-    header: Header, config: PretrainedConfig, kwargs: Mapping[str, Any]
-) -> tuple[PreTrainedModel, list[str]]:
+def load_in_few_bits(header: Header, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
     """A model with the file's own bits in place of matrices, and the names of parameters that it lacks."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with init_empty_weights(include_buffers=False):
-        model = kind._from_config(config, dtype=torch.float32, **kwargs)
+        model = kind._from_config(config, dtype=torch.float32)
     dense: dict[str, Tensor] = {}
     packed: dict[str, list[Any]] = {}  # bytes, rows and columns
     for name, tensor, weight in _read_all(header, config, _bytes_or_float32):

@@ -90,6 +90,7 @@ def _load() -> CPUOperators:
     torch.library.register_fake("self_speculation::run_layers", lambda *_: None)
     torch.library.register_fake("self_speculation::project", _fake_project)
     torch.library.register_fake("self_speculation::int4_round", _fake_round)
+    torch.library.register_fake("self_speculation::rows_of_weight", _fake_rows)
     return CPUOperators(variant)
 
 
@@ -173,6 +174,10 @@ def _is_own(path: Path) -> bool:
 
 def _fake_project(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape[0], others[-1])
+
+
+def _fake_rows(weight: Tensor, ids: Tensor, *others: Any) -> Tensor:
+    return weight.new_empty(len(ids), others[-1], dtype=torch.float32)
 
 
 def _fake_round(weight: Tensor, counts: Tensor) -> Tensor:

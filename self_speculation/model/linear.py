@@ -146,7 +146,7 @@ class Linear:
     def rows(self, ids: Tensor) -> Tensor:
         """[n, in] some rows of the weight of a single projection."""
         if self.is_in_few_bits:
-            return self.projections[0].rows(ids.flatten()).view(*ids.shape, -1)
+            return self.projections[0].rows(ids.flatten()).view(*ids.shape, self.shape[1])
         (weight,) = self.weights
         return weight.data[ids.to(weight.device)]
 

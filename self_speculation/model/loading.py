@@ -108,7 +108,8 @@ def with_fast_prompts(model: str, options: LoadingOptions, config: PretrainedCon
     """Where `prefill_dtype` is auto, read long prompts of checkpoints in bfloat16 in that format, as
     transformers does, if this processor computes in it.
     """
-    if options.prefill_dtype != "auto" or not computes_bfloat16() or adapted_model(model, options):
+    is_plain = options.prefill_dtype == "auto" and options.quantization == "none"
+    if not is_plain or not computes_bfloat16() or adapted_model(model, options):
         return options
     own = _own_dtype(model, options, config, resolve_device(options.device))
     return replace(options, prefill_dtype="bfloat16") if own == torch.bfloat16 else options
@@ -192,7 +193,7 @@ def load_model_and_tokenizer(
             kwargs["rope_parameters"] = config.rope_parameters
         in_few_bits = header is not None and not adapted and _is_in_few_bits(header, options, device)
         own = None if adapted or in_few_bits else _own_dtype(model, options, config, device)
-        if own is None and options.prefill_dtype == "bfloat16":
+        if (own is None or bits is not None) and options.prefill_dtype == "bfloat16":
             raise LoadingError(
                 "prefill_dtype bfloat16: needs weights in 16 bits and products in float32, so dtype auto,"
                 " fuse True, parallel data, quantization none, no adapter, and a fused family"
@@ -239,11 +240,7 @@ def _load(
         kind, where, kwargs["config"] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, config
         dtype = torch.float32 if isinstance(kwargs["dtype"], str) else kwargs["dtype"]
     if header is not None and in_few_bits:
-        own = {
-            name: kwargs[name]
-            for name in kwargs.keys() - {"config", "dtype", "device_map", "use_safetensors"}
-        }
-        loaded, absent = load_in_few_bits(header, config, own)
+        loaded, absent = load_in_few_bits(header, config)
     else:
         if header is not None:
             kwargs["state_dict"] = read_weights(header, config, dtype)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import (
     generate,
     ids_of,
     in_batch,
+    needs_operators,
     own_llama,
     tiny_llama,
 )
@@ -157,6 +159,8 @@ def test_scripts_read_prompts_as_transformers_does(
     found = with_fast_prompts(str(tmp_path), asked, load_config(str(tmp_path), asked)).prefill_dtype
     is_fast = dtype == torch.bfloat16 and has_bfloat16 and cpu_operators().variant is not None
     assert found == ("bfloat16" if is_fast else "auto")
+    rounded = replace(asked, quantization="int8")  # it has its own products
+    assert with_fast_prompts(str(tmp_path), rounded, load_config(str(tmp_path), asked)) == rounded
 
 
 @pytest.mark.parametrize(
@@ -166,6 +170,7 @@ def test_scripts_read_prompts_as_transformers_does(
         ({"dtype": "float32"}, True, "dtype auto"),
         ({"dtype": "bfloat16"}, True, "dtype auto"),
         ({"fuse": False}, True, "fuse True"),
+        pytest.param({"quantization": "int8"}, True, "quantization none", marks=needs_operators),
         ({"prefill_dtype": "float16"}, True, "'float16': must be one of auto, float32, bfloat16"),
     ],
 )

@@ -24,7 +24,13 @@ from transformers import AutoModelForCausalLM
 
 from self_speculation import LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files
-from self_speculation.model.few_bits import FORMATS, FewBitsEmbedding, FewBitsLinear, formats_of
+from self_speculation.model.few_bits import (
+    FORMATS,
+    FewBitsEmbedding,
+    FewBitsLinear,
+    formats_of,
+    num_parameters,
+)
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.model_runner import forward
 from self_speculation.model.quantized_layers import quantize
@@ -163,6 +169,7 @@ def test_a_file_is_read_in_its_own_bits(kind, tied, byte_tokenizer, tmp_path):
     """
     loaded, model = model_of_file(kind, byte_tokenizer, tmp_path, tie_word_embeddings=tied)
     assert formats_of(loaded) == kind
+    assert num_parameters(loaded) == model.num_parameters()
     assert not [name for name, weight in loaded.named_parameters() if weight.dim() > 1]
     embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
     assert (embedding.weight is head.weight) == tied
@@ -204,9 +211,11 @@ def test_a_model_in_few_bits_is_saved_in_float32(byte_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("way", ["layers", "adaptive", "n-grams"])
+@pytest.mark.parametrize("way", ["layers", "adaptive", "n-grams", "short head"])
 def test_all_ways_to_decode_agree(way, bits):
-    """Guards against inputs that are rounded otherwise in a wider pass: drafts would change the text."""
+    """Guards against inputs that are rounded otherwise in a wider pass: drafts would change the text; and
+    against a short head without rows of seen ids.
+    """
     model = own_llama(hidden_size=40, intermediate_size=72)
     quantize(model, bits)
     fuse(model)

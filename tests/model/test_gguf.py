@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import gguf
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files, loading
+from self_speculation.model.gguf_files import Header
 from self_speculation.model.loading import load_config
 
 
@@ -155,6 +157,23 @@ def test_a_truncated_file_is_refused(share, written, cache):
     line = error_line(LoadingError, load_model_and_tokenizer, str(written))
     assert "the file is cut short or damaged" in line
     assert not cache.exists()
+
+
+def test_a_damaged_header_is_refused_in_one_line(written):
+    """Guards against a traceback, an endless loop and gigabytes of memory: any byte may be another."""
+    content, random, refusals = written.read_bytes(), Random(0), []
+    end = Header(written).tensors[0].start
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(random.choice((1, 8))):
+            damaged[random.randrange(end)] = random.randrange(256)
+        written.write_bytes(damaged)
+        try:
+            load_config(str(written))
+        except LoadingError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert not any("\n" in line for line in refusals)
 
 
 def test_a_file_without_a_tokenizer_is_refused(text_model, byte_tokenizer, tmp_path, monkeypatch):

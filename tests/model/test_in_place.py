@@ -271,6 +271,7 @@ def test_bad_arguments_are_refused():
             ("starts", torch.tensor([5000])), ("starts", torch.tensor([0, 0])), ("first_slot", 7),
             ("weights", tensors[:-1]), ("weights", [*tensors, tensors[0]]),
             ("weights", [t.double() for t in tensors]), ("caches", caches[:-1]),
+            ("weights", [t.bfloat16() if i == 3 else t for i, t in enumerate(tensors)]),  # of keys alone
             ("caches", [c[..., :4] for c in caches]), ("rotations", []), ("rotations", [tables[0][:, :1]]),
         ]:  # fmt: skip
             with pytest.raises((RuntimeError, ValueError, IndexError)):

@@ -9,8 +9,6 @@
 //     numbers v, in their order.
 // A number is (step - offset) * size + middle.
 #pragma once
-#include <optional>
-
 #include "vectors.h"
 
 namespace {

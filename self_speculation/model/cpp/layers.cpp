@@ -333,12 +333,13 @@ void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, 
     STD_TORCH_CHECK(std::equal(own + 1, own + 4, of_layers + 1) && own[1] % own[2] == 0 && own[5] >= 0 &&
                         own[5] < int64_t(rotations.size()) && own[6] >= SILU && own[6] <= RELU_SQUARED,
                     "numbers: not those of layers of one shape");
-    layers.emplace_back(next, own, of_floats + 7 * i, size, d);
+    const Layer& layer = layers.emplace_back(next, own, of_floats + 7 * i, size, d);
+    STD_TORCH_CHECK(layer.query.type == layer.key.type && layer.query.type == layer.value.type && layer.gate.type == layer.up.type,
+                    "weights: those of the same inputs differ in dtype");
   }
   STD_TORCH_CHECK(next == weights.data() + weights.size(), "weights: not as many as the layers have");
   Pass(layers, states, tokens, size, caches, rotations, of_rows, rows, first_slot).run();
 }
-
 
 constexpr int64_t MOST_ROUNDED = 64;
 
