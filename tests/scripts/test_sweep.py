@@ -15,7 +15,7 @@ import generate
 import sweep
 from arguments import GenerationConfig, ModelArguments
 from measures import sweeping
-from measures.replay import Costs, costs_of, predicted_cell
+from measures.replay import Costs, costs_of, replayed
 from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
@@ -55,22 +55,22 @@ def test_a_predicted_cell_is_the_median_example_with_its_interval():
     leaves out the prompt.
     """
 
-    def example(match, prefill_time=0.0):
-        return {
-            "tokens": [1] * 10, "num_tokens": 10, "max_tokens": 100, "prefill_time": prefill_time,
-            "matches": {"2": match * 10},
-        }  # fmt: skip
-
-    def cell_of(examples):
-        return predicted_cell(examples, Costs(1.0, {2: [(2, 1.5)]}), 2, 2)
+    def cell_of(*examples):
+        """The row of examples of ten tokens, which an exit guesses always or never after so many seconds."""
+        costs, records = Costs(1.0, {2: [(2, 1.5)]}), []
+        for index, (match, prefill_time) in enumerate(examples):
+            record = {"index": index, "tokens": [1] * 10, "num_tokens": 10, "max_tokens": 100}
+            record |= {"matches": {"2": match * 10}, "prefill_time": prefill_time}
+            records.append(replayed(record, costs, (2, 2)))
+        return sweeping._row("predicted", (2, 2), records)
 
     # Three rounds of two draft steps and a verification, or eight of them and a last one of one draft step.
     always, never = 9 / (3 * 1.5), 9 / (8 * 1.5 + 1.25)
-    assert cell_of([*[example("1")] * 12, example("0", 1000.0)])["speedup"] == pytest.approx(always)
-    assert cell_of([example("1", 4.5)])["speedup"] == pytest.approx((4.5 + 9) / (4.5 + 4.5))
-    cell = cell_of([example("1"), example("0")] * 5)
+    assert cell_of(*[("1", 0.0)] * 12, ("0", 1000.0))["speedup"] == pytest.approx(always)
+    assert cell_of(("1", 4.5))["speedup"] == pytest.approx((4.5 + 9) / (4.5 + 4.5))
+    cell = cell_of(*[("1", 0.0), ("0", 0.0)] * 5)
     assert (cell["speedup_low"], cell["speedup_high"]) == pytest.approx((never, always), rel=0.05)
-    cell = cell_of([example("1")] * 4)
+    cell = cell_of(*[("1", 0.0)] * 4)
     assert cell["speedup_low"] is cell["speedup_high"] is None
 
 
@@ -155,10 +155,9 @@ def test_frame_and_last_lines_are_of_one_cell(
     were measured, and a cell of few prompts that looks certain.
     """
     drawn = watch(monkeypatch, sweeping, "heat_maps")
-    monkeypatch.setattr(sweeping, "predicted_cell", cell_of_speedup(2.0, "predicted"))
-    monkeypatch.setattr(
-        sweeping.Sweep, "measure_cell", lambda _, cell: cell_of_speedup(0.5, "measured")([], None, *cell)
-    )
+    speeds = {"predicted": {"speedup": 2.0}, "measured": {"speedup": 0.5}}
+    made = sweeping._row
+    monkeypatch.setattr(sweeping, "_row", lambda mode, *rest: made(mode, *rest) | speeds[mode])
     assert sweep.main([*common, "--num_samples", "1", "--verify_top", verified]) == 0
     best = about(only_run(tmp_path))["metrics"]["best"]
     assert best["speedup"] == speedup
@@ -171,12 +170,6 @@ def test_frame_and_last_lines_are_of_one_cell(
     assert (output.splitlines()[-2] == slower) == (verified == "2")
     said = "note: these prompts do not tell which strategy is faster: there are fewer than five"
     assert " ".join(output.split()).count(said) == 1
-
-
-def cell_of_speedup(speedup, mode):
-    return lambda _records, _costs, exit_layer, num_speculations: {
-        "mode": mode, "exit_layer": exit_layer, "num_speculations": num_speculations, "speedup": speedup,
-    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("timeless")
@@ -210,9 +203,9 @@ def test_copies_may_use_all_layers(common, tmp_path, capsys):
 
 def test_all_layers_of_a_copy_are_in_the_grid_by_default():
     """Guards against a grid that ends before the best exit of a model without early exits."""
-    assert SweepArguments().exit_layers(30, with_all=True) == [*range(1, 16), 30]
-    assert SweepArguments().exit_layers(30, with_all=False) == [*range(1, 16)]
-    assert SweepArguments(exit_layer_last=2).exit_layers(30, with_all=True) == [1, 2]
+    assert SweepArguments().exit_layers(30, of_copy=True) == [*range(1, 16), 30]
+    assert SweepArguments().exit_layers(29, of_copy=False) == [*range(1, 16)]
+    assert SweepArguments(exit_layer_last=2).exit_layers(30, of_copy=True) == [1, 2]
 
 
 def by_eval(args):
