@@ -77,7 +77,7 @@ def test_a_predicted_cell_is_the_median_example_with_its_interval():
 @pytest.fixture
 def common(model_folder, tmp_path):
     grid = ["--exit_layer_last", "3", "--num_speculations_last", "4", "--sample", "False"]
-    return [*small_run(model_folder, tmp_path, 6, 24), *grid]
+    return [*small_run(model_folder, tmp_path, 3, 24), *grid]
 
 
 @pytest.fixture
@@ -105,11 +105,11 @@ def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra):
     """Guards against a replay that drafts, accepts or ends otherwise than decoding does; with a short
     vocabulary, also against drafts that know ids too early or too late.
     """
+    common += ["--num_speculations_step", "3", *extra]
     for mode in ("predicted", "measured"):
-        output = ["--output_dir", str(tmp_path / mode / "logs")]
-        assert sweep.main([*common, "--num_samples", "3", *extra, "--mode", mode, *output]) == 0
+        assert sweep.main([*common, "--mode", mode, "--output_dir", str(tmp_path / mode / "logs")]) == 0
     predicted, measured = table(tmp_path / "predicted"), table(tmp_path / "measured")
-    assert len(predicted) == 12
+    assert len(predicted) == 6
     pandas.testing.assert_frame_equal(predicted[COUNTS], measured[COUNTS])
     assert (predicted["num_tokens"] == measured["num_tokens"]).all()
     assert (predicted[["total_time", "speedup", "tokens_per_second_median"]] > 0).all(axis=None)
@@ -120,7 +120,7 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     cell than the best one, and counts that --tuned does not hand on to --draft_vocabulary.
     """
     monkeypatch.setattr("measures.sweeping._PROMPTS", 1)
-    assert sweep.main([*common, "--verify_top", "2"]) == 0
+    assert sweep.main([*common, "--num_speculations_last", "3", "--verify_top", "2"]) == 0
     folder = only_run(tmp_path)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
@@ -129,7 +129,7 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     files = "records.jsonl, run.json, sweep.csv, sweep.pdf, sweep.png, vocabulary.json"
     assert f"\n{folder}/: {files}\n" in output
     modes = re.findall("^ *(measured|predicted) +[0-9]", output, re.MULTILINE)
-    assert modes == ["measured"] * 2 + ["predicted"] * 12
+    assert modes == ["measured"] * 2 + ["predicted"] * 9
     assert len(re.findall(" predicted, .* measured$", output, re.MULTILINE)) == 2
     best = run["metrics"]["best"]
     assert output.splitlines()[-1] == (
@@ -137,11 +137,11 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
         f"--num_speculations {best['num_speculations']}"
     )
     rows = pandas.read_csv(folder / "sweep.csv")
-    assert rows["mode"].value_counts().to_dict() == {"predicted": 12, "measured": 2}
+    assert rows["mode"].value_counts().to_dict() == {"predicted": 9, "measured": 2}
     assert best["speedup"] == pytest.approx(rows[rows["mode"] == "measured"]["speedup"].max())
     costs = run["metrics"]["costs"]
     assert costs["plain_step"] > 0
-    assert {layer: len(points) for layer, points in costs["rounds"].items()} == {"1": 3, "2": 3, "3": 3}
+    assert {layer: len(points) for layer, points in costs["rounds"].items()} == {"1": 2, "2": 2, "3": 2}
     records = pandas.read_json(folder / "records.jsonl", lines=True)
     assert counts(str(folder), ModelArguments(common[1])) == Counter(records["tokens"].explode())
 
