@@ -18,14 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from arguments import (
-    BatchArguments,
-    DataArguments,
-    GenerationConfig,
-    ModelArguments,
-    parse,
-    refuse,
-)
+from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, parse, refuse
 from runs.failures import check_writable
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned

@@ -17,15 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from arguments import (
-    BatchArguments,
-    DataArguments,
-    GenerationConfig,
-    ModelArguments,
-    at_least,
-    parse,
-    refuse,
-)
+from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, at_least, parse, refuse
 from runs.program import run
 from runs.validation import validate
 
