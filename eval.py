@@ -30,9 +30,8 @@ from lm_eval._cli.run import Run
 
 from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse
 from runs.failures import check_writable
+from runs.flags import TuningArguments, counts, tuned, validate
 from runs.program import run
-from runs.tuning import TuningArguments, counts, tuned
-from runs.validation import validate
 from self_speculation.config import SAMPLING_RULES
 
 # Flags that override settings of tasks, and the harness's names of these settings.

@@ -22,7 +22,6 @@ from typing import Literal
 
 from arguments import (
     BatchArguments,
-    DataArguments,
     GenerationConfig,
     ModelArguments,
     at_least,
@@ -31,9 +30,9 @@ from arguments import (
     parse,
     refuse,
 )
+from data import DataArguments
+from runs.flags import COUNTS, counts, validate
 from runs.program import run
-from runs.tuning import COUNTS, counts
-from runs.validation import validate
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if config.shared_lookup:
         refuse(f"--shared_lookup {config.shared_lookup}: must be 0, each cell has the same prompts")
-    validate(model_args, config, data_args, hint=None)
+    validate(model_args, config, data_args.chat, hint=None)
 
     from measures.sweeping import Measured, Predicted
     from runs.examples import run_experiment
@@ -114,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = dataclasses.replace(config, **cell)
     if args.mode == "predicted" and not is_replayable(config):
         refuse("--mode predicted: needs drafts of layers and of one length; use --mode measured")
-    model_config = read_config(model_args)
-    num_layers, is_copy = model_config.num_hidden_layers, config.draft_weights != "exact"
+    num_layers, is_copy = read_config(model_args).num_hidden_layers, config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1
     exit_layers = args.exit_layers(last, is_copy)
     if not exit_layers:
@@ -126,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
     grid = [(layer, k) for layer in exit_layers for k in lengths]
     make = partial(Measured if args.mode == "measured" else Predicted, grid=grid, verify_top=args.verify_top)
-    flags = (model_args, config, data_args, args, batch)
-    return run_experiment("sweep", make, *flags, model_config, counted)
+    return run_experiment("sweep", make, model_args, config, data_args, args, batch, counted)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from runs import ranks
 from runs.failures import reason
 from runs.heading import counted, machine
 from runs.records import Record, describe, describe_model
-from runs.startup import join_ranks, load_generator, model_name
+from runs.startup import load_generator, model_name
 from runs.status import print_status
 
 _NAME = "self_speculation"  # what lm_eval calls our model
@@ -46,7 +46,7 @@ def evaluate(
 
     `config` has the settings that tasks do not have, such as the exit layer; `args` has lm_eval's flags.
     """
-    join_ranks(model_args)
+    ranks.join_as_one(model_args.parallel)
     try:
         request_config(args.gen_kwargs, config, None)
     except UnsupportedError as error:

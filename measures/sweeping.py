@@ -23,11 +23,11 @@ from measures.replay import Cell, Costs, costs_of, replayed
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
 from runs.failures import failed
+from runs.flags import COUNTS
 from runs.heading import counted, heading, note
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
-from runs.tuning import COUNTS
 from self_speculation import Request
 from self_speculation.decoding.processors import config_processors
 from self_speculation.drafts.registry import make_drafter

@@ -16,8 +16,8 @@ import sweep
 from arguments import GenerationConfig, ModelArguments
 from measures import sweeping
 from measures.replay import Costs, costs_of, replayed
+from runs.flags import TuningArguments, counts, tuned
 from runs.heading import heading
-from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
 from self_speculation.model.linear import Linear
 from sweep import SweepArguments
