@@ -6,8 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.decoding.texts import decode
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking, decode
 from self_speculation.model.families import context_length
 from serving.flags import ServeArguments
 from serving.protocol import APIError, ChatRequest, CompletionRequest
