@@ -226,7 +226,7 @@ class ThinkingReader:
 
     @property
     def incomplete(self) -> str:
-        """The text of the last tokens, if their last character is incomplete; empty for outputs that think."""
+        """The text of the last tokens if a character is incomplete; empty for an output that may think."""
         return self._text.rest() if self._text.is_waiting and not self._thinks else ""
 
     def _take(self, parts: Iterable[Part]) -> None:
