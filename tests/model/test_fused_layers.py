@@ -200,11 +200,11 @@ def test_hooks_may_write_to_their_modules(model):
         module.register_forward_hook(count)
     fuse(model)
     strategy = make_strategy("autoregressive")
-    config = GenerationConfig(sample=False, reuse_cache=True, max_steps=20)
+    config = GenerationConfig(sample=False, reuse_cache=True, max_steps=8)
 
     def assert_followed():
         found = strategy.generate_token_ids(model, PROMPT, [], config).predicted_tokens
-        assert found == transformers_generate(model, PROMPT, 20, -1)
+        assert found == transformers_generate(model, PROMPT, 8, -1)
         return fused_model(model)[0]
 
     parts = assert_followed()

@@ -36,7 +36,7 @@ def test_rows_are_copied_once(fused, monkeypatch):
     """Guards against new copies for each answer, and against a copy in four bits of the whole head."""
     model, copied = own_llama(fused=fused), watch(monkeypatch, Linear, "select_rows")
     for weights in ("exact", "int4", "int4"):
-        generate(model, PROMPT, draft_vocabulary=12, draft_weights=weights, **DRAFTS)
+        generate(model, PROMPT, draft_vocabulary=12, draft_weights=weights, **{**DRAFTS, "max_steps": 4})
     (((whole, _), rows),) = copied
     assert "int4" in rows.copies
     assert "int4" not in whole.copies

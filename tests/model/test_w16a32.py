@@ -83,7 +83,7 @@ def test_scaled_embeddings_are_not_rounded():
 shared_pair = functools.cache(pair)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     way=st.sampled_from(sorted(ALL_WAYS)),
