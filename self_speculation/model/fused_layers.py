@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
+from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.families import has_fused_layers
 from self_speculation.model.few_bits import FewBitsLinear
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kernels import cpu_operators
-from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import BFloat16Linear, Linear, Slot, replace_linears, tensors_in
 from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
 from self_speculation.model.unsupported_hooks import replaced_forward
@@ -297,7 +297,7 @@ class FusedLayer:
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = RMSNorm(attention.q_norm), RMSNorm(attention.k_norm)
 
-    def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
+    def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
         heads = self.linears[0](self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
@@ -307,7 +307,7 @@ class FusedLayer:
             queries_keys = torch.cat((self._query_norm(queries), self._key_norm(keys)), 1)
         rotated = context.rotate(queries_keys)
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
-        all_keys, all_values = cache.append(keys, values, self.index)
+        all_keys, all_values = context.append(keys, values, self.index)
         attended = self._attend(queries, all_keys, all_values, context)
         _, out, gate_up, down = self.linears
         hidden = _add(hidden, out, attended, self._attended_norm)
@@ -318,7 +318,7 @@ class FusedLayer:
             _add(piece, down, self._activation(gate).mul_(up), self._output_norm)
         return hidden
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
 
         Query heads that share keys become more queries of one head: no fast kernel takes grouped heads with
@@ -353,11 +353,13 @@ class FusedLayer:
         attended = attended.view(grouped.shape)
         return attended.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
 
-    def _attend_by_group(self, heads: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
+    def _attend_by_group(
+        self, heads: Tensor, keys: Tensor, values: Tensor, context: AttentionContext
+    ) -> Tensor:
         """Queries of a group of heads, [N, heads, groups * T, head_dim], over the keys that they share."""
-        if context.splits_keys:
-            mask = context.mask_of_chunks(self.groups, self._kv_heads)
-            return attend_in_chunks(heads, keys, values, mask, self._scaling)
+        if context.mask_of_chunks is not None:
+            by_chunk = context.mask_of_chunks(self.groups, self._kv_heads)
+            return attend_in_chunks(heads, keys, values, by_chunk, self._scaling)
         mask = context.mask(self.groups)
         return attend(context.kernel, heads, keys, values, mask, self._scaling)
 

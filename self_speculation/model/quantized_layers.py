@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.config import DraftWeights
+from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import FAMILIES
 from self_speculation.model.few_bits import FewBitsLinear, eight_bits, is_in_few_bits, mean_bytes_per_weight
 from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, plain_linear
 from self_speculation.model.int4_linear import Int4Linear, four_bits
-from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import Linear, has_kernel, replace_linears
 from self_speculation.model.model_cache import lock
 from self_speculation.model.model_runner import ModelRunner, PlainLayer, forward_early
@@ -173,8 +173,8 @@ class _UnfusedLayer:
         products: dict[nn.Module, nn.Module] = dict(zip(self._replaced, map(_Product, linears), strict=True))
         self._run.module = _with_modules(self._layer.module, products)
 
-    def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
-        return self._run(hidden, context, cache)
+    def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        return self._run(hidden, context)
 
 
 class _Product(nn.Module):
@@ -206,7 +206,7 @@ def _make_copies(
     """Make what is missing on all threads. Returns a function that finds the copy of a `Linear`."""
     missing = [linear for linear in linears if Int4Linear not in linear.copies]
     num_bytes = sum(Int4Linear.copy_bytes(linear.shape) for linear in missing)
-    if missing and num_bytes > (free := free_memory(runner.rotary.device, num_ranks(runner.model))):
+    if missing and num_bytes > (free := free_memory(runner.device, num_ranks(runner.model))):
         raise ValueError(
             f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
             f"{free / 2**30:.2f} GiB are free; fewer layers (exit_layer) take less"
@@ -217,7 +217,7 @@ def _make_copies(
         return linear.cached_copy(Int4Linear, lambda: Int4Linear(linear, squares.get(linear)))
 
     # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
-    num_threads = torch.get_num_threads() if runner.rotary.device.type == "cpu" else 1
+    num_threads = torch.get_num_threads() if runner.device.type == "cpu" else 1
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
         for made in pool.map(copied, missing):
             advance(made.num_bytes)
@@ -249,7 +249,7 @@ def _input_squares(runner: ModelRunner, layers: Sequence[Any]) -> Mapping[Linear
     summed = [replace_linears(layer, partial(_SquaresSummed, squares)) for layer in layers]
     summing = runner.with_layers(summed, runner.head)
     vocabulary = runner.config.vocab_size
-    tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.rotary.device) * vocabulary // _TOKENS_TO_LEARN
+    tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.device) * vocabulary // _TOKENS_TO_LEARN
     ids = tokens.view(16, -1).T.reshape(1, -1)  # neighbours are not alike
     cache = ModelRunner.new_cache(summing, _TOKENS_TO_LEARN, _TOKENS_TO_LEARN)  # not that of captured passes
     forward_early(summing, cache, ids, len(layers), num_logits=0)

@@ -95,15 +95,13 @@ class ShortHead:
             )
         ids = likely_ids(runner.model, number)
         self._norm, self._whole = runner.head.norm, whole
-        self._ids = on_device(ids, runner.rotary.device)
+        self._ids = on_device(ids, runner.device)
         self._likely = whole.cached_copy(tuple(ids), lambda: whole.select_rows(self._ids))
         self.linears: tuple[Any, ...] = (self._likely,)
         # A copy of all rows is made by way of one in their own format.
-        grows = grows and (
-            Int4Linear in whole.copies or free_memory(runner.rotary.device) > 2 * whole.num_bytes
-        )
+        grows = grows and (Int4Linear in whole.copies or free_memory(runner.device) > 2 * whole.num_bytes)
         many_new, demand = _MANY_NEW if grows else math.inf, singleton(runner.model, _Demand)
-        self.seen = SeenIds(whole, frozenset(ids), runner.rotary, many_new, demand)
+        self.seen = SeenIds(whole, frozenset(ids), runner.tables.unit, many_new, demand)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self._norm(hidden)
