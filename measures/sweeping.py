@@ -182,7 +182,7 @@ class Predicted(Sweep):
         cache = runner.new_cache(ids.shape[1], ids.shape[1])
         drafter = make_drafter(runner, self.config, self._exit_layers[-1])
         if isinstance(drafter.head, ShortHead):
-            drafter.head.seen.read_text([*prompt, *tokens[:-1]], len(tokens))
+            drafter.head.seen.set_rows([frozenset([*prompt, *tokens[:n]]) for n in range(len(tokens))])
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0
         for layer in self._exit_layers:

