@@ -19,14 +19,18 @@ from measures.comparison import exact_logits, near_tie_bound
 from measures.timed_runs import run_every_pass
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.model import captured_runner
-from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
-from self_speculation.model.devices import synchronize
+from self_speculation.model.captured_runner import capture_decoding, decode_eagerly, make_runner
+from self_speculation.model.fused_layers import linears_made
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import quantized
-from self_speculation.model.runners import make_runner
 from self_speculation.scheduler import Scheduler
 
 _NO_KERNELS = ("device", "empty", "empty_like", "empty_strided")
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.inference_mode()
@@ -35,13 +39,12 @@ def read_bandwidth(device: torch.device) -> float:
     rows = 2**16 if device.type == "cuda" else 2**12
     matrix = torch.ones(rows, 2**13, dtype=torch.bfloat16, device=device)  # a GiB on a GPU
     vector = torch.ones(2**13, dtype=torch.bfloat16, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = []
     for _ in range(8):
-        wait()
+        _synchronize(device)
         started = time.perf_counter()
         torch.mv(matrix, vector)
-        wait()
+        _synchronize(device)
         seconds.append(time.perf_counter() - started)
     return matrix.nbytes / min(seconds)
 
@@ -72,7 +75,7 @@ def host_time(model: PreTrainedModel) -> HostTime:
         """Microseconds of a call, the least of many."""
         taken = []
         for _ in range(200):
-            synchronize(model)
+            _synchronize(model.device)
             started = time.perf_counter()
             run(depth)
             taken.append(time.perf_counter() - started)
@@ -154,10 +157,10 @@ def product_times(model: PreTrainedModel, num_tokens: Sequence[int]) -> list[Pro
 
         replay, taken = record(run), []
         for _ in range(20):
-            synchronize(model)
+            _synchronize(model.device)
             started = time.perf_counter()
             replay()
-            synchronize(model)
+            _synchronize(model.device)
             taken.append(time.perf_counter() - started)
         return 1e6 * min(taken) / len(linears)
 
@@ -167,9 +170,8 @@ def product_times(model: PreTrainedModel, num_tokens: Sequence[int]) -> list[Pro
         for number in num_tokens:
             x = torch.ones(number, width, dtype=model.dtype, device=model.device)
             found.append(ProductTime((size, width), number, least(own, x), least(copies, x)))
-    for layer in runner.layers:
-        for linear in layer.linears:
-            linear.copies.clear()
+    for linear in linears_made(model):
+        linear.copies.clear()
     return found
 
 

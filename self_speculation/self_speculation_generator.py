@@ -21,9 +21,9 @@ from self_speculation.decoding.sampling import Verification, verify_draft
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft
 from self_speculation.drafts.registry import DraftContext, make_composer
+from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
-from self_speculation.model.runners import make_runner
 from self_speculation.scheduler import Decoding, DecodingStrategy
 from self_speculation.transfers import on_device
 

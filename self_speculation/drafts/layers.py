@@ -45,7 +45,7 @@ class LayerDrafts(DraftSource):
         self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
         if not self._keeps_cache and not is_whole:
             self.name += " of a 4-bit copy"
-        self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
+        self._runs_ahead = self._keeps_cache and drafter.device.type == "cuda"
 
     def draft(
         self,

@@ -90,15 +90,15 @@ class ShortHead:
             )
         ids = likely_ids(runner.model, number)
         self._norm, self._whole = runner.head.norm, whole
-        self._ids = on_device(ids, runner.rotary.device)
+        self._ids = on_device(ids, runner.device)
         self._likely = whole.cached_copy(tuple(ids), lambda: whole.select_rows(self._ids))
         self.linears: tuple[Any, ...] = (self._likely,)
         # A copy of all rows is made by way of one in their own format.
         grows = grows and (
-            whole.valid_copy("int4") is not None or free_memory(runner.rotary.device) > 2 * whole.num_bytes
+            whole.valid_copy("int4") is not None or free_memory(runner.device) > 2 * whole.num_bytes
         )
         new_ids = singleton(runner.model, _NewIds) if grows else None
-        self.seen = SeenIds(whole, frozenset(ids), runner.rotary, new_ids)
+        self.seen = SeenIds(whole, frozenset(ids), runner.tables.unit, new_ids)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed, is_copy = self._norm(hidden), self.linears[0] is not self._likely

@@ -151,7 +151,7 @@ def dry(capsys, monkeypatch):
     """Runs gpu.py on the tiny model, by the passes of a GPU; its status, its lines and the JSON of the last
     one.
     """
-    monkeypatch.setattr("self_speculation.model.runners.InPlaceRunner", ModelRunner)
+    monkeypatch.setattr("self_speculation.model.captured_runner.InPlaceRunner", ModelRunner)
 
     def run(*args):
         status = gpu.main(["--dry", "True", "--prompts", "128", "--rounds", "1", *args])
