@@ -323,7 +323,7 @@ class FusedHead:
         self.norm = norm
         self.linears: tuple[Any, ...] = (linear,)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, seen: object = None) -> Tensor:  # noqa: ARG002
         return self.linears[0].logits(hidden, self.norm)
 
 

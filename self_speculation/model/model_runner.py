@@ -53,11 +53,18 @@ class Layer(Protocol):
         """[B * T, H] -> [B * T, H], maybe in place; appends keys and values to the cache of the pass."""
 
 
+SeenIds = Sequence[frozenset[int]]  # [B] ids of each row's text
+
+
 class Head(Protocol):
     """Final norm and head."""
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[T, H] -> [T, V]"""
+    def __call__(self, hidden: Tensor, seen: SeenIds | None = None) -> Tensor:
+        """[T, H] -> [T, V]
+
+        Args:
+            seen: of heads with some of the ids, those that they have besides; None: all.
+        """
 
     def norm(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, H]"""
@@ -88,7 +95,7 @@ class PlainHead:
     def __init__(self, norm: nn.Module, head: nn.Module) -> None:
         self.modules = norm, head
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, seen: SeenIds | None = None) -> Tensor:  # noqa: ARG002
         norm, head = self.modules
         return head(norm(hidden[None]))[0]
 
@@ -150,15 +157,24 @@ class ModelRunner:
     def _replace(self, layers: Sequence[Layer], head: Head) -> None:
         self.layers, self.head = layers, head
 
-    def run(self, cache: KVCache, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
+    def run(
+        self,
+        cache: KVCache,
+        inputs: Tensor,
+        first: int,
+        last: int,
+        num_logits: int,
+        seen: SeenIds | None = None,
+    ) -> ForwardResult:
         """Layers first..last-1 over T new positions, norm and head over the last `num_logits` of them.
 
         Args:
             inputs: [B, T] ids if `first` is 0, else [B, T, H] the input of layer `first`, which fused layers
                 overwrite.
+            seen: see `Head`.
         """
         hidden = self.run_layers(cache, inputs if first else self.embed(inputs), first, last)
-        return ForwardResult(self.logits(hidden, num_logits), hidden)
+        return ForwardResult(self.logits(hidden, num_logits, seen), hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] ids -> [B, T, H]"""
@@ -192,14 +208,14 @@ class ModelRunner:
             layers = [layer.in_bfloat16() if isinstance(layer, FusedLayer) else layer for layer in layers]
         return run_through([*zip(layers, kinds, strict=True)], make, states).view(rows, width, -1)
 
-    def logits(self, hidden: Tensor, num_logits: int) -> Tensor:
-        """[B, T, H] -> [B, n, V] for the last n positions."""
+    def logits(self, hidden: Tensor, num_logits: int, seen: SeenIds | None = None) -> Tensor:
+        """[B, T, H] -> [B, n, V] for the last n positions. `seen`: see `Head`."""
         rows = hidden.shape[0]
         if num_logits == 0:
             return hidden.new_empty(rows, 0, 0)
         states = hidden[:, -num_logits:].flatten(0, 1)
         # The head may be elsewhere; callers expect the embedding's device.
-        return self.head(states).view(rows, num_logits, -1).to(self.device)
+        return self.head(states, seen).view(rows, num_logits, -1).to(self.device)
 
 
 def run_through(
@@ -229,10 +245,17 @@ def forward(runner: ModelRunner, cache: KVCache, input_ids: Tensor, num_logits: 
 
 
 def forward_early(
-    runner: ModelRunner, cache: KVCache, input_ids: Tensor, exit_layer: int, num_logits: int = 1
+    runner: ModelRunner,
+    cache: KVCache,
+    input_ids: Tensor,
+    exit_layer: int,
+    num_logits: int = 1,
+    seen: SeenIds | None = None,
 ) -> ForwardResult:
-    """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
-    return runner.run(cache, input_ids, 0, exit_layer, num_logits)
+    """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them. `seen`: see
+    `Head`.
+    """
+    return runner.run(cache, input_ids, 0, exit_layer, num_logits, seen)
 
 
 def forward_remainder(
