@@ -204,8 +204,8 @@ class AdaptivePolicy:
         times.add_verification(num_rows, max(drafted), verify_seconds)
 
     def _trial(self, best: Plan, is_matched: Sequence[bool], longest: int) -> Plan | None:
-        """A trial, with one token, of the source that was used longest ago, of those that would pay if all their
-        tokens were accepted; None: there are none.
+        """A trial, with one token, of the source that was used longest ago, of those that would pay if whole
+        drafts were accepted; None: there are none.
         """
         stats, num_rows = self._stats, len(is_matched)
         names = [name for name in self._drafting if name != best.source or not best.max_drafted]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
+from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.families import has_fused_layers
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kernels import cpu_operators, operator_activation
-from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import BFloat16Linear, Linear, RMSNorm, Slot, replace_linears
 from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
 from self_speculation.model.unsupported_hooks import difference
@@ -207,7 +207,7 @@ class FusedLayer:
             name: None if module is None else RMSNorm(module) for name, module in norms.items()
         }
 
-    def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
+    def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
         norms = self._norms
         heads = self.linears[0](norms["input"](hidden)).view(hidden.shape[0], -1, self._head_dim)
@@ -218,7 +218,7 @@ class FusedLayer:
             queries_keys = torch.cat((norms["query"](queries), norms["key"](keys)), 1)
         rotated = context.rotate(queries_keys)
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
-        all_keys, all_values = cache.append(keys, values, self.index)
+        all_keys, all_values = context.append(keys, values, self.index)
         attended = self._attend(queries, all_keys, all_values, context)
         _, out, gate_up, down = self.linears
         hidden = _add(hidden, out, attended, norms["attended"])
@@ -229,7 +229,7 @@ class FusedLayer:
             _add(piece, down, self._activation(gate).mul_(up), norms["output"])
         return hidden
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
 
         Query heads that share keys become more queries of one head: no fast kernel takes grouped heads with
@@ -264,11 +264,13 @@ class FusedLayer:
         attended = attended.view(grouped.shape)
         return attended.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
 
-    def _attend_by_group(self, heads: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
+    def _attend_by_group(
+        self, heads: Tensor, keys: Tensor, values: Tensor, context: AttentionContext
+    ) -> Tensor:
         """Queries of a group of heads, [N, heads, groups * T, head_dim], over the keys that they share."""
-        if context.splits_keys:
-            mask = context.mask_of_chunks(self.groups, self._kv_heads)
-            return attend_in_chunks(heads, keys, values, mask, self._scaling)
+        if context.mask_of_chunks is not None:
+            by_chunk = context.mask_of_chunks(self.groups, self._kv_heads)
+            return attend_in_chunks(heads, keys, values, by_chunk, self._scaling)
         mask = context.mask(self.groups)
         return attend(context.kernel, heads, keys, values, mask, self._scaling)
 
@@ -321,7 +323,7 @@ class FusedHead:
         self.norm = norm
         self.linears: tuple[Any, ...] = (linear,)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, seen: object = None) -> Tensor:  # noqa: ARG002
         return self.linears[0].logits(hidden, self.norm)
 
 

@@ -198,7 +198,7 @@ def _make_copies(
     if not missing:
         return copies
     num_bytes = sum(missing.values())
-    if num_bytes > (free := free_memory(runner.rotary.device, num_ranks(runner.model))):
+    if num_bytes > (free := free_memory(runner.device, num_ranks(runner.model))):
         raise ValueError(
             f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
             f"{free / 2**30:.2f} GiB are free; fewer layers (exit_layer) take less"
@@ -209,7 +209,7 @@ def _make_copies(
         return linear.cached_copy("int4", lambda: int4_copy(linear, squares.get(linear)))
 
     # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
-    num_threads = torch.get_num_threads() if runner.rotary.device.type == "cpu" else 1
+    num_threads = torch.get_num_threads() if runner.device.type == "cpu" else 1
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
         for linear, made in zip(missing, pool.map(copied, missing), strict=True):
             copies[linear] = made
@@ -242,7 +242,7 @@ def _input_squares(runner: ModelRunner, layers: Sequence[Any]) -> Mapping[Linear
     summed = [replace_linears(layer, partial(_SquaresSummed, squares)) for layer in layers]
     summing = runner.with_layers(summed, runner.head)
     vocabulary = runner.config.vocab_size
-    tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.rotary.device) * vocabulary // _TOKENS_TO_LEARN
+    tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.device) * vocabulary // _TOKENS_TO_LEARN
     ids = tokens.view(16, -1).T.reshape(1, -1)  # neighbours are not alike
     cache = ModelRunner.new_cache(summing, _TOKENS_TO_LEARN, _TOKENS_TO_LEARN)  # not that of captured passes
     forward_early(summing, cache, ids, len(layers), num_logits=0)
