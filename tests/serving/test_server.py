@@ -301,7 +301,7 @@ TOO_LONG = "maximum context length is 256 tokens"
         (b"[" * 100_000, None, ""),
         (b'{"\\ud800": 1}', None, ""),
         (b'{"prompt": [99999]}', None, "the prompt has the token id 99999"),
-        (b'{"prompt": "x", "echo": true, "logprobs": 1}', "echo", "cannot be combined with logprobs"),
+        (b'{"prompt": "x", "echo": true, "logprobs": 0}', "echo", "cannot be combined with logprobs"),
         (b'{"prompt": "x", "n": 9}', "n", "must be at most 8 answers"),
         (json.dumps({"prompt": [5] * 256}).encode(), "prompt", TOO_LONG),
         (json.dumps({"prompt": "x y " * 1000}).encode(), "prompt", TOO_LONG),
