@@ -121,13 +121,7 @@ def reference(model_folder, task_folder, few_files_are_read):  # noqa: ARG001
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        [*SPECULATION, "--batch_size", "2"],
-        pytest.param([*SPECULATION, "--batch_size", "auto"], marks=pytest.mark.slow),
-    ],
-    ids=["autoregressive", "self_speculative", "the largest batch"],
+    "flags", [[], [*SPECULATION, "--batch_size", "2"]], ids=["autoregressive", "self_speculative"]
 )
 def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, capsys):
     """Guards against answers or prompts cut elsewhere or mixed up, and log-likelihoods of a draft."""
@@ -141,6 +135,13 @@ def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, 
     assert line.startswith("functions: 6 answers, greedy, ")
     assert ("acceptance rate" in line) == ("self_speculative" in flags)
     assert f"results are in {tmp_path / 'logs'}" in said
+
+
+@pytest.mark.slow
+def test_the_harness_finds_a_batch_size(evaluated, reference):
+    """Guards against `auto` that is taken for a number of rows."""
+    answers = evaluated("functions", "--batch_size", "auto").answers["functions"]
+    assert [answers[i] for i in ANSWERED] == [sample["resps"] for sample in reference[0]]
 
 
 def test_an_early_exit_scores_as_the_first_layers_alone(model_folder, evaluated, tmp_path):
