@@ -59,7 +59,7 @@ def test_draft_stats_of_answers_are_added():
     first, second = stats(("n-grams", 2, 2, 3)), stats(("exit 2", 4, 1, 2), ("n-grams", 1, 0, 1))
     records = [{"drafts": json.loads(json.dumps(each.to_rows()))} for each in (first, second)]
     assert metrics.draft_stats(records) == first + second == second + first
-    assert metrics.acceptance(first + second) == {
+    assert metrics.acceptance(records) == {
         "acceptance_rate": 3 / 7,
         "mean_accepted_length": 6 / 3,
         "acceptance_by_position": [2 / 3, 1 / 2, 0, 0],
