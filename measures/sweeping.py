@@ -233,7 +233,7 @@ def _row(mode: str, cell: Cell, records: Sequence[Record]) -> Record:
     low, high = compared["speedup_interval"] or (None, None)
     return {
         "mode": mode, "exit_layer": cell[0], "num_speculations": cell[1],
-        **metrics.acceptance(metrics.draft_stats(records)), **metrics.speed(records),
+        **metrics.acceptance(records), **metrics.speed(records),
         "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
     }  # fmt: skip
 
