@@ -19,13 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
-from arguments import (
-    BatchArguments,
-    GenerationConfig,
-    ModelArguments,
-    parse,
-    refuse,
-)
+from arguments import BatchArguments, GenerationConfig, ModelArguments, parse, refuse
 from runs import ranks
 from runs.flags import TuningArguments, counts, tuned, validate
 from runs.program import on_signals, run
@@ -53,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runs.startup import load_generator, model_name
     from self_speculation import Request
     from self_speculation.decoding.grammar import Grammar
+    from serving.answers import ServedModel
     from serving.app import App
     from serving.engine import Engine
     from serving.http11 import BACKLOG, StrictProtocol
@@ -62,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine = Engine(generator, config, batch.batch_size, args.max_waiting)
     name = args.served_name or _name(model_name(model_args))
     address, port = listener.getsockname()[:2]
-    app = App(generator, engine, config, args, name, address)
+    app = App(ServedModel(generator, engine, config, args, name), address)
     with suppress(ValueError):  # it has no fast tokenizer
         generator.tokenize(Request("", grammar=Grammar.json_schema({})), config)  # the first one takes longer
     server = uvicorn.Server(

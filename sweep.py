@@ -68,12 +68,11 @@ class SweepArguments:
             check(self, f"{axis}_first", first <= last, f"beyond --{axis}_last {last}, the grid is empty")
         at_least(self, 0, "verify_top")
 
-    def exit_layers(self, num_layers: int, with_all: bool) -> list[int]:
-        """The exit layers of the grid in a model of `num_layers`; `num_layers` itself only if `with_all`."""
-        last = num_layers if with_all else num_layers - 1
+    def exit_layers(self, last: int, of_copy: bool) -> list[int]:
+        """The exit layers of the grid, of which `last` is the last one that can draft."""
         layers = [*range(self.exit_layer_first, min(self.exit_layer_last, last) + 1, self.exit_layer_step)]
         # A copy of all layers guesses best: without --exit_layer_last it is in the grid.
-        if with_all and layers and last not in layers and self.exit_layer_last == type(self).exit_layer_last:
+        if of_copy and layers and last not in layers and self.exit_layer_last == type(self).exit_layer_last:
             layers.append(last)
         return layers
 
@@ -105,23 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.mode == "predicted" and not config.greedy:
         print_status("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
-    unused = given_flags(argv, GenerationConfig) & {"exit_layer", "num_speculations", "generation_strategy"}
-    for name in sorted(unused):
+    first = {"exit_layer": args.exit_layer_first, "num_speculations": args.num_speculations_first}
+    cell = {"generation_strategy": "self_speculative", **first}
+    for name in sorted(given_flags(argv, GenerationConfig) & cell.keys()):
         if (value := getattr(config, name)) != "self_speculative":
-            print_status(
-                f"--{name} {value}: not used; cells are self_speculative, on the grid of the flags of sweeps"
-            )
-    config = dataclasses.replace(
-        config,
-        generation_strategy="self_speculative",
-        exit_layer=args.exit_layer_first,
-        num_speculations=args.num_speculations_first,
-    )
+            cells = "cells are self_speculative, on the grid of the flags of sweeps"
+            print_status(f"--{name} {value}: not used; {cells}")
+    config = dataclasses.replace(config, **cell)
     if args.mode == "predicted" and not is_replayable(config):
         refuse("--mode predicted: needs drafts of layers and of one length; use --mode measured")
     num_layers, is_copy = read_config(model_args).num_hidden_layers, config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1
-    exit_layers = args.exit_layers(num_layers, with_all=is_copy)
+    exit_layers = args.exit_layers(last, is_copy)
     if not exit_layers:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from self_speculation.model.int4_linear import Int4Linear
+from self_speculation.model.int4_linear import int4_copy
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.linear import Linear, project
 
@@ -68,7 +68,7 @@ def made(name: str, num_layers: int) -> list[Any]:
         module = nn.Linear(width, out, bias=False).requires_grad_(False)
         dtype = torch.float32 if name == "four bits" else getattr(torch, name)
         linear = Linear(module.to(dtype))
-        linears.append(Int4Linear(linear) if name == "four bits" else linear)
+        linears.append(int4_copy(linear) if name == "four bits" else linear)
     return linears
 
 

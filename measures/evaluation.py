@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.registry import model_registry
 from lm_eval.utils import setup_logging
 
@@ -60,13 +59,8 @@ def evaluate(
         generator = load_generator(model_args, config, counted=counted)
         if ranks.is_first():  # above lm_eval's table
             print(machine(describe("eval", ()) | describe_model(model_name(model_args), generator.model)))
-        accelerator = None
-        if ranks.world_size() > 1:
-            patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
-            on_cpu = generator.model.device.type == "cpu"
-            accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
         sizes = {name: sizes[name] for name in ("batch_size", "max_batch_size")}
-        loaded.append(HarnessModel(generator, config, model_args.seed, accelerator=accelerator, **sizes))
+        loaded.append(HarnessModel(generator, config, model_args.seed, **sizes))
         return loaded[0]
 
     model_registry.register(_NAME, target=_Loader(load))

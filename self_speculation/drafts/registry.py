@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts, finish
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.model_cache import cached, evict
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.quantized_layers import bytes_per_weight, copies_are_smaller, quantized
+from self_speculation.model.quantized_layers import copies_are_smaller, quantized
 from self_speculation.model.short_head import ShortHead, default_vocabulary
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
@@ -70,7 +70,8 @@ class DraftContext:
         config, weights = self.config, self.draft_weights
         if config.draft_vocabulary is not None or (weights == "exact" and not config.is_adaptive):
             return config.draft_vocabulary
-        return default_vocabulary(self.runner, self.exit_layers[-1], bytes_per_weight(self.model, weights))
+        cost = partial(draft_ratio, self.model, self.exit_layers[-1], weights)
+        return default_vocabulary(self.runner, cost)
 
     @cached_property
     def short_head(self) -> ShortHead | None:

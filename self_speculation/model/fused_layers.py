@@ -15,30 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.model.families import has_fused_layers
-from self_speculation.model.few_bits import FewBitsLinear
 from self_speculation.model.fingerprint import structure
-from self_speculation.model.kernels import cpu_operators
+from self_speculation.model.kernels import cpu_operators, operator_activation
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.linear import BFloat16Linear, Linear, Slot, replace_linears, tensors_in
+from self_speculation.model.linear import BFloat16Linear, Linear, RMSNorm, Slot, replace_linears
 from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
-from self_speculation.model.unsupported_hooks import replaced_forward
-
-# Norms that multiply by 1 + weight, in float32.
-_CENTRED_NORMS = ("Gemma3RMSNorm",)
-
-# Modules of plain layers that are not those of their family. Fused layers call activations as they are.
-_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
-_PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, FewBitsLinear)
-
-# By their classes, the activations that the operator has, with its number for them.
-OPERATOR_ACTIVATIONS = {
-    "SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "NewGELUActivation": 1, "GELU tanh": 1,
-    "GELUActivation": 2, "GELU none": 2, "ReLU": 3, "ReLUSquaredActivation": 4,
-}  # fmt: skip
+from self_speculation.model.unsupported_hooks import difference
 
 # Tokens of a long pass that go through an MLP at a time on a CPU: larger intermediate results, of which each
 # layer allocates new ones, are new pages of memory each time.
@@ -155,14 +140,12 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
 
     with lock(model):
         parts = cached(model, _Parts, valid_for, lambda: _Parts(model))
-        for linear in parts.linears():
-            linear.follow_weights()
-        return parts.fused, parts.dtype
+    return parts.fused, parts.dtype
 
 
 def bytes_made(model: Any) -> int:
     """Bytes of all copies of a model's weights, which draft."""
-    return sum(copy.num_bytes for linear in linears_made(model) for copy in [*linear.copies.values()])
+    return sum(copy.num_bytes for linear in linears_made(model) for _, copy in [*linear.copies.values()])
 
 
 def linears_made(model: Any) -> list[Linear]:
@@ -187,83 +170,6 @@ def plain_linear(model: Any, module: nn.Module) -> Linear:
         return plain[module]
 
 
-def difference(model: Any, *roots: nn.Module) -> str | None:
-    """What tells these modules from plain ones: those of the model's family, with weights of one dtype on one
-    device, and without hooks; None: nothing.
-    """
-    family = f"transformers.models.{model_type_to_module_name(model.config.model_type)}."
-    named = [pair for root in roots for pair in root.named_modules()]
-    for name, module in named:
-        kind = type(module)
-        if kind not in _PLAIN and not kind.__module__.startswith((family, *_ACTIVATIONS)):
-            return f"{name or 'it'} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
-        if kind.__module__.startswith(_ACTIVATIONS) and [*module.parameters()]:
-            return f"{name or 'it'} is a {kind.__name__}, an activation with weights"
-        if module._forward_hooks or module._forward_pre_hooks or replaced_forward(module):
-            return f"{name or 'it'} has a hook or another forward"
-    weights = [weight for root in roots for weight in root.parameters()]
-    in_few_bits = [module.weight for _, module in named if type(module) is FewBitsLinear]
-    if in_few_bits and any(type(module) is nn.Linear for _, module in named):
-        return "only some of its weights are in few bits"
-    for weight in weights:
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            return f"its weights are in fewer bits or in parts ({type(weight).__name__}, {weight.dtype})"
-    (device, *others) = {weight.device for weight in (*weights, *in_few_bits)}
-    if others or device.type == "meta" or len({weight.dtype for weight in weights}) > 1:
-        return "its weights differ in dtype or device, or are offloaded"
-    if device.type != "cpu":
-        return f"its weights are in few bits on {device}" if in_few_bits else None
-    return _unlike_operators(named)
-
-
-def _unlike_operators(named: list[tuple[str, nn.Module]]) -> str | None:
-    """What no operator of a CPU takes."""
-    for name, module in named:
-        kind = type(module)
-        if kind.__module__.startswith(_ACTIVATIONS) and _operator_activation(module) is None:
-            return f"{name or 'it'} is a {kind.__name__}, an activation that no operator has"
-    return None
-
-
-def _operator_activation(module: nn.Module) -> int | None:
-    name = type(module).__name__
-    return OPERATOR_ACTIVATIONS.get(f"{name} {getattr(module, 'approximate', '')}".strip())
-
-
-class RMSNorm:
-    """[..., n] -> [..., n], over the weight of a module."""
-
-    def __init__(self, module: Any) -> None:
-        self.is_centred = type(module).__name__ in _CENTRED_NORMS
-        self.epsilon = module.eps if self.is_centred else module.variance_epsilon
-        self.slot: Slot = (module._parameters, "weight")
-        self._shape = self.weight.shape
-        self._on_cpu = self.weight.device.type == "cpu"
-        self._root = len(self.weight) ** 0.5
-        self._zero, self._least = torch.tensor([0.0, self._root * self.epsilon**0.5]).unbind()
-
-    @property
-    def weight(self) -> Tensor:
-        table, name = self.slot
-        return table[name]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        if not self._on_cpu:
-            if self.is_centred:
-                weight = self.weight.float() + 1
-                return torch.rms_norm(hidden.float(), self._shape, weight, self.epsilon).type_as(hidden)
-            return torch.rms_norm(hidden, self._shape, self.weight, self.epsilon)  # one kernel
-        # On a CPU `rms_norm` is twice as many kernels as these.
-        is_exact = hidden.dtype == torch.float32
-        exact = hidden if is_exact else hidden.float()
-        norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-        norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
-        scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
-        if self.is_centred:
-            return scaled.addcmul_(scaled, self.weight.float()).type_as(hidden)
-        return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
-
-
 class FusedLayer:
     """A decoder layer of queries, keys and values in one product, and of gates and what they gate in one."""
 
@@ -284,38 +190,43 @@ class FusedLayer:
             Linear(mlp.down_proj),
         )
         self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # `difference`: there are no hooks
-        self._kind = _operator_activation(mlp.act_fn)
+        self._kind = operator_activation(mlp.act_fn)
         self._width = mlp.gate_proj.out_features
-        self._input_norm = RMSNorm(layer.input_layernorm)
-        self._attended_norm = self._output_norm = self._query_norm = self._key_norm = None
-        if hasattr(layer, "pre_feedforward_layernorm"):
-            self._attended_norm = RMSNorm(layer.post_attention_layernorm)
-            self._mlp_norm = RMSNorm(layer.pre_feedforward_layernorm)
-            self._output_norm = RMSNorm(layer.post_feedforward_layernorm)
-        else:
-            self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
-        if hasattr(attention, "q_norm"):
-            self._query_norm, self._key_norm = RMSNorm(attention.q_norm), RMSNorm(attention.k_norm)
+        # Some families norm the results of attention and MLP, too: there this name is that of attention's.
+        before_mlp, after = getattr(layer, "pre_feedforward_layernorm", None), layer.post_attention_layernorm
+        norms = {
+            "input": layer.input_layernorm,
+            "query": getattr(attention, "q_norm", None),
+            "key": getattr(attention, "k_norm", None),
+            "attended": None if before_mlp is None else after,
+            "mlp": after if before_mlp is None else before_mlp,
+            "output": getattr(layer, "post_feedforward_layernorm", None),
+        }
+        # In the order of the operator.
+        self._norms: Mapping[str, Any] = {
+            name: None if module is None else RMSNorm(module) for name, module in norms.items()
+        }
 
     def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
-        heads = self.linears[0](self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        norms = self._norms
+        heads = self.linears[0](norms["input"](hidden)).view(hidden.shape[0], -1, self._head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
-        if self._query_norm is not None and self._key_norm is not None:
+        if norms["query"] is not None:
             queries, keys = queries_keys.split_with_sizes((self._num_heads, self._kv_heads), 1)
-            queries_keys = torch.cat((self._query_norm(queries), self._key_norm(keys)), 1)
+            queries_keys = torch.cat((norms["query"](queries), norms["key"](keys)), 1)
         rotated = context.rotate(queries_keys)
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
         all_keys, all_values = cache.append(keys, values, self.index)
         attended = self._attend(queries, all_keys, all_values, context)
         _, out, gate_up, down = self.linears
-        hidden = _add(hidden, out, attended, self._attended_norm)
+        hidden = _add(hidden, out, attended, norms["attended"])
         is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
         for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
-            joint = gate_up.matmul_native(self._mlp_norm(piece))
+            joint = gate_up.matmul_native(norms["mlp"](piece))
             gate, up = joint.split_with_sizes((self._width, self._width), 1)
-            _add(piece, down, self._activation(gate).mul_(up), self._output_norm)
+            _add(piece, down, self._activation(gate).mul_(up), norms["output"])
         return hidden
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
@@ -370,25 +281,12 @@ class FusedLayer:
     @property
     def has_slots(self) -> bool:
         """Whether the operator can multiply by its weights."""
-        if not all(getattr(linear, "is_in_place", False) for linear in self.linears):
-            return False
-        return not any(tensor.dtype == torch.float64 for tensor in tensors_in(self.slots()))
+        return all(getattr(linear, "is_in_place", False) for linear in self.linears)
 
     def slots(self) -> list[Slot]:
         """All tensors that the operator reads, in its order."""
-        norms = [*self._norms.values()]
-        return [norm.slot for norm in norms if norm] + [s for linear in self.linears for s in linear.slots()]
-
-    @property
-    def _norms(self) -> Mapping[str, RMSNorm | None]:
-        return {
-            "input": self._input_norm,
-            "query": self._query_norm,
-            "key": self._key_norm,
-            "attended": self._attended_norm,
-            "mlp": self._mlp_norm,
-            "output": self._output_norm,
-        }
+        norms = [norm.slot for norm in self._norms.values() if norm is not None]
+        return norms + [slot for linear in self.linears for slot in linear.slots()]
 
     def description(self, window: int | None, rotation: int) -> tuple[list[Any], list[float]]:
         """What the operator is told of it, see `Layer` of cpp/layers.cpp.
@@ -396,14 +294,12 @@ class FusedLayer:
         Args:
             rotation: the number of its tables.
         """
-        names = [name for linear in self.linears for name in linear.has_biases]
-        has = sum(1 << i for i, has_bias in enumerate(names) if has_bias)
-        norms = self._norms
-        for bit, name in ((7, "query"), (8, "attended"), (9, "output")):
-            has |= (norms[name] is not None) << bit
-        has |= self._input_norm.is_centred << 10
+        options = [has_bias for linear in self.linears for has_bias in linear.has_biases]
+        options += [self._norms[name] is not None for name in ("query", "attended", "output")]
+        options += [self._norms["input"].is_centred]
+        has = sum(is_there << bit for bit, is_there in enumerate(options))
         numbers = [has, self._num_heads, self._kv_heads, self._width, window or 0, rotation, self._kind]
-        return numbers, [self._scaling, *(norm.epsilon if norm else 0.0 for norm in norms.values())]
+        return numbers, [self._scaling, *(norm.epsilon if norm else 0.0 for norm in self._norms.values())]
 
     @property
     def key_shape(self) -> tuple[int, int]:

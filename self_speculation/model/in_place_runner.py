@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from self_speculation.model.few_bits import is_in_few_bits
 from self_speculation.model.fused_layers import FusedLayer
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.kv_cache import KVCache
@@ -28,7 +29,6 @@ class _Range(NamedTuple):
     factors: Tensor  # [layers, 7]
     rotations: list[str | None]
     key_shape: tuple[int, int]
-    is_in_few_bits: bool
 
 
 # The most tokens of a pass over weights in few bits: a core's cache has the inputs of so many.
@@ -41,13 +41,15 @@ class InPlaceRunner(ModelRunner):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._ranges: dict[tuple[int, int], _Range | None] = {}
+        self._is_in_few_bits = is_in_few_bits(model)
 
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         rows, width, _ = hidden.shape
         own = self._range(first, last)
-        if own is None or (cache.is_prompt and rows * width > MAX_NARROW_TOKENS and not own.is_in_few_bits):
+        is_long = cache.is_prompt and rows * width > MAX_NARROW_TOKENS
+        if own is None or (is_long and not self._is_in_few_bits):
             return super().run_layers(cache, hidden, first, last)
-        if own.is_in_few_bits and rows * width > _PIECE:
+        if self._is_in_few_bits and rows * width > _PIECE:
             pieces = hidden.split(max(1, _PIECE // rows), 1)
             return torch.cat([self._run_range(own, cache, piece, first, last) for piece in pieces], 1)
         return self._run_range(own, cache, hidden, first, last)
@@ -102,5 +104,4 @@ class InPlaceRunner(ModelRunner):
             torch.tensor(factors, dtype=torch.float64),
             rotations,
             layers[0].key_shape,
-            any(linear.is_in_few_bits for layer in layers for linear in layer.linears),
         )

@@ -4,21 +4,23 @@
 and middle minimise the error of the product, for inputs as large as the model's own. Other groups and
 roundings are in docs/tried.md.
 
-On a CPU our operators (kernels.py) take float32, round 32 inputs at a time to eight bits and return float32.
-torch's kernels, on a GPU and where ours cannot be built, take and return bfloat16.
+On a CPU a copy is a `Linear` in few bits, which our operators multiply by. torch's kernels, on a GPU and
+where ours cannot be built, take and return bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from self_speculation.model.few_bits import FewBitsLinear
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.kv_cache import round_up
-from self_speculation.model.linear import Linear, Slot, project
+from self_speculation.model.linear import Linear
 
 # Elements of a weight that are quantised at a time, about. Each piece is some 200 kernels on a GPU and takes
 # 50 bytes per element; on a CPU intermediate results stay in the processor's cache.
@@ -33,37 +35,62 @@ _SHARES_OF_RANGE = (1.0, 0.9, 0.8)
 # Kernels take rows by so many; other weights are padded.
 _BLOCK_OF_ROWS = 16
 
+BYTES_PER_WEIGHT = 0.5 + 4 / _GROUP
 
-class Int4Linear:
-    """As `Linear`, over a copy of its weights. By operators each projection is a copy of its own.
+
+def int4_copy(linear: Linear, squares: Tensor | None = None) -> Linear | Int4Linear:
+    """A copy in four bits. By operators each projection is a copy of its own.
 
     Args:
         squares: [in] mean squares of inputs, up to a factor; None: all alike.
     """
+    pairs = linear.pairs
+    device = pairs[0][0].device
+    squares = torch.ones(linear.shape[1], device=device) if squares is None else squares
+    if device.type != "cpu" or cpu_operators().variant is None:
+        return Int4Linear(linear, squares)
+    biases = [None if bias is None else bias.data.float() for _, bias in pairs]
+    modules = (
+        FewBitsLinear(four_bits(weight, squares), len(weight), weight.shape[1], bias)
+        for (weight, _), bias in zip(pairs, biases, strict=True)
+    )
+    return Linear(*modules)
 
-    bytes_per_weight = 0.5 + 4 / _GROUP
-    is_in_few_bits = False  # a draft's: its long prompts are passes of torch
 
-    def __init__(self, linear: Linear, squares: Tensor | None = None) -> None:
-        weight = linear.weights[0]
-        self.num_bytes = self.copy_bytes(linear.shape)
-        self._num_rows, self._padding = linear.shape[0], -linear.shape[1] % _GROUP
-        squares = weight.new_ones(weight.shape[1]) if squares is None else squares
-        counts = _shares(pad(squares, (0, self._padding)))
+def copy_bytes(shape: torch.Size) -> int:
+    """Size of the copy of a weight [out, in], about."""
+    elements = round_up(shape[0], _BLOCK_OF_ROWS) * round_up(shape[1], _GROUP)
+    return int(elements * BYTES_PER_WEIGHT)
+
+
+@cache
+@torch.no_grad()
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for copies of weights of this dtype on this device.
+
+    Raises:
+        torch.OutOfMemoryError: the next call tries again.
+    """
+    try:
+        module = torch.nn.Linear(32, 16, bias=False, device=device, dtype=dtype)
+        int4_copy(Linear(module))(module.weight[:1])
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+class Int4Linear:
+    """As `Linear`, over a copy of its weights for torch's kernels."""
+
+    def __init__(self, linear: Linear, squares: Tensor) -> None:
+        weight, counts, ops = linear.weight, _shares(squares), torch.ops.aten
         is_on_cpu = weight.device.type == "cpu"
-        self.is_in_place = is_on_cpu and cpu_operators().variant is not None
-        self.has_biases = linear.has_biases
-        if self.is_in_place:
-            self._parts = [_Part(*pair, counts) for pair in linear.pairs]
-            return
-        ops = torch.ops.aten
         self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
-        self._weight, self._scales = self._rounded(linear.weight, counts)
+        self.num_bytes = copy_bytes(linear.shape)
+        self._num_rows, self._padding = linear.shape[0], -linear.shape[1] % _GROUP
         self.bias = None if linear.bias is None else linear.bias.bfloat16()
-
-    def _rounded(self, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Steps as torch's kernels take them, and scales and middles [groups of a row, out, 2]."""
-        ops, is_on_cpu = torch.ops.aten, weight.device.type == "cpu"
         parts, scales = [], []
         # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
         blocks = (_AT_A_TIME_ON_CPU if is_on_cpu else _AT_A_TIME) // weight.shape[1] // 64
@@ -72,52 +99,25 @@ class Int4Linear:
             steps, scale = in_four_bits(padded, counts)
             parts.append(ops._convert_weight_to_int4pack_for_cpu(steps, 1) if is_on_cpu else _packed(steps))
             scales.append(scale)
-        return torch.cat(parts), torch.cat(scales, 1)
-
-    def slots(self) -> list[Slot]:
-        """As those of `Linear`, if it `is_in_place`."""
-        return [slot for part in self._parts for slot in part.slots]
+        # Steps as kernels take them; scales and middles [groups of a row, out, 2].
+        self._weight, self._scales = torch.cat(parts), torch.cat(scales, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.is_in_place:
-            return self.matmul_native(x).to(x.dtype)
-        parts = [project(x.float(), part.slots, part.num_rows) for part in self._parts]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
+        return self.matmul_native(x).to(x.dtype)
 
     def matmul_native(self, x: Tensor) -> Tensor:
-        """In bfloat16 by torch's kernels."""
-        if self.is_in_place:
-            return self(x)
+        """In bfloat16."""
         x = pad(x.bfloat16(), (0, self._padding)) if self._padding else x.bfloat16()
         product = self._kernel(x, self._weight, _GROUP, self._scales)
         if product.shape[1] != self._num_rows:
             product = product[:, : self._num_rows].contiguous()
         return product if self.bias is None else product.add_(self.bias)
 
-    @staticmethod
-    def copy_bytes(shape: torch.Size) -> int:
-        """Size of the copy of a weight [out, in]."""
-        elements = round_up(shape[0], _BLOCK_OF_ROWS) * round_up(shape[1], _GROUP)
-        return elements // 2 + elements // _GROUP * 4  # with scales and middles
-
-
-class _Part:
-    """A projection, as operators take it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, counts: Tensor) -> None:
-        self.num_rows = len(weight)
-        tensors = {"weight": _rounded_in_place(weight, counts)}
-        tensors |= {} if bias is None else {"bias": bias.detach().float()}
-        self.slots: list[Slot] = [(tensors, name) for name in tensors]
-
 
 def four_bits(weight: Tensor, squares: Tensor) -> Tensor:
     """A weight [out, in] in the format of `FewBitsLinear`, for inputs with these mean squares [in]."""
-    return _rounded_in_place(weight, _shares(pad(squares, (0, -weight.shape[1] % _GROUP))))
-
-
-def _rounded_in_place(weight: Tensor, counts: Tensor) -> Tensor:
-    return torch.ops.self_speculation.int4_round(weight.detach().contiguous(), counts.flatten())
+    counts = _shares(squares).flatten()
+    return torch.ops.self_speculation.int4_round(weight.detach().contiguous(), counts)
 
 
 def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shares(squares: Tensor) -> Tensor:
     """Squares of inputs [in] -> their shares of each group's sum [groups of a row, elements]."""
-    counts = squares.float().unflatten(0, (-1, _GROUP))
+    counts = pad(squares, (0, -len(squares) % _GROUP)).float().unflatten(0, (-1, _GROUP))
     counts = counts + 1e-6 * counts.mean() + 1e-30  # an unused group must not divide by zero
     return counts / counts.sum(1, keepdim=True)
 

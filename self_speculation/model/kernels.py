@@ -14,15 +14,14 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
-from self_speculation.model.user_cache import cache_folder, replacing
+from torch import Tensor, nn
 
 _FOLDER = Path(__file__).with_name("cpp")
 _SOURCES = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
@@ -39,6 +38,12 @@ VARIANTS = {
     "AVX2": _AVX2,
     "ARM": ("-march=armv8.2-a+fp16+dotprod",),
 }
+
+# By their classes, the activations that the operators have, with their number for them.
+OPERATOR_ACTIVATIONS = {
+    "SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "NewGELUActivation": 1, "GELU tanh": 1,
+    "GELUActivation": 2, "GELU none": 2, "ReLU": 3, "ReLUSquaredActivation": 4,
+}  # fmt: skip
 
 # Seconds after which a compiler counts as broken; it takes 10 on a quiet machine.
 _PATIENCE = 300.0
@@ -67,6 +72,11 @@ def cpu_operators() -> CPUOperators:
         return _loaded[0]
 
 
+def operator_activation(module: nn.Module) -> int | None:
+    """The operators' number for an activation; None: they do not have it."""
+    return OPERATOR_ACTIVATIONS.get(f"{type(module).__name__} {getattr(module, 'approximate', '')}".strip())
+
+
 def build_into(folder: Path) -> None:
     """Build all variants for this kind of processor, for an image or a wheel: into the folder of the sources.
 
@@ -87,10 +97,8 @@ def _load() -> CPUOperators:
             _build(variant)
     except (RuntimeError, OSError) as error:
         return CPUOperators(None, f"ours cannot be built: {error}")
-    torch.library.register_fake("self_speculation::run_layers", lambda *_: None)
-    torch.library.register_fake("self_speculation::project", _fake_project)
-    torch.library.register_fake("self_speculation::int4_round", _fake_round)
-    torch.library.register_fake("self_speculation::rows_of_weight", _fake_rows)
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"self_speculation::{name}", fake)
     return CPUOperators(variant)
 
 
@@ -117,8 +125,11 @@ def _file_name(variant: str) -> str:
 def _kept(variant: str) -> list[Path]:
     """The file in the user's cache, and the one in a temporary folder, for a home that cannot be written."""
     folders = [Path(tempfile.gettempdir()) / f"self-speculation-{os.getuid()}"]
-    with suppress(OSError):  # there is no home directory
-        folders.insert(0, cache_folder() / "kernels")
+    named = os.environ.get("SELF_SPECULATION_CACHE")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    with suppress(RuntimeError):  # there is no home directory
+        folder = (Path(named) if named else caches / "self-speculation").expanduser()
+        folders.insert(0, folder / "kernels")
     return [folder / _file_name(variant) for folder in folders]
 
 
@@ -128,8 +139,9 @@ def _build(variant: str) -> None:
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if _is_own(file.parent):
-                with replacing(file) as new:
-                    _compile(variant, new)
+                with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may load it meanwhile
+                    _compile(variant, new := Path(folder) / file.name)
+                    new.replace(file)
         except OSError:
             continue  # it cannot be kept
         if _is_loaded(file):
@@ -172,14 +184,15 @@ def _is_own(path: Path) -> bool:
     return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
 
 
-def _fake_project(x: Tensor, *others: Any) -> Tensor:
-    return x.new_empty(x.shape[0], others[-1])
-
-
-def _fake_rows(weight: Tensor, ids: Tensor, *others: Any) -> Tensor:
-    return weight.new_empty(len(ids), others[-1], dtype=torch.float32)
-
-
 def _fake_round(weight: Tensor, counts: Tensor) -> Tensor:
     blocks, groups = -(-weight.shape[0] // 16), counts.shape[0] // 32
     return weight.new_empty(64 + blocks * groups * 320, dtype=torch.uint8)
+
+
+# Shapes of results, for a dry run.
+_FAKES: Mapping[str, Callable[..., Tensor | None]] = {
+    "run_layers": lambda *_: None,
+    "project": lambda x, *others: x.new_empty(len(x), others[-1]),
+    "int4_round": _fake_round,
+    "rows_of_weight": lambda weight, ids, *shape: ids.new_empty(len(ids), shape[-1], dtype=torch.float32),
+}

@@ -1,4 +1,4 @@
-"""x W^T + b over the weights of modules.
+"""x W^T + b and norms over the weights of modules.
 
 On a GPU, projections of the same input become one weight. On a CPU nothing is made of them: passes over few
 tokens multiply by our operator (kernels.py), which reads each weight as it lies, all others by torch, from
@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import cache
 from threading import RLock
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear as torch_linear
 
 from self_speculation.model.few_bits import FewBitsLinear, eight_bits
@@ -32,6 +30,9 @@ MIN_BFLOAT16_PREFILL = 128
 # The most rows of logits by an operator. Only log-likelihoods of whole texts have more.
 _MOST_ROWS = 1024
 
+# Norms that multiply by 1 + weight, in float32.
+_CENTRED_NORMS = ("Gemma3RMSNorm",)
+
 # A tensor that a pass reads: where it stands, so that one that takes its place is read next time.
 Slot = tuple[Mapping[str, Any], str]
 
@@ -40,55 +41,52 @@ class Linear:
     """x [T, in] -> x W^T + b [T, out].
 
     Args:
-        projections: of the same input. On a GPU their weights become one tensor, see `_side_by_side`.
+        projections: `nn.Linear` or `FewBitsLinear` of the same input. On a GPU their weights become one
+            tensor, see `_side_by_side`.
     """
 
     def __init__(self, *projections: Any) -> None:
         self.projections = projections
         self.is_in_few_bits = isinstance(projections[0], FewBitsLinear)
-        self._tables = [_table(projection) for projection in projections]
+        self._tables: list[Mapping[str, Any]] = [
+            projection._buffers if self.is_in_few_bits else projection._parameters
+            for projection in projections
+        ]
+        self._num_rows = [projection.out_features for projection in projections]
+        self.shape = torch.Size((sum(self._num_rows), projections[0].in_features))
         self.has_biases = [table["bias"] is not None for table in self._tables]
+        self._slots: list[list[Slot]] = [
+            [(table, "weight"), (table, "bias")][: 1 + has_bias]
+            for table, has_bias in zip(self._tables, self.has_biases, strict=True)
+        ]
         self._joint: tuple[Tensor, Tensor | None] | None = None
         on_cpu = self._tables[0]["weight"].device.type == "cpu"
-        self.is_in_place = self.is_in_few_bits or (on_cpu and all(w.stride(1) == 1 for w in self.weights))
+        self.is_in_place = self.is_in_few_bits or (on_cpu and all(w.stride(1) == 1 for w, _ in self.pairs))
         if not on_cpu:
-            biases = None
-            if any(self.has_biases):
-                biases = _side_by_side(
-                    [weight.new_zeros(len(weight)) if b is None else b for weight, b in self.pairs]
-                )
-            self._joint = _side_by_side(self.weights).t(), biases
-        self.copies: dict[Hashable, Any] = {}  # what was made of the weight
-        self._version_when_made: Hashable = None
+            bias = _side_by_side(self._biases()) if any(self.has_biases) else None
+            self._joint = _side_by_side([weight for weight, _ in self.pairs]).t(), bias
+        # What was made of the weights, by key: their version then, and the result.
+        self.copies: dict[Hashable, tuple[Hashable, Any]] = {}
         self._lock = RLock()  # passes of several threads may miss the same copy
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Weight and bias of each projection."""
-        return list(zip(self.weights, (table["bias"] for table in self._tables), strict=True))
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """[out, in] of each projection. Those in few bits are dequantised."""
+        """Weight [out, in] and bias of each projection. Weights in few bits are dequantised."""
         if self.is_in_few_bits:
-            return [projection.dequantized() for projection in self.projections]
-        return [table["weight"] for table in self._tables]
+            return [(each.dequantized(), each.bias) for each in self.projections]
+        return [(table["weight"], table["bias"]) for table in self._tables]
 
     def slots(self) -> list[Slot]:
         """Weight and bias, if there is one, of each projection, for operators."""
-        return [slot for i in range(len(self._tables)) for slot in self.slots_of(i)]
-
-    def slots_of(self, index: int) -> list[Slot]:
-        """Those of one projection."""
-        return [(self._tables[index], name) for name in ("weight", "bias")[: 1 + self.has_biases[index]]]
+        return [slot for of_one in self._slots for slot in of_one]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._joint is not None:
             product, bias = torch.mm(x, self._joint[0]), self._joint[1]
             return product if bias is None else product.add_(bias)
         if self.is_in_few_bits or (self.is_in_place and is_multiplied_in_place(x, MAX_NARROW_TOKENS)):
-            parts = [project(x, self.slots_of(i), rows) for i, rows in enumerate(self._num_rows)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            parts = [project(x.float(), *pair) for pair in zip(self._slots, self._num_rows, strict=True)]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
         product = x.new_empty(len(x), self.shape[0])
         parts = product.split(self._num_rows, 1)
         for part, (weight, bias) in zip(parts, self.pairs, strict=True):
@@ -117,26 +115,22 @@ class Linear:
         """[out, in] of all projections; on a CPU a copy, if there are several."""
         if self._joint is not None:
             return self._joint[0].t()
-        return self.weights[0].data if len(self._tables) == 1 else torch.cat([w.data for w in self.weights])
+        weights = [weight.data for weight, _ in self.pairs]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     @property
     def bias(self) -> Tensor | None:
         """[out] of all projections, as `weight`."""
         if self._joint is not None:
             return self._joint[1]
-        if not any(self.has_biases):
-            return None
-        biases = zip(self._num_rows, self._tables, strict=True)
-        return torch.cat([torch.zeros(n) if t["bias"] is None else t["bias"].data for n, t in biases])
+        return torch.cat([bias.data for bias in self._biases()]) if any(self.has_biases) else None
 
-    @property
-    def shape(self) -> torch.Size:
-        """[out, in]"""
-        return torch.Size((sum(self._num_rows), _shape(self.projections[0])[1]))
-
-    @property
-    def _num_rows(self) -> list[int]:
-        return [_shape(projection)[0] for projection in self.projections]
+    def _biases(self) -> list[Tensor]:
+        """Of each projection; zeros if it has none."""
+        pairs = zip(self._tables, self._num_rows, strict=True)
+        return [
+            table["weight"].new_zeros(n) if table["bias"] is None else table["bias"] for table, n in pairs
+        ]
 
     @property
     def num_bytes(self) -> int:
@@ -147,50 +141,37 @@ class Linear:
         """[n, in] some rows of the weight of a single projection."""
         if self.is_in_few_bits:
             return self.projections[0].rows(ids.flatten()).view(*ids.shape, self.shape[1])
-        (weight,) = self.weights
-        return weight.data[ids.to(weight.device)]
+        return self.weight[ids.to(self.weight.device)]
 
     def select_rows(self, ids: Tensor) -> Linear:
         """A `Linear` over a copy of some rows [n] of the weight, in eight bits if that is in few."""
-        bias = None if self.bias is None else self.bias[ids]
+        rows, bias = self.rows(ids), None if self.bias is None else self.bias[ids]
         if self.is_in_few_bits:
-            return Linear(FewBitsLinear(eight_bits(self.rows(ids)), len(ids), self.shape[1], bias))
-        return Linear(SimpleNamespace(weight=self.rows(ids), bias=bias))
+            return Linear(FewBitsLinear(eight_bits(rows), len(rows), rows.shape[1], bias))
+        module = nn.Linear(rows.shape[1], len(rows), bias is not None, device="meta")
+        module.weight = nn.Parameter(rows, requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        return Linear(module)
 
     @property
     def version(self) -> Hashable:
         """Changes when a weight or bias is replaced, moved or written to, but not through `.data`."""
         return tuple((tensor.data_ptr(), version_of(tensor)) for tensor in tensors_in(self.slots()))
 
+    def valid_copy(self, key: Hashable) -> Any:
+        """What is kept by key and was made of the weights of now; None: nothing."""
+        version, made = self.copies.get(key, (None, None))
+        return made if version == self.version else None
+
     def cached_copy(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of `make`, kept by key until `follow_weights` finds another `version`. Unlike in `made`,
-        nothing is compared: every product gets its copy here.
-        """
-        if (kept := self.copies.get(key)) is not None:
-            return kept
+        """The result of `make`, kept by key while the weights are the same."""
         with self._lock:
-            if (kept := self.copies.get(key)) is None:
-                if not self.copies:  # the first copy fixes the version for all later ones
-                    self._version_when_made = self.version
-                kept = self.copies[key] = make()
-        return kept
-
-    def follow_weights(self) -> None:
-        """Drop what was made of weights that have changed."""
-        if self.copies and self.version != self._version_when_made:
-            with self._lock:
-                self.copies.clear()
-
-
-def _table(projection: Any) -> Mapping[str, Any]:
-    """Where weight and bias stand."""
-    if isinstance(projection, SimpleNamespace):
-        return vars(projection)
-    return projection._buffers if isinstance(projection, FewBitsLinear) else projection._parameters
-
-
-def _shape(projection: Any) -> torch.Size:
-    return projection.shape if isinstance(projection, FewBitsLinear) else projection.weight.shape
+            if (made := self.valid_copy(key)) is None:
+                self.copies.pop(key, None)  # free its memory first
+                made = make()
+                self.copies[key] = self.version, made
+        return made
 
 
 def is_multiplied_in_place(x: Tensor, most: int) -> bool:
@@ -208,6 +189,40 @@ def project(x: Tensor, slots: Sequence[Slot], rows: int, norm: Any = None) -> Te
 
 def tensors_in(slots: Iterable[Slot]) -> list[Tensor]:
     return [table[name] for table, name in slots]
+
+
+class RMSNorm:
+    """[..., n] -> [..., n], over the weight of a module."""
+
+    def __init__(self, module: Any) -> None:
+        self.is_centred = type(module).__name__ in _CENTRED_NORMS
+        self.epsilon = module.eps if self.is_centred else module.variance_epsilon
+        self.slot: Slot = (module._parameters, "weight")
+        self._shape = self.weight.shape
+        self._on_cpu = self.weight.device.type == "cpu"
+        self._root = len(self.weight) ** 0.5
+        self._zero, self._least = torch.tensor([0.0, self._root * self.epsilon**0.5]).unbind()
+
+    @property
+    def weight(self) -> Tensor:
+        table, name = self.slot
+        return table[name]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if not self._on_cpu:
+            if self.is_centred:
+                weight = self.weight.float() + 1
+                return torch.rms_norm(hidden.float(), self._shape, weight, self.epsilon).type_as(hidden)
+            return torch.rms_norm(hidden, self._shape, self.weight, self.epsilon)  # one kernel
+        # On a CPU `rms_norm` is twice as many kernels as these.
+        is_exact = hidden.dtype == torch.float32
+        exact = hidden if is_exact else hidden.float()
+        norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
+        scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
+        if self.is_centred:
+            return scaled.addcmul_(scaled, self.weight.float()).type_as(hidden)
+        return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
 
 
 class BFloat16Linear:
@@ -231,26 +246,6 @@ def replace_linears(part: T, make: Callable[[Linear], Any]) -> T:
     other: Any = copy.copy(part)
     other.linears = tuple(make(linear) for linear in other.linears)
     return other
-
-
-@cache
-@torch.no_grad()
-def has_kernel(
-    kind: Callable[[Tensor], Callable[[Tensor], Tensor]], device: torch.device, dtype: torch.dtype
-) -> bool:
-    """Whether there is a kernel for copies of this kind, of weights of this dtype on this device.
-
-    Raises:
-        torch.OutOfMemoryError: the next call tries again.
-    """
-    weight = torch.zeros(16, 32, device=device, dtype=dtype)
-    try:
-        kind(weight)(weight[:1])
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, RuntimeError):
-        return False
-    return True
 
 
 def warn_of_fp32_precision() -> None:

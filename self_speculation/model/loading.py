@@ -191,7 +191,7 @@ def load_model_and_tokenizer(
         kwargs |= options.model_args
         if kwargs.pop("rope_scaling", None) is not None:  # by itself transformers forgets the base
             kwargs["rope_parameters"] = config.rope_parameters
-        in_few_bits = header is not None and not adapted and _is_in_few_bits(header, options, device)
+        in_few_bits = None if adapted or not _is_in_few_bits(header, options, device) else header
         own = None if adapted or in_few_bits else _own_dtype(model, options, config, device)
         if (own is None or bits is not None) and options.prefill_dtype == "bfloat16":
             raise LoadingError(
@@ -199,7 +199,13 @@ def load_model_and_tokenizer(
                 " fuse True, parallel data, quantization none, no adapter, and a fused family"
             )
         kwargs |= {} if own is None else {"dtype": own}
-        loaded = _load(model, source, kwargs, config, header, in_few_bits)
+        if in_few_bits is not None:
+            loaded, absent = load_in_few_bits(in_few_bits, config)
+        else:
+            loaded, absent = _load(source, kwargs, config, header)
+        if absent:
+            missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
+            raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
         if adapted is not None:
             from peft import PeftModel
 
@@ -222,14 +228,11 @@ def load_model_and_tokenizer(
 
 
 def _load(
-    model: str,
-    source: str,
-    kwargs: dict[str, Any],
-    config: PretrainedConfig,
-    header: Header | None,
-    in_few_bits: bool,
-) -> PreTrainedModel:
-    """Load all weights from `source`, or from the `.gguf` file with this header, in its own bits or not."""
+    source: str, kwargs: dict[str, Any], config: PretrainedConfig, header: Header | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load all weights from `source`, or dequantise those of the `.gguf` file with this header. Also returns
+    the names of those that are missing.
+    """
     kind: Any = AutoModelForCausalLM
     where: str | None = source
     if header is not None:
@@ -237,19 +240,11 @@ def _load(
         taken = {"gguf_file", "trust_remote_code"}
         taken |= {name for name in kwargs if hasattr(config, name)} - {"dtype"}
         kwargs = {name: value for name, value in kwargs.items() if name not in taken}
-        kind, where, kwargs["config"] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, config
         dtype = torch.float32 if isinstance(kwargs["dtype"], str) else kwargs["dtype"]
-    if header is not None and in_few_bits:
-        loaded, absent = load_in_few_bits(header, config)
-    else:
-        if header is not None:
-            kwargs["state_dict"] = read_weights(header, config, dtype)
-        loaded, info = kind.from_pretrained(where, **kwargs, output_loading_info=True)
-        absent = sorted(info["missing_keys"])
-    if absent:
-        missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
-        raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
-    return loaded.eval()
+        kwargs |= {"config": config, "state_dict": read_weights(header, config, dtype)}
+        kind, where = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None
+    loaded, info = kind.from_pretrained(where, **kwargs, output_loading_info=True)
+    return loaded, sorted(info["missing_keys"])
 
 
 def _own_dtype(
@@ -257,27 +252,25 @@ def _own_dtype(
 ) -> torch.dtype | None:
     """The dtype of weights that operators read as they are, where `auto` is that; None: it is float32."""
     dtype = torch.float16 if model.endswith(".gguf") else config.dtype
-    settings = (options.dtype, options.parallel, options.fuse)
-    return (
-        dtype
-        if settings == ("auto", "data", True)
-        and "dtype" not in options.model_args
-        and dtype in (torch.bfloat16, torch.float16)
-        and has_fused_layers(config)
-        and device.type == "cpu"
-        and cpu_operators().variant is not None
-        else None
-    )
+    is_half = dtype in (torch.bfloat16, torch.float16) and has_fused_layers(config)
+    return dtype if is_half and _keeps_format(options, device) else None
 
 
-def _is_in_few_bits(header: Header, options: LoadingOptions, device: torch.device) -> bool:
-    """Whether a `.gguf` file is read in its own bits: on a CPU with operators, unless another dtype is asked
-    for. A warning says which weights have no operators.
+def _keeps_format(options: LoadingOptions, device: torch.device) -> bool:
+    """Whether weights keep the format of their file: for operators, unless another dtype is asked for."""
+    settings = options.dtype, options.parallel, options.fuse, "dtype" in options.model_args
+    return settings == ("auto", "data", True, False) and _has_operators(device)
+
+
+def _has_operators(device: torch.device) -> bool:
+    return device.type == "cpu" and cpu_operators().variant is not None
+
+
+def _is_in_few_bits(header: Header | None, options: LoadingOptions, device: torch.device) -> bool:
+    """Whether a model is a `.gguf` file that is read in its own bits. A warning says which weights have no
+    operators.
     """
-    settings = (options.dtype, options.parallel, options.quantization, options.fuse)
-    if settings != ("auto", "data", "none", True) or "dtype" in options.model_args:
-        return False
-    if device.type != "cpu" or cpu_operators().variant is None:
+    if header is None or options.quantization != "none" or not _keeps_format(options, device):
         return False
     for name, share in unread_formats(header).items():
         what = f"{share:.0%} of its weights are in {name}, which no operator here has"
@@ -313,8 +306,7 @@ def _bits(
         return None
     if weights.endswith(".gguf") or getattr(config, "quantization_config", None) is not None:
         raise LoadingError(f"quantization {quantization}: the weights of {weights} are quantised already")
-    own = device.type == "cpu" and cpu_operators().variant is not None
-    return {"int8": 8, "int4": 4}[quantization] if own else None
+    return {"int8": 8, "int4": 4}[quantization] if _has_operators(device) else None
 
 
 def _quantized(

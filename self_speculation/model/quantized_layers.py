@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,15 +21,22 @@ from transformers import PreTrainedModel
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import FAMILIES
-from self_speculation.model.few_bits import FewBitsLinear, eight_bits, is_in_few_bits, mean_bytes_per_weight
-from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, plain_linear
-from self_speculation.model.int4_linear import Int4Linear, four_bits
-from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.linear import Linear, has_kernel, replace_linears
+from self_speculation.model.few_bits import FewBitsLinear, eight_bits, mean_bytes_per_weight
+from self_speculation.model.fused_layers import plain_linear
+from self_speculation.model.int4_linear import (
+    BYTES_PER_WEIGHT,
+    Int4Linear,
+    copy_bytes,
+    four_bits,
+    has_kernel,
+    int4_copy,
+)
+from self_speculation.model.linear import Linear, replace_linears
 from self_speculation.model.model_cache import lock
-from self_speculation.model.model_runner import ModelRunner, PlainLayer, forward_early
+from self_speculation.model.model_runner import ModelRunner, PlainHead, PlainLayer, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
+from self_speculation.model.unsupported_hooks import difference
 
 # Tokens that the size of inputs is learnt from.
 _TOKENS_TO_LEARN = 64
@@ -51,24 +57,16 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
     of_head = mean_bytes_per_weight(model.get_output_embeddings())
     if draft_weights == "exact":
         return own, of_head
-    if not _has_kernel(model.device, model.dtype):
+    if not has_kernel(model.device, model.dtype):
         raise ValueError(
             f"draft_weights int4: there are no kernels for it with {model.dtype} on {model.device}"
         )
-    return _INT4_ON_CUDA if model.device.type == "cuda" else Int4Linear.bytes_per_weight, of_head
-
-
-def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    def copied(weight: Tensor) -> Int4Linear:
-        return Int4Linear(Linear(SimpleNamespace(weight=weight, bias=None)))
-
-    return has_kernel(copied, device, dtype)
+    return _INT4_ON_CUDA if model.device.type == "cuda" else BYTES_PER_WEIGHT, of_head
 
 
 def copies_are_smaller(model: PreTrainedModel) -> bool:
     """Whether copies in four bits take clearly fewer bytes than the model's own layers."""
-    own = mean_bytes_per_weight(model.base_model.layers[0])
-    return not is_in_few_bits(model) or own > _CLEARLY_MORE * Int4Linear.bytes_per_weight
+    return mean_bytes_per_weight(model.base_model.layers[0]) > _CLEARLY_MORE * BYTES_PER_WEIGHT
 
 
 @torch.no_grad()
@@ -78,31 +76,25 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
     Raises:
         ValueError: layers or head with hooks, adapters or quantised weights, or experts.
     """
-    name = f"quantization int{bits}"
+    title = f"quantization int{bits}"
     if not FAMILIES[model.config.model_type].has_copies:
-        raise ValueError(f"{name}: experts of a {model.config.model_type} model are not rounded")
+        raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
     runner, head = ModelRunner(model), model.get_output_embeddings()
-    layers = [_with_linears(runner, f"layer {i}", part, name) for i, part in enumerate(runner.layers)]
-    _with_linears(runner, "head", runner.head, name)
+    layers = _with_linears(runner, len(runner.layers), title)
     by_linear = _input_squares(runner, layers) if bits == 4 else {}
-    squares = {id(p): by_linear[linear] for linear in by_linear for p in linear.projections}
-    found = [
-        (parent, child, module)
-        for parent in (*model.base_model.layers.modules(), model)
-        for child, module in parent.named_children()
-        if type(module) is nn.Linear
-    ]
+    squares = {p: by_linear[linear] for linear in by_linear for p in linear.projections}
+    found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
 
-    def rounded(found: tuple[nn.Module, str, nn.Linear]) -> FewBitsLinear:
-        module, is_whole = found[2], bits == 8 or found[2] is head
+    def rounded(module: nn.Linear) -> FewBitsLinear:
         weight, bias = module.weight.data, None if module.bias is None else module.bias.data
-        made = eight_bits(weight) if is_whole else four_bits(weight, squares[id(module)])
+        is_whole = bits == 8 or module is head
+        made = eight_bits(weight) if is_whole else four_bits(weight, squares[module])
         return FewBitsLinear(made, len(weight), weight.shape[1], bias)
 
-    num_bytes, pool = sum(module.weight.nbytes for _, _, module in found), ThreadPoolExecutor
-    with progress(name, num_bytes) as advance, pool(torch.get_num_threads()) as threads:
-        for (parent, child, module), made in zip(found, threads.map(rounded, found), strict=True):
-            setattr(parent, child, made)
+    num_bytes, pool = sum(module.weight.nbytes for module in found.values()), ThreadPoolExecutor
+    with progress(title, num_bytes) as advance, pool(torch.get_num_threads()) as threads:
+        for (name, module), made in zip(found.items(), threads.map(rounded, found.values()), strict=True):
+            model.set_submodule(name, made)
             advance(module.weight.nbytes)
 
 
@@ -129,38 +121,39 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
         raise ValueError(
             f"draft_weights int4: the model's weights take {8 * own:.1f} bits already; it must be exact"
         )
-    layers = [_with_linears(runner, f"layer {i}", part) for i, part in enumerate(runner.layers[:num_layers])]
-    _with_linears(runner, "head", runner.head)
+    layers = _with_linears(runner, num_layers, "draft_weights int4")
     bytes_per_weight(runner.model, "int4")  # raises ValueError without kernels
     parts = layers if short_head is None else [*layers, short_head]  # its best few are computed again
     with lock(runner.model):
-        copied = _make_copies(runner, layers, [linear for part in parts for linear in part.linears])
-    copies = [replace_linears(layer, copied) for layer in layers]
-    head = runner.head if short_head is None else replace_linears(short_head, copied)
-    return runner.with_layers(copies, head)
+        copies = _make_copies(runner, layers, [linear for part in parts for linear in part.linears])
+    head = runner.head if short_head is None else replace_linears(short_head, copies.__getitem__)
+    return runner.with_layers([replace_linears(layer, copies.__getitem__) for layer in layers], head)
 
 
-def _with_linears(runner: ModelRunner, name: str, part: Any, flag: str = "draft_weights int4") -> Any:
-    """A layer or head with a `Linear` for each product. Raises ValueError if it is not plain."""
-    if isinstance(part, FusedLayer | FusedHead):
-        return part
-    modules = (part.module,) if isinstance(part, PlainLayer) else part.modules
-    if (why := difference(runner.model, *modules)) is not None:
-        only = "only layers and a head without hooks, adapters and quantised weights are rounded"
-        raise ValueError(f"{flag}: {name}: {why}; {only}")
-    if isinstance(part, PlainLayer):
-        return _UnfusedLayer(runner.model, part)
-    return FusedHead(part.norm, plain_linear(runner.model, part.modules[1]))
+def _with_linears(runner: ModelRunner, num_layers: int, flag: str) -> list[Any]:
+    """The first layers, with a `Linear` for each product. Raises ValueError if one of them or the head is not
+    plain.
+    """
+    layers = runner.layers[:num_layers]
+    for name, part in [*((f"layer {i}", layer) for i, layer in enumerate(layers)), ("head", runner.head)]:
+        if not isinstance(part, PlainLayer | PlainHead):
+            continue  # fused parts are plain
+        modules = (part.module,) if isinstance(part, PlainLayer) else part.modules
+        if (why := difference(runner.model, *modules)) is not None:
+            only = "only layers and a head without hooks, adapters and quantised weights are rounded"
+            raise ValueError(f"{flag}: {name}: {why}; {only}")
+    return [
+        _UnfusedLayer(runner.model, layer.module) if isinstance(layer, PlainLayer) else layer
+        for layer in layers
+    ]
 
 
-class _UnfusedLayer:
+class _UnfusedLayer(PlainLayer):
     """A layer of transformers whose `nn.Linear` are replaced; all other modules are its own."""
 
-    def __init__(self, model: PreTrainedModel, layer: PlainLayer) -> None:
-        self._layer = layer
-        self._replaced = [
-            module for module in layer.module.modules() if type(module) in (nn.Linear, FewBitsLinear)
-        ]
+    def __init__(self, model: PreTrainedModel, layer: nn.Module) -> None:
+        self._own = layer
+        self._replaced = [module for module in layer.modules() if type(module) in (nn.Linear, FewBitsLinear)]
         self.linears = tuple(plain_linear(model, module) for module in self._replaced)
 
     @property
@@ -169,12 +162,8 @@ class _UnfusedLayer:
 
     @linears.setter
     def linears(self, linears: tuple[Any, ...]) -> None:
-        self._linears, self._run = linears, copy.copy(self._layer)
         products: dict[nn.Module, nn.Module] = dict(zip(self._replaced, map(_Product, linears), strict=True))
-        self._run.module = _with_modules(self._layer.module, products)
-
-    def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
-        return self._run(hidden, context, cache)
+        self._linears, self.module = linears, _with_modules(self._own, products)
 
 
 class _Product(nn.Module):
@@ -202,26 +191,30 @@ def _with_modules(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> n
 
 def _make_copies(
     runner: ModelRunner, layers: Sequence[Any], linears: Sequence[Linear]
-) -> Callable[[Linear], Int4Linear]:
-    """Make what is missing on all threads. Returns a function that finds the copy of a `Linear`."""
-    missing = [linear for linear in linears if Int4Linear not in linear.copies]
-    num_bytes = sum(Int4Linear.copy_bytes(linear.shape) for linear in missing)
-    if missing and num_bytes > (free := free_memory(runner.rotary.device, num_ranks(runner.model))):
+) -> Mapping[Linear, Linear | Int4Linear]:
+    """The copy of each `Linear`. What is missing is made on all threads."""
+    copies = {linear: linear.valid_copy("int4") for linear in linears}
+    missing = {linear: copy_bytes(linear.shape) for linear, kept in copies.items() if kept is None}
+    if not missing:
+        return copies
+    num_bytes = sum(missing.values())
+    if num_bytes > (free := free_memory(runner.rotary.device, num_ranks(runner.model))):
         raise ValueError(
             f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
             f"{free / 2**30:.2f} GiB are free; fewer layers (exit_layer) take less"
         )
-    squares = _input_squares(runner, layers) if missing else {}
+    squares = _input_squares(runner, layers)
 
-    def copied(linear: Linear) -> Int4Linear:
-        return linear.cached_copy(Int4Linear, lambda: Int4Linear(linear, squares.get(linear)))
+    def copied(linear: Linear) -> Linear | Int4Linear:
+        return linear.cached_copy("int4", lambda: int4_copy(linear, squares.get(linear)))
 
     # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
     num_threads = torch.get_num_threads() if runner.rotary.device.type == "cpu" else 1
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
-        for made in pool.map(copied, missing):
-            advance(made.num_bytes)
-    return copied
+        for linear, made in zip(missing, pool.map(copied, missing), strict=True):
+            copies[linear] = made
+            advance(missing[linear])
+    return copies
 
 
 class _SquaresSummed:

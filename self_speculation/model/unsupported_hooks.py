@@ -1,4 +1,5 @@
-"""Refuses models with replaced or wrapped code that `ModelRunner` would not call.
+"""Code that the passes of this library would not call: around all layers it is refused, in a layer it keeps
+the layer from being fused or copied.
 
 `ModelRunner` runs layers one by one and never calls the `forward` of the whole model. It follows hooks on
 layers, adapters in them and layers of other classes, but nothing around all layers.
@@ -13,9 +14,17 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+from self_speculation.model.few_bits import FewBitsLinear
+from self_speculation.model.kernels import operator_activation
 
 # Hooks of accelerate that only move inputs, outputs and weights between devices.
 _MOVING = (AlignDevicesHook, CpuOffload)
+
+# Modules of plain layers that are not those of their family. Fused layers call activations as they are.
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+_PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, FewBitsLinear)
 
 
 def check_followed(model: Any) -> None:
@@ -74,3 +83,35 @@ def _is_transformers_own(function: Any) -> bool:
 def _name(function: Any) -> str:
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__qualname__} of {named.__module__}"
+
+
+def difference(model: Any, *roots: nn.Module) -> str | None:
+    """What tells these modules from plain ones: those of the model's family, with weights of one dtype on one
+    device, and without hooks; None: nothing.
+    """
+    family = f"transformers.models.{model_type_to_module_name(model.config.model_type)}."
+    named = [pair for root in roots for pair in root.named_modules()]
+    for name, module in named:
+        kind = type(module)
+        if kind not in _PLAIN and not kind.__module__.startswith((family, *_ACTIVATIONS)):
+            return f"{name or 'it'} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
+        if kind.__module__.startswith(_ACTIVATIONS) and [*module.parameters()]:
+            return f"{name or 'it'} is a {kind.__name__}, an activation with weights"
+        if module._forward_hooks or module._forward_pre_hooks or replaced_forward(module):
+            return f"{name or 'it'} has a hook or another forward"
+    weights = [weight for root in roots for weight in root.parameters()]
+    in_few_bits = [module.weight for _, module in named if type(module) is FewBitsLinear]
+    if in_few_bits and any(type(module) is nn.Linear for _, module in named):
+        return "only some of its weights are in few bits"
+    for weight in weights:
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            return f"its weights are in fewer bits or in parts ({type(weight).__name__}, {weight.dtype})"
+    (device, *others) = {weight.device for weight in (*weights, *in_few_bits)}
+    if others or device.type == "meta" or len({weight.dtype for weight in weights}) > 1:
+        return "its weights differ in dtype or device, or are offloaded"
+    if device.type != "cpu":
+        return f"its weights are in few bits on {device}" if in_few_bits else None
+    for name, module in named:
+        if type(module).__module__.startswith(_ACTIVATIONS) and operator_activation(module) is None:
+            return f"{name or 'it'} is a {type(module).__name__}, an activation that no operator has"
+    return None

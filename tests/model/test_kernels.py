@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -208,6 +209,19 @@ def test_it_is_built_once(builds):
     file.chmod(0o755)
     file.write_text("cut sho")  # by a disk, say
     assert load().variant is None
+
+
+def test_the_folder_is_where_the_user_says(monkeypatch):
+    """Guards against files outside of the folder that is named, such as a container's volume."""
+    for name in ("XDG_CACHE_HOME", "SELF_SPECULATION_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value, folder in (
+        ("HOME", "/home/user", "/home/user/.cache/self-speculation"),
+        ("XDG_CACHE_HOME", "/caches", "/caches/self-speculation"),
+        ("SELF_SPECULATION_CACHE", "~/kept", "/home/user/kept"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert kernels._kept("AVX2")[0].parent == Path(folder) / "kernels"
 
 
 def test_another_source_has_another_file(builds, tmp_path, monkeypatch):

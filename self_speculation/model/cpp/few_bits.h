@@ -3,6 +3,7 @@
 // A weight [N, K] is one tensor of bytes. The first 64 have the code of its format. Then come blocks of 16 rows, each with
 // cells of 32 columns in their order. Rows are padded to 16 and columns to 32 by zeros. A cell has
 //   scales: the sizes of a step of 16 rows and, if the format has them, their middles,
+//   steps of 8 bits [8, 64]: byte 4 r + j of part v is that of column 4 v + j of row r; or, of fewer bits,
 //   low [4, 64]: byte 4 r + j of part i has the lower 4 bits of two steps of row r: of column 8 i + j in its lower half,
 //     of column 8 i + 4 + j in its upper half,
 //   high [bits - 4, 64]: byte 4 r + j of part i has the upper bits of columns 4 v + j of row r, for 8 / (bits - 4)
@@ -105,23 +106,29 @@ struct RoundedInputs {
 
 // The steps of LANES rows of a cell, by four columns. If a product does not take eight bits, `upper` gets the upper four.
 template <int HIGH>
-INLINE void steps_of(const uint8_t* low, int64_t row, Bytes* steps, Bytes* upper) {
+INLINE void steps_of(const uint8_t* cell, int64_t row, Bytes* steps, Bytes* upper) {
+  typedef uint16_t Pairs VECTOR(4);  // there are no shifts of bytes
+  const uint8_t *low = cell + row * 4, *high = low + LOW;
+  if constexpr (HIGH == 4) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) {
+      steps[v] = load<Bytes>(low + v * 64);
+      if (!TAKES_EIGHT_BITS) upper[v] = (Bytes)((Pairs)steps[v] >> 4) & 15, steps[v] &= 15;
+    }
+    return;
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    Bytes both = load<Bytes>(low + i * 64 + row * 4);
-    steps[2 * i] = both & 15, steps[2 * i + 1] = both >> 4;
+    Bytes both = load<Bytes>(low + i * 64);
+    steps[2 * i] = both & 15, steps[2 * i + 1] = (Bytes)((Pairs)both >> 4) & 15;
   }
   if constexpr (HIGH > 0) {
     constexpr int of_byte = 8 / HIGH;
-    const uint8_t* high = low + LOW + row * 4;
 #pragma GCC unroll 8
     for (int v = 0; v < 8; v++) {
-      typedef uint16_t Pairs VECTOR(4);  // there are no shifts of bytes
       Pairs bits = (Pairs)load<Bytes>(high + v / of_byte * 64);
       int up = 4 - HIGH * (v % of_byte);
-      Bytes shifted = (Bytes)(up >= 0 ? bits << up : bits >> -up) & uint8_t(((1 << HIGH) - 1) << 4);
-      if (HIGH == 4 && !TAKES_EIGHT_BITS) upper[v] = (Bytes)((Pairs)shifted >> 4);
-      else steps[v] |= shifted;
+      steps[v] |= (Bytes)(up >= 0 ? bits << up : bits >> -up) & uint8_t(((1 << HIGH) - 1) << 4);
     }
   }
 }
@@ -141,6 +148,7 @@ void with_kind(const Format& format, const F& f) {
 template <int HIGH, bool HALVES, bool HAS_SUPER, int T>
 void products_of_cells(const Format& format, const uint8_t* block, const RoundedInputs& x, float* out) {
   constexpr bool splits = HIGH == 4 && !TAKES_EIGHT_BITS;
+  constexpr int together = splits ? 2 : 1;  // tokens that share the loads of steps, where registers hold too few of them
   constexpr int parts = BLOCK / LANES, exact = HIGH == 1 || HALVES ? 4 : 8;  // vectors that are added up in `dot`
   const int64_t tokens = T ? T : x.tokens;
   const int8_t* columns = x.steps;
@@ -164,32 +172,33 @@ void products_of_cells(const Format& format, const uint8_t* block, const Rounded
         Scales own = HAS_SUPER ? scales_in(format, of_super[part], block, half, part * LANES) : scales_at(format, block, part * LANES);
         sizes[half] = own.sizes, zeros[half] = own.zeros(format);
       }
-#pragma GCC unroll 4
-      for (int64_t t = 0; t < tokens; t++) {
-        const int64_t at = g * tokens + t;
-        Floats sum = T ? few[t * parts + part] : load<Floats>(out + t * BLOCK + part * LANES), size = splat(of_sizes[at]);
-        Ints whole = {}, some = {}, uppers = {};
+      auto add = [&]<int N>(int64_t t) __attribute__((always_inline)) {  // products of N tokens
+        Ints whole[N] = {}, some[N] = {}, uppers[N] = {};
+        Floats sum[N];
 #pragma GCC unroll 8
         for (int v = 0; v < 8; v++) {
-          int32_t four = load<int32_t>(columns + at * GROUP + 4 * v);
-          some = dot(some, steps[v], four);
-          if (splits) uppers = dot(uppers, upper[v], four);
-          if ((v + 1) % (HIGH == 2 ? 2 : exact) == 0) whole += total(some), some = Ints{};
-          if (HALVES && v % 4 == 3) {
-            const int half = v / 4;
-            sum = fma(zeros[half], splat(sums[at * 3 + half]), sum);
-            sum = fma(__builtin_convertvector(whole, Floats) * sizes[half], size, sum);
-            whole = Ints{};
+          const int half = v / 4;
+#pragma GCC unroll 2
+          for (int n = 0; n < N; n++) {
+            const int64_t at = g * tokens + t + n;
+            int32_t four = load<int32_t>(columns + at * GROUP + 4 * v);
+            some[n] = dot(some[n], steps[v], four);
+            if (splits) uppers[n] = dot(uppers[n], upper[v], four), keep_order(some[n], uppers[n]);
+            if ((v + 1) % (HIGH == 2 ? 2 : exact) == 0) whole[n] += total(some[n]), some[n] = Ints{};
+            if (HALVES ? v % 4 < 3 : v < 7) continue;
+            if (splits) whole[n] += total(uppers[n]) << 4;
+            float* to = T ? reinterpret_cast<float*>(few + part) : out + (t + n) * BLOCK + part * LANES;
+            if (!HALVES || half == 0) sum[n] = load<Floats>(to);
+            sum[n] = fma(zeros[HALVES * half], splat(sums[at * 3 + (HALVES ? half : 2)]), sum[n]);
+            sum[n] = fma(__builtin_convertvector(whole[n], Floats) * sizes[HALVES * half], splat(of_sizes[at]), sum[n]);
+            if (v == 7) std::memcpy(to, &sum[n], sizeof(Floats));
+            whole[n] = Ints{};
           }
         }
-        if (!HALVES) {
-          if (splits) whole += total(uppers) << 4;
-          sum = fma(zeros[0], splat(sums[at * 3 + 2]), sum);
-          sum = fma(__builtin_convertvector(whole, Floats) * sizes[0], size, sum);
-        }
-        if (T) few[t * parts + part] = sum;
-        else std::memcpy(out + t * BLOCK + part * LANES, &sum, sizeof(Floats));
-      }
+      };
+      int64_t t = 0;
+      for (; t + together <= tokens; t += together) add.template operator()<together>(t);
+      for (; t < tokens; t++) add.template operator()<1>(t);
     }
     block += format.cell();
   }
@@ -211,6 +220,10 @@ void put_steps(const uint8_t* steps, int64_t row, int high_bits, uint8_t* low) {
     std::memcpy(to + row * 4, &bits, 4);
   };
   for (int v = 0; v < 8; v++) {
+    if (high_bits == 4) {
+      add(low + v * 64, word(v));
+      continue;
+    }
     add(low + v / 2 * 64, (word(v) & 0x0f0f0f0f) << v % 2 * 4);
     if (!high_bits) continue;
     int of_byte = 8 / high_bits;

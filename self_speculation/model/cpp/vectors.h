@@ -105,6 +105,13 @@ Ints dot(Ints sums, Bytes steps, int32_t x) {
 Ints total(Ints sums) { return sums; }
 #endif
 
+// Adds to these sums in the order of the program: GCC would add in trees, whose parts do not fit into registers.
+INLINE void keep_order(Ints& one, Ints& other) {
+#ifdef __AVX2__
+  asm("" : "+x"(one), "+x"(other));
+#endif
+}
+
 // As `fma`, of registers: with operands in memory GCC moves sums there, too.
 Floats accumulate(Floats a, Floats b, Floats sum) {
 #ifdef __AVX2__
