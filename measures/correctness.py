@@ -20,8 +20,8 @@ from runs.heading import counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, HuggingfaceLlamaGenerator
-from self_speculation.decoding.processors import config_processors
-from self_speculation.decoding.stopping import StopWords
+from self_speculation.decoding.request import config_processors
+from self_speculation.decoding.texts import StopWords
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.families import context_length
 

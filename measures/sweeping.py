@@ -29,7 +29,7 @@ from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request
-from self_speculation.decoding.processors import config_processors
+from self_speculation.decoding.request import config_processors
 from self_speculation.drafts.registry import make_drafter
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.families import context_length

@@ -34,7 +34,7 @@ from self_speculation import (
 )
 from self_speculation.decoding.grammar import Grammar
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.threads import adjust_threads
 

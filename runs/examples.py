@@ -23,7 +23,7 @@ from runs.records import Record, RecordError, Run, check_same_run, describe, des
 from runs.startup import encode_chat, load_generator, model_name
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking
 from self_speculation.model.devices import ends_ranks, is_lost_rank, num_ranks
 from self_speculation.model.families import context_length
 

@@ -20,7 +20,7 @@ from runs.failures import reason
 from runs.status import log_if_slow, print_status, tell_of_fewer_threads
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.config import default_model
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.loading import load_config, resolve_device, with_fast_prompts

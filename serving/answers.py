@@ -22,8 +22,7 @@ from starlette.types import Receive, Scope, Send
 import self_speculation
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.grammar import GrammarError
-from self_speculation.decoding.texts import decode
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking, decode
 from self_speculation.model.families import context_length
 from serving.engine import Engine, Job
 from serving.errors import APIError

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.texts import decode
-from self_speculation.decoding.thinking import Thinking, ThinkingReader
+from self_speculation.decoding.texts import Thinking, ThinkingReader, decode
 from self_speculation.speculative_streamer import Cell
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
