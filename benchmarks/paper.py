@@ -90,10 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     description = describe("paper", (model_args, args))
     check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
     try:
-        if args.resume:
-            paper = Run.resume(args.resume, description)
-        else:
-            paper = Run.create(model_args.output_dir, "paper", description)
+        paper = Run.open(model_args.output_dir, args.resume, description)
         missing: dict[int, str] = {}
         try:
             with ranks.process_group():  # SIGTERM ends the program of a row, too

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,13 +144,7 @@ def run_experiment(
         print_status(f"{script}.py asks the first turn of each conversation only")
     experiment = make(generator, config, fitting, model_args.seed, batch.batch_size)
     experiment.warm_up()
-
-    def open_run() -> Run:
-        if args.resume is not None:
-            return Run.resume(args.resume, description)
-        return Run.create(model_args.output_dir, script, description)
-
-    return _run(experiment, open_run)
+    return _run(experiment, partial(Run.open, model_args.output_dir, args.resume, description))
 
 
 def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:

@@ -165,17 +165,13 @@ def _open_run(flags: Flags) -> Run:
     """The folder of this training; raises RecordError."""
     resume = flags.optimization.resume
     description = records.describe("train", flags)
-    if resume is None:
-        return Run.create(flags.model.output_dir, "train", description)
-    earlier = records.check_same_run(resume, description)
+    earlier = description if resume is None else records.check_same_run(resume, description)
     if (now := _samples(description)) != (was := _samples(earlier)):
         raise RecordError(
             f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
             f"--batch_size and --gradient_accumulation must make {was} together"
         )
-    run = Run.resume(resume, description)
-    run.write_status("running")  # it may have more steps than before
-    return run
+    return Run.open(flags.model.output_dir, resume, description)
 
 
 def _samples(description: Record) -> int:

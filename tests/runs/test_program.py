@@ -36,13 +36,18 @@ lock.acquire()
 """
 
 
+def ended(code):
+    """A process of this code."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=forks.HANGS
+    )
+
+
 def test_a_process_that_hangs_ends():
     """Guards against handlers that wait for the main thread, threads that are waited for, and a watch that
     waits for the interpreter.
     """
-    stuck = subprocess.run(
-        [sys.executable, "-c", STUCK], cwd=ROOT, capture_output=True, text=True, timeout=100
-    )
+    stuck = ended(STUCK)
     assert stuck.stdout == "1\n2\n"
     assert stuck.returncode == 1
     assert "in act" in stuck.stderr
@@ -65,7 +70,29 @@ assert ended.wait(60)
 
 def test_a_signal_counts_without_a_watch():
     """Under `ulimit -v` its thread cannot start. Guards against a SIGTERM that is ignored for ever."""
-    subprocess.run([sys.executable, "-c", UNWATCHED], cwd=ROOT, check=True, timeout=100)
+    assert ended(UNWATCHED).returncode == 0
+
+
+WORKS = """
+import runs.early
+import os, signal, time
+from runs.program import run
+
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        print("kept")
+
+run(work)
+"""
+
+
+def test_ctrl_c_in_the_work_of_a_script():
+    """Guards against an end without a chance to keep what was done; test_processes.py is about imports."""
+    worked = ended(WORKS)
+    assert (worked.returncode, worked.stdout, worked.stderr) == (130, "kept\n", "interrupted\n")
 
 
 @pytest.mark.parametrize("threads", [None, 3])

@@ -89,6 +89,8 @@ MISTAKES = {
         "--grammar /nowhere": "--grammar /nowhere: No such file or directory",
         f"--grammar {__file__}": f"--grammar {__file__}: read as Lark, as all files but .json are: ",
         "--model /nowhere": "--model '/nowhere': no such folder",
+        "--model nowhere.gguf": "--model 'nowhere.gguf': no such file",
+        "--model /tmp": "--model '/tmp': the folder has no config.json: it is no Hugging Face model",
         "--device tpu": "--device 'tpu': not on this machine",
         "--device tpu --model_args x=1": "(with --model_args 'x=1')",
         "--chat_template_kwargs a=1": "--chat_template_kwargs 'a=1': needs --chat True",

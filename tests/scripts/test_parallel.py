@@ -35,10 +35,10 @@ ranks.leave()
 """
 
 
-def ids_of(model, tokenizer):
+def ids_of(model, tokenizer, cases=CASES):
     """The output ids of every case and prompt, from the same seed, alone and in a batch."""
     ids = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         config = config_of(max_steps=10, **case)
         generator = generator_of(tokenizer, model, config.generation_strategy)
         for size in (1, 2):
@@ -205,7 +205,8 @@ def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, expected_ids, t
     arguments = {"device_map": places, "offload_folder": str(tmp_path)}
     model, tokenizer = load_model_and_tokenizer(str(folder), LoadingOptions(arguments, parallel="pipeline"))
     assert model.model.layers[3].mlp.up_proj.weight.device.type == "meta"
-    assert ids_of(model, tokenizer) == expected_ids
+    few = {name: CASES[name] for name in ("early exit", "lookups, confidence")}
+    assert ids_of(model, tokenizer, few).items() <= expected_ids.items()
 
 
 FAILS = """
