@@ -369,7 +369,7 @@ def texts(tmp_path_factory):
     """A glob of twenty small files."""
     folder = tmp_path_factory.mktemp("texts")
     for index in range(20):
-        lines = [f"def add_{index}_{line}(a, b):\n    return a + b + {line * index}\n" for line in range(30)]
+        lines = [f"def add_{index}_{line}(a, b):\n    return a + b + {line * index}\n" for line in range(15)]
         (folder / f"{index}.py").write_text("\n".join(lines))
     return str(folder / "*.py")
 

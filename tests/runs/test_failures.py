@@ -1,7 +1,6 @@
 """Too little memory and NaN logits end the work in one line of error, and nothing is lost."""
 
 import json
-import signal
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -113,7 +112,6 @@ def test_one_prompt_ends_in_one_line(loading, common, fails_at, monkeypatch, cap
         load = "self_speculation.model.loading.AutoModelForCausalLM.from_pretrained"
         monkeypatch.setattr(load, Mock(side_effect=CUDA))
     fails_at(CUDA, 0)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
         program.run(lambda: generate.main([*common, "--prompt", "Once"]))
     assert end.value.code == 1

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import forks
 import pytest
@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from arguments import GenerationConfig, ModelArguments
 from runs import status
+from runs.conversation import _status_held
 from runs.startup import load_generator
 from self_speculation.model.model_cache import peek
 from self_speculation.threads import ThreadGovernor, most_threads
@@ -100,14 +101,13 @@ def test_others_are_told_of_once_and_not_in_the_middle_of_an_answer(capsys):
     """Guards against a slow program that says nothing, one that says it again and again, and a line in a
     text that grows on the same terminal.
     """
-    notice = status.FewerThreads()
-    governor = SimpleNamespace(others=1.26, num_processors=2, num_threads=1, most=2)
-    with status.status_held(True):
-        notice(governor)
-        notice(governor)
+    governor, another = (Mock(others=1.26, num_processors=2, num_threads=1, most=2) for _ in range(2))
+    with _status_held(True):
+        status.tell_of_fewer_threads(governor)
+        status.tell_of_fewer_threads(governor)
         assert capsys.readouterr().err == ""
     said = "other programs use 1.3 of 2 processors: decoding is slower, with 1 of 2 threads while they do\n"
     assert capsys.readouterr().err == said
-    with status.status_held(False):
-        status.FewerThreads()(governor)
+    with _status_held(False):
+        status.tell_of_fewer_threads(another)
         assert capsys.readouterr().err == said

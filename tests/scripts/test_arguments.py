@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import (
     BatchArguments,
-    DataArguments,
     GenerationConfig,
     ModelArguments,
     TemplateArguments,
@@ -24,8 +23,9 @@ from arguments import (
 )
 from benchmark import MeasurementArguments
 from correctness import CorrectnessArguments
+from data import DataArguments
 from generate import GenerateArguments
-from runs.tuning import TuningArguments
+from runs.flags import TuningArguments
 from serving.flags import ServeArguments
 from sweep import SweepArguments
 from training.flags import Flags
@@ -134,7 +134,7 @@ def command_lines(draw):
 
 
 @given(command_lines())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_any_command_line_is_taken_or_refused_in_one_line(case):
     """Guards against tracebacks of the parser, and against refusals that go over several lines."""
     groups, words = case
@@ -173,7 +173,7 @@ def test_any_command_line_is_taken_or_refused_in_one_line(case):
     draft_vocabulary=st.none() | st.integers(-1, 60),
     draft_confidence=st.none() | st.sampled_from([0, 0.5, 1, -1, float("nan")]),
 )
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_any_setting_works_or_is_refused(strategy, **values):
     """Guards against numbers that pass the checks and break the arithmetic behind them."""
     try:

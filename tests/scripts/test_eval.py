@@ -121,7 +121,13 @@ def reference(model_folder, task_folder, few_files_are_read):  # noqa: ARG001
 
 
 @pytest.mark.parametrize(
-    "flags", [[], [*SPECULATION, "--batch_size", "2"]], ids=["autoregressive", "self_speculative"]
+    "flags",
+    [
+        [],
+        [*SPECULATION, "--batch_size", "2"],
+        pytest.param([*SPECULATION, "--batch_size", "auto"], marks=pytest.mark.slow),
+    ],
+    ids=["autoregressive", "self_speculative", "the largest batch"],
 )
 def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, capsys):
     """Guards against answers or prompts cut elsewhere or mixed up, and log-likelihoods of a draft."""
@@ -135,13 +141,6 @@ def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, 
     assert line.startswith("functions: 6 answers, greedy, ")
     assert ("acceptance rate" in line) == ("self_speculative" in flags)
     assert f"results are in {tmp_path / 'logs'}" in said
-
-
-@pytest.mark.slow
-def test_the_harness_finds_a_batch_size(evaluated, reference):
-    """Guards against `auto` that is taken for a number of rows."""
-    answers = evaluated("functions", "--batch_size", "auto").answers["functions"]
-    assert [answers[i] for i in ANSWERED] == [sample["resps"] for sample in reference[0]]
 
 
 def test_an_early_exit_scores_as_the_first_layers_alone(model_folder, evaluated, tmp_path):
@@ -249,19 +248,18 @@ def test_the_command_line_overrides_a_config_file(arguments, tmp_path, capsys):
     [
         ("lines,beams", [], "beams asks for num_beams=4: supported are max_gen_toks, "),
         ("functions", ["--max_steps", "256"], "functions asks for max_gen_toks 256: must be below the 256 "),
+        (
+            "python_lines",
+            ["--include_path", ""],
+            "python_lines; those of this program, such as python_functions, need --include_path eval_tasks",
+        ),
     ],
 )
-def test_an_unsupported_task_is_refused_by_name(tasks, flags, message, arguments, capsys):
-    """Guards against settings that are ignored, and a traceback after other tasks."""
+def test_a_task_that_cannot_run_is_refused_by_name(tasks, flags, message, arguments, capsys):
+    """Guards against settings that are ignored, a traceback after other tasks, and a documented task that
+    seems not to exist.
+    """
     assert message in refused(eval_script.main, arguments(tasks, *flags), capsys)
-
-
-def test_tasks_of_the_repository_without_their_folder(model_folder, tmp_path, capsys):
-    """Guards against a task of the documentation that seems not to exist."""
-    flags = ["--model", str(model_folder), "--tasks", "python_lines", "--output_path", str(tmp_path)]
-    said = refused(eval_script.main, flags, capsys)
-    assert "Tasks not found: python_lines; those of this program, such as python_functions, need" in said
-    assert said.rstrip().endswith("--include_path eval_tasks")
 
 
 def test_mistakes_of_the_program_are_not_explained_away(arguments, monkeypatch):

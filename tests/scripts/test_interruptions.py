@@ -110,9 +110,12 @@ def end_early(ending):
 KILL = "from test_interruptions import benchmark, end_early; end_early('kill'); benchmark.main()"
 
 
+SLOW = [pytest.param("distributions", "Ctrl-C", marks=pytest.mark.slow)]
+ENDED = [(name, "Ctrl-C") for name in CASES if name != "distributions"]
+
+
 @pytest.mark.parametrize(
-    ("name", "ending"),
-    [*((name, "Ctrl-C") for name in CASES), ("benchmark", "full disk"), ("benchmark", "kill")],
+    ("name", "ending"), [*ENDED, *SLOW, ("benchmark", "full disk"), ("benchmark", "kill")]
 )
 def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path, monkeypatch, capsys):
     """Guards against records that are lost, made twice or read by half, and a --resume that needs flags."""

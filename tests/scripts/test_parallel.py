@@ -27,7 +27,7 @@ PROMPTS = ["def add(a, b):", "Once upon a time there was a man."]
 
 
 TENSOR = """
-from runs import ranks; ranks.join_as_one()
+from runs import ranks; ranks.join_as_one("tensor")
 from self_speculation import *
 model, tokenizer = load_model_and_tokenizer({!r}, LoadingOptions(parallel="tensor"))
 {}
@@ -117,19 +117,7 @@ for strategy, own in (("autoregressive", {}), ("self_speculative", drafts), ("ad
 """
 
 
-def test_exchanges_of_ranks(tensor):
-    """Guards against a rank that refuses a prompt by its own memory while the others wait in the first pass;
-    in a round of two rows, against a broadcast for each token or row, and layers that sum more than twice.
-    """
-    short, enough, plain, drafted, adaptive = map(str.split, tensor(2, EXCHANGES))
-    assert (short, enough) == (["MemoryError"] * 2, ["GenerationStrategyResult"] * 2)
-    assert plain == [f"{1 + 4 * 2}", "0"]  # of the embedding, and two of each layer
-    assert drafted == [f"{4 * (1 + 2 * 2) + 2 * 2}", "0"]
-    assert adaptive[1] == "1"  # it drafts by time
-
-
 SAMPLED = """
-import torch.distributed as dist
 from self_speculation.decoding import sampling
 
 if not ranks.is_first():
@@ -147,9 +135,17 @@ for strategy, own in (("autoregressive", {}), ("self_speculative", drafts), ("ad
 """
 
 
-def test_sampled_tokens_are_those_of_the_first_rank(tensor):
-    """Guards against ranks that wait for each other for ever, since one of them rounds otherwise."""
-    assert tensor(2, SAMPLED) == ["True"] * 3
+def test_exchanges_of_ranks(tensor):
+    """Guards against a rank that refuses a prompt by its own memory while the others wait in the first pass;
+    in a round of two rows, against a broadcast for each token or row, and layers that sum more than twice;
+    against ranks that wait for each other for ever, since one of them draws otherwise.
+    """
+    short, enough, plain, drafted, adaptive, *same_ids = map(str.split, tensor(2, EXCHANGES + SAMPLED))
+    assert (short, enough) == (["MemoryError"] * 2, ["GenerationStrategyResult"] * 2)
+    assert plain == [f"{1 + 4 * 2}", "0"]  # of the embedding, and two of each layer
+    assert drafted == [f"{4 * (1 + 2 * 2) + 2 * 2}", "0"]
+    assert adaptive[1] == "1"  # it drafts by time
+    assert same_ids == [["True"]] * 3
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 import train
+from measures.plots import agreement_by_exit
 from runs.records import RecordError, Run
 from self_speculation import load_model_and_tokenizer
 from training.trainer import EarlyExitTrainer
@@ -70,16 +71,25 @@ def checkpoints(folder):
     return {int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
+    """Drawing takes a third of such a short training."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("training.run.agreement_by_exit", Mock())
+        yield
+
+
 def program(tmp_path, patch):
     """train.py with a patch by the functions below, for processes of their own."""
     code = f"from test_train import *\n{patch}(pytest.MonkeyPatch())\n"
     return write_program(tmp_path, f"{code}from runs import program; program.run(train.main)\n")
 
 
-def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
+def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, monkeypatch):
     """Guards against a training that learns nothing, and against results that no script or transformers
     reads.
     """
+    monkeypatch.setattr("training.run.agreement_by_exit", agreement_by_exit)
     folder = run(tmp_path, texts, "--num_steps", "60", "--log_steps", "20")
     frame = log(folder)
     assert_learns(frame, 0.5)

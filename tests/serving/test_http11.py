@@ -71,7 +71,7 @@ def test_a_client_that_sends_no_more_gets_its_answer(served, address, stream):
                 leaves.sendall(request)
                 until(lambda: served.num_jobs == 2)
                 assert at_rest.wait(60)
-                jobs = [*served.engine.in_flight.values(), *served.engine.waiting]
+                jobs = [*served.engine.in_flight, *served.engine.waiting]
             until(lambda: any(job.is_cancelled for job in jobs))
             assert sum(job.is_cancelled for job in jobs) == 1
         answer = b"".join(iter(lambda: waits.recv(65536), b""))

@@ -69,7 +69,7 @@ def family(request):
     return tokenizer, special, others
 
 
-@pytest.mark.parametrize("drafts", [{}, LAYERS, ADAPTIVE])
+@pytest.mark.parametrize("drafts", [LAYERS, ADAPTIVE])
 def test_added_tokens_are_guided(family, drafts):
     """Guards against an answer in words where the grammar asks for a tag that is one token, for the text of a
     special token, or for letters that the tokenizer normalizes.
