@@ -19,11 +19,6 @@ from self_speculation.scheduler import Scheduler
 _NO_KERNELS = ("device", "empty", "empty_like", "empty_strided")
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @torch.inference_mode()
 def read_bandwidth(device: torch.device) -> float:
     """Bytes per second that a product of a matrix and a vector reads on the device."""
