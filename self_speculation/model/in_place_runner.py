@@ -55,8 +55,8 @@ class InPlaceRunner(ModelRunner):
         is_long = cache.is_prompt and rows * width > MAX_NARROW_TOKENS
         if own is None or (is_long and not self._is_in_few_bits):
             return super().run_layers(cache, hidden, first, last)
-        if self._is_in_few_bits and rows * width > _PIECE and width > 1:
-            pieces = hidden.split(max(1, _PIECE // rows), 1)
+        pieces = hidden.split(max(1, _PIECE // rows), 1) if self._is_in_few_bits else (hidden,)
+        if len(pieces) > 1:
             return torch.cat([self.run_layers(cache, piece, first, last) for piece in pieces], 1)
         states, lengths = hidden.reshape(rows * width, size).contiguous(), cache.lengths(first)
         num_positions = max(lengths) + width

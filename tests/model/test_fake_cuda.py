@@ -191,6 +191,7 @@ def cuda(monkeypatch):
         "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
         # A parameter of no memory is no `Parameter`, and nowhere.
         f"{package}.model.fused_layers.difference": lambda *modules: None,
+        f"{package}.model.short_head.difference": lambda *modules: None,
         f"{package}.model.fused_layers.structure": lambda *modules, **_: (),
         f"{package}.model.fingerprint._value": lambda tensor: None,
         "torch.from_dlpack": from_dlpack,

@@ -90,8 +90,8 @@ def test_rows_hold_what_was_written_to_them(data, num_slots):
     def new(number):
         return [next(numbers) for _ in range(number)]
 
-    for _ in range(data.draw(st.integers(1, 12))):
-        what = data.draw(st.sampled_from(["prompt", "append", "roll back", "remove"]))
+    for _ in range(data.draw(st.integers(4, 16))):
+        what = data.draw(st.sampled_from(["prompt", "prompt", "append", "roll back", "remove"]))
         if what == "prompt" and len(rows) < num_slots:
             ids, row = new(data.draw(st.integers(1, 5))), len(rows)
             slot = data.draw(st.integers(row, num_slots - 1))
