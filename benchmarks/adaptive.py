@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from operator import add
+from operator import add, attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,11 @@ def show(turns: Sequence[Mapping[str, Answers]], picking: str, workload: str) ->
     """Print a row for each side, and the draft sources of adaptive decoding."""
     own = {name: reduce(add, (turn[name] for turn in turns)) for name in turns[0]}
     decoded = [turn for turn in turns if all(answers.num_decoded for answers in turn.values())]
-    rows = []
+    rows, speed = [], attrgetter("decode_tokens_per_second")
     for name in [name for name in own if name != PLAIN and decoded]:
-        ratios = [
-            turn[name].decode_tokens_per_second / turn[PLAIN].decode_tokens_per_second for turn in decoded
-        ]
+        ratios = [speed(turn[name]) / speed(turn[PLAIN]) for turn in decoded]
         low, middle, high = quartiles(ratios)
-        sums = own[name].decode_tokens_per_second / own[PLAIN].decode_tokens_per_second
+        sums = speed(own[name]) / speed(own[PLAIN])
         rows.append(
             {
                 "picking": picking, "workload": workload, "side": name, "x": middle, "low": low, "high": high,
