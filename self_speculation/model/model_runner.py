@@ -255,7 +255,7 @@ def forward_early(
     """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them. `seen`: see
     `Head`.
     """
-    return runner.run(cache, input_ids, 0, exit_layer, num_logits, seen)
+    return runner.run(cache, input_ids, 0, exit_layer, num_logits, seen=seen)
 
 
 def forward_remainder(
