@@ -215,8 +215,9 @@ def add_rows(rows: list[Record], task: Task, found: dict[str, Measured], bandwid
                 "x hf": ratio(rows, row, TRANSFORMERS),
                 "accept": reduce(add, answers).acceptance_rate(task.config.num_speculations),
                 "GiB": found[name].peak_mib / 1024,
-                "ids": (judged := found[name].judged) and asdict(judged),
             }
+            if judged := found[name].judged:
+                row["ids"] = asdict(judged)
             if name in (TRANSFORMERS, PLAIN):
                 row["limit"] = speed * bytes_per_token(task) / bandwidth
     print(f"\nprompts of {task.prompt}, batch {task.size}, {'compiled' if task.compiled else 'eager'}")

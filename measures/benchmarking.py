@@ -22,6 +22,7 @@ from self_speculation.model.families import context_length
 
 _NAMES = {"": "this strategy", BASELINE: "without drafts"}
 _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
+_BUSY = "other programs used the processors, decoding had fewer threads: a quiet machine is faster"
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Benchmark(Experiment):
         for prefix, *_ in self._sides:
             summary[f"{prefix}speed"] = metrics.speed(records, prefix)
         if "drafts" in records[0]:
-            summary["acceptance"] = metrics.acceptance(metrics.draft_stats(records))
+            summary["acceptance"] = metrics.acceptance(records)
         if self.compare:
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
             if not self.config.greedy:
@@ -105,15 +106,12 @@ class Benchmark(Experiment):
         """Warnings about the figures."""
         found = remarks(summary["comparison"], _unit(summary)) if self.compare else []
         if any(record[f"{prefix}threads"] < threads for record in records for prefix, *_ in self._sides):
-            found.append(
-                "other programs used the processors, decoding had fewer threads: a quiet machine is faster"
-            )
+            found.append(_BUSY)
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
             found.append("adaptive decoding made no drafts: none was expected to be faster")
         pairs = zip(self.examples, records, strict=True)
         if cut := sum(len(record.get("turns", "1")) <= len(example.later_turns) for example, record in pairs):
-            left_out = f"of {counted(cut, 'conversation')}"
-            found.append(f"the context has no room for the later turns {left_out}")
+            found.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
         return found
 
     def _show_speeds(self, run: Run, summary: Record, records: list[Record], title: str) -> None:
@@ -130,10 +128,9 @@ class Benchmark(Experiment):
 
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         """By the formula, which holds for one sequence, one exit layer and one draft length."""
-        alpha, config = metrics.draft_stats(records).token_acceptance, self.config
-        predicted = None
+        alpha, config, predicted = metrics.draft_stats(records).token_acceptance, self.config, None
         if alpha is not None and self.batch_size == 1 and not config.is_adaptive:
-            drafts = (config.exit_layer, config.draft_weights, config.draft_vocabulary)
+            drafts = config.exit_layer, config.draft_weights, config.draft_vocabulary
             c = draft_ratio(self.generator.model, *drafts)
             predicted = metrics.predicted_speedup(alpha, config.num_speculations, c)
         return {"token_acceptance": alpha, "predicted_decode_speedup": predicted}

@@ -90,12 +90,13 @@ def draft_stats(records: Sequence[Record]) -> DraftStats:
     return sum((DraftStats.from_rows(record["drafts"]) for record in records), DraftStats())
 
 
-def acceptance(stats: DraftStats) -> Record:
-    """Counts of drafts as JSON.
+def acceptance(records: Sequence[Record]) -> Record:
+    """Counts of all drafts as JSON.
 
     `acceptance_by_position[i]` is over the drafts with more than i tokens, so it may rise.
     `rounds_by_accepted[i]` is the share of all rounds that accepted more than i tokens.
     """
+    stats = draft_stats(records)
     accepted, drafted = stats.accepted_by_position, stats.drafted_by_position
     return {
         "acceptance_rate": stats.acceptance_rate,

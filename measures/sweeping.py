@@ -168,13 +168,14 @@ class Predicted(Sweep):
         runner = ModelRunner(model)
         cache = runner.new_cache(ids.shape[1], ids.shape[1])
         drafter = make_drafter(runner, self.config, self._exit_layers[-1])
+        seen = None
         if isinstance(drafter.head, ShortHead):
-            drafter.head.seen.set_rows([frozenset([*prompt, *tokens[:n]]) for n in range(len(tokens))])
+            seen = [frozenset([*prompt, *tokens[:n]]) for n in range(len(tokens))]
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0
         for layer in self._exit_layers:
             hidden, done = drafter.run_layers(cache, hidden, done, layer), layer
-            logits = drafter.logits(hidden, len(tokens))[0]  # [n, V]
+            logits = drafter.logits(hidden, len(tokens), seen)[0]  # [n, V]
             guesses = self._processed(ids, len(prompt), logits).argmax(-1)  # [n]
             matches[str(layer)] = "".join("01"[match] for match in (guesses == expected).tolist())
         return {
@@ -231,7 +232,7 @@ def _row(mode: str, cell: Cell, records: Sequence[Record]) -> Record:
     low, high = compared["speedup_interval"] or (None, None)
     return {
         "mode": mode, "exit_layer": cell[0], "num_speculations": cell[1],
-        **metrics.acceptance(metrics.draft_stats(records)), **metrics.speed(records),
+        **metrics.acceptance(records), **metrics.speed(records),
         "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
     }  # fmt: skip
 

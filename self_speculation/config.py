@@ -34,7 +34,7 @@ SAMPLING_RULES: dict[str, tuple[float, float | None]] = {
 LEAST_TEMPERATURE = 1e-5
 
 
-def check(options: Any, field: str, ok: bool, allowed: str) -> None:
+def check(options: object, field: str, ok: bool, allowed: str) -> None:
     """Raise ValueError unless `ok`; the message has the field's name and value, and what is allowed."""
     if not ok:
         raise ValueError(f"{field} {getattr(options, field)!r}: {allowed}")
@@ -69,7 +69,7 @@ _NO_TEMPLATE_KWARGS = {
 }  # fmt: skip
 
 
-def check_template_kwargs(given: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_template_kwargs(given: Mapping[str, object]) -> Mapping[str, object]:
     """Return variables for a chat template. Raises ValueError for a name that is none."""
     if wrong := sorted(_NO_TEMPLATE_KWARGS & given.keys()):
         raise ValueError(f"{wrong[0]} is no variable of chat templates")
@@ -77,8 +77,8 @@ def check_template_kwargs(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 # Metadata of fields about drafts: the strategies that use them, the one to suggest first.
-_FIXED: Mapping[str, Any] = {"used_by": ("self_speculative",)}
-_DRAFTS: Mapping[str, Any] = {"used_by": ("adaptive", "self_speculative")}
+_FIXED: Mapping[str, object] = {"used_by": ("self_speculative",)}
+_DRAFTS: Mapping[str, object] = {"used_by": ("adaptive", "self_speculative")}
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class GenerationConfig:
             full = "" if speculative else "; -1 is full depth"
             raise ValueError(f"exit_layer {self.exit_layer}: must be {between}{full}")
 
-    def idle_fields(self) -> Iterator[Field[Any]]:
+    def idle_fields(self) -> Iterator[Field[object]]:
         """Fields about drafts that are given, but not used by the strategy."""
         for each in fields(self):
             used_by = each.metadata.get("used_by", (self.generation_strategy,))

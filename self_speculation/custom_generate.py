@@ -22,12 +22,14 @@ import transformers
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
+    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request
@@ -64,7 +66,7 @@ def self_speculative_generate(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: transformers.GenerationConfig,
-    streamer: Any = None,
+    streamer: BaseStreamer | None = None,
     **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Called by `generate(..., custom_generate=self_speculative_generate)`.
@@ -145,7 +147,11 @@ def self_speculative_generate(
 
 
 def _calls_for_row(
-    row: int, padded: Tensor, prompt_length: int, processors: Iterable[Any], criteria: Iterable[Any]
+    row: int,
+    padded: Tensor,
+    prompt_length: int,
+    processors: Iterable[LogitsProcessor],
+    criteria: Iterable[StoppingCriteria],
 ) -> tuple[Callable | None, Callable | None]:
     """A processor and a criterion that call those of the batch with this row, [1, P], and its padding.
 
@@ -173,7 +179,7 @@ def _calls_for_row(
     return process if processors else None, is_over if criteria else None
 
 
-def _without_padding(row: int, processor: Any) -> Any:
+def _without_padding(row: int, processor: LogitsProcessor) -> LogitsProcessor:
     """A penalty of repetitions holds the length of each row's padding: the same one, for this row."""
     if type(processor) is not transformers.RepetitionPenaltyLogitsProcessor:
         return processor
@@ -184,12 +190,12 @@ def _without_padding(row: int, processor: Any) -> Any:
 
 def _refusals(
     config: transformers.GenerationConfig,
-    processors: Iterable[Any],
-    criteria: Iterable[Any],
+    processors: Iterable[LogitsProcessor],
+    criteria: Iterable[StoppingCriteria],
     seen: Tensor,
-    streamer: Any,
+    streamer: BaseStreamer | None,
     kwargs: dict,
-) -> Iterator[tuple[Any, str]]:
+) -> Iterator[tuple[object, str]]:
     """For each argument that would change the text: whether it is given, and the message. The model sees
     `seen`, [B, P] booleans.
     """
@@ -219,7 +225,7 @@ def _refusals(
         yield kwargs[name] is not None, f"{name}: does not reach the model"
 
 
-def _generate_streamer() -> Any:
+def _generate_streamer() -> BaseStreamer | None:
     """The `streamer` of the calling `generate`."""
     # transformers 5.24 passes a callable only keywords that `generate` has no parameter for, and it has one.
     caller = sys._getframe(2)

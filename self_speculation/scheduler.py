@@ -25,14 +25,13 @@ from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.ngram import finished_answers
 from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.generator_base import GenerationStrategy
-from self_speculation.model.captured_runner import run_every_pass
+from self_speculation.model.captured_runner import make_runner, run_every_pass
 from self_speculation.model.devices import ends_ranks, num_ranks
 from self_speculation.model.families import check_supported, context_length, described_context
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early, prefill_chunk
 from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint, kept_caches
-from self_speculation.model.runners import make_runner
 from self_speculation.model.unsupported_hooks import check_followed
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads

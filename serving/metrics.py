@@ -69,10 +69,10 @@ class Metrics:
             metric = kind(f"vllm:{name}", about, names, registry=self.registry, **options)
             return metric if labels else metric.labels(*self._labels)
 
-        waiting = vllm(Gauge, "num_requests_waiting", "Requests in the queue")
-        waiting.set_function(lambda: len(engine.waiting))
-        running = vllm(Gauge, "num_requests_running", "Requests in the batch")
-        running.set_function(lambda: len(engine.in_flight))
+        vllm(Gauge, "num_requests_waiting", "Requests in the queue").set_function(lambda: len(engine.waiting))
+        vllm(Gauge, "num_requests_running", "Requests in the batch").set_function(
+            lambda: len(engine.in_flight)
+        )
         self._prompt_tokens = vllm(Counter, "prompt_tokens", "Tokens of prompts")
         self._tokens = vllm(Counter, "generation_tokens", "Generated tokens")
         times = partial(vllm, Histogram, buckets=_SECONDS)
@@ -143,28 +143,28 @@ def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
     predicted = drafts.by_source.get("prediction", SourceCounts(0, 0, 0))
     # [j]: drafts of which at least j tokens were accepted.
     accepted_at_least = [_num_drafts(drafts), *drafts.accepted_by_position]
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "completion_tokens_details": {
-            "accepted_prediction_tokens": predicted.accepted,
-            "rejected_prediction_tokens": predicted.drafted - predicted.accepted,
-            "reasoning_tokens": sum(each.num_reasoning for each in finished),
+    return {
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": predicted.accepted,
+                "rejected_prediction_tokens": predicted.drafted - predicted.accepted,
+                "reasoning_tokens": sum(each.num_reasoning for each in finished),
+            },
+            "prompt_tokens_details": {"cached_tokens": sum(each.num_cached_tokens for each in prompted)},
         },
-        "prompt_tokens_details": {"cached_tokens": sum(result.num_cached_tokens for result in prompted)},
+        "metrics": {
+            "tokens_per_second": decoded / seconds if decoded else None,
+            "time_to_first_token": min(each.time_to_first_token for each in finished),
+            "speculative_decoding": {
+                "drafted": drafts.num_drafted,
+                "accepted": drafts.num_accepted,
+                "acceptance_rate": drafts.acceptance_rate,
+                "mean_accepted_length": drafts.mean_accepted_length,
+                "by_source": {name: counts._asdict() for name, counts in drafts.by_source.items()},
+                "acceptance_histogram": [a - b for a, b in pairwise([*accepted_at_least, 0])],
+            },
+        },
     }
-    speculative_decoding = {
-        "drafted": drafts.num_drafted,
-        "accepted": drafts.num_accepted,
-        "acceptance_rate": drafts.acceptance_rate,
-        "mean_accepted_length": drafts.mean_accepted_length,
-        "by_source": {name: counts._asdict() for name, counts in drafts.by_source.items()},
-        "acceptance_histogram": [a - b for a, b in pairwise([*accepted_at_least, 0])],
-    }
-    metrics = {
-        "tokens_per_second": decoded / seconds if decoded else None,
-        "time_to_first_token": min(each.time_to_first_token for each in finished),
-        "speculative_decoding": speculative_decoding,
-    }
-    return {"usage": usage, "metrics": metrics}

@@ -16,7 +16,7 @@ from self_speculation.decoding.grammar import Grammar
 from serving import fields
 from serving.errors import APIError
 from serving.streaming import Delta, TokenLogprob
-from serving.tools import call_grammar, find_calls, known_format
+from serving.tools import call_grammar, find_calls
 
 _FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
 # Fields that have no effect unless another one is true.
@@ -222,7 +222,7 @@ class ChatRequest(BaseRequest):
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
         tools, choice = self.tools_for_template, self.tool_choice
-        if tools and known_format(tokenizer.chat_template) is None:
+        if tools and "tools" not in (tokenizer.chat_template or ""):
             raise APIError("tools: the chat template of this model knows no tools", param="tools")
         if choice in ("none", "auto"):
             return super().grammar(tokenizer)

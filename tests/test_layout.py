@@ -34,16 +34,16 @@ LIBRARY = {
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
     "scripts": 1319,
-    "benchmarks": 2317,
-    "measures": 1723,
-    "runs": 1470,
-    "serving": 1851,
-    "training": 1279,
-    "self_speculation": 2034,
+    "benchmarks": 2318,
+    "measures": 1722,
+    "runs": 1465,
+    "serving": 1841,
+    "training": 1275,
+    "self_speculation": 2039,
     "self_speculation/decoding": 1598,
-    "self_speculation/drafts": 1127,
-    "self_speculation/model": 4457,
-    "self_speculation/model/cpp, C++": 1369,
+    "self_speculation/drafts": 1132,
+    "self_speculation/model": 4478,
+    "self_speculation/model/cpp, C++": 1371,
 }
 MAX_LINES = 350  # of a file
 

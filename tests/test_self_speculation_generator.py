@@ -221,7 +221,7 @@ class WatchedRound(SelfSpeculativeGenerationStrategy):
         for do in (lambda _: None, super().step):
             do(decoding)
             self.ids.append([sequence.ids for sequence in decoding.batch.sequences])
-            self.cached.append([[decoding.cache.length(1, row)] for row in range(len(decoding.batch))])
+            self.cached.append([[length] for length in decoding.cache.lengths(1)])
 
 
 def test_the_worked_round_of_the_page():

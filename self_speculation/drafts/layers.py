@@ -14,7 +14,7 @@ from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.policy import Arm, ShouldContinue
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
-from self_speculation.model.short_head import ShortHead
+from self_speculation.model.short_head import TextReader
 
 
 class LayerDrafts(DraftSource):
@@ -31,6 +31,7 @@ class LayerDrafts(DraftSource):
             states. Those of a copy are less exact, and dropped.
         arm: what a policy knows of these drafts.
         is_whole: all layers draft.
+        reader: of texts, for a short head; one for all exits.
     """
 
     def __init__(
@@ -40,13 +41,15 @@ class LayerDrafts(DraftSource):
         draft_weights: DraftWeights,
         arm: Arm,
         is_whole: bool = False,
+        reader: TextReader | None = None,
     ) -> None:
+        self._reader = reader
         self.drafter, self.exit_layer, self.arm = drafter, exit_layer, arm
         self._keeps_cache = draft_weights == "exact"
         self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
         if not self._keeps_cache and not is_whole:
             self.name += " of a 4-bit copy"
-        self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
+        self._runs_ahead = self._keeps_cache and drafter.device.type == "cuda"
 
     def draft(
         self,
@@ -56,14 +59,13 @@ class LayerDrafts(DraftSource):
         numbers: Tensor | None,
         should_continue: ShouldContinue | None,
     ) -> Draft:
-        if isinstance(self.drafter.head, ShortHead):
-            self.drafter.head.seen.read(batch.sequences)
+        seen = self._reader.read(batch.sequences) if self._reader else None
         sampled_tokens: list[SampledTokens] = []
         exit_hidden: list[Tensor] = []
         confidences: list[list[float]] = [[] for _ in limits]
 
         def run(ids: Tensor) -> Tensor:  # [B, 1] -> [B, V]
-            early = forward_early(self.drafter, cache, ids, self.exit_layer)
+            early = forward_early(self.drafter, cache, ids, self.exit_layer, seen=seen)
             exit_hidden.append(early.hidden)
             return early.logits[:, 0]
 

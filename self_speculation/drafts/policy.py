@@ -204,12 +204,10 @@ class AdaptivePolicy:
         times.add_verification(num_rows, max(drafted), verify_seconds)
 
     def _trial(self, best: Plan, is_matched: Sequence[bool], longest: int) -> Plan | None:
-        """A trial of the source that was used longest ago, of those that would pay if all their tokens were
-        accepted; None: there are none.
+        """A trial, with one token, of the source that was used longest ago, of those that would pay if whole
+        drafts were accepted; None: there are none.
         """
         stats, num_rows = self._stats, len(is_matched)
-        # A single row drafts two tokens per trial, a batch one.
-        length = min(2 if num_rows == 1 else 1, longest)
         names = [name for name in self._drafting if name != best.source or not best.max_drafted]
         for name in sorted(names, key=lambda name: stats.used_at.get(name, 0)):
             stats.used_at[name] = stats.num_rounds
@@ -218,8 +216,8 @@ class AdaptivePolicy:
             if self._best_length(name, chances, longest).rate > self._MARGIN * self._plain.rate:
                 stats.wait = min(2 * stats.wait, _LONGEST_WAIT)
                 stats.trial_at = stats.num_rounds + stats.wait
-                seconds = self._drafting[name] * length + self._verifying[length]
-                return Plan(name, length, lookups, length, float(num_rows), seconds, is_trial=True)
+                seconds = self._drafting[name] + self._verifying[1]
+                return Plan(name, 1, lookups, 1, float(num_rows), seconds, is_trial=True)
         stats.trial_at = stats.num_rounds + _WAIT
         return None
 

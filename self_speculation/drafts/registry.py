@@ -21,7 +21,7 @@ from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.model_cache import cached, evict
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import copies_are_smaller, quantized
-from self_speculation.model.short_head import ShortHead, default_vocabulary
+from self_speculation.model.short_head import ShortHead, TextReader, default_vocabulary
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4
@@ -79,6 +79,11 @@ class DraftContext:
             return None
         return ShortHead(self.runner, number, grows=self.config.draft_vocabulary is None)
 
+    @cached_property
+    def text_reader(self) -> TextReader | None:
+        """Shared by all exits; None: their head has all ids."""
+        return None if self.short_head is None else TextReader(self.short_head)
+
     def drafter(self, num_layers: int) -> ModelRunner:
         """Runs so many layers that draft and their head.
 
@@ -130,9 +135,9 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
 
     for layer in context.exit_layers:
         arm = Arm(draft_step(layer), weight=1.0)  # one good trial is enough
-        if layer == num_layers:
+        if is_whole := layer == num_layers:
             arm = replace(arm, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
-        yield LayerDrafts(context.drafter(layer), layer, weights, arm, is_whole=layer == num_layers)
+        yield LayerDrafts(context.drafter(layer), layer, weights, arm, is_whole, context.text_reader)
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:

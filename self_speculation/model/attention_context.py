@@ -1,20 +1,66 @@
-"""Positions, rotation and masks of one pass of a `ModelRunner`."""
+"""One pass of a `ModelRunner`: rotation and masks of its tokens, and the cache that it appends to."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from self_speculation.model.attention import CHUNK, AttentionKernel
-from self_speculation.model.families import AttentionType
-from self_speculation.model.kv_cache import ALIGNMENT, Appendable, WindowedCache, round_up
+from self_speculation.model.attention import CHUNK, AttentionKernel, attention_kernel
+from self_speculation.model.families import AttentionType, attention_types, context_length
+from self_speculation.model.kv_cache import ALIGNMENT, KVCache, Pair, ScatteredCache, round_up
+from self_speculation.model.model_cache import lock
 
 # Up to this many tokens of a pass, one matrix product for each token rotates queries and keys.
 _FEW_ROTATIONS = 64
+
+
+class AttentionTables:
+    """What the passes of a model share: cos and sin by kind of rotation, and constants.
+
+    Args:
+        dtype: of activations.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.module, self._context = model.base_model.rotary_emb, context_length(model.config)
+        self.is_sdpa = model.config._attn_implementation == "sdpa"
+        self.dtype, self.device = dtype, model.base_model.embed_tokens.weight.device
+        self._like = torch.empty(0, dtype=dtype, device=self.device)
+        kinds = dict.fromkeys(kind.rotation for kind in attention_types(model.config))
+        self._tables = dict.fromkeys(kinds, self._like.new_empty(2, 0, 0))
+        self._size = 0
+        self.reserve(1)
+        head_dim = next(iter(self._tables.values())).shape[2]
+        self.kernel = attention_kernel(self.device, dtype, head_dim)  # of fused layers
+        # To rotate in one product: x @ unit is x, x @ rotate_half is transformers' `rotate_half(x)`.
+        self.unit = torch.eye(head_dim, dtype=dtype, device=self.device)
+        self.rotate_half = self.unit.roll(head_dim // 2, 1)
+        self.rotate_half[:, : head_dim // 2].neg_()
+        self.lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
+
+    def reserve(self, num_positions: int) -> None:
+        """Have tables of at least so many positions."""
+        if num_positions > self._size:
+            # Twice as many, so that a longer and longer text rarely grows them. Only padding is beyond the
+            # context.
+            size = max(num_positions, min(2 * num_positions, self._context))
+            positions = torch.arange(size, device=self.device)[None].clamp_(max=self._context - 1)
+            with lock(self.module):  # some kinds of rotation change their module for longer positions
+                tables = {
+                    rotation: torch.cat(cos_and_sin(self.module, self._like, positions, rotation))
+                    for rotation in self._tables
+                }
+            self._tables, self._size = tables, size  # once there was memory for all of them
+
+    def cos_sin(self, rotation: str | None, num_positions: int) -> Tensor:
+        """[2, at least so many positions, head_dim]"""
+        self.reserve(num_positions)
+        return self._tables[rotation]
 
 
 @dataclass(eq=False)
@@ -25,106 +71,113 @@ class AttentionContext:
 
     rows: int  # B
     width: int  # T
-    make_mask: Callable[[int], Tensor | None]  # see `mask`
-    rotations: Tensor | None = None  # [B * T, head_dim, head_dim] of heads; None: `rotary` rotates them
-    rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [1 or B, T, head_dim] each
-    kernel: AttentionKernel = AttentionKernel.ANY  # FLASH masks the keys after each token itself
-    splits_keys: bool = False  # fused layers attend in chunks
-    first_key: int = 0  # S begins at this position; no token sees an earlier one
+    cache: KVCache | ScatteredCache
+    # Number of copies -> [copies * T, S] or [B, 1, copies * T, S], added to the scores: 0 where a position
+    # sees a key, else a huge negative number; None: no mask is needed. Queries of several heads need a copy
+    # for each.
+    mask: Callable[[int], Tensor | None]
+    rotary: tuple[Tensor, Tensor]  # cos and sin, [1 or B, T, head_dim] each
+    rotations: Tensor | None  # [B * T, head_dim, head_dim] of heads; None: `rotary` rotates them
+    kernel: AttentionKernel  # FLASH masks the keys after each token itself
+    first_key: int  # S begins at this position; no token sees an earlier one
     is_causal: bool = False  # rows have one length, and a token sees all keys up to its own
-    _masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    # Copies and key heads -> [B * heads, C, copies * T, CHUNK], see `attend_in_chunks`; None: not in chunks.
+    mask_of_chunks: Callable[[int, int], Tensor] | None = None
 
     @classmethod
-    def uniform(cls, runner: Any, kind: AttentionType, rows: int, start: int, width: int) -> AttentionContext:
+    def uniform(
+        cls, tables: AttentionTables, cache: KVCache, start: int, width: int, kind: AttentionType
+    ) -> AttentionContext:
         """All rows have the same length, `start`."""
         end, window = start + width, kind.window
-        cos, sin = runner.rotary_of(kind, end).narrow(1, start, width).split(1)
+        cos, sin = tables.cos_sin(kind.rotation, end).narrow(1, start, width).split(1)
         first = _first_key(start, window)
         window = window if window is not None and end > window else None
+        # One position sees all keys, and sdpa masks the first pass of a prompt itself.
+        needs_no_mask = width == 1 or (start == 0 and window is None and tables.is_sdpa)
 
-        def make_mask(copies: int) -> Tensor | None:
-            # One position sees all keys, and sdpa masks the first pass of a prompt itself.
-            is_causal = start == 0 and window is None and runner.config._attn_implementation == "sdpa"
-            if width == 1 or is_causal:
+        @functools.cache
+        def mask(copies: int) -> Tensor | None:
+            if needs_no_mask:
                 return None
             num_keys = end - first
             # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
-            mask = causal_mask(runner.lowest, width, round_up(num_keys, ALIGNMENT), start - first, window)
+            mask = causal_mask(tables.lowest, width, round_up(num_keys, ALIGNMENT), start - first, window)
             return (mask if copies == 1 else mask.repeat(copies, 1))[:, :num_keys]
 
-        kernel = runner.kernel if width == 1 or window is None else runner.kernel.with_mask
-        rotations = _rotations(runner, cos, sin, rows)
-        is_causal = window is None
-        return cls(rows, width, make_mask, rotations, (cos, sin), kernel, False, first, is_causal)
+        kernel = tables.kernel if width == 1 or window is None else tables.kernel.with_mask
+        rows, rotary = cache.num_rows, (cos, sin)
+        rotations = _rotations(tables, rotary, rows)
+        return cls(rows, width, cache, mask, rotary, rotations, kernel, first, is_causal=window is None)
 
     @classmethod
     def ragged(
         cls,
-        runner: Any,
+        tables: AttentionTables,
+        cache: ScatteredCache,
+        shortest: int,
+        splits_keys: bool,
         kind: AttentionType,
-        positions: Tensor,
-        length: int,
-        shortest: int = 0,
-        splits_keys: bool = False,
     ) -> AttentionContext:
         """Rows differ in length.
 
         Args:
-            positions: [B, T]
-            length: the positions of the cache that attention reads, if no window hides the first ones.
-            shortest: at most the first of these positions of every row.
-            splits_keys: if the kernel is not ANY; S is a multiple of CHUNK.
+            shortest: at most the first new position of every row.
+            splits_keys: attend in chunks, if the kernel is not ANY; S is a multiple of CHUNK.
         """
+        positions, length, window = cache.positions, cache.length, kind.window
         rows, width = positions.shape
-        tables = runner.rotary_of(kind, length)
-        cos, sin = tables.index_select(1, positions.flatten()).view(2, rows, width, -1).unbind()
-        window, first = kind.window, _first_key(shortest, kind.window) // ALIGNMENT * ALIGNMENT
+        cos_sin = tables.cos_sin(kind.rotation, length).index_select(1, positions.flatten())
+        cos, sin = cos_sin.view(2, rows, width, -1).unbind()
+        first = _first_key(shortest, window) // ALIGNMENT * ALIGNMENT
 
-        def make_mask(copies: int) -> Tensor:
+        @functools.cache
+        def mask(copies: int) -> Tensor:
             keys, own = torch.arange(first, length, device=positions.device), positions[:, None, :, None]
             hidden = keys > own
             if window is not None and length > window:
                 hidden |= keys <= own - window
             # Half: GPUs multiply by log2(e), and a chunk that is wholly -inf gives NaN.
-            masked = torch.finfo(runner.dtype).min / 2
-            return (hidden.to(runner.dtype) * masked).repeat(1, 1, copies, 1)
+            masked = torch.finfo(tables.dtype).min / 2
+            return (hidden.to(tables.dtype) * masked).repeat(1, 1, copies, 1)
 
-        kernel = runner.kernel.with_mask
-        splits_keys = splits_keys and kernel is not AttentionKernel.ANY
-        rotations = _rotations(runner, cos, sin, rows)
-        return cls(rows, width, make_mask, rotations, (cos, sin), kernel, splits_keys, first)
+        @functools.cache
+        def mask_of_chunks(copies: int, heads: int) -> Tensor:
+            by_chunk = mask(copies).expand(-1, heads, -1, -1).unflatten(3, (-1, CHUNK)).transpose(2, 3)
+            return by_chunk.flatten(0, 1)
 
-    def visible(self, cache: Appendable) -> Appendable:
-        """The cache, or what its tokens see of it."""
-        return WindowedCache(cache, self.first_key) if self.first_key else cache
+        kernel, rotary = tables.kernel.with_mask, (cos, sin)
+        rotations = _rotations(tables, rotary, rows)
+        in_chunks = mask_of_chunks if splits_keys and kernel is not AttentionKernel.ANY else None
+        return cls(rows, width, cache, mask, rotary, rotations, kernel, first, mask_of_chunks=in_chunks)
+
+    def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
+        """Append to the cache; returns all keys and values that a token sees, see `KVCache.append`."""
+        all_keys, all_values = self.cache.append(keys, values, layer)
+        if not self.first_key:
+            return all_keys, all_values
+        return all_keys[:, :, self.first_key :], all_values[:, :, self.first_key :]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:
+        """As `append`, for layers of transformers: [B, kv_heads, T, head_dim] to [.., S, head_dim]."""
+        rows, heads, _width, size = keys.shape
+        new_keys, new_values = (part.transpose(1, 2).reshape(-1, heads, size) for part in (keys, values))
+        views = self.append(new_keys, new_values, layer_idx)
+        all_keys, all_values = (part.reshape(rows, heads, -1, size) for part in views)
+        return all_keys, all_values
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
         if self.rotations is not None:
             return torch.bmm(heads, self.rotations)
-        cos, sin = (_by_token(table, self.rows) for table in self.rotary or ())
+        cos, sin = (_by_token(table, self.rows) for table in self.rotary)
         first, second = heads.chunk(2, -1)
         return heads * cos + torch.cat((-second, first), -1) * sin
 
-    def mask(self, copies: int = 1) -> Tensor | None:
-        """[copies * T, S] or [B, 1, copies * T, S], added to the scores: 0 where a position sees a key, else
-        a huge negative number; None: no mask is needed. Queries of several heads need a copy for each.
-        """
-        if copies not in self._masks:
-            self._masks[copies] = self.make_mask(copies)
-        return self._masks[copies]
 
-    def mask_of_chunks(self, copies: int, heads: int) -> Tensor:
-        """[B * heads, C, copies * T, CHUNK], see `attend_in_chunks`."""
-        if (copies, heads) not in self._masks:
-            mask: Any = self.mask(copies)
-            by_chunk = mask.expand(-1, heads, -1, -1).unflatten(3, (-1, CHUNK)).transpose(2, 3)
-            self._masks[copies, heads] = by_chunk.flatten(0, 1)
-        found: Any = self._masks[copies, heads]
-        return found
-
-
-def cos_and_sin(module: Any, like: Tensor, positions: Tensor, rotation: str | None) -> tuple[Tensor, Tensor]:
+def cos_and_sin(
+    module: nn.Module, like: Tensor, positions: Tensor, rotation: str | None
+) -> tuple[Tensor, Tensor]:
     """[1, P, head_dim] each, by the rotary embedding of a model, for positions [1, P]."""
     of_type = {} if rotation is None else {"layer_type": rotation}
     return module(like, position_ids=positions, **of_type)
@@ -149,8 +202,9 @@ def _by_token(table: Tensor, rows: int) -> Tensor:
     return table.expand(rows, -1, -1).flatten(0, 1)[:, None]
 
 
-def _rotations(runner: Any, cos: Tensor, sin: Tensor, rows: int) -> Tensor | None:
+def _rotations(tables: AttentionTables, rotary: tuple[Tensor, Tensor], rows: int) -> Tensor | None:
     """A product with these is one kernel; rotating by cos and sin takes half a dozen."""
+    cos, sin = rotary
     if rows * cos.shape[1] > _FEW_ROTATIONS:
         return None
-    return torch.addcmul(runner.unit * _by_token(cos, rows), runner.rotate_half, _by_token(sin, rows))
+    return torch.addcmul(tables.unit * _by_token(cos, rows), tables.rotate_half, _by_token(sin, rows))

@@ -16,21 +16,21 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from threading import Lock
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from self_speculation.model.attention import CHUNK
-from self_speculation.model.attention_context import AttentionContext
+from self_speculation.model.attention_context import AttentionContext, AttentionTables
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import AttentionType, context_length
-from self_speculation.model.kv_cache import KVCache, ScatteredCache, round_up
+from self_speculation.model.in_place_runner import InPlaceRunner
+from self_speculation.model.kv_cache import Buffers, KVCache, ScatteredCache, round_up
 from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
-from self_speculation.model.model_runner import ModelRunner, PassRange
+from self_speculation.model.model_runner import Head, Layer, ModelRunner, PassRange, run_through
 from self_speculation.model.progress import progress
 
 # The cache grows by so many positions. It has this many positions for padding, so wider passes are eager.
@@ -46,7 +46,7 @@ _SAMPLING_BYTES = 48
 # torch hands out so many streams of a device in turn. Graphs of a stream share a workspace, see
 # `_drop_replays`. These are the streams of recorders and their graphs.
 _NUM_STREAMS = 32
-_STREAMS: WeakKeyDictionary[Any, torch.cuda.Stream] = WeakKeyDictionary()
+_STREAMS: WeakKeyDictionary[object, torch.cuda.Stream] = WeakKeyDictionary()
 _LOCK = Lock()
 
 
@@ -67,7 +67,7 @@ def capture_decoding(model: PreTrainedModel) -> None:
     evict(model, _Passes)
 
 
-def check_can_be_captured(config: Any) -> None:
+def check_can_be_captured(config: PretrainedConfig) -> None:
     """Raises ValueError for quantised weights and for experts, whose kernels depend on what tokens choose."""
     if experts_per_token(config) is not None:
         raise ValueError(f"compile True: not with a mixture of experts ({config.model_type})")
@@ -95,7 +95,12 @@ def num_captures(model: PreTrainedModel) -> int:
 class CapturedRunner(ModelRunner):
     """Replays passes over a `CapturedCache`, except prompts and passes over more than _PADDING tokens."""
 
-    reads: tuple[weakref.ref, ...] = ()  # weak references to the draft linears; part of the graph key
+    copies: tuple[weakref.ref, ...] = ()  # products of copied layers; part of the key of a graph
+
+    def _replace(self, layers: Sequence[Layer], head: Head) -> None:
+        if layers is not self.layers:
+            self.copies = tuple(weakref.ref(linear) for layer in layers for linear in layer.linears)
+        super()._replace(layers, head)
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
         """The one cache of the model's captured passes; earlier generations lose it."""
@@ -109,29 +114,24 @@ class CapturedRunner(ModelRunner):
         cache.reserve(prompt_length, num_positions)
         return cache
 
-    def with_layers(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
-        other: Any = super().with_layers(layers, head)
-        if layers is not self.layers:
-            other.reads = tuple(weakref.ref(linear) for layer in layers for linear in layer.linears)
-        return other
-
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        num_rows, width, _ = hidden.shape
-        if isinstance(cache, CapturedCache):
-            cache.check()
-        if not isinstance(cache, CapturedCache) or cache.is_prompt or width > _PADDING:
+        if not isinstance(cache, CapturedCache):
             return super().run_layers(cache, hidden, first, last)
-        passes = cache.passes
-        shape = (padded(num_rows), padded(width), keys_read(cache.longest(first) + width))
-        replay = passes.capture(self, first, last, *shape)
-        states, positions = passes.inputs[shape[:2]]
+        cache.check()
+        num_rows, width, _ = hidden.shape
+        if cache.is_prompt or width > _PADDING:
+            return super().run_layers(cache, hidden, first, last)
+        passes, num_keys = cache.passes, keys_read(max(cache.lengths(first)) + width)
+        shape = padded(num_rows), padded(width)
+        replay = passes.capture(self, first, last, *shape, num_keys)
+        states, positions = passes.inputs[shape]
         if states.shape[:2] != (num_rows, width):
             states.zero_()  # padding must be numbers: no mask keeps NaN out
             positions.fill_(passes.capacity - 1)
         states[:num_rows, :width] = hidden
         positions[:num_rows] = cache.positions(first, positions.shape[1], positions.device)
+        cache.extend(first, last, width)
         replay()
-        cache.advance(first, last, width)
         return states[:num_rows, :width].clone()
 
 
@@ -157,6 +157,13 @@ class CapturedCache(KVCache):
         self.passes.reserve(num_positions)
 
 
+def make_runner(model: PreTrainedModel) -> ModelRunner:
+    """The runner with the least work for the host: captured passes, passes in place, or plain ones."""
+    if is_captured(model):
+        return CapturedRunner(model)
+    return (InPlaceRunner if model.device.type == "cpu" else ModelRunner)(model)
+
+
 def run_every_pass(
     cache: KVCache, passes: Iterable[PassRange], num_rows: int, num_positions: int, longest: int = 0
 ) -> None:
@@ -177,11 +184,12 @@ def run_every_pass(
     ]
     shapes = [(*kind, num_keys) for kind in kinds for num_keys in _lengths(num_positions)]
     num_layers = sum(last - first for _, first, last, *_ in kinds)
-    sampled = num_rows * max(max_width for *_, max_width in passes) * captured.vocab_size
+    sampled = num_rows * max(max_width for *_, max_width in passes) * captured.config.vocab_size
     needed = num_layers * _LAYER_BYTES, sampled * _SAMPLING_BYTES
     cache.reserve(1, captured.fitting(num_positions, longest, *needed))
     with progress("capturing passes", len(shapes), "passes") as advance:
         for runner, *shape in shapes:
+            assert isinstance(runner, CapturedRunner)
             captured.capture(runner, *shape)
             advance(1)
 
@@ -212,11 +220,12 @@ class _Passes:
     """Captured passes of a model, and the buffers of the latest `CapturedCache`."""
 
     def __init__(self, runner: CapturedRunner, num_slots: int) -> None:
-        # Graphs read its tables of cos and sin, which only grow here.
-        self._runner = ModelRunner(runner.model)
-        self.buffers = self._runner.new_cache(1, 1, num_slots).buffers
-        self.num_slots, self.vocab_size = num_slots, runner.config.vocab_size
-        del self._runner.model  # the key of these passes: it would never be freed
+        self.config = config = runner.config
+        self.num_slots = num_slots
+        self.tables = AttentionTables(runner.model, runner.dtype)  # graphs read them, and they only grow here
+        self.buffers = Buffers(len(runner.layers), num_slots)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._like = self.tables.unit.new_empty(1, config.num_key_value_heads, head_dim)  # keys of a position
         self.num_captured = 0
         self._drop_replays()
         self.inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # [B, T, H] states, [B, T] positions
@@ -225,14 +234,15 @@ class _Passes:
         """All graphs of a stream use one cuBLAS workspace. Destroying one of them frees it (pytorch issue
         193402), and an exception may keep one for long. So all go together, and the stream with them.
         """
-        self._replays: dict[Any, Callable[[], None]] = {}
+        # By copies, first and last layer, rows, width and number of keys.
+        self._replays: dict[tuple[tuple[weakref.ref, ...], int, int, int, int, int], Callable[[], None]] = {}
         self._recorder: GraphRecorder | None = None  # frees its stream first
-        self._recorder = GraphRecorder(self._runner.rotary.device)
+        self._recorder = GraphRecorder(self.tables.device)
 
     @property
     def capacity(self) -> int:
         """Positions of a row in every layer. The last layer grows last."""
-        last = self.buffers.of_layers[-1]
+        last = self.buffers.of_layers.get(self.buffers.num_layers - 1)
         return 0 if last is None else last[0].shape[2]
 
     def fitting(self, least: int, most: int, graph_bytes: int, sampling_bytes: int) -> int:
@@ -242,46 +252,39 @@ class _Passes:
             graph_bytes: of the graphs that read one number of keys.
             sampling_bytes: that sampling the tokens of a round takes.
         """
-        like, room = self._like, _SHARE * free_memory(self._runner.rotary.device) - sampling_bytes
-        position = 2 * len(self._runner.layers) * self.num_slots * like.nbytes
+        room = _SHARE * free_memory(self.tables.device) - sampling_bytes
+        position = 2 * self.buffers.num_layers * self.num_slots * self._like.nbytes
         for number in range(most, least, -_STEP):
             if (number + _STEP) * position + len(_lengths(number)) * graph_bytes <= room:
                 return number
         return least
 
-    @property
-    def _like(self) -> Tensor:
-        """[1, kv_heads, head_dim] keys or values of a position."""
-        config = self._runner.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return self._runner.rotary.new_empty(1, config.num_key_value_heads, head_dim)
-
     def reserve(self, num_positions: int) -> None:
         """Make room for so many positions and padding. A larger cache ends all captured passes."""
         # After the context there is padding, or what a wider pass rolls back.
-        least = min(num_positions, context_length(self._runner.config)) + _PADDING
+        least = min(num_positions, context_length(self.config)) + _PADDING
         needed = round_up(max(least, num_positions), _STEP)
         if needed <= self.capacity:
             return
         self._drop_replays()
         self.buffers.capacity = needed
-        self._runner._rotary.reserve(needed)
-        for layer in range(len(self._runner.layers)):
+        self.tables.reserve(needed)
+        for layer in range(self.buffers.num_layers):
             self.buffers.with_room(layer, needed, self._like)
 
     def capture(
-        self, runner: Any, first: int, last: int, rows: int, width: int, num_keys: int
+        self, runner: CapturedRunner, first: int, last: int, rows: int, width: int, num_keys: int
     ) -> Callable[[], None]:
         """The replay of a pass over `inputs[rows, width]`. To capture it writes to padding alone. If that
         fails, all passes are captured anew.
         """
-        key = (runner.reads, first, last, rows, width, num_keys)
+        key = (runner.copies, first, last, rows, width, num_keys)
         if key not in self._replays:
-            read = {linear for linears, *_ in self._replays for linear in linears}
-            if any(linear() is None for linear in read):  # a copy was replaced, and its graphs are large
+            copies = {copied for copies, *_ in self._replays for copied in copies}
+            if any(copied() is None for copied in copies):  # one was replaced, and its graphs are large
                 self._drop_replays()
             if (rows, width) not in self.inputs:
-                states = runner.unit.new_empty(min(rows, self.num_slots), width, runner.config.hidden_size)
+                states = self.tables.unit.new_empty(min(rows, self.num_slots), width, self.config.hidden_size)
                 self.inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
             states, positions = self.inputs[rows, width]
             states.zero_()
@@ -298,20 +301,14 @@ class _Passes:
         return self._replays[key]
 
     def _run(
-        self, layers: Sequence[tuple[Any, AttentionType]], states: Tensor, positions: Tensor, num_keys: int
+        self, layers: Sequence[tuple[Layer, AttentionType]], states: Tensor, positions: Tensor, num_keys: int
     ) -> None:
         """The pass that is captured. Its mask hides what is out of a window: positions are data, shapes are
         not.
         """
-        splits = num_keys > _UNSPLIT_KEYS
-        contexts = {
-            kind: AttentionContext.ragged(self._runner, kind, positions, num_keys, splits_keys=splits)
-            for kind in {kind for _, kind in layers}
-        }
         cache = ScatteredCache(self.buffers.of_layers, positions, num_keys)
-        hidden = states.flatten(0, 1)
-        for layer, kind in layers:
-            hidden = layer(hidden, contexts[kind], cache)
+        make = partial(AttentionContext.ragged, self.tables, cache, 0, num_keys > _UNSPLIT_KEYS)
+        hidden = run_through(layers, make, states.flatten(0, 1))
         states.copy_(hidden.view_as(states))  # fused layers work in place: then nothing is copied
 
 

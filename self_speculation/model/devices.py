@@ -45,13 +45,6 @@ def is_lost_device(error: object) -> bool:
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 
-def synchronize(model: PreTrainedModel) -> None:
-    """Wait for all GPUs that have a part of the model."""
-    for device in {model.device, *getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}:
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-
-
 def free_memory(device: torch.device, num_ranks: int = 1) -> int:
     """Bytes that torch can still allocate on a device; the least of several ranks that call it together: one
     that refuses for want of memory would leave the others waiting.

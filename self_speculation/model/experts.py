@@ -7,20 +7,20 @@ plain steps than that of a dense model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from self_speculation.model.families import declared
 
 
-def experts_per_token(config: Any) -> tuple[int, int] | None:
+def experts_per_token(config: PretrainedConfig) -> tuple[int, int] | None:
     """How many experts of a layer a token chooses, and of how many; None: the model is dense."""
     chosen = declared(config, "num_experts_per_tok")
     return None if chosen is None else (chosen, config.num_experts)
 
 
-def bytes_read(modules: Iterable[nn.Module], config: Any) -> tuple[float, float]:
+def bytes_read(modules: Iterable[nn.Module], config: PretrainedConfig) -> tuple[float, float]:
     """Bytes of weights that a pass over one token reads: of all in these modules, and of experts alone, whose
     weights transformers keeps as [experts, out, in].
     """
@@ -34,7 +34,7 @@ def bytes_read(modules: Iterable[nn.Module], config: Any) -> tuple[float, float]
     return expert_bytes + sum(size for dim, size in weights if dim < 3), expert_bytes
 
 
-def bytes_per_layer(model: Any) -> float:
+def bytes_per_layer(model: PreTrainedModel) -> float:
     """Bytes of weights that a pass over one token reads, in a layer on average. All layers of a dense model
     are alike; to ask each for its weights takes a millisecond.
     """
@@ -52,7 +52,7 @@ def distinct_experts(chosen: int, of: int, num_tokens: float) -> float:
     return of * (1.0 - (1.0 - chosen / of) ** num_tokens)
 
 
-def with_experts(dense: Callable[[float], float], model: Any) -> Callable[[float], float]:
+def with_experts(dense: Callable[[float], float], model: PreTrainedModel) -> Callable[[float], float]:
     """The cost of a pass over n tokens relative to one, from that of a dense model."""
     if (experts := experts_per_token(model.config)) is None:
         return dense

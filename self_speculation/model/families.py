@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Family(NamedTuple):
@@ -58,7 +61,7 @@ class AttentionType(NamedTuple):
     rotation: str | None = None  # the layer type that the rotary embedding is asked for; None: it has one
 
 
-def check_supported(config: Any) -> None:
+def check_supported(config: PretrainedConfig) -> None:
     """Raises ValueError that names the model type or attention, and lists the supported ones, or names a
     setting that no pass heeds.
     """
@@ -74,13 +77,13 @@ def check_supported(config: Any) -> None:
             raise ValueError(f"{name} {value!r} of a {config.model_type} model is not supported, only none")
 
 
-def has_fused_layers(config: Any) -> bool:
+def has_fused_layers(config: PretrainedConfig) -> bool:
     """Whether plain layers of this kind of model run as fused layers."""
     family = FAMILIES.get(config.model_type)
     return family is not None and family.is_fused
 
 
-def context_length(config: Any) -> int:
+def context_length(config: PretrainedConfig) -> int:
     """Positions of the model, for prompt and output together."""
     rope, positions = _scaled_rotation(config), config.max_position_embeddings
     original = rope.get("original_max_position_embeddings", positions)
@@ -92,7 +95,7 @@ def context_length(config: Any) -> int:
     return positions
 
 
-def described_context(config: Any) -> str:
+def described_context(config: PretrainedConfig) -> str:
     """The context in words, for errors."""
     number = context_length(config)
     if _scaled_rotation(config).get("rope_type") != "longrope":
@@ -100,7 +103,7 @@ def described_context(config: Any) -> str:
     return f"{number} tokens (rope_type longrope is supported within its original context only)"
 
 
-def scale_rotation(config: Any, scaling: Any) -> None:
+def scale_rotation(config: PretrainedConfig, scaling: Any) -> None:
     """Set the rotation of a config to a `rope_scaling`, as model cards write it. In models with a rotation
     for each layer type, it is that of full attention.
 
@@ -122,20 +125,20 @@ def scale_rotation(config: Any, scaling: Any) -> None:
     config.validate_rope()
 
 
-def _scaled_rotation(config: Any) -> Mapping[str, Any]:
+def _scaled_rotation(config: PretrainedConfig) -> Mapping[str, Any]:
     """`rope_parameters`, of full attention where layer types have their own."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("full_attention") or rope
 
 
-def declared(config: Any, name: str) -> Any:
+def declared(config: PretrainedConfig, name: str) -> Any:
     """A setting; None if the family has no such setting. A config file may hold settings of another family,
     such as the one that the model was converted from: its layers ignore them.
     """
     return getattr(config, name, None) if name in inspect.signature(type(config)).parameters else None
 
 
-def attention_types(config: Any) -> list[AttentionType]:
+def attention_types(config: PretrainedConfig) -> list[AttentionType]:
     """[L] of each layer."""
     types = declared(config, "layer_types") or ["sliding_attention"] * config.num_hidden_layers
     window, rope = declared(config, "sliding_window"), getattr(config, "rope_parameters", None) or {}

@@ -39,7 +39,7 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def structure(*roots: nn.Module, attributes: bool = True) -> tuple[tuple[Any, ...], ...]:
+def structure(*roots: nn.Module, attributes: bool = True) -> tuple[Hashable, ...]:
     """Changes when a module, a `forward`, a hook, a number or a tensor in these modules is replaced, and when
     a tensor moves or is converted. Reads nothing from a device.
 
@@ -60,7 +60,7 @@ def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
     return modules
 
 
-def _structure_of(module: nn.Module, attributes: bool) -> tuple[Any, ...]:
+def _structure_of(module: nn.Module, attributes: bool) -> Hashable:
     """It refers to functions weakly, since they may have the model. Of their `id`, another function could be
     the next owner.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def hidden_after_each_layer(
         yield hidden
 
 
-def attention_arguments(model: PreTrainedModel, kind: AttentionType, hidden: Tensor) -> Mapping[str, Any]:
+def attention_arguments(model: PreTrainedModel, kind: AttentionType, hidden: Tensor) -> Mapping[str, object]:
     """What layers take beside [B, T, H] hidden states."""
     width, mask = hidden.shape[1], None
     window = kind.window if kind.window is not None and width > kind.window else None

@@ -6,8 +6,8 @@ Nothing is made of the weights, so what decodes is always the weights of now.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from self_speculation.model.fused_layers import FusedLayer
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import MAX_NARROW_TOKENS, Slot, tensors_in
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.model_runner import Head, Layer, ModelRunner
 
 
 class _Range(NamedTuple):
@@ -40,68 +40,56 @@ class InPlaceRunner(ModelRunner):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._ranges: dict[tuple[int, int], _Range | None] = {}
         self._is_in_few_bits = is_in_few_bits(model)
+        self._ranges: dict[tuple[int, int], _Range | None] = {}
+
+    def _replace(self, layers: Sequence[Layer], head: Head) -> None:
+        super()._replace(layers, head)
+        self._ranges = {}
 
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        rows, width, _ = hidden.shape
-        own = self._range(first, last)
+        rows, width, size = hidden.shape
+        if (first, last) not in self._ranges:
+            self._ranges[first, last] = self._make_range(first, last)
+        own = self._ranges[first, last]
         is_long = cache.is_prompt and rows * width > MAX_NARROW_TOKENS
         if own is None or (is_long and not self._is_in_few_bits):
             return super().run_layers(cache, hidden, first, last)
-        if self._is_in_few_bits and rows * width > _PIECE:
+        if self._is_in_few_bits and rows * width > _PIECE and width > 1:
             pieces = hidden.split(max(1, _PIECE // rows), 1)
-            return torch.cat([self._run_range(own, cache, piece, first, last) for piece in pieces], 1)
-        return self._run_range(own, cache, hidden, first, last)
-
-    def _run_range(self, own: _Range, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        rows, width, size = hidden.shape
-        states = hidden.reshape(rows * width, size).contiguous()
-        caches = cache.buffers_of(first, last, width, states.new_empty(0, *own.key_shape))
-        self._rotary.reserve(cache.longest(first) + width)
-        starts = torch.tensor([cache.length(first, row) for row in range(rows)])
-        rotations = [self._rotary.tables[kind] for kind in own.rotations]
+            return torch.cat([self.run_layers(cache, piece, first, last) for piece in pieces], 1)
+        states, lengths = hidden.reshape(rows * width, size).contiguous(), cache.lengths(first)
+        num_positions = max(lengths) + width
         torch.ops.self_speculation.run_layers(
             states,
-            starts,
+            torch.tensor(lengths),
             cache.first_slot,
             own.numbers,
             own.factors,
             tensors_in(own.slots),
-            caches,
-            rotations,
+            cache.extend(first, last, width, states.new_empty(0, *own.key_shape)),
+            [self.tables.cos_sin(rotation, num_positions) for rotation in own.rotations],
         )
-        cache.advance(first, last, width)
         return states.view(rows, width, size)
-
-    def with_layers(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
-        other: Any = super().with_layers(layers, head)
-        other._ranges = {}
-        return other
-
-    def _range(self, first: int, last: int) -> _Range | None:
-        if (first, last) not in self._ranges:
-            self._ranges[first, last] = self._make_range(first, last)
-        return self._ranges[first, last]
 
     def _make_range(self, first: int, last: int) -> _Range | None:
         """None: the operator does not have all of these layers."""
         layers, kinds = self.layers[first:last], self.attention_types[first:last]
-        if self.dtype != torch.float32 or cpu_operators().variant is None or not layers:
+        if self.dtype != torch.float32 or cpu_operators().variant is None:
             return None
-        for index, layer in enumerate(layers, first):
-            if not isinstance(layer, FusedLayer) or layer.index != index or not layer.has_slots:
-                return None
+        fused = [layer for layer in layers if isinstance(layer, FusedLayer) and layer.has_slots]
+        if [layer.index for layer in fused] != [*range(first, last)] or not fused:
+            return None
         rotations = [*dict.fromkeys(kind.rotation for kind in kinds)]
-        pairs = zip(layers, kinds, strict=True)
+        pairs = zip(fused, kinds, strict=True)
         told = [layer.description(kind.window, rotations.index(kind.rotation)) for layer, kind in pairs]
         numbers, factors = zip(*told, strict=True)
         if len({tuple(own[1:4]) for own in numbers}) > 1:  # pruned layers differ in heads or width
             return None
         return _Range(
-            [slot for layer in layers for slot in layer.slots()],
+            [slot for layer in fused for slot in layer.slots()],
             torch.tensor(numbers),
             torch.tensor(factors, dtype=torch.float64),
             rotations,
-            layers[0].key_shape,
+            fused[0].key_shape,
         )

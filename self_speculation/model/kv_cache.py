@@ -1,16 +1,15 @@
 """The KV cache of the sequences in flight: allocate, append, roll back by count.
 
-It knows nothing of what layers compute. Layers of transformers use it by `update`.
+Keys and values come in two ways: `KVCache.append` writes to rows of one length, and whoever calls
+`KVCache.extend` writes by position.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,39 +23,15 @@ ALIGNMENT = 8
 # A new cache has room for a prompt and this, divided by the number of slots, in positions.
 _FIRST_ALLOCATION = 1024
 
+Pair = tuple[Tensor, Tensor]  # keys and values
+
 
 def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-class Appendable(ABC):
-    """Takes keys and values from layers."""
-
-    @abstractmethod
-    def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append T positions to each of B rows of a layer.
-
-        Args:
-            keys, values: [B * T, kv_heads, head_dim], row by row.
-
-        Returns:
-            Views of all keys and values of the layer: [B * kv_heads, 1, S, head_dim] if all rows have S
-            positions, [B, kv_heads, S, head_dim] if a mask selects those of each row.
-        """
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """Called by layers of transformers: [B, kv_heads, T, head_dim] -> [B, kv_heads, S, head_dim]."""
-        rows, heads, _width, size = keys.shape
-        new_keys, new_values = (part.transpose(1, 2).reshape(-1, heads, size) for part in (keys, values))
-        views = self.append(new_keys, new_values, layer_idx)
-        all_keys, all_values = (part.reshape(rows, heads, -1, size) for part in views)
-        return all_keys, all_values
-
-
 class Buffers:
-    """Keys and values by layer, each [slots, kv_heads, capacity, head_dim]; None until the layer runs.
+    """Keys and values by layer, each [slots, kv_heads, capacity, head_dim], of layers that have run.
 
     Args:
         num_slots: the most rows at a time.
@@ -67,13 +42,16 @@ class Buffers:
     def __init__(
         self, num_layers: int, num_slots: int = 1, devices: Sequence[torch.device] = (), num_ranks: int = 1
     ) -> None:
-        self.num_slots, self.capacity = num_slots, ALIGNMENT
+        self.num_layers, self.num_slots, self.capacity = num_layers, num_slots, ALIGNMENT
         self._devices, self._num_ranks = devices, num_ranks
         self.limit = sys.maxsize  # the most positions that a row can reach
-        self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self.of_layers: dict[int, Pair] = {}
         self._fitting = 0  # a capacity that fits in memory
 
-    def with_room(self, layer: int, end: int, new_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def all(self) -> Iterator[Tensor]:
+        return (part for pair in self.of_layers.values() for part in pair)
+
+    def with_room(self, layer: int, end: int, new_keys: Tensor | None = None) -> Pair:
         """The buffers of a layer, grown to at least `end` positions.
 
         Args:
@@ -82,10 +60,11 @@ class Buffers:
         Raises:
             MemoryError: the buffers of all layers do not fit.
         """
-        old = self.of_layers[layer]
+        old = self.of_layers.get(layer)
         if old is not None and end <= old[0].shape[2]:
             return old
-        like: Any = new_keys if old is None else old[0]  # [.., kv_heads, .., head_dim]
+        like = new_keys if old is None else old[0]  # [.., kv_heads, .., head_dim]
+        assert like is not None  # a pass by position follows one over a prompt
         if self.capacity < end:
             self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
         try:
@@ -96,7 +75,8 @@ class Buffers:
             shape = (self.num_slots, like.shape[1], self.capacity, like.shape[-1])
             larger = (like.new_zeros(shape), like.new_zeros(shape))
         except (MemoryError, RuntimeError):  # a shorter sequence may still fit
-            self._fitting = min(0 if pair is None else pair[0].shape[2] for pair in self.of_layers)
+            has_all = len(self.of_layers) == self.num_layers
+            self._fitting = min(part.shape[2] for part in self.all()) if has_all else 0
             self.capacity = self._fitting or ALIGNMENT
             raise
         for new, part in zip(larger, old or (), strict=False):
@@ -108,11 +88,11 @@ class Buffers:
         """Raises MemoryError if a device lacks memory for the buffers of its layers."""
         # Offloaded layers, on "meta", run on the first layer's device.
         devices = [like.device if device.type == "meta" else device for device in self._devices]
-        devices = devices or [like.device] * len(self.of_layers)
+        devices = devices or [like.device] * self.num_layers
         for device, num_layers in Counter(devices).items():
             row = 2 * num_layers * like.shape[1] * capacity * like.shape[-1] * like.itemsize
-            pairs = (pair for at, pair in zip(devices, self.of_layers, strict=True) if at == device)
-            taken = sum(part.nbytes for pair in pairs for part in pair or ())
+            pairs = (pair for layer, pair in self.of_layers.items() if devices[layer] == device)
+            taken = sum(part.nbytes for pair in pairs for part in pair)
             if (free := taken + free_memory(device, self._num_ranks)) < self.num_slots * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
                 raise MemoryError(
@@ -121,29 +101,16 @@ class Buffers:
                 )
 
 
-class WindowedCache(Appendable):
-    """Appends to a cache, and returns what it does from a position on."""
-
-    def __init__(self, cache: Appendable, first_key: int | Tensor) -> None:
-        self._cache, self._first_key = cache, first_key
-
-    def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        all_keys, all_values = self._cache.append(keys, values, layer)
-        return all_keys[:, :, self._first_key :], all_values[:, :, self._first_key :]
-
-
-class KVCache(Appendable):
+class KVCache:
     """Keys and values of every layer, for the rows of a batch. At first there is one row, empty.
 
     The buffers of a layer are allocated when it first runs, with the device and dtype of its keys. Appending
     writes in place, and rolling back moves a position. Buffers that are too small double, up to a limit.
 
-    A pass appends equally many positions to each row, and all layers hold the same positions of a row:
-
-        length(layer, row) = appended[layer] - missing[row]
-
-    Appended positions include those that were dropped. A row misses them, and those by which it was shorter
-    than the longest row. The cache is *uniform* while all rows have one length.
+    A pass appends equally many positions to each row, and all layers hold the same positions of a row: as
+    many as were appended to the layer without those that the row misses. Appended positions include those
+    that were dropped. A row misses them, and those by which it was shorter than the longest row. The cache is
+    *uniform* while all rows have one length.
     """
 
     is_prompt = False  # the next positions are a prompt's
@@ -156,7 +123,7 @@ class KVCache(Appendable):
     def set_rows(self, lengths: Sequence[int]) -> None:
         """Set row lengths; keys and values are already in the slots."""
         self._committed = max(lengths, default=0)  # appended to every layer between two rounds
-        self._appended = [self._committed] * len(self.buffers.of_layers)  # by layer
+        self._appended = [self._committed] * self.buffers.num_layers  # by layer
         self._missing = [self._committed - length for length in lengths]  # by row
         self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]
 
@@ -185,17 +152,9 @@ class KVCache(Appendable):
     def is_uniform(self) -> bool:
         return all(missing == self._missing[0] for missing in self._missing)
 
-    def length(self, layer: int, row: int = 0) -> int:
-        """Positions of a row in a layer."""
-        return self._appended[layer] - self._missing[row]
-
-    def longest(self, layer: int) -> int:
-        """Positions of the longest row in a layer."""
-        return self._appended[layer] - min(self._missing)
-
-    def shortest(self, layer: int) -> int:
-        """Positions of the shortest row in a layer."""
-        return self._appended[layer] - max(self._missing)
+    def lengths(self, layer: int = 0) -> list[int]:
+        """[B] positions of each row in a layer. Layers beyond an early exit never run; the first one does."""
+        return [self._appended[layer] - missing for missing in self._missing]
 
     def positions(self, layer: int, width: int, device: torch.device) -> Tensor:
         """[B, T] the next T positions of each row in a layer."""
@@ -204,8 +163,15 @@ class KVCache(Appendable):
         start = self._appended[layer]
         return torch.arange(start, start + width, device=device) - self._missing_on_device
 
-    def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """See `Appendable`. Rows have one length; `scattered` is for others."""
+    def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
+        """Append T positions to each of B rows of one length.
+
+        Args:
+            keys, values: [B * T, kv_heads, head_dim], row by row.
+
+        Returns:
+            Views of all keys and values of the layer, [B * kv_heads, 1, S, head_dim].
+        """
         rows = len(self._missing)
         total, heads, size = keys.shape
         width = total // rows
@@ -224,29 +190,19 @@ class KVCache(Appendable):
         shape, strides = (rows * heads, 1, end, size), (of_head, of_head, size, 1)
         return all_keys.as_strided(shape, strides, first), all_values.as_strided(shape, strides, first)
 
-    def buffers_of(self, first: int, last: int, width: int, new_keys: Tensor) -> list[Tensor]:
-        """Keys and values of layers first..last-1, all slots, with room for T more positions of each row. The
-        caller writes the positions and calls `advance`.
+    def extend(self, first: int, last: int, width: int, new_keys: Tensor | None = None) -> list[Tensor]:
+        """Add T positions to each row in layers first..last-1. The caller writes them.
 
         Args:
             new_keys: [any, kv_heads, head_dim], of layers that may run for the first time.
-        """
-        end = self.longest(first) + width
-        return [part for layer in range(first, last) for part in self.buffers.with_room(layer, end, new_keys)]
 
-    def scattered(self, positions: Tensor, first: int, last: int) -> ScatteredCache:
-        """Takes keys and values of layers first..last-1 at positions [B, T], for rows that differ in
-        length.
+        Returns:
+            Keys and values of these layers, all slots, with room for the new positions.
         """
-        width = positions.shape[1]
-        for layer in range(first, last):
-            self.buffers.with_room(layer, self.longest(first) + width)
-        self.advance(first, last, width)
-        return ScatteredCache(self.buffers.of_layers, positions, round_up(self.longest(first), ALIGNMENT))
-
-    def advance(self, first: int, last: int, width: int) -> None:
-        """Count T positions as appended to layers first..last-1."""
+        end = max(self.lengths(first)) + width
+        pairs = [self.buffers.with_room(layer, end, new_keys) for layer in range(first, last)]
         self._appended[first:last] = [n + width for n in self._appended[first:last]]
+        return [part for pair in pairs for part in pair]
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
         """Drop the last positions of every layer.
@@ -280,28 +236,20 @@ class KVCache(Appendable):
         view.set_rows([length])
         return view
 
-    def _lengths(self) -> list[int]:
-        """[B] of the first layer; layers beyond an early exit never run."""
-        return [self.length(0, row) for row in range(self.num_rows)]
-
     def add_row(self, length: int) -> None:
         """Add a row whose `length` positions are already in its slot."""
-        self.set_rows([*self._lengths(), length])
+        self.set_rows([*self.lengths(), length])
 
-    def remove_row(self, row: int, keep: bool = False) -> None:
-        """Move the last row to the slot of this one, then shrink; `keep`: the two swap slots."""
-        lengths, last = self._lengths(), self.num_rows - 1
-        if keep:
-            self.swap(row, last, max(lengths[row], lengths[last]))
-        elif row != last:
-            for buffer in self._all_buffers():
-                buffer[row, :, : lengths[last]] = buffer[last, :, : lengths[last]]
+    def remove_row(self, row: int) -> None:
+        """Swap the slots of this row and the last one, then shrink."""
+        lengths, last = self.lengths(), self.num_rows - 1
+        self.swap(row, last, max(lengths[row], lengths[last]))
         lengths[row] = lengths[last]
         self.set_rows(lengths[:-1])
 
     def clear_slot(self, slot: int) -> None:
         """Fill it with zeros: it may hold NaN, and a mask does not keep NaN out."""
-        for buffer in self._all_buffers():
+        for buffer in self.buffers.all():
             buffer[slot].zero_()
 
     def swap(self, slot: int, other: int, length: int) -> None:
@@ -310,32 +258,32 @@ class KVCache(Appendable):
         """
         if slot == other:
             return
-        for buffer in self._all_buffers():
+        for buffer in self.buffers.all():
             bits = buffer[:, :, :length].view(getattr(torch, f"int{8 * buffer.itemsize}"))
             one, another = bits[slot], bits[other]
             for target, source in ((one, another), (another, one), (one, another)):
                 target.bitwise_xor_(source)
 
-    def _all_buffers(self) -> Iterator[Tensor]:
-        return (part for pair in self.buffers.of_layers for part in pair or ())
 
-
-class ScatteredCache(Appendable):
+class ScatteredCache:
     """Writes keys and values at positions [B, T] to the buffers of layers, for a pass that masks row by row.
     Attention reads `length` positions, S.
     """
 
-    def __init__(self, buffers: Sequence[Any], positions: Tensor, length: int) -> None:
-        self._buffers, self._positions, self.length = buffers, positions, length
+    def __init__(self, buffers: Mapping[int, Pair], positions: Tensor, length: int) -> None:
+        self._buffers, self.positions, self.length = buffers, positions, length
         # Of row, head and position: [B, 1, 1], [kv_heads], [B, T, 1].
         self._index: tuple[Tensor, ...] = ()
 
-    def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
+        """As `KVCache.append`. Returns views [B, kv_heads, S, head_dim], of which a mask selects those of
+        each row.
+        """
         pair = self._buffers[layer]
-        (rows, width), (_, heads, _, size) = self._positions.shape, pair[0].shape
+        (rows, width), (_, heads, _, size) = self.positions.shape, pair[0].shape
         if not self._index:
-            all_rows, all_heads = (torch.arange(n, device=self._positions.device) for n in (rows, heads))
-            self._index = (all_rows[:, None, None], all_heads, self._positions[:, :, None])
+            all_rows, all_heads = (torch.arange(n, device=self.positions.device) for n in (rows, heads))
+            self._index = (all_rows[:, None, None], all_heads, self.positions[:, :, None])
         index = tuple(part.to(keys.device) for part in self._index)  # layers may be on several devices
         for buffer, new in zip(pair, (keys, values), strict=True):
             buffer.index_put_(index, new.view(rows, width, heads, size))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedModel
 
@@ -17,6 +17,21 @@ from self_speculation.model.fingerprint import fingerprint
 from self_speculation.model.fused_layers import num_changes
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_cache import cached
+
+
+class CacheUser(Protocol):
+    """A sequence that needs a slot, such as `decoding.sequence.Sequence`."""
+
+    prompt: list[int]
+    slot: int | None
+    num_cached: int  # tokens of the prompt that were in its slot already
+    num_computed: int  # tokens of the prompt that are in its slot, until it is a row
+    error: Exception | None
+    is_damaged: bool  # its keys and values may be NaN
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Of the prompt and the output."""
 
 
 class _Prefix(NamedTuple):
@@ -32,7 +47,7 @@ class _Prefix(NamedTuple):
 
 
 class PrefixCache:
-    """Hands out the slots of a KV cache to sequences (see `decoding.sequence`). Slots of rows come first.
+    """Hands out the slots of a KV cache to sequences. Slots of rows come first.
 
     Args:
         cache: a new one.
@@ -42,10 +57,10 @@ class PrefixCache:
     def __init__(self, cache: KVCache, num_slots: int, fingerprint: Hashable = None) -> None:
         self.cache, self.fingerprint = cache, fingerprint
         cache.set_rows([])
-        self._holders: list[Any] = [_Prefix()] * num_slots  # a sequence or a prefix
+        self._holders: list[CacheUser | _Prefix] = [_Prefix()] * num_slots
         self._answers = itertools.count(1)
 
-    def acquire(self, sequence: Any) -> None:
+    def acquire(self, sequence: CacheUser) -> None:
         """Give a sequence the free slot with the longest prefix of its prompt, the oldest one of equals.
 
         The last token of a prompt is never found: its logits are needed.
@@ -56,15 +71,17 @@ class PrefixCache:
         sequence.num_computed = sequence.num_cached = free[slot].shared(prompt)
         self._put(sequence, slot)
 
-    def prompt_view(self, sequence: Any) -> KVCache:
+    def prompt_view(self, sequence: CacheUser) -> KVCache:
         """The sequence's slot, to go on with its prompt."""
+        assert sequence.slot is not None
         return self.cache.prompt_view(sequence.slot, sequence.num_computed)
 
-    def join(self, sequence: Any) -> None:
+    def join(self, sequence: CacheUser) -> None:
         """Make a sequence the next row, once its prompt is read. Swap its slot with slot B, where the row
         belongs.
         """
         slot, row = sequence.slot, self.cache.num_rows
+        assert slot is not None
         other = self._holders[row]
         if other is not sequence:
             its_length = len(other.ids) if isinstance(other, _Prefix) else other.num_computed
@@ -73,21 +90,22 @@ class PrefixCache:
             self._put(sequence, row)
         self.cache.add_row(sequence.num_computed)
 
-    def release(self, sequence: Any) -> None:
+    def release(self, sequence: CacheUser) -> None:
         """Take a sequence's slot; its keys and values become a prefix, unless it failed or is not a row. The
         last row takes the place of a row.
         """
         slot, sequence.slot, cache = sequence.slot, None, self.cache
         if not cache.is_valid:
             return
+        assert slot is not None
         is_row, left = slot < cache.num_rows, _Prefix()
         if is_row and not (sequence.error or sequence.is_damaged or self.fingerprint is None):
-            left = _Prefix(sequence.ids[: cache.length(0, slot)], next(self._answers))
+            left = _Prefix(sequence.ids[: cache.lengths()[slot]], next(self._answers))
         if sequence.is_damaged or not is_row:
             cache.clear_slot(slot)
         if is_row:
             last = cache.num_rows - 1
-            cache.remove_row(slot, keep=bool(left.ids))
+            cache.remove_row(slot)
             if slot != last:
                 self._put(self._holders[last], slot)
             slot = last
@@ -98,7 +116,7 @@ class PrefixCache:
         self.fingerprint = None
         self._holders = [_Prefix() if isinstance(held, _Prefix) else held for held in self._holders]
 
-    def _put(self, holder: Any, slot: int) -> None:
+    def _put(self, holder: CacheUser | _Prefix, slot: int) -> None:
         self._holders[slot] = holder
         if not isinstance(holder, _Prefix):
             holder.slot = slot

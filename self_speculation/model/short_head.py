@@ -9,9 +9,9 @@ with many other ids, such as Chinese ones, get all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from self_speculation.model.devices import free_memory
 from self_speculation.model.few_bits import FewBitsLinear
 from self_speculation.model.fused_layers import FusedHead, plain_linear
 from self_speculation.model.int4_linear import int4_copy
-from self_speculation.model.linear import Linear
+from self_speculation.model.linear import Linear, Product
 from self_speculation.model.model_cache import singleton
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.model_runner import ModelRunner, PlainHead, SeenIds
 from self_speculation.model.unsupported_hooks import difference
 from self_speculation.transfers import on_device
 
@@ -76,7 +76,7 @@ class ShortHead:
     Args:
         number: of likely ids.
         grows: answers to texts with many new ids get all rows, in the format of the likely ones, if there is
-            memory for a copy of them.
+            memory for a copy of them, see `TextReader`.
 
     Raises:
         ValueError: the head's weight is not a plain tensor.
@@ -89,30 +89,55 @@ class ShortHead:
                 f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
             )
         ids = likely_ids(runner.model, number)
-        self._norm, self._whole = runner.head.norm, whole
-        self._ids = on_device(ids, runner.rotary.device)
+        self.norm, self._whole, self._like = runner.head.norm, whole, runner.tables.unit
+        self.likely, self._ids = frozenset(ids), on_device(ids, runner.device)
         self._likely = whole.cached_copy(tuple(ids), lambda: whole.select_rows(self._ids))
-        self.linears: tuple[Any, ...] = (self._likely,)
+        self.linears: tuple[Product, ...] = (self._likely,)
         # A copy of all rows is made by way of one in their own format.
         grows = grows and (
-            whole.valid_copy("int4") is not None or free_memory(runner.rotary.device) > 2 * whole.num_bytes
+            whole.valid_copy("int4") is not None or free_memory(runner.device) > 2 * whole.num_bytes
         )
-        new_ids = singleton(runner.model, _NewIds) if grows else None
-        self.seen = SeenIds(whole, frozenset(ids), runner.rotary, new_ids)
+        self.new_ids = singleton(runner.model, _NewIds) if grows else None
+        self._copied_for: SeenIds | None = None  # what the following are for
+        self._seen_ids = self._like.new_empty(0, dtype=torch.long)  # [n]
+        self._seen_rows: tuple[Tensor, Tensor | None] = self._like, None  # [n, H] and biases [n]
+        self._mask: Tensor | None = None  # [B, n], -inf for ids that a row has not seen; None: all have
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        normed, is_copy = self._norm(hidden), self.linears[0] is not self._likely
-        if self.seen.are_few:
-            whole: Any = self._whole
+    def __call__(self, hidden: Tensor, seen: SeenIds | None = None) -> Tensor:
+        """[B, H] -> [B, V]
+
+        Args:
+            seen: None: all ids.
+        """
+        normed, is_copy = self.norm(hidden), self.linears[0] is not self._likely
+        if seen is None:
+            whole: Product = self._whole
             if is_copy:
-                whole = whole.cached_copy("int4", lambda: int4_copy(self._whole))
+                whole = self._whole.cached_copy("int4", lambda: int4_copy(self._whole))
             return _logits(whole, self._whole, normed)
         logits = hidden.new_full((len(hidden), self._whole.shape[0]), -math.inf)
         logits.index_copy_(1, self._ids, _logits(self.linears[0], self._likely, normed))
-        return self.seen.add_to(logits, normed)
+        if seen != self._copied_for:
+            self._copy_rows(seen)
+        if not len(self._seen_ids):
+            return logits
+        weight, bias = self._seen_rows
+        own = torch.mm(normed, weight.t())
+        own = own if bias is None else own + bias
+        return logits.index_copy_(1, self._seen_ids, own if self._mask is None else own + self._mask)
+
+    def _copy_rows(self, seen: SeenIds) -> None:
+        """Those of seen ids; mask for each row of a batch those of others."""
+        by_row = [ids - self.likely for ids in seen]
+        ids = sorted(frozenset().union(*by_row))[:_MOST_SEEN]
+        self._copied_for, self._seen_ids, self._mask = seen, on_device(ids, self._like.device), None
+        self._seen_rows = _rows(self._whole, self._seen_ids, self._like)
+        if not all(own.issuperset(ids) for own in by_row):
+            numbers = [0.0 if id_ in own else -math.inf for own in by_row for id_ in ids]
+            self._mask = on_device(numbers, self._like.device, self._like.dtype).view(len(by_row), -1)
 
 
-def _logits(head: Any, exact: Linear, normed: Tensor) -> Tensor:
+def _logits(head: Product, exact: Linear, normed: Tensor) -> Tensor:
     """[B, n] of normed states [B, H]. If the head is a copy, the exact one computes the best again."""
     logits: Tensor = head(normed)
     if head is not exact:
@@ -127,6 +152,7 @@ def _whole_linear(runner: ModelRunner) -> Linear | None:
     """Of the head; None if its weight is in parts, quantised or offloaded."""
     if isinstance(runner.head, FusedHead):
         return runner.head.linears[0]
+    assert isinstance(runner.head, PlainHead)
     head = runner.head.modules[1]
     is_plain = type(head) in (nn.Linear, FewBitsLinear) and difference(runner.model, head) is None
     return plain_linear(runner.model, head) if is_plain else None
@@ -147,55 +173,33 @@ class _NewIds:
         self.share += (num_new - num_ids * self.share) / max(num_ids, _LAST)
 
 
-class SeenIds:
-    """Rows of a head for ids of sequences that are not among the likely ones.
+class Text(Protocol):
+    """A sequence, such as `decoding.sequence.Sequence`."""
 
-    Args:
-        like: a tensor with the device and dtype of hidden states.
-        new_ids: counts them; None: the head never gets all rows.
-    """
+    def ids_from(self, position: int) -> list[int]:
+        """Ids of the prompt and the output behind so many."""
 
-    def __init__(self, whole: Linear, likely: frozenset[int], like: Tensor, new_ids: _NewIds | None) -> None:
-        self._whole, self._likely, self._like, self._new_ids = whole, likely, like, new_ids
-        # The length that was read of each sequence, and its ids that are not likely.
-        self._sequences: dict[Any, tuple[int, frozenset[int]]] = {}
-        self._by_row: list[frozenset[int]] = []
-        self.are_few = False  # texts have many ids beside them: the whole head is to be used
 
-    def read(self, sequences: Iterable[Any]) -> None:
-        """Add new ids; sequence i (see `decoding.sequence`) is row i of the next passes. `are_few` changes
-        only when a sequence joins.
+class TextReader:
+    """Reads the ids of sequences for a head, each once."""
+
+    def __init__(self, head: ShortHead) -> None:
+        self._likely, self._new_ids = head.likely, head.new_ids
+        self._read: dict[Text, tuple[int, frozenset[int]]] = {}  # length of each sequence, and ids
+        self._needs_all = False
+
+    def read(self, sequences: Iterable[Text]) -> SeenIds | None:
+        """[B] ids of each sequence that are not likely; None: texts have many ids
+        besides, so the head is to have all. That changes only when a sequence joins.
         """
-        before, self._sequences = self._sequences, {}
+        before, self._read = self._read, {}
         for sequence in sequences:
             length, seen = before.get(sequence, (0, frozenset[int]()))
             ids = sequence.ids_from(length)
             new = frozenset(ids) - self._likely - seen
-            self._sequences[sequence] = length + len(ids), seen | new
+            self._read[sequence] = length + len(ids), seen | new if new else seen
             if self._new_ids is not None:
                 self._new_ids.add(len(new), len(ids))
-        if self._new_ids is not None and not self._sequences.keys() <= before.keys():
-            self.are_few = self._new_ids.share >= _MANY_NEW
-        self.set_rows([seen for _, seen in self._sequences.values()])
-
-    def set_rows(self, by_row: Sequence[frozenset[int]]) -> None:
-        """Copy the head's rows of these ids, and mask for each row of a batch those of others."""
-        by_row = [ids - self._likely for ids in by_row]
-        if by_row == self._by_row:
-            return
-        self._by_row = by_row
-        ids = sorted(frozenset().union(*by_row))[:_MOST_SEEN]
-        self._ids = on_device(ids, self._like.device)
-        self._rows, self._bias = _rows(self._whole, self._ids, self._like)
-        self._mask: Tensor | None = None  # [B, ids]
-        if not all(seen.issuperset(ids) for seen in by_row):
-            numbers = [0.0 if id_ in seen else -math.inf for seen in by_row for id_ in ids]
-            self._mask = on_device(numbers, self._like.device, self._like.dtype).view(len(by_row), -1)
-
-    def add_to(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """Write the logits of seen ids to logits [B, V]; hidden states [B, H] are normed."""
-        if not any(self._by_row):
-            return logits
-        own = torch.mm(hidden, self._rows.t())
-        own = own if self._bias is None else own + self._bias
-        return logits.index_copy_(1, self._ids, own if self._mask is None else own + self._mask)
+        if self._new_ids is not None and not self._read.keys() <= before.keys():
+            self._needs_all = self._new_ids.share >= _MANY_NEW
+        return None if self._needs_all else [seen for _, seen in self._read.values()]

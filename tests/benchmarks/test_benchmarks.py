@@ -152,7 +152,7 @@ def dry(capsys, monkeypatch):
     """Runs gpu.py on the tiny model, by the passes of a GPU; its status, its lines and the JSON of the last
     one.
     """
-    monkeypatch.setattr("self_speculation.model.runners.InPlaceRunner", ModelRunner)
+    monkeypatch.setattr("self_speculation.model.captured_runner.InPlaceRunner", ModelRunner)
     monkeypatch.setattr("benchmarks.synthetic._HALVINGS", 2)  # the exit may agree at another rate
 
     def run(*args):

@@ -1,5 +1,6 @@
 """Sums and medians of records, against numbers worked out by hand."""
 
+import itertools
 import json
 
 import pytest
@@ -58,7 +59,7 @@ def test_draft_stats_of_answers_are_added():
     first, second = stats(("n-grams", 2, 2, 3)), stats(("exit 2", 4, 1, 2), ("n-grams", 1, 0, 1))
     records = [{"drafts": json.loads(json.dumps(each.to_rows()))} for each in (first, second)]
     assert metrics.draft_stats(records) == first + second == second + first
-    assert metrics.acceptance(first + second) == {
+    assert metrics.acceptance(records) == {
         "acceptance_rate": 3 / 7,
         "mean_accepted_length": 6 / 3,
         "acceptance_by_position": [2 / 3, 1 / 2, 0, 0],
@@ -79,13 +80,14 @@ def test_predicted_speedup_of_the_paper():
     assert [metrics.predicted_speedup(*each) for each in given] == pytest.approx([1 / 2, 5 / 2, 1])
 
 
-def compared(ours, theirs, num_tokens=(), **fields):
-    """The speed-up of records with these wall times, and the remarks about it."""
+def compared(ours, theirs, num_tokens=(100,), baseline_tokens=None, **fields):
+    """The speed-up of records with these wall times and numbers of tokens, and the remarks about it."""
+    pairs = zip(ours, theirs, itertools.cycle(num_tokens), itertools.cycle(baseline_tokens or num_tokens))
     records = [
         record(window=i, num_tokens=n, wall_time=a)
-        | {f"base_{name}": value for name, value in record(num_tokens=n, wall_time=b).items()}
+        | {f"base_{name}": value for name, value in record(num_tokens=m, wall_time=b).items()}
         | fields
-        for i, (a, b, n) in enumerate(zip(ours, theirs, num_tokens or [100] * len(ours), strict=True))
+        for i, (a, b, n, m) in enumerate(pairs)
     ]
     result = metrics.speedup(records, "base_")
     return result, benchmarking.remarks(result, "windows")
@@ -93,8 +95,7 @@ def compared(ours, theirs, num_tokens=(), **fields):
 
 def test_speedup_is_the_median_ratio_of_rates():
     """Guards against a ratio of times, though sampled outputs differ in length, and the pace of a stall."""
-    fields = {"batch_size": 2, "base_num_tokens": 50}  # half as many
-    result, said = compared([1.0] * 10, [1.4] * 8 + [30.0, 1.4], **fields)
+    result, said = compared([1.0] * 10, [1.4] * 8 + [30.0, 1.4], [100], [50], batch_size=2)
     assert result["speedup_quartiles"] == pytest.approx([2.8] * 3)
     assert result["speedup"] == pytest.approx(2.8)
     assert result["speedup_of_totals"] == pytest.approx(2 * (9 * 1.4 + 30) / 10)
@@ -124,7 +125,7 @@ def test_few_or_contrary_windows_are_remarked_on(ours, theirs, remarks):
 
 def test_empty_answers_are_not_compared():
     """Guards against a division by zero, and a window that counts on one side alone."""
-    result, said = compared([1.0, 1.0], [2.0, 2.0], [100, 0])
+    result, _ = compared([1.0] * 4, [2.0] * 4, [100, 0, 100, 0], [100, 0, 0, 100])
     assert (result["speedup"], result["speedup_of_totals"], result["speedup_windows"]) == (2.0, 2.0, 1)
     nothing = {f"{prefix}num_decode_tokens": 0 for prefix in ("", "base_")}
     result, (said,) = compared([1.0], [2.0], [0], **nothing)

@@ -28,14 +28,14 @@ from test_llama_model_utils import family
 from torch.nn.functional import scaled_dot_product_attention
 
 from self_speculation import Request, make_strategy, release
-from self_speculation.model import attention, captured_runner, model_runner
+from self_speculation.model import attention, attention_context, captured_runner
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
+from self_speculation.model.captured_runner import capture_decoding, decode_eagerly, make_runner
 from self_speculation.model.families import AttentionType
 from self_speculation.model.fused_layers import linears_made
+from self_speculation.model.kv_cache import ScatteredCache
 from self_speculation.model.model_runner import PREFILL_CHUNK, forward
 from self_speculation.model.prefix_cache import kept_caches
-from self_speculation.model.runners import make_runner
 
 DRAFTS = {"exit_layer": 1, "num_speculations": 6}
 
@@ -44,26 +44,25 @@ def test_keys_read_are_those_there_are(graphs):
     """Guards against passes that read a cache to its end, most of it padding, short answers that are slower
     after a long prompt, a capture for each length, and drafts that do not see their own last tokens.
     """
-    model, capacities, num_captured = own_llama(3, fused=True, max_position_embeddings=4096), [], []
-    prompts = [
-        [5 + i % 40 for i in range(length)] for length in (10, 300, PREFILL_CHUNK + 1, 3000, 249, 700, 3000)
-    ]
+    model, capacities, num_captured = own_llama(2, fused=True, max_position_embeddings=4096), [], []
+    lengths = 10, 300, PREFILL_CHUNK + 1, 2100, 249, 700, 2100
+    prompts = [[5 + i % 40 for i in range(length)] for length in lengths]
     expected = [ids_of(model, prompt, max_steps=9) for prompt in prompts]
     capture_decoding(model)
     for prompt, ids in zip(prompts, expected, strict=True):
         length = len(prompt)
-        for exit_layer, k in ((1, 3), (2, 3), (2, 6)):
+        for k in (3, 6):
             graphs.replayed.clear()
-            drafts = {"exit_layer": exit_layer, "num_speculations": k}
+            drafts = {"exit_layer": 1, "num_speculations": k}
             assert ids_of(model, prompt, max_steps=9, **drafts) == ids
             assert max(num_keys for *_, num_keys in graphs.replayed) >= length + 8  # all but the last token
             for *_, num_keys in graphs.replayed:
                 assert length < num_keys <= (max(256, 2 * (length + 9)) if length < 1000 else length + 520)
         capacities.append(make_runner(model).new_cache(1, 1).passes.capacity)
         num_captured.append(len(graphs.captured))
-    assert capacities == [1024, 1024, 2048, *[4096] * 4]
+    assert capacities == [1024, 1024, 2048, *[3072] * 4]
     assert num_captured[-1] == num_captured[-2]  # all shapes were there
-    assert max(Counter(graphs.captured[num_captured[2] :]).values()) == 2  # two ranges of each depth
+    assert max(Counter(graphs.captured[num_captured[2] :]).values()) == 2  # two ranges of one depth
 
 
 def efficient_attention(query, key, value, bias, log_sums, dropout, is_causal, scale):
@@ -96,11 +95,10 @@ def test_attention_in_chunks(rows, heads, width, window, monkeypatch):
     calls = watch(monkeypatch, attention, "efficient_attention")
     length, groups = 6 * attention.CHUNK, 2
     positions = torch.randint(0, length - width, (rows, 1)) // 3 + torch.arange(width)
-    runner = make_runner(own_llama(2, fused=True))
-    runner._rotary.reserve(length)
-    runner.kernel = attention.AttentionKernel.EFFICIENT
-    kind = AttentionType(window)
-    context = AttentionContext.ragged(runner, kind, positions, length, splits_keys=True)
+    tables = make_runner(own_llama(2, fused=True)).tables
+    tables.kernel = attention.AttentionKernel.EFFICIENT
+    cache = ScatteredCache({}, positions, length)
+    context = AttentionContext.ragged(tables, cache, 0, True, AttentionType(window))
     keys, values = torch.randn(2, rows + 1, heads, length + 50, 8)[:, :rows, :, :length].unbind()
     queries = torch.randn(rows, heads, groups * width, 8)
     expected = scaled_dot_product_attention(queries, keys, values, context.mask(groups), scale=0.3)
@@ -119,7 +117,7 @@ def test_long_texts_in_chunks(drafts, graphs, monkeypatch):
     requests = [Request(prompt) for prompt in prompts]
     shared = {"max_steps": 9, "batch_size": 3, **drafts}
     expected = in_batch(model, requests, **shared)
-    monkeypatch.setattr(model_runner, "attention_kernel", lambda *_: attention.AttentionKernel.EFFICIENT)
+    monkeypatch.setattr(attention_context, "attention_kernel", lambda *_: attention.AttentionKernel.EFFICIENT)
     monkeypatch.setattr(attention, "efficient_attention", efficient_attention)
     calls = watch(monkeypatch, attention, "efficient_attention")
     capture_decoding(model)
@@ -135,8 +133,7 @@ def test_long_texts_in_chunks(drafts, graphs, monkeypatch):
         ({}, 8),
         ({**DRAFTS, "prompt_lookup": 2}, None),
         ({**COPY, "exit_layer": 2}, 8),
-        (ADAPTIVE, None),
-        ({**ADAPTIVE, "draft_weights": "int4"}, 8),
+        ({**ADAPTIVE, "draft_weights": "int4"}, None),
     ],
 )
 def test_all_passes_are_captured_beforehand(drafts, token_budget, graphs):
@@ -144,10 +141,10 @@ def test_all_passes_are_captured_beforehand(drafts, token_budget, graphs):
     against a chunk of a prompt in the slot that padding is written to.
     """
     model = own_llama(2, fused=True, max_position_embeddings=4096)
-    prompts = [[5 + i % 40 for i in range(length)] for length in (6, 20, 500, 9, 300, 25)]
-    expected = [ids_of(model, prompt, max_steps=40) for prompt in prompts]
+    prompts = [[5 + i % 40 for i in range(length)] for length in (6, 20, 500, 9, 25)]
+    expected = [ids_of(model, prompt, max_steps=20) for prompt in prompts]
     capture_decoding(model)
-    scheduler = scheduler_of(model, 4, token_budget, max_steps=40, **drafts)
+    scheduler = scheduler_of(model, 3, token_budget, max_steps=20, **drafts)
     scheduler.run_every_pass(600)
     num_captured = len(graphs.captured)
     found = {}
@@ -158,7 +155,7 @@ def test_all_passes_are_captured_beforehand(drafts, token_budget, graphs):
     found |= drained(scheduler)
     assert [found[index].predicted_tokens for index in range(len(prompts))] == expected
     assert len(graphs.captured) == num_captured > 0
-    assert {rows for _, rows, *_ in graphs.replayed} == {1, 2, 4}
+    assert {1, 2} <= {rows for _, rows, *_ in graphs.replayed}
     widths = {width for _, _, width, _ in graphs.replayed}
     assert 1 in widths if drafts else widths == {1}
 
@@ -203,7 +200,7 @@ def test_rotary_embeddings_of_a_part_of_a_head(graphs):
     model = family("glm4", rope_parameters=rope, num_hidden_layers=2).float()
     expected = ids_of(model, max_steps=8)
     capture_decoding(model)
-    assert make_runner(model).rotary.shape[2] == 4
+    assert make_runner(model).tables.unit.shape == (4, 4)
     assert ids_of(model, max_steps=8, **DRAFTS) == expected
     assert graphs.captured
 
@@ -360,7 +357,7 @@ def test_padding_rows_write_to_no_free_slot():
         runner = make_runner(model)
         cache = runner.new_cache(1, 40, num_slots=4)
         cache.set_rows([0] * 3)
-        kept = [part[3, :, :-1] for pair in cache.buffers.of_layers for part in pair]
+        kept = [part[3, :, :-1] for part in cache.buffers.all()]
         for part in kept:
             part.fill_(7)
         forward(runner, cache, torch.zeros(3, 1, dtype=torch.long))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROMPT, WAYS, config_of, generate, ids_of, own_llama, scheduler_of
+from conftest import COPY, PROMPT, WAYS, config_of, generate, ids_of, own_llama, scheduler_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Repet
 from self_speculation import LoadingOptions, Request, Sampler, load_model_and_tokenizer, make_strategy
 from self_speculation import self_speculation_generator as generator
 from self_speculation.model import captured_runner
-from self_speculation.model.attention import AttentionKernel
+from self_speculation.model.attention import AttentionKernel, attention_kernel
+from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.fused_layers import _MOST_GROUPED, fuse
 from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
-from self_speculation.model.runners import make_runner
 from self_speculation.transfers import AsyncRead, on_device
 
 DEVICE = "cuda:0"
@@ -219,7 +219,7 @@ def cuda(monkeypatch):
         if vars(module).get("on_device") is on_device:
             monkeypatch.setattr(module, "on_device", without_memory)
 
-    def make(heads=(6, 2), fused=True, num_layers=4, dtype=torch.bfloat16, window=None):
+    def make(heads=(6, 2), fused=True, num_layers=2, dtype=torch.bfloat16, window=None):
         size = {
             "vocab_size": 64, "hidden_size": 8 * heads[0], "intermediate_size": 96,
             "num_hidden_layers": num_layers, "num_attention_heads": heads[0],
@@ -236,21 +236,30 @@ def cuda(monkeypatch):
         yield make
 
 
-PATHS = {**WAYS, "early exit": {"exit_layer": 2}}
+# By a model of two layers.
+PATHS = {name: {**way, "exit_layer": 1} if way.get("exit_layer") == 2 else way for name, way in WAYS.items()}
+PATHS |= {"copy": {**COPY, "exit_layer": 2}, "early exit": {"exit_layer": 1}}
+
+
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     ("path", "heads", "fused", "window"),
     [
-        *((path, HEADS[0 if "copy" in path else 1], True, None) for path in PATHS),
-        *((path, HEADS[1], False, None) for path in ("plain", "early exit", "layers", "adaptive")),
-        # How drafts end or where they come from has little to do with layers.
         *(
-            pytest.param(path, HEADS[1], False, None, marks=pytest.mark.slow)
-            for path in ("n-grams", "confidence", "short head")
+            (path, HEADS[1], True, None)
+            for path in ("plain", "early exit", "confidence", "short head", "adaptive")
         ),
+        ("copy", HEADS[0], True, None),
         *(("layers", heads, True, None) for heads in (HEADS[0], HEADS[2])),
         *(("layers", HEADS[1], fused, 5) for fused in (True, False)),
+        # How drafts end or where they come from has little to do with layers.
+        *(
+            pytest.param(path, HEADS[1], True, None, marks=slow)
+            for path in ("layers", "n-grams", "adaptive copy")
+        ),
+        *(pytest.param(path, HEADS[1], False, None, marks=slow) for path in PATHS if "copy" not in path),
     ],
 )
 def test_every_path(cuda, path, heads, fused, window, monkeypatch):
@@ -258,18 +267,18 @@ def test_every_path(cuda, path, heads, fused, window, monkeypatch):
     and where rows differ in length and settings, end, make room for others, and take what others have left.
     """
     monkeypatch.setattr("self_speculation.scheduler.cache_fingerprint", lambda model: "of bits that are none")
-    config = config_of(sample=True, max_steps=7, reuse_cache=True, **PATHS[path])
-    own = [{"sample": False}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"max_steps": 3}]
+    config = config_of(sample=True, max_steps=6, reuse_cache=True, **PATHS[path])
+    own = [{"max_steps": 3}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"sample": False}]
     processors = [RepetitionPenaltyLogitsProcessor(1.2)]
     requests = [
         Request([5, 6, 7, *[8] * i, 9], processors * i, config=replace(config, **each))
         for i, each in enumerate(own)
     ]
-    model = cuda(heads, fused, 4 if "copy" in path else 3, window=window)
-    strategy = make_strategy(config.generation_strategy)
-    for batch_size in (1, 2, 2) if path == "layers" else (2, 2):
-        results = dict(strategy.generate_batch(model, requests, config, batch_size))
-    assert all(result.num_cached_tokens >= 3 for result in results.values())
+    model, strategy = cuda(heads, fused, window=window), make_strategy(config.generation_strategy)
+    results = dict(strategy.generate_batch(model, requests, config, 2))
+    assert [results[row].num_cached_tokens >= 3 for row in range(3)] == [False, False, True]
+    if path == "layers":
+        generate(model, [5, 6, 7], max_steps=3, eos=[], **PATHS[path])
 
 
 def rows_of(runner, lengths, depth):
@@ -287,24 +296,36 @@ def rows_of(runner, lengths, depth):
 @pytest.mark.parametrize("fused", [True, False])
 def test_long_prompts(cuda, fused, window):
     """Guards against scores in memory where a later chunk or a window needs a mask."""
+    model = cuda(fused=fused, window=window)
     for length in (PREFILL_CHUNK + 1, PREFILL_CHUNK + 37):
-        generate(cuda(fused=fused, window=window), [5] * length, max_steps=3, eos=[])
+        generate(model, [5] * length, max_steps=2, eos=[])
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "plain", "masked"),
+    ("dtype", "capability", "head_dim", "kernel"),
     [
-        (torch.bfloat16, (9, 0), "flash", "efficient"),
-        (torch.float16, (8, 0), "flash", "efficient"),
-        (torch.float16, (7, 5), "efficient", "efficient"),
-        (torch.float32, (9, 0), "efficient", "efficient"),
+        (torch.bfloat16, (9, 0), 128, "flash"),
+        (torch.float16, (8, 0), 128, "flash"),
+        (torch.float16, (7, 5), 128, "efficient"),
+        (torch.bfloat16, (7, 5), 128, "any"),
+        (torch.float16, (8, 0), 320, "efficient"),
+        (torch.float16, (8, 0), 60, "any"),
+        (torch.float32, (9, 0), 128, "efficient"),
+        (torch.float64, (9, 0), 128, "any"),
     ],
 )
-def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypatch):
+def test_kernel_of_attention(dtype, capability, head_dim, kernel, monkeypatch):
+    """Guards against formats that a kernel does not take."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert attention_kernel(torch.device(DEVICE), dtype, head_dim).value == kernel
+
+
+@pytest.mark.parametrize(("dtype", "plain"), [(torch.bfloat16, "flash"), (torch.float32, "efficient")])
+def test_operators_of_attention(cuda, dtype, plain, monkeypatch):
     """Guards against cuDNN's attention, which makes a plan for every number of keys and which
     `scaled_dot_product_attention` may pick, in models that the user has loaded.
     """
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    masked = "efficient"
     monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: run)
 
     def called(lengths, *widths):
@@ -360,7 +381,7 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
         return (scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True),)
 
     flash = AttentionKernel.FLASH
-    monkeypatch.setattr("self_speculation.model.model_runner.attention_kernel", lambda *_: flash)
+    monkeypatch.setattr("self_speculation.model.attention_context.attention_kernel", lambda *_: flash)
     monkeypatch.setattr("self_speculation.model.attention.flash_attention", attention)
     assert [ids_of(model, prompt, **drafts) for prompt in prompts] == expected
     assert {(6, 6), (PREFILL_CHUNK, PREFILL_CHUNK), (37, PREFILL_CHUNK + 37)} < {*lengths}
@@ -386,7 +407,7 @@ def test_work_of_a_fused_layer(cuda, heads, lengths, width, expected):
     """
     runner, ran = ModelRunner(cuda(heads)), []
     with torch.inference_mode():
-        cache = rows_of(runner, lengths, 4)
+        cache = rows_of(runner, lengths, 2)
         for depth in (1, 2):
             cache.set_rows(lengths)
             with Kernels() as counts:
@@ -400,15 +421,15 @@ def test_work_of_a_fused_layer(cuda, heads, lengths, width, expected):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_work_of_a_round(cuda, captured, monkeypatch):
-    """32 layers, exit 8, 6 tokens drafted: 7 passes of 8 layers, and one of 24. Guards against calls of the
+    """8 layers, exit 2, 6 tokens drafted: 7 passes of 2 layers, and one of 6. Guards against calls of the
     host that a replay does not save.
     """
     replays = []
     monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: replays.append(run))
-    model = cuda((4, 4), num_layers=32)
+    model = cuda((4, 4), num_layers=8)
     if captured:
         captured_runner.capture_decoding(model)
-    scheduler = scheduler_of(model, 1, max_steps=40, exit_layer=8, num_speculations=6)
+    scheduler = scheduler_of(model, 1, max_steps=40, exit_layer=2, num_speculations=6)
     scheduler.add_request(0, Request([5] * 30))
     scheduler.step()
     replays.clear()

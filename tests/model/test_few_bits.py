@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from self_speculation import LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files
+from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.few_bits import (
     FORMATS,
     FewBitsEmbedding,
@@ -34,7 +35,6 @@ from self_speculation.model.few_bits import (
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.model_runner import forward
 from self_speculation.model.quantized_layers import quantize
-from self_speculation.model.runners import make_runner
 
 pytestmark = needs_operators
 

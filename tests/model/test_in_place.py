@@ -45,11 +45,10 @@ FUSED_FAMILIES = ("mistral", "ministral", "qwen2", "qwen3", "seed_oss", "gemma3_
 
 def spoilt(cache):
     """What was never written is NaN, or a huge number."""
-    for index, part in enumerate(part for pair in cache.buffers.of_layers for part in pair or ()):
+    lengths = [*cache.lengths(), *[0] * cache.buffers.num_slots]
+    for index, part in enumerate(cache.buffers.all()):
         for row in range(len(part)):
-            part[row, :, cache.length(0, row) if row < cache.num_rows else 0 :] = (1e30, float("nan"))[
-                index % 2
-            ]
+            part[row, :, lengths[row] :] = (1e30, float("nan"))[index % 2]
 
 
 def model_of(name, dtype=torch.float32):
@@ -110,7 +109,7 @@ def test_bits_do_not_depend_on_the_pass(name, dtype, lengths, width, split, thre
         cache.buffers.capacity = max(own) + width
         cache.set_rows([0] * len(own))
         runner.run_layers(cache, torch.zeros(len(own), 1, hidden.shape[2]), 0, num_layers)
-        for index, pair in enumerate(cache.buffers.of_layers):
+        for index, pair in cache.buffers.of_layers.items():
             for part in pair:
                 for row, length in enumerate(own):
                     torch.manual_seed(1000 * index + length)
@@ -229,9 +228,7 @@ def test_a_weight_that_changes_between_two_tokens_decodes(change):
         found = forward(runner, cache, ids[:, :1]).logits
         plain = ModelRunner(model)
         plain_cache = plain.new_cache(1, 20)
-        plain_cache.buffers.of_layers = [
-            tuple(part.clone() for part in pair) for pair in cache.buffers.of_layers
-        ]
+        plain_cache.buffers.of_layers = copy.deepcopy(cache.buffers.of_layers)
         plain_cache.set_rows([len(PROMPT)])
         assert_close(found, forward(plain, plain_cache, ids[:, :1]).logits, roundings=400)
     assert bytes_made(model) == 0
@@ -256,16 +253,17 @@ def test_bad_arguments_are_refused():
     hidden, cache = torch.randn(1, 1, 32), runner.new_cache(1, 8)
     with torch.inference_mode():
         runner.run_layers(cache, hidden.clone(), 0, 4)
-        own = runner._range(0, 4)
+        own = runner._ranges[0, 4]
         tensors = [table[name] for table, name in own.slots]
-        caches = [part for pair in cache.buffers.of_layers for part in pair]
-        tables = [runner.rotary[:, :64].contiguous()]
+        caches = [*cache.buffers.all()]
+        tables = [runner.tables.cos_sin(None, 64)[:, :64].contiguous()]
         good = {
             "hidden": torch.randn(1, 32), "starts": torch.tensor([3]), "first_slot": 0,
             "numbers": own.numbers, "factors": own.factors, "weights": tensors, "caches": caches,
             "rotations": tables,
         }  # fmt: skip
         run = torch.ops.self_speculation.run_layers
+        run(*good.values())
         for name, value in [
             ("hidden", torch.randn(1, 31)), ("hidden", torch.randn(1, 32).double()),
             ("starts", torch.tensor([5000])), ("starts", torch.tensor([0, 0])), ("first_slot", 7),
@@ -276,11 +274,3 @@ def test_bad_arguments_are_refused():
         ]:  # fmt: skip
             with pytest.raises((RuntimeError, ValueError, IndexError)):
                 run(*{**good, name: value}.values())
-
-
-def test_a_field_is_not_forgotten():
-    """Guards against a description that the operator reads by other positions."""
-    layer = InPlaceRunner(tiny_llama(fused=True)).layers[0]
-    numbers, factors = layer.description(window=7, rotation=1)
-    assert numbers[1:6] == [4, 2, 48, 7, 1]
-    assert len(numbers) == len(factors) == 7

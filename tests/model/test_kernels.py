@@ -1,16 +1,14 @@
 """Our operators: products in four bits, rounding, and places where they cannot be built."""
 
-import os
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from threading import Thread
 
+import forks
 import pytest
 import torch
-from conftest import ROOT, needs_operators
+from conftest import needs_operators
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from self_speculation.model import kernels
@@ -136,8 +134,10 @@ def test_all_variants_give_the_same(tmp_path):
     weight, x, file = torch.randn(50, 100), 100 * torch.randn(15, 100), tmp_path / "numbers"
     counts = _shares(torch.ones(128)).flatten()
     torch.save((weight, counts, x), file)
-    env = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", PROGRAM, file], env=env, check=True, timeout=kernels._PATIENCE)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    result = forks.run(program, file, env={"ATEN_CPU_CAPABILITY": "avx2"})
+    assert result.returncode == 0, result.stderr
     kernel, *got = torch.load(file, weights_only=False)
     assert kernel == CPUOperators("AVX2")
     packed = torch.ops.self_speculation.int4_round(weight, counts)

@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from self_speculation.model.kv_cache import Buffers, KVCache
+from self_speculation.model.kv_cache import Buffers, KVCache, ScatteredCache
 
 
-def block(first, n):
-    """n positions holding first, first+1, ..."""
-    return torch.arange(first, first + n, dtype=torch.float).view(1, 1, n, 1).expand(1, 2, n, 3)
+def pair(rows):
+    """Keys and values [B * T, heads, head_dim] of positions with these numbers, row by row."""
+    both = torch.tensor(rows, dtype=torch.float32).flatten()[:, None, None].expand(-1, 2, 3)
+    return both, both
+
+
+def append(cache, numbers, layer=0):
+    return cache.append(*pair([[*numbers]]), layer)
 
 
 def contents(view):
@@ -25,29 +30,28 @@ def contents(view):
 def test_append_grow_and_roll_back():
     """Guards against buffers that are made anew at each call, or lose what was there when they grow."""
     cache = KVCache(Buffers(2))
-    first, _ = cache.update(block(0, 3), block(0, 3), 0)
-    cache.update(block(3, 2), block(3, 2), 0)
-    keys, _ = cache.update(block(0, 5), block(0, 5), 1)
+    first, _ = append(cache, range(3))
+    append(cache, [3, 4])
+    append(cache, range(5), 1)
     cache.rollback(2)
-    assert cache.length(0) == cache.length(1) == 3
-    keys, values = cache.update(block(7, 5), block(7, 5), 0)
+    assert cache.lengths(0) == cache.lengths(1) == [3]
+    keys, values = append(cache, range(7, 12))
     assert contents(keys) == contents(values) == [0, 1, 2, 7, 8, 9, 10, 11]
     assert keys.data_ptr() == first.data_ptr()
-    keys, _ = cache.update(block(12, 1), block(12, 1), 0)
+    keys, _ = append(cache, [12])
     assert contents(keys) == [0, 1, 2, 7, 8, 9, 10, 11, 12]
-    keys, _ = cache.update(block(5, 1), block(5, 1), 1)  # where only the other layer has grown
+    keys, _ = append(cache, [5], 1)  # where only the other layer has grown
     assert contents(keys) == [0, 1, 2, 5]
     assert cache.buffers.capacity == 16
 
 
 def test_rolling_back_more_than_there_is_fails_early():
     cache = KVCache(Buffers(2))
-    cache.update(block(0, 2), block(0, 2), 0)
-    with pytest.raises(ValueError, match="cannot roll back 1"):
-        cache.rollback(1)  # layer 1 is empty
-    with pytest.raises(ValueError, match="cannot roll back -1"):
-        cache.rollback(-1)
-    assert cache.length(0) == 2
+    append(cache, range(2))
+    for number in (1, -1):  # layer 1 is empty
+        with pytest.raises(ValueError, match=f"cannot roll back {number}"):
+            cache.rollback(number)
+    assert cache.lengths() == [2]
 
 
 def test_positions_follow_a_rollback():
@@ -68,10 +72,10 @@ def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     layer = 2 * 2 * 8 * 3 * 4  # bytes: keys and values of 2 heads, 8 positions, 3 numbers
     # The last layer's weights are loaded when it runs, on the first one's device.
     free = {devices[0]: 2 * layer - missing[0], devices[1]: layer - missing[1]}
-    monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", free.get)
+    monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", lambda device, _: free[device])
     refused = pytest.raises(MemoryError, match="1 times 8 positions") if any(missing) else nullcontext()
     with refused:
-        KVCache(Buffers(3, devices=devices)).update(block(0, 1), block(0, 1), 0)
+        append(KVCache(Buffers(3, devices=devices)), [0])
 
 
 @given(data=st.data(), num_slots=st.integers(1, 4))
@@ -87,7 +91,7 @@ def test_rows_hold_what_was_written_to_them(data, num_slots):
         return [next(numbers) for _ in range(number)]
 
     for _ in range(data.draw(st.integers(1, 12))):
-        what = data.draw(st.sampled_from(["prompt", "append", "roll back", "remove", "keep"]))
+        what = data.draw(st.sampled_from(["prompt", "append", "roll back", "remove"]))
         if what == "prompt" and len(rows) < num_slots:
             ids, row = new(data.draw(st.integers(1, 5))), len(rows)
             slot = data.draw(st.integers(row, num_slots - 1))
@@ -103,30 +107,24 @@ def test_rows_hold_what_was_written_to_them(data, num_slots):
                 cache.append(*pair(added), 0)
             else:
                 positions = cache.positions(0, width, torch.device("cpu"))
-                cache.scattered(positions, 0, 1).append(*pair(added), 0)
+                cache.extend(0, 1, width)
+                ScatteredCache(cache.buffers.of_layers, positions, 0).append(*pair(added), 0)
             rows = [row + more for row, more in zip(rows, added, strict=True)]
         elif what == "roll back" and rows:
             dropped = [data.draw(st.integers(0, min(3, len(row)))) for row in rows]
             cache.rollback(dropped)
             rows = [row[: len(row) - number] for row, number in zip(rows, dropped, strict=True)]
-        elif what in ("remove", "keep") and rows:
+        elif what == "remove" and rows:
             row = data.draw(st.integers(0, len(rows) - 1))
-            cache.remove_row(row, keep=what == "keep")
-            last = len(rows) - 1
-            free[last] = rows[row] if what == "keep" else []
-            rows[row] = rows[last]
-            rows.pop()
-        assert [cache.length(0, row) for row in range(len(rows))] == list(map(len, rows))
+            cache.remove_row(row)
+            rows[row], rows[-1] = rows[-1], rows[row]
+            removed = rows.pop()
+            free[len(rows)] = removed
+        assert cache.lengths() == list(map(len, rows))
         for slot, ids in (*enumerate(rows), *free.items()):
             if ids:
                 keys, values = cache.buffers.of_layers[0]
                 assert keys[slot, 0, : len(ids), 0].tolist() == values[slot, 1, : len(ids), 1].tolist() == ids
-
-
-def pair(rows):
-    """Keys and values [B * T, heads, head_dim] of positions with these numbers, row by row."""
-    both = torch.tensor(rows, dtype=torch.float32).flatten()[:, None, None].expand(-1, 2, 3)
-    return both, both
 
 
 class OutOfMemory(TorchDispatchMode):
@@ -151,7 +149,7 @@ def test_slots_are_swapped_without_memory(dtype):
     """Guards against two slots that are exchanged in some layers only, and against bits that change."""
     cache = KVCache(Buffers(3, num_slots=3))
     buffers = [(torch.randn(3, 2, 8, 3, dtype=dtype), torch.randn(3, 2, 8, 3, dtype=dtype)) for _ in range(3)]
-    cache.buffers.of_layers = buffers
+    cache.buffers.of_layers = dict(enumerate(buffers))
     parts = [part for pair in buffers for part in pair]
     parts[0][0, 0, 0] = torch.tensor([torch.nan, torch.inf, -0.0])
     before = [part.clone() for part in parts]
@@ -171,15 +169,16 @@ def test_growing_without_memory_keeps_what_is_there(left):
     """
     cache = KVCache(Buffers(2))
     for layer in range(2):
-        cache.update(block(0, 8), block(0, 8), layer)
+        append(cache, range(8), layer)
     cache.reserve(1000, 2000)  # of another sequence
     try:
-        like = torch.empty(0)
         with OutOfMemory(left):
-            cache.buffers_of(0, 2, 1, like)
+            cache.extend(0, 2, 1)
     except torch.OutOfMemoryError:
-        assert (cache.buffers.capacity, cache.length(0), cache.length(1)) == (8, 8, 8)
-    cache.rollback(4)
+        assert (cache.buffers.capacity, cache.lengths(0), cache.lengths(1)) == (8, [8], [8])
+    else:
+        cache.rollback([1])
+    cache.rollback([4])
     for layer in range(2):
-        keys, values = cache.update(block(4, 4), block(4, 4), layer)
+        keys, values = append(cache, range(4, 8), layer)
         assert contents(keys) == contents(values) == [*range(8)]

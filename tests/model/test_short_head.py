@@ -16,7 +16,7 @@ from self_speculation.model import short_head
 from self_speculation.model.fused_layers import FusedHead, bytes_made, fuse
 from self_speculation.model.linear import Linear
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.short_head import ShortHead, likely_ids, prefer_ids
+from self_speculation.model.short_head import ShortHead, TextReader, likely_ids, prefer_ids
 
 PROMPT = [45, 9, 44, 7, 7, 43]
 DRAFTS = {**LAYERS, "max_steps": 40, "eos": []}
@@ -36,7 +36,7 @@ def test_rows_are_copied_once(fused, monkeypatch):
     """Guards against new copies for each answer, and against a copy in four bits of the whole head."""
     model, copied = own_llama(fused=fused), watch(monkeypatch, Linear, "select_rows")
     for weights in ("exact", "int4", "int4"):
-        generate(model, PROMPT, draft_vocabulary=12, draft_weights=weights, **DRAFTS)
+        generate(model, PROMPT, draft_vocabulary=12, draft_weights=weights, **{**DRAFTS, "max_steps": 4})
     (((whole, _), rows),) = copied
     assert "int4" in rows.copies
     assert "int4" not in whole.copies
@@ -65,14 +65,20 @@ def sequence(*ids):
     return Sequence(Request([*ids]), GenerationConfig(max_steps=9), 99, torch.device("cpu"))
 
 
-def logits_of(head, num_rows=1):
+def logits_of(head, seen=None, num_rows=1):
     """[B, V] of equal states in all rows."""
-    return head(torch.linspace(-1, 1, 32).repeat(num_rows, 1))
+    return head(torch.linspace(-1, 1, 32).repeat(num_rows, 1), seen)
 
 
-def known(head, num_rows=1):
-    """[B] the ids that have a logit."""
-    return [row.isfinite().nonzero()[:, 0].tolist() for row in logits_of(head, num_rows)]
+def reading(head):
+    """[B] the ids that have a logit, once these sequences are read."""
+    reader = TextReader(head)
+
+    def known(*sequences):
+        logits = logits_of(head, reader.read(sequences), len(sequences))
+        return [row.isfinite().nonzero()[:, 0].tolist() for row in logits]
+
+    return known
 
 
 @pytest.mark.parametrize(("fused", "weights"), [(True, "exact"), (True, "int4"), (False, "exact")])
@@ -89,16 +95,15 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
     runner, seen = ModelRunner(model), sequence(40, 8, 31, 40)
     with torch.inference_mode():
         head = make_drafter(runner, GenerationConfig(draft_weights=weights, draft_vocabulary=5), 4).head
-        assert known(head) == [[0, 1, 2, 17, 31]]
-        head.seen.read([seen])
-        assert known(head) == [[0, 1, 2, 8, 17, 31, 40]]
+        known = reading(head)
+        assert known(sequence(0)) == [[0, 1, 2, 17, 31]]
+        assert known(seen) == [[0, 1, 2, 8, 17, 31, 40]]
         seen.tokens += [44, 2, 8]
-        head.seen.read([seen])
         listed = [0, 1, 2, 8, 17, 31, 40, 44]
-        assert known(head) == [listed]
-        whole = logits_of(runner.head)
-        assert whole.shape == logits_of(head).shape == (1, 50)
-        assert_close(logits_of(head)[:, listed], whole[:, listed])
+        assert known(seen) == [listed]
+        whole, logits = logits_of(runner.head), logits_of(head, [frozenset(seen.ids)])
+        assert whole.shape == logits.shape == (1, 50)
+        assert_close(logits[:, listed], whole[:, listed])
 
 
 def test_the_best_ids_in_four_bits_have_the_logits_of_the_whole_head():
@@ -114,7 +119,7 @@ def test_the_best_ids_in_four_bits_have_the_logits_of_the_whole_head():
     with torch.inference_mode():
         head = make_drafter(runner, GenerationConfig(draft_weights="int4", draft_vocabulary=40), 4).head
         whole = runner.head(hidden)[:, [*range(38), 48, 49]]
-        logits = head(hidden)[:, [*range(38), 48, 49]]
+        logits = head(hidden, [frozenset()] * 3)[:, [*range(38), 48, 49]]
     best = whole.topk(4).indices
     assert_close(logits.gather(1, best), whole.gather(1, best))
     assert logits.topk(4).indices.equal(best)
@@ -123,23 +128,17 @@ def test_the_best_ids_in_four_bits_have_the_logits_of_the_whole_head():
 
 def test_a_row_knows_its_own_ids_alone():
     """Guards against drafts that depend on other rows, also after rows move, leave or join."""
-    head = ShortHead(ModelRunner(own_llama()), 3)
+    known = reading(ShortHead(ModelRunner(own_llama()), 3))
     likely, first, second, third = [0, 1, 2], sequence(7, 9), sequence(9, 30), sequence(41)
     with torch.inference_mode():
-        head.seen.read([first, second])
-        assert known(head, 2) == [[*likely, 7, 9], [*likely, 9, 30]]
+        assert known(first, second) == [[*likely, 7, 9], [*likely, 9, 30]]
         first.tokens += [30]
         second.tokens += [7]
-        head.seen.read([first, second])  # now both know all
-        assert known(head, 2) == [[*likely, 7, 9, 30]] * 2
-        head.seen.read([third, second, sequence(1)])
-        assert known(head, 3) == [[*likely, 41], [*likely, 7, 9, 30], likely]
-        head.seen.read([second, third])
-        assert known(head, 2) == [[*likely, 7, 9, 30], [*likely, 41]]
-        head.seen.read([first, third])
-        assert known(head, 2) == [[*likely, 7, 9, 30], [*likely, 41]]
-        head.seen.read([first, sequence(9)])  # the first one knows all
-        assert known(head, 2) == [[*likely, 7, 9, 30], [*likely, 9]]
+        assert known(first, second) == [[*likely, 7, 9, 30]] * 2
+        assert known(third, second, sequence(1)) == [[*likely, 41], [*likely, 7, 9, 30], likely]
+        assert known(second, third) == [[*likely, 7, 9, 30], [*likely, 41]]
+        assert known(first, third) == [[*likely, 7, 9, 30], [*likely, 41]]
+        assert known(first, sequence(9)) == [[*likely, 7, 9, 30], [*likely, 9]]
 
 
 @pytest.mark.parametrize("weights", ["exact", "int4"])
@@ -154,25 +153,19 @@ def test_answers_to_texts_with_many_new_ids_have_all_rows(weights, monkeypatch):
     monkeypatch.setattr(DraftContext, "draft_vocabulary", 3)
     monkeypatch.setattr(short_head, "_LAST", 8)
     head = DraftContext(runner, config).drafter(4).head
-    text = sequence(0, 1, 2, 2, 1, 9)
+    text, known = sequence(0, 1, 2, 2, 1, 9), reading(head)
     with torch.inference_mode():
         whole = logits_of(runner.head)
-        head.seen.read([text])
-        assert known(head) == [[0, 1, 2, 9]]
+        assert known(text) == [[0, 1, 2, 9]]
         text.tokens += range(30, 38)
-        head.seen.read([text])
-        assert known(head) == [[0, 1, 2, 9, *range(30, 38)]]
-        head.seen.read([text, sequence(0)])
-        assert known(head, 2) == [[*range(50)]] * 2
+        assert known(text) == [[0, 1, 2, 9, *range(30, 38)]]
+        assert known(text, sequence(0)) == [[*range(50)]] * 2
         best = whole.topk(4).indices
         assert_close(logits_of(head).gather(1, best), whole.gather(1, best))
         text.tokens += [0, 1, 2, 30, 31] * 3
-        head.seen.read([text])
-        assert known(head) == [[*range(50)]]
-        head.seen.read([sequence(0, 5)])
-        assert known(head) == [[0, 1, 2, 5]]
-        head.seen.read([sequence(*range(20, 28))])
-        assert known(head) == [[*range(50)]]
+        assert known(text) == [[*range(50)]]
+        assert known(sequence(0, 5)) == [[0, 1, 2, 5]]
+        assert known(sequence(*range(20, 28))) == [[*range(50)]]
 
 
 def test_texts_of_other_ids_are_drafted(monkeypatch):
@@ -205,13 +198,11 @@ def test_rows_of_seen_ids_are_limited(monkeypatch):
     learning ids because rows of ended sequences stay.
     """
     monkeypatch.setattr(short_head, "_MOST_SEEN", 4)
-    head = ShortHead(ModelRunner(own_llama()), 3)
+    known = reading(ShortHead(ModelRunner(own_llama()), 3))
     first, second = sequence(10, 11, 22), sequence(12, 20, 21, 22)
     with torch.inference_mode():
-        head.seen.read([first, second])
-        assert known(head, 2) == [[0, 1, 2, 10, 11], [0, 1, 2, 12, 20]]
-        head.seen.read([second])
-        assert known(head) == [[0, 1, 2, 12, 20, 21, 22]]
+        assert known(first, second) == [[0, 1, 2, 10, 11], [0, 1, 2, 12, 20]]
+        assert known(second) == [[0, 1, 2, 12, 20, 21, 22]]
 
 
 def test_ids_of_the_prompt_can_be_drafted():

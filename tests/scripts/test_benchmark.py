@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 from distributions import accepts_everything, resamples_from_the_target
-from helpers import about, only_run, refused, small_run, untimed, watch, write_rows
+from helpers import about, no_pictures, only_run, refused, small_run, untimed, watch, write_rows
 
 import benchmark
 import correctness
@@ -25,18 +25,24 @@ SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
 
 
 @pytest.fixture
-def common(model_folder, tmp_path):
+def with_pictures(model_folder, tmp_path):
     return [*small_run(model_folder, tmp_path, 5, 12), "--template", "def {message}"]
+
+
+@pytest.fixture
+def common(with_pictures, monkeypatch):
+    no_pictures(monkeypatch)
+    return with_pictures
 
 
 def records_of(folder):
     return pandas.read_json(folder / "records.jsonl", lines=True)
 
 
-def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
+def test_benchmark_writes_files_that_others_can_read(with_pictures, tmp_path, capsys):
     """Guards against a run without its machine, records out of order, and a table that lacks a figure."""
     flags = ["--compare", "True", "--text_quality", "True", *SPECULATION, "--sample", "False"]
-    assert benchmark.main([*common, *flags]) == 0
+    assert benchmark.main([*with_pictures, *flags]) == 0
     run, records = about(only_run(tmp_path)), records_of(only_run(tmp_path))
     facts = {"libraries", "device", "dtype", "threads", "num_layers", "processor"}
     assert facts | {"num_ranks", "version", "commit"} <= run.keys()

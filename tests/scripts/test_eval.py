@@ -48,7 +48,7 @@ TASKS = {
         "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "byte_perplexity"}],
     },
-    "sampled": {"include": "functions.yaml", "generation_kwargs": SAMPLED},
+    "sampled": {"include": "functions.yaml", "generation_kwargs": SAMPLED, "repeats": 2},
     "beams": {"include": "functions.yaml", "generation_kwargs": {"num_beams": 4}},
 }  # fmt: skip
 
@@ -121,13 +121,7 @@ def reference(model_folder, task_folder, few_files_are_read):  # noqa: ARG001
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        [*SPECULATION, "--batch_size", "2"],
-        pytest.param([*SPECULATION, "--batch_size", "auto"], marks=pytest.mark.slow),
-    ],
-    ids=["autoregressive", "self_speculative", "the largest batch"],
+    "flags", [[], [*SPECULATION, "--batch_size", "2"]], ids=["autoregressive", "self_speculative"]
 )
 def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, capsys):
     """Guards against answers or prompts cut elsewhere or mixed up, and log-likelihoods of a draft."""
@@ -141,6 +135,13 @@ def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, 
     assert line.startswith("functions: 6 answers, greedy, ")
     assert ("acceptance rate" in line) == ("self_speculative" in flags)
     assert f"results are in {tmp_path / 'logs'}" in said
+
+
+@pytest.mark.slow
+def test_the_harness_finds_a_batch_size(evaluated, reference):
+    """Guards against `auto` that is taken for a number of rows."""
+    answers = evaluated("functions", "--batch_size", "auto").answers["functions"]
+    assert [answers[i] for i in ANSWERED] == [sample["resps"] for sample in reference[0]]
 
 
 def test_an_early_exit_scores_as_the_first_layers_alone(model_folder, evaluated, tmp_path):
@@ -169,11 +170,13 @@ def test_two_ranks_score_as_one(arguments, evaluated, tmp_path):
     two = Written(tmp_path / "logs")
     assert all(one.answers[task] == two.answers[task] for task in ("functions", "sampled"))
     assert one.scores(*tasks.split(",")) == pytest.approx(two.scores(*tasks.split(",")))
-    assert ran.stdout.count("functions: 6 answers") == ran.stdout.count("sampled: 6 answers") == 1
+    assert ran.stdout.count("functions: 6 answers") == ran.stdout.count("sampled: 12 answers") == 1
 
 
 def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
-    """Guards against one task's settings in another one, and flags that are ignored or overridden."""
+    """Guards against one task's settings in another one, flags that are ignored or overridden, and samples of
+    a document that are all alike.
+    """
     records = []
     monkeypatch.setattr("measures.evaluation._show", records.extend)
 
@@ -182,13 +185,15 @@ def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
         records.clear()
         return by_task
 
-    assert not evaluated("both", *SPECULATION).config["gen_kwargs"]
+    sampled = evaluated("both", *SPECULATION)
+    assert not sampled.config["gen_kwargs"]
+    assert any(first != second for ((first, second),) in sampled.answers["sampled"])
     assert longest() == {"functions": 20, "sampled": 7}
     flags = ["--max-steps", "3", "--no_sample", "--stop_words", "Human", "--gen_kwargs", "top_k=3"]
     greedy = evaluated("both", *SPECULATION, *flags, to="flags")
     used = {"max_gen_toks": 3, "do_sample": False, "until": ["Human"], "top_k": 3}
     assert greedy.config["gen_kwargs"] == used
-    assert greedy.answers["functions"] == greedy.answers["sampled"]
+    assert greedy.answers["functions"] == [[answers[:1]] for (answers,) in greedy.answers["sampled"]]
     assert longest() == {"functions": 3, "sampled": 3}
     flags = ["--sample", "True", "--gen_kwargs", "until=5", "--seed"]
     sampled = [evaluated("functions", *flags, seed, to=seed) for seed in ("1", "2")]

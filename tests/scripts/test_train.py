@@ -46,7 +46,9 @@ def assert_learns(frame, by):
 
 
 def assert_same(folder, other):
-    """Every logged number and every weight, to the last bit."""
+    """Every logged number and every weight, to the last bit, in the same columns."""
+    columns = [list(pandas.read_csv(each / "log.csv", nrows=0)) for each in (folder, other)]
+    assert columns[0] == columns[1]
     pandas.testing.assert_frame_equal(log(folder), log(other), check_exact=True)
     for name, value in weights(other).items():
         assert torch.equal(value, weights(folder)[name]), name

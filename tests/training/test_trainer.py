@@ -39,7 +39,7 @@ def trainer(tmp_path):
 
 def test_epochs_evaluations_and_the_best_checkpoint(trainer):
     """Guards against schedules that need max_steps, and metrics that a Trainer does not find, as those of
-    several sets.
+    several sets, or that are another exit's.
     """
     every = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_one_agreement_exit_2"}
@@ -49,7 +49,18 @@ def test_epochs_evaluations_and_the_best_checkpoint(trainer):
     assert made.state.global_step == 6
     assert made.state.best_model_checkpoint is not None
     assert {"loss", "tokens_per_second", "grad_norm"} <= set(made.state.log_history[0])
-    assert {"eval_one_loss", "eval_two_agreement_exit_1"} <= set(made.evaluate())
+    metrics = made.evaluate()
+    assert "eval_two_agreement_exit_1" in metrics
+    ids = torch.tensor(made.eval_dataset["one"]["input_ids"])
+    with torch.no_grad():
+        output = made.model(ids, labels=ids)
+    assert (
+        metrics["eval_one_loss"]
+        == metrics["eval_one_loss_exit_4"]
+        == pytest.approx(float(output.loss), rel=1e-5)
+    )
+    right = (output.logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean()
+    assert metrics["eval_one_accuracy"] == metrics["eval_one_accuracy_exit_4"] == pytest.approx(float(right))
 
 
 def test_the_model_is_its_own_between_steps(trainer):

@@ -333,6 +333,9 @@ void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, 
     STD_TORCH_CHECK(std::equal(own + 1, own + 4, of_layers + 1) && own[1] % own[2] == 0 && own[5] >= 0 &&
                         own[5] < int64_t(rotations.size()) && own[6] >= SILU && own[6] <= RELU_SQUARED,
                     "numbers: not those of layers of one shape");
+    // Two norms and seven weights, and what its options add: a norm of queries comes with one of keys.
+    int64_t needed = 9 + std::popcount(uint64_t(own[0] & 0x3ff)) + (own[0] >> 7 & 1);
+    STD_TORCH_CHECK(weights.data() + weights.size() - next >= needed, "weights: fewer than the layers have");
     const Layer& layer = layers.emplace_back(next, own, of_floats + 7 * i, size, d);
     STD_TORCH_CHECK(layer.query.type == layer.key.type && layer.query.type == layer.value.type && layer.gate.type == layer.up.type,
                     "weights: those of the same inputs differ in dtype");
@@ -349,9 +352,8 @@ Tensor project(const Tensor& x, std::vector<Tensor> norm, double epsilon, bool i
   const float* from = matrix(x, "x");
   int64_t tokens = x.size(0), columns = x.size(1), threads = torch::stable::get_num_threads();
   const Tensor* next = weight.data();
-  STD_TORCH_CHECK(weight.size() >= 1, "weight: there is none");
+  STD_TORCH_CHECK(weight.size() == 1 + size_t(has_bias), "weight: not as many tensors as it has");
   Weight w(next, rows, columns, has_bias);
-  STD_TORCH_CHECK(next == weight.data() + weight.size(), "weight: not as many tensors as it has");
   Norm normed = norm.empty() ? Norm() : Norm(norm[0], columns, epsilon, is_centred);
   Tensor out = empty({tokens, rows}, aoti_torch_dtype_float32());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
