@@ -33,9 +33,8 @@ from arguments import GenerationConfig, ModelArguments, at_least, check, parse, 
 from benchmarks.sides import ADAPTIVE, PLAIN, SPECULATIVE, Answers, in_turns, ours, strategies
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
-from runs.heading import counted, heading
 from runs.program import run
-from runs.records import describe, describe_model
+from runs.records import counted, describe, describe_model, heading
 from runs.startup import load_generator, model_name
 from self_speculation.drafts.registry import forget_what_was_learnt
 

@@ -16,7 +16,7 @@ import generate
 import self_speculation.self_speculation_generator as self_speculation_generator
 from measures import timed_runs
 from measures.comparison import find_difference, same_distribution
-from runs.heading import heading
+from runs.records import heading
 from self_speculation import HuggingfaceLlamaGenerator, Verification
 from self_speculation.decoding.sampling import verify_draft
 from self_speculation.model.kernels import cpu_operators
