@@ -13,7 +13,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TextIO, get_args
+from typing import Any, NoReturn, TextIO
 
 import simple_parsing
 
@@ -28,17 +28,6 @@ from self_speculation.config import (
     why_no_model,
 )
 from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
-
-DatasetName = Literal[
-    "cnn_dm_summarization",
-    "xsum_summarization",
-    "cnn_dm_lm",
-    "human_eval",
-    "top_v2",
-    "custom_jsonl",
-    "chat_format",
-    "spec_bench",
-]
 
 # `refuse` writes to this stream, or to standard error if it is None. Ranks whose standard error is silenced
 # keep the real one here.
@@ -56,7 +45,7 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
     """Which model to load, how, and onto which device."""
 
     model_args: str | None = None  # type: ignore[assignment]  # `loading_options` has the parsed ones
-    """k=v,k=v passed to from_pretrained, such as attn_implementation=eager; v may be a dictionary."""
+    """JSON or k=v,k=v passed to from_pretrained, such as attn_implementation=eager; v may be a dictionary."""
     output_dir: str = "./logs"
     """Folder for records; generate.py writes none."""
     threads: int | None = None
@@ -77,7 +66,7 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
 
     def from_pretrained_args(self) -> dict[str, Any]:
         """Parse `model_args`."""
-        found = _key_values(self, "model_args", "must be k=v,k=v")
+        found = _key_values(self, "model_args")
         own_flag = "trust_remote_code" in found
         check(self, "model_args", not own_flag, "--trust_remote_code is a flag of its own")
         return found
@@ -88,10 +77,18 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
         return LoadingOptions(**{**own, "model_args": self.from_pretrained_args(), **changes})
 
 
-def _key_values(group: Any, name: str, allowed: str) -> dict[str, Any]:
-    """Parse a flag of k=v,k=v: Python literals, also true, false and none in any case, or else text."""
+def _key_values(group: Any, name: str) -> dict[str, Any]:
+    """Parse a flag of JSON or of k=v,k=v: Python literals, also true, false and none in any case, or else
+    text.
+    """
+    text, allowed = getattr(group, name) or "", "must be a JSON object or k=v,k=v"
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} {text!r}: {allowed}") from error
     found: dict[str, Any] = {}
-    for pair in filter(str.strip, _outside_brackets(getattr(group, name) or "")):
+    for pair in filter(str.strip, _outside_brackets(text)):
         key, equals, value = map(str.strip, pair.partition("="))
         check(group, name, key.isidentifier() and bool(equals), allowed)
         is_word = value.lower() in ("true", "false", "none")
@@ -100,6 +97,19 @@ def _key_values(group: Any, name: str, allowed: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[key] = value
     return found
+
+
+def _outside_brackets(text: str) -> Iterator[str]:
+    """The parts of a text between commas that are in no brackets."""
+    part = ""
+    for piece in text.split(","):
+        part += piece
+        if sum(map(part.count, "([{")) > sum(map(part.count, ")]}")):
+            part += ","
+        else:
+            yield part
+            part = ""
+    yield part
 
 
 @dataclass(frozen=True)
@@ -121,60 +131,7 @@ class TemplateArguments:
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """Parse `chat_template_kwargs`."""
-        name, allowed = "chat_template_kwargs", "must be a JSON object or k=v,k=v"
-        if not (self.chat_template_kwargs or "").lstrip().startswith("{"):
-            return _key_values(self, name, allowed)
-        try:
-            return json.loads(self.chat_template_kwargs or "")
-        except (ValueError, RecursionError):
-            check(self, name, False, allowed)
-            raise
-
-
-@dataclass(frozen=True)
-class DataArguments(TemplateArguments):
-    """Which examples."""
-
-    dataset: DatasetName = "human_eval"
-    """Examples to generate from."""
-    data_path: str | None = None
-    """Local .jsonl, .csv or .parquet (.gz too) in the dataset's columns, or a folder of test.* and train.*"""
-    random_shuffle: bool = True
-    """Shuffle the examples by the seed; False: keep the order of the dataset."""
-    num_samples: int | None = None
-    """Number of examples; without it, all."""
-    prompt_field: str = "prompt"
-    """Column of the prompts of custom_jsonl."""
-    response_field: str = "response"
-    """Column of the reference answers of custom_jsonl."""
-    n_shot: int = 0
-    """Solved examples before each prompt, from the training split or else from examples that are then not
-    evaluated."""
-    template: str | None = None
-    """Text around each prompt; {message} stands for the prompt, other braces for themselves."""
-    chat: bool = False
-    """Apply the tokenizer's chat template; a prompt, with its shots and --template, is one message."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "num_samples")
-        at_least(self, 0, "n_shot")
-        names = get_args(DatasetName)
-        check(self, "dataset", self.dataset in names, f"must be one of {', '.join(names)}")
-        check(self, "template", "{message}" in (self.template or "{message}"), "must contain {message}")
-
-
-def _outside_brackets(text: str) -> Iterator[str]:
-    """The parts of a text between commas that are in no brackets."""
-    part = ""
-    for piece in text.split(","):
-        part += piece
-        if sum(map(part.count, "([{")) > sum(map(part.count, ")]}")):
-            part += ","
-        else:
-            yield part
-            part = ""
-    yield part
+        return _key_values(self, "chat_template_kwargs")
 
 
 @dataclass(frozen=True)

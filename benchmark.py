@@ -18,18 +18,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from arguments import (
-    BatchArguments,
-    DataArguments,
-    GenerationConfig,
-    ModelArguments,
-    parse,
-    refuse,
-)
+from arguments import BatchArguments, GenerationConfig, ModelArguments, parse, refuse
+from data import DataArguments
 from runs.failures import check_writable
+from runs.flags import TuningArguments, counts, tuned, validate
 from runs.program import run
-from runs.tuning import TuningArguments, counts, tuned
-from runs.validation import validate
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse(f"--answer_file {path}: is a folder, must be a file")
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    validate(model_args, config, data_args)
+    validate(model_args, config, data_args.chat)
 
     from measures.benchmarking import Benchmark
     from runs.examples import run_experiment

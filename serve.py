@@ -19,18 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
-from arguments import (
-    BatchArguments,
-    GenerationConfig,
-    ModelArguments,
-    parse,
-    refuse,
-)
+from arguments import BatchArguments, GenerationConfig, ModelArguments, parse, refuse
 from runs import ranks
+from runs.flags import TuningArguments, counts, tuned, validate
 from runs.program import on_signals, run
 from runs.status import print_status
-from runs.tuning import TuningArguments, counts, tuned
-from runs.validation import validate
 from serving.flags import ServeArguments
 
 _GRACE = 5  # seconds in which aborted requests get their last event
@@ -41,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments)
     model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = replace(tuned(config, tuning, model_args, argv), reuse_cache=True)
-    validate(model_args, config)
     if not ranks.is_first():
         return 2  # the first one says why
     if ranks.num_processes() > 1 or model_args.parallel not in ("data", "pipeline"):
         what = "torchrun" if ranks.num_processes() > 1 else f"--parallel {model_args.parallel}"
         refuse(f"{what}: serve.py is one process; for a model on several cards: --parallel pipeline")
+    validate(model_args, config)
     listener = _listen(args)
 
     import uvicorn
@@ -54,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runs.startup import load_generator, model_name
     from self_speculation import Request
     from self_speculation.decoding.grammar import Grammar
+    from serving.answers import ServedModel
     from serving.app import App
     from serving.engine import Engine
     from serving.http11 import BACKLOG, StrictProtocol
@@ -63,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine = Engine(generator, config, batch.batch_size, args.max_waiting)
     name = args.served_name or _name(model_name(model_args))
     address, port = listener.getsockname()[:2]
-    app = App(generator, engine, config, args, name, address)
+    app = App(ServedModel(generator, engine, config, args, name), address)
     with suppress(ValueError):  # it has no fast tokenizer
         generator.tokenize(Request("", grammar=Grammar.json_schema({})), config)  # the first one takes longer
     server = uvicorn.Server(

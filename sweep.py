@@ -22,7 +22,6 @@ from typing import Literal
 
 from arguments import (
     BatchArguments,
-    DataArguments,
     GenerationConfig,
     ModelArguments,
     at_least,
@@ -31,9 +30,9 @@ from arguments import (
     parse,
     refuse,
 )
+from data import DataArguments
+from runs.flags import COUNTS, counts, validate
 from runs.program import run
-from runs.tuning import COUNTS, counts
-from runs.validation import validate
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,11 @@ class SweepArguments:
             check(self, f"{axis}_first", first <= last, f"beyond --{axis}_last {last}, the grid is empty")
         at_least(self, 0, "verify_top")
 
-    def exit_layers(self, num_layers: int, with_all: bool) -> list[int]:
-        """The exit layers of the grid in a model of `num_layers`; `num_layers` itself only if `with_all`."""
-        last = num_layers if with_all else num_layers - 1
+    def exit_layers(self, last: int, of_copy: bool) -> list[int]:
+        """The exit layers of the grid, of which `last` is the last one that can draft."""
         layers = [*range(self.exit_layer_first, min(self.exit_layer_last, last) + 1, self.exit_layer_step)]
         # A copy of all layers guesses best: without --exit_layer_last it is in the grid.
-        if with_all and layers and last not in layers and self.exit_layer_last == type(self).exit_layer_last:
+        if of_copy and layers and last not in layers and self.exit_layer_last == type(self).exit_layer_last:
             layers.append(last)
         return layers
 
@@ -89,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if config.shared_lookup:
         refuse(f"--shared_lookup {config.shared_lookup}: must be 0, each cell has the same prompts")
-    validate(model_args, config, data_args, hint=None)
+    validate(model_args, config, data_args.chat, hint=None)
 
     from measures.sweeping import Measured, Predicted
     from runs.examples import run_experiment
@@ -106,24 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.mode == "predicted" and not config.greedy:
         print_status("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
-    unused = given_flags(argv, GenerationConfig) & {"exit_layer", "num_speculations", "generation_strategy"}
-    for name in sorted(unused):
+    first = {"exit_layer": args.exit_layer_first, "num_speculations": args.num_speculations_first}
+    cell = {"generation_strategy": "self_speculative", **first}
+    for name in sorted(given_flags(argv, GenerationConfig) & cell.keys()):
         if (value := getattr(config, name)) != "self_speculative":
-            print_status(
-                f"--{name} {value}: not used; cells are self_speculative, on the grid of the flags of sweeps"
-            )
-    config = dataclasses.replace(
-        config,
-        generation_strategy="self_speculative",
-        exit_layer=args.exit_layer_first,
-        num_speculations=args.num_speculations_first,
-    )
+            cells = "cells are self_speculative, on the grid of the flags of sweeps"
+            print_status(f"--{name} {value}: not used; {cells}")
+    config = dataclasses.replace(config, **cell)
     if args.mode == "predicted" and not is_replayable(config):
         refuse("--mode predicted: needs drafts of layers and of one length; use --mode measured")
-    model_config = read_config(model_args)
-    num_layers, is_copy = model_config.num_hidden_layers, config.draft_weights != "exact"
+    num_layers, is_copy = read_config(model_args).num_hidden_layers, config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1
-    exit_layers = args.exit_layers(num_layers, with_all=is_copy)
+    exit_layers = args.exit_layers(last, is_copy)
     if not exit_layers:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:
@@ -132,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
     grid = [(layer, k) for layer in exit_layers for k in lengths]
     make = partial(Measured if args.mode == "measured" else Predicted, grid=grid, verify_top=args.verify_top)
-    flags = (model_args, config, data_args, args, batch)
-    return run_experiment("sweep", make, *flags, model_config, counted)
+    return run_experiment("sweep", make, model_args, config, data_args, args, batch, counted)
 
 
 if __name__ == "__main__":

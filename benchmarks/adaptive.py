@@ -102,8 +102,9 @@ def show(turns: Sequence[Mapping[str, Answers]], picking: str, workload: str) ->
     decoded = [turn for turn in turns if all(answers.num_decoded for answers in turn.values())]
     rows = []
     for name in [name for name in own if name != PLAIN and decoded]:
-        speeds = [[turn[side].decode_tokens_per_second for turn in decoded] for side in (name, PLAIN)]
-        ratios = [speed / plain for speed, plain in zip(*speeds, strict=True)]
+        ratios = [
+            turn[name].decode_tokens_per_second / turn[PLAIN].decode_tokens_per_second for turn in decoded
+        ]
         low, middle, high = quartiles(ratios)
         sums = own[name].decode_tokens_per_second / own[PLAIN].decode_tokens_per_second
         rows.append(

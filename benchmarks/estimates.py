@@ -5,6 +5,7 @@ python -m benchmarks.estimates        # the tables of docs/training.md and docs/
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -51,11 +52,13 @@ def memory(
         checkpointing: --gradient_checkpointing.
         computed_in: float32, or that of --dtype.
     """
+    one_layer = copy.deepcopy(config)
+    one_layer.num_hidden_layers = 1
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(one_layer)
     layer = sum(part.numel() for part in model.model.layers[0].parameters())
-    everything = sum(part.numel() for part in model.parameters())
-    outside = everything - layer * config.num_hidden_layers  # embedding, head, last norm
+    outside = sum(part.numel() for part in model.parameters()) - layer  # embedding, head, last norm
+    everything = outside + layer * config.num_hidden_layers
     head = config.vocab_size * config.hidden_size
     narrow, tokens = computed_in.itemsize, batch_size * length
 

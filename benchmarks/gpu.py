@@ -9,8 +9,7 @@ about as often as those of the published LayerSkip checkpoints do. Prompts are r
 eager and captured, with the model's first layers and with a 4-bit copy of all. Sides alternate. (Llama-3.2-1B
 ties its head to its embedding; here they are two.) Row r of a batch has a prompt of r tokens less.
 
-Above the table stand the memory bandwidth, the host's time for an eager layer and for a captured pass, the
-kernels of an eager plain step and round, and the device's time for the products of a layer.
+Above the table stand the memory bandwidth and the kernels of an eager plain step and round.
 
 The columns are about decoding without prefill: *tokens/s* of all sequences together; *x ours*, *x hf*:
 speed-up over eager decoding without drafts and over transformers; *limit*: the share of the memory bandwidth
@@ -26,21 +25,21 @@ line is one JSON object. Exit status 1: an id is wrong or a side failed.
 
 from __future__ import annotations
 
+import _thread
 import copy
 import itertools
 import json
-import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from operator import add
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import pandas
@@ -50,15 +49,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, at_least, check, parse, refuse
-from benchmarks.inspection import (
-    Judged,
-    ProductTime,
-    count_work,
-    host_time,
-    judge_greedy,
-    product_times,
-    read_bandwidth,
-)
+from benchmarks.inspection import Judged, count_work, judge_greedy, read_bandwidth
 from benchmarks.sides import (
     ADAPTIVE,
     COPY,
@@ -68,7 +59,6 @@ from benchmarks.sides import (
     TRANSFORMERS,
     Answers,
     Side,
-    compiled,
     ours,
     rotated,
     strategies,
@@ -82,11 +72,9 @@ from runs.program import run
 from runs.records import Record, describe
 from self_speculation import fuse, make_strategy
 from self_speculation.model import captured_runner
-
-T = TypeVar("T")
+from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 
 _AGREEMENT = 0.9  # of exit and model; then 70 % of 6 drafted tokens are accepted
-_TOKENS = (1, 2, 4, 8, 16, 64)  # of products
 _TINY = llama(64, 128, 4, 4, 2, 512, False)
 
 
@@ -125,38 +113,36 @@ class GpuArguments:
 
 @dataclass(frozen=True)
 class Task:
-    """One part of the table: the input of all its sides."""
+    """One part of the table: its sides answer the same batches."""
 
     model: Any
     config: GenerationConfig  # of self-speculation
+    prompt: int  # tokens of the longest
+    size: int
     batches: list[list[list[int]]]  # [turn][row], token ids
     compiled: bool
-
-    @property
-    def size(self) -> int:
-        return len(self.batches[0])
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Prompt length and batch size."""
-        return len(self.batches[0][0]), self.size
-
-    def strategy(self, name: str) -> GenerationConfig:
-        config = strategies(self.config, self.model.config.num_hidden_layers)[name]
-        # A drafted token of the copy costs half a step.
-        return replace(config, num_speculations=min(3, config.num_speculations)) if name == COPY else config
-
-    def make(self, name: str, **changes: Any) -> Side:
-        """The side with changed settings."""
-        if name in (TRANSFORMERS, EARLY_EXIT):
-            return theirs(name, self.model, [], replace(self.config, **changes), self.size)
-        return ours(self.model, [], self.strategy(name), self.size)
 
     def names(self) -> list[str]:
         own = [PLAIN, SPECULATIVE, COPY, ADAPTIVE]
         if self.compiled:
             return own
         return [TRANSFORMERS, *([EARLY_EXIT] if self.size == 1 else []), *own]
+
+    def strategy(self, name: str) -> GenerationConfig:
+        config = strategies(self.config, self.model.config.num_hidden_layers)[name]
+        # A drafted token of the copy costs half a step.
+        return replace(config, num_speculations=min(3, config.num_speculations)) if name == COPY else config
+
+    def warmed_up(self, name: str) -> Side:
+        """A side that has run every pass which will be timed."""
+        batch = self.batches[0]
+        if name in (TRANSFORMERS, EARLY_EXIT):
+            theirs(name, self.model, [], replace(self.config, max_steps=8), self.size)(batch)
+            return theirs(name, self.model, [], self.config, self.size)
+        config = self.strategy(name)
+        strategy = make_strategy(config.generation_strategy)
+        run_every_pass(strategy, self.model, batch[0], config, self.size)
+        return ours(self.model, [], config, self.size)
 
 
 @dataclass
@@ -168,91 +154,78 @@ class Measured:
     judged: Judged | None = None
     error: str | None = None
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """An error in this block is this side's, and the last thing that it does."""
+        try:
+            yield
+        except Exception as error:
+            self.error = described(error)
+
 
 def measure(task: Task, found: dict[str, Measured]) -> None:
     """Warm up every side, time all in turns, and judge their greedy ids.
 
     Args:
-        found: filled at once, so that an interruption keeps the figures.
+        found: of each side; filled at once, so that an interruption keeps the figures.
     """
-    model, device = task.model, task.model.device
-    found |= {name: Measured() for name in task.names()}
-    sides = {name: task.make(name) for name in found}
-    known: dict[tuple[int, ...], Judged] = {}
-
-    def attempt(call: Callable[..., None], name: str, *args: Any) -> None:
-        """Leave a side out after its first error."""
-        if found[name].error is None:
-            try:
-                call(name, *args)
-            except Exception as error:
-                found[name].error = described(error)
-
-    def warm_up(name: str) -> None:
-        if name in (TRANSFORMERS, EARLY_EXIT):
-            task.make(name, max_steps=8)(task.batches[0])
-        else:
-            config = task.strategy(name)
-            strategy = make_strategy(config.generation_strategy)
-            run_every_pass(strategy, model, task.batches[0][0], config, task.size)
-
-    def answer(name: str, batch: list[list[int]]) -> None:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        found[name].answers.append(sides[name](batch))
-        found[name].peak_mib = max(found[name].peak_mib, peak_memory_mib(device))
-
-    def judge(name: str) -> None:
-        judged = Judged()
-        for answers, batch in zip(found[name].answers, task.batches, strict=True):
-            for prompt, ids in zip(batch, answers.ids, strict=True):
-                key = (*prompt, *ids)
-                if key not in known:  # most sides give the same ids
-                    known[key] = judge_greedy(model, prompt, ids)
-                judged += known[key]
-        found[name].judged = judged
-
-    for name in found:
-        attempt(warm_up, name)
+    device = task.model.device
+    sides: dict[str, Side] = {}
+    for name, seen in found.items():
+        with seen.attempt():
+            sides[name] = task.warmed_up(name)
     for turn, batch in enumerate(task.batches):
-        for name in rotated(list(found), turn):
-            attempt(answer, name, batch)
-    for name in found:  # last: the deadline may cut this short
-        attempt(judge, name)
+        for name in rotated(list(sides), turn):
+            if not (seen := found[name]).error:
+                with seen.attempt():
+                    if device.type == "cuda":
+                        torch.cuda.reset_peak_memory_stats(device)
+                    seen.answers.append(sides[name](batch))
+                    seen.peak_mib = max(seen.peak_mib, peak_memory_mib(device))
+    judge = cache(partial(judge_greedy, task.model))  # most sides give the same ids
+    for seen in [each for each in found.values() if not each.error]:  # last: it may be cut short
+        judged = Judged()
+        with seen.attempt():
+            for answers, batch in zip(seen.answers, task.batches, strict=True):
+                for prompt, ids in zip(batch, answers.ids, strict=True):
+                    judged += judge(tuple(prompt), tuple(ids))
+            seen.judged = judged
 
 
 def add_rows(rows: list[Record], task: Task, found: dict[str, Measured], bandwidth: float) -> None:
     """Add and print a row for each side with figures or an error."""
-    length, size = task.place
-    found = {name: seen for name, seen in found.items() if seen.answers or seen.error}
-    if not found:
+    new: dict[str, Record] = {
+        name: {
+            "prompt": task.prompt, "batch_size": task.size, "compiled": task.compiled, "side": name,
+            "error": seen.error, "speeds": [each.decode_tokens_per_second for each in seen.answers],
+        }
+        for name, seen in found.items()
+        if seen.answers or seen.error
+    }  # fmt: skip
+    if not new:
         return
-    for name, seen in found.items():
-        row: Record = {"prompt": length, "batch_size": size, "compiled": task.compiled, "side": name}
-        row |= {"error": seen.error, "speeds": [each.decode_tokens_per_second for each in seen.answers]}
-        rows.append(row)
-    new = rows[-len(found) :]
-    for row, (name, seen) in zip(new, found.items(), strict=True):
-        if seen.answers:
+    rows += new.values()
+    for name, row in new.items():
+        if answers := found[name].answers:
             speed = statistics.median(row["speeds"])
-            together = reduce(add, seen.answers)
-            is_plain = name in (TRANSFORMERS, PLAIN)
             row |= {
                 "tokens/s": speed,
-                "prefill_ms": 1000 * statistics.median(answers.prefill_time for answers in seen.answers),
+                "prefill_ms": 1000 * statistics.median(each.prefill_time for each in answers),
                 "x ours": ratio(rows, row, PLAIN),
                 "x hf": ratio(rows, row, TRANSFORMERS),
-                "limit": speed * bytes_per_token(task) / bandwidth if is_plain else None,
-                "accept": together.acceptance_rate(task.config.num_speculations),
-                "GiB": seen.peak_mib / 1024,
-                "ids": seen.judged and asdict(seen.judged),
+                "accept": reduce(add, answers).acceptance_rate(task.config.num_speculations),
+                "GiB": found[name].peak_mib / 1024,
             }
-    print(f"\nprompts of {length}, batch {size}, {'compiled' if task.compiled else 'eager'}")
-    table = pandas.DataFrame(new).reindex(columns=["side", *_COLUMNS])
+            if judged := found[name].judged:
+                row["ids"] = asdict(judged)
+            if name in (TRANSFORMERS, PLAIN):
+                row["limit"] = speed * bytes_per_token(task) / bandwidth
+    print(f"\nprompts of {task.prompt}, batch {task.size}, {'compiled' if task.compiled else 'eager'}")
+    table = pandas.DataFrame(new.values()).reindex(columns=["side", *_COLUMNS])
     print(table.to_string(index=False, na_rep="-", formatters=_COLUMNS))
-    for row in new:
-        if row["error"]:
-            print(f"{row['side']}: {row['error']}"[:80])
+    for name, seen in found.items():
+        if seen.error:
+            print(f"{name}: {seen.error}"[:80])
     sys.stdout.flush()
 
 
@@ -268,19 +241,16 @@ def bytes_per_token(task: Task) -> float:
     """Read by a plain step per row: its share of the weights, and keys and values of half an answer."""
     model, shape = task.model, task.model.config
     weights = sum(p.nbytes for p in [*model.base_model.layers.parameters(), *model.lm_head.parameters()])
-    context = task.place[0] + task.config.max_steps / 2
+    context = task.prompt + task.config.max_steps / 2
     cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
     return weights / task.size + cache * context
-
-
-def shown_ids(ids: Record) -> str:
-    return str(ids["wrong"] or f"={ids['near_ties'] or ''}")
 
 
 # Field of a row -> how it is shown.
 _COLUMNS: dict[str, Callable[[Any], str]] = {
     "tokens/s": "{:.1f}".format, "x ours": "{:.2f}".format, "x hf": "{:.2f}".format, "limit": "{:.0%}".format,
-    "accept": "{:.0%}".format, "GiB": "{:.1f}".format, "ids": shown_ids,
+    "accept": "{:.0%}".format, "GiB": "{:.1f}".format,
+    "ids": lambda ids: str(ids["wrong"] or f"={ids['near_ties'] or ''}"),
 }  # fmt: skip
 
 
@@ -312,27 +282,8 @@ def tasks(args: GpuArguments, device: torch.device) -> list[Task]:
         batches = torch.randint(shape.vocab_size, (args.rounds, size, longest)).tolist()
         # Equal lengths would spare plain decoding the masks of a real batch.
         batches = [[ids[: max(1, longest - row)] for row, ids in enumerate(batch)] for batch in batches]
-        parts += [Task(model, config, batches, compiled) for compiled in (False, True)]
+        parts += [Task(model, config, longest, size, batches, compiled) for compiled in (False, True)]
     return parts
-
-
-def attempted(what: str, measure: Callable[..., T], *args: Any) -> T | None:
-    """The result, or None and a line if it fails, as a capture may."""
-    try:
-        return measure(*args)
-    except Exception as error:
-        print(f"{what}: {described(error)}"[:80], flush=True)
-        return None
-
-
-def show_products(times: Sequence[ProductTime]) -> None:
-    """A row for each weight, a column for each number of tokens."""
-    cells: dict[str, dict[int, str]] = {}
-    for each in times:
-        row = cells.setdefault(" x ".join(map(str, each.shape)), {})
-        row[each.num_tokens] = f"{each.exact:.0f} {each.int4 / each.exact:.0%}"
-    print("products of a layer by tokens: us in 16 bits, and the share that int4 takes")
-    print(pandas.DataFrame.from_dict(cells, orient="index").to_string(), flush=True)
 
 
 def measure_all(args: GpuArguments, device: torch.device, about: Record, rows: list[Record]) -> None:
@@ -340,30 +291,25 @@ def measure_all(args: GpuArguments, device: torch.device, about: Record, rows: l
     about["read_gb_per_s"] = read_bandwidth(device) / 1e9
     print(f"{about['device']}, a product reads {about['read_gb_per_s']:.0f} GB/s", flush=True)
     parts = tasks(args, device)
-    model = parts[0].model
-    host = attempted("host", host_time, model)
-    about["host_us"] = host and host._asdict()
-    if host is not None:
-        replay = "with" if device.type == "cuda" else "without"
-        captured = f"{host.captured:.0f} for a captured pass {replay} its replay"
-        print(f"host: {host.layer:.0f} us for an eager layer, {captured}", flush=True)
     for name in (PLAIN, SPECULATIVE):
-        if (work := attempted("kernels", count_work, model, parts[0].strategy(name))) is not None:
-            about.setdefault("work", {})[name] = work._asdict()
-            print(f"{name}, eager round: {work.kernels} kernels, {work.calls} calls", flush=True)
-    products = attempted("products", product_times, model, _TOKENS)
-    about["product_us"] = products and [each._asdict() for each in products]
-    if products is not None:
-        show_products(products)
-    for task in parts:
-        found: dict[str, Measured] = {}
         try:
-            with compiled(task.model) if task.compiled else nullcontext():
-                measure(task, found)
+            work = count_work(parts[0].model, parts[0].strategy(name))
+        except Exception as error:  # the table matters more
+            print(f"kernels: {described(error)}"[:80], flush=True)
+            continue
+        about.setdefault("work", {})[name] = work._asdict()
+        print(f"{name}, eager round: {work.kernels} kernels, {work.calls} calls", flush=True)
+    for task in parts:
+        found = {name: Measured() for name in task.names()}
+        try:
+            if task.compiled:
+                capture_decoding(task.model)
+            measure(task, found)
         except Exception as error:
-            for name in task.names():
-                found.setdefault(name, Measured(error=described(error)))
+            for seen in found.values():
+                seen.error = seen.error or described(error)
         finally:
+            decode_eagerly(task.model)
             add_rows(rows, task, found, 1e9 * about["read_gb_per_s"])
 
 
@@ -379,9 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["device"] = "cpu" if args.dry else torch.cuda.get_device_name(device)
     rows: list[Record] = []
     ended, started = "finished", time.perf_counter()
-    interrupt = partial(signal.pthread_kill, threading.main_thread().ident or 0, signal.SIGINT)
-    alarm = threading.Timer(60 * args.minutes, interrupt)
-    alarm.daemon = True
+    alarm = threading.Timer(60 * args.minutes, _thread.interrupt_main)
     no_graphs = patch.object(captured_runner, "GraphRecorder", lambda device: lambda run: run)
     try:
         alarm.start()

@@ -90,10 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     description = describe("paper", (model_args, args))
     check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
     try:
-        if args.resume is not None:
-            paper = Run.resume(args.resume, description)
-        else:
-            paper = Run.create(model_args.output_dir, "paper", description)
+        paper = Run.open(model_args.output_dir, args.resume, description)
         missing: dict[int, str] = {}
         try:
             with ranks.process_group():  # SIGTERM ends the program of a row, too
@@ -101,14 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"{rows['row'][number]} ...", file=sys.stderr)
                     try:
                         flags = _flags(rows.loc[number], model_args, args)
-                        found: Record | str = _measured(flags, paper.folder / f"row{number}")
-                    except DataError as error:
-                        found = str(error)
-                    if isinstance(found, str):
-                        missing[number] = found
-                        print(f"  not measured: {found}", file=sys.stderr)
-                    else:
+                        found = _measured(flags, paper.folder / f"row{number}")
                         paper.append({"index": number, **found})
+                    except DataError as error:
+                        missing[number] = str(error)
+                        print(f"  not measured: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             paper.write_status("interrupted")
             print(f"interrupted; go on with --resume {paper.folder}", file=sys.stderr)
@@ -145,8 +139,8 @@ def _local(folder: Path, dataset: str) -> Path | None:
     raise DataError(f"--data_path {folder}: must hold one file or folder {dataset}, found {len(found)}")
 
 
-def _measured(flags: dict[str, Any], folder: Path) -> Record | str:
-    """The figures of a row, or why there are none; goes on with what is in `folder`."""
+def _measured(flags: dict[str, Any], folder: Path) -> Record:
+    """The figures of a row; goes on with what is in `folder`. Raises DataError if there are none."""
     # A program that was killed early has left a folder without run.json.
     begun = next(folder.glob("benchmark_*/run.json"), None)
     given = {**flags, "output_dir": folder} if begun is None else {"resume": begun.parent}
@@ -157,7 +151,7 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record | str:
         raise KeyboardInterrupt
     if ended.returncode != 0:
         lines = ended.stderr.splitlines() or [f"benchmark.py ended with status {ended.returncode}"]
-        return lines[-1].removeprefix("benchmark.py: error: ")
+        raise DataError(lines[-1].removeprefix("benchmark.py: error: "))
     (done,) = folder.glob("benchmark_*/run.json")
     report = json.loads(done.read_text("utf-8"))
     metrics, compared = report["metrics"], report["metrics"]["comparison"]
@@ -203,11 +197,8 @@ def _conclude(paper: Run, rows: pandas.DataFrame, missing: dict[int, str], rehea
     label = "speed-up over decoding without drafts"
     bars(pandas.concat(drawn), label, drawn_title, paper.folder / "paper", colors=("C0", "C1", color))
     print(f"{title}\n* {measured}\n")
-    print(
-        table.rename(columns=_COLUMNS)[[*_COLUMNS.values()]].to_string(
-            index=False, float_format="{:.2f}".format, na_rep="-"
-        )
-    )
+    table = table.rename(columns=_COLUMNS)[[*_COLUMNS.values()]]
+    print(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
     for number, why in missing.items():
         print(f"\nnot measured: {rows['row'][number]}, exit {rows['exit'][number]}: {why}")
     print(f"\n{paper.folder}/: run.json, records.jsonl, paper.csv, paper.png")

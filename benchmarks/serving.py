@@ -38,7 +38,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import openai
@@ -93,21 +93,15 @@ class ServingArguments:
         return [(n, beside) for n in self.clients for beside in sorted({0, self.long_prompt})]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """Pieces of text with their times of arrival."""
 
     began: float
-    pieces: list[tuple[float, str]]
+    pieces: Sequence[tuple[float, str]]
     ended: float
 
-    @property
-    def text(self) -> str:
-        return "".join(text for _, text in self.pieces)
 
-
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """All answers of one server to one number of clients."""
 
     answers: list[Answer]
@@ -282,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except openai.OpenAIError as error:
                     refuse(f"--servers {server}: {error}", status=1)
             for load, answers in given.items():
-                lengths = [len(tokenizer.encode(a.text, add_special_tokens=False)) for a in answers]
+                said = ["".join(text for _, text in answer.pieces) for answer in answers]
+                lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in said]
                 turns[load, server].append(turn := Turn(answers, sum(lengths)))
                 told = f"clients {load[0]}" + (f" and a prompt of {load[1]} tokens" if load[1] else "")
                 speed = f"{turn.tokens_per_second:.1f} tokens/s"

@@ -19,8 +19,8 @@ both with it and without.
 
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
 the turns, *x plain* the speed-up over decoding without drafts here; *decode* tokens/s without prefill; *per
-round* tokens of a row per verification. The sums below are all tokens by all time. The last line but one has
-the figures, the last one is one JSON object.
+round* tokens of a row per verification. The sums below are all tokens by all time. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from benchmarks.sides import (
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from measures.plots import bars
-from runs.heading import counted, heading, note
+from runs.heading import heading, note
 from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
@@ -108,8 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
     strategy = "autoregressive" if args.prompt_tokens else "self_speculative"
     config = replace(config, generation_strategy=strategy, sample=False)
-    if args.prompt_tokens:
-        config = replace(config, max_steps=1)
     if config.max_steps < 2 and not args.prompt_tokens:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
     if args.peers:
@@ -121,12 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["arguments"]["dataset"] = "human_eval" if args.workload == "code" else args.workload
     print(heading(about))
     if args.prompt_tokens:
-        found = first_tokens(generator, config, args.prompt_tokens, args.rounds)
-        said = [
-            f"{each['side']} {_spread(each, 'of transformers', '')} after {each['tokens']}" for each in found
-        ]
-        figure = f"seconds to the first token over those of {found[0]['side']}: {', '.join(said)} tokens"
-        _end(about, found, figure, args.rounds)
+        _end(about, first_tokens(generator, config, args.prompt_tokens, args.rounds))
         return 0
     rows: list[dict[str, Any]] = []
     formats: dict[int, dict[str, str]] = {}
@@ -151,30 +144,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             table["side"] += ", batch " + table["batch_size"].astype(str)
         label = "tokens/s of whole answers with prefill: median, and the middle half of turns as a line"
         bars(table.set_index("side"), label, heading(about), path, baseline, ("silver", "C0"))
-    about |= {"transformers_in": formats, "rounds": args.rounds, "prompts": len(prompts)}
-    said = []
-    for size in args.batch_size:
-        own = [row for row in rows if row["batch_size"] == size and row["side"] in _OURS]
-        for ratio, base, others in (
-            ("ratio", f"generate of transformers in {formats[size][TRANSFORMERS]}", own),
-            ("ratio_to_plain", "decoding without drafts here", [row for row in own if row["side"] != PLAIN]),
-        ):
-            speedups = ", ".join(f"{row['side']} {_spread(row, ratio, f'{ratio}_')}" for row in others)
-            said.append(f"over {base}, batch size {size}: {speedups}")
-    _end(about, rows, f"speed-ups of {counted(len(prompts), 'prompt')} {'; '.join(said)}", args.rounds)
+    _end({**about, "transformers_in": formats, "rounds": args.rounds, "prompts": len(prompts)}, rows)
     return 0
 
 
-def _spread(row: Mapping[str, Any], middle: str, ends: str) -> str:
-    return f"{row[middle]:.2f} ({row[f'{ends}low']:.2f}-{row[f'{ends}high']:.2f})"
-
-
-def _end(about: dict[str, Any], rows: Sequence[Mapping[str, Any]], figure: str, rounds: int) -> None:
+def _end(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the last lines."""
     if any(number < about["threads"] for row in rows for number in row["threads"]):
         print(f"\n{note('other programs used the processors, decoding had fewer threads')}")
-    figure += f" (median of paired turns, {counted(rounds, 'round')}, middle half in parentheses)"
-    print(f"\n{figure}\n{json.dumps({**about, 'figure': figure, 'rows': rows})}")
+    print(f"\n{json.dumps({**about, 'rows': rows})}")
 
 
 def first_tokens(
@@ -195,9 +173,10 @@ def first_tokens(
     for length in lengths:
         turns = list(in_turns(sides, [[ids[:length]]], 1 + rounds, 0, f"{length} tokens"))[1:]  # one warms up
         for name in sides:
-            pairs = [(turn[name].prefill_time, turn[base].prefill_time) for turn in turns]
-            low, ratio, high = quartiles([own / other for own, other in pairs])
-            seconds = [own for own, _ in pairs]
+            seconds = [turn[name].prefill_time for turn in turns]
+            low, ratio, high = quartiles(
+                [turn[name].prefill_time / turn[base].prefill_time for turn in turns]
+            )
             rows.append(
                 {
                     "tokens": length, "side": name, "seconds": statistics.median(seconds),
@@ -268,8 +247,9 @@ def compare(
 
 def _ratio(field_: str, turns: Sequence[dict[str, Answers]], side: str, other: str) -> dict[str, Any]:
     """Speed-up of one side over another: median and quartiles of paired turns."""
-    pairs = [(each[side].tokens_per_second, each[other].tokens_per_second) for each in turns]
-    low, middle, high = quartiles([own / base for own, base in pairs])
+    low, middle, high = quartiles(
+        [each[side].tokens_per_second / each[other].tokens_per_second for each in turns]
+    )
     return {field_: middle, f"{field_}_low": low, f"{field_}_high": high}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +14,6 @@ from tqdm import tqdm
 from measures.comparison import with_end
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
 from self_speculation.generator_base import single_result
-from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.results import DraftStats
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, exit", "transformers, lookup"
@@ -190,13 +188,3 @@ def in_turns(
 def rotated(names: list[str], start: int) -> list[str]:
     start %= len(names)
     return names[start:] + names[:start]
-
-
-@contextmanager
-def compiled(model: Any) -> Iterator[None]:
-    """Strategies here run captured passes in this block."""
-    capture_decoding(model)
-    try:
-        yield
-    finally:
-        decode_eagerly(model)

@@ -11,7 +11,6 @@ import pandas
 
 from measures import metrics, spec_bench
 from measures.plots import bars
-from measures.text_quality import text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
 from runs.heading import counted, heading, note
@@ -22,8 +21,9 @@ from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio
 from self_speculation.model.families import context_length
 
-_NAMES = ("this strategy", "without drafts")
+_NAMES = {"": "this strategy", BASELINE: "without drafts"}
 _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
+_BUSY = "other programs used the processors, decoding had fewer threads: a quiet machine is faster"
 
 
 @dataclass
@@ -61,7 +61,28 @@ class Benchmark(Experiment):
             yield index, record
 
     def conclude(self, run: Run, records: list[Record]) -> int:
-        model = self.generator.model
+        summary, title = self._summary(records), heading(run.description)
+        summary["remarks"] = self._remarks(summary, records, run.description["threads"])
+        lines = [title, "", *_table(summary)]
+        rows = [example.row for example in self.examples]
+        if run.description["arguments"]["dataset"] == "spec_bench" and summary["batch_sizes"] == [1]:
+            summary["by_category"] = spec_bench.by_category(rows, records)
+            lines += ["", spec_bench.show(summary["by_category"], title, run.folder / "categories")]
+        if self.answer_file is not None:
+            path = Path(self.answer_file).expanduser().absolute()
+            for prefix, _, config in self._sides:
+                name = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
+                model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"
+                run.replace(str(name), spec_bench.answers(rows, records, model_id, prefix))
+        self._show_speeds(run, summary, records, title)
+        run.finish(records, summary)
+        written = ", ".join(sorted(path.name for path in run.folder.iterdir()))
+        print("\n".join([*lines, *(f"\n{note(remark)}" for remark in summary["remarks"])]))
+        print(f"\n{run.folder}/: {written}")
+        return 0
+
+    def _summary(self, records: list[Record]) -> Record:
+        """The figures of `run.json`."""
         summary: Record = {
             "num_examples": len(records),
             "batch_sizes": sorted({record["batch_size"] for record in records}),
@@ -71,70 +92,46 @@ class Benchmark(Experiment):
         for prefix, *_ in self._sides:
             summary[f"{prefix}speed"] = metrics.speed(records, prefix)
         if "drafts" in records[0]:
-            summary["acceptance"] = metrics.acceptance(metrics.draft_stats(records))
+            summary["acceptance"] = metrics.acceptance(records)
         if self.compare:
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
             if not self.config.greedy:
                 summary["comparison"]["identical_outputs"] = None
-            summary["remarks"] = remarks(summary["comparison"], _unit(summary))
-        names = [f"{prefix}threads" for prefix, *_ in self._sides]
-        if any(record[name] < run.description["threads"] for record in records for name in names):
-            summary["remarks"].append(
-                "other programs used the processors, decoding had fewer threads: a quiet machine is faster"
-            )
+        texts = [[record[of] for record in records] for of in ("prediction", "reference")]
+        has_references = self.text_quality and any(texts[1])
+        summary["text"] = metrics.text_quality(*texts) if has_references else {}
+        summary["peak_memory_mib"] = metrics.peak_memory_mib(self.generator.model.device)
+        return summary
+
+    def _remarks(self, summary: Record, records: list[Record], threads: int) -> list[str]:
+        """Warnings about the figures."""
+        found = remarks(summary["comparison"], _unit(summary)) if self.compare else []
+        if any(record[f"{prefix}threads"] < threads for record in records for prefix, *_ in self._sides):
+            found.append(_BUSY)
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
-            summary["remarks"].append("adaptive decoding made no drafts: none was expected to be faster")
+            found.append("adaptive decoding made no drafts: none was expected to be faster")
         pairs = zip(self.examples, records, strict=True)
         if cut := sum(len(record.get("turns", "1")) <= len(example.later_turns) for example, record in pairs):
-            left_out = f"of {counted(cut, 'conversation')}"
-            summary["remarks"].append(f"the context has no room for the later turns {left_out}")
-        summary["text"] = {}
-        texts = [[record[of] for record in records] for of in ("prediction", "reference")]
-        if self.text_quality and any(texts[1]):
-            summary["text"] = text_quality(*texts)
-        summary["peak_memory_mib"] = metrics.peak_memory_mib(model.device)
-        title = heading(run.description)
-        lines = [title, "", *_table(summary)]
-        rows = [example.row for example in self.examples]
-        if run.description["arguments"]["dataset"] == "spec_bench" and summary["batch_sizes"] == [1]:
-            summary["by_category"] = spec_bench.by_category(rows, records)
-            lines += ["", spec_bench.show(summary["by_category"], title, run.folder / "categories")]
-        if self.answer_file is not None:
-            self._write_answers(run, rows, records, Path(self.answer_file).expanduser().absolute())
-        self._show_speeds(run, summary, records, title)
-        run.finish(records, summary)
-        print("\n".join(lines))
-        for remark in summary["remarks"]:
-            print(f"\n{note(remark)}")
-        written = ", ".join(sorted(path.name for path in run.folder.iterdir()))
-        print(f"\n{run.folder}/: {written}")
-        return 0
+            found.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
+        return found
 
     def _show_speeds(self, run: Run, summary: Record, records: list[Record], title: str) -> None:
         """Write and draw the speed of each strategy."""
         rows = []
-        for name, (prefix, *_) in zip(_NAMES, self._sides, strict=False):
+        for prefix, *_ in self._sides:
             low, high = metrics.speed_interval(records, prefix) or (None, None)
-            rows.append({"strategy": name, **summary[f"{prefix}speed"], "low": low, "high": high})
+            rows.append({"strategy": _NAMES[prefix], **summary[f"{prefix}speed"], "low": low, "high": high})
         table = pandas.DataFrame(rows).set_index("strategy")
         run.replace("benchmark.csv", table.to_csv())
         table = table.assign(by="", value=table["tokens_per_second_median"])
         label = f"tokens/s, median of {_unit(summary)}, 90 % confidence interval"
         bars(table, label, title, run.folder / "benchmark", table["value"].iloc[-1] if self.compare else None)
 
-    def _write_answers(self, run: Run, rows: list[Record], records: list[Record], path: Path) -> None:
-        """One file for each strategy."""
-        for prefix, _, config in self._sides:
-            name = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
-            model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"
-            run.replace(str(name), spec_bench.answers(rows, records, model_id, prefix))
-
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         """By the formula, which holds for one sequence, one exit layer and one draft length."""
-        alpha, config = metrics.draft_stats(records).token_acceptance, self.config
-        predicted = None
+        alpha, config, predicted = metrics.draft_stats(records).token_acceptance, self.config, None
         if alpha is not None and self.batch_size == 1 and not config.is_adaptive:
-            drafts = (config.exit_layer, config.draft_weights, config.draft_vocabulary)
+            drafts = config.exit_layer, config.draft_weights, config.draft_vocabulary
             c = draft_ratio(self.generator.model, *drafts)
             predicted = metrics.predicted_speedup(alpha, config.num_speculations, c)
         return {"token_acceptance": alpha, "predicted_decode_speedup": predicted}
@@ -163,12 +160,11 @@ def _table(summary: Record) -> list[str]:
         return f"{name:<36}" + "".join(f"{value:>16}" for value in shown)
 
     unit, several = _unit(summary), summary["num_ranks"] > 1
-    sides = [prefix for prefix in ("", BASELINE) if f"{prefix}speed" in summary]
-    names = _NAMES[: len(sides)]
+    sides = [prefix for prefix in _NAMES if f"{prefix}speed" in summary]
     title, sizes = counted(summary["num_examples"], "example"), summary["batch_sizes"]
     if len(sizes) > 1:  # of a resumed run; the heading has its last one
         title += f", batches of {', '.join(map(str, sizes))}"
-    rows = [row(title, *names)]
+    rows = [row(title, *(_NAMES[prefix] for prefix in sides))]
     if compared := summary.get("comparison"):
         rows.append(row(f"speed-up, median of {unit}", compared["speedup"]))
         if compared["speedup_windows"] > 1:

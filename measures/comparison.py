@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from scipy.stats import chi2_contingency
 from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from runs.records import Record
 from self_speculation import GenerationStrategyResult
 from self_speculation.model.families import attention_types
 from self_speculation.model.full_forward import attention_arguments
@@ -38,22 +39,6 @@ def with_end(result: GenerationStrategyResult) -> list[int]:
     return result.predicted_tokens + ([] if result.end_token_id is None else [result.end_token_id])
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The first position where two outputs differ, and the full model's logits there."""
-
-    position: int
-    best_tokens: tuple[int, int]
-    best_logits: tuple[float, float]
-    gap: float | None  # best logit minus that of the worse of the two tokens; None: one output has ended
-    bound: float  # a gap of at most this is a near-tie
-
-    @property
-    def near_tie(self) -> bool:
-        """Whether rounding explains the difference."""
-        return self.gap is not None and self.gap <= self.bound
-
-
 @torch.inference_mode()
 def find_difference(
     model: PreTrainedModel,
@@ -61,8 +46,11 @@ def find_difference(
     first: list[int],
     second: list[int],
     processors: Sequence[Callable] = (),
-) -> Difference | None:
-    """The first difference of two outputs; None if they are equal.
+) -> Record | None:
+    """The first position where two outputs differ, and the full model's logits there; None if they are equal.
+
+    `gap` is the best logit minus that of the worse of the two tokens; None: one output has ended, or a token
+    is forbidden. A gap of at most `bound` is a near-tie, which rounding explains.
 
     Args:
         first, second: output ids with the end id.
@@ -79,16 +67,18 @@ def find_difference(
         exact_logits(model, history, 1) if fp32_activations else model(history, logits_to_keep=1).logits[0]
     )
     logits = LogitsProcessorList(processors)(history, logits.float())[0]  # [V]
-    best = logits.topk(2)
+    best_logits, best_tokens = (best.tolist() for best in logits.topk(2))
     chosen = [output[position] for output in (first, second) if position < len(output)]
-    scale = float(logits[logits.isfinite()].abs().max())
-    return Difference(
-        position=position,
-        best_tokens=(int(best.indices[0]), int(best.indices[1])),
-        best_logits=(float(best.values[0]), float(best.values[1])),
-        gap=float(best.values[0] - logits[chosen].min()) if len(chosen) == 2 else None,
-        bound=near_tie_bound(model, scale),
-    )
+    gap = best_logits[0] - float(logits[chosen].min()) if len(chosen) == 2 else math.inf
+    bound = near_tie_bound(model, float(logits[logits.isfinite()].abs().max()))
+    return {
+        "position": position,
+        "best_tokens": best_tokens,
+        "best_logits": best_logits,
+        "gap": gap if math.isfinite(gap) else None,
+        "bound": bound,
+        "near_tie": gap <= bound,
+    }
 
 
 def same_distribution(first: Sequence[int | None], second: Sequence[int | None]) -> tuple[float, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from runs.heading import counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, HuggingfaceLlamaGenerator
-from self_speculation.decoding.processors import config_processors
-from self_speculation.decoding.stopping import StopWords
+from self_speculation.decoding.request import config_processors
+from self_speculation.decoding.texts import StopWords
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.families import context_length
 
@@ -58,8 +57,18 @@ class CompareIds(Experiment):
         references = {"autoregressive": with_end(plain)}
         if self.reference == "transformers":
             references["transformers"] = self._by_transformers(example)
-        found = (self._difference(example.ids, tokens, *reference) for reference in references.items())
-        return {"num_tokens": len(tokens), "differences": [difference for difference in found if difference]}
+        processors, decode = config_processors(self.config, len(example.ids)), self.generator.tokenizer.decode
+        differences = []
+        for name, reference in references.items():
+            found = find_difference(self.generator.model, example.ids, tokens, reference, processors)
+            if found is not None:
+                shown = slice(found["position"], found["position"] + 12)
+                differences.append({
+                    "reference": name, **found,
+                    "tokens": tokens[shown], "text": decode(tokens[shown]),
+                    "reference_tokens": reference[shown], "reference_text": decode(reference[shown]),
+                })  # fmt: skip
+        return {"num_tokens": len(tokens), "differences": differences}
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         found = [(record["index"], d) for record in records for d in record["differences"]]
@@ -84,22 +93,6 @@ class CompareIds(Experiment):
             f"{counted(near_ties, 'near-tie')}, {counted(real, 'difference')} that rounding does not explain"
         )
         return 1 if real else 0
-
-    def _difference(
-        self, prompt: list[int], tokens: list[int], name: str, reference: list[int]
-    ) -> Record | None:
-        processors = config_processors(self.config, len(prompt))
-        found = find_difference(self.generator.model, prompt, tokens, reference, processors)
-        if found is None:
-            return None
-        shown = slice(found.position, found.position + 12)
-        gap = found.gap if found.gap is None or math.isfinite(found.gap) else None  # JSON has no infinity
-        decode = self.generator.tokenizer.decode
-        return {
-            "reference": name, **dataclasses.asdict(found), "gap": gap, "near_tie": found.near_tie,
-            "tokens": tokens[shown], "text": decode(tokens[shown]),
-            "reference_tokens": reference[shown], "reference_text": decode(reference[shown]),
-        }  # fmt: skip
 
     @torch.inference_mode()
     def _by_transformers(self, example: Encoded) -> list[int]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.registry import model_registry
 from lm_eval.utils import setup_logging
 
@@ -23,7 +22,7 @@ from runs import ranks
 from runs.failures import reason
 from runs.heading import counted, machine
 from runs.records import Record, describe, describe_model
-from runs.startup import join_ranks, load_generator, model_name
+from runs.startup import load_generator, model_name
 from runs.status import print_status
 
 _NAME = "self_speculation"  # what lm_eval calls our model
@@ -47,7 +46,7 @@ def evaluate(
 
     `config` has the settings that tasks do not have, such as the exit layer; `args` has lm_eval's flags.
     """
-    join_ranks(model_args)
+    ranks.join_as_one(model_args.parallel)
     try:
         request_config(args.gen_kwargs, config, None)
     except UnsupportedError as error:
@@ -60,13 +59,8 @@ def evaluate(
         generator = load_generator(model_args, config, counted=counted)
         if ranks.is_first():  # above lm_eval's table
             print(machine(describe("eval", ()) | describe_model(model_name(model_args), generator.model)))
-        accelerator = None
-        if ranks.world_size() > 1:
-            patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
-            on_cpu = generator.model.device.type == "cpu"
-            accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
         sizes = {name: sizes[name] for name in ("batch_size", "max_batch_size")}
-        loaded.append(HarnessModel(generator, config, model_args.seed, accelerator=accelerator, **sizes))
+        loaded.append(HarnessModel(generator, config, model_args.seed, **sizes))
         return loaded[0]
 
     model_registry.register(_NAME, target=_Loader(load))

@@ -6,21 +6,24 @@ The harness's own Hugging Face model computes log-likelihoods, except those of a
 
 from __future__ import annotations
 
+import itertools
 import logging
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 from tqdm import tqdm
 
-from measures.timed_runs import TimedSide, measure_examples, warm_up
+from measures.timed_runs import measure_examples, warm_up
+from runs import ranks
 from runs.failures import failed
 from runs.records import Record
 from runs.status import log_if_slow
@@ -71,6 +74,17 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, default
         raise UnsupportedError(str(error)) from error
 
 
+class _Task(NamedTuple):
+    instance: Instance
+    repeat: int  # earlier occurrences among this rank's requests
+    config: GenerationConfig
+    request: Request
+
+    @property
+    def name(self) -> str:
+        return f"{self.instance.task_name}, document {self.instance.doc_id}"
+
+
 class HarnessModel(HFLM):
     """Computes log-likelihoods and completions for the harness.
 
@@ -85,7 +99,6 @@ class HarnessModel(HFLM):
         seed: int,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
-        accelerator: Accelerator | None = None,  # for several ranks
     ) -> None:
         self._generator, self._settings, self._seed = generator, config, seed
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
@@ -94,7 +107,7 @@ class HarnessModel(HFLM):
         self._has_fp32_activations = activation_dtype(generator.model) != generator.model.dtype
         self.records: list[Record] = []
         self.has_begun = False
-        logging.disable(logging.WARNING)  # the harness warns of several ranks; `accelerator` handles them
+        logging.disable(logging.WARNING)  # the harness warns of several ranks
         super().__init__(
             pretrained=generator.model,
             tokenizer=generator.tokenizer,
@@ -104,9 +117,10 @@ class HarnessModel(HFLM):
             max_length=self._room if early else None,
         )
         logging.disable(logging.NOTSET)
-        if accelerator is not None:  # the harness does this only for models that it loads
-            self.accelerator = accelerator
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if ranks.world_size() > 1:  # the harness does this only for models that it loads
+            patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
+            self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[patience])
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
@@ -132,8 +146,8 @@ class HarnessModel(HFLM):
             UnsupportedError: names the task and the argument, before anything is generated.
             Failed: names the document that did not fit in memory.
         """
-        objects = [*map(id, requests)]
-        tasks = [self._encoded(each, objects[:i].count(id(each))) for i, each in enumerate(requests)]
+        repeats: dict[int, Iterator[int]] = defaultdict(itertools.count)
+        tasks = [self._encoded(each, next(repeats[id(each)])) for each in requests]
         self.has_begun = True
         hidden = disable_tqdm or self.rank != 0 or None  # None: unless at a terminal
         answers = {
@@ -156,30 +170,29 @@ class HarnessModel(HFLM):
             raise UnsupportedError(f"{instance.task_name} asks for {error}") from error
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(list(config.stop_words or []), eos)
+        config = replace(config, stop_words=[text for text in until if text])
         ids = self.tok_batch_encode([context], left_truncate_len=room)[0][0].tolist()
         # The seed depends neither on the rank nor on the order.
         name = f"{instance.task_name} {instance.doc_id} {instance.idx} {repeat}"
-        request = Request(ids, seed=self._seed + zlib.crc32(name.encode()))
-        return _Task(instance, repeat, request, replace(config, stop_words=[text for text in until if text]))
+        seed = self._seed + zlib.crc32(name.encode())
+        return _Task(instance, repeat, config, Request(ids, seed=seed, config=config))
 
     def _measured(self, tasks: Sequence[_Task]) -> Iterator[tuple[int, Record]]:
-        """Index and record of each completion; requests with equal settings share batches."""
+        """Index and record of each completion."""
         size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
-        by_settings: dict[str, dict[int, Request]] = {}
-        for index, task in enumerate(tasks):
-            by_settings.setdefault(repr(task.config), {})[index] = task.request
-        for requests in by_settings.values():
-            longest = tasks[max(requests, key=lambda index: len(requests[index].ids))]
-            sides: list[TimedSide] = [("", self._generator, longest.config)]
-            try:
-                with log_if_slow("warming up"):
-                    warm_up(sides, longest.request.ids, size)
-            except Exception as error:
-                raise failed(longest.name, error, size) from error
-            for index, record in measure_examples(sides, requests, size):
-                if isinstance(record, Exception):
-                    raise failed(tasks[index].name, record, size) from record
-                yield index, record
+        longest = max(tasks, key=lambda task: len(task.request.ids))
+        most = max(task.config.max_steps for task in tasks)
+        try:
+            with log_if_slow("warming up"):
+                side = "", self._generator, replace(longest.config, max_steps=most)
+                warm_up([side], longest.request.ids, size)
+        except Exception as error:
+            raise failed(longest.name, error, size) from error
+        requests = dict(enumerate(task.request for task in tasks))
+        for index, record in measure_examples([("", self._generator, self._settings)], requests, size):
+            if isinstance(record, Exception):
+                raise failed(tasks[index].name, record, size) from record
+            yield index, record
 
     def _answer(self, task: _Task, record: Record) -> str:
         """The completion, cut and cached as the harness does it for its own model."""
@@ -190,14 +203,3 @@ class HarnessModel(HFLM):
             kind = {"task": task.instance.task_name, "greedy": task.config.greedy}
             self.records.append({**kind, **record})
         return answer
-
-
-class _Task(NamedTuple):
-    instance: Instance
-    repeat: int  # earlier occurrences among this rank's requests
-    request: Request
-    config: GenerationConfig
-
-    @property
-    def name(self) -> str:
-        return f"{self.instance.task_name}, document {self.instance.doc_id}"

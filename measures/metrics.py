@@ -1,4 +1,4 @@
-"""Speed, drafts and speed-up of a run's records; the speed-up that the paper's formula predicts."""
+"""Speed, drafts, speed-up and texts of a run's records; the speed-up that the paper's formula predicts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,11 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     `tokens_per_second_median` is over windows; a stall does not move it. `decode_tokens_per_second_median` is
     over completions: in a batch, of one row.
     """
-    num_tokens = [record[f"{prefix}num_tokens"] for record in records]
-    decode = [
-        record[f"{prefix}num_decode_tokens"] / record[f"{prefix}decode_time"]
-        for record in records
-        if record[f"{prefix}num_decode_tokens"]
-    ]
-    turns = (turn for r in records for turn in r.get(f"{prefix}turns", [without_prefix(r, prefix)]))
-    first = [turn["prefill_time"] for turn in turns]
-    total_time = float(_sums(records, "rank", prefix)["seconds"].max())
+    own = [without_prefix(record, prefix) for record in records]
+    num_tokens = [each["num_tokens"] for each in own]
+    decode = [each["num_decode_tokens"] / each["decode_time"] for each in own if each["num_decode_tokens"]]
+    first = [turn["prefill_time"] for each in own for turn in each.get("turns", [each])]
+    total_time = float(_sums(records, "rank", prefix)["wall_time"].max())
     return {
         "tokens_per_second": sum(num_tokens) / total_time,
         "tokens_per_second_median": float(_sums(records, "window", prefix)["rate"].median()),
@@ -54,18 +50,20 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
     90 % confidence interval of the median. `decode_speedup` leaves out the first token of each completion; it
     is None for batches, whose decode times overlap. `baseline` is the prefix of the other strategy's fields.
     """
-    ratios, totals = _ratios(records, baseline, "num_tokens", "wall_time")
-    decode: list[float] = []
-    if all(record["batch_size"] == 1 for record in records):
-        decode, _ = _ratios(records, baseline, "num_decode_tokens", "decode_time")
+    ours, theirs = (_sums(records, "window", prefix) for prefix in ("", baseline))
+    both = (ours["num_tokens"] > 0) & (theirs["num_tokens"] > 0)
+    ratios = (ours["rate"] / theirs["rate"])[both].tolist()
+    totals = ours[both].sum() / theirs[both].sum()
+    decode = (ours["decode_rate"] / theirs["decode_rate"]).dropna().tolist()
+    is_single = all(record["batch_size"] == 1 for record in records)
     return {
         "speedup": statistics.median(ratios) if ratios else None,
         "speedup_quartiles": quartiles(ratios),
         "speedup_interval": median_interval(ratios),
-        "speedup_of_totals": totals,
+        "speedup_of_totals": float(totals["num_tokens"] / totals["wall_time"]) if ratios else None,
         "speedup_faster": sum(ratio > 1 for ratio in ratios),
         "speedup_windows": len(ratios),
-        "decode_speedup": statistics.median(decode) if decode else None,
+        "decode_speedup": statistics.median(decode) if decode and is_single else None,
         "identical_outputs": sum(record["tokens"] == record[f"{baseline}tokens"] for record in records),
     }
 
@@ -75,27 +73,16 @@ def without_prefix(record: Record, prefix: str) -> Record:
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
 
 
-def _sums(
-    records: Sequence[Record], by: str, prefix: str, tokens: str = "num_tokens", seconds: str = "wall_time"
-) -> pandas.DataFrame:
-    """Tokens, seconds and their ratio for each value of the records' field `by`."""
-    rows = [(r[by], r[f"{prefix}{tokens}"], r[f"{prefix}{seconds}"]) for r in records]
-    table = pandas.DataFrame(rows, columns=["by", "tokens", "seconds"]).groupby("by").sum()
-    return table.assign(rate=table["tokens"] / table["seconds"])
-
-
-def _ratios(
-    records: Sequence[Record], baseline: str, tokens: str, seconds: str
-) -> tuple[list[float], float | None]:
-    """Ratios of the two rates: of each window in which both gave tokens, and of totals."""
-    ours, theirs = (_sums(records, "window", prefix, tokens, seconds) for prefix in ("", baseline))
-    both = (ours["tokens"] > 0) & (theirs["tokens"] > 0)
-    ours, theirs = ours[both], theirs[both]
-    if ours.empty:
-        return [], None
-    mine, other = ours.sum(), theirs.sum()
-    totals = (mine["tokens"] / mine["seconds"]) / (other["tokens"] / other["seconds"])
-    return (ours["rate"] / theirs["rate"]).tolist(), float(totals)
+def _sums(records: Sequence[Record], by: str, prefix: str) -> pandas.DataFrame:
+    """Tokens and seconds, and their ratios, for each value of the records' field `by`."""
+    summed = ("num_tokens", "wall_time", "num_decode_tokens", "decode_time")
+    rows = [{by: record[by], **{name: record[f"{prefix}{name}"] for name in summed}} for record in records]
+    table = pandas.DataFrame(rows).groupby(by).sum()
+    decoded = table[table["num_decode_tokens"] > 0]  # others have no rate
+    return table.assign(
+        rate=table["num_tokens"] / table["wall_time"],
+        decode_rate=decoded["num_decode_tokens"] / decoded["decode_time"],
+    )
 
 
 def draft_stats(records: Sequence[Record]) -> DraftStats:
@@ -103,12 +90,13 @@ def draft_stats(records: Sequence[Record]) -> DraftStats:
     return sum((DraftStats.from_rows(record["drafts"]) for record in records), DraftStats())
 
 
-def acceptance(stats: DraftStats) -> Record:
-    """Counts of drafts as JSON.
+def acceptance(records: Sequence[Record]) -> Record:
+    """Counts of all drafts as JSON.
 
     `acceptance_by_position[i]` is over the drafts with more than i tokens, so it may rise.
     `rounds_by_accepted[i]` is the share of all rounds that accepted more than i tokens.
     """
+    stats = draft_stats(records)
     accepted, drafted = stats.accepted_by_position, stats.drafted_by_position
     return {
         "acceptance_rate": stats.acceptance_rate,
@@ -136,6 +124,23 @@ def undecided(interval: Sequence[float] | None, unit: str) -> list[str]:
         return []
     why = "there are fewer than five" if interval is None else "1.00 is in the 90 % confidence interval"
     return [f"these {unit} do not tell which strategy is faster: {why}"]
+
+
+def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Record:
+    """Means over all examples: ROUGE F1, exact match, edit distance in characters; BLEU over the corpus."""
+    import sacrebleu  # takes a second with those below
+    from rapidfuzz.distance import Levenshtein
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    pairs = list(zip(predictions, references, strict=True))
+    rouge = [scorer.score(reference, prediction) for prediction, reference in pairs]
+    return {
+        **{name: statistics.mean(score[name].fmeasure for score in rouge) for name in rouge[0]},
+        "bleu": sacrebleu.corpus_bleu(list(predictions), [list(references)]).score,
+        "exact_match": statistics.mean(one.strip() == other.strip() for one, other in pairs),
+        "edit_distance": statistics.mean(Levenshtein.distance(*pair) for pair in pairs),
+    }
 
 
 def predicted_speedup(alpha: float, k: int, c: float) -> float:

@@ -13,7 +13,6 @@ matplotlib.use("Agg")  # never opens a window, never blocks
 import numpy
 import pandas
 from matplotlib import pyplot
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -42,19 +41,32 @@ def heat_maps(
     """
     rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
     size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.5 * rows))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
+    figure, panels = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
     spread = max(0.05, float((table["speedup"] - 1).abs().max()))
-    cell, meaning = framed
-    norm = TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread)
-    below = "" if measured is None else f"\nmeasured {measured:.2f}"
-    _heat_map(left, table, cell, "speedup", "{:.2f}", "RdBu", norm, below)
-    left.set_title(f"{mode} speed-up over decoding without drafts (red: slower)", fontsize=10)
-    _heat_map(right, table, cell, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
-    right.set_title("acceptance rate", fontsize=10)
-    frame = pyplot.Rectangle((0, 0), 1, 1, label=meaning, **_FRAME)
+    speedup = f"{mode} speed-up over decoding without drafts (red: slower)"
+    kinds = [
+        ("speedup", speedup, "{:.2f}", "RdBu", TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread)),
+        ("acceptance_rate", "acceptance rate", "{:.0%}", "viridis", Normalize(0.0, 1.0)),
+    ]
+    for axes, (values, name, form, colors, norm) in zip(panels, kinds, strict=True):
+        grid = table.pivot(index="exit_layer", columns="num_speculations", values=values).astype(float)
+        image = axes.imshow(grid, cmap=colors, norm=norm, aspect="auto", origin="lower")
+        axes.set_xticks(range(columns), grid.columns)
+        axes.set_yticks(range(rows), grid.index)
+        axes.set(xlabel="draft length [tokens]", ylabel="exit layer")
+        axes.set_title(name, fontsize=10)
+        for (row, column), number in numpy.ndenumerate(grid):
+            red, green, blue, _ = image.cmap(norm(number))
+            color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+            text = form.format(number)
+            if (grid.index[row], grid.columns[column]) == framed[0]:
+                axes.add_patch(pyplot.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, **_FRAME))
+                if values == "speedup" and measured is not None:
+                    text += f"\nmeasured {measured:.2f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
+    frame = pyplot.Rectangle((0, 0), 1, 1, label=framed[1], **_FRAME)
     figure.legend(handles=[frame], loc="outside lower right", fontsize=_SMALL)
-    figure.suptitle(title, fontsize=_SMALL)
-    save(figure, path)
+    save(figure, title, path)
 
 
 def bars(
@@ -79,14 +91,11 @@ def bars(
     height = 0.8 / each
     size = (8.0, 1.2 + 0.22 * len(names) * (1 + each))
     figure, axes = pyplot.subplots(figsize=size, constrained_layout=True)
-    places = names.get_indexer(table.index) + (number - (each - 1) / 2) * height
-    kinds = table["by"].unique()
-    for kind, color in zip(kinds, colors, strict=False):
-        own = table["by"] == kind
-        value = table["value"][own].astype(float)
-        low, high = (table[end][own].astype(float).fillna(value) for end in ("low", "high"))
-        how: dict[str, Any] = {"xerr": [value - low, high - value], "ecolor": "#333333"}
-        drawn = axes.barh(places[own], value, height, color=color, label=kind, **how)
+    table = table.assign(place=names.get_indexer(table.index) + (number - (each - 1) / 2) * height)
+    for color, (kind, own) in zip(colors, table.groupby("by", sort=False), strict=False):
+        ends = own[["low", "high"]].astype(float).sub(own["value"], axis=0).abs().fillna(0.0)
+        how: dict[str, Any] = {"xerr": ends.T.to_numpy(), "ecolor": "#333333", "color": color, "label": kind}
+        drawn = axes.barh(own["place"], own["value"].astype(float), height, **how)
         axes.bar_label(drawn, fmt="%.2f", padding=4, fontsize=_SMALL)
     if line is not None:
         axes.axvline(line, color="#333333", linestyle="--", linewidth=1)
@@ -94,44 +103,9 @@ def bars(
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.02)
     axes.set_xlabel(label, fontsize=_SMALL)
-    if len(kinds) > 1:
-        figure.legend(loc="outside lower center", ncols=len(kinds), fontsize=_SMALL)
-    figure.suptitle(title, fontsize=_SMALL)
-    save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """`path` has no suffix."""
-    for suffix in (".png", ".pdf") if ranks.writes() else ():
-        figure.savefig(path.with_suffix(suffix), dpi=130)
-    pyplot.close(figure)
-
-
-def _heat_map(
-    axes: Axes,
-    table: pandas.DataFrame,
-    framed: tuple[int, int],
-    value: str,
-    form: str,
-    colors: str,
-    norm: Normalize,
-    below: str = "",  # the framed cell's value
-) -> None:
-    grid = table.pivot(index="exit_layer", columns="num_speculations", values=value)
-    image = axes.imshow(grid.to_numpy(dtype=float), cmap=colors, norm=norm, aspect="auto", origin="lower")
-    axes.set_xticks(range(len(grid.columns)), grid.columns)
-    axes.set_yticks(range(len(grid.index)), grid.index)
-    axes.set_xlabel("draft length [tokens]")
-    axes.set_ylabel("exit layer")
-    for (row, column), number in numpy.ndenumerate(grid.to_numpy(dtype=float)):
-        red, green, blue, _ = image.cmap(image.norm(number))
-        color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
-        is_framed = (grid.index[row], grid.columns[column]) == framed
-        text = form.format(number) + below * is_framed
-        axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
-        if is_framed:
-            corner = (column - 0.48, row - 0.46)
-            axes.add_patch(pyplot.Rectangle(corner, 0.96, 0.92, **_FRAME))
+    if (kinds := table["by"].nunique()) > 1:
+        figure.legend(loc="outside lower center", ncols=kinds, fontsize=_SMALL)
+    save(figure, title, path)
 
 
 def agreement_by_exit(table: pandas.DataFrame, trained: Collection[int], title: str, path: Path) -> None:
@@ -141,18 +115,23 @@ def agreement_by_exit(table: pandas.DataFrame, trained: Collection[int], title: 
         trained: exits to be marked.
         path: without suffix.
     """
-    figure, panel = pyplot.subplots(figsize=(7.0, 3.6), constrained_layout=True)
+    figure, axes = pyplot.subplots(figsize=(7.0, 3.6), constrained_layout=True)
     marked = table[table["exit_layer"].isin(trained)]
-    panel.plot(table["exit_layer"], table["agreement"], marker="o", markersize=3)
-    panel.plot(marked["exit_layer"], marked["agreement"], "o", color="C1", label="trained exits")
-    panel.set_xlabel("exit layer")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.set_xlim(left=0)
-    panel.set_ylabel("tokens on which the exit agrees with the last layer")
-    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-    panel.set_ylim(bottom=0)
-    panel.grid(alpha=0.3)
+    axes.plot(table["exit_layer"], table["agreement"], marker="o", markersize=3)
+    axes.plot(marked["exit_layer"], marked["agreement"], "o", color="C1", label="trained exits")
+    axes.set(xlabel="exit layer", ylabel="tokens on which the exit agrees with the last layer")
+    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.3)
     if len(marked):
-        panel.legend(loc="lower right", fontsize=_SMALL)
+        axes.legend(loc="lower right", fontsize=_SMALL)
+    save(figure, title, path)
+
+
+def save(figure: Figure, title: str, path: Path) -> None:
+    """Write a figure with a title above it; `path` has no suffix."""
     figure.suptitle(title, fontsize=_SMALL)
-    save(figure, path)
+    for suffix in (".png", ".pdf") if ranks.writes() else ():
+        figure.savefig(path.with_suffix(suffix), dpi=130)
+    pyplot.close(figure)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy
 
-from measures import metrics
 from measures.timed_runs import BASELINE
 from runs.records import Record
 from self_speculation.results import DraftStats
+
+Cell = tuple[int, int]  # exit layer, draft length
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Costs:
         by_exit = []
         for points in self.rounds.values():
             drafted, seconds = zip((0, self.plain_step), *points, strict=True)
-            by_exit.append(float(numpy.interp(num_drafted, drafted, seconds)))
-        return float(numpy.interp(exit_layer, list(self.rounds), by_exit))
+            by_exit.append(numpy.interp(num_drafted, drafted, seconds))
+        return float(numpy.interp(exit_layer, [*self.rounds], by_exit))
 
 
-def costs_of(cells: Mapping[tuple[int, int], Sequence[Record]]) -> Costs:
-    """The costs of rounds, by records of cells (exit layer, draft length) and plain decoding in turn.
+def costs_of(cells: Mapping[Cell, Sequence[Record]]) -> Costs:
+    """The costs of rounds, by records of cells and plain decoding in turn.
 
     A round's cost is a median of ratios to the plain steps beside it, since a machine's pace changes.
     """
@@ -62,50 +62,33 @@ def costs_of(cells: Mapping[tuple[int, int], Sequence[Record]]) -> Costs:
     return Costs(plain, {layer: [(k, plain * ratio) for k, ratio in own] for layer, own in rounds.items()})
 
 
-def replay(matches: Sequence[bool], max_tokens: int, draft_length: int) -> DraftStats:
-    """The rounds of one output.
+def replayed(record: Record, costs: Costs, cell: Cell) -> Record:
+    """An example of `sweeping.Predicted` as `timed_runs.measure_examples` would record it.
 
-    Args:
-        matches: whether the exit guesses each output token and the end id. Nothing drafts the first one.
-        max_tokens: the longest output that the context and max_steps allow.
-        draft_length: tokens per draft, where there is room for them.
+    Nothing drafts the first token. Drafts are as long as the cell's, where `max_tokens` leaves room.
     """
-    rounds = DraftStats()
-    position = 1
+    exit_layer, draft_length = cell
+    matches, num_decoded = record["matches"][str(exit_layer)], len(record["tokens"]) - 1
+    stats, position = DraftStats(), 1
     while position < len(matches):
-        k = min(draft_length, max_tokens - position - 1)
-        accepted = sum(takewhile(bool, matches[position : position + k]))
+        k = min(draft_length, record["max_tokens"] - position - 1)
+        draft = matches[position : position + k]
+        accepted = len(draft) - len(draft.lstrip("1"))
         emitted = min(accepted + 1, len(matches) - position)
-        rounds.add("exit", drafted=k, accepted=accepted, emitted=emitted)
+        stats.add("exit", drafted=k, accepted=accepted, emitted=emitted)
         position += emitted
-    return rounds
-
-
-def predicted_cell(records: Sequence[Record], costs: Costs, exit_layer: int, draft_length: int) -> Record:
-    """The row of a sweep's table for one exit layer and draft length, from `sweeping.Predicted` records."""
-    rounds, seconds, speedups = [], [], []
-    for record in records:
-        matches = [match == "1" for match in record["matches"][str(exit_layer)]]
-        rounds.append(replay(matches, record["max_tokens"], draft_length))
-        kinds = rounds[-1].rounds.items()
-        decoding = sum(n * costs.round(exit_layer, kind.drafted) for kind, n in kinds)
-        seconds.append(record["prefill_time"] + decoding)
-        plain = record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step
-        speedups.append(plain / seconds[-1])
-    num_tokens = [record["num_tokens"] for record in records]
-    low, high = metrics.median_interval(speedups) or (None, None)
-    return {
-        "mode": "predicted",
-        "exit_layer": exit_layer,
-        "num_speculations": draft_length,
-        **metrics.acceptance(sum(rounds, DraftStats())),
-        "num_tokens": sum(num_tokens),
-        "total_time": sum(seconds),
-        "tokens_per_second": sum(num_tokens) / sum(seconds),
-        "tokens_per_second_median": statistics.median(
-            n / time for n, time in zip(num_tokens, seconds, strict=True)
-        ),
-        "speedup": statistics.median(speedups),
-        "speedup_low": low,
-        "speedup_high": high,
+    seconds = {
+        "": sum(n * costs.round(exit_layer, kind.drafted) for kind, n in stats.rounds.items()),
+        BASELINE: num_decoded * costs.plain_step,
     }
+    found = {"window": record["index"], "rank": 0, "batch_size": 1, "drafts": stats.to_rows()}
+    for prefix, decode_time in seconds.items():
+        found |= {
+            f"{prefix}tokens": record["tokens"],
+            f"{prefix}num_tokens": record["num_tokens"],
+            f"{prefix}num_decode_tokens": num_decoded,
+            f"{prefix}prefill_time": record["prefill_time"],
+            f"{prefix}decode_time": decode_time,
+            f"{prefix}wall_time": record["prefill_time"] + decode_time,
+        }
+    return found

@@ -37,21 +37,17 @@ def by_category(rows: Sequence[Record], records: Sequence[Record]) -> dict[str, 
     for row, record in zip(rows, records, strict=True):
         name = "mt_bench" if row["category"] in _MT_BENCH else row["category"]
         groups.setdefault(name, []).append(record)
-    return {name: _figures(own) for name, own in groups.items()}
-
-
-def _figures(records: Sequence[Record]) -> dict[str, float | None]:
-    found = {
-        "questions": len(records),
-        "tokens_per_second": metrics.speed(records)["tokens_per_second_median"],
-    }
-    if f"{BASELINE}tokens" in records[0]:
-        found["autoregressive"] = metrics.speed(records, BASELINE)["tokens_per_second_median"]
-        compared = metrics.speedup(records, BASELINE)
-        found["speedup"] = compared["speedup"]
-        found["low"], found["high"] = compared["speedup_interval"] or (None, None)
-    if "drafts" in records[0]:
-        found["mean_accepted_length"] = metrics.draft_stats(records).mean_accepted_length
+    found: dict[str, Record] = {}
+    for name, own in groups.items():
+        speed = metrics.speed(own)["tokens_per_second_median"]
+        found[name] = {"questions": len(own), "tokens_per_second": speed}
+        if f"{BASELINE}tokens" in own[0]:
+            baseline, compared = metrics.speed(own, BASELINE), metrics.speedup(own, BASELINE)
+            low, high = compared["speedup_interval"] or (None, None)
+            found[name]["autoregressive"] = baseline["tokens_per_second_median"]
+            found[name] |= {"speedup": compared["speedup"], "low": low, "high": high}
+        if "drafts" in own[0]:
+            found[name]["mean_accepted_length"] = metrics.draft_stats(own).mean_accepted_length
     return found
 
 
@@ -88,9 +84,12 @@ def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, pr
             "wall_time": [turn["wall_time"] for turn in turns],
             "accept_lengths": [length for lengths in accepted for length in lengths],
         }
-        named = {"question_id": row["question_id"], "category": row["category"]}
-        ids = {"answer_id": f"{model_id}-{row['question_id']}", "model_id": model_id}
-        lines.append(json.dumps({**named, **ids, "choices": [choice], "tstamp": time.time()}) + "\n")
+        answer = {
+            "question_id": row["question_id"], "category": row["category"],
+            "answer_id": f"{model_id}-{row['question_id']}", "model_id": model_id,
+            "choices": [choice], "tstamp": time.time(),
+        }  # fmt: skip
+        lines.append(json.dumps(answer) + "\n")
     return "".join(lines)
 
 

@@ -10,10 +10,8 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import isnan
 from typing import Any
 
-import numpy
 import pandas
 import torch
 from transformers import LogitsProcessorList
@@ -21,17 +19,17 @@ from transformers import LogitsProcessorList
 from measures import metrics
 from measures.comparison import with_end
 from measures.plots import heat_maps
-from measures.replay import Costs, costs_of, predicted_cell
+from measures.replay import Cell, Costs, costs_of, replayed
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
 from runs.failures import failed
+from runs.flags import COUNTS
 from runs.heading import counted, heading, note
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
-from runs.tuning import COUNTS
 from self_speculation import Request
-from self_speculation.decoding.processors import config_processors
+from self_speculation.decoding.request import config_processors
 from self_speculation.drafts.registry import make_drafter
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.families import context_length
@@ -51,11 +49,9 @@ HEADINGS = {
 }  # fmt: skip
 
 _ROWS_SHOWN = 20
-# A predicted sweep measures rounds of these draft lengths and of the longest one, at a few exits, on a few
+# A predicted sweep measures rounds of these draft lengths and of the longest one, at three exits, on a few
 # tokens of a few prompts. Captured passes have widths of powers of two.
-_LENGTHS, _EXITS, _TOKENS, _PROMPTS = (1, 3, 7, 15), 3, 24, 3
-
-Cell = tuple[int, int]  # exit layer, draft length
+_LENGTHS, _TOKENS, _PROMPTS = (1, 3, 7, 15), 24, 3
 
 
 @dataclass
@@ -77,14 +73,7 @@ class Sweep(Experiment):
 
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by plain decoding, in turn."""
-        records = self._time(cell, self.requests(range(len(self.examples))))
-        compared = metrics.speedup(records, BASELINE)
-        low, high = compared["speedup_interval"] or (None, None)
-        return {
-            "mode": "measured", "exit_layer": cell[0], "num_speculations": cell[1],
-            **metrics.acceptance(metrics.draft_stats(records)), **metrics.speed(records),
-            "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
-        }  # fmt: skip
+        return _row("measured", cell, self._time(cell, self.requests(range(len(self.examples)))))
 
     def _time(self, cell: Cell, requests: Mapping[int, Request], **settings: Any) -> list[Record]:
         """Records of requests by this cell and by plain decoding, in turn."""
@@ -112,12 +101,13 @@ class Sweep(Experiment):
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
             return 0
         first = compared.astype(object).iloc[0]
-        best = first[["exit_layer", "num_speculations", "speedup"]].to_dict()
+        cell = first[["exit_layer", "num_speculations"]].to_dict()
+        best = {**cell, "speedup": first["speedup"]}
         which = "" if first["mode"] == self.mode else f"{first['mode']} "
         title = heading(run.description, left_out=("exit_layer", "num_speculations"))
         answered = f"{counted(len(self.examples), 'prompt')}, whole answers with prefill"
         cells = compared[compared["mode"] == self.mode]
-        framed = ((best["exit_layer"], best["num_speculations"]), f"best {which}speed-up")
+        framed = tuple(cell.values()), f"best {which}speed-up"
         measured = best["speedup"] if which else None
         heat_maps(cells, self.mode, framed, f"{title}\n{answered}", run.folder / "sweep", measured)
         run.finish(records, {**extra, "best": best})
@@ -126,17 +116,15 @@ class Sweep(Experiment):
         print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
         if len(table) > _ROWS_SHOWN:
             print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
-        interval = None if isnan(first["speedup_low"]) else (first["speedup_low"], first["speedup_high"])
-        for remark in metrics.undecided(interval, "prompts"):
+        interval = first["speedup_low"], first["speedup_high"]
+        for remark in metrics.undecided(None if pandas.isna(interval[0]) else interval, "prompts"):
             print(f"\n{note(remark)}")
         print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
         if best["speedup"] < 1:
             print(f"no {which}cell is faster than decoding without drafts; the nearest:")
-        flags = ["exit_layer", "num_speculations"]
-        flags += ["draft_weights"] if self.config.draft_weights != "exact" else []
-        flags += ["draft_vocabulary"] if self.config.draft_vocabulary else []
-        values = {**asdict(self.config), **best}
-        print(" ".join(f"--{name} {values[name]}" for name in ["generation_strategy", *flags]))
+        flags = {name: getattr(self.config, name) for name in ("draft_weights", "draft_vocabulary")}
+        flags = {"generation_strategy": self.config.generation_strategy, **cell, **flags}
+        print(" ".join(f"--{name} {value}" for name, value in flags.items() if value not in ("exact", None)))
         return 0
 
 
@@ -204,9 +192,10 @@ class Predicted(Sweep):
         run.replace(COUNTS, json.dumps(Counter(id_ for record in records for id_ in record["tokens"])))
         with log_if_slow("measuring costs of rounds"):
             costs = broadcast_from_rank0(self.generator.model, self._costs(records))
-        predicted = [predicted_cell(records, costs, *cell) for cell in self.grid]
-        verified = []
-        for row in sorted(predicted, key=lambda row: -row["speedup"])[: self.verify_top]:
+        cells = ((cell, [replayed(record, costs, cell) for record in records]) for cell in self.grid)
+        predicted = [_row("predicted", *cell) for cell in cells]
+        verified, known = [], [row for row in predicted if row["speedup"] is not None]
+        for row in sorted(known, key=lambda row: -row["speedup"])[: self.verify_top]:
             cell = row["exit_layer"], row["num_speculations"]
             try:
                 verified.append(self.measure_cell(cell))
@@ -218,18 +207,16 @@ class Predicted(Sweep):
 
     def _costs(self, records: list[Record]) -> Costs:
         """The costs of real rounds around the middle of the longest outputs."""
-        longest = sorted(records, key=lambda record: -len(record["tokens"]))[:_PROMPTS]
         requests = {}
-        for index, tokens in ((record["index"], record["tokens"]) for record in longest):
+        for record in sorted(records, key=lambda record: -len(record["tokens"]))[:_PROMPTS]:
+            index, tokens = record["index"], record["tokens"]
             ids = [*self.examples[index].ids, *tokens[: max(0, (len(tokens) - _TOKENS) // 2)]]
             requests[index] = Request(ids)
-        places = numpy.linspace(0, len(self._exit_layers) - 1, min(_EXITS, len(self._exit_layers))).round()
-        most = max(k for _, k in self.grid)
-        cells = itertools.product((self._exit_layers[int(place)] for place in places), {*_LENGTHS, most})
+        exits, most = self._exit_layers, max(k for _, k in self.grid)
+        lengths = {min(length, most) for length in (*_LENGTHS, most)}
+        cells = itertools.product({exits[0], exits[len(exits) // 2], exits[-1]}, lengths)
         steps = min(self.config.max_steps, _TOKENS)
-        return costs_of(
-            {cell: self._time(cell, requests, max_steps=steps) for cell in cells if cell[1] <= most}
-        )
+        return costs_of({cell: self._time(cell, requests, max_steps=steps) for cell in cells})
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
         """Apply the logits processors of drafts to the [n, V] logits of the output's positions."""
@@ -238,6 +225,17 @@ class Predicted(Sweep):
             return logits
         rows = logits.float().split(1)
         return torch.cat([processors(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
+
+
+def _row(mode: str, cell: Cell, records: Sequence[Record]) -> Record:
+    """A cell's row of the table, by records of it and of plain decoding."""
+    compared = metrics.speedup(records, BASELINE)
+    low, high = compared["speedup_interval"] or (None, None)
+    return {
+        "mode": mode, "exit_layer": cell[0], "num_speculations": cell[1],
+        **metrics.acceptance(records), **metrics.speed(records),
+        "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
+    }  # fmt: skip
 
 
 def _name(cell: Cell) -> str:

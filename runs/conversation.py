@@ -5,26 +5,25 @@ Answers go to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
-import statistics
 import sys
 import termios
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedModel
 
 from arguments import refuse
-from runs.failures import EXPLAINABLE, reason
+from runs.failures import reason
 from runs.heading import counted, early_exit_alone
 from runs.startup import autoregressive, encode_chat
-from runs.status import log_if_slow, print_status, status_held
+from runs.status import log_if_slow, print_status
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -35,7 +34,7 @@ from self_speculation import (
 )
 from self_speculation.decoding.grammar import Grammar
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.threads import adjust_threads
 
@@ -57,20 +56,14 @@ Ctrl-D        leaves"""
 _COMMAND = re.compile(r"\s*/(?:(system|save)\b\s*(.*?)|(\w*))\s*", re.DOTALL)
 
 
-def read_grammar(name: str, text: str | None) -> Grammar:
-    """The grammar of a file's text, by the ending of its name; without a text: of any JSON object.
-
-    Raises:
-        ValueError: the grammar is invalid.
-    """
-    if text is None:
-        grammar = Grammar.json_schema({"type": "object"})
-    else:
-        grammar = Grammar.json_schema(text) if name.endswith(".json") else Grammar.lark(text)
+def read_grammar(name: str, text: str) -> Grammar:
+    """The grammar of --grammar, whose file has this text; raises ValueError if it is invalid."""
+    is_json = name == "json" or name.endswith(".json")
+    grammar = Grammar.json_schema(text) if is_json else Grammar.lark(text)
     try:
         GrammarSandbox().check(grammar.definition)
     except ValueError as error:
-        if text is None or name.endswith(".json"):
+        if is_json:
             raise
         raise ValueError(f"read as Lark, as all files but .json are: {error}") from error
     return grammar
@@ -101,7 +94,7 @@ class Conversation:
         """
         prompt = prompt.replace("\r\n", "\n")  # line breaks of Windows
         ids, thinking = self._encoded(prompt)
-        own = {"grammar": self.grammar, "prediction": self.prediction, "thinking": thinking}
+        request = Request(ids, grammar=self.grammar, prediction=self.prediction, thinking=thinking)
         streamer: Any = None
         if self.streamer != "none":
             kind = SpeculativeTextStreamer if self.streamer == "speculative" else StandardTextStreamer
@@ -111,9 +104,9 @@ class Conversation:
         config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
         model = self.generator.model
         adjust_threads(model)  # by what others did since the last answer
-        with Interrupt(model) as interrupt, status_held(streamer is not None and sys.stdout.isatty()):
-            request = Request(ids, stopping_criteria=[interrupt], streamer=streamer, **own)
-            result = self.generator.generate(request, config)
+        with Interrupt(model) as interrupt, _status_held(streamer is not None and sys.stdout.isatty()):
+            shown = replace(request, stopping_criteria=[interrupt], streamer=streamer)
+            result = self.generator.generate(shown, config)
         if streamer is None:
             print(result.decoded_prediction)
         self._messages.append({"role": "user", "content": prompt})
@@ -126,7 +119,7 @@ class Conversation:
         if self.compare and not interrupt.met:
             try:
                 with log_if_slow("comparing with decoding without drafts, without streaming"):
-                    compared = self._comparison(Request(ids, **own))
+                    compared = self._comparison(request)
                 print_status(f"  {compared}")
             except KeyboardInterrupt:  # the conversation goes on
                 print_status("\n  without streaming: interrupted")
@@ -141,7 +134,9 @@ class Conversation:
         return encode_chat(self.generator, messages, self.template_kwargs)
 
     def obey(self, command: str, text: str) -> str:
-        """Follow /clear, /system or /save; what to say."""
+        """Follow a command; what to say."""
+        if command == "help":
+            return _HELP
         if command == "clear":
             self._messages = []
             return "the conversation is forgotten"
@@ -150,6 +145,8 @@ class Conversation:
                 return "/system: needs --chat True, a prompt alone has no roles"
             self._system = [{"role": "system", "content": text}] if text else []
             return "the system prompt is set" if text else "there is no system prompt now"
+        if command != "save":
+            return f"/{command}: no such command, there are /help, /clear, /system, /save, /exit"
         if not text:
             return "/save: needs the name of a new file"
         messages = json.dumps([*self._system, *self._messages], indent=2, ensure_ascii=False)
@@ -171,10 +168,14 @@ class Conversation:
         turns = [[speed(*side) for side in sides] for _ in range(1 + _TURNS)][1:]  # the first one warms up
         if not all(map(all, turns)):
             return "without streaming: answers of one token, nothing to compare"
+        ratios = sorted((ours / plain, ours, plain) for ours, plain in turns)
+        (low, *_), *_, (high, *_) = ratios
         # Speeds of the turn with the median ratio: medians of both may contradict it.
-        ours, plain = sorted(turns, key=lambda turn: turn[0] / turn[1])[_TURNS // 2]
+        ratio, ours, plain = ratios[_TURNS // 2]
+        agree = low > 1 or high < 1
+        verdict = f"{ratio:.2f} times as fast" if agree else "turns do not agree which is faster"
         speeds = f"{ours:.1f} tokens/s, without drafts {plain:.1f}"
-        return f"without streaming: {speeds}: {_verdict([a / b for a, b in turns])}"
+        return f"without streaming: {speeds}: {verdict} ({low:.2f}-{high:.2f})"
 
 
 class Interrupt:
@@ -194,9 +195,9 @@ class Interrupt:
         self._pressed = True
         signal.signal(signal.SIGINT, self._previous)
 
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def __call__(self, *_: Any) -> bool:
         self.met = broadcast_from_rank0(self._model, self._pressed)
-        return torch.full((input_ids.shape[0],), self.met)  # on the host, without a wait for the GPU
+        return self.met
 
 
 def one_prompt(given: str | None) -> str:
@@ -205,16 +206,26 @@ def one_prompt(given: str | None) -> str:
     An invalid or empty text ends the program with status 2.
     """
     try:
-        if given is not None:
-            given.encode()
-            return given
-        prompt = sys.stdin.read().removesuffix("\n") if sys.stdin is not None else ""
+        prompt = given
+        if prompt is None:
+            prompt = sys.stdin.read().removesuffix("\n") if sys.stdin is not None else ""
         prompt.encode()
     except UnicodeError:
         refuse("the prompt is not valid UTF-8")
-    if not prompt:
+    if given is None and not prompt:
         refuse('the prompt is empty: standard input has no text; --prompt "" stands for the BOS token alone')
     return prompt
+
+
+@contextmanager
+def _status_held(is_held: bool) -> Iterator[None]:
+    """If `is_held`, print status lines after this block, in which an answer grows on the same terminal."""
+    lines = io.StringIO()
+    try:
+        with redirect_stderr(lines) if is_held else nullcontext():
+            yield
+    finally:
+        print(lines.getvalue(), end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -247,19 +258,14 @@ def converse(talk: Conversation) -> int:
         if last_line == "/exit":  # even after other lines
             return 0
         if found := _COMMAND.fullmatch(prompt):
-            command = found[1] or found[3]
-            if found[1] or command == "clear":
-                print_status(talk.obey(command, found[2] or ""))
-            else:
-                unknown = f"/{command}: no such command, there are /help, /clear, /system, /save, /exit"
-                print_status(_HELP if command == "help" else unknown)
+            print_status(talk.obey(found[1] or found[3], found[2] or ""))
             continue
         try:
             with _unechoed():
                 talk.answer(prompt)
         except ValueError as error:
             print_status(f"error: {error}")
-        except EXPLAINABLE as error:
+        except Exception as error:
             if (why := reason(error)) is None:
                 raise
             print_status(f"\nerror: {why}")  # in the middle of an answer
@@ -287,13 +293,6 @@ def _session() -> PromptSession[str]:
         event.current_buffer.insert_text("\n")
 
     return PromptSession(multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True))
-
-
-def _verdict(ratios: Sequence[float]) -> str:
-    """What the ratios of speeds of several turns tell."""
-    low, ratio, high = min(ratios), statistics.median(ratios), max(ratios)
-    verdict = "turns do not agree which is faster" if low <= 1 <= high else f"{ratio:.2f} times as fast"
-    return f"{verdict} ({low:.2f}-{high:.2f})"
 
 
 def _statistics(result: GenerationResult, config: GenerationConfig, interrupted: bool) -> str:

@@ -13,24 +13,22 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PretrainedConfig
 
-from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
-from data import DataError, Example, load_examples
+from arguments import BatchArguments, GenerationConfig, ModelArguments, refuse
+from data import DataArguments, DataError, Example, load_examples
 from runs import ranks
-from runs.failures import EXPLAINABLE, check_writable, failed, less_than, reason
+from runs.failures import check_writable, failed, reason
 from runs.heading import counted
 from runs.records import Record, RecordError, Run, check_same_run, describe, describe_model
-from runs.startup import encode_chat, join_ranks, load_generator, model_name
+from runs.startup import encode_chat, load_generator, model_name
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking
 from self_speculation.model.devices import ends_ranks, is_lost_rank, num_ranks
 from self_speculation.model.families import context_length
 
-# Prompts of a conversation and the answers to all but the last one -> the ids of all of them, and how the
-# next answer thinks.
-Encode = Callable[[Sequence[str], Sequence[str]], tuple[list[int], Thinking | None]]
+# Prompts of a conversation and their answers in turn, up to a prompt -> all ids, and how its answer thinks.
+Encode = Callable[[Sequence[str]], tuple[list[int], Thinking | None]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,9 @@ class Encoded(Example):
         """The turn after these answers, or None."""
         if len(answers) > len(self.later_turns):
             return None
-        ids, thinking = self.encode([self.prompt, *self.later_turns[: len(answers)]], answers)
+        asked = [self.prompt, *self.later_turns[: len(answers)]]
+        earlier = zip(asked, answers, strict=False)  # the last prompt has no answer yet
+        ids, thinking = self.encode([*itertools.chain(*earlier), asked[-1]])
         return Request(ids, seed=seed, thinking=thinking)
 
 
@@ -115,7 +115,6 @@ def run_experiment(
     data_args: DataArguments,
     args: Any,
     batch: BatchArguments,
-    model_config: PretrainedConfig | None = None,
     counted: Mapping[int, int] | None = None,
 ) -> int:
     """Load the model and the examples that fit it, make the missing records, each rank its share, and let
@@ -126,9 +125,9 @@ def run_experiment(
     Args:
         make: called with the first fields of an `Experiment`.
         args: the script's own arguments, with `resume`.
-        model_config, counted: see `load_generator`.
+        counted: see `load_generator`.
     """
-    join_ranks(model_args)
+    ranks.join_as_one(model_args.parallel)
     check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
     try:
         examples = load_examples(data_args, model_args.seed)
@@ -138,16 +137,14 @@ def run_experiment(
     except (DataError, RecordError) as error:
         refuse(str(error))
     is_exact = script == "correctness"
-    generator = load_generator(model_args, config, model_config, data_args.chat, counted, not is_exact)
+    generator = load_generator(model_args, config, data_args.chat, counted, fast_prompts=not is_exact)
     description |= describe_model(model_name(model_args), generator.model)
     fitting = _examples_that_fit(generator, examples, data_args)
     if script != "benchmark" and any(example.later_turns for example in fitting):
         print_status(f"{script}.py asks the first turn of each conversation only")
     experiment = make(generator, config, fitting, model_args.seed, batch.batch_size)
     experiment.warm_up()
-    new = args.resume is None
-    create = partial(Run.create, model_args.output_dir, script) if new else partial(Run.resume, args.resume)
-    return _run(experiment, partial(create, description))
+    return _run(experiment, partial(Run.open, model_args.output_dir, args.resume, description))
 
 
 def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
@@ -167,8 +164,8 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             complete = run.records()
             records = [complete[index] for index in range(experiment.num_records)]
             return experiment.conclude(run, records)
-        except EXPLAINABLE as error:
-            why = reason(error, less_than(experiment.batch_size)) or ""
+        except Exception as error:
+            why = reason(error, batch_size=experiment.batch_size) or ""
             elsewhere = ends_ranks(experiment.generator.model, error) and not ranks.is_first()
             if elsewhere or not (why or is_lost_rank(error)):
                 raise
@@ -215,19 +212,14 @@ def _examples_that_fit(
     # Turns of a conversation need the template, where there is one.
     chat = data_args.chat or (data_args.dataset == "spec_bench" and generator.tokenizer.chat_template)
 
-    def encode(prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[int], Thinking | None]:
-        *earlier, last = prompts
-        pairs = list(zip(earlier, answers, strict=True))
-        if not chat:
-            before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs)
-            return generator.encode(before + last), None
-        said = [text for pair in pairs for text in pair] + [last]
-        roles = itertools.cycle(("user", "assistant"))
-        messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    def encode(said: Sequence[str]) -> tuple[list[int], Thinking | None]:
+        if not chat:  # a blank line after each answer
+            return generator.encode("".join(text + "\n\n" * (i % 2) for i, text in enumerate(said))), None
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
         return encode_chat(generator, messages, data_args.template_kwargs)
 
     def encoded(example: Example) -> Encoded:
-        ids, thinking = encode([example.prompt], [])
+        ids, thinking = encode([example.prompt])
         return Encoded(**vars(example), ids=ids, thinking=thinking, encode=encode)
 
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from arguments import refuse
 
 # Ways to generate with less memory.
-_LESS = (
+LESS = (
     "a shorter prompt, a lower --max_steps, --dtype half, --quantization int8 or int4, --draft_weights exact"
 )
 # torch's words; torch.OutOfMemoryError is a RuntimeError.
@@ -25,14 +25,12 @@ class Failed(Exception):
     """The work cannot go on; the message is one line that names the example or the file."""
 
 
-# The kinds of errors that `reason` may explain; any other is a mistake of the program.
-EXPLAINABLE = (RuntimeError, MemoryError, FloatingPointError, Failed)
-
-
-def reason(error: BaseException, less: str = _LESS) -> str | None:
+def reason(error: BaseException, less: str = LESS, batch_size: int = 1) -> str | None:
     """Explain an error in one line; None for a mistake of the program. `less`: ways to use less memory."""
     if isinstance(error, FloatingPointError | Failed):
         return str(error)
+    if batch_size > 1:
+        less = f"a --batch_size below {batch_size}, {less}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError):
@@ -43,16 +41,11 @@ def reason(error: BaseException, less: str = _LESS) -> str | None:
     return None
 
 
-def less_than(batch_size: int) -> str:
-    """Ways to generate with less memory than at this batch size."""
-    return _LESS if batch_size == 1 else f"a --batch_size below {batch_size}, {_LESS}"
-
-
 def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
     """Turn an error in the work on `what` into a `Failed`; raise the error itself if it is a mistake of the
     program.
     """
-    if (why := reason(error, less_than(batch_size))) is None:
+    if (why := reason(error, batch_size=batch_size)) is None:
         raise error
     return Failed(f"{what}: {why}")
 

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
-from arguments import DataArguments, GenerationConfig, ModelArguments
+from arguments import GenerationConfig, ModelArguments
+from data import DataArguments
 from runs.records import Record
 
 # These arguments stand elsewhere in the lines or in the table, or do not change the figures.
@@ -24,25 +25,18 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
         run: the content of `run.json`.
         left_out: arguments that vary in the table, or that it shows.
     """
-    sizes = [f"batch size {run['arguments']['batch_size']}"] if "batch_size" in run["arguments"] else []
-    return "\n".join(map(_filled, (_settings(run, left_out), [*machine(run).split(", "), *sizes])))
-
-
-def _settings(run: Record, left_out: Collection[str]) -> list[str]:
     asked, path = run["arguments"], Path(run["model"]).expanduser()
-    names = (
-        path.name if path.exists() else run["model"],
-        asked.get("dataset"),
-        asked.get("generation_strategy"),
-    )
-    parts: list[str] = []
-    if "exit_layer" not in left_out and (alone := early_exit_alone(asked)):
-        names, left_out = (*names[:2], f"{names[2]} {alone}"), {*left_out, "exit_layer"}
+    strategy, hidden = asked.get("generation_strategy"), {*_HIDDEN, *left_out}
+    if "exit_layer" not in hidden and (alone := early_exit_alone(asked)):
+        strategy, hidden = f"{strategy} {alone}", {*hidden, "exit_layer"}
+    names = (path.name if path.exists() else run["model"], asked.get("dataset"), strategy)
+    settings: list[str] = []
     for name, group in zip(names, (ModelArguments, DataArguments, GenerationConfig), strict=True):
-        own = [field for field in fields(group) if field.name in asked.keys() - {*_HIDDEN, *left_out}]
-        changed = [field.name for field in own if asked[field.name] != field.default]
-        parts += [*filter(None, [name]), *(f"{name} {asked[name]}" for name in changed)]
-    return parts
+        own = [each for each in fields(group) if each.name in asked.keys() - hidden]
+        changed = [f"{each.name} {asked[each.name]}" for each in own if asked[each.name] != each.default]
+        settings += [*filter(None, [name]), *changed]
+    sizes = [f"batch size {asked['batch_size']}"] if "batch_size" in asked else []
+    return "\n".join(map(_filled, (settings, [*machine(run).split(", "), *sizes])))
 
 
 def _filled(parts: list[str]) -> str:

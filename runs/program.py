@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from arguments import refuse
 from runs import ranks
-from runs.failures import EXPLAINABLE, reason
+from runs.failures import LESS, reason
 from runs.status import print_status, work_bar
 from self_speculation.model.progress import shown_by
 
@@ -47,14 +47,10 @@ def on_signals(act: Callable[[int], None], seconds: float) -> None:
     Thread(target=wait, name="signals", daemon=True).start()
 
 
-def run(main: Callable[[], int], **advice: str) -> NoReturn:
-    """Run `main` and end the program with its status, or with one line after Ctrl-C or a known failure.
-
-    `advice` is for `reason`.
+def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
+    """Run `main` and end the program with its status, or with one line after Ctrl-C or a known failure;
+    `less`: ways to use less memory.
     """
-    from runs.early import end_or_raise  # not above: it handles Ctrl-C as soon as it is imported
-
-    signal.signal(signal.SIGINT, end_or_raise)
     # Loading makes many objects and no garbage, and collections would take a second. `load_generator` enables
     # the collector again.
     gc.disable()
@@ -69,11 +65,11 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
     except BrokenPipeError:  # the reader of the output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
-    except EXPLAINABLE as error:
+    except Exception as error:
+        if (why := reason(error, less)) is not None:
+            refuse(why, status=1)
         from self_speculation.model.devices import is_lost_rank
 
-        if (why := reason(error, **advice)) is not None:
-            refuse(why, status=1)
         if not is_lost_rank(error):
             raise
         status = 1  # the lost rank or torchrun says why

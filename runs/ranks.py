@@ -51,12 +51,16 @@ def world_size() -> int:
     return 1 if _one_model_together else num_processes()
 
 
-def join_as_one() -> None:
-    """Join the other processes to hold one model together, and silence all but the first."""
+def join_as_one(parallel: str) -> None:
+    """With --parallel tensor, join the other processes to hold one model together, and silence all but the
+    first; call it before anything is read.
+    """
+    global _one_model_together
+    if parallel != "tensor" or num_processes() == 1:
+        return
     import torch
     import torch.distributed as dist
 
-    global _one_model_together
     _one_model_together = True
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     if is_first():
@@ -88,8 +92,6 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-    # Not in the `finally`: a rank that fails must end at once, so that torchrun ends the others.
-    leave()
 
 
 def leave() -> None:

@@ -52,24 +52,20 @@ class Run:
     description: Record
 
     @classmethod
-    def create(cls, output_dir: str, name: str, description: Record) -> Run:
-        """Make a new folder `name_<time>` in `output_dir`; raises RecordError."""
-        began = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # other runs may begin in the same second
-        run = cls(Path(output_dir).expanduser() / f"{name}_{began}", description)
-        try:
-            run.folder.mkdir(parents=True)
-        except OSError as error:
-            raise RecordError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
-        run.write_status("running")
-        return run
+    def open(cls, output_dir: str, resume: str | None, description: Record) -> Run:
+        """A new folder `script_<time>` in `output_dir`, or the folder of the interrupted run to resume.
 
-    @classmethod
-    def resume(cls, path: str, description: Record) -> Run:
-        """Open the folder of an interrupted run; raises RecordError if there is none, or it differs."""
-        earlier = check_same_run(path, description)
-        began = {"began": earlier["began"]} if "began" in earlier else {}
-        run = cls(Path(path).expanduser(), description | began)
-        run._replace_records(run.records().values())  # without a line that was cut
+        Raises:
+            RecordError: it cannot be written, or the run to resume is none or another one.
+        """
+        if resume is None:
+            began = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # other runs may begin in the same second
+            run = cls(Path(output_dir).expanduser() / f"{description['script']}_{began}", description)
+        else:
+            earlier = check_same_run(resume, description)
+            run = cls(Path(resume).expanduser(), description | {"began": earlier.get("began")})
+            run._replace_records(run.records().values())  # without a line that was cut
+        run.write_status("running")
         return run
 
     def records(self) -> dict[int, Record]:
@@ -112,6 +108,7 @@ class Run:
         path = self.folder / name
         partial = path.with_suffix(".partial")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             _write(partial, "w", text)
             partial.replace(path)
         except OSError as error:

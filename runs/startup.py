@@ -16,12 +16,11 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from arguments import GenerationConfig, ModelArguments, refuse
-from runs import ranks
 from runs.failures import reason
-from runs.status import FewerThreads, log_if_slow, print_status
+from runs.status import log_if_slow, print_status, tell_of_fewer_threads
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.config import default_model
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.loading import load_config, resolve_device, with_fast_prompts
@@ -29,17 +28,6 @@ from self_speculation.model.quantized_layers import check_family
 from self_speculation.model.short_head import prefer_ids
 from self_speculation.model.sources import LoadingWarning
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
-
-
-def join_ranks(model_args: ModelArguments) -> None:
-    """Join the other ranks if all hold one model together; call it before anything is read."""
-    if model_args.parallel == "fsdp":
-        refuse("--parallel fsdp: is for train.py; must be data, tensor or pipeline")
-    if model_args.parallel == "data" or ranks.num_processes() == 1:
-        return
-    if model_args.parallel == "pipeline":
-        refuse("--parallel pipeline: is one process; start it without torchrun")
-    ranks.join_as_one()
 
 
 def autoregressive(
@@ -84,7 +72,6 @@ def set_threads(model_args: ModelArguments) -> None:
 def load_generator(
     model_args: ModelArguments,
     config: GenerationConfig,
-    model_config: PretrainedConfig | None = None,
     chat: bool = False,
     counted: Mapping[int, int] | None = None,
     fast_prompts: bool = False,
@@ -93,12 +80,12 @@ def load_generator(
 
     An error ends the program in one line, with status 1 if memory is short, else with status 2; with `chat`
     also a tokenizer without a chat template. A short draft vocabulary takes the most frequent ids of
-    `counted`, see `runs.tuning.counts`; `fast_prompts`: see `with_fast_prompts`.
+    `counted`, see `runs.flags.counts`; `fast_prompts`: see `with_fast_prompts`.
     """
     logging.set_verbosity_error()
     set_threads(model_args)
-    governor = ThreadGovernor(on_fewer=FewerThreads())  # before loading: it sees who else is there
-    model_config = model_config or read_config(model_args)
+    governor = ThreadGovernor(on_fewer=tell_of_fewer_threads)  # before loading: it sees who else is there
+    model_config = read_config(model_args)
     options = model_args.loading_options()
     try:
         if resolve_device(model_args.device).type == "cpu":

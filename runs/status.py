@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ if TYPE_CHECKING:  # it imports torch
 
 _SILENCE = 1.0  # seconds before a line names the work
 _SECONDS_WITHOUT_BAR = 2.0
-_held: list[str] | None = None  # lines that wait for the end of an answer
 
 
 @contextmanager
@@ -49,34 +49,13 @@ def work_bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], object
 
 def print_status(line: str) -> None:
     """Print a line to standard error at the first process."""
-    if _held is not None:
-        _held.append(line)
-    elif ranks.is_first():
+    if ranks.is_first():
         print(line, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def status_held(is_held: bool) -> Iterator[None]:
-    """If `is_held`, print status lines after this block, in which an answer grows on the same terminal."""
-    global _held
-    _held = [] if is_held else None
-    try:
-        yield
-    finally:
-        lines, _held = _held or [], None
-        for line in lines:
-            print_status(line)
-
-
-class FewerThreads:
-    """Says once that other programs use processors, and what follows; given to a `ThreadGovernor`."""
-
-    def __init__(self) -> None:
-        self._is_said = False
-
-    def __call__(self, governor: ThreadGovernor) -> None:
-        if not self._is_said:
-            self._is_said = True
-            used = f"other programs use {governor.others:.1f} of {governor.num_processors} processors"
-            threads = f"{governor.num_threads} of {governor.most} threads"
-            print_status(f"{used}: decoding is slower, with {threads} while they do")
+@functools.cache  # once for each governor
+def tell_of_fewer_threads(governor: ThreadGovernor) -> None:
+    """Say that other programs use processors, and what follows; a `ThreadGovernor` calls it."""
+    used = f"other programs use {governor.others:.1f} of {governor.num_processors} processors"
+    threads = f"{governor.num_threads} of {governor.most} threads"
+    print_status(f"{used}: decoding is slower, with {threads} while they do")

@@ -23,7 +23,7 @@ _HOME = {
     "SelfSpeculativeGenerationStrategy": "self_speculation_generator",
     "SpeculativeTextStreamer": "speculative_streamer",
     "StandardTextStreamer": "speculative_streamer",
-    "Thinking": "decoding.thinking",
+    "Thinking": "decoding.texts",
     "ThreadGovernor": "threads",
     "Verification": "decoding.sampling",
     "decode_next_token": "decoding.sampling",

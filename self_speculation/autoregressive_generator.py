@@ -13,7 +13,6 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     """Runs layers 0..exit_layer-1 (all if it is -1), norm and head once for each token."""
 
     name: GenerationStrategyName = "autoregressive"
-    has_drafts = False
 
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
         yield PassRange(decoding.runner, 0, decoding.depth)

@@ -22,7 +22,7 @@ from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.request import Callables, Request, as_list
-from self_speculation.decoding.stopping import StopWords
+from self_speculation.decoding.texts import StopWords
 from self_speculation.model.families import context_length, described_context
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
@@ -227,8 +227,10 @@ class HuggingfaceLlamaGenerator:
         words = StopWords(self.tokenizer, config.stop_words or [], ids, request.thinking)
         is_read = words.words or request.thinking is not None
         stop_checks = [*([words] if is_read else []), *as_list(request.stop_checks)]
-        processors, prediction = as_list(request.logits_processors), request.prediction
-        ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
+        processors, ends = (
+            as_list(request.logits_processors),
+            [*self.eos_token_ids, *as_list(request.eos_token_ids)],
+        )
         if (grammar := request.grammar) is not None:
             if request.thinking is not None:
                 all_ends = [*ends, *(config.stop_token_ids or [])]
@@ -237,18 +239,12 @@ class HuggingfaceLlamaGenerator:
                 self.sandbox.check(grammar.definition)
             size = self.model.config.vocab_size
             processors += [GrammarProcessor(grammar, self.tokenizer, len(ids), size, ends)]
+        prediction = request.prediction
         if isinstance(prediction, str):
             prediction = self.encode_prediction(prediction, config)
-        prepared = {
-            "prompt": ids,
-            "logits_processors": processors,
-            "prediction": prediction,
-            "eos_token_ids": ends,
-            "stop_checks": stop_checks,
-            "stop_words": words,
-            "started": started,
-        }
-        return TokenizedRequest(**{**vars(request), **prepared})
+        own = {"prompt": ids, "logits_processors": processors, "prediction": prediction}
+        own |= {"eos_token_ids": ends, "stop_checks": stop_checks}
+        return TokenizedRequest(**{**vars(request), **own}, stop_words=words, started=started)
 
     def encode(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
         """The prompt's token ids.

@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import abc, deque
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -22,9 +22,8 @@ from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.composer import DraftComposer
-from self_speculation.drafts.registry import DraftContext
-from self_speculation.drafts.shared import finished_answers
+from self_speculation.drafts.ngram import finished_answers
+from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import make_runner, run_every_pass
 from self_speculation.model.devices import ends_ranks, num_ranks
@@ -58,8 +57,7 @@ class DecodingStrategy(GenerationStrategy, ABC):
     """A strategy that decodes round by round."""
 
     name: GenerationStrategyName
-    has_drafts = True
-    make_composer: Callable[[DraftContext], DraftComposer | None] = staticmethod(lambda context: None)
+    has_drafts = False
 
     @abstractmethod
     def passes(self, decoding: Decoding) -> abc.Iterator[PassRange]:
@@ -69,8 +67,12 @@ class DecodingStrategy(GenerationStrategy, ABC):
     def step(self, decoding: Decoding) -> None:
         """Do one round: every sequence gets at least one more token, now or in the next round."""
 
+    @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """Build draft copies before timing starts."""
+        """Build draft copies before timing starts. Raises ValueError if the model can have none."""
+        if self.has_drafts:
+            config = replace(config, generation_strategy=self.name)
+            make_composer(DraftContext(make_runner(model), config))
 
     def generate_batch(
         self,
@@ -305,7 +307,9 @@ class Scheduler(Generic[Key]):
             with self._without_autocast():
                 runner = make_runner(self._model)
                 slots = self._make_slots(runner)
-                composer = self._strategy.make_composer(DraftContext(runner, self._config))
+                composer = None
+                if self._strategy.has_drafts:
+                    composer = make_composer(DraftContext(runner, self._config))
                 self._prepared = Decoding(runner, slots, self.batch, self._depth, composer)
         return self._prepared
 

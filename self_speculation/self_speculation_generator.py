@@ -9,37 +9,26 @@ a copy of the layers, or of several sources for different rows are verified by a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from self_speculation.config import GenerationConfig, GenerationStrategyName
+from self_speculation.config import GenerationStrategyName
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import Verification, verify_draft
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft
-from self_speculation.drafts.registry import DraftContext, make_composer
-from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
 from self_speculation.scheduler import Decoding, DecodingStrategy
-from self_speculation.transfers import on_device
+from self_speculation.transfers import AsyncRead, on_device
 
 
 class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     """Drafts up to k tokens each round and verifies them in one pass. The output is the full model's."""
 
     name: GenerationStrategyName = "self_speculative"
-
-    make_composer = staticmethod(make_composer)
-
-    @torch.inference_mode()
-    def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """Build draft copies before timing starts. Raises ValueError if the model can have none."""
-        config = replace(config, generation_strategy=self.name)
-        self.make_composer(DraftContext(make_runner(model), config))
+    has_drafts = True
 
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
         return decoding.composer.passes(decoding.runner, decoding.batch.longest_draft)
@@ -116,7 +105,9 @@ def read_verification(
     for NaN.
     """
     k = draft.tokens.shape[1]
-    on_host = batch.read_and_check([verification.num_accepted, verification.next_token, draft.tokens], logits)
+    numbers = [logits.amax(-1), verification.num_accepted, verification.next_token, draft.tokens]
+    largest, *on_host = AsyncRead(numbers).wait()
+    batch.check(largest)
     num_accepted, next_tokens, drafted = (list(map(int, numbers)) for numbers in on_host)
     tokens = [[*drafted[row * k :][:m], next_tokens[row]] for row, m in enumerate(num_accepted)]
     return num_accepted, tokens

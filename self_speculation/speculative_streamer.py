@@ -12,14 +12,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
 from operator import eq, itemgetter
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from wcwidth import wcwidth
 
-from self_speculation.decoding.stopping import StopWords
-from self_speculation.decoding.texts import Detokenizer
-from self_speculation.decoding.thinking import Part, Splitter, Thinking
+from self_speculation.decoding.texts import Detokenizer, Part, Splitter, StopWords, Thinking
 
 _COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": ""}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
@@ -71,38 +70,37 @@ class StandardTextStreamer:
         self._splitter = Splitter(self._thinking)
         self._was_thinking = False  # in what was shown last
         self._screen = _Screen(self._file, self._is_colored)
-        self._held: list[Cell] = []  # committed, but is a stop word or may become one
+        self._held: list[Cell] = []  # decided, but is a stop word or may become one
+        self._drafts: list[int] = []
+        self._verified: list[int] = []  # deleted drafts; the next decided ids are compared with them
 
     def put(self, ids: Iterable[int]) -> None:
-        """Show committed tokens. A prompt, [1, P], is not shown: `generate` of transformers puts it first."""
-        if not self._is_prompt(ids):
-            self._decide(ids, "target")
-            self._flush()
+        """Show decided tokens. A prompt, [1, P], is not shown: `generate` of transformers puts it first.
+
+        Raises:
+            ValueError: there are prompts of several rows.
+        """
+        if isinstance(ids, Tensor) and ids.ndim == 2:
+            if len(ids) != 1:
+                raise ValueError(f"a streamer shows one answer, not {len(ids)} at once")
+            self._begin(ids[0].tolist())
+            return
+        ids = list(map(int, ids))
+        num_accepted = sum(takewhile(bool, map(eq, ids, self._verified)))
+        for position, id_ in enumerate(ids):
+            style = "accepted" if position < num_accepted else "target"
+            self._held += _cells(self._splitter.add(self._text.add(id_), id_), style)
+        self._drafts, self._verified = [], []
+        self._flush()
 
     def end(self) -> None:
         """Show the text that is held back, end the line, and get ready for the next answer."""
+        self._drafts = []
         self._held += _cells(self._splitter.add(self._text.rest(), finished=True), "target")
         self._flush(finished=True)
         self._file.write(self._end_with)
         self._file.flush()
         self._begin()
-
-    def _is_prompt(self, ids: Any) -> bool:
-        """Whether these are [1, P] ids of a prompt; keeps them.
-
-        Raises:
-            ValueError: there are several rows.
-        """
-        if getattr(ids, "ndim", 1) != 2:
-            return False
-        if len(ids) != 1:
-            raise ValueError(f"a streamer shows one answer, not {len(ids)} at once")
-        self._begin(ids[0].tolist())
-        return True
-
-    def _decide(self, ids: Iterable[int], style: str) -> None:
-        for id_ in map(int, ids):
-            self._held += _cells(self._splitter.add(self._text.add(id_), id_), style)
 
     def _flush(self, finished: bool = False) -> None:
         """Show what cannot become a stop word."""
@@ -110,32 +108,34 @@ class StandardTextStreamer:
         self._held = self._held[len(shown) :]
         self._show(shown)
 
-    def _visible(self, cells: list[Cell], finished: bool) -> list[Cell]:
+    def _visible(self, cells: list[Cell], finished: bool = False) -> list[Cell]:
         """Leave out stop words, the text after them and, unless finished, what may become one."""
         start = sum(cell.is_thinking for cell in cells)
         shown = self._stop_words.cut(_text(cells[start:]))
         return cells[: start + len(shown if finished else self._stop_words.settled(shown))]
 
+    def _pending(self) -> list[Cell]:
+        """The drafts to be shown, after decided text that is held back."""
+        if not self._drafts:
+            return []
+        text = self._text.rest(self._drafts).rstrip("\ufffd")  # without an incomplete character
+        return self._visible([*self._held, *_cells(self._splitter.preview(text), "draft")])
+
     def _show(self, cells: list[Cell]) -> None:
         """Print decided cells."""
         if self._on_terminal:
-            drafts = [printed for cell in self._pending() for printed in _printed(cell)]
-            self._screen.show([*self._printed(cells)], drafts)
+            self._screen.show(_printed(self._parted(cells)), _printed(self._pending()))
         else:
             self._file.write(_text(cell for cell in cells if not cell.is_thinking))
             self._file.flush()
 
-    def _pending(self) -> list[Cell]:
-        """Drafts to be shown."""
-        return []
-
-    def _printed(self, cells: list[Cell]) -> Iterator[Cell]:
-        """What a terminal gets for decided cells, with an empty line between thinking and answer."""
+    def _parted(self, cells: list[Cell]) -> Iterator[Cell]:
+        """Decided cells, with an empty line between thinking and answer."""
         for cell in cells:
             if self._was_thinking and not cell.is_thinking:
                 yield from _cells([("\n\n", True)], "target")
             self._was_thinking = cell.is_thinking
-            yield from _printed(cell)
+            yield cell
 
 
 class SpeculativeTextStreamer(StandardTextStreamer):
@@ -162,24 +162,13 @@ class SpeculativeTextStreamer(StandardTextStreamer):
     ) -> None:
         super().__init__(tokenizer, stop_words, file, end_with, prompt, thinking)
 
-    def _begin(self, prompt: Sequence[int] = ()) -> None:
-        super()._begin(prompt)
-        self._drafts: list[int] = []
-        self._verified: list[int] = []  # deleted drafts; the next decided ids are compared with them
-
     def put(self, ids: Iterable[int], is_draft: bool = False) -> None:
         """Show decided tokens, or drafted ones after them."""
-        if self._is_prompt(ids):
-            return
-        ids = list(map(int, ids))
         if is_draft:
-            self._drafts += ids
+            self._drafts += map(int, ids)
+            self._flush()
         else:
-            num_accepted = sum(takewhile(bool, map(eq, ids, self._verified)))
-            self._decide(ids[:num_accepted], "accepted")
-            self._decide(ids[num_accepted:], "target")
-            self._drafts, self._verified = [], []
-        self._flush()
+            super().put(ids)
 
     def delete(self, num_tokens: int, is_draft: bool = False) -> None:
         """Delete the last drafted tokens. The next `put` erases them, so accepted ones do not flicker.
@@ -193,10 +182,6 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         self._verified = self._drafts[number - num_tokens :]
         del self._drafts[number - num_tokens :]
 
-    def end(self) -> None:
-        self._drafts = []
-        super().end()
-
     @property
     def legend(self) -> str:
         """What the colours mean; empty if drafts are not shown."""
@@ -204,14 +189,6 @@ class SpeculativeTextStreamer(StandardTextStreamer):
             return ""
         names = {"draft": "drafted", "accepted": "accepted", "target": "the full model's own"}
         return " ".join(self._screen.colored(name, style) for style, name in names.items())
-
-    def _pending(self) -> list[Cell]:
-        """The drafts, after decided text that is held back."""
-        if not self._drafts:
-            return []
-        text = self._text.rest(self._drafts).rstrip("\ufffd")  # without an incomplete character
-        drafted = _cells(self._splitter.preview(text), "draft")
-        return self._visible([*self._held, *drafted], finished=False)
 
 
 def _cells(parts: Iterable[Part], style: str) -> list[Cell]:
@@ -222,8 +199,8 @@ def _text(cells: Iterable[Cell]) -> str:
     return "".join(cell.char for cell in cells)
 
 
-def _printed(cell: Cell) -> list[Cell]:
-    return [cell._replace(char=char) for char in cell.char.translate(_PRINTED)]
+def _printed(cells: Iterable[Cell]) -> list[Cell]:
+    return [cell._replace(char=char) for cell in cells for char in cell.char.translate(_PRINTED)]
 
 
 class _Screen:

@@ -27,36 +27,32 @@ class AsyncRead:
     """
 
     def __init__(self, numbers: Sequence[Tensor]) -> None:
+        self._sizes = [part.numel() for part in numbers]
         self._values = values = torch.cat([part.flatten().float() for part in numbers])
-        self._numbers: list[float] | None = None
+        self._numbers: list[list[float]] | None = None
         self._copied: torch.cuda.Event | None = None
         if values.device.type == "cuda":
             on_host = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
             self._values = on_host.copy_(values, non_blocking=True)
             self._copied = _event(values.device)
 
-    def wait(self) -> list[float]:
-        """The numbers of all tensors, one tensor after the other."""
+    def wait(self) -> list[list[float]]:
+        """The numbers of each tensor."""
         if self._numbers is None:
             if self._copied is not None:
                 self._copied.synchronize()
-            self._numbers = self._values.tolist()
+            values = iter(self._values.tolist())
+            self._numbers = [list(itertools.islice(values, size)) for size in self._sizes]
         return self._numbers
 
 
 class Known(NamedTuple):
-    """Numbers of the host, in the place of a `AsyncRead`."""
+    """Numbers of the host, in the place of an `AsyncRead`."""
 
     numbers: Sequence[float]
 
-    def wait(self) -> Sequence[float]:
-        return self.numbers
-
-
-def read(numbers: Sequence[Tensor]) -> list[list[float]]:
-    """The numbers of each tensor, by one read."""
-    values = iter(AsyncRead(numbers).wait())
-    return [list(itertools.islice(values, part.numel())) for part in numbers]
+    def wait(self) -> list[Sequence[float]]:
+        return [self.numbers]
 
 
 class Stopwatch:

@@ -8,7 +8,6 @@ Knows nothing of HTTP or text.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -74,15 +73,14 @@ class Engine:
         assert isinstance(strategy, DecodingStrategy)
         # A chunk of a prompt must not hold up streams for much longer than a round.
         token_budget = 64 if model.device.type == "cpu" else 512
-        self._scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size, token_budget)
+        self._scheduler: Scheduler[Job] = Scheduler(strategy, model, config, batch_size, token_budget)
         # What a request that reaches further needs besides is captured while others stream.
         longest = context_length(model.config)
         self._scheduler.run_every_pass(min(longest, _PROMPT + config.max_steps), longest)
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
         self.waiting: deque[Job] = deque()
-        self.in_flight: dict[int, Job] = {}  # by the scheduler's key
+        self.in_flight: list[Job] = []
         self.on_result: Callable[[Job, GenerationStrategyResult], None] = lambda job, result: None
-        self._keys = itertools.count()
         self._changed = Condition()  # guards the jobs
         self._deadline = math.inf  # of all jobs
 
@@ -132,7 +130,7 @@ class Engine:
         finally:
             with self._changed:
                 self.shut_down(0)
-                unfinished = [*self.in_flight.values(), *self.waiting]
+                unfinished = [*self.in_flight, *self.waiting]
                 self.in_flight.clear()
                 self.waiting.clear()
             for job in unfinished:
@@ -140,33 +138,33 @@ class Engine:
 
     def _step(self) -> None:
         """Abort and admit jobs, run one step of the scheduler, finish jobs."""
-        aborted = {key: error for key, job in self.in_flight.items() if (error := self._abort_error(job))}
+        aborted = {job: error for job in self.in_flight if (error := self._abort_error(job))}
         with self._changed:
-            dropped = [(job, error) for job in self.waiting if (error := self._abort_error(job))]
-            for job, _ in dropped:
+            dropped = {job: error for job in self.waiting if (error := self._abort_error(job))}
+            for job in dropped:
                 self.waiting.remove(job)
             room = min(self._batch_size - len(self.in_flight), len(self.waiting))
-            admitted = {next(self._keys): self.waiting.popleft() for _ in range(room)}
-            self.in_flight |= admitted
-        for job, error in dropped:
+            admitted = [self.waiting.popleft() for _ in range(room)]
+            self.in_flight += admitted
+        for job, error in dropped.items():
             job.on_finish(error)
         self._scheduler.cancel(aborted)
-        for key, job in admitted.items():
+        for job in admitted:
             job.admission_time = time.perf_counter()
-            self._scheduler.add_request(key, job.request)
+            self._scheduler.add_request(job, job.request)
         try:
             self._scheduler.step()
         except Exception:  # it is also the result of each sequence in the batch
             _log.exception("a step of %d sequences failed", len(self._scheduler.batch))
         lost = None
-        for key, result in self._scheduler.pop_finished():
+        for job, result in self._scheduler.pop_finished():
             if is_lost_device(result):
                 lost = result
                 continue
-            job = self.in_flight.pop(key)
+            self.in_flight.remove(job)
             if isinstance(result, GenerationStrategyResult):  # of a job that is aborted, too
                 self.on_result(job, result)
-            job.on_finish(aborted.get(key, result))
+            job.on_finish(aborted.get(job, result))
         if isinstance(lost, Exception):
             raise lost
 

@@ -96,14 +96,15 @@ def _as_limit(given: Any) -> Any:
     return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
-def as_list(given: Any) -> Any:
+def _as_list(given: Any) -> Any:
     return [given] if isinstance(given, str) else given
 
 
 Limit = Annotated[int | None, Field(ge=1), BeforeValidator(_as_limit)]
 Penalty = Annotated[float | None, Field(ge=0.01, le=100)]
-Id = Annotated[str, Field(pattern="^[0-9]{1,9}$"), AfterValidator(int)]  # a key
-Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=128), BeforeValidator(as_list)]
+_Id = Annotated[str, Field(pattern="^[0-9]{1,9}$"), AfterValidator(int)]  # a key
+LogitBias = Annotated[dict[_Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=128), BeforeValidator(_as_list)]
 
 
 class StreamOptions(Fields):
@@ -154,25 +155,25 @@ class _ToolCall(Fields):
     function: _Called
 
 
+# A text of thinking. Some servers have other things under these names.
+_Thought = Annotated[str, BeforeValidator(lambda given: given if isinstance(given, str) else "")]
+
+
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Text = ""
     tool_calls: list[_ToolCall] = []
     tool_call_id: str | None = None
-    # Texts of thinking, by either name. Some servers have other things under these names.
-    reasoning_content: Any = None
-    reasoning: Any = None
+    reasoning_content: _Thought = ""
+    reasoning: _Thought = ""
 
     @property
     def for_template(self) -> dict[str, Any]:
         """The template decides whether the model sees earlier thinking."""
         role = "system" if self.role == "developer" else self.role
-        without = {"reasoning", "reasoning_content"} | (set() if self.tool_calls else {"tool_calls"})
-        message = {**self.model_dump(exclude=without, exclude_none=True), "role": role}
-        for thought in (self.reasoning, self.reasoning_content):
-            if thought and isinstance(thought, str):
-                message["reasoning_content"] = thought
-        return message
+        own = {"role": role, "reasoning_content": self.reasoning_content or self.reasoning}
+        message = {**self.model_dump(exclude={"reasoning"}, exclude_none=True), **own}
+        return {name: value for name, value in message.items() if value or name == "content"}
 
 
 def _check_size(given: Any) -> Any:
@@ -217,6 +218,9 @@ def _as_tool_choice(given: Any) -> Any:
 ToolChoice = Annotated[_Choice | Tool, PlainValidator(_as_tool_choice)]
 
 
+_OBJECT = {"type": "object"}
+
+
 class _JSONSchema(Fields):
     json_schema: dict[str, Any] = Field(alias="schema")
     description: str | None = None
@@ -237,11 +241,9 @@ class ResponseFormat(Fields):
         return self
 
     @property
-    def grammar(self) -> Grammar | None:
-        if self.type == "text":
-            return None
+    def grammar(self) -> Grammar:
         given = self.json_schema.json_schema if self.json_schema else self.object_schema
-        return Grammar.json_schema({"type": "object"} if given is None else given)
+        return Grammar.json_schema(_OBJECT if given is None else given)
 
 
 def _as_object(given: Any) -> Any:
@@ -272,14 +274,12 @@ class StructuredOutputs(Fields):
         return self
 
     @property
-    def grammar(self) -> Grammar | None:
+    def grammar(self) -> Grammar:
         if self.choice:
-            return Grammar.lark(f"start: {' | '.join(json.dumps(text) for text in self.choice)}")
+            return Grammar.lark(f"start: {' | '.join(map(json.dumps, self.choice))}")
         if self.regex is not None:
             return Grammar.regex(self.regex)
-        if self.json_schema is None and not self.json_object:
-            return None
-        return Grammar.json_schema({"type": "object"} if self.json_schema is None else self.json_schema)
+        return Grammar.json_schema(_OBJECT if self.json_schema is None else self.json_schema)
 
 
 def _as_prompts(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:

@@ -1,7 +1,8 @@
-"""Figures: of all requests for Prometheus, of one request for its client."""
+"""Figures: of all requests for Prometheus and the log, of one request for its client."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -9,23 +10,34 @@ from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from runs.status import print_status
 from self_speculation import GenerationStrategyResult
 from self_speculation.results import DraftStats, SourceCounts
 from serving.engine import Engine, Job
+from serving.errors import APIError
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
+_MOST_NAMES = 200  # of ignored fields, since clients could fill the log with them
 
 
 class FinishedRequest(NamedTuple):
-    """An answer and its times in seconds."""
+    """An answer, and its times in seconds."""
 
     result: GenerationStrategyResult
+    drafts: DraftStats
+    num_tokens: int  # generated ones, an end id included
+    num_reasoning: int  # those of the thinking
     queue_time: float  # from arrival to admission
-    num_reasoning: int = 0  # tokens of the thinking
+    time_to_first_token: float  # from arrival on
+    latency: float  # from arrival to the end
 
     @classmethod
     def of(cls, job: Job, result: GenerationStrategyResult) -> FinishedRequest:
-        return cls(result, job.admission_time - job.arrival_time, job.request.num_thinking_tokens)
+        num_tokens = len(result.predicted_tokens) + (result.end_token_id is not None)
+        queue_time = job.admission_time - job.arrival_time
+        first = queue_time + result.prefill_time
+        counts = (result.draft_stats or DraftStats(), num_tokens, job.request.num_thinking_tokens)
+        return cls(result, *counts, queue_time, first, first + result.decode_time)
 
     def __str__(self) -> str:
         return (
@@ -35,33 +47,16 @@ class FinishedRequest(NamedTuple):
             f"{self.drafts.num_accepted} of {self.drafts.num_drafted} drafted accepted"
         )
 
-    @property
-    def num_tokens(self) -> int:
-        """Generated tokens, an end id included."""
-        return len(self.result.predicted_tokens) + (self.result.end_token_id is not None)
-
-    @property
-    def time_to_first_token(self) -> float:
-        """From arrival on."""
-        return self.queue_time + self.result.prefill_time
-
-    @property
-    def latency(self) -> float:
-        """From arrival to the end."""
-        return self.time_to_first_token + self.result.decode_time
-
-    @property
-    def drafts(self) -> DraftStats:
-        return self.result.draft_stats or DraftStats()
-
 
 class Metrics:
     """Counters of one server, in a registry of its own. Those that vLLM has too bear its names alone, which
-    dashboards know.
+    dashboards know. Lines on standard error name fields that are ignored and, with `log_requests`, say how
+    each request ended.
     """
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: Engine, model: str, log_requests: bool) -> None:
         self.registry, self._labels = CollectorRegistry(), (model, "0")
+        self._log_requests, self._ignored = log_requests, set[str]()
         counter = partial(Counter, namespace="self_speculation", registry=self.registry)
         self._answers = counter("answers", "Answers by stop reason", ["ended_by"])
         self._refused = counter("refused", "Requests without an answer by HTTP status", ["status"])
@@ -74,10 +69,10 @@ class Metrics:
             metric = kind(f"vllm:{name}", about, names, registry=self.registry, **options)
             return metric if labels else metric.labels(*self._labels)
 
-        waiting = vllm(Gauge, "num_requests_waiting", "Requests in the queue")
-        waiting.set_function(lambda: len(engine.waiting))
-        running = vllm(Gauge, "num_requests_running", "Requests in the batch")
-        running.set_function(lambda: len(engine.in_flight))
+        vllm(Gauge, "num_requests_waiting", "Requests in the queue").set_function(lambda: len(engine.waiting))
+        vllm(Gauge, "num_requests_running", "Requests in the batch").set_function(
+            lambda: len(engine.in_flight)
+        )
         self._prompt_tokens = vllm(Counter, "prompt_tokens", "Tokens of prompts")
         self._tokens = vllm(Counter, "generation_tokens", "Generated tokens")
         times = partial(vllm, Histogram, buckets=_SECONDS)
@@ -91,12 +86,18 @@ class Metrics:
         by_position = "spec_decode_num_accepted_tokens_per_pos"
         self._accepted_per_pos = vllm(Counter, by_position, "Accepted draft tokens by position", "position")
 
-    def count_error(self, status: int) -> None:
-        self._refused.labels(str(status)).inc()
+    def count_error(self, error: Exception, origin: str) -> APIError:
+        """Count any error of a request; returns the one that the client gets."""
+        found = APIError.of(error)
+        self._refused.labels(str(found.status)).inc()
+        self._log(origin, f"{found.status}, {found}")
+        return found
 
-    def count(self, finished: FinishedRequest) -> None:
+    def count(self, job: Job, result: GenerationStrategyResult) -> None:
         """Count an answer, whole or cancelled. Called by the engine's thread."""
-        result, drafts = finished.result, finished.drafts
+        finished = FinishedRequest.of(job, result)
+        drafts = finished.drafts
+        self._log(job.origin, finished)
         self._answers.labels(result.stop_reason).inc()
         self._prompt_tokens.inc(result.num_prompt_tokens)
         self._cached_tokens.inc(result.num_cached_tokens)
@@ -115,6 +116,17 @@ class Metrics:
             self._first_token.observe(finished.time_to_first_token)
             self._decoding.observe(result.decode_time)
 
+    def _log(self, origin: str, line: object) -> None:
+        if self._log_requests:  # in ASCII, since clients could write anything
+            print_status(ascii(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {origin}: {line}")[1:-1])
+
+    def name_ignored(self, names: set[str]) -> None:
+        """Print the name of each field once."""
+        room = _MOST_NAMES - len(self._ignored)
+        if new := sorted({ascii(name[:50]) for name in names} - self._ignored)[:room]:
+            self._ignored.update(new)
+            print_status(f"requests have fields that this server ignores: {', '.join(new)}")
+
 
 def _num_drafts(drafts: DraftStats) -> int:
     return sum(drafts.drafted_by_position[:1])
@@ -131,28 +143,28 @@ def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
     predicted = drafts.by_source.get("prediction", SourceCounts(0, 0, 0))
     # [j]: drafts of which at least j tokens were accepted.
     accepted_at_least = [_num_drafts(drafts), *drafts.accepted_by_position]
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "completion_tokens_details": {
-            "accepted_prediction_tokens": predicted.accepted,
-            "rejected_prediction_tokens": predicted.drafted - predicted.accepted,
-            "reasoning_tokens": sum(each.num_reasoning for each in finished),
+    return {
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": predicted.accepted,
+                "rejected_prediction_tokens": predicted.drafted - predicted.accepted,
+                "reasoning_tokens": sum(each.num_reasoning for each in finished),
+            },
+            "prompt_tokens_details": {"cached_tokens": sum(each.num_cached_tokens for each in prompted)},
         },
-        "prompt_tokens_details": {"cached_tokens": sum(result.num_cached_tokens for result in prompted)},
+        "metrics": {
+            "tokens_per_second": decoded / seconds if decoded else None,
+            "time_to_first_token": min(each.time_to_first_token for each in finished),
+            "speculative_decoding": {
+                "drafted": drafts.num_drafted,
+                "accepted": drafts.num_accepted,
+                "acceptance_rate": drafts.acceptance_rate,
+                "mean_accepted_length": drafts.mean_accepted_length,
+                "by_source": {name: counts._asdict() for name, counts in drafts.by_source.items()},
+                "acceptance_histogram": [a - b for a, b in pairwise([*accepted_at_least, 0])],
+            },
+        },
     }
-    speculative_decoding = {
-        "drafted": drafts.num_drafted,
-        "accepted": drafts.num_accepted,
-        "acceptance_rate": drafts.acceptance_rate,
-        "mean_accepted_length": drafts.mean_accepted_length,
-        "by_source": {name: counts._asdict() for name, counts in drafts.by_source.items()},
-        "acceptance_histogram": [a - b for a, b in pairwise([*accepted_at_least, 0])],
-    }
-    metrics = {
-        "tokens_per_second": decoded / seconds if decoded else None,
-        "time_to_first_token": min(each.time_to_first_token for each in finished),
-        "speculative_decoding": speculative_decoding,
-    }
-    return {"usage": usage, "metrics": metrics}

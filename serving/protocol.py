@@ -1,11 +1,11 @@
-"""OpenAI's protocol: requests, and the JSON of answers and errors. Knows nothing of HTTP or the model."""
+"""OpenAI's protocol: requests, and the JSON of answers. Knows nothing of HTTP or the model."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from abc import ABC, abstractmethod
-from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, create_model, model_validator
@@ -13,30 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from self_speculation.config import SAMPLING_RULES, GenerationConfig
 from self_speculation.decoding.grammar import Grammar
-from serving.fields import (
-    MAX_ITEMS,
-    Effort,
-    Fields,
-    Id,
-    Limit,
-    Messages,
-    Penalty,
-    Prediction,
-    Prompts,
-    Reasoning,
-    ResponseFormat,
-    Schema,
-    StreamOptions,
-    StructuredOutputs,
-    TemplateKwargs,
-    Texts,
-    ThinkingSwitch,
-    Tool,
-    ToolChoice,
-    Words,
-)
-from serving.streaming import Delta, Token, TokenLogprob
-from serving.tools import call_grammar, find_calls, known_format
+from serving import fields
+from serving.errors import APIError
+from serving.streaming import Delta, TokenLogprob
+from serving.tools import call_grammar, find_calls
 
 _FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
 # Fields that have no effect unless another one is true.
@@ -46,26 +26,11 @@ _MOST_TOKENS = 2**31
 _REASONING = ("reasoning_content", "reasoning")  # DeepSeek's name, which vLLM had as well; vLLM's name now
 
 
-class APIError(Exception):
-    """An error as a client sees it; `param` is the field at fault."""
-
-    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON that a client gets."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-
-def _rule_field(name: str) -> Any:
-    least, most = SAMPLING_RULES[name]
-    return type(getattr(GenerationConfig, name)) | None, Field(None, ge=least, le=most)
-
-
-_Rules = create_model("_Rules", __base__=Fields, **{name: _rule_field(name) for name in SAMPLING_RULES})
+_rules: dict[str, Any] = {
+    name: (type(getattr(GenerationConfig, name)) | None, Field(None, ge=least, le=most))
+    for name, (least, most) in SAMPLING_RULES.items()
+}
+_Rules = create_model("_Rules", __base__=fields.Fields, **_rules)
 
 
 class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
@@ -76,30 +41,30 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
     id_prefix: ClassVar[str]
 
     model: str | None = None
-    max_tokens: Limit = None
-    max_completion_tokens: Limit = None
-    n_predict: Limit = None  # of llama.cpp
+    max_tokens: fields.Limit = None
+    max_completion_tokens: fields.Limit = None
+    n_predict: fields.Limit = None  # of llama.cpp
     temperature: float | None = Field(None, ge=0, le=2)  # as in OpenAI's
     top_k: int | None = Field(None, ge=-1)  # -1: off, as in vLLM
-    repetition_penalty: Penalty = None
-    repeat_penalty: Penalty = None  # of llama.cpp, where it sees the last tokens only
+    repetition_penalty: fields.Penalty = None
+    repeat_penalty: fields.Penalty = None  # of llama.cpp, where it sees the last tokens only
     repeat_last_n: int = Field(_REPEAT_LAST_N, ge=-1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[Id, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
-    response_format: ResponseFormat = ResponseFormat()
-    guided_json: Schema | None = None  # of older versions of vLLM, as the next two
+    logit_bias: fields.LogitBias = Field({})
+    response_format: fields.ResponseFormat = fields.ResponseFormat()
+    guided_json: fields.Schema | None = None  # of older versions of vLLM, as the next two
     guided_regex: str | None = None
-    guided_choice: Texts = Field([])
-    structured_outputs: StructuredOutputs = StructuredOutputs()
-    prediction: Prediction | None = None
-    stop: Words | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=MAX_ITEMS)
+    guided_choice: fields.Texts = Field([])
+    structured_outputs: fields.StructuredOutputs = fields.StructuredOutputs()
+    prediction: fields.Prediction | None = None
+    stop: fields.Words | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=fields.MAX_ITEMS)
     ignore_eos: bool = False
     seed: int | None = None
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: fields.StreamOptions = fields.StreamOptions()
     drafts: bool = True
     stream_drafts: bool = False
 
@@ -111,36 +76,31 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     @model_validator(mode="after")
     def _check_combinations(self) -> BaseRequest:
-        guides, both = self.guides, None
-        if self.repeat_penalty is not None and self.repetition_penalty is not None:
-            both = ("repeat_penalty", "repetition_penalty")
-        elif len(guides) > 1:
-            both = (guides[1], guides[0])
-        elif guides and self.ignore_eos:
-            both = ("ignore_eos", guides[0])
-        if both:
-            raise APIError(f"{both[0]}: cannot be combined with {both[1]}", param=both[0])
+        penalties, guides = ("repetition_penalty", "repeat_penalty"), (*self.guides, "ignore_eos")
+        for names in (penalties, guides, ("logprobs", "echo")):
+            values = {name: getattr(self, name, None) for name in names}
+            given = [name for name, value in values.items() if value is not None and value is not False]
+            if len(given) > 1:
+                raise APIError(f"{given[1]}: cannot be combined with {given[0]}", param=given[1])
         for name, needed in _NEEDED.items():
             if getattr(self, name, None) and not getattr(self, needed):
                 raise APIError(f"{name}: is for {needed} true", param=name)
         return self
 
     @property
-    def guides(self) -> list[str]:
-        """The fields that limit the language of the answer: one, or none."""
-        given = {
-            "response_format": self.response_format.type != "text",
-            "guided_json": self.guided_json is not None,
-            "guided_regex": self.guided_regex is not None,
-            "guided_choice": bool(self.guided_choice),
-            "structured_outputs": self.structured_outputs != StructuredOutputs(),
-        }
-        return [name for name, is_given in given.items() if is_given]
+    def guides(self) -> dict[str, Any]:
+        """The fields that limit the language of the answer, and how: one, or none."""
+        guides: dict[str, Any] = {"response_format": self.response_format}
+        for name in ("json", "regex", "choice"):
+            given = {name: getattr(self, f"guided_{name}")}
+            guides[f"guided_{name}"] = fields.StructuredOutputs.model_validate(given)
+        guides["structured_outputs"] = self.structured_outputs
+        return {name: guide for name, guide in guides.items() if guide != type(guide)()}
 
     def generation_config(self, default: GenerationConfig) -> GenerationConfig:
         """Replace what the request sets."""
         given: dict[str, Any] = {
-            **self.model_dump(include={field.name for field in fields(default)}),
+            **self.model_dump(include={each.name for each in dataclasses.fields(default)}),
             "max_steps": self.max_new_tokens,
             "sample": None if self.temperature is None else self.temperature > 0,
             "top_k": None if self.top_k is None else max(0, self.top_k),
@@ -150,7 +110,8 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
         if self.repeat_penalty is not None:
             given["repetition_penalty"] = self.repeat_penalty if self.repeat_last_n else 1.0
             given["repetition_window"] = max(1, self.repeat_last_n % _MOST_TOKENS)
-        return replace(default, **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(default, **given)
 
     def drafts_with(self, config: GenerationConfig) -> bool:
         """Whether to draft: not if a seed would not reproduce the output."""
@@ -158,9 +119,7 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002
         """The language of the answer. Raises GrammarError for an invalid schema."""
-        older = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
-        guides = self.response_format, self.structured_outputs, StructuredOutputs.model_validate(older)
-        return next(filter(None, (guide.grammar for guide in guides)), None)
+        return next((guide.grammar for guide in self.guides.values()), None)
 
     @property
     def streams_text(self) -> bool:
@@ -219,21 +178,22 @@ class ChatRequest(BaseRequest):
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
-    messages: Messages
+    messages: fields.Messages
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
-    tools: list[Tool] = Field([], max_length=128)
-    tool_choice: ToolChoice = "auto"
-    chat_template_kwargs: TemplateKwargs = Field({})
-    reasoning_effort: Effort | None = None
+    tools: list[fields.Tool] = Field([], max_length=128)
+    tool_choice: fields.ToolChoice = "auto"
+    chat_template_kwargs: fields.TemplateKwargs = Field({})
+    reasoning_effort: fields.Effort | None = None
     include_reasoning: bool = True  # of vLLM
     enable_thinking: bool | None = None  # of Qwen's service
-    thinking: ThinkingSwitch | None = None  # of DeepSeek's
-    reasoning: Reasoning = Reasoning()  # of OpenRouter's
+    thinking: fields.ThinkingSwitch | None = None  # of DeepSeek's
+    reasoning: fields.Reasoning = fields.Reasoning()  # of OpenRouter's
 
     @property
-    def guides(self) -> list[str]:
-        return [*super().guides, *(["tools"] if self.tool_choice not in ("none", "auto") else [])]
+    def guides(self) -> dict[str, Any]:
+        choice = self.tool_choice
+        return super().guides | ({} if choice in ("none", "auto") else {"tools": choice})
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -262,11 +222,11 @@ class ChatRequest(BaseRequest):
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
         tools, choice = self.tools_for_template, self.tool_choice
-        if tools and known_format(tokenizer.chat_template) is None:
+        if tools and "tools" not in (tokenizer.chat_template or ""):
             raise APIError("tools: the chat template of this model knows no tools", param="tools")
         if choice in ("none", "auto"):
             return super().grammar(tokenizer)
-        name = choice.function.name if isinstance(choice, Tool) else None
+        name = choice.function.name if isinstance(choice, fields.Tool) else None
         if not any(name in (None, tool["function"]["name"]) for tool in tools):
             raise APIError("tool_choice: names no tool of this request", param="tool_choice")
         return call_grammar(tools, tokenizer, name)
@@ -275,10 +235,8 @@ class ChatRequest(BaseRequest):
         return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
 
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
-        reasoning = dict.fromkeys(_REASONING, delta.thinking) if delta.thinking else {}
-        reasoning = reasoning if self.include_reasoning and not self.reasoning.exclude else {}
-        if self.stream and delta.thinking:
-            return {"delta": reasoning, "finish_reason": finish_reason}
+        has_reasoning = delta.thinking and self.include_reasoning and not self.reasoning.exclude
+        reasoning = dict.fromkeys(_REASONING, delta.thinking) if has_reasoning else {}
         message, tools = dict[str, Any](content=delta.text), self.tools_for_template
         if functions := find_calls(delta.text, tools) if tools else []:
             calls: list[dict[str, Any]] = [
@@ -289,19 +247,14 @@ class ChatRequest(BaseRequest):
                 calls = [{"index": index, **call} for index, call in enumerate(calls)]
             message = {"content": None, "tool_calls": calls}
             finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
-        if self.stream:
-            return {"delta": message, "finish_reason": finish_reason}
-        message = {"role": "assistant", **message, **reasoning, "refusal": None}
-        return {"message": message, "finish_reason": finish_reason}
+        if not self.stream:
+            message = {"role": "assistant", **message, **reasoning, "refusal": None}
+        elif delta.thinking:
+            message = reasoning
+        return {"delta" if self.stream else "message": message, "finish_reason": finish_reason}
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
-        def entry(token: Token, logprob: float) -> dict[str, Any]:
-            return {"token": token.text, "logprob": logprob, "bytes": list(token.bytes)}
-
-        content = [
-            {**entry(token.token, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
-            for token in tokens
-        ]
+        content = [{**token.chosen, "top_logprobs": token.top} for token in tokens]
         return {"content": content, "refusal": None}
 
 
@@ -312,7 +265,7 @@ class CompletionRequest(BaseRequest):
     chunk_name = "text_completion"
     id_prefix = "cmpl"
 
-    prompt: Prompts
+    prompt: fields.Prompts
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
 
@@ -325,11 +278,11 @@ class CompletionRequest(BaseRequest):
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
         return {
-            "tokens": [token.token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
+            "tokens": [token.chosen["token"] for token in tokens],
+            "token_logprobs": [token.chosen["logprob"] for token in tokens],
             # If tokens have the same text, such as parts of characters, the most likely one stays.
             "top_logprobs": [
-                {other.text: logprob for other, logprob in reversed(token.top)} for token in tokens
+                {other["token"]: other["logprob"] for other in reversed(token.top)} for token in tokens
             ],
             "text_offset": [token.offset for token in tokens],
         }

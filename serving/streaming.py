@@ -8,15 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.texts import decode
-from self_speculation.decoding.thinking import Thinking, ThinkingReader
+from self_speculation.decoding.texts import Thinking, ThinkingReader, decode
 from self_speculation.speculative_streamer import Cell
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
@@ -37,6 +36,8 @@ class Delta(NamedTuple):
 class DeltaStreamer(StandardTextStreamer):
     """Passes on decided text."""
 
+    _sent_pending = ""
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -49,45 +50,29 @@ class DeltaStreamer(StandardTextStreamer):
         self._on_delta = on_delta
 
     def _show(self, cells: list[Cell]) -> None:
-        for is_thinking, run in groupby(cells, key=itemgetter(2)):
-            self._on_delta(_delta(run, is_thinking))
-
-
-class DraftDeltaStreamer(DeltaStreamer, SpeculativeTextStreamer):
-    """Passes on decided text, its accepted part, and the draft after it."""
-
-    _sent_pending = ""
-
-    def _show(self, cells: list[Cell]) -> None:
         pending = "".join(cell.char for cell in self._pending())
         for (style, is_thinking), run in groupby(cells, key=itemgetter(1, 2)):
-            delta = _delta(run, is_thinking)
-            accepted = len(delta.text + delta.thinking) if style == "accepted" else 0
-            self._on_delta(delta._replace(accepted=accepted, pending=pending))
+            text = "".join(cell.char for cell in run)
+            accepted = len(text) if style == "accepted" else 0
+            text, thinking = ("", text) if is_thinking else (text, "")
+            self._on_delta(Delta(text, accepted, pending, thinking))
         if not cells and pending != self._sent_pending:
             self._on_delta(Delta("", 0, pending))
         self._sent_pending = pending
 
 
-def _delta(cells: Iterable[Cell], is_thinking: bool) -> Delta:
-    text = "".join(cell.char for cell in cells)
-    return Delta("", thinking=text) if is_thinking else Delta(text)
-
-
-class Token(NamedTuple):
-    """A token as a client sees it."""
-
-    text: str  # part of a character is U+FFFD or empty
-    bytes: bytes
+class DraftDeltaStreamer(DeltaStreamer, SpeculativeTextStreamer):
+    """Passes on decided text, its accepted part, and the draft after it."""
 
 
 class TokenLogprob(NamedTuple):
-    """A token of an answer with its log-probability."""
+    """A token of an answer, and the most likely ones at its place in descending order: each has its text as
+    `token`, which of a part of a character is U+FFFD or empty, its `bytes` and its `logprob`.
+    """
 
-    token: Token
-    logprob: float
+    chosen: dict[str, Any]
+    top: list[dict[str, Any]]
     offset: int  # complete characters of the answer before it
-    top: list[tuple[Token, float]]  # the most likely tokens, in descending order
 
 
 class LogprobCollector:
@@ -104,6 +89,7 @@ class LogprobCollector:
         self._added_ids = tokenizer.added_tokens_decoder.keys()
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel(" in repr(getattr(backend, "decoder", None))
+        self._num_taken = 0  # characters
         self._clear()
 
     def _clear(self) -> None:
@@ -113,22 +99,21 @@ class LogprobCollector:
 
     def __call__(self, history: Tensor, scores: Tensor, **_: object) -> bool:
         if self._reader is not None and not self._reader.in_answer:
-            if self._tokens:  # of the opening tag
-                self._clear()
+            self._clear()  # tokens of the opening tag
             return False
         *before, id_ = history[0, -_CONTEXT:].tolist()
         logprobs = scores[0].float().log_softmax(-1).clamp(min=_MIN_LOGPROB)
         highest = logprobs.topk(min(self._num_top, len(logprobs)))
         prefix = decode(self._tokenizer, before)
 
-        def token(id_: int) -> Token:
+        def entry(id_: int, logprob: float) -> dict[str, Any]:
             text = decode(self._tokenizer, [*before, id_])[len(prefix) :]
-            return Token(text, self._bytes(id_, text))
+            return {"token": text, "logprob": logprob, "bytes": list(self._bytes(id_, text))}
 
-        pairs = zip(highest.indices.tolist(), highest.values.tolist(), strict=True)
-        top = [(token(other), value) for other, value in pairs]
-        self._tokens.append(TokenLogprob(token(id_), float(logprobs[id_]), self._num_chars, top))
-        self._num_chars += len(self._utf8.decode(self._tokens[-1].token.bytes))
+        chosen = entry(id_, float(logprobs[id_]))
+        top = list(map(entry, highest.indices.tolist(), highest.values.tolist()))
+        self._tokens.append(TokenLogprob(chosen, top, self._num_chars))
+        self._num_chars += len(self._utf8.decode(bytes(chosen["bytes"])))
         return False
 
     def _bytes(self, id_: int, text: str) -> bytes:
@@ -140,8 +125,9 @@ class LogprobCollector:
             return bytes(_BYTES[char] for char in token)
         return text.encode()
 
-    def take(self, num_chars: float) -> list[TokenLogprob]:
-        """Remove and return the tokens that begin in the first characters of the answer."""
-        taken = [token for token in self._tokens if token.offset < num_chars]
+    def take(self, num_chars: int, is_whole: bool = False) -> list[TokenLogprob]:
+        """Remove and return the tokens that begin in the next characters of the answer, or all."""
+        self._num_taken += num_chars
+        taken = [token for token in self._tokens if is_whole or token.offset < self._num_taken]
         del self._tokens[: len(taken)]
         return taken

@@ -9,23 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.decoding.grammar import Grammar, schema_text
 from self_speculation.decoding.texts import Tag
 
-Format = Literal["tags", "object"]
-
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-
-
-def known_format(chat_template: str | None) -> Format | None:
-    """How a model writes calls; None: its template does not know tools."""
-    if not chat_template or "tools" not in chat_template:
-        return None
-    return "tags" if "<tool_call>" in chat_template else "object"
 
 
 def call_grammar(
@@ -37,9 +28,8 @@ def call_grammar(
         tools: each with `function`: its `name`, and `parameters`, a JSON schema.
         tokenizer: its chat template knows tools.
     """
-    chat_template = tokenizer.chat_template
+    chat_template, is_tagged = tokenizer.chat_template, "<tool_call>" in tokenizer.chat_template
     functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
-    is_tagged = known_format(chat_template) == "tags"
     key = "parameters" if not is_tagged and '"parameters"' in chat_template else "arguments"
     calls = [
         {

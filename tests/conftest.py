@@ -34,8 +34,7 @@ from self_speculation import (
     load_model_and_tokenizer,
     make_strategy,
 )
-from self_speculation.drafts.adaptive import AdaptivePolicy
-from self_speculation.drafts.policy import Plan
+from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.generator_base import single_result
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.kernels import cpu_operators
@@ -189,10 +188,14 @@ class Recorder:
 
     def put(self, ids, is_draft=False):
         self._left -= 1
-        if self._left < 0:
+        if self.has_raised:
             raise KeyError("its own")
         (self.drafts if is_draft else self.decided).extend(ids.tolist())
         self.num_drafted += is_draft
+
+    @property
+    def has_raised(self):
+        return self._left < 0
 
     def delete(self, num_tokens, is_draft=False):
         assert (num_tokens, is_draft) == (len(self.drafts), True)
@@ -224,7 +227,10 @@ def mixed_drafts(*sources):
 def planned(choose):
     """Replaces `AdaptivePolicy.plan`: `choose` gets the sources that compute, the matches and the limits."""
 
+    own = AdaptivePolicy.plan
+
     def plan(policy, matches, limits):
+        own(policy, matches, limits)  # which estimates the costs of the round
         policy._plan = choose([*policy._draft_steps], matches, limits)
         return policy._plan
 
@@ -369,7 +375,7 @@ def texts(tmp_path_factory):
     """A glob of twenty small files."""
     folder = tmp_path_factory.mktemp("texts")
     for index in range(20):
-        lines = [f"def add_{index}_{line}(a, b):\n    return a + b + {line * index}\n" for line in range(30)]
+        lines = [f"def add_{index}_{line}(a, b):\n    return a + b + {line * index}\n" for line in range(15)]
         (folder / f"{index}.py").write_text("\n".join(lines))
     return str(folder / "*.py")
 

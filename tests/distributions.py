@@ -59,8 +59,7 @@ def observed(config, processors, samples, batch_size):
         Request(PROMPT, processors, seed=seed, stop_checks=lambda tokens, end=end: len(tokens) >= end)
         for seed, end in zip(range(samples), itertools.cycle(ends), strict=False)
     ]
-    decoded = model(config.draft_weights != "exact")
-    results = strategy.generate_batch(decoded, requests, config, batch_size)
+    results = strategy.generate_batch(model(fused=True), requests, config, batch_size)
     return Counter(tuple(result.predicted_tokens[:STEPS]) for _, result in results)
 
 

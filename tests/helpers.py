@@ -88,8 +88,9 @@ def no_calibration(monkeypatch):
 
 
 def no_pictures(monkeypatch):
-    """For a test that is not about what sweep.py draws."""
-    monkeypatch.setattr("measures.sweeping.heat_maps", lambda *_: None)
+    """For a test that is not about what sweep.py and benchmark.py draw: it takes half a second each."""
+    for drawn in ("sweeping.heat_maps", "benchmarking.bars"):
+        monkeypatch.setattr(f"measures.{drawn}", lambda *_: None)
 
 
 def small_run(model, tmp_path, num_samples=2, max_steps=6):

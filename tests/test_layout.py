@@ -33,20 +33,19 @@ LIBRARY = {
 # Folder -> the most lines of its modules. A change that needs more raises the number and says why they are
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
-    "scripts": 1394,
-    "benchmarks": 2526,
-    "measures": 1809,
-    "runs": 1552,
-    "serving": 1974,
-    "training": 1319,
-    "self_speculation": 2071,
-    "self_speculation/decoding": 1674,
-    "self_speculation/drafts": 1183,
-    "self_speculation/model": 4630,
-    "self_speculation/model/cpp, C++": 1349,
+    "scripts": 1319,
+    "benchmarks": 2318,
+    "measures": 1722,
+    "runs": 1465,
+    "serving": 1841,
+    "training": 1275,
+    "self_speculation": 2039,
+    "self_speculation/decoding": 1598,
+    "self_speculation/drafts": 1132,
+    "self_speculation/model": 4478,
+    "self_speculation/model/cpp, C++": 1371,
 }
 MAX_LINES = 350  # of a file
-LONGER = {"benchmarks.gpu"}
 
 
 def modules():
@@ -111,9 +110,8 @@ def test_no_room_grows_unseen():
 
 
 def test_no_file_is_too_long_to_read():
-    """Guards against files that nobody reads as a whole, and an exception that is none any more."""
-    long = {name for name, path in MODULES.items() if len(path.read_text().splitlines()) > MAX_LINES}
-    assert long == LONGER
+    """Guards against files that nobody reads as a whole."""
+    assert not {name for name, path in MODULES.items() if len(path.read_text().splitlines()) > MAX_LINES}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,5 +1,6 @@
 """Commands and examples of the pages work as printed, and their links lead somewhere."""
 
+import ast
 import importlib.util
 import io
 import itertools
@@ -28,6 +29,7 @@ PAGES = sorted({*FILES} - {"CHANGELOG.md"})
 # The commands of these pages are not run: one of them takes two hours.
 CARDS = ["CHANGELOG.md", "checkpoints/python-10m/README.md", "eval_tasks/README.md", "hub/README.md"]
 NOTEBOOK = "docs/tour.ipynb"
+ALL = [*PAGES, *CARDS, NOTEBOOK]
 # These commands would start this test or not end.
 INSTEAD = {
     "make test": "make --dry-run test",
@@ -91,9 +93,9 @@ def checkout(tmp_path):
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
     (folder / ".venv").mkdir()
     for entry in Path(sys.prefix).iterdir():
-        if entry.name not in ("demo", "chat", "test"):
+        if entry.name not in ("chat", "test"):
             (folder / ".venv" / entry.name).symlink_to(entry)
-    for stamp in ("demo", "chat", "test"):
+    for stamp in ("chat", "test"):
         (folder / ".venv" / stamp).touch()
     shutil.copytree(default_model(), folder / "facebook" / "layerskip-llama2-7B")  # as if it were local
     (tmp_path / "bin").mkdir()
@@ -145,7 +147,7 @@ def test_every_example_in_python_runs(page, checkout):
     assert "Warning" not in result.stderr
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CARDS, NOTEBOOK])
+@pytest.mark.parametrize("page", ALL)
 def test_every_link_leads_somewhere(page):
     """Guards against a page, a picture or a heading that was moved or deleted."""
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
@@ -211,10 +213,23 @@ def test_the_readme_lists_every_family_and_its_drafts():
     }
 
 
+@pytest.mark.parametrize("page", ALL)
+def test_examples_import_names_that_are_there(page):
+    """Guards against a module or a name in an example that was renamed, without running it."""
+    cells = ["".join(cell["source"]) for cell in notebook_cells(ROOT)]
+    for node in ast.walk(ast.parse("\n".join(cells if page == NOTEBOOK else blocks(page, "python")))):
+        if isinstance(node, ast.ImportFrom) and (ROOT / node.module.partition(".")[0]).is_dir():
+            module = importlib.util.find_spec(node.module)
+            assert module is not None, node.module
+            path = Path(module.origin)
+            known = path.read_text() + " ".join(other.stem for other in path.parent.glob("*.py"))
+            assert [name.name for name in node.names if not re.search(rf"\b{name.name}\b", known)] == []
+
+
 PROGRAMS = [path.relative_to(ROOT) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CARDS, NOTEBOOK])
+@pytest.mark.parametrize("page", ALL)
 def test_every_program_that_a_page_names_is_there(page):
     """Guards against the name of a module that was renamed or deleted, and one that the tree lacks."""
     names = set(re.findall(r"[\w/.-]+\.py\b", (ROOT / page).read_text())) - {"X.py"}
@@ -225,17 +240,13 @@ def test_every_program_that_a_page_names_is_there(page):
         assert modules - {"__init__.py"} - {name.rpartition("/")[2] for name in names} == set()
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CARDS])
-def test_a_page_names_flags_and_values_of_its_scripts(page):
+def test_pages_and_the_makefile_name_flags_and_values_of_scripts():
     """Guards against a removed flag or choice, without running the command. Commands in `sh` blocks need
     programs or data that are not here.
     """
-    for command in [*commands(page), *commands(page, "sh")]:
-        check_flags(command)
-
-
-def test_the_makefile_names_flags_and_values_of_its_scripts():
-    """Guards against a removed flag or choice in the Makefile."""
+    for page in [*PAGES, *CARDS]:
+        for command in [*commands(page), *commands(page, "sh")]:
+            check_flags(command)
     shown = subprocess.run(
         ["make", "--dry-run", "demo", "chat", "serve"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
@@ -248,6 +259,7 @@ def test_the_makefile_names_flags_and_values_of_its_scripts():
 
 
 def check_flags(command):
+    """In one test, since some scripts take seconds to import."""
     words = shlex.split(command)
     programs = [word.endswith(".py") and "tests" not in word and (ROOT / word).is_file() for word in words]
     for script in [i for i, is_program in enumerate(programs) if is_program]:

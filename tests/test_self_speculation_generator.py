@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from self_speculation import GenerationConfig, Request, SelfSpeculativeGenerationStrategy, make_strategy
-from self_speculation.decoding.processors import FrequencyPenaltyLogitsProcessor
+from self_speculation.decoding.request import FrequencyPenaltyLogitsProcessor
 from self_speculation.scheduler import Scheduler
 
 

@@ -16,9 +16,7 @@ from transformers import TextStreamer
 from wcwidth import wcwidth
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.stopping import StopWords
-from self_speculation.decoding.texts import decode
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import StopWords, Thinking, decode
 
 
 class Screen(pyte.Screen):

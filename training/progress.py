@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from runs.ranks import num_processes
+from runs.records import Run
 
 
 class Stop(TrainerCallback):
@@ -49,15 +50,11 @@ class Stop(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """A bar with the loss, a line for each evaluation, and a table of all logged values.
+    """A bar with the loss, a line for each evaluation, and log.csv with all logged values."""
 
-    Args:
-        write_table: writes the CSV after each new row.
-    """
-
-    def __init__(self, write_table: Callable[[str], None]) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
-        self._write_table = write_table
+        self._run = run
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         if not state.is_world_process_zero:
@@ -66,7 +63,7 @@ class Progress(ProgressCallback):
         table = pandas.DataFrame([row for row in state.log_history if "train_runtime" not in row])
         # A resumption must not change the order of the columns.
         table = table[sorted(table, key=lambda name: (name != "step", len(name), name))]
-        self._write_table(table.to_csv(index=False))
+        self._run.replace("log.csv", table.to_csv(index=False))
         if self.training_bar is None:
             return
         if "loss" in logs:

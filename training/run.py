@@ -21,7 +21,7 @@ from arguments import ModelArguments, refuse
 from data import DataError
 from measures.plots import agreement_by_exit
 from runs import ranks, records
-from runs.failures import check_writable
+from runs.failures import Failed, check_writable
 from runs.heading import heading
 from runs.records import Record, RecordError, Run
 from runs.startup import set_threads
@@ -42,15 +42,7 @@ from training.texts import (
     tokenizer_from_json,
     train_tokenizer,
 )
-from training.trainer import (
-    EXIT_SCORES,
-    CheckpointError,
-    DivergedError,
-    EarlyExitTrainer,
-    newest_checkpoint,
-    plain,
-    step_of,
-)
+from training.trainer import EXIT_SCORES, EarlyExitTrainer, newest_checkpoint, plain
 
 
 def train(flags: Flags) -> int:
@@ -65,15 +57,15 @@ def train(flags: Flags) -> int:
         refuse(str(error) if str(error).startswith("--") else f"--{error}")
     except OSError as error:  # of the cache of datasets
         refuse(f"{error.filename or datasets.config.HF_DATASETS_CACHE}: {error.strerror}", status=1)
-    trainer.add_callback(Progress(partial(run.replace, "log.csv")))
+    trainer.add_callback(Progress(run))
     trainer.add_callback(stop := Stop())
-    checkpoint = newest_checkpoint(run.folder)
+    step, checkpoint = newest_checkpoint(run.folder)
     try:
-        if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
-            trainer.restore(str(checkpoint))
+        if checkpoint is not None and step >= trainer.args.max_steps:
+            trainer.restore(checkpoint)
         else:
             with stop.handle_signals():
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train(resume_from_checkpoint=checkpoint)
         if not stop.status:
             _save_and_show(run, trainer, trainer.evaluate(evaluation))
             ranks.barrier()  # no exchange may be under way when the process group is destroyed
@@ -81,9 +73,9 @@ def train(flags: Flags) -> int:
         reason = "interrupted"
     except KeyboardInterrupt:
         reason, stop.status = "interrupted", max(stop.status, 130)
-    except DivergedError as error:
+    except FloatingPointError as error:
         reason, stop.status = f"{error}: begin anew with a lower --learning_rate", 1
-    except (DataError, RecordError, CheckpointError, SafetensorError, OSError) as error:
+    except (DataError, Failed, SafetensorError, OSError) as error:
         reason, stop.status = str(error), 1
         if ranks.rank() != 0:  # the first one may have no error, and wait for this one
             refuse(reason, stop.status)
@@ -92,9 +84,9 @@ def train(flags: Flags) -> int:
     if ranks.rank() == 0:
         with suppress(RecordError):
             run.write_status("interrupted" if stop.status > 1 else "failed")
-        last = newest_checkpoint(run.folder)
-        kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
-        go_on = f", go on with --resume {run.folder}" if last or stop.status > 1 else ""
+        step, _ = newest_checkpoint(run.folder)
+        kept = f"step {step} is kept" if step else "no checkpoint was written yet"
+        go_on = f", go on with --resume {run.folder}" if step or stop.status > 1 else ""
         print(f"{reason}; {kept}{go_on}", file=sys.stderr)
     return stop.status
 
@@ -173,17 +165,13 @@ def _open_run(flags: Flags) -> Run:
     """The folder of this training; raises RecordError."""
     resume = flags.optimization.resume
     description = records.describe("train", flags)
-    if resume is None:
-        return Run.create(flags.model.output_dir, "train", description)
-    earlier = records.check_same_run(resume, description)
+    earlier = description if resume is None else records.check_same_run(resume, description)
     if (now := _samples(description)) != (was := _samples(earlier)):
         raise RecordError(
             f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
             f"--batch_size and --gradient_accumulation must make {was} together"
         )
-    run = Run.resume(resume, description)
-    run.write_status("running")  # it may have more steps than before
-    return run
+    return Run.open(flags.model.output_dir, resume, description)
 
 
 def _samples(description: Record) -> int:
@@ -242,16 +230,14 @@ def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float
 
 def _save_model(trainer: EarlyExitTrainer, folder: Path) -> None:
     """Save `model` in bfloat16 with its tokenizer; beside it, `adapter`, which `model` contains."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    is_first, is_sharded = ranks.rank() == 0, trainer.is_fsdp_enabled
-    if not is_sharded and not is_first:
-        return
+    is_first = ranks.rank() == 0
 
     def save(model: PreTrainedModel, name: str) -> None:
-        weights = trainer.accelerator.get_state_dict(model) if is_sharded else None  # gathered by all ranks
+        weights = trainer.accelerator.get_state_dict(model)  # shards are gathered by all ranks
         if is_first:
             model.save_pretrained(folder / name, state_dict=weights)
 
+    model = trainer.accelerator.unwrap_model(trainer.model)
     if plain(model) is not model:
         save(model, "adapter")
         model = model.merge_and_unload()

@@ -19,8 +19,6 @@ import datasets
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data import DataError, cell, is_table, load_from_hub, one_line, read_table
@@ -249,11 +247,9 @@ def padded(pad_token_id: int, at_most: int, rows: list[dict[str, list[int]]]) ->
         at_most: tokens of the longest row there can be. A batch has this length or a multiple of 128: each
             new length would cost a plan of cuDNN's attention, or a compilation.
     """
+    width = min(round_up(max(len(row["labels"]) for row in rows), 128), at_most)
     paddings = {"input_ids": pad_token_id, "labels": IGNORED}
-    batch = {
-        name: pad_sequence([torch.tensor(row[name]) for row in rows], True, paddings.get(name, 0))
-        for name in rows[0]
+    return {
+        name: torch.tensor([row[name] + [padding] * (width - len(row[name])) for row in rows])
+        for name, padding in paddings.items()
     }
-    longest = batch["labels"].shape[1]
-    missing = min(round_up(longest, 128), at_most) - longest
-    return batch | {name: pad(batch[name], (0, missing), value=value) for name, value in paddings.items()}

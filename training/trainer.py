@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import numpy
 import torch
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from data import one_line
+from runs.failures import Failed
 from self_speculation.model.families import check_supported
 from self_speculation.model.full_forward import hidden_after_each_layer
 from training import losses, recipe
@@ -38,27 +40,13 @@ from training.flags import RecipeArguments
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
 
-class DivergedError(Exception):
-    """A loss or a gradient is not a finite number; the message names the step."""
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be written; older checkpoints are kept."""
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint. The trainer writes its state last."""
-    complete = []
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        with suppress(ValueError):
-            json.loads(state.read_text())
-            complete.append(state.parent)
-    return max(complete, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer steps before a checkpoint."""
-    return int(checkpoint.name.rpartition("-")[2])
+def newest_checkpoint(folder: Path) -> tuple[int, str | None]:
+    """Optimizer steps and path of the newest complete checkpoint, or (0, None)."""
+    complete: list[tuple[int, str | None]] = [(0, None)]
+    for state in folder.glob("checkpoint-*/trainer_state.json"):  # the trainer writes it last
+        with suppress(ValueError):  # it was cut
+            complete.append((json.loads(state.read_text())["global_step"], str(state.parent)))
+    return max(complete)
 
 
 def early_exit_loss(
@@ -109,18 +97,6 @@ def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: 
     return scores.view(len(scores), len(labels), -1, 4).sum(2).transpose(0, 1)
 
 
-@contextmanager
-def calling(module: nn.Module, function: Callable) -> Iterator[None]:
-    """In this block `function` is the module's `forward`. Hooks, which may gather sharded weights, run."""
-    former, module.forward = vars(module).get("forward"), function
-    try:
-        yield
-    finally:
-        del module.forward
-        if former is not None:
-            module.forward = former
-
-
 def plain(model: nn.Module) -> PreTrainedModel:
     """The model without peft's wrapper."""
     return cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
@@ -153,10 +129,9 @@ class EarlyExitTrainer(Trainer):
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process for each, by torchrun")
         self._settings = settings
         self._exits = settings.exit_layers(plain(model).config.num_hidden_layers)
-        self._micro_step = 0
         self._bad_step = torch.tensor(math.inf)  # the first one whose gradient is not finite; on the device
         self._restart_clock()
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs | {"compute_metrics": _metrics_of_exits})
         self.model_accepts_loss_kwargs = True
         self.data_collator = partial(_padded_right, self.data_collator)
         if args.torch_compile:  # only the layers: everything around them differs from step to step
@@ -201,11 +176,15 @@ class EarlyExitTrainer(Trainer):
 
     @contextmanager
     def _computing(self, whole: Callable, by_head: Callable) -> Iterator[None]:
-        """In this block the model computes `whole`, and its head `by_head`."""
+        """In this block the model computes `whole`, and its head `by_head`. Their hooks, which may gather
+        sharded weights, run.
+        """
         model = self.accelerator.unwrap_model(self.model)
         head = plain(model).get_output_embeddings()
+        in_model = patch.object(model, "forward", partial(whole, plain(model)))
+        in_head = patch.object(head, "forward", partial(by_head, head))
         autocast = self.accelerator.autocast()  # replaces the one that accelerate puts around `forward`
-        with calling(model, partial(whole, plain(model))), calling(head, partial(by_head, head)), autocast:
+        with in_model, in_head, autocast:
             yield
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
@@ -228,14 +207,13 @@ class EarlyExitTrainer(Trainer):
         self._since, self._tokens = time.perf_counter(), 0
 
     def _check_finite(self, loss: float = 0.0) -> None:
-        """Raises DivergedError if this mean over all ranks, or a gradient so far, is not finite."""
+        """Raises FloatingPointError if this mean over all ranks, or a gradient so far, is not finite."""
         if (step := float(self._bad_step)) < math.inf or not math.isfinite(loss):
-            raise DivergedError(
-                f"loss or gradient is not finite at step {min(step, self.state.global_step):.0f}"
-            )
+            first = min(step, self.state.global_step)
+            raise FloatingPointError(f"loss or gradient is not finite at step {first:.0f}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Raises CheckpointError if this rank cannot write, and of shards on every rank."""
+        """Raises Failed if this rank cannot write, and of shards on every rank."""
         self._check_finite()
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         try:
@@ -246,7 +224,7 @@ class EarlyExitTrainer(Trainer):
             cause: BaseException = error
             if isinstance(error, CheckpointException):  # of shards: errors by rank
                 cause, _ = next(iter(error.failures.values()))
-            raise CheckpointError(f"cannot write {folder}: {one_line(cause)}") from error
+            raise Failed(f"cannot write {folder}: {one_line(cause)}") from error
         self._restart_clock()
 
     def restore(self, checkpoint: str) -> None:
@@ -257,33 +235,32 @@ class EarlyExitTrainer(Trainer):
             self._prepare_for_training(self.state.max_steps, None, checkpoint)
         else:
             self._load_from_checkpoint(checkpoint)
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
-    def evaluation_loop(
-        self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any
-    ) -> EvalLoopOutput:
-        """The last layer's loss and accuracy, and EXIT_SCORES of each exit E as `..._exit_E`."""
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):  # before a training
             self._prepare_for_training(self.args.max_steps, None, None)
-        self.callback_handler.eval_dataloader = dataloader
-        self.model.eval()
-        scores = torch.zeros(plain(self.model).config.num_hidden_layers, 4, dtype=torch.float64)
-        num_samples = 0
-        with self._computing(exit_scores, losses.exit_scores):
-            for batch in dataloader:
-                by_sample = self.model(input_ids=batch["input_ids"], labels=batch["labels"])
-                by_sample = self.accelerator.gather_for_metrics(by_sample)
-                scores += by_sample.cpu().double().sum(0)
-                num_samples += len(by_sample)
-                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        self.model.train()
+        output = super().evaluation_loop(*args, **kwargs)
         self._restart_clock()
-        *sums, count = scores.T
-        metrics = {}
-        for name, values in zip(EXIT_SCORES, ((column / count).tolist() for column in sums), strict=True):
-            if name != "agreement":
-                metrics[f"{metric_key_prefix}_{name}"] = values[-1]
-            metrics |= {f"{metric_key_prefix}_{name}_exit_{exit}": v for exit, v in enumerate(values, 1)}
-        return EvalLoopOutput(None, None, metrics, num_samples)
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[None, Tensor, Tensor]:
+        """The scores of a batch, in place of logits and of labels."""
+        with self._computing(exit_scores, losses.exit_scores):
+            scores = model(**self._prepare_inputs(inputs))
+        return None, scores, scores
+
+
+def _metrics_of_exits(scores: EvalPrediction) -> dict[str, float]:
+    """The last layer's loss and accuracy, and EXIT_SCORES of each exit E as `..._exit_E`."""
+    *sums, count = scores.predictions.sum(0, dtype=float).T  # each [L]
+    by_exit = {name: column / count for name, column in zip(EXIT_SCORES, sums, strict=True)}
+    metrics = {name: by_exit[name][-1] for name in ("loss", "accuracy")}
+    return metrics | {
+        f"{name}_exit_{exit}": value for name, found in by_exit.items() for exit, value in enumerate(found, 1)
+    }
 
 
 def _padded_right(collate: Callable, rows: list[Any]) -> dict[str, Any]:

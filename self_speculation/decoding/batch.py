@@ -15,15 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from self_speculation.decoding.sampling import (
-    SampledTokens,
-    Sampler,
-    SamplerOfRows,
-    joint_sampler,
-    random_numbers,
-)
+from self_speculation.decoding.sampling import SampledTokens, Sampler, joint_sampler, random_numbers
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.transfers import AsyncRead, Known, on_device, read
+from self_speculation.transfers import AsyncRead, Known, on_device
 
 
 def reads_late(device: torch.device) -> bool:
@@ -58,7 +52,7 @@ class Batch:
         return len(self.sequences)
 
     @cached_property
-    def sampler(self) -> Sampler | SamplerOfRows:
+    def sampler(self) -> Sampler:
         """Of all rows; valid until a row is added or removed."""
         return joint_sampler([sequence.sampler for sequence in self.sequences], self.last.device)
 
@@ -146,7 +140,7 @@ class Batch:
         if reading is None and is_read:
             reading = AsyncRead([tokens] if confidence is None else [tokens, confidence])
         for row in drafting:
-            self.sequences[row].write_drafted(tokens[row], position, reading, row)
+            self.sequences[row].write_drafted(tokens, row, position, reading)
         if not reads_late(tokens.device):
             self.show_drafts()
         return reading
@@ -155,14 +149,6 @@ class Batch:
         """Stream the drafted tokens that are not shown yet."""
         for sequence in self.sequences:
             sequence.show_draft()
-
-    def stack(self, sampled_tokens: abc.Sequence[SampledTokens]) -> tuple[Tensor, Tensor | None]:
-        """k times [B] tokens -> [B, k], and their distributions [B, k, V]; None when greedy, or if k is 0."""
-        if not sampled_tokens:
-            return self.last[:, :0], None
-        q = [sampled.probabilities for sampled in sampled_tokens if sampled.probabilities is not None]
-        tokens = torch.stack([sampled.tokens for sampled in sampled_tokens], 1)
-        return tokens, torch.stack(q, 1) if q else None
 
     def process(
         self, logits: Tensor, num_drafted: int = 0, counts: abc.Sequence[int] | None = None
@@ -182,16 +168,14 @@ class Batch:
         rows = zip(self.sequences, logits.unbind(), counts, strict=True)
         return torch.stack([sequence.process(own, num_drafted, n) for sequence, own, n in rows])
 
-    def read_and_check(self, tensors: abc.Sequence[Tensor], logits: Tensor) -> list[list[float]]:
-        """Copy tensors to the host in one read, as flat lists, and check the logits [B, n, V] of the round.
+    def check(self, largest: abc.Sequence[float]) -> None:
+        """Check the logits of a round by the largest ones, [B * n] of n positions.
 
         All positions are checked: the argmax of NaN is a token, so a draft may agree with it.
         """
-        largest, *values = read([logits.amax(-1), *tensors])
-        n = logits.shape[1]
+        n = len(largest) // len(self)
         for row, sequence in enumerate(self.sequences):
             sequence.check(largest[row * n :][:n])
-        return values
 
     def sample_and_commit(self, logits: Tensor, numbers: Tensor | None) -> None:
         """Sample one token of each row from logits [B, V]. Commit those of the call before, and these as well
@@ -214,11 +198,10 @@ class Batch:
         """Read and commit the tokens that `sample_and_commit` has left. A row that has ended takes none."""
         if self._unread is not None:
             (reading, logits), self._unread = self._unread, None
-            values, rows = reading.wait(), len(self)
-            for sequence, largest in zip(self.sequences, values[:rows], strict=True):
-                sequence.check([largest])
-            ids = [[int(id_)] for id_ in values[rows:]]
-            self.commit(ids, self.last, logits, [None] * rows, [None] * rows)
+            largest, ids = reading.wait()
+            self.check(largest)
+            nothing = [None] * len(self)
+            self.commit([[int(id_)] for id_ in ids], self.last, logits, nothing, nothing)
 
     def commit(
         self,

@@ -21,7 +21,7 @@ from torch.nn.functional import embedding
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from self_speculation.decoding.grammar_sandbox import LIMITS, GrammarError, grammar_error
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking
 from self_speculation.transfers import on_device
 
 # Small models repeat white space without end if they may.

@@ -54,7 +54,7 @@ class GrammarSandbox:
 
     def __init__(self, *tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._lock, self._owner = Lock(), 0
+        self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._problem = lru_cache(maxsize=64)(self._try)
 
@@ -85,10 +85,9 @@ class GrammarSandbox:
         raise GrammarError(f"{_TOO_MUCH}, or the process that tries it was ended")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """The running process of this one: a fork of this one needs its own."""
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+        """The running process. To a fork of this one, that of its parent has ended."""
+        if self._process is None or self._process.poll() is not None:
             path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-            self._owner = os.getpid()
             self._process = subprocess.Popen(
                 [sys.executable, __file__],
                 stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""A prompt and its own settings."""
+"""A prompt and its own settings: what changes its logits, and what ends its output."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
+
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
-from self_speculation.decoding.processors import config_processors
-from self_speculation.decoding.thinking import Thinking
+from self_speculation.decoding.texts import Thinking
+from self_speculation.results import StopReason
 
 T = TypeVar("T")
 
@@ -74,3 +83,83 @@ def as_list(values: T | Iterable[T] | None) -> list[T]:
     if values is None:
         return []
     return list(values) if isinstance(values, Iterable) else [values]
+
+
+class StopConditions:
+    """End ids, checks and criteria of a request, and the limits of its length.
+
+    Args:
+        config: of the request, or of its batch.
+        context: the most tokens of prompt and output.
+    """
+
+    def __init__(self, request: Request, config: GenerationConfig, context: int) -> None:
+        self.end_ids = {*as_list(request.eos_token_ids), *(config.stop_token_ids or [])}
+        self.criteria, self._checks = as_list(request.stopping_criteria), as_list(request.stop_checks)
+        self._max_steps, self._context = config.max_steps, context
+
+    def reason(self, output: Sequence[int], history: Tensor, logits: Tensor) -> StopReason | None:
+        """Why an output ends after its last token; None: it goes on.
+
+        Args:
+            history: [1, n] ids of prompt and output; only criteria read them.
+            logits: [1, V] processed logits of the last token.
+        """
+        if output[-1] in self.end_ids:
+            return "eos"
+        if any(check(output) for check in self._checks):
+            return "stop_word"
+        # One by one: only a result on a GPU has to be waited for.
+        if any(bool(torch.as_tensor(met(history, logits)).any()) for met in self.criteria):
+            return "stopping_criteria"
+        if len(output) == self._max_steps:
+            return "max_steps"
+        return "context" if history.shape[1] == self._context else None
+
+
+class RecentRepetitionPenaltyLogitsProcessor(RepetitionPenaltyLogitsProcessor):
+    """A repetition penalty that sees the last tokens only (llama.cpp's)."""
+
+    def __init__(self, penalty: float, window: int) -> None:
+        super().__init__(penalty)
+        self._window = window
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: [1, n] prompt, output and draft; scores: [1, V]"""
+        return super().__call__(input_ids[:, -self._window :], scores)
+
+
+class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
+    """Lowers the logit of each id by `frequency` for each time that the output has it, and by `presence` once
+    (OpenAI's penalties, which transformers does not have).
+    """
+
+    def __init__(self, prompt_length: int, frequency: float, presence: float) -> None:
+        self._prompt_length, self._frequency, self._presence = prompt_length, frequency, presence
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: [1, n] prompt, output and draft; scores: [1, V]"""
+        output = input_ids[:, self._prompt_length :]
+        counts = torch.zeros_like(scores).scatter_add_(1, output, torch.ones_like(output, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+def config_processors(
+    config: GenerationConfig, prompt_length: int, logit_bias: Mapping[int, float] | None = None
+) -> list[LogitsProcessor]:
+    """In the order of transformers. They are called before those of a request."""
+    processors: list[LogitsProcessor] = []
+    if logit_bias:
+        processors.append(
+            SequenceBiasLogitsProcessor({(id_,): float(bias) for id_, bias in logit_bias.items()})
+        )
+    if config.repetition_penalty != 1.0:
+        penalty, window = config.repetition_penalty, config.repetition_window
+        recent = RecentRepetitionPenaltyLogitsProcessor
+        processors.append(recent(penalty, window) if window else RepetitionPenaltyLogitsProcessor(penalty))
+    if config.frequency_penalty or config.presence_penalty:
+        penalties = (config.frequency_penalty, config.presence_penalty)
+        processors.append(FrequencyPenaltyLogitsProcessor(prompt_length, *penalties))
+    if config.no_repeat_ngram_size:
+        processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    return processors

@@ -171,34 +171,24 @@ class Sampler:
         return probabilities.gather(-1, sampled.tokens[:, None])[:, 0].nan_to_num(0.0)
 
 
-class SamplerOfRows:
+class SamplerOfRows(Sampler):
     """Samples each row of logits [B, ..., V] with its own sampler. Rows with equal samplers go together."""
 
-    greedy = False
-
     def __init__(self, samplers: Sequence[Sampler], device: torch.device) -> None:
+        super().__init__()
         rows: defaultdict[Sampler, list[int]] = defaultdict(list)
         for row, sampler in enumerate(samplers):
             rows[Sampler(False) if sampler.greedy else sampler].append(row)
         self._rows = {sampler: on_device(own, device) for sampler, own in rows.items()}
 
     def probabilities(self, logits: Tensor, is_draft: bool = False) -> Tensor:
-        """[B, ..., V] logits -> [B, ..., V] probabilities in fp32."""
         probabilities = torch.empty_like(logits, dtype=torch.float32)
         for sampler, rows in self._rows.items():
             own = sampler.probabilities(logits.index_select(0, rows), is_draft)
             probabilities.index_copy_(0, rows, own)
         return probabilities
 
-    def __call__(
-        self, logits: Tensor, numbers: Tensor | None = None, is_draft: bool = False
-    ) -> SampledTokens:
-        """Sample one token for each row of logits [B, V]."""
-        probabilities = self.probabilities(logits, is_draft)
-        return SampledTokens(draw(probabilities, numbers), probabilities)
-
     def confidence(self, sampled: SampledTokens, logits: Tensor) -> Tensor:
-        """[B] probabilities of tokens sampled from logits [B, V], each as its own sampler has it."""
         confidence = torch.empty(len(logits), device=logits.device)
         for sampler, rows in self._rows.items():
             assert sampled.probabilities is not None
@@ -207,7 +197,7 @@ class SamplerOfRows:
         return confidence
 
 
-def joint_sampler(samplers: Sequence[Sampler], device: torch.device) -> Sampler | SamplerOfRows:
+def joint_sampler(samplers: Sequence[Sampler], device: torch.device) -> Sampler:
     """One sampler for all rows."""
     first = samplers[0]
     alike = all(sampler == first or (sampler.greedy and first.greedy) for sampler in samplers)
@@ -246,7 +236,7 @@ def verify_draft(
     draft_tokens: Tensor,
     draft_probabilities: Tensor | None,
     target_logits: Tensor,
-    sampler: Sampler | SamplerOfRows,
+    sampler: Sampler,
     lengths: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> Verification:

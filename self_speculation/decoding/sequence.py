@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from self_speculation.config import GenerationConfig
-from self_speculation.decoding.request import Request
+from self_speculation.decoding.request import Request, StopConditions
 from self_speculation.decoding.sampling import Sampler
-from self_speculation.decoding.stopping import StopConditions
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
 from self_speculation.transfers import AsyncRead, Known, on_device
 
@@ -41,25 +40,19 @@ class OutputStream:
 
     def __init__(self, streamer: Any, end_ids: abc.Collection[int]) -> None:
         self._streamer, self._end_ids = streamer, end_ids
+        self.shows_drafts = hasattr(streamer, "delete")
         self._num_shown = 0  # drafted tokens
-        self._has_draft_ended = False
-
-    @property
-    def shows_draft(self) -> bool:
-        """Whether to stream the next drafted token."""
-        return hasattr(self._streamer, "delete") and not self._has_draft_ended
 
     def show_drafted(self, ids: abc.Sequence[int]) -> None:
         """Stream what is new of the ids that are drafted so far."""
-        new = [*takewhile(lambda id_: id_ not in self._end_ids, ids[self._num_shown :])]
-        self._num_shown += len(new)
-        self._has_draft_ended = self._num_shown < len(ids)
-        if new:
+        shown = [*takewhile(lambda id_: id_ not in self._end_ids, ids)]
+        if new := shown[self._num_shown :]:
             self._streamer.put(torch.tensor(new), is_draft=True)
+        self._num_shown = len(shown)
 
     def commit(self, tokens: abc.Sequence[int]) -> None:
         """Delete the draft, and stream these tokens."""
-        num_shown, self._num_shown, self._has_draft_ended = self._num_shown, 0, False
+        num_shown, self._num_shown = self._num_shown, 0
         if num_shown:
             self._streamer.delete(num_shown, is_draft=True)
         if tokens and self._streamer is not None:
@@ -215,28 +208,29 @@ class Sequence:
     @property
     def reads_draft(self) -> bool:
         """Whether the host needs the next drafted token: for a grammar, or to show it."""
-        return self._has_grammar or self.stream.shows_draft
+        return self._has_grammar or self.stream.shows_drafts
 
     def write_drafted(
-        self, token: Tensor, position: int, reading: AsyncRead | Known | None, row: int
+        self, tokens: Tensor, row: int, position: int, reading: AsyncRead | Known | None
     ) -> None:
         """Write the draft's token at position 0, 1, ... if processors read it.
 
         Args:
-            reading: of the tokens of a batch, whose `row` this sequence is; None: nobody needs it.
+            tokens: [B] of a batch, whose `row` this sequence is.
+            reading: of these tokens; None: nobody needs it.
         """
         if self._processors:
-            self._ids[0, self.length + position] = token
+            self._ids[0, self.length + position] = tokens[row]
         if reading is not None:
             self._drafted.append((reading, row))
 
     def _drafted_ids(self, count: int | None = None) -> list[int]:
         """The first ids of this round's draft, by the reads that are still to come."""
-        return [int(reading.wait()[row]) for reading, row in self._drafted[:count]]
+        return [int(reading.wait()[0][row]) for reading, row in self._drafted[:count]]
 
     def show_draft(self) -> None:
         """Stream what is drafted and not shown yet."""
-        if self._drafted and self.stream.shows_draft:
+        if self._drafted and self.stream.shows_drafts:
             ids = self._drafted_ids()  # an error of the device is not the streamer's
             with self.failing_alone():
                 self.stream.show_drafted(ids)

@@ -1,14 +1,22 @@
-"""Texts of ids, and tags in them."""
+"""Texts of ids: pieces while an answer is decoded, its thinking before tags that the chat template knows, and
+its stop words. This module alone knows the tags.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 _CONTEXT = 8  # runs of ids that are decoded before a new token, since its text depends on them
+# Opening and closing tags that templates write without naming them in the tokenizer's config.
+_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+
+Part = tuple[str, bool]  # a text, and whether it is thinking
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -80,3 +88,184 @@ class Tag(NamedTuple):
     def begun(self, text: str) -> int:
         """How many characters at the end of a text may begin it."""
         return max((n for n in range(1, len(self.text)) if text.endswith(self.text[:n])), default=0)
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How the output to a prompt may think."""
+
+    begin: Tag
+    end: Tag
+    has_begun: bool
+    """The prompt ends inside the thinking. Otherwise an output thinks if it starts with the opening tag."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Thinking | None:
+        """For a prompt by the chat template; None: the template has no tags, or the prompt ends with an empty
+        thinking, as some templates write to turn it off.
+        """
+        tags = _tags(tokenizer)
+        if tags is None or prompt.rstrip().endswith(tags[1]):
+            return None
+        begin, end = (Tag.of(text, tokenizer) for text in tags)
+        return cls(begin, end, has_begun=prompt.rstrip().endswith(begin.text.rstrip()))
+
+
+def _tags(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """Those that the tokenizer's config names, or that its chat template writes or removes."""
+    given = getattr(tokenizer, "response_template", None) or {}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        try:
+            field = given.get("fields", {}).get(name, {})
+            begin, end = field.get("open"), field.get("close")
+        except AttributeError as error:
+            raise ValueError("response_template of the tokenizer: its fields must be objects") from error
+        if isinstance(begin, str) and isinstance(end, str):
+            return begin, end
+    template = str(tokenizer.chat_template or "")
+    return next((tags for tags in _TAGS if tags[1] in template), None)
+
+
+class Splitter:
+    """Separates thinking from answer in an output that comes in pieces. Leaves out tags and the line breaks
+    next to them, as templates do with earlier answers.
+
+    Args:
+        thinking: None: the output is an answer from its start.
+    """
+
+    def __init__(self, thinking: Thinking | None) -> None:
+        self.in_answer, self.has_thought = thinking is None, False
+        if thinking is not None:
+            self._begin, self._end, self.has_thought = thinking.begin, thinking.end, thinking.has_begun
+        self._held = ""  # may belong to a tag, or is line breaks that may be next to one
+        self._at_start = self.has_thought  # of thinking or answer, where line breaks are left out
+
+    def add(self, text: str, id_: int | None = None, finished: bool = False) -> list[Part]:
+        """The parts that a new text settles, whose last token is `id_`; if the output has finished, all."""
+        settled = self._settle(text, id_)
+        if finished:
+            text, self._held = self._held.rstrip("\n"), ""
+            settled += self._part(text, is_thinking=self.has_thought)
+        return settled
+
+    def preview(self, text: str) -> list[Part]:
+        """The parts that drafts of this text would settle; tags in drafts are found by their texts."""
+        other = copy.copy(self)
+        if not self.in_answer:
+            other._begin, other._end = (tag._replace(id=None) for tag in (self._begin, self._end))
+        return other.add(text)
+
+    def _settle(self, text: str, id_: int | None) -> list[Part]:
+        text, self._held = self._held + text, ""
+        if not (self.has_thought or self.in_answer):
+            at = self._begin.find(text, id_)
+            self.has_thought = self._at_start = at >= 0 and not text[:at].strip()
+            if self.has_thought:
+                text = text[at + len(self._begin.text) :]
+            elif self._begin.text.startswith(text.lstrip()):
+                self._held = text
+                return []
+            else:
+                self.in_answer = True
+        if self.in_answer:
+            return self._part(text, is_thinking=False)
+        if (at := self._end.find(text, id_)) < 0:
+            settled = text[: len(text) - self._end.begun(text)].rstrip("\n")
+            self._held = text[len(settled) :]
+            return self._part(settled, is_thinking=True)
+        thought = self._part(text[:at].rstrip("\n"), is_thinking=True)
+        self.in_answer = self._at_start = True
+        return [*thought, *self._part(text[at + len(self._end.text) :], is_thinking=False)]
+
+    def _part(self, text: str, is_thinking: bool) -> list[Part]:
+        text = text.lstrip("\n") if self._at_start else text
+        self._at_start = self._at_start and not text
+        return [(text, is_thinking)] if text else []
+
+
+class ThinkingReader:
+    """Reads an output token by token: the text of its thinking, and that of its answer."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, thinking: Thinking | None, prompt: Sequence[int] = ()
+    ) -> None:
+        self.thinking = self.answer = ""
+        self._text, self._splitter = Detokenizer(tokenizer, prompt), Splitter(thinking)
+        self._tokenizer, self._prompt, self._thinks = tokenizer, prompt, thinking is not None
+        self._num_read = self._num_before = 0  # tokens read; those before the answer
+
+    def read(self, output: Sequence[int]) -> None:
+        """Read the tokens of an output that it has not read yet."""
+        for id_ in output[self._num_read :]:
+            self._num_before += not self._splitter.in_answer
+            self._take(self._splitter.add(self._text.add(id_), id_))
+        self._num_read = len(output)
+
+    def end(self, output: Sequence[int]) -> None:
+        """Read the rest of an output that has finished; an answer at once."""
+        if not self._thinks:
+            self.answer = continuation(self._tokenizer, self._prompt, output)
+            return
+        if not self._splitter.in_answer:
+            self.read(output)
+        unread, self._num_read = output[self._num_read :], len(output)
+        self._take(self._splitter.add(self._text.rest(unread), finished=True))
+
+    @property
+    def num_thinking(self) -> int:
+        """Tokens of the thinking and its tags."""
+        return self._num_before if self._splitter.has_thought else 0
+
+    @property
+    def in_answer(self) -> bool:
+        """Whether the last token adds to the text of the answer, or will, unless an opening tag has begun."""
+        if not self._splitter.has_thought:
+            return True
+        return bool(self.answer) or (self._text.is_waiting and self._splitter.in_answer)
+
+    @property
+    def incomplete(self) -> str:
+        """The text of the last tokens if a character is incomplete; empty for an output that may think."""
+        return self._text.rest() if self._text.is_waiting and not self._thinks else ""
+
+    def _take(self, parts: Iterable[Part]) -> None:
+        for text, is_thinking in parts:
+            if is_thinking:
+                self.thinking += text
+            else:
+                self.answer += text
+
+
+class StopWords:
+    """Finds stop words in the output, at any token boundary. The prompt, which is not searched, tells how the
+    output's first token reads. Thinking is not searched either, nor are its tags.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        words: Iterable[str],
+        prompt: Sequence[int] = (),
+        thinking: Thinking | None = None,
+    ) -> None:
+        self.words, self.reader = tuple(words), ThinkingReader(tokenizer, thinking, prompt)
+
+    def __call__(self, output: Sequence[int]) -> bool:
+        """Whether `output`, which only grows, contains a stop word."""
+        if self.words or not self.reader.answer:
+            self.reader.read(output)
+        text = self.reader.answer + self.reader.incomplete
+        return any(word in text for word in self.words)
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop word."""
+        return text[: min((i for word in self.words if (i := text.find(word)) >= 0), default=len(text))]
+
+    def settled(self, text: str) -> str:
+        """The text without an end that may become a stop word."""
+        longest = len(text) + 1
+        begun = (
+            n for word in self.words for n in range(1, min(len(word), longest)) if text.endswith(word[:n])
+        )
+        return text[: len(text) - max(begun, default=0)]

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Mapping
 from itertools import chain, takewhile
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.adaptive import AdaptivePolicy
-from self_speculation.drafts.draft import Draft, DraftSource, join
-from self_speculation.drafts.ngram import LookupDrafts, copied
-from self_speculation.drafts.policy import FixedPolicy, Match, RoundOutcome
+from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, one_hot
+from self_speculation.drafts.policy import AdaptivePolicy, FixedPolicy
 from self_speculation.model.captured_runner import num_captures
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, PassRange
-from self_speculation.transfers import Stopwatch
+from self_speculation.transfers import Stopwatch, on_device
 
 
 class DraftComposer:
@@ -29,29 +28,26 @@ class DraftComposer:
 
     Args:
         model: all its ranks make the same plans.
-        sources: by name; layers have one head.
-        lookups: each row has the longest match of these; the first one of equal length.
-        vocab_size: width of the logits.
+        sources: layers have one head; of lookups a row has the longest match, the first one of equal length.
         policy: an `AdaptivePolicy` learns from rounds.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        sources: Mapping[str, DraftSource],
-        lookups: abc.Sequence[LookupDrafts],
-        vocab_size: int,
+        sources: abc.Sequence[DraftSource | LookupDrafts],
         policy: FixedPolicy | AdaptivePolicy,
     ) -> None:
-        self._model, self._device, self._sources, self._policy = model, model.device, sources, policy
-        self._lookups, self._vocab_size = lookups, vocab_size
+        self._model, self._policy, self._vocab_size = model, policy, model.config.vocab_size
+        self._sources = {source.name: source for source in sources if isinstance(source, DraftSource)}
+        self._lookups = [source for source in sources if isinstance(source, LookupDrafts)]
         self._learner = policy if isinstance(policy, AdaptivePolicy) else None
-        self._stopwatch, self._num_graphs = Stopwatch(self._device), 0
+        self._stopwatch, self._num_graphs = Stopwatch(model.device), 0
 
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None) -> Draft:
         """Draft tokens for each row, see `DraftSource.draft`."""
         if self._learner:
-            self._stopwatch, self._num_graphs = Stopwatch(self._device), num_captures(self._model)
+            self._stopwatch, self._num_graphs = Stopwatch(self._model.device), num_captures(self._model)
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         plan = self._policy.plan(matches, limits)
         chosen = plan.lookups or [False] * len(batch)
@@ -63,8 +59,8 @@ class DraftComposer:
             layers, should_continue = self._sources[plan.source], self._policy.should_continue
             drafts = [layers.draft(batch, cache, own, numbers, should_continue)]
         if any(matches):
-            drafts.append(copied(batch, matches, plan.max_lookup, self._vocab_size))
-        draft = join(batch, drafts)
+            drafts.append(_copied(batch, matches, plan.max_lookup, self._vocab_size))
+        draft = _join(batch, drafts)
         if self._learner:
             self._stopwatch.split()
         return draft
@@ -82,17 +78,57 @@ class DraftComposer:
 
     def learn(self, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         """Learn from the outcome of the last draft; num_accepted: [B]."""
-        if not self._learner:
-            return
-        seconds = broadcast_from_rank0(self._model, self._stopwatch.stop())
-        # A round that captures a pass takes ten times as long.
-        is_typical = num_captures(self._model) == self._num_graphs
-        matched = draft.matched or [0] * len(num_accepted)
-        drafted = draft.sources, matched, draft.confidences, draft.lengths
-        self._learner.learn(RoundOutcome(*drafted, num_accepted, seconds if is_typical else None))
+        if self._learner:
+            seconds = broadcast_from_rank0(self._model, self._stopwatch.stop())
+            # A round that captures a pass takes ten times as long.
+            is_typical = num_captures(self._model) == self._num_graphs
+            self._learner.learn(draft, num_accepted, seconds if is_typical else None)
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
         passes = (source.passes(runner, longest) for source in self._sources.values())
         verification = [PassRange(runner, 0, len(runner.layers), longest + 1)] if self._lookups else []
         yield from dict.fromkeys(chain(*passes, verification))
+
+
+def _copied(batch: Batch, matches: abc.Sequence[Match | None], most: int, vocab_size: int) -> Draft:
+    """The draft of what was looked up, at most so many tokens. Reads nothing from the device."""
+    found = [match.ids[:most] if match else [] for match in matches]  # [B]
+    width, lengths = max(map(len, found)), [*map(len, found)]
+    # Padded with each row's last token, as in `Batch.sample_draft`.
+    last = [sequence.ids_from(sequence.length - 1) for sequence in batch.sequences]
+    padded = [[*ids, *end * (width - len(ids))] for ids, end in zip(found, last, strict=True)]
+    tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
+    for i in range(width):
+        batch.record_draft(tokens[:, i], i, [i < n for n in lengths], ids=[row[i] for row in padded])
+    q = None if batch.sampler.greedy else one_hot(tokens, vocab_size)
+    sources = [match and match.source for match in matches]
+    return Draft(sources, tokens, q, lengths, matched=[match.matched if match else 0 for match in matches])
+
+
+def _join(batch: Batch, drafts: abc.Sequence[Draft]) -> Draft:
+    """One draft of drafts for different rows. All layers verify it, since none has processed all rows."""
+    if not drafts:
+        return Draft([None] * len(batch), batch.last[:, :0], None, [0] * len(batch))
+    drafts = [draft for draft in drafts if any(draft.lengths)] or drafts[:1]
+    if len(drafts) == 1:
+        return drafts[0]
+    width = max(draft.tokens.shape[1] for draft in drafts)
+    tokens, q = batch.last.expand(-1, width), None
+    for draft in drafts:
+        is_own = on_device(draft.lengths, tokens.device).bool()[:, None]  # [B, 1]
+        padding = width - draft.tokens.shape[1]
+        tokens = torch.where(is_own, torch.cat((draft.tokens, tokens[:, width - padding :]), 1), tokens)
+        if draft.probabilities is not None:
+            own = pad(draft.probabilities, (0, 0, 0, padding))
+            q = own if q is None else torch.where(is_own[..., None], own, q)
+    owners = [next((draft for draft in drafts if draft.lengths[row]), drafts[0]) for row in range(len(batch))]
+    rows = [*enumerate(owners)]
+    return Draft(
+        [draft.sources[row] for row, draft in rows],
+        tokens,
+        q,
+        [draft.lengths[row] for row, draft in rows],
+        confidences=[draft.confidences[row] if draft.confidences else () for row, draft in rows],
+        matched=[draft.matched[row] if draft.matched else 0 for row, draft in rows],
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -110,17 +111,16 @@ class _Line:
 
     def __init__(self) -> None:
         self._sums = numpy.zeros(5)  # of 1, x, x^2, y, x y
+        # Seconds of a plain step, and of a plain step's cost more: without observations of it, as many.
+        self.plain = self.slope = 0.0
 
     def add(self, excess: float, seconds: float, weight: float) -> None:
         new = numpy.array((1.0, excess, excess**2, seconds, excess * seconds))
         self._sums = _DECAY * self._sums + weight * new
-
-    def solve(self) -> tuple[float, float]:
-        """Seconds of a plain step, and of a plain step's cost more: without observations of it, as many."""
         n, x, xx, y, xy = map(float, self._sums)
         n, x, xx = n + self._PRIOR, x - self._PRIOR, xx + self._PRIOR
         determinant = n * xx - x * x
-        return (xx * y - x * xy) / determinant, max(0.0, (n * xy - x * y) / determinant)
+        self.plain, self.slope = (xx * y - x * xy) / determinant, max(0.0, (n * xy - x * y) / determinant)
 
 
 class PassTimes:
@@ -139,43 +139,51 @@ class PassTimes:
     def __init__(self, relative_pass_cost: Callable[[int], float]) -> None:
         self._pass_cost = relative_pass_cost
         self._lines: dict[int, _Line] = {}  # by rows
-        self._draft_steps: dict[tuple[str, int], DecayedMean] = {}  # measured over estimated
+        # By source and rows: measured over estimated.
+        self._draft_steps: defaultdict[tuple[str, int], DecayedMean] = defaultdict(lambda: DecayedMean(1.0))
 
-    def verification(self, num_rows: int) -> Callable[[int], float]:
-        """Number of drafted tokens in each row -> time of their verification."""
-        plain, slope = 1.0, 1.0
-        nearest = min(self._lines, key=lambda rows: abs(rows - num_rows), default=1)
-        if self._lines:
-            plain, slope = self._lines[nearest].solve()
-        ratio = self._pass_cost(num_rows) / self._pass_cost(nearest)
-        return lambda num_drafted: ratio * (plain + slope * self._excess(num_rows, num_drafted))
+    def verifications(self, num_rows: int, longest: int) -> list[float]:
+        """[k] the time of verifying k drafted tokens of each row, for k up to `longest`."""
+        (plain, slope), cost = self._plain_and_slope(num_rows), self._pass_cost
+        own = cost(num_rows)
+        return [plain + slope * (cost(num_rows * (1 + k)) / own - 1.0) for k in range(longest + 1)]
 
-    def draft_step(self, source: str, num_rows: int, estimate: Callable[[int], float]) -> float:
-        """A drafted token of each row; estimate: see `Arm.draft_step`."""
-        known = self._draft_steps.setdefault((source, num_rows), DecayedMean(1.0))
-        return known.value * self._estimated_step(num_rows, estimate)
+    def draft_steps(self, num_rows: int, estimates: Mapping[str, Callable[[int], float]]) -> dict[str, float]:
+        """By source: the time of a drafted token of each row. For the estimates see `Arm.draft_step`."""
+        unit = self._unit(num_rows)
+        return {
+            source: self._draft_steps[source, num_rows].value * unit * estimate(num_rows)
+            for source, estimate in estimates.items()
+        }
 
     def add_draft(self, source: str, num_rows: int, seconds: float, estimate: Callable[[int], float]) -> None:
-        """Learn the time of a drafted token, see `draft_step`."""
-        seconds = self._bounded(seconds, self.draft_step(source, num_rows, estimate))
-        self._draft_steps[source, num_rows].add(seconds / self._estimated_step(num_rows, estimate))
+        """Learn the time of a drafted token, see `draft_steps`."""
+        known = self._draft_steps[source, num_rows]
+        known.add(self._bounded(seconds / (self._unit(num_rows) * estimate(num_rows)), known.value))
 
     def add_verification(self, num_rows: int, num_drafted: int, seconds: float) -> None:
         """Learn the time of a verification of so many tokens in each row."""
-        seconds = self._bounded(seconds, self.verification(num_rows)(num_drafted))
+        seconds = self._bounded(seconds, self.verifications(num_rows, num_drafted)[-1])
         weight = 1.0 if num_rows in self._lines else 0.1  # the first round may include warm-up
-        line = self._lines.setdefault(num_rows, _Line())
-        line.add(self._excess(num_rows, num_drafted), seconds, weight)
+        excess = self._pass_cost(num_rows * (1 + num_drafted)) / self._pass_cost(num_rows) - 1.0
+        self._lines.setdefault(num_rows, _Line()).add(excess, seconds, weight)
 
-    def _bounded(self, seconds: float, expected: float) -> float:
+    def _plain_and_slope(self, num_rows: int) -> tuple[float, float]:
+        """Seconds of a plain step of so many rows, and of a plain step's cost more: those of the nearest
+        number of rows that was measured.
+        """
+        if not self._lines:
+            return self._pass_cost(num_rows), self._pass_cost(num_rows)
+        nearest = min(self._lines, key=lambda rows: abs(rows - num_rows))
+        ratio = self._pass_cost(num_rows) / self._pass_cost(nearest)
+        return ratio * self._lines[nearest].plain, ratio * self._lines[nearest].slope
+
+    def _unit(self, num_rows: int) -> float:
+        """Seconds of a plain step of one row, by passes over so many rows."""
+        return self._plain_and_slope(num_rows)[0] / self._pass_cost(num_rows)
+
+    def _bounded(self, measured: float, expected: float) -> float:
         """A stall of the machine counts as a few times the expected time. Nothing is expected of a first
         round.
         """
-        return min(seconds, self._TOO_LONG * expected) if self._lines else seconds
-
-    def _estimated_step(self, num_rows: int, estimate: Callable[[int], float]) -> float:
-        return self.verification(num_rows)(0) / self._pass_cost(num_rows) * estimate(num_rows)
-
-    def _excess(self, num_rows: int, num_drafted: int) -> float:
-        """Estimated cost of a verification beyond a plain step, in plain steps."""
-        return self._pass_cost(num_rows * (1 + num_drafted)) / self._pass_cost(num_rows) - 1.0
+        return min(measured, self._TOO_LONG * expected) if self._lines else measured

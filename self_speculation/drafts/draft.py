@@ -1,4 +1,4 @@
-"""The interface of draft sources.
+"""The interface of draft sources: those that compute tokens, and those that look them up.
 
 The output is exact for any draft that states the distribution its tokens were sampled from.
 """
@@ -7,17 +7,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from self_speculation.decoding.batch import Batch
-from self_speculation.drafts.policy import Arm, Confidences, ShouldContinue
+from self_speculation.decoding.sequence import Sequence
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, PassRange
-from self_speculation.transfers import on_device
+
+Confidences = abc.Sequence[abc.Sequence[float]]  # [B][k] probabilities of drafted tokens
+ShouldContinue = Callable[[Confidences], abc.Sequence[bool]]  # [B] whether to draft another token
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A draft source as a policy sees it.
+
+    Args:
+        draft_step: number of rows -> estimated cost of a drafted token of each, in plain steps of one row;
+            None: none, since no layer runs.
+        priors: [i] prior acceptance of a token after i matched ones, the last one also after more; only [0]
+            for layers.
+        weight: of the priors, in observations.
+    """
+
+    draft_step: Callable[[int], float] | None = None
+    priors: abc.Sequence[float] = (0.0,)
+    weight: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -65,29 +85,25 @@ class DraftSource(ABC):
         yield PassRange(runner, 0, len(runner.layers), longest + 1)
 
 
-def join(batch: Batch, drafts: abc.Sequence[Draft]) -> Draft:
-    """One draft of drafts for different rows. All layers verify it, since none has processed all rows."""
-    if not drafts:
-        return Draft([None] * len(batch), *batch.stack([]), [0] * len(batch))
-    drafts = [draft for draft in drafts if any(draft.lengths)] or drafts[:1]
-    if len(drafts) == 1:
-        return drafts[0]
-    width = max(draft.tokens.shape[1] for draft in drafts)
-    tokens, q = batch.last.expand(-1, width), None
-    for draft in drafts:
-        is_own = on_device(draft.lengths, tokens.device).bool()[:, None]  # [B, 1]
-        padding = width - draft.tokens.shape[1]
-        tokens = torch.where(is_own, torch.cat((draft.tokens, tokens[:, width - padding :]), 1), tokens)
-        if draft.probabilities is not None:
-            own = pad(draft.probabilities, (0, 0, 0, padding))
-            q = own if q is None else torch.where(is_own[..., None], own, q)
-    owners = [next((draft for draft in drafts if draft.lengths[row]), drafts[0]) for row in range(len(batch))]
-    rows = [*enumerate(owners)]
-    return Draft(
-        [draft.sources[row] for row, draft in rows],
-        tokens,
-        q,
-        [draft.lengths[row] for row, draft in rows],
-        confidences=[draft.confidences[row] if draft.confidences else () for row, draft in rows],
-        matched=[draft.matched[row] if draft.matched else 0 for row, draft in rows],
-    )
+class Match(NamedTuple):
+    """A draft that was looked up."""
+
+    source: str
+    matched: int  # tokens
+    ids: abc.Sequence[int] = ()  # that followed
+
+
+class LookupDrafts(ABC):
+    """Copies tokens from somewhere. They cost nothing: no layer runs."""
+
+    arms: abc.Mapping[str, Arm]  # by source
+
+    @abstractmethod
+    def find(self, sequence: Sequence, k: int) -> Match | None:
+        """The longest match of the end of a sequence, and at most k > 0 tokens that follow."""
+
+
+def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
+    """[...] tokens -> [..., V] the distribution of a draft that was not sampled."""
+    q = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    return q.scatter_(-1, tokens[..., None], 1.0)

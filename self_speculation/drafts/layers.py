@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from self_speculation.config import DraftWeights
@@ -81,16 +82,17 @@ class LayerDrafts(DraftSource):
                 continue
             if self._runs_ahead and position + 1 < max(limits):
                 logits = run(ids)
-            for row, latest in enumerate(reading.wait()[len(limits) :]):  # behind the tokens
-                confidences[row] += [latest] * is_drafting[row]
+            _, latest = reading.wait()
+            for row, drafts in enumerate(is_drafting):
+                confidences[row] += [latest[row]] * drafts
             # The token that ends a draft stays in it: dropping tokens by their value would bias the output.
             pairs = zip(limits, should_continue(confidences), strict=True)
             limits = [limit if more else min(limit, position + 1) for limit, more in pairs]
-        tokens, probabilities = batch.stack(sampled_tokens)
+        q = [sampled.probabilities for sampled in sampled_tokens if sampled.probabilities is not None]
         return Draft(
             [self.name] * len(limits),
-            tokens,
-            probabilities,
+            torch.cat([batch.last[:, :0], *(sampled.tokens[:, None] for sampled in sampled_tokens)], 1),
+            torch.stack(q, 1) if q else None,
             limits,
             self.exit_layer if self._keeps_cache else 0,
             exit_hidden if self._keeps_cache else [],

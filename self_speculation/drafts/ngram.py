@@ -1,24 +1,23 @@
 """Drafts that are looked up (prompt lookup decoding): the last tokens occurred before, in a predicted output,
-in the prompt or in the output, and the tokens that followed them there are the draft.
+in the prompt, in the output or in an earlier answer, and the tokens that followed them there are the draft.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import abc
+from threading import Lock
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft
-from self_speculation.drafts.policy import Arm, Match
-from self_speculation.transfers import on_device
+from self_speculation.drafts.draft import Arm, LookupDrafts, Match
+from self_speculation.model.model_cache import cached
 
 # Ends a predicted output: no model has this id.
 _END = -1
+# Sizes of the n-grams that find an output in an earlier answer. Each takes 130 bytes a token.
+_LONG, _SHORT = 6, 3
 
 
 class NgramIndex:
@@ -63,16 +62,6 @@ class NgramIndex:
         return [self.ids[position + i % period] for i in range(num_tokens)]
 
 
-class LookupDrafts(ABC):
-    """Copies tokens from somewhere. They cost nothing: no layer runs."""
-
-    arms: abc.Mapping[str, Arm]  # by source
-
-    @abstractmethod
-    def find(self, sequence: Sequence, k: int) -> Match | None:
-        """The longest match of the end of a sequence, and at most k > 0 tokens that follow."""
-
-
 class _Place:
     """Where the end of a sequence occurred before in its text: prediction, prompt and output.
 
@@ -80,29 +69,26 @@ class _Place:
     occurs: so the next one of many equal lines is found.
     """
 
-    def __init__(self, prediction: abc.Sequence[int], longest: int) -> None:
-        self._longest, self._index = longest, NgramIndex(range(longest, 0, -1))
+    def __init__(self, prediction: abc.Sequence[int], longest: int, least: int) -> None:
+        self._longest, self._least, self._index = longest, least, NgramIndex(range(longest, 0, -1))
         self._index.extend([*prediction, _END] if prediction else [])
         self._num_predicted = len(self._index.ids)
-        self.matched = self._position = 0
+        self._matched = self._position = 0
 
-    @property
-    def is_predicted(self) -> bool:
-        return self._position < self._num_predicted
-
-    def read(self, sequence: Sequence) -> None:
-        """Move on with the new tokens of a sequence."""
+    def find(self, sequence: Sequence, k: int) -> Match | None:
+        """Move on with the new tokens of a sequence, and look up what follows."""
         ids, start = self._index.ids, len(self._index.ids)
         self._index.extend(sequence.ids_from(start - self._num_predicted))
         for position in range(start, len(ids)):
-            goes_on = self.matched and ids[self._position] == ids[position]
-            self.matched, self._position = self.matched + 1 if goes_on else 0, self._position + 1
+            goes_on = self._matched and ids[self._position] == ids[position]
+            self._matched, self._position = self._matched + 1 if goes_on else 0, self._position + 1
         matched, position = self._index.locate(ids[max(self._num_predicted, len(ids) - self._longest) :])
-        if matched > self.matched:
-            self.matched, self._position = matched, position
-
-    def next(self, k: int) -> list[int]:
-        return self._index.follow(self._position, k)
+        if matched > self._matched:
+            self._matched, self._position = matched, position
+        if self._matched < self._least:
+            return None
+        name = "prediction" if self._position < self._num_predicted else "n-grams"
+        return Match(name, self._matched, self._index.follow(self._position, k))
 
 
 class TextDrafts(LookupDrafts):
@@ -122,30 +108,55 @@ class TextDrafts(LookupDrafts):
     def find(self, sequence: Sequence, k: int) -> Match | None:
         place = self._places.get(sequence)
         if place is None:
-            place = self._places[sequence] = _Place(sequence.prediction, self._longest)
-        place.read(sequence)
-        if place.matched < self._least:
-            return None
-        name = "prediction" if place.is_predicted else "n-grams"
-        return Match(name, place.matched, place.next(k))
+            place = self._places[sequence] = _Place(sequence.prediction, self._longest, self._least)
+        return place.find(sequence, k)
 
 
-def copied(batch: Batch, matches: abc.Sequence[Match | None], most: int, vocab_size: int) -> Draft:
-    """The draft of what was looked up, at most so many tokens. Reads nothing from the device."""
-    found = [match.ids[:most] if match else [] for match in matches]  # [B]
-    width, lengths = max(map(len, found)), [*map(len, found)]
-    # Padded with each row's last token, as in `Batch.sample_draft`.
-    last = [sequence.ids_from(sequence.length - 1) for sequence in batch.sequences]
-    padded = [[*ids, *end * (width - len(ids))] for ids, end in zip(found, last, strict=True)]
-    tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
-    for i in range(width):
-        batch.record_draft(tokens[:, i], i, [i < n for n in lengths], ids=[row[i] for row in padded])
-    q = None if batch.sampler.greedy else one_hot(tokens, vocab_size)
-    sources = [match and match.source for match in matches]
-    return Draft(sources, tokens, q, lengths, matched=[match.matched if match else 0 for match in matches])
+class FinishedAnswers:
+    """N-grams of the last answers, across threads. The older half is dropped whenever the newer half is full.
+
+    Args:
+        num_tokens: the most tokens that it keeps.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens, self._lock = num_tokens, Lock()
+        self._old, self._new = NgramIndex((_LONG, _SHORT)), NgramIndex((_LONG, _SHORT))
+
+    def add(self, sequence: Sequence) -> None:
+        """Add an answer and the end of its prompt."""
+        ids = sequence.ids_from(max(0, len(sequence.prompt) - _LONG))[: self.num_tokens // 2]
+        with self._lock:
+            if len(self._new.ids) + len(ids) > self.num_tokens // 2:
+                self._old, self._new = self._new, NgramIndex((_LONG, _SHORT))
+            self._new.extend(ids)
+
+    def find(self, end: abc.Sequence[int], num_tokens: int) -> tuple[int, list[int]]:
+        """See `NgramIndex`: how many tokens match, and at most so many that followed."""
+        with self._lock:
+            found = [(*index.locate(end), index) for index in (self._new, self._old)]
+            matched, position, index = max(found, key=lambda place: place[0])
+            return matched, index.follow(position, num_tokens) if matched else []
 
 
-def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
-    """[...] tokens -> [..., V] the distribution of a draft that was not sampled."""
-    q = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
-    return q.scatter_(-1, tokens[..., None], 1.0)
+def finished_answers(model: nn.Module, num_tokens: int) -> FinishedAnswers:
+    """Those of a model, since ids are those of its tokenizer; empty if the number of tokens is another one
+    than before. A change of weights does not matter: these are guesses.
+    """
+    return cached(model, FinishedAnswers, lambda _: num_tokens, lambda: FinishedAnswers(num_tokens))
+
+
+class SharedDrafts(LookupDrafts):
+    """What followed the end of a sequence in finished answers.
+
+    Args:
+        is_sure: only after the longer n-gram.
+    """
+
+    def __init__(self, answers: FinishedAnswers, is_sure: bool) -> None:
+        self._answers, self._least = answers, _LONG if is_sure else _SHORT
+        self.arms = {"shared": Arm(priors=[0.2 + 0.1 * matched for matched in range(_LONG + 1)])}
+
+    def find(self, sequence: Sequence, k: int) -> Match | None:
+        matched, ids = self._answers.find(sequence.ids_from(max(0, sequence.length - _LONG)), k)
+        return Match("shared", matched, ids) if matched >= self._least else None

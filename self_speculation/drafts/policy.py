@@ -1,41 +1,25 @@
 """Plans each round: which source drafts for which row, and the most tokens.
 
-Knows nothing of models, tokens or tensors.
+`FixedPolicy` drafts as it is told. `AdaptivePolicy` is a bandit over draft sources: it picks by acceptance so
+far and the time of passes. Knows nothing of models or tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import wraps
+from math import prod
+from operator import mul
+from threading import RLock
+from typing import Any, NamedTuple, TypeVar
 
-Confidences = Sequence[Sequence[float]]  # [B][k] probabilities of drafted tokens
-ShouldContinue = Callable[[Confidences], Sequence[bool]]  # [B] whether to draft another token
+from self_speculation.drafts.costs import DecayedMean, PassTimes
+from self_speculation.drafts.draft import Arm, Confidences, Draft, Match, ShouldContinue
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Arm:
-    """A draft source as a policy sees it.
-
-    Args:
-        draft_step: number of rows -> estimated cost of a drafted token of each, in plain steps of one row;
-            None: none, since no layer runs.
-        priors: [i] prior acceptance of a token after i matched ones, the last one also after more; only [0]
-            for layers.
-        weight: of the priors, in observations.
-    """
-
-    draft_step: Callable[[int], float] | None = None
-    priors: Sequence[float] = (0.0,)
-    weight: float = 2.0
-
-
-class Match(NamedTuple):
-    """A draft that was looked up."""
-
-    source: str
-    matched: int  # tokens
-    ids: Sequence[int] = ()  # that followed
+_WAIT, _LONGEST_WAIT = 8, 128  # rounds between two trials
 
 
 class Plan(NamedTuple):
@@ -52,17 +36,6 @@ class Plan(NamedTuple):
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
-
-
-class RoundOutcome(NamedTuple):
-    """What became of a round."""
-
-    sources: Sequence[str | None]  # [B] that drafted
-    matched: Sequence[int]  # [B] tokens that an n-gram matched
-    confidences: Confidences  # empty if unknown
-    drafted: Sequence[int]  # [B] tokens
-    accepted: Sequence[int]  # [B] tokens
-    seconds: tuple[float, float] | None  # of drafting and of verifying; None: not typical
 
 
 class FixedPolicy:
@@ -83,3 +56,191 @@ class FixedPolicy:
     def plan(self, matches: Sequence[Match | None], limits: Sequence[int]) -> Plan:
         """See `AdaptivePolicy.plan`."""
         return Plan(self._drafting, max(limits), [match is not None for match in matches], max(limits))
+
+
+@dataclass
+class ArmStats:
+    """Statistics of a model's sources, across requests and threads. Bounded by the number of sources.
+
+    Args:
+        relative_pass_cost: estimated cost of a pass over n tokens, relative to one.
+        num_threads: that the next pass will use. Times are valid for one number of threads.
+    """
+
+    relative_pass_cost: Callable[[int], float]
+    num_threads: Callable[[], int] = lambda: 1
+    num_rounds: int = 0
+    # By source and matched tokens.
+    acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
+    # By source: rejections over those that the probabilities of drafted tokens tell.
+    overconfidence: dict[str, DecayedMean] = field(default_factory=dict)
+    used_at: dict[str | None, int] = field(default_factory=dict)  # the last round of each source
+    trial_at: int = _WAIT  # the round of the next trial
+    wait: int = _WAIT
+    lock: Any = field(default_factory=RLock)
+    _times: dict[int, PassTimes] = field(default_factory=dict)  # by number of threads
+
+    @property
+    def times(self) -> PassTimes:
+        return self._times.setdefault(self.num_threads(), PassTimes(self.relative_pass_cost))
+
+
+def _locked(method: Callable[..., T]) -> Callable[..., T]:
+    """Let one thread at a time read and write the statistics."""
+
+    @wraps(method)
+    def locked(self: AdaptivePolicy, *args: Any) -> T:
+        with self._stats.lock:
+            return method(self, *args)
+
+    return locked
+
+
+class AdaptivePolicy:
+    """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
+
+    At growing intervals, the source that was used longest ago has a trial, unless even a draft that is
+    accepted as a whole could not pay. A draft ends when another token would cost more than it is expected to
+    save.
+
+    Args:
+        arms: by name of the source.
+        longest: the most tokens of a draft.
+        stats: of the model.
+    """
+
+    # Expected speed of drafts over that of plain steps, at least: it is an estimate.
+    _MARGIN = 1.03
+    # The share of a round's tokens that another drafted one must add.
+    _TOO_FEW = 0.01
+    # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
+    _LONGEST_BY_LAYERS = 8
+
+    def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
+        self._arms, self._longest, self._stats = arms, longest, stats
+        self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
+        self._plan, self._plain = Plan(), Plan()
+        # Seconds in this round of a drafted token of each row, and of verifying 0, 1, ... of them.
+        self._drafting: dict[str | None, float] = {}
+        self._verifying: Sequence[float] = ()
+
+    @_locked
+    def plan(self, matches: Sequence[Match | None], limits: Sequence[int]) -> Plan:
+        """Plan one round.
+
+        Args:
+            matches: [B] drafts that were looked up; None: none.
+            limits: [B] the most tokens to draft.
+        """
+        stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
+        self._drafting = {None: 0.0}
+        self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
+        self._verifying = stats.times.verifications(num_rows, longest + 1)
+        best = self._plain = self._best_length(None, [0.0] * num_rows, 0)
+        guesses = [self._acceptance(*each[:2]).value if each else 0.0 for each in matches]
+        for source in self._drafting if longest else ():
+            # Rows have the draft that is more likely right.
+            own = 0.0 if source is None else self._acceptance(source, 0).value
+            pairs = zip(guesses, limits, strict=True)
+            chances = [max(guess, own) if limit else 0.0 for guess, limit in pairs]
+            plan = self._best_length(source, chances, longest)
+            if plan.rate > max(best.rate, self._MARGIN * self._plain.rate):
+                best = plan._replace(lookups=[guess > own for guess in guesses])
+        stats.num_rounds += 1
+        if best.max_drafted:
+            stats.used_at[best.source] = stats.num_rounds
+        self._plan = best
+        if longest and stats.num_rounds >= stats.trial_at:
+            self._plan = self._trial(best, [guess > 0.0 for guess in guesses], longest) or best
+        return self._plan
+
+    @_locked
+    def should_continue(self, confidences: Confidences) -> list[bool]:
+        """[B] whether to draft another token: the rows of a batch end together.
+
+        Args:
+            confidences: [B] probabilities of the tokens drafted so far.
+        """
+        plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
+        if plan.is_trial:
+            return [width < plan.max_drafted] * num_rows
+        assert plan.source is not None, "nothing drafts"
+        doubt = self._overconfidence(plan.source).value
+        accepted = sum(prod(max(0.0, 1.0 - doubt * (1.0 - c)) for c in row) for row in confidences if row)
+        more = self._drafting[plan.source] + self._verifying[width + 1] - self._verifying[width]
+        gain = accepted * self._acceptance(plan.source, 0).value
+        return [gain > more * max(plan.rate, self._plain.rate)] * num_rows
+
+    @_locked
+    def learn(self, draft: Draft, accepted: Sequence[int], seconds: tuple[float, float] | None) -> None:
+        """Learn from the outcome of a round.
+
+        Args:
+            accepted: [B] tokens of each row.
+            seconds: of drafting and of verifying; None: they are not typical.
+        """
+        stats, plan, drafted = self._stats, self._plan, draft.lengths
+        if plan.is_trial and sum(accepted) == sum(drafted):  # try it again soon
+            stats.wait, stats.trial_at = _WAIT, stats.num_rounds + _WAIT
+            stats.used_at[plan.source] = 0
+        for row, source in enumerate(draft.sources):
+            if source is None:
+                continue
+            matched = draft.matched[row] if draft.matched else 0
+            probabilities = draft.confidences[row] if draft.confidences else ()
+            for i in range(min(accepted[row] + 1, drafted[row])):
+                is_right = i < accepted[row]
+                self._acceptance(source, matched).add(float(is_right))
+                if probabilities:
+                    doubt = max(1e-3, 1.0 - probabilities[i])
+                    self._overconfidence(source).add((not is_right) / doubt, weight=doubt)
+        if seconds is None:
+            return
+        times, num_rows, (draft_seconds, verify_seconds) = stats.times, len(drafted), seconds
+        pairs = zip(drafted, draft.sources, strict=True)
+        own = max((length for length, source in pairs if source == plan.source), default=0)
+        if own and plan.source is not None:
+            times.add_draft(plan.source, num_rows, draft_seconds / own, self._draft_steps[plan.source])
+        times.add_verification(num_rows, max(drafted), verify_seconds)
+
+    def _trial(self, best: Plan, is_matched: Sequence[bool], longest: int) -> Plan | None:
+        """A trial, with one token, of the source that was used longest ago, of those that would pay if whole
+        drafts were accepted; None: there are none.
+        """
+        stats, num_rows = self._stats, len(is_matched)
+        names = [name for name in self._drafting if name != best.source or not best.max_drafted]
+        for name in sorted(names, key=lambda name: stats.used_at.get(name, 0)):
+            stats.used_at[name] = stats.num_rounds
+            lookups = is_matched if name is None else ()
+            chances = [*map(float, lookups)] if name is None else [1.0] * num_rows
+            if self._best_length(name, chances, longest).rate > self._MARGIN * self._plain.rate:
+                stats.wait = min(2 * stats.wait, _LONGEST_WAIT)
+                stats.trial_at = stats.num_rounds + stats.wait
+                seconds = self._drafting[name] + self._verifying[1]
+                return Plan(name, 1, lookups, 1, float(num_rows), seconds, is_trial=True)
+        stats.trial_at = stats.num_rounds + _WAIT
+        return None
+
+    def _best_length(self, name: str | None, chances: Sequence[float], longest: int) -> Plan:
+        """The best round of rows whose drafts have these chances per token."""
+        longest = longest if name is None else min(longest, self._LONGEST_BY_LAYERS)
+        draft_step, tokens, arrives = self._drafting[name], float(len(chances)), chances
+        best, rate = Plan(tokens=tokens, seconds=self._verifying[0]), tokens / self._verifying[0]
+        for k in range(1, longest + 1):
+            more = sum(arrives)
+            if more < self._TOO_FEW * tokens:  # nor do longer drafts, and planning takes time
+                break
+            tokens, seconds = tokens + more, draft_step * k + self._verifying[k]
+            if tokens / seconds > rate:
+                best, rate = Plan(name, longest, (), k, tokens, seconds), tokens / seconds
+            arrives = [*map(mul, arrives, chances)]  # that k + 1 tokens of a row are accepted
+        return best
+
+    def _acceptance(self, name: str, matched: int) -> DecayedMean:
+        """Acceptance of a token after accepted ones."""
+        arm = self._arms[name]
+        key, known = (name, min(matched, len(arm.priors) - 1)), self._stats.acceptance
+        return known.get(key) or known.setdefault(key, DecayedMean(arm.priors[key[1]], arm.weight))
+
+    def _overconfidence(self, name: str) -> DecayedMean:
+        return self._stats.overconfidence.setdefault(name, DecayedMean(1.0, weight=0.5))

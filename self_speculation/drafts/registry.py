@@ -11,14 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
-from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
-from self_speculation.drafts.draft import DraftSource
+from self_speculation.drafts.draft import Arm, DraftSource, LookupDrafts
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import LookupDrafts, TextDrafts
-from self_speculation.drafts.policy import Arm, FixedPolicy
-from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts, finished_answers
+from self_speculation.drafts.ngram import FinishedAnswers, SharedDrafts, TextDrafts, finished_answers
+from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, FixedPolicy
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.model_cache import cached, evict
 from self_speculation.model.model_runner import ModelRunner
@@ -42,10 +40,6 @@ class DraftContext:
     @property
     def model(self) -> PreTrainedModel:
         return self.runner.model
-
-    @property
-    def vocab_size(self) -> int:
-        return self.runner.config.vocab_size
 
     @property
     def exit_layers(self) -> list[int]:
@@ -81,7 +75,7 @@ class DraftContext:
             ValueError: the head is on several devices.
         """
         number = self.draft_vocabulary
-        if number is None or number >= self.vocab_size:
+        if number is None or number >= self.runner.config.vocab_size:
             return None
         return ShortHead(self.runner, number, grows=self.config.draft_vocabulary is None)
 
@@ -121,22 +115,18 @@ def make_composer(context: DraftContext) -> DraftComposer:
     Raises:
         ValueError: layers or head cannot be copied, or the head is on several devices.
     """
-    config, sources, lookups = context.config, {}, []
-    arms: dict[str, Arm] = {}
-    for source in (each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)):
-        if isinstance(source, LookupDrafts):
-            lookups.append(source)
-            arms |= source.arms
-        else:
-            sources[source.name], arms[source.name] = source, source.arm
+    config, arms = context.config, dict[str, Arm]()
+    sources = [each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)]
+    for source in sources:
+        arms |= source.arms if isinstance(source, LookupDrafts) else {source.name: source.arm}
     policy: FixedPolicy | AdaptivePolicy = FixedPolicy(arms, config.draft_confidence)
     if config.is_adaptive:
         policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context))
-    return DraftComposer(context.model, sources, lookups, context.vocab_size, policy)
+    return DraftComposer(context.model, sources, policy)
 
 
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
-    weights = context.draft_weights
+    weights, num_layers = context.draft_weights, len(context.runner.layers)
     grows = relative_pass_cost(context.runner, weights)
 
     def draft_step(layer: int) -> Callable[[int], float]:
@@ -144,11 +134,10 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
         return lambda num_rows: ratio * grows(num_rows)
 
     for layer in context.exit_layers:
-        drafter = context.drafter(layer)
         arm = Arm(draft_step(layer), weight=1.0)  # one good trial is enough
-        if is_whole := layer == len(context.runner.layers):
+        if is_whole := layer == num_layers:
             arm = replace(arm, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
-        yield LayerDrafts(drafter, layer, weights, arm, is_whole, context.text_reader)
+        yield LayerDrafts(context.drafter(layer), layer, weights, arm, is_whole, context.text_reader)
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:

@@ -220,9 +220,12 @@ class _Passes:
     """Captured passes of a model, and the buffers of the latest `CapturedCache`."""
 
     def __init__(self, runner: CapturedRunner, num_slots: int) -> None:
-        self.config, self.num_slots = runner.config, num_slots
+        self.config = config = runner.config
+        self.num_slots = num_slots
         self.tables = AttentionTables(runner.model, runner.dtype)  # graphs read them, and they only grow here
         self.buffers = Buffers(len(runner.layers), num_slots)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._like = self.tables.unit.new_empty(1, config.num_key_value_heads, head_dim)  # keys of a position
         self.num_captured = 0
         self._drop_replays()
         self.inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # [B, T, H] states, [B, T] positions
@@ -249,19 +252,12 @@ class _Passes:
             graph_bytes: of the graphs that read one number of keys.
             sampling_bytes: that sampling the tokens of a round takes.
         """
-        like, room = self._like, _SHARE * free_memory(self.tables.device) - sampling_bytes
-        position = 2 * self.buffers.num_layers * self.num_slots * like.nbytes
+        room = _SHARE * free_memory(self.tables.device) - sampling_bytes
+        position = 2 * self.buffers.num_layers * self.num_slots * self._like.nbytes
         for number in range(most, least, -_STEP):
             if (number + _STEP) * position + len(_lengths(number)) * graph_bytes <= room:
                 return number
         return least
-
-    @property
-    def _like(self) -> Tensor:
-        """[1, kv_heads, head_dim] keys or values of a position."""
-        config = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return self.tables.unit.new_empty(1, config.num_key_value_heads, head_dim)
 
     def reserve(self, num_positions: int) -> None:
         """Make room for so many positions and padding. A larger cache ends all captured passes."""

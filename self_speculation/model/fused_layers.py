@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.families import has_fused_layers
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kernels import cpu_operators, operator_activation
-from self_speculation.model.linear import BFloat16Linear, Linear, RMSNorm, Slot, replace_linears
+from self_speculation.model.linear import BFloat16Linear, Linear, Product, RMSNorm, Slot, replace_linears
 from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
 from self_speculation.model.unsupported_hooks import difference
 
@@ -45,7 +46,7 @@ class _Settings:
 class _Parts:
     """What is made of a model's layers and head. A change of their structure discards it as a whole."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         settings, config = singleton(model, _Settings), model.config
         settings.num_changes += 1
         self.fused: dict[nn.Module, Fused] = {}  # by decoder layer; of the final norm and head by `lm_head`
@@ -54,7 +55,7 @@ class _Parts:
         if settings.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa":
             self._fuse(model, settings)
 
-    def _fuse(self, model: Any, settings: _Settings) -> None:
+    def _fuse(self, model: PreTrainedModel, settings: _Settings) -> None:
         base, head = model.base_model, model.get_output_embeddings()
         modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
         plain = [key for key, parts in modules.items() if difference(model, *parts) is None]
@@ -71,11 +72,12 @@ class _Parts:
                 self.fused[key] = FusedHead(RMSNorm(base.norm), Linear(head)) if is_head else FusedLayer(key)
 
     def linears(self) -> list[Linear]:
-        fused = (linear for part in self.fused.values() for linear in part.linears)
+        parts = (linear for part in self.fused.values() for linear in part.linears)
+        fused = [linear for linear in parts if isinstance(linear, Linear)]
         return [*fused, *self.plain.copy().values()]  # a copy: another thread may add one
 
 
-def fuse(model: Any, bfloat16_prefill: bool | None = None) -> int:
+def fuse(model: PreTrainedModel, bfloat16_prefill: bool | None = None) -> int:
     """Decode this model by fused layers from now on.
 
     Plain layers of fused families with sdpa attention are fused; quantised, offloaded, hooked and
@@ -110,18 +112,18 @@ def fuse(model: Any, bfloat16_prefill: bool | None = None) -> int:
     return sum(layer in fused for layer in model.base_model.layers)
 
 
-def prefills_in_bfloat16(model: Any) -> bool:
+def prefills_in_bfloat16(model: PreTrainedModel) -> bool:
     """Whether long passes over prompts multiply in bfloat16."""
     parts = peek(model, _Parts)
     return parts is not None and parts.prefills_in_bfloat16
 
 
-def activation_dtype(model: Any) -> torch.dtype:
+def activation_dtype(model: PreTrainedModel) -> torch.dtype:
     """Of activations, keys, values and logits."""
     return fused_model(model)[1]
 
 
-def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
+def fused_model(model: PreTrainedModel) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
     """Follow what has changed since the last generation.
 
     Returns:
@@ -143,23 +145,23 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
     return parts.fused, parts.dtype
 
 
-def bytes_made(model: Any) -> int:
+def bytes_made(model: PreTrainedModel) -> int:
     """Bytes of all copies of a model's weights, which draft."""
     return sum(copy.num_bytes for linear in linears_made(model) for _, copy in [*linear.copies.values()])
 
 
-def linears_made(model: Any) -> list[Linear]:
+def linears_made(model: PreTrainedModel) -> list[Linear]:
     """All of a model's fused parts, and those of plain modules."""
     parts = peek(model, _Parts)
     return [] if parts is None else parts.linears()
 
 
-def num_changes(model: Any) -> int:
+def num_changes(model: PreTrainedModel) -> int:
     """How often parts were made. Runners from an earlier count are invalid, even if weights are restored."""
     return singleton(model, _Settings).num_changes
 
 
-def plain_linear(model: Any, module: nn.Module) -> Linear:
+def plain_linear(model: PreTrainedModel, module: nn.Module) -> Linear:
     """A `Linear` of a plain module that is in no fused part, for a runner of this model. It is kept with the
     fused parts.
     """
@@ -183,7 +185,7 @@ class FusedLayer:
             projection.out_features // self._head_dim for projection in (attention.q_proj, attention.k_proj)
         )
         self._num_rotated = self._num_heads + self._kv_heads
-        self.linears: tuple[Any, ...] = (
+        self.linears: tuple[Product, ...] = (
             Linear(attention.q_proj, attention.k_proj, attention.v_proj),
             Linear(attention.o_proj),
             Linear(mlp.gate_proj, mlp.up_proj),
@@ -283,20 +285,24 @@ class FusedLayer:
     @property
     def has_slots(self) -> bool:
         """Whether the operator can multiply by its weights."""
-        return all(getattr(linear, "is_in_place", False) for linear in self.linears)
+        return len(self._in_place) == len(self.linears)
+
+    @property
+    def _in_place(self) -> list[Linear]:
+        return [linear for linear in self.linears if isinstance(linear, Linear) and linear.is_in_place]
 
     def slots(self) -> list[Slot]:
         """All tensors that the operator reads, in its order."""
         norms = [norm.slot for norm in self._norms.values() if norm is not None]
-        return norms + [slot for linear in self.linears for slot in linear.slots()]
+        return norms + [slot for linear in self._in_place for slot in linear.slots()]
 
-    def description(self, window: int | None, rotation: int) -> tuple[list[Any], list[float]]:
+    def description(self, window: int | None, rotation: int) -> tuple[list[int | None], list[float]]:
         """What the operator is told of it, see `Layer` of cpp/layers.cpp.
 
         Args:
             rotation: the number of its tables.
         """
-        options = [has_bias for linear in self.linears for has_bias in linear.has_biases]
+        options = [has_bias for linear in self._in_place for has_bias in linear.has_biases]
         options += [self._norms[name] is not None for name in ("query", "attended", "output")]
         options += [self._norms["input"].is_centred]
         has = sum(is_there << bit for bit, is_there in enumerate(options))
@@ -309,7 +315,7 @@ class FusedLayer:
         return self._kv_heads, self._head_dim
 
 
-def _add(hidden: Tensor, linear: Any, x: Tensor, norm: RMSNorm | None) -> Tensor:
+def _add(hidden: Tensor, linear: Product, x: Tensor, norm: RMSNorm | None) -> Tensor:
     """hidden + norm(linear(x)), in place; None: without a norm."""
     if norm is not None:
         return hidden.add_(norm(linear(x)))
@@ -319,9 +325,9 @@ def _add(hidden: Tensor, linear: Any, x: Tensor, norm: RMSNorm | None) -> Tensor
 class FusedHead:
     """Final norm and head, [T, H] -> [T, V]."""
 
-    def __init__(self, norm: Callable[[Tensor], Tensor], linear: Linear) -> None:
+    def __init__(self, norm: RMSNorm, linear: Linear) -> None:
         self.norm = norm
-        self.linears: tuple[Any, ...] = (linear,)
+        self.linears = (linear,)
 
     def __call__(self, hidden: Tensor, seen: object = None) -> Tensor:  # noqa: ARG002
         return self.linears[0].logits(hidden, self.norm)

@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,16 @@ _CENTRED_NORMS = ("Gemma3RMSNorm",)
 
 # A tensor that a pass reads: where it stands, so that one that takes its place is read next time.
 Slot = tuple[Mapping[str, Any], str]
+
+
+class Product(Protocol):
+    """x [T, in] -> x W^T + b [T, out], over some format of W."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """In the dtype of x."""
+
+    def matmul_native(self, x: Tensor) -> Tensor:
+        """In the dtype that the product has."""
 
 
 class Linear:
@@ -95,7 +105,7 @@ class Linear:
                 part.add_(bias)
         return product
 
-    def logits(self, hidden: Tensor, norm: Any) -> Tensor:
+    def logits(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """Of a single projection, over normed states."""
         if self.is_in_few_bits or (self.is_in_place and is_multiplied_in_place(hidden, _MOST_ROWS)):
             return project(hidden, self.slots(), self.shape[0], norm)
@@ -180,7 +190,7 @@ def is_multiplied_in_place(x: Tensor, most: int) -> bool:
     return on_cpu and cpu_operators().variant is not None
 
 
-def project(x: Tensor, slots: Sequence[Slot], rows: int, norm: Any = None) -> Tensor:
+def project(x: Tensor, slots: Sequence[Slot], rows: int, norm: RMSNorm | None = None) -> Tensor:
     """norm(x) W^T + b by our operator, for one projection with so many rows."""
     of_norm = ([], 0.0, False) if norm is None else ([norm.weight], norm.epsilon, norm.is_centred)
     weight, has_bias = tensors_in(slots), slots[-1][1] == "bias"
@@ -241,7 +251,7 @@ class BFloat16Linear:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def replace_linears(part: T, make: Callable[[Linear], Any]) -> T:
+def replace_linears(part: T, make: Callable[[Linear], Product]) -> T:
     """A copy of a fused layer or a head with each `Linear` replaced by `make(linear)`."""
     other: Any = copy.copy(part)
     other.linears = tuple(make(linear) for linear in other.linears)

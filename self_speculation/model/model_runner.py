@@ -24,7 +24,7 @@ from self_speculation.model.families import AttentionType, attention_types, chec
 from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import FusedLayer, fused_model, num_changes, prefills_in_bfloat16
 from self_speculation.model.kv_cache import ALIGNMENT, Buffers, KVCache, ScatteredCache, round_up
-from self_speculation.model.linear import MIN_BFLOAT16_PREFILL
+from self_speculation.model.linear import MIN_BFLOAT16_PREFILL, Product
 
 # Most positions of one pass over a prompt: they bound its memory. In bfloat16, a pass converts all weights.
 PREFILL_CHUNK = 1024
@@ -46,7 +46,7 @@ class Layer(Protocol):
     """A decoder layer."""
 
     @property
-    def linears(self) -> Sequence[object]:
+    def linears(self) -> Sequence[Product]:
         """Its products; of a layer of transformers, none are known."""
 
     def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
@@ -73,7 +73,7 @@ class Head(Protocol):
 class PlainLayer:
     """A decoder layer of transformers."""
 
-    linears = ()
+    linears: tuple[Product, ...] = ()
 
     def __init__(self, layer: nn.Module) -> None:
         self.module = layer

@@ -12,11 +12,10 @@ import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
@@ -31,9 +30,9 @@ from self_speculation.model.int4_linear import (
     has_kernel,
     int4_copy,
 )
-from self_speculation.model.linear import Linear, replace_linears
+from self_speculation.model.linear import Linear, Product, replace_linears
 from self_speculation.model.model_cache import lock
-from self_speculation.model.model_runner import ModelRunner, PlainHead, PlainLayer, forward_early
+from self_speculation.model.model_runner import Layer, ModelRunner, PlainHead, PlainLayer, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
 from self_speculation.model.unsupported_hooks import difference
@@ -98,7 +97,7 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
             advance(module.weight.nbytes)
 
 
-def check_family(draft_weights: DraftWeights, config: Any) -> None:
+def check_family(draft_weights: DraftWeights, config: PretrainedConfig) -> None:
     """Raises ValueError, before any weight is read, if there are no copies of a model with this config."""
     if draft_weights != "exact" and not FAMILIES[config.model_type].has_copies:
         kind = f"{config.model_type} model: its verifications read more experts than a copy saves"
@@ -123,14 +122,16 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
         )
     layers = _with_linears(runner, num_layers, "draft_weights int4")
     bytes_per_weight(runner.model, "int4")  # raises ValueError without kernels
-    parts = layers if short_head is None else [*layers, short_head]  # its best few are computed again
+    # The best few of a short head are computed again.
+    parts: Sequence[Layer | ShortHead] = layers if short_head is None else [*layers, short_head]
+    linears = [linear for part in parts for linear in part.linears if isinstance(linear, Linear)]
     with lock(runner.model):
-        copies = _make_copies(runner, layers, [linear for part in parts for linear in part.linears])
+        copies = _make_copies(runner, layers, linears)
     head = runner.head if short_head is None else replace_linears(short_head, copies.__getitem__)
     return runner.with_layers([replace_linears(layer, copies.__getitem__) for layer in layers], head)
 
 
-def _with_linears(runner: ModelRunner, num_layers: int, flag: str) -> list[Any]:
+def _with_linears(runner: ModelRunner, num_layers: int, flag: str) -> list[Layer]:
     """The first layers, with a `Linear` for each product. Raises ValueError if one of them or the head is not
     plain.
     """
@@ -157,11 +158,11 @@ class _UnfusedLayer(PlainLayer):
         self.linears = tuple(plain_linear(model, module) for module in self._replaced)
 
     @property
-    def linears(self) -> tuple[Any, ...]:
+    def linears(self) -> tuple[Product, ...]:
         return self._linears
 
     @linears.setter
-    def linears(self, linears: tuple[Any, ...]) -> None:
+    def linears(self, linears: tuple[Product, ...]) -> None:
         products: dict[nn.Module, nn.Module] = dict(zip(self._replaced, map(_Product, linears), strict=True))
         self._linears, self.module = linears, _with_modules(self._own, products)
 
@@ -190,7 +191,7 @@ def _with_modules(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> n
 
 
 def _make_copies(
-    runner: ModelRunner, layers: Sequence[Any], linears: Sequence[Linear]
+    runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]
 ) -> Mapping[Linear, Linear | Int4Linear]:
     """The copy of each `Linear`. What is missing is made on all threads."""
     copies = {linear: linear.valid_copy("int4") for linear in linears}
@@ -232,7 +233,7 @@ class _SquaresSummed:
 
 
 @torch.no_grad()
-def _input_squares(runner: ModelRunner, layers: Sequence[Any]) -> Mapping[Linear, Tensor]:
+def _input_squares(runner: ModelRunner, layers: Sequence[Layer]) -> Mapping[Linear, Tensor]:
     """[in] for every `Linear` of these layers, summed over some tokens.
 
     Layers decide which inputs are large, more than the text does: tokens from all over the vocabulary show it

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from self_speculation.model.devices import free_memory
 from self_speculation.model.few_bits import FewBitsLinear
 from self_speculation.model.fused_layers import FusedHead, plain_linear
 from self_speculation.model.int4_linear import int4_copy
-from self_speculation.model.linear import Linear
+from self_speculation.model.linear import Linear, Product
 from self_speculation.model.model_cache import singleton
 from self_speculation.model.model_runner import ModelRunner, PlainHead, SeenIds
 from self_speculation.model.unsupported_hooks import difference
@@ -92,7 +92,7 @@ class ShortHead:
         self.norm, self._whole, self._like = runner.head.norm, whole, runner.tables.unit
         self.likely, self._ids = frozenset(ids), on_device(ids, runner.device)
         self._likely = whole.cached_copy(tuple(ids), lambda: whole.select_rows(self._ids))
-        self.linears: tuple[Any, ...] = (self._likely,)
+        self.linears: tuple[Product, ...] = (self._likely,)
         # A copy of all rows is made by way of one in their own format.
         grows = grows and (
             whole.valid_copy("int4") is not None or free_memory(runner.device) > 2 * whole.num_bytes
@@ -111,9 +111,9 @@ class ShortHead:
         """
         normed, is_copy = self.norm(hidden), self.linears[0] is not self._likely
         if seen is None:
-            whole: Any = self._whole
+            whole: Product = self._whole
             if is_copy:
-                whole = whole.cached_copy("int4", lambda: int4_copy(self._whole))
+                whole = self._whole.cached_copy("int4", lambda: int4_copy(self._whole))
             return _logits(whole, self._whole, normed)
         logits = hidden.new_full((len(hidden), self._whole.shape[0]), -math.inf)
         logits.index_copy_(1, self._ids, _logits(self.linears[0], self._likely, normed))
@@ -137,7 +137,7 @@ class ShortHead:
             self._mask = on_device(numbers, self._like.device, self._like.dtype).view(len(by_row), -1)
 
 
-def _logits(head: Any, exact: Linear, normed: Tensor) -> Tensor:
+def _logits(head: Product, exact: Linear, normed: Tensor) -> Tensor:
     """[B, n] of normed states [B, H]. If the head is a copy, the exact one computes the best again."""
     logits: Tensor = head(normed)
     if head is not exact:
@@ -173,16 +173,23 @@ class _NewIds:
         self.share += (num_new - num_ids * self.share) / max(num_ids, _LAST)
 
 
+class Text(Protocol):
+    """A sequence, such as `decoding.sequence.Sequence`."""
+
+    def ids_from(self, position: int) -> list[int]:
+        """Ids of the prompt and the output behind so many."""
+
+
 class TextReader:
     """Reads the ids of sequences for a head, each once."""
 
     def __init__(self, head: ShortHead) -> None:
         self._likely, self._new_ids = head.likely, head.new_ids
-        self._read: dict[Any, tuple[int, frozenset[int]]] = {}  # length of each sequence, and ids
+        self._read: dict[Text, tuple[int, frozenset[int]]] = {}  # length of each sequence, and ids
         self._needs_all = False
 
-    def read(self, sequences: Iterable[Any]) -> SeenIds | None:
-        """[B] ids of each sequence (see `decoding.sequence`) that are not likely; None: texts have many ids
+    def read(self, sequences: Iterable[Text]) -> SeenIds | None:
+        """[B] ids of each sequence that are not likely; None: texts have many ids
         besides, so the head is to have all. That changes only when a sequence joins.
         """
         before, self._read = self._read, {}

@@ -27,7 +27,7 @@ _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, FewBitsLinear)
 
 
-def check_followed(model: Any) -> None:
+def check_followed(model: PreTrainedModel) -> None:
     """Raises ValueError that names what is around the model's layers and changes its output."""
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
@@ -66,7 +66,7 @@ def _around_layers(model: PreTrainedModel) -> Iterator[str]:
         yield f"its inputs are made by {_name(prepares)}, as for prompt tuning"
 
 
-def _replacement(module: nn.Module) -> Any:
+def _replacement(module: nn.Module) -> object:
     """What replaces `forward`, apart from hooks of accelerate that only move tensors; None: nothing."""
     replacement = replaced_forward(module)
     if getattr(getattr(replacement, "func", None), "__module__", "") != "accelerate.hooks":
@@ -76,16 +76,16 @@ def _replacement(module: nn.Module) -> Any:
     return others[0] if others else replaced_forward(module, "_old_forward")
 
 
-def _is_transformers_own(function: Any) -> bool:
+def _is_transformers_own(function: object) -> bool:
     return (getattr(function, "__module__", None) or "").startswith("transformers.")
 
 
-def _name(function: Any) -> str:
+def _name(function: object) -> str:
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__qualname__} of {named.__module__}"
 
 
-def difference(model: Any, *roots: nn.Module) -> str | None:
+def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
     """What tells these modules from plain ones: those of the model's family, with weights of one dtype on one
     device, and without hooks; None: nothing.
     """

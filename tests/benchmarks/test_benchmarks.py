@@ -44,10 +44,12 @@ def test_first_tokens(measured):
     assert all(row["of transformers"] == 1 for row in rows[::2])
 
 
-def test_side_by_side(measured, tmp_path):
+def test_side_by_side(measured, tmp_path, monkeypatch):
     """Guards against different outputs, different draft lengths (transformers reads its own elsewhere), and
     padding that counts as tokens.
     """
+    monkeypatch.setattr("benchmarks.peers._TRIES", 1)
+    monkeypatch.setattr(side_by_side, "bars", drawn := Mock())
     record = measured(
         side_by_side, "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
         "--num_prompts", "3", "--batch_size", "1", "2", "--picture", tmp_path / "bars",
@@ -62,13 +64,12 @@ def test_side_by_side(measured, tmp_path):
     assert all(row["ratio"] == 1 for row in rows if row["side"] == "transformers")
     formats = record["transformers_in"]  # which is fastest depends on the machine
     for size in (1, 2):
-        peer = f"generate of transformers in {formats[str(size)]['transformers']}"
-        assert "paired turns, 1 round, " in record["figure"]
-        for base in (peer, "decoding without drafts here"):
-            assert f"over {base}, batch size {size}: " in record["figure"]
+        assert formats[str(size)]["transformers"] in ("float32", "bfloat16", "float16")
     by_side = {row["side"]: row["tokens_per_verification"] for row in rows[:7]}
     assert by_side["transformers, exit"] == pytest.approx(by_side["self-speculative"], rel=0.1)
-    assert (tmp_path / "bars.png").stat().st_size > 10_000
+    assert list(drawn.call_args.args[0].index) == [
+        f"{row['side']}, batch {row['batch_size']}" for row in rows
+    ]
 
 
 def test_transformers_has_its_best_format():
@@ -142,7 +143,7 @@ def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
 
 def test_time_without_an_open_request_does_not_count():
     """Guards against a speed that depends on how long clients wait, and against time that counts for each."""
-    answers = [serving.Answer(began, [], ended) for began, ended in ((0, 2), (10, 11), (1, 3), (1.5, 2.5))]
+    answers = [serving.Answer(began, (), ended) for began, ended in ((0, 2), (10, 11), (1, 3), (1.5, 2.5))]
     assert serving.Turn(answers, num_tokens=8).tokens_per_second == 2
 
 
@@ -152,6 +153,7 @@ def dry(capsys, monkeypatch):
     one.
     """
     monkeypatch.setattr("self_speculation.model.captured_runner.InPlaceRunner", ModelRunner)
+    monkeypatch.setattr("benchmarks.synthetic._HALVINGS", 2)  # the exit may agree at another rate
 
     def run(*args):
         status = gpu.main(["--dry", "True", "--prompts", "128", "--rounds", "1", *args])
@@ -173,18 +175,18 @@ def nothing_is_measured(monkeypatch):
 
 
 def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
-    """Guards against compiled rows after the deadline, figures of host and products that nobody sees, timed
-    plans of cuDNN for new lengths, rows of one length, which need no mask, and a copy of some layers only.
+    """Guards against compiled rows after the deadline, timed plans of cuDNN for new lengths, rows of one
+    length, which need no mask, and a copy of some layers only.
     """
     order = []
 
     def measure(task, _):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
-        order.append((*task.place, task.compiled))
-        copied, length, size = task.strategy("4-bit copy"), *task.place
+        order.append((task.prompt, task.size, task.compiled))
+        copied = task.strategy("4-bit copy")
         assert (copied.exit_layer, copied.num_speculations, copied.draft_weights) == (4, 3, "int4")
         for batch in task.batches:
-            assert [len(ids) for ids in batch] == [max(1, length - row) for row in range(size)]
+            assert [len(ids) for ids in batch] == [max(1, task.prompt - row) for row in range(task.size)]
 
     nothing_is_measured(measure)
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -197,19 +199,9 @@ def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
     assert order == [
         (length, size, compiled) for length in (8, 10) for size in (1, 8) for compiled in (False, True)
     ]
-    shapes = [(128, 64), (64, 64), (256, 64), (64, 128)]  # queries, keys and values; out; gate and up; down
-    products = [(tuple(each["shape"]), each["num_tokens"]) for each in record["product_us"]]
-    assert products == [(shape, number) for shape in shapes for number in (1, 2, 4, 8, 16, 64)]
-    assert min(min(each["exact"], each["int4"]) for each in record["product_us"]) > 0
-    assert [line for line in said if line.split()[:3] == ["256", "x", "64"]]
     work = record["work"]
     assert work["self-speculative"]["kernels"] > work["without drafts"]["kernels"] > 4 * 12
     assert f"without drafts, eager round: {work['without drafts']['kernels']} kernels" in "\n".join(said)
-    host = record["host_us"]
-    assert min(host["layer"], host["captured"]) > 0
-    assert any(
-        line.endswith(f"{host['captured']:.0f} for a captured pass without its replay") for line in said
-    )
 
 
 def test_gpu_keeps_what_it_has_when_it_ends_early(dry, nothing_is_measured):
@@ -217,7 +209,7 @@ def test_gpu_keeps_what_it_has_when_it_ends_early(dry, nothing_is_measured):
 
     def measure(_, found):
         answers = gpu.Answers([[1, 2, 3]], 1, 1.0, 2.0)
-        found["without drafts"] = gpu.Measured(answers=[answers])
+        found["without drafts"].answers.append(answers)
         signal.raise_signal(signal.SIGINT)
 
     nothing_is_measured(measure)
@@ -245,9 +237,7 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
         gpu, "theirs", lambda name, *rest: out_of_memory if name == EARLY_EXIT else sides(name, *rest)
     )
     watch(monkeypatch, gpu, "run_every_pass", no_room)
-    for module in ("sides", "inspection"):
-        no_capture = Mock(side_effect=ValueError("compile True: needs one GPU"))
-        monkeypatch.setattr(f"benchmarks.{module}.capture_decoding", no_capture)
+    monkeypatch.setattr(gpu, "capture_decoding", Mock(side_effect=ValueError("compile True: needs one GPU")))
     status, said, record = dry("--batch_size", "1")
     assert status == 1
     failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
@@ -262,7 +252,6 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
     assert all(row["tokens/s"] > 0 and row["x hf"] > 0 for row in whole.values())
     assert whole["without drafts"]["limit"] > 0
     assert 0 <= whole["self-speculative"]["accept"] <= 1
-    assert record["host_us"] is None
     assert all(len(line) <= 80 for line in said[:-1])
 
 
@@ -299,9 +288,9 @@ def test_greedy_ids_are_judged_token_by_token():
 def test_a_random_llama_agrees_as_often_as_wanted():
     """Guards against early exits with another acceptance than those of a trained model."""
     config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2,
+        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1,
     )  # fmt: skip
     for wanted in (0.5, 0.9):
-        _, agreement = random_llama(config, 2, wanted, torch.device("cpu"))
+        _, agreement = random_llama(config, 1, wanted, torch.device("cpu"))
         assert agreement == pytest.approx(wanted, abs=0.05)

@@ -10,7 +10,6 @@ import torch
 from conftest import (
     ADAPTIVE,
     LAYERS,
-    Recorder,
     drained,
     generator_of,
     ids_of,
@@ -209,16 +208,6 @@ def test_rows_do_not_see_beyond_their_end(drafts):
     )
 
 
-def test_rows_that_do_not_draft_repeat_their_last_token():
-    """Guards against padding that a row may not have: its keys are cached, and masks do not stop NaN."""
-    scheduler = scheduler_of(tiny_llama(), 2, exit_layer=2, num_speculations=3)
-    for key in range(2):
-        scheduler.add_request(key, Request(PROMPTS[key]))
-    batch = scheduler.batch
-    sampled, _ = batch.sample_draft(torch.eye(50)[[7, 7]], 0, [True, False], None)
-    assert sampled.tokens.tolist() == [7, batch.sequences[1].tokens[-1]]
-
-
 def ends_at(length):
     return lambda tokens: len(tokens) == length
 
@@ -262,19 +251,6 @@ def test_no_rows(generator):
     assert list(generator.generate_batch([], GenerationConfig(), batch_size=2)) == []
     with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
         next(generator.generate_batch(["x"], GenerationConfig(), batch_size=0))
-
-
-@pytest.mark.parametrize("drafts", [{}, LAYERS, ADAPTIVE])
-@pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_streamer_that_raises_ends_its_own_request(after, drafts):
-    """Guards against an error of one request that ends or changes other requests."""
-    model, prompts = tiny_llama(), [[5, 9, 4], [7, 8], [3, 3, 8]]
-    requests = [Request(prompt) for prompt in prompts]
-    requests.insert(1, Request([9, 9], streamer=Recorder(after)))
-    with mixed_drafts() if drafts == LAYERS else nullcontext():
-        got = in_batch(model, requests, 2, max_steps=12, **drafts)
-    assert isinstance(got.pop(1), KeyError)
-    assert [got[index].predicted_tokens for index in (0, 2, 3)] == tokens_alone(model, prompts, max_steps=12)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
@@ -336,18 +312,6 @@ def test_a_prompt_that_finds_no_memory_to_join_fails_alone(owner, name, monkeypa
     assert isinstance(got.pop("joins"), torch.OutOfMemoryError)
     alone = tokens_alone(model, [prompts[key] for key in got], max_steps=12)
     assert [result.predicted_tokens for result in got.values()] == alone
-
-
-def test_a_cancelled_row_ends_at_once():
-    """Guards against a row that decodes to its limit although nobody waits for it."""
-    scheduler = scheduler_of(tiny_llama(), 2, max_steps=40)
-    for key in range(2):
-        scheduler.add_request(key, Request(PROMPTS[key]))
-    scheduler.step()
-    scheduler.cancel({0})
-    found = drained(scheduler)
-    assert [len(found[key].predicted_tokens) for key in range(2)] == [2, 40]
-    assert found[0].stop_reason == "cancelled"
 
 
 class Calls:

@@ -95,6 +95,7 @@ ROW = st.fixed_dictionaries(
         "prompt": st.lists(st.integers(3, 40), min_size=1, max_size=9),
         "processors": st.lists(MEDDLES | PENALTY, max_size=2),
         "criteria": st.lists(st.builds(fails_from, st.integers(2, 16)), max_size=1),
+        "streamer": st.builds(Recorder, st.sampled_from([99, 99, 0, 1, 5])),
         "own": st.fixed_dictionaries(
             {
                 "max_steps": st.sampled_from([16, 8, 3, 1]),
@@ -127,8 +128,8 @@ ROW = st.fixed_dictionaries(
 def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, drafts, agreement, late):
     """Guards against a drafted token that ends or changes an output of any row because processors raise or
     change logits there, against an output that goes on where draft and target are both NaN, against an error
-    that reaches another row, and against a streamer that does not show all tokens before an error. With
-    top-k 1, sampling is deterministic.
+    that reaches another row, that of a streamer too, and against a streamer that does not show all tokens
+    before an error. With top-k 1, sampling is deterministic.
     """
     decoded = tiny_llama(agreement=agreement)
     requests = [
@@ -136,7 +137,7 @@ def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, drafts
             row["prompt"],
             row["processors"],
             row["criteria"],
-            streamer=Recorder(),
+            streamer=row["streamer"],
             seed=0,
             eos_token_ids=ends,
             config=GenerationConfig(**row["own"]),
@@ -147,7 +148,9 @@ def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, drafts
         patch.setattr(batch, "reads_late", lambda device: late)
         got = in_batch(decoded, requests, batch_size, **drafts)
     for index, request in enumerate(requests):
-        if not request.config.sample or request.config.top_k == 1:
+        if request.streamer.has_raised:
+            assert isinstance(got[index], KeyError)
+        elif not request.config.sample or request.config.top_k == 1:
             tokens, error = plainly(decoded, request, ends)
             assert (request.streamer.decided, request.streamer.drafts) == (tokens, [])
             assert type(got[index]) is type(error) if error else got[index].predicted_tokens == tokens

@@ -16,7 +16,7 @@ from arguments import parse
 from self_speculation import self_speculation_generator
 from self_speculation.config import SAMPLING_RULES, GenerationConfig
 from self_speculation.decoding import sampling
-from self_speculation.decoding.processors import FrequencyPenaltyLogitsProcessor, config_processors
+from self_speculation.decoding.request import FrequencyPenaltyLogitsProcessor, config_processors
 from self_speculation.decoding.sampling import (
     Sampler,
     decode_next_token,

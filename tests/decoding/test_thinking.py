@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.grammar import Grammar
-from self_speculation.decoding.texts import Tag, decode
-from self_speculation.decoding.thinking import Splitter, Thinking, ThinkingReader
+from self_speculation.decoding.texts import Splitter, Tag, Thinking, ThinkingReader, decode
 
 HELLO = [{"role": "user", "content": "Hello"}]
 ANSWER, PATTERN = Grammar.regex('\\{"a": [a-z]{3}\\}'), r'\{"a": [a-z]{3}\}'

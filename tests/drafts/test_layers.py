@@ -9,14 +9,6 @@ from self_speculation.decoding.sampling import Sampler, verify_draft
 from self_speculation.drafts.layers import LayerDrafts
 
 
-def test_ngrams_are_drafted():
-    """Without layers a token decides the next one, so the output soon goes round in a circle."""
-    model = tiny_llama(agreement="loops")
-    result = generate(model, PROMPT, max_steps=60, eos=[], exit_layer=2, num_speculations=4, prompt_lookup=3)
-    rounds, drafted, accepted = result.drafts_by_source["n-grams"]
-    assert 3 < rounds < accepted <= drafted <= 4 * rounds
-
-
 def test_confidence_ends_drafts():
     """At 1 every draft ends with its first token, at 0 none does."""
     model = tiny_llama()

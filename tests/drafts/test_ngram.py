@@ -1,22 +1,40 @@
-"""The index of n-grams, and examples in docstrings."""
+"""What is looked up, in predicted outputs, texts and finished answers; and examples in docstrings."""
 
 import doctest
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import (
+    ADAPTIVE,
+    LAYERS,
+    PROMPT,
+    config_of,
+    generate,
+    ids_of,
+    in_batch,
+    mixed_drafts,
+    own_llama,
+    tiny_llama,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from self_speculation import GenerationConfig, Request
+from measures.timed_runs import run_every_pass
+from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts import ngram
 from self_speculation.drafts.composer import DraftComposer
-from self_speculation.drafts.ngram import NgramIndex, TextDrafts, one_hot
-from self_speculation.drafts.policy import Arm, FixedPolicy
-from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts
+from self_speculation.drafts.draft import Arm
+from self_speculation.drafts.ngram import _LONG, FinishedAnswers, NgramIndex, SharedDrafts, TextDrafts
+from self_speculation.drafts.policy import FixedPolicy
+from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.model import experts
+
+LOOKUP = {**LAYERS, "prompt_lookup": 2}
 
 
 def by_scanning(ids, longest, num_tokens):
@@ -49,7 +67,7 @@ def sequence(*prompt, prediction=(), processor=None):
 
 def longest_match(text, *sources):
     policy = FixedPolicy({"exit 1": Arm(lambda num_rows: 0.2)}, None)
-    return DraftComposer(tiny_llama(), {}, sources, 50, policy)._look_up(text, 3)
+    return DraftComposer(tiny_llama(), sources, policy)._look_up(text, 3)
 
 
 def test_what_a_grammar_forbids_is_not_drafted():
@@ -117,13 +135,112 @@ def test_a_prediction_is_found_after_what_is_replaced_left_out_and_put_in():
             assert match.ids[: len(expected)] == expected
 
 
-def test_a_copied_token_has_all_of_q():
-    """Guards against a residual that still has it."""
-    assert one_hot(torch.tensor([[3, 0]]), 5).tolist() == [[[0, 0, 0, 1, 0], [1, 0, 0, 0, 0]]]
-
-
 @pytest.mark.parametrize("module", [ngram, experts])
 def test_examples_of_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted
     assert not found.failed
+
+
+@mixed_drafts("prediction")
+@pytest.mark.parametrize("how", [ADAPTIVE, LOOKUP])
+def test_a_predicted_output_changes_no_ids(how):
+    """Whatever is predicted: the answer itself, a variant of it, or something else."""
+    model, shared = tiny_llama(), {"max_steps": 30, "eos": []}
+    plain = ids_of(model, **shared)
+    for prediction, least in ((plain, 16), ([*plain[:9], 1, *plain[12:]], 1), ([49] * 40, 0), ([], 0)):
+        result = generate(model, PROMPT, prediction=prediction, **shared, **how)
+        assert result.predicted_tokens == plain
+        counts = result.drafts_by_source.get("prediction")
+        accepted = counts.accepted if counts else 0
+        assert accepted >= least if least else accepted == 0
+
+
+@pytest.mark.parametrize("how", [ADAPTIVE, LOOKUP])
+@pytest.mark.parametrize("unknown", [50, -1, 10**6])
+def test_predicted_ids_that_the_model_lacks(how, unknown):
+    """Guards against a prediction that fails the whole batch, and on a GPU ends the process."""
+    model, shared = tiny_llama(), {"max_steps": 12}
+    plain = ids_of(model, **shared)
+    requests = [Request(PROMPT, prediction=[*plain[:5], unknown, *plain[6:]]), Request(PROMPT[:4])]
+    found = in_batch(model, requests, 2, **shared, **how)
+    assert found[0].predicted_tokens == plain
+    assert found[1].predicted_tokens == ids_of(model, PROMPT[:4], **shared)
+    assert found[0].drafts_by_source["prediction"].accepted
+
+
+def answer(*ids, prompt=()):
+    """A finished sequence."""
+    return SimpleNamespace(prompt=prompt, ids_from=lambda position: list(ids[position:]))
+
+
+@given(st.lists(st.integers(1, 15), min_size=1, max_size=20), st.integers(2, 40))
+def test_it_keeps_the_last_answers(lengths, num_tokens):
+    """Guards against memory that grows with every answer, and against an answer that pushes out itself."""
+    kept = FinishedAnswers(num_tokens)
+    answers = [list(range(100 * number, 100 * number + n)) for number, n in enumerate(lengths)]
+    for ids in answers:
+        kept.add(answer(*ids))
+        ids = ids[: num_tokens // 2]
+        for n in range(3, len(ids)):
+            assert kept.find(ids[:n], 1) == (_LONG if n >= _LONG else 3, ids[n : n + 1])
+    found = [ids[: num_tokens // 2] for ids in answers if kept.find(ids[:3], 1)[0]]
+    assert sum(map(len, found)) <= num_tokens
+
+
+def test_an_answer_is_found_by_the_end_of_its_prompt():
+    """Guards against a repeated question whose first tokens are not drafted."""
+    kept, ids = FinishedAnswers(100), [*range(20)]
+    kept.add(answer(*ids, prompt=ids[:12]))
+    assert kept.find(ids[:12], 2) == (_LONG, [12, 13])
+
+
+def test_threads_share_it():
+    """Guards against a lookup in the middle of an addition."""
+    kept, ids = FinishedAnswers(400), [1, 2, 3, 4] * 50
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            adding = pool.submit(lambda: [kept.add(answer(*ids)) for _ in range(100)])
+            while not adding.done():
+                kept.find([1, 2, 3, 4, 1, 2, 3, 4], 4)
+            adding.result()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@mixed_drafts()
+@pytest.mark.parametrize("how", [ADAPTIVE, LAYERS, LOOKUP])
+def test_a_repeated_question_needs_fewer_rounds(how):
+    """Guards against another output, and against an index that is lost between two schedulers."""
+    model = own_llama()
+    plain = ids_of(model, max_steps=40)
+    settings = {"max_steps": 40, "eos": [], "shared_lookup": 200, **how}
+    first, second = (generate(model, PROMPT, **settings) for _ in range(2))
+    assert first.predicted_tokens == second.predicted_tokens == plain
+    assert second.drafts_by_source["shared"].accepted > 20
+    assert second.num_verifications < first.num_verifications / 2
+    others = generate(own_llama(), PROMPT, **settings)
+    assert others.num_verifications > 2 * second.num_verifications  # no answers of another model
+
+
+def test_a_warm_up_teaches_nothing():
+    """Guards against a measured answer that is drafted from the warm-up's or from a forgotten one."""
+    model = own_llama()
+    config = {**LAYERS, "shared_lookup": 200}
+    run_every_pass(make_strategy("self_speculative"), model, PROMPT, config_of(**config))
+    for _ in range(2):
+        assert "shared" not in generate(model, PROMPT, max_steps=40, eos=[], **config).drafts_by_source
+        forget_what_was_learnt(model)
+
+
+@mixed_drafts("exit 2")
+def test_rows_learn_from_rows_that_have_finished():
+    """Guards against answers that are added only after the whole batch."""
+    requests = [Request(PROMPT, eos_token_ids=[]) for _ in range(3)]
+    settings = {"max_steps": 30, "shared_lookup": 200, **LAYERS}
+    made = in_batch(own_llama(), requests, 2, **settings)
+    assert made[0].predicted_tokens == made[1].predicted_tokens == made[2].predicted_tokens
+    assert "shared" not in made[0].drafts_by_source
+    assert made[2].drafts_by_source["shared"].accepted > 15

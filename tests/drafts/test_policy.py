@@ -12,9 +12,9 @@ from conftest import PROMPT, generate, own_llama, tiny_llama
 
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
-from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
-from self_speculation.drafts.policy import Arm, FixedPolicy, Match, RoundOutcome
+from self_speculation.drafts.draft import Arm, Draft, Match
+from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, FixedPolicy
 from self_speculation.model import model_cache
 from self_speculation.model.kernels import CPUOperators
 from self_speculation.model.model_runner import ModelRunner
@@ -47,6 +47,11 @@ def policy(learnt=None, copy_takes=None):
     if copy_takes is not None:
         arms[COPY] = Arm(lambda num_rows: copy_takes, (0.95,), weight=6.0)
     return AdaptivePolicy(arms, LONGEST_DRAFT, learnt or stats())
+
+
+def drafted_by(sources, lengths, confidences=(), matched=()):
+    """A draft whose tokens do not matter."""
+    return Draft(sources, None, None, lengths, confidences=confidences, matched=matched)
 
 
 @dataclass
@@ -124,7 +129,7 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
         if (plan.source, seen[plan.source]) == stalled:
             scatter = 1000.0 / sum(times)
         seconds = (times[0] * scatter, times[1] * scatter)
-        policy.learn(RoundOutcome(sources, matched, confidences, drafted, accepted, seconds))
+        policy.learn(drafted_by(sources, drafted, confidences, matched), accepted, seconds)
         made.append(Round(plan.source, plan, sum(accepted) + num_rows, sum(times)))
     return made
 
@@ -237,8 +242,7 @@ def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
     times, estimate = PassTimes(partial(line, 0.1)), lambda num_rows: 0.2 * line(0.1, num_rows)
 
     def known(num_rows):
-        verifications = map(times.verification(num_rows), range(3))
-        return [*verifications, times.draft_step("exit 2", num_rows, estimate)]
+        return [*times.verifications(num_rows, 2), *times.draft_steps(num_rows, {"x": estimate}).values()]
 
     assert known(1) == pytest.approx([1.0, 1.1, 1.2, 0.2])
     times.add_verification(1, 0, 0.01)
@@ -256,7 +260,8 @@ def test_noise_of_passes_that_cost_hardly_more_is_no_slope():
     for number in range(400):
         drafted = 2 * (number % 4 > 0)
         times.add_verification(1, drafted, 0.02 * line(0.002, 1 + drafted) * noise.gauss(1.0, 0.08))
-    assert times.verification(1)(16) < 1.1 * times.verification(1)(0)
+    plain, *_, longest = times.verifications(1, 16)
+    assert longest < 1.1 * plain
 
 
 def test_ngrams_go_before_a_copy_row_by_row():
@@ -312,15 +317,15 @@ def test_acceptance_by_probability_is_learnt():
     chooser = settled()
     assert chooser.should_continue([[0.95]]) == [True]
     for _ in range(60):
-        chooser.learn(RoundOutcome([COPY], [0], [[0.95]], [1], [0], None))
-        chooser.learn(RoundOutcome([COPY], [0], [[0.99]], [1], [1], None))  # overall acceptance stays
+        chooser.learn(drafted_by([COPY], [1], [[0.95]]), [0], None)
+        chooser.learn(drafted_by([COPY], [1], [[0.99]]), [1], None)  # overall acceptance stays
     assert chooser.should_continue([[0.95, 0.95]]) == [False]
 
 
 def test_a_token_after_a_rejected_one_is_not_judged():
     """Guards against a source that seems the worse the longer its drafts are."""
     chooser, expected = policy(copy_takes=0.3), DecayedMean(0.95, weight=6.0)
-    chooser.learn(RoundOutcome([COPY], [0], [], [4], [1], None))
+    chooser.learn(drafted_by([COPY], [4]), [1], None)
     for is_right in (1.0, 0.0):
         expected.add(is_right)
     assert chooser._acceptance(COPY, 0).value == expected.value

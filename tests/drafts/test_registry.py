@@ -16,10 +16,8 @@ import sweep
 from self_speculation import custom_generate
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts import registry
-from self_speculation.drafts.adaptive import AdaptivePolicy
-from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.ngram import LookupDrafts, one_hot
-from self_speculation.drafts.policy import Arm, Match, Plan
+from self_speculation.drafts.draft import Arm, Draft, DraftSource, LookupDrafts, Match, one_hot
+from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
 SCRIPTS = {
     generate: [],

@@ -1,10 +1,11 @@
 """Sums and medians of records, against numbers worked out by hand."""
 
+import itertools
 import json
 
 import pytest
 
-from measures import benchmarking, metrics, text_quality
+from measures import benchmarking, metrics
 from self_speculation.results import DraftStats
 
 
@@ -58,7 +59,7 @@ def test_draft_stats_of_answers_are_added():
     first, second = stats(("n-grams", 2, 2, 3)), stats(("exit 2", 4, 1, 2), ("n-grams", 1, 0, 1))
     records = [{"drafts": json.loads(json.dumps(each.to_rows()))} for each in (first, second)]
     assert metrics.draft_stats(records) == first + second == second + first
-    assert metrics.acceptance(first + second) == {
+    assert metrics.acceptance(records) == {
         "acceptance_rate": 3 / 7,
         "mean_accepted_length": 6 / 3,
         "acceptance_by_position": [2 / 3, 1 / 2, 0, 0],
@@ -75,18 +76,18 @@ def test_draft_stats_of_answers_are_added():
 
 def test_predicted_speedup_of_the_paper():
     """Guards against another formula than theorem 3.8 of Leviathan et al."""
-    assert metrics.predicted_speedup(0.0, 4, 0.25) == 1 / 2
-    assert metrics.predicted_speedup(1.0, 4, 0.25) == 5 / 2
-    assert metrics.predicted_speedup(0.5, 1, 0.5) == pytest.approx(1.5 / 1.5)
+    given = ((0.0, 4, 0.25), (1.0, 4, 0.25), (0.5, 1, 0.5))
+    assert [metrics.predicted_speedup(*each) for each in given] == pytest.approx([1 / 2, 5 / 2, 1])
 
 
-def compared(ours, theirs, num_tokens=(), **fields):
-    """The speed-up of records with these wall times, and the remarks about it."""
-    num_tokens = num_tokens or [100] * len(ours)
+def compared(ours, theirs, num_tokens=(100,), baseline_tokens=None, **fields):
+    """The speed-up of records with these wall times and numbers of tokens, and the remarks about it."""
+    pairs = zip(ours, theirs, itertools.cycle(num_tokens), itertools.cycle(baseline_tokens or num_tokens))
     records = [
-        record(window=i, num_tokens=n, wall_time=a, base_num_tokens=n, base_wall_time=b, base_tokens=[1])
+        record(window=i, num_tokens=n, wall_time=a)
+        | {f"base_{name}": value for name, value in record(num_tokens=m, wall_time=b).items()}
         | fields
-        for i, (a, b, n) in enumerate(zip(ours, theirs, num_tokens, strict=True))
+        for i, (a, b, n, m) in enumerate(pairs)
     ]
     result = metrics.speedup(records, "base_")
     return result, benchmarking.remarks(result, "windows")
@@ -94,12 +95,10 @@ def compared(ours, theirs, num_tokens=(), **fields):
 
 def test_speedup_is_the_median_ratio_of_rates():
     """Guards against a ratio of times, though sampled outputs differ in length, and the pace of a stall."""
-    fields = {"batch_size": 2, "base_num_tokens": 50}  # half as many
-    result, said = compared([1.0] * 10, [1.4] * 8 + [30.0, 1.4], **fields)
-    low, median, high = result["speedup_quartiles"]
-    assert low <= result["speedup"] == median <= high
+    result, said = compared([1.0] * 10, [1.4] * 8 + [30.0, 1.4], [100], [50], batch_size=2)
+    assert result["speedup_quartiles"] == pytest.approx([2.8] * 3)
     assert result["speedup"] == pytest.approx(2.8)
-    assert result["speedup_of_totals"] > 8
+    assert result["speedup_of_totals"] == pytest.approx(2 * (9 * 1.4 + 30) / 10)
     assert (result["speedup_faster"], result["speedup_windows"], result["identical_outputs"]) == (10, 10, 10)
     assert result["decode_speedup"] is None  # decode times of a batch overlap
     assert said == ["a few slow or long windows dominate the speed-up of totals"]
@@ -119,23 +118,25 @@ def test_speedup_is_the_median_ratio_of_rates():
 )
 def test_few_or_contrary_windows_are_remarked_on(ours, theirs, remarks):
     """Guards against a gain that the examples do not show."""
-    _, said = compared(ours, theirs, batch_size=2)
+    _, said = compared(ours, theirs)
     assert len(said) == len(remarks)
     assert all(end in line for line, end in zip(said, remarks, strict=True))
 
 
 def test_empty_answers_are_not_compared():
     """Guards against a division by zero, and a window that counts on one side alone."""
-    result, said = compared([1.0, 1.0], [2.0, 2.0], [100, 0], batch_size=2)
+    result, _ = compared([1.0] * 4, [2.0] * 4, [100, 0, 100, 0], [100, 0, 0, 100])
     assert (result["speedup"], result["speedup_of_totals"], result["speedup_windows"]) == (2.0, 2.0, 1)
-    result, (said,) = compared([1.0], [2.0], [0], batch_size=2)
-    assert (result["speedup"], result["speedup_of_totals"], result["speedup_interval"]) == (None, None, None)
+    nothing = {f"{prefix}num_decode_tokens": 0 for prefix in ("", "base_")}
+    result, (said,) = compared([1.0], [2.0], [0], **nothing)
+    names = ("speedup", "speedup_of_totals", "speedup_interval", "decode_speedup")
+    assert [result[name] for name in names] == [None] * 4
     assert "nothing to compare" in said
 
 
 def test_text_quality():
     """Guards against references and predictions that change places, and sums in place of means."""
-    quality = text_quality.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
+    quality = metrics.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
     assert quality["exact_match"] == 0.5
     assert quality["rouge1"] == pytest.approx(0.5)
     assert quality["edit_distance"] == 1.0  # one space, one letter

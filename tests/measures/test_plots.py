@@ -10,8 +10,13 @@ from measures import plots
 def drawn(monkeypatch):
     """The figures that would have been saved."""
     figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, _: figures.append(figure))
+    monkeypatch.setattr("measures.plots.ranks.writes", lambda: False)
+    monkeypatch.setattr("measures.plots.pyplot.close", figures.append)
     return figures
+
+
+def texts(parts):
+    return [part.get_text() for part in parts]
 
 
 def test_agreement_by_exit_has_title_and_marks(drawn, tmp_path):
@@ -29,33 +34,33 @@ def test_agreement_by_exit_has_title_and_marks(drawn, tmp_path):
     assert axes.get_ylabel() == "tokens on which the exit agrees with the last layer"
     assert all(tick == int(tick) for tick in axes.get_xticks())
     assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (0, 0)
+    assert axes.get_xlim()[1] > 2
     marked = [line.get_xydata().tolist() for line in axes.lines if line.get_label() == "trained exits"]
     assert marked == [[[2, 0.2]]]
-    assert [text.get_text() for text in axes.get_legend().texts] == ["trained exits"]
+    assert texts(axes.get_legend().texts) == ["trained exits"]
 
 
-def test_bars_of_kinds(drawn, tmp_path):
-    """Guards against other software in the colors of this program, and a comparison without its baseline."""
-    rows = [("plain", "ours", 1.0), ("fast", "ours", 2.0), ("other", "theirs", 1.5)]
-    table = pandas.DataFrame(rows, columns=["side", "by", "value"]).assign(low=None, high=None)
-    plots.bars(table.set_index("side"), "tokens/s", "a title", tmp_path / "bars", line=1.0)
+def test_bars(drawn, tmp_path):
+    """Guards against a bar that hides another of its name, other software in the colors of this program, a
+    comparison without its baseline, and a line around another value.
+    """
+    none = (None, None)
+    rows = [("plain", "ours", 1.0, *none), ("fast", "ours", 2.0, 1.5, 4.0), ("fast", "theirs", 1.5, *none)]
+    table = pandas.DataFrame(rows, columns=["name", "by", "value", "low", "high"]).set_index("name")
+    plots.bars(table, "tokens/s", "a title", tmp_path / "bars", line=1.0)
     (figure,) = drawn
     (axes,) = figure.axes
+    assert texts(axes.get_yticklabels()) == ["plain", "fast"]
     assert [bar.get_width() for bar in axes.patches] == [1.0, 2.0, 1.5]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["plain", "fast", "other"]
+    assert [(bar.get_y(), bar.get_height()) for bar in axes.patches] == [
+        pytest.approx((y, 0.4)) for y in (-0.4, 0.6, 1.0)
+    ]
     ours, fast, theirs = (bar.get_facecolor() for bar in axes.patches)
     assert ours == fast != theirs
     assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == "--"] == [[1.0, 1.0]]
-    assert [text.get_text() for legend in figure.legends for text in legend.texts] == ["ours", "theirs"]
-
-
-def test_bars_of_one_name_stand_together(drawn, tmp_path):
-    """Guards against a bar that hides another."""
-    rows = [("a", "x", 1.0), ("b", "x", 2.0), ("a", "y", 3.0), ("b", "y", 4.0)]
-    table = pandas.DataFrame(rows, columns=["row", "by", "value"]).assign(low=None, high=None)
-    plots.bars(table.set_index("row"), "", "", tmp_path / "bars")
-    places = {bar.get_width(): (bar.get_y(), bar.get_height()) for bar in drawn[0].axes[0].patches}
-    assert places == {value: pytest.approx((y, 0.4)) for value, y in ((1, -0.4), (2, 0.6), (3, 0), (4, 1))}
+    ends = [path[:, 0].tolist() for lines in axes.collections for path in lines.get_segments()]
+    assert ends == [[1.0, 1.0], [1.5, 4.0], [1.5, 1.5]]
+    assert [text for legend in figure.legends for text in texts(legend.texts)] == ["ours", "theirs"]
 
 
 def test_heat_maps_have_title_units_and_the_figures_of_the_table(drawn, tmp_path):
@@ -71,11 +76,9 @@ def test_heat_maps_have_title_units_and_the_figures_of_the_table(drawn, tmp_path
     title = figure._suptitle.get_window_extent()
     assert 0 <= title.x0 < title.x1 <= figure.bbox.width
     assert figure.axes[0].get_title().startswith("predicted speed-up over decoding without drafts")
-    assert [text.get_text() for legend in figure.legends for text in legend.texts] == [framed[1]]
-    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [
-        ["1.23\nmeasured 1.10", "1.50"],
-        ["57%"] * 2,
-    ]
+    assert [text for legend in figure.legends for text in texts(legend.texts)] == [framed[1]]
+    shown = [texts(axes.texts) for axes in figure.axes]
+    assert shown == [["1.23\nmeasured 1.10", "1.50"], ["57%"] * 2]
     frames = [[patch.get_xy() for patch in axes.patches] for axes in figure.axes]
     assert frames == [[(-0.48, -0.46)]] * 2  # around the first cell, which is not the fastest
     for axes in figure.axes:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import PROMPT, WAYS, ids_of, own_llama, tiny_llama
 
-from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
-from self_speculation.drafts.policy import RoundOutcome
+from self_speculation.drafts.draft import Draft
+from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
 from self_speculation.model import linear
 from self_speculation.model.fused_layers import fuse
 
@@ -98,8 +98,8 @@ def test_statistics_change_for_one_thread_at_a_time():
 
     stats = ArmStats(grows)
     one, other = AdaptivePolicy({}, 4, stats), AdaptivePolicy({}, 4, stats)
-    outcome = RoundOutcome([""], [0], [[]], [0], [0], (0.0, 1.0))
-    run_all(lambda: one.plan([None], [1]), lambda: other.learn(outcome))
+    draft = Draft([None], torch.empty(1, 0), None, [0])
+    run_all(lambda: one.plan([None], [1]), lambda: other.learn(draft, [0], (0.0, 1.0)))
     assert crowd.most == 1
 
 

@@ -274,11 +274,3 @@ def test_bad_arguments_are_refused():
         ]:  # fmt: skip
             with pytest.raises((RuntimeError, ValueError, IndexError)):
                 run(*{**good, name: value}.values())
-
-
-def test_a_field_is_not_forgotten():
-    """Guards against a description that the operator reads by other positions."""
-    layer = InPlaceRunner(tiny_llama(fused=True)).layers[0]
-    numbers, factors = layer.description(window=7, rotation=1)
-    assert numbers[1:6] == [4, 2, 48, 7, 1]
-    assert len(numbers) == len(factors) == 7

@@ -1,7 +1,6 @@
 """Too little memory and NaN logits end the work in one line of error, and nothing is lost."""
 
 import json
-import signal
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -16,9 +15,9 @@ import sweep
 from runs import program
 from runs.conversation import Conversation
 from runs.failures import reason
-from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
 from self_speculation.decoding.batch import Batch
 from self_speculation.model.model_runner import ModelRunner
+from self_speculation.scheduler import Scheduler
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you")
@@ -44,15 +43,18 @@ def fails_at(monkeypatch):
     """Passes of the answers numbered first to last raise an error; 0 is the first one, a warm-up too."""
 
     def arrange(error, first, last=100):
-        run, answers = ModelRunner.run, []
+        run, make_slots, answers = ModelRunner.run, Scheduler._make_slots, []
 
         def maybe(self, *args):
             if first < len(answers) <= last + 1:
                 raise error
             return run(self, *args)
 
-        count = staticmethod(lambda context: answers.append(1))  # it makes no source of drafts
-        monkeypatch.setattr(AutoRegressiveGenerationStrategy, "make_composer", count)
+        def counted(self, runner):
+            answers.extend([] if self._strategy.has_drafts else [1])
+            return make_slots(self, runner)
+
+        monkeypatch.setattr(Scheduler, "_make_slots", counted)
         monkeypatch.setattr(ModelRunner, "run", maybe)
 
     return arrange
@@ -113,7 +115,6 @@ def test_one_prompt_ends_in_one_line(loading, common, fails_at, monkeypatch, cap
         load = "self_speculation.model.loading.AutoModelForCausalLM.from_pretrained"
         monkeypatch.setattr(load, Mock(side_effect=CUDA))
     fails_at(CUDA, 0)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
         program.run(lambda: generate.main([*common, "--prompt", "Once"]))
     assert end.value.code == 1

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments
+from arguments import BatchArguments, GenerationConfig, ModelArguments
+from data import DataArguments
 from runs.heading import heading
 
 MACHINE = {
@@ -36,6 +37,6 @@ def test_machines(tmp_path):
 
 def test_long_values_are_wrapped():
     """Guards against a line that a terminal or a picture cuts."""
-    data = DataArguments(data_path="x/" * 99, template="{message} " * 30)
-    said = heading(run(ModelArguments(), GenerationConfig(), data))
+    groups = (ModelArguments(model_args="a=" + "x/" * 99), DataArguments(template="{message} " * 30))
+    said = heading(run(*groups, GenerationConfig()))
     assert max(map(len, said.splitlines())) <= 100

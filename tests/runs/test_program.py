@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import forks
 import pytest
@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from arguments import GenerationConfig, ModelArguments
 from runs import status
+from runs.conversation import _status_held
 from runs.startup import load_generator
 from self_speculation.model.model_cache import peek
 from self_speculation.threads import ThreadGovernor, most_threads
@@ -35,13 +36,18 @@ lock.acquire()
 """
 
 
+def ended(code):
+    """A process of this code."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=forks.HANGS
+    )
+
+
 def test_a_process_that_hangs_ends():
     """Guards against handlers that wait for the main thread, threads that are waited for, and a watch that
     waits for the interpreter.
     """
-    stuck = subprocess.run(
-        [sys.executable, "-c", STUCK], cwd=ROOT, capture_output=True, text=True, timeout=100
-    )
+    stuck = ended(STUCK)
     assert stuck.stdout == "1\n2\n"
     assert stuck.returncode == 1
     assert "in act" in stuck.stderr
@@ -64,7 +70,29 @@ assert ended.wait(60)
 
 def test_a_signal_counts_without_a_watch():
     """Under `ulimit -v` its thread cannot start. Guards against a SIGTERM that is ignored for ever."""
-    subprocess.run([sys.executable, "-c", UNWATCHED], cwd=ROOT, check=True, timeout=100)
+    assert ended(UNWATCHED).returncode == 0
+
+
+WORKS = """
+import runs.early
+import os, signal, time
+from runs.program import run
+
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        print("kept")
+
+run(work)
+"""
+
+
+def test_ctrl_c_in_the_work_of_a_script():
+    """Guards against an end without a chance to keep what was done; test_processes.py is about imports."""
+    worked = ended(WORKS)
+    assert (worked.returncode, worked.stdout, worked.stderr) == (130, "kept\n", "interrupted\n")
 
 
 @pytest.mark.parametrize("threads", [None, 3])
@@ -100,14 +128,13 @@ def test_others_are_told_of_once_and_not_in_the_middle_of_an_answer(capsys):
     """Guards against a slow program that says nothing, one that says it again and again, and a line in a
     text that grows on the same terminal.
     """
-    notice = status.FewerThreads()
-    governor = SimpleNamespace(others=1.26, num_processors=2, num_threads=1, most=2)
-    with status.status_held(True):
-        notice(governor)
-        notice(governor)
+    governor, another = (Mock(others=1.26, num_processors=2, num_threads=1, most=2) for _ in range(2))
+    with _status_held(True):
+        status.tell_of_fewer_threads(governor)
+        status.tell_of_fewer_threads(governor)
         assert capsys.readouterr().err == ""
     said = "other programs use 1.3 of 2 processors: decoding is slower, with 1 of 2 threads while they do\n"
     assert capsys.readouterr().err == said
-    with status.status_held(False):
-        status.FewerThreads()(governor)
+    with _status_held(False):
+        status.tell_of_fewer_threads(another)
         assert capsys.readouterr().err == said

@@ -16,12 +16,12 @@ DESCRIPTION = {"script": "test", "arguments": {"seed": 1}}
 
 @pytest.fixture
 def run(tmp_path):
-    return Run.create(str(tmp_path), "test", DESCRIPTION)
+    return Run.open(str(tmp_path), None, DESCRIPTION)
 
 
 def test_two_runs_that_begin_together_have_folders_of_their_own(tmp_path):
     """Guards against a run that writes into the folder of another one."""
-    folders = {Run.create(str(tmp_path), "test", DESCRIPTION).folder for _ in range(3)}
+    folders = {Run.open(str(tmp_path), None, DESCRIPTION).folder for _ in range(3)}
     assert len(folders) == 3
 
 

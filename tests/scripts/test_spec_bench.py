@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import SPECULATION, about, only_run, small_run, watch, write_rows
+from helpers import SPECULATION, about, no_pictures, only_run, small_run, watch, write_rows
 
 import benchmark
 import correctness
@@ -18,8 +18,9 @@ QUESTIONS = [
 
 
 @pytest.fixture
-def asked(model_folder, tmp_path):
-    """Flags of a script over four questions."""
+def asked(model_folder, tmp_path, monkeypatch):
+    """Flags of a script over four questions. It draws their categories alone."""
+    no_pictures(monkeypatch)
     names = ("question_id", "category", "turns")
     rows = [dict(zip(names, row, strict=True)) for row in QUESTIONS]
     path = write_rows(tmp_path / "question.jsonl", rows)

@@ -15,9 +15,9 @@ import generate
 import sweep
 from arguments import GenerationConfig, ModelArguments
 from measures import sweeping
-from measures.replay import Costs, costs_of, predicted_cell
+from measures.replay import Costs, costs_of, replayed
+from runs.flags import TuningArguments, counts, tuned
 from runs.heading import heading
-from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
 from self_speculation.model.linear import Linear
 from sweep import SweepArguments
@@ -55,29 +55,29 @@ def test_a_predicted_cell_is_the_median_example_with_its_interval():
     leaves out the prompt.
     """
 
-    def example(match, prefill_time=0.0):
-        return {
-            "tokens": [1] * 10, "num_tokens": 10, "max_tokens": 100, "prefill_time": prefill_time,
-            "matches": {"2": match * 10},
-        }  # fmt: skip
-
-    def cell_of(examples):
-        return predicted_cell(examples, Costs(1.0, {2: [(2, 1.5)]}), 2, 2)
+    def cell_of(*examples):
+        """The row of examples of ten tokens, which an exit guesses always or never after so many seconds."""
+        costs, records = Costs(1.0, {2: [(2, 1.5)]}), []
+        for index, (match, prefill_time) in enumerate(examples):
+            record = {"index": index, "tokens": [1] * 10, "num_tokens": 10, "max_tokens": 100}
+            record |= {"matches": {"2": match * 10}, "prefill_time": prefill_time}
+            records.append(replayed(record, costs, (2, 2)))
+        return sweeping._row("predicted", (2, 2), records)
 
     # Three rounds of two draft steps and a verification, or eight of them and a last one of one draft step.
     always, never = 9 / (3 * 1.5), 9 / (8 * 1.5 + 1.25)
-    assert cell_of([*[example("1")] * 12, example("0", 1000.0)])["speedup"] == pytest.approx(always)
-    assert cell_of([example("1", 4.5)])["speedup"] == pytest.approx((4.5 + 9) / (4.5 + 4.5))
-    cell = cell_of([example("1"), example("0")] * 5)
+    assert cell_of(*[("1", 0.0)] * 12, ("0", 1000.0))["speedup"] == pytest.approx(always)
+    assert cell_of(("1", 4.5))["speedup"] == pytest.approx((4.5 + 9) / (4.5 + 4.5))
+    cell = cell_of(*[("1", 0.0), ("0", 0.0)] * 5)
     assert (cell["speedup_low"], cell["speedup_high"]) == pytest.approx((never, always), rel=0.05)
-    cell = cell_of([example("1")] * 4)
+    cell = cell_of(*[("1", 0.0)] * 4)
     assert cell["speedup_low"] is cell["speedup_high"] is None
 
 
 @pytest.fixture
 def common(model_folder, tmp_path):
     grid = ["--exit_layer_last", "3", "--num_speculations_last", "4", "--sample", "False"]
-    return [*small_run(model_folder, tmp_path, 6, 24), *grid]
+    return [*small_run(model_folder, tmp_path, 3, 24), *grid]
 
 
 @pytest.fixture
@@ -105,11 +105,11 @@ def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra):
     """Guards against a replay that drafts, accepts or ends otherwise than decoding does; with a short
     vocabulary, also against drafts that know ids too early or too late.
     """
+    common += ["--num_speculations_step", "3", *extra]
     for mode in ("predicted", "measured"):
-        output = ["--output_dir", str(tmp_path / mode / "logs")]
-        assert sweep.main([*common, "--num_samples", "3", *extra, "--mode", mode, *output]) == 0
+        assert sweep.main([*common, "--mode", mode, "--output_dir", str(tmp_path / mode / "logs")]) == 0
     predicted, measured = table(tmp_path / "predicted"), table(tmp_path / "measured")
-    assert len(predicted) == 12
+    assert len(predicted) == 6
     pandas.testing.assert_frame_equal(predicted[COUNTS], measured[COUNTS])
     assert (predicted["num_tokens"] == measured["num_tokens"]).all()
     assert (predicted[["total_time", "speedup", "tokens_per_second_median"]] > 0).all(axis=None)
@@ -120,7 +120,7 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     cell than the best one, and counts that --tuned does not hand on to --draft_vocabulary.
     """
     monkeypatch.setattr("measures.sweeping._PROMPTS", 1)
-    assert sweep.main([*common, "--verify_top", "2"]) == 0
+    assert sweep.main([*common, "--num_speculations_last", "3", "--verify_top", "2"]) == 0
     folder = only_run(tmp_path)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
@@ -129,7 +129,7 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     files = "records.jsonl, run.json, sweep.csv, sweep.pdf, sweep.png, vocabulary.json"
     assert f"\n{folder}/: {files}\n" in output
     modes = re.findall("^ *(measured|predicted) +[0-9]", output, re.MULTILINE)
-    assert modes == ["measured"] * 2 + ["predicted"] * 12
+    assert modes == ["measured"] * 2 + ["predicted"] * 9
     assert len(re.findall(" predicted, .* measured$", output, re.MULTILINE)) == 2
     best = run["metrics"]["best"]
     assert output.splitlines()[-1] == (
@@ -137,11 +137,11 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
         f"--num_speculations {best['num_speculations']}"
     )
     rows = pandas.read_csv(folder / "sweep.csv")
-    assert rows["mode"].value_counts().to_dict() == {"predicted": 12, "measured": 2}
+    assert rows["mode"].value_counts().to_dict() == {"predicted": 9, "measured": 2}
     assert best["speedup"] == pytest.approx(rows[rows["mode"] == "measured"]["speedup"].max())
     costs = run["metrics"]["costs"]
     assert costs["plain_step"] > 0
-    assert {layer: len(points) for layer, points in costs["rounds"].items()} == {"1": 3, "2": 3, "3": 3}
+    assert {layer: len(points) for layer, points in costs["rounds"].items()} == {"1": 2, "2": 2, "3": 2}
     records = pandas.read_json(folder / "records.jsonl", lines=True)
     assert counts(str(folder), ModelArguments(common[1])) == Counter(records["tokens"].explode())
 
@@ -155,10 +155,9 @@ def test_frame_and_last_lines_are_of_one_cell(
     were measured, and a cell of few prompts that looks certain.
     """
     drawn = watch(monkeypatch, sweeping, "heat_maps")
-    monkeypatch.setattr(sweeping, "predicted_cell", cell_of_speedup(2.0, "predicted"))
-    monkeypatch.setattr(
-        sweeping.Sweep, "measure_cell", lambda _, cell: cell_of_speedup(0.5, "measured")([], None, *cell)
-    )
+    speeds = {"predicted": {"speedup": 2.0}, "measured": {"speedup": 0.5}}
+    made = sweeping._row
+    monkeypatch.setattr(sweeping, "_row", lambda mode, *rest: made(mode, *rest) | speeds[mode])
     assert sweep.main([*common, "--num_samples", "1", "--verify_top", verified]) == 0
     best = about(only_run(tmp_path))["metrics"]["best"]
     assert best["speedup"] == speedup
@@ -171,12 +170,6 @@ def test_frame_and_last_lines_are_of_one_cell(
     assert (output.splitlines()[-2] == slower) == (verified == "2")
     said = "note: these prompts do not tell which strategy is faster: there are fewer than five"
     assert " ".join(output.split()).count(said) == 1
-
-
-def cell_of_speedup(speedup, mode):
-    return lambda _records, _costs, exit_layer, num_speculations: {
-        "mode": mode, "exit_layer": exit_layer, "num_speculations": num_speculations, "speedup": speedup,
-    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("timeless")
@@ -210,9 +203,9 @@ def test_copies_may_use_all_layers(common, tmp_path, capsys):
 
 def test_all_layers_of_a_copy_are_in_the_grid_by_default():
     """Guards against a grid that ends before the best exit of a model without early exits."""
-    assert SweepArguments().exit_layers(30, with_all=True) == [*range(1, 16), 30]
-    assert SweepArguments().exit_layers(30, with_all=False) == [*range(1, 16)]
-    assert SweepArguments(exit_layer_last=2).exit_layers(30, with_all=True) == [1, 2]
+    assert SweepArguments().exit_layers(30, of_copy=True) == [*range(1, 16), 30]
+    assert SweepArguments().exit_layers(29, of_copy=False) == [*range(1, 16)]
+    assert SweepArguments(exit_layer_last=2).exit_layers(30, of_copy=True) == [1, 2]
 
 
 def by_eval(args):

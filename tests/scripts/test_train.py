@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 import train
+from measures.plots import agreement_by_exit
 from runs.records import RecordError, Run
 from self_speculation import load_model_and_tokenizer
 from training.trainer import EarlyExitTrainer
@@ -45,7 +46,9 @@ def assert_learns(frame, by):
 
 
 def assert_same(folder, other):
-    """Every logged number and every weight, to the last bit."""
+    """Every logged number and every weight, to the last bit, in the same columns."""
+    columns = [list(pandas.read_csv(each / "log.csv", nrows=0)) for each in (folder, other)]
+    assert columns[0] == columns[1]
     pandas.testing.assert_frame_equal(log(folder), log(other), check_exact=True)
     for name, value in weights(other).items():
         assert torch.equal(value, weights(folder)[name]), name
@@ -70,16 +73,25 @@ def checkpoints(folder):
     return {int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
+    """Drawing takes a third of such a short training."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("training.run.agreement_by_exit", Mock())
+        yield
+
+
 def program(tmp_path, patch):
     """train.py with a patch by the functions below, for processes of their own."""
     code = f"from test_train import *\n{patch}(pytest.MonkeyPatch())\n"
     return write_program(tmp_path, f"{code}from runs import program; program.run(train.main)\n")
 
 
-def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
+def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, monkeypatch):
     """Guards against a training that learns nothing, and against results that no script or transformers
     reads.
     """
+    monkeypatch.setattr("training.run.agreement_by_exit", agreement_by_exit)
     folder = run(tmp_path, texts, "--num_steps", "60", "--log_steps", "20")
     frame = log(folder)
     assert_learns(frame, 0.5)

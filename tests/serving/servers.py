@@ -15,6 +15,7 @@ import uvicorn
 from conftest import config_of, generator_of
 from openai import OpenAI
 
+from serving.answers import ServedModel
 from serving.app import App
 from serving.engine import Engine
 from serving.flags import ServeArguments
@@ -51,7 +52,8 @@ class Served:
     def __init__(self, generator, config=GREEDY, batch_size=4, **args):
         self.generator, self.config, self.args = generator, config, ServeArguments(**args)
         self.engine = Running(generator, config, batch_size, self.args.max_waiting)
-        app = App(generator, self.engine, config, self.args, "tiny", self.args.host)
+        served = ServedModel(generator, self.engine, config, self.args, "tiny")
+        app = App(served, self.args.host)
         self._server = uvicorn.Server(
             uvicorn.Config(app, self.args.host, 0, http=StrictProtocol, log_config=None)
         )

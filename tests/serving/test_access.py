@@ -7,21 +7,19 @@ import pytest
 import requests
 from helpers import watch
 from servers import Served, post, send, tiny_generator
-from starlette.applications import Starlette
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from serving.access import AccessMiddleware, host_check
+from serving.app import check_host, check_key
+from serving.errors import APIError
 from serving.flags import ServeArguments
-from serving.protocol import APIError, CompletionRequest
+from serving.protocol import CompletionRequest
 
 
 def status(key=None, path="/v1/models", *authorization):
     """The status of a rejected request, or None."""
-    access = AccessMiddleware(None, key, None)
     try:
-        access._check({"path": path, "headers": [(b"authorization", value) for value in authorization]})
+        check_key({"path": path, "headers": [(b"authorization", value) for value in authorization]}, key)
     except APIError as error:
         return error.status
     return None
@@ -34,7 +32,7 @@ def test_a_loopback_address_rejects_other_names(address):
     """
 
     def refused(address, name, host=""):
-        app = Starlette(routes=[Route("/", lambda http: Response())], middleware=host_check(address, host))
+        app = check_host(Response(), address, host)
         return TestClient(app).get("/", headers={"Host": name}).status_code == 400
 
     shown = f"[{address}]" if ":" in address else address

@@ -45,13 +45,13 @@ def check(model, prompts, results):
         assert result.get(timeout=60).predicted_tokens == alone.predicted_tokens
 
 
-@pytest.mark.parametrize("longest", [[5, 6, 7], [5, 6] * 550])
+@pytest.mark.parametrize("longest", [[5, 6, 7], [5, 6] * 150])
 def test_no_request_waits_for_a_capture(longest, byte_tokenizer, graphs, monkeypatch):
     """Guards against streams that stand still while a pass for one more row is captured, or while all are
     captured again for a long request: this one only adds its own.
     """
     monkeypatch.setattr("serving.engine._PROMPT", 100)
-    model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
+    model = copy.deepcopy(tiny_llama(max_position_embeddings=1024))
     capture_decoding(model)
     engine = Running(tiny_generator(model, byte_tokenizer), GREEDY, 4, max_waiting=4)
     before = list(graphs.captured)

@@ -61,7 +61,7 @@ def test_requests_in_pieces_and_in_a_row(address):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_sends_no_more_gets_its_answer(served, address, stream):
     """As `nc -N` does. Guards against an empty answer, and a sequence that decodes for one that is gone."""
-    body = json.dumps({"prompt": "x", "max_tokens": 200, "stream": stream}).encode()
+    body = json.dumps({"prompt": "x", "max_tokens": 50, "stream": stream}).encode()
     request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
     with socket.create_connection(address, timeout=60) as waits:
         with held(served.engine) as at_rest:
@@ -71,13 +71,13 @@ def test_a_client_that_sends_no_more_gets_its_answer(served, address, stream):
                 leaves.sendall(request)
                 until(lambda: served.num_jobs == 2)
                 assert at_rest.wait(60)
-                jobs = [*served.engine.in_flight.values(), *served.engine.waiting]
+                jobs = [*served.engine.in_flight, *served.engine.waiting]
             until(lambda: any(job.is_cancelled for job in jobs))
             assert sum(job.is_cancelled for job in jobs) == 1
         answer = b"".join(iter(lambda: waits.recv(65536), b""))
     interim, head, text = answer.split(b"\r\n\r\n", 2)
     assert (interim, head[:12]) == (b"HTTP/1.1 102 Processing", b"HTTP/1.1 200")
-    assert len(text) > 200
+    assert len(text) > 50
 
 
 @pytest.mark.parametrize("sent", [b"", HEAD, GOOD + HEAD])

@@ -8,8 +8,12 @@ from servers import HELLO
 
 from self_speculation import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
-from serving.protocol import APIError, ChatRequest, CompletionRequest
-from serving.responses import api_error
+from serving.errors import APIError
+from serving.protocol import ChatRequest, CompletionRequest
+
+
+def chat(**fields):
+    return ChatRequest(messages=HELLO, **fields)
 
 
 def refused(kind, **request):
@@ -18,7 +22,7 @@ def refused(kind, **request):
         kind.model_validate_json(json.dumps(request))
     # The longest list of faults is that of a prompt's union.
     assert isinstance(invalid.value, APIError) or invalid.value.error_count() <= 8
-    error = api_error(invalid.value)
+    error = APIError.of(invalid.value)
     return error.param, str(error)
 
 
@@ -67,7 +71,7 @@ def test_neutral_values_are_accepted_and_others_are_errors(name):
     """
     neutral, other = FIELDS[name]
     for value in neutral:
-        request = ChatRequest(messages=HELLO, **{name: value})
+        request = chat(**{name: value})
         assert request.generation_config(GenerationConfig()) == GenerationConfig()
         assert request.grammar(None) is None
         assert not any((request.logit_bias, request.ignore_eos, request.tools_for_template))
@@ -97,7 +101,7 @@ def test_unknown_fields_are_ignored_and_named():
     message = {**HELLO[0], "id": "7", "timestamp": 1, "prefix": False}
     request = {"messages": [message], **dict.fromkeys(IGNORED, "x"), "min_tokens": 0, "lora": []}
     named = set()
-    assert ChatRequest.model_validate(request, context=named) == ChatRequest(messages=HELLO)
+    assert ChatRequest.model_validate(request, context=named) == chat()
     assert named == {*IGNORED, "id", "timestamp"}
 
 
@@ -112,15 +116,11 @@ def test_unknown_fields_are_few():
 def test_fields_of_earlier_answers_are_ignored():
     """Guards against the second turn of a chat that fails, since clients return what a model has said."""
     part = {"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}
-    assert ChatRequest(messages=[{"role": "user", "name": "Eve", "content": [part]}]) == ChatRequest(
-        messages=HELLO
-    )
+    assert ChatRequest(messages=[{"role": "user", "name": "Eve", "content": [part]}]) == chat()
     answer = {
-        "tool_calls": [], "annotations": [{"type": "url_citation"}], "refusal": "No.",
-        "reasoning": {"effort": "low"}, "audio": None,
-        "reasoning_details": [{"type": "reasoning.text", "text": "Hm."}],
-        "thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}], "function_call": None,
-        "provider_specific_fields": {"refusal": None}, "images": [],
+        "tool_calls": [], "annotations": [{"type": "url_citation"}], "refusal": "No.", "audio": None,
+        "reasoning": {"effort": "low"}, "reasoning_details": [{"text": "Hm."}], "function_call": None,
+        "thinking_blocks": [{"thinking": "Hm."}], "provider_specific_fields": {"refusal": None}, "images": [],
     }  # fmt: skip
     for content in ({}, {"content": None}, {"content": ""}):
         [message] = ChatRequest(messages=[{"role": "assistant", **answer, **content}]).messages
@@ -133,7 +133,7 @@ def test_fields_of_other_servers_mean_what_they_mean_there():
     """Those of llama.cpp and vLLM. Guards against a field that is accepted and does something else."""
 
     def config(**given):
-        return ChatRequest(messages=HELLO, **given).generation_config(GenerationConfig())
+        return chat(**given).generation_config(GenerationConfig())
 
     assert config(max_tokens=4.0).max_steps == 4
     assert config(n_predict=7, max_tokens=9).max_steps == 7
@@ -149,26 +149,22 @@ def test_fields_of_other_servers_mean_what_they_mean_there():
     assert config(stop_token_ids=[7]).stop_token_ids == [7]
     assert len(config(stop=["x"] * 100).stop_words) == 100
     tool = {"function": {"name": "f"}}  # without a type
-    request = ChatRequest(messages=HELLO, tools=[tool], tool_choice="any")
+    request = chat(tools=[tool], tool_choice="any")
     assert request.tool_choice == "required"
     assert request.tools_for_template == [{"type": "function", **tool}]
     schema = {"type": "object"}
-    expected = Grammar.json_schema(schema)
-    for given, grammar in (
-        ({"guided_json": schema}, expected),
-        ({"guided_json": json.dumps(schema)}, expected),
-        ({"guided_regex": "[0-9]+"}, Grammar.regex("[0-9]+")),
-        ({"guided_choice": ["a", "b"]}, Grammar.lark('start: "a" | "b"')),
-        ({"structured_outputs": {"json": schema}}, expected),
-        ({"structured_outputs": {"json": json.dumps(schema)}}, expected),
-        ({"structured_outputs": {"json_object": True}}, expected),
-        ({"structured_outputs": {"regex": "[0-9]+"}}, Grammar.regex("[0-9]+")),
-        ({"structured_outputs": {"choice": ["a", "b"]}}, Grammar.lark('start: "a" | "b"')),
+    for name, value, grammar in (
+        ("json", schema, Grammar.json_schema(schema)),
+        ("json", json.dumps(schema), Grammar.json_schema(schema)),
+        ("json_object", True, Grammar.json_schema(schema)),
+        ("regex", "[0-9]+", Grammar.regex("[0-9]+")),
+        ("choice", ["a", "b"], Grammar.lark('start: "a" | "b"')),
     ):
-        assert ChatRequest(messages=HELLO, **given).grammar(None) == grammar
-        with pytest.raises(APIError, match="cannot be combined") as error:
-            ChatRequest(messages=HELLO, ignore_eos=True, **given)
-        assert error.value.param == "ignore_eos"
+        older = {} if name == "json_object" else {f"guided_{name}": value}
+        for given in filter(None, ({"structured_outputs": {name: value}}, older)):
+            assert chat(**given).grammar(None) == grammar
+            error = refused(ChatRequest, messages=HELLO, ignore_eos=True, **given)
+            assert error == ("ignore_eos", f"ignore_eos: cannot be combined with {next(iter(given))}")
 
 
 @pytest.mark.parametrize(
@@ -183,26 +179,26 @@ def test_fields_of_other_servers_mean_what_they_mean_there():
 )
 def test_a_seed_holds(drafts, repeat):
     """Guards against drafts that depend on time, on other requests or on earlier answers."""
-    strategy = "self_speculative"
-    config = GenerationConfig(
-        **{"generation_strategy": strategy, "exit_layer": 2, "num_speculations": 3} | drafts
-    )
+    layers = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 3}
+    config = GenerationConfig(**layers | drafts)
     for given, drafted in (
         ({"seed": 1}, repeat),
         ({"seed": 1, "temperature": 0.5}, repeat),
         ({"seed": 1, "temperature": 0}, True),
         ({"temperature": 0.5}, True),
     ):
-        request = ChatRequest(messages=HELLO, **given)
+        request = chat(**given)
         assert request.drafts_with(request.generation_config(config)) == drafted
+
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 
 def test_a_template_gets_the_arguments_of_calls():
     """Guards against arguments in quotes, and against roles that templates do not know."""
     function = {"name": "weather", "arguments": '{"city": "Rome"}'}
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     calls = [{"id": "x", "type": "function", "index": 0, "function": function}]
-    messages = [{"role": "developer", "content": parts}, {"role": "assistant", "tool_calls": calls}]
+    messages = [{"role": "developer", "content": PARTS}, {"role": "assistant", "tool_calls": calls}]
     first, second = ChatRequest(messages=messages).messages
     assert first.for_template == {"role": "system", "content": "a\nb"}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
@@ -216,9 +212,7 @@ def test_a_template_gets_the_arguments_of_calls():
 
 def test_parts_of_a_prediction_are_one_text():
     """Guards against lines that break where a client has cut a file in parts."""
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    request = ChatRequest(messages=HELLO, prediction={"type": "content", "content": parts})
-    assert request.prediction.content == "ab"
+    assert chat(prediction={"type": "content", "content": PARTS}).prediction.content == "ab"
 
 
 EMPTY = {"role": "user", "content": ""}
@@ -227,7 +221,6 @@ CALL = {"function": {"name": "f", "arguments": "{}"}}
 HINT = "there is no such field, did you mean "
 FAULTS = [  # of a chat: fields, the place of the fault, and what the message says
     ({"temprature": 1}, "temprature", f" 1: {HINT}temperature?"),
-    ({"max_token": 1}, "max_token", f"{HINT}max_tokens?"),
     ({"best_of": 2}, "best_of", " 2: this server cannot honour this field, only 1"),
     ({"min_tokens": 5}, "min_tokens", " 5: this server cannot honour this field, leave it out"),
     ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "mean include_usage?"),
@@ -235,13 +228,7 @@ FAULTS = [  # of a chat: fields, the place of the fault, and what the message sa
     ({"chat_template_kwargs": {f"x{i}": 0 for i in range(101)}}, "chat_template_kwargs", "at most 100 items"),
     ({"messages": [{"content": "x"}]}, "messages.0.role", ""),
     ({"tool_choice": "maybe"}, "tool_choice", ""),
-    ({"tool_choice": 5}, "tool_choice", ""),
-    (
-        {"tool_choice": {"type": "function", "function": {"nam": "f"}}},
-        "tool_choice.function.nam",
-        "mean name?",
-    ),
-    ({"chat_template_kwargs": 5}, "chat_template_kwargs", " 5: Input should be"),
+    ({"tool_choice": {"function": {"nam": "f"}}}, "tool_choice.function.nam", "mean name?"),
     ({"chat_template_kwargs": "enable_thinking=false"}, "chat_template_kwargs", "should be an object"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "no variable of chat"),
     ({"guided_json": "{"}, "guided_json", ""),
@@ -255,7 +242,6 @@ FAULTS = [  # of a chat: fields, the place of the fault, and what the message sa
     ({"stop": [""]}, "stop.0", ""),
     ({"stop": ["x"] * 129}, "stop", ""),
     ({"messages": [{**EMPTY, "content": "\ud800"}]}, None, ""),
-    ({"logit_bias": {"x": 1}}, "logit_bias.x", ""),
     ({"logit_bias": {"-1": 1}}, "logit_bias.-1", ""),
     ({"logit_bias": {"5_0": 1}}, "logit_bias.5_0", ""),
     ({"response_format": {"type": "text", "schema": {}}}, "response_format", ""),
@@ -293,13 +279,13 @@ def test_a_prompt_is_text_or_ids(prompt):
 def test_the_servers_config_has_the_defaults():
     """Guards against a temperature of the flags that overrides the request's, or the other way round."""
     default = GenerationConfig(max_steps=7, sample=False, top_p=0.5, stop_words=["x"], exit_layer=2)
-    assert ChatRequest(messages=HELLO).generation_config(default) == default
-    request = ChatRequest(messages=HELLO, temperature=0.5, max_completion_tokens=9, stop="y", drafts=False)
+    assert chat().generation_config(default) == default
+    request = chat(temperature=0.5, max_completion_tokens=9, stop="y", drafts=False)
     config = request.generation_config(default)
     assert (config.sample, config.temperature, config.top_p) == (True, 0.5, 0.5)
     assert (config.max_steps, config.stop_words) == (9, ["y"])
     assert not request.drafts_with(config)
-    assert ChatRequest(messages=HELLO, temperature=0).generation_config(GenerationConfig()).greedy
+    assert chat(temperature=0).generation_config(GenerationConfig()).greedy
     more = {"max_tokens": 9, "max_completion_tokens": 9}
     for limits in ({"max_tokens": 5}, more | {"max_tokens": 5}, more | {"max_completion_tokens": 5}):
-        assert ChatRequest(messages=HELLO, **limits).max_new_tokens == 5
+        assert chat(**limits).max_new_tokens == 5

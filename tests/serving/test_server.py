@@ -59,12 +59,12 @@ def chat_text(messages):
 
 def test_a_chat_gets_the_generators_answer(served):
     """Streamed or not. Guards against another template, and lost characters."""
-    request = {"messages": HELLO, "max_tokens": 40}
+    request = {"messages": HELLO, "max_tokens": 20}
     response = post(served, CHAT, **request)
     assert response.headers["Content-Length"] == str(len(response.content))
     answer = response.json()
     ChatCompletion.model_validate(answer)
-    expected = served.expected(served.generator.encode(chat_text(HELLO), special_tokens=False), max_steps=40)
+    expected = served.expected(served.generator.encode(chat_text(HELLO), special_tokens=False), max_steps=20)
     [whole] = answer["choices"]
     assert whole["message"] == {"role": "assistant", "content": expected, "refusal": None}
     assert whole["finish_reason"] in ("stop", "length")
@@ -216,13 +216,9 @@ def test_figures_of_answers_and_counters(served):
     def vllm(name, labels=""):
         return more(name, f'engine="0",model_name="tiny"{labels}', "vllm:")
 
-    first = vllm("time_to_first_token_seconds_count")
-    assert (
-        more("answers_total", 'ended_by="max_steps"')
-        == first
-        == vllm("e2e_request_latency_seconds_count")
-        == 3
-    )
+    assert more("answers_total", 'ended_by="max_steps"') == 3
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
+        assert vllm(f"{name}_count") == 3
     assert more("refused_total", 'status="400"') == 1
     assert vllm("generation_tokens_total") == 60
     assert vllm("prompt_tokens_total") == 3 * len(prompt)
@@ -269,7 +265,7 @@ def test_a_log_of_requests(text_model, byte_tokenizer, capsys):
         with held(served.engine, num_steps=2) as at_rest:
             with raw_request(served.url, {"prompt": "x", "max_tokens": 200, "stream": True}):
                 assert at_rest.wait(60)
-                (job,) = served.engine.in_flight.values()
+                (job,) = served.engine.in_flight
             until(lambda: job.is_cancelled)
         until(lambda: not served.num_jobs)
     ignored, first, second, invalid, missing, gone = capsys.readouterr().err.splitlines()
@@ -288,8 +284,6 @@ def test_paths_without_a_version(served):
     answer = requests.post(f"{served.url}/chat/completions", json={"messages": HELLO, "max_tokens": 2}).json()
     assert answer["id"].startswith("chatcmpl-")
     assert post(served, prompt="x", max_tokens=1).json()["id"].startswith("cmpl-")
-    (*_, last) = chunks(post(served, CHAT, messages=HELLO, max_tokens=2, stream=True))
-    assert last["id"].startswith("chatcmpl-")
 
 
 TOO_LONG = "maximum context length is 256 tokens"
@@ -299,11 +293,7 @@ TOO_LONG = "maximum context length is 256 tokens"
     ("body", "param", "says"),
     [
         (b'{"prompt": "x", "tools": [1]}', "tools", "cannot honour this field, leave it out"),
-        (
-            b'{"prompt": "x", "structured_outputs": {"regex": "("}}',
-            "structured_outputs",
-            "structured_outputs: ",
-        ),
+        (b'{"prompt": "x", "guided_regex": "("}', "guided_regex", "guided_regex: "),
         (b'{"prompt": "x", "max_tokens": 0}', "max_tokens", "max_tokens 0: "),
         (b"{", None, "Invalid JSON: EOF"),
         (b"[1]", None, "should be an object"),
@@ -311,7 +301,7 @@ TOO_LONG = "maximum context length is 256 tokens"
         (b"[" * 100_000, None, ""),
         (b'{"\\ud800": 1}', None, ""),
         (b'{"prompt": [99999]}', None, "the prompt has the token id 99999"),
-        (b'{"prompt": "x", "echo": true, "logprobs": 1}', "echo", "cannot be combined with logprobs"),
+        (b'{"prompt": "x", "echo": true, "logprobs": 0}', "echo", "cannot be combined with logprobs"),
         (b'{"prompt": "x", "n": 9}', "n", "must be at most 8 answers"),
         (json.dumps({"prompt": [5] * 256}).encode(), "prompt", TOO_LONG),
         (json.dumps({"prompt": "x y " * 1000}).encode(), "prompt", TOO_LONG),
@@ -339,12 +329,15 @@ def test_an_error_names_the_fault(served, body, param, says, stream):
         (None, "no chat template"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].content | items | list }}", "mapping"),
+        ("{{ 1 // x }}", "messages: the chat template fails: "),
+        ("{{ x | dictsort }}", "messages: the chat template fails: "),
+        ("{{ x.y.z }}", "messages: the chat template fails: "),
     ],
 )
-def test_a_template_that_refuses_messages(served, monkeypatch, template, says):
+def test_a_template_that_refuses_messages_or_variables(served, monkeypatch, template, says):
     """Guards against a status 500."""
     monkeypatch.setattr(served.generator.tokenizer, "chat_template", template)
-    assert says in refused(served, CHAT, messages=HELLO)
+    assert says in refused(served, CHAT, messages=HELLO, chat_template_kwargs={"x": 0})
 
 
 @pytest.mark.parametrize("sanitize", [False, True])
@@ -409,7 +402,7 @@ def test_a_client_that_disconnects_cancels_its_job(served, stream, is_waiting):
         with raw_request(served.url, {"prompt": PROMPTS[0], "max_tokens": 200, "stream": stream}):
             until(lambda: served.num_jobs == 1 + 4 * is_waiting)
             assert at_rest.wait(60)
-            job = [*served.engine.in_flight.values(), *served.engine.waiting][-1]
+            job = [*served.engine.in_flight, *served.engine.waiting][-1]
             assert job.timeout == served.args.max_time
         until(lambda: job.is_cancelled)
     until(lambda: not served.num_jobs)

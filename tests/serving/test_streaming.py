@@ -28,8 +28,8 @@ def test_bytes_and_offsets_of_parts_of_characters(request, name, text):
         assert not collector(history, logits)
     answer = continuation(tokenizer, prompt, ids)
     tokens = collector.take(len(answer))
-    assert [token.logprob for token in tokens] == logits.log_softmax(-1)[0, ids].tolist()
-    assert b"".join(token.token.bytes for token in tokens) == answer.encode()
+    assert [token.chosen["logprob"] for token in tokens] == logits.log_softmax(-1)[0, ids].tolist()
+    found = [bytes(token.chosen["bytes"]) for token in tokens]
+    assert b"".join(found) == answer.encode()
     for i, token in enumerate(tokens):
-        before = b"".join(token.token.bytes for token in tokens[:i])
-        assert token.offset == len(before.decode(errors="ignore"))
+        assert token.offset == len(b"".join(found[:i]).decode(errors="ignore"))
