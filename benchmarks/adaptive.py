@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from operator import add
+from operator import add, attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,8 @@ from arguments import GenerationConfig, ModelArguments, at_least, check, parse, 
 from benchmarks.sides import ADAPTIVE, PLAIN, SPECULATIVE, Answers, in_turns, ours, strategies
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
-from runs.heading import counted, heading
 from runs.program import run
-from runs.records import describe, describe_model
+from runs.records import counted, describe, describe_model, heading
 from runs.startup import load_generator, model_name
 from self_speculation.drafts.registry import forget_what_was_learnt
 
@@ -100,13 +99,11 @@ def show(turns: Sequence[Mapping[str, Answers]], picking: str, workload: str) ->
     """Print a row for each side, and the draft sources of adaptive decoding."""
     own = {name: reduce(add, (turn[name] for turn in turns)) for name in turns[0]}
     decoded = [turn for turn in turns if all(answers.num_decoded for answers in turn.values())]
-    rows = []
+    rows, speed = [], attrgetter("decode_tokens_per_second")
     for name in [name for name in own if name != PLAIN and decoded]:
-        ratios = [
-            turn[name].decode_tokens_per_second / turn[PLAIN].decode_tokens_per_second for turn in decoded
-        ]
+        ratios = [speed(turn[name]) / speed(turn[PLAIN]) for turn in decoded]
         low, middle, high = quartiles(ratios)
-        sums = own[name].decode_tokens_per_second / own[PLAIN].decode_tokens_per_second
+        sums = speed(own[name]) / speed(own[PLAIN])
         rows.append(
             {
                 "picking": picking, "workload": workload, "side": name, "x": middle, "low": low, "high": high,

@@ -5,7 +5,6 @@ python -m benchmarks.estimates        # the tables of docs/training.md and docs/
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +51,7 @@ def memory(
         checkpointing: --gradient_checkpointing.
         computed_in: float32, or that of --dtype.
     """
-    one_layer = copy.deepcopy(config)
-    one_layer.num_hidden_layers = 1
+    one_layer = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 1})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(one_layer)
     layer = sum(part.numel() for part in model.model.layers[0].parameters())

@@ -36,9 +36,8 @@ from data import DATASETS, DataError, is_table
 from measures.plots import bars
 from runs import ranks
 from runs.failures import check_writable
-from runs.heading import machine
 from runs.program import run
-from runs.records import Record, RecordError, Run, describe
+from runs.records import Record, RecordError, Run, describe, machine
 from runs.startup import read_config
 
 PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))

@@ -62,9 +62,8 @@ from benchmarks.sides import (
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from measures.plots import bars
-from runs.heading import heading, note
 from runs.program import run
-from runs.records import describe, describe_model
+from runs.records import describe, describe_model, heading, note
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.families import context_length

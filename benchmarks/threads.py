@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from arguments import GenerationConfig, ModelArguments, at_least, parse
 from benchmarks.workloads import workloads
 from runs import ranks
-from runs.heading import heading
 from runs.program import run
-from runs.records import describe, describe_model
+from runs.records import describe, describe_model, heading
 from runs.startup import load_generator, model_name
 from self_speculation import GenerationStrategyResult, Request, ThreadGovernor, govern_threads
 from self_speculation.threads import most_threads

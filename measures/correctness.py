@@ -16,8 +16,7 @@ from transformers import LogitsProcessorList
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
 from runs.examples import Encoded, Experiment
-from runs.heading import counted, heading
-from runs.records import Record, Run
+from runs.records import Record, Run, counted, heading
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.request import config_processors

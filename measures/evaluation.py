@@ -20,8 +20,7 @@ from measures.harness_model import HarnessModel, UnsupportedError, request_confi
 from measures.metrics import draft_stats, speed
 from runs import ranks
 from runs.failures import reason
-from runs.heading import counted, machine
-from runs.records import Record, describe, describe_model
+from runs.records import Record, counted, describe, describe_model, machine
 from runs.startup import load_generator, model_name
 from runs.status import print_status
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 
-import pandas
+import numpy
 import torch
 
 from runs.records import Record
@@ -25,10 +26,10 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     num_tokens = [each["num_tokens"] for each in own]
     decode = [each["num_decode_tokens"] / each["decode_time"] for each in own if each["num_decode_tokens"]]
     first = [turn["prefill_time"] for each in own for turn in each.get("turns", [each])]
-    total_time = float(_sums(records, "rank", prefix)["wall_time"].max())
+    total_time = float(_sums(records, "rank", prefix)[1].max())
     return {
         "tokens_per_second": sum(num_tokens) / total_time,
-        "tokens_per_second_median": float(_sums(records, "window", prefix)["rate"].median()),
+        "tokens_per_second_median": statistics.median(_rates(records, prefix)),
         "decode_tokens_per_second_median": statistics.median(decode) if decode else None,
         "time_to_first_token_ms": 1000 * statistics.median(first),
         "total_time": total_time,
@@ -39,7 +40,7 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
 
 def speed_interval(records: Sequence[Record], prefix: str) -> tuple[float, float] | None:
     """The 90 % confidence interval of `tokens_per_second_median`; None for fewer than five windows."""
-    return median_interval(_sums(records, "window", prefix)["rate"].tolist())
+    return median_interval(_rates(records, prefix))
 
 
 def speedup(records: Sequence[Record], baseline: str) -> Record:
@@ -50,17 +51,14 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
     90 % confidence interval of the median. `decode_speedup` leaves out the first token of each completion; it
     is None for batches, whose decode times overlap. `baseline` is the prefix of the other strategy's fields.
     """
-    ours, theirs = (_sums(records, "window", prefix) for prefix in ("", baseline))
-    both = (ours["num_tokens"] > 0) & (theirs["num_tokens"] > 0)
-    ratios = (ours["rate"] / theirs["rate"])[both].tolist()
-    totals = ours[both].sum() / theirs[both].sum()
-    decode = (ours["decode_rate"] / theirs["decode_rate"]).dropna().tolist()
+    ratios, totals = _ratios(records, baseline, "num_tokens", "wall_time")
+    decode, _ = _ratios(records, baseline, "num_decode_tokens", "decode_time")
     is_single = all(record["batch_size"] == 1 for record in records)
     return {
         "speedup": statistics.median(ratios) if ratios else None,
         "speedup_quartiles": quartiles(ratios),
         "speedup_interval": median_interval(ratios),
-        "speedup_of_totals": float(totals["num_tokens"] / totals["wall_time"]) if ratios else None,
+        "speedup_of_totals": totals,
         "speedup_faster": sum(ratio > 1 for ratio in ratios),
         "speedup_windows": len(ratios),
         "decode_speedup": statistics.median(decode) if decode and is_single else None,
@@ -73,16 +71,31 @@ def without_prefix(record: Record, prefix: str) -> Record:
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
 
 
-def _sums(records: Sequence[Record], by: str, prefix: str) -> pandas.DataFrame:
-    """Tokens and seconds, and their ratios, for each value of the records' field `by`."""
-    summed = ("num_tokens", "wall_time", "num_decode_tokens", "decode_time")
-    rows = [{by: record[by], **{name: record[f"{prefix}{name}"] for name in summed}} for record in records]
-    table = pandas.DataFrame(rows).groupby(by).sum()
-    decoded = table[table["num_decode_tokens"] > 0]  # others have no rate
-    return table.assign(
-        rate=table["num_tokens"] / table["wall_time"],
-        decode_rate=decoded["num_decode_tokens"] / decoded["decode_time"],
-    )
+def _sums(
+    records: Sequence[Record], by: str, prefix: str, tokens: str = "num_tokens", seconds: str = "wall_time"
+) -> numpy.ndarray:
+    """[2, n] sums of tokens and of seconds for each value of the records' field `by`."""
+    sums: dict[int, numpy.ndarray] = defaultdict(lambda: numpy.zeros(2))
+    for record in records:
+        sums[record[by]] += record[f"{prefix}{tokens}"], record[f"{prefix}{seconds}"]
+    return numpy.stack([*sums.values()], axis=1)
+
+
+def _rates(records: Sequence[Record], prefix: str) -> list[float]:
+    """Tokens per second of each window."""
+    tokens, seconds = _sums(records, "window", prefix)
+    return (tokens / seconds).tolist()
+
+
+def _ratios(records: Sequence[Record], baseline: str, *of: str) -> tuple[list[float], float | None]:
+    """Ratios of the two rates: of each window in which both gave tokens, and of totals."""
+    ours, theirs = (_sums(records, "window", prefix, *of) for prefix in ("", baseline))
+    both = (ours[0] > 0) & (theirs[0] > 0)
+    if not both.any():
+        return [], None
+    ours, theirs = ours[:, both], theirs[:, both]
+    (tokens, seconds), totals = ours / theirs, ours.sum(1) / theirs.sum(1)
+    return (tokens / seconds).tolist(), float(totals[0] / totals[1])
 
 
 def draft_stats(records: Sequence[Record]) -> DraftStats:

@@ -24,8 +24,7 @@ from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
 from runs.failures import failed
 from runs.flags import COUNTS
-from runs.heading import counted, heading, note
-from runs.records import Record, Run
+from runs.records import Record, Run, counted, heading, note
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from arguments import refuse
 from runs.failures import reason
-from runs.heading import counted, early_exit_alone
+from runs.records import counted, early_exit_alone
 from runs.startup import autoregressive, encode_chat
 from runs.status import log_if_slow, print_status
 from self_speculation import (

@@ -18,8 +18,7 @@ from arguments import BatchArguments, GenerationConfig, ModelArguments, refuse
 from data import DataArguments, DataError, Example, load_examples
 from runs import ranks
 from runs.failures import check_writable, failed, reason
-from runs.heading import counted
-from runs.records import Record, RecordError, Run, check_same_run, describe, describe_model
+from runs.records import Record, RecordError, Run, check_same_run, counted, describe, describe_model
 from runs.startup import encode_chat, load_generator, model_name
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request

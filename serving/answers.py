@@ -112,7 +112,8 @@ class Answer:
         for index, (given, echo) in enumerate(self._given):
             with self._naming_field():
                 prepared = generator.tokenize(given, self._served.config)
-            streamer, logprobs, emit = None, None, partial(self._emit, index)
+            # Nothing of a job leads to this object: finished ones are freed at once.
+            streamer, logprobs, emit = None, None, partial(_emit, self._loop, self._events, index)
             words, reader = prepared.stop_words.words, prepared.stop_words.reader
             if request.stream:
                 kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
@@ -197,10 +198,6 @@ class Answer:
 
     def _figures(self) -> dict[str, Any]:
         return figures([each.finished for each in self._choices if each.finished], self.request.n)
-
-    def _emit(self, index: int, event: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     @contextmanager
     def _naming_field(self) -> Iterator[None]:
@@ -296,6 +293,11 @@ class AnswerResponse(StreamingResponse):
             self._has_begun = True
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+
+def _emit(loop: asyncio.AbstractEventLoop, events: asyncio.Queue, index: int, event: object) -> None:
+    with suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
 
 def _server_sent(content: Any) -> str:

@@ -34,14 +34,14 @@ LIBRARY = {
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
     "scripts": 1319,
-    "benchmarks": 2318,
-    "measures": 1722,
-    "runs": 1465,
-    "serving": 1841,
-    "training": 1275,
+    "benchmarks": 2310,
+    "measures": 1731,
+    "runs": 1453,
+    "serving": 1843,
+    "training": 1274,
     "self_speculation": 2039,
     "self_speculation/decoding": 1598,
-    "self_speculation/drafts": 1132,
+    "self_speculation/drafts": 1133,
     "self_speculation/model": 4478,
     "self_speculation/model/cpp, C++": 1371,
 }

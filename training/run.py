@@ -22,8 +22,7 @@ from data import DataError
 from measures.plots import agreement_by_exit
 from runs import ranks, records
 from runs.failures import Failed, check_writable
-from runs.heading import heading
-from runs.records import Record, RecordError, Run
+from runs.records import Record, RecordError, Run, heading
 from runs.startup import set_threads
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import context_length

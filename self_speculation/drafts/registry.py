@@ -84,21 +84,22 @@ class DraftContext:
         """Shared by all exits; None: their head has all ids."""
         return None if self.short_head is None else TextReader(self.short_head)
 
-    def drafter(self, num_layers: int) -> ModelRunner:
-        """Runs so many layers that draft and their head.
+    @cached_property
+    def drafter(self) -> ModelRunner:
+        """Runs the layers that draft and their head. Shared by all exits.
 
         Raises:
             ValueError: layers or head cannot be copied, or the head is on several devices.
         """
         if self.draft_weights != "exact":
-            return quantized(self.runner, num_layers, self.short_head)
+            return quantized(self.runner, self.exit_layers[-1], self.short_head)
         runner, head = self.runner, self.short_head
         return runner if head is None else runner.with_layers(runner.layers, head)
 
 
 def make_drafter(runner: ModelRunner, config: GenerationConfig, num_layers: int) -> ModelRunner:
     """See `DraftContext.drafter`."""
-    return DraftContext(runner, replace(config, exit_layer=num_layers)).drafter(num_layers)
+    return DraftContext(runner, replace(config, exit_layer=num_layers)).drafter
 
 
 class SourceEntry(NamedTuple):
@@ -137,7 +138,7 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
         arm = Arm(draft_step(layer), weight=1.0)  # one good trial is enough
         if is_whole := layer == num_layers:
             arm = replace(arm, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
-        yield LayerDrafts(context.drafter(layer), layer, weights, arm, is_whole, context.text_reader)
+        yield LayerDrafts(context.drafter, layer, weights, arm, is_whole, context.text_reader)
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:

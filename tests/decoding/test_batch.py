@@ -199,7 +199,7 @@ def test_rows_do_not_see_beyond_their_end(drafts):
     for row, prompt in enumerate(prompts):
         scheduler.add_request(row, Request(prompt))
     with torch.inference_mode():
-        for part in scheduler._prepared.cache._all_buffers():
+        for part in scheduler._prepared.cache.buffers.all():
             for row, prompt in enumerate(prompts):
                 part[row, :, len(prompt) :] = 1e6 * torch.randn_like(part[row, :, len(prompt) :]).sign()
     got = drained(scheduler)

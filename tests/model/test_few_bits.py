@@ -233,7 +233,7 @@ def test_a_prompt_in_pieces_has_the_same_bits(bits):
     runner, ids = make_runner(model), torch.randint(3, 50, (1, 150))
 
     def logits(width):
-        cache = runner.new_cache(150, 150)
+        cache = runner.new_cache(150, 150).prompt_view(0)
         return torch.cat(
             [forward(runner, cache, part, part.shape[1]).logits for part in ids.split(width, 1)], 1
         )

@@ -148,11 +148,11 @@ def test_answers_to_texts_with_many_new_ids_have_all_rows(weights, monkeypatch):
     """
     runner = ModelRunner(own_llama(fused=True))
     config = GenerationConfig(generation_strategy="adaptive", draft_weights=weights)
-    head = DraftContext(runner, config).drafter(4).head
+    head = DraftContext(runner, config).drafter.head
     assert isinstance(head, FusedHead)  # by default a small vocabulary is whole
     monkeypatch.setattr(DraftContext, "draft_vocabulary", 3)
     monkeypatch.setattr(short_head, "_LAST", 8)
-    head = DraftContext(runner, config).drafter(4).head
+    head = DraftContext(runner, config).drafter.head
     text, known = sequence(0, 1, 2, 2, 1, 9), reading(head)
     with torch.inference_mode():
         whole = logits_of(runner.head)

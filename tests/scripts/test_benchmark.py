@@ -16,7 +16,7 @@ import generate
 import self_speculation.self_speculation_generator as self_speculation_generator
 from measures import timed_runs
 from measures.comparison import find_difference, same_distribution
-from runs.heading import heading
+from runs.records import heading
 from self_speculation import HuggingfaceLlamaGenerator, Verification
 from self_speculation.decoding.sampling import verify_draft
 from self_speculation.model.kernels import cpu_operators
@@ -167,7 +167,10 @@ def test_every_source_of_drafts(flags, common, tmp_path, capsys):
     assert metrics["comparison"]["identical_outputs"] == 5
     sources = metrics["acceptance"]["drafts_by_source"]
     assert sum(counts["rounds"] for counts in sources.values()) == metrics["acceptance"]["num_verifications"]
-    assert ": accepted" in capsys.readouterr().out
+    # On a busy machine no draft of adaptive decoding may pay.
+    drafted = metrics["acceptance"]["num_drafted"] > 0
+    assert (": accepted" in capsys.readouterr().out) == drafted
+    assert drafted or "adaptive" in flags
 
 
 def test_samples_of_one_distribution_fail_as_rarely_as_stated():

@@ -5,11 +5,8 @@ cannot see a missing import, a circle of imports, and variables that torchrun se
 """
 
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import forks
 import pytest
@@ -100,14 +97,3 @@ def test_bad_usage_needs_no_library(tmp_path):
     assert run.stdout.split("\n")[:-1] == ["2"] * len(BAD_USAGE), run.stderr
     for line, usage in zip(run.stderr.splitlines(), BAD_USAGE, strict=True):
         assert line.startswith(f"{usage.split()[0]}.py: error: --")
-
-
-def test_ctrl_c_while_imports_take_their_time(model_folder):
-    """Guards against a page of traceback for somebody who changed their mind early."""
-    command = [sys.executable, str(ROOT / "generate.py"), "--model", str(model_folder), "--prompt", "def"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
-        time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=forks.HANGS)[1] == b"interrupted\n"
-    assert run.returncode == 130

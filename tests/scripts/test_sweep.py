@@ -17,7 +17,7 @@ from arguments import GenerationConfig, ModelArguments
 from measures import sweeping
 from measures.replay import Costs, costs_of, replayed
 from runs.flags import TuningArguments, counts, tuned
-from runs.heading import heading
+from runs.records import heading
 from self_speculation import default_model
 from self_speculation.model.linear import Linear
 from sweep import SweepArguments
