@@ -368,12 +368,6 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     assert [len(result.predicted_tokens) for result in ended.values()] == [9, 60]
 
 
-def test_slots_are_not_swapped_without_reuse_cache(monkeypatch):
-    """Guards against copies of a removed row that nothing reads."""
-    monkeypatch.setattr(KVCache, "swap", lambda *_: pytest.fail("swapped"))
-    in_batch(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
-
-
 def test_a_scheduler_that_was_idle(monkeypatch):
     """Guards against idle time in a prefill time."""
     idle, ticks = 0.0, count()

@@ -45,10 +45,10 @@ def fails_at(monkeypatch):
     def arrange(error, first, last=100):
         run, make_slots, answers = ModelRunner.run, Scheduler._make_slots, []
 
-        def maybe(self, *args):
+        def maybe(self, *args, **kwargs):
             if first < len(answers) <= last + 1:
                 raise error
-            return run(self, *args)
+            return run(self, *args, **kwargs)
 
         def counted(self, runner):
             answers.extend([] if self._strategy.has_drafts else [1])
@@ -163,8 +163,8 @@ def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
     """Guards against a NaN that ends the batch, or that is blamed on the example at its place in there."""
     run, prompts = ModelRunner.run, []
 
-    def damaged(self, cache, inputs, first, last, num_logits):
-        result = run(self, cache, inputs, first, last, num_logits)
+    def damaged(self, cache, inputs, first, last, num_logits, **kwargs):
+        result = run(self, cache, inputs, first, last, num_logits, **kwargs)
         if inputs.shape[1] > 4 and first == 0 and num_logits:  # a prompt's pass
             prompts.append(1)
             if len(prompts) == 2 + 3:  # two warm up
