@@ -37,6 +37,12 @@ from self_speculation.model import experts
 LOOKUP = {**LAYERS, "prompt_lookup": 2}
 
 
+@pytest.fixture
+def equal_rounds(monkeypatch):
+    """Each round takes a second, whatever the machine does: adaptive decoding drafts what is looked up."""
+    monkeypatch.setattr("self_speculation.transfers.Stopwatch.stop", lambda _: (0.0, 1.0))
+
+
 def by_scanning(ids, longest, num_tokens):
     """What the index finds, by a scan of all positions."""
     for n in range(min(longest, len(ids) - 1), 0, -1):
@@ -142,6 +148,7 @@ def test_examples_of_docstrings(module):
     assert not found.failed
 
 
+@pytest.mark.usefixtures("equal_rounds")
 @mixed_drafts("prediction")
 @pytest.mark.parametrize("how", [ADAPTIVE, LOOKUP])
 def test_a_predicted_output_changes_no_ids(how):
@@ -156,6 +163,7 @@ def test_a_predicted_output_changes_no_ids(how):
         assert accepted >= least if least else accepted == 0
 
 
+@pytest.mark.usefixtures("equal_rounds")
 @pytest.mark.parametrize("how", [ADAPTIVE, LOOKUP])
 @pytest.mark.parametrize("unknown", [50, -1, 10**6])
 def test_predicted_ids_that_the_model_lacks(how, unknown):
@@ -210,6 +218,7 @@ def test_threads_share_it():
         sys.setswitchinterval(interval)
 
 
+@pytest.mark.usefixtures("equal_rounds")
 @mixed_drafts()
 @pytest.mark.parametrize("how", [ADAPTIVE, LAYERS, LOOKUP])
 def test_a_repeated_question_needs_fewer_rounds(how):
