@@ -156,7 +156,7 @@ class Measured:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """An error in this block is this side's, and the last thing that it does."""
+        """Record an error of this block. The side is then left out."""
         try:
             yield
         except Exception as error:
@@ -174,7 +174,7 @@ def measure(task: Task, found: dict[str, Measured]) -> None:
     for name, seen in found.items():
         with seen.attempt():
             sides[name] = task.warmed_up(name)
-    for turn, batch in enumerate(task.batches):
+    for turn, batch in enumerate(task.batches if sides else ()):
         for name in rotated(list(sides), turn):
             if not (seen := found[name]).error:
                 with seen.attempt():

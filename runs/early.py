@@ -1,4 +1,4 @@
-"""Ctrl-C while a script imports what it needs: one line, and no traceback. It imports this module first."""
+"""Ctrl-C in imports: one line, and no traceback. A script imports this module first."""
 
 from __future__ import annotations
 

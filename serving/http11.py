@@ -7,6 +7,7 @@ import math
 import re
 import resource
 import socket
+import time
 from typing import Any
 
 import h11
@@ -56,12 +57,13 @@ class StrictProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._since = time.perf_counter()
         self._timer = self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, None)
         every = [each for each in self.connections if isinstance(each, StrictProtocol)]
         connections = [each for each in every if not each.transport.is_closing()]
         if len(connections) > most_connections():
             idle = [each for each in connections if each.is_idle]  # this one, too
-            min(idle, key=lambda each: each._timer.when()).transport.close()
+            min(idle, key=lambda each: each._since).transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()  # it would keep this object

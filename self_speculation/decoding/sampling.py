@@ -174,6 +174,8 @@ class Sampler:
 class SamplerOfRows(Sampler):
     """Samples each row of logits [B, ..., V] with its own sampler. Rows with equal samplers go together."""
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # settings are those of the rows
+
     def __init__(self, samplers: Sequence[Sampler], device: torch.device) -> None:
         super().__init__()
         rows: defaultdict[Sampler, list[int]] = defaultdict(list)

@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -193,14 +194,14 @@ class ThinkingReader:
         self.thinking = self.answer = ""
         self._text, self._splitter = Detokenizer(tokenizer, prompt), Splitter(thinking)
         self._tokenizer, self._prompt, self._thinks = tokenizer, prompt, thinking is not None
-        self._num_read = self._num_before = 0  # tokens read; those before the answer
+        self.num_read = self._num_before = 0  # tokens read; those before the answer
 
     def read(self, output: Sequence[int]) -> None:
         """Read the tokens of an output that it has not read yet."""
-        for id_ in output[self._num_read :]:
+        for id_ in output[self.num_read :]:
             self._num_before += not self._splitter.in_answer
             self._take(self._splitter.add(self._text.add(id_), id_))
-        self._num_read = len(output)
+        self.num_read = len(output)
 
     def end(self, output: Sequence[int]) -> None:
         """Read the rest of an output that has finished; an answer at once."""
@@ -209,7 +210,7 @@ class ThinkingReader:
             return
         if not self._splitter.in_answer:
             self.read(output)
-        unread, self._num_read = output[self._num_read :], len(output)
+        unread, self.num_read = output[self.num_read :], len(output)
         self._take(self._splitter.add(self._text.rest(unread), finished=True))
 
     @property
@@ -249,10 +250,13 @@ class StopWords:
         prompt: Sequence[int] = (),
         thinking: Thinking | None = None,
     ) -> None:
-        self.words, self.reader = tuple(words), ThinkingReader(tokenizer, thinking, prompt)
+        self.words, self._new_reader = tuple(words), partial(ThinkingReader, tokenizer, thinking, prompt)
+        self.reader = self._new_reader()
 
     def __call__(self, output: Sequence[int]) -> bool:
-        """Whether `output`, which only grows, contains a stop word."""
+        """Whether `output` contains a stop word. It grows, or another output begins."""
+        if len(output) < self.reader.num_read:
+            self.reader = self._new_reader()
         if self.words or not self.reader.answer:
             self.reader.read(output)
         text = self.reader.answer + self.reader.incomplete

@@ -142,6 +142,8 @@ def fused_model(model: PreTrainedModel) -> tuple[Mapping[nn.Module, Any], torch.
 
     with lock(model):
         parts = cached(model, _Parts, valid_for, lambda: _Parts(model))
+        for linear in parts.linears():
+            linear.drop_stale_copies()
     return parts.fused, parts.dtype
 
 

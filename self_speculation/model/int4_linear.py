@@ -72,7 +72,10 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
         torch.OutOfMemoryError: the next call tries again.
     """
     try:
-        module = torch.nn.Linear(32, 16, bias=False, device=device, dtype=dtype)
+        module = torch.nn.Linear(32, 16, bias=False, device="meta")  # elsewhere it would draw random numbers
+        module.weight = torch.nn.Parameter(
+            torch.zeros(16, 32, device=device, dtype=dtype), requires_grad=False
+        )
         int4_copy(Linear(module))(module.weight[:1])
     except torch.OutOfMemoryError:
         raise

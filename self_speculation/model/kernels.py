@@ -141,6 +141,8 @@ def _build(variant: str) -> None:
             if _is_own(file.parent):
                 with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may load it meanwhile
                     _compile(variant, new := Path(folder) / file.name)
+                    with new.open("rb") as built:  # after a loss of power the name must not stand for zeros
+                        os.fsync(built.fileno())
                     new.replace(file)
         except OSError:
             continue  # it cannot be kept

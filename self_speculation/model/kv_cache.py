@@ -1,6 +1,6 @@
 """The KV cache of the sequences in flight: allocate, append, roll back by count.
 
-Keys and values come in two ways: `KVCache.append` writes to rows of one length, and whoever calls
+Keys and values come in two ways: `KVCache.append` writes to rows of one length, and the caller of
 `KVCache.extend` writes by position.
 """
 

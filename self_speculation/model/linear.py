@@ -178,10 +178,17 @@ class Linear:
         """The result of `make`, kept by key while the weights are the same."""
         with self._lock:
             if (made := self.valid_copy(key)) is None:
-                self.copies.pop(key, None)  # free its memory first
-                made = make()
-                self.copies[key] = self.version, made
+                self.drop_stale_copies()  # they free their memory first
+                version, made = self.version, make()
+                self.copies[key] = version, made
         return made
+
+    def drop_stale_copies(self) -> None:
+        """Drop what was made of earlier weights."""
+        if self.copies:
+            with self._lock:
+                version, kept = self.version, [*self.copies.items()]
+                self.copies = {key: made for key, made in kept if made[0] == version}
 
 
 def is_multiplied_in_place(x: Tensor, most: int) -> bool:

@@ -189,8 +189,8 @@ class TextReader:
         self._needs_all = False
 
     def read(self, sequences: Iterable[Text]) -> SeenIds | None:
-        """[B] ids of each sequence that are not likely; None: texts have many ids
-        besides, so the head is to have all. That changes only when a sequence joins.
+        """[B] ids of each sequence that are not likely; None: they are so many that the head is to have all.
+        The choice changes only when a sequence joins.
         """
         before, self._read = self._read, {}
         for sequence in sequences:

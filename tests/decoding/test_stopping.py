@@ -49,6 +49,13 @@ def test_words_are_found_at_the_first_token_whose_text_has_them(name, request, i
     assert stop == first_stop(tokenizer, [word], ids)
 
 
+def test_a_second_output_is_read_from_its_start(byte_tokenizer):
+    """Guards against stop words of an earlier answer in a request that is decoded twice."""
+    found, ids = StopWords(byte_tokenizer, ["b"]), byte_tokenizer.encode("ab")
+    for _ in range(2):
+        assert [found(ids[:n]) for n in (1, 2)] == [False, True]
+
+
 def test_cut_and_settled_text():
     """Guards against text after the earliest word, and against a shown beginning of a word."""
     words = StopWords(None, ["Human:", "\n\n"])

@@ -276,3 +276,24 @@ def test_scripts_refuse_in_one_line(script, common, monkeypatch, capsys):
     own = ["--exit_layer_last", "2"] if script is sweep else SPECULATION
     line = refused(script.main, [*common, *own, "--draft_weights", "int4"], capsys)
     assert "error: --draft_weights int4: takes" in line
+
+
+def test_drafts_draw_no_random_numbers():
+    """Guards against a trial of the kernel that draws: a seed would not reproduce the first answer."""
+    model = tiny_llama()
+    int4_linear.has_kernel.cache_clear()
+    before = torch.get_rng_state()
+    quantized(ModelRunner(model), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_copies_of_earlier_weights_are_dropped():
+    """Guards against memory of copies that nobody asks for again."""
+    model = tiny_llama()
+    quantized(ModelRunner(model), 2)
+    assert bytes_made(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.0)
+    ModelRunner(model)
+    assert not bytes_made(model)

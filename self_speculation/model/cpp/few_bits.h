@@ -144,7 +144,7 @@ void with_kind(const Format& format, const F& f) {
   format.bits == 5 ? with_super.template operator()<1>() : with_super.template operator()<4>();
 }
 
-// Products of a block of rows and all tokens, [T, BLOCK]. T: their number; 0: that of `x`.
+// Products of a block of rows and all tokens, [T, BLOCK]. T: 1 for one token, whose sums stay in registers; 0: all of `x`.
 template <int HIGH, bool HALVES, bool HAS_SUPER, int T>
 void products_of_cells(const Format& format, const uint8_t* block, const RoundedInputs& x, float* out) {
   constexpr bool splits = HIGH == 4 && !TAKES_EIGHT_BITS;
