@@ -110,14 +110,15 @@ class _Line:
     _PRIOR = 0.3**2
 
     def __init__(self) -> None:
-        self._sums = numpy.zeros(5)  # of 1, x, x^2, y, x y
+        self._sums = [0.0] * 5  # of 1, x, x^2, y, x y
         # Seconds of a plain step, and of a plain step's cost more: without observations of it, as many.
         self.plain = self.slope = 0.0
 
     def add(self, excess: float, seconds: float, weight: float) -> None:
-        new = numpy.array((1.0, excess, excess**2, seconds, excess * seconds))
-        self._sums = _DECAY * self._sums + weight * new
-        n, x, xx, y, xy = map(float, self._sums)
+        # Each round does this: for five numbers numpy takes longer.
+        new = (1.0, excess, excess**2, seconds, excess * seconds)
+        self._sums = [_DECAY * old + weight * more for old, more in zip(self._sums, new, strict=True)]
+        n, x, xx, y, xy = self._sums
         n, x, xx = n + self._PRIOR, x - self._PRIOR, xx + self._PRIOR
         determinant = n * xx - x * x
         self.plain, self.slope = (xx * y - x * xy) / determinant, max(0.0, (n * xy - x * y) / determinant)
