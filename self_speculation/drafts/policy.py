@@ -72,7 +72,7 @@ class ArmStats:
     num_rounds: int = 0
     # By source and matched tokens.
     acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
-    # By source: rejections over those that the probabilities of drafted tokens tell.
+    # By source: observed rejections over those that the probabilities of drafted tokens predict.
     overconfidence: dict[str, DecayedMean] = field(default_factory=dict)
     used_at: dict[str | None, int] = field(default_factory=dict)  # the last round of each source
     trial_at: int = _WAIT  # the round of the next trial

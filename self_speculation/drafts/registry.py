@@ -151,7 +151,7 @@ def _shared(context: DraftContext) -> Iterator[SharedDrafts]:
     yield SharedDrafts(finished_answers(context.model, config.shared_lookup), is_sure=not config.is_adaptive)
 
 
-# A longer match goes first; of equal ones the upper source's.
+# A longer match goes first; at a tie, the source that is listed first.
 SOURCES: list[SourceEntry] = [
     SourceEntry(lambda config: True, _layers),
     SourceEntry(lambda config: config.looks_up, _text),
