@@ -142,8 +142,7 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:
-    # What followed a single token is mostly chance; adaptive decoding learns how often.
-    yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH, 1 if context.config.is_adaptive else 2)
+    yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH, least=2)  # after one token it is chance
 
 
 def _shared(context: DraftContext) -> Iterator[SharedDrafts]:
