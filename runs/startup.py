@@ -24,7 +24,7 @@ from self_speculation.decoding.texts import Thinking
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.loading import load_config, resolve_device, with_fast_prompts
-from self_speculation.model.quantized_layers import check_family
+from self_speculation.model.quantized_layers import check_family, why_no_copies
 from self_speculation.model.short_head import prefer_ids
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
 
@@ -106,6 +106,10 @@ def load_generator(
         strategy = make_strategy(config.generation_strategy)
         with log_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
+        if config.is_adaptive and config.draft_weights != "exact" and (few := why_no_copies(model)):
+            print_status(
+                f"--draft_weights {config.draft_weights}: not used, {few}; --dtype float16 has copies"
+            )
         if copies := bytes_made(model):
             print_status(f"copies for drafts take {copies / 2**30:.2f} GiB")
     except (LoadingError, ValueError) as error:
