@@ -63,7 +63,7 @@ from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from measures.plots import bars
 from runs.program import run
-from runs.records import describe, describe_model, heading, note
+from runs.records import describe, describe_model, had_fewer_threads, heading, note
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.families import context_length
@@ -118,9 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["arguments"]["dataset"] = "human_eval" if args.workload == "code" else args.workload
     print(heading(about))
     if args.prompt_tokens:
-        _end(about, first_tokens(generator, config, args.prompt_tokens, args.rounds))
+        rows = first_tokens(generator, config, args.prompt_tokens, args.rounds)
+        about["threads_used"] = _fewest_threads(rows)
+        _end(about, rows)
         return 0
-    rows: list[dict[str, Any]] = []
+    rows = []
     formats: dict[int, dict[str, str]] = {}
     with TemporaryDirectory() as folder:
         alone: dict[str, Side] = {}
@@ -131,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             peers |= alone if size == 1 else {}
             print(f"\nbatch size {size}: speed-up over transformers in {formats[size][TRANSFORMERS]}")
             rows += compare(generator, config, peers, prompts, size, args.rounds, model_args.seed)
+    about["threads_used"] = _fewest_threads(rows)
     if args.picture is not None:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,9 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _fewest_threads(rows: Sequence[Mapping[str, Any]]) -> int:
+    return min(number for row in rows for number in row["threads"])
+
+
 def _end(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the last lines."""
-    if any(number < about["threads"] for row in rows for number in row["threads"]):
+    if had_fewer_threads(about):
         print(f"\n{note('other programs used the processors, decoding had fewer threads')}")
     print(f"\n{json.dumps({**about, 'rows': rows})}")
 

@@ -20,7 +20,7 @@ from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, FixedPolicy
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.model_cache import cached, evict
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.quantized_layers import copies_are_smaller, quantized
+from self_speculation.model.quantized_layers import quantized, why_no_copies
 from self_speculation.model.short_head import ShortHead, TextReader, default_vocabulary
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
@@ -56,7 +56,7 @@ class DraftContext:
     def draft_weights(self) -> DraftWeights:
         """From the config; adaptive decoding makes no copies of what is in few bits already."""
         config = self.config
-        return "exact" if config.is_adaptive and not copies_are_smaller(self.model) else config.draft_weights
+        return "exact" if config.is_adaptive and why_no_copies(self.model) else config.draft_weights
 
     @cached_property
     def draft_vocabulary(self) -> int | None:

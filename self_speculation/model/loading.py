@@ -28,7 +28,14 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from self_speculation.config import DtypeName, LoadingOptions, Parallel, PrefillDtype, Quantization
+from self_speculation.config import (
+    DtypeName,
+    LoadingOptions,
+    LoadingWarning,
+    Parallel,
+    PrefillDtype,
+    Quantization,
+)
 from self_speculation.model.captured_runner import capture_decoding, check_can_be_captured
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
@@ -44,7 +51,7 @@ from self_speculation.model.gguf_files import (
 )
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.quantized_layers import quantize
-from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
+from self_speculation.model.sources import LoadingError, adapted_model, explained, locate
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -35,13 +35,17 @@ def measured(endless_folder, capsys):
     return run
 
 
-def test_first_tokens(measured):
-    """Guards against a length that is not the prompt's, and a ratio to another side."""
+def test_first_tokens(measured, monkeypatch):
+    """Guards against a length that is not the prompt's, a ratio to another side, and a machine with threads
+    that no turn had.
+    """
+    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)  # turns end with one thread
     record = measured(side_by_side, "--prompt_tokens", "20", "70", "--rounds", "2")
     rows = record["rows"]
     sides = ("transformers, bfloat16", "here")
     assert [(row["tokens"], row["side"]) for row in rows] == [(n, side) for n in (20, 70) for side in sides]
     assert all(row["of transformers"] == 1 for row in rows[::2])
+    assert record["threads_used"] == 1
 
 
 def test_side_by_side(measured, tmp_path, monkeypatch):
@@ -49,6 +53,7 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
     padding that counts as tokens.
     """
     monkeypatch.setattr("benchmarks.peers._TRIES", 1)
+    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)
     monkeypatch.setattr(side_by_side, "bars", drawn := Mock())
     record = measured(
         side_by_side, "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
@@ -70,6 +75,7 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
     assert list(drawn.call_args.args[0].index) == [
         f"{row['side']}, batch {row['batch_size']}" for row in rows
     ]
+    assert ", at times 1 of 2 threads, 1 rank" in " ".join(drawn.call_args.args[2].split())
 
 
 def test_transformers_has_its_best_format():

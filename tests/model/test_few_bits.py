@@ -22,6 +22,8 @@ from helpers import error_line
 from test_gguf import write
 from transformers import AutoModelForCausalLM
 
+from arguments import GenerationConfig, ModelArguments
+from runs.startup import load_generator
 from self_speculation import LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files
 from self_speculation.model.captured_runner import make_runner
@@ -266,14 +268,22 @@ def test_weights_are_rounded(family, bits, error):
         assert (logits - exact(ids).logits).norm() < 10 * error * logits.norm()
 
 
-def test_a_copy_of_what_is_in_few_bits_is_refused():
-    """Guards against a copy that takes as long as the weights: drafts would only cost. Eight bits pay."""
+def test_a_copy_of_what_is_in_few_bits_is_refused(model_folder, capsys):
+    """Guards against a copy that takes as long as the weights: drafts would only cost. Eight bits pay. Guards
+    against adaptive decoding that goes without in silence.
+    """
     model = own_llama()
     quantize(model, 4)
     fuse(model)
     copies = {**LAYERS, "draft_weights": "int4"}
     line = error_line(ValueError, generate, model, [5, 9, 4], **copies)
-    assert line == "draft_weights int4: the model's weights take 5.8 bits already; it must be exact"  # padded
+    few = "the model's weights take 5.8 bits already"  # padded
+    assert line == f"draft_weights int4: {few}; it must be exact, or the dtype float16"
+    arguments = ModelArguments(model=str(model_folder), quantization="int4", device="cpu")
+    load_generator(arguments, GenerationConfig(generation_strategy="adaptive", draft_weights="int4"))
+    said = "--draft_weights int4: not used, the model's weights take "
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(said)]
+    assert line.endswith(" bits already; --dtype float16 has copies")
     model = own_llama()
     quantize(model, 8)
     fuse(model)
