@@ -113,14 +113,30 @@ def test_weights_are_dequantised_as_by_gguf(kind, dtype, byte_tokenizer, tmp_pat
 
 
 @needs_operators
+@pytest.mark.parametrize("kind", ["F32", "BF16", "F16"])
+def test_dense_files_keep_their_dtype(kind, byte_tokenizer, tmp_path):
+    """Guards against numbers that are rounded to another format than the file's."""
+    model = own_llama(vocab_size=len(byte_tokenizer))
+    kind = gguf.GGMLQuantizationType[kind]
+    write(tmp_path / "x.gguf", model, byte_tokenizer, kind, everything=True)
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
+    assert loaded.dtype == {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[kind.name]
+    for name, weight in model.state_dict().items():
+        written = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
+        if weight.dim() > 1:
+            assert torch.equal(loaded.state_dict()[name].float(), written), name
+
+
+@needs_operators
 def test_weights_beyond_float16_are_refused(byte_tokenizer, tmp_path):
     """Guards against infinities: float16 does not hold what a file in bfloat16 may have."""
     model = own_llama(vocab_size=len(byte_tokenizer))
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = 1e5
     write(tmp_path / "x.gguf", model, byte_tokenizer, gguf.GGMLQuantizationType.BF16)
     with pytest.raises(LoadingError, match=r"blk\.1\.ffn_up\.weight has weights beyond 65504: they"):
-        load_model_and_tokenizer(str(tmp_path / "x.gguf"))
-    load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="bfloat16"))
+        load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="float16"))
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
+    assert loaded.model.layers[1].mlp.up_proj.weight[3, 3] == 99840
 
 
 @pytest.mark.parametrize(("has_bf16", "wanted"), [(True, torch.bfloat16), (False, torch.float16)])
