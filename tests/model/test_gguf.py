@@ -22,13 +22,14 @@ from self_speculation.model.gguf_files import Header
 from self_speculation.model.loading import load_config
 
 
-def write(path, model, tokenizer, quantised=None, everything=False):
+def write(path, model, tokenizer, quantised=None, everything=False, others=None):
     """Write a file as converters do: without the size of the vocabulary, and with the two halves of each
     head, which rotate together, interleaved.
 
     Args:
         quantised: format of the layers' matrices; None: float32.
         everything: embeddings and head have that format, too.
+        others: by parts of matrices' names, their formats instead.
     """
     config = model.config
     file = gguf.GGUFWriter(path, "llama")
@@ -59,10 +60,11 @@ def write(path, model, tokenizer, quantised=None, everything=False):
         if heads := num_heads.get(name.split(".")[-2]):
             weight = weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
         name, data = names.get_name(name, (".weight",)), weight.numpy()
-        if quantised is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
+        kind = next((kind for part, kind in (others or {}).items() if part in name), quantised)
+        if kind is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
             file.add_tensor(name, data)
         else:
-            file.add_tensor(name, gguf.quantize(data, quantised), raw_dtype=quantised)
+            file.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
