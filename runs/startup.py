@@ -106,6 +106,8 @@ def load_generator(
         for warning in warned:
             if issubclass(warning.category, LoadingWarning):
                 print_status(f"warning: {warning.message}")
+        if options.quantization != "none":
+            print_status(f"quantization {options.quantization}: the text is that of the rounded model")
         prefer_ids(model, counted or {})
         strategy = make_strategy(config.generation_strategy)
         with log_if_slow("preparing the layers that draft"):
