@@ -9,7 +9,8 @@ or two batches, at a turn. The sides:
 - `generate` of transformers, on a CPU in its fastest format for each side and batch size: plain; with
   `assistant_early_exit` at the same exit layer and draft length; with prompt lookup. The latter two take one
   prompt at a time.
-- llama.cpp with --peers llama.cpp: in 16 bits, and in fewer (Q8_0, Q4_1, Q4_0, Q4_K_M).
+- llama.cpp with --peers llama.cpp: the file, in 16 bits, and in fewer (Q8_0, Q4_1, Q4_0, Q4_K_M).
+- OpenVINO with --peers openvino: the file, without drafts and with prompt lookup.
 - here: without drafts; self-speculative by the flags of drafting; by a 4-bit copy of all layers; adaptive
   (with a copy if --draft_weights asks for one).
 
@@ -44,7 +45,7 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.peers import find_llama_cpp, of_llama_cpp, of_transformers, plain_copy
+from benchmarks.peers import PEERS, find_peer, of_transformers, plain_copy
 from benchmarks.sides import (
     ADAPTIVE,
     COPY,
@@ -88,13 +89,15 @@ class SideBySideArguments:
     prompt_tokens: list[int] = field(default_factory=list)
     """Lengths of prompts, to measure the first token alone."""
     peers: list[str] = field(default_factory=list)
-    """llama.cpp: run llama-cpp-python, which is not among the requirements, on a .gguf model."""
+    """llama.cpp, openvino: run llama-cpp-python or openvino-genai, which are not among the requirements, on a
+    .gguf model.
+    """
     picture: str | None = None
     """Path of a bar chart, without suffix."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
-        check(self, "peers", {*self.peers} <= {"llama.cpp"}, "must be llama.cpp")
+        check(self, "peers", {*self.peers} <= PEERS.keys(), f"must be among {', '.join(PEERS)}")
         check(self, "workload", self.workload in NAMES, f"must be one of {', '.join(NAMES)}")
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -109,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = replace(config, generation_strategy=strategy, sample=False)
     if config.max_steps < 2 and not args.prompt_tokens:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
-    if args.peers:
-        find_llama_cpp(Path(model_name(model_args)))
+    libraries = {name: find_peer(name, Path(model_name(model_args))) for name in args.peers}
     generator = load_generator(model_args, config)
     model, end_ids = generator.model, generator.eos_token_ids
     prompts = args.prompts(generator.tokenizer)
@@ -126,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     formats: dict[int, dict[str, str]] = {}
     with TemporaryDirectory() as folder:
         alone: dict[str, Side] = {}
-        if args.peers:
-            alone = of_llama_cpp(Path(model_name(model_args)), end_ids, config, Path(folder))
+        for name, library in libraries.items():
+            alone |= PEERS[name].sides(library, Path(model_name(model_args)), end_ids, config, Path(folder))
         for size in args.batch_size:
             peers, formats[size] = of_transformers(model, end_ids, config, max(prompts, key=len), size)
             peers |= alone if size == 1 else {}

@@ -102,6 +102,8 @@ def load_generator(
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with _told_warnings(), quiet:
             model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config, chat)
+        if options.quantization != "none":
+            print_status(f"quantization {options.quantization}: the text is that of the rounded model")
         prefer_ids(model, counted or {})
         strategy = make_strategy(config.generation_strategy)
         with log_if_slow("preparing the layers that draft"):

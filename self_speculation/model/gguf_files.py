@@ -40,7 +40,11 @@ from self_speculation.model.progress import progress
 # Elements that are dequantised at a time: they stay in the processor's cache.
 _AT_A_TIME = 2**18
 
-_DENSE = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+_DENSE = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
 
 # Families by their names in files, where those differ.
 _FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
@@ -169,6 +173,16 @@ def unread_formats(header: Header) -> Mapping[str, float]:
             is_read = tensor.kind in FORMATS or tensor.kind in _DENSE
             sizes["" if is_read else tensor.kind.name] += math.prod(tensor.shape)
     return {name: size / sizes.total() for name, size in sizes.items() if name}
+
+
+def dense_dtype(header: Header) -> torch.dtype:
+    """The dtype in which most numbers of a file's matrices are dense: their own, and of others 16 bits."""
+    sizes = Counter[torch.dtype]()
+    for tensor in header.tensors:
+        if len(tensor.shape) > 1:
+            sizes[_DENSE.get(tensor.kind, torch.float16)] += math.prod(tensor.shape)
+    ((dtype, _),) = sizes.most_common(1)
+    return dtype
 
 
 def has_few_bits(header: Header) -> bool:

@@ -57,9 +57,9 @@ class Linear:
 
     def __init__(self, *projections: Any) -> None:
         self.projections = projections
-        self.is_in_few_bits = isinstance(projections[0], FewBitsLinear)
+        self.is_in_few_bits = any(isinstance(projection, FewBitsLinear) for projection in projections)
         self._tables: list[Mapping[str, Any]] = [
-            projection._buffers if self.is_in_few_bits else projection._parameters
+            projection._buffers if isinstance(projection, FewBitsLinear) else projection._parameters
             for projection in projections
         ]
         self._num_rows = [projection.out_features for projection in projections]
@@ -71,7 +71,8 @@ class Linear:
         ]
         self._joint: tuple[Tensor, Tensor | None] | None = None
         on_cpu = self._tables[0]["weight"].device.type == "cpu"
-        self.is_in_place = self.is_in_few_bits or (on_cpu and all(w.stride(1) == 1 for w, _ in self.pairs))
+        weights = [table["weight"] for table in self._tables]
+        self.is_in_place = on_cpu and all(weight.stride(-1) == 1 for weight in weights)
         if not on_cpu:
             bias = _side_by_side(self._biases()) if any(self.has_biases) else None
             self._joint = _side_by_side([weight for weight, _ in self.pairs]).t(), bias
@@ -82,9 +83,10 @@ class Linear:
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight [out, in] and bias of each projection. Weights in few bits are dequantised."""
-        if self.is_in_few_bits:
-            return [(each.dequantized(), each.bias) for each in self.projections]
-        return [(table["weight"], table["bias"]) for table in self._tables]
+        return [
+            (each.dequantized() if isinstance(each, FewBitsLinear) else table["weight"], table["bias"])
+            for each, table in zip(self.projections, self._tables, strict=True)
+        ]
 
     def slots(self) -> list[Slot]:
         """Weight and bias, if there is one, of each projection, for operators."""
