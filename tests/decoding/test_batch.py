@@ -255,8 +255,8 @@ def test_no_rows(generator):
 
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch):
-    """Guards against random numbers, keys and values of a failed round in later requests, and against a prefix
-    that it may have written to.
+    """Guards against random numbers, keys and values of a failed round in later requests, and against a
+    prefix that it may have written to.
     """
 
     def out_of_memory(*_):
@@ -338,11 +338,16 @@ class Calls:
 @pytest.mark.parametrize("callback", ["streamer", "stop_checks", "stopping_criteria"])
 @pytest.mark.parametrize("drafts", [{}, LAYERS])
 def test_a_callback_may_cancel(callback, budget, drafts):
-    """Guards against a row that is dropped while it joins the batch, and a reason that is overwritten."""
+    """Guards against a row that is dropped while it joins the batch, and a reason that is overwritten, also
+    of a row that has ended.
+    """
     model = tiny_llama()
     scheduler = scheduler_of(model, 3, budget, max_steps=20, **drafts)
     cancels = Calls(lambda: scheduler.cancel({"cancels", "waits"}))
-    scheduler.add_request("stays", Request(PROMPTS[0]))
+    cancels_what_has_ended = Calls(
+        lambda: scheduler.cancel({row.key for row in scheduler.batch.sequences if row.stop_reason})
+    )
+    scheduler.add_request("stays", Request(PROMPTS[0], streamer=cancels_what_has_ended))
     scheduler.add_request("waits", Request(PROMPTS[4]))
     scheduler.add_request("cancels", Request(PROMPTS[2], **{callback: cancels}))
     found = drained(scheduler)

@@ -235,7 +235,7 @@ def test_a_repeated_question_needs_fewer_rounds(how):
 
 
 def test_warm_ups_and_failures_teach_nothing():
-    """Guards against a measured answer that is drafted from the warm-up's, from a failed or a forgotten one."""
+    """Guards against a measured answer that is drafted from the warm-up's, a failed or a forgotten one."""
     model = own_llama()
     config = {**LAYERS, "shared_lookup": 200}
     run_every_pass(make_strategy("self_speculative"), model, PROMPT, config_of(**config))
