@@ -19,10 +19,12 @@ from conftest import (
     scheduler_of,
     tiny_llama,
 )
+from helpers import watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MaxLengthCriteria
 
+import self_speculation
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding import batch
 from self_speculation.model.kv_cache import KVCache
@@ -359,6 +361,21 @@ def test_a_callback_may_cancel(callback, budget, drafts):
     assert scheduler.num_free_slots == 3
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_row_is_cancelled_between_two_rounds(late, monkeypatch):
+    """Guards against tokens of a pass that a GPU still computes, which go to other rows, or to none."""
+    monkeypatch.setattr(batch, "reads_late", lambda device: late)
+    model, keys = tiny_llama(), range(3)
+    scheduler = scheduler_of(model, 3, max_steps=12)
+    for key in keys:
+        scheduler.add_request(key, Request(PROMPTS[key]))
+    for _ in range(3):
+        scheduler.step()
+    scheduler.cancel({0})
+    found, alone = drained(scheduler), tokens_alone(model, PROMPTS[:3], max_steps=12)
+    assert [found[key].predicted_tokens for key in keys] == [alone[0][: 3 + (not late)], *alone[1:]]
+
+
 def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     """Guards against a cache that doubles beyond the longest possible sequence, or beyond that of a finished
     row.
@@ -377,14 +394,17 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     assert [len(result.predicted_tokens) for result in ended.values()] == [9, 60]
 
 
-def test_a_scheduler_that_was_idle(monkeypatch):
-    """Guards against idle time in a prefill time."""
-    idle, ticks = 0.0, count()
-    monkeypatch.setattr("time.perf_counter", lambda: idle + next(ticks))  # no clock of the machine
-    scheduler = scheduler_of(tiny_llama(), batch_size=1)
-    idle = 1e9
-    scheduler.add_request(0, Request(PROMPTS[0]))
-    assert 0 < drained(scheduler)[0].prefill_time < idle
+def test_times_of_setup_and_idleness(monkeypatch):
+    """Guards against idle time in a prefill time, and against a setup that counts for each request."""
+    passed, setup, idle, ticks = [0.0], 1e6, 1e9, count()
+    monkeypatch.setattr("time.perf_counter", lambda: sum(passed) + next(ticks))  # no clock of the machine
+    watch(monkeypatch, self_speculation.scheduler, "make_runner", lambda _: passed.append(setup))
+    scheduler = scheduler_of(tiny_llama(), batch_size=2)
+    passed.append(idle)
+    for key in (0, 1):
+        scheduler.add_request(key, Request(PROMPTS[0]))
+    first, second = (result.prefill_time for _, result in sorted(drained(scheduler).items()))
+    assert 0 < second < setup < first < idle
 
 
 def test_batches_that_are_taken_from_in_turn():

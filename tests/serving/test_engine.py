@@ -126,6 +126,7 @@ def test_a_shutdown_finishes_what_it_can_and_aborts_the_rest(engine, seconds, ki
         _, results = submit(engine, PROMPTS * 2)
         assert at_rest.wait(60)
         engine.shut_down(seconds)
+        engine.shut_down(600)  # a later one gives no more time
         with pytest.raises(ServerShutdown):
             submit(engine, [[5]])
     assert kinds(results) == [kind] * 8
