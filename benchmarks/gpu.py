@@ -1,4 +1,4 @@
-"""One table of decoding on a GPU: one model a run, in at most nine minutes, without a checkpoint.
+"""One table of decoding on a GPU: one model a run, without a checkpoint.
 
     python benchmarks/gpu.py --model_shape Llama-3.2-1B
     python benchmarks/gpu.py --dry True      # on a CPU: a tiny model, passes are not captured
@@ -9,7 +9,7 @@ about as often as those of the published LayerSkip checkpoints do. Prompts are r
 eager and captured, with the model's first layers and with a 4-bit copy of all. Sides alternate. (Llama-3.2-1B
 ties its head to its embedding; here they are two.) Row r of a batch has a prompt of r tokens less.
 
-Above the table stand the memory bandwidth and the kernels of an eager plain step and round.
+Above the table stands the memory bandwidth.
 
 The columns are about decoding without prefill: *tokens/s* of all sequences together; *x ours*, *x hf*:
 speed-up over eager decoding without drafts and over transformers; *limit*: the share of the memory bandwidth
@@ -17,22 +17,19 @@ speed-up over eager decoding without drafts and over transformers; *limit*: the 
 accepted / drafted tokens; *GiB*: peak memory; *ids*: = and the number of near-ties if every token is the
 model's choice in fp32 or a near-tie, else the number of the others.
 
-By arithmetic Llama-2-7B takes five of the nine minutes on an H100, Llama-3-8B six, Llama-3.2-1B three.
+By arithmetic Llama-2-7B takes five minutes on an H100, Llama-3-8B six, Llama-3.2-1B three.
 
-The run ends after --minutes, or on Ctrl-C, with what it has. A side that fails costs its own row. The last
-line is one JSON object. Exit status 1: an id is wrong or a side failed.
+Ctrl-C ends the run with what it has. A side that fails costs its own row. The last line is one JSON object.
+Exit status 1: an id is wrong or a side failed.
 """
 
 from __future__ import annotations
 
-import _thread
 import copy
 import itertools
 import json
 import statistics
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -45,32 +42,21 @@ from unittest.mock import patch
 import pandas
 import torch
 import transformers
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, at_least, check, parse, refuse
-from benchmarks.inspection import Judged, count_work, judge_greedy, read_bandwidth
-from benchmarks.sides import (
-    ADAPTIVE,
-    COPY,
-    EARLY_EXIT,
-    PLAIN,
-    SPECULATIVE,
-    TRANSFORMERS,
-    Answers,
-    Side,
-    ours,
-    rotated,
-    strategies,
-    theirs,
-)
-from benchmarks.synthetic import MODELS, llama, random_llama
+from benchmarks.peers import EARLY_EXIT, TRANSFORMERS, TransformersStrategy
+from benchmarks.sides import COPY, PLAIN, drafts, ours, side, strategies
+from benchmarks.synthetic import MODELS, llama, numbers, random_llama
 from data import one_line
-from measures.metrics import peak_memory_mib
-from measures.timed_runs import run_every_pass
+from measures import metrics
+from measures.comparison import Judged, judge_greedy
+from measures.timed_runs import TimedSide, measure_examples, warm_up
 from runs.program import run
 from runs.records import Record, describe
-from self_speculation import fuse, make_strategy
+from self_speculation import HuggingfaceLlamaGenerator, Request, fuse, make_strategy
 from self_speculation.model import captured_runner
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 
@@ -80,7 +66,7 @@ _TINY = llama(64, 128, 4, 4, 2, 512, False)
 
 @dataclass(frozen=True)
 class GpuArguments:
-    """What to measure, and for how long."""
+    """What to measure."""
 
     model_shape: str = "Llama-2-7B"
     """Llama-2-7B, Llama-3.2-1B, Llama-3-8B or Llama-3-70B."""
@@ -94,8 +80,6 @@ class GpuArguments:
     """Tokens drafted per round, by the copy at most 3; adaptive chooses for itself."""
     rounds: int = 2
     """Batches of each kind; each side answers them in turn."""
-    minutes: float = 8.5
-    """The run ends after so many; at most 8.5."""
     dry: bool = False
     """Try the program on a CPU: a tiny model, prompts a sixteenth as long, answers an eighth."""
     seed: int = 0
@@ -103,7 +87,6 @@ class GpuArguments:
 
     def __post_init__(self) -> None:
         check(self, "model_shape", self.model_shape in MODELS, f"must be one of {', '.join(MODELS)}")
-        check(self, "minutes", 0 <= self.minutes <= 8.5, "must be between 0 and 8.5")
         at_least(self, 1, "batch_size", "num_speculations", "rounds")
         at_least(self, 16, "new_tokens")
         longest = MODELS[self.model_shape].max_position_embeddings - self.new_tokens
@@ -115,117 +98,98 @@ class GpuArguments:
 class Task:
     """One part of the table: its sides answer the same batches."""
 
-    model: Any
+    generator: HuggingfaceLlamaGenerator
     config: GenerationConfig  # of self-speculation
-    prompt: int  # tokens of the longest
+    prompts: list[list[int]]  # token ids, batch after batch
     size: int
-    batches: list[list[list[int]]]  # [turn][row], token ids
     compiled: bool
 
-    def names(self) -> list[str]:
-        own = [PLAIN, SPECULATIVE, COPY, ADAPTIVE]
+    def sides(self) -> dict[str, TimedSide]:
+        configs = strategies(self.config, self.generator.model.config.num_hidden_layers)
+        # A drafted token of the copy costs half a step.
+        k = min(3, self.config.num_speculations)
+        own = ours(self.generator, configs | {COPY: replace(configs[COPY], num_speculations=k)})
         if self.compiled:
             return own
-        return [TRANSFORMERS, *([EARLY_EXIT] if self.size == 1 else []), *own]
-
-    def strategy(self, name: str) -> GenerationConfig:
-        config = strategies(self.config, self.model.config.num_hidden_layers)[name]
-        # A drafted token of the copy costs half a step.
-        return replace(config, num_speculations=min(3, config.num_speculations)) if name == COPY else config
-
-    def warmed_up(self, name: str) -> Side:
-        """A side that has run every pass which will be timed."""
-        batch = self.batches[0]
-        if name in (TRANSFORMERS, EARLY_EXIT):
-            theirs(name, self.model, [], replace(self.config, max_steps=8), self.size)(batch)
-            return theirs(name, self.model, [], self.config, self.size)
-        config = self.strategy(name)
-        strategy = make_strategy(config.generation_strategy)
-        run_every_pass(strategy, self.model, batch[0], config, self.size)
-        return ours(self.model, [], config, self.size)
+        names = [TRANSFORMERS, *([EARLY_EXIT] if self.size == 1 else [])]
+        return {n: side(n, self.generator, TransformersStrategy(n), self.config) for n in names} | own
 
 
 @dataclass
 class Measured:
-    """The figures of one side."""
+    """The figures of the sides of a task, filled at once, so that an interruption keeps them."""
 
-    answers: list[Answers] = field(default_factory=list)
-    peak_mib: float = 0.0
-    judged: Judged | None = None
-    error: str | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)  # GiB
+    records: list[Record] = field(default_factory=list)
+    judged: dict[str, Judged] = field(default_factory=dict)
 
     @contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Record an error of this block. The side is then left out."""
+    def attempt(self, *names: str) -> Iterator[None]:
+        """An error of this block is that of these sides."""
         try:
             yield
         except Exception as error:
-            self.error = described(error)
+            self.errors |= {name: described(error) for name in names if name not in self.errors}
 
 
-def measure(task: Task, found: dict[str, Measured]) -> None:
-    """Warm up every side, time all in turns, and judge their greedy ids.
-
-    Args:
-        found: of each side; filled at once, so that an interruption keeps the figures.
-    """
-    device = task.model.device
-    sides: dict[str, Side] = {}
-    for name, seen in found.items():
-        with seen.attempt():
-            sides[name] = task.warmed_up(name)
-    for turn, batch in enumerate(task.batches if sides else ()):
-        for name in rotated(list(sides), turn):
-            if not (seen := found[name]).error:
-                with seen.attempt():
-                    if device.type == "cuda":
-                        torch.cuda.reset_peak_memory_stats(device)
-                    seen.answers.append(sides[name](batch))
-                    seen.peak_mib = max(seen.peak_mib, peak_memory_mib(device))
-    judge = cache(partial(judge_greedy, task.model))  # most sides give the same ids
-    for seen in [each for each in found.values() if not each.error]:  # last: it may be cut short
-        judged = Judged()
-        with seen.attempt():
-            for answers, batch in zip(seen.answers, task.batches, strict=True):
-                for prompt, ids in zip(batch, answers.ids, strict=True):
-                    judged += judge(tuple(prompt), tuple(ids))
-            seen.judged = judged
+def measure(task: Task, sides: dict[str, TimedSide], found: Measured) -> None:
+    """Warm up every side, time all in turns, and judge their greedy ids."""
+    device = task.generator.model.device
+    for name, own in sides.items():
+        with found.attempt(name):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            warm_up([own], task.prompts[0], task.size)
+            found.peaks[name] = metrics.peak_memory_mib(device) / 1024
+    warm = {name: own for name, own in sides.items() if name not in found.errors}
+    requests = {index: Request(ids) for index, ids in enumerate(task.prompts)}
+    for index, record in measure_examples([*warm.values()], requests, task.size) if warm else ():
+        if isinstance(record, Exception):
+            raise record
+        found.records.append({"index": index, **record})
+    judge = cache(partial(judge_greedy, task.generator.model))  # most sides give the same ids
+    for name in warm:  # last: it may be cut short
+        with found.attempt(name):
+            pairs = [(task.prompts[each["index"]], each[f"{name}: tokens"]) for each in found.records]
+            found.judged[name] = reduce(add, (judge(tuple(prompt), tuple(ids)) for prompt, ids in pairs))
 
 
-def add_rows(rows: list[Record], task: Task, found: dict[str, Measured], bandwidth: float) -> None:
+def add_rows(rows: list[Record], task: Task, found: Measured, bandwidth: float) -> None:
     """Add and print a row for each side with figures or an error."""
+    compiled, prompt = task.compiled, max(map(len, task.prompts))
+    seen = {name for name in task.sides() if found.records and f"{name}: tokens" in found.records[0]}
     new: dict[str, Record] = {
         name: {
-            "prompt": task.prompt, "batch_size": task.size, "compiled": task.compiled, "side": name,
-            "error": seen.error, "speeds": [each.decode_tokens_per_second for each in seen.answers],
+            "prompt": prompt, "batch_size": task.size, "compiled": compiled, "side": name,
+            "error": found.errors.get(name),
+            "speeds": metrics.rates(found.records, f"{name}: ", decode=True).tolist() if name in seen else [],
         }
-        for name, seen in found.items()
-        if seen.answers or seen.error
+        for name in task.sides()
+        if name in seen or name in found.errors
     }  # fmt: skip
     if not new:
         return
     rows += new.values()
-    for name, row in new.items():
-        if answers := found[name].answers:
-            speed = statistics.median(row["speeds"])
-            row |= {
-                "tokens/s": speed,
-                "prefill_ms": 1000 * statistics.median(each.prefill_time for each in answers),
-                "x ours": ratio(rows, row, PLAIN),
-                "x hf": ratio(rows, row, TRANSFORMERS),
-                "accept": reduce(add, answers).acceptance_rate(task.config.num_speculations),
-                "GiB": found[name].peak_mib / 1024,
-            }
-            if judged := found[name].judged:
-                row["ids"] = asdict(judged)
-            if name in (TRANSFORMERS, PLAIN):
-                row["limit"] = speed * bytes_per_token(task) / bandwidth
-    print(f"\nprompts of {task.prompt}, batch {task.size}, {'compiled' if task.compiled else 'eager'}")
+    for name in seen:
+        row = new[name]
+        row |= {
+            "tokens/s": statistics.median(row["speeds"]),
+            "prefill_ms": metrics.speed(found.records, f"{name}: ")["time_to_first_token_ms"],
+            "x ours": ratio(rows, row, PLAIN),
+            "x hf": ratio(rows, row, TRANSFORMERS),
+            "accept": drafts(found.records, name).acceptance_rate,
+            "GiB": found.peaks[name],
+        }
+        if judged := found.judged.get(name):
+            row["ids"] = asdict(judged)
+        if name in (TRANSFORMERS, PLAIN):
+            row["limit"] = row["tokens/s"] * bytes_per_token(task, prompt) / bandwidth
+    print(f"\nprompts of {prompt}, batch {task.size}, {'compiled' if compiled else 'eager'}")
     table = pandas.DataFrame(new.values()).reindex(columns=["side", *_COLUMNS])
     print(table.to_string(index=False, na_rep="-", formatters=_COLUMNS))
-    for name, seen in found.items():
-        if seen.error:
-            print(f"{name}: {seen.error}"[:80])
+    for name, error in found.errors.items():
+        print(f"{name}: {error}"[:80])
     sys.stdout.flush()
 
 
@@ -237,13 +201,22 @@ def ratio(rows: Sequence[Record], row: Record, other: str) -> float | None:
     return statistics.median(paired) if paired else None
 
 
-def bytes_per_token(task: Task) -> float:
+def bytes_per_token(task: Task, prompt: int) -> float:
     """Read by a plain step per row: its share of the weights, and keys and values of half an answer."""
-    model, shape = task.model, task.model.config
+    model, shape = task.generator.model, task.generator.model.config
     weights = sum(p.nbytes for p in [*model.base_model.layers.parameters(), *model.lm_head.parameters()])
-    context = task.prompt + task.config.max_steps / 2
+    context = prompt + task.config.max_steps / 2
     cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
     return weights / task.size + cache * context
+
+
+@torch.inference_mode()
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a product of a matrix and a vector reads on the device."""
+    rows = 2**16 if device.type == "cuda" else 2**12
+    matrix = torch.ones(rows, 2**13, dtype=torch.bfloat16, device=device)  # a GiB on a GPU
+    timer = Timer("matrix.mv(matrix[0])", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return matrix.nbytes / timer.blocked_autorange().median
 
 
 # Field of a row -> how it is shown.
@@ -265,6 +238,7 @@ def tasks(args: GpuArguments, device: torch.device) -> list[Task]:
     exit_layer = shape.num_hidden_layers // 4
     model, agreement = random_llama(shape, exit_layer, _AGREEMENT, device, args.seed)
     fuse(model.float() if args.dry else model)  # a CPU's products are in float32 in any case
+    generator = HuggingfaceLlamaGenerator(numbers(shape.vocab_size), model, make_strategy("autoregressive"))
     config = GenerationConfig(
         max_steps=max(16, args.new_tokens // 8) if args.dry else args.new_tokens,
         exit_layer=exit_layer, num_speculations=args.num_speculations,
@@ -279,10 +253,10 @@ def tasks(args: GpuArguments, device: torch.device) -> list[Task]:
     parts = []
     for length, size in itertools.product(args.prompts, args.batch_size):
         longest = max(1, length // divisor)
-        batches = torch.randint(shape.vocab_size, (args.rounds, size, longest)).tolist()
+        prompts = torch.randint(shape.vocab_size, (args.rounds * size, longest)).tolist()
         # Equal lengths would spare plain decoding the masks of a real batch.
-        batches = [[ids[: max(1, longest - row)] for row, ids in enumerate(batch)] for batch in batches]
-        parts += [Task(model, config, longest, size, batches, compiled) for compiled in (False, True)]
+        prompts = [ids[: max(1, longest - row % size)] for row, ids in enumerate(prompts)]
+        parts += [Task(generator, config, prompts, size, compiled) for compiled in (False, True)]
     return parts
 
 
@@ -290,26 +264,15 @@ def measure_all(args: GpuArguments, device: torch.device, about: Record, rows: l
     """Fill `about` and `rows` at once, so that an interruption keeps the figures."""
     about["read_gb_per_s"] = read_bandwidth(device) / 1e9
     print(f"{about['device']}, a product reads {about['read_gb_per_s']:.0f} GB/s", flush=True)
-    parts = tasks(args, device)
-    for name in (PLAIN, SPECULATIVE):
+    for task in tasks(args, device):
+        found, sides = Measured(), task.sides()
         try:
-            work = count_work(parts[0].model, parts[0].strategy(name))
-        except Exception as error:  # the table matters more
-            print(f"kernels: {described(error)}"[:80], flush=True)
-            continue
-        about.setdefault("work", {})[name] = work._asdict()
-        print(f"{name}, eager round: {work.kernels} kernels, {work.calls} calls", flush=True)
-    for task in parts:
-        found = {name: Measured() for name in task.names()}
-        try:
-            if task.compiled:
-                capture_decoding(task.model)
-            measure(task, found)
-        except Exception as error:
-            for seen in found.values():
-                seen.error = seen.error or described(error)
+            with found.attempt(*sides):
+                if task.compiled:
+                    capture_decoding(task.generator.model)
+                measure(task, sides, found)
         finally:
-            decode_eagerly(task.model)
+            decode_eagerly(task.generator.model)
             add_rows(rows, task, found, 1e9 * about["read_gb_per_s"])
 
 
@@ -324,26 +287,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = describe("gpu", (args,))
     about["device"] = "cpu" if args.dry else torch.cuda.get_device_name(device)
     rows: list[Record] = []
-    ended, started = "finished", time.perf_counter()
-    alarm = threading.Timer(60 * args.minutes, _thread.interrupt_main)
+    ended = "finished"
     no_graphs = patch.object(captured_runner, "GraphRecorder", lambda device: lambda run: run)
     try:
-        alarm.start()
         with no_graphs if args.dry else nullcontext():
             measure_all(args, device, about, rows)
     except KeyboardInterrupt:
-        over = time.perf_counter() - started >= 60 * args.minutes
-        ended = f"stopped after {args.minutes:g} minutes" if over else "interrupted"
+        ended = "interrupted"
     except Exception as error:  # no memory for the model
         ended = described(error)
-    finally:
-        alarm.cancel()
     wrong = sum((row.get("ids") or {}).get("wrong", 0) for row in rows)
     failed = sum(row["error"] is not None for row in rows)
     print(f"\n{ended}: {len(rows)} rows, {wrong} wrong ids, {failed} failed")
     print(json.dumps({**about, "ended": ended, "wrong": wrong, "failed": failed, "rows": rows}))
-    stopped = ended == "finished" or ended.startswith("stopped")
-    return 130 if ended == "interrupted" else int(bool(wrong or failed or not stopped))
+    return 130 if ended == "interrupted" else int(bool(wrong or failed or ended != "finished"))
 
 
 if __name__ == "__main__":

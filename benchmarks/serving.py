@@ -49,7 +49,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
 from benchmarks.servers import SERVE, started
-from benchmarks.sides import rotated
 from benchmarks.workloads import texts
 from runs.program import run
 from runs.records import describe, describe_model
@@ -266,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         del generator  # the servers need the memory
         ways = commands(model_args, config, args, folder)
         turns: dict[tuple[tuple[int, int], str], list[Turn]] = defaultdict(list)
-        for number, server in ((n, name) for n in range(args.rounds) for name in rotated([*ways], n)):
+        order = [*ways] * 2  # servers take turns in going first
+        starts = [(number, number % len(ways)) for number in range(args.rounds)]
+        for number, server in ((n, name) for n, at in starts for name in order[at : at + len(ways)]):
             way = ways[server]
             start = contextlib.nullcontext(server) if way is None else started(server, way)
             with start as address:

@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from self_speculation.model.full_forward import exit_logits, hidden_after_each_layer
 
@@ -35,6 +37,12 @@ MODELS = {
     "Llama-3-8B": llama(4096, 14336, 32, 32, 8, 128256, False),
     "Llama-3-70B": llama(8192, 28672, 80, 64, 8, 128256, False),
 }
+
+
+def numbers(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are their ids; no token ends a text."""
+    words = {str(number): number for number in range(vocabulary)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")))
 
 
 @torch.no_grad()

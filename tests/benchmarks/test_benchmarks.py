@@ -8,17 +8,26 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
-from conftest import generate, tiny_llama
-from helpers import watch
+from conftest import generate, generator_of, tiny_llama
+from helpers import refused, watch
 from transformers import LlamaConfig
 
 from arguments import ModelArguments
-from benchmarks import adaptive, gpu, serving, side_by_side, threads
-from benchmarks.inspection import Judged, judge_greedy
-from benchmarks.peers import fastest, in_each_format
-from benchmarks.sides import EARLY_EXIT, TRANSFORMERS, Answers, ours, theirs
-from benchmarks.synthetic import random_llama
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse
+from benchmarks import gpu, serving, side_by_side, threads
+from benchmarks.peers import EARLY_EXIT, TRANSFORMERS, TransformersStrategy, fastest, in_each_format
+from benchmarks.sides import side
+from benchmarks.synthetic import numbers, random_llama
+from measures.comparison import Judged, judge_greedy
+from measures.timed_runs import measure_examples
+from self_speculation import (
+    GenerationConfig,
+    GenerationStrategy,
+    GenerationStrategyResult,
+    HuggingfaceLlamaGenerator,
+    Request,
+    fuse,
+    make_strategy,
+)
 from self_speculation.model.model_runner import ModelRunner
 
 OURS = ["without drafts", "self-speculative", "4-bit copy", "adaptive"]
@@ -36,12 +45,15 @@ def measured(endless_folder, capsys):
 
 
 def test_first_tokens(measured):
-    """Guards against a length that is not the prompt's, and a ratio to another side."""
+    """Guards against a length that is not the prompt's, and answers of more than one token."""
     record = measured(side_by_side, "--prompt_tokens", "20", "70", "--rounds", "2")
     rows = record["rows"]
-    sides = ("transformers, bfloat16", "here")
-    assert [(row["tokens"], row["side"]) for row in rows] == [(n, side) for n in (20, 70) for side in sides]
-    assert all(row["of transformers"] == 1 for row in rows[::2])
+    assert [(row["workload"], row["side"]) for row in rows] == [
+        (f"{length} tokens", side) for length in (20, 70) for side in ("transformers", "without drafts")
+    ]
+    assert record["transformers_in"] == {"1": "bfloat16"}
+    assert all(row["ratio"] == 1 for row in rows[::2])
+    assert all(row["first_ms"] > 0 and row["decode_tokens/s"] is None for row in rows)
 
 
 def test_side_by_side(measured, tmp_path, monkeypatch):
@@ -52,7 +64,7 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "bars", drawn := Mock())
     record = measured(
         side_by_side, "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
-        "--num_prompts", "3", "--batch_size", "1", "2", "--picture", tmp_path / "bars",
+        "--num_prompts", "3", "--batch_size", "1", "2", "--picture", tmp_path / "bars", "--sample", "True",
     )  # fmt: skip
     rows = record["rows"]
     assert [(row["batch_size"], row["side"]) for row in rows] == [
@@ -63,53 +75,79 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
     assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["side"] == "transformers")
     formats = record["transformers_in"]  # which is fastest depends on the machine
-    for size in (1, 2):
-        assert formats[str(size)]["transformers"] in ("float32", "bfloat16", "float16")
+    assert all(formats[size] in ("float32", "bfloat16", "float16") for size in ("1", "2"))
     by_side = {row["side"]: row["tokens_per_verification"] for row in rows[:7]}
     assert by_side["transformers, exit"] == pytest.approx(by_side["self-speculative"], rel=0.1)
+    assert by_side["transformers"] is by_side["without drafts"] is None
     assert list(drawn.call_args.args[0].index) == [
         f"{row['side']}, batch {row['batch_size']}" for row in rows
     ]
 
 
-def test_transformers_has_its_best_format():
-    """Guards against a peer in a format that is slow for it, or fast in decoding and slow in prefill."""
+def test_transformers_has_its_best_format(byte_tokenizer, monkeypatch):
+    """By a clock that strategies move. Guards against a peer in a format that is slow for it, or fast in
+    decoding and slow in prefill.
+    """
     models = in_each_format(tiny_llama())
     assert [model.dtype for model in models] == [torch.float32, torch.bfloat16, torch.float16]
-    times = {"slow prefill": (3.0, 1.0), "slow decoding": (1.0, 2.0)}  # of prefill and decoding
 
-    def make(model):
-        prefill, decoding = times[model]
-        return lambda prompts: Answers([[5] * 9 for _ in prompts], 1, prefill, prefill + decoding)
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
-    assert fastest([*times], make, [[5]]) == "slow decoding"
+    class Waits(GenerationStrategy):
+        def __init__(self, prefill, decoding):
+            self.times = prefill, decoding
+
+        def generate_token_ids(self, *_):
+            now[0] += sum(self.times)
+            times = dict(zip(("prefill_time", "decode_time"), self.times, strict=True))
+            return GenerationStrategyResult([5] * 9, num_decode_tokens=8, **times)
+
+    generator, config = generator_of(byte_tokenizer, tiny_llama()), GenerationConfig()
+    times = {"slow prefill": (3.0, 1.0), "slow decoding": (1.0, 2.0)}
+    sides = [side(name, generator, Waits(*seconds), config) for name, seconds in times.items()]
+    assert fastest(sides, [5], 1) is sides[1]
 
 
 def test_what_follows_the_end_of_a_padded_row_does_not_count():
-    """Guards against a throughput of transformers that counts the padding of rows that have ended."""
+    """Guards against a throughput of transformers that counts the padding of rows that have ended, and
+    against its prompts in decoding speed.
+    """
     model, prompts = tiny_llama(), [[5, 9, 4, 7], [7]]
     settings = GenerationConfig(max_steps=12, sample=False)
     ends = [generate(model, prompts[0], max_steps=12, eos=[]).predicted_tokens[4]]
-    padded = theirs(TRANSFORMERS, model, ends, settings, 2)(prompts)
-    alone = ours(model, ends, settings, 2)(prompts)
-    assert padded.ids == alone.ids
-    assert len(padded.ids[0]) <= 5
-    assert padded.num_first == alone.num_first == 2
+    requests = [Request(ids, eos_token_ids=ends) for ids in prompts]
+    padded, alone = (
+        dict(strategy.generate_batch(model, requests, settings, 2))
+        for strategy in (TransformersStrategy(TRANSFORMERS), make_strategy("autoregressive"))
+    )
+    for index in (0, 1):
+        for name in ("predicted_tokens", "end_token_id", "num_decode_tokens"):
+            assert getattr(padded[index], name) == getattr(alone[index], name)
+    assert len(padded[0].predicted_tokens) <= 4
+    assert padded[0].end_token_id in ends
+    generator = HuggingfaceLlamaGenerator(numbers(50), model, TransformersStrategy(TRANSFORMERS))
+    records = [
+        record for _, record in measure_examples([("", generator, settings)], dict(enumerate(requests)), 2)
+    ]
+    assert sum(each["prefill_time"] for each in records) < sum(each["wall_time"] for each in records)
 
 
-def test_adaptive(measured):
-    """Guards against a missing workload, kind of sampling or side."""
-    rows = measured(
-        adaptive, "--max_steps", "6", "--num_prompts", "1", "--exit_layer", "2", "--num_speculations", "2",
-        "--draft_weights", "int4", "--workloads", "code", "repeat",
-    )["rows"]  # fmt: skip
+def test_our_sides_by_kind_of_prompt(measured, endless_folder, capsys):
+    """Guards against a missing workload, kind of sampling or side, and against sampled peers."""
+    flags = ["--max_steps", "6", "--num_prompts", "1", "--exit_layer", "2", "--num_speculations", "2"]
+    flags += ["--picking", "greedy", "sampled", "--workloads", "code", "repeat", "--rounds", "1"]
+    rows = measured(side_by_side, *flags, "--draft_weights", "int4", "--peers", "none")["rows"]
     assert [(row["picking"], row["workload"]) for row in rows if row["side"] == "adaptive"] == [
         (picking, workload)
         for picking in ("greedy", "sampled")
         for workload in ("code", "repeat", "all prompts")
     ]
-    assert len(rows) == 3 * 6
-    assert all(row["x"] >= row["tenth"] > 0 and row["sums"] > 0 for row in rows)
+    assert len(rows) == 4 * 6
+    assert all(row["ratio_to_plain"] >= row["ratio_to_plain_tenth"] > 0 for row in rows)
+    assert all(row["answers"] == 1 + (row["workload"] == "all prompts") for row in rows)
+    said = refused(side_by_side.main, ["--model", str(endless_folder), *flags], capsys)
+    assert "--picking ['greedy', 'sampled']: sampled answers need --peers none" in said
 
 
 def test_threads_beside_busy_programs(measured, monkeypatch):
@@ -175,50 +213,41 @@ def nothing_is_measured(monkeypatch):
 
 
 def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
-    """Guards against compiled rows after the deadline, timed plans of cuDNN for new lengths, rows of one
-    length, which need no mask, and a copy of some layers only.
+    """Guards against timed plans of cuDNN for new lengths, rows of one length, which need no mask, and a copy
+    of some layers only.
     """
     order = []
 
-    def measure(task, _):
+    def measure(task, sides, _):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
-        order.append((task.prompt, task.size, task.compiled))
-        copied = task.strategy("4-bit copy")
+        longest = len(task.prompts[0])
+        order.append((longest, task.size, task.compiled))
+        _, _, copied = sides["4-bit copy"]
         assert (copied.exit_layer, copied.num_speculations, copied.draft_weights) == (4, 3, "int4")
-        for batch in task.batches:
-            assert [len(ids) for ids in batch] == [max(1, task.prompt - row) for row in range(task.size)]
+        assert [*map(len, task.prompts)] == [max(1, longest - row) for row in range(task.size)]
 
     nothing_is_measured(measure)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
-        status, said, record = dry("--prompts", "128", "160")
+        status, _, _ = dry("--prompts", "128", "160")
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
     assert status == 0
     assert order == [
         (length, size, compiled) for length in (8, 10) for size in (1, 8) for compiled in (False, True)
     ]
-    work = record["work"]
-    assert work["self-speculative"]["kernels"] > work["without drafts"]["kernels"] > 4 * 12
-    assert f"without drafts, eager round: {work['without drafts']['kernels']} kernels" in "\n".join(said)
 
 
-def test_gpu_keeps_what_it_has_when_it_ends_early(dry, nothing_is_measured):
-    """Guards against the loss of the figures of an unfinished part, and a run without a deadline."""
-
-    def measure(_, found):
-        answers = gpu.Answers([[1, 2, 3]], 1, 1.0, 2.0)
-        found["without drafts"].answers.append(answers)
-        signal.raise_signal(signal.SIGINT)
-
-    nothing_is_measured(measure)
-    status, said, record = dry()
+def test_gpu_keeps_what_it_has_when_it_ends_early(dry, monkeypatch):
+    """Guards against the loss of the figures of an unfinished part."""
+    monkeypatch.setattr(gpu, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(gpu, "judge_greedy", lambda *_: signal.raise_signal(signal.SIGINT))
+    status, said, record = dry("--batch_size", "1")
     assert (status, record["ended"]) == (130, "interrupted")
-    assert [(row["side"], row["tokens/s"]) for row in record["rows"]] == [("without drafts", 2.0)]
-    assert any(line.startswith("interrupted: 1 rows") for line in said)
-    status, _, record = dry("--minutes", "0")
-    assert (status, record["ended"], record["rows"]) == (0, "stopped after 0 minutes", [])
+    assert [row["side"] for row in record["rows"]] == ["transformers", "transformers, exit", *OURS]
+    assert all(row["tokens/s"] > 0 and "ids" not in row for row in record["rows"])
+    assert any(line.startswith("interrupted: 6 rows") for line in said)
 
 
 def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
@@ -226,17 +255,14 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
     costs its own rows, and the exit status.
     """
 
-    out_of_memory = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch"))
-    sides = gpu.theirs
-
-    def no_room(*args):
-        if args[3].draft_weights == "int4":
+    def no_room(sides, *_):
+        ((name, _, config),) = sides
+        if config.draft_weights == "int4":
             raise MemoryError("no room")
+        if name == f"{EARLY_EXIT}: ":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
 
-    monkeypatch.setattr(
-        gpu, "theirs", lambda name, *rest: out_of_memory if name == EARLY_EXIT else sides(name, *rest)
-    )
-    watch(monkeypatch, gpu, "run_every_pass", no_room)
+    watch(monkeypatch, gpu, "warm_up", no_room)
     monkeypatch.setattr(gpu, "capture_decoding", Mock(side_effect=ValueError("compile True: needs one GPU")))
     status, said, record = dry("--batch_size", "1")
     assert status == 1
@@ -266,11 +292,12 @@ def test_memory_does_not_grow():
         GenerationConfig(max_steps=24, generation_strategy="self_speculative", **drafts, prompt_lookup=3),
         GenerationConfig(max_steps=24, generation_strategy="adaptive", draft_weights="int4"),
     ]
-    sides = [ours(model, [], config, batch_size) for config in kinds for batch_size in (1, 3)]
+    sides = [(make_strategy(config.generation_strategy), config, size) for config in kinds for size in (1, 3)]
     held = []
     for number in range(900):
         prompts = torch.randint(20, (3, 5 + number % 40)).tolist()
-        sides[number % len(sides)](prompts)
+        strategy, config, size = sides[number % len(sides)]
+        assert len([*strategy.generate_batch(model, map(Request, prompts), config, size)]) == 3
         held.append(psutil.Process().memory_info().rss / 2**20)
     assert max(held[-100:]) - max(held[300:400]) < 8
 
