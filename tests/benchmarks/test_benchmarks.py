@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from unittest.mock import Mock
 
+import pandas
 import psutil
 import pytest
 import torch
@@ -171,18 +172,22 @@ def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
     assert flags == {(dtype, batching) for dtype in ("float16", "bfloat16") for batching in (False, True)}
 
     def row(server, *speeds):
-        load = {"clients": 1, "long prompt": 0}
-        return {"server": server, **load, "tokens/s": sum(speeds), "speeds": speeds}
+        return {"server": server, "tokens/s": sum(speeds), "speeds": speeds}
 
     others = [row(name, 20 + place, 30) for place, name in enumerate(ways)]
-    ahead = serving.who_is_ahead(row("here", 46, 60), *others)
+    ahead = serving.ahead(pandas.DataFrame([row("here", 46, 60), *others]))
     assert (ahead["other"], ahead["high"]) == ([*ways][-1], 2.0)
 
 
-def test_time_without_an_open_request_does_not_count():
-    """Guards against a speed that depends on how long clients wait, and against time that counts for each."""
-    answers = [serving.Answer(began, (), ended) for began, ended in ((0, 2), (10, 11), (1, 3), (1.5, 2.5))]
-    assert serving.Turn(answers, num_tokens=8).tokens_per_second == 2
+def test_figures_of_a_server():
+    """Guards against a speed that depends on how long clients wait, time that counts for each request, and
+    gaps between pieces of different answers.
+    """
+    times = ((0, 2, [1.0]), (10, 11, [10.5, 10.75]), (1, 3, []), (1.5, 2.5, [2.0]))
+    rows = [{"round": 0, "tokens": 2, "began": a, "ended": b, "came": came} for a, b, came in times]
+    found = serving.figures(pandas.DataFrame(rows))
+    assert (found["answers"], found["tokens/s"], found["speeds"]) == (4, 2.0, [2.0])
+    assert (found["first p50"], found["between max"]) == (500, 250)
 
 
 @pytest.fixture
