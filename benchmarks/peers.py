@@ -152,7 +152,7 @@ def of_transformers(
 ) -> list[TimedSide]:
     """`generate` of transformers by kind of drafts, each in the fastest format for this prompt."""
     names = [TRANSFORMERS]
-    if batch_size == 1:  # transformers has no exit after all layers
+    if batch_size == 1 and config.max_steps > 1:  # transformers has no exit after all layers
         early = config.exit_layer < len(generator.model.base_model.layers)
         names += [EARLY_EXIT, LOOKUP] if early else [LOOKUP]
     others = [

@@ -16,25 +16,29 @@ batches, at a turn. The sides:
   (with a copy if --draft_weights asks for one), which learns from prompt to prompt and begins with nothing
   learned.
 
---prompt_tokens 1000 4000 measures the first token after prompts of so many tokens instead (HumanEval's, one
-after the other): transformers in bfloat16, and decoding without drafts here.
+--prompt_tokens 1000 4000 takes prompts of so many tokens instead: HumanEval's, one after the other; row r of
+a batch has r tokens less. --max_steps 1 measures the first token alone, without drafts. --beside 0 2 measures
+beside so many processes that spin.
 
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
 the turns; *x plain* the speed-up of decoding without prefill over decoding without drafts here, *tenth* that
 of the slowest tenth; *decode* tokens/s without prefill, *first* ms to the first token, both medians; *per
-round* tokens of a row per verification. The sums below are all tokens by all time. The last line is one JSON
-object.
+round* tokens of a row per verification; *GiB* of a GPU at most, in the warm-up. The sums below are all tokens
+by all time. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy
 import pandas
@@ -45,20 +49,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.peers import (
-    LOOKUP,
-    TRANSFORMERS,
-    TransformersStrategy,
-    find_llama_cpp,
-    of_llama_cpp,
-    of_transformers,
-    plain_copy,
-)
-from benchmarks.sides import ADAPTIVE, COPY, PLAIN, SPECULATIVE, drafts, ours, ratios, side, strategies
+from benchmarks.peers import LOOKUP, TRANSFORMERS, find_llama_cpp, of_llama_cpp, of_transformers
+from benchmarks.sides import ADAPTIVE, COPY, PLAIN, SPECULATIVE, drafts, ours, ratios, strategies
 from benchmarks.workloads import NAMES, workloads
+from data import one_line
 from measures import metrics
 from measures.plots import bars
 from measures.timed_runs import TimedSide, measure_examples, warm_up
+from runs import ranks
 from runs.program import run
 from runs.records import Record, counted, describe, describe_model, heading, note
 from runs.startup import load_generator, model_name
@@ -84,7 +82,9 @@ class SideBySideArguments:
     rounds: int = 3
     """How often each prompt is answered by each side."""
     prompt_tokens: list[int] = field(default_factory=list)
-    """Lengths of prompts, to measure the first token alone."""
+    """Lengths of prompts, in place of --workloads; without --num_prompts as many as the largest batch."""
+    beside: list[int] = field(default_factory=lambda: [0])
+    """Numbers of spinning processes, measured one after the other."""
     peers: list[str] = field(default_factory=lambda: ["transformers"])
     """transformers; llama.cpp: llama-cpp-python, which is not among the requirements, on a .gguf model; none:
     only the sides here."""
@@ -93,6 +93,7 @@ class SideBySideArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
+        at_least(self, 0, "beside")
         allowed = {"workloads": NAMES, "picking": ("greedy", "sampled")}
         for name, values in {**allowed, "peers": ("transformers", "llama.cpp", "none")}.items():
             check(self, name, {*getattr(self, name)} <= {*values}, f"must be among {', '.join(values)}")
@@ -109,18 +110,17 @@ class SideBySideArguments:
         most = min(len(ids), context_length(generator.model.config) - 1)
         if (longest := max(self.prompt_tokens)) > most:
             refuse(f"--prompt_tokens {longest}: must be at most {most}")
-        return {f"{length} tokens": [ids[:length]] for length in self.prompt_tokens}
+        largest = max(self.batch_size)
+        rows = [number % largest for number in range(self.num_prompts or largest)]
+        # Equal lengths would spare plain decoding the masks of a real batch.
+        return {f"{n} tokens": [ids[: max(1, n - row)] for row in rows] for n in self.prompt_tokens}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, SideBySideArguments)
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
-    strategy = "autoregressive" if args.prompt_tokens else "self_speculative"
+    strategy = "autoregressive" if config.max_steps == 1 else "self_speculative"
     config = replace(config, generation_strategy=strategy)
-    if args.prompt_tokens:
-        config = replace(config, max_steps=1)
-    elif config.max_steps < 2:
-        refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
     if "llama.cpp" in args.peers:
         find_llama_cpp(Path(model_name(model_args)))
     generator = load_generator(model_args, config)
@@ -137,17 +137,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "llama.cpp" in args.peers:
             alone = of_llama_cpp(Path(model_name(model_args)), generator, config, Path(folder))
         for picking, size in itertools.product(args.picking, args.batch_size):
-            own = replace(config, sample=picking == "sampled")
+            own, longest = replace(config, sample=picking == "sampled"), max(_joined(prompts), key=len)
             others = alone if size == 1 else []
-            sides = sides_of(
-                generator, own, args, others, max(itertools.chain(*prompts.values()), key=len), size
-            )
-            for prefix, other, _ in sides:
-                if prefix == f"{TRANSFORMERS}: ":
-                    formats[size] = str(other.model.dtype).removeprefix("torch.")
-            over = f"; speed-up over transformers in {formats[size]}" if formats else ""
-            print(f"\nbatch size {size}, {picking}{over}")
-            rows += measure(sides, prompts, size, picking, args, model_args.seed)
+            if "transformers" in args.peers:
+                others = [*of_transformers(generator, own, longest, size), *others]
+                formats[size] = str(others[0][1].model.dtype).removeprefix("torch.")
+            sides, gib = warmed_up(generator, own, others, longest, size)
+            for number in args.beside:
+                over = f"; speed-up over transformers in {formats[size]}" if formats else ""
+                busy = f", beside {number} spinning processes" if args.beside != [0] else ""
+                print(f"\nbatch size {size}, {picking}{busy}{over}")
+                place = {"picking": picking, "batch_size": size, "beside": number}
+                with spinning(number):
+                    found = measure(sides, prompts, size, args.rounds, model_args.seed)
+                rows += figures(found, place, sides, gib)
     if args.picture is not None:
         draw(rows, heading(about), Path(args.picture))
     if any(number < about["threads"] for row in rows for number in row["threads"]):
@@ -156,64 +159,85 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def sides_of(
+@contextmanager
+def spinning(number: int) -> Iterator[None]:
+    """So many processes spin in this block."""
+    with ranks.process_group(), ExitStack() as stack:  # SIGTERM ends them, too
+        for _ in range(number):
+            spinner = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(spinner.kill)
+        yield
+
+
+def warmed_up(
     generator: HuggingfaceLlamaGenerator,
     config: GenerationConfig,
-    args: SideBySideArguments,
     others: Sequence[TimedSide],
     longest: list[int],
     size: int,
-) -> list[TimedSide]:
-    """Transformers, others, and our strategies, after a warm-up with the longest prompt."""
-    peers: list[TimedSide] = []
+) -> tuple[list[TimedSide], dict[str, float]]:
+    """Others and our strategies after a warm-up with the longest prompt, and the GiB of a GPU that each took.
+
+    A side without room on the GPU, or without a copy, is named and left out.
+    """
+    device = generator.model.device
     configs = strategies(config, len(generator.model.base_model.layers))
-    if args.prompt_tokens:
+    if config.max_steps == 1:
         configs = {PLAIN: configs[PLAIN]}
-        copy = plain_copy(generator.model, torch.bfloat16)
-        other = HuggingfaceLlamaGenerator(generator.tokenizer, copy, generator.generation_strategy)
-        peers = [side(TRANSFORMERS, other, TransformersStrategy(TRANSFORMERS), config)]
-    elif "transformers" in args.peers:
-        peers = of_transformers(generator, config, longest, size)
-    if configs.get(COPY) == configs.get(SPECULATIVE):
-        configs.pop(COPY, None)  # the flags name that copy already
-    sides = ours(generator, configs)
-    for name, own in list(sides.items()):
+    elif configs[COPY] == configs[SPECULATIVE]:
+        del configs[COPY]  # the flags name that copy already
+    sides, gib = [], dict[str, float]()
+    for own in [*others, *ours(generator, configs)]:
+        name = own[0].removesuffix(": ")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         try:
             warm_up([own], longest, size)
-        except ValueError as error:
-            if name != COPY:
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if name == PLAIN or (isinstance(error, ValueError) and name != COPY):
                 raise
-            print(f"no {COPY} here: {error}")
-            del sides[name]
-    warm_up([*peers, *others], longest, size)
-    return [*peers, *others, *sides.values()]
+            print(f"no {name} here: {one_line(error)}")
+            continue
+        sides.append(own)
+        if device.type == "cuda":
+            gib[name] = metrics.peak_memory_mib(device) / 1024
+    return sides, gib
 
 
 def measure(
     sides: Sequence[TimedSide],
     prompts: Mapping[str, Sequence[list[int]]],
     size: int,
-    picking: str,
-    args: SideBySideArguments,
+    rounds: int,
     seed: int,
-) -> list[Record]:
-    """Measure and print one batch size; a row for each workload and side."""
+) -> dict[str, list[Record]]:
+    """The records of each workload, and of all."""
     forget_what_was_learnt(sides[-1][1].model)
     every: dict[str, list[Record]] = {}
-    rows: list[Record] = []
     for workload, ids in prompts.items():
-        asked = {n: Request(ids[n % len(ids)], seed=seed + n) for n in range(args.rounds * len(ids))}
-        found = measure_examples(sides, asked, size)
+        asked = {n: Request(ids[n % len(ids)], seed=seed + n) for n in range(rounds * len(ids))}
         every[workload] = []
-        for _, record in tqdm(found, f"{picking}, {workload}", len(asked), leave=False, disable=None):
+        found = measure_examples(sides, asked, size)
+        for _, record in tqdm(found, workload, len(asked), leave=False, disable=None):
             if isinstance(record, Exception):
                 raise record
             every[workload].append({**record, "window": (workload, record["window"])})
-    if len(every) > 1 and not args.prompt_tokens:
-        every[_ALL] = [*itertools.chain(*every.values())]
-    for workload, records in every.items():
-        place = {"picking": picking, "batch_size": size, "workload": workload}
-        own = [place | row_of(records, prefix.removesuffix(": "), sides) for prefix, *_ in sides]
+    return every | ({_ALL: _joined(every)} if len(every) > 1 else {})
+
+
+def _joined(lists: Mapping[str, Sequence[Any]]) -> list[Any]:
+    return [*itertools.chain.from_iterable(lists.values())]
+
+
+def figures(
+    found: Mapping[str, list[Record]], place: Record, sides: Sequence[TimedSide], gib: Mapping[str, float]
+) -> list[Record]:
+    """Print a table of each workload; a row for each workload and side."""
+    rows: list[Record] = []
+    for workload, records in found.items():
+        names = [prefix.removesuffix(": ") for prefix, *_ in sides]
+        own = [{**place, "workload": workload, **row_of(records, name, names)} for name in names]
+        own = [{**row, "GiB": gib.get(row["side"])} for row in own]
         show(own, workload)
         for source, counts in drafts(records, ADAPTIVE).by_source.items():
             print(f"  {source}: {counts.accepted} of {counts.drafted} in {counted(counts.rounds, 'round')}")
@@ -222,12 +246,11 @@ def measure(
     return rows
 
 
-def row_of(records: Sequence[Record], name: str, sides: Sequence[TimedSide]) -> Record:
+def row_of(records: Sequence[Record], name: str, names: Sequence[str]) -> Record:
     """The figures of one side."""
     prefix = f"{name}: "
     speed, stats = metrics.speed(records, prefix), drafts(records, name)
-    has_base = any(other == f"{TRANSFORMERS}: " for other, *_ in sides)
-    over = ratios(records, name, TRANSFORMERS) if has_base else ()
+    over = ratios(records, name, TRANSFORMERS) if TRANSFORMERS in names else ()
     decode = _spread("decode_tokens/s", metrics.rates(records, prefix, decode=True))
     same = [record[f"{prefix}tokens"] == record[f"{PLAIN}: tokens"] for record in records]
     return {
@@ -268,6 +291,7 @@ def show(rows: Sequence[Record], workload: str) -> None:
             "per round": row["tokens_per_verification"],
             "accepted": row["acceptance"],
             "same ids": f"{row['same_ids']}/{row['answers']}",
+            "GiB": row["GiB"],
         }
         for row in rows
     ]
@@ -285,10 +309,10 @@ def draw(rows: Sequence[Record], title: str, path: Path) -> None:
     here = table["side"].isin([PLAIN, SPECULATIVE, COPY, ADAPTIVE])
     table["by"] = here.map({True: "this program", False: "other software"})
     baseline = None
-    if len(parts := table[["workload", "picking", "batch_size"]].drop_duplicates()) == 1:
+    if len(parts := table[["workload", "picking", "batch_size", "beside"]].drop_duplicates()) == 1:
         baseline = float(table.loc[table["side"] == PLAIN, "value"].iloc[0])
     for name in parts.columns[parts.nunique() > 1]:
-        table["side"] += ", " + table[name].astype(str).radd("batch " * (name == "batch_size"))
+        table["side"] += f", {name.partition('_')[0]} " + table[name].astype(str)
     label = "tokens/s of whole answers with prefill: median, and the middle half of turns as a line"
     bars(table.set_index("side"), label, title, path, baseline, ("silver", "C0"))
 

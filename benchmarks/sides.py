@@ -40,14 +40,9 @@ def side(
     return f"{name}: ", HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), config
 
 
-def ours(
-    generator: HuggingfaceLlamaGenerator, configs: Mapping[str, GenerationConfig]
-) -> dict[str, TimedSide]:
-    """By name: the strategies of these settings."""
-    return {
-        name: side(name, generator, make_strategy(config.generation_strategy), config)
-        for name, config in configs.items()
-    }
+def ours(generator: HuggingfaceLlamaGenerator, configs: Mapping[str, GenerationConfig]) -> list[TimedSide]:
+    """The strategies of these settings."""
+    return [side(name, generator, make_strategy(c.generation_strategy), c) for name, c in configs.items()]
 
 
 def ratios(records: Sequence[Record], name: str, other: str, decode: bool = False) -> numpy.ndarray:

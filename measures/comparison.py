@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,29 +79,6 @@ def find_difference(
         "bound": bound,
         "near_tie": gap <= bound,
     }
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Tokens of greedy outputs against the model's choices in fp32 after the same tokens."""
-
-    equal: int = 0
-    near_ties: int = 0
-    wrong: int = 0  # rounding does not explain them
-
-    def __add__(self, other: Judged) -> Judged:
-        return Judged(self.equal + other.equal, self.near_ties + other.near_ties, self.wrong + other.wrong)
-
-
-def judge_greedy(model: PreTrainedModel, prompt: Sequence[int], output: Sequence[int]) -> Judged:
-    """Judge every token of a greedy output; the model's dtype decides the near-tie bound."""
-    ids = torch.tensor([[*prompt, *output]], device=model.device)
-    logits = exact_logits(model, ids[:, :-1], len(output))
-    chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
-    gap = logits.amax(-1) - chosen  # [n]
-    bound = near_tie_bound(model, logits.abs().amax(-1))
-    equal, allowed = int((gap == 0).sum()), int((gap <= bound).sum())
-    return Judged(equal, allowed - equal, len(output) - allowed)
 
 
 def same_distribution(first: Sequence[int | None], second: Sequence[int | None]) -> tuple[float, int]:

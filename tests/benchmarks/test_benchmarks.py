@@ -1,7 +1,7 @@
 """The programs under benchmarks/ compare equal work, and their output parses."""
 
 import json
-import signal
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,25 +11,22 @@ import pytest
 import torch
 from conftest import generate, generator_of, tiny_llama
 from helpers import refused, watch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
+import generate as generate_script
 from arguments import ModelArguments
-from benchmarks import gpu, serving, side_by_side, threads
-from benchmarks.peers import EARLY_EXIT, TRANSFORMERS, TransformersStrategy, fastest, in_each_format
+from benchmarks import serving, side_by_side, synthetic
+from benchmarks.peers import TRANSFORMERS, TransformersStrategy, fastest, in_each_format
 from benchmarks.sides import side
-from benchmarks.synthetic import numbers, random_llama
-from measures.comparison import Judged, judge_greedy
-from measures.timed_runs import measure_examples
 from self_speculation import (
     GenerationConfig,
     GenerationStrategy,
     GenerationStrategyResult,
-    HuggingfaceLlamaGenerator,
     Request,
+    default_model,
     fuse,
     make_strategy,
 )
-from self_speculation.model.model_runner import ModelRunner
 
 OURS = ["without drafts", "self-speculative", "4-bit copy", "adaptive"]
 
@@ -46,15 +43,23 @@ def measured(endless_folder, capsys):
 
 
 def test_first_tokens(measured):
-    """Guards against a length that is not the prompt's, and answers of more than one token."""
-    record = measured(side_by_side, "--prompt_tokens", "20", "70", "--rounds", "2")
+    """Guards against a length that is not the prompt's, rows of one length, which need no mask, and answers
+    of more than one token.
+    """
+    flags = ["--prompt_tokens", "20", "70", "--rounds", "2", "--max_steps", "1", "--batch_size", "2"]
+    record = measured(side_by_side, *flags)
     rows = record["rows"]
     assert [(row["workload"], row["side"]) for row in rows] == [
-        (f"{length} tokens", side) for length in (20, 70) for side in ("transformers", "without drafts")
+        (workload, side)
+        for workload in ("20 tokens", "70 tokens", "all prompts")
+        for side in ("transformers", "without drafts")
     ]
-    assert record["transformers_in"] == {"1": "bfloat16"}
     assert all(row["ratio"] == 1 for row in rows[::2])
     assert all(row["first_ms"] > 0 and row["decode_tokens/s"] is None for row in rows)
+    args = side_by_side.SideBySideArguments(prompt_tokens=[20], batch_size=[2], num_prompts=3)
+    generator = Mock(encode=lambda _: [5] * 99)
+    generator.model.config.max_position_embeddings = 256
+    assert [*map(len, args.prompts(generator)["20 tokens"])] == [20, 19, 20]
 
 
 def test_side_by_side(measured, tmp_path, monkeypatch):
@@ -127,11 +132,7 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
             assert getattr(padded[index], name) == getattr(alone[index], name)
     assert len(padded[0].predicted_tokens) <= 4
     assert padded[0].end_token_id in ends
-    generator = HuggingfaceLlamaGenerator(numbers(50), model, TransformersStrategy(TRANSFORMERS))
-    records = [
-        record for _, record in measure_examples([("", generator, settings)], dict(enumerate(requests)), 2)
-    ]
-    assert sum(each["prefill_time"] for each in records) < sum(each["wall_time"] for each in records)
+    assert all(padded[index].prefill_time == padded[0].prefill_time > 0 for index in (0, 1))
 
 
 def test_our_sides_by_kind_of_prompt(measured, endless_folder, capsys):
@@ -151,17 +152,31 @@ def test_our_sides_by_kind_of_prompt(measured, endless_folder, capsys):
     assert "--picking ['greedy', 'sampled']: sampled answers need --peers none" in said
 
 
-def test_threads_beside_busy_programs(measured, monkeypatch):
-    """Guards against a side that decodes with another number of threads than it is named for."""
-    used = []
-    watch(monkeypatch, HuggingfaceLlamaGenerator, "generate", lambda *_: used.append(torch.get_num_threads()))
-    try:
-        found = measured(threads, "--threads", 2, "--beside", 0, 1, "--rounds", 1, "--max_steps", 3)
-    finally:
-        torch.set_num_threads(1)
-    assert [row["beside"] for row in found["rows"]] == [0, 1]
-    assert all(row.keys() == {"beside", "2 threads", "1 thread", "default"} for row in found["rows"])
-    assert used == [2, *[2, 1, 2] * 2]
+def test_sides_beside_busy_programs(measured, monkeypatch):
+    """Guards against programs that do not spin while sides are measured, or spin on afterwards."""
+    beside = []
+    children = psutil.Process().children
+    watch(monkeypatch, side_by_side, "measure", lambda *_: beside.append(len(children())))
+    flags = ["--peers", "none", "--beside", 0, 2, "--rounds", 1, "--num_prompts", 1, "--max_steps", 3]
+    rows = measured(side_by_side, *flags, "--exit_layer", 2, "--num_speculations", 2)["rows"]
+    assert [row["beside"] for row in rows] == [0] * 4 + [2] * 4
+    assert beside == [0, 2]
+    assert children() == []
+
+
+def test_a_side_without_room_costs_its_own_row(measured, monkeypatch):
+    """Guards against the memory of one side that ends all others."""
+
+    def no_room(sides, *_):
+        if sides[0][2].draft_weights == "int4":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
+
+    watch(monkeypatch, side_by_side, "warm_up", no_room)
+    flags = ["--exit_layer", 2, "--num_speculations", 2, "--peers", "none", "--rounds", 1, "--max_steps", 3]
+    prompts = ["--prompt_tokens", 20, "--batch_size", 2]
+    rows = measured(side_by_side, *flags, *prompts)["rows"]
+    assert [row["side"] for row in rows] == ["without drafts", "self-speculative", "adaptive"]
+    assert {row["answers"] for row in rows} == {2}
 
 
 def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
@@ -190,102 +205,6 @@ def test_figures_of_a_server():
     assert (found["first p50"], found["between max"]) == (500, 250)
 
 
-@pytest.fixture
-def dry(capsys, monkeypatch):
-    """Runs gpu.py on the tiny model, by the passes of a GPU; its status, its lines and the JSON of the last
-    one.
-    """
-    monkeypatch.setattr("self_speculation.model.captured_runner.InPlaceRunner", ModelRunner)
-    monkeypatch.setattr("benchmarks.synthetic._HALVINGS", 2)  # the exit may agree at another rate
-
-    def run(*args):
-        status = gpu.main(["--dry", "True", "--prompts", "128", "--rounds", "1", *args])
-        said = capsys.readouterr().out.splitlines()
-        return status, said, json.loads(said[-1])
-
-    return run
-
-
-@pytest.fixture
-def nothing_is_measured(monkeypatch):
-    """A run without the seconds that its parts take."""
-
-    def replace(measure):
-        monkeypatch.setattr(gpu, "measure", measure)
-        monkeypatch.setattr(gpu, "read_bandwidth", lambda device: 1e9)
-
-    return replace
-
-
-def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
-    """Guards against timed plans of cuDNN for new lengths, rows of one length, which need no mask, and a copy
-    of some layers only.
-    """
-    order = []
-
-    def measure(task, sides, _):
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        longest = len(task.prompts[0])
-        order.append((longest, task.size, task.compiled))
-        _, _, copied = sides["4-bit copy"]
-        assert (copied.exit_layer, copied.num_speculations, copied.draft_weights) == (4, 3, "int4")
-        assert [*map(len, task.prompts)] == [max(1, longest - row) for row in range(task.size)]
-
-    nothing_is_measured(measure)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
-        status, _, _ = dry("--prompts", "128", "160")
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-    assert status == 0
-    assert order == [
-        (length, size, compiled) for length in (8, 10) for size in (1, 8) for compiled in (False, True)
-    ]
-
-
-def test_gpu_keeps_what_it_has_when_it_ends_early(dry, monkeypatch):
-    """Guards against the loss of the figures of an unfinished part."""
-    monkeypatch.setattr(gpu, "read_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(gpu, "judge_greedy", lambda *_: signal.raise_signal(signal.SIGINT))
-    status, said, record = dry("--batch_size", "1")
-    assert (status, record["ended"]) == (130, "interrupted")
-    assert [row["side"] for row in record["rows"]] == ["transformers", "transformers, exit", *OURS]
-    assert all(row["tokens/s"] > 0 and "ids" not in row for row in record["rows"])
-    assert any(line.startswith("interrupted: 6 rows") for line in said)
-
-
-def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
-    """Guards against an error of one side (of a kernel, of memory, of a capture) that ends all others: it
-    costs its own rows, and the exit status.
-    """
-
-    def no_room(sides, *_):
-        ((name, _, config),) = sides
-        if config.draft_weights == "int4":
-            raise MemoryError("no room")
-        if name == f"{EARLY_EXIT}: ":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
-
-    watch(monkeypatch, gpu, "warm_up", no_room)
-    monkeypatch.setattr(gpu, "capture_decoding", Mock(side_effect=ValueError("compile True: needs one GPU")))
-    status, said, record = dry("--batch_size", "1")
-    assert status == 1
-    failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
-    assert failed == {
-        (False, "transformers, exit"): "OutOfMemoryError: CUDA out of memory. Tried to allocate",
-        (False, "4-bit copy"): "MemoryError: no room",
-        **{(True, side): "ValueError: compile True: needs one GPU" for side in OURS},
-    }
-    whole = {row["side"]: row for row in record["rows"] if row["error"] is None}
-    assert [*whole] == ["transformers", "without drafts", "self-speculative", "adaptive"]
-    assert all(row["ids"]["equal"] + row["ids"]["near_ties"] == 16 for row in whole.values())
-    assert all(row["tokens/s"] > 0 and row["x hf"] > 0 for row in whole.values())
-    assert whole["without drafts"]["limit"] > 0
-    assert 0 <= whole["self-speculative"]["accept"] <= 1
-    assert all(len(line) <= 80 for line in said[:-1])
-
-
 @pytest.mark.slow
 def test_memory_does_not_grow():
     """Guards against memory kept of each answer: caches, rows, drafts, statistics of adaptive decoding."""
@@ -307,22 +226,21 @@ def test_memory_does_not_grow():
     assert max(held[-100:]) - max(held[300:400]) < 8
 
 
-def test_greedy_ids_are_judged_token_by_token():
-    """Guards against a wrong token that counts as a near-tie: decoding and judging are both in fp32."""
-    model, prompt = tiny_llama(), [5, 9, 4, 7]
-    ids = generate(model, prompt, max_steps=12, eos=[]).predicted_tokens
-    assert judge_greedy(model, prompt, ids) == Judged(equal=12)
-    logits = model(torch.tensor([[*prompt, *ids[:5]]])).logits[0, -1]
-    other = [*ids[:5], int(logits.argmin())]
-    assert judge_greedy(model, prompt, other) == Judged(equal=5, wrong=1)
-
-
-def test_a_random_llama_agrees_as_often_as_wanted():
-    """Guards against early exits with another acceptance than those of a trained model."""
+def test_a_random_llama_agrees_as_often_as_wanted(monkeypatch, tmp_path, capsys):
+    """Guards against early exits with another acceptance than those of a trained model, and a model that the
+    scripts cannot load.
+    """
     config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
         num_key_value_heads=1,
     )  # fmt: skip
-    for wanted in (0.5, 0.9):
-        _, agreement = random_llama(config, 1, wanted, torch.device("cpu"))
-        assert agreement == pytest.approx(wanted, abs=0.05)
+    _, agreement = synthetic.random_llama(config, 1, 0.5, torch.device("cpu"))
+    assert agreement == pytest.approx(0.5, abs=0.05)
+    config.vocab_size = AutoConfig.from_pretrained(default_model()).vocab_size
+    monkeypatch.setitem(synthetic.MODELS, "Llama-2-7B", config)
+    monkeypatch.setattr(synthetic, "_POSITIONS", 100)
+    assert synthetic.main(["--folder", str(tmp_path)]) == 0
+    percent = int(re.search(r"its exit 1 agrees at (\d+)% of positions", capsys.readouterr().out)[1])
+    assert percent == pytest.approx(90, abs=5)
+    flags = ["--max_steps", "4", "--prompt", "def", "--sample", "False"]
+    assert generate_script.main(["--model", str(tmp_path), *flags]) == 0
