@@ -106,7 +106,8 @@ class SideBySideArguments:
             number = self.num_prompts or max(10, 4 * max(self.batch_size))
             found = workloads(generator.tokenizer, number)
             return {name: found[name][:number] for name in self.workloads}
-        ids = generator.encode("\n".join(problem["prompt"] for problem in read_problems().values()))
+        text = "\n".join(problem["prompt"] for problem in read_problems().values())
+        ids = generator.tokenizer.encode(text)
         most = min(len(ids), context_length(generator.model.config) - 1)
         if (longest := max(self.prompt_tokens)) > most:
             refuse(f"--prompt_tokens {longest}: must be at most {most}")
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sides, gib = warmed_up(generator, own, others, longest, size)
             for number in args.beside:
                 over = f"; speed-up over transformers in {formats[size]}" if formats else ""
-                busy = f", beside {number} spinning processes" if args.beside != [0] else ""
+                busy = f", spinning processes beside: {number}" if args.beside != [0] else ""
                 print(f"\nbatch size {size}, {picking}{busy}{over}")
                 place = {"picking": picking, "batch_size": size, "beside": number}
                 with spinning(number):
@@ -290,7 +291,7 @@ def show(rows: Sequence[Record], workload: str) -> None:
             "first": f"{row['first_ms']:.0f}",
             "per round": row["tokens_per_verification"],
             "accepted": row["acceptance"],
-            "same ids": f"{row['same_ids']}/{row['answers']}",
+            "same ids": None if row["picking"] == "sampled" else f"{row['same_ids']}/{row['answers']}",
             "GiB": row["GiB"],
         }
         for row in rows

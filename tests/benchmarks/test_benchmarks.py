@@ -57,7 +57,8 @@ def test_first_tokens(measured):
     assert all(row["ratio"] == 1 for row in rows[::2])
     assert all(row["first_ms"] > 0 and row["decode_tokens/s"] is None for row in rows)
     args = side_by_side.SideBySideArguments(prompt_tokens=[20], batch_size=[2], num_prompts=3)
-    generator = Mock(encode=lambda _: [5] * 99)
+    generator = Mock()
+    generator.tokenizer.encode = lambda _: [5] * 99
     generator.model.config.max_position_embeddings = 256
     assert [*map(len, args.prompts(generator)["20 tokens"])] == [20, 19, 20]
 
