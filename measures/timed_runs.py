@@ -87,7 +87,7 @@ def measure_examples(
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Time each request by each side.
 
-    Sides alternate, and alternate in going first: after each request, or for batches after each window of a
+    Sides alternate, and take turns in going first: after each request, or for batches after each window of a
     few batches. A completion depends on prompt and seed alone.
 
     Yields:
@@ -102,7 +102,8 @@ def measure_examples(
         size = _BATCHES_IN_TURN * batch_size if len(sides) > 1 else max(1, len(requests))
     left = iter(requests.items())
     for number, window in enumerate(iter(lambda: dict(islice(left, size)), {})):
-        *others, last = sides if number % 2 else sides[::-1]
+        first = (number + 1) % len(sides)
+        *others, last = [*sides[first:], *sides[:first]]
         shared = {"batch_size": batch_size, "window": next(iter(window)), "rank": ranks.rank()}
         measured: dict[int, Record | Exception] = dict.fromkeys(window, shared)
         for side in [*others, last]:
