@@ -67,7 +67,7 @@ from runs.records import describe, describe_model, heading, note
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.families import context_length
-from self_speculation.model.fused_layers import fuse, prefills_in_bfloat16
+from self_speculation.model.fused_layers import fuse, parts_of
 
 _OURS = {PLAIN, SPECULATIVE, COPY, ADAPTIVE}
 _BATCHES_IN_TURN = 2  # so continuous batching has a next prompt to admit
@@ -165,7 +165,7 @@ def first_tokens(
     plain = ours(model, [], config)
     base = f"{TRANSFORMERS}, bfloat16"
     sides = {base: theirs(TRANSFORMERS, plain_copy(model, torch.bfloat16), [], config), "here": plain}
-    if prefills_in_bfloat16(model):
+    if parts_of(model).prefills_in_bfloat16:
         sides["here"] = partial(_read_in, False, model, plain)
         sides["here, bfloat16"] = partial(_read_in, True, model, plain)
     rows = []

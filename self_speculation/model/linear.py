@@ -2,16 +2,15 @@
 
 On a GPU, projections of the same input become one weight. On a CPU nothing is made of them: passes over few
 tokens multiply by our operator (kernels.py), which reads each weight as it lies, all others by torch, from
-weights that are converted for the pass.
+weights that are converted to the format of x for the pass.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from threading import RLock
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +36,12 @@ _CENTRED_NORMS = ("Gemma3RMSNorm",)
 Slot = tuple[Mapping[str, Any], str]
 
 
-class Product(Protocol):
-    """x [T, in] -> x W^T + b [T, out], over some format of W."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """In the dtype of x."""
-
-    def matmul_native(self, x: Tensor) -> Tensor:
-        """In the dtype that the product has."""
+# x [T, in] -> x W^T + b [T, out], over some format of W, in the dtype that the product has.
+Product = Callable[[Tensor], Tensor]
 
 
 class Linear:
-    """x [T, in] -> x W^T + b [T, out].
+    """x [T, in] -> x W^T + b [T, out], in the dtype of x.
 
     Args:
         projections: `nn.Linear` or `FewBitsLinear` of the same input. On a GPU their weights become one
@@ -97,6 +90,11 @@ class Linear:
         if self.is_in_few_bits or (self.is_in_place and is_multiplied_in_place(x, MAX_NARROW_TOKENS)):
             parts = [project(x.float(), *pair) for pair in zip(self._slots, self._num_rows, strict=True)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
+        if x.dtype == torch.bfloat16:  # a bias is added before the product is rounded
+            parts = [
+                torch_linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)) for w, b in self.pairs
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         product = x.new_empty(len(x), self.shape[0])
         parts = product.split(self._num_rows, 1)
         for part, (weight, bias) in zip(parts, self.pairs, strict=True):
@@ -110,8 +108,6 @@ class Linear:
         if self.is_in_few_bits or (self.is_in_place and is_multiplied_in_place(hidden, _MOST_ROWS)):
             return project(hidden, self.slots(), self.shape[0], norm)
         return self(norm(hidden))
-
-    matmul_native = __call__  # copies that compute in bfloat16 return it here
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden += x W^T + b"""
@@ -240,29 +236,6 @@ class RMSNorm:
         if self.is_centred:
             return scaled.addcmul_(scaled, self.weight.float()).type_as(hidden)
         return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
-
-
-class BFloat16Linear:
-    """x W^T + b with x, W and the product in bfloat16 and sums in float32."""
-
-    def __init__(self, linear: Linear) -> None:
-        self.pairs = linear.pairs
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.matmul_native(x).float()
-
-    def matmul_native(self, x: Tensor) -> Tensor:
-        """In bfloat16."""
-        x = x.bfloat16()
-        parts = [torch_linear(x, w.bfloat16(), None if b is None else b.bfloat16()) for w, b in self.pairs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def replace_linears(part: T, make: Callable[[Linear], Product]) -> T:
-    """A copy of a fused layer or a head with each `Linear` replaced by `make(linear)`."""
-    other: Any = copy.copy(part)
-    other.linears = tuple(make(linear) for linear in other.linears)
-    return other
 
 
 def warn_of_fp32_precision() -> None:

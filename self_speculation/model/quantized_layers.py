@@ -9,9 +9,9 @@ Each copy stays with the `Linear` that it was made of, see `Linear.cached_copy`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,14 @@ from self_speculation.model.int4_linear import (
     has_kernel,
     int4_copy,
 )
-from self_speculation.model.linear import Linear, Product, replace_linears
+from self_speculation.model.linear import Linear, Product
 from self_speculation.model.model_cache import lock
 from self_speculation.model.model_runner import Layer, ModelRunner, PlainHead, PlainLayer, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
 from self_speculation.model.unsupported_hooks import difference
+
+Part = TypeVar("Part")
 
 # Tokens that the size of inputs is learnt from.
 _TOKENS_TO_LEARN = 64
@@ -79,8 +81,8 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
     if not FAMILIES[model.config.model_type].has_copies:
         raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
     runner, head = ModelRunner(model), model.get_output_embeddings()
-    layers = _with_linears(runner, len(runner.layers), title)
-    by_linear = _input_squares(runner, layers) if bits == 4 else {}
+    _check_plain(runner, runner.layers, title)
+    by_linear = _input_squares(runner, runner.layers) if bits == 4 else {}
     squares = {p: by_linear[linear] for linear in by_linear for p in linear.projections}
     found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
 
@@ -120,22 +122,21 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
         raise ValueError(
             f"draft_weights int4: the model's weights take {8 * own:.1f} bits already; it must be exact"
         )
-    layers = _with_linears(runner, num_layers, "draft_weights int4")
+    layers = runner.layers[:num_layers]
+    _check_plain(runner, layers, "draft_weights int4")
     bytes_per_weight(runner.model, "int4")  # raises ValueError without kernels
-    # The best few of a short head are computed again.
-    parts: Sequence[Layer | ShortHead] = layers if short_head is None else [*layers, short_head]
-    linears = [linear for part in parts for linear in part.linears if isinstance(linear, Linear)]
+    linears = [linear for layer in layers for linear in _linears_of(runner.model, layer).values()]
+    if short_head is not None:  # the best few of its logits are computed again
+        linears += [linear for linear in short_head.linears if isinstance(linear, Linear)]
     with lock(runner.model):
         copies = _make_copies(runner, layers, linears)
-    head = runner.head if short_head is None else replace_linears(short_head, copies.__getitem__)
-    return runner.with_layers([replace_linears(layer, copies.__getitem__) for layer in layers], head)
+    head = runner.head if short_head is None else _replace_linears(short_head, copies.__getitem__)
+    copied = [_with_products(runner.model, layer, copies.__getitem__) for layer in layers]
+    return runner.with_layers(copied, head)
 
 
-def _with_linears(runner: ModelRunner, num_layers: int, flag: str) -> list[Layer]:
-    """The first layers, with a `Linear` for each product. Raises ValueError if one of them or the head is not
-    plain.
-    """
-    layers = runner.layers[:num_layers]
+def _check_plain(runner: ModelRunner, layers: Iterable[Layer], flag: str) -> None:
+    """Raises ValueError if one of these layers, the first ones, or the head is not plain."""
     for name, part in [*((f"layer {i}", layer) for i, layer in enumerate(layers)), ("head", runner.head)]:
         if not isinstance(part, PlainLayer | PlainHead):
             continue  # fused parts are plain
@@ -143,28 +144,30 @@ def _with_linears(runner: ModelRunner, num_layers: int, flag: str) -> list[Layer
         if (why := difference(runner.model, *modules)) is not None:
             only = "only layers and a head without hooks, adapters and quantised weights are rounded"
             raise ValueError(f"{flag}: {name}: {why}; {only}")
-    return [
-        _UnfusedLayer(runner.model, layer.module) if isinstance(layer, PlainLayer) else layer
-        for layer in layers
-    ]
 
 
-class _UnfusedLayer(PlainLayer):
-    """A layer of transformers whose `nn.Linear` are replaced; all other modules are its own."""
+def _linears_of(model: PreTrainedModel, layer: Layer) -> dict[Hashable, Linear]:
+    """A `Linear` for each product of a layer, by the module of a layer of transformers."""
+    if not isinstance(layer, PlainLayer):
+        return {linear: linear for linear in layer.linears if isinstance(linear, Linear)}
+    modules = (module for module in layer.module.modules() if type(module) in (nn.Linear, FewBitsLinear))
+    return {module: plain_linear(model, module) for module in modules}
 
-    def __init__(self, model: PreTrainedModel, layer: nn.Module) -> None:
-        self._own = layer
-        self._replaced = [module for module in layer.modules() if type(module) in (nn.Linear, FewBitsLinear)]
-        self.linears = tuple(plain_linear(model, module) for module in self._replaced)
 
-    @property
-    def linears(self) -> tuple[Product, ...]:
-        return self._linears
+def _with_products(model: PreTrainedModel, layer: Layer, make: Callable[[Linear], Product]) -> Layer:
+    """A copy of a layer with `make(linear)` in place of each of its products. All else is its own."""
+    if not isinstance(layer, PlainLayer):
+        return _replace_linears(layer, make)
+    products = {module: make(linear) for module, linear in _linears_of(model, layer).items()}
+    others = {module: _Product(product) for module, product in products.items()}
+    return PlainLayer(_with_modules(layer.module, others), tuple(products.values()))
 
-    @linears.setter
-    def linears(self, linears: tuple[Product, ...]) -> None:
-        products: dict[nn.Module, nn.Module] = dict(zip(self._replaced, map(_Product, linears), strict=True))
-        self._linears, self.module = linears, _with_modules(self._own, products)
+
+def _replace_linears(part: Part, make: Callable[[Linear], Product]) -> Part:
+    """A copy of a fused layer or a head with each `Linear` replaced by `make(linear)`."""
+    other: Any = copy.copy(part)
+    other.linears = tuple(make(linear) for linear in other.linears)
+    return other
 
 
 class _Product(nn.Module):
@@ -175,10 +178,10 @@ class _Product(nn.Module):
         self._linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def _with_modules(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def _with_modules(module: nn.Module, others: Mapping[Hashable, nn.Module]) -> nn.Module:
     """A copy with some of its modules replaced. It shares all parameters and buffers."""
     if module in others:
         return others[module]
@@ -218,20 +221,6 @@ def _make_copies(
     return copies
 
 
-class _SquaresSummed:
-    """A `Linear` that adds up the squares of its inputs."""
-
-    def __init__(self, squares: MutableMapping[Linear, Tensor], linear: Linear) -> None:
-        self._squares, self._linear = squares, linear
-
-    def __call__(self, x: Tensor) -> Tensor:
-        sums = x.float().square().sum(0)
-        self._squares[self._linear] = self._squares.get(self._linear, 0) + sums
-        return self._linear(x)
-
-    matmul_native = __call__
-
-
 @torch.no_grad()
 def _input_squares(runner: ModelRunner, layers: Sequence[Layer]) -> Mapping[Linear, Tensor]:
     """[in] for every `Linear` of these layers, summed over some tokens.
@@ -240,7 +229,15 @@ def _input_squares(runner: ModelRunner, layers: Sequence[Layer]) -> Mapping[Line
     as well as texts, without a tokenizer.
     """
     squares: dict[Linear, Tensor] = {}
-    summed = [replace_linears(layer, partial(_SquaresSummed, squares)) for layer in layers]
+
+    def summing_squares(linear: Linear) -> Product:
+        def multiply(x: Tensor) -> Tensor:
+            squares[linear] = squares.get(linear, 0) + x.float().square().sum(0)
+            return linear(x)
+
+        return multiply
+
+    summed = [_with_products(runner.model, layer, summing_squares) for layer in layers]
     summing = runner.with_layers(summed, runner.head)
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.device) * vocabulary // _TOKENS_TO_LEARN

@@ -139,7 +139,7 @@ class ShortHead:
 
 def _logits(head: Product, exact: Linear, normed: Tensor) -> Tensor:
     """[B, n] of normed states [B, H]. If the head is a copy, the exact one computes the best again."""
-    logits: Tensor = head(normed)
+    logits = head(normed).to(normed.dtype)
     if head is not exact:
         best = logits.topk(min(_COMPUTED_AGAIN, logits.shape[1]), sorted=False).indices  # [B, m]
         weight, bias = _rows(exact, best, normed)
