@@ -140,14 +140,15 @@ def parts_of(model: PreTrainedModel) -> Parts:
     with lock(model):
         parts = cached(model, Parts, valid_for, lambda: Parts(model))
         for linear in parts.linears():
-            linear.drop_stale_copies()
+            if linear.copies:
+                linear.drop_stale_copies()
     return parts
 
 
 def bytes_made(model: PreTrainedModel) -> int:
     """Bytes of all copies of a model's weights, which draft."""
     linears = parts.linears() if (parts := peek(model, Parts)) else []
-    return sum(made.num_bytes for linear in linears for _, made in [*linear.copies.values()])
+    return sum(made.num_bytes for linear in linears for made in [*linear.copies.values()])
 
 
 def plain_linear(model: PreTrainedModel, module: nn.Module) -> Linear:

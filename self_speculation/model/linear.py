@@ -68,8 +68,8 @@ class Linear:
         if not on_cpu:
             bias = _side_by_side(self._biases()) if any(self.has_biases) else None
             self._joint = _side_by_side([weight for weight, _ in self.pairs]).t(), bias
-        # What was made of the weights, by key: their version then, and the result.
-        self.copies: dict[Hashable, tuple[Hashable, Any]] = {}
+        self.copies: dict[Hashable, Any] = {}  # what was made of the weights, by key
+        self._version: Hashable = None  # of these weights
         self._lock = RLock()  # passes of several threads may miss the same copy
 
     @property
@@ -117,16 +117,8 @@ class Linear:
         return hidden if self._joint[1] is None else hidden.add_(self._joint[1])
 
     @property
-    def weight(self) -> Tensor:
-        """[out, in] of all projections; on a CPU a copy, if there are several."""
-        if self._joint is not None:
-            return self._joint[0].t()
-        weights = [weight.data for weight, _ in self.pairs]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
-
-    @property
     def bias(self) -> Tensor | None:
-        """[out] of all projections, as `weight`."""
+        """[out] of all projections; on a CPU a copy."""
         if self._joint is not None:
             return self._joint[1]
         return torch.cat([bias.data for bias in self._biases()]) if any(self.has_biases) else None
@@ -147,7 +139,8 @@ class Linear:
         """[n, in] some rows of the weight of a single projection."""
         if self.is_in_few_bits:
             return self.projections[0].rows(ids.flatten()).view(*ids.shape, self.shape[1])
-        return self.weight[ids.to(self.weight.device)]
+        weight = self.pairs[0][0].data
+        return weight[ids.to(weight.device)]
 
     def select_rows(self, ids: Tensor) -> Linear:
         """A `Linear` over a copy of some rows [n] of the weight, in eight bits if that is in few."""
@@ -165,26 +158,19 @@ class Linear:
         """Changes when a weight or bias is replaced, moved or written to, but not through `.data`."""
         return tuple((tensor.data_ptr(), version_of(tensor)) for tensor in tensors_in(self.slots()))
 
-    def valid_copy(self, key: Hashable) -> Any:
-        """What is kept by key and was made of the weights of now; None: nothing."""
-        version, made = self.copies.get(key, (None, None))
-        return made if version == self.version else None
-
     def cached_copy(self, key: Hashable, make: Callable[[], T]) -> T:
         """The result of `make`, kept by key while the weights are the same."""
         with self._lock:
-            if (made := self.valid_copy(key)) is None:
-                self.drop_stale_copies()  # they free their memory first
-                version, made = self.version, make()
-                self.copies[key] = version, made
-        return made
+            self.drop_stale_copies()
+            if key not in self.copies:
+                self.copies[key] = make()
+            return self.copies[key]
 
     def drop_stale_copies(self) -> None:
         """Drop what was made of earlier weights."""
-        if self.copies:
-            with self._lock:
-                version, kept = self.version, [*self.copies.items()]
-                self.copies = {key: made for key, made in kept if made[0] == version}
+        with self._lock:
+            if (version := self.version) != self._version:
+                self.copies, self._version = {}, version
 
 
 def is_multiplied_in_place(x: Tensor, most: int) -> bool:
@@ -227,15 +213,12 @@ class RMSNorm:
                 weight = self.weight.float() + 1
                 return torch.rms_norm(hidden.float(), self._shape, weight, self.epsilon).type_as(hidden)
             return torch.rms_norm(hidden, self._shape, self.weight, self.epsilon)  # one kernel
-        # On a CPU `rms_norm` is twice as many kernels as these.
-        is_exact = hidden.dtype == torch.float32
-        exact = hidden if is_exact else hidden.float()
-        norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        # On a CPU `rms_norm` is twice as many kernels as these, and states have at least 32 bits.
+        norms = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
         norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
-        scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
-        if self.is_centred:
-            return scaled.addcmul_(scaled, self.weight.float()).type_as(hidden)
-        return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
+        scaled = torch.addcdiv(self._zero, hidden, norms, value=self._root)
+        weight = self.weight.to(hidden.dtype)
+        return scaled.addcmul_(scaled, weight) if self.is_centred else scaled.mul_(weight)
 
 
 def warn_of_fp32_precision() -> None:

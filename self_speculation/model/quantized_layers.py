@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
-from self_speculation.model.families import FAMILIES
+from self_speculation.model.experts import experts_per_token
 from self_speculation.model.few_bits import FewBitsLinear, eight_bits, mean_bytes_per_weight
 from self_speculation.model.fused_layers import plain_linear
 from self_speculation.model.int4_linear import (
@@ -78,7 +78,7 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
         ValueError: layers or head with hooks, adapters or quantised weights, or experts.
     """
     title = f"quantization int{bits}"
-    if not FAMILIES[model.config.model_type].has_copies:
+    if experts_per_token(model.config) is not None:
         raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
     runner, head = ModelRunner(model), model.get_output_embeddings()
     _check_plain(runner, runner.layers, title)
@@ -101,7 +101,7 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
 
 def check_family(draft_weights: DraftWeights, config: PretrainedConfig) -> None:
     """Raises ValueError, before any weight is read, if there are no copies of a model with this config."""
-    if draft_weights != "exact" and not FAMILIES[config.model_type].has_copies:
+    if draft_weights != "exact" and experts_per_token(config) is not None:
         kind = f"{config.model_type} model: its verifications read more experts than a copy saves"
         raise ValueError(f"draft_weights {draft_weights}: there are no copies of a {kind}; it must be exact")
 
@@ -129,10 +129,13 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     if short_head is not None:  # the best few of its logits are computed again
         linears += [linear for linear in short_head.linears if isinstance(linear, Linear)]
     with lock(runner.model):
-        copies = _make_copies(runner, layers, linears)
-    head = runner.head if short_head is None else _replace_linears(short_head, copies.__getitem__)
-    copied = [_with_products(runner.model, layer, copies.__getitem__) for layer in layers]
-    return runner.with_layers(copied, head)
+        _make_copies(runner, layers, linears)
+
+    def kept(linear: Linear) -> Product:
+        return linear.copies["int4"]
+
+    head = runner.head if short_head is None else _replace_linears(short_head, kept)
+    return runner.with_layers([_with_products(runner.model, layer, kept) for layer in layers], head)
 
 
 def _check_plain(runner: ModelRunner, layers: Iterable[Layer], flag: str) -> None:
@@ -193,14 +196,11 @@ def _with_modules(module: nn.Module, others: Mapping[Hashable, nn.Module]) -> nn
     return copied
 
 
-def _make_copies(
-    runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]
-) -> Mapping[Linear, Linear | Int4Linear]:
-    """The copy of each `Linear`. What is missing is made on all threads."""
-    copies = {linear: linear.valid_copy("int4") for linear in linears}
-    missing = {linear: copy_bytes(linear.shape) for linear, kept in copies.items() if kept is None}
+def _make_copies(runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]) -> None:
+    """Make the missing copies, on all threads."""
+    missing = {linear: copy_bytes(linear.shape) for linear in linears if "int4" not in linear.copies}
     if not missing:
-        return copies
+        return
     num_bytes = sum(missing.values())
     if num_bytes > (free := free_memory(runner.device, num_ranks(runner.model))):
         raise ValueError(
@@ -215,10 +215,8 @@ def _make_copies(
     # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
     num_threads = torch.get_num_threads() if runner.device.type == "cpu" else 1
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
-        for linear, made in zip(missing, pool.map(copied, missing), strict=True):
-            copies[linear] = made
+        for linear, _ in zip(missing, pool.map(copied, missing), strict=True):
             advance(missing[linear])
-    return copies
 
 
 @torch.no_grad()

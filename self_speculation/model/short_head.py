@@ -94,9 +94,7 @@ class ShortHead:
         self._likely = whole.cached_copy(tuple(ids), lambda: whole.select_rows(self._ids))
         self.linears: tuple[Product, ...] = (self._likely,)
         # A copy of all rows is made by way of one in their own format.
-        grows = grows and (
-            whole.valid_copy("int4") is not None or free_memory(runner.device) > 2 * whole.num_bytes
-        )
+        grows = grows and ("int4" in whole.copies or free_memory(runner.device) > 2 * whole.num_bytes)
         self.new_ids = singleton(runner.model, _NewIds) if grows else None
         self._copied_for: SeenIds | None = None  # what the following are for
         self._seen_ids = self._like.new_empty(0, dtype=torch.long)  # [n]

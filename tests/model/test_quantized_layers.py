@@ -18,7 +18,7 @@ from conftest import (
 )
 from helpers import SPECULATION, refused
 from test_kernels import unpacked
-from test_llama_model_utils import family
+from test_llama_model_utils import family, is_dense
 from torch import nn
 
 import benchmark
@@ -182,7 +182,7 @@ def in_sixteen_steps(model):
     return model
 
 
-@pytest.mark.parametrize("model_type", [kind for kind, family in FAMILIES.items() if family.has_copies])
+@pytest.mark.parametrize("model_type", [*filter(is_dense, FAMILIES)])
 def test_a_copy_of_every_family(model_type):
     """Guards against copies of layers that leave a product, a bias or a norm out, and against a draft that
     changes the output.
