@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.families import has_fused_layers
+from self_speculation.model.families import attention_types, has_fused_layers
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kernels import cpu_operators, operator_activation
 from self_speculation.model.linear import Linear, Product, RMSNorm, Slot
@@ -36,15 +36,17 @@ _MOST_GROUPED = 16
 
 
 @dataclass
-class _Settings:
-    """Arguments of `fuse`."""
+class Settings:
+    """How a model decodes, as callers have set it."""
 
     is_fused: bool = False
     bfloat16_prefill: bool = False
+    is_captured: bool = False
 
 
 class Parts:
-    """What is made of a model's layers and head. A change of their structure discards it as a whole.
+    """What is made of a model's layers and head. A change of their structure, or of attention in the config,
+    discards it as a whole.
 
     Attributes:
         fused: by decoder layer; of the final norm and head by `lm_head`.
@@ -53,14 +55,14 @@ class Parts:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        settings, config = singleton(model, _Settings), model.config
+        settings, config = singleton(model, Settings), model.config
         self.fused: dict[nn.Module, Fused] = {}
         self.plain: dict[nn.Module, Linear] = {}  # see `plain_linear`
         self.dtype, self.prefills_in_bfloat16 = model.dtype, False
         if settings.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa":
             self._fuse(model, settings)
 
-    def _fuse(self, model: PreTrainedModel, settings: _Settings) -> None:
+    def _fuse(self, model: PreTrainedModel, settings: Settings) -> None:
         base, head = model.base_model, model.get_output_embeddings()
         modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
         plain = [key for key, parts in modules.items() if difference(model, *parts) is None]
@@ -103,7 +105,7 @@ def fuse(model: PreTrainedModel, bfloat16_prefill: bool | None = None) -> int:
         ValueError: prompts in bfloat16 need a CPU, fused weights in 16 bits and oneDNN.
     """
     with lock(model):
-        settings = singleton(model, _Settings)
+        settings = singleton(model, Settings)
         if bfloat16_prefill is not None:
             settings.bfloat16_prefill = bfloat16_prefill
         settings.is_fused = True
@@ -127,7 +129,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
     """Follow what has changed since the last generation. Runners with earlier parts are invalid, even if
     weights are restored.
     """
-    base, head = model.base_model, model.get_output_embeddings()
+    base, head, config = model.base_model, model.get_output_embeddings(), model.config
 
     def valid_for(parts: Parts) -> Hashable:
         # Fused parts have copied the numbers of these modules. All others are called as they are, and a hook
@@ -135,7 +137,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
         copied = {*parts.fused, *([base.norm] if head in parts.fused else [])}
         modules = base.embed_tokens, *base.layers, base.norm, head
         seen = [structure(module, attributes=module in copied) for module in modules]
-        return model.config._attn_implementation, tuple(seen)
+        return config._attn_implementation, *attention_types(config), tuple(seen)
 
     with lock(model):
         parts = cached(model, Parts, valid_for, lambda: Parts(model))

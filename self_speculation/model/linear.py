@@ -51,19 +51,16 @@ class Linear:
     def __init__(self, *projections: Any) -> None:
         self.projections = projections
         self.is_in_few_bits = isinstance(projections[0], FewBitsLinear)
-        self._tables: list[Mapping[str, Any]] = [
-            projection._buffers if self.is_in_few_bits else projection._parameters
-            for projection in projections
-        ]
         self._num_rows = [projection.out_features for projection in projections]
         self.shape = torch.Size((sum(self._num_rows), projections[0].in_features))
-        self.has_biases = [table["bias"] is not None for table in self._tables]
+        self.has_biases = [projection.bias is not None for projection in projections]
+        tables = [each._buffers if self.is_in_few_bits else each._parameters for each in projections]
         self._slots: list[list[Slot]] = [
             [(table, "weight"), (table, "bias")][: 1 + has_bias]
-            for table, has_bias in zip(self._tables, self.has_biases, strict=True)
+            for table, has_bias in zip(tables, self.has_biases, strict=True)
         ]
         self._joint: tuple[Tensor, Tensor | None] | None = None
-        on_cpu = self._tables[0]["weight"].device.type == "cpu"
+        on_cpu = projections[0].weight.device.type == "cpu"
         self.is_in_place = self.is_in_few_bits or (on_cpu and all(w.stride(1) == 1 for w, _ in self.pairs))
         if not on_cpu:
             bias = _side_by_side(self._biases()) if any(self.has_biases) else None
@@ -75,9 +72,8 @@ class Linear:
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight [out, in] and bias of each projection. Weights in few bits are dequantised."""
-        if self.is_in_few_bits:
-            return [(each.dequantized(), each.bias) for each in self.projections]
-        return [(table["weight"], table["bias"]) for table in self._tables]
+        in_few_bits = self.is_in_few_bits
+        return [(each.dequantized() if in_few_bits else each.weight, each.bias) for each in self.projections]
 
     def slots(self) -> list[Slot]:
         """Weight and bias, if there is one, of each projection, for operators."""
@@ -125,15 +121,15 @@ class Linear:
 
     def _biases(self) -> list[Tensor]:
         """Of each projection; zeros if it has none."""
-        pairs = zip(self._tables, self._num_rows, strict=True)
         return [
-            table["weight"].new_zeros(n) if table["bias"] is None else table["bias"] for table, n in pairs
+            each.weight.new_zeros(each.out_features) if each.bias is None else each.bias
+            for each in self.projections
         ]
 
     @property
     def num_bytes(self) -> int:
         """Of the weight, without copies."""
-        return sum(table["weight"].nbytes for table in self._tables)
+        return sum(projection.weight.nbytes for projection in self.projections)
 
     def rows(self, ids: Tensor) -> Tensor:
         """[n, in] some rows of the weight of a single projection."""

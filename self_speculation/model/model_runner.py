@@ -138,7 +138,7 @@ class ModelRunner:
         """
         plain = [layer.module for layer in self.layers if isinstance(layer, PlainLayer)]
         rotary = fingerprint(self.tables.module)
-        return self.parts, structure(*plain), rotary, tuple(self.attention_types)
+        return self.parts, structure(*plain), rotary
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
         """A cache of one empty row for all layers.

@@ -128,5 +128,4 @@ def kept_caches(model: PreTrainedModel) -> deque[PrefixCache]:
 
 def cache_fingerprint(runner: ModelRunner) -> Hashable:
     """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
-    attention = runner.config._attn_implementation, *runner.attention_types
-    return fingerprint(runner.model), runner.parts, type(runner), attention
+    return fingerprint(runner.model), runner.parts, type(runner)
