@@ -29,6 +29,8 @@ from self_speculation.config import (
 )
 from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
 
+_ADVANCED = {"draft_confidence", "draft_vocabulary", "prefill_dtype"}  # flags that few need
+
 # `refuse` writes to this stream, or to standard error if it is None. Ranks whose standard error is silenced
 # keep the real one here.
 errors: TextIO | None = None
@@ -171,6 +173,15 @@ class _Parser(simple_parsing.ArgumentParser):
         super().__init__(**kwargs)
         for action in (None, "store"):  # None: the default action
             self.register("action", action, _StoreValue)
+
+    def format_help(self) -> str:
+        """With flags that few need in a group at the end."""
+        groups, advanced = [*self._action_groups], self.add_argument_group("advanced")
+        for group in groups:
+            moved = [action for action in group._group_actions if action.dest.rpartition(".")[2] in _ADVANCED]
+            group._group_actions = [action for action in group._group_actions if action not in moved]
+            advanced._group_actions += moved
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         refuse(message)

@@ -30,10 +30,10 @@ class MeasurementArguments:
     """What to measure and record."""
 
     compare: bool = False
-    """Also decode each prompt autoregressively, in turn, and report the speed-up."""
+    """Also decode each prompt without drafts, in turn, and report the speed-up."""
     answer_file: str | None = None
-    """Also write the answers to spec_bench in its own format; with --compare True, those of autoregressive
-    decoding to a second file beside it."""
+    """Also write the answers to spec_bench in its own format; with --compare True, those without drafts to
+    a second file beside it."""
     text_quality: bool = False
     """Also compare answers with reference answers: ROUGE, BLEU, exact match and edit distance."""
     resume: str | None = None

@@ -1,4 +1,4 @@
-"""Compare self-speculative decoding with autoregressive decoding, token by token.
+"""Compare decoding with drafts and decoding without drafts, token by token.
 
     python correctness.py --sample False --exit_layer 8 --num_speculations 4 --num_samples 50
 

@@ -36,7 +36,7 @@ class GenerateArguments(TemplateArguments):
     chat: bool = False
     """Apply the tokenizer's chat template and keep the conversation."""
     compare: bool = False
-    """Then decode the prompt autoregressively, too, in three turns, and print both speeds."""
+    """Then decode the prompt without drafts, too, in three turns, and print both speeds."""
     grammar: str | None = None
     """File of a JSON schema (.json) or Lark grammar that the answer must match; json: any JSON object."""
     prediction: str | None = None

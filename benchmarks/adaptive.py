@@ -1,14 +1,14 @@
-"""Speed-up of drafts over autoregressive decoding by kind of prompt: by fixed settings, and adaptive.
+"""Speed-up of drafts over decoding without drafts by kind of prompt: by fixed settings, and adaptive.
 
     python benchmarks/adaptive.py --exit_layer 3 --num_speculations 3 --max_steps 96
     python benchmarks/adaptive.py --model FOLDER_OR_FILE --exit_layer 24 --num_speculations 4 \\
         --draft_weights int4 --max_steps 96
 
-In one process on one loaded model, sides alternate prompt by prompt: autoregressive; self-speculative by the
+In one process on one loaded model, sides alternate prompt by prompt: without drafts; self-speculative by the
 flags; the same with n-grams, where they match; adaptive, with a copy if --draft_weights asks for one.
 Adaptive decoding learns from prompt to prompt, and begins with nothing learned.
 
-*x* is the decode speed-up over autoregressive decoding, the median over prompts, with its middle half;
+*x* is the decode speed-up over decoding without drafts, the median over prompts, with its middle half;
 *tenth* that of the slowest tenth; *sums* all tokens by all time. The last line is one JSON object.
 """
 

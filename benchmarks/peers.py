@@ -1,14 +1,16 @@
-"""Other software with the same model: transformers in its fastest format, and llama.cpp."""
+"""Other software with the same model: transformers in its fastest format, llama.cpp and OpenVINO."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 from accelerate import init_empty_weights
 
@@ -20,6 +22,7 @@ from self_speculation.model.few_bits import formats_of
 # Formats of llama.cpp by their number in `llama_ftype`: the weights as they are, and in fewer bits.
 LLAMA_CPP = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2, "Q4_K_M": 15}
 
+_LOOKUP_NGRAM = 3  # tokens that openvino-genai looks up, as in its samples
 _TRIES = 2  # of each format; the first one warms up
 
 
@@ -66,27 +69,35 @@ def fastest(models: Sequence[Any], make: Callable[[Any], Side], prompts: Sequenc
     return models[speeds.index(max(speeds))]
 
 
-def find_llama_cpp(model: Path) -> Any:
-    """The module llama_cpp; ends the program if it is not installed or cannot read the model."""
+class Peer(NamedTuple):
+    """Other software that reads .gguf files and is not among the requirements.
+
+    Attributes:
+        sides: made of its module, the file, end ids, settings, and a folder for further files.
+    """
+
+    module: str
+    package: str  # that it needs
+    sides: Callable[[Any, Path, Sequence[int], GenerationConfig, Path], dict[str, Side]]
+
+
+def find_peer(name: str, model: Path) -> Any:
+    """The module of one of PEERS; ends the program if it is not installed or cannot read the model."""
     try:
-        import llama_cpp as library  # type: ignore[import-not-found]
+        library = importlib.import_module(PEERS[name].module)
     except ImportError:
-        refuse("--peers llama.cpp: needs the package llama-cpp-python, which is built by a C++ compiler")
+        refuse(f"--peers {name}: needs the package {PEERS[name].package}")
     if model.suffix != ".gguf":
-        refuse(f"--peers llama.cpp: reads .gguf files alone, and --model is {model.name}")
+        refuse(f"--peers {name}: reads .gguf files alone, and --model is {model.name}")
     return library
 
 
 def of_llama_cpp(
-    model: Path, end_ids: Sequence[int], config: GenerationConfig, folder: Path
+    library: Any, model: Path, end_ids: Sequence[int], config: GenerationConfig, folder: Path
 ) -> dict[str, Side]:
     """Greedy decoding by llama-cpp-python of this file and in each format of LLAMA_CPP, one prompt at a time.
-
-    Args:
-        model: the .gguf file of the weights.
-        folder: for the files that llama.cpp's own quantiser writes.
+    llama.cpp's own quantiser writes these.
     """
-    library = find_llama_cpp(model)
     sides = {"llama.cpp, this file": _llama_cpp(library, model, end_ids, config)}
     for name, number in LLAMA_CPP.items():
         made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()
@@ -118,3 +129,49 @@ def _llama_cpp(library: Any, weights: Path, end_ids: Sequence[int], config: Gene
         return Answers(new, len(new), prefill, time.perf_counter() - began)
 
     return generate
+
+
+def of_openvino(
+    library: Any, model: Path, end_ids: Sequence[int], config: GenerationConfig, _: Path
+) -> dict[str, Side]:
+    """Greedy decoding of this file by openvino-genai, without drafts and by prompt lookup, one prompt at a
+    time.
+    """
+    return {
+        f"openvino{name}": _openvino(library, model, end_ids, config, looks_up)
+        for name, looks_up in (("", False), (", lookup", True))
+    }
+
+
+def _openvino(
+    library: Any, weights: Path, end_ids: Sequence[int], config: GenerationConfig, looks_up: bool
+) -> Side:
+    """openvino-genai with torch's number of threads. It keeps nothing of earlier prompts."""
+    kept, settings = library.SchedulerConfig(), library.GenerationConfig()
+    kept.enable_prefix_caching = False
+    lookup = {"prompt_lookup": True} if looks_up else {}
+    engine = library.LLMPipeline(
+        str(weights), "CPU", scheduler_config=kept, INFERENCE_NUM_THREADS=torch.get_num_threads(), **lookup
+    )
+    settings.max_new_tokens, settings.do_sample = config.max_steps, False
+    settings.stop_token_ids = {*end_ids}
+    if looks_up:
+        settings.num_assistant_tokens, settings.max_ngram_size = config.num_speculations, _LOOKUP_NGRAM
+    openvino = importlib.import_module("openvino")
+
+    def generate(prompts: Sequence[list[int]]) -> Answers:
+        new: list[list[int]] = []
+        prefill, began = 0.0, time.perf_counter()
+        for prompt in prompts:
+            done = engine.generate(openvino.Tensor(numpy.array([prompt])), settings)
+            prefill += done.perf_metrics.get_ttft().mean / 1000
+            new.append(done.tokens[0])
+        return Answers(new, len(new), prefill, time.perf_counter() - began)
+
+    return generate
+
+
+PEERS = {
+    "llama.cpp": Peer("llama_cpp", "llama-cpp-python, which is built by a C++ compiler", of_llama_cpp),
+    "openvino": Peer("openvino_genai", "openvino-genai", of_openvino),
+}

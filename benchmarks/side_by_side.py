@@ -9,7 +9,8 @@ or two batches, at a turn. The sides:
 - `generate` of transformers, on a CPU in its fastest format for each side and batch size: plain; with
   `assistant_early_exit` at the same exit layer and draft length; with prompt lookup. The latter two take one
   prompt at a time.
-- llama.cpp with --peers llama.cpp: in 16 bits, and in fewer (Q8_0, Q4_1, Q4_0, Q4_K_M).
+- llama.cpp with --peers llama.cpp: the file, in 16 bits, and in fewer (Q8_0, Q4_1, Q4_0, Q4_K_M).
+- OpenVINO with --peers openvino: the file, without drafts and with prompt lookup.
 - here: without drafts; self-speculative by the flags of drafting; by a 4-bit copy of all layers; adaptive
   (with a copy if --draft_weights asks for one).
 
@@ -44,7 +45,7 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.peers import find_llama_cpp, of_llama_cpp, of_transformers, plain_copy
+from benchmarks.peers import PEERS, find_peer, of_transformers, plain_copy
 from benchmarks.sides import (
     ADAPTIVE,
     COPY,
@@ -63,7 +64,7 @@ from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from measures.plots import bars
 from runs.program import run
-from runs.records import describe, describe_model, heading, note
+from runs.records import describe, describe_model, had_fewer_threads, heading, note
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.families import context_length
@@ -88,13 +89,15 @@ class SideBySideArguments:
     prompt_tokens: list[int] = field(default_factory=list)
     """Lengths of prompts, to measure the first token alone."""
     peers: list[str] = field(default_factory=list)
-    """llama.cpp: run llama-cpp-python, which is not among the requirements, on a .gguf model."""
+    """llama.cpp, openvino: run llama-cpp-python or openvino-genai, which are not among the requirements, on a
+    .gguf model.
+    """
     picture: str | None = None
     """Path of a bar chart, without suffix."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
-        check(self, "peers", {*self.peers} <= {"llama.cpp"}, "must be llama.cpp")
+        check(self, "peers", {*self.peers} <= PEERS.keys(), f"must be among {', '.join(PEERS)}")
         check(self, "workload", self.workload in NAMES, f"must be one of {', '.join(NAMES)}")
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -109,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = replace(config, generation_strategy=strategy, sample=False)
     if config.max_steps < 2 and not args.prompt_tokens:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
-    if args.peers:
-        find_llama_cpp(Path(model_name(model_args)))
+    libraries = {name: find_peer(name, Path(model_name(model_args))) for name in args.peers}
     generator = load_generator(model_args, config)
     model, end_ids = generator.model, generator.eos_token_ids
     prompts = args.prompts(generator.tokenizer)
@@ -118,19 +120,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["arguments"]["dataset"] = "human_eval" if args.workload == "code" else args.workload
     print(heading(about))
     if args.prompt_tokens:
-        _end(about, first_tokens(generator, config, args.prompt_tokens, args.rounds))
+        rows = first_tokens(generator, config, args.prompt_tokens, args.rounds)
+        about["threads_used"] = _fewest_threads(rows)
+        _end(about, rows)
         return 0
-    rows: list[dict[str, Any]] = []
+    rows = []
     formats: dict[int, dict[str, str]] = {}
     with TemporaryDirectory() as folder:
         alone: dict[str, Side] = {}
-        if args.peers:
-            alone = of_llama_cpp(Path(model_name(model_args)), end_ids, config, Path(folder))
+        for name, library in libraries.items():
+            alone |= PEERS[name].sides(library, Path(model_name(model_args)), end_ids, config, Path(folder))
         for size in args.batch_size:
             peers, formats[size] = of_transformers(model, end_ids, config, max(prompts, key=len), size)
             peers |= alone if size == 1 else {}
             print(f"\nbatch size {size}: speed-up over transformers in {formats[size][TRANSFORMERS]}")
             rows += compare(generator, config, peers, prompts, size, args.rounds, model_args.seed)
+    about["threads_used"] = _fewest_threads(rows)
     if args.picture is not None:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,9 +152,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _fewest_threads(rows: Sequence[Mapping[str, Any]]) -> int:
+    return min(number for row in rows for number in row["threads"])
+
+
 def _end(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the last lines."""
-    if any(number < about["threads"] for row in rows for number in row["threads"]):
+    if had_fewer_threads(about):
         print(f"\n{note('other programs used the processors, decoding had fewer threads')}")
     print(f"\n{json.dumps({**about, 'rows': rows})}")
 

@@ -13,7 +13,7 @@ from measures import metrics, spec_bench
 from measures.plots import bars
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
-from runs.records import Record, Run, counted, heading, note
+from runs.records import Record, Run, counted, had_fewer_threads, heading, note
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request
@@ -61,7 +61,7 @@ class Benchmark(Experiment):
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         summary, title = self._summary(records), heading(run.description)
-        summary["remarks"] = self._remarks(summary, records, run.description["threads"])
+        summary["remarks"] = self._remarks(summary, records, had_fewer_threads(run.description))
         lines = [title, "", *_table(summary)]
         rows = [example.row for example in self.examples]
         if run.description["arguments"]["dataset"] == "spec_bench" and summary["batch_sizes"] == [1]:
@@ -102,10 +102,10 @@ class Benchmark(Experiment):
         summary["peak_memory_mib"] = metrics.peak_memory_mib(self.generator.model.device)
         return summary
 
-    def _remarks(self, summary: Record, records: list[Record], threads: int) -> list[str]:
+    def _remarks(self, summary: Record, records: list[Record], is_busy: bool) -> list[str]:
         """Warnings about the figures."""
         found = remarks(summary["comparison"], _unit(summary)) if self.compare else []
-        if any(record[f"{prefix}threads"] < threads for record in records for prefix, *_ in self._sides):
+        if is_busy:
             found.append(_BUSY)
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
             found.append("adaptive decoding made no drafts: none was expected to be faster")

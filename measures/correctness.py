@@ -53,7 +53,7 @@ class CompareIds(Experiment):
     def _compared(self, example: Encoded, result: GenerationResult) -> Record:
         tokens = with_end(result.generation_strategy_result)
         plain = self._plain.generate(example.request(), self._plain_config).generation_strategy_result
-        references = {"autoregressive": with_end(plain)}
+        references = {"decoding without drafts": with_end(plain)}
         if self.reference == "transformers":
             references["transformers"] = self._by_transformers(example)
         processors, decode = config_processors(self.config, len(example.ids)), self.generator.tokenizer.decode

@@ -24,7 +24,7 @@ from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
 from runs.failures import failed
 from runs.flags import COUNTS
-from runs.records import Record, Run, counted, heading, note
+from runs.records import Record, Run, counted, fewest_threads, heading, note
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request
@@ -64,6 +64,7 @@ class Sweep(Experiment):
 
     def __post_init__(self) -> None:
         self._plain: TimedSide = (BASELINE, *autoregressive(self.generator, self.config))
+        self._timed: list[Record] = []
 
     def warm_up(self) -> None:
         """Warm up plain decoding; `measure_cell` warms up its cell."""
@@ -72,7 +73,9 @@ class Sweep(Experiment):
 
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by plain decoding, in turn."""
-        return _row("measured", cell, self._time(cell, self.requests(range(len(self.examples)))))
+        records = self._time(cell, self.requests(range(len(self.examples))))
+        threads = fewest_threads(records, torch.get_num_threads())
+        return {**_row("measured", cell, records), "threads": threads}
 
     def _time(self, cell: Cell, requests: Mapping[int, Request], **settings: Any) -> list[Record]:
         """Records of requests by this cell and by plain decoding, in turn."""
@@ -85,6 +88,7 @@ class Sweep(Experiment):
             if isinstance(record, Exception):
                 raise record
             records.append(record)
+        self._timed += records
         return records
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
@@ -202,6 +206,8 @@ class Predicted(Sweep):
                 raise failed(_name(cell), error, self.batch_size) from error
             measured = verified[-1]["speedup"] or 0.0
             print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {measured:.2f} measured")
+        about = run.description
+        about["threads_used"] = fewest_threads(self._timed, about["threads_used"])
         return self.show(run, records, [*predicted, *verified], {"costs": asdict(costs)})
 
     def _costs(self, records: list[Record]) -> Costs:

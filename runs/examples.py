@@ -18,7 +18,16 @@ from arguments import BatchArguments, GenerationConfig, ModelArguments, refuse
 from data import DataArguments, DataError, Example, load_examples
 from runs import ranks
 from runs.failures import check_writable, failed, reason
-from runs.records import Record, RecordError, Run, check_same_run, counted, describe, describe_model
+from runs.records import (
+    Record,
+    RecordError,
+    Run,
+    check_same_run,
+    counted,
+    describe,
+    describe_model,
+    fewest_threads,
+)
 from runs.startup import encode_chat, load_generator, model_name
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
@@ -162,6 +171,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
                 return 0
             complete = run.records()
             records = [complete[index] for index in range(experiment.num_records)]
+            run.description["threads_used"] = fewest_threads(records, run.description["threads"])
             return experiment.conclude(run, records)
         except Exception as error:
             why = reason(error, batch_size=experiment.batch_size) or ""

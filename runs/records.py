@@ -203,12 +203,25 @@ def _filled(parts: list[str]) -> str:
     return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False).replace("\xa0", " ")
 
 
+def fewest_threads(records: Iterable[Record], most: int) -> int:
+    """The fewest threads with which any strategy decoded these records; `most` without records."""
+    used = (number for each in records for name, number in each.items() if name.endswith("threads"))
+    return min([most, *used])
+
+
+def had_fewer_threads(run: Record) -> bool:
+    """Whether other programs used processors meanwhile."""
+    return run.get("threads_used", run["threads"]) < run["threads"]
+
+
 def machine(run: Record) -> str:
     """Number format, GPU or processor with threads, and number of ranks."""
     same = run["computed_in"] == run["dtype"]
     dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
-    on_cpu = run["device"] == "cpu"
-    where = f"{run['processor']}, {counted(run['threads'], 'thread')}" if on_cpu else run["device"]
+    threads = counted(run["threads"], "thread")
+    if had_fewer_threads(run):
+        threads = f"at times {run['threads_used']} of {threads}"
+    where = f"{run['processor']}, {threads}" if run["device"] == "cpu" else run["device"]
     return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}"
 
 

@@ -6,8 +6,8 @@ import gc
 import io
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -19,14 +19,13 @@ from arguments import GenerationConfig, ModelArguments, refuse
 from runs.failures import reason
 from runs.status import log_if_slow, print_status, tell_of_fewer_threads
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
-from self_speculation.config import default_model
+from self_speculation.config import LoadingWarning, default_model
 from self_speculation.decoding.texts import Thinking
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.loading import load_config, resolve_device, with_fast_prompts
-from self_speculation.model.quantized_layers import check_family
+from self_speculation.model.quantized_layers import check_family, why_no_copies
 from self_speculation.model.short_head import prefer_ids
-from self_speculation.model.sources import LoadingWarning
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
 
 
@@ -89,7 +88,7 @@ def load_generator(
     options = model_args.loading_options()
     try:
         if resolve_device(model_args.device).type == "cpu":
-            with log_if_slow("building the operators of this processor, once"):
+            with _told_warnings(), log_if_slow("building the operators of this processor, once"):
                 operators = cpu_operators()
             if operators.variant is None:
                 print_status(
@@ -101,15 +100,18 @@ def load_generator(
         check_family(config.draft_weights, model_config)
         # transformers shows its progress at a terminal only; errors are raised.
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-        with quiet, warnings.catch_warnings(record=True) as warned:
+        with _told_warnings(), quiet:
             model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config, chat)
-        for warning in warned:
-            if issubclass(warning.category, LoadingWarning):
-                print_status(f"warning: {warning.message}")
+        if options.quantization != "none":
+            print_status(f"quantization {options.quantization}: the text is that of the rounded model")
         prefer_ids(model, counted or {})
         strategy = make_strategy(config.generation_strategy)
         with log_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
+        if config.is_adaptive and config.draft_weights != "exact" and (few := why_no_copies(model)):
+            print_status(
+                f"--draft_weights {config.draft_weights}: not used, {few}; --dtype float16 has copies"
+            )
         if copies := bytes_made(model):
             print_status(f"copies for drafts take {copies / 2**30:.2f} GiB")
     except (LoadingError, ValueError) as error:
@@ -122,6 +124,16 @@ def load_generator(
     gc.freeze()  # all present objects live to the end
     gc.enable()
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
+
+
+@contextmanager
+def _told_warnings() -> Iterator[None]:
+    """Print warnings about loading, in a line each, after this block."""
+    with warnings.catch_warnings(record=True) as warned:
+        yield
+    for warning in warned:
+        if issubclass(warning.category, LoadingWarning):
+            print_status(f"warning: {warning.message}")
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:

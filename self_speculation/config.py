@@ -230,6 +230,10 @@ class GenerationConfig:
         return not self.sample or self.temperature < LEAST_TEMPERATURE
 
 
+class LoadingWarning(UserWarning):
+    """A model is loaded otherwise than expected."""
+
+
 @dataclass(frozen=True)
 class LoadingOptions:
     """How to load a model, and onto which device."""

@@ -36,11 +36,12 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 # Fields that would change the answer -> their values that ask for nothing, besides null, false, 0 and what is
 # empty.
 _CHANGES: dict[str, tuple[Any, ...]] = {
-    "audio": (), "bad_words": (), "best_of": (1,), "continue_final_message": (), "dry_multiplier": (),
-    "dynatemp_range": (), "echo": (), "function_call": ("none", "auto"), "functions": (), "grammar": (),
-    "guided_grammar": (), "images": (), "include_stop_str_in_output": (), "json_schema": (),
-    "length_penalty": (1,), "lora": (), "min_tokens": (), "mirostat": (), "modalities": (["text"],),
-    "prefix": (), "prompt_embeds": (), "suffix": (), "tools": (), "top_a": (),
+    "allowed_token_ids": (), "audio": (), "bad_words": (), "best_of": (1,), "chat_template": (),
+    "continue_final_message": (), "documents": (), "dry_multiplier": (), "dynatemp_range": (), "echo": (),
+    "function_call": ("none", "auto"), "functions": (), "grammar": (), "guided_grammar": (), "images": (),
+    "include_stop_str_in_output": (), "json_schema": (), "length_penalty": (1,), "lora": (), "min_tokens": (),
+    "mirostat": (), "modalities": (["text"],), "prefix": (), "prompt_embeds": (),
+    "return_tokens_as_token_ids": (), "structural_tag": (), "suffix": (), "tools": (), "top_a": (),
     "truncate_prompt_tokens": (-1,), "typ_p": (1,), "typical_p": (1,), "use_beam_search": (),
     "xtc_probability": (),
 }  # fmt: skip

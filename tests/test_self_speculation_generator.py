@@ -148,7 +148,7 @@ def test_ids_equal_for_every_sequence_of_plans(
     model = tiny_llama(num_layers=8, agreement=agreement, fused=fused)
     shared |= {"max_steps": 2 * shared["max_steps"], "logits_processors": PROCESSORS[processors]}
     plain = generate(model, prompt, **shared)
-    drafts = {"draft_vocabulary": draft_vocabulary, "draft_weights": weights}
+    drafts = {"draft_vocabulary": draft_vocabulary, "draft_weights": weights, "prompt_lookup": 1}
     with random_plans(seed):
         found = generate(model, prompt, "adaptive", **shared, **drafts)
     assert found.predicted_tokens == plain.predicted_tokens

@@ -47,7 +47,7 @@ class DraftComposer:
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None) -> Draft:
         """Draft tokens for each row, see `DraftSource.draft`."""
         if self._learner:
-            self._stopwatch, self._num_graphs = Stopwatch(self._model.device), num_captures(self._model)
+            self._stopwatch, self._num_graphs = Stopwatch(batch.last.device), num_captures(self._model)
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         plan = self._policy.plan(matches, limits)
         chosen = plan.lookups or [False] * len(batch)

@@ -50,7 +50,7 @@ class DecayedMean:
 def draft_ratio(
     model: PreTrainedModel, exit_layer: int, draft_weights: DraftWeights, draft_vocabulary: int | None = None
 ) -> float:
-    """c of the formula: the cost of a drafted token in plain steps, estimated from bytes of weights.
+    """The cost of a drafted token in plain steps, c in docs/how-it-works.md, estimated from bytes of weights.
 
     c = (E + h) / (L + h), where the head is as large as h layers, or (E + h N / V) / (L + h) for N of its V
     rows. Copies in four bits have fewer bytes; their kernel may take longer than reading them.
@@ -68,8 +68,8 @@ def draft_ratio(
     return read / (len(layers) + head)
 
 
-# Cost of a pass over n tokens by what computes it, in times to read its weights; linear in between. The last
-# is proportional.
+# Cost of a pass over n tokens by what computes it, in units of the time to read its weights; linear in
+# between. Beyond 64 tokens it grows in proportion.
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 64_000)
 _COSTS: Mapping[str, Sequence[float]] = {
     # Our operators on weights in 16 bits and, in four, on copies.
@@ -101,23 +101,24 @@ def _costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Sequence[floa
 
 
 class _Line:
-    """Seconds of a pass by its cost beyond a plain step, by least squares. Old observations decay.
+    """Fits seconds = plain + slope * excess, where a pass costs 1 + excess plain steps, by least squares. Old
+    observations decay.
 
-    The estimated slope weighs as much as one pass that costs 0.3 plain steps more than a plain step. On a GPU
-    two tokens more cost half a hundredth of a step, and the noise of a pass is ten times that.
+    The estimated slope weighs as much as one pass with an excess of 0.3. On a GPU two tokens more have one of
+    0.005, and the noise of a pass is ten times that.
     """
 
     _PRIOR = 0.3**2
 
     def __init__(self) -> None:
-        self._sums = numpy.zeros(5)  # of 1, x, x^2, y, x y
-        # Seconds of a plain step, and of a plain step's cost more: without observations of it, as many.
-        self.plain = self.slope = 0.0
+        self._sums = [0.0] * 5  # of 1, x, x^2, y, x y
+        self.plain = self.slope = 0.0  # equal, until passes with an excess are observed
 
     def add(self, excess: float, seconds: float, weight: float) -> None:
-        new = numpy.array((1.0, excess, excess**2, seconds, excess * seconds))
-        self._sums = _DECAY * self._sums + weight * new
-        n, x, xx, y, xy = map(float, self._sums)
+        # Each round does this: for five numbers numpy takes longer.
+        new = (1.0, excess, excess**2, seconds, excess * seconds)
+        self._sums = [_DECAY * old + weight * more for old, more in zip(self._sums, new, strict=True)]
+        n, x, xx, y, xy = self._sums
         n, x, xx = n + self._PRIOR, x - self._PRIOR, xx + self._PRIOR
         determinant = n * xx - x * x
         self.plain, self.slope = (xx * y - x * xy) / determinant, max(0.0, (n * xy - x * y) / determinant)
@@ -169,7 +170,7 @@ class PassTimes:
         self._lines.setdefault(num_rows, _Line()).add(excess, seconds, weight)
 
     def _plain_and_slope(self, num_rows: int) -> tuple[float, float]:
-        """Seconds of a plain step of so many rows, and of a plain step's cost more: those of the nearest
+        """Seconds of a plain step of so many rows, and seconds per excess of one: scaled from the nearest
         number of rows that was measured.
         """
         if not self._lines:

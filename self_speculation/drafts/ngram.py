@@ -70,7 +70,7 @@ class _Place:
     """
 
     def __init__(self, prediction: abc.Sequence[int], longest: int, least: int) -> None:
-        self._longest, self._least, self._index = longest, least, NgramIndex(range(longest, 0, -1))
+        self._longest, self._least, self._index = longest, least, NgramIndex(range(longest, least - 1, -1))
         self._index.extend([*prediction, _END] if prediction else [])
         self._num_predicted = len(self._index.ids)
         self._matched = self._position = 0

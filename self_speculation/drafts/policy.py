@@ -72,7 +72,7 @@ class ArmStats:
     num_rounds: int = 0
     # By source and matched tokens.
     acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
-    # By source: rejections over those that the probabilities of drafted tokens tell.
+    # By source: observed rejections over those that the probabilities of drafted tokens predict.
     overconfidence: dict[str, DecayedMean] = field(default_factory=dict)
     used_at: dict[str | None, int] = field(default_factory=dict)  # the last round of each source
     trial_at: int = _WAIT  # the round of the next trial
@@ -120,6 +120,9 @@ class AdaptivePolicy:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
         self._plan, self._plain = Plan(), Plan()
+        # A plan without drafts holds up to a round, for these rows, this length and these times.
+        self._plain_for: tuple[int, int, PassTimes] | None = None
+        self._plain_until = 0
         # Seconds in this round of a drafted token of each row, and of verifying 0, 1, ... of them.
         self._drafting: dict[str | None, float] = {}
         self._verifying: Sequence[float] = ()
@@ -133,6 +136,11 @@ class AdaptivePolicy:
             limits: [B] the most tokens to draft.
         """
         stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
+        stats.num_rounds += 1
+        plain_for, until = (num_rows, longest, stats.times), min(self._plain_until, stats.trial_at)
+        if plain_for == self._plain_for and stats.num_rounds < until and not any(matches):
+            self._plan = self._plain
+            return self._plan
         self._drafting = {None: 0.0}
         self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
         self._verifying = stats.times.verifications(num_rows, longest + 1)
@@ -146,9 +154,10 @@ class AdaptivePolicy:
             plan = self._best_length(source, chances, longest)
             if plan.rate > max(best.rate, self._MARGIN * self._plain.rate):
                 best = plan._replace(lookups=[guess > own for guess in guesses])
-        stats.num_rounds += 1
         if best.max_drafted:
             stats.used_at[best.source] = stats.num_rounds
+        elif not any(matches):
+            self._plain_for, self._plain_until = plain_for, stats.num_rounds + _WAIT
         self._plan = best
         if longest and stats.num_rounds >= stats.trial_at:
             self._plan = self._trial(best, [guess > 0.0 for guess in guesses], longest) or best

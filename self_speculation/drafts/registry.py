@@ -20,7 +20,7 @@ from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, FixedPolicy
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.model_cache import cached, evict
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.quantized_layers import copies_are_smaller, quantized
+from self_speculation.model.quantized_layers import quantized, why_no_copies
 from self_speculation.model.short_head import ShortHead, TextReader, default_vocabulary
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
@@ -56,7 +56,7 @@ class DraftContext:
     def draft_weights(self) -> DraftWeights:
         """From the config; adaptive decoding makes no copies of what is in few bits already."""
         config = self.config
-        return "exact" if config.is_adaptive and not copies_are_smaller(self.model) else config.draft_weights
+        return "exact" if config.is_adaptive and why_no_copies(self.model) else config.draft_weights
 
     @cached_property
     def draft_vocabulary(self) -> int | None:
@@ -142,8 +142,7 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:
-    # What followed a single token is mostly chance; adaptive decoding learns how often.
-    yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH, 1 if context.config.is_adaptive else 2)
+    yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH, least=2)  # after one token it is chance
 
 
 def _shared(context: DraftContext) -> Iterator[SharedDrafts]:
@@ -151,7 +150,7 @@ def _shared(context: DraftContext) -> Iterator[SharedDrafts]:
     yield SharedDrafts(finished_answers(context.model, config.shared_lookup), is_sure=not config.is_adaptive)
 
 
-# A longer match goes first; of equal ones the upper source's.
+# A longer match goes first; at a tie, the source that is listed first.
 SOURCES: list[SourceEntry] = [
     SourceEntry(lambda config: True, _layers),
     SourceEntry(lambda config: config.looks_up, _text),

@@ -106,8 +106,8 @@ def eight_bits(weight: Tensor) -> Tensor:
 
 
 def is_in_few_bits(model: Any) -> bool:
-    """Whether the layers of a model are."""
-    return any(isinstance(module, _FewBits) for module in model.base_model.layers[0].modules())
+    """Whether the layers of a model are, or some of them."""
+    return any(isinstance(module, _FewBits) for module in model.base_model.layers.modules())
 
 
 def formats_of(model: nn.Module) -> str:

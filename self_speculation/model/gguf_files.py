@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,12 +40,16 @@ from self_speculation.model.progress import progress
 # Elements that are dequantised at a time: they stay in the processor's cache.
 _AT_A_TIME = 2**18
 
-_DENSE = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+_DENSE = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
 
 # Families by their names in files, where those differ.
 _FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
 
-# Kinds of values, by their numbers: as `struct` names them, and strings and arrays.
+# Types of values: their numbers are indices into these codes of `struct`; 8 is a string, 9 an array.
 _NUMBERS, _STRING, _ARRAY = "BbHhIif?__Qqd", 8, 9
 
 
@@ -61,7 +65,7 @@ class Header:
     """What a file says of itself; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
     Attributes:
-        metadata: arrays of strings are their lengths.
+        metadata: of an array of strings, the number of strings.
 
     Raises:
         ValueError: the file is cut short, or is no GGUF file.
@@ -162,13 +166,23 @@ def tokenizer_of(header: Header) -> PreTrainedTokenizerFast:
 
 
 def unread_formats(header: Header) -> Mapping[str, float]:
-    """By formats of matrices that are not read as they are, their shares of all numbers in matrices."""
+    """By name of a format that must be converted, its share of all numbers in matrices."""
     sizes = Counter[str]()
     for tensor in header.tensors:
         if len(tensor.shape) > 1:
             is_read = tensor.kind in FORMATS or tensor.kind in _DENSE
             sizes["" if is_read else tensor.kind.name] += math.prod(tensor.shape)
     return {name: size / sizes.total() for name, size in sizes.items() if name}
+
+
+def dense_dtype(header: Header) -> torch.dtype:
+    """The dtype in which most numbers of a file's matrices are dense: their own, and of others 16 bits."""
+    sizes = Counter[torch.dtype]()
+    for tensor in header.tensors:
+        if len(tensor.shape) > 1:
+            sizes[_DENSE.get(tensor.kind, torch.float16)] += math.prod(tensor.shape)
+    ((dtype, _),) = sizes.most_common(1)
+    return dtype
 
 
 def has_few_bits(header: Header) -> bool:
@@ -184,7 +198,7 @@ def load_in_few_bits(header: Header, config: PretrainedConfig) -> tuple[PreTrain
         model = kind._from_config(config, dtype=torch.float32)
     dense: dict[str, Tensor] = {}
     packed: dict[str, list[Any]] = {}  # bytes, rows and columns
-    for name, tensor, weight in _read_all(header, config, _bytes_or_float32):
+    for name, tensor, weight in _read_all(header, config, model.state_dict(), _bytes_or_float32):
         if weight.dtype == torch.uint8:
             packed[name] = [weight, *tensor.shape]
         else:
@@ -211,21 +225,24 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
     def read(path: Path, tensor: TensorInFile) -> Tensor:
         return _read(path, tensor, dtype if len(tensor.shape) > 1 else torch.float32)
 
-    return {name: weight.to(dtype) for name, _, weight in _read_all(header, config, read)}
+    with torch.device("meta"):
+        names = AutoModelForCausalLM.from_config(config).state_dict()
+    return {name: weight.to(dtype) for name, _, weight in _read_all(header, config, names, read)}
 
 
 def _read_all(
-    header: Header, config: PretrainedConfig, read: Callable[[Path, TensorInFile], Tensor]
+    header: Header,
+    config: PretrainedConfig,
+    parameters: Iterable[str],
+    read: Callable[[Path, TensorInFile], Tensor],
 ) -> Iterator[tuple[str, TensorInFile, Tensor]]:
-    """All weights, by the names of parameters, in transformers' order of rows; read on several threads. Bytes
-    become weights in few bits.
+    """The weights of these parameters, in transformers' order of rows; read on several threads. Bytes become
+    weights in few bits.
     """
     architecture = header.metadata["general.architecture"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).state_dict()
     by_name_in_file = {names.get_name(name, (".weight", ".bias")): name for name in parameters}
     largest_first = sorted(header.tensors, key=lambda tensor: -tensor.num_bytes)
     tensors = {by_name_in_file[t.name]: t for t in largest_first if t.name in by_name_in_file}

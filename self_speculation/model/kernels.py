@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from self_speculation.config import LoadingWarning
 
 _FOLDER = Path(__file__).with_name("cpp")
 _SOURCES = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
@@ -131,8 +134,11 @@ def _kept(variant: str) -> list[Path]:
 
 
 def _build(variant: str) -> None:
-    """Raises RuntimeError if the kernel cannot be built, OSError if what was built cannot be loaded."""
-    for file in _kept(variant):
+    """Warns if the cache cannot hold the file. Raises RuntimeError if it cannot be built, OSError if what was
+    built cannot be loaded.
+    """
+    wanted = _kept(variant)
+    for file in wanted:
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if _is_own(file.parent):
@@ -144,10 +150,20 @@ def _build(variant: str) -> None:
         except OSError:
             continue  # it cannot be kept
         if _is_loaded(file):
+            if file != wanted[0]:
+                _warn_of_cache(wanted[0], f"they are kept in {file.parent}")
             return
     with tempfile.TemporaryDirectory() as folder:  # for this process
         _compile(variant, file := Path(folder) / "layers.so")
         torch.ops.load_library(file)
+    _warn_of_cache(wanted[0], "each start builds them")
+
+
+def _warn_of_cache(wanted: Path, instead: str) -> None:
+    where = "SELF_SPECULATION_CACHE names another folder"
+    warnings.warn(
+        f"the operators cannot be kept in {wanted.parent}: {instead}; {where}", LoadingWarning, stacklevel=2
+    )
 
 
 def _compile(variant: str, file: Path) -> None:

@@ -50,18 +50,21 @@ class Linear:
 
     def __init__(self, *projections: Any) -> None:
         self.projections = projections
-        self.is_in_few_bits = isinstance(projections[0], FewBitsLinear)
+        self.is_in_few_bits = any(isinstance(projection, FewBitsLinear) for projection in projections)
         self._num_rows = [projection.out_features for projection in projections]
         self.shape = torch.Size((sum(self._num_rows), projections[0].in_features))
         self.has_biases = [projection.bias is not None for projection in projections]
-        tables = [each._buffers if self.is_in_few_bits else each._parameters for each in projections]
+        tables = [
+            each._buffers if isinstance(each, FewBitsLinear) else each._parameters for each in projections
+        ]
         self._slots: list[list[Slot]] = [
             [(table, "weight"), (table, "bias")][: 1 + has_bias]
             for table, has_bias in zip(tables, self.has_biases, strict=True)
         ]
         self._joint: tuple[Tensor, Tensor | None] | None = None
-        on_cpu = projections[0].weight.device.type == "cpu"
-        self.is_in_place = self.is_in_few_bits or (on_cpu and all(w.stride(1) == 1 for w, _ in self.pairs))
+        weights = [projection.weight for projection in projections]
+        on_cpu = weights[0].device.type == "cpu"
+        self.is_in_place = on_cpu and all(weight.stride(-1) == 1 for weight in weights)
         if not on_cpu:
             bias = _side_by_side(self._biases()) if any(self.has_biases) else None
             self._joint = _side_by_side([weight for weight, _ in self.pairs]).t(), bias
@@ -72,8 +75,10 @@ class Linear:
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight [out, in] and bias of each projection. Weights in few bits are dequantised."""
-        in_few_bits = self.is_in_few_bits
-        return [(each.dequantized() if in_few_bits else each.weight, each.bias) for each in self.projections]
+        return [
+            (each.dequantized() if isinstance(each, FewBitsLinear) else each.weight, each.bias)
+            for each in self.projections
+        ]
 
     def slots(self) -> list[Slot]:
         """Weight and bias, if there is one, of each projection, for operators."""

@@ -28,7 +28,14 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from self_speculation.config import DtypeName, LoadingOptions, Parallel, PrefillDtype, Quantization
+from self_speculation.config import (
+    DtypeName,
+    LoadingOptions,
+    LoadingWarning,
+    Parallel,
+    PrefillDtype,
+    Quantization,
+)
 from self_speculation.model.captured_runner import capture_decoding, check_can_be_captured
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
@@ -36,6 +43,7 @@ from self_speculation.model.fused_layers import activation_dtype, fuse
 from self_speculation.model.gguf_files import (
     Header,
     config_of,
+    dense_dtype,
     has_few_bits,
     load_in_few_bits,
     read_weights,
@@ -44,7 +52,7 @@ from self_speculation.model.gguf_files import (
 )
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.quantized_layers import quantize
-from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
+from self_speculation.model.sources import LoadingError, adapted_model, explained, locate
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -111,7 +119,7 @@ def with_fast_prompts(model: str, options: LoadingOptions, config: PretrainedCon
     is_plain = options.prefill_dtype == "auto" and options.quantization == "none"
     if not is_plain or not computes_bfloat16() or adapted_model(model, options):
         return options
-    own = _own_dtype(model, options, config, resolve_device(options.device))
+    own = _own_dtype(_header(model), options, config, resolve_device(options.device))
     return replace(options, prefill_dtype="bfloat16") if own == torch.bfloat16 else options
 
 
@@ -192,7 +200,7 @@ def load_model_and_tokenizer(
         if kwargs.pop("rope_scaling", None) is not None:  # by itself transformers forgets the base
             kwargs["rope_parameters"] = config.rope_parameters
         in_few_bits = None if adapted or not _is_in_few_bits(header, options, device) else header
-        own = None if adapted or in_few_bits else _own_dtype(model, options, config, device)
+        own = None if adapted or in_few_bits else _own_dtype(header, options, config, device)
         if (own is None or bits is not None) and options.prefill_dtype == "bfloat16":
             raise LoadingError(
                 "prefill_dtype bfloat16: needs weights in 16 bits and products in float32, so dtype auto,"
@@ -248,10 +256,10 @@ def _load(
 
 
 def _own_dtype(
-    model: str, options: LoadingOptions, config: PretrainedConfig, device: torch.device
+    header: Header | None, options: LoadingOptions, config: PretrainedConfig, device: torch.device
 ) -> torch.dtype | None:
     """The dtype of weights that operators read as they are, where `auto` is that; None: it is float32."""
-    dtype = torch.float16 if model.endswith(".gguf") else config.dtype
+    dtype = config.dtype if header is None else dense_dtype(header)
     is_half = dtype in (torch.bfloat16, torch.float16) and has_fused_layers(config)
     return dtype if is_half and _keeps_format(options, device) else None
 

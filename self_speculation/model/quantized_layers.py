@@ -65,9 +65,11 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
     return _INT4_ON_CUDA if model.device.type == "cuda" else BYTES_PER_WEIGHT, of_head
 
 
-def copies_are_smaller(model: PreTrainedModel) -> bool:
-    """Whether copies in four bits take clearly fewer bytes than the model's own layers."""
-    return mean_bytes_per_weight(model.base_model.layers[0]) > _CLEARLY_MORE * BYTES_PER_WEIGHT
+def why_no_copies(model: PreTrainedModel) -> str | None:
+    """None, if copies in four bits take clearly fewer bytes than the model's own layers."""
+    own = mean_bytes_per_weight(model.base_model.layers[0])
+    is_clear = own > _CLEARLY_MORE * BYTES_PER_WEIGHT
+    return None if is_clear else f"the model's weights take {8 * own:.1f} bits already"
 
 
 @torch.no_grad()
@@ -117,11 +119,8 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
             that a copy hardly makes smaller, no kernels, or no memory for the copies.
     """
     check_family("int4", runner.config)
-    if not copies_are_smaller(runner.model):
-        own = mean_bytes_per_weight(runner.model.base_model.layers[0])
-        raise ValueError(
-            f"draft_weights int4: the model's weights take {8 * own:.1f} bits already; it must be exact"
-        )
+    if (why := why_no_copies(runner.model)) is not None:
+        raise ValueError(f"draft_weights int4: {why}; it must be exact, or the dtype float16")
     layers = runner.layers[:num_layers]
     _check_plain(runner, layers, "draft_weights int4")
     bytes_per_weight(runner.model, "int4")  # raises ValueError without kernels

@@ -31,10 +31,6 @@ class LoadingError(Exception):
     """A model cannot be loaded; the message is one line with advice."""
 
 
-class LoadingWarning(UserWarning):
-    """A model is loaded otherwise than expected."""
-
-
 def hub_answers(repo: str, kind: Literal["model", "dataset"] = "model") -> bool:
     """Whether the hub can be reached, whether or not it has the repository.
 

@@ -101,8 +101,6 @@ def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
             return f"{name or 'it'} has a hook or another forward"
     weights = [weight for root in roots for weight in root.parameters()]
     in_few_bits = [module.weight for _, module in named if type(module) is FewBitsLinear]
-    if in_few_bits and any(type(module) is nn.Linear for _, module in named):
-        return "only some of its weights are in few bits"
     for weight in weights:
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             return f"its weights are in fewer bits or in parts ({type(weight).__name__}, {weight.dtype})"

@@ -2,7 +2,9 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import psutil
@@ -15,7 +17,7 @@ from transformers import LlamaConfig
 from arguments import ModelArguments
 from benchmarks import adaptive, gpu, serving, side_by_side, threads
 from benchmarks.inspection import Judged, judge_greedy
-from benchmarks.peers import fastest, in_each_format
+from benchmarks.peers import PEERS, fastest, find_peer, in_each_format
 from benchmarks.sides import EARLY_EXIT, TRANSFORMERS, Answers, ours, theirs
 from benchmarks.synthetic import random_llama
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse
@@ -35,13 +37,17 @@ def measured(endless_folder, capsys):
     return run
 
 
-def test_first_tokens(measured):
-    """Guards against a length that is not the prompt's, and a ratio to another side."""
+def test_first_tokens(measured, monkeypatch):
+    """Guards against a length that is not the prompt's, a ratio to another side, and a machine with threads
+    that no turn had.
+    """
+    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)  # turns end with one thread
     record = measured(side_by_side, "--prompt_tokens", "20", "70", "--rounds", "2")
     rows = record["rows"]
     sides = ("transformers, bfloat16", "here")
     assert [(row["tokens"], row["side"]) for row in rows] == [(n, side) for n in (20, 70) for side in sides]
     assert all(row["of transformers"] == 1 for row in rows[::2])
+    assert record["threads_used"] == 1
 
 
 def test_side_by_side(measured, tmp_path, monkeypatch):
@@ -49,6 +55,7 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
     padding that counts as tokens.
     """
     monkeypatch.setattr("benchmarks.peers._TRIES", 1)
+    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)
     monkeypatch.setattr(side_by_side, "bars", drawn := Mock())
     record = measured(
         side_by_side, "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
@@ -70,6 +77,7 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
     assert list(drawn.call_args.args[0].index) == [
         f"{row['side']}, batch {row['batch_size']}" for row in rows
     ]
+    assert ", at times 1 of 2 threads, 1 rank" in " ".join(drawn.call_args.args[2].split())
 
 
 def test_transformers_has_its_best_format():
@@ -83,6 +91,48 @@ def test_transformers_has_its_best_format():
         return lambda prompts: Answers([[5] * 9 for _ in prompts], 1, prefill, prefill + decoding)
 
     assert fastest([*times], make, [[5]]) == "slow decoding"
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_that_cannot_run_is_refused(name, monkeypatch, capsys):
+    """Guards against a traceback, or minutes of measuring before it."""
+    for module, model, why in (
+        (None, "x.gguf", "needs the package"),
+        (Mock(), "x", "reads .gguf files alone"),
+    ):
+        monkeypatch.setitem(sys.modules, PEERS[name].module, module)
+        with pytest.raises(SystemExit):
+            find_peer(name, Path(model))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--peers {name}: {why}" in line
+
+
+def test_openvino_gets_the_same_work(monkeypatch):
+    """Guards against a peer with other threads, limits or ends, or one that keeps what it read before."""
+    library, asked = Mock(), []
+
+    def generate(ids, _):
+        asked.append(ids)
+        metrics = Mock(get_ttft=lambda: SimpleNamespace(mean=500.0))
+        return SimpleNamespace(tokens=[[7, 8, 2]], perf_metrics=metrics)
+
+    library.LLMPipeline.return_value.generate = generate
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: array.tolist()))
+    config = GenerationConfig(max_steps=9, num_speculations=4, sample=False)
+    sides = PEERS["openvino"].sides(library, Path("x.gguf"), [2], config, Path())
+    assert [*sides] == ["openvino", "openvino, lookup"]
+    for side in sides.values():
+        answers = side([[5, 9], [4]])
+        assert (answers.ids, answers.prefill_time, answers.num_first) == ([[7, 8, 2]] * 2, 1.0, 2)
+    assert asked == [[[5, 9]], [[4]]] * 2
+    plain, lookup = library.LLMPipeline.call_args_list
+    assert plain.args == lookup.args == ("x.gguf", "CPU")
+    assert plain.kwargs["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
+    assert lookup.kwargs == plain.kwargs | {"prompt_lookup": True}
+    assert library.SchedulerConfig().enable_prefix_caching is False
+    settings = library.GenerationConfig()
+    assert (settings.max_new_tokens, settings.do_sample, settings.stop_token_ids) == (9, False, {2})
+    assert settings.num_assistant_tokens == 4
 
 
 def test_what_follows_the_end_of_a_padded_row_does_not_count():

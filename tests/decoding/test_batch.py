@@ -19,10 +19,12 @@ from conftest import (
     scheduler_of,
     tiny_llama,
 )
+from helpers import watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MaxLengthCriteria
 
+import self_speculation
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding import batch
 from self_speculation.model.kv_cache import KVCache
@@ -255,14 +257,18 @@ def test_no_rows(generator):
 
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch):
-    """Guards against random numbers, keys and values of a failed round in later requests."""
+    """Guards against random numbers, keys and values of a failed round in later requests, and against a
+    prefix that it may have written to.
+    """
 
     def out_of_memory(*_):
         raise MemoryError
 
-    drafts = {**LAYERS, "sample": True, "temperature": 1.0, "max_steps": 8}
+    drafts = {**LAYERS, "sample": True, "temperature": 1.0, "max_steps": 8, "reuse_cache": True}
     model, requests = tiny_llama(), [Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
-    scheduler = scheduler_of(model, 2, **drafts)
+    scheduler = scheduler_of(model, 3, **drafts)
+    scheduler.add_request(3, requests[3])  # leaves a prefix
+    drained(scheduler)
     for key in range(num_rows):
         scheduler.add_request(key, requests[key])
     with monkeypatch.context() as patches:
@@ -276,7 +282,7 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
         results = drained(scheduler)
     for key, result in results.items():
         alone = in_batch(model, [requests[key]], 1, **drafts)[0]
-        assert result.predicted_tokens == alone.predicted_tokens
+        assert (result.predicted_tokens, result.num_cached_tokens) == (alone.predicted_tokens, 0)
 
 
 def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
@@ -334,11 +340,16 @@ class Calls:
 @pytest.mark.parametrize("callback", ["streamer", "stop_checks", "stopping_criteria"])
 @pytest.mark.parametrize("drafts", [{}, LAYERS])
 def test_a_callback_may_cancel(callback, budget, drafts):
-    """Guards against a row that is dropped while it joins the batch, and a reason that is overwritten."""
+    """Guards against a row that is dropped while it joins the batch, and a reason that is overwritten, also
+    of a row that has ended.
+    """
     model = tiny_llama()
     scheduler = scheduler_of(model, 3, budget, max_steps=20, **drafts)
     cancels = Calls(lambda: scheduler.cancel({"cancels", "waits"}))
-    scheduler.add_request("stays", Request(PROMPTS[0]))
+    cancels_what_has_ended = Calls(
+        lambda: scheduler.cancel({row.key for row in scheduler.batch.sequences if row.stop_reason})
+    )
+    scheduler.add_request("stays", Request(PROMPTS[0], streamer=cancels_what_has_ended))
     scheduler.add_request("waits", Request(PROMPTS[4]))
     scheduler.add_request("cancels", Request(PROMPTS[2], **{callback: cancels}))
     found = drained(scheduler)
@@ -348,6 +359,21 @@ def test_a_callback_may_cancel(callback, budget, drafts):
     assert found["stays"].predicted_tokens == expected["stays"]
     assert found["cancels"].predicted_tokens == expected["cancels"][:1]
     assert scheduler.num_free_slots == 3
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_row_is_cancelled_between_two_rounds(late, monkeypatch):
+    """Guards against tokens of a pass that a GPU still computes, which go to other rows, or to none."""
+    monkeypatch.setattr(batch, "reads_late", lambda device: late)
+    model, keys = tiny_llama(), range(3)
+    scheduler = scheduler_of(model, 3, max_steps=12)
+    for key in keys:
+        scheduler.add_request(key, Request(PROMPTS[key]))
+    for _ in range(3):
+        scheduler.step()
+    scheduler.cancel({0})
+    found, alone = drained(scheduler), tokens_alone(model, PROMPTS[:3], max_steps=12)
+    assert [found[key].predicted_tokens for key in keys] == [alone[0][: 3 + (not late)], *alone[1:]]
 
 
 def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
@@ -368,14 +394,17 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     assert [len(result.predicted_tokens) for result in ended.values()] == [9, 60]
 
 
-def test_a_scheduler_that_was_idle(monkeypatch):
-    """Guards against idle time in a prefill time."""
-    idle, ticks = 0.0, count()
-    monkeypatch.setattr("time.perf_counter", lambda: idle + next(ticks))  # no clock of the machine
-    scheduler = scheduler_of(tiny_llama(), batch_size=1)
-    idle = 1e9
-    scheduler.add_request(0, Request(PROMPTS[0]))
-    assert 0 < drained(scheduler)[0].prefill_time < idle
+def test_times_of_setup_and_idleness(monkeypatch):
+    """Guards against idle time in a prefill time, and against a setup that counts for each request."""
+    passed, setup, idle, ticks = [0.0], 1e6, 1e9, count()
+    monkeypatch.setattr("time.perf_counter", lambda: sum(passed) + next(ticks))  # no clock of the machine
+    watch(monkeypatch, self_speculation.scheduler, "make_runner", lambda _: passed.append(setup))
+    scheduler = scheduler_of(tiny_llama(), batch_size=2)
+    passed.append(idle)
+    for key in (0, 1):
+        scheduler.add_request(key, Request(PROMPTS[0]))
+    first, second = (result.prefill_time for _, result in sorted(drained(scheduler).items()))
+    assert 0 < second < setup < first < idle
 
 
 def test_batches_that_are_taken_from_in_turn():

@@ -234,11 +234,15 @@ def test_a_repeated_question_needs_fewer_rounds(how):
     assert others.num_verifications > 2 * second.num_verifications  # no answers of another model
 
 
-def test_a_warm_up_teaches_nothing():
-    """Guards against a measured answer that is drafted from the warm-up's or from a forgotten one."""
+def test_warm_ups_and_failures_teach_nothing():
+    """Guards against a measured answer that is drafted from the warm-up's, a failed or a forgotten one."""
     model = own_llama()
     config = {**LAYERS, "shared_lookup": 200}
     run_every_pass(make_strategy("self_speculative"), model, PROMPT, config_of(**config))
+    with pytest.raises(ZeroDivisionError):
+        generate(
+            model, PROMPT, eos=[], stop_checks=lambda ids: 1 / (30 - len(ids)) > 1, max_steps=40, **config
+        )
     for _ in range(2):
         assert "shared" not in generate(model, PROMPT, max_steps=40, eos=[], **config).drafts_by_source
         forget_what_was_learnt(model)

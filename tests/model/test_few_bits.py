@@ -22,6 +22,8 @@ from helpers import error_line
 from test_gguf import write
 from transformers import AutoModelForCausalLM
 
+from arguments import GenerationConfig, ModelArguments
+from runs.startup import load_generator
 from self_speculation import LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files
 from self_speculation.model.captured_runner import make_runner
@@ -161,6 +163,15 @@ def model_of_file(kind, byte_tokenizer, tmp_path, options=None, **config):
     return loaded, model
 
 
+@torch.inference_mode()
+def logits_in_pieces(model, ids, width):
+    """Of a prompt that is read in pieces."""
+    runner = make_runner(model)
+    cache = runner.new_cache(ids.shape[1], ids.shape[1]).prompt_view(0)
+    pieces = ids.split(width, 1)
+    return torch.cat([forward(runner, cache, piece, piece.shape[1]).logits for piece in pieces], 1)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_1"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_file_is_read_in_its_own_bits(kind, tied, byte_tokenizer, tmp_path):
@@ -183,6 +194,34 @@ def test_a_file_is_read_in_its_own_bits(kind, tied, byte_tokenizer, tmp_path):
             runner = make_runner(loaded)
             logits = forward(runner, runner.new_cache(40, 40), ids, 40).logits
             assert (logits - model(ids).logits).norm() < 0.08 * logits.norm()
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"attn_v": "F16"},
+        {"attn_q": "F32"},
+        {"ffn_gate": "BF16"},
+        {"blk.0.": "F16"},
+        {"ffn_up": "F32", "attn_k": "Q5_0"},
+    ],
+)
+def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
+    """Guards against a file that llama.cpp keeps partly in 16 bits: it decodes by the operators, too, and
+    the bits of a token do not depend on the pass.
+    """
+    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
+    kinds = {part: gguf.GGMLQuantizationType[kind] for part, kind in others.items()}
+    write(tmp_path / "x.gguf", model, byte_tokenizer, gguf.GGMLQuantizationType.Q8_0, True, kinds)
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
+    exact, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="float32"))
+    own = loaded.state_dict()
+    assert all(torch.equal(own[name], weight) for name, weight in exact.state_dict().items())
+    assert fuse(loaded) == len(loaded.model.layers)
+    ids = torch.randint(3, 50, (1, 80))
+    whole = logits_in_pieces(loaded, ids, 80)
+    assert (whole - exact(ids).logits).norm() < 0.08 * whole.norm()
+    assert all(torch.equal(logits_in_pieces(loaded, ids, width), whole) for width in (1, 7, 64))
 
 
 def test_other_dtypes_are_as_asked(byte_tokenizer, tmp_path):
@@ -230,17 +269,9 @@ def test_a_prompt_in_pieces_has_the_same_bits(bits):
     model = own_llama()
     quantize(model, bits)
     fuse(model)
-    runner, ids = make_runner(model), torch.randint(3, 50, (1, 150))
-
-    def logits(width):
-        cache = runner.new_cache(150, 150).prompt_view(0)
-        return torch.cat(
-            [forward(runner, cache, part, part.shape[1]).logits for part in ids.split(width, 1)], 1
-        )
-
-    with torch.inference_mode():
-        whole = logits(150)
-        assert all(torch.equal(logits(width), whole) for width in (1, 7, 64, 100))
+    ids = torch.randint(3, 50, (1, 150))
+    whole = logits_in_pieces(model, ids, 150)
+    assert all(torch.equal(logits_in_pieces(model, ids, width), whole) for width in (1, 7, 64, 100))
 
 
 @pytest.mark.parametrize("family", ["llama", "not fused"])
@@ -266,14 +297,22 @@ def test_weights_are_rounded(family, bits, error):
         assert (logits - exact(ids).logits).norm() < 10 * error * logits.norm()
 
 
-def test_a_copy_of_what_is_in_few_bits_is_refused():
-    """Guards against a copy that takes as long as the weights: drafts would only cost. Eight bits pay."""
+def test_a_copy_of_what_is_in_few_bits_is_refused(model_folder, capsys):
+    """Guards against a copy that takes as long as the weights: drafts would only cost. Eight bits pay. Guards
+    against adaptive decoding that goes without in silence.
+    """
     model = own_llama()
     quantize(model, 4)
     fuse(model)
     copies = {**LAYERS, "draft_weights": "int4"}
     line = error_line(ValueError, generate, model, [5, 9, 4], **copies)
-    assert line == "draft_weights int4: the model's weights take 5.8 bits already; it must be exact"  # padded
+    few = "the model's weights take 5.8 bits already"  # padded
+    assert line == f"draft_weights int4: {few}; it must be exact, or the dtype float16"
+    arguments = ModelArguments(model=str(model_folder), quantization="int4", device="cpu")
+    load_generator(arguments, GenerationConfig(generation_strategy="adaptive", draft_weights="int4"))
+    said = "--draft_weights int4: not used, the model's weights take "
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(said)]
+    assert line.endswith(" bits already; --dtype float16 has copies")
     model = own_llama()
     quantize(model, 8)
     fuse(model)

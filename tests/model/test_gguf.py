@@ -22,13 +22,14 @@ from self_speculation.model.gguf_files import Header
 from self_speculation.model.loading import load_config
 
 
-def write(path, model, tokenizer, quantised=None, everything=False):
+def write(path, model, tokenizer, quantised=None, everything=False, others=None):
     """Write a file as converters do: without the size of the vocabulary, and with the two halves of each
     head, which rotate together, interleaved.
 
     Args:
         quantised: format of the layers' matrices; None: float32.
         everything: embeddings and head have that format, too.
+        others: by parts of matrices' names, their formats instead.
     """
     config = model.config
     file = gguf.GGUFWriter(path, "llama")
@@ -59,10 +60,11 @@ def write(path, model, tokenizer, quantised=None, everything=False):
         if heads := num_heads.get(name.split(".")[-2]):
             weight = weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
         name, data = names.get_name(name, (".weight",)), weight.numpy()
-        if quantised is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
+        kind = next((kind for part, kind in (others or {}).items() if part in name), quantised)
+        if kind is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
             file.add_tensor(name, data)
         else:
-            file.add_tensor(name, gguf.quantize(data, quantised), raw_dtype=quantised)
+            file.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
@@ -113,14 +115,30 @@ def test_weights_are_dequantised_as_by_gguf(kind, dtype, byte_tokenizer, tmp_pat
 
 
 @needs_operators
+@pytest.mark.parametrize("kind", ["F32", "BF16", "F16"])
+def test_dense_files_keep_their_dtype(kind, byte_tokenizer, tmp_path):
+    """Guards against numbers that are rounded to another format than the file's."""
+    model = own_llama(vocab_size=len(byte_tokenizer))
+    kind = gguf.GGMLQuantizationType[kind]
+    write(tmp_path / "x.gguf", model, byte_tokenizer, kind, everything=True)
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
+    assert loaded.dtype == {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[kind.name]
+    for name, weight in model.state_dict().items():
+        written = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
+        if weight.dim() > 1:
+            assert torch.equal(loaded.state_dict()[name].float(), written), name
+
+
+@needs_operators
 def test_weights_beyond_float16_are_refused(byte_tokenizer, tmp_path):
     """Guards against infinities: float16 does not hold what a file in bfloat16 may have."""
     model = own_llama(vocab_size=len(byte_tokenizer))
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = 1e5
     write(tmp_path / "x.gguf", model, byte_tokenizer, gguf.GGMLQuantizationType.BF16)
     with pytest.raises(LoadingError, match=r"blk\.1\.ffn_up\.weight has weights beyond 65504: they"):
-        load_model_and_tokenizer(str(tmp_path / "x.gguf"))
-    load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="bfloat16"))
+        load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="float16"))
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
+    assert loaded.model.layers[1].mlp.up_proj.weight[3, 3] == 99840
 
 
 @pytest.mark.parametrize(("has_bf16", "wanted"), [(True, torch.bfloat16), (False, torch.float16)])

@@ -2,6 +2,7 @@
 
 import shutil
 import stat
+import warnings
 from pathlib import Path
 from threading import Thread
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import needs_operators
 
+from self_speculation.config import LoadingWarning
 from self_speculation.model import kernels
 from self_speculation.model.int4_linear import _shares, in_four_bits
 from self_speculation.model.kernels import CPUOperators, cpu_operators
@@ -220,20 +222,26 @@ def test_another_source_has_another_file(builds, tmp_path, monkeypatch):
 @pytest.mark.parametrize("cache", ["/proc/nowhere", "others"])
 def test_a_cache_that_cannot_be_written(builds, cache, monkeypatch, tmp_path):
     """Guards against drafts that are slower for it, a compiler at each start, and against code in a folder
-    that others can write.
+    that others can write; against a user who does not know how to name another folder.
     """
-    _, compiler, loaded = builds
+    *_, loaded = builds
     if cache == "others":
         (tmp_path / cache / "kernels").mkdir(parents=True)
         (tmp_path / cache / "kernels").chmod(0o777)
         cache = str(tmp_path / cache)
     monkeypatch.setenv("SELF_SPECULATION_CACHE", cache)
-    assert load().variant
+    where = "; SELF_SPECULATION_CACHE names another folder$"
+    with pytest.warns(LoadingWarning, match=f"cannot be kept in {cache}/kernels: they are kept in .*{where}"):
+        assert load().variant
     assert not loaded[0].is_relative_to(cache)
-    compiler.unlink()
-    assert load().variant
+    with warnings.catch_warnings(action="error"), monkeypatch.context() as later:
+        later.setenv("CXX", "none")
+        assert load().variant
     assert loaded[0] == loaded[1]
     assert stat.S_IMODE(loaded[0].parent.stat().st_mode) == 0o700
+    loaded[0].parent.chmod(0o777)
+    with pytest.warns(LoadingWarning, match=f": each start builds them{where}"):
+        assert load().variant
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import pytest
 from conftest import ROOT, needs_operators
 from helpers import error_line
 
-from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from arguments import ModelArguments
+from runs.startup import load_generator
+from self_speculation import GenerationConfig, LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import loading
 from self_speculation.model.kernels import CPUOperators
 
@@ -59,6 +61,16 @@ def test_strategies_agree_on_a_quantised_model(own):
     for of in found.values():
         assert of["autoregressive"] == of["self_speculative"] == of["adaptive"]
     assert found["int4"]["autoregressive"] != found["none"]["autoregressive"]
+
+
+@needs_operators
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_line_says_whose_text_it_is(quantization, model_folder, capsys):
+    """Guards against text of another model than the one that is named, in silence."""
+    arguments = ModelArguments(model=str(model_folder), device="cpu", quantization=quantization)
+    load_generator(arguments, GenerationConfig())
+    line = f"quantization {quantization}: the text is that of the rounded model"
+    assert line in capsys.readouterr().err.splitlines()
 
 
 def test_impossible_quantisations_are_refused(model_folder, tmp_path, monkeypatch):

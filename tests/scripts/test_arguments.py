@@ -104,6 +104,9 @@ def test_help_has_every_flag_with_its_default(capsys):
         for field in dataclasses.fields(group):
             assert f"--{field.name} " in text
             assert field.default is None or f"(default: {field.default})" in text
+    advanced = text.rpartition(" advanced: ")[2]
+    for name in ("draft_confidence", "draft_vocabulary", "prefill_dtype"):  # guards against too much at once
+        assert f"--{name} " in advanced
     assert "None" not in text
     assert "[" not in "".join(line for line in text.splitlines() if line.endswith(":"))
 

@@ -80,6 +80,8 @@ def test_figures_say_what_they_are(common, tmp_path, monkeypatch, capsys):
     said = " ".join(output.split())
     assert ", autoregressive by the early exit at layer 2 alone, not by the full model, " in said
     assert "note: other programs used the processors, decoding had fewer threads: " in said
+    assert ", at times 1 of 2 threads, 1 rank" in said  # that of pictures, too
+    assert about(only_run(tmp_path))["threads_used"] == 1
     assert not any(words in output for words in ("acceptance", "rouge"))
     assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--num_samples", "1"]) == 0
     output = capsys.readouterr().out
@@ -203,7 +205,7 @@ def test_correctness_catches_a_wrong_accept_rule_by_ids(common, rule, batch_size
     args = [*common, *SPECULATION, "--sample", "False", "--batch_size", batch_size]
     assert correctness.main(args) == 1
     output = capsys.readouterr().out
-    assert "DIFFERENCE" in output
+    assert ", against decoding without drafts: DIFFERENCE\n" in output
     assert output.splitlines()[-1].startswith("FAILED: ")
 
 

@@ -172,6 +172,29 @@ def test_frame_and_last_lines_are_of_one_cell(
     assert " ".join(output.split()).count(said) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_slower"),
+    [("--mode predicted", False), ("--mode predicted --verify_top 1", True), ("--mode measured", True)],
+)
+@pytest.mark.usefixtures("timeless")
+def test_a_sweep_of_a_busy_machine_says_so(flags, is_slower, common, tmp_path, monkeypatch, capsys):
+    """Guards against a heading and a picture with threads that measured cells did not have."""
+    measure, measuring = sweeping.measure_examples, []
+
+    def busy(*args):
+        measuring.append(args)
+        yield from measure(*args)
+        measuring.clear()
+
+    monkeypatch.setattr(sweeping, "measure_examples", busy)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1 if measuring else 2)
+    grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--num_samples", "1", "--threads", "1"]
+    assert sweep.main([*common, *grid, *flags.split()]) == 0
+    assert about(only_run(tmp_path))["threads_used"] == (1 if is_slower else 2)
+    said = "at times 1 of 2 threads" if is_slower else "2 threads"
+    assert f", {said}, 1 rank" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.usefixtures("timeless")
 def test_unused_and_cut_flags_are_named(common, tmp_path, capsys):
     """Guards against a sweep that ignores a flag without a word."""

@@ -4,6 +4,7 @@ import copy
 import math
 import queue
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from unittest.mock import Mock, patch
 
 import pytest
@@ -78,18 +79,32 @@ def test_a_job_that_fails_fails_alone(engine, text_model):
     check(text_model, PROMPTS[:1], submit(engine, PROMPTS[:1])[1])
 
 
-def test_the_queue_is_bounded_and_takes_all_or_none(engine):
-    """Four slots, four waiting jobs. Guards against half a request, and a queue time that is not counted."""
+def test_the_queue_is_bounded_and_takes_all_or_none(engine, monkeypatch):
+    """Four slots, four waiting jobs. Guards against half a request, against two that get the same room, jobs
+    that count as running without a slot, and a queue time that is not counted.
+    """
+    numbers, pool, others, check_room = [], ThreadPoolExecutor(1), [], engine.check_room
+
+    def check_while_another_comes(num_jobs):
+        check_room(num_jobs)
+        if not others:
+            others.append(pool.submit(submit, engine, PROMPTS[:1]))
+            wait(others, 0.1)
+
+    watch(monkeypatch, engine._scheduler, "add_request", lambda *_: numbers.append(len(engine.in_flight)))
     with held(engine) as at_rest:
         _, results = submit(engine, PROMPTS)
         assert at_rest.wait(60)
         results += submit(engine, PROMPTS[:3])[1]
         with pytest.raises(QueueFull, match="3 requests wait already"):
             submit(engine, PROMPTS[:2])
+        monkeypatch.setattr(engine, "check_room", check_while_another_comes)
         [last], more = submit(engine, PROMPTS[:1])
+        assert isinstance(others[0].exception(), QueueFull)
         submitted = time.perf_counter()
     assert kinds(results + more) == [GenerationStrategyResult] * 8
     assert last.arrival_time <= submitted <= last.admission_time
+    assert max(numbers) == 4
 
 
 def test_a_cancelled_or_late_job_ends_at_the_next_step(engine):
@@ -111,6 +126,7 @@ def test_a_shutdown_finishes_what_it_can_and_aborts_the_rest(engine, seconds, ki
         _, results = submit(engine, PROMPTS * 2)
         assert at_rest.wait(60)
         engine.shut_down(seconds)
+        engine.shut_down(600)  # a later one gives no more time
         with pytest.raises(ServerShutdown):
             submit(engine, [[5]])
     assert kinds(results) == [kind] * 8

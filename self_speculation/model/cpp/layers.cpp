@@ -82,9 +82,24 @@ class Products {
     return tokens > MADE_ALONE ? aligned(tokens * Inputs::stride_of(columns)) : nullptr;
   }
 
-  // Two phases: x is what `fill(token, to)` writes, then f(x, index of the weight, first row, last row) for all rows.
+  // x is what `fill(token, to)` writes, then f(x, index of the weight, first row, last row) for all rows: two phases, or
+  // two for each weight if they differ in type, since inputs are made for one.
   template <class Fill, class F>
   void run(Phase*& phase, std::initializer_list<const Weight*> weights, const Fill& fill, const F& f) const {
+    size_t index = 0;
+    if (of_one_type(weights)) return run_together(phase, weights, fill, f);
+    for (const Weight* weight : weights) {
+      run_together(phase, {weight}, fill, [&](const Inputs& x, size_t, int64_t first, int64_t last) { f(x, index, first, last); });
+      index++;
+    }
+  }
+  static bool of_one_type(std::initializer_list<const Weight*> weights) {
+    return std::all_of(weights.begin(), weights.end(), [&](auto* weight) { return weight->type == (*weights.begin())->type; });
+  }
+
+ private:
+  template <class Fill, class F>
+  void run_together(Phase*& phase, std::initializer_list<const Weight*> weights, const Fill& fill, const F& f) const {
     const Weight& weight = **weights.begin();
     Inputs x(shared_ ? shared_ : own_.get(), tokens_, weight.columns, weight.type);
     auto put = [&](int64_t t) { x.put(t, fill, reinterpret_cast<float*>(in_order_.get())); };
@@ -97,7 +112,6 @@ class Products {
     });
   }
 
- private:
   int64_t tokens_, threads_;
   Floats* shared_;
   std::unique_ptr<Floats[]> in_order_, own_;
@@ -156,6 +170,9 @@ struct Layer {
   }
 };
 
+// Products of queries, keys, values, gates and what they gate may be two phases each, if weights differ in type.
+constexpr int64_t MOST_PHASES = 17;
+
 // New positions of some rows, through a range of layers that differ in nothing but their numbers.
 class Pass {
  public:
@@ -166,7 +183,7 @@ class Pass {
         d_(caches[0].size(3)), heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), together_(heads_ / kv_heads_),
         joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(layers[0].width),
         spans_(spans_of(*std::max_element(starts, starts + rows))), threads_(torch::stable::get_num_threads()),
-        phases_(new Phase[layers.size() * 11]), finished_(new std::atomic<int64_t>[layers.size() * rows * kv_heads_]()),
+        phases_(new Phase[layers.size() * MOST_PHASES]), finished_(new std::atomic<int64_t>[layers.size() * rows * kv_heads_]()),
         projected_(new float[tokens * joint_]), attended_(new float[tokens * heads_ * d_]),
         gates_(new float[tokens * mlp_width_]), ups_(new float[tokens * mlp_width_]), added_(new float[tokens * hidden]),
         sums_(new float[rows * kv_heads_ * spans_ * of_group() * d_]),
@@ -248,11 +265,17 @@ class Pass {
 
   // act(x W_gate^T) * x W_up^T, of the normed states
   void activate_gates(const Products& products, Phase*& phase, const Layer& layer) {
-    products.run(phase, {&layer.gate}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
-      auto into = [&](std::unique_ptr<float[]>& to) {
-        return [&](int64_t t, int64_t row, float number) { to[t * mlp_width_ + row] = number; };
-      };
-      layer.gate.multiply(first, last, x, into(gates_)), layer.up.multiply(first, last, x, into(ups_));
+    auto multiply = [&](const Weight& weight, std::unique_ptr<float[]>& to, const Inputs& x, int64_t first, int64_t last) {
+      weight.multiply(first, last, x, [&](int64_t t, int64_t row, float number) { to[t * mlp_width_ + row] = number; });
+    };
+    bool is_one_type = Products::of_one_type({&layer.gate, &layer.up});
+    if (!is_one_type)
+      products.run(phase, {&layer.gate}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
+        multiply(layer.gate, gates_, x, first, last);
+      });
+    products.run(phase, {&layer.up}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
+      if (is_one_type) multiply(layer.gate, gates_, x, first, last);
+      multiply(layer.up, ups_, x, first, last);
       for (int64_t t = 0; t < tokens_; t++)
         for (int64_t j = first; j < last; j += LANES) {
           float *gates = &gates_[t * mlp_width_ + j], *ups = &ups_[t * mlp_width_ + j];
@@ -336,9 +359,7 @@ void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, 
     // Two norms and seven weights, and what its options add: a norm of queries comes with one of keys.
     int64_t needed = 9 + std::popcount(uint64_t(own[0] & 0x3ff)) + (own[0] >> 7 & 1);
     STD_TORCH_CHECK(weights.data() + weights.size() - next >= needed, "weights: fewer than the layers have");
-    const Layer& layer = layers.emplace_back(next, own, of_floats + 7 * i, size, d);
-    STD_TORCH_CHECK(layer.query.type == layer.key.type && layer.query.type == layer.value.type && layer.gate.type == layer.up.type,
-                    "weights: those of the same inputs differ in dtype");
+    layers.emplace_back(next, own, of_floats + 7 * i, size, d);
   }
   STD_TORCH_CHECK(next == weights.data() + weights.size(), "weights: not as many as the layers have");
   Pass(layers, states, tokens, size, caches, rotations, of_rows, rows, first_slot).run();
