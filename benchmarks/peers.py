@@ -133,8 +133,9 @@ class LlamaCppStrategy(GenerationStrategy):
 
 
 class OpenVinoStrategy(GenerationStrategy):
-    """Greedy decoding by openvino-genai, one prompt at a time, with torch's number of threads. It keeps nothing
-    of earlier prompts.
+    """Greedy decoding by openvino-genai with torch's number of threads, one prompt at a time.
+
+    It keeps nothing of earlier prompts.
     """
 
     def __init__(self, library: Any, weights: Path, config: GenerationConfig, looks_up: bool) -> None:

@@ -16,7 +16,7 @@ from runs.records import Record
 from self_speculation import GenerationStrategyResult
 from self_speculation.model.families import attention_types
 from self_speculation.model.full_forward import attention_arguments
-from self_speculation.model.fused_layers import activation_dtype, prefills_in_bfloat16
+from self_speculation.model.fused_layers import activation_dtype, parts_of
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3
@@ -30,7 +30,8 @@ _RARE = 5
 
 def near_tie_bound(model: PreTrainedModel, largest: Any) -> Any:
     """The largest gap between two logits that rounding may reverse, given the largest logit."""
-    dtype = torch.bfloat16 if prefills_in_bfloat16(model) else activation_dtype(model)
+    parts = parts_of(model)
+    dtype = torch.bfloat16 if parts.prefills_in_bfloat16 else parts.dtype
     return _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
 
 

@@ -30,7 +30,7 @@ from self_speculation.model.devices import ends_ranks, num_ranks
 from self_speculation.model.families import check_supported, context_length, described_context
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
-from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early, prefill_chunk
+from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
 from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint, kept_caches
 from self_speculation.model.unsupported_hooks import check_followed
 from self_speculation.results import GenerationStrategyResult
@@ -243,12 +243,14 @@ class Scheduler(Generic[Key]):
 
     def _prefill_waiting(self) -> None:
         """Prefill waiting prompts, a chunk each, with what decoding leaves of the budget."""
-        chunk, left = prefill_chunk(self._model), self._token_budget
+        self._short_first = not self._short_first
+        if not self._waiting:
+            return
+        chunk, left = self._ensure_prepared().runner.prefill_chunk, self._token_budget
         if self.batch:
             left = max(1, left - len(self.batch))
         elif len(self._waiting) == 1 and self.whole_chunks:
             left = max(left, chunk)
-        self._short_first = not self._short_first
         while left > 0 and (sequence := self._next_prompt(left)) is not None:
             adjust_threads(self._model)
             try:
@@ -319,7 +321,7 @@ class Scheduler(Generic[Key]):
         if self._config.reuse_cache:
             # Take the fingerprint after the runner was made: fusing changes it.
             settings = self._batch_size, self.batch.longest_draft, self._depth
-            fingerprint = (*settings, cache_fingerprint(self._model))
+            fingerprint = (*settings, cache_fingerprint(runner))
             with suppress(IndexError):
                 kept = kept_caches(self._model).pop()
                 if kept.fingerprint == fingerprint and kept.cache.is_valid:

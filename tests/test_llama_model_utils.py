@@ -8,6 +8,7 @@ from conftest import assert_close, generate, tiny_llama
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from self_speculation.llama_model_utils import crop_past_key_values
+from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import FAMILIES, context_length, has_fused_layers
 from self_speculation.model.full_forward import exit_logits, hidden_after_each_layer
 from self_speculation.model.fused_layers import fuse
@@ -30,9 +31,13 @@ SHAPE = {
 OF_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
+def is_dense(model_type):
+    return experts_per_token(CONFIG_MAPPING[model_type]()) is None
+
+
 def family(model_type, attention="sdpa", **config):
     torch.manual_seed(0)
-    experts = {} if FAMILIES[model_type].has_copies else OF_EXPERTS
+    experts = {} if is_dense(model_type) else OF_EXPERTS
     settings = CONFIG_MAPPING[model_type](**{**SHAPE, **experts, **config})
     model = AutoModelForCausalLM.from_config(
         settings, dtype=torch.float64, attn_implementation=attention

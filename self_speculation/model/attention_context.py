@@ -41,7 +41,6 @@ class AttentionTables:
         self.unit = torch.eye(head_dim, dtype=dtype, device=self.device)
         self.rotate_half = self.unit.roll(head_dim // 2, 1)
         self.rotate_half[:, : head_dim // 2].neg_()
-        self.lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
 
     def reserve(self, num_positions: int) -> None:
         """Have tables of at least so many positions."""
@@ -102,8 +101,9 @@ class AttentionContext:
                 return None
             num_keys = end - first
             # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
-            mask = causal_mask(tables.lowest, width, round_up(num_keys, ALIGNMENT), start - first, window)
-            return (mask if copies == 1 else mask.repeat(copies, 1))[:, :num_keys]
+            last = first + round_up(num_keys, ALIGNMENT)
+            own, keys = (torch.arange(*ends, device=tables.device) for ends in ((start, end), (first, last)))
+            return causal_mask(own, keys, window, tables.dtype).repeat(copies, 1)[:, :num_keys]
 
         kernel = tables.kernel if width == 1 or window is None else tables.kernel.with_mask
         rows, rotary = cache.num_rows, (cos, sin)
@@ -133,13 +133,8 @@ class AttentionContext:
 
         @functools.cache
         def mask(copies: int) -> Tensor:
-            keys, own = torch.arange(first, length, device=positions.device), positions[:, None, :, None]
-            hidden = keys > own
-            if window is not None and length > window:
-                hidden |= keys <= own - window
-            # Half: GPUs multiply by log2(e), and a chunk that is wholly -inf gives NaN.
-            masked = torch.finfo(tables.dtype).min / 2
-            return (hidden.to(tables.dtype) * masked).repeat(1, 1, copies, 1)
+            keys = torch.arange(first, length, device=positions.device)
+            return causal_mask(positions[:, None], keys, window, tables.dtype).repeat(1, 1, copies, 1)
 
         @functools.cache
         def mask_of_chunks(copies: int, heads: int) -> Tensor:
@@ -183,13 +178,15 @@ def cos_and_sin(
     return module(like, position_ids=positions, **of_type)
 
 
-def causal_mask(lowest: Tensor, width: int, num_keys: int, start: int, window: int | None) -> Tensor:
-    """[T, S] added to the scores of tokens that follow the first `start` keys: 0, or `lowest` for keys that
-    are later or out of the window.
+def causal_mask(own: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[.., T, S] added to the scores of tokens at positions `own` [.., T] over keys at positions [S]: 0, or a
+    huge negative number for keys that are later or out of the window.
     """
-    everywhere = lowest.expand(width, num_keys)
-    mask = everywhere.triu(start + 1)
-    return mask if window is None else mask.add_(everywhere.tril(start - window))
+    hidden = keys > own[..., None]
+    if window is not None:
+        hidden |= keys <= own[..., None] - window
+    # Half: GPUs multiply by log2(e), and a chunk that is wholly -inf gives NaN.
+    return hidden.to(dtype) * (torch.finfo(dtype).min / 2)
 
 
 def _first_key(start: int, window: int | None) -> int:

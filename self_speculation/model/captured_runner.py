@@ -27,6 +27,7 @@ from self_speculation.model.attention_context import AttentionContext, Attention
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import AttentionType, context_length
+from self_speculation.model.fused_layers import Settings
 from self_speculation.model.in_place_runner import InPlaceRunner
 from self_speculation.model.kv_cache import Buffers, KVCache, ScatteredCache, round_up
 from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
@@ -50,10 +51,6 @@ _STREAMS: WeakKeyDictionary[object, torch.cuda.Stream] = WeakKeyDictionary()
 _LOCK = Lock()
 
 
-class _IsCaptured:
-    """Kept with a model whose passes are captured."""
-
-
 def capture_decoding(model: PreTrainedModel) -> None:
     """From now on `make_runner` captures for this model.
 
@@ -63,7 +60,7 @@ def capture_decoding(model: PreTrainedModel) -> None:
     check_can_be_captured(model.config)
     if num_ranks(model) > 1 or len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("compile True: needs the whole model on one GPU")
-    singleton(model, _IsCaptured)
+    singleton(model, Settings).is_captured = True
     evict(model, _Passes)
 
 
@@ -78,12 +75,12 @@ def check_can_be_captured(config: PretrainedConfig) -> None:
 
 
 def decode_eagerly(model: PreTrainedModel) -> None:
-    for kept in (_IsCaptured, _Passes):
-        evict(model, kept)
+    singleton(model, Settings).is_captured = False
+    evict(model, _Passes)
 
 
 def is_captured(model: PreTrainedModel) -> bool:
-    return peek(model, _IsCaptured) is not None
+    return singleton(model, Settings).is_captured
 
 
 def num_captures(model: PreTrainedModel) -> int:
@@ -223,7 +220,7 @@ class _Passes:
         self.config = config = runner.config
         self.num_slots = num_slots
         self.tables = AttentionTables(runner.model, runner.dtype)  # graphs read them, and they only grow here
-        self.buffers = Buffers(len(runner.layers), num_slots)
+        self.buffers, self.capacity = Buffers(len(runner.layers), num_slots), 0  # positions of a row
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._like = self.tables.unit.new_empty(1, config.num_key_value_heads, head_dim)  # keys of a position
         self.num_captured = 0
@@ -238,12 +235,6 @@ class _Passes:
         self._replays: dict[tuple[tuple[weakref.ref, ...], int, int, int, int, int], Callable[[], None]] = {}
         self._recorder: GraphRecorder | None = None  # frees its stream first
         self._recorder = GraphRecorder(self.tables.device)
-
-    @property
-    def capacity(self) -> int:
-        """Positions of a row in every layer. The last layer grows last."""
-        last = self.buffers.of_layers.get(self.buffers.num_layers - 1)
-        return 0 if last is None else last[0].shape[2]
 
     def fitting(self, least: int, most: int, graph_bytes: int, sampling_bytes: int) -> int:
         """The most positions of a row that fit in memory, if more than `least` do.
@@ -271,6 +262,7 @@ class _Passes:
         self.tables.reserve(needed)
         for layer in range(self.buffers.num_layers):
             self.buffers.with_room(layer, needed, self._like)
+        self.capacity = needed
 
     def capture(
         self, runner: CapturedRunner, first: int, last: int, rows: int, width: int, num_keys: int

@@ -11,11 +11,10 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """A kind of models. Early exits and n-grams draft for all of them."""
+    """A kind of models."""
 
     name: str  # on pages
     is_fused: bool = False  # plain layers run as fused layers
-    has_copies: bool = True  # copies of its layers in four bits can draft
 
 
 # By `config.model_type`: decoders with a stack of residual layers between an unscaled embedding and a plain
@@ -36,13 +35,13 @@ FAMILIES: Mapping[str, Family] = {
     "glm4": Family("GLM-4"),
     "helium": Family("Helium"),
     "hunyuan_v1_dense": Family("Hunyuan"),
-    "mixtral": Family("Mixtral", has_copies=False),
+    "mixtral": Family("Mixtral"),
     "olmo": Family("OLMo"),
     "olmo2": Family("OLMo 2"),
     "olmo3": Family("OLMo 3"),
-    "olmoe": Family("OLMoE", has_copies=False),
+    "olmoe": Family("OLMoE"),
     "phi3": Family("Phi-3"),
-    "qwen3_moe": Family("Qwen3 MoE", has_copies=False),
+    "qwen3_moe": Family("Qwen3 MoE"),
     "smollm3": Family("SmolLM3"),
     "stablelm": Family("StableLM"),
     "starcoder2": Family("StarCoder2"),

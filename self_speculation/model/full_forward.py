@@ -48,12 +48,11 @@ def hidden_after_each_layer(
 def attention_arguments(model: PreTrainedModel, kind: AttentionType, hidden: Tensor) -> Mapping[str, object]:
     """What layers take beside [B, T, H] hidden states."""
     width, mask = hidden.shape[1], None
+    own = torch.arange(width, device=hidden.device)
     window = kind.window if kind.window is not None and width > kind.window else None
     if window is not None or model.config._attn_implementation == "eager":  # else sdpa masks by itself
-        lowest = hidden.new_full((), torch.finfo(hidden.dtype).min)
-        mask = causal_mask(lowest, width, width, 0, window)[None, None]
-    positions = torch.arange(width, device=hidden.device)[None]
-    rotary = cos_and_sin(model.base_model.rotary_emb, hidden, positions, kind.rotation)
+        mask = causal_mask(own, own, window, hidden.dtype)[None, None]
+    rotary = cos_and_sin(model.base_model.rotary_emb, hidden, own[None], kind.rotation)
     return {"attention_mask": mask, "position_embeddings": rotary}
 
 

@@ -9,6 +9,7 @@ whatever format weights have. The model's own `forward`, saving, training and mo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,10 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.families import has_fused_layers
+from self_speculation.model.families import attention_types, has_fused_layers
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kernels import cpu_operators, operator_activation
-from self_speculation.model.linear import BFloat16Linear, Linear, Product, RMSNorm, Slot, replace_linears
+from self_speculation.model.linear import Linear, Product, RMSNorm, Slot
 from self_speculation.model.model_cache import cached, evict, lock, peek, singleton
 from self_speculation.model.unsupported_hooks import difference
 
@@ -35,27 +36,33 @@ _MOST_GROUPED = 16
 
 
 @dataclass
-class _Settings:
-    """Arguments of `fuse`."""
+class Settings:
+    """How a model decodes, as callers have set it."""
 
     is_fused: bool = False
     bfloat16_prefill: bool = False
-    num_changes: int = 0  # see `num_changes`
+    is_captured: bool = False
 
 
-class _Parts:
-    """What is made of a model's layers and head. A change of their structure discards it as a whole."""
+class Parts:
+    """What is made of a model's layers and head. A change of their structure, or of attention in the config,
+    discards it as a whole.
+
+    Attributes:
+        fused: by decoder layer; of the final norm and head by `lm_head`.
+        dtype: of activations, keys, values and logits.
+        prefills_in_bfloat16: whether long passes over prompts multiply in bfloat16.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        settings, config = singleton(model, _Settings), model.config
-        settings.num_changes += 1
-        self.fused: dict[nn.Module, Fused] = {}  # by decoder layer; of the final norm and head by `lm_head`
+        settings, config = singleton(model, Settings), model.config
+        self.fused: dict[nn.Module, Fused] = {}
         self.plain: dict[nn.Module, Linear] = {}  # see `plain_linear`
         self.dtype, self.prefills_in_bfloat16 = model.dtype, False
         if settings.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa":
             self._fuse(model, settings)
 
-    def _fuse(self, model: PreTrainedModel, settings: _Settings) -> None:
+    def _fuse(self, model: PreTrainedModel, settings: Settings) -> None:
         base, head = model.base_model, model.get_output_embeddings()
         modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
         plain = [key for key, parts in modules.items() if difference(model, *parts) is None]
@@ -72,6 +79,7 @@ class _Parts:
                 self.fused[key] = FusedHead(RMSNorm(base.norm), Linear(head)) if is_head else FusedLayer(key)
 
     def linears(self) -> list[Linear]:
+        """Of all fused parts, and of plain modules."""
         parts = (linear for part in self.fused.values() for linear in part.linears)
         fused = [linear for linear in parts if isinstance(linear, Linear)]
         return [*fused, *self.plain.copy().values()]  # a copy: another thread may add one
@@ -97,70 +105,52 @@ def fuse(model: PreTrainedModel, bfloat16_prefill: bool | None = None) -> int:
         ValueError: prompts in bfloat16 need a CPU, fused weights in 16 bits and oneDNN.
     """
     with lock(model):
-        settings = singleton(model, _Settings)
+        settings = singleton(model, Settings)
         if bfloat16_prefill is not None:
             settings.bfloat16_prefill = bfloat16_prefill
         settings.is_fused = True
-        evict(model, _Parts)
-        fused, _ = fused_model(model)
+        evict(model, Parts)
+        parts = parts_of(model)
         if bfloat16_prefill and not (
-            prefills_in_bfloat16(model) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            parts.prefills_in_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         ):
             settings.bfloat16_prefill = False
-            evict(model, _Parts)
+            evict(model, Parts)
             raise ValueError("prompts in bfloat16 need fused weights in 16 bits on a CPU, and oneDNN")
-    return sum(layer in fused for layer in model.base_model.layers)
-
-
-def prefills_in_bfloat16(model: PreTrainedModel) -> bool:
-    """Whether long passes over prompts multiply in bfloat16."""
-    parts = peek(model, _Parts)
-    return parts is not None and parts.prefills_in_bfloat16
+    return sum(layer in parts.fused for layer in model.base_model.layers)
 
 
 def activation_dtype(model: PreTrainedModel) -> torch.dtype:
     """Of activations, keys, values and logits."""
-    return fused_model(model)[1]
+    return parts_of(model).dtype
 
 
-def fused_model(model: PreTrainedModel) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
-    """Follow what has changed since the last generation.
-
-    Returns:
-        The fused parts, by decoder layer; of the final norm and head by `lm_head`. The dtype of activations,
-        keys, values and logits.
+def parts_of(model: PreTrainedModel) -> Parts:
+    """Follow what has changed since the last generation. Runners with earlier parts are invalid, even if
+    weights are restored.
     """
-    base, head = model.base_model, model.get_output_embeddings()
+    base, head, config = model.base_model, model.get_output_embeddings(), model.config
 
-    def valid_for(parts: _Parts) -> Hashable:
+    def valid_for(parts: Parts) -> Hashable:
         # Fused parts have copied the numbers of these modules. All others are called as they are, and a hook
         # in one may write numbers to it at each pass.
         copied = {*parts.fused, *([base.norm] if head in parts.fused else [])}
         modules = base.embed_tokens, *base.layers, base.norm, head
         seen = [structure(module, attributes=module in copied) for module in modules]
-        return model.config._attn_implementation, tuple(seen)
+        return config._attn_implementation, *attention_types(config), tuple(seen)
 
     with lock(model):
-        parts = cached(model, _Parts, valid_for, lambda: _Parts(model))
+        parts = cached(model, Parts, valid_for, lambda: Parts(model))
         for linear in parts.linears():
-            linear.drop_stale_copies()
-    return parts.fused, parts.dtype
+            if linear.copies:
+                linear.drop_stale_copies()
+    return parts
 
 
 def bytes_made(model: PreTrainedModel) -> int:
     """Bytes of all copies of a model's weights, which draft."""
-    return sum(copy.num_bytes for linear in linears_made(model) for _, copy in [*linear.copies.values()])
-
-
-def linears_made(model: PreTrainedModel) -> list[Linear]:
-    """All of a model's fused parts, and those of plain modules."""
-    parts = peek(model, _Parts)
-    return [] if parts is None else parts.linears()
-
-
-def num_changes(model: PreTrainedModel) -> int:
-    """How often parts were made. Runners from an earlier count are invalid, even if weights are restored."""
-    return singleton(model, _Settings).num_changes
+    linears = parts.linears() if (parts := peek(model, Parts)) else []
+    return sum(made.num_bytes for linear in linears for made in [*linear.copies.values()])
 
 
 def plain_linear(model: PreTrainedModel, module: nn.Module) -> Linear:
@@ -168,7 +158,7 @@ def plain_linear(model: PreTrainedModel, module: nn.Module) -> Linear:
     fused parts.
     """
     with lock(model):
-        plain = peek(model, _Parts).plain
+        plain = peek(model, Parts).plain
         if module not in plain:
             plain[module] = Linear(module)
         return plain[module]
@@ -177,7 +167,7 @@ def plain_linear(model: PreTrainedModel, module: nn.Module) -> Linear:
 class FusedLayer:
     """A decoder layer of queries, keys and values in one product, and of gates and what they gate in one."""
 
-    products: torch.dtype | None = None  # of attention over many tokens on a CPU; None: as its inputs
+    products: torch.dtype | None = None  # of long passes on a CPU; None: as states
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -214,7 +204,8 @@ class FusedLayer:
     def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
         norms = self._norms
-        heads = self.linears[0](norms["input"](hidden)).view(hidden.shape[0], -1, self._head_dim)
+        heads = self._multiply(self.linears[0], norms["input"](hidden)).to(hidden.dtype)
+        heads = heads.view(hidden.shape[0], -1, self._head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
         if norms["query"] is not None:
@@ -225,13 +216,24 @@ class FusedLayer:
         all_keys, all_values = context.append(keys, values, self.index)
         attended = self._attend(queries, all_keys, all_values, context)
         _, out, gate_up, down = self.linears
-        hidden = _add(hidden, out, attended, norms["attended"])
+        hidden = self._add(hidden, out, attended, norms["attended"])
         is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
         for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
-            joint = gate_up.matmul_native(norms["mlp"](piece))
+            joint = self._multiply(gate_up, norms["mlp"](piece))
             gate, up = joint.split_with_sizes((self._width, self._width), 1)
-            _add(piece, down, self._activation(gate).mul_(up), norms["output"])
+            self._add(piece, down, self._activation(gate).mul_(up), norms["output"])
         return hidden
+
+    def _multiply(self, linear: Product, x: Tensor) -> Tensor:
+        return linear(x if self.products is None else x.to(self.products))
+
+    def _add(self, hidden: Tensor, linear: Product, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """hidden + norm(linear(x)), in place; None: without a norm."""
+        if norm is not None:
+            return hidden.add_(norm(self._multiply(linear, x).to(hidden.dtype)))
+        if isinstance(linear, Linear) and self.products is None:
+            return linear.add_to(hidden, x)
+        return hidden.add_(self._multiply(linear, x))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
@@ -280,7 +282,7 @@ class FusedLayer:
 
     def in_bfloat16(self) -> FusedLayer:
         """This layer with products in bfloat16, for one long pass on a CPU."""
-        layer = replace_linears(self, BFloat16Linear)
+        layer = copy.copy(self)
         layer.products = torch.bfloat16
         return layer
 
@@ -315,13 +317,6 @@ class FusedLayer:
     def key_shape(self) -> tuple[int, int]:
         """[kv_heads, head_dim]"""
         return self._kv_heads, self._head_dim
-
-
-def _add(hidden: Tensor, linear: Product, x: Tensor, norm: RMSNorm | None) -> Tensor:
-    """hidden + norm(linear(x)), in place; None: without a norm."""
-    if norm is not None:
-        return hidden.add_(norm(linear(x)))
-    return linear.add_to(hidden, x) if isinstance(linear, Linear) else hidden.add_(linear.matmul_native(x))
 
 
 class FusedHead:

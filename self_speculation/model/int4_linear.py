@@ -85,10 +85,11 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Int4Linear:
-    """As `Linear`, over a copy of its weights for torch's kernels."""
+    """As `Linear`, over a copy of its weights for torch's kernels; in bfloat16."""
 
     def __init__(self, linear: Linear, squares: Tensor) -> None:
-        weight, counts, ops = linear.weight, _shares(squares), torch.ops.aten
+        weight = torch.cat([weight.data for weight, _ in linear.pairs])
+        counts, ops = _shares(squares), torch.ops.aten
         is_on_cpu = weight.device.type == "cpu"
         self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
         self.num_bytes = copy_bytes(linear.shape)
@@ -106,10 +107,6 @@ class Int4Linear:
         self._weight, self._scales = torch.cat(parts), torch.cat(scales, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.matmul_native(x).to(x.dtype)
-
-    def matmul_native(self, x: Tensor) -> Tensor:
-        """In bfloat16."""
         x = pad(x.bfloat16(), (0, self._padding)) if self._padding else x.bfloat16()
         product = self._kernel(x, self._weight, _GROUP, self._scales)
         if product.shape[1] != self._num_rows:

@@ -15,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from self_speculation.config import LoadingWarning
 
@@ -100,8 +99,6 @@ def _load() -> CPUOperators:
             _build(variant)
     except (RuntimeError, OSError) as error:
         return CPUOperators(None, f"ours cannot be built: {error}")
-    for name, fake in _FAKES.items():
-        torch.library.register_fake(f"self_speculation::{name}", fake)
     return CPUOperators(variant)
 
 
@@ -200,17 +197,3 @@ def _is_own(path: Path) -> bool:
     """Whether nobody else, except root, can have written it."""
     status = path.stat()
     return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
-
-
-def _fake_round(weight: Tensor, counts: Tensor) -> Tensor:
-    blocks, groups = -(-weight.shape[0] // 16), counts.shape[0] // 32
-    return weight.new_empty(64 + blocks * groups * 320, dtype=torch.uint8)
-
-
-# Shapes of results, for a dry run.
-_FAKES: Mapping[str, Callable[..., Tensor | None]] = {
-    "run_layers": lambda *_: None,
-    "project": lambda x, *others: x.new_empty(len(x), others[-1]),
-    "int4_round": _fake_round,
-    "rows_of_weight": lambda weight, ids, *shape: ids.new_empty(len(ids), shape[-1], dtype=torch.float32),
-}

@@ -2,16 +2,15 @@
 
 On a GPU, projections of the same input become one weight. On a CPU nothing is made of them: passes over few
 tokens multiply by our operator (kernels.py), which reads each weight as it lies, all others by torch, from
-weights that are converted for the pass.
+weights that are converted to the format of x for the pass.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from threading import RLock
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +36,12 @@ _CENTRED_NORMS = ("Gemma3RMSNorm",)
 Slot = tuple[Mapping[str, Any], str]
 
 
-class Product(Protocol):
-    """x [T, in] -> x W^T + b [T, out], over some format of W."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """In the dtype of x."""
-
-    def matmul_native(self, x: Tensor) -> Tensor:
-        """In the dtype that the product has."""
+# x [T, in] -> x W^T + b [T, out], over some format of W, in the dtype that the product has.
+Product = Callable[[Tensor], Tensor]
 
 
 class Linear:
-    """x [T, in] -> x W^T + b [T, out].
+    """x [T, in] -> x W^T + b [T, out], in the dtype of x.
 
     Args:
         projections: `nn.Linear` or `FewBitsLinear` of the same input. On a GPU their weights become one
@@ -58,34 +51,33 @@ class Linear:
     def __init__(self, *projections: Any) -> None:
         self.projections = projections
         self.is_in_few_bits = any(isinstance(projection, FewBitsLinear) for projection in projections)
-        self._tables: list[Mapping[str, Any]] = [
-            projection._buffers if isinstance(projection, FewBitsLinear) else projection._parameters
-            for projection in projections
-        ]
         self._num_rows = [projection.out_features for projection in projections]
         self.shape = torch.Size((sum(self._num_rows), projections[0].in_features))
-        self.has_biases = [table["bias"] is not None for table in self._tables]
+        self.has_biases = [projection.bias is not None for projection in projections]
+        tables = [
+            each._buffers if isinstance(each, FewBitsLinear) else each._parameters for each in projections
+        ]
         self._slots: list[list[Slot]] = [
             [(table, "weight"), (table, "bias")][: 1 + has_bias]
-            for table, has_bias in zip(self._tables, self.has_biases, strict=True)
+            for table, has_bias in zip(tables, self.has_biases, strict=True)
         ]
         self._joint: tuple[Tensor, Tensor | None] | None = None
-        on_cpu = self._tables[0]["weight"].device.type == "cpu"
-        weights = [table["weight"] for table in self._tables]
+        weights = [projection.weight for projection in projections]
+        on_cpu = weights[0].device.type == "cpu"
         self.is_in_place = on_cpu and all(weight.stride(-1) == 1 for weight in weights)
         if not on_cpu:
             bias = _side_by_side(self._biases()) if any(self.has_biases) else None
             self._joint = _side_by_side([weight for weight, _ in self.pairs]).t(), bias
-        # What was made of the weights, by key: their version then, and the result.
-        self.copies: dict[Hashable, tuple[Hashable, Any]] = {}
+        self.copies: dict[Hashable, Any] = {}  # what was made of the weights, by key
+        self._version: Hashable = None  # of these weights
         self._lock = RLock()  # passes of several threads may miss the same copy
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight [out, in] and bias of each projection. Weights in few bits are dequantised."""
         return [
-            (each.dequantized() if isinstance(each, FewBitsLinear) else table["weight"], table["bias"])
-            for each, table in zip(self.projections, self._tables, strict=True)
+            (each.dequantized() if isinstance(each, FewBitsLinear) else each.weight, each.bias)
+            for each in self.projections
         ]
 
     def slots(self) -> list[Slot]:
@@ -99,6 +91,11 @@ class Linear:
         if self.is_in_few_bits or (self.is_in_place and is_multiplied_in_place(x, MAX_NARROW_TOKENS)):
             parts = [project(x.float(), *pair) for pair in zip(self._slots, self._num_rows, strict=True)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
+        if x.dtype == torch.bfloat16:  # a bias is added before the product is rounded
+            parts = [
+                torch_linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)) for w, b in self.pairs
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         product = x.new_empty(len(x), self.shape[0])
         parts = product.split(self._num_rows, 1)
         for part, (weight, bias) in zip(parts, self.pairs, strict=True):
@@ -113,8 +110,6 @@ class Linear:
             return project(hidden, self.slots(), self.shape[0], norm)
         return self(norm(hidden))
 
-    matmul_native = __call__  # copies that compute in bfloat16 return it here
-
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden += x W^T + b"""
         if self._joint is None:
@@ -123,37 +118,30 @@ class Linear:
         return hidden if self._joint[1] is None else hidden.add_(self._joint[1])
 
     @property
-    def weight(self) -> Tensor:
-        """[out, in] of all projections; on a CPU a copy, if there are several."""
-        if self._joint is not None:
-            return self._joint[0].t()
-        weights = [weight.data for weight, _ in self.pairs]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
-
-    @property
     def bias(self) -> Tensor | None:
-        """[out] of all projections, as `weight`."""
+        """[out] of all projections; on a CPU a copy."""
         if self._joint is not None:
             return self._joint[1]
         return torch.cat([bias.data for bias in self._biases()]) if any(self.has_biases) else None
 
     def _biases(self) -> list[Tensor]:
         """Of each projection; zeros if it has none."""
-        pairs = zip(self._tables, self._num_rows, strict=True)
         return [
-            table["weight"].new_zeros(n) if table["bias"] is None else table["bias"] for table, n in pairs
+            each.weight.new_zeros(each.out_features) if each.bias is None else each.bias
+            for each in self.projections
         ]
 
     @property
     def num_bytes(self) -> int:
         """Of the weight, without copies."""
-        return sum(table["weight"].nbytes for table in self._tables)
+        return sum(projection.weight.nbytes for projection in self.projections)
 
     def rows(self, ids: Tensor) -> Tensor:
         """[n, in] some rows of the weight of a single projection."""
         if self.is_in_few_bits:
             return self.projections[0].rows(ids.flatten()).view(*ids.shape, self.shape[1])
-        return self.weight[ids.to(self.weight.device)]
+        weight = self.pairs[0][0].data
+        return weight[ids.to(weight.device)]
 
     def select_rows(self, ids: Tensor) -> Linear:
         """A `Linear` over a copy of some rows [n] of the weight, in eight bits if that is in few."""
@@ -171,26 +159,19 @@ class Linear:
         """Changes when a weight or bias is replaced, moved or written to, but not through `.data`."""
         return tuple((tensor.data_ptr(), version_of(tensor)) for tensor in tensors_in(self.slots()))
 
-    def valid_copy(self, key: Hashable) -> Any:
-        """What is kept by key and was made of the weights of now; None: nothing."""
-        version, made = self.copies.get(key, (None, None))
-        return made if version == self.version else None
-
     def cached_copy(self, key: Hashable, make: Callable[[], T]) -> T:
         """The result of `make`, kept by key while the weights are the same."""
         with self._lock:
-            if (made := self.valid_copy(key)) is None:
-                self.drop_stale_copies()  # they free their memory first
-                version, made = self.version, make()
-                self.copies[key] = version, made
-        return made
+            self.drop_stale_copies()
+            if key not in self.copies:
+                self.copies[key] = make()
+            return self.copies[key]
 
     def drop_stale_copies(self) -> None:
         """Drop what was made of earlier weights."""
-        if self.copies:
-            with self._lock:
-                version, kept = self.version, [*self.copies.items()]
-                self.copies = {key: made for key, made in kept if made[0] == version}
+        with self._lock:
+            if (version := self.version) != self._version:
+                self.copies, self._version = {}, version
 
 
 def is_multiplied_in_place(x: Tensor, most: int) -> bool:
@@ -233,38 +214,12 @@ class RMSNorm:
                 weight = self.weight.float() + 1
                 return torch.rms_norm(hidden.float(), self._shape, weight, self.epsilon).type_as(hidden)
             return torch.rms_norm(hidden, self._shape, self.weight, self.epsilon)  # one kernel
-        # On a CPU `rms_norm` is twice as many kernels as these.
-        is_exact = hidden.dtype == torch.float32
-        exact = hidden if is_exact else hidden.float()
-        norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        # On a CPU `rms_norm` is twice as many kernels as these, and states have at least 32 bits.
+        norms = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
         norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
-        scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
-        if self.is_centred:
-            return scaled.addcmul_(scaled, self.weight.float()).type_as(hidden)
-        return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
-
-
-class BFloat16Linear:
-    """x W^T + b with x, W and the product in bfloat16 and sums in float32."""
-
-    def __init__(self, linear: Linear) -> None:
-        self.pairs = linear.pairs
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.matmul_native(x).float()
-
-    def matmul_native(self, x: Tensor) -> Tensor:
-        """In bfloat16."""
-        x = x.bfloat16()
-        parts = [torch_linear(x, w.bfloat16(), None if b is None else b.bfloat16()) for w, b in self.pairs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def replace_linears(part: T, make: Callable[[Linear], Product]) -> T:
-    """A copy of a fused layer or a head with each `Linear` replaced by `make(linear)`."""
-    other: Any = copy.copy(part)
-    other.linears = tuple(make(linear) for linear in other.linears)
-    return other
+        scaled = torch.addcdiv(self._zero, hidden, norms, value=self._root)
+        weight = self.weight.to(hidden.dtype)
+        return scaled.addcmul_(scaled, weight) if self.is_centred else scaled.mul_(weight)
 
 
 def warn_of_fp32_precision() -> None:

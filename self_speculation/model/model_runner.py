@@ -7,10 +7,11 @@ A runner has weights and kernels. The cache is an argument. Knows nothing of sam
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +23,13 @@ from self_speculation.model.attention_context import AttentionContext, Attention
 from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import AttentionType, attention_types, check_supported
 from self_speculation.model.fingerprint import fingerprint, structure
-from self_speculation.model.fused_layers import FusedLayer, fused_model, num_changes, prefills_in_bfloat16
+from self_speculation.model.fused_layers import FusedLayer, parts_of
 from self_speculation.model.kv_cache import ALIGNMENT, Buffers, KVCache, ScatteredCache, round_up
 from self_speculation.model.linear import MIN_BFLOAT16_PREFILL, Product
 
 # Most positions of one pass over a prompt: they bound its memory. In bfloat16, a pass converts all weights.
 PREFILL_CHUNK = 1024
 _BFLOAT16_CHUNK = 2048
-
-
-def prefill_chunk(model: PreTrainedModel) -> int:
-    """Most positions of one pass over a prompt."""
-    return _BFLOAT16_CHUNK if prefills_in_bfloat16(model) else PREFILL_CHUNK
 
 
 @dataclass(frozen=True)
@@ -71,12 +67,14 @@ class Head(Protocol):
 
 
 class PlainLayer:
-    """A decoder layer of transformers."""
+    """A decoder layer of transformers.
 
-    linears: tuple[Product, ...] = ()
+    Args:
+        linears: see `Layer`; of a copy, those in its layer.
+    """
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.module = layer
+    def __init__(self, layer: nn.Module, linears: tuple[Product, ...] = ()) -> None:
+        self.module, self.linears = layer, linears
 
     def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         mask = context.mask(1)
@@ -108,17 +106,23 @@ class ModelRunner:
 
     Args:
         model: a `...ForCausalLM` of a supported type, fused or not.
+
+    Attributes:
+        parts: the fused parts; the runner is valid while the model has them.
+        prefill_chunk: most positions of one pass over a prompt.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model.config)
         self.model, self.config = model, model.config
         base, head = model.base_model, model.get_output_embeddings()
-        fused, self.dtype = fused_model(model)
-        self._num_changes = num_changes(model)
+        parts = parts_of(model)
+        fused: Mapping[nn.Module, Any] = parts.fused
+        self.parts, self.dtype = ref(parts), parts.dtype
         self.layers: Sequence[Layer] = [fused.get(layer) or PlainLayer(layer) for layer in base.layers]
         self.attention_types = attention_types(self.config)  # [L]
-        self._prefills_in_bfloat16 = prefills_in_bfloat16(model)
+        self._prefills_in_bfloat16 = parts.prefills_in_bfloat16
+        self.prefill_chunk = _BFLOAT16_CHUNK if self._prefills_in_bfloat16 else PREFILL_CHUNK
         self._devices = [next(layer.parameters()).device for layer in base.layers]
         self._embed = base.embed_tokens
         self.head: Head = fused.get(head) or PlainHead(base.norm, head)
@@ -134,7 +138,7 @@ class ModelRunner:
         """
         plain = [layer.module for layer in self.layers if isinstance(layer, PlainLayer)]
         rotary = fingerprint(self.tables.module)
-        return self._num_changes, structure(*plain), rotary, tuple(self.attention_types)
+        return self.parts, structure(*plain), rotary
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
         """A cache of one empty row for all layers.

@@ -11,12 +11,10 @@ from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedModel
 
-from self_speculation.model.captured_runner import is_captured
-from self_speculation.model.families import attention_types
 from self_speculation.model.fingerprint import fingerprint
-from self_speculation.model.fused_layers import num_changes
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_cache import cached
+from self_speculation.model.model_runner import ModelRunner
 
 
 class CacheUser(Protocol):
@@ -128,8 +126,6 @@ def kept_caches(model: PreTrainedModel) -> deque[PrefixCache]:
     return caches
 
 
-def cache_fingerprint(model: PreTrainedModel) -> Hashable:
+def cache_fingerprint(runner: ModelRunner) -> Hashable:
     """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
-    config = model.config
-    attention = config._attn_implementation, *attention_types(config)
-    return fingerprint(model), num_changes(model), is_captured(model), attention
+    return fingerprint(runner.model), runner.parts, type(runner)

@@ -9,9 +9,9 @@ Each copy stays with the `Linear` that it was made of, see `Linear.cached_copy`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
-from self_speculation.model.families import FAMILIES
+from self_speculation.model.experts import experts_per_token
 from self_speculation.model.few_bits import FewBitsLinear, eight_bits, mean_bytes_per_weight
 from self_speculation.model.fused_layers import plain_linear
 from self_speculation.model.int4_linear import (
@@ -30,12 +30,14 @@ from self_speculation.model.int4_linear import (
     has_kernel,
     int4_copy,
 )
-from self_speculation.model.linear import Linear, Product, replace_linears
+from self_speculation.model.linear import Linear, Product
 from self_speculation.model.model_cache import lock
 from self_speculation.model.model_runner import Layer, ModelRunner, PlainHead, PlainLayer, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
 from self_speculation.model.unsupported_hooks import difference
+
+Part = TypeVar("Part")
 
 # Tokens that the size of inputs is learnt from.
 _TOKENS_TO_LEARN = 64
@@ -78,11 +80,11 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
         ValueError: layers or head with hooks, adapters or quantised weights, or experts.
     """
     title = f"quantization int{bits}"
-    if not FAMILIES[model.config.model_type].has_copies:
+    if experts_per_token(model.config) is not None:
         raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
     runner, head = ModelRunner(model), model.get_output_embeddings()
-    layers = _with_linears(runner, len(runner.layers), title)
-    by_linear = _input_squares(runner, layers) if bits == 4 else {}
+    _check_plain(runner, runner.layers, title)
+    by_linear = _input_squares(runner, runner.layers) if bits == 4 else {}
     squares = {p: by_linear[linear] for linear in by_linear for p in linear.projections}
     found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
 
@@ -101,7 +103,7 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
 
 def check_family(draft_weights: DraftWeights, config: PretrainedConfig) -> None:
     """Raises ValueError, before any weight is read, if there are no copies of a model with this config."""
-    if draft_weights != "exact" and not FAMILIES[config.model_type].has_copies:
+    if draft_weights != "exact" and experts_per_token(config) is not None:
         kind = f"{config.model_type} model: its verifications read more experts than a copy saves"
         raise ValueError(f"draft_weights {draft_weights}: there are no copies of a {kind}; it must be exact")
 
@@ -119,22 +121,24 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     check_family("int4", runner.config)
     if (why := why_no_copies(runner.model)) is not None:
         raise ValueError(f"draft_weights int4: {why}; it must be exact, or the dtype float16")
-    layers = _with_linears(runner, num_layers, "draft_weights int4")
-    bytes_per_weight(runner.model, "int4")  # raises ValueError without kernels
-    # The best few of a short head are computed again.
-    parts: Sequence[Layer | ShortHead] = layers if short_head is None else [*layers, short_head]
-    linears = [linear for part in parts for linear in part.linears if isinstance(linear, Linear)]
-    with lock(runner.model):
-        copies = _make_copies(runner, layers, linears)
-    head = runner.head if short_head is None else replace_linears(short_head, copies.__getitem__)
-    return runner.with_layers([replace_linears(layer, copies.__getitem__) for layer in layers], head)
-
-
-def _with_linears(runner: ModelRunner, num_layers: int, flag: str) -> list[Layer]:
-    """The first layers, with a `Linear` for each product. Raises ValueError if one of them or the head is not
-    plain.
-    """
     layers = runner.layers[:num_layers]
+    _check_plain(runner, layers, "draft_weights int4")
+    bytes_per_weight(runner.model, "int4")  # raises ValueError without kernels
+    linears = [linear for layer in layers for linear in _linears_of(runner.model, layer).values()]
+    if short_head is not None:  # the best few of its logits are computed again
+        linears += [linear for linear in short_head.linears if isinstance(linear, Linear)]
+    with lock(runner.model):
+        _make_copies(runner, layers, linears)
+
+    def kept(linear: Linear) -> Product:
+        return linear.copies["int4"]
+
+    head = runner.head if short_head is None else _replace_linears(short_head, kept)
+    return runner.with_layers([_with_products(runner.model, layer, kept) for layer in layers], head)
+
+
+def _check_plain(runner: ModelRunner, layers: Iterable[Layer], flag: str) -> None:
+    """Raises ValueError if one of these layers, the first ones, or the head is not plain."""
     for name, part in [*((f"layer {i}", layer) for i, layer in enumerate(layers)), ("head", runner.head)]:
         if not isinstance(part, PlainLayer | PlainHead):
             continue  # fused parts are plain
@@ -142,28 +146,30 @@ def _with_linears(runner: ModelRunner, num_layers: int, flag: str) -> list[Layer
         if (why := difference(runner.model, *modules)) is not None:
             only = "only layers and a head without hooks, adapters and quantised weights are rounded"
             raise ValueError(f"{flag}: {name}: {why}; {only}")
-    return [
-        _UnfusedLayer(runner.model, layer.module) if isinstance(layer, PlainLayer) else layer
-        for layer in layers
-    ]
 
 
-class _UnfusedLayer(PlainLayer):
-    """A layer of transformers whose `nn.Linear` are replaced; all other modules are its own."""
+def _linears_of(model: PreTrainedModel, layer: Layer) -> dict[Hashable, Linear]:
+    """A `Linear` for each product of a layer, by the module of a layer of transformers."""
+    if not isinstance(layer, PlainLayer):
+        return {linear: linear for linear in layer.linears if isinstance(linear, Linear)}
+    modules = (module for module in layer.module.modules() if type(module) in (nn.Linear, FewBitsLinear))
+    return {module: plain_linear(model, module) for module in modules}
 
-    def __init__(self, model: PreTrainedModel, layer: nn.Module) -> None:
-        self._own = layer
-        self._replaced = [module for module in layer.modules() if type(module) in (nn.Linear, FewBitsLinear)]
-        self.linears = tuple(plain_linear(model, module) for module in self._replaced)
 
-    @property
-    def linears(self) -> tuple[Product, ...]:
-        return self._linears
+def _with_products(model: PreTrainedModel, layer: Layer, make: Callable[[Linear], Product]) -> Layer:
+    """A copy of a layer with `make(linear)` in place of each of its products. All else is its own."""
+    if not isinstance(layer, PlainLayer):
+        return _replace_linears(layer, make)
+    products = {module: make(linear) for module, linear in _linears_of(model, layer).items()}
+    others = {module: _Product(product) for module, product in products.items()}
+    return PlainLayer(_with_modules(layer.module, others), tuple(products.values()))
 
-    @linears.setter
-    def linears(self, linears: tuple[Product, ...]) -> None:
-        products: dict[nn.Module, nn.Module] = dict(zip(self._replaced, map(_Product, linears), strict=True))
-        self._linears, self.module = linears, _with_modules(self._own, products)
+
+def _replace_linears(part: Part, make: Callable[[Linear], Product]) -> Part:
+    """A copy of a fused layer or a head with each `Linear` replaced by `make(linear)`."""
+    other: Any = copy.copy(part)
+    other.linears = tuple(make(linear) for linear in other.linears)
+    return other
 
 
 class _Product(nn.Module):
@@ -174,10 +180,10 @@ class _Product(nn.Module):
         self._linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def _with_modules(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def _with_modules(module: nn.Module, others: Mapping[Hashable, nn.Module]) -> nn.Module:
     """A copy with some of its modules replaced. It shares all parameters and buffers."""
     if module in others:
         return others[module]
@@ -189,14 +195,11 @@ def _with_modules(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> n
     return copied
 
 
-def _make_copies(
-    runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]
-) -> Mapping[Linear, Linear | Int4Linear]:
-    """The copy of each `Linear`. What is missing is made on all threads."""
-    copies = {linear: linear.valid_copy("int4") for linear in linears}
-    missing = {linear: copy_bytes(linear.shape) for linear, kept in copies.items() if kept is None}
+def _make_copies(runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]) -> None:
+    """Make the missing copies, on all threads."""
+    missing = {linear: copy_bytes(linear.shape) for linear in linears if "int4" not in linear.copies}
     if not missing:
-        return copies
+        return
     num_bytes = sum(missing.values())
     if num_bytes > (free := free_memory(runner.device, num_ranks(runner.model))):
         raise ValueError(
@@ -211,24 +214,8 @@ def _make_copies(
     # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
     num_threads = torch.get_num_threads() if runner.device.type == "cpu" else 1
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
-        for linear, made in zip(missing, pool.map(copied, missing), strict=True):
-            copies[linear] = made
+        for linear, _ in zip(missing, pool.map(copied, missing), strict=True):
             advance(missing[linear])
-    return copies
-
-
-class _SquaresSummed:
-    """A `Linear` that adds up the squares of its inputs."""
-
-    def __init__(self, squares: MutableMapping[Linear, Tensor], linear: Linear) -> None:
-        self._squares, self._linear = squares, linear
-
-    def __call__(self, x: Tensor) -> Tensor:
-        sums = x.float().square().sum(0)
-        self._squares[self._linear] = self._squares.get(self._linear, 0) + sums
-        return self._linear(x)
-
-    matmul_native = __call__
 
 
 @torch.no_grad()
@@ -239,7 +226,15 @@ def _input_squares(runner: ModelRunner, layers: Sequence[Layer]) -> Mapping[Line
     as well as texts, without a tokenizer.
     """
     squares: dict[Linear, Tensor] = {}
-    summed = [replace_linears(layer, partial(_SquaresSummed, squares)) for layer in layers]
+
+    def summing_squares(linear: Linear) -> Product:
+        def multiply(x: Tensor) -> Tensor:
+            squares[linear] = squares.get(linear, 0) + x.float().square().sum(0)
+            return linear(x)
+
+        return multiply
+
+    summed = [_with_products(runner.model, layer, summing_squares) for layer in layers]
     summing = runner.with_layers(summed, runner.head)
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.device) * vocabulary // _TOKENS_TO_LEARN

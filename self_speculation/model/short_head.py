@@ -94,9 +94,7 @@ class ShortHead:
         self._likely = whole.cached_copy(tuple(ids), lambda: whole.select_rows(self._ids))
         self.linears: tuple[Product, ...] = (self._likely,)
         # A copy of all rows is made by way of one in their own format.
-        grows = grows and (
-            whole.valid_copy("int4") is not None or free_memory(runner.device) > 2 * whole.num_bytes
-        )
+        grows = grows and ("int4" in whole.copies or free_memory(runner.device) > 2 * whole.num_bytes)
         self.new_ids = singleton(runner.model, _NewIds) if grows else None
         self._copied_for: SeenIds | None = None  # what the following are for
         self._seen_ids = self._like.new_empty(0, dtype=torch.long)  # [n]
@@ -139,7 +137,7 @@ class ShortHead:
 
 def _logits(head: Product, exact: Linear, normed: Tensor) -> Tensor:
     """[B, n] of normed states [B, H]. If the head is a copy, the exact one computes the best again."""
-    logits: Tensor = head(normed)
+    logits = head(normed).to(normed.dtype)
     if head is not exact:
         best = logits.topk(min(_COMPUTED_AGAIN, logits.shape[1]), sorted=False).indices  # [B, m]
         weight, bias = _rows(exact, best, normed)

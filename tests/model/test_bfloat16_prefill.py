@@ -27,7 +27,7 @@ from self_speculation import LoadingOptions, Request, load_model_and_tokenizer, 
 from self_speculation.config import default_model
 from self_speculation.model import linear
 from self_speculation.model.attention import attend_to_past
-from self_speculation.model.fused_layers import fuse, prefills_in_bfloat16
+from self_speculation.model.fused_layers import fuse, parts_of
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.linear import MIN_BFLOAT16_PREFILL
 from self_speculation.model.loading import check_prefill_dtype, load_config, with_fast_prompts
@@ -126,7 +126,7 @@ def test_kept_prefixes_are_of_one_kind():
     """Guards against keys of a prompt in bfloat16 in an answer in float32, and the other way round."""
     model, strategy = copy.deepcopy(model_of()), make_strategy("autoregressive")
     for in_bfloat16, cached in ((True, 0), (True, 169), (False, 0), (False, 169), (True, 0)):
-        if prefills_in_bfloat16(model) != in_bfloat16 or not cached:
+        if parts_of(model).prefills_in_bfloat16 != in_bfloat16 or not cached:
             fuse(model, bfloat16_prefill=in_bfloat16)
         assert answer_of(strategy, model, PROMPTS[0], reuse_cache=True).num_cached_tokens == cached
 
@@ -141,7 +141,8 @@ def test_loading(monkeypatch):
     """Guards against an option that is lost on the way."""
     has(monkeypatch, avx512_bf16=True)
     options = LoadingOptions(device="cpu", prefill_dtype="bfloat16")
-    assert prefills_in_bfloat16(load_model_and_tokenizer(default_model(), options)[0])
+    model, _ = load_model_and_tokenizer(default_model(), options)
+    assert parts_of(model).prefills_in_bfloat16
 
 
 @pytest.mark.parametrize("has_bfloat16", [False, True])
@@ -189,7 +190,7 @@ def test_refusals_of_devices_and_of_fuse():
     model = own_llama()
     with pytest.raises(ValueError, match="need fused weights in 16 bits"):
         fuse(model, bfloat16_prefill=True)
-    assert not prefills_in_bfloat16(model)
+    assert not parts_of(model).prefills_in_bfloat16
 
 
 @pytest.mark.parametrize("rounds", [True, False])

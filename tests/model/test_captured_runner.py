@@ -32,7 +32,7 @@ from self_speculation.model import attention, attention_context, captured_runner
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly, make_runner
 from self_speculation.model.families import AttentionType
-from self_speculation.model.fused_layers import linears_made
+from self_speculation.model.fused_layers import parts_of
 from self_speculation.model.kv_cache import ScatteredCache
 from self_speculation.model.model_runner import PREFILL_CHUNK, forward
 from self_speculation.model.prefix_cache import kept_caches
@@ -298,7 +298,7 @@ def test_weights_are_freed(how, monkeypatch):
     def weights(model):
         answer_of(strategy, model, Request(PROMPT), reuse_cache=True, **how)
         assert len(kept_caches(model)) == 1
-        return [weakref.ref(linear) for linear in linears_made(model)]
+        return [weakref.ref(linear) for linear in parts_of(model).linears()]
 
     before = weights(model)
     for parameter in model.parameters():

@@ -13,7 +13,7 @@ from conftest import (
     transformers_generate,
 )
 from helpers import refused
-from test_llama_model_utils import OF_EXPERTS, family
+from test_llama_model_utils import OF_EXPERTS, family, is_dense
 
 import benchmark
 from self_speculation import Request
@@ -25,7 +25,7 @@ from self_speculation.model.families import FAMILIES
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.sources import LoadingError
 
-KINDS = [kind for kind, family in FAMILIES.items() if not family.has_copies]
+KINDS = [kind for kind in FAMILIES if not is_dense(kind)]
 PROMPTS = [PROMPT, [8, 6], [5, 9, 4, 5, 9, 4, 5, 9], [11, 12, 13]]
 WAYS = [{}, {**LAYERS, "prompt_lookup": 2}, {**ADAPTIVE, "prompt_lookup": 3}]
 

@@ -267,7 +267,9 @@ def test_every_path(cuda, path, heads, fused, window, monkeypatch):
     """Guards against a tensor made on the CPU, and against attention that only a CPU is good at: of one row,
     and where rows differ in length and settings, end, make room for others, and take what others have left.
     """
-    monkeypatch.setattr("self_speculation.scheduler.cache_fingerprint", lambda model: "of bits that are none")
+    monkeypatch.setattr(
+        "self_speculation.scheduler.cache_fingerprint", lambda runner: "of bits that are none"
+    )
     config = config_of(sample=True, max_steps=6, reuse_cache=True, **PATHS[path])
     own = [{"max_steps": 3}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"sample": False}]
     processors = [RepetitionPenaltyLogitsProcessor(1.2)]

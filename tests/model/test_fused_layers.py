@@ -30,14 +30,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.model import fused_layers
-from self_speculation.model.fused_layers import bytes_made, fuse, fused_model
+from self_speculation.model.fused_layers import bytes_made, fuse, parts_of
 from self_speculation.model.model_runner import ModelRunner, forward
 from self_speculation.model.quantized_layers import quantized
 
 
 def fused(model):
     """[layers + 1] whether each layer and the head is fused."""
-    parts, _ = fused_model(model)
+    parts = parts_of(model).fused
     return [part in parts for part in (*model.model.layers, model.lm_head)]
 
 
@@ -69,7 +69,7 @@ def test_fuse_remakes_everything(model):
     fuse(model)
     assert_logits(model)
     ids_of(model, **COPY)
-    before = [weakref.ref(part) for fused in fused_model(model)[0].values() for part in fused.linears]
+    before = [weakref.ref(part) for part in parts_of(model).linears()]
     one_element(model)
     assert_logits(model)
     assert ids_of(model, **COPY) == transformers_generate(model, eos=-1)
@@ -199,7 +199,7 @@ def test_hooks_may_write_to_their_modules(model):
     def assert_followed():
         found = strategy.generate_token_ids(model, PROMPT, [], config).predicted_tokens
         assert found == transformers_generate(model, PROMPT, 8, -1)
-        return fused_model(model)[0]
+        return parts_of(model)
 
     parts = assert_followed()
     assert fused(model) == [True, False, True, True, True]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from self_speculation import GenerationConfig, LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.config import default_model
 from self_speculation.model.families import context_length
-from self_speculation.model.fused_layers import fused_model
+from self_speculation.model.fused_layers import parts_of
 from self_speculation.model.loading import load_config, resolve_dtype
 from self_speculation.model.sources import hub_answers
 
@@ -43,9 +43,9 @@ def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model)
     assert model.dtype == torch.float32
     ids = tokenizer.encode("a man", return_tensors="pt")
     assert_close(model(ids).logits, text_model(ids).logits)
-    assert fused_model(model)[0]
+    assert parts_of(model).fused
     model, _ = load_model_and_tokenizer(str(model_folder), LoadingOptions(fuse=False))
-    assert not fused_model(model)[0]
+    assert not parts_of(model).fused
     options = LoadingOptions({"attn_implementation": "eager"}, dtype="bfloat16")
     model, _ = load_model_and_tokenizer(str(model_folder), options)
     assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")

@@ -20,7 +20,7 @@ from torch import nn
 
 from self_speculation import Request, make_strategy
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
-from self_speculation.model.fused_layers import fuse, fused_model
+from self_speculation.model.fused_layers import fuse, parts_of
 
 # How a draft ends, or where it comes from, has little to do with the format of weights.
 OTHER_FORMATS = ("plain", "early exit", "layers", "copy", "adaptive", "adaptive copy")
@@ -175,7 +175,7 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
         assert graphs.replayed
     change(model)
     found = [*answers()]
-    assert len(fused_model(model)[0]) == 5 or "layers" in runner or change not in OF_WEIGHTS
+    assert len(parts_of(model).fused) == 5 or "layers" in runner or change not in OF_WEIGHTS
     # The third way goes on with the cache of the second one.
     assert [result.num_cached_tokens for result in found[:2]] == [0] * 2
     after = [result.predicted_tokens for result in found]
