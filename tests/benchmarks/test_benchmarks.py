@@ -75,7 +75,7 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
     assert list(drawn.call_args.args[0].index) == [
         f"{row['side']}, batch {row['batch_size']}" for row in rows
     ]
-    assert ", at times 1 of 2 threads, 1 rank" in " ".join(drawn.call_args.args[2].split())
+    assert ", down to 1 of 2 threads, 1 rank" in " ".join(drawn.call_args.args[2].split())
 
 
 def test_transformers_has_its_best_format():
