@@ -59,7 +59,7 @@ from measures.plots import bars
 from measures.timed_runs import TimedSide, measure_examples, warm_up
 from runs import ranks
 from runs.program import run
-from runs.records import Record, counted, describe, describe_model, heading, note
+from runs.records import Record, counted, describe, describe_model, had_fewer_threads, heading, note
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.drafts.registry import forget_what_was_learnt
@@ -154,9 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with spinning(number):
                     records = measure(sides, prompts, size, args.rounds, model_args.seed)
                 rows += figures(records, place, sides, gib)
+    about["threads_used"] = min(number for row in rows for number in row["threads"])
     if args.picture is not None:
         draw(rows, heading(about), Path(args.picture))
-    if any(number < about["threads"] for row in rows for number in row["threads"]):
+    if had_fewer_threads(about):
         print(f"\n{note('other programs used the processors, decoding had fewer threads')}")
     print(f"\n{json.dumps({**about, 'transformers_in': formats, 'rounds': args.rounds, 'rows': rows})}")
     return 0

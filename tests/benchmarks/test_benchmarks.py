@@ -66,10 +66,11 @@ def test_first_tokens(measured):
 
 
 def test_side_by_side(measured, tmp_path, monkeypatch):
-    """Guards against different outputs, different draft lengths (transformers reads its own elsewhere), and
-    padding that counts as tokens.
+    """Guards against different outputs, different draft lengths (transformers reads its own elsewhere),
+    padding that counts as tokens, and a machine with threads that no turn had.
     """
     monkeypatch.setattr("benchmarks.peers._TRIES", 1)
+    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)  # turns end with one thread
     monkeypatch.setattr(side_by_side, "bars", drawn := Mock())
     record = measured(
         side_by_side, "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
@@ -91,6 +92,7 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
     assert list(drawn.call_args.args[0].index) == [
         f"{row['side']}, batch {row['batch_size']}" for row in rows
     ]
+    assert ", down to 1 of 2 threads, 1 rank" in " ".join(drawn.call_args.args[2].split())
 
 
 def test_transformers_has_its_best_format(byte_tokenizer, monkeypatch):
