@@ -205,7 +205,7 @@ def test_a_cache_of_transformers_is_cropped_to_a_length(length):
 
 @pytest.mark.parametrize(
     "new_cache",
-    [lambda runner: KVCache(Buffers(4)), lambda runner: runner.new_cache(1, 1)],
+    [lambda runner: KVCache(Buffers([torch.device("cpu")] * 4)), lambda runner: runner.new_cache(1, 1)],
     ids=["not reserved", "outgrown"],
 )
 def test_a_cache_grows_beyond_what_was_reserved(new_cache):

@@ -220,7 +220,8 @@ class _Passes:
         self.config = config = runner.config
         self.num_slots = num_slots
         self.tables = AttentionTables(runner.model, runner.dtype)  # graphs read them, and they only grow here
-        self.buffers, self.capacity = Buffers(len(runner.layers), num_slots), 0  # positions of a row
+        devices = [self.tables.device] * len(runner.layers)
+        self.buffers, self.capacity = Buffers(devices, num_slots), 0  # positions of a row
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._like = self.tables.unit.new_empty(1, config.num_key_value_heads, head_dim)  # keys of a position
         self.num_captured = 0

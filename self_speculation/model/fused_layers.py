@@ -204,7 +204,7 @@ class FusedLayer:
     def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
         norms = self._norms
-        heads = self._multiply(self.linears[0], norms["input"](hidden)).to(hidden.dtype)
+        heads = self._multiply(self.linears[0], norms["input"](hidden), hidden.dtype)
         heads = heads.view(hidden.shape[0], -1, self._head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
@@ -224,13 +224,15 @@ class FusedLayer:
             self._add(piece, down, self._activation(gate).mul_(up), norms["output"])
         return hidden
 
-    def _multiply(self, linear: Product, x: Tensor) -> Tensor:
-        return linear(x if self.products is None else x.to(self.products))
+    def _multiply(self, linear: Product, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """In this dtype; None: in that of the product."""
+        product = linear(x if self.products is None else x.to(self.products))
+        return product if dtype in (None, product.dtype) else product.to(dtype)
 
     def _add(self, hidden: Tensor, linear: Product, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """hidden + norm(linear(x)), in place; None: without a norm."""
         if norm is not None:
-            return hidden.add_(norm(self._multiply(linear, x).to(hidden.dtype)))
+            return hidden.add_(norm(self._multiply(linear, x, hidden.dtype)))
         if isinstance(linear, Linear) and self.products is None:
             return linear.add_to(hidden, x)
         return hidden.add_(self._multiply(linear, x))

@@ -88,7 +88,8 @@ class Int4Linear:
     """As `Linear`, over a copy of its weights for torch's kernels; in bfloat16."""
 
     def __init__(self, linear: Linear, squares: Tensor) -> None:
-        weight = torch.cat([weight.data for weight, _ in linear.pairs])
+        weights = [weight.data for weight, _ in linear.pairs]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         counts, ops = _shares(squares), torch.ops.aten
         is_on_cpu = weight.device.type == "cpu"
         self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm

@@ -34,15 +34,13 @@ class Buffers:
     """Keys and values by layer, each [slots, kv_heads, capacity, head_dim], of layers that have run.
 
     Args:
+        devices: [L] of each layer's weights.
         num_slots: the most rows at a time.
-        devices: of each layer's weights; empty: all layers are on the device of the first keys.
         num_ranks: processes that hold the model together, see `free_memory`.
     """
 
-    def __init__(
-        self, num_layers: int, num_slots: int = 1, devices: Sequence[torch.device] = (), num_ranks: int = 1
-    ) -> None:
-        self.num_layers, self.num_slots, self.capacity = num_layers, num_slots, ALIGNMENT
+    def __init__(self, devices: Sequence[torch.device], num_slots: int = 1, num_ranks: int = 1) -> None:
+        self.num_layers, self.num_slots, self.capacity = len(devices), num_slots, ALIGNMENT
         self._devices, self._num_ranks = devices, num_ranks
         self.limit = sys.maxsize  # the most positions that a row can reach
         self.of_layers: dict[int, Pair] = {}
@@ -88,7 +86,6 @@ class Buffers:
         """Raises MemoryError if a device lacks memory for the buffers of its layers."""
         # Offloaded layers, on "meta", run on the first layer's device.
         devices = [like.device if device.type == "meta" else device for device in self._devices]
-        devices = devices or [like.device] * self.num_layers
         for device, num_layers in Counter(devices).items():
             row = 2 * num_layers * like.shape[1] * capacity * like.shape[-1] * like.itemsize
             pairs = (pair for layer, pair in self.of_layers.items() if devices[layer] == device)

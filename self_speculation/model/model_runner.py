@@ -147,8 +147,8 @@ class ModelRunner:
             prompt_length, num_positions: see `KVCache.reserve`.
             num_slots: the most rows at a time.
         """
-        number = len(self.layers)
-        cache = KVCache(Buffers(number, num_slots, self._devices[:number], num_ranks(self.model)))
+        devices = self._devices[: len(self.layers)]
+        cache = KVCache(Buffers(devices, num_slots, num_ranks(self.model)))
         cache.reserve(prompt_length, num_positions)
         return cache
 

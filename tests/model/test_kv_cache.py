@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from self_speculation.model.kv_cache import Buffers, KVCache, ScatteredCache
 
+CPU = torch.device("cpu")
+
 
 def pair(rows):
     """Keys and values [B * T, heads, head_dim] of positions with these numbers, row by row."""
@@ -29,7 +31,7 @@ def contents(view):
 
 def test_append_grow_and_roll_back():
     """Guards against buffers that are made anew at each call, or lose what was there when they grow."""
-    cache = KVCache(Buffers(2))
+    cache = KVCache(Buffers([CPU] * 2))
     first, _ = append(cache, range(3))
     append(cache, [3, 4])
     append(cache, range(5), 1)
@@ -46,7 +48,7 @@ def test_append_grow_and_roll_back():
 
 
 def test_rolling_back_more_than_there_is_fails_early():
-    cache = KVCache(Buffers(2))
+    cache = KVCache(Buffers([CPU] * 2))
     append(cache, range(2))
     for number in (1, -1):  # layer 1 is empty
         with pytest.raises(ValueError, match=f"cannot roll back {number}"):
@@ -56,11 +58,11 @@ def test_rolling_back_more_than_there_is_fails_early():
 
 def test_positions_follow_a_rollback():
     """Guards against those of before, which stay on the device."""
-    cache, cpu = KVCache(Buffers(1, 2)), torch.device("cpu")
+    cache = KVCache(Buffers([CPU], 2))
     cache.set_rows([3, 5])
-    assert cache.positions(0, 2, cpu).tolist() == [[3, 4], [5, 6]]
+    assert cache.positions(0, 2, CPU).tolist() == [[3, 4], [5, 6]]
     cache.rollback([1, 0])
-    assert cache.positions(0, 2, cpu).tolist() == [[2, 3], [5, 6]]
+    assert cache.positions(0, 2, CPU).tolist() == [[2, 3], [5, 6]]
 
 
 @pytest.mark.parametrize("missing", [(0, 0), (0, 1), (1, 0)])
@@ -68,14 +70,14 @@ def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     """Guards against a model over several GPUs whose cache is refused because it does not fit the first one,
     and against one that is found too large in the middle of a pass.
     """
-    devices = torch.device("cpu"), torch.device("cuda:1"), torch.device("meta")
+    devices = CPU, torch.device("cuda:1"), torch.device("meta")
     layer = 2 * 2 * 8 * 3 * 4  # bytes: keys and values of 2 heads, 8 positions, 3 numbers
     # The last layer's weights are loaded when it runs, on the first one's device.
     free = {devices[0]: 2 * layer - missing[0], devices[1]: layer - missing[1]}
     monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", lambda device, _: free[device])
     refused = pytest.raises(MemoryError, match="1 times 8 positions") if any(missing) else nullcontext()
     with refused:
-        append(KVCache(Buffers(3, devices=devices)), [0])
+        append(KVCache(Buffers(devices)), [0])
 
 
 @given(data=st.data(), num_slots=st.integers(1, 4))
@@ -84,7 +86,7 @@ def test_rows_hold_what_was_written_to_them(data, num_slots):
     """Guards against rows that take another one's place with its contents or its length, and against a
     roll back, an append or a swap that reaches a neighbour's slot.
     """
-    cache, rows, free, numbers = KVCache(Buffers(1, num_slots)), [], {}, itertools.count(1)
+    cache, rows, free, numbers = KVCache(Buffers([CPU], num_slots)), [], {}, itertools.count(1)
     cache.set_rows([])
 
     def new(number):
@@ -106,7 +108,7 @@ def test_rows_hold_what_was_written_to_them(data, num_slots):
             if cache.is_uniform:
                 cache.append(*pair(added), 0)
             else:
-                positions = cache.positions(0, width, torch.device("cpu"))
+                positions = cache.positions(0, width, CPU)
                 cache.extend(0, 1, width)
                 ScatteredCache(cache.buffers.of_layers, positions, 0).append(*pair(added), 0)
             rows = [row + more for row, more in zip(rows, added, strict=True)]
@@ -147,7 +149,7 @@ class OutOfMemory(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_are_swapped_without_memory(dtype):
     """Guards against two slots that are exchanged in some layers only, and against bits that change."""
-    cache = KVCache(Buffers(3, num_slots=3))
+    cache = KVCache(Buffers([CPU] * 3, num_slots=3))
     buffers = [(torch.randn(3, 2, 8, 3, dtype=dtype), torch.randn(3, 2, 8, 3, dtype=dtype)) for _ in range(3)]
     cache.buffers.of_layers = dict(enumerate(buffers))
     parts = [part for pair in buffers for part in pair]
@@ -167,7 +169,7 @@ def test_growing_without_memory_keeps_what_is_there(left):
     """Guards against lost positions, and against a capacity that is not there, so that shorter sequences fail
     as well.
     """
-    cache = KVCache(Buffers(2))
+    cache = KVCache(Buffers([CPU] * 2))
     for layer in range(2):
         append(cache, range(8), layer)
     cache.reserve(1000, 2000)  # of another sequence
