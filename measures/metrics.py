@@ -38,11 +38,6 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     }
 
 
-def speed_interval(records: Sequence[Record], prefix: str) -> tuple[float, float] | None:
-    """The 90 % confidence interval of `tokens_per_second_median`; None for fewer than five windows."""
-    return median_interval(rates(records, prefix))
-
-
 def speedup(records: Sequence[Record], baseline: str) -> Record:
     """Speed-up of one strategy over another: the median over windows of the ratio of tokens per second.
 
@@ -102,9 +97,10 @@ def _ratios(records: Sequence[Record], baseline: str, *of: str) -> tuple[list[fl
     return (tokens / seconds).tolist(), float(totals[0] / totals[1])
 
 
-def draft_stats(records: Sequence[Record]) -> DraftStats:
-    """The sum over all records."""
-    return sum((DraftStats.from_rows(record["drafts"]) for record in records), DraftStats())
+def draft_stats(records: Sequence[Record], prefix: str = "") -> DraftStats:
+    """The sum over all records; a strategy without drafts has none."""
+    rows = (record.get(f"{prefix}drafts", ()) for record in records)
+    return sum(map(DraftStats.from_rows, rows), DraftStats())
 
 
 def acceptance(records: Sequence[Record]) -> Record:

@@ -283,7 +283,7 @@ def test_a_random_llama_agrees_as_often_as_wanted(monkeypatch, tmp_path, capsys)
     )  # fmt: skip
     _, agreement = synthetic.random_llama(config, 1, 0.5, torch.device("cpu"))
     assert agreement == pytest.approx(0.5, abs=0.05)
-    config.vocab_size = AutoConfig.from_pretrained(default_model()).vocab_size
+    config.vocab_size = 2 * AutoConfig.from_pretrained(default_model()).vocab_size  # more ids than tokens
     monkeypatch.setitem(synthetic.MODELS, "Llama-2-7B", config)
     monkeypatch.setattr(synthetic, "_POSITIONS", 100)
     assert synthetic.main(["--folder", str(tmp_path)]) == 0
