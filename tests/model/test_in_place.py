@@ -19,7 +19,6 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_llama_model_utils import family
 from test_sliding_windows import windowed
 from torch import nn
 

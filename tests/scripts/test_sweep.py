@@ -14,7 +14,7 @@ import eval as eval_script
 import generate
 import sweep
 from arguments import GenerationConfig, ModelArguments
-from measures import sweeping
+from measures import sweeping, timed_runs
 from measures.replay import Costs, costs_of, replayed
 from runs.flags import TuningArguments, counts, tuned
 from runs.records import heading
@@ -179,14 +179,14 @@ def test_frame_and_last_lines_are_of_one_cell(
 @pytest.mark.usefixtures("timeless")
 def test_a_sweep_of_a_busy_machine_says_so(flags, is_slower, common, tmp_path, monkeypatch, capsys):
     """Guards against a heading and a picture with threads that measured cells did not have."""
-    measure, measuring = sweeping.measure_examples, []
+    measure, measuring = timed_runs.measure_examples, []
 
     def busy(*args):
         measuring.append(args)
         yield from measure(*args)
         measuring.clear()
 
-    monkeypatch.setattr(sweeping, "measure_examples", busy)
+    monkeypatch.setattr(timed_runs, "measure_examples", busy)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1 if measuring else 2)
     grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--num_samples", "1", "--threads", "1"]
     assert sweep.main([*common, *grid, *flags.split()]) == 0
