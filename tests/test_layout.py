@@ -33,17 +33,17 @@ LIBRARY = {
 # Folder -> the most lines of its modules. A change that needs more raises the number and says why they are
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
-    "scripts": 1319,
-    "benchmarks": 2310,
-    "measures": 1731,
-    "runs": 1453,
-    "serving": 1845,
-    "training": 1274,
-    "self_speculation": 2039,
+    "scripts": 1330,
+    "benchmarks": 1751,
+    "measures": 1737,
+    "runs": 1488,
+    "serving": 1838,
+    "training": 1257,
+    "self_speculation": 2099,
     "self_speculation/decoding": 1604,
-    "self_speculation/drafts": 1133,
-    "self_speculation/model": 4492,
-    "self_speculation/model/cpp, C++": 1371,
+    "self_speculation/drafts": 1142,
+    "self_speculation/model": 4439,
+    "self_speculation/model/cpp, C++": 1392,
 }
 MAX_LINES = 350  # of a file
 

@@ -102,7 +102,7 @@ def test_a_run_names_the_example_and_keeps_the_others(
 def test_a_verified_cell_is_named(dataset, monkeypatch, capsys):
     """Guards against a traceback out of the cells that a predicted sweep measures in the end."""
     no_calibration(monkeypatch)
-    monkeypatch.setattr("measures.sweeping.measure_examples", lambda *_: iter([(1, MemoryError())]))
+    monkeypatch.setattr("measures.timed_runs.measure_examples", lambda *_: iter([(1, MemoryError())]))
     grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--verify_top", "1"]
     assert sweep.main([*dataset, *grid]) == 1
     assert last_line(capsys).startswith(f"exit layer 1, 1 drafted: {OUT_OF_MEMORY}")
