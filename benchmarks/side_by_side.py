@@ -94,8 +94,8 @@ class SideBySideArguments:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
         at_least(self, 0, "beside")
-        allowed = {"workloads": NAMES, "picking": ("greedy", "sampled")}
-        for name, values in {**allowed, "peers": (TRANSFORMERS, *PEERS, "none")}.items():
+        picking, peers = ("greedy", "sampled"), (TRANSFORMERS, *PEERS, "none")
+        for name, values in {"workloads": NAMES, "picking": picking, "peers": peers}.items():
             check(self, name, {*getattr(self, name)} <= {*values}, f"must be among {', '.join(values)}")
         alone = "sampled" not in self.picking or self.peers == ["none"]
         check(self, "picking", alone, "sampled answers need --peers none")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,14 +202,17 @@ def test_our_sides_by_kind_of_prompt(measured, endless_folder, capsys):
 
 def test_sides_beside_busy_programs(measured, monkeypatch):
     """Guards against programs that do not spin while sides are measured, or spin on afterwards."""
-    beside = []
-    children = psutil.Process().children
-    watch(monkeypatch, side_by_side, "measure", lambda *_: beside.append(len(children())))
+    started, beside = watch(monkeypatch, subprocess, "Popen"), []
+
+    def spinning():
+        return [process for _, process in started if process.poll() is None]
+
+    watch(monkeypatch, side_by_side, "measure", lambda *_: beside.append(len(spinning())))
     flags = ["--peers", "none", "--beside", 0, 2, "--rounds", 1, "--num_prompts", 1, "--max_steps", 3]
     rows = measured(side_by_side, *flags, "--exit_layer", 2, "--num_speculations", 2)["rows"]
     assert [row["beside"] for row in rows] == [0] * 4 + [2] * 4
     assert beside == [0, 2]
-    assert children() == []
+    assert spinning() == []
 
 
 def test_a_side_without_room_costs_its_own_row(measured, monkeypatch):
