@@ -175,7 +175,11 @@ def test_equal_tokens_are_kept_by_lowest_id(seed, scales, top_p, allow_sync):
 
 
 def test_draws_follow_the_weights():
-    """Guards against a token of weight zero, at either end too, and against weights that must sum to 1."""
+    """Guards against a token of weight zero, at either end too, against weights that must sum to 1, and
+    against sums that leave out unlikely tokens.
+    """
+    edges = torch.tensor([0.0, 1.0 - 1e-9], dtype=torch.float64)
+    assert draw(torch.tensor([[0.0, 1.0, 0.0], [1.0, 2e-9, 0.0]]), edges).tolist() == [1, 1]
     torch.manual_seed(0)
     drawn = draw(torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0]).expand(4000, -1))
     counts = torch.bincount(drawn, minlength=6)
@@ -254,6 +258,13 @@ def test_logits_without_a_distribution(drafts, value, other, first):
         ids_of(tiny_llama(), [5, 6], sample=True, **shared)
     tokens = ids_of(tiny_llama(), [5, 6], **shared)
     assert set(tokens[first - 2 :]) == {7 if value > 0 else 0}
+
+
+def test_no_confidence_without_a_distribution():
+    """Guards against NaN in statistics of drafts, where all ids of a short head are forbidden."""
+    nothing = torch.full((1, 5), -torch.inf)
+    sampler = Sampler(sample=False)
+    assert sampler.confidence(sampler(nothing), nothing).tolist() == [0.0]
 
 
 def test_the_penalties_of_openai():

@@ -129,10 +129,17 @@ def test_the_largest_steps_fit(code):
 
 @pytest.mark.parametrize("code", FORMATS)
 def test_a_damaged_block_stays_in_its_row(code):
-    """Guards against NaN that spreads to rows that are multiplied beside it."""
+    """Guards against NaN that spreads to rows that are multiplied beside it, and against inputs that are not
+    numbers, but whose products are.
+    """
     raw, _ = rows_of_file(code, 16, 256)
     weight = torch.ops.self_speculation.weight_of_file
     before = FewBitsLinear(weight(raw, code, 256), 16, 256)(x := torch.randn(3, 256))
+    wrong = x.clone()
+    wrong[1, 40], wrong[2, 200] = torch.inf, torch.nan
+    found = FewBitsLinear(weight(raw, code, 256), 16, 256)(wrong)
+    assert torch.equal(found[0], before[0])
+    assert not found[1:].isfinite().any()
     raw[5, NUMBERS[code][0] : NUMBERS[code][0] + 2] = 255  # NaN
     after = FewBitsLinear(weight(raw, code, 256), 16, 256)(x)
     assert after[:, 5].isnan().all()

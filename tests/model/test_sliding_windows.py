@@ -35,8 +35,8 @@ def has_windows(model_type):
 WINDOWED = [*filter(has_windows, FAMILIES)]
 
 
-def windowed(model_type, attention="sdpa"):
-    return family(model_type, attention, **settings(model_type))
+def windowed(model_type, attention="sdpa", **others):
+    return family(model_type, attention, **settings(model_type), **others)
 
 
 def gives_ids_of_transformers(model, ways=WAYS, batch_size=2, max_steps=MAX_STEPS):

@@ -107,6 +107,8 @@ def test_limits_and_key(text_model, byte_tokenizer):
         for content in (b"x" * 2000, iter([b"x" * 600] * 4)):  # with a length, and in chunks
             response = send(served, content, Authorization="Bearer sesame")
             assert (response.status_code, "1000 bytes" in response.text) == (413, True)
+        longest = b'{"prompt": "x", "max_tokens": 1}'.ljust(1000)
+        assert send(served, longest, Authorization="Bearer sesame").status_code == 200
 
 
 def test_a_long_request_blocks_no_other(served, monkeypatch):

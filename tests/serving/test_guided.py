@@ -14,7 +14,7 @@ import pydantic
 import pytest
 from conftest import config_of, generator_of
 from helpers import watch
-from servers import CHAT, HELLO, Served, post, raw_request, refused, until
+from servers import CHAT, HELLO, Served, post, raw_request, refused, tiny_generator, until
 
 from self_speculation.decoding import grammar
 
@@ -197,6 +197,17 @@ def test_grammars_wait_in_turn(served, monkeypatch):
             go_on.set()
     assert post(served, **given).status_code == 200
     assert len(began) < 5
+
+
+@pytest.mark.parametrize(("max_time", "status", "compiled"), [(600, 200, 3), (1e-9, 504, 0)])
+def test_a_turn_ends(max_time, status, compiled, text_model, byte_tokenizer, monkeypatch):
+    """Guards against a server that refuses all grammars after some, and grammars of late requests."""
+    given = {"prompt": "x", "max_tokens": 2, "response_format": {"type": "json_object"}}
+    generator = tiny_generator(text_model, byte_tokenizer)
+    with Served(generator, batch_size=1, max_waiting=1, max_time=max_time) as served:
+        calls = watch(monkeypatch, grammar, "_matcher")
+        assert [post(served, **given).status_code for _ in range(3)] == [status] * 3
+    assert len(calls) == compiled
 
 
 def test_penalties_and_biases(served):

@@ -10,6 +10,7 @@ from self_speculation import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
 from serving.errors import APIError
 from serving.protocol import ChatRequest, CompletionRequest
+from serving.streaming import Delta
 
 
 def chat(**fields):
@@ -43,6 +44,7 @@ FIELDS = {
     "min_p": ([0], 2),
     "top_k": ([-1, 0], -2),
     "max_tokens": ([-1], -2),
+    "max_completion_tokens": ([-1.0], 2.5),
     "stop_token_ids": ([[]], [-1]),
     "continue_final_message": ([False], True),
     "include_reasoning": ([False, True], "x"),
@@ -196,6 +198,20 @@ def test_a_seed_holds(drafts, repeat):
 
 
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+
+def test_what_a_whole_answer_says():
+    """Guards against thinking that a client does not want, and a call that looks complete at the limit."""
+    call, tools = '{"name": "f", "arguments": {}}', [{"function": {"name": "f"}}]
+    for stop_reason, finish_reason in (("eos", "tool_calls"), ("max_steps", "length")):
+        choice = chat(tools=tools).choice(0, Delta(call), None, stop_reason)
+        assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (1, finish_reason)
+    for given, shown in (
+        ({}, True),
+        ({"reasoning": {"exclude": True}}, False),
+        ({"include_reasoning": False}, False),
+    ):
+        assert ("reasoning" in chat(**given).choice(0, Delta("4", thinking="2 + 2"))["message"]) == shown
 
 
 def test_a_template_gets_the_arguments_of_calls():

@@ -131,13 +131,20 @@ def test_a_seed_gives_the_same_answer_in_any_batch(served):
 
 
 def test_an_answer_that_ignores_its_end(served):
-    """The end id is never picked, as in llama.cpp. Guards also against an error for a byte order mark."""
-    bias = {str(served.generator.tokenizer.eos_token_id): 100}
+    """The end id is never picked, as in llama.cpp; other biases stay. Guards also against an error for a byte
+    order mark.
+    """
+    eos, other = (
+        served.generator.tokenizer.eos_token_id,
+        served.generator.encode("x", special_tokens=False)[0],
+    )
+    bias = {str(eos): 100, str(other): 50}
     for ignored, reason, number in ((False, "stop", 1), (True, "length", 9)):
         body = {"prompt": "x", "max_tokens": 9, "logit_bias": bias, "ignore_eos": ignored}
         answer = send(served, codecs.BOM_UTF8 + json.dumps(body).encode()).json()
         assert answer["choices"][0]["finish_reason"] == reason
         assert answer["usage"]["completion_tokens"] == number
+        assert answer["choices"][0]["text"] == "x" * number * ignored
 
 
 def test_logprobs_are_those_of_the_model(served):
@@ -300,6 +307,7 @@ TOO_LONG = "maximum context length is 256 tokens"
         (b'{"prompt": [99999]}', None, "the prompt has the token id 99999"),
         (b'{"prompt": "x", "echo": true}', "echo", "cannot honour this field, leave it out"),
         (b'{"prompt": "x", "n": 9}', "n", "must be at most 8 answers"),
+        (b'{"prompt": ["x", "y", "z"], "n": 3}', "n", "n 3, for 3 prompts: must be at most 8 answers"),
         (json.dumps({"prompt": [5] * 256}).encode(), "prompt", TOO_LONG),
         (json.dumps({"prompt": "x y " * 1000}).encode(), "prompt", TOO_LONG),
         (json.dumps({"messages": LONG}).encode(), "messages", TOO_LONG),

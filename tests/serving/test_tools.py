@@ -103,5 +103,9 @@ def test_calls_are_found():
     assert find_calls(f"<tool_call>{call}</tool_call>" * 2, TOOLS) == [expected] * 2
     assert find_calls(call.replace("arguments", "parameters"), TOOLS) == [expected]
     others = ["It is sunny.", "{}", "[1]", "[" * 9999, '{"name": "unknown"}', '{"name": []}']
-    for text in (*others, "<tool_call>{</tool_call>"):
+    for text in (
+        *others,
+        "<tool_call>{</tool_call>",
+        f"<tool_call>{call}</tool_call><tool_call>{{</tool_call>",
+    ):
         assert find_calls(text, TOOLS) == []
