@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from self_speculation.model.full_forward import exit_logits, hidden_after_each_layer
+from self_speculation.model.full_forward import hidden_after_each_layer
 
 # Standard deviation of the logits: as peaked as a trained model, so sampled drafts are accepted about
 # as often as greedy ones.
@@ -66,8 +66,9 @@ def scale_down(model: Any, first: int, factor: float) -> None:
 
 
 def _agreement(model: PreTrainedModel, exit_layer: int, ids: torch.Tensor) -> float:
+    head, norm = model.get_output_embeddings(), model.base_model.norm
     picked = [
-        exit_logits(model, hidden).argmax(-1)
+        head(norm(hidden)).argmax(-1)
         for number, hidden in enumerate(hidden_after_each_layer(model, ids), 1)
         if number in (exit_layer, model.config.num_hidden_layers)
     ]
