@@ -1,45 +1,204 @@
-"""Other software with the same model: transformers in its fastest format, llama.cpp and OpenVINO."""
+"""Other software with the same model, as strategies: `generate` of transformers, llama.cpp and OpenVINO."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy
 import torch
 from accelerate import init_empty_weights
 
 from arguments import refuse
-from benchmarks.sides import EARLY_EXIT, LOOKUP, TRANSFORMERS, Answers, Side, theirs
-from self_speculation import GenerationConfig
+from benchmarks.sides import side
+from measures import metrics
+from measures.timed_runs import TimedSide, measure_all
+from self_speculation import (
+    GenerationConfig,
+    GenerationStrategy,
+    GenerationStrategyResult,
+    HuggingfaceLlamaGenerator,
+    Request,
+)
+from self_speculation.decoding.request import as_list
 from self_speculation.model.few_bits import formats_of
+from self_speculation.results import DraftStats
+
+TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, exit", "transformers, lookup"
 
 # Formats of llama.cpp by their number in `llama_ftype`: the weights as they are, and in fewer bits.
 LLAMA_CPP = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2, "Q4_K_M": 15}
 
 _LOOKUP_NGRAM = 3  # tokens that openvino-genai looks up, as in its samples
 _TRIES = 2  # of each format; the first one warms up
+# Tokens of a first try, after which formats of less than half the best speed are left: some take minutes.
+_FIRST_TOKENS = 8
+
+
+class TimingStreamer:
+    """A streamer of transformers that notes the time and size of each `put`; first come the prompts."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[float, int]] = []
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.given.append((time.perf_counter(), ids.numel()))
+
+    def end(self) -> None:
+        """Required by transformers."""
+
+
+class TransformersStrategy(GenerationStrategy):
+    """Greedy `generate` of transformers, over batches of prompts in order, padded on the left.
+
+    Args:
+        name: TRANSFORMERS; EARLY_EXIT or LOOKUP, which take one prompt at a time.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def generate_batch(
+        self, model: Any, requests: Iterable[Request], generation_config: GenerationConfig, batch_size: int
+    ) -> Iterator[tuple[int, GenerationStrategyResult | Exception]]:
+        left = enumerate(requests)
+        while batch := dict(islice(left, batch_size)):
+            yield from zip(batch, self._generate(model, [*batch.values()], generation_config), strict=True)
+
+    @torch.inference_mode()
+    def _generate(
+        self, model: Any, requests: Sequence[Request], config: GenerationConfig
+    ) -> list[GenerationStrategyResult]:
+        options: dict[str, Any] = {"do_sample": False}
+        assistant: dict[str, Any] = {}
+        if self._name == LOOKUP:
+            options["prompt_lookup_num_tokens"] = config.num_speculations
+        elif self._name == EARLY_EXIT:
+            options["assistant_early_exit"] = config.exit_layer
+            # transformers reads the draft length off the assistant's generation config: the model's own.
+            assistant = {
+                "num_assistant_tokens": config.num_speculations,
+                "num_assistant_tokens_schedule": "constant",
+                "assistant_confidence_threshold": 0.0,
+            }
+        started, streamer = time.perf_counter(), TimingStreamer()
+        width = max(len(request.ids) for request in requests)
+        pads = [[0] * (width - len(request.ids)) for request in requests]
+        rows = [pad + request.ids for pad, request in zip(pads, requests, strict=True)]
+        mask = [pad + [1] * (width - len(pad)) for pad in pads]
+        end_ids = as_list(requests[0].eos_token_ids)
+        with patch.dict(vars(model.generation_config), assistant):
+            output = model.generate(
+                torch.tensor(rows, device=model.device), streamer=streamer, pad_token_id=0,
+                attention_mask=torch.tensor(mask, device=model.device), max_new_tokens=config.max_steps,
+                eos_token_id=end_ids or None, **options,
+            )  # fmt: skip
+        first_at, num_first = streamer.given[1]
+        took = time.perf_counter() - first_at
+        stats = None
+        if self._name != TRANSFORMERS:
+            stats = DraftStats()
+            for _, number in streamer.given[1:]:  # one `put` after each verification
+                stats.add(self._name, config.num_speculations, accepted=number - 1, emitted=number)
+        size = len(requests)  # prefill times add up, as those of our batches do
+        times = (num_first // size, (first_at - started) / size, took)
+        return [_result(row, end_ids, *times, stats) for row in output[:, width:].tolist()]
+
+
+class LlamaCppStrategy(GenerationStrategy):
+    """Greedy decoding by llama-cpp-python with torch's number of threads, one prompt at a time."""
+
+    def __init__(self, library: Any, weights: Path) -> None:
+        threads = {name: torch.get_num_threads() for name in ("n_threads", "n_threads_batch")}
+        self._engine = library.Llama(str(weights), n_ctx=0, verbose=False, **threads)
+
+    def generate_token_ids(
+        self, _: Any, input_ids: list[int], eos_token_ids: Any, generation_config: Any, *__: Any
+    ) -> GenerationStrategyResult:
+        started, ids, first_at = time.perf_counter(), list[int](), 0.0
+        self._engine.reset()
+        for token in self._engine.generate(input_ids, temp=0.0, reset=False):
+            first_at = first_at or time.perf_counter()
+            ids.append(token)
+            if token in eos_token_ids or len(ids) == generation_config.max_steps:
+                break
+        return _result(ids, eos_token_ids, 1, first_at - started, time.perf_counter() - first_at)
+
+
+class OpenVinoStrategy(GenerationStrategy):
+    """Greedy decoding by openvino-genai with torch's number of threads, one prompt at a time.
+
+    It keeps nothing of earlier prompts.
+    """
+
+    def __init__(self, library: Any, weights: Path, config: GenerationConfig, looks_up: bool) -> None:
+        self._tensor, kept = importlib.import_module("openvino").Tensor, library.SchedulerConfig()
+        kept.enable_prefix_caching = False
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "scheduler_config": kept}
+        self._settings = library.GenerationConfig()
+        self._settings.max_new_tokens, self._settings.do_sample = config.max_steps, False
+        if looks_up:
+            options["prompt_lookup"] = True
+            self._settings.num_assistant_tokens = config.num_speculations
+            self._settings.max_ngram_size = _LOOKUP_NGRAM
+        self._engine = library.LLMPipeline(str(weights), "CPU", **options)
+
+    def generate_token_ids(
+        self, _: Any, input_ids: list[int], eos_token_ids: Any, *__: Any
+    ) -> GenerationStrategyResult:
+        started = time.perf_counter()
+        self._settings.stop_token_ids = {*eos_token_ids}
+        done = self._engine.generate(self._tensor(numpy.array([input_ids])), self._settings)
+        first, took = done.perf_metrics.get_ttft().mean / 1000, time.perf_counter() - started
+        return _result(done.tokens[0], eos_token_ids, 1, first, took - first)
+
+
+def _result(
+    ids: list[int],
+    end_ids: Sequence[int],
+    num_first: int,
+    prefill_time: float,
+    decode_time: float,
+    draft_stats: DraftStats | None = None,
+) -> GenerationStrategyResult:
+    """Of an output up to its end id, which padding may follow; the prompt's pass gave `num_first` tokens."""
+    length = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
+    num_tokens = len(ids[: length + 1])
+    return GenerationStrategyResult(
+        ids[:length],
+        end_token_id=ids[length] if length < len(ids) else None,
+        num_decode_tokens=num_tokens - num_first,
+        prefill_time=prefill_time,
+        decode_time=decode_time,
+        draft_stats=draft_stats,
+    )
 
 
 def of_transformers(
-    model: Any, end_ids: Sequence[int], config: GenerationConfig, prompt: list[int], size: int
-) -> tuple[dict[str, Side], dict[str, str]]:
-    """`generate` of transformers by kind of drafts, in the fastest format for this prompt; these formats."""
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: list[int], batch_size: int
+) -> list[TimedSide]:
+    """`generate` of transformers by kind of drafts, each in the fastest format for this prompt."""
     names = [TRANSFORMERS]
-    if size == 1:  # transformers has no exit after all layers
-        early = config.exit_layer < len(model.base_model.layers)
+    if batch_size == 1 and config.max_steps > 1:  # transformers has no exit after all layers
+        early = config.exit_layer < len(generator.model.base_model.layers)
         names += [EARLY_EXIT, LOOKUP] if early else [LOOKUP]
-    models, sides, formats = in_each_format(model), {}, {}
-    for name in names:
-        make = partial(theirs, name, end_ids=end_ids, config=config, size=size)
-        chosen = fastest(models, make, [prompt] * size)
-        sides[name], formats[name] = make(chosen), str(chosen.dtype).removeprefix("torch.")
-    return sides, formats
+    others = [
+        HuggingfaceLlamaGenerator(generator.tokenizer, model, generator.generation_strategy)
+        for model in in_each_format(generator.model)
+    ]
+    return [
+        fastest(
+            [side(name, other, TransformersStrategy(name), config) for other in others], prompt, batch_size
+        )
+        for name in names
+    ]
 
 
 def in_each_format(model: Any) -> list[Any]:
@@ -60,25 +219,30 @@ def plain_copy(model: Any, dtype: torch.dtype) -> Any:
     return plain.to(dtype).eval()
 
 
-def fastest(models: Sequence[Any], make: Callable[[Any], Side], prompts: Sequence[list[int]]) -> Any:
-    """The model whose side answers the prompts fastest, prefill included."""
-    speeds = [0.0] * len(models)
-    for _ in range(_TRIES if len(models) > 1 else 0):
-        for index, model in enumerate(models):
-            speeds[index] = max(speeds[index], make(model)(prompts).tokens_per_second)
-    return models[speeds.index(max(speeds))]
+def fastest(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> TimedSide:
+    """The side that answers this prompt fastest, prefill included."""
+    requests = {index: Request(prompt) for index in range(batch_size)}
+
+    def speed(own: TimedSide) -> float:
+        tries = [measure_all([own], requests, batch_size) for _ in range(_TRIES)]
+        return max(metrics.speed(records, own[0])["tokens_per_second"] for records in tries)
+
+    if len(sides) == 1:
+        return sides[0]
+    short = [speed((*own, replace(config, max_steps=_FIRST_TOKENS))) for *own, config in sides]
+    return max((own for own, rate in zip(sides, short, strict=True) if 2 * rate >= max(short)), key=speed)
 
 
 class Peer(NamedTuple):
     """Other software that reads .gguf files and is not among the requirements.
 
     Attributes:
-        sides: made of its module, the file, end ids, settings, and a folder for further files.
+        strategies: made of its module, the file, the settings, and a folder for further files.
     """
 
     module: str
     package: str  # that it needs
-    sides: Callable[[Any, Path, Sequence[int], GenerationConfig, Path], dict[str, Side]]
+    strategies: Callable[[Any, Path, GenerationConfig, Path], dict[str, GenerationStrategy]]
 
 
 def find_peer(name: str, model: Path) -> Any:
@@ -93,82 +257,25 @@ def find_peer(name: str, model: Path) -> Any:
 
 
 def of_llama_cpp(
-    library: Any, model: Path, end_ids: Sequence[int], config: GenerationConfig, folder: Path
-) -> dict[str, Side]:
-    """Greedy decoding by llama-cpp-python of this file and in each format of LLAMA_CPP, one prompt at a time.
-    llama.cpp's own quantiser writes these.
-    """
-    sides = {"llama.cpp, this file": _llama_cpp(library, model, end_ids, config)}
+    library: Any, model: Path, _: GenerationConfig, folder: Path
+) -> dict[str, GenerationStrategy]:
+    """On this file and in each format of LLAMA_CPP, which llama.cpp's own quantiser writes."""
+    files = {"llama.cpp, this file": model}
     for name, number in LLAMA_CPP.items():
         made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()
         how.ftype, how.allow_requantize = number, True
         if library.llama_model_quantize(str(model).encode(), str(made).encode(), how):
             refuse(f"--peers llama.cpp: it cannot write {model.name} as {name}", status=1)
-        sides[f"llama.cpp {name}"] = _llama_cpp(library, made, end_ids, config)
-    return sides
-
-
-def _llama_cpp(library: Any, weights: Path, end_ids: Sequence[int], config: GenerationConfig) -> Side:
-    """llama.cpp with torch's number of threads."""
-    threads = torch.get_num_threads()
-    engine = library.Llama(str(weights), n_ctx=0, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-    def generate(prompts: Sequence[list[int]]) -> Answers:
-        new: list[list[int]] = []
-        prefill, began = 0.0, time.perf_counter()
-        for prompt in prompts:
-            started, ids = time.perf_counter(), list[int]()
-            engine.reset()
-            for token in engine.generate(prompt, temp=0.0, reset=False):
-                if not ids:
-                    prefill += time.perf_counter() - started
-                ids.append(token)
-                if token in end_ids or len(ids) == config.max_steps:
-                    break
-            new.append(ids)
-        return Answers(new, len(new), prefill, time.perf_counter() - began)
-
-    return generate
+        files[f"llama.cpp {name}"] = made
+    return {name: LlamaCppStrategy(library, path) for name, path in files.items()}
 
 
 def of_openvino(
-    library: Any, model: Path, end_ids: Sequence[int], config: GenerationConfig, _: Path
-) -> dict[str, Side]:
-    """Greedy decoding of this file by openvino-genai, without drafts and by prompt lookup, one prompt at a
-    time.
-    """
-    return {
-        f"openvino{name}": _openvino(library, model, end_ids, config, looks_up)
-        for name, looks_up in (("", False), (", lookup", True))
-    }
-
-
-def _openvino(
-    library: Any, weights: Path, end_ids: Sequence[int], config: GenerationConfig, looks_up: bool
-) -> Side:
-    """openvino-genai with torch's number of threads. It keeps nothing of earlier prompts."""
-    kept, settings = library.SchedulerConfig(), library.GenerationConfig()
-    kept.enable_prefix_caching = False
-    lookup = {"prompt_lookup": True} if looks_up else {}
-    engine = library.LLMPipeline(
-        str(weights), "CPU", scheduler_config=kept, INFERENCE_NUM_THREADS=torch.get_num_threads(), **lookup
-    )
-    settings.max_new_tokens, settings.do_sample = config.max_steps, False
-    settings.stop_token_ids = {*end_ids}
-    if looks_up:
-        settings.num_assistant_tokens, settings.max_ngram_size = config.num_speculations, _LOOKUP_NGRAM
-    openvino = importlib.import_module("openvino")
-
-    def generate(prompts: Sequence[list[int]]) -> Answers:
-        new: list[list[int]] = []
-        prefill, began = 0.0, time.perf_counter()
-        for prompt in prompts:
-            done = engine.generate(openvino.Tensor(numpy.array([prompt])), settings)
-            prefill += done.perf_metrics.get_ttft().mean / 1000
-            new.append(done.tokens[0])
-        return Answers(new, len(new), prefill, time.perf_counter() - began)
-
-    return generate
+    library: Any, model: Path, config: GenerationConfig, _: Path
+) -> dict[str, GenerationStrategy]:
+    """On this file, without drafts and by prompt lookup."""
+    names = {"openvino": False, "openvino, lookup": True}
+    return {name: OpenVinoStrategy(library, model, config, looks_up) for name, looks_up in names.items()}
 
 
 PEERS = {

@@ -30,10 +30,8 @@ import contextlib
 import itertools
 import json
 import random
-import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -49,13 +47,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
 from benchmarks.servers import SERVE, started
-from benchmarks.sides import rotated
 from benchmarks.workloads import texts
 from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 
 _PEER = "transformers"
+_BARE = {"add_special_tokens": False}
 _ANSWERS = 600  # timeout of a request in seconds
 
 Question = tuple[str, str]  # its workload, and its text
@@ -101,24 +99,11 @@ class Answer(NamedTuple):
     ended: float
 
 
-class Turn(NamedTuple):
-    """All answers of one server to one number of clients."""
-
-    answers: list[Answer]
-    num_tokens: int
-
-    @property
-    def seconds(self) -> float:
-        """The time in which at least one request was open."""
-        total = until = 0.0
-        for answer in sorted(self.answers, key=lambda answer: answer.began):
-            total += max(0.0, answer.ended - max(answer.began, until))
-            until = max(until, answer.ended)
-        return total
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / self.seconds
+def open_seconds(answers: pandas.DataFrame) -> float:
+    """The time in which at least one request was open."""
+    own = answers.sort_values("began")
+    until = own["ended"].cummax().shift(fill_value=0.0)  # of the requests before
+    return float((own["ended"] - own["began"].clip(lower=until)).clip(lower=0.0).sum())
 
 
 @dataclass(frozen=True)
@@ -186,7 +171,7 @@ async def measure(
 
 def text_of(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> str:
     """Code of so many tokens."""
-    ids = tokenizer.encode("\n".join(texts()["code"]), add_special_tokens=False)
+    ids = tokenizer.encode("\n".join(texts()["code"]), **_BARE)
     return tokenizer.decode([*itertools.islice(itertools.cycle(ids), num_tokens)])
 
 
@@ -218,34 +203,25 @@ def commands(
     return ways
 
 
-def row(server: str, load: tuple[int, int], turns: Sequence[Turn]) -> dict[str, Any]:
-    """The figures of all turns of one server and load."""
-    answers = [answer for turn in turns for answer in turn.answers]
-    came = [[answer.began, *(when for when, _ in answer.pieces)] for answer in answers if answer.pieces]
-    gaps = [numpy.diff(times) for times in came]
+def figures(answers: pandas.DataFrame) -> pandas.Series:
+    """Of all answers of one server and load."""
+    by_round = answers.groupby("round")
+    tokens, seconds = by_round["tokens"].sum(), by_round[["began", "ended"]].apply(open_seconds)
+    gaps = [numpy.diff([own.began, *own.came]) for own in answers.itertuples() if own.came]
     first, between = [times[0] for times in gaps], numpy.concatenate([times[1:] for times in gaps])
-    return {
-        "server": server, "clients": load[0], "long prompt": load[1],
-        "answers": len(answers),
-        "tokens/s": sum(turn.num_tokens for turn in turns) / sum(turn.seconds for turn in turns),
-        **{
-            f"{name} p{percent}": 1000 * float(numpy.percentile(times, percent))
-            for name, times in (("first", first), ("between", between))
-            for percent in (50, 95)
-        },
-        "between max": 1000 * float(between.max()),
-        "speeds": [turn.tokens_per_second for turn in turns],
-    }  # fmt: skip
+    found = {"answers": len(answers), "tokens/s": tokens.sum() / seconds.sum()}
+    for name, times in (("first", first), ("between", between)):
+        found |= {f"{name} p{percent}": 1000 * numpy.percentile(times, percent) for percent in (50, 95)}
+    found["between max"] = 1000 * between.max()
+    return pandas.Series({**found, "speeds": (tokens / seconds).tolist()})
 
 
-def who_is_ahead(own: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
-    """Compare the row of the first server with that of the fastest other one."""
-    other = max(others, key=lambda row: row["tokens/s"])
-    ratios = [here / there for here, there in zip(own["speeds"], other["speeds"], strict=True)]
-    return {
-        "clients": own["clients"], "long prompt": own["long prompt"], "other": other["server"],
-        "x": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
-    }  # fmt: skip
+def ahead(rows: pandas.DataFrame) -> pandas.Series:
+    """Compare the first server with the fastest other one, by rows of one load."""
+    own, others = rows.iloc[0], rows.iloc[1:]
+    other = others.loc[others["tokens/s"].astype(float).idxmax()]
+    x = numpy.divide(own["speeds"], other["speeds"])
+    return pandas.Series({"other": other["server"], "x": numpy.median(x), "low": x.min(), "high": x.max()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,8 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer.save_pretrained(folder)
         del generator  # the servers need the memory
         ways = commands(model_args, config, args, folder)
-        turns: dict[tuple[tuple[int, int], str], list[Turn]] = defaultdict(list)
-        for number, server in ((n, name) for n in range(args.rounds) for name in rotated([*ways], n)):
+        found: list[pandas.DataFrame] = []
+        order = [*ways] * 2  # servers take turns in going first
+        starts = [(number, number % len(ways)) for number in range(args.rounds)]
+        for number, server in ((n, name) for n, at in starts for name in order[at : at + len(ways)]):
             way = ways[server]
             start = contextlib.nullcontext(server) if way is None else started(server, way)
             with start as address:
@@ -275,23 +253,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                     given = asyncio.run(measure(f"{address}/v1", called, config.max_steps, args, long_prompt))
                 except openai.OpenAIError as error:
                     refuse(f"--servers {server}: {error}", status=1)
-            for load, answers in given.items():
-                said = ["".join(text for _, text in answer.pieces) for answer in answers]
-                lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in said]
-                turns[load, server].append(turn := Turn(answers, sum(lengths)))
-                told = f"clients {load[0]}" + (f" and a prompt of {load[1]} tokens" if load[1] else "")
-                speed = f"{turn.tokens_per_second:.1f} tokens/s"
+            for (clients, beside), answers in given.items():
+                turn = pandas.DataFrame(
+                    {
+                        "clients": clients, "long prompt": beside, "server": server, "round": number,
+                        "began": began, "ended": ended, "came": [when for when, _ in pieces],
+                        "tokens": len(tokenizer.encode("".join(text for _, text in pieces), **_BARE)),
+                    }
+                    for began, pieces, ended in answers
+                )  # fmt: skip
+                found.append(turn)
+                told = f"clients {clients}" + (f" and a prompt of {beside} tokens" if beside else "")
+                speed = f"{turn['tokens'].sum() / open_seconds(turn):.1f} tokens/s"
                 print(f"round {number + 1}, {server}, {told}: {speed}", flush=True)
-    rows = [row(server, load, turns[load, server]) for load in args.loads() for server in ways]
-    table = pandas.DataFrame(rows).drop(columns=["speeds"])
-    print("\n" + table.to_string(index=False, float_format="{:.1f}".format))
-    ahead = []
+    by_load = ["clients", "long prompt"]
+    every = pandas.concat(found).sort_values(by_load, kind="stable")
+    rows = every.groupby([*by_load, "server"], sort=False)[every.columns].apply(figures).reset_index()
+    print("\n" + rows.drop(columns="speeds").to_string(index=False, float_format="{:.1f}".format))
+    compared = pandas.DataFrame()
     if len(ways) > 1:
-        by_load = itertools.groupby(rows, key=lambda row: (row["clients"], row["long prompt"]))
-        ahead = [who_is_ahead(*of_load) for _, of_load in by_load]
-        print(f"\nspeed-up of {rows[0]['server']} over the fastest other server")
-        print(pandas.DataFrame(ahead).to_string(index=False, float_format="{:.2f}".format))
-    print(json.dumps({**about, "rows": rows, "ahead": ahead}))
+        compared = rows.groupby(by_load, sort=False)[rows.columns].apply(ahead).reset_index()
+        print(f"\nspeed-up of {rows['server'][0]} over the fastest other server")
+        print(compared.to_string(index=False, float_format="{:.2f}".format))
+    about |= {"rows": rows.to_dict("records"), "ahead": compared.to_dict("records")}
+    print(json.dumps(about))
     return 0
 
 

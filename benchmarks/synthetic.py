@@ -1,14 +1,32 @@
-"""Shapes of real Llamas, and random weights whose early exits agree with the model at a given rate."""
+"""Save a Llama with the shape of a real one and random weights, to time passes without a checkpoint.
+
+    python benchmarks/synthetic.py --shape Llama-3.2-1B --folder logs/random
+
+Its early exit agrees with it about as often as those of the published LayerSkip checkpoints do. (Llama-3.2-1B
+ties its head to its embedding; here they are two.) The tokenizer is that of the bundled model.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from arguments import check, parse
+from runs.failures import check_writable
+from runs.program import run
+from self_speculation.config import default_model
 from self_speculation.model.full_forward import hidden_after_each_layer
+from self_speculation.model.loading import resolve_device
 
 # Standard deviation of the logits: as peaked as a trained model, so sampled drafts are accepted about
 # as often as greedy ones.
@@ -16,6 +34,7 @@ _LOGIT_SPREAD = 6.0
 # Standard deviation of the embeddings. A smaller one makes outputs repeat a few tokens, since the next token
 # hardly depends on the last one.
 _EMBEDDING_SPREAD = 4.0
+_AGREEMENT = 0.9  # of exit and model; then 70 % of 6 drafted tokens are accepted
 _POSITIONS, _HALVINGS = 512, 12  # compared positions; steps of the bisection
 
 
@@ -35,6 +54,34 @@ MODELS = {
     "Llama-3-8B": llama(4096, 14336, 32, 32, 8, 128256, False),
     "Llama-3-70B": llama(8192, 28672, 80, 64, 8, 128256, False),
 }
+
+
+@dataclass(frozen=True)
+class SyntheticArguments:
+    """Which model, and where to."""
+
+    shape: str = "Llama-2-7B"
+    """Llama-2-7B, Llama-3.2-1B, Llama-3-8B or Llama-3-70B."""
+    folder: str = "logs/random"
+    """A folder for the model."""
+    seed: int = 0
+    """Of the weights."""
+
+    def __post_init__(self) -> None:
+        check(self, "shape", self.shape in MODELS, f"must be one of {', '.join(MODELS)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    (args,) = parse(__doc__ or "", SyntheticArguments, args=argv)
+    check_writable("folder", args.folder)
+    config = copy.deepcopy(MODELS[args.shape])
+    config.tie_word_embeddings = False
+    exit_layer = config.num_hidden_layers // 4
+    model, agreement = random_llama(config, exit_layer, _AGREEMENT, resolve_device(), args.seed)
+    for saved in (model, AutoTokenizer.from_pretrained(default_model())):
+        saved.save_pretrained(Path(args.folder).expanduser())
+    print(f"{args.folder}: {args.shape}, its exit {exit_layer} agrees at {agreement:.0%} of positions")
+    return 0
 
 
 @torch.no_grad()
@@ -73,3 +120,7 @@ def _agreement(model: PreTrainedModel, exit_layer: int, ids: torch.Tensor) -> fl
         if number in (exit_layer, model.config.num_hidden_layers)
     ]
     return float((picked[0] == picked[1]).float().mean())
+
+
+if __name__ == "__main__":
+    run(main)

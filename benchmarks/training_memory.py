@@ -81,7 +81,7 @@ def steps(way: str) -> float:
         settings.disable_tqdm = True
         rows = [torch.randint(config.vocab_size, (LENGTH,)).tolist() for _ in range(16)]
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-        recipe = RecipeArguments(layer_dropout=0, exits=[3, 6, 9], curriculum="all")
+        recipe = RecipeArguments(layer_dropout=0, exits=[3, 6, 9], rotation=1)
         trainer = EarlyExitTrainer(
             model, recipe, settings, train_dataset=data, data_collator=lambda rows: padded(0, LENGTH, rows)
         )

@@ -29,18 +29,13 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     total_time = float(_sums(records, "rank", prefix)[1].max())
     return {
         "tokens_per_second": sum(num_tokens) / total_time,
-        "tokens_per_second_median": statistics.median(_rates(records, prefix)),
+        "tokens_per_second_median": float(numpy.median(rates(records, prefix))),
         "decode_tokens_per_second_median": statistics.median(decode) if decode else None,
         "time_to_first_token_ms": 1000 * statistics.median(first),
         "total_time": total_time,
         "num_tokens": sum(num_tokens),
         "empty_answers": num_tokens.count(0),
     }
-
-
-def speed_interval(records: Sequence[Record], prefix: str) -> tuple[float, float] | None:
-    """The 90 % confidence interval of `tokens_per_second_median`; None for fewer than five windows."""
-    return median_interval(_rates(records, prefix))
 
 
 def speedup(records: Sequence[Record], baseline: str) -> Record:
@@ -56,7 +51,7 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
     is_single = all(record["batch_size"] == 1 for record in records)
     return {
         "speedup": statistics.median(ratios) if ratios else None,
-        "speedup_quartiles": quartiles(ratios),
+        "speedup_quartiles": numpy.percentile(ratios, (25, 50, 75)).tolist() if ratios else [],
         "speedup_interval": median_interval(ratios),
         "speedup_of_totals": totals,
         "speedup_faster": sum(ratio > 1 for ratio in ratios),
@@ -81,10 +76,14 @@ def _sums(
     return numpy.stack([*sums.values()], axis=1)
 
 
-def _rates(records: Sequence[Record], prefix: str) -> list[float]:
-    """Tokens per second of each window."""
-    tokens, seconds = _sums(records, "window", prefix)
-    return (tokens / seconds).tolist()
+def rates(records: Sequence[Record], prefix: str, decode: bool = False) -> numpy.ndarray:
+    """[n] tokens per second of each window; `decode`: of those after the first, NaN if there are none."""
+    if not decode:
+        tokens, seconds = _sums(records, "window", prefix)
+        return tokens / seconds
+    tokens, seconds = _sums(records, "window", prefix, "num_decode_tokens")
+    seconds = seconds - _sums(records, "window", prefix, "num_decode_tokens", "prefill_time")[1]
+    return numpy.where(tokens > 0, tokens, numpy.nan) / seconds
 
 
 def _ratios(records: Sequence[Record], baseline: str, *of: str) -> tuple[list[float], float | None]:
@@ -98,9 +97,10 @@ def _ratios(records: Sequence[Record], baseline: str, *of: str) -> tuple[list[fl
     return (tokens / seconds).tolist(), float(totals[0] / totals[1])
 
 
-def draft_stats(records: Sequence[Record]) -> DraftStats:
-    """The sum over all records."""
-    return sum((DraftStats.from_rows(record["drafts"]) for record in records), DraftStats())
+def draft_stats(records: Sequence[Record], prefix: str = "") -> DraftStats:
+    """The sum over all records; a strategy without drafts has none."""
+    rows = (record.get(f"{prefix}drafts", ()) for record in records)
+    return sum(map(DraftStats.from_rows, rows), DraftStats())
 
 
 def acceptance(records: Sequence[Record]) -> Record:
@@ -170,8 +170,3 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """All three; a single value three times."""
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3

@@ -20,7 +20,7 @@ from measures import metrics
 from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.replay import Cell, Costs, costs_of, replayed
-from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
+from measures.timed_runs import BASELINE, TimedSide, measure_all, warm_up
 from runs.examples import Experiment
 from runs.failures import failed
 from runs.flags import COUNTS
@@ -83,11 +83,7 @@ class Sweep(Experiment):
         config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1], **settings)
         sides = [("", self.generator, config), (BASELINE, plain, replace(plain_config, **settings))]
         warm_up(sides, max((request.ids for request in requests.values()), key=len), self.batch_size)
-        records = []
-        for _, record in measure_examples(sides, requests, self.batch_size):
-            if isinstance(record, Exception):
-                raise record
-            records.append(record)
+        records = measure_all(sides, requests, self.batch_size)
         self._timed += records
         return records
 

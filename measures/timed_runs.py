@@ -8,14 +8,13 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
-from transformers import PreTrainedModel
+from tqdm import tqdm
 
 from measures.metrics import draft_stats
 from runs import ranks
 from runs.records import Record
 from self_speculation import (
     GenerationConfig,
-    GenerationStrategy,
     HuggingfaceLlamaGenerator,
     Request,
 )
@@ -51,32 +50,27 @@ NextTurn = Callable[[int, Sequence[str]], Request | None]
 
 
 def warm_up(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> None:
-    """Run every pass that will be timed three times by each side; `prompt` is the longest one."""
+    """Run every pass that will be timed three times by each side, with as few tokens as possible.
+
+    Args:
+        prompt: the longest one; one that fills the context is cut.
+    """
     for _, generator, config in sides:
-        run_every_pass(generator.generation_strategy, generator.model, prompt, config, batch_size)
-
-
-def run_every_pass(
-    strategy: GenerationStrategy,
-    model: PreTrainedModel,
-    prompt: list[int],
-    config: GenerationConfig,
-    batch_size: int = 1,
-) -> None:
-    """Warm up one strategy with as few tokens as possible; cut a prompt that fills the context."""
-    longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
-    num_tokens = _RUNS * (longest + 1) + 1  # the first one, and all that so many rounds may emit
-    ids = prompt[-max(1, context_length(model.config) - num_tokens) :]
-    # Rows differ in length, as in a real batch. max_steps stays, since it decides the cache's capacity.
-    rows = [ids[row % len(ids) :] for row in range(batch_size)]
-    requests = [Request(row, stop_checks=lambda tokens: len(tokens) >= num_tokens) for row in rows]
-    endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False, shared_lookup=0)
-    if is_captured(model) and isinstance(strategy, DecodingStrategy):
-        scheduler = Scheduler[int](strategy, model, endless, batch_size)
-        scheduler.run_every_pass(min(len(prompt) + config.max_steps, context_length(model.config)))
-    for _, result in strategy.generate_batch(model, requests, endless, batch_size):
-        if isinstance(result, Exception):
-            raise result
+        strategy, model = generator.generation_strategy, generator.model
+        longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
+        num_tokens = _RUNS * (longest + 1) + 1  # the first one, and all that so many rounds may emit
+        context = context_length(model.config)
+        ids = prompt[-max(1, context - num_tokens) :]
+        # Rows differ in length, as in a real batch. max_steps stays, since it decides the cache's capacity.
+        rows = [ids[row % len(ids) :] for row in range(batch_size)]
+        requests = [Request(row, stop_checks=lambda new, n=num_tokens: len(new) >= n) for row in rows]
+        endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False, shared_lookup=0)
+        if is_captured(model) and isinstance(strategy, DecodingStrategy):
+            scheduler = Scheduler[int](strategy, model, endless, batch_size)
+            scheduler.run_every_pass(min(len(prompt) + config.max_steps, context))
+        for _, result in strategy.generate_batch(model, requests, endless, batch_size):
+            if isinstance(result, Exception):
+                raise result
 
 
 def measure_examples(
@@ -87,7 +81,7 @@ def measure_examples(
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Time each request by each side.
 
-    Sides alternate, and alternate in going first: after each request, or for batches after each window of a
+    Sides alternate, and take turns in going first: after each request, or for batches after each window of a
     few batches. A completion depends on prompt and seed alone.
 
     Yields:
@@ -102,7 +96,8 @@ def measure_examples(
         size = _BATCHES_IN_TURN * batch_size if len(sides) > 1 else max(1, len(requests))
     left = iter(requests.items())
     for number, window in enumerate(iter(lambda: dict(islice(left, size)), {})):
-        *others, last = sides if number % 2 else sides[::-1]
+        first = (number + 1) % len(sides)
+        *others, last = [*sides[first:], *sides[:first]]
         shared = {"batch_size": batch_size, "window": next(iter(window)), "rank": ranks.rank()}
         measured: dict[int, Record | Exception] = dict.fromkeys(window, shared)
         for side in [*others, last]:
@@ -112,6 +107,19 @@ def measure_examples(
                     measured[index] = fields if isinstance(fields, Exception) else {**before, **fields}
                 if side is last:
                     yield index, measured[index]
+
+
+def measure_all(
+    sides: Sequence[TimedSide], requests: Mapping[int, Request], batch_size: int, title: str | None = None
+) -> list[Record]:
+    """All records of `measure_examples`; raises the first error. With a title, a bar at a terminal."""
+    records, hidden = [], None if title else True
+    found = measure_examples(sides, requests, batch_size)
+    for _, record in tqdm(found, title, len(requests), leave=False, disable=hidden):
+        if isinstance(record, Exception):
+            raise record
+        records.append(record)
+    return records
 
 
 def _measured(

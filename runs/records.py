@@ -220,7 +220,7 @@ def machine(run: Record) -> str:
     dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
     threads = counted(run["threads"], "thread")
     if had_fewer_threads(run):
-        threads = f"at times {run['threads_used']} of {threads}"
+        threads = f"down to {run['threads_used']} of {threads}"
     where = f"{run['processor']}, {threads}" if run["device"] == "cpu" else run["device"]
     return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}"
 

@@ -7,6 +7,7 @@ that may become a stop word is held back.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,9 @@ _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 _PRINTED = {code: chr(0x2400 + code) for code in range(0x20)}  # pictures of control characters
 _PRINTED |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd") | {9: "    ", 10: "\n", 13: ""}
 
+# Kinds of characters that stay together: a word (a), a wide one (w) or a space, each with its accents (z).
+_WORDS = re.compile("a[az]*|[w ]z*|\n|z")
+
 
 class Cell(NamedTuple):
     """One character."""
@@ -37,7 +41,8 @@ class Cell(NamedTuple):
 
 
 class StandardTextStreamer:
-    """Prints committed text. On a terminal thinking is dim; a file gets the answer alone.
+    """Prints committed text. On a terminal thinking is dim, and the edge divides no word; a file gets the
+    answer alone.
 
     Args:
         tokenizer: the model's.
@@ -203,49 +208,98 @@ def _printed(cells: Iterable[Cell]) -> list[Cell]:
     return [cell._replace(char=char) for cell in cells for char in cell.char.translate(_PRINTED)]
 
 
-class _Screen:
-    """Decided text on a terminal, and drafts after it that can be replaced.
+def _width(cell: Cell) -> int:
+    """Columns that it takes."""
+    return max(0, wcwidth(cell.char))
 
-    To erase drafts, the cursor goes back to the last decided character and draws it again: the cursor cannot
-    be put after a character at the margin, and a draft may be an accent on it.
+
+def _kind(cell: Cell) -> str:
+    """A letter of `_WORDS`."""
+    if cell.char in " \n":
+        return cell.char
+    return "zaw"[_width(cell)]
+
+
+class _Screen:
+    """Decided text on a terminal, and drafts after it that can be replaced. A word that the edge would divide
+    begins a line.
+
+    To erase drafts, the cursor goes back to the last decided word and draws it again: a draft may move it or
+    be an accent on it, and the cursor cannot be put after a character at the edge.
     """
 
     def __init__(self, file: TextIO, is_colored: bool) -> None:
         self._file, self._is_colored = file, is_colored
-        self._column = 0  # of the first cell that can be drawn again
-        self._kept: list[Cell] = []  # the last decided character
-        self._drawn: list[Cell] = []  # it and the drafts
+        self._column = 0  # of what can be drawn again
+        self._kept: list[Cell] = []  # the last decided word; if it is longer than a line, its last character
+        self._is_end = False  # it is such a character: its word has begun a line
+        self._drawn: list[Cell] = []  # it and the drafts, with line breaks
 
     def show(self, decided: list[Cell], drafts: list[Cell]) -> None:
         """Append decided cells and replace the drafts."""
         width, height = shutil.get_terminal_size()
         cells, end = [*self._kept, *decided, *drafts], len(self._kept) + len(decided)
-        positions = self._positions(cells, width)
-        while len(cells) > end and positions[len(cells)][0] > height - 2:
+        while True:
+            drawn, word, start = self._with_breaks(cells, end, width)
+            positions = self._positions(drawn, width)
+            if len(cells) == end or positions[-1][0] <= height - 2:
+                break
             cells.pop()  # lost lines cannot be erased
         unchanged = len(self._drawn)
-        if cells[:unchanged] != self._drawn:
+        if drawn[:unchanged] != self._drawn:
             unchanged, row = 0, self._positions(self._drawn, width)[-1][0]
             back = (f"\x1b[{row}A" if row else "") + (f"\x1b[{self._column}C" if self._column else "")
             self._file.write(f"\r{back}\x1b[J")
-        for (style, is_thinking), run in groupby(cells[unchanged:], key=itemgetter(1, 2)):
+        for (style, is_thinking), run in groupby(drawn[unchanged:], key=itemgetter(1, 2)):
             self._file.write(self.colored(_text(run), style, is_thinking))
         self._file.flush()
-        last = max((i for i, cell in enumerate(cells[:end]) if wcwidth(cell.char) > 0), default=0)
-        self._kept, self._drawn, self._column = cells[last:end], cells[last:], positions[last][1]
+        is_long = sum(map(_width, cells[word:end])) > width
+        if is_long:
+            last = max(i for i in range(word, end) if _width(cells[i]) and cells[i].char != " ")
+            start += last - word + (drawn[start].char == "\n")
+            word = last
+        self._is_end = is_long or (self._is_end and word == 0)
+        self._kept, self._drawn, self._column = cells[word:end], drawn[start:], positions[start][1]
+
+    def _with_breaks(self, cells: list[Cell], end: int, width: int) -> tuple[list[Cell], int, int]:
+        """Break lines before words and in place of spaces.
+
+        Returns:
+            The cells with line breaks. Of the last word that begins before `end`, its place in the given
+            cells, and in the returned ones that from which it can be drawn again.
+        """
+        drawn: list[Cell] = []
+        column, word, start = self._column, 0, 0
+        for match in _WORDS.finditer("".join(map(_kind, cells))):
+            begin, own = match.start(), cells[match.start() : match.end()]
+            if match[0] == "\n" or (match[0][0] == " " and column == width):
+                drawn += [own[0]._replace(char="\n"), *own[1:]]
+                column = 0
+                continue
+            again, size = len(drawn), sum(map(_width, own))
+            is_divided = match[0][0] == "a" and column + size > width
+            if is_divided and column > 0 and not (self._is_end and begin == 0):
+                drawn.append(own[0]._replace(char="\n"))
+                again += column == width  # the cursor cannot be put there again
+                column = 0
+            drawn += own
+            column = self._positions(own, width, column)[-1][1]
+            if begin < end and match[0] != "z":
+                word, start = begin, again
+        return drawn, word, start
 
     def colored(self, text: str, style: str, is_thinking: bool = False) -> str:
         color = (_COLORS[style] + _DIM * is_thinking) if self._is_colored else ""
         return f"{color}{text}{_RESET}" if color else text
 
-    def _positions(self, cells: list[Cell], width: int) -> list[tuple[int, int]]:
+    def _positions(self, cells: list[Cell], width: int, column: int | None = None) -> list[tuple[int, int]]:
         """(row, column) of each cell, and of the cursor after the last; column `width` after a full line."""
-        row, column = 0, self._column
+        row, column = 0, self._column if column is None else column
         positions = []
-        for char, *_ in cells:
-            advance = max(0, wcwidth(char))
+        for cell in cells:
+            advance = _width(cell)
             if column + advance > width:
                 row, column = row + 1, 0
             positions.append((row, column))
-            row, column = (row + 1, 0) if char == "\n" else (row, column + advance)
+            row, column = (row + 1, 0) if cell.char == "\n" else (row, column + advance)
         return [*positions, (row, column)]

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 import self_speculation
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.grammar import GrammarError
-from self_speculation.decoding.texts import Thinking, decode
+from self_speculation.decoding.texts import Thinking
 from self_speculation.model.families import context_length
 from serving.engine import Engine, Job
 from serving.errors import APIError
@@ -64,7 +64,6 @@ class _Choice:
     index: int
     job: Job
     logprobs: LogprobCollector | None
-    echo: str  # the prompt, if the answer repeats it, or else empty
     finished: FinishedRequest | None = None
 
 
@@ -101,15 +100,15 @@ class Answer:
         shared |= {"prediction": predicted, "grammar": grammar}
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
         self._given = [
-            (replace(prompt, **shared, seed=(seed + nth) % _SEEDS), echo)
-            for (prompt, echo), nth in itertools.product(prompts, range(request.n))
+            replace(prompt, **shared, seed=(seed + nth) % _SEEDS)
+            for prompt, nth in itertools.product(prompts, range(request.n))
         ]
 
     def submit(self) -> None:
         """Compile the grammar, and submit a job for each choice."""
         request, generator, engine = self.request, self._generator, self._served.engine
         engine.check_room(len(self._given))
-        for index, (given, echo) in enumerate(self._given):
+        for index, given in enumerate(self._given):
             with self._naming_field():
                 prepared = generator.tokenize(given, self._served.config)
             # Nothing of a job leads to this object: finished ones are freed at once.
@@ -122,7 +121,7 @@ class Answer:
                 logprobs = LogprobCollector(generator.tokenizer, request.num_top_logprobs, reader)
             whole = replace(prepared, streamer=streamer, stopping_criteria=logprobs)
             job = Job(whole, emit, self._served.args.max_time, self.arrival_time, origin=self._origin)
-            self._choices.append(_Choice(index, job, logprobs, echo))
+            self._choices.append(_Choice(index, job, logprobs))
         engine.submit([choice.job for choice in self._choices])
 
     def cancel(self) -> None:
@@ -138,7 +137,7 @@ class Answer:
     async def _whole(self, head: dict[str, Any]) -> AsyncGenerator[str]:
         choices = [dict[str, Any]()] * len(self._choices)
         async for choice, delta in self._deltas():
-            choices[choice.index] = self._format(choice, delta._replace(text=choice.echo + delta.text))
+            choices[choice.index] = self._format(choice, delta)
         yield json.dumps({**head, "choices": choices, **self._figures()})
 
     async def _chunks(self, head: dict[str, Any]) -> AsyncGenerator[str]:
@@ -153,7 +152,7 @@ class Answer:
             async for choice, delta in self._deltas():
                 if choice.index not in begun:
                     begun.add(choice.index)
-                    if first := self.request.first_choice(choice.index, choice.echo):
+                    if first := self.request.first_choice(choice.index):
                         yield chunk([first])
                 yield chunk([self._format(choice, delta)])
         except Exception as exception:
@@ -223,17 +222,11 @@ class Answer:
         if any(id_ >= size for id_ in request.logit_bias):
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
 
-    def _encode_prompts(self) -> list[tuple[Request, str]]:
-        """The prompts in token ids, and what the answers to each repeat of it."""
+    def _encode_prompts(self) -> list[Request]:
+        """The prompts in token ids."""
         if isinstance(self.request, ChatRequest):
-            return [(self._encode_chat(self.request), "")]
-        prompts = []
-        for given in self.request.prompt:
-            ids, echo = self._encode(given, "prompt"), ""
-            if self.request.echo:
-                echo = given if isinstance(given, str) else decode(self._generator.tokenizer, ids)
-            prompts.append((Request(ids), echo))
-        return prompts
+            return [self._encode_chat(self.request)]
+        return [Request(self._encode(prompt, "prompt")) for prompt in self.request.prompt]
 
     def _encode_chat(self, request: ChatRequest) -> Request:
         """The prompt by the chat template, and how the answer thinks."""

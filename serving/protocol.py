@@ -77,7 +77,7 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
     @model_validator(mode="after")
     def _check_combinations(self) -> BaseRequest:
         penalties, guides = ("repetition_penalty", "repeat_penalty"), (*self.guides, "ignore_eos")
-        for names in (penalties, guides, ("logprobs", "echo")):
+        for names in (penalties, guides):
             values = {name: getattr(self, name, None) for name in names}
             given = [name for name, value in values.items() if value is not None and value is not False]
             if len(given) > 1:
@@ -141,9 +141,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
             "system_fingerprint": fingerprint,
         }
 
-    def first_choice(self, index: int, echo: str) -> dict[str, Any] | None:
-        """The choice before those with new text, if any; `echo` is the text that precedes the answer."""
-        return self.choice(index, Delta(echo)) if echo else None
+    def first_choice(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002
+        """The choice of a stream before those with new text, if any."""
+        return None
 
     def choice(
         self,
@@ -231,7 +231,7 @@ class ChatRequest(BaseRequest):
             raise APIError("tool_choice: names no tool of this request", param="tool_choice")
         return call_grammar(tools, tokenizer, name)
 
-    def first_choice(self, index: int, echo: str) -> dict[str, Any]:  # noqa: ARG002
+    def first_choice(self, index: int) -> dict[str, Any]:
         return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
 
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
@@ -267,7 +267,6 @@ class CompletionRequest(BaseRequest):
 
     prompt: fields.Prompts
     logprobs: int | None = Field(None, ge=0, le=5)
-    echo: bool = False
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections import defaultdict
 from functools import partial
 
@@ -102,13 +103,46 @@ def test_a_terminal_shows_the_answer_alone_in_the_end(request, name, text, round
     ids = tokenizer.encode(text, add_special_tokens=False)
     terminal, other, printed = (Terminal(*size) for _ in range(3))
     play(SpeculativeTextStreamer(tokenizer, stop_words, file=terminal), rounds, ids)
-    printed.write(StopWords(tokenizer, stop_words).cut(decode(tokenizer, ids)) + "\n")
+    printed.write(wrapped(StopWords(tokenizer, stop_words).cut(decode(tokenizer, ids)), size[0]) + "\n")
     assert terminal.shown() == printed.shown()
     streamer = StandardTextStreamer(tokenizer, stop_words, file=other)
     for id_ in ids:
         streamer.put([id_])
     streamer.end()
     assert other.shown() == printed.shown()
+
+
+def wrapped(text, width):
+    """The text with a line break before each word that would be divided at the edge."""
+    shown = ""
+    for line in text.split("\n"):
+        column = 0
+        for part in re.findall(r"[ 日🙂\u0301]\u0301*|[^ 日🙂\u0301][^ 日🙂]*", line):
+            size = sum(max(0, wcwidth(char)) for char in part)
+            if column + size > width and part[0] == " ":
+                part, size, column = part[1:], 0, -1
+            if column + size > width and size > 0 < column:
+                column = -1
+            shown += "\n" * (column < 0) + part
+            column = max(column, 0) + size
+            column = (column - 1) % width + 1 if column > width else column
+        shown += "\n"
+    return shown.removesuffix("\n")
+
+
+def test_words_are_not_divided_at_the_edge(byte_tokenizer):
+    """Guards against words that break at the edge, and a draft that moves a word for good."""
+    terminal = Terminal(10, 5)
+    streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
+    streamer.put(byte_tokenizer.encode("one two th"))
+    assert terminal.shown() == "one two th"
+    for id_ in byte_tokenizer.encode("umb"):
+        streamer.put([id_], is_draft=True)
+    assert terminal.shown() == "one two\nthumb"
+    streamer.delete(3, is_draft=True)
+    streamer.put(byte_tokenizer.encode(" ree"))
+    streamer.end()
+    assert terminal.shown() == "one two th\nree"
 
 
 @pytest.mark.parametrize("kind", ["added", "spelled"])

@@ -90,7 +90,7 @@ def test_others_get_as_many_processors_as_they_use(monkeypatch, others, threads)
 @pytest.mark.parametrize("strategy", ["autoregressive", "adaptive"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_threads_change_between_rounds_and_ids_do_not(strategy, batch_size):
-    """Guards against passes, traced ones among them, that depend on the number of threads they began with."""
+    """Guards against passes that depend on the number of threads they began with."""
     model = tiny_llama(fused=True, agreement="always", bos_token_id=3)
     requests = [Request([5, 9, 4, 7 + i]) for i in range(3)]
     expected = in_batch(model, requests, batch_size, generation_strategy=strategy, max_steps=12)

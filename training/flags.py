@@ -73,10 +73,10 @@ class RecipeArguments:
     """Early exits learn the next token of the data (label) or the distribution of the last layer."""
     exit_weighting: Literal["depth", "equal"] = "depth"
     """depth: weights of the paper, very small for early exits; equal: early_exit_scale divided evenly."""
-    curriculum: Literal["rotational", "gradual", "all"] = "rotational"
-    """Exits that learn at a step: every --rotation-th, more and more from the last down, or all."""
+    curriculum: Literal["rotational", "gradual"] = "rotational"
+    """Exits that learn at a step: every --rotation-th, or more and more from the last down."""
     rotation: int = 8
-    """Rotational curriculum: one of this many exits learns at a step."""
+    """Rotational curriculum: one of this many exits learns at a step; 1: all learn."""
     exits: list[int] | None = None
     """Exit layers that learn (default: all)."""
 

@@ -41,14 +41,12 @@ def enabled_exits(
     """C(t, l): the exits below the last layer that learn at step t.
 
     `rotational`: every `rotation`-th of `exit_layers`, shifted by one at each step. `gradual`: one more every
-    T/(2L) steps from the last layer downwards, all of them from half time on. `all`: all of them.
+    T/(2L) steps from the last layer downwards, all of them from half time on.
     """
     if curriculum == "rotational":
         return [exit for index, exit in enumerate(exit_layers) if (index - step) % rotation == 0]
-    if curriculum == "gradual":
-        reached = num_layers - 1 - math.floor(step / (num_steps / (2 * num_layers)))
-        return [exit for exit in exit_layers if exit - 1 >= reached]
-    return list(exit_layers)
+    reached = num_layers - 1 - math.floor(step / (num_steps / (2 * num_layers)))
+    return [exit for exit in exit_layers if exit - 1 >= reached]
 
 
 def loss_weights(enabled: Sequence[int], num_layers: int, e_scale: float, weighting: str) -> dict[int, float]:

@@ -58,13 +58,10 @@ def train(flags: Flags) -> int:
         refuse(f"{error.filename or datasets.config.HF_DATASETS_CACHE}: {error.strerror}", status=1)
     trainer.add_callback(Progress(run))
     trainer.add_callback(stop := Stop())
-    step, checkpoint = newest_checkpoint(run.folder)
+    _, checkpoint = newest_checkpoint(run.folder)
     try:
-        if checkpoint is not None and step >= trainer.args.max_steps:
-            trainer.restore(checkpoint)
-        else:
-            with stop.handle_signals():
-                trainer.train(resume_from_checkpoint=checkpoint)
+        with stop.handle_signals():
+            trainer.train(resume_from_checkpoint=checkpoint)
         if not stop.status:
             _save_and_show(run, trainer, trainer.evaluate(evaluation))
             ranks.barrier()  # no exchange may be under way when the process group is destroyed

@@ -3,8 +3,7 @@
 The seed, the step and the place of a sample in the step decide which layers it skips. The number of ranks and
 a resumption change nothing.
 
-Private parts of transformers 5.24's Trainer: this overrides `_save_checkpoint` and `_get_grad_norm`, and
-calls `_prepare_for_training` and `_load_from_checkpoint`.
+Private parts of transformers 5.24's Trainer: this overrides `_save_checkpoint` and `_get_grad_norm`.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from data import one_line
@@ -141,6 +139,8 @@ class EarlyExitTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_step = 0
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # of a training that resumes after its last step
         return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(
@@ -227,19 +227,7 @@ class EarlyExitTrainer(Trainer):
             raise Failed(f"cannot write {folder}: {one_line(cause)}") from error
         self._restart_clock()
 
-    def restore(self, checkpoint: str) -> None:
-        """Load the weights and the history of a finished training."""
-        self.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        self.state.is_world_process_zero = self.is_world_process_zero()
-        if self.is_fsdp_enabled:
-            self._prepare_for_training(self.state.max_steps, None, checkpoint)
-        else:
-            self._load_from_checkpoint(checkpoint)
-            self.accelerator.prepare_model(self.model, evaluation_mode=True)
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):  # before a training
-            self._prepare_for_training(self.args.max_steps, None, None)
         output = super().evaluation_loop(*args, **kwargs)
         self._restart_clock()
         return output

@@ -45,7 +45,7 @@ class Batch:
         self.longest_draft, self._num_ranks = longest_draft, num_ranks
         self.sequences: list[Sequence] = []
         self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] of each; not cached yet
-        # Of tokens that are not committed yet: a read of largest logits [B] and tokens [B]; [B, 1, V] logits.
+        # Of the last step, until it is committed: a read of [largest logits, tokens]; logits [B, 1, V].
         self._unread: tuple[AsyncRead, Tensor] | None = None
 
     def __len__(self) -> int:

@@ -1,5 +1,7 @@
 """Requests of one batch that differ in length, sampling and stop conditions, or fail."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from conftest import ADAPTIVE, LAYERS, Recorder, in_batch, mixed_drafts, tiny_llama
@@ -57,13 +59,32 @@ def plainly(decoded, request, ends):
 
 
 def test_the_first_error_of_a_round_counts():
-    """Guards against a NaN behind it, which adds tokens that nothing has judged."""
-    request = Request([5, 6], raises_from(3))
+    """Guards against a NaN behind it, which adds tokens that nothing has judged, against an error of the
+    streamer that takes its place, and against NaN in the slot that later rounds make forget.
+    """
+    streamer = Mock(spec=["put", "end"], end=Mock(side_effect=ValueError))
+    request = Request([5, 6], raises_from(3), streamer=streamer)
     sequence = Sequence(request, GenerationConfig(max_steps=9), 99, torch.device("cpu"))
     logits = sequence.process(torch.zeros(3, 50), 0, 3)
     sequence.check([0.0, 0.0, torch.nan])
     sequence.commit([7, 8, 9], logits)
-    assert (sequence.tokens, type(sequence.error)) == ([7], KeyError)
+    assert (sequence.tokens, type(sequence.result())) == ([7], KeyError)
+    sequence.check([0.0])
+    assert sequence.is_damaged
+
+
+def test_an_error_of_a_draft_alone_does_not_count():
+    """Guards against an error for logits of an early exit, in a round whose verification has none."""
+
+    def process(_, logits):
+        if logits.any():
+            raise KeyError
+        return logits
+
+    sequence = Sequence(Request([5, 6], process), GenerationConfig(max_steps=9), 99, torch.device("cpu"))
+    sequence.process(torch.ones(1, 50), 0, 1)
+    sequence.commit([7, 8], sequence.process(torch.zeros(2, 50), 0, 2), num_drafted=1)
+    assert (sequence.tokens, sequence.error) == ([7, 8], None)
 
 
 def fails_from(length):

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
-from self_speculation import GenerationConfig
+from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.texts import StopWords, decode
 
 
@@ -102,15 +102,18 @@ def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra)
 
 
 def test_every_source_of_end_ids_counts(answer, text_model, byte_tokenizer, extra, monkeypatch):
-    """Guards against ignored end ids of the config, the tokenizer or the model; the earliest one counts."""
+    """Guards against ignored end ids of the config, the tokenizer or the model; the earliest one counts.
+    Guards against an end id that stays in the output because it is the end of a stop word, too.
+    """
     ids = answer("def", **extra).generation_strategy_result.predicted_tokens
     fresh = [i for i in range(1, len(ids)) if ids[i] not in ids[:i]]
     late, early = fresh[-1], fresh[0]
     monkeypatch.setattr(text_model.generation_config, "eos_token_id", [ids[late], 2])
     assert answer("def", **extra).generation_strategy_result.predicted_tokens == ids[:late]
-    result = answer("def", stop_token_ids=[ids[early]], **extra)
-    assert result.generation_strategy_result.predicted_tokens == ids[:early]
-    assert result.generation_strategy_result.stop_reason == "eos"
+    for check in (None, lambda output: len(output) > early):
+        request = Request("def", stop_checks=check)
+        result = answer(request, stop_token_ids=[ids[early]], **extra).generation_strategy_result
+        assert (result.predicted_tokens, result.stop_reason) == (ids[:early], "eos")
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[early])
     assert answer("def", tokenizer, **extra).generation_strategy_result.predicted_tokens == ids[:early]

@@ -14,6 +14,7 @@ from conftest import (
     PROMPT,
     config_of,
     generate,
+    generator_of,
     ids_of,
     in_batch,
     mixed_drafts,
@@ -23,8 +24,8 @@ from conftest import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from measures.timed_runs import run_every_pass
-from self_speculation import GenerationConfig, Request, make_strategy
+from measures.timed_runs import warm_up
+from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts import ngram
 from self_speculation.drafts.composer import DraftComposer
@@ -238,7 +239,7 @@ def test_warm_ups_and_failures_teach_nothing():
     """Guards against a measured answer that is drafted from the warm-up's, a failed or a forgotten one."""
     model = own_llama()
     config = {**LAYERS, "shared_lookup": 200}
-    run_every_pass(make_strategy("self_speculative"), model, PROMPT, config_of(**config))
+    warm_up([("", generator_of(None, model, "self_speculative"), config_of(**config))], PROMPT, 1)
     with pytest.raises(ZeroDivisionError):
         generate(
             model, PROMPT, eos=[], stop_checks=lambda ids: 1 / (30 - len(ids)) > 1, max_steps=40, **config

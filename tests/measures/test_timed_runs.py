@@ -5,10 +5,15 @@ from conftest import LAYERS, config_of, generate, generator_of, own_llama, tiny_
 from helpers import watch
 
 from measures.metrics import speed
-from measures.timed_runs import measure_examples, run_every_pass
-from self_speculation import Request, make_strategy
+from measures.timed_runs import measure_examples, warm_up
+from self_speculation import Request
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.model_runner import ModelRunner
+
+
+def side(model, settings):
+    """Without a tokenizer, which a warm-up does not need."""
+    return "", generator_of(None, model, settings.generation_strategy), settings
 
 
 @pytest.mark.parametrize(("config", "widths"), [({}, {1: 3}), (LAYERS, {5: 3})])
@@ -17,8 +22,7 @@ def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
     calls = watch(monkeypatch, ModelRunner, "run")
     model = tiny_llama(agreement="always")  # all is accepted: the fewest rounds
     settings = config_of(stop_words=["a"], stop_token_ids=list(range(50)), **config)
-    strategy = make_strategy(settings.generation_strategy)
-    run_every_pass(strategy, model, [5, 9, 4, 7] * 100, settings)
+    warm_up([side(model, settings)], [5, 9, 4, 7] * 100, 1)
     depth, longest = model.config.num_hidden_layers, config.get("num_speculations", 0)
     seen = [inputs.shape[1] for (*_, inputs, _, last, _), _ in calls if last == depth]
     assert seen[0] == model.config.max_position_embeddings - (3 * (longest + 1) + 1)  # the prompt, cut
@@ -50,7 +54,7 @@ def test_after_a_warm_up_nothing_is_captured(config, graphs):
     model = own_llama(3, max_position_embeddings=4096)
     capture_decoding(model)
     settings = config_of(max_steps=1200, **config)
-    run_every_pass(make_strategy(settings.generation_strategy), model, list(range(3, 43)), settings)
+    warm_up([side(model, settings)], list(range(3, 43)), 1)
     num_captured = len(graphs.captured)
     shared = {"eos": [], "stop_checks": lambda ids: len(ids) > 12, **config}
     for max_steps in (1200, 1, 2, 3, 4, 5, 6, 9):

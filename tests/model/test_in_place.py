@@ -19,7 +19,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_llama_model_utils import family
+from test_sliding_windows import windowed
 from torch import nn
 
 from self_speculation.model.fused_layers import bytes_made, fuse
@@ -52,7 +52,7 @@ def spoilt(cache):
 
 
 def model_of(name, dtype=torch.float32):
-    model = family(name) if name in FUSED_FAMILIES else own_llama(**SHAPES[name])
+    model = windowed(name) if name in FUSED_FAMILIES else own_llama(**SHAPES[name])
     with torch.no_grad():
         for weight in model.parameters():  # biases and norms are not zeros and ones
             weight.add_(0.02 * torch.randn_like(weight))

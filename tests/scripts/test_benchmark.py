@@ -80,7 +80,7 @@ def test_figures_say_what_they_are(common, tmp_path, monkeypatch, capsys):
     said = " ".join(output.split())
     assert ", autoregressive by the early exit at layer 2 alone, not by the full model, " in said
     assert "note: other programs used the processors, decoding had fewer threads: " in said
-    assert ", at times 1 of 2 threads, 1 rank" in said  # that of pictures, too
+    assert ", down to 1 of 2 threads, 1 rank" in said  # that of pictures, too
     assert about(only_run(tmp_path))["threads_used"] == 1
     assert not any(words in output for words in ("acceptance", "rouge"))
     assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--num_samples", "1"]) == 0

@@ -191,7 +191,7 @@ def test_a_sweep_of_a_busy_machine_says_so(flags, is_slower, common, tmp_path, m
     grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--num_samples", "1", "--threads", "1"]
     assert sweep.main([*common, *grid, *flags.split()]) == 0
     assert about(only_run(tmp_path))["threads_used"] == (1 if is_slower else 2)
-    said = "at times 1 of 2 threads" if is_slower else "2 threads"
+    said = "down to 1 of 2 threads" if is_slower else "2 threads"
     assert f", {said}, 1 rank" in " ".join(capsys.readouterr().out.split())
 
 

@@ -43,6 +43,7 @@ def test_dropout_rises_with_depth_and_over_the_training():
     [
         (range(1, 8), "rotational", 3, 100, {0: [1, 4, 7], 1: [2, 5], 2: [3, 6], 3: [1, 4, 7]}),
         ([2, 5, 6], "rotational", 2, 100, {0: [2, 6], 1: [5]}),
+        ([2, 5, 6], "rotational", 1, 100, {0: [2, 5, 6], 1: [2, 5, 6]}),
         # One more exit every T / 2L steps, here 5; all of them at half time.
         ([5, 6, 7], "gradual", 1, 80, {0: [], 4: [], 5: [7], 10: [6, 7], 15: [5, 6, 7], 79: [5, 6, 7]}),
     ],
