@@ -25,7 +25,7 @@ from arguments import check, parse
 from runs.failures import check_writable
 from runs.program import run
 from self_speculation.config import default_model
-from self_speculation.model.full_forward import exit_logits, hidden_after_each_layer
+from self_speculation.model.full_forward import hidden_after_each_layer
 from self_speculation.model.loading import resolve_device
 
 # Standard deviation of the logits: as peaked as a trained model, so sampled drafts are accepted about
@@ -113,8 +113,9 @@ def scale_down(model: Any, first: int, factor: float) -> None:
 
 
 def _agreement(model: PreTrainedModel, exit_layer: int, ids: torch.Tensor) -> float:
+    head, norm = model.get_output_embeddings(), model.base_model.norm
     picked = [
-        exit_logits(model, hidden).argmax(-1)
+        head(norm(hidden)).argmax(-1)
         for number, hidden in enumerate(hidden_after_each_layer(model, ids), 1)
         if number in (exit_layer, model.config.num_hidden_layers)
     ]

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from self_speculation.model import captured_runner
+from self_speculation.model.fused_layers import Settings
+from self_speculation.model.model_cache import singleton
 
 # Calls that read a tensor on the host, copy host data, or give results whose shape depends on values.
 REFUSED = {
@@ -129,6 +131,11 @@ def capture(graph, pool, stream, capture_error_mode):
     finally:
         graph.end()
     STREAMS.pop()
+
+
+def decode_eagerly(model):
+    """From now on nothing is captured for this model."""
+    singleton(model, Settings).is_captured = False
 
 
 def stand_in(monkeypatch):

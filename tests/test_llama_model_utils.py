@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT
 from self_speculation.llama_model_utils import crop_past_key_values
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import FAMILIES, context_length, has_fused_layers
-from self_speculation.model.full_forward import exit_logits, hidden_after_each_layer
+from self_speculation.model.full_forward import hidden_after_each_layer
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.kv_cache import Buffers, KVCache
 from self_speculation.model.model_runner import (
@@ -82,7 +82,7 @@ def compare_pieces(model, ids, expected):
         cache.rollback(2)
         again = forward(runner, cache, ids[:, 8:12], num_logits=4).logits
         *_, trained_on = hidden_after_each_layer(model, ids)
-        trained_on = exit_logits(model, trained_on)
+        trained_on = model.lm_head(model.model.norm(trained_on))
     for logits, positions in (
         (again_by_transformers, slice(None)),
         (torch.cat([prompt, verified], 1), slice(10)),

@@ -99,8 +99,3 @@ def attend_in_chunks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     attended, log_sums = efficient_attention(all_queries, *chunks, mask, True, 0.0, False, scale=scale)[:2]
     weights = log_sums[..., : queries.shape[2], None].softmax(1)  # [B * heads, C, M, 1]
     return (attended * weights).sum(1).to(queries.dtype).view(queries.shape)
-
-
-def disable_cudnn_attention() -> None:
-    """In this process, for layers that call `scaled_dot_product_attention` themselves."""
-    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -74,11 +74,6 @@ def check_can_be_captured(config: PretrainedConfig) -> None:
         raise ValueError(f"compile True: not with quantised weights ({getattr(method, 'value', method)})")
 
 
-def decode_eagerly(model: PreTrainedModel) -> None:
-    singleton(model, Settings).is_captured = False
-    evict(model, _Passes)
-
-
 def is_captured(model: PreTrainedModel) -> bool:
     return singleton(model, Settings).is_captured
 

@@ -62,8 +62,3 @@ def _rows(kept: numpy.ndarray, device: torch.device) -> list[Tensor | None]:
     together = on_device([sample for rows in by_layer for sample in rows], device)
     parts = together.split([len(rows) for rows in by_layer])
     return [None if row.all() else part for row, part in zip(kept, parts, strict=True)]
-
-
-def exit_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """[..., H] after any layer -> [..., V] by the model's own norm and head."""
-    return model.get_output_embeddings()(model.base_model.norm(hidden))

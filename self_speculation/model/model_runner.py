@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from self_speculation.model.attention import disable_cudnn_attention
 from self_speculation.model.attention_context import AttentionContext, AttentionTables
 from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import AttentionType, attention_types, check_supported
@@ -129,7 +128,8 @@ class ModelRunner:
         self.tables = AttentionTables(model, self.dtype)
         self.device = self.tables.device  # of ids and logits
         if self.device.type == "cuda" and any(isinstance(layer, PlainLayer) for layer in self.layers):
-            disable_cudnn_attention()
+            # In this process: these layers call `scaled_dot_product_attention` themselves.
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def fingerprint(self) -> Hashable:

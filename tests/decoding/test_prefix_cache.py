@@ -16,12 +16,13 @@ from conftest import (
     scheduler_of,
     tiny_llama,
 )
+from cuda_graphs import decode_eagerly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batch import DRAFTS, ends_at, nan_from, raises_from
 
 from self_speculation import Request, make_strategy
-from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
+from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.fused_layers import fuse
 
 STORY = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]

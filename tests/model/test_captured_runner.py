@@ -22,7 +22,7 @@ from conftest import (
     own_llama,
     scheduler_of,
 )
-from cuda_graphs import CaptureError, Stream
+from cuda_graphs import CaptureError, Stream, decode_eagerly
 from helpers import watch
 from test_llama_model_utils import family
 from torch.nn.functional import scaled_dot_product_attention
@@ -30,7 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from self_speculation import Request, make_strategy, release
 from self_speculation.model import attention, attention_context, captured_runner
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.captured_runner import capture_decoding, decode_eagerly, make_runner
+from self_speculation.model.captured_runner import capture_decoding, make_runner
 from self_speculation.model.families import AttentionType
 from self_speculation.model.fused_layers import parts_of
 from self_speculation.model.kv_cache import ScatteredCache

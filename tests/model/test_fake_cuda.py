@@ -186,7 +186,7 @@ def cuda(monkeypatch):
         "torch.nn.functional.scaled_dot_product_attention": attention,  # of layers of transformers
         f"{package}.model.attention.flash_attention": flash_attention,
         f"{package}.model.attention.efficient_attention": efficient_attention,
-        f"{package}.model.model_runner.disable_cudnn_attention": lambda: None,
+        "torch.backends.cuda.enable_cudnn_sdp": lambda enabled: None,
         "torch.cuda.get_device_capability": lambda device: (9, 0),
         "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
         # A parameter of no memory is no `Parameter`, and nowhere.
@@ -358,10 +358,10 @@ def test_cudnn_is_disabled_for_layers_of_transformers(cuda, fused, monkeypatch):
     """Guards against its plans where layers pick their own attention, and against a switch for the whole
     process where none do.
     """
-    calls, name = [], "self_speculation.model.model_runner.disable_cudnn_attention"
-    monkeypatch.setattr(name, lambda: calls.append(name))
+    calls = []
+    monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", calls.append)
     ModelRunner(cuda(fused=fused, num_layers=1))
-    assert bool(calls) is not fused
+    assert calls == [False] * (not fused)
 
 
 @pytest.mark.parametrize("groups", [1, 3])

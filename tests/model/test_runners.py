@@ -16,10 +16,11 @@ from conftest import (
     own_llama,
     transformers_generate,
 )
+from cuda_graphs import decode_eagerly
 from torch import nn
 
 from self_speculation import Request, make_strategy
-from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
+from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.fused_layers import fuse, parts_of
 
 # How a draft ends, or where it comes from, has little to do with the format of weights.
