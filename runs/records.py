@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -209,7 +209,7 @@ def fewest_threads(records: Iterable[Record], most: int) -> int:
     return min([most, *used])
 
 
-def had_fewer_threads(run: Record) -> bool:
+def had_fewer_threads(run: Mapping[str, Any]) -> bool:
     """Whether other programs used processors meanwhile."""
     return run.get("threads_used", run["threads"]) < run["threads"]
 
