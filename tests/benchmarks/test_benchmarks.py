@@ -2,9 +2,7 @@
 
 import json
 import signal
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import psutil
@@ -17,7 +15,7 @@ from transformers import LlamaConfig
 from arguments import ModelArguments
 from benchmarks import adaptive, gpu, serving, side_by_side, threads
 from benchmarks.inspection import Judged, judge_greedy
-from benchmarks.peers import PEERS, fastest, find_peer, in_each_format
+from benchmarks.peers import PEERS, Peer, fastest, in_each_format
 from benchmarks.sides import EARLY_EXIT, TRANSFORMERS, Answers, ours, theirs
 from benchmarks.synthetic import random_llama
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse
@@ -47,16 +45,24 @@ def test_first_tokens(measured):
 
 
 def test_side_by_side(measured, tmp_path, monkeypatch):
-    """Guards against different outputs, different draft lengths (transformers reads its own elsewhere), and
-    padding that counts as tokens.
+    """Guards against different outputs, different draft lengths (transformers reads its own elsewhere),
+    padding that counts as tokens, and a peer that is not measured, or in batches that it does not take.
     """
     monkeypatch.setattr("benchmarks.peers._TRIES", 1)
+    monkeypatch.setattr(side_by_side, "find_peer", lambda *_: "its module")
+    side = {"peer": lambda prompts: Answers([[5] * 9 for _ in prompts], len(prompts), 0.1, 0.2)}
+    peer = Peer("openvino_genai", "openvino-genai", lambda library, *_: {"its module": side}[library])
+    monkeypatch.setitem(PEERS, "openvino", peer)
     monkeypatch.setattr(side_by_side, "bars", drawn := Mock())
     record = measured(
         side_by_side, "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
-        "--num_prompts", "3", "--batch_size", "1", "2", "--picture", tmp_path / "bars",
+        "--num_prompts", "3", "--batch_size", "1", "2", "--picture", tmp_path / "bars", "--peers", "openvino",
     )  # fmt: skip
-    rows = record["rows"]
+    assert list(drawn.call_args.args[0].index) == [
+        f"{row['side']}, batch {row['batch_size']}" for row in record["rows"]
+    ]
+    rows = [row for row in record["rows"] if row["side"] != "peer"]
+    assert [row["batch_size"] for row in record["rows"] if row["side"] == "peer"] == [1]
     assert [(row["batch_size"], row["side"]) for row in rows] == [
         *[(1, side) for side in ("transformers", "transformers, exit", "transformers, lookup", *OURS)],
         *[(2, side) for side in ("transformers", *OURS)],
@@ -69,9 +75,6 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
         assert formats[str(size)]["transformers"] in ("float32", "bfloat16", "float16")
     by_side = {row["side"]: row["tokens_per_verification"] for row in rows[:7]}
     assert by_side["transformers, exit"] == pytest.approx(by_side["self-speculative"], rel=0.1)
-    assert list(drawn.call_args.args[0].index) == [
-        f"{row['side']}, batch {row['batch_size']}" for row in rows
-    ]
 
 
 def test_transformers_has_its_best_format():
@@ -85,48 +88,6 @@ def test_transformers_has_its_best_format():
         return lambda prompts: Answers([[5] * 9 for _ in prompts], 1, prefill, prefill + decoding)
 
     assert fastest([*times], make, [[5]]) == "slow decoding"
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_a_peer_that_cannot_run_is_refused(name, monkeypatch, capsys):
-    """Guards against a traceback, or minutes of measuring before it."""
-    for module, model, why in (
-        (None, "x.gguf", "needs the package"),
-        (Mock(), "x", "reads .gguf files alone"),
-    ):
-        monkeypatch.setitem(sys.modules, PEERS[name].module, module)
-        with pytest.raises(SystemExit):
-            find_peer(name, Path(model))
-        (line,) = capsys.readouterr().err.splitlines()
-        assert f"--peers {name}: {why}" in line
-
-
-def test_openvino_gets_the_same_work(monkeypatch):
-    """Guards against a peer with other threads, limits or ends, or one that keeps what it read before."""
-    library, asked = Mock(), []
-
-    def generate(ids, _):
-        asked.append(ids)
-        metrics = Mock(get_ttft=lambda: SimpleNamespace(mean=500.0))
-        return SimpleNamespace(tokens=[[7, 8, 2]], perf_metrics=metrics)
-
-    library.LLMPipeline.return_value.generate = generate
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: array.tolist()))
-    config = GenerationConfig(max_steps=9, num_speculations=4, sample=False)
-    sides = PEERS["openvino"].sides(library, Path("x.gguf"), [2], config, Path())
-    assert [*sides] == ["openvino", "openvino, lookup"]
-    for side in sides.values():
-        answers = side([[5, 9], [4]])
-        assert (answers.ids, answers.prefill_time, answers.num_first) == ([[7, 8, 2]] * 2, 1.0, 2)
-    assert asked == [[[5, 9]], [[4]]] * 2
-    plain, lookup = library.LLMPipeline.call_args_list
-    assert plain.args == lookup.args == ("x.gguf", "CPU")
-    assert plain.kwargs["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
-    assert lookup.kwargs == plain.kwargs | {"prompt_lookup": True}
-    assert library.SchedulerConfig().enable_prefix_caching is False
-    settings = library.GenerationConfig()
-    assert (settings.max_new_tokens, settings.do_sample, settings.stop_token_ids) == (9, False, {2})
-    assert settings.num_assistant_tokens == 4
 
 
 def test_what_follows_the_end_of_a_padded_row_does_not_count():
