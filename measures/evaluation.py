@@ -30,7 +30,7 @@ _LESS = "a smaller --batch_size, --dtype half, --quantization int8 or int4"
 
 @dataclass
 class _Loader:
-    """A lazy model in the harness's registry. All are equal there, so one may replace another."""
+    """A lazy model in the harness's registry. All compare equal, so a second one may be registered there."""
 
     create_from_arg_obj: Callable[[Any, dict[str, Any]], HarnessModel] = field(compare=False)
 

@@ -30,7 +30,7 @@ class Delta(NamedTuple):
     text: str
     accepted: int = 0  # leading characters that are accepted drafts
     pending: str = ""  # the draft after all text so far
-    thinking: str = ""  # of a stream: then `text` is empty, and it has the accepted characters
+    thinking: str = ""  # of a stream; then `text` is empty, and `accepted` counts characters of this
 
 
 class DeltaStreamer(StandardTextStreamer):

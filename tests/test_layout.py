@@ -34,15 +34,15 @@ LIBRARY = {
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
     "scripts": 1330,
-    "benchmarks": 1751,
+    "benchmarks": 1752,
     "measures": 1737,
     "runs": 1488,
     "serving": 1838,
     "training": 1257,
     "self_speculation": 2099,
-    "self_speculation/decoding": 1604,
+    "self_speculation/decoding": 1606,
     "self_speculation/drafts": 1142,
-    "self_speculation/model": 4439,
+    "self_speculation/model": 4423,
     "self_speculation/model/cpp, C++": 1392,
 }
 MAX_LINES = 350  # of a file

@@ -47,9 +47,11 @@ def grammar_error(problem: str) -> GrammarError:
 
 
 class GrammarSandbox:
-    """Tries grammars, one at a time, with the tokenizer of these arguments of `llguidance.LLTokenizer`.
-    Without any, it reads them only. Any thread may use it. Its process starts with the first grammar, and
-    again after it was killed.
+    """Tries grammars, one at a time, from any thread. Its process starts with the first grammar, and again
+    after it was killed.
+
+    Args:
+        tokenizer: arguments of `llguidance.LLTokenizer`; without any, grammars are only parsed.
     """
 
     def __init__(self, *tokenizer: Any) -> None:
@@ -85,7 +87,7 @@ class GrammarSandbox:
         raise GrammarError(f"{_TOO_MUCH}, or the process that tries it was ended")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """The running process. To a fork of this one, that of its parent has ended."""
+        """The running process. In a fork `poll` says that the parent's has ended, so a new one starts."""
         if self._process is None or self._process.poll() is not None:
             path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             self._process = subprocess.Popen(

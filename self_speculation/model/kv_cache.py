@@ -104,10 +104,9 @@ class KVCache:
     The buffers of a layer are allocated when it first runs, with the device and dtype of its keys. Appending
     writes in place, and rolling back moves a position. Buffers that are too small double, up to a limit.
 
-    A pass appends equally many positions to each row, and all layers hold the same positions of a row: as
-    many as were appended to the layer without those that the row misses. Appended positions include those
-    that were dropped. A row misses them, and those by which it was shorter than the longest row. The cache is
-    *uniform* while all rows have one length.
+    A pass appends equally many positions to each row: the length of a row in a layer is what was appended to
+    the layer minus what the row misses. A row misses the positions that were rolled back, and those by which
+    it was shorter than the longest row. The cache is *uniform* while all rows have one length.
     """
 
     is_prompt = False  # the next positions are a prompt's

@@ -89,8 +89,8 @@ class PrefixCache:
         self.cache.add_row(sequence.num_computed)
 
     def release(self, sequence: CacheUser) -> None:
-        """Take a sequence's slot; its keys and values become a prefix, unless it failed or is not a row. The
-        last row takes the place of a row.
+        """Free a sequence's slot; its keys and values become a prefix, unless it failed or is not a row. The
+        last row moves to the place of a row.
         """
         slot, sequence.slot, cache = sequence.slot, None, self.cache
         if not cache.is_valid:

@@ -1,5 +1,5 @@
-"""Code that the passes of this library would not call: around all layers it is refused, in a layer it keeps
-the layer from being fused or copied.
+"""Code that the passes of this library would not call. Code around all layers is refused. Code in a layer
+keeps that layer from being fused or copied.
 
 `ModelRunner` runs layers one by one and never calls the `forward` of the whole model. It follows hooks on
 layers, adapters in them and layers of other classes, but nothing around all layers.
@@ -86,8 +86,8 @@ def _name(function: object) -> str:
 
 
 def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
-    """What tells these modules from plain ones: those of the model's family, with weights of one dtype on one
-    device, and without hooks; None: nothing.
+    """The first reason why these modules are not plain, or None. Plain ones are of the model's family, without
+    hooks, and have weights of one dtype on one device.
     """
     family = f"transformers.models.{model_type_to_module_name(model.config.model_type)}."
     named = [pair for root in roots for pair in root.named_modules()]
