@@ -67,3 +67,14 @@ def test_rounded_models_keep_their_biases(bits):
     rounded = {name: bias for name, bias in model.named_buffers() if name.endswith("bias")}
     assert rounded.keys() == biases.keys()
     assert all(torch.equal(rounded[name], biases[name]) for name in biases)
+
+
+def test_no_copy_of_earlier_weights_is_valid():
+    """Guards against a copy that drafts by weights that a caller has written to since."""
+    linear = Linear(module := nn.Linear(8, 4))
+    made = linear.cached_copy("kept", object)
+    assert linear.valid_copy("kept") is made
+    with torch.no_grad():
+        module.bias.add_(1)
+    assert linear.valid_copy("kept") is None
+    assert linear.cached_copy("kept", object) is not made
