@@ -53,7 +53,7 @@ def spoilt(cache):
 
 def model_of(name, dtype=torch.float32):
     if name in FUSED_FAMILIES:
-        model = windowed(name, max_position_embeddings=2048)
+        model = windowed(name, max_position_embeddings=2048, hidden_size=48)
     else:
         model = own_llama(**SHAPES[name])
     with torch.no_grad():

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, needs_operators, own_llama
 from torch import nn
 
-from self_speculation.model.linear import MAX_NARROW_TOKENS, Linear
+from self_speculation.model.linear import MAX_NARROW_TOKENS, BFloat16Linear, Linear
+from self_speculation.model.quantized_layers import quantize
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, MAX_NARROW_TOKENS, MAX_NARROW_TOKENS + 1])
@@ -39,3 +40,41 @@ def test_a_copy_is_made_anew_when_a_bias_changes():
     some.cached_copy("another copy", object)
     assert [*some.copies] == ["another copy"]  # the outdated one takes no memory
     assert some.cached_copy("a copy", object) is not kept
+
+
+def test_biases_of_all_products():
+    """Guards against a bias that bfloat16, sums in place on a GPU, or rounded weights leave out."""
+    torch.manual_seed(0)
+    module, x, hidden = nn.Linear(64, 32), torch.randn(3, 64), torch.randn(3, 32)
+    with torch.inference_mode():
+        linear, expected = Linear(module), module(x)
+        torch.testing.assert_close(BFloat16Linear(linear)(x), expected, rtol=0, atol=0.05)
+        linear._joint = linear.weight.t(), linear.bias  # as on a GPU
+        torch.testing.assert_close(linear.add_to(hidden.clone(), x), hidden + expected)
+
+
+@needs_operators
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounded_models_keep_their_biases(bits):
+    """Guards against weights in few bits without the biases of the model."""
+    model = own_llama(attention_bias=True, mlp_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    biases = {name: bias.clone() for name, bias in model.named_parameters() if name.endswith("bias")}
+    quantize(model, bits)
+    rounded = {name: bias for name, bias in model.named_buffers() if name.endswith("bias")}
+    assert rounded.keys() == biases.keys()
+    assert all(torch.equal(rounded[name], biases[name]) for name in biases)
+
+
+def test_no_copy_of_earlier_weights_is_valid():
+    """Guards against a copy that drafts by weights that a caller has written to since."""
+    linear = Linear(module := nn.Linear(8, 4))
+    made = linear.cached_copy("kept", object)
+    assert linear.valid_copy("kept") is made
+    with torch.no_grad():
+        module.bias.add_(1)
+    assert linear.valid_copy("kept") is None
+    assert linear.cached_copy("kept", object) is not made
