@@ -86,8 +86,8 @@ def _name(function: object) -> str:
 
 
 def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
-    """The first reason why these modules are not plain, or None. Plain ones are of the model's family, have no
-    hooks, and weights of one dtype on one device.
+    """The first reason why these modules are not plain, or None. Plain ones are of the model's family,
+    without hooks, and have weights of one dtype on one device.
     """
     family = f"transformers.models.{model_type_to_module_name(model.config.model_type)}."
     named = [pair for root in roots for pair in root.named_modules()]

@@ -1,5 +1,7 @@
 """Chunked prefill: a long prompt shares its steps with sequences that decode, and changes no output."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import drained, ids_of, own_llama, scheduler_of, tiny_llama
@@ -87,6 +89,17 @@ def test_a_short_prompt_does_not_wait_for_whole_chunks(monkeypatch):
     while scheduler._waiting:
         steps.append(step())
     assert max(sum(numbers.values()) for numbers in steps) <= 8
+
+
+def test_a_first_token_ends_whole_chunks(monkeypatch):
+    """Guards against a whole chunk of a prompt that the reader of the first token adds, before the second."""
+    monkeypatch.setattr("self_speculation.scheduler.prefill_chunk", lambda model: 32)
+    scheduler = scheduler_of(tiny_llama(), 2, 8)
+    calls = watch(monkeypatch, scheduler, "_prefill_chunk")
+    answered = SimpleNamespace(put=lambda _: scheduler.add_request("next", Request(LONG)), end=list)
+    scheduler.add_request("first", Request([8, 2, 5], streamer=answered))
+    scheduler.step()
+    assert [number for _, number in calls] == [3, 7]  # one of the 8 tokens is the first sequence's
 
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
