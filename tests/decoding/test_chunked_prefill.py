@@ -93,8 +93,8 @@ def test_a_short_prompt_does_not_wait_for_whole_chunks(monkeypatch):
 
 def test_a_first_token_ends_whole_chunks(monkeypatch):
     """Guards against a whole chunk of a prompt that the reader of the first token adds, before the second."""
-    monkeypatch.setattr("self_speculation.scheduler.prefill_chunk", lambda model: 32)
     scheduler = scheduler_of(tiny_llama(), 2, 8)
+    scheduler._ensure_prepared().runner.prefill_chunk = 32
     calls = watch(monkeypatch, scheduler, "_prefill_chunk")
     answered = SimpleNamespace(put=lambda _: scheduler.add_request("next", Request(LONG)), end=list)
     scheduler.add_request("first", Request([8, 2, 5], streamer=answered))
