@@ -128,13 +128,9 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     if short_head is not None:  # the best few of its logits are computed again
         linears += [linear for linear in short_head.linears if isinstance(linear, Linear)]
     with lock(runner.model):
-        _make_copies(runner, layers, linears)
-
-    def kept(linear: Linear) -> Product:
-        return linear.copies["int4"]
-
-    head = runner.head if short_head is None else _replace_linears(short_head, kept)
-    return runner.with_layers([_with_products(runner.model, layer, kept) for layer in layers], head)
+        copies = _make_copies(runner, layers, linears).__getitem__
+    head = runner.head if short_head is None else _replace_linears(short_head, copies)
+    return runner.with_layers([_with_products(runner.model, layer, copies) for layer in layers], head)
 
 
 def _check_plain(runner: ModelRunner, layers: Iterable[Layer], flag: str) -> None:
@@ -195,11 +191,14 @@ def _with_modules(module: nn.Module, others: Mapping[Hashable, nn.Module]) -> nn
     return copied
 
 
-def _make_copies(runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]) -> None:
-    """Make the missing copies, on all threads."""
-    missing = {linear: copy_bytes(linear.shape) for linear in linears if "int4" not in linear.copies}
+def _make_copies(
+    runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]
+) -> Mapping[Linear, Product]:
+    """The copy of each `Linear`. What is missing is made on all threads."""
+    copies = {linear: linear.copies.get("int4") for linear in linears}
+    missing = {linear: copy_bytes(linear.shape) for linear, kept in copies.items() if kept is None}
     if not missing:
-        return
+        return copies
     num_bytes = sum(missing.values())
     if num_bytes > (free := free_memory(runner.device, num_ranks(runner.model))):
         raise ValueError(
@@ -214,8 +213,10 @@ def _make_copies(runner: ModelRunner, layers: Sequence[Layer], linears: Sequence
     # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
     num_threads = torch.get_num_threads() if runner.device.type == "cpu" else 1
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
-        for linear, _ in zip(missing, pool.map(copied, missing), strict=True):
+        for linear, made in zip(missing, pool.map(copied, missing), strict=True):
+            copies[linear] = made
             advance(missing[linear])
+    return copies
 
 
 @torch.no_grad()

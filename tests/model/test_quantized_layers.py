@@ -11,6 +11,7 @@ from conftest import (
     PROMPT,
     assert_close,
     generate,
+    ids_of,
     needs_operators,
     own_llama,
     tiny_llama,
@@ -297,3 +298,17 @@ def test_copies_of_earlier_weights_are_dropped():
             weight.add_(0.0)
     ModelRunner(model)
     assert not bytes_made(model)
+
+
+def test_copies_that_another_thread_drops_are_used(monkeypatch):
+    """Guards against a `KeyError` where weights change while copies are made: these serve the drafts."""
+    make = Linear.cached_copy
+
+    def made_and_dropped(linear, *args):
+        made = make(linear, *args)
+        linear.copies = {}  # as by another runner, after a change
+        return made
+
+    monkeypatch.setattr(Linear, "cached_copy", made_and_dropped)
+    model = tiny_llama()
+    assert ids_of(model, PROMPT, **COPY) == ids_of(model, PROMPT)
