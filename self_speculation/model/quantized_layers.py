@@ -195,8 +195,8 @@ def _make_copies(
     runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]
 ) -> Mapping[Linear, Product]:
     """The copy of each `Linear`. What is missing is made on all threads."""
-    copies = {linear: linear.copies.get("int4") for linear in linears}
-    missing = {linear: copy_bytes(linear.shape) for linear, kept in copies.items() if kept is None}
+    copies = {linear: kept for linear in linears if (kept := linear.copies.get("int4"))}
+    missing = {linear: copy_bytes(linear.shape) for linear in linears if linear not in copies}
     if not missing:
         return copies
     num_bytes = sum(missing.values())
