@@ -58,14 +58,17 @@ struct Scales {
   Floats zeros(const Format& format) const { return fma(sizes, splat(-format.offset), middles); }  // values of step 0
 };
 // Those at the beginning of a cell or, if the format has them there, of 256 columns.
-INLINE Scales scales_at(const Format& format, const uint8_t* at, int64_t row) {
-  auto numbers = [&](const uint8_t* from) {
-    return format.code ? widen(reinterpret_cast<const Half*>(from) + row) : widen(reinterpret_cast<const BFloat16*>(from) + row);
-  };
-  return {numbers(at), format.has_middle ? numbers(at + 2 * BLOCK) : Floats{}};
+template <size_t I>
+INLINE Scales scales_at(const uint8_t* at, int64_t row) {
+  using Number = std::conditional_t<FORMATS[I].code == 0, BFloat16, Half>;
+  auto numbers = [&](const uint8_t* from) { return widen(reinterpret_cast<const Number*>(from) + row); };
+  return {numbers(at), FORMATS[I].has_middle ? numbers(at + 2 * BLOCK) : Floats{}};
 }
-// Those of half a cell, from those of its 256 columns.
-INLINE Scales scales_in(const Format& format, const Scales& of_super, const uint8_t* cell, int64_t half, int64_t row) {
+// Those of half a cell; `of_super` are those of its 256 columns.
+template <size_t I>
+INLINE Scales scales_of(const Scales& of_super, const uint8_t* cell, int64_t half, int64_t row) {
+  constexpr const Format& format = FORMATS[I];
+  if constexpr (!format.has_super) return scales_at<I>(cell, row);
   const auto* at = reinterpret_cast<const int8_t*>(cell) + half * BLOCK * (1 + format.has_middle) + row;
   return {of_super.sizes * widen(at), format.has_middle ? -of_super.middles * widen(at + BLOCK) : Floats{}};
 }
@@ -104,111 +107,156 @@ struct RoundedInputs {
   }
 };
 
-// The steps of LANES rows of a cell, by four columns. If a product does not take eight bits, `upper` gets the upper four.
+// The steps of LANES rows of columns 8 i to 8 i + 7, by four columns. `low` is that of the first row. If a product does
+// not take eight bits, `upper` gets the upper four.
 template <int HIGH>
-INLINE void steps_of(const uint8_t* cell, int64_t row, Bytes* steps, Bytes* upper) {
+INLINE void steps_of(const uint8_t* low, int i, Bytes* steps, Bytes* upper) {
   typedef uint16_t Pairs VECTOR(4);  // there are no shifts of bytes
-  const uint8_t *low = cell + row * 4, *high = low + LOW;
   if constexpr (HIGH == 4) {
-#pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) {
-      steps[v] = load<Bytes>(low + v * 64);
-      if (!TAKES_EIGHT_BITS) upper[v] = (Bytes)((Pairs)steps[v] >> 4) & 15, steps[v] &= 15;
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      steps[j] = load<Bytes>(low + (2 * i + j) * 64);
+      if (!TAKES_EIGHT_BITS) upper[j] = (Bytes)((Pairs)steps[j] >> 4) & 15, steps[j] &= 15;
     }
     return;
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    Bytes both = load<Bytes>(low + i * 64);
-    steps[2 * i] = both & 15, steps[2 * i + 1] = (Bytes)((Pairs)both >> 4) & 15;
-  }
-  if constexpr (HIGH > 0) {
+  Bytes both = load<Bytes>(low + i * 64);
+  steps[0] = both & 15, steps[1] = (Bytes)((Pairs)both >> 4) & 15;
+  if constexpr (HIGH == 1 || HIGH == 2) {
     constexpr int of_byte = 8 / HIGH;
-#pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) {
-      Pairs bits = (Pairs)load<Bytes>(high + v / of_byte * 64);
-      int up = 4 - HIGH * (v % of_byte);
-      steps[v] |= (Bytes)(up >= 0 ? bits << up : bits >> -up) & uint8_t(((1 << HIGH) - 1) << 4);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      const int v = 2 * i + j, up = 4 - HIGH * (v % of_byte);
+      Pairs bits = (Pairs)load<Bytes>(low + LOW + v / of_byte * 64);
+      steps[j] |= (Bytes)(up >= 0 ? bits << up : bits >> -up) & uint8_t(((1 << HIGH) - 1) << 4);
     }
   }
 }
 
-// Calls f<upper bits, whether halves of a group have scales, whether 256 columns have scales>().
+// Calls f<index in FORMATS>().
 template <class F>
-void with_kind(const Format& format, const F& f) {
-  if (format.group < GROUP) return format.bits == 6 ? f.template operator()<2, true, true>() : f.template operator()<0, true, true>();
-  auto with_super = [&]<int HIGH>() {
-    format.has_super ? f.template operator()<HIGH, false, true>() : f.template operator()<HIGH, false, false>();
-  };
-  if (format.bits == 4) return with_super.template operator()<0>();
-  format.bits == 5 ? with_super.template operator()<1>() : with_super.template operator()<4>();
+void with_format(const Format& format, const F& f) {
+  [&]<size_t... I>(std::index_sequence<I...>) {
+    ((&format == &FORMATS[I] && (f.template operator()<I>(), true)) || ...);
+  }(std::make_index_sequence<std::size(FORMATS)>());
 }
 
-// Products of a block of rows and all tokens, [T, BLOCK]. T: 1 for one token, whose sums stay in registers; 0: all of `x`.
-template <int HIGH, bool HALVES, bool HAS_SUPER, int T>
-void products_of_cells(const Format& format, const uint8_t* block, const RoundedInputs& x, float* out) {
-  constexpr bool splits = HIGH == 4 && !TAKES_EIGHT_BITS;
-  constexpr int together = splits ? 2 : 1;  // tokens that share the loads of steps, where registers hold too few of them
-  constexpr int parts = BLOCK / LANES, exact = HIGH == 1 || HALVES ? 4 : 8;  // vectors that are added up in `dot`
-  const int64_t tokens = T ? T : x.tokens;
-  const int8_t* columns = x.steps;
-  const float *of_sizes = x.sizes, *sums = x.sums;
-  Floats few[T ? T * parts : 1] = {};
-  if (!T) std::fill_n(out, tokens * BLOCK, 0.0f);
-  Scales of_super[parts];
+// 32 columns of a block of rows.
+template <size_t I>
+class Cell {
+ public:
+  static constexpr const Format& FORMAT = FORMATS[I];
+
+  INLINE Cell(const uint8_t* at, const Scales* of_super) : low_(at + FORMAT.scales()) {
+#pragma GCC unroll 2
+    for (int part = 0; part < PARTS; part++) {
+#pragma GCC unroll 2
+      for (int half = 0; half <= HALVES; half++) {
+        Scales scales = scales_of<I>(of_super[part], at, half, part * LANES);
+        sizes_[half][part] = scales.sizes, zeros_[half][part] = scales.zeros(FORMAT);
+      }
+      if constexpr (KEEPS) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) steps_of<HIGH>(low_ + part * LANES * 4, i, &kept_[part][2 * i], nullptr);
+      }
+    }
+  }
+
+  // Adds products with N tokens, whose inputs begin at `at`, to `sums`, [N, BLOCK].
+  template <int N>
+  INLINE void add_products(const RoundedInputs& x, int64_t at, float* sums) const {
+    constexpr int together = N == 1 ? 1 : PARTS;  // parts that share loads of inputs; registers hold so many sums
+#pragma GCC unroll 2
+    for (int part = 0; part < PARTS; part += together) add_products<N, together>(x, at, part, sums);
+  }
+
+ private:
+  static constexpr int HIGH = FORMAT.bits - 4, PARTS = BLOCK / LANES;
+  static constexpr bool HALVES = FORMAT.group < GROUP;               // which have scales of their own
+  static constexpr bool SPLITS = HIGH == 4 && !TAKES_EIGHT_BITS;     // into lower and upper four bits
+  static constexpr bool KEEPS = HIGH == 1 || HIGH == 2;              // steps, since to put them together takes long
+  static constexpr int EXACT = HIGH == 2 ? 1 : HIGH == 1 || HALVES ? 2 : 4;  // times eight columns that `dot` adds up
+
+  template <int N, int P>
+  INLINE void add_products(const RoundedInputs& x, int64_t at, int first, float* sums) const {
+    Ints some[N][P] = {}, uppers[N][P] = {}, whole[N][P] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      Bytes steps[P][2], upper[P][2];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; p++) {
+        if constexpr (KEEPS) std::copy_n(&kept_[first + p][2 * i], 2, steps[p]);
+        else steps_of<HIGH>(low_ + (first + p) * LANES * 4, i, steps[p], upper[p]);
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+          const int32_t four = load<int32_t>(x.steps + (at + n) * GROUP + 8 * i + 4 * j);
+#pragma GCC unroll 2
+          for (int p = 0; p < P; p++) {
+            some[n][p] = dot(some[n][p], steps[p][j], four), keep_order(some[n][p]);
+            if (SPLITS) uppers[n][p] = dot(uppers[n][p], upper[p][j], four), keep_order(uppers[n][p]);
+          }
+        }
+        constexpr int to_scales = HALVES ? 2 : 4;  // times eight columns
+        const int half = i / to_scales;
+        if ((i + 1) % EXACT) continue;
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p++) {
+          whole[n][p] += total(some[n][p]), some[n][p] = Ints{};
+          if ((i + 1) % to_scales) continue;
+          if (SPLITS) whole[n][p] += total(uppers[n][p]) << 4;
+          float* to = sums + n * BLOCK + (first + p) * LANES;
+          Floats sum = fma(zeros_[half][first + p], splat(x.sums[(at + n) * 3 + (HALVES ? half : 2)]), load<Floats>(to));
+          sum = fma(__builtin_convertvector(whole[n][p], Floats) * sizes_[half][first + p], splat(x.sizes[at + n]), sum);
+          std::memcpy(to, &sum, sizeof(Floats));
+          whole[n][p] = Ints{};
+        }
+      }
+    }
+  }
+
+  const uint8_t* low_;
+  Floats sizes_[1 + HALVES][PARTS], zeros_[1 + HALVES][PARTS];
+  Bytes kept_[KEEPS ? PARTS : 1][8];
+};
+
+// Products of a block of rows and all tokens, [T, BLOCK]. The sums of a token alone stay in registers. `x` is a copy: what is
+// written to `out` does not change it.
+template <size_t I, bool ALONE>
+__attribute__((noinline)) void products_of_cells(const uint8_t* block, const RoundedInputs x, float* out) {
+  constexpr const Format& format = FORMATS[I];
+  const int64_t tokens = ALONE ? 1 : x.tokens;
+  Scales of_super[BLOCK / LANES];
+  float own[ALONE ? BLOCK : 1] = {};
+  if (!ALONE) std::fill_n(out, tokens * BLOCK, 0.0f);
   for (int64_t g = 0; g < x.groups; g++) {
-    if (HAS_SUPER && g % (SUPER / GROUP) == 0) {
-      for (int part = 0; part < parts; part++) of_super[part] = scales_at(format, block, part * LANES);
+    if (format.has_super && g % (SUPER / GROUP) == 0) {
+      for (int part = 0; part < BLOCK / LANES; part++) of_super[part] = scales_at<I>(block, part * LANES);
       block += format.before();
     }
     for (int64_t byte = 0; byte < format.cell(); byte += 64) __builtin_prefetch(block + byte + BYTES_AHEAD);
-    const uint8_t* low = block + format.scales();
-#pragma GCC unroll 2
-    for (int part = 0; part < parts; part++) {
-      Bytes steps[8], upper[8];
-      steps_of<HIGH>(low, part * LANES, steps, upper);
-      Floats sizes[1 + HALVES], zeros[1 + HALVES];
-      for (int half = 0; half <= HALVES; half++) {
-        Scales own = HAS_SUPER ? scales_in(format, of_super[part], block, half, part * LANES) : scales_at(format, block, part * LANES);
-        sizes[half] = own.sizes, zeros[half] = own.zeros(format);
-      }
-      auto add = [&]<int N>(int64_t t) __attribute__((always_inline)) {  // products of N tokens
-        Ints whole[N] = {}, some[N] = {}, uppers[N] = {};
-        Floats sum[N];
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; v++) {
-          const int half = v / 4;
-#pragma GCC unroll 2
-          for (int n = 0; n < N; n++) {
-            const int64_t at = g * tokens + t + n;
-            int32_t four = load<int32_t>(columns + at * GROUP + 4 * v);
-            some[n] = dot(some[n], steps[v], four);
-            if (splits) uppers[n] = dot(uppers[n], upper[v], four), keep_order(some[n], uppers[n]);
-            if ((v + 1) % (HIGH == 2 ? 2 : exact) == 0) whole[n] += total(some[n]), some[n] = Ints{};
-            if (HALVES ? v % 4 < 3 : v < 7) continue;
-            if (splits) whole[n] += total(uppers[n]) << 4;
-            float* to = T ? reinterpret_cast<float*>(few + part) : out + (t + n) * BLOCK + part * LANES;
-            if (!HALVES || half == 0) sum[n] = load<Floats>(to);
-            sum[n] = fma(zeros[HALVES * half], splat(sums[at * 3 + (HALVES ? half : 2)]), sum[n]);
-            sum[n] = fma(__builtin_convertvector(whole[n], Floats) * sizes[HALVES * half], splat(of_sizes[at]), sum[n]);
-            if (v == 7) std::memcpy(to, &sum[n], sizeof(Floats));
-            whole[n] = Ints{};
-          }
-        }
-      };
-      int64_t t = 0;
-      for (; t + together <= tokens; t += together) add.template operator()<together>(t);
-      for (; t < tokens; t++) add.template operator()<1>(t);
-    }
+    const Cell<I> cell(block, of_super);
     block += format.cell();
+    if constexpr (ALONE) {
+      cell.template add_products<1>(x, g, own);
+    } else {
+      int64_t t = 0, at = g * tokens;
+      for (; t + 4 <= tokens; t += 4) cell.template add_products<4>(x, at + t, out + t * BLOCK);
+      switch (tokens - t) {
+        case 1: cell.template add_products<1>(x, at + t, out + t * BLOCK); break;
+        case 2: cell.template add_products<2>(x, at + t, out + t * BLOCK); break;
+        case 3: cell.template add_products<3>(x, at + t, out + t * BLOCK);
+      }
+    }
   }
-  if (T) std::memcpy(out, few, sizeof(few));
+  if (ALONE) std::copy_n(own, BLOCK, out);
 }
 
 void products_of_block(const Format& format, const uint8_t* block, const RoundedInputs& x, float* out) {
-  with_kind(format, [&]<int HIGH, bool HALVES, bool HAS_SUPER>() {
-    if (x.tokens == 1) products_of_cells<HIGH, HALVES, HAS_SUPER, 1>(format, block, x, out);
-    else products_of_cells<HIGH, HALVES, HAS_SUPER, 0>(format, block, x, out);
+  with_format(format, [&]<size_t I>() {
+    x.tokens == 1 ? products_of_cells<I, true>(block, x, out) : products_of_cells<I, false>(block, x, out);
   });
 }
 
@@ -364,29 +412,33 @@ Tensor rows_of_weight(const Tensor& weight, const Tensor& ids, int64_t rows, int
   Tensor numbers = empty({n, columns}, aoti_torch_dtype_float32());
   auto* to = static_cast<float*>(numbers.mutable_data_ptr());
   STD_TORCH_CHECK(std::all_of(wanted, wanted + n, [&](int64_t id) { return id >= 0 && id < rows; }), "ids: not those of rows");
-  torch::stable::parallel_for(0, n, 64, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t r = wanted[i] % BLOCK, lane = r % LANES;
-      const uint8_t* block = bytes + HEADER + wanted[i] / BLOCK * format.to(groups);
-      Scales of_super;
-      for (int64_t g = 0; g < groups; g++) {
-        if (format.has_super && g % (SUPER / GROUP) == 0)
-          of_super = scales_at(format, block, r - lane), block += format.before();
-        Scales halves[2];
-        for (int half = 0; half < 2; half++)
-          halves[half] = format.has_super ? scales_in(format, of_super, block, format.group == GROUP ? 0 : half, r - lane)
-                                          : scales_at(format, block, r - lane);
-        Bytes steps[8], upper[8] = {};
-        with_kind(format, [&]<int HIGH, bool, bool>() { steps_of<HIGH>(block + format.scales(), r - lane, steps, upper); });
-        for (int64_t j = 0; j < std::min(GROUP, columns - g * GROUP); j++) {
-          const Scales& scales = halves[j / 16];
-          float step = float(steps[j / 4][lane * 4 + j % 4] + upper[j / 4][lane * 4 + j % 4] * 16);
-          to[i * columns + g * GROUP + j] = (step - format.offset) * scales.sizes[lane] + scales.middles[lane];
+  auto read = [&]<size_t I>() {
+    constexpr const Format& format = FORMATS[I];
+    torch::stable::parallel_for(0, n, 64, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) {
+        const int64_t r = wanted[i] % BLOCK, lane = r % LANES;
+        const uint8_t* block = bytes + HEADER + wanted[i] / BLOCK * format.to(groups);
+        Scales of_super;
+        for (int64_t g = 0; g < groups; g++) {
+          if (format.has_super && g % (SUPER / GROUP) == 0)
+            of_super = scales_at<I>(block, r - lane), block += format.before();
+          Scales halves[2];
+          for (int half = 0; half < 2; half++)
+            halves[half] = scales_of<I>(of_super, block, format.group == GROUP ? 0 : half, r - lane);
+          Bytes steps[8], upper[8] = {};
+          const uint8_t* low = block + format.scales() + (r - lane) * 4;
+          for (int i = 0; i < 4; i++) steps_of<format.bits - 4>(low, i, &steps[2 * i], &upper[2 * i]);
+          for (int64_t j = 0; j < std::min(GROUP, columns - g * GROUP); j++) {
+            const Scales& scales = halves[j / 16];
+            float step = float(steps[j / 4][lane * 4 + j % 4] + upper[j / 4][lane * 4 + j % 4] * 16);
+            to[i * columns + g * GROUP + j] = (step - format.offset) * scales.sizes[lane] + scales.middles[lane];
+          }
+          block += format.cell();
         }
-        block += format.cell();
       }
-    }
-  });
+    });
+  };
+  with_format(format, read);
   return numbers;
 }
 }  // namespace

@@ -12,6 +12,8 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -105,10 +107,10 @@ Ints dot(Ints sums, Bytes steps, int32_t x) {
 Ints total(Ints sums) { return sums; }
 #endif
 
-// Adds to these sums in the order of the program: GCC would add in trees, whose parts do not fit into registers.
-INLINE void keep_order(Ints& one, Ints& other) {
+// Adds to this sum in the order of the program: GCC would add in trees, whose parts do not fit into registers.
+INLINE void keep_order(Ints& sum) {
 #ifdef __AVX2__
-  asm("" : "+x"(one), "+x"(other));
+  asm("" : "+v"(sum));
 #endif
 }
 
