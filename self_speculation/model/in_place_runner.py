@@ -7,7 +7,8 @@ Nothing is made of the weights, so what decodes is always the weights of now.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import getitem, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +18,17 @@ from self_speculation.model.few_bits import is_in_few_bits
 from self_speculation.model.fused_layers import FusedLayer
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.linear import MAX_NARROW_TOKENS, Slot, tensors_in
+from self_speculation.model.linear import MAX_NARROW_TOKENS, tensors_in
 from self_speculation.model.model_runner import Head, Layer, ModelRunner
 
 
 class _Range(NamedTuple):
-    """What the operator takes for some layers, see `run_layers` of cpp/layers.cpp."""
+    """Some layers, see `run_layers` of cpp/layers.cpp."""
 
-    slots: list[Slot]  # of their weights
-    numbers: Tensor  # [layers, 7]
-    factors: Tensor  # [layers, 7]
+    tables: Sequence[Any]  # of parameters
+    names: Sequence[str]
+    weights: list[Tensor]  # that these named
+    owner: Tensor  # of the operator's layers
     rotations: list[str | None]
     key_shape: tuple[int, int]
 
@@ -49,10 +51,8 @@ class InPlaceRunner(ModelRunner):
 
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         rows, width, size = hidden.shape
-        if (first, last) not in self._ranges:
-            self._ranges[first, last] = self._make_range(first, last)
-        own = self._ranges[first, last]
-        is_long = cache.is_prompt and rows * width > MAX_NARROW_TOKENS
+        own = self._range(first, last)
+        is_long = cache.is_prompt and rows * width > MAX_NARROW_TOKENS, tensors_in
         if own is None or (is_long and not self._is_in_few_bits):
             return super().run_layers(cache, hidden, first, last)
         pieces = hidden.split(max(1, _PIECE // rows), 1) if self._is_in_few_bits else (hidden,)
@@ -60,17 +60,22 @@ class InPlaceRunner(ModelRunner):
             return torch.cat([self.run_layers(cache, piece, first, last) for piece in pieces], 1)
         states, lengths = hidden.reshape(rows * width, size).contiguous(), cache.lengths(first)
         num_positions = max(lengths) + width
-        torch.ops.self_speculation.run_layers(
+        torch.ops.self_speculation.run_layers.default(
             states,
             torch.tensor(lengths),
             cache.first_slot,
-            own.numbers,
-            own.factors,
-            tensors_in(own.slots),
+            own.owner,
             cache.extend(first, last, width, states.new_empty(0, *own.key_shape)),
             [self.tables.cos_sin(rotation, num_positions) for rotation in own.rotations],
         )
         return states.view(rows, width, size)
+
+    def _range(self, first: int, last: int) -> _Range | None:
+        """Valid until a parameter is replaced. The operator itself sees that one has other memory."""
+        own = self._ranges.get((first, last))
+        if own is None or not all(map(is_, map(getitem, own.tables, own.names), own.weights)):
+            own = self._ranges[first, last] = self._make_range(first, last)
+        return own
 
     def _make_range(self, first: int, last: int) -> _Range | None:
         """None: the operator does not have all of these layers."""
@@ -86,10 +91,13 @@ class InPlaceRunner(ModelRunner):
         numbers, factors = zip(*told, strict=True)
         if len({tuple(own[1:4]) for own in numbers}) > 1:  # pruned layers differ in heads or width
             return None
-        return _Range(
-            [slot for layer in fused for slot in layer.slots()],
+        slots = [slot for layer in fused for slot in layer.slots()]
+        (tables, names), weights = zip(*slots, strict=True), tensors_in(slots)
+        owner = torch.ops.self_speculation.make_layers.default(
             torch.tensor(numbers),
             torch.tensor(factors, dtype=torch.float64),
-            rotations,
-            fused[0].key_shape,
+            weights,
+            self.config.hidden_size,
+            fused[0].key_shape[1],
         )
+        return _Range(tables, names, weights, owner, rotations, fused[0].key_shape)

@@ -45,9 +45,19 @@ class Buffers:
         self.limit = sys.maxsize  # the most positions that a row can reach
         self.of_layers: dict[int, Pair] = {}
         self._fitting = 0  # a capacity that fits in memory
+        self._ranges: dict[tuple[int, int], tuple[int, list[Tensor]]] = {}  # until a buffer grows
 
     def all(self) -> Iterator[Tensor]:
         return (part for pair in self.of_layers.values() for part in pair)
+
+    def of_range(self, first: int, last: int, end: int, new_keys: Tensor | None) -> list[Tensor]:
+        """Keys and values of layers first..last-1, see `with_room`."""
+        room, parts = self._ranges.get((first, last), (0, []))
+        if end > room:
+            pairs = [self.with_room(layer, end, new_keys) for layer in range(first, last)]
+            parts = [part for pair in pairs for part in pair]
+            self._ranges[first, last] = min(part.shape[2] for part in parts), parts
+        return parts
 
     def with_room(self, layer: int, end: int, new_keys: Tensor | None = None) -> Pair:
         """The buffers of a layer, grown to at least `end` positions.
@@ -80,6 +90,7 @@ class Buffers:
         for new, part in zip(larger, old or (), strict=False):
             new[:, :, : part.shape[2]] = part
         self.of_layers[layer] = larger
+        self._ranges.clear()
         return larger
 
     def _check_room(self, like: Tensor, capacity: int) -> None:
@@ -196,9 +207,9 @@ class KVCache:
             Keys and values of these layers, all slots, with room for the new positions.
         """
         end = max(self.lengths(first)) + width
-        pairs = [self.buffers.with_room(layer, end, new_keys) for layer in range(first, last)]
+        parts = self.buffers.of_range(first, last, end, new_keys)
         self._appended[first:last] = [n + width for n in self._appended[first:last]]
-        return [part for pair in pairs for part in pair]
+        return parts
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
         """Drop the last positions of every layer.

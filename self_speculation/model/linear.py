@@ -184,7 +184,7 @@ def project(x: Tensor, slots: Sequence[Slot], rows: int, norm: RMSNorm | None = 
     """norm(x) W^T + b by our operator, for one projection with so many rows."""
     of_norm = ([], 0.0, False) if norm is None else ([norm.weight], norm.epsilon, norm.is_centred)
     weight, has_bias = tensors_in(slots), slots[-1][1] == "bias"
-    return torch.ops.self_speculation.project(x.contiguous(), *of_norm, weight, has_bias, rows)
+    return torch.ops.self_speculation.project.default(x.contiguous(), *of_norm, weight, has_bias, rows)
 
 
 def tensors_in(slots: Iterable[Slot]) -> list[Tensor]:

@@ -301,22 +301,34 @@ def test_bad_arguments_are_refused():
     hidden, cache = torch.randn(1, 1, 32), runner.new_cache(1, 8)
     with torch.inference_mode():
         runner.run_layers(cache, hidden.clone(), 0, 4)
-        own = runner._ranges[0, 4]
-        tensors = [table[name] for table, name in own.slots]
+        layers, kinds = runner.layers, runner.attention_types
+        told = [layer.description(kind.window, 0) for layer, kind in zip(layers, kinds, strict=True)]
+        numbers, factors = (torch.tensor(each) for each in zip(*told, strict=True))
+        tensors = [table[name] for layer in layers for table, name in layer.slots()]
         caches = [*cache.buffers.all()]
         tables = [runner.tables.cos_sin(None, 64)[:, :64].contiguous()]
+        make = torch.ops.self_speculation.make_layers
+        layers = {
+            "numbers": numbers, "factors": factors.double(), "weights": tensors, "hidden": 32,
+            "d": layers[0].key_shape[1],
+        }  # fmt: skip
         good = {
             "hidden": torch.randn(1, 32), "starts": torch.tensor([3]), "first_slot": 0,
-            "numbers": own.numbers, "factors": own.factors, "weights": tensors, "caches": caches,
-            "rotations": tables,
+            "owner": make(*layers.values()), "caches": caches, "rotations": tables,
         }  # fmt: skip
         run = torch.ops.self_speculation.run_layers
         run(*good.values())
         for name, value in [
+            ("hidden", 31), ("d", 7), ("numbers", numbers[:-1]), ("factors", factors.float()),
+            ("weights", tensors[:-1]), ("weights", [*tensors, tensors[0]]),
+            ("weights", [t.double() for t in tensors]),
+        ]:  # fmt: skip
+            with pytest.raises((RuntimeError, ValueError, IndexError)):
+                make(*{**layers, name: value}.values())
+        for name, value in [
             ("hidden", torch.randn(1, 31)), ("hidden", torch.randn(1, 32).double()),
             ("starts", torch.tensor([5000])), ("starts", torch.tensor([0, 0])), ("first_slot", 7),
-            ("weights", tensors[:-1]), ("weights", [*tensors, tensors[0]]),
-            ("weights", [t.double() for t in tensors]), ("caches", caches[:-1]),
+            ("owner", good["owner"][:0]), ("caches", caches[:-1]),
             ("caches", [c[..., :4] for c in caches]), ("rotations", []), ("rotations", [tables[0][:, :1]]),
         ]:  # fmt: skip
             with pytest.raises((RuntimeError, ValueError, IndexError)):

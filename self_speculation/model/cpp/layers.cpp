@@ -6,6 +6,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <span>
 
 #include "attention.h"
 #include "int4_rounding.h"
@@ -176,7 +177,7 @@ constexpr int64_t MOST_PHASES = 17;
 // New positions of some rows, through a range of layers that differ in nothing but their numbers.
 class Pass {
  public:
-  Pass(const std::vector<Layer>& layers, float* states, int64_t tokens, int64_t hidden, const std::vector<Tensor>& caches,
+  Pass(std::span<const Layer> layers, float* states, int64_t tokens, int64_t hidden, const std::vector<Tensor>& caches,
        const std::vector<Tensor>& rotations, const int64_t* starts, int64_t rows, int64_t first_slot)
       : layers_(layers), caches_(caches), rotations_(rotations), states_(states), starts_(starts), tokens_(tokens),
         rows_(rows), width_(tokens / rows), hidden_(hidden), first_slot_(first_slot), capacity_(caches[0].size(2)),
@@ -305,7 +306,7 @@ class Pass {
     });
   }
 
-  const std::vector<Layer>& layers_;
+  std::span<const Layer> layers_;
   const std::vector<Tensor>&caches_, &rotations_;
   float* states_;          // [tokens, hidden]
   const int64_t* starts_;  // [rows] positions before the pass
@@ -324,44 +325,99 @@ float* matrix(const Tensor& x, const char* name) {
   return static_cast<float*>(x.mutable_data_ptr());
 }
 
-// Layers over T new positions of each of B rows. in_place_runner.py says what the arguments are.
-void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, const Tensor& numbers, const Tensor& factors,
-                std::vector<Tensor> weights, std::vector<Tensor> caches, std::vector<Tensor> rotations) {
+// A range of layers and what they were made of. They are made once, since their weights are hundreds of tensors, and again if
+// one of these got other memory.
+class Layers {
+ public:
+  // `hidden`: columns of a state; `d`: of a head. in_place_runner.py says what else the arguments are.
+  Layers(const Tensor& numbers, const Tensor& factors, std::vector<Tensor> weights, int64_t hidden, int64_t d)
+      : numbers_(numbers), factors_(factors), weights_(std::move(weights)), hidden_(hidden), d_(d) {
+    STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && factors.scalar_type() == ScalarType::Double &&
+                        numbers.is_contiguous() && factors.is_contiguous() && numbers.size(1) == 7 && factors.size(1) == 7 &&
+                        numbers.size(0) == factors.size(0) && numbers.size(0) > 0,
+                    "numbers, factors: not those of layers");
+    make();
+  }
+  std::span<const Layer> now() {
+    for (size_t i = 0; i < weights_.size(); i++)
+      if (places_[i] != Place(weights_[i])) return make(), layers_;
+    return layers_;
+  }
+  int64_t hidden() const { return hidden_; }
+  int64_t d() const { return d_; }
+
+ private:
+  struct Place {
+    const void* address;
+    ScalarType type;
+    int64_t row;  // elements from one row to the next
+
+    explicit Place(const Tensor& weight)
+        : address(weight.const_data_ptr()), type(weight.scalar_type()), row(weight.stride(0)) {}
+    bool operator==(const Place&) const = default;
+  };
+
+  void make() {
+    layers_.clear();
+    const Tensor* next = weights_.data();
+    auto* of_layers = static_cast<const int64_t*>(numbers_.const_data_ptr());
+    auto* of_floats = static_cast<const double*>(factors_.const_data_ptr());
+    for (int64_t i = 0; i < numbers_.size(0); i++) {
+      const int64_t* own = of_layers + 7 * i;
+      STD_TORCH_CHECK(std::equal(own + 1, own + 4, of_layers + 1) && own[1] % own[2] == 0 && own[5] >= 0 && own[6] >= SILU &&
+                          own[6] <= RELU_SQUARED,
+                      "numbers: not those of layers of one shape");
+      // Two norms and seven weights, and what its options add: a norm of queries comes with one of keys.
+      int64_t needed = 9 + std::popcount(uint64_t(own[0] & 0x3ff)) + (own[0] >> 7 & 1);
+      STD_TORCH_CHECK(weights_.data() + weights_.size() - next >= needed, "weights: fewer than the layers have");
+      layers_.emplace_back(next, own, of_floats + 7 * i, hidden_, d_);
+    }
+    STD_TORCH_CHECK(next == weights_.data() + weights_.size(), "weights: not as many as the layers have");
+    places_ = std::vector<Place>(weights_.begin(), weights_.end());
+  }
+
+  Tensor numbers_, factors_;
+  std::vector<Tensor> weights_;
+  int64_t hidden_, d_;
+  std::vector<Place> places_;
+  std::vector<Layer> layers_;
+};
+
+// As a tensor that has them.
+Tensor make_layers(const Tensor& numbers, const Tensor& factors, std::vector<Tensor> weights, int64_t hidden, int64_t d) {
+  auto layers = std::make_unique<Layers>(numbers, factors, std::move(weights), hidden, d);
+  const int64_t size = sizeof(Layers), stride = 1;
+  Tensor owner = torch::stable::from_blob(layers.get(), {&size, 1}, {&stride, 1}, numbers.device(), ScalarType::Byte,
+                                          [](void* of) { delete static_cast<Layers*>(of); });
+  layers.release();
+  return owner;
+}
+
+// Layers over T new positions of each of B rows.
+void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, const Tensor& owner, std::vector<Tensor> caches,
+                std::vector<Tensor> rotations) {
   float* states = matrix(hidden, "hidden");
-  int64_t tokens = hidden.size(0), size = hidden.size(1), rows = starts.numel(), number = numbers.size(0);
-  STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && factors.scalar_type() == ScalarType::Double &&
-                      numbers.is_contiguous() && factors.is_contiguous() && numbers.size(1) == 7 && factors.size(1) == 7 &&
-                      starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && rows > 0 && tokens % rows == 0 &&
-                      int64_t(caches.size()) == 2 * number && number == factors.size(0) && number > 0 && tokens > 0,
-                  "starts, numbers, factors, caches: not those of a pass over ", number, " layers");
+  STD_TORCH_CHECK(owner.numel() == sizeof(Layers) && owner.scalar_type() == ScalarType::Byte, "owner: has no layers");
+  auto& described = *static_cast<Layers*>(owner.mutable_data_ptr());
+  const std::span<const Layer> layers = described.now();
+  int64_t tokens = hidden.size(0), size = hidden.size(1), rows = starts.numel(), number = layers.size();
+  STD_TORCH_CHECK(size == described.hidden() && starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && rows > 0 &&
+                      tokens % rows == 0 && int64_t(caches.size()) == 2 * number && tokens > 0,
+                  "hidden, starts, caches: not those of a pass over ", number, " layers");
   auto* of_rows = static_cast<const int64_t*>(starts.const_data_ptr());
-  int64_t slots = caches[0].size(0), capacity = caches[0].size(2), d = caches[0].size(3);
+  int64_t slots = caches[0].size(0), capacity = caches[0].size(2), d = described.d();
   int64_t end = *std::max_element(of_rows, of_rows + rows) + tokens / rows;
-  auto* of_layers = static_cast<const int64_t*>(numbers.const_data_ptr());
   for (const Tensor& cache : caches)
     STD_TORCH_CHECK(cache.dim() == 4 && cache.scalar_type() == ScalarType::Float && cache.is_contiguous() &&
-                        cache.size(1) == of_layers[2] && cache.size(2) == capacity && cache.size(3) == d && d % 2 == 0 &&
+                        cache.size(1) == layers[0].kv_heads && cache.size(2) == capacity && cache.size(3) == d && d % 2 == 0 &&
                         first_slot + rows <= cache.size(0) && cache.size(0) == slots && end <= capacity,
                     "caches: no buffers of ", end, " positions for ", rows, " rows");
+  for (const Layer& layer : layers)
+    STD_TORCH_CHECK(layer.rotation < int64_t(rotations.size()), "rotations: fewer than the layers have");
   for (const Tensor& table : rotations)
     STD_TORCH_CHECK(table.dim() == 3 && table.scalar_type() == ScalarType::Float && table.is_contiguous() &&
                         table.size(0) == 2 && table.size(1) >= end && table.size(2) == d,
                     "rotations: no tables of ", end, " positions and ", d, " columns");
-  std::vector<Layer> layers;
-  layers.reserve(number);
-  const Tensor* next = weights.data();
-  auto* of_floats = static_cast<const double*>(factors.const_data_ptr());
-  for (int64_t i = 0; i < number; i++) {
-    const int64_t* own = of_layers + 7 * i;
-    STD_TORCH_CHECK(std::equal(own + 1, own + 4, of_layers + 1) && own[1] % own[2] == 0 && own[5] >= 0 &&
-                        own[5] < int64_t(rotations.size()) && own[6] >= SILU && own[6] <= RELU_SQUARED,
-                    "numbers: not those of layers of one shape");
-    // Two norms and seven weights, and what its options add: a norm of queries comes with one of keys.
-    int64_t needed = 9 + std::popcount(uint64_t(own[0] & 0x3ff)) + (own[0] >> 7 & 1);
-    STD_TORCH_CHECK(weights.data() + weights.size() - next >= needed, "weights: fewer than the layers have");
-    layers.emplace_back(next, own, of_floats + 7 * i, size, d);
-  }
-  STD_TORCH_CHECK(next == weights.data() + weights.size(), "weights: not as many as the layers have");
   Pass(layers, states, tokens, size, caches, rotations, of_rows, rows, first_slot).run();
 }
 
@@ -402,8 +458,10 @@ Tensor project(const Tensor& x, std::vector<Tensor> norm, double epsilon, bool i
 
 STABLE_TORCH_LIBRARY(self_speculation, library) {
   library.def(
-      "run_layers(Tensor(a!) hidden, Tensor starts, int first_slot, Tensor numbers, Tensor factors, Tensor[] weights,"
-      " Tensor[] caches, Tensor[] rotations) -> ()");
+      "make_layers(Tensor numbers, Tensor factors, Tensor[] weights, int hidden, int d) -> Tensor");
+  library.def(
+      "run_layers(Tensor(a!) hidden, Tensor starts, int first_slot, Tensor owner, Tensor[] caches, Tensor[] rotations)"
+      " -> ()");
   library.def(
       "project(Tensor x, Tensor[] norm, float epsilon, bool is_centred, Tensor[] weight, bool has_bias, int rows)"
       " -> Tensor");
@@ -412,6 +470,7 @@ STABLE_TORCH_LIBRARY(self_speculation, library) {
   library.def("rows_of_weight(Tensor weight, Tensor ids, int rows, int columns) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(self_speculation, CPU, library) {
+  library.impl("make_layers", TORCH_BOX(&make_layers));
   library.impl("run_layers", TORCH_BOX(&run_layers));
   library.impl("project", TORCH_BOX(&project));
   library.impl("int4_round", TORCH_BOX(&int4_round));
