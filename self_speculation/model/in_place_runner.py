@@ -52,7 +52,7 @@ class InPlaceRunner(ModelRunner):
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         rows, width, size = hidden.shape
         own = self._range(first, last)
-        is_long = cache.is_prompt and rows * width > MAX_NARROW_TOKENS, tensors_in
+        is_long = cache.is_prompt and rows * width > MAX_NARROW_TOKENS
         if own is None or (is_long and not self._is_in_few_bits):
             return super().run_layers(cache, hidden, first, last)
         pieces = hidden.split(max(1, _PIECE // rows), 1) if self._is_in_few_bits else (hidden,)
