@@ -72,7 +72,7 @@ def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draf
     token was drafted from. Drops what a draft has cached that verification cannot use.
     """
     k, layer = draft.tokens.shape[1], draft.exit_layer
-    inputs = torch.cat((batch.last, draft.tokens), 1)  # [B, k+1] ids
+    inputs = torch.cat((batch.last, draft.tokens), 1) if k else batch.last  # [B, k+1] ids
     if layer:  # the first layers drafted
         states = draft.exit_hidden
         if len(states) == k:  # the last column has no state yet
@@ -105,9 +105,11 @@ def read_verification(
     for NaN.
     """
     k = draft.tokens.shape[1]
-    numbers = [logits.amax(-1), verification.num_accepted, verification.next_token, draft.tokens]
+    numbers = [logits.amax(-1), verification.next_token]
+    numbers += [verification.num_accepted, draft.tokens] if k else []
     largest, *on_host = AsyncRead(numbers).wait()
     batch.check(largest)
-    num_accepted, next_tokens, drafted = (list(map(int, numbers)) for numbers in on_host)
+    next_tokens, *of_draft = (list(map(int, numbers)) for numbers in on_host)
+    num_accepted, drafted = of_draft or ([0] * len(batch), [])
     tokens = [[*drafted[row * k :][:m], next_tokens[row]] for row, m in enumerate(num_accepted)]
     return num_accepted, tokens

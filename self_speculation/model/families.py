@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -134,7 +135,14 @@ def declared(config: PretrainedConfig, name: str) -> Any:
     """A setting; None if the family has no such setting. A config file may hold settings of another family,
     such as the one that the model was converted from: its layers ignore them.
     """
-    return getattr(config, name, None) if name in inspect.signature(type(config)).parameters else None
+    kind: Callable[..., object] = type(config)
+    return getattr(config, name, None) if name in _settings(kind) else None
+
+
+@cache
+def _settings(kind: Callable[..., object]) -> frozenset[str]:
+    """Those of a family. To ask for them takes a third of a millisecond."""
+    return frozenset(inspect.signature(kind).parameters)
 
 
 def attention_types(config: PretrainedConfig) -> list[AttentionType]:

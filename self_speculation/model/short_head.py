@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -40,14 +40,17 @@ _COMPUTED_AGAIN = 8
 
 @dataclass
 class _Counted:
-    """Ids of a model, the most frequent first."""
+    """Ids of a model, the most frequent first, and what was made of them."""
 
     ids: tuple[int, ...] = ()
+    # By number of ids and device.
+    likely: dict[tuple[int, torch.device], tuple[frozenset[int], Tensor]] = field(default_factory=dict)
 
 
 def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
     """Let short heads have the ids that were counted most."""
-    singleton(model, _Counted).ids = tuple(sorted(counts, key=lambda id_: -counts[id_]))
+    counted = singleton(model, _Counted)
+    counted.ids, counted.likely = tuple(sorted(counts, key=lambda id_: -counts[id_])), {}
 
 
 def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
@@ -88,10 +91,13 @@ class ShortHead:
             raise ValueError(
                 f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
             )
-        ids = likely_ids(runner.model, number)
+        made, key = singleton(runner.model, _Counted).likely, (number, runner.device)
+        if key not in made:  # once, and not for each request: it takes milliseconds
+            ids = likely_ids(runner.model, number)
+            made[key] = frozenset(ids), on_device(ids, runner.device)
         self.norm, self._whole, self._like = runner.head.norm, whole, runner.tables.unit
-        self.likely, self._ids = frozenset(ids), on_device(ids, runner.device)
-        self._likely = whole.cached_copy(tuple(ids), lambda: whole.select_rows(self._ids))
+        self.likely, self._ids = made[key]
+        self._likely = whole.cached_copy(self.likely, lambda: whole.select_rows(self._ids))
         self.linears: tuple[Product, ...] = (self._likely,)
         # A copy of all rows is made by way of one in their own format.
         grows = grows and ("int4" in whole.copies or free_memory(runner.device) > 2 * whole.num_bytes)
