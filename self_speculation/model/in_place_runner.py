@@ -23,7 +23,7 @@ from self_speculation.model.model_runner import Head, Layer, ModelRunner
 
 
 class _Range(NamedTuple):
-    """Some layers, see `run_layers` of cpp/layers.cpp."""
+    """Some layers, and where the operator's come from."""
 
     tables: Sequence[Any]  # of parameters
     names: Sequence[str]
@@ -72,8 +72,8 @@ class InPlaceRunner(ModelRunner):
 
     def _range(self, first: int, last: int) -> _Range | None:
         """Valid until a parameter is replaced. The operator itself sees that one has other memory."""
-        own = self._ranges.get((first, last))
-        if own is None or not all(map(is_, map(getitem, own.tables, own.names), own.weights)):
+        is_new, own = (first, last) not in self._ranges, self._ranges.get((first, last))
+        if is_new or (own and not all(map(is_, map(getitem, own.tables, own.names), own.weights))):
             own = self._ranges[first, last] = self._make_range(first, last)
         return own
 

@@ -54,6 +54,7 @@ class Buffers:
         """Keys and values of layers first..last-1, see `with_room`."""
         room, parts = self._ranges.get((first, last), (0, []))
         if end > room:
+            parts = []  # lets each buffer go as soon as a larger one has its place
             pairs = [self.with_room(layer, end, new_keys) for layer in range(first, last)]
             parts = [part for pair in pairs for part in pair]
             self._ranges[first, last] = min(part.shape[2] for part in parts), parts

@@ -9,7 +9,7 @@ with many other ids, such as Chinese ones, get all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,8 +43,8 @@ class _Counted:
     """Ids of a model, the most frequent first, and what was made of them."""
 
     ids: tuple[int, ...] = ()
-    # By number of ids and device.
-    likely: dict[tuple[int, torch.device], tuple[frozenset[int], Tensor]] = field(default_factory=dict)
+    # By number of ids, rows of the head, and device.
+    likely: dict[Hashable, tuple[frozenset[int], Tensor]] = field(default_factory=dict)
 
 
 def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
@@ -91,7 +91,7 @@ class ShortHead:
             raise ValueError(
                 f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
             )
-        made, key = singleton(runner.model, _Counted).likely, (number, runner.device)
+        made, key = singleton(runner.model, _Counted).likely, (number, whole.shape[0], runner.device)
         if key not in made:  # once, and not for each request: it takes milliseconds
             ids = likely_ids(runner.model, number)
             made[key] = frozenset(ids), on_device(ids, runner.device)

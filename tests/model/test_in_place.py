@@ -240,6 +240,66 @@ def test_a_weight_that_changes_between_two_tokens_decodes(change):
     assert bytes_made(model) == 0
 
 
+def test_a_weight_of_another_shape_is_refused_until_the_old_one_is_back():
+    """Guards against memory that is read as what it was, and against layers that an error has halved."""
+    model = own_llama(fused=True)
+    up = model.model.layers[2].mlp.up_proj.weight
+    kept, wide = up.data, torch.randn(48, 64)
+    with torch.inference_mode():
+        runner = InPlaceRunner(model)
+        cache = runner.new_cache(1, 20)
+
+        def logits():
+            cache.set_rows([0])
+            return forward(runner, cache, torch.tensor([PROMPT])).logits
+
+        expected = logits()
+        for other in (kept[:24], torch.randn(24, 32)):
+            up.data = other
+            with pytest.raises((RuntimeError, ValueError)):
+                logits()
+            up.data = kept
+            assert torch.equal(logits(), expected)
+        up.data = wide[:, :32]
+        logits()
+        up.data = wide[:, ::2]  # at the same address
+        with pytest.raises((RuntimeError, ValueError)):
+            logits()
+
+
+def test_a_weight_in_few_bits_gets_another_format():
+    """Guards against a format that is only read from a weight's first bytes."""
+    model = own_llama()
+    quantize(model, 4)
+    fuse(model)
+    weight = model.model.layers[2].mlp.up_proj.weight
+    with torch.inference_mode():
+        runner, found = InPlaceRunner(model), []
+        for code in (0, 3):  # which have cells of one size
+            weight[0] = code
+            for each in (runner, InPlaceRunner(model)):
+                cache = each.new_cache(1, 20)
+                found.append(forward(each, cache, torch.tensor([PROMPT])).logits)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    assert not torch.equal(found[1], found[2])
+
+
+def test_layers_with_buffers_of_several_sizes_decode():
+    """Guards against passes that are refused after memory ran out while buffers grew."""
+    model = own_llama(fused=True)
+    with torch.inference_mode():
+        runner, found = InPlaceRunner(model), []
+        for grown in (0, 2):
+            cache = runner.new_cache(1, 20)
+            forward(runner, cache, torch.tensor([PROMPT]))
+            cache.buffers.capacity += 8
+            for layer in range(grown):
+                cache.buffers.with_room(layer, cache.buffers.capacity)
+            found.append(forward(runner, cache, torch.tensor([[5]])).logits)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"])
 def test_a_weight_that_changes_half_way_in_an_answer(name):
     """Guards against an answer that goes on by earlier weights, or ends since one weight has another dtype

@@ -2,6 +2,7 @@
 
 import itertools
 from contextlib import nullcontext
+from weakref import ref
 
 import pytest
 import torch
@@ -184,3 +185,21 @@ def test_growing_without_memory_keeps_what_is_there(left):
     for layer in range(2):
         keys, values = append(cache, range(4, 8), layer)
         assert contents(keys) == contents(values) == [*range(8)]
+
+
+def test_buffers_grow_one_after_another(monkeypatch):
+    """Guards against twice the memory: lists of buffers would keep the smaller ones."""
+    cache, alive = KVCache(Buffers([CPU] * 4)), []
+    for layer in range(4):
+        append(cache, range(8), layer)
+    for layers in ((0, 4), (1, 3)):
+        cache.extend(*layers, 0)
+    before, grow = [ref(part) for part in cache.buffers.all()], Buffers.with_room
+
+    def with_room(self, *args):
+        alive.append(sum(part() is not None for part in before))
+        return grow(self, *args)
+
+    monkeypatch.setattr(Buffers, "with_room", with_room)
+    cache.extend(0, 4, 8)
+    assert alive == [8, 6, 4, 2]

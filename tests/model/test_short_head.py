@@ -31,6 +31,18 @@ def test_likely_ids_are_the_counted_and_then_the_first():
     assert likely_ids(model, 5) == [0, 1, 2, 30, 40]
 
 
+def test_likely_ids_are_those_of_the_head():
+    """Guards against ids that are kept from before the vocabulary was resized."""
+    model = own_llama()
+    prefer_ids(model, {45: 1})
+    assert 45 in ShortHead(ModelRunner(model), 20).likely
+    for size in (40, 100):
+        model.resize_token_embeddings(size)
+        likely = ShortHead(ModelRunner(model), 20).likely
+        assert likely <= {*range(size)}
+        assert len(likely) == 20
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_rows_are_copied_once(fused, monkeypatch):
     """Guards against new copies for each answer, and against a copy in four bits of the whole head."""

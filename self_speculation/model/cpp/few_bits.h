@@ -165,7 +165,7 @@ class Cell {
   // Adds products with N tokens, whose inputs begin at `at`, to `sums`, [N, BLOCK].
   template <int N>
   INLINE void add_products(const RoundedInputs& x, int64_t at, float* sums) const {
-    constexpr int together = N == 1 ? 1 : PARTS;  // parts that share loads of inputs; registers hold so many sums
+    constexpr int together = N == 1 ? 1 : PARTS;  // parts that share loads of inputs, which is faster for several tokens only
 #pragma GCC unroll 2
     for (int part = 0; part < PARTS; part += together) add_products<N, together>(x, at, part, sums);
   }

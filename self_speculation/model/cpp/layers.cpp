@@ -180,8 +180,8 @@ class Pass {
   Pass(std::span<const Layer> layers, float* states, int64_t tokens, int64_t hidden, const std::vector<Tensor>& caches,
        const std::vector<Tensor>& rotations, const int64_t* starts, int64_t rows, int64_t first_slot)
       : layers_(layers), caches_(caches), rotations_(rotations), states_(states), starts_(starts), tokens_(tokens),
-        rows_(rows), width_(tokens / rows), hidden_(hidden), first_slot_(first_slot), capacity_(caches[0].size(2)),
-        d_(caches[0].size(3)), heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), together_(heads_ / kv_heads_),
+        rows_(rows), width_(tokens / rows), hidden_(hidden), first_slot_(first_slot), d_(caches[0].size(3)),
+        heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), together_(heads_ / kv_heads_),
         joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(layers[0].width),
         spans_(spans_of(*std::max_element(starts, starts + rows))), threads_(torch::stable::get_num_threads()),
         phases_(new Phase[layers.size() * MOST_PHASES]), finished_(new std::atomic<int64_t>[layers.size() * rows * kv_heads_]()),
@@ -234,7 +234,8 @@ class Pass {
     int64_t start = starts_[row], number = spans_of(start), key = span * SPAN, slot = first_slot_ + row;
     if (span >= number) return;
     auto cached = [&](size_t which) {
-      return static_cast<float*>(caches_[2 * index + which].mutable_data_ptr()) + (slot * kv_heads_ + head) * capacity_ * d_;
+      const Tensor& cache = caches_[2 * index + which];
+      return static_cast<float*>(cache.mutable_data_ptr()) + (slot * kv_heads_ + head) * cache.size(2) * d_;
     };
     float *keys = cached(0), *values = cached(1);
     auto* cosines = static_cast<const float*>(rotations_[layer.rotation].const_data_ptr());
@@ -310,7 +311,7 @@ class Pass {
   const std::vector<Tensor>&caches_, &rotations_;
   float* states_;          // [tokens, hidden]
   const int64_t* starts_;  // [rows] positions before the pass
-  int64_t tokens_, rows_, width_, hidden_, first_slot_, capacity_, d_, heads_, kv_heads_, together_, joint_;
+  int64_t tokens_, rows_, width_, hidden_, first_slot_, d_, heads_, kv_heads_, together_, joint_;
   int64_t mlp_width_, spans_, threads_;
   std::unique_ptr<Phase[]> phases_;
   std::unique_ptr<std::atomic<int64_t>[]> finished_;  // spans of a head, by layer, row and head
@@ -326,10 +327,10 @@ float* matrix(const Tensor& x, const char* name) {
 }
 
 // A range of layers and what they were made of. They are made once, since their weights are hundreds of tensors, and again if
-// one of these got other memory.
+// one of these got other memory, or another shape or format.
 class Layers {
  public:
-  // `hidden`: columns of a state; `d`: of a head. in_place_runner.py says what else the arguments are.
+  // `numbers` and `factors` are those of `FusedLayer.description`. `hidden`: columns of a state; `d`: of a head.
   Layers(const Tensor& numbers, const Tensor& factors, std::vector<Tensor> weights, int64_t hidden, int64_t d)
       : numbers_(numbers), factors_(factors), weights_(std::move(weights)), hidden_(hidden), d_(d) {
     STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && factors.scalar_type() == ScalarType::Double &&
@@ -347,18 +348,25 @@ class Layers {
   int64_t d() const { return d_; }
 
  private:
+  // What a layer has read of a weight, besides its numbers.
   struct Place {
     const void* address;
     ScalarType type;
-    int64_t row;  // elements from one row to the next
+    int64_t size, row, column;  // elements; from one row, and from one column, to the next
+    uint8_t format = 0;         // of few bits
 
     explicit Place(const Tensor& weight)
-        : address(weight.const_data_ptr()), type(weight.scalar_type()), row(weight.stride(0)) {}
+        : address(weight.const_data_ptr()), type(weight.scalar_type()), size(weight.numel()), row(weight.stride(0)),
+          column(weight.stride(weight.dim() - 1)) {
+      STD_TORCH_CHECK(weight.is_cpu(), "weights: not in the memory of the CPU");
+      if (type == ScalarType::Byte && size) format = *static_cast<const uint8_t*>(address);
+    }
     bool operator==(const Place&) const = default;
   };
 
   void make() {
-    layers_.clear();
+    std::vector<Place> places(weights_.begin(), weights_.end());
+    std::vector<Layer> layers;
     const Tensor* next = weights_.data();
     auto* of_layers = static_cast<const int64_t*>(numbers_.const_data_ptr());
     auto* of_floats = static_cast<const double*>(factors_.const_data_ptr());
@@ -370,10 +378,10 @@ class Layers {
       // Two norms and seven weights, and what its options add: a norm of queries comes with one of keys.
       int64_t needed = 9 + std::popcount(uint64_t(own[0] & 0x3ff)) + (own[0] >> 7 & 1);
       STD_TORCH_CHECK(weights_.data() + weights_.size() - next >= needed, "weights: fewer than the layers have");
-      layers_.emplace_back(next, own, of_floats + 7 * i, hidden_, d_);
+      layers.emplace_back(next, own, of_floats + 7 * i, hidden_, d_);
     }
     STD_TORCH_CHECK(next == weights_.data() + weights_.size(), "weights: not as many as the layers have");
-    places_ = std::vector<Place>(weights_.begin(), weights_.end());
+    places_.swap(places), layers_.swap(layers);
   }
 
   Tensor numbers_, factors_;
@@ -405,12 +413,12 @@ void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, 
                       tokens % rows == 0 && int64_t(caches.size()) == 2 * number && tokens > 0,
                   "hidden, starts, caches: not those of a pass over ", number, " layers");
   auto* of_rows = static_cast<const int64_t*>(starts.const_data_ptr());
-  int64_t slots = caches[0].size(0), capacity = caches[0].size(2), d = described.d();
+  int64_t slots = caches[0].size(0), d = described.d();
   int64_t end = *std::max_element(of_rows, of_rows + rows) + tokens / rows;
   for (const Tensor& cache : caches)
     STD_TORCH_CHECK(cache.dim() == 4 && cache.scalar_type() == ScalarType::Float && cache.is_contiguous() &&
-                        cache.size(1) == layers[0].kv_heads && cache.size(2) == capacity && cache.size(3) == d && d % 2 == 0 &&
-                        first_slot + rows <= cache.size(0) && cache.size(0) == slots && end <= capacity,
+                        cache.size(1) == layers[0].kv_heads && cache.size(3) == d && d % 2 == 0 &&
+                        first_slot + rows <= cache.size(0) && cache.size(0) == slots && end <= cache.size(2),
                     "caches: no buffers of ", end, " positions for ", rows, " rows");
   for (const Layer& layer : layers)
     STD_TORCH_CHECK(layer.rotation < int64_t(rotations.size()), "rotations: fewer than the layers have");

@@ -132,6 +132,7 @@ struct Weight {
     const Tensor& weight = *next++;
     type = weight.scalar_type(), numbers = weight.const_data_ptr();
     if (type == ScalarType::Byte) {
+      STD_TORCH_CHECK(weight.numel() > HEADER, "weight: empty");
       format = &format_of(*static_cast<const uint8_t*>(numbers));
       STD_TORCH_CHECK(weight.numel() == format->size(rows, columns) && weight.is_contiguous(), "weight: no matrix of ", rows,
                       " times ", columns, " in few bits");
