@@ -47,7 +47,7 @@ OPERATOR_ACTIVATIONS = {
     "GELUActivation": 2, "GELU none": 2, "ReLU": 3, "ReLUSquaredActivation": 4,
 }  # fmt: skip
 
-# Seconds after which a compiler counts as broken; it takes 10 on a quiet machine.
+# Seconds after which a compiler counts as broken; it takes 10 to 20 on a quiet machine.
 _PATIENCE = 300.0
 
 _lock = Lock()
