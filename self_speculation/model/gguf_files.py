@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
 from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -194,7 +195,7 @@ def has_few_bits(header: Header) -> bool:
 def load_in_few_bits(header: Header, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
     """A model with the file's own bits in place of matrices, and the names of parameters that it lacks."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = kind._from_config(config, dtype=torch.float32)
     dense: dict[str, Tensor] = {}
     packed: dict[str, list[Any]] = {}  # bytes, rows and columns

@@ -41,7 +41,7 @@ void few_bits(const Format& format) {
         const_cast<uint8_t*>(number)[1] = 0x24;  // some hundredth
     }
   rearrange(format, format.code, raw.data(), row_bytes, 0, BLOCK, groups, block.data());
-  for (int64_t tokens : {1, 3}) {
+  for (int64_t tokens : {1, 3, 13}) {
     const std::vector<float> x = random(tokens * columns);
     std::vector<float> out(tokens * BLOCK);
     auto memory = aligned(tokens * columns);

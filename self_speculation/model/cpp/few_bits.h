@@ -188,7 +188,7 @@ class Cell {
         if constexpr (KEEPS) std::copy_n(&kept_[first + p][2 * i], 2, steps[p]);
         else steps_of<HIGH>(low_ + (first + p) * LANES * 4, i, steps[p], upper[p]);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < N; n++) {
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
@@ -243,11 +243,14 @@ __attribute__((noinline)) void products_of_cells(const uint8_t* block, const Rou
       cell.template add_products<1>(x, g, own);
     } else {
       int64_t t = 0, at = g * tokens;
-      for (; t + 4 <= tokens; t += 4) cell.template add_products<4>(x, at + t, out + t * BLOCK);
+      if constexpr (LANES == BLOCK)  // there are registers for the sums of eight
+        for (; t + 8 <= tokens; t += 8) cell.template add_products<8>(x, at + t, out + t * BLOCK);
+      for (; t + 4 <= tokens && t + 5 != tokens; t += 4) cell.template add_products<4>(x, at + t, out + t * BLOCK);
       switch (tokens - t) {
         case 1: cell.template add_products<1>(x, at + t, out + t * BLOCK); break;
         case 2: cell.template add_products<2>(x, at + t, out + t * BLOCK); break;
-        case 3: cell.template add_products<3>(x, at + t, out + t * BLOCK);
+        case 3: cell.template add_products<3>(x, at + t, out + t * BLOCK); break;
+        case 5: cell.template add_products<5>(x, at + t, out + t * BLOCK);  // a token alone takes as long as two
       }
     }
   }
