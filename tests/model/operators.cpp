@@ -74,12 +74,15 @@ int main() {
   }
   for (const Format& format : FORMATS)
     if (format.code) few_bits(format);
-  constexpr int64_t d = 20, tokens = 2, start = 300;
-  std::vector<float> queries = random(tokens * 3 * d), keys = random(SPAN * d), values = random(SPAN * d), memory(6 * d);
-  for (int64_t window : {0, 150}) {
-    std::vector<Attended> attended(6);
-    for (int i = 0; i < 6; i++) attended[i].values = &memory[i * d];
-    attend_to_span(queries.data(), tokens, 3, d, start, window, keys.data(), values.data(), 0, attended.data());
-    for (const Attended& each : attended) print("sum", &each.sum, 1), print("attended", each.values, d);
+  for (int64_t d : {20, 64}) {
+    constexpr int64_t tokens = 3, heads = 3, start = 300;
+    std::vector<float> queries = random(tokens * heads * d), keys = random(SPAN * d), values = random(SPAN * d);
+    std::vector<float> memory(tokens * heads * d);
+    for (int64_t window : {0, 150}) {
+      std::vector<Attended> attended(tokens * heads);
+      for (int64_t i = 0; i < tokens * heads; i++) attended[i].values = &memory[i * d];
+      attend_to_span(queries.data(), tokens, heads, d, start, window, keys.data(), values.data(), 0, attended.data());
+      for (const Attended& each : attended) print("sum", &each.sum, 1), print("attended", each.values, d);
+    }
   }
 }

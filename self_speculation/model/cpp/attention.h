@@ -31,8 +31,8 @@ void rotate(const float* x, const float* cosines, const float* sines, int64_t d,
   }
 }
 
-// Q queries [Q, d] over the keys [first, last) of a chunk [CHUNK, d].
-template <int Q>
+// Q queries [Q, d] over the keys [first, last) of a chunk [CHUNK, d]. WHOLE: vectors have all d numbers, without a rest.
+template <int Q, bool WHOLE>
 void attend_to_chunk(const float* queries, int64_t d, const float* keys, const float* values, int64_t first, int64_t last,
                      Attended* attended) {
   alignas(64) float scores[Q][CHUNK + LANES];
@@ -46,12 +46,12 @@ void attend_to_chunk(const float* queries, int64_t d, const float* keys, const f
       for (int i = 0; i < 4; i++) {
         Floats of_key = load<Floats>(of_keys[i] + j);
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) sums[q * 4 + i] = fma(load<Floats>(queries + q * d + j), of_key, sums[q * 4 + i]);
+        for (int q = 0; q < Q; q++) sums[q * 4 + i] = accumulate(load<Floats>(queries + q * d + j), of_key, sums[q * 4 + i]);
       }
     for (int q = 0; q < Q; q++) {
       float* four = &scores[q][key];  // those after the last key are written over
       lane_sums(sums + q * 4, four);
-      for (int64_t rest = j; rest < d; rest++)
+      for (int64_t rest = j; !WHOLE && rest < d; rest++)
         for (int i = 0; i < 4; i++) four[i] += queries[q * d + rest] * of_keys[i][rest];
     }
   }
@@ -74,19 +74,23 @@ void attend_to_chunk(const float* queries, int64_t d, const float* keys, const f
   }
   auto add = [&]<int N>(int64_t j) {
     Floats sums[Q * N] = {};
-    for (int64_t key = first; key < last; key++)
+    for (int64_t key = first; key < last; key++) {
+      Floats weights[Q];
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) weights[q] = splat(scores[q][key]);
 #pragma GCC unroll 8
       for (int i = 0; i < N; i++) {
         Floats value = load<Floats>(values + key * d + j + i * LANES);
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) sums[q * N + i] = fma(splat(scores[q][key]), value, sums[q * N + i]);
+        for (int q = 0; q < Q; q++) sums[q * N + i] = accumulate(weights[q], value, sums[q * N + i]);
       }
+    }
     for (int q = 0; q < Q; q++) std::memcpy(attended[q].values + j, sums + q * N, N * sizeof(Floats));
   };
   int64_t j = 0;
   for (; j + 4 * LANES <= d; j += 4 * LANES) add.template operator()<4>(j);
   for (; j + LANES <= d; j += LANES) add.template operator()<1>(j);
-  for (; j < d; j++)
+  for (; !WHOLE && j < d; j++)
     for (int q = 0; q < Q; q++) {
       float sum = 0.0f;
       for (int64_t key = first; key < last; key++) sum += scores[q][key] * values[key * d + j];
@@ -101,21 +105,25 @@ void attend_to_span(const float* queries, int64_t tokens, int64_t heads, int64_t
   constexpr int most = LANES == 16 ? 4 : 2;  // queries at a time: their sums are in registers
   std::unique_ptr<float[]> memory(new float[most * d]);
   for (int64_t i = 0; i < tokens * heads; i++) attended[i].clear(d);
-  for (int64_t chunk = key; chunk < key + SPAN && chunk < start + tokens; chunk += CHUNK)
-    for (int64_t t = 0; t < tokens; t++) {
-      int64_t last = std::min(CHUNK, start + t + 1 - chunk);
-      int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - chunk) : 0;
-      if (first >= last) continue;
-      int64_t head = 0;
-      auto some = [&]<int Q>() {
-        for (; head + Q <= heads; head += Q) {
-          Attended of_chunk[Q];
-          for (int q = 0; q < Q; q++) of_chunk[q].values = &memory[q * d];
-          attend_to_chunk<Q>(queries + (t * heads + head) * d, d, keys + chunk * d, values + chunk * d, first, last, of_chunk);
-          for (int q = 0; q < Q; q++) attended[t * heads + head + q].add(of_chunk[q], d);
-        }
-      };
-      some.template operator()<most>(), some.template operator()<1>();
+  auto some = [&]<int Q, bool WHOLE>(int64_t i, int64_t chunk, int64_t first, int64_t last) {
+    Attended of_chunk[Q];
+    for (int q = 0; q < Q; q++) of_chunk[q].values = &memory[q * d];
+    attend_to_chunk<Q, WHOLE>(queries + i * d, d, keys + chunk * d, values + chunk * d, first, last, of_chunk);
+    for (int q = 0; q < Q; q++) attended[i + q].add(of_chunk[q], d);
+  };
+  auto all = [&]<bool WHOLE>() {
+    for (int64_t chunk = key; chunk < key + SPAN && chunk < start + tokens; chunk += CHUNK) {
+      const bool is_past = !window && chunk + CHUNK <= start + 1;  // all tokens see all of it
+      for (int64_t t = 0; t < tokens; t += is_past ? tokens : 1) {
+        int64_t last = std::min(CHUNK, start + t + 1 - chunk);
+        int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - chunk) : 0;
+        if (first >= last) continue;
+        int64_t i = t * heads, end = is_past ? tokens * heads : i + heads;
+        for (; i + most <= end; i += most) some.template operator()<most, WHOLE>(i, chunk, first, last);
+        for (; i < end; i++) some.template operator()<1, WHOLE>(i, chunk, first, last);
+      }
     }
+  };
+  d % LANES == 0 ? all.template operator()<true>() : all.template operator()<false>();
 }
 }  // namespace
