@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runs import ranks
     from runs.conversation import Conversation, converse, one_prompt, read_grammar
     from runs.startup import load_generator
+    from runs.status import log_if_slow
+    from self_speculation import Request
     from self_speculation.model.devices import broadcast_from_rank0
 
     if model_args.parallel == "data" and not ranks.is_first():
@@ -76,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if grammar is not None:
         generator.use_sandbox()
+        try:
+            with log_if_slow("preparing the grammar"):
+                generator.tokenize(Request([], grammar=grammar), config)
+        except ValueError as error:
+            refuse(f"--grammar {args.grammar}: {error}")
     prompt = broadcast_from_rank0(generator.model, prompt)
     own = (args.chat, args.compare, grammar, prediction, args.template_kwargs)
     talk = Conversation(generator, config, args.streamer, *own)

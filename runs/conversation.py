@@ -306,8 +306,8 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
     made, read = (counted(n, "token") for n in (result.num_tokens_generated, took.num_prompt_tokens))
     lines = [
         f"{made}{thought} in {result.total_time:.2f} s, {ended}{whose}",
-        f"decode {took.decode_tokens_per_second:.1f} tokens/s, "
-        f"prefill {took.prefill_time * 1000:.0f} ms for {read}{cached}",
+        (f"decode {took.decode_tokens_per_second:.1f} tokens/s, " if took.num_decode_tokens else "")
+        + f"prefill {took.prefill_time * 1000:.0f} ms for {read}{cached}",
     ]
     if took.num_drafted:
         lines.append(

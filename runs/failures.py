@@ -5,6 +5,7 @@ Light: `runs.program` imports it before a script reads its flags.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +19,8 @@ LESS = (
 # torch's words; torch.OutOfMemoryError is a RuntimeError.
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
+
 _PROBE = 2**16  # bytes, more than a file system keeps beside the name of a file
 
 
@@ -29,6 +32,8 @@ def reason(error: BaseException, less: str = LESS, batch_size: int = 1) -> str |
     """Explain an error in one line; None for a mistake of the program. `less`: ways to use less memory."""
     if isinstance(error, FloatingPointError | Failed):
         return str(error)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"{error.filename or 'the output'} cannot be written ({error.strerror})"
     if batch_size > 1:
         less = f"a --batch_size below {batch_size}, {less}"
     cause: BaseException | None = error

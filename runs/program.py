@@ -54,6 +54,9 @@ def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
     # Loading makes many objects and no garbage, and collections would take a second. `load_generator` enables
     # the collector again.
     gc.disable()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         with shown_by(work_bar):
             status = main()
@@ -63,10 +66,14 @@ def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
         status = 130
         print_status("interrupted")
     except BrokenPipeError:  # the reader of the output, such as `head`, is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         status = 128 + signal.SIGPIPE
     except Exception as error:
         if (why := reason(error, less)) is not None:
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _discard_output()
             refuse(why, status=1)
         from self_speculation.model.devices import is_lost_rank
 
@@ -74,3 +81,8 @@ def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
             raise
         status = 1  # the lost rank or torchrun says why
     sys.exit(status)
+
+
+def _discard_output() -> None:
+    """Python would try to write it again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

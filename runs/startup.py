@@ -113,7 +113,7 @@ def load_generator(
                 f"--draft_weights {config.draft_weights}: not used, {few}; --dtype float16 has copies"
             )
         if copies := bytes_made(model):
-            print_status(f"copies for drafts take {copies / 2**30:.2f} GiB")
+            print_status(f"weights made for drafts take {copies / 2**30:.2f} GiB")
     except (LoadingError, ValueError) as error:
         if (why := reason(error)) is not None:
             refuse(f"--model {model_name(model_args)}: {why}", status=1)

@@ -49,7 +49,7 @@ def default_model() -> str:
 def why_no_model(model: str) -> str | None:
     """Why no model can be read from a path; None: it can, or is a hub id."""
     path = Path(model).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return None if path.is_file() else "no such file"
     if path.is_dir():
         has_config = (path / "config.json").is_file()

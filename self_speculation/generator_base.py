@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,7 +257,11 @@ class HuggingfaceLlamaGenerator:
             ValueError: a text that certainly does not fit, or a token id that the model does not have.
         """
         if not isinstance(prompt, str):
-            ids = list(prompt)
+            try:
+                ids = [*map(operator.index, prompt)]
+            except TypeError:
+                kinds = "must be a text or a list of token ids; generate_batch takes several prompts"
+                raise ValueError(f"the prompt {kinds}") from None
         elif self.is_far_too_long(prompt):
             raise ValueError(
                 f"the prompt has {len(prompt)} characters and leaves no room in the model's context of "

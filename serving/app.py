@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import hmac
 import os
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -15,17 +16,16 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import MutableHeaders
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, Router
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from self_speculation.model.families import context_length
 from serving.answers import Answer, AnswerResponse, ServedModel
-from serving.engine import QueueFull, RequestTimeout
+from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 from serving.errors import APIError
 from serving.metrics import Metrics
 from serving.protocol import ChatRequest, CompletionRequest
@@ -42,6 +42,7 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+_HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]+)?")  # with a port
 _LONGEST_ID = 200  # characters of a client's x-request-id
 
 
@@ -75,7 +76,7 @@ class App:
             Mount("/v1", routes=api),
             *api,
         ]
-        self._router = check_host(Router(routes), address, args.host)
+        self._router, self._hosts = Router(routes), allowed_hosts(address, args.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the key, answer errors, and add x-request-id to each response."""
@@ -97,6 +98,7 @@ class App:
 
         scope["app"] = self  # so the router raises its errors
         try:
+            check_host(scope, self._hosts)
             check_key(scope, self._key)
             await self._router(scope, receive, send_with_id)
         except Exception as exception:
@@ -165,15 +167,20 @@ def check_key(scope: Scope, key: str | None) -> None:
         raise APIError("Authorization: must be Bearer and the API key", 401, code="invalid_api_key")
 
 
-def check_host(app: ASGIApp, address: str, host: str) -> ASGIApp:
-    """Check the Host header at an address that only this machine reaches: another site can point its own name
-    at it (DNS rebinding). `host` is another name that is allowed.
-    """
+def allowed_hosts(address: str, host: str) -> frozenset[str] | None:
+    """The names of a server at an address that only this machine reaches, `host` among them; None: any."""
     if not ip_address(address).is_loopback:
-        return app
-    own = [name for each in (address, host) for name in (each, f"[{each}]")]
-    allowed = ["localhost", "127.0.0.1", "[::1]", *own]
-    return TrustedHostMiddleware(app, allowed_hosts=allowed, www_redirect=False)
+        return None
+    own = {name for each in filter(None, (address, host.lower())) for name in (each, f"[{each}]")}
+    return frozenset({"localhost", "127.0.0.1", "[::1]"} | own)
+
+
+def check_host(scope: Scope, allowed: frozenset[str] | None) -> None:
+    """Raises APIError for another Host: a site can point its own name at this machine (DNS rebinding)."""
+    given = Headers(scope=scope).get("host", "")
+    found = _HOST.fullmatch(given)
+    if allowed is not None and (found is None or found[1].lower() not in allowed):
+        raise APIError(f"Host {given[:60]!r}: must be localhost, or the address or --host of this server")
 
 
 async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
@@ -182,10 +189,13 @@ async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
     body = bytearray()
-    async for part in http.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise APIError(f"the request has more than {max_bytes} bytes", 413)
+    try:
+        async for part in http.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise APIError(f"the request has more than {max_bytes} bytes", 413)
+    except asyncio.CancelledError:  # by uvicorn, whose patience at the end is over
+        raise ServerShutdown("the server shuts down") from None
     return bytes(body.removeprefix(codecs.BOM_UTF8))  # of some clients on Windows
 
 

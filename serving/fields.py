@@ -224,7 +224,9 @@ _OBJECT = {"type": "object"}
 
 class _JSONSchema(Fields):
     json_schema: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
+    name: Any = None  # for people
+    description: Any = None
+    strict: Any = None  # the schema is followed in any case
 
 
 class ResponseFormat(Fields):

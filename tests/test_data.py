@@ -247,8 +247,9 @@ def test_values_stay_text(kind, tmp_path):
     [
         ("a.jsonl", b'{"prompt": "a", "response": "b"}\n\n{"prompt": \n', "a.jsonl, line 3: not JSON"),
         ("a.jsonl", b'{"prompt": "", "answer": ""}\n', "line 1: no column 'response'; found: prompt, answer"),
+        ("a.jsonl", b'{"prompt": "a"\n', "line 1: not JSON: Expecting ',' delimiter at column 15"),
         ("a.jsonl", b"[1]\n", "line 1: must be an object, not list"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl: maximum recursion depth exceeded"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: maximum recursion depth exceeded"),
         ("a.jsonl", b'{"prompt": null, "response": ""}', "line 1: column 'prompt' must be text, not None"),
         ("a.jsonl", b"\xff\xfe", "a.jsonl: 'utf-8' codec can't decode"),
         ("a.jsonl", b'{"prompt": "a\\ud800", "response": ""}', "column 'prompt' is not Unicode text: '"),
@@ -262,6 +263,7 @@ def test_values_stay_text(kind, tmp_path):
         (".", None, "must hold one file test"),
         ("chat.jsonl", b'{"data": [{"role": "USER"}]}', "line 1: no column 'message'; found: role"),
         ("chat.jsonl", b'{"data": "hi"}', "line 1: column 'data' must be a list of turns"),
+        ("spec.jsonl", b'{"question_id": "a", "category": "", "turns": ["b"]}', "must be a whole number,"),
         ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": []}', "'turns' must be a list of texts"),
         ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": ["\\udfff"]}', "column 'turns' is not"),
     ],

@@ -25,12 +25,15 @@ class NgramIndex:
 
     Args:
         lengths: values of n, in descending order.
+        preferred: the beginning of the text, of whose n-grams later occurrences are not found.
     """
 
-    def __init__(self, lengths: abc.Sequence[int]) -> None:
-        self._lengths = lengths
+    def __init__(self, lengths: abc.Sequence[int], preferred: abc.Sequence[int] = ()) -> None:
+        self._lengths, self.num_preferred = lengths, 0
         self.ids: list[int] = []
         self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token that followed it
+        self.extend(preferred)
+        self.num_preferred = len(preferred)
 
     def extend(self, ids: abc.Iterable[int]) -> None:
         """Append tokens to the text."""
@@ -39,7 +42,9 @@ class NgramIndex:
             position = len(self.ids)
             for n in self._lengths:
                 if n <= position:
-                    self._followed_at[tuple(self.ids[position - n :])] = position
+                    ngram = tuple(self.ids[position - n :])
+                    if self._followed_at.get(ngram, position) >= self.num_preferred:
+                        self._followed_at[ngram] = position
             self.ids.append(token)
 
     def locate(self, end: abc.Sequence[int]) -> tuple[int, int]:
@@ -63,31 +68,31 @@ class NgramIndex:
 
 
 class _Place:
-    """Where the end of a sequence occurred before in its text: prediction, prompt and output.
+    """Where the end of a sequence occurred before in its text: prediction, prompt and output. The output is
+    taken to begin as the prediction does.
 
     A match of the longest n-gram goes on while the output does as the text did, however often the n-gram
     occurs: so the next one of many equal lines is found.
     """
 
     def __init__(self, prediction: abc.Sequence[int], longest: int, least: int) -> None:
-        self._longest, self._least, self._index = longest, least, NgramIndex(range(longest, least - 1, -1))
-        self._index.extend([*prediction, _END] if prediction else [])
-        self._num_predicted = len(self._index.ids)
-        self._matched = self._position = 0
+        self._longest, self._least = longest, least
+        self._index = NgramIndex(range(longest, least - 1, -1), [*prediction, _END] if prediction else [])
+        self._matched, self._position = least if prediction else 0, 0
 
     def find(self, sequence: Sequence, k: int) -> Match | None:
         """Move on with the new tokens of a sequence, and look up what follows."""
-        ids, start = self._index.ids, len(self._index.ids)
-        self._index.extend(sequence.ids_from(start - self._num_predicted))
-        for position in range(start, len(ids)):
+        ids, start, num_predicted = self._index.ids, len(self._index.ids), self._index.num_preferred
+        self._index.extend(sequence.ids_from(start - num_predicted))
+        for position in range(max(start, num_predicted + len(sequence.prompt)), len(ids)):
             goes_on = self._matched and ids[self._position] == ids[position]
             self._matched, self._position = self._matched + 1 if goes_on else 0, self._position + 1
-        matched, position = self._index.locate(ids[max(self._num_predicted, len(ids) - self._longest) :])
+        matched, position = self._index.locate(ids[max(num_predicted, len(ids) - self._longest) :])
         if matched > self._matched:
             self._matched, self._position = matched, position
         if self._matched < self._least:
             return None
-        name = "prediction" if self._position < self._num_predicted else "n-grams"
+        name = "prediction" if self._position < num_predicted else "n-grams"
         return Match(name, self._matched, self._index.follow(self._position, k))
 
 

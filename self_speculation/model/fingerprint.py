@@ -39,6 +39,11 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def counts_writes(module: nn.Module) -> bool:
+    """Whether torch counts writes to all parameters: not to those that were made in inference mode."""
+    return not any(parameter.is_inference() for parameter in module.parameters())
+
+
 def structure(*roots: nn.Module, attributes: bool = True) -> tuple[Hashable, ...]:
     """Changes when a module, a `forward`, a hook, a number or a tensor in these modules is replaced, and when
     a tensor moves or is converted. Reads nothing from a device.

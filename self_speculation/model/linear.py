@@ -106,7 +106,8 @@ class Linear:
 
     def logits(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """Of a single projection, over normed states."""
-        if self.is_in_few_bits or (self.is_in_place and is_multiplied_in_place(hidden, _MOST_ROWS)):
+        is_read = self.is_in_few_bits and hidden.dtype == torch.float32
+        if is_read or (self.is_in_place and is_multiplied_in_place(hidden, _MOST_ROWS)):
             return project(hidden, self.slots(), self.shape[0], norm)
         return self(norm(hidden))
 

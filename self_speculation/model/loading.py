@@ -288,7 +288,7 @@ def _is_in_few_bits(header: Header | None, options: LoadingOptions, device: torc
 
 def _header(model: str) -> Header | None:
     """The header of a `.gguf` file; None for any other model."""
-    return Header(Path(model).expanduser()) if model.endswith(".gguf") else None
+    return Header(Path(model).expanduser()) if model.lower().endswith(".gguf") else None
 
 
 def _placement(parallel: Parallel, device: torch.device, config: PretrainedConfig) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def _bits(
     """
     if quantization == "none":
         return None
-    if weights.endswith(".gguf") or getattr(config, "quantization_config", None) is not None:
+    if weights.lower().endswith(".gguf") or getattr(config, "quantization_config", None) is not None:
         raise LoadingError(f"quantization {quantization}: the weights of {weights} are quantised already")
     return {"int8": 8, "int4": 4}[quantization] if _has_operators(device) else None
 

@@ -30,6 +30,7 @@ from self_speculation.model.int4_linear import (
     has_kernel,
     int4_copy,
 )
+from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.linear import Linear, Product
 from self_speculation.model.model_cache import lock
 from self_speculation.model.model_runner import Layer, ModelRunner, PlainHead, PlainLayer, forward_early
@@ -77,9 +78,11 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
     """Round the weights of a model on a CPU in place, to four or eight bits; its head to eight.
 
     Raises:
-        ValueError: layers or head with hooks, adapters or quantised weights, or experts.
+        ValueError: layers or head with hooks, adapters or quantised weights, or experts; no operators.
     """
-    title = f"quantization int{bits}"
+    title, operators = f"quantization int{bits}", cpu_operators()
+    if operators.variant is None:
+        raise ValueError(f"{title}: there are no operators ({operators.why_not}), which it needs")
     if experts_per_token(model.config) is not None:
         raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
     runner, head = ModelRunner(model), model.get_output_embeddings()

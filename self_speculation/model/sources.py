@@ -66,7 +66,7 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     if (why := why_no_model(model)) is not None:
         raise LoadingError(f"model {model!r}: {why}")
     path, options = Path(model).expanduser(), {"trust_remote_code": trust_remote_code}
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return str(path.parent), {"gguf_file": path.name, **options}
     if path.is_dir():
         return str(path), options

@@ -232,8 +232,12 @@ def generator(byte_tokenizer, text_model):
 
 @pytest.mark.parametrize(
     ("wrong", "why"),
-    [([10**6], "has the token id 1000000"), ([5, -1], "has the token id -1"), ([4] * 256, "has 256 tokens")],
-)
+    [
+        ([10**6], "has the token id 1000000"), ([5, -1], "has the token id -1"),
+        ([4] * 256, "has 256 tokens"),
+        (["a", "b"], "must be a text or a list of token ids"), (torch.tensor([[1, 2]]), "must be a text"),
+    ],
+)  # fmt: skip
 def test_an_invalid_prompt_is_its_own_result(wrong, why, generator):
     """Guards against answers that are lost because another prompt is invalid."""
     config = GenerationConfig(max_steps=9, sample=False)
@@ -243,7 +247,7 @@ def test_an_invalid_prompt_is_its_own_result(wrong, why, generator):
     for batch_size in (1, 2, 3):
         got = dict(generator.generate_batch(prompts, config, batch_size))
         assert str(got.pop(2)).startswith(f"the prompt {why}")
-        assert isinstance(got.pop(4), TypeError)
+        assert isinstance(got.pop(4), ValueError)
         for index, answer in got.items():
             assert answer.decoded_prediction == generator.generate(prompts[index], config).decoded_prediction
 

@@ -131,6 +131,20 @@ def test_weights_that_were_others_in_between(change, dtype):
     assert after.predicted_tokens == fresh(model, [STORY[0], *STORY]).predicted_tokens
 
 
+def test_weights_of_inference_mode():
+    """Guards against a prefix that is kept although torch does not count writes to these weights."""
+    with torch.inference_mode():
+        model = own_llama()
+        fuse(model)
+        strategy = make_strategy("autoregressive")
+        answer_of(strategy, model, STORY, reuse_cache=True)
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        after = answer_of(strategy, model, [*STORY, 1], reuse_cache=True)
+    assert after.num_cached_tokens == 0
+    assert after.predicted_tokens == fresh(model, [*STORY, 1]).predicted_tokens
+
+
 @pytest.mark.parametrize("other", [{"exit_layer": 2}, {"batch_size": 2}])
 def test_the_cache_is_for_one_exit_layer_and_batch_size(other):
     """Guards against layers that an early exit did not run, and a cache with too few slots."""

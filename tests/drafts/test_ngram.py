@@ -126,7 +126,7 @@ def test_a_prediction_is_found_after_what_is_replaced_left_out_and_put_in():
     predicted = list(range(10, 60))
     text = sequence(5, prediction=predicted)
     for more, expected, matched in (
-        (predicted[:20], [30, 31], 20),
+        (predicted[:20], [30, 31], 22),  # two for the beginning
         ([99], None, 0),  # replaced
         ([31, 32], [33, 34], 2),
         ([40, 41], [42, 43], 2),  # left out
@@ -140,6 +140,17 @@ def test_a_prediction_is_found_after_what_is_replaced_left_out_and_put_in():
         else:
             assert (match.source, match.matched) == ("prediction", matched)
             assert match.ids[: len(expected)] == expected
+
+
+def test_a_prediction_is_drafted_first_also_if_the_prompt_has_it():
+    """Guards against a prediction that waits for two tokens, and one that counts as the prompt."""
+    predicted = [10, 11, 12, 13, 14]
+    text = sequence(5, *predicted, 6, prediction=predicted)
+    text.tokens += predicted[:1]
+    assert found_in(text) == ("prediction", 3, [11, 12])
+    text.tokens += [99, 12, 13]
+    assert found_in(text)[::2] == ("prediction", [14, ngram._END])
+    assert found_in(sequence(5, *predicted, 6, 10, 11)).source == "n-grams"
 
 
 @pytest.mark.parametrize("module", [ngram, experts])

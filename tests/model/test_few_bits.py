@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from arguments import GenerationConfig, ModelArguments
 from runs.startup import load_generator
 from self_speculation import LoadingOptions, load_model_and_tokenizer
-from self_speculation.model import gguf_files
+from self_speculation.model import gguf_files, quantized_layers
 from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.few_bits import (
     FORMATS,
@@ -35,6 +35,7 @@ from self_speculation.model.few_bits import (
     num_parameters,
 )
 from self_speculation.model.fused_layers import fuse
+from self_speculation.model.kernels import CPUOperators
 from self_speculation.model.model_runner import forward
 from self_speculation.model.quantized_layers import quantize
 
@@ -302,6 +303,25 @@ def test_weights_are_rounded(family, bits, error):
         runner = make_runner(model)
         logits = forward(runner, runner.new_cache(40, 40), ids, 40).logits
         assert (logits - exact(ids).logits).norm() < 10 * error * logits.norm()
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_rounded_model_may_be_converted(is_fused):
+    """Guards against norms in 64 bits that are handed to an operator, which has none."""
+    model = own_llama()
+    quantize(model, 8)
+    if is_fused:
+        fuse(model)
+    expected = generate(model, [5, 9, 4]).predicted_tokens
+    for dtype in (torch.float64, torch.float32):
+        assert generate(model.to(dtype), [5, 9, 4]).predicted_tokens == expected
+
+
+def test_no_operators_no_rounding(monkeypatch):
+    """Guards against an operator that is called before it is built."""
+    monkeypatch.setattr(quantized_layers, "cpu_operators", lambda: CPUOperators(None, "no compiler"))
+    line = error_line(ValueError, quantize, own_llama(), 8)
+    assert line == "quantization int8: there are no operators (no compiler), which it needs"
 
 
 def test_a_copy_of_what_is_in_few_bits_is_refused(model_folder, capsys):

@@ -1,6 +1,7 @@
 """Too little memory and NaN logits end the work in one line of error, and nothing is lost."""
 
 import json
+import sys
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -62,6 +63,14 @@ def fails_at(monkeypatch):
 
 def last_line(capsys):
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_output_that_is_closed(monkeypatch):
+    """As `generate.py >&-`. Guards against a traceback of what asks whether it is a terminal."""
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(SystemExit) as ended:
+        program.run(lambda: print("an answer", file=sys.stdout) or 0)
+    assert ended.value.code == 0
 
 
 def by_eval(common):

@@ -183,7 +183,7 @@ def test_slow_work_before_the_first_token_is_named(said, monkeypatch):
         stderr = said("--prompt", "def", *GREEDY, *SPECULATION, "--draft_weights", "int4").stderr
         assert ("preparing the layers that draft ..." in stderr) == is_named
         assert bool(re.search(r"preparing the layers that draft took \d+ s", stderr)) == is_named
-        line = r"^copies for drafts take \d\.\d\d GiB$"
+        line = r"^weights made for drafts take \d\.\d\d GiB$"
         assert re.search(line, stderr, re.MULTILINE)
 
 
@@ -199,6 +199,16 @@ def test_a_reader_that_leaves_is_not_an_error(model_folder):
         said = forks.read(errors)
     assert "Traceback" not in said
     assert "BrokenPipe" not in said
+
+
+def test_a_full_disk_is_one_line(model_folder):
+    """Guards against tracebacks: of the failure, and of Python that writes the rest at its end."""
+    with tempfile.TemporaryFile() as errors, open("/dev/full", "wb") as full:
+        args = ["--model", model_folder, "--prompt", "def", *GREEDY]
+        script = forks.Fork(ROOT / "generate.py", *args, stdout=full.fileno(), stderr=errors.fileno())
+        assert script.wait() == 1
+        (line,) = forks.read(errors).splitlines()
+    assert line.endswith("error: the output cannot be written (No space left on device)")
 
 
 def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):

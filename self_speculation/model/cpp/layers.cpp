@@ -282,8 +282,7 @@ class Pass {
         for (int64_t j = first; j < last; j += LANES) {
           float *gates = &gates_[t * mlp_width_ + j], *ups = &ups_[t * mlp_width_ + j];
           int64_t n = std::min(LANES, last - j);
-          Floats product = activate(layer.activation, widen(gates, n)) * widen(ups, n);
-          std::memcpy(gates, &product, n * sizeof(float));
+          store(activate(layer.activation, widen(gates, n)) * widen(ups, n), gates, n);
         }
     });
   }

@@ -127,9 +127,14 @@ Floats accumulate(Floats a, Floats b, Floats sum) {
 // The first n of them, then zeros: what follows may be no memory of this process.
 template <class Number>
 Floats widen(const Number* from, int64_t n) {
+  if (n == LANES) return widen(from);
   Number whole[LANES] = {};
   std::memcpy(whole, from, n * sizeof(Number));
   return widen(whole);
+}
+void store(Floats numbers, float* to, int64_t n) {
+  if (n == LANES) std::memcpy(to, &numbers, sizeof(numbers));
+  else std::memcpy(to, &numbers, n * sizeof(float));
 }
 
 // The sums of four vectors, each in the same order.

@@ -118,6 +118,11 @@ void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, 
   for (int64_t i = 0; i < x.tokens * ROWS; i += 4) lane_sums(&sums[i], out + i);
 }
 
+bool is_read(const Tensor& numbers) {
+  ScalarType type = numbers.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
 // A weight [rows, columns] in one of the formats, with its bias.
 struct Weight {
   ScalarType type;  // Byte: few bits
@@ -137,14 +142,13 @@ struct Weight {
       STD_TORCH_CHECK(weight.numel() == format->size(rows, columns) && weight.is_contiguous(), "weight: no matrix of ", rows,
                       " times ", columns, " in few bits");
     } else {
-      STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns && weight.stride(1) == 1 &&
-                          (type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16),
+      STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns && weight.stride(1) == 1 && is_read(weight),
                       "weight: no matrix of ", rows, " times ", columns, " in float32, float16 or bfloat16");
       row = weight.stride(0);
     }
     if (has_bias) {
       const Tensor& added = *next++;
-      STD_TORCH_CHECK(added.numel() == rows && added.is_contiguous(), "bias: not of ", rows, " rows");
+      STD_TORCH_CHECK(added.numel() == rows && added.is_contiguous() && is_read(added), "bias: not of ", rows, " rows, or in no format of a bias");
       bias = added.const_data_ptr(), bias_type = added.scalar_type();
     }
   }
@@ -184,7 +188,7 @@ struct Norm {
   Norm() = default;
   Norm(const Tensor& from, int64_t size, double epsilon, bool is_centred)
       : type(from.scalar_type()), weight(from.const_data_ptr()), size(size), epsilon(epsilon), offset(is_centred) {
-    STD_TORCH_CHECK(from.numel() == size && from.is_contiguous(), "norm: not of ", size, " columns");
+    STD_TORCH_CHECK(from.numel() == size && from.is_contiguous() && is_read(from), "norm: not of ", size, " columns, or in no format of a norm");
   }
   void operator()(const float* x, float* normed) const {
     Floats squares = {};
