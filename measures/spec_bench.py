@@ -72,8 +72,8 @@ def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, pr
     full model after the prefill, `accept_lengths` the tokens of each; in no order.
     """
     lines = []
-    for row, record in sorted(zip(rows, records, strict=True), key=lambda pair: pair[0]["question_id"]):
-        own = metrics.without_prefix(record, prefix)
+    for row, record in sorted(zip(rows, records, strict=True), key=lambda pair: _order(pair[0])):
+        own, id_ = metrics.without_prefix(record, prefix), row["question_id"]
         turns = own.get("turns") or [own]
         accepted = [_accept_lengths(turn) for turn in turns]
         choice: dict[str, Any] = {
@@ -85,12 +85,17 @@ def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, pr
             "accept_lengths": [length for lengths in accepted for length in lengths],
         }
         answer = {
-            "question_id": row["question_id"], "category": row["category"],
-            "answer_id": f"{model_id}-{row['question_id']}", "model_id": model_id,
+            "question_id": int(id_) if id_.isdecimal() else id_, "category": row["category"],
+            "answer_id": f"{model_id}-{id_}", "model_id": model_id,
             "choices": [choice], "tstamp": time.time(),
         }  # fmt: skip
         lines.append(json.dumps(answer) + "\n")
     return "".join(lines)
+
+
+def _order(row: Record) -> tuple[int, str]:
+    """Of numbers by value, and of any other ids."""
+    return len(row["question_id"]), row["question_id"]
 
 
 def _accept_lengths(turn: Record) -> list[int]:

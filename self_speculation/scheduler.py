@@ -28,7 +28,6 @@ from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import make_runner, run_every_pass
 from self_speculation.model.devices import ends_ranks, num_ranks
 from self_speculation.model.families import check_supported, context_length, described_context
-from self_speculation.model.fingerprint import counts_writes
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
@@ -319,7 +318,7 @@ class Scheduler(Generic[Key]):
     def _make_slots(self, runner: ModelRunner) -> PrefixCache:
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
         fingerprint: Hashable = None
-        if self._config.reuse_cache and counts_writes(self._model):
+        if self._config.reuse_cache:
             # Take the fingerprint after the runner was made: fusing changes it.
             settings = self._batch_size, self.batch.longest_draft, self._depth
             fingerprint = (*settings, cache_fingerprint(runner))

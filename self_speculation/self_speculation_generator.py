@@ -19,7 +19,7 @@ from self_speculation.decoding.sampling import Verification, verify_draft
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
+from self_speculation.model.model_runner import ModelRunner, PassRange, forward, forward_early
 from self_speculation.scheduler import Decoding, DecodingStrategy
 from self_speculation.transfers import AsyncRead, on_device
 
@@ -54,6 +54,10 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     """
     numbers = batch.draw_numbers()
     draft = composer.draft(batch, cache, batch.draft_limits(), numbers.draft)  # k tokens, k <= K
+    if draft is None:
+        batch.sample_and_commit(forward(runner, cache, batch.last).logits[:, 0], numbers.verify)
+        batch.commit_unread()  # the next round looks for these tokens
+        return
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits, numbers.verify)  # [B] accepted, [B] next token
     batch.agree(verification.num_accepted, verification.next_token)

@@ -33,17 +33,17 @@ LIBRARY = {
 # Folder -> the most lines of its modules. A change that needs more raises the number and says why they are
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
-    "scripts": 1330,
+    "scripts": 1337,
     "benchmarks": 1752,
-    "measures": 1737,
-    "runs": 1488,
-    "serving": 1838,
+    "measures": 1742,
+    "runs": 1505,
+    "serving": 1850,
     "training": 1257,
-    "self_speculation": 2101,
-    "self_speculation/decoding": 1606,
-    "self_speculation/drafts": 1142,
-    "self_speculation/model": 4459,
-    "self_speculation/model/cpp, C++": 1525,
+    "self_speculation": 2110,
+    "self_speculation/decoding": 1607,
+    "self_speculation/drafts": 1158,
+    "self_speculation/model": 4465,
+    "self_speculation/model/cpp, C++": 1533,
 }
 MAX_LINES = 350  # of a file
 

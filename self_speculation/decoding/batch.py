@@ -201,7 +201,8 @@ class Batch:
             largest, ids = reading.wait()
             self.check(largest)
             nothing = [None] * len(self)
-            self.commit([[int(id_)] for id_ in ids], self.last, logits, nothing, nothing)
+            num_drafted = [0] * len(self) if self.longest_draft else nothing
+            self.commit([[int(id_)] for id_ in ids], self.last, logits, num_drafted, nothing)
 
     def commit(
         self,

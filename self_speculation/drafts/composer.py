@@ -44,11 +44,15 @@ class DraftComposer:
         self._learner = policy if isinstance(policy, AdaptivePolicy) else None
         self._stopwatch, self._num_graphs = Stopwatch(model.device), 0
 
-    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None) -> Draft:
-        """Draft tokens for each row, see `DraftSource.draft`."""
-        if self._learner:
-            self._stopwatch, self._num_graphs = Stopwatch(batch.last.device), num_captures(self._model)
+    def draft(
+        self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None
+    ) -> Draft | None:
+        """Draft tokens for each row, see `DraftSource.draft`; None: there are none, and nothing to learn."""
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
+        if self._learner:
+            if not any(matches) and self._learner.is_plain(limits):
+                return None
+            self._stopwatch, self._num_graphs = Stopwatch(batch.last.device), num_captures(self._model)
         plan = self._policy.plan(matches, limits)
         chosen = plan.lookups or [False] * len(batch)
         matches = [match if has else None for match, has in zip(matches, chosen, strict=True)]

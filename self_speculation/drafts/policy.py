@@ -137,10 +137,6 @@ class AdaptivePolicy:
         """
         stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
         stats.num_rounds += 1
-        plain_for, until = (num_rows, longest, stats.times), min(self._plain_until, stats.trial_at)
-        if plain_for == self._plain_for and stats.num_rounds < until and not any(matches):
-            self._plan = self._plain
-            return self._plan
         self._drafting = {None: 0.0}
         self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
         self._verifying = stats.times.verifications(num_rows, longest + 1)
@@ -157,11 +153,22 @@ class AdaptivePolicy:
         if best.max_drafted:
             stats.used_at[best.source] = stats.num_rounds
         elif not any(matches):
-            self._plain_for, self._plain_until = plain_for, stats.num_rounds + _WAIT
+            self._plain_for = (num_rows, longest, stats.times)
+            self._plain_until = stats.num_rounds + _WAIT
         self._plan = best
         if longest and stats.num_rounds >= stats.trial_at:
             self._plan = self._trial(best, [guess > 0.0 for guess in guesses], longest) or best
         return self._plan
+
+    @_locked
+    def is_plain(self, limits: Sequence[int]) -> bool:
+        """Whether the last plan holds: no drafts. Nothing was looked up."""
+        stats = self._stats
+        plain_for, until = self._plain_for, min(self._plain_until, stats.trial_at)
+        holds = plain_for == (len(limits), min(max(limits), self._longest), stats.times)
+        holds = holds and stats.num_rounds + 1 < until
+        stats.num_rounds += holds
+        return holds
 
     @_locked
     def should_continue(self, confidences: Confidences) -> list[bool]:

@@ -28,20 +28,17 @@ def fingerprint(*roots: nn.Module) -> Hashable:
 
 
 def _value(tensor: Tensor) -> Hashable:
-    """Passes write the same numbers to some buffers, such as rotary frequencies, so small ones are read."""
+    """Passes write the same numbers to some buffers, such as rotary frequencies, so small ones are read. An
+    object that equals no other stands for a tensor whose writes torch does not count.
+    """
     if isinstance(tensor, nn.Parameter) or tensor.numel() > _SMALL or tensor.device.type == "meta":
-        return version_of(tensor)
+        return object() if tensor.is_inference() else tensor._version
     return tuple(tensor.flatten().tolist())
 
 
 def version_of(tensor: Tensor) -> int | None:
     """torch's count of writes; None for a tensor made in inference mode."""
     return None if tensor.is_inference() else tensor._version
-
-
-def counts_writes(module: nn.Module) -> bool:
-    """Whether torch counts writes to all parameters: not to those that were made in inference mode."""
-    return not any(parameter.is_inference() for parameter in module.parameters())
 
 
 def structure(*roots: nn.Module, attributes: bool = True) -> tuple[Hashable, ...]:
