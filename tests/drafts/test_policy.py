@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import PROMPT, generate, own_llama, tiny_llama
+from conftest import ADAPTIVE, PROMPT, generate, own_llama, tiny_llama
 
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.draft import Arm, Draft, Match
+from self_speculation.drafts.ngram import TextDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, FixedPolicy
+from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.model import model_cache
 from self_speculation.model.kernels import CPUOperators
 from self_speculation.model.model_runner import ModelRunner
@@ -282,6 +284,23 @@ def test_a_fixed_policy_takes_what_was_looked_up_first():
         [Match("n-grams", 2), None], [4, 1]
     )
     assert (plan.source, plan.lookups) == ("exit 2", [True, False])
+
+
+@pytest.mark.parametrize("sampling", [{"sample": False}, {"sample": True, "temperature": 0.9}])
+def test_a_round_without_drafts_is_a_plain_step(sampling, monkeypatch):
+    """Guards against a plan and a verification in each round, which take 8 % of a small model's, and against
+    rounds that are not counted.
+    """
+    model, planned, plan = tiny_llama(agreement="never"), [], AdaptivePolicy.plan
+    forget_what_was_learnt(model)
+    monkeypatch.setattr(TextDrafts, "find", lambda *_: None)
+    monkeypatch.setattr(AdaptivePolicy, "plan", lambda *given: planned.append(1) or plan(*given))
+    found = generate(model, PROMPT, max_steps=200, eos=(), **sampling, **ADAPTIVE)
+    rounds = found.draft_stats.rounds
+    assert sum(n * kind.emitted for kind, n in rounds.items()) == found.num_decode_tokens == 199
+    assert 0 < len(planned) < rounds.total() / 4
+    if not sampling["sample"]:
+        assert found.predicted_tokens == generate(model, PROMPT, max_steps=200, eos=()).predicted_tokens
 
 
 def settled(num_rows=1):
