@@ -55,7 +55,9 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     numbers = batch.draw_numbers()
     draft = composer.draft(batch, cache, batch.draft_limits(), numbers.draft)  # k tokens, k <= K
     if draft is None:
-        batch.sample_and_commit(forward(runner, cache, batch.last).logits[:, 0], numbers.verify)
+        logits = forward(runner, cache, batch.last).logits  # [B, 1, V]
+        cache.rollback(0)  # keeps what it has appended
+        batch.sample_and_commit(logits[:, 0], numbers.verify)
         batch.commit_unread()  # the next round looks for these tokens
         return
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]

@@ -39,7 +39,7 @@ CEILINGS = {
     "runs": 1505,
     "serving": 1850,
     "training": 1257,
-    "self_speculation": 2110,
+    "self_speculation": 2112,
     "self_speculation/decoding": 1607,
     "self_speculation/drafts": 1158,
     "self_speculation/model": 4465,
