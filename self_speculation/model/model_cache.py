@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from threading import Lock, RLock
+from threading import RLock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -15,24 +15,19 @@ from torch import nn
 T = TypeVar("T")
 
 
-class _Shelf:
-    """What is kept with one model."""
+class _Shelf(dict[Hashable, tuple[Hashable, Any]]):
+    """What is kept with one model: by key, what it is valid for, and itself."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.lock = RLock()
-        self.by_key: dict[Hashable, tuple[Hashable, Any]] = {}  # what it is valid for, and itself
 
 
 _SHELVES: WeakKeyDictionary[nn.Module, _Shelf] = WeakKeyDictionary()
-_LOCK = Lock()
 
 
 def _shelf(model: nn.Module) -> _Shelf:
-    shelf = _SHELVES.get(model)
-    if shelf is None:
-        with _LOCK:
-            shelf = _SHELVES.setdefault(model, _Shelf())
-    return shelf
+    return _SHELVES.setdefault(model, _Shelf())  # all threads get the same one
 
 
 def cached(
@@ -45,16 +40,18 @@ def cached(
     may move weights. None: it is valid as long as the model, and `release` keeps it.
     """
     shelf, current = _shelf(model), valid_for or (lambda _: None)
-    kept = shelf.by_key.get(key)
-    if kept is None or kept[0] != current(kept[1]):
+
+    def find() -> tuple[Hashable, T] | None:
+        kept = shelf.get(key)
+        return kept if kept is not None and kept[0] == current(kept[1]) else None
+
+    if (found := find()) is None:
         with shelf.lock:
-            kept = shelf.by_key.get(key)  # another thread may have made it meanwhile
-            if kept is None or kept[0] != current(kept[1]):
-                kept = None
-                shelf.by_key.pop(key, None)  # free its memory first
+            if (found := find()) is None:  # no other thread has made it meanwhile
+                shelf.pop(key, None)  # free its memory first
                 result = make()
-                kept = shelf.by_key[key] = current(result), result
-    return kept[1]
+                found = shelf[key] = current(result), result
+    return found[1]
 
 
 def singleton(model: nn.Module, kind: Callable[[], T]) -> T:
@@ -64,13 +61,12 @@ def singleton(model: nn.Module, kind: Callable[[], T]) -> T:
 
 def peek(model: nn.Module, key: Hashable) -> Any:
     """What is kept by key, valid or not; None: nothing."""
-    kept = _shelf(model).by_key.get(key)
-    return None if kept is None else kept[1]
+    return _shelf(model).get(key, (None, None))[1]
 
 
 def evict(model: nn.Module, key: Hashable) -> None:
     """Drop what is kept by key, if anything."""
-    _shelf(model).by_key.pop(key, None)
+    _shelf(model).pop(key, None)
 
 
 def release(model: nn.Module) -> None:
@@ -78,11 +74,9 @@ def release(model: nn.Module) -> None:
     After `model.to("cpu")` they would hold the weights on the GPU. What was set or learnt stays, and the next
     generation makes the rest again. Call it while nothing is generated.
     """
-    shelf = _shelf(model)
-    with shelf.lock:
-        for key, (valid_for, _) in [*shelf.by_key.items()]:
-            if valid_for is not None:
-                evict(model, key)
+    for key, (valid_for, _) in [*_shelf(model).items()]:
+        if valid_for is not None:
+            evict(model, key)
 
 
 def lock(model: nn.Module) -> AbstractContextManager[bool]:
