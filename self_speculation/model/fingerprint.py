@@ -6,7 +6,7 @@ small buffers are read from a device. What is written through `.data` is not cou
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -22,7 +22,8 @@ _NUMBERS = frozenset((int, float, complex, bool, str, type(None), torch.dtype))
 
 def fingerprint(*roots: nn.Module) -> Hashable:
     """Changes with the structure of these modules, and with writes to their tensors that torch counts."""
-    tensors = {id(tensor): tensor for module in _modules(roots) for tensor in _own_tensors(module)}
+    modules = (module for root in roots for module in root.modules())
+    tensors = {id(tensor): tensor for module in modules for tensor in _own_tensors(module)}
     parts = (part for tensor in tensors.values() for part in _parts(tensor))
     return structure(*roots), *map(_value, parts)
 
@@ -51,15 +52,7 @@ def structure(*roots: nn.Module, attributes: bool = True) -> tuple[Hashable, ...
     Returns:
         For each module its `id`, and what else is seen of it.
     """
-    return tuple(_structure_of(module, attributes) for module in _modules(roots))
-
-
-def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """All modules in these."""
-    modules = [*roots]
-    for module in modules:  # the list grows
-        modules += [child for child in module._modules.values() if child is not None]
-    return modules
+    return tuple(_structure_of(module, attributes) for root in roots for module in root.modules())
 
 
 def _structure_of(module: nn.Module, attributes: bool) -> Hashable:
