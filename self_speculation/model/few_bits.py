@@ -37,19 +37,15 @@ class _FewBits(nn.Module):
     def __init__(self, weight: Tensor, rows: int, columns: int) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self._shape = torch.Size((rows, columns))
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._shape
+        self.shape = torch.Size((rows, columns))
 
     def rows(self, ids: Tensor) -> Tensor:
         """[n, columns] in float32"""
-        return torch.ops.self_speculation.rows_of_weight(self.weight, ids.contiguous(), *self._shape)
+        return torch.ops.self_speculation.rows_of_weight(self.weight, ids.contiguous(), *self.shape)
 
     def dequantized(self) -> Tensor:
         """[rows, columns] in float32"""
-        return self.rows(torch.arange(self._shape[0]))
+        return self.rows(torch.arange(self.shape[0]))
 
     def _save_to_state_dict(
         self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
