@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT
 
 from self_speculation.llama_model_utils import crop_past_key_values
 from self_speculation.model.experts import experts_per_token
-from self_speculation.model.families import FAMILIES, context_length, has_fused_layers
+from self_speculation.model.families import FAMILIES, FUSED_FAMILIES, context_length
 from self_speculation.model.full_forward import hidden_after_each_layer
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.kv_cache import Buffers, KVCache
@@ -59,7 +59,7 @@ def pieces_match_the_whole(model):
     with torch.inference_mode():
         expected = model(ids).logits
     compare_pieces(model, ids, expected)
-    can_fuse = has_fused_layers(model.config) and model.config._attn_implementation == "sdpa"
+    can_fuse = model.config.model_type in FUSED_FAMILIES and model.config._attn_implementation == "sdpa"
     assert fuse(model) == (4 if can_fuse else 0)
     compare_pieces(model, ids, expected)
 

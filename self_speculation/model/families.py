@@ -11,47 +11,41 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class Family(NamedTuple):
-    """A kind of models."""
-
-    name: str  # on pages
-    is_fused: bool = False  # plain layers run as fused layers
-
-
-# By `config.model_type`: decoders with a stack of residual layers between an unscaled embedding and a plain
-# `lm_head(norm(x))`. tests/test_llama_model_utils.py compares each with its own `model(...)`.
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family("Llama", is_fused=True),
-    "mistral": Family("Mistral", is_fused=True),
-    "ministral": Family("Ministral", is_fused=True),
-    "qwen2": Family("Qwen2", is_fused=True),
-    "qwen3": Family("Qwen3", is_fused=True),
-    "seed_oss": Family("Seed-OSS", is_fused=True),
-    "gemma3_text": Family("Gemma 3 (text)", is_fused=True),
-    "arcee": Family("Arcee"),
-    "ernie4_5": Family("ERNIE 4.5"),
-    "exaone4": Family("EXAONE 4"),
-    "gemma": Family("Gemma"),
-    "glm": Family("GLM"),
-    "glm4": Family("GLM-4"),
-    "helium": Family("Helium"),
-    "hunyuan_v1_dense": Family("Hunyuan"),
-    "mixtral": Family("Mixtral"),
-    "olmo": Family("OLMo"),
-    "olmo2": Family("OLMo 2"),
-    "olmo3": Family("OLMo 3"),
-    "olmoe": Family("OLMoE"),
-    "phi3": Family("Phi-3"),
-    "qwen3_moe": Family("Qwen3 MoE"),
-    "smollm3": Family("SmolLM3"),
-    "stablelm": Family("StableLM"),
-    "starcoder2": Family("StarCoder2"),
+# By `config.model_type`, their names on pages: decoders with a stack of residual layers between an unscaled
+# embedding and a plain `lm_head(norm(x))`. tests/test_llama_model_utils.py compares each with its own
+# `model(...)`.
+FAMILIES: Mapping[str, str] = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "ministral": "Ministral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "seed_oss": "Seed-OSS",
+    "gemma3_text": "Gemma 3 (text)",
+    "arcee": "Arcee",
+    "ernie4_5": "ERNIE 4.5",
+    "exaone4": "EXAONE 4",
+    "gemma": "Gemma",
+    "glm": "GLM",
+    "glm4": "GLM-4",
+    "helium": "Helium",
+    "hunyuan_v1_dense": "Hunyuan",
+    "mixtral": "Mixtral",
+    "olmo": "OLMo",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "olmoe": "OLMoE",
+    "phi3": "Phi-3",
+    "qwen3_moe": "Qwen3 MoE",
+    "smollm3": "SmolLM3",
+    "stablelm": "StableLM",
+    "starcoder2": "StarCoder2",
 }
 
-SUPPORTED_ATTENTION = ("sdpa", "eager")
+# Those whose plain layers run as fused layers.
+FUSED_FAMILIES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "gemma3_text")
 
-# Settings of configs that no pass here heeds.
-_UNSUPPORTED_SETTINGS = ("final_logit_softcapping", "use_bidirectional_attention")
+SUPPORTED_ATTENTION = ("sdpa", "eager")
 
 
 class AttentionType(NamedTuple):
@@ -72,15 +66,9 @@ def check_supported(config: PretrainedConfig) -> None:
     ):
         if value not in supported:
             raise ValueError(f"{what} {value!r} is not supported; supported are {', '.join(supported)}")
-    for name in _UNSUPPORTED_SETTINGS:
+    for name in ("final_logit_softcapping", "use_bidirectional_attention"):
         if value := getattr(config, name, None):
             raise ValueError(f"{name} {value!r} of a {config.model_type} model is not supported, only none")
-
-
-def has_fused_layers(config: PretrainedConfig) -> bool:
-    """Whether plain layers of this kind of model run as fused layers."""
-    family = FAMILIES.get(config.model_type)
-    return family is not None and family.is_fused
 
 
 def context_length(config: PretrainedConfig) -> int:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.families import attention_types, has_fused_layers
+from self_speculation.model.families import FUSED_FAMILIES, attention_types
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kernels import cpu_operators, operator_activation
 from self_speculation.model.linear import Linear, Product, RMSNorm, Slot
@@ -59,7 +59,8 @@ class Parts:
         self.fused: dict[nn.Module, Fused] = {}
         self.plain: dict[nn.Module, Linear] = {}  # see `plain_linear`
         self.dtype, self.prefills_in_bfloat16 = model.dtype, False
-        if settings.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa":
+        is_known = config.model_type in FUSED_FAMILIES and config._attn_implementation == "sdpa"
+        if settings.is_fused and is_known:
             self._fuse(model, settings)
 
     def _fuse(self, model: PreTrainedModel, settings: Settings) -> None:

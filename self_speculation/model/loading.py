@@ -38,7 +38,7 @@ from self_speculation.config import (
 )
 from self_speculation.model.captured_runner import capture_decoding, check_can_be_captured
 from self_speculation.model.experts import experts_per_token
-from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
+from self_speculation.model.families import FUSED_FAMILIES, check_supported, scale_rotation
 from self_speculation.model.fused_layers import activation_dtype, fuse
 from self_speculation.model.gguf_files import (
     Header,
@@ -260,7 +260,7 @@ def _own_dtype(
 ) -> torch.dtype | None:
     """The dtype of weights that operators read as they are, where `auto` is that; None: it is float32."""
     dtype = config.dtype if header is None else dense_dtype(header)
-    is_half = dtype in (torch.bfloat16, torch.float16) and has_fused_layers(config)
+    is_half = dtype in (torch.bfloat16, torch.float16) and config.model_type in FUSED_FAMILIES
     return dtype if is_half and _keeps_format(options, device) else None
 
 
