@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -51,7 +52,6 @@ OPERATOR_ACTIVATIONS = {
 _PATIENCE = 300.0
 
 _lock = Lock()
-_loaded: list[CPUOperators] = []
 
 
 class CPUOperators(NamedTuple):
@@ -64,14 +64,22 @@ class CPUOperators(NamedTuple):
         return f"torch ({self.why_not})" if self.variant is None else f"own operators ({self.variant})"
 
 
+@cache
 def cpu_operators() -> CPUOperators:
     """Load the operators, after building them if need be."""
-    if _loaded:
-        return _loaded[0]
-    with _lock:
-        if not _loaded:
-            _loaded.append(_load())
-        return _loaded[0]
+    variant = _best_variant()
+    if variant is None:
+        return CPUOperators(None, "there are none for this processor")
+    with _lock:  # another thread loads what the first one has built
+        for file in (_FOLDER / _file_name(variant), *_kept(variant)):
+            with suppress(OSError):
+                _load(file)
+                return CPUOperators(variant)
+        try:
+            _build(variant)
+        except (RuntimeError, OSError) as error:
+            return CPUOperators(None, f"ours cannot be built: {error}")
+    return CPUOperators(variant)
 
 
 def operator_activation(module: nn.Module) -> int | None:
@@ -88,18 +96,6 @@ def build_into(folder: Path) -> None:
     for variant in VARIANTS:
         if (variant == "ARM") == (platform.machine() == "aarch64"):
             _compile(variant, folder / _file_name(variant))
-
-
-def _load() -> CPUOperators:
-    variant = _best_variant()
-    if variant is None:
-        return CPUOperators(None, "there are none for this processor")
-    try:
-        if not any(map(_is_loaded, (_FOLDER / _file_name(variant), *_kept(variant)))):
-            _build(variant)
-    except (RuntimeError, OSError) as error:
-        return CPUOperators(None, f"ours cannot be built: {error}")
-    return CPUOperators(variant)
 
 
 def _best_variant() -> str | None:
@@ -135,35 +131,29 @@ def _kept(variant: str) -> list[Path]:
 
 def _build(variant: str) -> None:
     """Warns if the cache cannot hold the file. Raises RuntimeError if it cannot be built, OSError if what was
-    built cannot be loaded.
+    built can be kept nowhere, or cannot be loaded.
     """
-    wanted = _kept(variant)
-    for file in wanted:
-        try:
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if _is_own(file.parent):
-                with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may load it meanwhile
-                    _compile(variant, new := Path(folder) / file.name)
-                    with new.open("rb") as built:  # after a loss of power the name must not stand for zeros
-                        os.fsync(built.fileno())
-                    new.replace(file)
-        except OSError:
-            continue  # it cannot be kept
-        if _is_loaded(file):
-            if file != wanted[0]:
-                _warn_of_cache(wanted[0], f"they are kept in {file.parent}")
-            return
-    with tempfile.TemporaryDirectory() as folder:  # for this process
-        _compile(variant, file := Path(folder) / "layers.so")
-        torch.ops.load_library(file)
-    _warn_of_cache(wanted[0], "each start builds them")
+    wanted, *others = _kept(variant)
+    try:
+        _build_in(wanted, variant)
+    except OSError:
+        if not others:
+            raise
+        _build_in(others[0], variant)
+        where = f"they are kept in {others[0].parent}; SELF_SPECULATION_CACHE names another folder"
+        why = f"the operators cannot be kept in {wanted.parent}: {where}"
+        warnings.warn(why, LoadingWarning, stacklevel=2)
 
 
-def _warn_of_cache(wanted: Path, instead: str) -> None:
-    where = "SELF_SPECULATION_CACHE names another folder"
-    warnings.warn(
-        f"the operators cannot be kept in {wanted.parent}: {instead}; {where}", LoadingWarning, stacklevel=2
-    )
+def _build_in(file: Path, variant: str) -> None:
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_own(file.parent)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may load it meanwhile
+        _compile(variant, new := Path(folder) / file.name)
+        with new.open("rb") as built:  # after a loss of power the name must not stand for zeros
+            os.fsync(built.fileno())
+        new.replace(file)
+    _load(file)
 
 
 def _compile(variant: str, file: Path) -> None:
@@ -182,18 +172,15 @@ def _compile(variant: str, file: Path) -> None:
     file.chmod(0o755)
 
 
-def _is_loaded(file: Path) -> bool:
-    """Load a file if it is there, whole, and written by this user or root."""
-    try:
-        if not (_is_own(file.parent) and _is_own(file)):
-            return False
-        torch.ops.load_library(file)
-    except OSError:
-        return False
-    return True
+def _load(file: Path) -> None:
+    """Raises OSError if a file is not there, not whole, or not written by this user or root."""
+    _check_own(file.parent, file)
+    torch.ops.load_library(file)
 
 
-def _is_own(path: Path) -> bool:
-    """Whether nobody else, except root, can have written it."""
-    status = path.stat()
-    return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
+def _check_own(*paths: Path) -> None:
+    """Raises OSError if somebody else, except root, can have written one."""
+    for path in paths:
+        status = path.stat()
+        if status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022:
+            raise PermissionError(f"others can write {path}")
