@@ -28,7 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
 from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
@@ -162,34 +161,31 @@ def config_of(header: Header, given: Mapping[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(family, **settings)
 
 
-def tokenizer_of(header: Header) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(str(header.path.parent), gguf_file=header.path.name)
-
-
 def unread_formats(header: Header) -> Mapping[str, float]:
     """By name of a format that must be converted, its share of all numbers in matrices."""
-    sizes = Counter[str]()
-    for tensor in header.tensors:
-        if len(tensor.shape) > 1:
-            is_read = tensor.kind in FORMATS or tensor.kind in _DENSE
-            sizes["" if is_read else tensor.kind.name] += math.prod(tensor.shape)
-    return {name: size / sizes.total() for name, size in sizes.items() if name}
+    sizes = _matrix_sizes(header)
+    is_read = FORMATS.keys() | _DENSE.keys()
+    return {kind.name: size / sizes.total() for kind, size in sizes.items() if kind not in is_read}
 
 
 def dense_dtype(header: Header) -> torch.dtype:
-    """The dtype in which most numbers of a file's matrices are dense: their own, and of others 16 bits."""
-    sizes = Counter[torch.dtype]()
-    for tensor in header.tensors:
-        if len(tensor.shape) > 1:
-            sizes[_DENSE.get(tensor.kind, torch.float16)] += math.prod(tensor.shape)
-    ((dtype, _),) = sizes.most_common(1)
-    return dtype
+    """That of most matrices of a file, if they are dense; 16 bits for others."""
+    ((kind, _),) = _matrix_sizes(header).most_common(1)
+    return _DENSE.get(kind, torch.float16)
 
 
 def has_few_bits(header: Header) -> bool:
     """Whether weights of this file are decoded in the file's own bits."""
-    in_few_bits = any(tensor.kind in FORMATS for tensor in header.tensors)
-    return in_few_bits and not unread_formats(header)
+    return any(kind in FORMATS for kind in _matrix_sizes(header)) and not unread_formats(header)
+
+
+def _matrix_sizes(header: Header) -> Counter[GGMLQuantizationType]:
+    """Numbers in all matrices of a format."""
+    sizes = Counter[GGMLQuantizationType]()
+    for tensor in header.tensors:
+        if len(tensor.shape) > 1:
+            sizes[tensor.kind] += math.prod(tensor.shape)
+    return sizes
 
 
 def load_in_few_bits(header: Header, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
@@ -198,26 +194,24 @@ def load_in_few_bits(header: Header, config: PretrainedConfig) -> tuple[PreTrain
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = kind._from_config(config, dtype=torch.float32)
     dense: dict[str, Tensor] = {}
-    packed: dict[str, list[Any]] = {}  # bytes, rows and columns
     for name, tensor, weight in _read_all(header, config, model.state_dict(), _bytes_or_float32):
-        if weight.dtype == torch.uint8:
-            packed[name] = [weight, *tensor.shape]
-        else:
+        if weight.dtype != torch.uint8:
             dense[name] = weight
-    for name, (weight, rows, columns) in packed.items():
-        parent, _, child = name.removesuffix(".weight").rpartition(".")
-        module, replaced = model.get_submodule(parent), model.get_submodule(name.removesuffix(".weight"))
+            continue
+        path, (rows, columns) = name.removesuffix(".weight"), tensor.shape
+        replaced = model.get_submodule(path)
         if isinstance(replaced, nn.Embedding):
             scale = getattr(replaced, "scalar_embed_scale", None)
-            setattr(module, child, FewBitsEmbedding(weight, rows, columns, scale))
+            model.set_submodule(path, FewBitsEmbedding(weight, rows, columns, scale))
             if config.tie_word_embeddings:
                 model.set_output_embeddings(FewBitsLinear(weight, rows, columns))
         else:
-            bias = dense.pop(name.removesuffix("weight") + "bias", None)
-            setattr(module, child, FewBitsLinear(weight, rows, columns, bias))
+            bias = None if replaced.bias is None else replaced.bias.data  # a buffer, until it is read
+            model.set_submodule(path, FewBitsLinear(weight, rows, columns, bias))
     model.load_state_dict(dense, strict=False, assign=True)
     model.tie_weights()
-    return model.eval(), [name for name, weight in model.named_parameters() if weight.is_meta]
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return model.eval(), [name for name, tensor in tensors if tensor.is_meta]
 
 
 def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:

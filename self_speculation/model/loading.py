@@ -23,6 +23,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     TorchAoConfig,
     set_seed,
 )
@@ -47,7 +48,6 @@ from self_speculation.model.gguf_files import (
     has_few_bits,
     load_in_few_bits,
     read_weights,
-    tokenizer_of,
     unread_formats,
 )
 from self_speculation.model.kernels import cpu_operators
@@ -119,8 +119,9 @@ def with_fast_prompts(model: str, options: LoadingOptions, config: PretrainedCon
     is_plain = options.prefill_dtype == "auto" and options.quantization == "none"
     if not is_plain or not computes_bfloat16() or adapted_model(model, options):
         return options
-    own = _own_dtype(_header(model), options, config, resolve_device(options.device))
-    return replace(options, prefill_dtype="bfloat16") if own == torch.bfloat16 else options
+    keeps = _keeps_format(options, resolve_device(options.device))
+    is_bfloat16 = keeps and _own_dtype(_header(model), config) == torch.bfloat16
+    return replace(options, prefill_dtype="bfloat16") if is_bfloat16 else options
 
 
 def load_config(model: str, options: LoadingOptions | None = None) -> PretrainedConfig:
@@ -182,7 +183,7 @@ def load_model_and_tokenizer(
         folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
         where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
         if header is not None and where == source:
-            tokenizer = tokenizer_of(header)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=header.path.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
         if chat and not tokenizer.chat_template:
@@ -191,26 +192,28 @@ def load_model_and_tokenizer(
             has, knows = tokenizer.vocab_size, config.vocab_size
             why = f"the tokenizer has {has} tokens, but the model knows only {knows}"
             raise LoadingError(f"model {model!r}: {why}: it is that of another model")
-        kwargs |= {"dtype": dtype, "use_safetensors": True}
-        kwargs |= _placement(options.parallel, device, config)
         bits = _bits(options.quantization, device, config, base)
-        if bits is None:
-            kwargs |= _quantized(options.quantization, dtype, config)
-        kwargs |= options.model_args
-        if kwargs.pop("rope_scaling", None) is not None:  # by itself transformers forgets the base
-            kwargs["rope_parameters"] = config.rope_parameters
-        in_few_bits = None if adapted or not _is_in_few_bits(header, options, device) else header
-        own = None if adapted or in_few_bits else _own_dtype(header, options, config, device)
+        keeps_format = adapted is None and _keeps_format(options, device)
+        in_few_bits = keeps_format and header is not None and _is_in_few_bits(header)
+        own = _own_dtype(header, config) if keeps_format and not in_few_bits else None
         if (own is None or bits is not None) and options.prefill_dtype == "bfloat16":
             raise LoadingError(
                 "prefill_dtype bfloat16: needs weights in 16 bits and products in float32, so dtype auto,"
                 " fuse True, parallel data, quantization none, no adapter, and a fused family"
             )
-        kwargs |= {} if own is None else {"dtype": own}
-        if in_few_bits is not None:
-            loaded, absent = load_in_few_bits(in_few_bits, config)
+        in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}
+        how = {"dtype": own or dtype, "use_safetensors": True} | _placement(options.parallel, device, config)
+        how |= _quantized(options.quantization, dtype, config) if bits is None else {}
+        how |= {name: arg for name, arg in options.model_args.items() if name not in in_config}
+        if header is None:
+            loaded, absent = _load(AutoModelForCausalLM, source, config, **kwargs, **how)
+        elif in_few_bits:
+            loaded, absent = load_in_few_bits(header, config)
         else:
-            loaded, absent = _load(source, kwargs, config, header)
+            read_in = how["dtype"] if isinstance(how["dtype"], torch.dtype) else torch.float32
+            weights = read_weights(header, config, read_in)
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded, absent = _load(kind, None, config, state_dict=weights, **how)
         if absent:
             missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
             raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
@@ -236,32 +239,18 @@ def load_model_and_tokenizer(
 
 
 def _load(
-    source: str, kwargs: dict[str, Any], config: PretrainedConfig, header: Header | None
+    kind: Any, source: str | None, config: PretrainedConfig, **how: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load all weights from `source`, or dequantise those of the `.gguf` file with this header. Also returns
-    the names of those that are missing.
-    """
-    kind: Any = AutoModelForCausalLM
-    where: str | None = source
-    if header is not None:
-        # The config has taken some of these already, and says where the model is.
-        taken = {"gguf_file", "trust_remote_code"}
-        taken |= {name for name in kwargs if hasattr(config, name)} - {"dtype"}
-        kwargs = {name: value for name, value in kwargs.items() if name not in taken}
-        dtype = torch.float32 if isinstance(kwargs["dtype"], str) else kwargs["dtype"]
-        kwargs |= {"config": config, "state_dict": read_weights(header, config, dtype)}
-        kind, where = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None
-    loaded, info = kind.from_pretrained(where, **kwargs, output_loading_info=True)
+    """A model of all weights in `source`, and the names of those that are missing."""
+    loaded, info = kind.from_pretrained(source, config=config, **how, output_loading_info=True)
     return loaded, sorted(info["missing_keys"])
 
 
-def _own_dtype(
-    header: Header | None, options: LoadingOptions, config: PretrainedConfig, device: torch.device
-) -> torch.dtype | None:
+def _own_dtype(header: Header | None, config: PretrainedConfig) -> torch.dtype | None:
     """The dtype of weights that operators read as they are, where `auto` is that; None: it is float32."""
     dtype = config.dtype if header is None else dense_dtype(header)
-    is_half = dtype in (torch.bfloat16, torch.float16) and config.model_type in FUSED_FAMILIES
-    return dtype if is_half and _keeps_format(options, device) else None
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return dtype if is_half and config.model_type in FUSED_FAMILIES else None
 
 
 def _keeps_format(options: LoadingOptions, device: torch.device) -> bool:
@@ -274,12 +263,8 @@ def _has_operators(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_operators().variant is not None
 
 
-def _is_in_few_bits(header: Header | None, options: LoadingOptions, device: torch.device) -> bool:
-    """Whether a model is a `.gguf` file that is read in its own bits. A warning says which weights have no
-    operators.
-    """
-    if header is None or options.quantization != "none" or not _keeps_format(options, device):
-        return False
+def _is_in_few_bits(header: Header) -> bool:
+    """Whether a file is read in its own bits. A warning says which weights have no operators."""
     for name, share in unread_formats(header).items():
         what = f"{share:.0%} of its weights are in {name}, which no operator here has"
         warnings.warn(f"model {header.path}: {what}: all are read in 16 bits", LoadingWarning, stacklevel=3)
