@@ -39,24 +39,30 @@ _COMPUTED_AGAIN = 8
 
 
 @dataclass
-class _Counted:
-    """Ids of a model, the most frequent first, and what was made of them."""
+class _Ids:
+    """What is known of the ids of a model's texts.
 
-    ids: tuple[int, ...] = ()
-    # By number of ids, rows of the head, and device.
+    Attributes:
+        counted: the most frequent first.
+        likely: what was made of them, by number of ids, rows of the head, and device.
+        new: of the last ids of all texts, the share that were neither likely nor seen.
+    """
+
+    counted: tuple[int, ...] = ()
     likely: dict[Hashable, tuple[frozenset[int], Tensor]] = field(default_factory=dict)
+    new: float = 0.0
 
 
 def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
     """Let short heads have the ids that were counted most."""
-    counted = singleton(model, _Counted)
-    counted.ids, counted.likely = tuple(sorted(counts, key=lambda id_: -counts[id_])), {}
+    ids = singleton(model, _Ids)
+    ids.counted, ids.likely = tuple(sorted(counts, key=lambda id_: -counts[id_])), {}
 
 
 def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
     """So many ids in ascending order: the most frequent ones, then the first ones of the tokenizer."""
     size = model.get_output_embeddings().out_features
-    frequent = [id_ for id_ in singleton(model, _Counted).ids if 0 <= id_ < size]
+    frequent = [id_ for id_ in singleton(model, _Ids).counted if 0 <= id_ < size]
     return sorted([*dict.fromkeys([*frequent, *range(size)[:number]])][:number])
 
 
@@ -91,17 +97,17 @@ class ShortHead:
             raise ValueError(
                 f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
             )
-        made, key = singleton(runner.model, _Counted).likely, (number, whole.shape[0], runner.device)
-        if key not in made:  # once, and not for each request: it takes milliseconds
-            ids = likely_ids(runner.model, number)
-            made[key] = frozenset(ids), on_device(ids, runner.device)
+        ids, key = singleton(runner.model, _Ids), (number, whole.shape[0], runner.device)
+        if key not in ids.likely:  # once, and not for each request: it takes milliseconds
+            likely = likely_ids(runner.model, number)
+            ids.likely[key] = frozenset(likely), on_device(likely, runner.device)
         self.norm, self._whole, self._like = runner.head.norm, whole, runner.tables.unit
-        self.likely, self._ids = made[key]
+        self.likely, self._ids = ids.likely[key]
         self._likely = whole.cached_copy(self.likely, lambda: whole.select_rows(self._ids))
         self.linears: tuple[Product, ...] = (self._likely,)
         # A copy of all rows is made by way of one in their own format.
         grows = grows and ("int4" in whole.copies or free_memory(runner.device) > 2 * whole.num_bytes)
-        self.new_ids = singleton(runner.model, _NewIds) if grows else None
+        self.texts = ids if grows else None
         self._copied_for: SeenIds | None = None  # what the following are for
         self._seen_ids = self._like.new_empty(0, dtype=torch.long)  # [n]
         self._seen_rows: tuple[Tensor, Tensor | None] = self._like, None  # [n, H] and biases [n]
@@ -167,16 +173,6 @@ def _rows(head: Linear, numbers: Tensor, like: Tensor) -> tuple[Tensor, Tensor |
     return head.rows(numbers).to(like), None if head.bias is None else head.bias[numbers].to(like)
 
 
-@dataclass
-class _NewIds:
-    """Of the last ids of all texts, the share that were neither likely nor seen."""
-
-    share: float = 0.0
-
-    def add(self, num_new: int, num_ids: int) -> None:
-        self.share += (num_new - num_ids * self.share) / max(num_ids, _LAST)
-
-
 class Text(Protocol):
     """A sequence, such as `decoding.sequence.Sequence`."""
 
@@ -188,7 +184,7 @@ class TextReader:
     """Reads the ids of sequences for a head, each once."""
 
     def __init__(self, head: ShortHead) -> None:
-        self._likely, self._new_ids = head.likely, head.new_ids
+        self._likely, self._texts = head.likely, head.texts
         self._read: dict[Text, tuple[int, frozenset[int]]] = {}  # length of each sequence, and ids
         self._needs_all = False
 
@@ -202,8 +198,8 @@ class TextReader:
             ids = sequence.ids_from(length)
             new = frozenset(ids) - self._likely - seen
             self._read[sequence] = length + len(ids), seen | new if new else seen
-            if self._new_ids is not None:
-                self._new_ids.add(len(new), len(ids))
-        if self._new_ids is not None and not self._read.keys() <= before.keys():
-            self._needs_all = self._new_ids.share >= _MANY_NEW
+            if self._texts is not None:
+                self._texts.new += (len(new) - len(ids) * self._texts.new) / max(len(ids), _LAST)
+        if self._texts is not None and not self._read.keys() <= before.keys():
+            self._needs_all = self._texts.new >= _MANY_NEW
         return None if self._needs_all else [seen for _, seen in self._read.values()]
