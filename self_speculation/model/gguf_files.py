@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+from self_speculation.config import LoadingWarning
 from self_speculation.model.families import FAMILIES
 from self_speculation.model.few_bits import FORMATS, FewBitsEmbedding, FewBitsLinear
 from self_speculation.model.progress import progress
@@ -161,13 +163,6 @@ def config_of(header: Header, given: Mapping[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(family, **settings)
 
 
-def unread_formats(header: Header) -> Mapping[str, float]:
-    """By name of a format that must be converted, its share of all numbers in matrices."""
-    sizes = _matrix_sizes(header)
-    is_read = FORMATS.keys() | _DENSE.keys()
-    return {kind.name: size / sizes.total() for kind, size in sizes.items() if kind not in is_read}
-
-
 def dense_dtype(header: Header) -> torch.dtype:
     """That of most matrices of a file, if they are dense; 16 bits for others."""
     ((kind, _),) = _matrix_sizes(header).most_common(1)
@@ -175,8 +170,15 @@ def dense_dtype(header: Header) -> torch.dtype:
 
 
 def has_few_bits(header: Header) -> bool:
-    """Whether weights of this file are decoded in the file's own bits."""
-    return any(kind in FORMATS for kind in _matrix_sizes(header)) and not unread_formats(header)
+    """Whether weights of this file are decoded in the file's own bits. A warning says which of them have no
+    operators.
+    """
+    sizes = _matrix_sizes(header)
+    unread = {kind: size for kind, size in sizes.items() if kind not in FORMATS and kind not in _DENSE}
+    for kind, size in unread.items():
+        what = f"{size / sizes.total():.0%} of its weights are in {kind.name}, which no operator here has"
+        warnings.warn(f"model {header.path}: {what}: all are read in 16 bits", LoadingWarning, stacklevel=3)
+    return not unread and any(kind in FORMATS for kind in sizes)
 
 
 def _matrix_sizes(header: Header) -> Counter[GGMLQuantizationType]:

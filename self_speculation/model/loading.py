@@ -48,7 +48,6 @@ from self_speculation.model.gguf_files import (
     has_few_bits,
     load_in_few_bits,
     read_weights,
-    unread_formats,
 )
 from self_speculation.model.kernels import cpu_operators
 from self_speculation.model.quantized_layers import quantize
@@ -194,7 +193,7 @@ def load_model_and_tokenizer(
             raise LoadingError(f"model {model!r}: {why}: it is that of another model")
         bits = _bits(options.quantization, device, config, base)
         keeps_format = adapted is None and _keeps_format(options, device)
-        in_few_bits = keeps_format and header is not None and _is_in_few_bits(header)
+        in_few_bits = keeps_format and header is not None and has_few_bits(header)
         own = _own_dtype(header, config) if keeps_format and not in_few_bits else None
         if (own is None or bits is not None) and options.prefill_dtype == "bfloat16":
             raise LoadingError(
@@ -261,14 +260,6 @@ def _keeps_format(options: LoadingOptions, device: torch.device) -> bool:
 
 def _has_operators(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_operators().variant is not None
-
-
-def _is_in_few_bits(header: Header) -> bool:
-    """Whether a file is read in its own bits. A warning says which weights have no operators."""
-    for name, share in unread_formats(header).items():
-        what = f"{share:.0%} of its weights are in {name}, which no operator here has"
-        warnings.warn(f"model {header.path}: {what}: all are read in 16 bits", LoadingWarning, stacklevel=3)
-    return has_few_bits(header)
 
 
 def _header(model: str) -> Header | None:
