@@ -31,16 +31,16 @@ Inputs rounded(Floats* memory, const std::vector<float>& x, int64_t tokens, int6
 // A block of 16 rows as a file has them, of arbitrary steps.
 void few_bits(const Format& format) {
   constexpr int64_t columns = 512, groups = columns / GROUP;
-  const int64_t row_bytes = columns / (format.has_super ? SUPER : GROUP) * bytes_in_file(format.code);
+  const int64_t row_bytes = columns / (format.has_super ? SUPER : GROUP) * format.in_file;
   std::vector<uint8_t> raw(BLOCK * row_bytes), block(format.to(groups));
   for (uint8_t& each : raw) each = uint8_t(int(next() * 128));
   for (int64_t row = 0; row < BLOCK; row++)
     for (int64_t g = 0; g < groups; g++) {
-      const FileGroup group = group_in_file(format.code, &raw[row * row_bytes], g);
+      const FileGroup group = group_in_file(format, &raw[row * row_bytes], g);
       for (const uint8_t* number : {group.size, format.has_middle ? group.middle : group.size})
         const_cast<uint8_t*>(number)[1] = 0x24;  // some hundredth
     }
-  rearrange(format, format.code, raw.data(), row_bytes, 0, BLOCK, groups, block.data());
+  rearrange(format, raw.data(), row_bytes, 0, BLOCK, groups, block.data());
   for (int64_t tokens : {1, 3, 13}) {
     const std::vector<float> x = random(tokens * columns);
     std::vector<float> out(tokens * BLOCK);

@@ -18,6 +18,7 @@ constexpr int64_t BYTES_AHEAD = 4096;
 
 struct Format {
   int code;                    // ggml's number; 0: our own, of copies and of models that are rounded here
+  int64_t in_file;             // bytes of 32 columns in a file or, with `has_super`, of 256
   int bits, group;             // of a step; columns that share a size
   bool has_middle, has_super;  // super: sizes are bytes, times a number for 256 columns, which is before their cells
   float offset;
@@ -32,19 +33,19 @@ struct Format {
   }
 };
 constexpr Format FORMATS[] = {
-    {0, 4, 32, true, false, 8},    // its scales are in bfloat16, all others in float16
-    {2, 4, 32, false, false, 8},   // Q4_0
-    {3, 4, 32, true, false, 0},    // Q4_1
-    {6, 5, 32, false, false, 16},  // Q5_0
-    {7, 5, 32, true, false, 0},    // Q5_1
-    {8, 8, 32, false, false, 128}, // Q8_0
-    {10, 4, 16, true, true, 0},    // Q2_K
-    {11, 4, 16, false, true, 4},   // Q3_K
-    {12, 4, 32, true, true, 0},    // Q4_K
-    {13, 5, 32, true, true, 0},    // Q5_K
-    {14, 6, 16, false, true, 32},   // Q6_K
-    {20, 8, 32, false, false, 128}, // IQ4_NL
-    {23, 8, 32, false, true, 128},  // IQ4_XS
+    {0, 0, 4, 32, true, false, 8},      // its scales are in bfloat16, all others in float16
+    {2, 18, 4, 32, false, false, 8},    // Q4_0
+    {3, 20, 4, 32, true, false, 0},     // Q4_1
+    {6, 22, 5, 32, false, false, 16},   // Q5_0
+    {7, 24, 5, 32, true, false, 0},     // Q5_1
+    {8, 34, 8, 32, false, false, 128},  // Q8_0
+    {10, 84, 4, 16, true, true, 0},     // Q2_K
+    {11, 110, 4, 16, false, true, 4},   // Q3_K
+    {12, 144, 4, 32, true, true, 0},    // Q4_K
+    {13, 176, 5, 32, true, true, 0},    // Q5_K
+    {14, 210, 6, 16, false, true, 32},  // Q6_K
+    {20, 18, 8, 32, false, false, 128}, // IQ4_NL
+    {23, 136, 8, 32, false, true, 128}, // IQ4_XS
 };
 const Format& format_of(int64_t code) {
   for (const Format& format : FORMATS)
@@ -136,9 +137,7 @@ INLINE void steps_of(const uint8_t* low, int i, Bytes* steps, Bytes* upper) {
 // Calls f<index in FORMATS>().
 template <class F>
 void with_format(const Format& format, const F& f) {
-  [&]<size_t... I>(std::index_sequence<I...>) {
-    ((&format == &FORMATS[I] && (f.template operator()<I>(), true)) || ...);
-  }(std::make_index_sequence<std::size(FORMATS)>());
+  with_count<std::size(FORMATS)>(&format - FORMATS + 1, [&]<int N>() { f.template operator()<N - 1>(); });
 }
 
 // 32 columns of a block of rows.
@@ -288,27 +287,19 @@ struct FileGroup {
   const uint8_t *size, *middle;      // two bytes each, of the group, or of 256 columns
   uint8_t sizes[2] = {}, middles[2] = {};  // of halves
 };
-constexpr int64_t bytes_in_file(int code) {
-  switch (code) {
-    case 2: return 18; case 3: return 20; case 6: return 22; case 7: return 24; case 8: return 34; case 10: return 84;
-    case 11: return 110; case 12: return 144; case 13: return 176; case 14: return 210; case 20: return 18;
-    case 23: return 136; default: return 0;
-  }
-}
-FileGroup group_in_file(int code, const uint8_t* row, int64_t group) {
+FileGroup group_in_file(const Format& format, const uint8_t* row, int64_t group) {
   FileGroup to;
   const int64_t g = group % 8, n = g / 4, l = g % 4;
-  const bool is_super = format_of(code).has_super;
-  const uint8_t* at = row + (is_super ? group / 8 : group) * bytes_in_file(code);
+  const uint8_t* at = row + (format.has_super ? group / 8 : group) * format.in_file;
   auto all = [&](auto f) { for (int j = 0; j < GROUP; j++) to.steps[j] = uint8_t(f(j)); };
   auto nibble = [](const uint8_t* low, int j) { return low[j % 16] >> j / 16 * 4 & 15; };
   constexpr int8_t steps_of_iq4[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
   to.size = at, to.middle = at + 2;
-  switch (code) {
+  switch (format.code) {
     case 2: all([&](int j) { return nibble(at + 2, j); }); break;
     case 3: all([&](int j) { return nibble(at + 4, j); }); break;
     case 6: case 7: {
-      const uint8_t* low = at + (code == 6 ? 6 : 8);
+      const uint8_t* low = at + (format.code == 6 ? 6 : 8);
       uint32_t high = load<uint32_t>(low - 4);
       all([&](int j) { return nibble(low, j) | (high >> j & 1) << 4; });
       break;
@@ -329,8 +320,8 @@ FileGroup group_in_file(int code, const uint8_t* row, int64_t group) {
       }
       break;
     case 12: case 13: {
-      const uint8_t *scales = at + 4, *low = at + (code == 12 ? 16 : 48);
-      all([&](int j) { return (low[g / 2 * 32 + j] >> g % 2 * 4 & 15) | (code == 13 ? (at[16 + j] >> g & 1) << 4 : 0); });
+      const uint8_t *scales = at + 4, *low = at + (format.code == 12 ? 16 : 48);
+      all([&](int j) { return (low[g / 2 * 32 + j] >> g % 2 * 4 & 15) | (format.code == 13 ? (at[16 + j] >> g & 1) << 4 : 0); });
       to.sizes[0] = g < 4 ? scales[g] & 63 : (scales[g + 4] & 15) | scales[g - 4] >> 6 << 4;
       to.middles[0] = g < 4 ? scales[g + 4] & 63 : scales[g + 4] >> 4 | scales[g] >> 6 << 4;
       break;
@@ -349,13 +340,13 @@ FileGroup group_in_file(int code, const uint8_t* row, int64_t group) {
 }
 
 // Moves rows [.., groups of columns] of a file into blocks, which are zeros.
-void rearrange(const Format& format, int code, const uint8_t* raw, int64_t row_bytes, int64_t first, int64_t last,
-               int64_t groups, uint8_t* blocks) {
+void rearrange(const Format& format, const uint8_t* raw, int64_t row_bytes, int64_t first, int64_t last, int64_t groups,
+               uint8_t* blocks) {
   for (int64_t row = first; row < last; row++)
     for (int64_t g = 0; g < groups; g++) {
       const int64_t r = row % BLOCK;
       uint8_t *numbers = blocks + row / BLOCK * format.to(groups) + format.to(g), *cell = numbers;
-      const FileGroup group = group_in_file(code, raw + row * row_bytes, g);
+      const FileGroup group = group_in_file(format, raw + row * row_bytes, g);
       const bool begins = !format.has_super || g % (SUPER / GROUP) == 0;
       if (format.has_super) {
         cell += begins ? format.before() : 0;
@@ -391,15 +382,15 @@ Tensor new_weight(const Format& format, int64_t rows, int64_t columns) {
 // A weight of a file, its rows [N, bytes] as the file has them. Only moves numbers.
 Tensor weight_of_file(const Tensor& from, int64_t code, int64_t columns) {
   const Format& format = format_of(code);
-  const int64_t of_block = bytes_in_file(int(code)), wide = format.has_super ? SUPER : GROUP, rows = from.size(0);
-  STD_TORCH_CHECK(of_block && from.dim() == 2 && from.is_contiguous() && from.scalar_type() == ScalarType::Byte &&
-                      columns % wide == 0 && from.size(1) == columns / wide * of_block,
+  const int64_t wide = format.has_super ? SUPER : GROUP, rows = from.size(0);
+  STD_TORCH_CHECK(format.in_file && from.dim() == 2 && from.is_contiguous() && from.scalar_type() == ScalarType::Byte &&
+                      columns % wide == 0 && from.size(1) == columns / wide * format.in_file,
                   "weight: not that of a file, in format ", code);
   Tensor weight = new_weight(format, rows, columns);
   const auto* raw = static_cast<const uint8_t*>(from.const_data_ptr());
   auto* blocks = static_cast<uint8_t*>(weight.mutable_data_ptr()) + HEADER;
   torch::stable::parallel_for(0, round_up(rows, BLOCK) / BLOCK, 1, [&](int64_t first, int64_t last) {
-    rearrange(format, int(code), raw, from.size(1), first * BLOCK, std::min(rows, last * BLOCK), columns / GROUP, blocks);
+    rearrange(format, raw, from.size(1), first * BLOCK, std::min(rows, last * BLOCK), columns / GROUP, blocks);
   });
   return weight;
 }

@@ -168,6 +168,14 @@ Floats exponential(Floats x) {  // to 2e-7; NaN stays NaN
   return x == x ? (Floats)((Ints)sum + (((Ints)power - (Ints)nearest) << 23)) : x;
 }
 
+// Calls f<n>(), for n from 1 to MOST.
+template <int MOST, class F>
+INLINE void with_count(int64_t n, const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    ((n == I + 1 && (f.template operator()<I + 1>(), true)) || ...);
+  }(std::make_integer_sequence<int, MOST>());
+}
+
 // Calls f with the numbers of a tensor.
 template <class F>
 void with_numbers(ScalarType type, const void* numbers, const F& f) {

@@ -103,16 +103,7 @@ void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, 
         for (int64_t r = 0; r < n / R; r++) some.template operator()<R>(r, n / R);
         for (int64_t r = n / R * R; r < n; r++) some.template operator()<1>(r, 1);
       };
-      switch (x.first_of(part + 1) - first) {
-        case 1: tiles.template operator()<1>(); break;
-        case 2: tiles.template operator()<2>(); break;
-        case 3: tiles.template operator()<3>(); break;
-        case 4: tiles.template operator()<4>(); break;
-        case 5: tiles.template operator()<5>(); break;
-        case 6: tiles.template operator()<6>(); break;
-        case 7: tiles.template operator()<7>(); break;
-        case 8: tiles.template operator()<8>(); break;
-      }
+      with_count<MOST_TOKENS>(x.first_of(part + 1) - first, tiles);
     }
   }
   for (int64_t i = 0; i < x.tokens * ROWS; i += 4) lane_sums(&sums[i], out + i);
@@ -120,7 +111,7 @@ void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, 
 
 bool is_read(const Tensor& numbers) {
   ScalarType type = numbers.scalar_type();
-  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+  return numbers.is_cpu() && (type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16);
 }
 
 // A weight [rows, columns] in one of the formats, with its bias.
@@ -137,7 +128,7 @@ struct Weight {
     const Tensor& weight = *next++;
     type = weight.scalar_type(), numbers = weight.const_data_ptr();
     if (type == ScalarType::Byte) {
-      STD_TORCH_CHECK(weight.numel() > HEADER, "weight: empty");
+      STD_TORCH_CHECK(weight.numel() > HEADER && weight.is_cpu(), "weight: empty, or not in the memory of the CPU");
       format = &format_of(*static_cast<const uint8_t*>(numbers));
       STD_TORCH_CHECK(weight.numel() == format->size(rows, columns) && weight.is_contiguous(), "weight: no matrix of ", rows,
                       " times ", columns, " in few bits");
