@@ -325,74 +325,42 @@ float* matrix(const Tensor& x, const char* name) {
   return static_cast<float*>(x.mutable_data_ptr());
 }
 
-// A range of layers and what they were made of. They are made once, since their weights are hundreds of tensors, and again if
-// one of these got other memory, or another shape or format.
-class Layers {
- public:
+// A range of layers. Each pass reads anew where the weights are, and their shapes and formats.
+struct Layers {
   // `numbers` and `factors` are those of `FusedLayer.description`. `hidden`: columns of a state; `d`: of a head.
-  Layers(const Tensor& numbers, const Tensor& factors, std::vector<Tensor> weights, int64_t hidden, int64_t d)
-      : numbers_(numbers), factors_(factors), weights_(std::move(weights)), hidden_(hidden), d_(d) {
-    STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && factors.scalar_type() == ScalarType::Double &&
-                        numbers.is_contiguous() && factors.is_contiguous() && numbers.size(1) == 7 && factors.size(1) == 7 &&
-                        numbers.size(0) == factors.size(0) && numbers.size(0) > 0,
-                    "numbers, factors: not those of layers");
-    make();
-  }
-  std::span<const Layer> now() {
-    for (size_t i = 0; i < weights_.size(); i++)
-      if (places_[i] != Place(weights_[i])) return make(), layers_;
-    return layers_;
-  }
-  int64_t hidden() const { return hidden_; }
-  int64_t d() const { return d_; }
+  Tensor numbers, factors;
+  std::vector<Tensor> weights;
+  int64_t hidden, d;
 
- private:
-  // What a layer has read of a weight, besides its numbers.
-  struct Place {
-    const void* address;
-    ScalarType type;
-    int64_t size, row, column;  // elements; from one row, and from one column, to the next
-    uint8_t format = 0;         // of few bits
-
-    explicit Place(const Tensor& weight)
-        : address(weight.const_data_ptr()), type(weight.scalar_type()), size(weight.numel()), row(weight.stride(0)),
-          column(weight.stride(weight.dim() - 1)) {
-      STD_TORCH_CHECK(weight.is_cpu(), "weights: not in the memory of the CPU");
-      if (type == ScalarType::Byte && size) format = *static_cast<const uint8_t*>(address);
-    }
-    bool operator==(const Place&) const = default;
-  };
-
-  void make() {
-    std::vector<Place> places(weights_.begin(), weights_.end());
+  std::vector<Layer> now() const {
     std::vector<Layer> layers;
-    const Tensor* next = weights_.data();
-    auto* of_layers = static_cast<const int64_t*>(numbers_.const_data_ptr());
-    auto* of_floats = static_cast<const double*>(factors_.const_data_ptr());
-    for (int64_t i = 0; i < numbers_.size(0); i++) {
+    layers.reserve(numbers.size(0));
+    const Tensor* next = weights.data();
+    auto* of_layers = static_cast<const int64_t*>(numbers.const_data_ptr());
+    auto* of_floats = static_cast<const double*>(factors.const_data_ptr());
+    for (int64_t i = 0; i < numbers.size(0); i++) {
       const int64_t* own = of_layers + 7 * i;
       STD_TORCH_CHECK(std::equal(own + 1, own + 4, of_layers + 1) && own[1] % own[2] == 0 && own[5] >= 0 && own[6] >= SILU &&
                           own[6] <= RELU_SQUARED,
                       "numbers: not those of layers of one shape");
       // Two norms and seven weights, and what its options add: a norm of queries comes with one of keys.
       int64_t needed = 9 + std::popcount(uint64_t(own[0] & 0x3ff)) + (own[0] >> 7 & 1);
-      STD_TORCH_CHECK(weights_.data() + weights_.size() - next >= needed, "weights: fewer than the layers have");
-      layers.emplace_back(next, own, of_floats + 7 * i, hidden_, d_);
+      STD_TORCH_CHECK(weights.data() + weights.size() - next >= needed, "weights: fewer than the layers have");
+      layers.emplace_back(next, own, of_floats + 7 * i, hidden, d);
     }
-    STD_TORCH_CHECK(next == weights_.data() + weights_.size(), "weights: not as many as the layers have");
-    places_.swap(places), layers_.swap(layers);
+    STD_TORCH_CHECK(next == weights.data() + weights.size(), "weights: not as many as the layers have");
+    return layers;
   }
-
-  Tensor numbers_, factors_;
-  std::vector<Tensor> weights_;
-  int64_t hidden_, d_;
-  std::vector<Place> places_;
-  std::vector<Layer> layers_;
 };
 
 // As a tensor that has them.
 Tensor make_layers(const Tensor& numbers, const Tensor& factors, std::vector<Tensor> weights, int64_t hidden, int64_t d) {
-  auto layers = std::make_unique<Layers>(numbers, factors, std::move(weights), hidden, d);
+  STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && factors.scalar_type() == ScalarType::Double &&
+                      numbers.is_contiguous() && factors.is_contiguous() && numbers.size(1) == 7 && factors.size(1) == 7 &&
+                      numbers.size(0) == factors.size(0) && numbers.size(0) > 0,
+                  "numbers, factors: not those of layers");
+  auto layers = std::make_unique<Layers>(Layers{numbers, factors, std::move(weights), hidden, d});
+  layers->now();  // refuses what they are not made of
   const int64_t size = sizeof(Layers), stride = 1;
   Tensor owner = torch::stable::from_blob(layers.get(), {&size, 1}, {&stride, 1}, numbers.device(), ScalarType::Byte,
                                           [](void* of) { delete static_cast<Layers*>(of); });
@@ -405,14 +373,14 @@ void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, 
                 std::vector<Tensor> rotations) {
   float* states = matrix(hidden, "hidden");
   STD_TORCH_CHECK(owner.numel() == sizeof(Layers) && owner.scalar_type() == ScalarType::Byte, "owner: has no layers");
-  auto& described = *static_cast<Layers*>(owner.mutable_data_ptr());
-  const std::span<const Layer> layers = described.now();
+  auto& described = *static_cast<const Layers*>(owner.const_data_ptr());
+  const std::vector<Layer> layers = described.now();
   int64_t tokens = hidden.size(0), size = hidden.size(1), rows = starts.numel(), number = layers.size();
-  STD_TORCH_CHECK(size == described.hidden() && starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && rows > 0 &&
+  STD_TORCH_CHECK(size == described.hidden && starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && rows > 0 &&
                       tokens % rows == 0 && int64_t(caches.size()) == 2 * number && tokens > 0,
                   "hidden, starts, caches: not those of a pass over ", number, " layers");
   auto* of_rows = static_cast<const int64_t*>(starts.const_data_ptr());
-  int64_t slots = caches[0].size(0), d = described.d();
+  int64_t slots = caches[0].size(0), d = described.d;
   int64_t end = *std::max_element(of_rows, of_rows + rows) + tokens / rows;
   for (const Tensor& cache : caches)
     STD_TORCH_CHECK(cache.dim() == 4 && cache.scalar_type() == ScalarType::Float && cache.is_contiguous() &&
