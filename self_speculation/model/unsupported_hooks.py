@@ -95,8 +95,11 @@ def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
         kind = type(module)
         if kind not in _PLAIN and not kind.__module__.startswith((family, *_ACTIVATIONS)):
             return f"{name or 'it'} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
-        if kind.__module__.startswith(_ACTIVATIONS) and [*module.parameters()]:
-            return f"{name or 'it'} is a {kind.__name__}, an activation with weights"
+        if kind.__module__.startswith(_ACTIVATIONS):
+            if [*module.parameters()]:
+                return f"{name or 'it'} is a {kind.__name__}, an activation with weights"
+            if model.device.type == "cpu" and operator_activation(module) is None:
+                return f"{name or 'it'} is a {kind.__name__}, an activation that no operator has"
         if module._forward_hooks or module._forward_pre_hooks or replaced_forward(module):
             return f"{name or 'it'} has a hook or another forward"
     weights = [weight for root in roots for weight in root.parameters()]
@@ -107,9 +110,4 @@ def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
     (device, *others) = {weight.device for weight in (*weights, *in_few_bits)}
     if others or device.type == "meta" or len({weight.dtype for weight in weights}) > 1:
         return "its weights differ in dtype or device, or are offloaded"
-    if device.type != "cpu":
-        return f"its weights are in few bits on {device}" if in_few_bits else None
-    for name, module in named:
-        if type(module).__module__.startswith(_ACTIVATIONS) and operator_activation(module) is None:
-            return f"{name or 'it'} is a {type(module).__name__}, an activation that no operator has"
-    return None
+    return f"its weights are in few bits on {device}" if in_few_bits and device.type != "cpu" else None
