@@ -49,21 +49,22 @@ NUMBERS = {
 assert NUMBERS.keys() == FORMATS.keys()
 
 
-def rows_of_file(code, rows, columns, size=0.01):
-    """Rows as a file has them, of arbitrary steps, and the numbers that they stand for."""
+def rows_of_file(code, rows, columns, steps=None):
+    """Rows as a file has them, with bytes of steps or arbitrary ones, and the numbers that they stand for."""
     kind = gguf.GGMLQuantizationType(code)
     number, num_bytes = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(code)
     raw = random.integers(0, 256, (rows, columns // number, num_bytes), dtype=np.uint8)
+    raw = raw if steps is None else np.full_like(raw, steps)
     for at in NUMBERS[code]:
-        sizes = size * (1 + random.random((rows, columns // number, 1)))
+        sizes = 0.01 * (1 + random.random((rows, columns // number, 1)))
         raw[:, :, at : at + 2] = sizes.astype(np.float16).view(np.uint8)
     raw = raw.reshape(rows, -1)
     return torch.from_numpy(raw), torch.from_numpy(gguf.dequantize(raw, kind))
 
 
-def packed(code, rows, columns):
-    raw, numbers = rows_of_file(code, rows, columns)
+def packed(code, rows, columns, steps=None):
+    raw, numbers = rows_of_file(code, rows, columns, steps)
     return FewBitsLinear(
         torch.ops.self_speculation.weight_of_file(raw, code, columns), rows, columns
     ), numbers
@@ -112,17 +113,7 @@ def test_products_are_those_of_the_numbers(code):
 @pytest.mark.parametrize("code", [2, 6, 8, 12, 14])
 def test_the_largest_steps_fit(code):
     """Guards against sums of steps that overflow, which random steps rarely do."""
-    raw, _ = rows_of_file(code, 16, 256)
-    kind = gguf.GGMLQuantizationType(code)
-    kept = raw.clone()
-    raw.fill_(0 if code == 8 else 255)
-    block = gguf.GGML_QUANT_SIZES[kind][1]
-    for at in NUMBERS[code]:
-        raw.view(16, -1, block)[:, :, at : at + 2] = kept.view(16, -1, block)[:, :, at : at + 2]
-    if code == 8:
-        raw.view(16, -1, block)[:, :, 2:] = 128  # the least number
-    numbers = torch.from_numpy(gguf.dequantize(raw.numpy(), kind))
-    linear = FewBitsLinear(torch.ops.self_speculation.weight_of_file(raw, code, 256), 16, 256)
+    linear, numbers = packed(code, 16, 256, steps=128 if code == 8 else 255)  # of Q8_0 the least number
     x = torch.full((3, 256), 127 / 64)
     assert_close(linear(x), x @ numbers.T, roundings=200)
     assert_close(linear(-x), -x @ numbers.T, roundings=200)
