@@ -200,14 +200,21 @@ def test_a_file_is_read_in_its_own_bits(kind, tied, byte_tokenizer, tmp_path):
     ],
 )
 def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
-    """Guards against a file that llama.cpp keeps partly in 16 bits: it decodes by the operators, too, and
-    the bits of a token do not depend on where a server cuts its prompt.
+    """Guards against a file with biases, or one that llama.cpp keeps partly in 16 bits: it decodes by the
+    operators, too, and the bits of a token do not depend on where a server cuts its prompt.
     """
-    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
+    model = own_llama(vocab_size=len(byte_tokenizer), intermediate_size=64, attention_bias=True)
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            weight.data.normal_()
     kinds = {part: gguf.GGMLQuantizationType[kind] for part, kind in others.items()}
     write(tmp_path / "x.gguf", model, byte_tokenizer, gguf.GGMLQuantizationType.Q8_0, True, kinds)
-    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
-    exact, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="float32"))
+    loaded, exact = (
+        load_model_and_tokenizer(
+            str(tmp_path / "x.gguf"), LoadingOptions({"attention_bias": True}, dtype=dtype)
+        )[0]
+        for dtype in ("auto", "float32")
+    )
     own = loaded.state_dict()
     assert all(torch.equal(own[name], weight) for name, weight in exact.state_dict().items())
     assert fuse(loaded) == len(loaded.model.layers)

@@ -59,7 +59,7 @@ def write(path, model, tokenizer, quantised=None, everything=False, others=None)
             continue
         if heads := num_heads.get(name.split(".")[-2]):
             weight = weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
-        name, data = names.get_name(name, (".weight",)), weight.numpy()
+        name, data = names.get_name(name, (".weight", ".bias")), weight.numpy()
         kind = next((kind for part, kind in (others or {}).items() if part in name), quantised)
         if kind is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
             file.add_tensor(name, data)
