@@ -54,11 +54,8 @@ class ThreadGovernor:
         self._on_fewer, self._wait = on_fewer, self._SHORTEST_WAIT
         self._raised = self._crowded = -float("inf")  # when the number rose, and when others left no more
         self._processors = _processors(self.most)
+        self.num_processors = len(self._processors)
         self._last = self._read()
-
-    @property
-    def num_processors(self) -> int:
-        return len(self._processors)
 
     def adjust(self) -> None:
         """Set the number of threads for the thread that calls this."""
