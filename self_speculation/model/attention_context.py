@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -62,109 +61,94 @@ class AttentionTables:
         return self._tables[rotation]
 
 
-@dataclass(eq=False)
 class AttentionContext:
-    """A pass over T new positions of each of B rows, in layers of one `AttentionType`; made by `uniform` or
-    `ragged`.
+    """A pass over T new positions of each of B rows, in layers of one `AttentionType`.
+
+    Args:
+        cache: with rows of one length, or positions of rows that differ in length.
+        start: the length of all rows, or at most the first new position of each.
+        splits_keys: of rows that differ: attend in chunks, if the kernel is not ANY. CHUNK divides S.
+
+    Attributes:
+        mask: number of copies -> [1 or B, 1, copies * T, S], added to the scores: 0 where a position sees a
+            key, else a huge negative number; None: no mask is needed. Queries of several heads need a copy
+            for each.
+        mask_of_chunks: copies and key heads -> [B * heads, C, copies * T, CHUNK], see `attend_in_chunks`;
+            None: not in chunks.
+        rotary: cos and sin, [1 or B, T, head_dim] each.
+        window: None: a token sees all positions up to its own.
+        kernel: FLASH masks the keys after each token itself.
     """
 
-    rows: int  # B
-    width: int  # T
-    cache: KVCache | ScatteredCache
-    # Number of copies -> [copies * T, S] or [B, 1, copies * T, S], added to the scores: 0 where a position
-    # sees a key, else a huge negative number; None: no mask is needed. Queries of several heads need a copy
-    # for each.
-    mask: Callable[[int], Tensor | None]
-    rotary: tuple[Tensor, Tensor]  # cos and sin, [1 or B, T, head_dim] each
-    rotations: Tensor | None  # [B * T, head_dim, head_dim] of heads; None: `rotary` rotates them
-    kernel: AttentionKernel  # FLASH masks the keys after each token itself
-    first_key: int  # S begins at this position; no token sees an earlier one
-    is_causal: bool = False  # rows have one length, and a token sees all keys up to its own
-    # Copies and key heads -> [B * heads, C, copies * T, CHUNK], see `attend_in_chunks`; None: not in chunks.
     mask_of_chunks: Callable[[int, int], Tensor] | None = None
 
-    @classmethod
-    def uniform(
-        cls, tables: AttentionTables, cache: KVCache, start: int, width: int, kind: AttentionType
-    ) -> AttentionContext:
-        """All rows have the same length, `start`."""
-        end, window = start + width, kind.window
-        cos, sin = tables.cos_sin(kind.rotation, end).narrow(1, start, width).split(1)
-        first = _first_key(start, window)
-        window = window if window is not None and end > window else None
-        # One position sees all keys, and sdpa masks the first pass of a prompt itself.
-        needs_no_mask = width == 1 or (start == 0 and window is None and tables.is_sdpa)
+    def __init__(
+        self,
+        tables: AttentionTables,
+        cache: KVCache | ScatteredCache,
+        start: int,
+        width: int,
+        kind: AttentionType,
+        splits_keys: bool = False,
+    ) -> None:
+        positions = None if isinstance(cache, KVCache) else cache.positions  # [B, T]
+        self.cache, self.rows, self.width = cache, cache.num_rows, width
+        self.is_uniform, window = positions is None, kind.window
+        end = start + width if isinstance(cache, KVCache) else cache.length
+        first = 0 if window is None else max(0, start + 1 - window)  # no token sees an earlier key
+        table = tables.cos_sin(kind.rotation, end)
+        if positions is None:
+            cos_sin = table[:, None, start:end]
+            window = window if window is not None and end > window else None
+            is_masked = width > 1 and not (start == 0 and window is None and tables.is_sdpa)
+        else:
+            cos_sin = table.index_select(1, positions.flatten()).view(2, self.rows, width, -1)
+            first, is_masked = first // ALIGNMENT * ALIGNMENT, True
+        has_kernel = self.is_uniform and (width == 1 or window is None)
+        self.kernel = tables.kernel if has_kernel else tables.kernel.with_mask
+        cos, sin = cos_sin.unbind()
+        self.window, self._first_key, self.rotary = window, first, (cos, sin)
+        self._rotations = _rotations(tables, cos, sin, self.rows)
 
         @functools.cache
         def mask(copies: int) -> Tensor | None:
-            if needs_no_mask:
+            if not is_masked:
                 return None
-            num_keys = end - first
+            own = positions
+            if own is None:
+                own = torch.arange(start, end, device=tables.device)[None]
             # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
-            last = first + round_up(num_keys, ALIGNMENT)
-            own, keys = (torch.arange(*ends, device=tables.device) for ends in ((start, end), (first, last)))
-            return causal_mask(own, keys, window, tables.dtype).repeat(copies, 1)[:, :num_keys]
-
-        kernel = tables.kernel if width == 1 or window is None else tables.kernel.with_mask
-        rows, rotary = cache.num_rows, (cos, sin)
-        rotations = _rotations(tables, rotary, rows)
-        return cls(rows, width, cache, mask, rotary, rotations, kernel, first, is_causal=window is None)
-
-    @classmethod
-    def ragged(
-        cls,
-        tables: AttentionTables,
-        cache: ScatteredCache,
-        shortest: int,
-        splits_keys: bool,
-        kind: AttentionType,
-    ) -> AttentionContext:
-        """Rows differ in length.
-
-        Args:
-            shortest: at most the first new position of every row.
-            splits_keys: attend in chunks, if the kernel is not ANY; S is a multiple of CHUNK.
-        """
-        positions, length, window = cache.positions, cache.length, kind.window
-        rows, width = positions.shape
-        cos_sin = tables.cos_sin(kind.rotation, length).index_select(1, positions.flatten())
-        cos, sin = cos_sin.view(2, rows, width, -1).unbind()
-        first = _first_key(shortest, window) // ALIGNMENT * ALIGNMENT
-
-        @functools.cache
-        def mask(copies: int) -> Tensor:
-            keys = torch.arange(first, length, device=positions.device)
-            return causal_mask(positions[:, None], keys, window, tables.dtype).repeat(1, 1, copies, 1)
+            keys = torch.arange(first, first + round_up(end - first, ALIGNMENT), device=tables.device)
+            by_row = causal_mask(own[:, None], keys, window, tables.dtype)
+            return by_row.repeat(1, 1, copies, 1)[..., : end - first]
 
         @functools.cache
         def mask_of_chunks(copies: int, heads: int) -> Tensor:
-            by_chunk = mask(copies).expand(-1, heads, -1, -1).unflatten(3, (-1, CHUNK)).transpose(2, 3)
+            all_keys = mask(copies)
+            assert all_keys is not None
+            by_chunk = all_keys.expand(-1, heads, -1, -1).unflatten(3, (-1, CHUNK)).transpose(2, 3)
             return by_chunk.flatten(0, 1)
 
-        kernel, rotary = tables.kernel.with_mask, (cos, sin)
-        rotations = _rotations(tables, rotary, rows)
-        in_chunks = mask_of_chunks if splits_keys and kernel is not AttentionKernel.ANY else None
-        return cls(rows, width, cache, mask, rotary, rotations, kernel, first, mask_of_chunks=in_chunks)
+        self.mask = mask
+        if splits_keys and self.kernel is not AttentionKernel.ANY:
+            self.mask_of_chunks = mask_of_chunks
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
         """Append to the cache; returns all keys and values that a token sees, see `KVCache.append`."""
         all_keys, all_values = self.cache.append(keys, values, layer)
-        if not self.first_key:
+        if not self._first_key:
             return all_keys, all_values
-        return all_keys[:, :, self.first_key :], all_values[:, :, self.first_key :]
+        return all_keys[:, :, self._first_key :], all_values[:, :, self._first_key :]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:
-        """As `append`, for layers of transformers: [B, kv_heads, T, head_dim] to [.., S, head_dim]."""
-        rows, heads, _width, size = keys.shape
-        new_keys, new_values = (part.transpose(1, 2).reshape(-1, heads, size) for part in (keys, values))
-        views = self.append(new_keys, new_values, layer_idx)
-        all_keys, all_values = (part.reshape(rows, heads, -1, size) for part in views)
-        return all_keys, all_values
+        """As `append`, for layers of transformers: of keys and values [B, kv_heads, T, head_dim]."""
+        new_keys, new_values = (part.transpose(1, 2).flatten(0, 1) for part in (keys, values))
+        return self.append(new_keys, new_values, layer_idx)
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
-        if self.rotations is not None:
-            return torch.bmm(heads, self.rotations)
+        if self._rotations is not None:  # a product with these is one kernel, the following are half a dozen
+            return torch.bmm(heads, self._rotations)
         cos, sin = (_by_token(table, self.rows) for table in self.rotary)
         first, second = heads.chunk(2, -1)
         return heads * cos + torch.cat((-second, first), -1) * sin
@@ -189,19 +173,13 @@ def causal_mask(own: Tensor, keys: Tensor, window: int | None, dtype: torch.dtyp
     return hidden.to(dtype) * (torch.finfo(dtype).min / 2)
 
 
-def _first_key(start: int, window: int | None) -> int:
-    """The first key that tokens from position `start` on see."""
-    return 0 if window is None else max(0, start + 1 - window)
-
-
 def _by_token(table: Tensor, rows: int) -> Tensor:
     """[1 or B, T, head_dim] -> [B * T, 1, head_dim]"""
     return table.expand(rows, -1, -1).flatten(0, 1)[:, None]
 
 
-def _rotations(tables: AttentionTables, rotary: tuple[Tensor, Tensor], rows: int) -> Tensor | None:
-    """A product with these is one kernel; rotating by cos and sin takes half a dozen."""
-    cos, sin = rotary
+def _rotations(tables: AttentionTables, cos: Tensor, sin: Tensor, rows: int) -> Tensor | None:
+    """[B * T, head_dim, head_dim] of heads; None: there are too many."""
     if rows * cos.shape[1] > _FEW_ROTATIONS:
         return None
     return torch.addcmul(tables.unit * _by_token(cos, rows), tables.rotate_half, _by_token(sin, rows))

@@ -295,7 +295,8 @@ class _Passes:
         not.
         """
         cache = ScatteredCache(self.buffers.of_layers, positions, num_keys)
-        make = partial(AttentionContext.ragged, self.tables, cache, 0, num_keys > _UNSPLIT_KEYS)
+        splits_keys = num_keys > _UNSPLIT_KEYS
+        make = partial(AttentionContext, self.tables, cache, 0, states.shape[1], splits_keys=splits_keys)
         hidden = run_through(layers, make, states.flatten(0, 1))
         states.copy_(hidden.view_as(states))  # fused layers work in place: then nothing is copied
 

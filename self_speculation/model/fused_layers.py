@@ -242,7 +242,7 @@ class FusedLayer:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
 
         Query heads that share keys become more queries of one head: no fast kernel takes grouped heads with
-        a mask. If all rows have one length, each key head of each row is a row of the kernel's batch.
+        a mask. In wide passes over rows of one length, each key head of each row is a row of its batch.
         """
         rows, width, kernel, scale = context.rows, context.width, context.kernel, self._scaling
         if width == 1:
@@ -250,19 +250,20 @@ class FusedLayer:
             return self._attend_by_group(heads, keys, values, context).reshape(rows, -1)
         if kernel is AttentionKernel.FLASH:  # it takes grouped heads
             heads = queries.view(rows, width, self._num_heads, -1).transpose(1, 2)
-            keys, values = (part.view(rows, self._kv_heads, -1, self._head_dim) for part in (keys, values))
             attended = attend(kernel, heads, keys, values, None, scale, is_causal=True)
             return attended.transpose(1, 2).reshape(rows * width, -1)
         # [B, kv_heads, groups, T, head_dim]
         grouped = queries.view(rows, width, self._kv_heads, self.groups, -1).permute(0, 2, 3, 1, 4)
-        is_wide = width > _MOST_GROUPED and keys.shape[1] == 1
-        to_past = is_wide and context.is_causal and keys.device.type == "cpu"
+        is_wide = width > _MOST_GROUPED and context.is_uniform
+        to_past = is_wide and context.window is None and keys.device.type == "cpu"
         mask = None if to_past else context.mask(1 if is_wide else self.groups)
         if is_wide or mask is None:
-            heads = grouped.reshape(keys.shape[0], self.groups, width, -1)
+            heads = grouped.flatten(0, 1)
             if self.products is not None:
                 heads, keys, values = (part.to(self.products) for part in (heads, keys, values))
-            keys, values = (shared.expand(-1, self.groups, -1, -1) for shared in (keys, values))
+            keys, values = (
+                shared.flatten(0, 1)[:, None].expand(-1, self.groups, -1, -1) for shared in (keys, values)
+            )
             if to_past:
                 attended = attend_to_past(heads, keys, values, scale)
             else:

@@ -178,7 +178,7 @@ class KVCache:
             keys, values: [B * T, kv_heads, head_dim], row by row.
 
         Returns:
-            Views of all keys and values of the layer, [B * kv_heads, 1, S, head_dim].
+            Views of all keys and values of the layer, [B, kv_heads, S, head_dim].
         """
         rows = len(self._missing)
         total, heads, size = keys.shape
@@ -195,7 +195,7 @@ class KVCache:
             keys, values = keys.view(new), values.view(new)
         all_keys.as_strided(new, new_strides, first + start * size).copy_(keys)
         all_values.as_strided(new, new_strides, first + start * size).copy_(values)
-        shape, strides = (rows * heads, 1, end, size), (of_head, of_head, size, 1)
+        shape, strides = (rows, heads, end, size), (of_row, of_head, size, 1)
         return all_keys.as_strided(shape, strides, first), all_values.as_strided(shape, strides, first)
 
     def extend(self, first: int, last: int, width: int, new_keys: Tensor | None = None) -> list[Tensor]:
@@ -280,6 +280,7 @@ class ScatteredCache:
 
     def __init__(self, buffers: Mapping[int, Pair], positions: Tensor, length: int) -> None:
         self._buffers, self.positions, self.length = buffers, positions, length
+        self.num_rows = len(positions)
         # Of row, head and position: [B, 1, 1], [kv_heads], [B, T, 1].
         self._index: tuple[Tensor, ...] = ()
 

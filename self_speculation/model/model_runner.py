@@ -76,10 +76,9 @@ class PlainLayer:
         self.module, self.linears = layer, linears
 
     def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        mask = context.mask(1)
         return self.module(
             hidden.view(context.rows, context.width, -1),
-            attention_mask=mask[None, None] if mask is not None and mask.dim() == 2 else mask,
+            attention_mask=context.mask(1),
             position_embeddings=context.rotary,
             cache=context,  # for its `update`
             use_cache=True,
@@ -198,15 +197,13 @@ class ModelRunner:
         """
         rows, width, _ = hidden.shape
         kinds, lengths = self.attention_types[first:last], cache.lengths(first)
-        make: Callable[[AttentionType], AttentionContext]
-        if cache.is_uniform:
-            make = partial(AttentionContext.uniform, self.tables, cache, lengths[0], width)
-        else:
+        way: KVCache | ScatteredCache = cache
+        if not cache.is_uniform:
             positions = cache.positions(first, width, self.device)
             cache.extend(first, last, width)
             num_keys = round_up(max(lengths) + width, ALIGNMENT)
-            scattered = ScatteredCache(cache.buffers.of_layers, positions, num_keys)
-            make = partial(AttentionContext.ragged, self.tables, scattered, min(lengths), False)
+            way = ScatteredCache(cache.buffers.of_layers, positions, num_keys)
+        make = partial(AttentionContext, self.tables, way, min(lengths), width)
         layers, states = self.layers[first:last], hidden.flatten(0, 1)  # [B * T, H]
         if self._prefills_in_bfloat16 and cache.is_prompt and len(states) >= MIN_BFLOAT16_PREFILL:
             layers = [layer.in_bfloat16() if isinstance(layer, FusedLayer) else layer for layer in layers]

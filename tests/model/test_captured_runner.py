@@ -98,7 +98,7 @@ def test_attention_in_chunks(rows, heads, width, window, monkeypatch):
     tables = make_runner(own_llama(2, fused=True)).tables
     tables.kernel = attention.AttentionKernel.EFFICIENT
     cache = ScatteredCache({}, positions, length)
-    context = AttentionContext.ragged(tables, cache, 0, True, AttentionType(window))
+    context = AttentionContext(tables, cache, 0, width, AttentionType(window), splits_keys=True)
     keys, values = torch.randn(2, rows + 1, heads, length + 50, 8)[:, :rows, :, :length].unbind()
     queries = torch.randn(rows, heads, groups * width, 8)
     expected = scaled_dot_product_attention(queries, keys, values, context.mask(groups), scale=0.3)
