@@ -29,7 +29,6 @@ from self_speculation.model.captured_runner import make_runner, run_every_pass
 from self_speculation.model.devices import ends_ranks, num_ranks
 from self_speculation.model.families import check_supported, context_length, described_context
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.linear import warn_of_fp32_precision
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
 from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint, kept_caches
 from self_speculation.model.unsupported_hooks import check_followed
@@ -133,8 +132,6 @@ class Scheduler(Generic[Key]):
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
         self._device = model.get_input_embeddings().weight.device
-        if self._device.type == "cpu":
-            warn_of_fp32_precision()
         longest, self._depth = 0, model.config.num_hidden_layers
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))

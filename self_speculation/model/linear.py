@@ -7,7 +7,6 @@ weights that are converted to the format of x for the pass.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from threading import RLock
 from typing import Any, TypeVar
@@ -221,23 +220,6 @@ class RMSNorm:
         scaled = torch.addcdiv(self._zero, hidden, norms, value=self._root)
         weight = self.weight.to(hidden.dtype)
         return scaled.addcmul_(scaled, weight) if self.is_centred else scaled.mul_(weight)
-
-
-def warn_of_fp32_precision() -> None:
-    """Warn if this process lets oneDNN round the inputs of float32 products, which it does with AMX."""
-    backends: Any = torch.backends.mkldnn
-    precision = backends.matmul.fp32_precision
-    if precision not in ("none", "ieee") and _rounds_inputs():
-        why = "torch.set_float32_matmul_precision or an fp32_precision of torch.backends"
-        warnings.warn(
-            f"float32 products round their inputs ({precision}, by {why}): texts change", stacklevel=3
-        )
-
-
-def _rounds_inputs() -> bool:
-    """Whether products of float32 matrices on the CPU are less exact than float32."""
-    fine = torch.full((64, 64), 1 + 2.0**-20)
-    return not torch.equal(torch.mm(fine, torch.eye(64)), fine)
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -18,14 +17,12 @@ from conftest import (
     in_batch,
     needs_operators,
     own_llama,
-    tiny_llama,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from self_speculation import LoadingOptions, Request, load_model_and_tokenizer, make_strategy
 from self_speculation.config import default_model
-from self_speculation.model import linear
 from self_speculation.model.attention import attend_to_past
 from self_speculation.model.fused_layers import fuse, parts_of
 from self_speculation.model.kernels import cpu_operators
@@ -191,20 +188,3 @@ def test_refusals_of_devices_and_of_fuse():
     with pytest.raises(ValueError, match="need fused weights in 16 bits"):
         fuse(model, bfloat16_prefill=True)
     assert not parts_of(model).prefills_in_bfloat16
-
-
-@pytest.mark.parametrize("rounds", [True, False])
-def test_rounded_float32_products_are_said(monkeypatch, rounds):
-    """Guards against text that changes silently, and against a warning where nothing changes."""
-    with warnings.catch_warnings(record=True) as before:
-        generate(tiny_llama(), [5, 9, 4], max_steps=2)
-    assert not before
-    monkeypatch.setattr(linear, "_rounds_inputs", lambda: rounds)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            generate(tiny_llama(), [5, 9, 4], max_steps=2)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert [("float32 products" in str(each.message)) for each in said] == [True] * rounds
