@@ -79,9 +79,9 @@ def is_captured(model: PreTrainedModel) -> bool:
 
 
 def num_captures(model: PreTrainedModel) -> int:
-    """Passes captured so far, of those that are kept now."""
+    """Captured passes that are kept now."""
     passes = peek(model, _Passes)
-    return passes.num_captured if passes else 0
+    return len(passes.replays) if passes else 0
 
 
 class CapturedRunner(ModelRunner):
@@ -175,10 +175,14 @@ def run_every_pass(
         for width in _powers(min(max_width, _PADDING))
     ]
     shapes = [(*kind, num_keys) for kind in kinds for num_keys in _lengths(num_positions)]
-    num_layers = sum(last - first for _, first, last, *_ in kinds)
-    sampled = num_rows * max(max_width for *_, max_width in passes) * captured.config.vocab_size
-    needed = num_layers * _LAYER_BYTES, sampled * _SAMPLING_BYTES
-    cache.reserve(1, captured.fitting(num_positions, longest, *needed))
+    graph_bytes = _LAYER_BYTES * sum(last - first for _, first, last, *_ in kinds)  # for one number of keys
+    logits = num_rows * max(max_width for *_, max_width in passes) * captured.config.vocab_size
+    room = _SHARE * free_memory(captured.tables.device) - logits * _SAMPLING_BYTES
+
+    def fits(number: int) -> bool:
+        return captured.bytes_of(number + _STEP) + len(_lengths(number)) * graph_bytes <= room
+
+    cache.reserve(1, next(filter(fits, range(longest, num_positions, -_STEP)), num_positions))
     with progress("capturing passes", len(shapes), "passes") as advance:
         for runner, *shape in shapes:
             assert isinstance(runner, CapturedRunner)
@@ -219,7 +223,6 @@ class _Passes:
         self.buffers, self.capacity = Buffers(devices, num_slots), 0  # positions of a row
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._like = self.tables.unit.new_empty(1, config.num_key_value_heads, head_dim)  # keys of a position
-        self.num_captured = 0
         self._drop_replays()
         self.inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # [B, T, H] states, [B, T] positions
 
@@ -228,23 +231,13 @@ class _Passes:
         193402), and an exception may keep one for long. So all go together, and the stream with them.
         """
         # By copies, first and last layer, rows, width and number of keys.
-        self._replays: dict[tuple[tuple[weakref.ref, ...], int, int, int, int, int], Callable[[], None]] = {}
+        self.replays: dict[tuple[tuple[weakref.ref, ...], int, int, int, int, int], Callable[[], None]] = {}
         self._recorder: GraphRecorder | None = None  # frees its stream first
         self._recorder = GraphRecorder(self.tables.device)
 
-    def fitting(self, least: int, most: int, graph_bytes: int, sampling_bytes: int) -> int:
-        """The most positions of a row that fit in memory, if more than `least` do.
-
-        Args:
-            graph_bytes: of the graphs that read one number of keys.
-            sampling_bytes: that sampling the tokens of a round takes.
-        """
-        room = _SHARE * free_memory(self.tables.device) - sampling_bytes
-        position = 2 * self.buffers.num_layers * self.num_slots * self._like.nbytes
-        for number in range(most, least, -_STEP):
-            if (number + _STEP) * position + len(_lengths(number)) * graph_bytes <= room:
-                return number
-        return least
+    def bytes_of(self, num_positions: int) -> int:
+        """Of keys and values of so many positions in all slots."""
+        return 2 * self.buffers.num_layers * self.num_slots * self._like.nbytes * num_positions
 
     def reserve(self, num_positions: int) -> None:
         """Make room for so many positions and padding. A larger cache ends all captured passes."""
@@ -267,8 +260,8 @@ class _Passes:
         fails, all passes are captured anew.
         """
         key = (runner.copies, first, last, rows, width, num_keys)
-        if key not in self._replays:
-            copies = {copied for copies, *_ in self._replays for copied in copies}
+        if key not in self.replays:
+            copies = {copied for copies, *_ in self.replays for copied in copies}
             if any(copied() is None for copied in copies):  # one was replaced, and its graphs are large
                 self._drop_replays()
             if (rows, width) not in self.inputs:
@@ -281,12 +274,11 @@ class _Passes:
             num_keys = min(num_keys, self.capacity)
             assert self._recorder is not None
             try:
-                self._replays[key] = self._recorder(partial(self._run, layers, states, positions, num_keys))
+                self.replays[key] = self._recorder(partial(self._run, layers, states, positions, num_keys))
             except BaseException:
                 self._drop_replays()
                 raise
-            self.num_captured += 1
-        return self._replays[key]
+        return self.replays[key]
 
     def _run(
         self, layers: Sequence[tuple[Layer, AttentionType]], states: Tensor, positions: Tensor, num_keys: int

@@ -281,7 +281,7 @@ def test_graphs_of_replaced_copies_are_dropped(monkeypatch):
             model.model.layers[0].self_attn.o_proj.weight.mul_(-1.5)
         ids_of(model, **COPY)
         passes = make_runner(model).new_cache(1, 1).passes
-        numbers.append(sum(bool(linears) for linears, *_ in passes._replays))
+        numbers.append(sum(bool(linears) for linears, *_ in passes.replays))
     assert numbers == [1] * 3
 
 
