@@ -87,8 +87,8 @@ class Linear:
         if self._joint is not None:
             product, bias = torch.mm(x, self._joint[0]), self._joint[1]
             return product if bias is None else product.add_(bias)
-        if self.is_in_few_bits or (self.is_in_place and is_multiplied_in_place(x, MAX_NARROW_TOKENS)):
-            parts = [project(x.float(), *pair) for pair in zip(self._slots, self._num_rows, strict=True)]
+        if self._is_by_operator(x, MAX_NARROW_TOKENS):
+            parts = [project(x, *pair) for pair in zip(self._slots, self._num_rows, strict=True)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
         if x.dtype == torch.bfloat16:  # a bias is added before the product is rounded
             parts = [
@@ -105,10 +105,14 @@ class Linear:
 
     def logits(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """Of a single projection, over normed states."""
-        is_read = self.is_in_few_bits and hidden.dtype == torch.float32
-        if is_read or (self.is_in_place and is_multiplied_in_place(hidden, _MOST_ROWS)):
+        if hidden.dtype == torch.float32 and self._is_by_operator(hidden, _MOST_ROWS):
             return project(hidden, self.slots(), self.shape[0], norm)
         return self(norm(hidden))
+
+    def _is_by_operator(self, x: Tensor, most: int) -> bool:
+        """Whether an operator multiplies [T, in]: of at most so many tokens, or by weights in few bits."""
+        is_narrow = self.is_in_place and x.dtype == torch.float32 and len(x) <= most
+        return self.is_in_few_bits or (is_narrow and cpu_operators().variant is not None)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden += x W^T + b"""
@@ -174,17 +178,13 @@ class Linear:
                 self.copies, self._version = {}, version
 
 
-def is_multiplied_in_place(x: Tensor, most: int) -> bool:
-    """Whether an operator multiplies up to `most` tokens [T, in] by weights where they lie."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) <= most
-    return on_cpu and cpu_operators().variant is not None
-
-
 def project(x: Tensor, slots: Sequence[Slot], rows: int, norm: RMSNorm | None = None) -> Tensor:
     """norm(x) W^T + b by our operator, for one projection with so many rows."""
     of_norm = ([], 0.0, False) if norm is None else ([norm.weight], norm.epsilon, norm.is_centred)
     weight, has_bias = tensors_in(slots), slots[-1][1] == "bias"
-    return torch.ops.self_speculation.project.default(x.contiguous(), *of_norm, weight, has_bias, rows)
+    return torch.ops.self_speculation.project.default(
+        x.float().contiguous(), *of_norm, weight, has_bias, rows
+    )
 
 
 def tensors_in(slots: Iterable[Slot]) -> list[Tensor]:
