@@ -16,7 +16,6 @@ from conftest import (
     scheduler_of,
     tiny_llama,
 )
-from cuda_graphs import decode_eagerly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batch import DRAFTS, ends_at, nan_from, raises_from
@@ -184,22 +183,12 @@ def test_two_threads_do_not_share_a_cache():
     assert [result.predicted_tokens for result in found] == [expected] * 6
 
 
-@mixed_drafts("exit 1")
 @pytest.mark.usefixtures("graphs")
-def test_captured_passes_write_to_no_cached_prefix():
-    """Guards against the padding rows of a captured pass, which wrote to every free slot."""
-    model = own_llama(2, fused=True)
+def test_a_captured_cache_that_another_generation_has_is_not_reused():
+    """Guards against an error, or its keys, in the next answer. test_captured_runner.py has padding rows."""
+    model, strategy = own_llama(2, fused=True), make_strategy("autoregressive")
     capture_decoding(model)
-    strategy, other = make_strategy("self_speculative"), [40, *STORY]
-    drafts = {"exit_layer": 1, "num_speculations": 2}
-    first = answer_of(strategy, model, STORY, 3, reuse_cache=True, **drafts)
-    answer_of(strategy, model, other, 3, reuse_cache=True, **drafts)
-    history = [*STORY, *first.predicted_tokens, 9]
-    kept = answer_of(strategy, model, history, 3, reuse_cache=True, **drafts)
-    assert kept.num_cached_tokens >= len(STORY)
-    fresh(model, other, **drafts)  # takes the passes and their cache
-    after = answer_of(strategy, model, history, 3, reuse_cache=True, **drafts)
-    assert after.num_cached_tokens == 0
-    decode_eagerly(model)
-    read = fresh(model, history, **drafts)
-    assert kept.predicted_tokens == after.predicted_tokens == read.predicted_tokens
+    first = answer_of(strategy, model, STORY, reuse_cache=True)
+    fresh(model, STORY[::-1])
+    after = answer_of(strategy, model, STORY, reuse_cache=True)
+    assert (after.num_cached_tokens, after.predicted_tokens) == (0, first.predicted_tokens)
