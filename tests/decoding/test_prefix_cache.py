@@ -98,33 +98,19 @@ def test_a_kept_prefix_survives_a_shorter_prompt(first):
     assert result.predicted_tokens == fresh(model, [*STORY, 9], eos=(), max_steps=3).predicted_tokens
 
 
-def replaced(model):
-    """Other tensors; returns how to put the former ones back."""
-    former = [(parameter, parameter.data) for parameter in model.parameters()]
-    for parameter, data in former:
-        parameter.data = data * 1.5
-    return lambda: [setattr(parameter, "data", data) for parameter, data in former]
-
-
-def doubled(model):
-    """Other numbers in place; returns how to restore them."""
-    weights = [layer.mlp.up_proj.weight.data for layer in model.model.layers]
-    for weight in weights:
-        weight.mul_(2)
-    return lambda: [weight.mul_(0.5) for weight in weights]
-
-
-@pytest.mark.parametrize("change", [replaced, doubled])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_were_others_in_between(change, dtype):
+def test_weights_that_were_others_in_between(dtype):
     """Guards against a kept runner that goes on with other weights."""
     model = own_llama().to(dtype)
     fuse(model)
     strategy = make_strategy("autoregressive")
     first = answer_of(strategy, model, STORY, reuse_cache=True)
-    restore = change(model)
+    former = [(parameter, parameter.data) for parameter in model.parameters()]
+    for parameter, data in former:
+        parameter.data = data * 1.5
     fresh(model, STORY)
-    restore()
+    for parameter, data in former:
+        parameter.data = data
     after = answer_of(strategy, model, [STORY[0], *STORY], reuse_cache=True)
     assert first.predicted_tokens == fresh(model, STORY).predicted_tokens
     assert after.predicted_tokens == fresh(model, [STORY[0], *STORY]).predicted_tokens
