@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, one_hot
-from self_speculation.drafts.policy import AdaptivePolicy, FixedPolicy
+from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.model.captured_runner import num_captures
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.kv_cache import KVCache
@@ -22,26 +22,31 @@ from self_speculation.transfers import Stopwatch, on_device
 
 
 class DraftComposer:
-    """Drafts as a policy plans: by layers, by lookups or both, or not at all.
+    """Drafts as planned: by layers, by lookups or both, or not at all.
 
     Only the sources read from the device.
 
     Args:
         model: all its ranks make the same plans.
         sources: layers have one head; of lookups a row has the longest match, the first one of equal length.
-        policy: an `AdaptivePolicy` learns from rounds.
+        policy: plans rounds and learns from them; None: a row without a match has a draft of the last source
+            that computes, and all drafts are as long as the limits.
+        confidence: ends a draft after a token whose own probability is below; None: the policy ends it.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         sources: abc.Sequence[DraftSource | LookupDrafts],
-        policy: FixedPolicy | AdaptivePolicy,
+        policy: AdaptivePolicy | None,
+        confidence: float | None = None,
     ) -> None:
         self._model, self._policy, self._vocab_size = model, policy, model.config.vocab_size
         self._sources = {source.name: source for source in sources if isinstance(source, DraftSource)}
         self._lookups = [source for source in sources if isinstance(source, LookupDrafts)]
-        self._learner = policy if isinstance(policy, AdaptivePolicy) else None
+        self._should_continue = policy.should_continue if policy else None
+        if confidence is not None:
+            self._should_continue = lambda rows: [bool(row) and row[-1] >= confidence for row in rows]
         self._stopwatch, self._num_graphs = Stopwatch(model.device), 0
 
     def draft(
@@ -49,25 +54,26 @@ class DraftComposer:
     ) -> Draft | None:
         """Draft tokens for each row, see `DraftSource.draft`; None: there are none, and nothing to learn."""
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
-        if self._learner:
-            if not any(matches) and self._learner.is_plain(limits):
-                return None
+        if self._policy is None:
+            plan = Plan([*self._sources][-1], max(limits), [*map(bool, matches)], max(limits))
+        elif not any(matches) and self._policy.is_plain(limits):
+            return None
+        else:
             self._stopwatch, self._num_graphs = Stopwatch(batch.last.device), num_captures(self._model)
-        plan = self._policy.plan(matches, limits)
+            plan = self._policy.plan(matches, limits)
         chosen = plan.lookups or [False] * len(batch)
         matches = [match if has else None for match, has in zip(matches, chosen, strict=True)]
-        drafts = []
+        draft = None
         if plan.source is not None and not all(matches):
             rows = zip(limits, matches, strict=True)
             own = [0 if match else min(limit, plan.max_drafted) for limit, match in rows]
-            layers, should_continue = self._sources[plan.source], self._policy.should_continue
-            drafts = [layers.draft(batch, cache, own, numbers, should_continue)]
+            draft = self._sources[plan.source].draft(batch, cache, own, numbers, self._should_continue)
         if any(matches):
-            drafts.append(_copied(batch, matches, plan.max_lookup, self._vocab_size))
-        draft = _join(batch, drafts)
-        if self._learner:
+            copied = _copied(batch, matches, plan.max_lookup, self._vocab_size)
+            draft = _join(batch, draft, copied) if draft and any(draft.lengths) else copied
+        if self._policy:
             self._stopwatch.split()
-        return draft
+        return draft or Draft([None] * len(batch), batch.last[:, :0], None, [0] * len(batch))
 
     def _look_up(self, sequence: Sequence, limit: int) -> Match | None:
         """The longest match, and at most `limit` tokens to draft, up to one that the model lacks or a grammar
@@ -82,11 +88,11 @@ class DraftComposer:
 
     def learn(self, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         """Learn from the outcome of the last draft; num_accepted: [B]."""
-        if self._learner:
+        if self._policy:
             seconds = broadcast_from_rank0(self._model, self._stopwatch.stop())
             # A round that captures a pass takes ten times as long.
             is_typical = num_captures(self._model) == self._num_graphs
-            self._learner.learn(draft, num_accepted, seconds if is_typical else None)
+            self._policy.learn(draft, num_accepted, seconds if is_typical else None)
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
@@ -110,28 +116,24 @@ def _copied(batch: Batch, matches: abc.Sequence[Match | None], most: int, vocab_
     return Draft(sources, tokens, q, lengths, matched=[match.matched if match else 0 for match in matches])
 
 
-def _join(batch: Batch, drafts: abc.Sequence[Draft]) -> Draft:
-    """One draft of drafts for different rows. All layers verify it, since none has processed all rows."""
-    if not drafts:
-        return Draft([None] * len(batch), batch.last[:, :0], None, [0] * len(batch))
-    drafts = [draft for draft in drafts if any(draft.lengths)] or drafts[:1]
-    if len(drafts) == 1:
-        return drafts[0]
-    width = max(draft.tokens.shape[1] for draft in drafts)
-    tokens, q = batch.last.expand(-1, width), None
-    for draft in drafts:
-        is_own = on_device(draft.lengths, tokens.device).bool()[:, None]  # [B, 1]
-        padding = width - draft.tokens.shape[1]
-        tokens = torch.where(is_own, torch.cat((draft.tokens, tokens[:, width - padding :]), 1), tokens)
-        if draft.probabilities is not None:
-            own = pad(draft.probabilities, (0, 0, 0, padding))
-            q = own if q is None else torch.where(is_own[..., None], own, q)
-    owners = [next((draft for draft in drafts if draft.lengths[row]), drafts[0]) for row in range(len(batch))]
-    rows = [*enumerate(owners)]
+def _join(batch: Batch, computed: Draft, copied: Draft) -> Draft:
+    """The copied draft in rows that have one, else the computed one. All layers verify it, since none has
+    processed all rows.
+    """
+    width = max(computed.tokens.shape[1], copied.tokens.shape[1])
+    is_copied = on_device(copied.lengths, batch.last.device).bool()[:, None]  # [B, 1]
+
+    def padded(draft: Draft) -> tuple[Tensor, Tensor | None]:
+        missing, q = width - draft.tokens.shape[1], draft.probabilities
+        tokens = torch.cat((draft.tokens, batch.last.expand(-1, missing)), 1)
+        return tokens, None if q is None else pad(q, (0, 0, 0, missing))
+
+    (own, own_q), (other, other_q) = padded(copied), padded(computed)
+    rows = [*enumerate(copied if length else computed for length in copied.lengths)]
     return Draft(
         [draft.sources[row] for row, draft in rows],
-        tokens,
-        q,
+        torch.where(is_copied, own, other),
+        None if own_q is None or other_q is None else torch.where(is_copied[..., None], own_q, other_q),
         [draft.lengths[row] for row, draft in rows],
         confidences=[draft.confidences[row] if draft.confidences else () for row, draft in rows],
         matched=[draft.matched[row] if draft.matched else 0 for row, draft in rows],

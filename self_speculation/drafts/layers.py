@@ -10,8 +10,7 @@ from torch import Tensor
 from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import SampledTokens
-from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.policy import Arm, ShouldContinue
+from self_speculation.drafts.draft import Arm, Draft, DraftSource, ShouldContinue
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
 from self_speculation.model.short_head import TextReader

@@ -1,7 +1,7 @@
-"""Plans each round: which source drafts for which row, and the most tokens.
+"""Plans each round of adaptive decoding: which source drafts for which row, and the most tokens.
 
-`FixedPolicy` drafts as it is told. `AdaptivePolicy` is a bandit over draft sources: it picks by acceptance so
-far and the time of passes. Knows nothing of models or tokens.
+`AdaptivePolicy` is a bandit over draft sources: it picks by acceptance so far and the time of passes. Knows
+nothing of models or tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from threading import RLock
 from typing import Any, NamedTuple, TypeVar
 
 from self_speculation.drafts.costs import DecayedMean, PassTimes
-from self_speculation.drafts.draft import Arm, Confidences, Draft, Match, ShouldContinue
+from self_speculation.drafts.draft import Arm, Confidences, Draft, Match
 
 T = TypeVar("T")
 
@@ -36,26 +36,6 @@ class Plan(NamedTuple):
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
-
-
-class FixedPolicy:
-    """Drafts up to the limits: by what was looked up, else by layers.
-
-    Args:
-        arms: by name of the source.
-        confidence: ends a draft after a token whose own probability is below; None: nothing does.
-    """
-
-    should_continue: ShouldContinue | None = None  # None: drafts are as long as planned
-
-    def __init__(self, arms: Mapping[str, Arm], confidence: float | None) -> None:
-        *_, self._drafting = (name for name, arm in arms.items() if arm.draft_step)
-        if confidence is not None:
-            self.should_continue = lambda rows: [bool(row) and row[-1] >= confidence for row in rows]
-
-    def plan(self, matches: Sequence[Match | None], limits: Sequence[int]) -> Plan:
-        """See `AdaptivePolicy.plan`."""
-        return Plan(self._drafting, max(limits), [match is not None for match in matches], max(limits))
 
 
 @dataclass

@@ -16,7 +16,7 @@ from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.draft import Arm, DraftSource, LookupDrafts
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import FinishedAnswers, SharedDrafts, TextDrafts, finished_answers
-from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, FixedPolicy
+from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.model_cache import cached, evict
 from self_speculation.model.model_runner import ModelRunner
@@ -120,10 +120,8 @@ def make_composer(context: DraftContext) -> DraftComposer:
     sources = [each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)]
     for source in sources:
         arms |= source.arms if isinstance(source, LookupDrafts) else {source.name: source.arm}
-    policy: FixedPolicy | AdaptivePolicy = FixedPolicy(arms, config.draft_confidence)
-    if config.is_adaptive:
-        policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context))
-    return DraftComposer(context.model, sources, policy)
+    policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context)) if config.is_adaptive else None
+    return DraftComposer(context.model, sources, policy, config.draft_confidence)
 
 
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:

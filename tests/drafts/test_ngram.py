@@ -29,9 +29,7 @@ from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts import ngram
 from self_speculation.drafts.composer import DraftComposer
-from self_speculation.drafts.draft import Arm
 from self_speculation.drafts.ngram import _LONG, FinishedAnswers, NgramIndex, SharedDrafts, TextDrafts
-from self_speculation.drafts.policy import FixedPolicy
 from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.model import experts
 
@@ -73,8 +71,7 @@ def sequence(*prompt, prediction=(), processor=None):
 
 
 def longest_match(text, *sources):
-    policy = FixedPolicy({"exit 1": Arm(lambda num_rows: 0.2)}, None)
-    return DraftComposer(tiny_llama(), sources, policy)._look_up(text, 3)
+    return DraftComposer(tiny_llama(), sources, None)._look_up(text, 3)
 
 
 def test_what_a_grammar_forbids_is_not_drafted():

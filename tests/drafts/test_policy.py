@@ -15,7 +15,7 @@ from self_speculation.drafts import costs
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.draft import Arm, Draft, Match
 from self_speculation.drafts.ngram import TextDrafts
-from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, FixedPolicy
+from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
 from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.model import model_cache
 from self_speculation.model.kernels import CPUOperators
@@ -276,14 +276,6 @@ def test_ngrams_go_before_a_copy_row_by_row():
     assert (plan.source, plan.lookups) == (COPY, [True, False, False, False])
     made_alone = play(policy(copy_takes=0.05), alone, 400, num_rows=4)
     assert speed(made, world, 4) > speed(made_alone, alone, 4) + 0.1
-
-
-def test_a_fixed_policy_takes_what_was_looked_up_first():
-    """Guards against layers that draft where a text tells what follows."""
-    plan = FixedPolicy({"exit 2": Arm(lambda num_rows: 0.2), "n-grams": Arm()}, None).plan(
-        [Match("n-grams", 2), None], [4, 1]
-    )
-    assert (plan.source, plan.lookups) == ("exit 2", [True, False])
 
 
 @pytest.mark.parametrize("sampling", [{"sample": False}, {"sample": True, "temperature": 0.9}])
