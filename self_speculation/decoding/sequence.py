@@ -30,41 +30,6 @@ class Failure(NamedTuple):
     error: Exception
 
 
-class OutputStream:
-    """Passes the tokens of one sequence to its streamer.
-
-    Args:
-        streamer: see `Request`; None: nobody listens. One with `delete` gets drafts.
-        end_ids: a draft is not shown from such a token on.
-    """
-
-    def __init__(self, streamer: Any, end_ids: abc.Collection[int]) -> None:
-        self._streamer, self._end_ids = streamer, end_ids
-        self.shows_drafts = hasattr(streamer, "delete")
-        self._num_shown = 0  # drafted tokens
-
-    def show_drafted(self, ids: abc.Sequence[int]) -> None:
-        """Stream what is new of the ids that are drafted so far."""
-        shown = [*takewhile(lambda id_: id_ not in self._end_ids, ids)]
-        if new := shown[self._num_shown :]:
-            self._streamer.put(torch.tensor(new), is_draft=True)
-        self._num_shown = len(shown)
-
-    def commit(self, tokens: abc.Sequence[int]) -> None:
-        """Delete the draft, and stream these tokens."""
-        num_shown, self._num_shown = self._num_shown, 0
-        if num_shown:
-            self._streamer.delete(num_shown, is_draft=True)
-        if tokens and self._streamer is not None:
-            self._streamer.put(torch.tensor(tokens))
-
-    def end(self) -> None:
-        """Delete a draft that is still shown, and end the stream."""
-        self.commit(())
-        if self._streamer is not None:
-            self._streamer.end()
-
-
 class Sequence:
     """Prompt and output of one request. They are on the host; see `mirrors_ids`.
 
@@ -108,7 +73,7 @@ class Sequence:
         self.num_computed = 0  # tokens of the prompt that are in it now, until the sequence joins the batch
         self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
         self.draft_stats = DraftStats() if has_drafts else None
-        self.stream = OutputStream(request.streamer, self._stopping.end_ids)
+        self._streamer, self._num_shown = request.streamer, 0  # drafted tokens that are shown
         self._processors = request.processors(config)
         self._has_grammar = any(hasattr(processor, "masked") for processor in self._processors)
         # Of each token of this round's draft: a read of a batch, and its row.
@@ -208,7 +173,11 @@ class Sequence:
     @property
     def reads_draft(self) -> bool:
         """Whether the host needs the next drafted token: for a grammar, or to show it."""
-        return self._has_grammar or self.stream.shows_drafts
+        return self._has_grammar or self._shows_drafts
+
+    @property
+    def _shows_drafts(self) -> bool:
+        return hasattr(self._streamer, "delete")
 
     def write_drafted(
         self, tokens: Tensor, row: int, position: int, reading: AsyncRead | Known | None
@@ -229,11 +198,14 @@ class Sequence:
         return [int(reading.wait()[0][row]) for reading, row in self._drafted[:count]]
 
     def show_draft(self) -> None:
-        """Stream what is drafted and not shown yet."""
-        if self._drafted and self.stream.shows_drafts:
+        """Stream what is drafted and not shown yet, up to an end id."""
+        if self._drafted and self._shows_drafts:
             ids = self._drafted_ids()  # an error of the device is not the streamer's
+            shown = [*takewhile(lambda id_: id_ not in self._stopping.end_ids, ids)]
             with self.failing_alone():
-                self.stream.show_drafted(ids)
+                if new := shown[self._num_shown :]:
+                    self._streamer.put(torch.tensor(new), is_draft=True)
+                self._num_shown = len(shown)
 
     def allowed(self, draft: list[int]) -> list[int]:
         """The first tokens of a draft, up to one that a processor with `count_allowed` forbids."""
@@ -279,13 +251,23 @@ class Sequence:
             self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=len(new))
         self._first_token_at = self._first_token_at or time.perf_counter()
         with self.failing_alone():
-            self.stream.commit(new[:-1] if self.stop_reason == "eos" else new)
+            self._stream(new[:-1] if self.stop_reason == "eos" else new)
+
+    def _stream(self, tokens: abc.Sequence[int]) -> None:
+        """Delete the draft that is shown, and stream these tokens."""
+        num_shown, self._num_shown = self._num_shown, 0
+        if num_shown:
+            self._streamer.delete(num_shown, is_draft=True)
+        if tokens and self._streamer is not None:
+            self._streamer.put(torch.tensor(tokens))
 
     def result(self) -> GenerationStrategyResult | Exception:
         """The result, or the error of its processors, criteria, streamer or logits."""
         finished = time.perf_counter()
         with self.failing_alone():
-            self.stream.end()
+            self._stream(())
+            if self._streamer is not None:
+                self._streamer.end()
         if self.error is not None:
             return self.error
         first_token_at = self._first_token_at or finished
