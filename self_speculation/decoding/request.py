@@ -74,8 +74,9 @@ class Request:
 
     def processors(self, config: GenerationConfig) -> list[Callable]:
         """All logits processors, as transformers orders them: the config's come before the request's own."""
-        own = as_list(self.logits_processors)
-        return [*config_processors(config, len(self.ids), self.logit_bias), *own]
+        bias = {(id_,): float(value) for id_, value in (self.logit_bias or {}).items()}
+        biases = [SequenceBiasLogitsProcessor(bias)] if bias else []
+        return [*biases, *config_processors(config, len(self.ids)), *as_list(self.logits_processors)]
 
 
 def as_list(values: T | Iterable[T] | None) -> list[T]:
@@ -144,15 +145,9 @@ class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
         return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
-def config_processors(
-    config: GenerationConfig, prompt_length: int, logit_bias: Mapping[int, float] | None = None
-) -> list[LogitsProcessor]:
+def config_processors(config: GenerationConfig, prompt_length: int) -> list[LogitsProcessor]:
     """In the order of transformers. They are called before those of a request."""
     processors: list[LogitsProcessor] = []
-    if logit_bias:
-        processors.append(
-            SequenceBiasLogitsProcessor({(id_,): float(bias) for id_, bias in logit_bias.items()})
-        )
     if config.repetition_penalty != 1.0:
         penalty, window = config.repetition_penalty, config.repetition_window
         recent = RecentRepetitionPenaltyLogitsProcessor
