@@ -29,13 +29,8 @@ class Plan(NamedTuple):
     max_drafted: int = 0  # the most tokens of a row
     lookups: Sequence[bool] = ()  # [B] whether a row has the draft that was looked up; empty: none has
     max_lookup: int = 0  # the most tokens of these
-    tokens: float = 1.0  # expected, of all rows
-    seconds: float = 1.0  # expected
+    rate: float = 1.0  # expected tokens of all rows per second
     is_trial: bool = False
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
 
 
 @dataclass
@@ -99,7 +94,7 @@ class AdaptivePolicy:
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
-        self._plan, self._plain = Plan(), Plan()
+        self._plan, self._plain_rate = Plan(), 1.0  # of this round; tokens per second without drafts
         # A plan without drafts holds up to a round, for these rows, this length and these times.
         self._plain_for: tuple[int, int, PassTimes] | None = None
         self._plain_until = 0
@@ -120,7 +115,8 @@ class AdaptivePolicy:
         self._drafting = {None: 0.0}
         self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
         self._verifying = stats.times.verifications(num_rows, longest + 1)
-        best = self._plain = self._best_length(None, [0.0] * num_rows, 0)
+        self._plain_rate = num_rows / self._verifying[0]
+        best = Plan(rate=self._plain_rate)
         guesses = [self._acceptance(*each[:2]).value if each else 0.0 for each in matches]
         for source in self._drafting if longest else ():
             # Rows have the draft that is more likely right.
@@ -128,7 +124,7 @@ class AdaptivePolicy:
             pairs = zip(guesses, limits, strict=True)
             chances = [max(guess, own) if limit else 0.0 for guess, limit in pairs]
             plan = self._best_length(source, chances, longest)
-            if plan.rate > max(best.rate, self._MARGIN * self._plain.rate):
+            if plan.rate > max(best.rate, self._MARGIN * self._plain_rate):
                 best = plan._replace(lookups=[guess > own for guess in guesses])
         if best.max_drafted:
             stats.used_at[best.source] = stats.num_rounds
@@ -165,7 +161,7 @@ class AdaptivePolicy:
         accepted = sum(prod(max(0.0, 1.0 - doubt * (1.0 - c)) for c in row) for row in confidences if row)
         more = self._drafting[plan.source] + self._verifying[width + 1] - self._verifying[width]
         gain = accepted * self._acceptance(plan.source, 0).value
-        return [gain > more * max(plan.rate, self._plain.rate)] * num_rows
+        return [gain > more * max(plan.rate, self._plain_rate)] * num_rows
 
     @_locked
     def learn(self, draft: Draft, accepted: Sequence[int], seconds: tuple[float, float] | None) -> None:
@@ -209,11 +205,10 @@ class AdaptivePolicy:
             stats.used_at[name] = stats.num_rounds
             lookups = is_matched if name is None else ()
             chances = [*map(float, lookups)] if name is None else [1.0] * num_rows
-            if self._best_length(name, chances, longest).rate > self._MARGIN * self._plain.rate:
+            if self._best_length(name, chances, longest).rate > self._MARGIN * self._plain_rate:
                 stats.wait = min(2 * stats.wait, _LONGEST_WAIT)
                 stats.trial_at = stats.num_rounds + stats.wait
-                seconds = self._drafting[name] + self._verifying[1]
-                return Plan(name, 1, lookups, 1, float(num_rows), seconds, is_trial=True)
+                return Plan(name, 1, lookups, 1, is_trial=True)
         stats.trial_at = stats.num_rounds + _WAIT
         return None
 
@@ -221,14 +216,15 @@ class AdaptivePolicy:
         """The best round of rows whose drafts have these chances per token."""
         longest = longest if name is None else min(longest, self._LONGEST_BY_LAYERS)
         draft_step, tokens, arrives = self._drafting[name], float(len(chances)), chances
-        best, rate = Plan(tokens=tokens, seconds=self._verifying[0]), tokens / self._verifying[0]
+        best = Plan(rate=self._plain_rate)
         for k in range(1, longest + 1):
             more = sum(arrives)
             if more < self._TOO_FEW * tokens:  # nor do longer drafts, and planning takes time
                 break
-            tokens, seconds = tokens + more, draft_step * k + self._verifying[k]
-            if tokens / seconds > rate:
-                best, rate = Plan(name, longest, (), k, tokens, seconds), tokens / seconds
+            tokens += more
+            rate = tokens / (draft_step * k + self._verifying[k])
+            if rate > best.rate:
+                best = Plan(name, longest, (), k, rate)
             arrives = [*map(mul, arrives, chances)]  # that k + 1 tokens of a row are accepted
         return best
 
