@@ -18,7 +18,6 @@ from transformers import (
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
 from self_speculation.decoding.texts import Thinking
-from self_speculation.results import StopReason
 
 T = TypeVar("T")
 
@@ -84,38 +83,6 @@ def as_list(values: T | Iterable[T] | None) -> list[T]:
     if values is None:
         return []
     return list(values) if isinstance(values, Iterable) else [values]
-
-
-class StopConditions:
-    """End ids, checks and criteria of a request, and the limits of its length.
-
-    Args:
-        config: of the request, or of its batch.
-        context: the most tokens of prompt and output.
-    """
-
-    def __init__(self, request: Request, config: GenerationConfig, context: int) -> None:
-        self.end_ids = {*as_list(request.eos_token_ids), *(config.stop_token_ids or [])}
-        self.criteria, self._checks = as_list(request.stopping_criteria), as_list(request.stop_checks)
-        self._max_steps, self._context = config.max_steps, context
-
-    def reason(self, output: Sequence[int], history: Tensor, logits: Tensor) -> StopReason | None:
-        """Why an output ends after its last token; None: it goes on.
-
-        Args:
-            history: [1, n] ids of prompt and output; only criteria read them.
-            logits: [1, V] processed logits of the last token.
-        """
-        if output[-1] in self.end_ids:
-            return "eos"
-        if any(check(output) for check in self._checks):
-            return "stop_word"
-        # One by one: only a result on a GPU has to be waited for.
-        if any(bool(torch.as_tensor(met(history, logits)).any()) for met in self.criteria):
-            return "stopping_criteria"
-        if len(output) == self._max_steps:
-            return "max_steps"
-        return "context" if history.shape[1] == self._context else None
 
 
 class RecentRepetitionPenaltyLogitsProcessor(RepetitionPenaltyLogitsProcessor):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from self_speculation.config import GenerationConfig
-from self_speculation.decoding.request import Request, StopConditions
+from self_speculation.decoding.request import Request, as_list
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
 from self_speculation.transfers import AsyncRead, Known, on_device
@@ -59,8 +59,10 @@ class Sequence:
         config = request.config or config
         self.key, self._request, self.prompt = key, request, [*request.ids]
         self.tokens: list[int] = []  # of the output, with an end id
+        self._max_steps = config.max_steps
         self.max_length = min(len(self.prompt) + config.max_steps, context)
-        self._stopping = StopConditions(request, config, context)
+        self._end_ids = {*as_list(request.eos_token_ids), *(config.stop_token_ids or [])}
+        self._criteria, self._checks = as_list(request.stopping_criteria), as_list(request.stop_checks)
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
         self._failure: Failure | None = None  # of this round
@@ -137,7 +139,7 @@ class Sequence:
         """Whether the ids of the output are also on the device, behind the prompt: processors or criteria
         read them, and processors the draft behind them.
         """
-        return bool(self._processors or self._stopping.criteria)
+        return bool(self._processors or self._criteria)
 
     def process(self, logits: Tensor, num_drafted: int, count: int) -> Tensor:
         """[n, V] logits in fp32, the first `count` of them processed, one row [1, V] at a time.
@@ -201,7 +203,7 @@ class Sequence:
         """Stream what is drafted and not shown yet, up to an end id."""
         if self._drafted and self._shows_drafts:
             ids = self._drafted_ids()  # an error of the device is not the streamer's
-            shown = [*takewhile(lambda id_: id_ not in self._stopping.end_ids, ids)]
+            shown = [*takewhile(lambda id_: id_ not in self._end_ids, ids)]
             with self.failing_alone():
                 if new := shown[self._num_shown :]:
                     self._streamer.put(torch.tensor(new), is_draft=True)
@@ -242,7 +244,7 @@ class Sequence:
                 if self.mirrors_ids and not (self._processors and i < len(tokens) - 1):
                     self._ids[0, self.length] = token
                 self.tokens.append(token)
-                reason = self._stopping.reason(self.tokens, self.history(), logits[i : i + 1])
+                reason = self._why_stopped(logits[i : i + 1])
                 self.stop_reason = self.stop_reason or reason  # a check may have cancelled this sequence
                 if self.stop_reason:
                     break
@@ -252,6 +254,19 @@ class Sequence:
         self._first_token_at = self._first_token_at or time.perf_counter()
         with self.failing_alone():
             self._stream(new[:-1] if self.stop_reason == "eos" else new)
+
+    def _why_stopped(self, logits: Tensor) -> StopReason | None:
+        """Why the output ends after its last token, of processed logits [1, V]; None: it goes on."""
+        if self.tokens[-1] in self._end_ids:
+            return "eos"
+        if any(check(self.tokens) for check in self._checks):
+            return "stop_word"
+        # One by one: only a result on a GPU has to be waited for.
+        if any(bool(torch.as_tensor(met(self.history(), logits)).any()) for met in self._criteria):
+            return "stopping_criteria"
+        if self.length < self.max_length:
+            return None
+        return "max_steps" if len(self.tokens) == self._max_steps else "context"
 
     def _stream(self, tokens: abc.Sequence[int]) -> None:
         """Delete the draft that is shown, and stream these tokens."""
