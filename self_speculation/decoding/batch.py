@@ -162,7 +162,7 @@ class Batch:
         Returns:
             [B, n, V], in fp32 when there are processors.
         """
-        if not any(sequence.has_processors for sequence in self.sequences):
+        if not any(sequence.processors for sequence in self.sequences):
             return logits
         counts = [logits.shape[1]] * len(self) if counts is None else counts
         rows = zip(self.sequences, logits.unbind(), counts, strict=True)
@@ -190,7 +190,7 @@ class Batch:
         reading = AsyncRead([logits.amax(-1), tokens])
         self.commit_unread()
         self.last, self._unread = tokens[:, None], (reading, logits)
-        go_on = (sequence.remaining > 1 and not sequence.has_processors for sequence in self.sequences)
+        go_on = (sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)
         if not (reads_late(self.last.device) and all(go_on)):
             self.commit_unread()
 

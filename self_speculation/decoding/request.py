@@ -65,12 +65,6 @@ class Request:
         assert not isinstance(self.prompt, str), "a strategy takes token ids"
         return self.prompt
 
-    @property
-    def predicted_ids(self) -> Sequence[int]:
-        """The tokenized prediction."""
-        assert not isinstance(self.prediction, str), "a strategy takes token ids"
-        return self.prediction or ()
-
     def processors(self, config: GenerationConfig) -> list[Callable]:
         """All logits processors, as transformers orders them: the config's come before the request's own."""
         bias = {(id_,): float(value) for id_, value in (self.logit_bias or {}).items()}

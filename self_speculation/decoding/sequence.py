@@ -31,7 +31,8 @@ class Failure(NamedTuple):
 
 
 class Sequence:
-    """Prompt and output of one request. They are on the host; see `mirrors_ids`.
+    """Prompt and output of one request. They are on the host. If processors or criteria read them, the ids of
+    the output are also on the device, behind the prompt, and for processors the draft behind them.
 
     Args:
         request: in token ids. Its own config overrides `config`, that of the batch.
@@ -76,8 +77,8 @@ class Sequence:
         self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
         self.draft_stats = DraftStats() if has_drafts else None
         self._streamer, self._num_shown = request.streamer, 0  # drafted tokens that are shown
-        self._processors = request.processors(config)
-        self._has_grammar = any(hasattr(processor, "masked") for processor in self._processors)
+        self.processors = request.processors(config)
+        self._has_grammar = any(hasattr(processor, "masked") for processor in self.processors)
         # Of each token of this round's draft: a read of a batch, and its row.
         self._drafted: list[tuple[AsyncRead | Known, int]] = []
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
@@ -86,7 +87,9 @@ class Sequence:
     @property
     def prediction(self) -> abc.Sequence[int]:
         """The ids that the output is expected to resemble."""
-        return self._request.predicted_ids
+        prediction = self._request.prediction or ()
+        assert not isinstance(prediction, str), "a strategy takes token ids"
+        return prediction
 
     @property
     def remaining(self) -> int:
@@ -130,17 +133,6 @@ class Sequence:
         """[1, prompt + output + draft] ids. Only the prompt is valid without processors and criteria."""
         return self._ids[:, : self.length + num_drafted]
 
-    @property
-    def has_processors(self) -> bool:
-        return bool(self._processors)
-
-    @property
-    def mirrors_ids(self) -> bool:
-        """Whether the ids of the output are also on the device, behind the prompt: processors or criteria
-        read them, and processors the draft behind them.
-        """
-        return bool(self._processors or self._criteria)
-
     def process(self, logits: Tensor, num_drafted: int, count: int) -> Tensor:
         """[n, V] logits in fp32, the first `count` of them processed, one row [1, V] at a time.
 
@@ -148,7 +140,7 @@ class Sequence:
         unprocessed, and the round has a `Failure`.
         """
         logits = logits.float()
-        if not self._processors or not count:
+        if not self.processors or not count:
             return logits
         self._failure = None  # of a draft: verification processes its positions again
         processed = logits.clone()  # processors may change what they are given
@@ -161,7 +153,7 @@ class Sequence:
         return processed
 
     def _process_row(self, scores: Tensor, drafted: list[int], num_drafted: int) -> Tensor:
-        for processor in self._processors:
+        for processor in self.processors:
             if hasattr(processor, "masked"):
                 scores = processor.masked([*self.tokens, *drafted], scores)
             else:
@@ -190,7 +182,7 @@ class Sequence:
             tokens: [B] of a batch, whose `row` this sequence is.
             reading: of these tokens; None: nobody needs it.
         """
-        if self._processors:
+        if self.processors:
             self._ids[0, self.length + position] = tokens[row]
         if reading is not None:
             self._drafted.append((reading, row))
@@ -211,7 +203,7 @@ class Sequence:
 
     def allowed(self, draft: list[int]) -> list[int]:
         """The first tokens of a draft, up to one that a processor with `count_allowed` forbids."""
-        for processor in self._processors:
+        for processor in self.processors:
             if draft and hasattr(processor, "count_allowed"):
                 draft = draft[: processor.count_allowed(self.tokens, draft)]
         return draft
@@ -241,7 +233,7 @@ class Sequence:
                     self.error = failure.error
                     break
                 # Accepted tokens are there already if processors have read them.
-                if self.mirrors_ids and not (self._processors and i < len(tokens) - 1):
+                if (self._criteria and not self.processors) or (self.processors and i == len(tokens) - 1):
                     self._ids[0, self.length] = token
                 self.tokens.append(token)
                 reason = self._why_stopped(logits[i : i + 1])
