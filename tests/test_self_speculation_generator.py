@@ -280,6 +280,7 @@ def test_early_exit_is_the_truncated_model():
     ("strategy", "settings", "message"),
     [
         ("self_speculative", (4, 2), "exit_layer 4: must be between 1 and 3, the model has 4 layers"),
+        ("self_speculative", (5, 2, "int4"), "exit_layer 5: must be between 1 and 4"),
         ("autoregressive", (4, -1), r"exit_layer 4: .*-1 is full depth"),
         ("self_speculative", (-1, -1), "exit_layer: self_speculative needs one between 1 and the last but"),
         ("self_speculative", (2, -1), "num_speculations: self_speculative needs at least 1"),
@@ -289,6 +290,7 @@ def test_invalid_exit_layers_and_draft_lengths(strategy, settings, message):
     """Guards against settings that run another number of layers without a word. The strategy object overrides
     the name in the config.
     """
-    config = GenerationConfig(exit_layer=settings[0], num_speculations=settings[1])
+    names = ("exit_layer", "num_speculations", "draft_weights")
+    config = GenerationConfig(**dict(zip(names, settings, strict=False)))
     with pytest.raises(ValueError, match=message):
         make_strategy(strategy).generate_token_ids(tiny_llama(), PROMPT, [], config)

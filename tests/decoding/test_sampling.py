@@ -105,17 +105,6 @@ def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, min_p
         assert_close(got.sort(-1).values, wanted.sort(-1).values)
 
 
-@pytest.mark.parametrize("is_draft", [False, True])
-def test_tokens_come_with_the_distribution_that_they_were_drawn_from(is_draft):
-    """Guards against drafts that verification takes for samples of another distribution."""
-    number = torch.tensor([0.5], dtype=torch.float64)
-    for sampler in (Sampler(True, 0.5, 3, 0.9, 0.1), Sampler(True, 1.0, 0, 0.95)):
-        for logits in (torch.tensor([[4.0, 3.0, 2.0, 0.0]]), torch.arange(1000.0)[None] / 1000):
-            sampled = sampler(logits, number, is_draft)
-            assert sampled.probabilities.equal(sampler.probabilities(logits, is_draft))
-            assert sampled.tokens.equal(draw(sampled.probabilities, number))
-
-
 class Sorts(TorchDispatchMode):
     """Counts rows that are sorted as a whole."""
 
@@ -258,13 +247,6 @@ def test_logits_without_a_distribution(drafts, value, other, first):
         ids_of(tiny_llama(), [5, 6], sample=True, **shared)
     tokens = ids_of(tiny_llama(), [5, 6], **shared)
     assert set(tokens[first - 2 :]) == {7 if value > 0 else 0}
-
-
-def test_no_confidence_without_a_distribution():
-    """Guards against NaN in statistics of drafts, where all ids of a short head are forbidden."""
-    nothing = torch.full((1, 5), -torch.inf)
-    sampler = Sampler(sample=False)
-    assert sampler.confidence(sampler(nothing), nothing).tolist() == [0.0]
 
 
 def test_the_penalties_of_openai():

@@ -64,11 +64,6 @@ def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, monke
     assert ahead.num_drafted < 5 * ahead.num_verifications - sum(range(5))
 
 
-def test_a_copy_has_no_more_layers_than_the_model():
-    with pytest.raises(ValueError, match="exit_layer 5: must be between 1 and 4"):
-        generate(tiny_llama(fused=True), PROMPT, exit_layer=5, num_speculations=2, draft_weights="int4")
-
-
 @pytest.mark.parametrize("q", [None, torch.ones(2, 1, 9)])
 def test_a_sampled_draft_needs_its_distribution(q):
     """Guards against drafted tokens that are accepted whatever they are."""

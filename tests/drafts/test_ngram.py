@@ -99,15 +99,6 @@ def found_in(text, k=2, longest=4, least=2):
     return drafts.find(begun, k)
 
 
-def test_an_output_is_indexed_once():
-    """Guards against tokens that are indexed again in each round."""
-    drafts, text = TextDrafts(2, 1), sequence(7, 1, 2)
-    for token in (3, 9, 1, 2):
-        text.tokens.append(token)
-        match = drafts.find(text, 2)
-        assert (match[1:] if match else (0, [])) == by_scanning(text.ids, 2, 2)
-
-
 def test_a_match_goes_on_beyond_the_longest_ngram():
     """Guards against the last of many lines that begin alike, in place of the next one."""
     line = [1, 2, 3, 4, 5]
