@@ -10,6 +10,7 @@ import torch
 from conftest import (
     ADAPTIVE,
     LAYERS,
+    Recorder,
     drained,
     generator_of,
     ids_of,
@@ -20,7 +21,7 @@ from conftest import (
     tiny_llama,
 )
 from helpers import watch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import MaxLengthCriteria
 
@@ -87,11 +88,53 @@ OWN = st.fixed_dictionaries(
     },
 )
 TEXT = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
-ROW = st.tuples(
-    st.lists(st.integers(3, 40), min_size=1, max_size=12) | st.integers(4, 12).map(lambda n: TEXT[:n]),
-    st.none() | OWN,
-    st.none() | st.integers(1, 9),
-    st.sampled_from([True, True, False]),
+
+
+def raises_from(length):
+    """A processor that raises where a history has so many ids."""
+
+    def process(ids, logits):
+        if ids.shape[1] >= length:
+            raise KeyError("its own")
+        return logits
+
+    return process
+
+
+def fails_from(length):
+    """A stopping criterion that raises where a history has so many ids, and is never met before."""
+    process = raises_from(length)
+    return lambda ids, logits: process(ids, logits) is None
+
+
+def meddles(how, part):
+    """A processor that, after some histories, raises, returns NaN or leaves one token."""
+
+    def process(ids, logits):
+        chance = int(ids.sum())
+        if chance % 7 != part:
+            return logits
+        if how == "raises":
+            raise KeyError(how)
+        if how == "NaN":
+            return logits * torch.nan
+        return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([chance % 50]), 1.0)
+
+    return process
+
+
+MEDDLES = st.builds(meddles, st.sampled_from(["raises", "NaN", "one"]), st.integers(0, 6))
+CRITERIA = st.builds(MaxLengthCriteria, st.integers(2, 20)) | st.builds(fails_from, st.integers(2, 16))
+ROW = st.fixed_dictionaries(
+    {
+        "prompt": st.lists(st.integers(3, 40), min_size=1, max_size=12)
+        | st.integers(4, 12).map(lambda n: TEXT[:n]),
+        "own": st.none() | OWN,
+        "processors": st.just([]) | st.just([]) | st.lists(MEDDLES, max_size=2),
+        "criterion": st.none() | st.none() | CRITERIA,
+        "puts": st.sampled_from([99, 99, 99, 0, 1, 5]),  # of the streamer, before it raises
+        "drafts": st.sampled_from([True, True, False]),
+    }
 )
 
 
@@ -110,6 +153,22 @@ ROW = st.tuples(
     late=st.booleans(),
     cancelled=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 6)),
 )
+@example(  # n-grams that are accepted
+    rows=[
+        {"prompt": PROMPTS[2], "own": None, "processors": [], "criterion": None, "puts": 99, "drafts": True}
+    ],
+    batch_size=1,
+    budget=None,
+    config={"max_steps": 24, "reuse_cache": False},
+    drafts={**LAYERS, "prompt_lookup": 1},
+    ends=[],
+    sample=False,
+    agreement="loops",
+    fused=False,
+    context=256,
+    late=False,
+    cancelled=None,
+)
 @settings(max_examples=120)
 def test_every_row_is_as_if_alone(
     rows, batch_size, budget, config, drafts, ends, sample, agreement, fused, context, late, cancelled
@@ -119,46 +178,54 @@ def test_every_row_is_as_if_alone(
     position, and against a cached prefix that another row overwrites. Rows are replaced in every order, and
     one is cancelled: guards against keys that stay behind, and a token that it still gets, or others lose. On
     a GPU tokens are read late: guards against a pass too many that shows.
+
+    Rows fail: guards against an error that reaches another row, also that of a streamer, against a drafted
+    token that ends or changes an output because processors raise or change logits there, against an output
+    that goes on where draft and target are both NaN, and against a streamer that does not show all tokens
+    before an error.
     """
     is_adaptive = drafts == ADAPTIVE  # whose drafts and draws depend on time
-    requests = [
-        Request(
-            prompt,
-            eos_token_ids=ends,
-            stopping_criteria=[MaxLengthCriteria(len(prompt) + at)] if at else None,
-            seed=index,
-            drafts=drafts_here,
-            config=own and GenerationConfig(**(own | ({"sample": False} if is_adaptive else {}))),
-        )
-        for index, (prompt, own, at, drafts_here) in enumerate(rows)
-    ]
     model = tiny_llama(agreement=agreement, fused=fused, max_position_embeddings=context)
-    config |= {"sample": sample and not is_adaptive, **drafts}
+    config |= {"sample": sample and not is_adaptive}
+
+    def request(index, puts):
+        row = rows[index]
+        own = row["own"] and GenerationConfig(**row["own"] | ({"sample": False} if is_adaptive else {}))
+        calls = row["processors"], row["criterion"], Recorder(puts)
+        return Request(
+            row["prompt"], *calls, seed=index, eos_token_ids=ends, config=own, drafts=row["drafts"]
+        )
+
+    requests = [request(index, row["puts"]) for index, row in enumerate(rows)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "reads_late", lambda device: late)
-        results = together(model, requests, batch_size, budget, cancelled, **config)
+        results = together(model, requests, batch_size, budget, cancelled, **config, **drafts)
     assert sorted(results) == list(range(len(requests)))
-    for index, request in enumerate(requests):
-        alone, mine = in_batch(model, [request], 1, **config)[0], results[index]
-        if cancelled and cancelled[1] == index and mine.stop_reason == "cancelled":
-            assert mine.predicted_tokens == alone.predicted_tokens[: len(mine.predicted_tokens)]
+    for index, mine in results.items():
+        own = requests[index]
+        if own.streamer.has_raised:
+            assert isinstance(mine, KeyError)
             continue
-        assert mine.predicted_tokens == alone.predicted_tokens
-        assert (mine.stop_reason, mine.end_token_id) == (alone.stop_reason, alone.end_token_id)
-        if not is_adaptive:
-            assert mine.draft_stats == alone.draft_stats
-        assert request.drafts or not mine.num_drafted
-
-
-def raises_from(length):
-    """A processor that raises where a history has so many ids."""
-
-    def process(ids, logits):
-        if ids.shape[1] >= length:
-            raise KeyError("its own")
-        return logits
-
-    return process
+        is_sampled = own.config.sample if own.config else config["sample"]
+        plainly = (
+            [{}] if not is_sampled and drafts.keys() & {"num_speculations", "generation_strategy"} else []
+        )
+        for how in (drafts, *plainly):
+            other = request(index, puts=99)
+            alone, decided = in_batch(model, [other], 1, **config, **how)[0], other.streamer.decided
+            if not isinstance(mine, Exception) and mine.stop_reason == "cancelled":
+                assert cancelled[1] == index
+                assert own.streamer.decided == mine.predicted_tokens == decided[: len(mine.predicted_tokens)]
+                continue
+            assert (own.streamer.decided, own.streamer.drafts) == (decided, [])
+            assert type(mine) is type(alone)
+            if isinstance(mine, Exception):
+                continue
+            assert mine.predicted_tokens == decided
+            assert (mine.stop_reason, mine.end_token_id) == (alone.stop_reason, alone.end_token_id)
+            assert own.drafts or not mine.num_drafted
+            if how == drafts != ADAPTIVE:
+                assert mine.draft_stats == alone.draft_stats
 
 
 def nan_from(length):
@@ -363,21 +430,6 @@ def test_a_callback_may_cancel(callback, budget, drafts):
     assert found["stays"].predicted_tokens == expected["stays"]
     assert found["cancels"].predicted_tokens == expected["cancels"][:1]
     assert scheduler.num_free_slots == 3
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_a_row_is_cancelled_between_two_rounds(late, monkeypatch):
-    """Guards against tokens of a pass that a GPU still computes, which go to other rows, or to none."""
-    monkeypatch.setattr(batch, "reads_late", lambda device: late)
-    model, keys = tiny_llama(), range(3)
-    scheduler = scheduler_of(model, 3, max_steps=12)
-    for key in keys:
-        scheduler.add_request(key, Request(PROMPTS[key]))
-    for _ in range(3):
-        scheduler.step()
-    scheduler.cancel({0})
-    found, alone = drained(scheduler), tokens_alone(model, PROMPTS[:3], max_steps=12)
-    assert [found[key].predicted_tokens for key in keys] == [alone[0][: 3 + (not late)], *alone[1:]]
 
 
 def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
