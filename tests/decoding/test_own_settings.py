@@ -45,3 +45,17 @@ def test_the_first_error_of_a_round_counts():
     assert (sequence.tokens, type(sequence.result())) == ([7], KeyError)
     sequence.check([0.0])
     assert sequence.is_damaged
+
+
+def test_an_error_of_a_draft_alone_does_not_count():
+    """Guards against an error for logits of an early exit, in a round whose verification has none."""
+
+    def process(_, logits):
+        if logits.any():
+            raise KeyError
+        return logits
+
+    sequence = Sequence(Request([5, 6], process), GenerationConfig(max_steps=9), 99, torch.device("cpu"))
+    sequence.process(torch.ones(1, 50), 0, 1)
+    sequence.commit([7, 8], sequence.process(torch.zeros(2, 50), 0, 2), num_drafted=1)
+    assert (sequence.tokens, sequence.error) == ([7, 8], None)
