@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, one_hot
+from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, ShouldContinue, one_hot
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.model.captured_runner import num_captures
 from self_speculation.model.devices import broadcast_from_rank0
@@ -44,7 +44,7 @@ class DraftComposer:
         self._model, self._policy, self._vocab_size = model, policy, model.config.vocab_size
         self._sources = {source.name: source for source in sources if isinstance(source, DraftSource)}
         self._lookups = [source for source in sources if isinstance(source, LookupDrafts)]
-        self._should_continue = policy.should_continue if policy else None
+        self._should_continue: ShouldContinue | None = policy.should_continue if policy else None
         if confidence is not None:
             self._should_continue = lambda rows: [bool(row) and row[-1] >= confidence for row in rows]
         self._stopwatch, self._num_graphs = Stopwatch(model.device), 0

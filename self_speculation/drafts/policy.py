@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from math import prod
 from operator import mul
 from threading import RLock
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from self_speculation.drafts.costs import DecayedMean, PassTimes
 from self_speculation.drafts.draft import Arm, Confidences, Draft, Match
-
-T = TypeVar("T")
 
 _WAIT, _LONGEST_WAIT = 8, 128  # rounds between two trials
 
@@ -60,17 +57,6 @@ class ArmStats:
         return self._times.setdefault(self.num_threads(), PassTimes(self.relative_pass_cost))
 
 
-def _locked(method: Callable[..., T]) -> Callable[..., T]:
-    """Let one thread at a time read and write the statistics."""
-
-    @wraps(method)
-    def locked(self: AdaptivePolicy, *args: Any) -> T:
-        with self._stats.lock:
-            return method(self, *args)
-
-    return locked
-
-
 class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
@@ -81,7 +67,7 @@ class AdaptivePolicy:
     Args:
         arms: by name of the source.
         longest: the most tokens of a draft.
-        stats: of the model.
+        stats: of the model. One thread at a time reads or writes them.
     """
 
     # Expected speed of drafts over that of plain steps, at least: it is an estimate.
@@ -102,7 +88,6 @@ class AdaptivePolicy:
         self._drafting: dict[str | None, float] = {}
         self._verifying: Sequence[float] = ()
 
-    @_locked
     def plan(self, matches: Sequence[Match | None], limits: Sequence[int]) -> Plan:
         """Plan one round.
 
@@ -110,60 +95,60 @@ class AdaptivePolicy:
             matches: [B] drafts that were looked up; None: none.
             limits: [B] the most tokens to draft.
         """
-        stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
-        stats.num_rounds += 1
-        self._drafting = {None: 0.0}
-        self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
-        self._verifying = stats.times.verifications(num_rows, longest + 1)
-        self._plain_rate = num_rows / self._verifying[0]
-        best = Plan(rate=self._plain_rate)
-        guesses = [self._acceptance(*each[:2]).value if each else 0.0 for each in matches]
-        for source in self._drafting if longest else ():
-            # Rows have the draft that is more likely right.
-            own = 0.0 if source is None else self._acceptance(source, 0).value
-            pairs = zip(guesses, limits, strict=True)
-            chances = [max(guess, own) if limit else 0.0 for guess, limit in pairs]
-            plan = self._best_length(source, chances, longest)
-            if plan.rate > max(best.rate, self._MARGIN * self._plain_rate):
-                best = plan._replace(lookups=[guess > own for guess in guesses])
-        if best.max_drafted:
-            stats.used_at[best.source] = stats.num_rounds
-        elif not any(matches):
-            self._plain_for = (num_rows, longest, stats.times)
-            self._plain_until = stats.num_rounds + _WAIT
-        self._plan = best
-        if longest and stats.num_rounds >= stats.trial_at:
-            self._plan = self._trial(best, [guess > 0.0 for guess in guesses], longest) or best
-        return self._plan
+        with self._stats.lock:
+            stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
+            stats.num_rounds += 1
+            self._drafting = {None: 0.0}
+            self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
+            self._verifying = stats.times.verifications(num_rows, longest + 1)
+            self._plain_rate = num_rows / self._verifying[0]
+            best = Plan(rate=self._plain_rate)
+            guesses = [self._acceptance(*each[:2]).value if each else 0.0 for each in matches]
+            for source in self._drafting if longest else ():
+                # Rows have the draft that is more likely right.
+                own = 0.0 if source is None else self._acceptance(source, 0).value
+                pairs = zip(guesses, limits, strict=True)
+                chances = [max(guess, own) if limit else 0.0 for guess, limit in pairs]
+                plan = self._best_length(source, chances, longest)
+                if plan.rate > max(best.rate, self._MARGIN * self._plain_rate):
+                    best = plan._replace(lookups=[guess > own for guess in guesses])
+            if best.max_drafted:
+                stats.used_at[best.source] = stats.num_rounds
+            elif not any(matches):
+                self._plain_for = (num_rows, longest, stats.times)
+                self._plain_until = stats.num_rounds + _WAIT
+            self._plan = best
+            if longest and stats.num_rounds >= stats.trial_at:
+                self._plan = self._trial(best, [guess > 0.0 for guess in guesses], longest) or best
+            return self._plan
 
-    @_locked
     def is_plain(self, limits: Sequence[int]) -> bool:
         """Whether the last plan holds: no drafts. Nothing was looked up."""
-        stats = self._stats
-        plain_for, until = self._plain_for, min(self._plain_until, stats.trial_at)
-        holds = plain_for == (len(limits), min(max(limits), self._longest), stats.times)
-        holds = holds and stats.num_rounds + 1 < until
-        stats.num_rounds += holds
-        return holds
+        with self._stats.lock:
+            stats = self._stats
+            plain_for, until = self._plain_for, min(self._plain_until, stats.trial_at)
+            holds = plain_for == (len(limits), min(max(limits), self._longest), stats.times)
+            holds = holds and stats.num_rounds + 1 < until
+            stats.num_rounds += holds
+            return holds
 
-    @_locked
     def should_continue(self, confidences: Confidences) -> list[bool]:
         """[B] whether to draft another token: the rows of a batch end together.
 
         Args:
             confidences: [B] probabilities of the tokens drafted so far.
         """
-        plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
-        if plan.is_trial:
-            return [width < plan.max_drafted] * num_rows
-        assert plan.source is not None, "nothing drafts"
-        doubt = self._overconfidence(plan.source).value
-        accepted = sum(prod(max(0.0, 1.0 - doubt * (1.0 - c)) for c in row) for row in confidences if row)
-        more = self._drafting[plan.source] + self._verifying[width + 1] - self._verifying[width]
-        gain = accepted * self._acceptance(plan.source, 0).value
-        return [gain > more * max(plan.rate, self._plain_rate)] * num_rows
+        with self._stats.lock:
+            plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
+            if plan.is_trial:
+                return [width < plan.max_drafted] * num_rows
+            assert plan.source is not None, "nothing drafts"
+            doubt = self._overconfidence(plan.source).value
+            accepted = sum(prod(max(0.0, 1.0 - doubt * (1.0 - c)) for c in row) for row in confidences if row)
+            more = self._drafting[plan.source] + self._verifying[width + 1] - self._verifying[width]
+            gain = accepted * self._acceptance(plan.source, 0).value
+            return [gain > more * max(plan.rate, self._plain_rate)] * num_rows
 
-    @_locked
     def learn(self, draft: Draft, accepted: Sequence[int], seconds: tuple[float, float] | None) -> None:
         """Learn from the outcome of a round.
 
@@ -171,29 +156,30 @@ class AdaptivePolicy:
             accepted: [B] tokens of each row.
             seconds: of drafting and of verifying; None: they are not typical.
         """
-        stats, plan, drafted = self._stats, self._plan, draft.lengths
-        if plan.is_trial and sum(accepted) == sum(drafted):  # try it again soon
-            stats.wait, stats.trial_at = _WAIT, stats.num_rounds + _WAIT
-            stats.used_at[plan.source] = 0
-        for row, source in enumerate(draft.sources):
-            if source is None:
-                continue
-            matched = draft.matched[row] if draft.matched else 0
-            probabilities = draft.confidences[row] if draft.confidences else ()
-            for i in range(min(accepted[row] + 1, drafted[row])):
-                is_right = i < accepted[row]
-                self._acceptance(source, matched).add(float(is_right))
-                if probabilities:
-                    doubt = max(1e-3, 1.0 - probabilities[i])
-                    self._overconfidence(source).add((not is_right) / doubt, weight=doubt)
-        if seconds is None:
-            return
-        times, num_rows, (draft_seconds, verify_seconds) = stats.times, len(drafted), seconds
-        pairs = zip(drafted, draft.sources, strict=True)
-        own = max((length for length, source in pairs if source == plan.source), default=0)
-        if own and plan.source is not None:
-            times.add_draft(plan.source, num_rows, draft_seconds / own, self._draft_steps[plan.source])
-        times.add_verification(num_rows, max(drafted), verify_seconds)
+        with self._stats.lock:
+            stats, plan, drafted = self._stats, self._plan, draft.lengths
+            if plan.is_trial and sum(accepted) == sum(drafted):  # try it again soon
+                stats.wait, stats.trial_at = _WAIT, stats.num_rounds + _WAIT
+                stats.used_at[plan.source] = 0
+            for row, source in enumerate(draft.sources):
+                if source is None:
+                    continue
+                matched = draft.matched[row] if draft.matched else 0
+                probabilities = draft.confidences[row] if draft.confidences else ()
+                for i in range(min(accepted[row] + 1, drafted[row])):
+                    is_right = i < accepted[row]
+                    self._acceptance(source, matched).add(float(is_right))
+                    if probabilities:
+                        doubt = max(1e-3, 1.0 - probabilities[i])
+                        self._overconfidence(source).add((not is_right) / doubt, weight=doubt)
+            if seconds is None:
+                return
+            times, num_rows, (draft_seconds, verify_seconds) = stats.times, len(drafted), seconds
+            pairs = zip(drafted, draft.sources, strict=True)
+            own = max((length for length, source in pairs if source == plan.source), default=0)
+            if own and plan.source is not None:
+                times.add_draft(plan.source, num_rows, draft_seconds / own, self._draft_steps[plan.source])
+            times.add_verification(num_rows, max(drafted), verify_seconds)
 
     def _trial(self, best: Plan, is_matched: Sequence[bool], longest: int) -> Plan | None:
         """A trial, with one token, of the source that was used longest ago, of those that would pay if whole
