@@ -80,11 +80,6 @@ class DraftContext:
         return ShortHead(self.runner, number, grows=self.config.draft_vocabulary is None)
 
     @cached_property
-    def text_reader(self) -> TextReader | None:
-        """Shared by all exits; None: their head has all ids."""
-        return None if self.short_head is None else TextReader(self.short_head)
-
-    @cached_property
     def drafter(self) -> ModelRunner:
         """Runs the layers that draft and their head. Shared by all exits.
 
@@ -127,6 +122,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
     weights, num_layers = context.draft_weights, len(context.runner.layers)
     grows = relative_pass_cost(context.runner, weights)
+    reader = TextReader(context.short_head) if context.short_head else None
 
     def draft_step(layer: int) -> Callable[[int], float]:
         ratio = draft_ratio(context.model, layer, weights, context.draft_vocabulary)
@@ -136,7 +132,7 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
         arm = Arm(draft_step(layer), weight=1.0)  # one good trial is enough
         if is_whole := layer == num_layers:
             arm = replace(arm, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
-        yield LayerDrafts(context.drafter, layer, weights, arm, is_whole, context.text_reader)
+        yield LayerDrafts(context.drafter, layer, weights, arm, is_whole, reader)
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:
