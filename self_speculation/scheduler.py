@@ -13,6 +13,7 @@ from collections import abc, deque
 from collections.abc import Container, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -132,6 +133,7 @@ class Scheduler(Generic[Key]):
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
         self._device = model.get_input_embeddings().weight.device
+        self._without_autocast = partial(torch.autocast, self._device.type, enabled=False)  # the caller's
         longest, self._depth = 0, model.config.num_hidden_layers
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
@@ -329,7 +331,3 @@ class Scheduler(Generic[Key]):
         """The most positions that any sequence can reach."""
         sequences = (*self.batch.sequences, *self._waiting)
         return max(sequence.max_length for sequence in sequences) + self.batch.longest_draft
-
-    def _without_autocast(self) -> torch.autocast:
-        """Disable the caller's autocast."""
-        return torch.autocast(self._device.type, enabled=False)
