@@ -143,12 +143,8 @@ def test_empty_prompts_and_rates(answer, text_model, byte_tokenizer):
 def test_one_callable_or_a_list(extra):
     """Guards against `'function' object is not iterable`, and against a call of transformers' lists."""
     processor, criterion = SuppressTokensLogitsProcessor([7, 9]), lambda ids, scores: ids.shape[1] >= 9
-
-    def ids(**own):
-        return ids_of(tiny_llama(), [5, 6, 7], **extra, **own)
-
     one, lists, theirs = (
-        ids(logits_processors=processors, stopping_criteria=criteria)
+        ids_of(tiny_llama(), [5, 6, 7], logits_processors=processors, stopping_criteria=criteria, **extra)
         for processors, criteria in (
             (processor, criterion),
             ([processor], [criterion]),
@@ -157,8 +153,8 @@ def test_one_callable_or_a_list(extra):
     )
     assert one == lists == theirs
     assert len(one) == 6
-    free = ids()
-    assert ids(eos=free[4]) == free[: free.index(free[4])]
+    free = ids_of(tiny_llama(), [5, 6, 7], **extra)
+    assert ids_of(tiny_llama(), [5, 6, 7], eos=free[4], **extra) == free[: free.index(free[4])]
 
 
 def test_a_long_word_is_compared_with_the_text_alone():
