@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, takewhile
+from itertools import chain, groupby, takewhile
 from operator import eq, itemgetter
 from typing import NamedTuple, TextIO
 
@@ -222,84 +222,61 @@ def _kind(cell: Cell) -> str:
 
 class _Screen:
     """Decided text on a terminal, and drafts after it that can be replaced. A word that the edge would divide
-    begins a line.
+    begins a row.
 
-    To erase drafts, the cursor goes back to the last decided word and draws it again: a draft may move it or
-    be an accent on it, and the cursor cannot be put after a character at the edge.
+    To erase drafts, the cursor goes back to the row in which the decided text ends, and draws this row again:
+    a draft may move its last word or be an accent on it.
     """
 
     def __init__(self, file: TextIO, is_colored: bool) -> None:
         self._file, self._is_colored = file, is_colored
-        self._column = 0  # of what can be drawn again
-        self._kept: list[Cell] = []  # the last decided word; if it is longer than a line, its last character
-        self._is_end = False  # it is such a character: its word has begun a line
+        self._kept: list[Cell] = []  # decided text from the start of a row on
         self._drawn: list[Cell] = []  # it and the drafts, with line breaks
+        self._num_below = 0  # rows below the first one of these
 
     def show(self, decided: list[Cell], drafts: list[Cell]) -> None:
         """Append decided cells and replace the drafts."""
         width, height = shutil.get_terminal_size()
-        cells, end = [*self._kept, *decided, *drafts], len(self._kept) + len(decided)
-        while True:
-            drawn, word, start = self._with_breaks(cells, end, width)
-            positions = self._positions(drawn, width)
-            if len(cells) == end or positions[-1][0] <= height - 2:
-                break
-            cells.pop()  # lost lines cannot be erased
-        unchanged = len(self._drawn)
+        cells = [*self._kept, *decided]
+        kept, rows = _rows(cells, width), _rows([*cells, *drafts], width)
+        # An accent at the start of a row may change the row above.
+        last = max((i for i, row in enumerate(kept) if row and _kind(row[0]) != "z"), default=0)
+        if len(rows) - last >= height:  # lost rows cannot be erased
+            rows = kept
+        drawn, unchanged = [*chain(*rows)], len(self._drawn)
         if drawn[:unchanged] != self._drawn:
-            unchanged, row = 0, self._positions(self._drawn, width)[-1][0]
-            back = (f"\x1b[{row}A" if row else "") + (f"\x1b[{self._column}C" if self._column else "")
-            self._file.write(f"\r{back}\x1b[J")
+            unchanged = 0
+            up = f"\x1b[{self._num_below}A" if self._num_below else ""
+            self._file.write(f"\r{up}\x1b[J")
         for (style, is_thinking), run in groupby(drawn[unchanged:], key=itemgetter(1, 2)):
             self._file.write(self.colored(_text(run), style, is_thinking))
         self._file.flush()
-        is_long = sum(map(_width, cells[word:end])) > width
-        if is_long:
-            last = max(i for i in range(word, end) if _width(cells[i]) and cells[i].char != " ")
-            start += last - word + (drawn[start].char == "\n")
-            word = last
-        self._is_end = is_long or (self._is_end and word == 0)
-        self._kept, self._drawn, self._column = cells[word:end], drawn[start:], positions[start][1]
-
-    def _with_breaks(self, cells: list[Cell], end: int, width: int) -> tuple[list[Cell], int, int]:
-        """Break lines before words and in place of spaces.
-
-        Returns:
-            The cells with line breaks. Of the last word that begins before `end`, its place in the given
-            cells, and in the returned ones that from which it can be drawn again.
-        """
-        drawn: list[Cell] = []
-        column, word, start = self._column, 0, 0
-        for match in _WORDS.finditer("".join(map(_kind, cells))):
-            begin, own = match.start(), cells[match.start() : match.end()]
-            if match[0] == "\n" or (match[0][0] == " " and column == width):
-                drawn += [own[0]._replace(char="\n"), *own[1:]]
-                column = 0
-                continue
-            again, size = len(drawn), sum(map(_width, own))
-            is_divided = match[0][0] == "a" and column + size > width
-            if is_divided and column > 0 and not (self._is_end and begin == 0):
-                drawn.append(own[0]._replace(char="\n"))
-                again += column == width  # the cursor cannot be put there again
-                column = 0
-            drawn += own
-            column = self._positions(own, width, column)[-1][1]
-            if begin < end and match[0] != "z":
-                word, start = begin, again
-        return drawn, word, start
+        self._kept, self._drawn = ([*chain(*each[last:])] for each in (kept, rows))
+        self._num_below = len(rows) - 1 - last
 
     def colored(self, text: str, style: str, is_thinking: bool = False) -> str:
         color = (_COLORS[style] + _DIM * is_thinking) if self._is_colored else ""
         return f"{color}{text}{_RESET}" if color else text
 
-    def _positions(self, cells: list[Cell], width: int, column: int | None = None) -> list[tuple[int, int]]:
-        """(row, column) of each cell, and of the cursor after the last; column `width` after a full line."""
-        row, column = 0, self._column if column is None else column
-        positions = []
-        for cell in cells:
-            advance = _width(cell)
-            if column + advance > width:
-                row, column = row + 1, 0
-            positions.append((row, column))
-            row, column = (row + 1, 0) if cell.char == "\n" else (row, column + advance)
-        return [*positions, (row, column)]
+
+def _rows(cells: list[Cell], width: int) -> list[list[Cell]]:
+    """Rows of a terminal, with line breaks before words and in place of spaces. The terminal itself divides a
+    word that is longer than a row.
+    """
+    rows, column = [list[Cell]()], 0
+    for match in _WORDS.finditer("".join(map(_kind, cells))):
+        word = cells[match.start() : match.end()]
+        line_break = word[0]._replace(char="\n")
+        is_divided = 0 < column and column + sum(map(_width, word)) > width
+        if is_divided and match[0][0] == " ":
+            word[0] = line_break
+        elif is_divided and match[0][0] == "a":
+            word = [line_break, *word]
+        for cell in word:
+            if column + _width(cell) > width:
+                rows, column = [*rows, []], 0
+            rows[-1].append(cell)
+            column += _width(cell)
+            if cell.char == "\n":
+                rows, column = [*rows, []], 0
+    return rows
