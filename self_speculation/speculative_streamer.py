@@ -50,6 +50,7 @@ class StandardTextStreamer:
         file: standard output by default.
         end_with: printed after the answer.
         prompt: the ids before the answer; they tell how its first token reads.
+        non_blocking, skip_prompt: ignored; scripts for the paper's code base pass them.
         thinking: how outputs think.
     """
 
@@ -60,6 +61,8 @@ class StandardTextStreamer:
         file: TextIO | None = None,
         end_with: str = "\n",
         prompt: Sequence[int] = (),
+        non_blocking: bool = False,  # noqa: ARG002
+        skip_prompt: bool = False,  # noqa: ARG002
         thinking: Thinking | None = None,
     ) -> None:
         self._tokenizer, self._thinking = tokenizer, thinking
@@ -67,14 +70,13 @@ class StandardTextStreamer:
         self._file = file or sys.stdout
         self._end_with = end_with
         self._on_terminal = self._file.isatty() and os.environ.get("TERM") != "dumb"
-        self._is_colored = "NO_COLOR" not in os.environ
         self._begin(prompt)
 
     def _begin(self, prompt: Sequence[int] = ()) -> None:
         self._text = Detokenizer(self._tokenizer, prompt)
         self._splitter = Splitter(self._thinking)
         self._was_thinking = False  # in what was shown last
-        self._screen = _Screen(self._file, self._is_colored)
+        self._screen = _Screen(self._file)
         self._held: list[Cell] = []  # decided, but is a stop word or may become one
         self._drafts: list[int] = []
         self._verified: list[int] = []  # deleted drafts; the next decided ids are compared with them
@@ -149,23 +151,7 @@ class SpeculativeTextStreamer(StandardTextStreamer):
     On a terminal drafted tokens are yellow. Accepted ones turn green, rejected ones vanish, and the full
     model's own tokens have the terminal's colour. A file gets decided text only. The environment variable
     `NO_COLOR` turns colours off.
-
-    Args:
-        non_blocking, skip_prompt: ignored; scripts for the paper's code base pass them.
     """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_words: Iterable[str] | None = None,
-        file: TextIO | None = None,
-        end_with: str = "\n",
-        prompt: Sequence[int] = (),
-        non_blocking: bool = False,  # noqa: ARG002
-        skip_prompt: bool = False,  # noqa: ARG002
-        thinking: Thinking | None = None,
-    ) -> None:
-        super().__init__(tokenizer, stop_words, file, end_with, prompt, thinking)
 
     def put(self, ids: Iterable[int], is_draft: bool = False) -> None:
         """Show decided tokens, or drafted ones after them."""
@@ -228,8 +214,8 @@ class _Screen:
     a draft may move its last word or be an accent on it.
     """
 
-    def __init__(self, file: TextIO, is_colored: bool) -> None:
-        self._file, self._is_colored = file, is_colored
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._is_colored = file, "NO_COLOR" not in os.environ
         self._kept: list[Cell] = []  # decided text from the start of a row on
         self._drawn: list[Cell] = []  # it and the drafts, with line breaks
         self._num_below = 0  # rows below the first one of these
@@ -267,7 +253,7 @@ def _rows(cells: list[Cell], width: int) -> list[list[Cell]]:
     for match in _WORDS.finditer("".join(map(_kind, cells))):
         word = cells[match.start() : match.end()]
         line_break = word[0]._replace(char="\n")
-        is_divided = 0 < column and column + sum(map(_width, word)) > width
+        is_divided = column > 0 and column + sum(map(_width, word)) > width
         if is_divided and match[0][0] == " ":
             word[0] = line_break
         elif is_divided and match[0][0] == "a":
