@@ -46,16 +46,12 @@ def load_texts(args: TrainingDataArguments) -> tuple[Texts, Texts]:
     Raises:
         DataError: there are no such files or dataset, or it lacks the columns.
     """
-    rows = _read(args)
-    share = args.eval_fraction
-    parts = {
-        name: rows.filter(_is_in_part, fn_kwargs={"share": share, "held_out": name == "evaluation"})
-        for name in ("training", "evaluation")
-    }
-    for name, part in parts.items():
+    rows, share = _read(args), args.eval_fraction
+    parts = [rows.filter(_is_in_part, fn_kwargs={"share": share, "held_out": out}) for out in (False, True)]
+    for name, part in zip(("training", "evaluation"), parts, strict=True):
         if not is_stream(part) and not len(part):
             raise DataError(f"--eval_fraction {share}: leaves nothing of {len(rows)} texts for {name}")
-    return parts["training"], parts["evaluation"]
+    return parts[0], parts[1]
 
 
 def _is_in_part(row: dict[str, str], share: float, held_out: bool) -> bool:

@@ -25,7 +25,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalPrediction
 
 from data import one_line
 from runs.failures import Failed
@@ -200,8 +200,8 @@ class EarlyExitTrainer(Trainer):
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds)
-            self._restart_clock()
         super().log(logs, *args, **kwargs)
+        self._restart_clock()  # also after an evaluation
 
     def _restart_clock(self) -> None:
         self._since, self._tokens = time.perf_counter(), 0
@@ -221,16 +221,10 @@ class EarlyExitTrainer(Trainer):
         except (Exception, CheckpointException) as error:  # torch raises more than OSError
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            cause: BaseException = error
-            if isinstance(error, CheckpointException):  # of shards: errors by rank
-                cause, _ = next(iter(error.failures.values()))
-            raise Failed(f"cannot write {folder}: {one_line(cause)}") from error
+            # Of shards: errors by rank.
+            causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+            raise Failed(f"cannot write {folder}: {one_line(causes[0])}") from error
         self._restart_clock()
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, **kwargs)
-        self._restart_clock()
-        return output
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
