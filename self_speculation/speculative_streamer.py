@@ -224,11 +224,11 @@ class _Screen:
         """Append decided cells and replace the drafts."""
         width, height = shutil.get_terminal_size()
         cells = [*self._kept, *decided]
-        kept, rows = _rows(cells, width), _rows([*cells, *drafts], width)
+        kept = _rows(cells, width)
         # An accent at the start of a row may change the row above.
         last = max((i for i, row in enumerate(kept) if row and _kind(row[0]) != "z"), default=0)
-        if len(rows) - last >= height:  # lost rows cannot be erased
-            rows = kept
+        while len(rows := _rows([*cells, *drafts], width)) - last >= height and drafts:
+            drafts = drafts[:-1]  # lost rows cannot be erased
         drawn, unchanged = [*chain(*rows)], len(self._drawn)
         if drawn[:unchanged] != self._drawn:
             unchanged = 0

@@ -131,18 +131,20 @@ def wrapped(text, width):
 
 
 def test_words_are_not_divided_at_the_edge(byte_tokenizer):
-    """Guards against words that break at the edge, and a draft that moves a word for good."""
-    terminal = Terminal(10, 5)
+    """Guards against words that break at the edge, a draft that moves a word for good, and one that is taller
+    than the terminal.
+    """
+    terminal, encode = Terminal(10, 5), byte_tokenizer.encode
     streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
-    streamer.put(byte_tokenizer.encode("one two th"))
-    assert terminal.shown() == "one two th"
-    for id_ in byte_tokenizer.encode("umb"):
-        streamer.put([id_], is_draft=True)
-    assert terminal.shown() == "one two\nthumb"
-    streamer.delete(3, is_draft=True)
-    streamer.put(byte_tokenizer.encode(" ree"))
+    streamer.put(encode("zero\none two th"))
+    for draft, shown in (("\n" * 9, "zero\none two th"), ("umb", "zero\none two\nthumb")):
+        for id_ in encode(draft):
+            streamer.put([id_], is_draft=True)
+        assert terminal.shown() == shown
+        streamer.delete(len(encode(draft)), is_draft=True)
+    streamer.put(encode(" ree"))
     streamer.end()
-    assert terminal.shown() == "one two th\nree"
+    assert terminal.shown() == "zero\none two th\nree"
 
 
 @pytest.mark.parametrize("kind", ["added", "spelled"])
