@@ -194,18 +194,6 @@ def _printed(cells: Iterable[Cell]) -> list[Cell]:
     return [cell._replace(char=char) for cell in cells for char in cell.char.translate(_PRINTED)]
 
 
-def _width(cell: Cell) -> int:
-    """Columns that it takes."""
-    return max(0, wcwidth(cell.char))
-
-
-def _kind(cell: Cell) -> str:
-    """A letter of `_WORDS`."""
-    if cell.char in " \n":
-        return cell.char
-    return "zaw"[_width(cell)]
-
-
 class _Screen:
     """Decided text on a terminal, and drafts after it that can be replaced. A word that the edge would divide
     begins a row.
@@ -224,11 +212,11 @@ class _Screen:
         """Append decided cells and replace the drafts."""
         width, height = shutil.get_terminal_size()
         cells = [*self._kept, *decided]
-        kept = _rows(cells, width)
+        rows = kept = _rows(cells, width)
         # An accent at the start of a row may change the row above.
-        last = max((i for i, row in enumerate(kept) if row and _kind(row[0]) != "z"), default=0)
-        while len(rows := _rows([*cells, *drafts], width)) - last >= height and drafts:
-            drafts = drafts[:-1]  # lost rows cannot be erased
+        last = max((i for i, row in enumerate(kept) if row and wcwidth(row[0].char)), default=0)
+        while drafts and len(rows := _rows([*cells, *drafts], width)) - last >= height:
+            drafts, rows = drafts[:-1], kept  # lost rows cannot be erased
         drawn, unchanged = [*chain(*rows)], len(self._drawn)
         if drawn[:unchanged] != self._drawn:
             unchanged = 0
@@ -250,19 +238,22 @@ def _rows(cells: list[Cell], width: int) -> list[list[Cell]]:
     word that is longer than a row.
     """
     rows, column = [list[Cell]()], 0
-    for match in _WORDS.finditer("".join(map(_kind, cells))):
-        word = cells[match.start() : match.end()]
-        line_break = word[0]._replace(char="\n")
-        is_divided = column > 0 and column + sum(map(_width, word)) > width
-        if is_divided and match[0][0] == " ":
-            word[0] = line_break
-        elif is_divided and match[0][0] == "a":
-            word = [line_break, *word]
-        for cell in word:
-            if column + _width(cell) > width:
-                rows, column = [*rows, []], 0
+    columns = [max(0, wcwidth(cell.char)) for cell in cells]
+    kinds = (
+        cell.char if cell.char in " \n" else "zaw"[size] for cell, size in zip(cells, columns, strict=True)
+    )
+    for match in _WORDS.finditer("".join(kinds)):
+        (start, end), kind = match.span(), match[0][0]
+        is_divided = column > 0 and column + sum(columns[start:end]) > width
+        if kind == "\n" or (is_divided and kind in "a "):
+            rows[-1].append(cells[start]._replace(char="\n"))
+            rows.append([])
+            column = 0
+            start += kind != "a"
+        for cell, size in zip(cells[start:end], columns[start:end], strict=True):
+            if column + size > width:
+                rows.append([])
+                column = 0
             rows[-1].append(cell)
-            column += _width(cell)
-            if cell.char == "\n":
-                rows, column = [*rows, []], 0
+            column += size
     return rows
