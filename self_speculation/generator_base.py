@@ -228,10 +228,8 @@ class HuggingfaceLlamaGenerator:
         words = StopWords(self.tokenizer, config.stop_words or [], ids, request.thinking)
         is_read = words.words or request.thinking is not None
         stop_checks = [*([words] if is_read else []), *as_list(request.stop_checks)]
-        processors, ends = (
-            as_list(request.logits_processors),
-            [*self.eos_token_ids, *as_list(request.eos_token_ids)],
-        )
+        processors = as_list(request.logits_processors)
+        ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
         if (grammar := request.grammar) is not None:
             if request.thinking is not None:
                 all_ends = [*ends, *(config.stop_token_ids or [])]

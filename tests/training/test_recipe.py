@@ -182,16 +182,3 @@ def test_scores_count_labels_only(attention):
     assert scores[:, 3].tolist() == [3 * 6 - 2] * 4
     assert scores[-1, 2] == 3 * 6 - 2  # the last layer agrees with itself
     assert_close(scores[-1, 0] / scores[-1, 3], model(ids, labels=labels).loss)
-
-
-def test_distillation_teaches_the_exits_only():
-    """Guards against a gradient of the target: layers above the exits learn the labels only."""
-    model = tiny_llama(vocab_size=48)
-    ids, labels = batch()
-    ids, labels = ids % 48, labels.clamp(max=47)
-
-    def gradient(weights, **more):
-        loss = early_exit_loss(model, ids, labels, weights, **more)
-        return torch.autograd.grad(loss, model.model.layers[-1].mlp.up_proj.weight)[0]
-
-    assert_close(gradient({1: 0.5, 2: 0.5, 4: 1.0}, distill=True), gradient({4: 1.0}))
