@@ -99,19 +99,13 @@ def test_family(model_type):
     pieces_match_the_whole(family(model_type))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_heads_and_attention(tied, kv_heads, attention):
-    """Guards against keys of another group of heads, and against an untied head."""
-    model = family("llama", attention, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    pieces_match_the_whole(model)
-
-
 @pytest.mark.parametrize(
     "config",
     [
+        {"attention": "eager", "num_key_value_heads": 1},
+        {"attention": "eager"},
+        {"num_key_value_heads": 4},
+        {"tie_word_embeddings": True},
         {"attention_bias": True, "mlp_bias": True},
         {"rms_norm_eps": 0.5},
         {"rope_type": "linear", "factor": 2.0},
@@ -120,15 +114,18 @@ def test_heads_and_attention(tied, kv_heads, attention):
          "original_max_position_embeddings": 32},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     ],
-    ids=lambda config: config.get("rope_type", next(iter(config))),
+    ids=lambda config: config.get("rope_type", "-".join(config)),
 )  # fmt: skip
-def test_biases_norms_and_scaled_rotary_embeddings(config):
-    """Guards against biases or an epsilon that are left out, and against a table of rotations that differs
-    from those of each pass.
+def test_heads_biases_norms_and_scaled_rotary_embeddings(config):
+    """Guards against keys of another group of heads, an untied head, biases or an epsilon that are left out,
+    and a table of rotations that differs from those of each pass.
     """
     if "rope_type" in config:
         config = {"rope_parameters": {"rope_theta": 10000.0, **config}}
-    pieces_match_the_whole(family("llama", **config))
+    model = family("llama", **config)
+    tied = config.get("tie_word_embeddings", False)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    pieces_match_the_whole(model)
 
 
 def test_longrope_ends_at_its_original_context():
