@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
 from benchmarks.peers import LOOKUP, PEERS, TRANSFORMERS, find_peer, of_transformers
-from benchmarks.sides import ADAPTIVE, COPY, PLAIN, SPECULATIVE, ours, ratios, side, strategies
+from benchmarks.sides import ADAPTIVE, COPY, PLAIN, SPECULATIVE, ours, side, strategies
 from benchmarks.workloads import NAMES, workloads
 from data import one_line
 from measures import metrics
@@ -249,13 +249,14 @@ def row_of(records: Sequence[Record], name: str, names: Sequence[str]) -> Record
     """The figures of one side."""
     prefix = f"{name}: "
     speed, stats = metrics.speed(records, prefix), metrics.draft_stats(records, prefix)
-    over = ratios(records, name, TRANSFORMERS) if TRANSFORMERS in names else ()
-    decode = _spread("decode_tokens/s", metrics.rates(records, prefix, decode=True))
+    over = metrics.ratios(records, prefix, f"{TRANSFORMERS}: ") if TRANSFORMERS in names else ()
+    over_plain = metrics.ratios(records, prefix, f"{PLAIN}: ", decode=True)
     same = [record[f"{prefix}tokens"] == record[f"{PLAIN}: tokens"] for record in records]
     return {
         "side": name,
-        **_spread("ratio", over), **_spread("ratio_to_plain", ratios(records, name, PLAIN, decode=True)),
-        **_spread("tokens/s", metrics.rates(records, prefix)), **decode,
+        **_spread("ratio", over), **_spread("ratio_to_plain", over_plain),
+        **_spread("tokens/s", metrics.rates(records, prefix)),
+        **_spread("decode_tokens/s", metrics.rates(records, prefix, decode=True)),
         "tokens/s_of_sums": speed["tokens_per_second"], "first_ms": speed["time_to_first_token_ms"],
         "tokens_per_verification": stats.mean_accepted_length,
         "acceptance": None if name == LOOKUP else stats.acceptance_rate,

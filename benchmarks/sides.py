@@ -1,15 +1,11 @@
-"""The sides of a comparison on one loaded model: our strategies by name, and what records say of a side."""
+"""The sides of a comparison on one loaded model: our strategies by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy
-
-from measures import metrics
 from measures.timed_runs import TimedSide
-from runs.records import Record
 from self_speculation import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator, make_strategy
 
 PLAIN, SPECULATIVE, COPY, ADAPTIVE = "without drafts", "self-speculative", "4-bit copy", "adaptive"
@@ -42,10 +38,3 @@ def side(
 def ours(generator: HuggingfaceLlamaGenerator, configs: Mapping[str, GenerationConfig]) -> list[TimedSide]:
     """The strategies of these settings."""
     return [side(name, generator, make_strategy(c.generation_strategy), c) for name, c in configs.items()]
-
-
-def ratios(records: Sequence[Record], name: str, other: str, decode: bool = False) -> numpy.ndarray:
-    """Speed-up of one side over another in each window where both have tokens."""
-    with numpy.errstate(invalid="ignore"):  # two empty answers
-        found = metrics.rates(records, f"{name}: ", decode) / metrics.rates(records, f"{other}: ", decode)
-    return found[numpy.isfinite(found)]

@@ -118,7 +118,7 @@ class Benchmark(Experiment):
         """Write and draw the speed of each strategy."""
         rows = []
         for prefix, *_ in self._sides:
-            low, high = metrics.median_interval(metrics.rates(records, prefix).tolist()) or (None, None)
+            low, high = metrics.median_interval(metrics.rates(records, prefix)) or (None, None)
             rows.append({"strategy": _NAMES[prefix], **summary[f"{prefix}speed"], "low": low, "high": high})
         table = pandas.DataFrame(rows).set_index("strategy")
         run.replace("benchmark.csv", table.to_csv())

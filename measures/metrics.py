@@ -5,10 +5,10 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy
+import pandas
 import torch
 
 from runs.records import Record
@@ -26,7 +26,7 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     num_tokens = [each["num_tokens"] for each in own]
     decode = [each["num_decode_tokens"] / each["decode_time"] for each in own if each["num_decode_tokens"]]
     first = [turn["prefill_time"] for each in own for turn in each.get("turns", [each])]
-    total_time = float(_sums(records, "rank", prefix)[1].max())
+    total_time = float(_sums(records, "rank", prefix, "wall_time").max())
     return {
         "tokens_per_second": sum(num_tokens) / total_time,
         "tokens_per_second_median": float(numpy.median(rates(records, prefix))),
@@ -44,19 +44,24 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
     Both answer a window one right after the other, so a busy machine slows down both. Sampled outputs differ
     in length, so times alone do not compare. Windows without tokens are left out. `speedup_interval` is the
     90 % confidence interval of the median. `decode_speedup` leaves out the first token of each completion; it
-    is None for batches, whose decode times overlap. `baseline` is the prefix of the other strategy's fields.
+    is None for batches. `baseline` is the prefix of the other strategy's fields.
     """
-    ratios, totals = _ratios(records, baseline, "num_tokens", "wall_time")
-    decode, _ = _ratios(records, baseline, "num_decode_tokens", "decode_time")
+    speedups, decode = (ratios(records, "", baseline, each) for each in (False, True))
+    ours, theirs = (_sums(records, "window", prefix, "num_tokens", "wall_time") for prefix in ("", baseline))
+    both = (ours[0] > 0) & (theirs[0] > 0)
+    totals = None
+    if both.any():
+        tokens, seconds = ours[:, both].sum(1) / theirs[:, both].sum(1)
+        totals = float(tokens / seconds)
     is_single = all(record["batch_size"] == 1 for record in records)
     return {
-        "speedup": statistics.median(ratios) if ratios else None,
-        "speedup_quartiles": numpy.percentile(ratios, (25, 50, 75)).tolist() if ratios else [],
-        "speedup_interval": median_interval(ratios),
+        "speedup": float(numpy.median(speedups)) if len(speedups) else None,
+        "speedup_quartiles": numpy.percentile(speedups, (25, 50, 75)).tolist() if len(speedups) else [],
+        "speedup_interval": median_interval(speedups),
         "speedup_of_totals": totals,
-        "speedup_faster": sum(ratio > 1 for ratio in ratios),
-        "speedup_windows": len(ratios),
-        "decode_speedup": statistics.median(decode) if decode and is_single else None,
+        "speedup_faster": int((speedups > 1).sum()),
+        "speedup_windows": len(speedups),
+        "decode_speedup": float(numpy.median(decode)) if len(decode) and is_single else None,
         "identical_outputs": sum(record["tokens"] == record[f"{baseline}tokens"] for record in records),
     }
 
@@ -66,35 +71,27 @@ def without_prefix(record: Record, prefix: str) -> Record:
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
 
 
-def _sums(
-    records: Sequence[Record], by: str, prefix: str, tokens: str = "num_tokens", seconds: str = "wall_time"
-) -> numpy.ndarray:
-    """[2, n] sums of tokens and of seconds for each value of the records' field `by`."""
-    sums: dict[int, numpy.ndarray] = defaultdict(lambda: numpy.zeros(2))
-    for record in records:
-        sums[record[by]] += record[f"{prefix}{tokens}"], record[f"{prefix}{seconds}"]
-    return numpy.stack([*sums.values()], axis=1)
+def _sums(records: Sequence[Record], by: str, prefix: str, *names: str) -> numpy.ndarray:
+    """[len(names), n] sums of these fields for each value of the field `by`."""
+    rows = ((record[by], *(record[f"{prefix}{name}"] for name in names)) for record in records)
+    return pandas.DataFrame(rows).groupby(0, sort=False).sum().to_numpy().T
 
 
 def rates(records: Sequence[Record], prefix: str, decode: bool = False) -> numpy.ndarray:
     """[n] tokens per second of each window; `decode`: of those after the first, NaN if there are none."""
     if not decode:
-        tokens, seconds = _sums(records, "window", prefix)
+        tokens, seconds = _sums(records, "window", prefix, "num_tokens", "wall_time")
         return tokens / seconds
-    tokens, seconds = _sums(records, "window", prefix, "num_decode_tokens")
-    seconds = seconds - _sums(records, "window", prefix, "num_decode_tokens", "prefill_time")[1]
-    return numpy.where(tokens > 0, tokens, numpy.nan) / seconds
+    of = ("num_decode_tokens", "wall_time", "prefill_time")
+    tokens, seconds, prefill = _sums(records, "window", prefix, *of)
+    return numpy.where(tokens > 0, tokens, numpy.nan) / (seconds - prefill)
 
 
-def _ratios(records: Sequence[Record], baseline: str, *of: str) -> tuple[list[float], float | None]:
-    """Ratios of the two rates: of each window in which both gave tokens, and of totals."""
-    ours, theirs = (_sums(records, "window", prefix, *of) for prefix in ("", baseline))
-    both = (ours[0] > 0) & (theirs[0] > 0)
-    if not both.any():
-        return [], None
-    ours, theirs = ours[:, both], theirs[:, both]
-    (tokens, seconds), totals = ours / theirs, ours.sum(1) / theirs.sum(1)
-    return (tokens / seconds).tolist(), float(totals[0] / totals[1])
+def ratios(records: Sequence[Record], prefix: str, baseline: str, decode: bool = False) -> numpy.ndarray:
+    """[n] the ratio of the rates of two strategies, in each window in which both gave tokens."""
+    ours, theirs = (rates(records, each, decode) for each in (prefix, baseline))
+    both = (ours > 0) & (theirs > 0)
+    return ours[both] / theirs[both]
 
 
 def draft_stats(records: Sequence[Record], prefix: str = "") -> DraftStats:
@@ -123,7 +120,7 @@ def acceptance(records: Sequence[Record]) -> Record:
     }
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+def median_interval(values: numpy.ndarray) -> tuple[float, float] | None:
     """The 90 % confidence interval of the median; None for fewer than five values."""
     from scipy.stats import quantile_test  # takes a second to import
 

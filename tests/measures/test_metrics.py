@@ -84,8 +84,8 @@ def compared(ours, theirs, num_tokens=(100,), baseline_tokens=None, **fields):
     """The speed-up of records with these wall times and numbers of tokens, and the remarks about it."""
     pairs = zip(ours, theirs, itertools.cycle(num_tokens), itertools.cycle(baseline_tokens or num_tokens))
     records = [
-        record(window=i, num_tokens=n, wall_time=a)
-        | {f"base_{name}": value for name, value in record(num_tokens=m, wall_time=b).items()}
+        record(window=i, num_tokens=n, wall_time=a, prefill_time=0.5)
+        | {f"base_{k}": v for k, v in record(num_tokens=m, wall_time=b, prefill_time=0.5).items()}
         | fields
         for i, (a, b, n, m) in enumerate(pairs)
     ]
@@ -100,10 +100,10 @@ def test_speedup_is_the_median_ratio_of_rates():
     assert result["speedup"] == pytest.approx(2.8)
     assert result["speedup_of_totals"] == pytest.approx(2 * (9 * 1.4 + 30) / 10)
     assert (result["speedup_faster"], result["speedup_windows"], result["identical_outputs"]) == (10, 10, 10)
-    assert result["decode_speedup"] is None  # decode times of a batch overlap
+    assert result["decode_speedup"] is None
     assert said == ["a few slow or long windows dominate the speed-up of totals"]
-    decode = {"base_num_decode_tokens": 9, "base_decode_time": 9.0, "tokens": [2]}
-    result, _ = compared([1.0], [1.0], **decode)
+    # Half a second of each goes to the first token.
+    result, _ = compared([2.5], [9.5], base_num_decode_tokens=9, tokens=[2])
     assert (result["decode_speedup"], result["identical_outputs"]) == (1.5, 0)
 
 
