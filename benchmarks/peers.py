@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy
@@ -48,19 +49,6 @@ def side(
     return f"{name}: ", HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), config
 
 
-class TimingStreamer:
-    """A streamer of transformers that notes the time and size of each `put`; first come the prompts."""
-
-    def __init__(self) -> None:
-        self.given: list[tuple[float, int]] = []
-
-    def put(self, ids: torch.Tensor) -> None:
-        self.given.append((time.perf_counter(), ids.numel()))
-
-    def end(self) -> None:
-        """Required by transformers."""
-
-
 class TransformersStrategy(GenerationStrategy):
     """Greedy `generate` of transformers, over batches of prompts in order, padded on the left.
 
@@ -94,7 +82,10 @@ class TransformersStrategy(GenerationStrategy):
                 "num_assistant_tokens_schedule": "constant",
                 "assistant_confidence_threshold": 0.0,
             }
-        started, streamer = time.perf_counter(), TimingStreamer()
+        started, given = time.perf_counter(), list[tuple[float, int]]()  # time and size; first the prompts
+        streamer = SimpleNamespace(
+            put=lambda ids: given.append((time.perf_counter(), ids.numel())), end=lambda: None
+        )
         width = max(len(request.ids) for request in requests)
         pads = [[0] * (width - len(request.ids)) for request in requests]
         rows = [pad + request.ids for pad, request in zip(pads, requests, strict=True)]
@@ -106,12 +97,12 @@ class TransformersStrategy(GenerationStrategy):
                 attention_mask=torch.tensor(mask, device=model.device), max_new_tokens=config.max_steps,
                 eos_token_id=end_ids or None, **options,
             )  # fmt: skip
-        first_at, num_first = streamer.given[1]
+        first_at, num_first = given[1]
         took = time.perf_counter() - first_at
         stats = None
         if self._name != TRANSFORMERS:
             stats = DraftStats()
-            for _, number in streamer.given[1:]:  # one `put` after each verification
+            for _, number in given[1:]:  # one `put` after each verification
                 stats.add(self._name, config.num_speculations, accepted=number - 1, emitted=number)
         size = len(requests)  # prefill times add up, as those of our batches do
         times = (num_first // size, (first_at - started) / size, took)
@@ -195,16 +186,14 @@ def of_transformers(
     if batch_size == 1 and config.max_steps > 1:  # transformers has no exit after all layers
         early = config.exit_layer < len(generator.model.base_model.layers)
         names += [EARLY_EXIT, LOOKUP] if early else [LOOKUP]
-    others = [
-        HuggingfaceLlamaGenerator(generator.tokenizer, model, generator.generation_strategy)
-        for model in in_each_format(generator.model)
-    ]
-    return [
-        fastest(
-            [side(name, other, TransformersStrategy(name), config) for other in others], prompt, batch_size
-        )
-        for name in names
-    ]
+    models = in_each_format(generator.model)
+
+    def in_best_format(name: str) -> TimedSide:
+        strategy = TransformersStrategy(name)
+        others = [HuggingfaceLlamaGenerator(generator.tokenizer, model, strategy) for model in models]
+        return fastest([(f"{name}: ", other, config) for other in others], prompt, batch_size)
+
+    return [*map(in_best_format, names)]
 
 
 def in_each_format(model: Any) -> list[Any]:
@@ -239,24 +228,13 @@ def fastest(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> T
     return max((own for own, rate in zip(sides, short, strict=True) if 2 * rate >= max(short)), key=speed)
 
 
-class Peer(NamedTuple):
-    """Other software that reads .gguf files and is not among the requirements.
-
-    Attributes:
-        strategies: made of its module, the file, the settings, and a folder for further files.
-    """
-
-    module: str
-    package: str  # that it needs
-    strategies: Callable[[Any, Path, GenerationConfig, Path], dict[str, GenerationStrategy]]
-
-
 def find_peer(name: str, model: Path) -> Any:
     """The module of one of PEERS; ends the program if it is not installed or cannot read the model."""
+    module, package, _ = PEERS[name]
     try:
-        library = importlib.import_module(PEERS[name].module)
+        library = importlib.import_module(module)
     except ImportError:
-        refuse(f"--peers {name}: needs the package {PEERS[name].package}")
+        refuse(f"--peers {name}: needs the package {package}")
     if model.suffix != ".gguf":
         refuse(f"--peers {name}: reads .gguf files alone, and --model is {model.name}")
     return library
@@ -284,7 +262,9 @@ def of_openvino(
     return {name: OpenVinoStrategy(library, model, config, looks_up) for name, looks_up in names.items()}
 
 
+# Software that reads .gguf files and is not among the requirements: its module, its package, and what makes
+# strategies of the module, the file, the settings, and a folder for further files.
 PEERS = {
-    "llama.cpp": Peer("llama_cpp", "llama-cpp-python, which is built by a C++ compiler", of_llama_cpp),
-    "openvino": Peer("openvino_genai", "openvino-genai", of_openvino),
+    "llama.cpp": ("llama_cpp", "llama-cpp-python, which is built by a C++ compiler", of_llama_cpp),
+    "openvino": ("openvino_genai", "openvino-genai", of_openvino),
 }

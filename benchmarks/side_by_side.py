@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as folder:
         alone: list[TimedSide] = []
         for name, library in libraries.items():
-            found = PEERS[name].strategies(library, path, config, Path(folder))
+            *_, make = PEERS[name]
+            found = make(library, path, config, Path(folder))
             alone += [side(title, generator, strategy, config) for title, strategy in found.items()]
         longest = max(itertools.chain(*prompts.values()), key=len)
         for picking, size in itertools.product(args.picking, args.batch_size):

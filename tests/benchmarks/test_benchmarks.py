@@ -19,7 +19,16 @@ from transformers import AutoConfig, LlamaConfig
 import generate as generate_script
 from arguments import ModelArguments
 from benchmarks import serving, side_by_side, synthetic
-from benchmarks.peers import PEERS, TRANSFORMERS, TransformersStrategy, fastest, find_peer, in_each_format, side
+from benchmarks.peers import (
+    PEERS,
+    TRANSFORMERS,
+    TransformersStrategy,
+    fastest,
+    find_peer,
+    in_each_format,
+    of_openvino,
+    side,
+)
 from self_speculation import (
     GenerationConfig,
     GenerationStrategy,
@@ -127,7 +136,7 @@ def test_a_peer_that_cannot_run_is_refused(name, monkeypatch, capsys):
         (None, "x.gguf", "needs the package"),
         (Mock(), "x", "reads .gguf files alone"),
     ):
-        monkeypatch.setitem(sys.modules, PEERS[name].module, module)
+        monkeypatch.setitem(sys.modules, PEERS[name][0], module)
         with pytest.raises(SystemExit):
             find_peer(name, Path(model))
         (line,) = capsys.readouterr().err.splitlines()
@@ -146,7 +155,7 @@ def test_openvino_gets_the_same_work(monkeypatch):
     library.LLMPipeline.return_value.generate = answer
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: array.tolist()))
     config = GenerationConfig(max_steps=9, num_speculations=4, sample=False)
-    found = PEERS["openvino"].strategies(library, Path("x.gguf"), config, Path())
+    found = of_openvino(library, Path("x.gguf"), config, Path())
     assert [*found] == ["openvino", "openvino, lookup"]
     for strategy in found.values():
         result = strategy.generate_token_ids(None, [5, 9], [2], config)
