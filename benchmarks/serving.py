@@ -32,11 +32,11 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import openai
@@ -49,7 +49,7 @@ from arguments import GenerationConfig, ModelArguments, at_least, check, parse, 
 from benchmarks.servers import SERVE, started
 from benchmarks.workloads import texts
 from runs.program import run
-from runs.records import describe, describe_model
+from runs.records import Record, describe, describe_model
 from runs.startup import load_generator, model_name
 
 _PEER = "transformers"
@@ -91,14 +91,6 @@ class ServingArguments:
         return [(n, beside) for n in self.clients for beside in sorted({0, self.long_prompt})]
 
 
-class Answer(NamedTuple):
-    """Pieces of text with their times of arrival."""
-
-    began: float
-    pieces: Sequence[tuple[float, str]]
-    ended: float
-
-
 def open_seconds(answers: pandas.DataFrame) -> float:
     """The time in which at least one request was open."""
     own = answers.sort_values("began")
@@ -106,50 +98,9 @@ def open_seconds(answers: pandas.DataFrame) -> float:
     return float((own["ended"] - own["began"].clip(lower=until)).clip(lower=0.0).sum())
 
 
-@dataclass(frozen=True)
-class Clients:
-    """The clients of one server."""
-
-    connection: openai.AsyncOpenAI
-    model: str
-    max_tokens: int
-
-    async def ask(self, workload: str, text: str) -> Answer:
-        pieces: list[tuple[float, str]] = []
-        how: Any = {"model": self.model, "max_tokens": self.max_tokens, "temperature": 0, "stream": True}
-        began = time.perf_counter()
-        if workload == "chat":
-            how["messages"] = [{"role": "user", "content": text}]
-            stream = await self.connection.chat.completions.create(**how)
-        else:
-            stream = await self.connection.completions.create(prompt=text, **how)
-        async for chunk in stream:
-            for choice in chunk.choices:
-                if piece := choice.delta.content if workload == "chat" else choice.text:
-                    pieces.append((time.perf_counter(), piece))
-        return Answer(began, pieces, time.perf_counter())
-
-    async def talk(self, questions: Sequence[Question], wait: float, seed: int) -> list[Answer]:
-        """One client's requests, one after the other."""
-        pause, answers = random.Random(seed), []
-        for question in questions:
-            await asyncio.sleep(pause.expovariate(1 / wait))
-            answers.append(await self.ask(*question))
-        return answers
-
-    async def load(
-        self, questions: Iterator[Question], clients: int, each: int, wait: float, beside: str = ""
-    ) -> list[Answer]:
-        """The answers to so many clients with `each` requests, while one more sends the prompt `beside`."""
-        talks = [self.talk([*itertools.islice(questions, each)], wait, seed) for seed in range(clients)]
-        more = [self.talk([("code", beside)], 2 * wait, clients)] if beside else []
-        answers = await asyncio.gather(*talks, *more)
-        return [*itertools.chain.from_iterable(answers[:clients])]
-
-
 async def measure(
     url: str, model: str | None, max_tokens: int, args: ServingArguments, long_prompt: str
-) -> dict[tuple[int, int], list[Answer]]:
+) -> dict[tuple[int, int], list[Record]]:
     """Load -> answers of a server, after a warm-up.
 
     Args:
@@ -159,12 +110,42 @@ async def measure(
     questions = itertools.cycle(itertools.chain.from_iterable(zip(*of_each, strict=True)))
     how: Any = {"api_key": "none", "max_retries": 0, "timeout": _ANSWERS}
     async with openai.AsyncOpenAI(base_url=url, **how) as connection:
-        clients = Clients(connection, model or (await connection.models.list()).data[0].id, max_tokens)
-        await clients.load(questions, max(args.clients), len(args.workloads), wait=0.01)
+        model = model or (await connection.models.list()).data[0].id
+        settings: Any = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+
+        async def ask(workload: str, text: str) -> Record:
+            """An answer, with the times of arrival of its pieces."""
+            came, pieces, began = list[float](), list[str](), time.perf_counter()
+            if workload == "chat":
+                messages: Any = [{"role": "user", "content": text}]
+                stream = await connection.chat.completions.create(messages=messages, **settings)
+            else:
+                stream = await connection.completions.create(prompt=text, **settings)
+            async for chunk in stream:
+                for choice in chunk.choices:
+                    if piece := choice.delta.content if workload == "chat" else choice.text:
+                        came.append(time.perf_counter())
+                        pieces.append(piece)
+            return {"began": began, "came": came, "ended": time.perf_counter(), "text": "".join(pieces)}
+
+        async def talk(asked: Sequence[Question], wait: float, seed: int) -> list[Record]:
+            """One client's requests, one after the other."""
+            pause, answers = random.Random(seed), []
+            for question in asked:
+                await asyncio.sleep(pause.expovariate(1 / wait))
+                answers.append(await ask(*question))
+            return answers
+
+        async def load(clients: int, each: int, wait: float, beside: str = "") -> list[Record]:
+            """The answers to so many clients with `each` requests; one more sends the prompt `beside`."""
+            talks = [talk([*itertools.islice(questions, each)], wait, seed) for seed in range(clients)]
+            more = [talk([("code", beside)], 2 * wait, clients)] if beside else []
+            answers = await asyncio.gather(*talks, *more)
+            return [*itertools.chain.from_iterable(answers[:clients])]
+
+        await load(max(args.clients), len(args.workloads), wait=0.01)
         return {
-            (n, beside): await clients.load(
-                questions, n, args.questions, args.wait, long_prompt if beside else ""
-            )
+            (n, beside): await load(n, args.questions, args.wait, long_prompt if beside else "")
             for n, beside in args.loads()
         }
 
@@ -254,14 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except openai.OpenAIError as error:
                     refuse(f"--servers {server}: {error}", status=1)
             for (clients, beside), answers in given.items():
-                turn = pandas.DataFrame(
-                    {
-                        "clients": clients, "long prompt": beside, "server": server, "round": number,
-                        "began": began, "ended": ended, "came": [when for when, _ in pieces],
-                        "tokens": len(tokenizer.encode("".join(text for _, text in pieces), **_BARE)),
-                    }
-                    for began, pieces, ended in answers
-                )  # fmt: skip
+                place = {"clients": clients, "long prompt": beside, "server": server, "round": number}
+                turn = pandas.DataFrame(answers).assign(**place)
+                turn["tokens"] = [len(tokenizer.encode(text, **_BARE)) for text in turn.pop("text")]
                 found.append(turn)
                 told = f"clients {clients}" + (f" and a prompt of {beside} tokens" if beside else "")
                 speed = f"{turn['tokens'].sum() / open_seconds(turn):.1f} tokens/s"
