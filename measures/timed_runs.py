@@ -13,11 +13,7 @@ from tqdm import tqdm
 from measures.metrics import draft_stats
 from runs import ranks
 from runs.records import Record
-from self_speculation import (
-    GenerationConfig,
-    HuggingfaceLlamaGenerator,
-    Request,
-)
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.families import context_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
@@ -30,17 +26,8 @@ _BATCHES_IN_TURN = 4
 # Rounds of a warm-up.
 _RUNS = 3
 
-# Fields of a strategy's result that a record copies.
-_RECORDED = (
-    "num_prompt_tokens", "num_cached_tokens", "num_decode_tokens", "stop_reason", "prefill_time",
-    "decode_time",
-)  # fmt: skip
-
-# Fields that add up over the turns of a conversation.
-_ADD_UP = (
-    "num_tokens", "num_prompt_tokens", "num_cached_tokens", "num_decode_tokens", "prefill_time",
-    "decode_time", "wall_time",
-)  # fmt: skip
+# Fields of a strategy's result that a record copies, and that add up over the turns of a conversation.
+_ADD_UP = ("num_prompt_tokens", "num_cached_tokens", "num_decode_tokens", "prefill_time", "decode_time")
 
 # A strategy that is compared: the prefix of its fields in a record, its generator and its settings.
 TimedSide = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
@@ -141,7 +128,8 @@ def _measured(
                 "prediction": result.decoded_prediction,
                 "tokens": took.predicted_tokens,
                 "num_tokens": result.num_tokens_generated,
-                **{name: getattr(took, name) for name in _RECORDED},
+                "stop_reason": took.stop_reason,
+                **{name: getattr(took, name) for name in _ADD_UP},
                 "drafts": took.draft_stats and took.draft_stats.to_rows(),
                 "wall_time": time.perf_counter() - started,
                 "threads": torch.get_num_threads(),
@@ -165,7 +153,7 @@ def _together(turns: Sequence[Record]) -> Record:
         **turns[-1],
         "prediction": "\n\n".join(turn["prediction"] for turn in turns),
         "tokens": [token for turn in turns for token in turn["tokens"]],
-        **{name: sum(turn[name] for turn in turns) for name in _ADD_UP},
+        **{name: sum(turn[name] for turn in turns) for name in ("num_tokens", "wall_time", *_ADD_UP)},
         "turns": turns,
     }
     if "drafts" in joined:
