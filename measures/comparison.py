@@ -28,13 +28,6 @@ _NEAR_TIE_IN_EPS = {torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0
 _RARE = 5
 
 
-def near_tie_bound(model: PreTrainedModel, largest: Any) -> Any:
-    """The largest gap between two logits that rounding may reverse, given the largest logit."""
-    parts = parts_of(model)
-    dtype = torch.bfloat16 if parts.prefills_in_bfloat16 else parts.dtype
-    return _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
-
-
 def with_end(result: GenerationStrategyResult) -> list[int]:
     """Output ids with the end id, if any."""
     return result.predicted_tokens + ([] if result.end_token_id is None else [result.end_token_id])
@@ -71,7 +64,10 @@ def find_difference(
     best_logits, best_tokens = (best.tolist() for best in logits.topk(2))
     chosen = [output[position] for output in (first, second) if position < len(output)]
     gap = best_logits[0] - float(logits[chosen].min()) if len(chosen) == 2 else math.inf
-    bound = near_tie_bound(model, float(logits[logits.isfinite()].abs().max()))
+    parts = parts_of(model)
+    dtype = torch.bfloat16 if parts.prefills_in_bfloat16 else parts.dtype
+    largest = float(logits[logits.isfinite()].abs().max())
+    bound = _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
     return {
         "position": position,
         "best_tokens": best_tokens,

@@ -72,7 +72,9 @@ def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, pr
     full model after the prefill, `accept_lengths` the tokens of each; in no order.
     """
     lines = []
-    for row, record in sorted(zip(rows, records, strict=True), key=lambda pair: _order(pair[0])):
+    pairs = zip(rows, records, strict=True)
+    # Numbers by value, and any other ids.
+    for row, record in sorted(pairs, key=lambda pair: (len(pair[0]["question_id"]), pair[0]["question_id"])):
         own, id_ = metrics.without_prefix(record, prefix), row["question_id"]
         turns = own.get("turns") or [own]
         accepted = [_accept_lengths(turn) for turn in turns]
@@ -91,11 +93,6 @@ def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, pr
         }  # fmt: skip
         lines.append(json.dumps(answer) + "\n")
     return "".join(lines)
-
-
-def _order(row: Record) -> tuple[int, str]:
-    """Of numbers by value, and of any other ids."""
-    return len(row["question_id"]), row["question_id"]
 
 
 def _accept_lengths(turn: Record) -> list[int]:
