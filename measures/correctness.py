@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from scipy.stats import combine_pvalues
@@ -105,16 +106,13 @@ class CompareIds(Experiment):
 
         ids = torch.tensor([prompt], device=model.device)
         # Drop the model's own defaults, like a repetition penalty: no flag has them.
-        own, model.generation_config = model.generation_config, TransformersGenerationConfig()
-        try:
+        with patch.object(model, "generation_config", TransformersGenerationConfig()):
             output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                 max_new_tokens=min(config.max_steps, room), eos_token_id=end_ids or None,
                 logits_processor=LogitsProcessorList(config_processors(config, len(prompt))),
                 stopping_criteria=[ends] if config.stop_words else None,
             )  # fmt: skip
-        finally:
-            model.generation_config = own
         return output[0, len(prompt) :].tolist()
 
 
