@@ -171,13 +171,16 @@ class Predicted(Sweep):
         seen = None
         if isinstance(drafter.head, ShortHead):
             seen = [frozenset([*prompt, *tokens[:n]]) for n in range(len(tokens))]
+        processors = LogitsProcessorList(config_processors(self.config, len(prompt)))
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0
         for layer in self._exit_layers:
             hidden, done = drafter.run_layers(cache, hidden, done, layer), layer
             logits = drafter.logits(hidden, len(tokens), seen)[0]  # [n, V]
-            guesses = self._processed(ids, len(prompt), logits).argmax(-1)  # [n]
-            matches[str(layer)] = "".join("01"[match] for match in (guesses == expected).tolist())
+            if processors:
+                rows = enumerate(logits.float().split(1))
+                logits = torch.cat([processors(ids[:, : len(prompt) + i], row) for i, row in rows])
+            matches[str(layer)] = "".join(map(str, (logits.argmax(-1) == expected).int().tolist()))
         return {
             "tokens": tokens,
             "num_prompt_tokens": len(prompt),
@@ -218,14 +221,6 @@ class Predicted(Sweep):
         cells = itertools.product({exits[0], exits[len(exits) // 2], exits[-1]}, lengths)
         steps = min(self.config.max_steps, _TOKENS)
         return costs_of({cell: self._time(cell, requests, max_steps=steps) for cell in cells})
-
-    def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
-        """Apply the logits processors of drafts to the [n, V] logits of the output's positions."""
-        processors = LogitsProcessorList(config_processors(self.config, prompt_length))
-        if not processors:
-            return logits
-        rows = logits.float().split(1)
-        return torch.cat([processors(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
 
 
 def _row(mode: str, cell: Cell, records: Sequence[Record]) -> Record:
