@@ -10,7 +10,7 @@ import itertools
 import logging
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -149,11 +149,22 @@ class HarnessModel(HFLM):
         repeats: dict[int, Iterator[int]] = defaultdict(itertools.count)
         tasks = [self._encoded(each, next(repeats[id(each)])) for each in requests]
         self.has_begun = True
+        size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
+        longest = max(tasks, key=lambda task: len(task.request.ids))
+        most = max(task.config.max_steps for task in tasks)
+        try:
+            with log_if_slow("warming up"):
+                side = "", self._generator, replace(longest.config, max_steps=most)
+                warm_up([side], longest.request.ids, size)
+        except Exception as error:
+            raise failed(longest.name, error, size) from error
+        asked, answers = dict(enumerate(task.request for task in tasks)), {}
+        measured = measure_examples([("", self._generator, self._settings)], asked, size)
         hidden = disable_tqdm or self.rank != 0 or None  # None: unless at a terminal
-        answers = {
-            index: self._answer(tasks[index], record)
-            for index, record in tqdm(self._measured(tasks), "answers", len(tasks), disable=hidden)
-        }
+        for index, record in tqdm(measured, "answers", len(tasks), disable=hidden):
+            if isinstance(record, Exception):
+                raise failed(tasks[index].name, record, size) from record
+            answers[index] = self._answer(tasks[index], record)
         return [answers[index] for index in range(len(tasks))]
 
     def _encoded(self, instance: Instance, repeat: int) -> _Task:
@@ -176,23 +187,6 @@ class HarnessModel(HFLM):
         name = f"{instance.task_name} {instance.doc_id} {instance.idx} {repeat}"
         seed = self._seed + zlib.crc32(name.encode())
         return _Task(instance, repeat, config, Request(ids, seed=seed, config=config))
-
-    def _measured(self, tasks: Sequence[_Task]) -> Iterator[tuple[int, Record]]:
-        """Index and record of each completion."""
-        size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
-        longest = max(tasks, key=lambda task: len(task.request.ids))
-        most = max(task.config.max_steps for task in tasks)
-        try:
-            with log_if_slow("warming up"):
-                side = "", self._generator, replace(longest.config, max_steps=most)
-                warm_up([side], longest.request.ids, size)
-        except Exception as error:
-            raise failed(longest.name, error, size) from error
-        requests = dict(enumerate(task.request for task in tasks))
-        for index, record in measure_examples([("", self._generator, self._settings)], requests, size):
-            if isinstance(record, Exception):
-                raise failed(tasks[index].name, record, size) from record
-            yield index, record
 
     def _answer(self, task: _Task, record: Record) -> str:
         """The completion, cut and cached as the harness does it for its own model."""
