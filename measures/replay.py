@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy
 
@@ -20,25 +19,8 @@ from self_speculation.results import DraftStats
 Cell = tuple[int, int]  # exit layer, draft length
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds that real decoding took; costs in between are interpolated.
-
-    Args:
-        plain_step: a token without drafts.
-        rounds: exit layer -> (drafted tokens of a round, seconds) pairs, in ascending order.
-    """
-
-    plain_step: float
-    rounds: Mapping[int, Sequence[tuple[float, float]]]
-
-    def round(self, exit_layer: int, num_drafted: int) -> float:
-        """A draft and its verification."""
-        by_exit = []
-        for points in self.rounds.values():
-            drafted, seconds = zip((0, self.plain_step), *points, strict=True)
-            by_exit.append(numpy.interp(num_drafted, drafted, seconds))
-        return float(numpy.interp(exit_layer, [*self.rounds], by_exit))
+# Exit layer -> (drafted tokens of a round, its cost in plain steps) pairs, in ascending order.
+Costs = Mapping[int, Sequence[tuple[float, float]]]
 
 
 def costs_of(cells: Mapping[Cell, Sequence[Record]]) -> Costs:
@@ -46,20 +28,28 @@ def costs_of(cells: Mapping[Cell, Sequence[Record]]) -> Costs:
 
     A round's cost is a median of ratios to the plain steps beside it, since a machine's pace changes.
     """
-    steps, rounds = list[float](), dict[int, list[tuple[float, float]]]()
+    costs: dict[int, list[tuple[float, float]]] = {}
     for (exit_layer, _), records in sorted(cells.items()):
         drafted, ratios = [], []
         for record in records:
             if record["num_decode_tokens"] and (number := record[f"{BASELINE}num_decode_tokens"]):
                 stats = DraftStats.from_rows(record["drafts"])
-                steps.append(record[f"{BASELINE}decode_time"] / number)
-                ratios.append(record["decode_time"] / stats.num_verifications / steps[-1])
+                plain_step = record[f"{BASELINE}decode_time"] / number
+                ratios.append(record["decode_time"] / stats.num_verifications / plain_step)
                 drafted.append(stats.num_drafted / stats.num_verifications)
         if ratios:
             own = statistics.mean(drafted), statistics.median(ratios)
-            rounds.setdefault(exit_layer, []).append(own)
-    plain = statistics.median(steps) if steps else 0.0
-    return Costs(plain, {layer: [(k, plain * ratio) for k, ratio in own] for layer, own in rounds.items()})
+            costs.setdefault(exit_layer, []).append(own)
+    return costs
+
+
+def round_cost(costs: Costs, exit_layer: int, num_drafted: int) -> float:
+    """Plain steps of a draft and its verification; between measured exits and lengths it is interpolated."""
+    by_exit = []
+    for points in costs.values():
+        drafted, steps = zip((0, 1.0), *points, strict=True)
+        by_exit.append(numpy.interp(num_drafted, drafted, steps))
+    return float(numpy.interp(exit_layer, [*costs], by_exit))
 
 
 def replayed(record: Record, costs: Costs, cell: Cell) -> Record:
@@ -77,12 +67,10 @@ def replayed(record: Record, costs: Costs, cell: Cell) -> Record:
         emitted = min(accepted + 1, len(matches) - position)
         stats.add("exit", drafted=k, accepted=accepted, emitted=emitted)
         position += emitted
-    seconds = {
-        "": sum(n * costs.round(exit_layer, kind.drafted) for kind, n in stats.rounds.items()),
-        BASELINE: num_decoded * costs.plain_step,
-    }
+    steps = sum(n * round_cost(costs, exit_layer, kind.drafted) for kind, n in stats.rounds.items())
+    plain = record["decode_time"]
     found = {"window": record["index"], "rank": 0, "batch_size": 1, "drafts": stats.to_rows()}
-    for prefix, decode_time in seconds.items():
+    for prefix, decode_time in {"": steps * plain / max(1, num_decoded), BASELINE: plain}.items():
         found |= {
             f"{prefix}tokens": record["tokens"],
             f"{prefix}num_tokens": record["num_tokens"],

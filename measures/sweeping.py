@@ -9,7 +9,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas
@@ -188,6 +188,7 @@ class Predicted(Sweep):
             "max_tokens": min(self.config.max_steps, context_length(model.config) - len(prompt)),
             "matches": matches,
             "prefill_time": result.prefill_time,
+            "decode_time": result.decode_time,
         }
 
     def conclude(self, run: Run, records: list[Record]) -> int:
@@ -207,7 +208,7 @@ class Predicted(Sweep):
             print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {measured:.2f} measured")
         about = run.description
         about["threads_used"] = fewest_threads(self._timed, about["threads_used"])
-        return self.show(run, records, [*predicted, *verified], {"costs": asdict(costs)})
+        return self.show(run, records, [*predicted, *verified], {"costs": costs})
 
     def _costs(self, records: list[Record]) -> Costs:
         """The costs of real rounds around the middle of the longest outputs."""

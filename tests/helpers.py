@@ -9,8 +9,6 @@ import pandas
 import pytest
 import torch.distributed.run
 
-from measures.replay import Costs
-
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 PYTHON_FUNCTIONS = ["--include_path", str(forks.ROOT / "eval_tasks"), "--tasks", "python_functions"]
 SMALL_TRAINING = [
@@ -83,7 +81,7 @@ def no_calibration(monkeypatch):
     """For a test that is not about times: sweep.py is told what rounds cost."""
     monkeypatch.setattr(
         "measures.sweeping.Predicted._costs",
-        lambda own, _: Costs(1.0, {layer: [(20, 1.5 + 20 * layer / 8)] for layer, _ in own.grid}),
+        lambda own, _: {layer: [(20, 1.5 + 20 * layer / 8)] for layer, _ in own.grid},
     )
 
 

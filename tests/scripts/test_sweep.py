@@ -15,7 +15,7 @@ import generate
 import sweep
 from arguments import GenerationConfig, ModelArguments
 from measures import sweeping, timed_runs
-from measures.replay import Costs, costs_of, replayed
+from measures.replay import costs_of, replayed, round_cost
 from runs.flags import TuningArguments, counts, tuned
 from runs.records import heading
 from self_speculation import default_model
@@ -29,9 +29,9 @@ FOUND |= {"metrics": {"best": {"exit_layer": 2, "num_speculations": 3, "speedup"
 
 def test_costs_of_a_round():
     """Guards against draft lengths and exits between measured ones that have no cost."""
-    costs = Costs(1.0, {2: [(1, 2.5), (3, 5.5)], 4: [(1, 3.5), (3, 7.5)]})
-    assert [costs.round(2, k) for k in (0, 1, 2, 3)] == [1, 2.5, 4, 5.5]
-    assert [costs.round(layer, 1) for layer in (1, 3, 4)] == [2.5, 3, 3.5]
+    costs = {2: [(1, 2.5), (3, 5.5)], 4: [(1, 3.5), (3, 7.5)]}
+    assert [round_cost(costs, 2, k) for k in (0, 1, 2, 3)] == [1, 2.5, 4, 5.5]
+    assert [round_cost(costs, layer, 1) for layer in (1, 3, 4)] == [2.5, 3, 3.5]
 
 
 def test_costs_are_those_of_rounds_beside_plain_steps():
@@ -47,7 +47,7 @@ def test_costs_are_those_of_rounds_beside_plain_steps():
     costs = costs_of(
         {(5, 3): [timed(1.0), timed(2.0), timed(1.0, stall=9.0), timed(1.0, steps=0)], (2, 3): []}
     )
-    assert (costs.plain_step, costs.rounds) == (1.0, {5: [(2.0, 1.5)]})  # two rounds, of two drafted tokens
+    assert costs == {5: [(2.0, 1.5)]}  # two rounds, of two drafted tokens
 
 
 def test_a_predicted_cell_is_the_median_example_with_its_interval():
@@ -57,10 +57,10 @@ def test_a_predicted_cell_is_the_median_example_with_its_interval():
 
     def cell_of(*examples):
         """The row of examples of ten tokens, which an exit guesses always or never after so many seconds."""
-        costs, records = Costs(1.0, {2: [(2, 1.5)]}), []
+        costs, records = {2: [(2, 1.5)]}, []
         for index, (match, prefill_time) in enumerate(examples):
             record = {"index": index, "tokens": [1] * 10, "num_tokens": 10, "max_tokens": 100}
-            record |= {"matches": {"2": match * 10}, "prefill_time": prefill_time}
+            record |= {"matches": {"2": match * 10}, "prefill_time": prefill_time, "decode_time": 9.0}
             records.append(replayed(record, costs, (2, 2)))
         return sweeping._row("predicted", (2, 2), records)
 
@@ -140,8 +140,7 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     assert rows["mode"].value_counts().to_dict() == {"predicted": 9, "measured": 2}
     assert best["speedup"] == pytest.approx(rows[rows["mode"] == "measured"]["speedup"].max())
     costs = run["metrics"]["costs"]
-    assert costs["plain_step"] > 0
-    assert {layer: len(points) for layer, points in costs["rounds"].items()} == {"1": 2, "2": 2, "3": 2}
+    assert {layer: len(points) for layer, points in costs.items()} == {"1": 2, "2": 2, "3": 2}
     records = pandas.read_json(folder / "records.jsonl", lines=True)
     assert counts(str(folder), ModelArguments(common[1])) == Counter(records["tokens"].explode())
 
