@@ -32,10 +32,6 @@ class Memory(NamedTuple):
     activations: float
     loss: float
 
-    @property
-    def total(self) -> float:
-        return sum(self)
-
 
 def memory(
     config: PretrainedConfig, batch_size: int, length: int, num_exits: int, ranks: int = 1,
@@ -129,17 +125,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    """Print both tables as Markdown."""
-    print(training_table())
-    print()
-    print(decoding_table())
-
-
 def training_table() -> str:
     lines = [f"| GiB per GPU | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
     for name, config in MODELS.items():
-        row = [memory(config, 1, 2048, 5, **more).total / _GIB for more in WAYS.values()]
+        row = [sum(memory(config, 1, 2048, 5, **more)) / _GIB for more in WAYS.values()]
         lines.append(f"| {name} | {' | '.join(f'{value:.0f}' for value in row)} |")
     about = "A sample of 2,048 tokens per pass, 5 exits, bfloat16, with `--gradient_checkpointing`."
     return "\n".join([*lines, "", about])
@@ -166,4 +155,4 @@ def decoding_table() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    print(training_table(), decoding_table(), sep="\n\n")

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
@@ -98,18 +97,13 @@ def random_llama(
     low, high, scale = 1e-4, 1e3, 1.0
     for _ in range(_HALVINGS):
         wanted = math.sqrt(low * high)
-        scale_down(model, exit_layer, wanted / scale)
+        for layer in model.base_model.layers[exit_layer:]:
+            layer.self_attn.o_proj.weight.data *= wanted / scale
+            layer.mlp.down_proj.weight.data *= wanted / scale
         scale = wanted
         is_low = (found := _agreement(model, exit_layer, ids)) < agreement
         low, high = (low, scale) if is_low else (scale, high)
     return model, found
-
-
-def scale_down(model: Any, first: int, factor: float) -> None:
-    """Scale the outputs of the layers from `first` on."""
-    for layer in model.base_model.layers[first:]:
-        layer.self_attn.o_proj.weight.data *= factor
-        layer.mlp.down_proj.weight.data *= factor
 
 
 def _agreement(model: PreTrainedModel, exit_layer: int, ids: torch.Tensor) -> float:

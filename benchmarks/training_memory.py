@@ -118,7 +118,7 @@ def main() -> None:
             lora_rank=RANK if way == "lora" else 0, checkpointing=way == "checkpointing",
             computed_in=torch.float32,
         )  # fmt: skip
-        print(f"{way:14}{measured('steps', way):10.0f} {estimate.total / _MIB:10.0f}", flush=True)
+        print(f"{way:14}{measured('steps', way):10.0f} {sum(estimate) / _MIB:10.0f}", flush=True)
 
 
 if __name__ == "__main__":
