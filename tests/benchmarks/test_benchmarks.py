@@ -208,34 +208,30 @@ def test_our_sides_by_kind_of_prompt(measured, endless_folder, capsys):
     assert "--picking ['greedy', 'sampled']: sampled answers need --peers none" in said
 
 
-def test_sides_beside_busy_programs(measured, monkeypatch):
-    """Guards against programs that do not spin while sides are measured, or spin on afterwards."""
+def test_sides_beside_busy_programs_and_without_room(measured, monkeypatch):
+    """Guards against programs that do not spin while sides are measured, or spin on afterwards, and against
+    the memory of one side that ends all others.
+    """
     started, beside = watch(monkeypatch, subprocess, "Popen"), []
 
     def spinning():
         return [process for _, process in started if process.poll() is None]
 
-    watch(monkeypatch, side_by_side, "measure", lambda *_: beside.append(len(spinning())))
-    flags = ["--peers", "none", "--beside", 0, 2, "--rounds", 1, "--num_prompts", 1, "--max_steps", 3]
-    rows = measured(side_by_side, *flags, "--exit_layer", 2, "--num_speculations", 2)["rows"]
-    assert [row["beside"] for row in rows] == [0] * 4 + [2] * 4
-    assert beside == [0, 2]
-    assert spinning() == []
-
-
-def test_a_side_without_room_costs_its_own_row(measured, monkeypatch):
-    """Guards against the memory of one side that ends all others."""
-
     def no_room(sides, *_):
         if sides[0][2].draft_weights == "int4":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
 
+    watch(monkeypatch, side_by_side, "measure", lambda *_: beside.append(len(spinning())))
     watch(monkeypatch, side_by_side, "warm_up", no_room)
-    flags = ["--exit_layer", 2, "--num_speculations", 2, "--peers", "none", "--rounds", 1, "--max_steps", 3]
-    prompts = ["--prompt_tokens", 20, "--batch_size", 2]
-    rows = measured(side_by_side, *flags, *prompts)["rows"]
-    assert [row["side"] for row in rows] == ["without drafts", "self-speculative", "adaptive"]
+    flags = ["--peers", "none", "--beside", 0, 2, "--rounds", 1, "--prompt_tokens", 20, "--batch_size", 2]
+    drafts = ["--max_steps", 3, "--exit_layer", 2, "--num_speculations", 2]
+    rows = measured(side_by_side, *flags, *drafts)["rows"]
+    assert [(row["beside"], row["side"]) for row in rows] == [
+        (number, side) for number in (0, 2) for side in OURS if side != "4-bit copy"
+    ]
     assert {row["answers"] for row in rows} == {2}
+    assert beside == [0, 2]
+    assert spinning() == []
 
 
 def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
