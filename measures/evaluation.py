@@ -58,7 +58,7 @@ def evaluate(
         generator = load_generator(model_args, config, counted=counted)
         if ranks.is_first():  # above lm_eval's table
             print(machine(describe("eval", ()) | describe_model(model_name(model_args), generator.model)))
-        sizes = {name: sizes[name] for name in ("batch_size", "max_batch_size")}
+        sizes = {name: size for name, size in sizes.items() if size is not None and name != "device"}
         loaded.append(HarnessModel(generator, config, model_args.seed, **sizes))
         return loaded[0]
 

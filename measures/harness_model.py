@@ -97,8 +97,7 @@ class HarnessModel(HFLM):
         generator: HuggingfaceLlamaGenerator,
         config: GenerationConfig,  # settings that requests do not have, such as the exit layer
         seed: int,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
+        **sizes: Any,  # of batches, as the harness's own model takes them
     ) -> None:
         self._generator, self._settings, self._seed = generator, config, seed
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
@@ -111,10 +110,9 @@ class HarnessModel(HFLM):
         super().__init__(
             pretrained=generator.model,
             tokenizer=generator.tokenizer,
-            batch_size=batch_size,
-            max_batch_size=max_batch_size or 64,  # as in the harness
             backend="causal",
             max_length=self._room if early else None,
+            **sizes,
         )
         logging.disable(logging.NOTSET)
         if ranks.world_size() > 1:  # the harness does this only for models that it loads
