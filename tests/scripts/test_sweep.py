@@ -60,14 +60,14 @@ def test_a_predicted_cell_is_the_median_example_with_its_interval():
         costs, records = {2: [(2, 1.5)]}, []
         for index, (match, prefill_time) in enumerate(examples):
             record = {"index": index, "tokens": [1] * 10, "num_tokens": 10, "max_tokens": 100}
-            record |= {"matches": {"2": match * 10}, "prefill_time": prefill_time, "decode_time": 9.0}
+            record |= {"matches": {"2": match * 10}, "prefill_time": prefill_time, "decode_time": 18.0}
             records.append(replayed(record, costs, (2, 2)))
         return sweeping._row("predicted", (2, 2), records)
 
     # Three rounds of two draft steps and a verification, or eight of them and a last one of one draft step.
     always, never = 9 / (3 * 1.5), 9 / (8 * 1.5 + 1.25)
     assert cell_of(*[("1", 0.0)] * 12, ("0", 1000.0))["speedup"] == pytest.approx(always)
-    assert cell_of(("1", 4.5))["speedup"] == pytest.approx((4.5 + 9) / (4.5 + 4.5))
+    assert cell_of(("1", 9.0))["speedup"] == pytest.approx((9 + 18) / (9 + 9))
     cell = cell_of(*[("1", 0.0), ("0", 0.0)] * 5)
     assert (cell["speedup_low"], cell["speedup_high"]) == pytest.approx((never, always), rel=0.05)
     cell = cell_of(*[("1", 0.0)] * 4)
