@@ -56,8 +56,6 @@ _PEER = "transformers"
 _BARE = {"add_special_tokens": False}
 _ANSWERS = 600  # timeout of a request in seconds
 
-Question = tuple[str, str]  # its workload, and its text
-
 
 @dataclass(frozen=True)
 class ServingArguments:
@@ -128,7 +126,7 @@ async def measure(
                         pieces.append(piece)
             return {"began": began, "came": came, "ended": time.perf_counter(), "text": "".join(pieces)}
 
-        async def talk(asked: Sequence[Question], wait: float, seed: int) -> list[Record]:
+        async def talk(asked: Sequence[tuple[str, str]], wait: float, seed: int) -> list[Record]:
             """One client's requests, one after the other."""
             pause, answers = random.Random(seed), []
             for question in asked:
