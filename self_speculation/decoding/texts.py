@@ -30,6 +30,12 @@ def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids:
     return decode(tokenizer, [*before, *ids])[len(decode(tokenizer, before)) :]
 
 
+def _num_begun(text: str, words: Iterable[str]) -> int:
+    """How many characters at the end of a text may begin a word."""
+    lengths = ((n, word) for word in words for n in range(1, min(len(word), len(text) + 1)))
+    return max((n for n, word in lengths if text.endswith(word[:n])), default=0)
+
+
 class Detokenizer:
     """Token ids -> text, token by token.
 
@@ -85,10 +91,6 @@ class Tag(NamedTuple):
         if self.id is None:
             return text.find(self.text)
         return text.rfind(self.text) if id_ == self.id else -1
-
-    def begun(self, text: str) -> int:
-        """How many characters at the end of a text may begin it."""
-        return max((n for n in range(1, len(self.text)) if text.endswith(self.text[:n])), default=0)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Splitter:
         if self.in_answer:
             return self._part(text, is_thinking=False)
         if (at := self._end.find(text, id_)) < 0:
-            settled = text[: len(text) - self._end.begun(text)].rstrip("\n")
+            settled = text[: len(text) - _num_begun(text, [self._end.text])].rstrip("\n")
             self._held = text[len(settled) :]
             return self._part(settled, is_thinking=True)
         thought = self._part(text[:at].rstrip("\n"), is_thinking=True)
@@ -268,8 +270,4 @@ class StopWords:
 
     def settled(self, text: str) -> str:
         """The text without an end that may become a stop word."""
-        longest = len(text) + 1
-        begun = (
-            n for word in self.words for n in range(1, min(len(word), longest)) if text.endswith(word[:n])
-        )
-        return text[: len(text) - max(begun, default=0)]
+        return text[: len(text) - _num_begun(text, self.words)]
