@@ -228,8 +228,8 @@ class HuggingfaceLlamaGenerator:
         words = StopWords(self.tokenizer, config.stop_words or [], ids, request.thinking)
         is_read = words.words or request.thinking is not None
         stop_checks = [*([words] if is_read else []), *as_list(request.stop_checks)]
-        processors = as_list(request.logits_processors)
         ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
+        processors: list[object] = as_list(request.logits_processors)
         if (grammar := request.grammar) is not None:
             if request.thinking is not None:
                 all_ends = [*ends, *(config.stop_token_ids or [])]
@@ -237,7 +237,7 @@ class HuggingfaceLlamaGenerator:
             if self.sandbox is not None:
                 self.sandbox.check(grammar.definition)
             size = self.model.config.vocab_size
-            processors += [GrammarProcessor(grammar, self.tokenizer, len(ids), size, ends)]
+            processors += [GrammarProcessor(grammar, self.tokenizer, size, ends)]
         prediction = request.prediction
         if isinstance(prediction, str):
             prediction = self.encode_prediction(prediction, config)

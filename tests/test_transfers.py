@@ -82,7 +82,7 @@ def test_a_grammar_reads_each_drafted_token_once(bundled, more, reads):
     """Guards against a read of the whole output for each mask, in drafts and again in verification."""
     model, tokenizer = bundled
     ids = tokenizer.encode("values = ")
-    processor = GrammarProcessor(Grammar.regex("[0-9, ]+"), tokenizer, len(ids), model.config.vocab_size, [0])
+    processor = GrammarProcessor(Grammar.regex("[0-9, ]+"), tokenizer, model.config.vocab_size, [0])
     drafts = {} if more is None else {"exit_layer": 3, "num_speculations": 4, **more}
     with reads:
         result = generate(model, ids, max_steps=30, eos=[], logits_processors=[processor], **drafts)

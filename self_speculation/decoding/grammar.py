@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 import llguidance
@@ -18,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
-from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from self_speculation.decoding.grammar_sandbox import LIMITS, GrammarError, grammar_error
 from self_speculation.decoding.texts import Thinking
@@ -96,11 +98,10 @@ def _ids(ids: Iterable[int]) -> str:
     return ",".join(map(str, sorted(ids)))
 
 
-class GrammarProcessor(LogitsProcessor):
+class GrammarProcessor:
     """Sets the logits of tokens that the grammar forbids to -inf. Follows drafts: it rolls back with them.
 
     Args:
-        prompt_length: tokens of the history before the output.
         vocab_size: V of the logits.
         eos_token_ids: allowed where the output may end.
 
@@ -113,21 +114,16 @@ class GrammarProcessor(LogitsProcessor):
         self,
         grammar: Grammar,
         tokenizer: PreTrainedTokenizerBase,
-        prompt_length: int,
         vocab_size: int,
         eos_token_ids: Sequence[int],
     ) -> None:
-        self._prompt_length, self._vocab_size = prompt_length, vocab_size
+        self._vocab_size = vocab_size
         self._unused = _matcher(_tokenizer(tokenizer, vocab_size, tuple(eos_token_ids)), grammar)
         self._matcher, self._consumed = self._unused.deep_copy(), list[int]()
         self._byte_biases = _BYTE_BIASES
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids: [1, n] prompt, output and draft; scores: [1, V]."""
-        return self.masked(input_ids[0, self._prompt_length :].tolist(), scores)
-
     def masked(self, output: Sequence[int], scores: Tensor) -> Tensor:
-        """The same for ids on the host, those of output and draft: nothing is read from the device.
+        """The scores, [1, V], after the ids of output and draft. Reads nothing from the device.
 
         Raises GrammarError if nothing can follow, if what can is beyond the limits of llguidance, or after a
         forbidden token. Of a draft, verification rejects such a token, so that its error does not count.
@@ -150,13 +146,11 @@ class GrammarProcessor(LogitsProcessor):
         if self._matcher.is_error():  # for good, by a draft that led nowhere
             self._matcher, self._consumed = self._unused.deep_copy(), []
         consumed = self._consumed
-        pairs = enumerate(zip(consumed, output, strict=False))
-        common = next((i for i, (old, new) in pairs if old != new), min(len(consumed), len(output)))
-        if common < len(consumed):
-            self._matcher.rollback(len(consumed) - common)
-            del consumed[common:]
+        common = sum(takewhile(bool, map(eq, consumed, output)))
+        self._matcher.rollback(len(consumed) - common)
+        del consumed[common:]
         rest = list(output[common:])
-        accepted = self._matcher.try_consume_tokens(rest) if rest else 0
+        accepted = self._matcher.try_consume_tokens(rest)
         consumed += rest[:accepted]
         return accepted == len(rest)
 

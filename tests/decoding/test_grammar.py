@@ -23,7 +23,7 @@ DRAFTS = {
 def answer(bundled, grammar, prompt="values = ", max_steps=120, **config):
     model, tokenizer = bundled
     ids, eos = tokenizer.encode(prompt), [tokenizer.eos_token_id]
-    processor = GrammarProcessor(grammar, tokenizer, len(ids), model.config.vocab_size, eos)
+    processor = GrammarProcessor(grammar, tokenizer, model.config.vocab_size, eos)
     result = generate(model, ids, max_steps=max_steps, eos=eos, logits_processors=[processor], **config)
     return result, tokenizer.decode(result.predicted_tokens)
 
@@ -108,12 +108,12 @@ def test_a_processor_counts_the_allowed_tokens_of_a_draft(bundled):
     """Guards against verifying what the grammar rejects, and against a matcher that a draft led nowhere."""
     model, tokenizer = bundled
     grammar = Grammar.lark('start: "ab" x | "left" | "right"\nx: x')
-    processor = GrammarProcessor(grammar, tokenizer, 0, model.config.vocab_size, [tokenizer.eos_token_id])
+    processor = GrammarProcessor(grammar, tokenizer, model.config.vocab_size, [tokenizer.eos_token_id])
     dead, right, wrong = (
         tokenizer.encode(text, add_special_tokens=False) for text in ("ab", "right", " = 1")
     )
     with pytest.raises(GrammarError, match="matches nothing"):
-        processor(torch.tensor([dead]), torch.zeros(1, model.config.vocab_size))
+        processor.masked(dead, torch.zeros(1, model.config.vocab_size))
     for output, draft, allowed in (
         (dead, right, 0),
         ([], right, len(right)),
