@@ -65,20 +65,18 @@ class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
     def _drop_unknown(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, dict):
             return given
-        if len(given) > _MAX_FIELDS:
-            raise ValueError(f"must have at most {_MAX_FIELDS} fields, not {len(given)}")
         given = {name: value for name, value in given.items() if value is not None}
         known = {field.alias or name for name, field in cls.model_fields.items()}
         ignored: set[str] = set() if info.context is None else info.context
-        for name in given.keys() - known - ignored:
+        unknown = given.keys() - known - ignored
+        if len(unknown) + len(ignored) > _MAX_FIELDS:  # each is compared with the known ones
+            raise ValueError(f"must have at most {_MAX_FIELDS} unknown fields together")
+        for name in unknown:
             if why := _why_refused(name, given[name], known):
                 error = PydanticCustomError("unknown_field", "{why}", {"why": why})
                 details = InitErrorDetails(type=error, loc=(name,), input=given[name])
                 raise ValidationError.from_exception_data(cls.__name__, [details])
-            if name not in _CHANGES:
-                ignored.add(name)
-        if len(ignored) > _MAX_FIELDS:  # each is compared with the known ones
-            raise ValueError(f"must have at most {_MAX_FIELDS} unknown fields together")
+        ignored.update(unknown - _CHANGES.keys())
         return given
 
 
