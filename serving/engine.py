@@ -26,24 +26,20 @@ _PROMPT = 1024  # tokens of a usual one
 _log = logging.getLogger(__name__)
 
 
-class RequestAborted(Exception):
-    """The engine does not finish a job, through no fault of the job."""
+class QueueFull(Exception):
+    """The queue has no room for a job."""
 
 
-class QueueFull(RequestAborted):
-    """The queue has no room for it."""
+class ClientDisconnected(Exception):
+    """The client of a job no longer waits."""
 
 
-class ClientDisconnected(RequestAborted):
-    """Its client no longer waits."""
+class RequestTimeout(Exception):
+    """A job is older than --max_time."""
 
 
-class RequestTimeout(RequestAborted):
-    """It is older than --max_time."""
-
-
-class ServerShutdown(RequestAborted):
-    """The engine stops before its end."""
+class ServerShutdown(Exception):
+    """The engine stops before the end of a job."""
 
 
 @dataclass(eq=False)
@@ -156,19 +152,15 @@ class Engine:
             self._scheduler.step()
         except Exception:  # it is also the result of each sequence in the batch
             _log.exception("a step of %d sequences failed", len(self._scheduler.batch))
-        lost = None
         for job, result in self._scheduler.pop_finished():
-            if is_lost_device(result):
-                lost = result
-                continue
+            if isinstance(result, Exception) and is_lost_device(result):
+                raise result
             self.in_flight.remove(job)
             if isinstance(result, GenerationStrategyResult):  # of a job that is aborted, too
                 self.on_result(job, result)
             job.on_finish(aborted.get(job, result))
-        if isinstance(lost, Exception):
-            raise lost
 
-    def _abort_error(self, job: Job) -> RequestAborted | None:
+    def _abort_error(self, job: Job) -> Exception | None:
         now = time.perf_counter()
         if job.is_cancelled:
             return ClientDisconnected("the client has disconnected")

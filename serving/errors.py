@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from runs.failures import reason
-from serving.engine import QueueFull, RequestAborted, RequestTimeout, ServerShutdown
+from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 
 _log = logging.getLogger(__name__)
 _STATUS = {QueueFull: 429, ClientDisconnect: 499, ServerShutdown: 503, RequestTimeout: 504}
@@ -35,7 +35,7 @@ class APIError(Exception):
             return cls(
                 f"no such path: this server has {_PATHS}" if is_lost else error.detail, error.status_code
             )
-        if isinstance(error, RequestAborted | ClientDisconnect):
+        if type(error) in _STATUS:
             return cls(str(error), _STATUS[type(error)])
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
