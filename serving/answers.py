@@ -10,6 +10,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -78,7 +79,7 @@ class Answer:
         self.arrival_time, self._loop = time.perf_counter(), asyncio.get_running_loop()
         # Of a choice: its index, and a `Delta`, its result or its error.
         self._events = asyncio.Queue[tuple[int, Delta | GenerationStrategyResult | Exception]]()
-        self._choices = list[_Choice]()
+        self._choices, self._is_cancelled = list[_Choice](), False
 
     def parse(self, kind: type[ChatRequest | CompletionRequest], body: bytes) -> None:
         """Read, check and tokenize the request."""
@@ -124,8 +125,12 @@ class Answer:
             self._choices.append(_Choice(index, job, logprobs))
         engine.submit([choice.job for choice in self._choices])
 
+        if self._is_cancelled:
+            self.cancel()
+
     def cancel(self) -> None:
-        """The client is gone, or has the whole answer."""
+        """The client is gone, also during `submit`, or has the whole answer."""
+        self._is_cancelled = True
         for choice in self._choices:
             choice.job.is_cancelled = True
 
@@ -259,12 +264,13 @@ class Answer:
 
 
 class AnswerResponse(StreamingResponse):
-    """Begins with its first part, so that an error before has a status of its own. Its end cancels the jobs,
-    also when the client disconnects.
+    """Submits a parsed answer in a thread of `executor`. Begins with its first part, so that an error before
+    has a status of its own. Its end cancels the jobs, also when the client disconnects.
     """
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer, self._parts, self._has_begun = answer, answer.parts(), False
+    def __init__(self, answer: Answer, executor: Executor | None) -> None:
+        self._answer, self._executor = answer, executor
+        self._parts, self._has_begun = answer.parts(), False
         media_type = "text/event-stream" if answer.request.stream else "application/json"
         super().__init__(self._parts, headers={"Cache-Control": "no-cache"}, media_type=media_type)
 
@@ -277,6 +283,7 @@ class AnswerResponse(StreamingResponse):
             raise ClientDisconnect("the client has disconnected")
 
     async def stream_response(self, send: Send) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._answer.submit)
         async for part in self._parts:
             body = part.encode()
             if not self._has_begun:

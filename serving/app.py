@@ -9,15 +9,13 @@ import os
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, Router
@@ -25,7 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from self_speculation.model.families import context_length
 from serving.answers import Answer, AnswerResponse, ServedModel
-from serving.engine import QueueFull, RequestTimeout, ServerShutdown
+from serving.engine import ServerShutdown
 from serving.errors import APIError
 from serving.metrics import Metrics
 from serving.protocol import ChatRequest, CompletionRequest
@@ -53,7 +51,7 @@ class App:
         args, model = served.args, served.generator.model
         self._served, self._engine, self._key = served, served.engine, args.key
         self._metrics = Metrics(served.engine, served.name, args.log_requests)
-        self._compiling, self._num_guided = asyncio.Lock(), 0
+        self._compiler = ThreadPoolExecutor(1)  # of grammars, since other requests need threads, too
         served.engine.on_result = self._metrics.count
         served.generator.use_sandbox()
         self._model_entry = {
@@ -131,26 +129,7 @@ class App:
         body = await _read_body(http, self._served.args.max_body)
         answer = Answer(self._served, self._metrics, _origin(http))
         await asyncio.to_thread(answer.parse, kind, body)
-        async with self._turn(http, answer.arrival_time) if answer.is_guided else nullcontext():
-            await asyncio.to_thread(answer.submit)
-        return AnswerResponse(answer)
-
-    @asynccontextmanager
-    async def _turn(self, http: HTTPRequest, arrival: float) -> AsyncGenerator[None]:
-        """The turn of a request whose grammar is compiled: one at a time, since others need threads too."""
-        if self._num_guided >= self._engine.max_jobs:
-            raise QueueFull(f"{self._num_guided} grammars wait already: try again later")
-        self._num_guided += 1
-        max_time = self._served.args.max_time
-        try:
-            async with self._compiling:
-                if await http.is_disconnected():
-                    raise ClientDisconnect("the client has disconnected")
-                if time.perf_counter() > arrival + max_time:
-                    raise RequestTimeout(f"no answer after {max_time:g} seconds")
-                yield
-        finally:
-            self._num_guided -= 1
+        return AnswerResponse(answer, self._compiler if answer.is_guided else None)
 
 
 def check_key(scope: Scope, key: str | None) -> None:

@@ -12,9 +12,10 @@ from typing import Literal
 import jsonschema
 import pydantic
 import pytest
+import requests
 from conftest import config_of, generator_of
 from helpers import watch
-from servers import CHAT, HELLO, Served, post, raw_request, refused, tiny_generator, until
+from servers import CHAT, HELLO, Served, post, raw_request, refused, until
 
 from self_speculation.decoding import grammar
 
@@ -182,8 +183,10 @@ def test_a_prediction_is_tokenized_once(served, monkeypatch):
 
 
 def test_grammars_wait_in_turn(served, monkeypatch):
-    """Guards against compilers that take all threads of the server, also for clients that are gone."""
-    go_on, began = threading.Event(), []
+    """Guards against compilers that take all threads of the server, also for clients that are gone, and a job
+    of one that left while its grammar was compiled.
+    """
+    go_on, began, submitted = threading.Event(), [], watch(monkeypatch, served.engine, "submit")
     watch(monkeypatch, grammar, "_matcher", lambda *args: began.append(args) or go_on.wait())
     given = {"prompt": "x", "max_tokens": 2, "response_format": {"type": "json_object"}}
     with contextlib.ExitStack() as gone:
@@ -193,21 +196,14 @@ def test_grammars_wait_in_turn(served, monkeypatch):
             until(lambda: began)
             assert post(served, prompt="x", max_tokens=2).status_code == 200
             gone.close()
+            until(lambda: 'status="499"} 40.0' in requests.get(f"{served.url}/metrics").text)
         finally:
             go_on.set()
     assert post(served, **given).status_code == 200
     assert len(began) < 5
-
-
-@pytest.mark.parametrize(("max_time", "status", "compiled"), [(600, 200, 3), (1e-9, 504, 0)])
-def test_a_turn_ends(max_time, status, compiled, text_model, byte_tokenizer, monkeypatch):
-    """Guards against a server that refuses all grammars after some, and grammars of late requests."""
-    given = {"prompt": "x", "max_tokens": 2, "response_format": {"type": "json_object"}}
-    generator = tiny_generator(text_model, byte_tokenizer)
-    with Served(generator, batch_size=1, max_waiting=1, max_time=max_time) as served:
-        calls = watch(monkeypatch, grammar, "_matcher")
-        assert [post(served, **given).status_code for _ in range(3)] == [status] * 3
-    assert len(calls) == compiled
+    *left, _ = [job for ((job,),), _ in submitted if job.request.grammar]
+    assert left
+    assert all(job.is_cancelled for job in left)
 
 
 def test_penalties_and_biases(served):
