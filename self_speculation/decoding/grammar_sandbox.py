@@ -109,6 +109,7 @@ def _send(process: subprocess.Popen[bytes], content: Any) -> None:
 
 def _serve() -> None:
     """Read the arguments of a tokenizer, then grammars, as lines of JSON; write the problem of each."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # if the parent was killed, end without a word
     arguments = json.loads(sys.stdin.readline())
     tokenizer = llguidance.LLTokenizer(*arguments) if arguments else None
     for line in sys.stdin:
