@@ -84,18 +84,13 @@ def nested(depth):
     return {"properties": {"a": nested(depth - 1)}} if depth else {}
 
 
-COMBINATIONS = [{"anyOf": [{"properties": {f"x{i}{j}": {}}} for j in "ab"]} for i in range(25)]
 LOOP = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "type": "object"}
 BAD_SCHEMAS = {
     "invalid": ({"type": "nonsense"}, "nonsense"),
-    "empty range": ({"type": "integer", "minimum": 3, "maximum": 2}, "Unsatisfiable schema"),
     "1 MB": ({"const": "x" * 1_000_000}, "at most 100000"),
-    "many properties": ({"properties": {str(i): {} for i in range(6000)}}, "grammar size"),
-    "depth 160": (nested(80), "recursion limit"),
     "depth 500": (nested(250), "recursion limit"),
     "slow to compile": ({"type": "integer", "multipleOf": 999983}, "more than 1 s or 64 MB to compile"),
     "look-ahead": ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
-    "combinations": ({"allOf": COMBINATIONS}, "too large"),
     "recursion": ({**LOOP, "properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]}, "matches nothing"),
 }
 
@@ -116,13 +111,6 @@ def test_bad_schemas(served, schema, kind):
     field = {"schema": "response_format: ", "tool": "tools: "}[kind]
     assert message.startswith((field, "the body: Invalid JSON: recursion limit"))
     assert (len(message.splitlines()), len(message) < 500) == (1, True)
-
-
-@pytest.mark.parametrize("pattern", ["^(a|a)*b$", "^(a|b)*a(a|b){200}$", "^((a|b){0,5000}c){0,5000}$"])
-def test_expensive_patterns_are_answered(served, pattern):
-    """Guards against expressions for which a backtracking engine takes for ever."""
-    given = {"type": "json_object", "schema": {"type": "string", "pattern": pattern}}
-    assert post(served, CHAT, messages=HELLO, response_format=given, max_tokens=8).status_code == 200
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED])

@@ -121,10 +121,8 @@ def expensive_body(choose):
     number = choose.randint(10**5, 10**6)
     schemas = [
         {"type": "integer", "multipleOf": number},
-        {"allOf": [{"pattern": f"^(.{{{number % 97 + i}}})*$"} for i in range(number % 150)]},
         {"allOf": [{"pattern": f"{'abcdef'[i % 6]}{i}"} for i in range(number % 200)]},
         {"pattern": f"^(a{{{number % 1500}}}|b{{{number % 700}}}){{{number % 900}}}$"},
-        {"enum": [f"{i * number}" for i in range(number % 5000 + 1)]},
         {"type": "object", "properties": {f"p{i}": {"pattern": f"^{i}.*$"} for i in range(number % 900)}},
     ]
     text = choose.choice(["x = 1\n", "a", " ", "def f():"]) * choose.randint(1, 400_000)
@@ -145,26 +143,18 @@ def test_expensive_bodies_beside_a_stream():
     bodies = [{"prompt": "x", "max_tokens": 8, **guided(schema)} for schema in BAD_SCHEMAS] * 2
     bodies += [expensive_body(choose) for _ in range(50)]
     stream = {"prompt": "def parse_header(line):", "max_tokens": 600, "temperature": 0, "stream": True}
-    gaps, texts, statuses = [], [], Counter()
+    texts = []
 
     def stream_on(url, is_over):
-        """Stream again and again; note each pause, and the text of each answer."""
         while not is_over.is_set():
-            with requests.post(f"{url}/v1/completions", json=stream, stream=True, timeout=300) as response:
-                last, text = time.perf_counter(), ""
-                for line in response.iter_lines():
-                    gaps.append(time.perf_counter() - last)
-                    last = time.perf_counter()
-                    if line.startswith(b"data: {"):
-                        text += json.loads(line.removeprefix(b"data: "))["choices"][0]["text"]
-            texts.append(text)
+            parts = chunks(requests.post(f"{url}/v1/completions", json=stream, timeout=300))
+            texts.append("".join(part["choices"][0]["text"] for part in parts))
 
     def send(index):
         if index % 5 == 4:
             with raw_request(url, bodies[index]):
                 return
         response = requests.post(f"{url}/v1/completions", json=bodies[index], timeout=300)
-        statuses[response.status_code] += 1
         assert response.status_code in (200, 400, 429), response.text[:300]
 
     with serving("--max_waiting", 64, "--shutdown_time", 10) as (script, _, url):
@@ -172,19 +162,19 @@ def test_expensive_bodies_beside_a_stream():
         with ThreadPoolExecutor(7) as pool:
             alone = pool.submit(stream_on, url, is_over)
             until(lambda: texts)
-            before, num_alone = server.memory_info().rss, len(gaps)
+            before = server.memory_info().rss
             list(pool.map(send, range(len(bodies))))
             is_over.set()
             alone.result()
-        print(f"longest pause alone {max(gaps[:num_alone]):.2f} s, beside {max(gaps[num_alone:]):.2f} s")
-        print(f"memory {(server.memory_info().rss - before) / 1e6:.0f} MB more; {dict(statuses)}")
         assert len(set(texts)) == 1
         assert server.memory_info().rss - before < 100e6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0, 0.1, 0.5, 2, 6])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "seconds"),
+    [(signal.SIGTERM, 0), (signal.SIGTERM, 0.5), (signal.SIGTERM, 6), (signal.SIGKILL, 2)],
+)
 def test_signals_beside_expensive_bodies(number, seconds):
     """Guards against a server that does not end while grammars are compiled or predictions tokenized, and
     against processes that outlive it.
