@@ -123,6 +123,14 @@ def page(browser, server):
     assert wrong == []
 
 
+@pytest.fixture
+def sent(page):
+    """The bodies of the page's requests."""
+    bodies = []
+    page.on("request", lambda request: bodies.append(request.post_data_json))
+    return bodies
+
+
 def say_key(page):
     page.get_by_label("API key").fill(KEY)
     page.keyboard.press("Enter")
@@ -172,13 +180,11 @@ def answered(server, *texts):
     return answer.choices[0].message.content
 
 
-def test_a_conversation(page, server):
+def test_a_conversation(page, sent, server):
     """Guards against text that is lost or doubled between pieces, characters that are counted otherwise than
     the server counts them, markup that is not shown as text, and turns that are not sent again or do not
     survive a reload.
     """
-    sent = []
-    page.on("request", lambda request: sent.append(request.post_data_json))
     question = "<b>who</b> 🙂\nare you?"
     page.get_by_role("textbox").fill("<b>who</b> 🙂")
     page.keyboard.press("Shift+Enter")
@@ -243,12 +249,11 @@ def test_markdown(page, size):
     expect(page.locator(".copy").first).to_have_text("Copy")
 
 
-def test_thinking_is_folded_away(page):
+def test_thinking_is_folded_away(page, sent):
     """Guards against thinking in the answer, markup in it that is rendered, and thinking that a reload or the
     next question loses: the template decides whether the model sees it.
     """
-    thought, sent = "The WORD *is* <b>x</b>\n\nso", []
-    page.on("request", lambda request: sent.append(request.post_data_json))
+    thought = "The WORD *is* <b>x</b>\n\nso"
     pieces = [(*piece, "reasoning_content") for piece in in_pieces(thought, 3)]
     answer_with(page, [*pieces, *in_pieces("An *ANSWER*.", 1000)])
     ask(page, "Why?")
@@ -307,10 +312,8 @@ def test_phones_and_desktops(page, width):
     assert page.evaluate("document.querySelector('main').scrollWidth") <= width
 
 
-def test_settings(page):
+def test_settings(page, sent):
     """Guards against settings that are not sent or that a reload loses, and empty ones that are sent."""
-    sent = []
-    page.on("request", lambda request: sent.append(request.post_data_json))
     answer_with(page, in_pieces("An answer.", 1000))
     ask(page, "Who?")
     assert (sent[-1]["temperature"], sent[-1]["max_tokens"], len(sent[-1]["messages"])) == (None, None, 1)
@@ -330,12 +333,10 @@ def test_settings(page):
 
 
 @pytest.mark.slow
-def test_stop_and_drafts_off(page, server):
+def test_stop_and_drafts_off(page, sent, server):
     """Guards against an answer that goes on, one that the conversation forgets, and a comparison with drafts
     that only aren't shown.
     """
-    sent = []
-    page.on("request", lambda request: sent.append(request.post_data_json))
     page.evaluate(STOP_AT_ONCE)
     ask(page, "who are you?")
     said = page.evaluate("turns[0].text")

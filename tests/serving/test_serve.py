@@ -84,10 +84,7 @@ def test_a_second_signal_aborts_long_requests_with_an_error(endless_folder):
         assert script.wait() == 0
 
 
-@pytest.mark.parametrize(
-    ("processes", "parallel"),
-    [("2", "data"), ("2", "tensor"), ("1", "tensor"), ("2", "pipeline"), ("1", "fsdp")],
-)
+@pytest.mark.parametrize(("processes", "parallel"), [("2", "data"), ("1", "tensor"), ("2", "pipeline")])
 def test_the_server_is_one_process(processes, parallel, capsys, monkeypatch):
     """Guards against processes that load a model and then wait for a port, and one that waits for others."""
     monkeypatch.setenv("WORLD_SIZE", processes)

@@ -127,18 +127,14 @@ def test_a_seed_gives_the_same_answer_in_any_batch(served):
         for prompt, temperature in zip(PROMPTS, (0, 0.5, 2, 1), strict=True):
             others.submit(post, served, prompt=prompt, temperature=temperature, max_tokens=30)
         assert texts(whole_choices(served, **request, seed=1), 1) == alone[1:2]
-    assert len(set(texts(whole_choices(served, **request, n=3), 3))) > 1
 
 
 def test_an_answer_that_ignores_its_end(served):
     """The end id is never picked, as in llama.cpp; other biases stay. Guards also against an error for a byte
     order mark.
     """
-    eos, other = (
-        served.generator.tokenizer.eos_token_id,
-        served.generator.encode("x", special_tokens=False)[0],
-    )
-    bias = {str(eos): 100, str(other): 50}
+    [other] = served.generator.encode("x", special_tokens=False)
+    bias = {str(served.generator.tokenizer.eos_token_id): 100, str(other): 50}
     for ignored, reason, number in ((False, "stop", 1), (True, "length", 9)):
         body = {"prompt": "x", "max_tokens": 9, "logit_bias": bias, "ignore_eos": ignored}
         answer = send(served, codecs.BOM_UTF8 + json.dumps(body).encode()).json()
@@ -296,17 +292,14 @@ TOO_LONG = "maximum context length is 256 tokens"
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        (b'{"prompt": "x", "tools": [1]}', "tools", "cannot honour this field, leave it out"),
         (b'{"prompt": "x", "guided_regex": "("}', "guided_regex", "guided_regex: "),
         (b'{"prompt": "x", "max_tokens": 0}', "max_tokens", "max_tokens 0: "),
         (b"{", None, "Invalid JSON: EOF"),
         (b"[1]", None, "should be an object"),
-        (b"\xff\xfe", None, ""),
         (b"[" * 100_000, None, ""),
         (b'{"\\ud800": 1}', None, ""),
         (b'{"prompt": [99999]}', None, "the prompt has the token id 99999"),
         (b'{"prompt": "x", "echo": true}', "echo", "cannot honour this field, leave it out"),
-        (b'{"prompt": "x", "n": 9}', "n", "must be at most 8 answers"),
         (b'{"prompt": ["x", "y", "z"], "n": 3}', "n", "n 3, for 3 prompts: must be at most 8 answers"),
         (json.dumps({"prompt": [5] * 256}).encode(), "prompt", TOO_LONG),
         (json.dumps({"prompt": "x y " * 1000}).encode(), "prompt", TOO_LONG),
@@ -333,9 +326,6 @@ def test_an_error_names_the_fault(served, body, param, says, stream):
     [
         (None, "no chat template"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0].content | items | list }}", "mapping"),
-        ("{{ 1 // x }}", "messages: the chat template fails: "),
-        ("{{ x | dictsort }}", "messages: the chat template fails: "),
         ("{{ x.y.z }}", "messages: the chat template fails: "),
     ],
 )
