@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 
 import jsonschema
 import pytest
@@ -10,7 +9,6 @@ import torch
 from conftest import ADAPTIVE, generate, mixed_drafts
 
 from self_speculation.decoding.grammar import Grammar, GrammarError, GrammarProcessor
-from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 
 DRAFTS = {
     "exit": {"exit_layer": 3, "num_speculations": 4},
@@ -74,17 +72,10 @@ def test_outputs_conform_to_random_schemas(bundled, number):
         jsonschema.validate(json.loads(text), schema)
 
 
-@pytest.mark.parametrize(
-    ("schema", "message"),
-    [
-        ('{"$ref": "#/nowhere"}', "does not exist"),
-        ("[1]", "must be an object"),
-    ],
-)
-def test_an_invalid_schema_is_refused(schema, message):
-    """Guards against a traceback. test_guided.py has schemas that are too large, too."""
-    with pytest.raises(GrammarError, match=re.escape(message)):
-        GrammarSandbox().check(Grammar.json_schema(schema).definition)
+def test_a_schema_is_an_object():
+    """Guards against a traceback. test_guided.py has schemas that are invalid."""
+    with pytest.raises(GrammarError, match="must be an object"):
+        Grammar.json_schema("[1]")
 
 
 @pytest.mark.parametrize("drafts", DRAFTS)
