@@ -76,7 +76,7 @@ class Answer:
     def __init__(self, served: ServedModel, metrics: Metrics, origin: str) -> None:
         self._served, self._generator = served, served.generator
         self._metrics, self._origin = metrics, origin
-        self.arrival_time, self._loop = time.perf_counter(), asyncio.get_running_loop()
+        self._arrival_time, self._loop = time.perf_counter(), asyncio.get_running_loop()
         # Of a choice: its index, and a `Delta`, its result or its error.
         self._events = asyncio.Queue[tuple[int, Delta | GenerationStrategyResult | Exception]]()
         self._choices, self._is_cancelled = list[_Choice](), False
@@ -87,7 +87,10 @@ class Answer:
         self.request = request = kind.model_validate_json(body, context=ignored)
         self._metrics.name_ignored(ignored)
         self._check()
-        prompts = self._encode_prompts()
+        if isinstance(request, ChatRequest):
+            prompts = [self._encode_chat(request)]
+        else:
+            prompts = [Request(self._encode(prompt, "prompt")) for prompt in request.prompt]
         config, bias = request.generation_config(self._served.config), dict(request.logit_bias)
         if request.ignore_eos:
             bias |= dict.fromkeys(generator.eos_token_ids, -math.inf)
@@ -121,7 +124,7 @@ class Answer:
             if request.num_top_logprobs is not None:
                 logprobs = LogprobCollector(generator.tokenizer, request.num_top_logprobs, reader)
             whole = replace(prepared, streamer=streamer, stopping_criteria=logprobs)
-            job = Job(whole, emit, self._served.args.max_time, self.arrival_time, origin=self._origin)
+            job = Job(whole, emit, self._served.args.max_time, self._arrival_time, origin=self._origin)
             self._choices.append(_Choice(index, job, logprobs))
         engine.submit([choice.job for choice in self._choices])
 
@@ -226,12 +229,6 @@ class Answer:
         size = self._generator.model.config.vocab_size
         if any(id_ >= size for id_ in request.logit_bias):
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
-
-    def _encode_prompts(self) -> list[Request]:
-        """The prompts in token ids."""
-        if isinstance(self.request, ChatRequest):
-            return [self._encode_chat(self.request)]
-        return [Request(self._encode(prompt, "prompt")) for prompt in self.request.prompt]
 
     def _encode_chat(self, request: ChatRequest) -> Request:
         """The prompt by the chat template, and how the answer thinks."""
