@@ -160,8 +160,8 @@ class Answer:
             async for choice, delta in self._deltas():
                 if choice.index not in begun:
                     begun.add(choice.index)
-                    if first := self.request.first_choice(choice.index):
-                        yield chunk([first])
+                    if isinstance(self.request, ChatRequest):
+                        yield chunk([self.request.first_choice(choice.index)])
                 yield chunk([self._format(choice, delta)])
         except Exception as exception:
             if not begun:

@@ -141,10 +141,6 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
             "system_fingerprint": fingerprint,
         }
 
-    def first_choice(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002
-        """The choice of a stream before those with new text, if any."""
-        return None
-
     def choice(
         self,
         index: int,
@@ -232,6 +228,7 @@ class ChatRequest(BaseRequest):
         return call_grammar(tools, tokenizer, name)
 
     def first_choice(self, index: int) -> dict[str, Any]:
+        """The choice of a stream before those with new text."""
         return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
 
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
