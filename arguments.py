@@ -9,8 +9,9 @@ import argparse
 import ast
 import difflib
 import json
+import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -90,7 +91,8 @@ def _key_values(group: Any, name: str) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} {text!r}: {allowed}") from error
     found: dict[str, Any] = {}
-    for pair in filter(str.strip, _outside_brackets(text)):
+    # A comma that an item of a list or dictionary follows is part of a value.
+    for pair in filter(str.strip, re.split(r",(?=[^\])}]*(?:=|$))", text)):
         key, equals, value = map(str.strip, pair.partition("="))
         check(group, name, key.isidentifier() and bool(equals), allowed)
         is_word = value.lower() in ("true", "false", "none")
@@ -99,19 +101,6 @@ def _key_values(group: Any, name: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[key] = value
     return found
-
-
-def _outside_brackets(text: str) -> Iterator[str]:
-    """The parts of a text between commas that are in no brackets."""
-    part = ""
-    for piece in text.split(","):
-        part += piece
-        if sum(map(part.count, "([{")) > sum(map(part.count, ")]}")):
-            part += ","
-        else:
-            yield part
-            part = ""
-    yield part
 
 
 @dataclass(frozen=True)
