@@ -149,19 +149,14 @@ class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
 class _StoreValue(argparse._StoreAction):
     """Requires a value after a flag. simple_parsing alone takes `--prompt` without a value as None."""
 
-    def __init__(
-        self, option_strings: Sequence[str], dest: str, nargs: str | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(option_strings, dest, {"?": None, "*": "+"}.get(nargs or "", nargs), **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("nargs") in ("?", "*"):
+            kwargs["nargs"] = None if kwargs["nargs"] == "?" else "+"
+        super().__init__(*args, **kwargs)
 
 
 class _Parser(simple_parsing.ArgumentParser):
     """Refuses bad usage in one line."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for action in (None, "store"):  # None: the default action
-            self.register("action", action, _StoreValue)
 
     def format_help(self) -> str:
         """With flags that few need in a group at the end."""
@@ -194,6 +189,8 @@ def parse(
         add_option_string_dash_variants=simple_parsing.DashVariant.UNDERSCORE,
         formatter_class=_HelpFormatter,
     )
+    for action in (None, "store"):  # None: the default action
+        parser.register("action", action, _StoreValue)
     names = {field.name for group in groups for field in fields(group)}
     args = _normalize(args, names)
     try:
@@ -205,13 +202,11 @@ def parse(
     except ValueError as error:  # a dataclass refuses its own value; the message starts with the field
         refuse(f"--{error}")
     found = [getattr(values, group.__name__) for group in groups]
-    actions = list(parser._actions)
     if rest is not None:
         others, unknown = rest.parse_known_args(unknown)
         found.append(others)
-        actions += rest._actions
     if unknown:
-        flags = [flag for action in actions for flag in action.option_strings]
+        flags = [*parser._option_string_actions, *(rest._option_string_actions if rest else ())]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         refuse(f"unknown argument {unknown[0]!r}; {hint}--help lists the flags")
