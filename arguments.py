@@ -26,6 +26,7 @@ from self_speculation.config import (
     Quantization,  # noqa: F401
     check,
     check_template_kwargs,
+    default_model,
     why_no_model,
 )
 from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
@@ -66,6 +67,11 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
         for name, allowed in (("parallel", ("data", "fsdp")), ("quantization", ("none",))):
             if self.compile and (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"compile True: not with --{name} {value}")
+
+    @property
+    def model_name(self) -> str:
+        """--model, or the bundled model."""
+        return default_model() if self.model is None else self.model
 
     def from_pretrained_args(self) -> dict[str, Any]:
         """Parse `model_args`."""

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import uvicorn
 
-    from runs.startup import load_generator, model_name
+    from runs.startup import load_generator
     from self_speculation import Request
     from self_speculation.decoding.grammar import Grammar
     from serving.answers import ServedModel
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config, counted=counts(tuning.tuned, model_args))
     latest_end = max(args.shutdown_time, _GRACE)
     engine = Engine(generator, config, batch.batch_size, args.max_waiting)
-    name = args.served_name or _name(model_name(model_args))
+    name = args.served_name or _name(model_args.model_name)
     address, port = listener.getsockname()[:2]
     app = App(ServedModel(generator, engine, config, args, name), address)
     with suppress(ValueError):  # it has no fast tokenizer

@@ -50,7 +50,7 @@ from benchmarks.servers import SERVE, started
 from benchmarks.workloads import texts
 from runs.program import run
 from runs.records import Record, describe, describe_model
-from runs.startup import load_generator, model_name
+from runs.startup import load_generator
 
 _PEER = "transformers"
 _BARE = {"add_special_tokens": False}
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config)
     tokenizer = generator.tokenizer
     long_prompt = text_of(tokenizer, args.long_prompt)
-    about = describe_model(Path(model_name(model_args)).name, generator.model)
+    about = describe_model(Path(model_args.model_name).name, generator.model)
     about |= describe("serving", (model_args, config, args))
     with TemporaryDirectory() as name:
         folder = Path(name)

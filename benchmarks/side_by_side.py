@@ -57,7 +57,7 @@ from measures.timed_runs import TimedSide, measure_all, warm_up
 from runs import ranks
 from runs.program import run
 from runs.records import Record, counted, describe, describe_model, had_fewer_threads, heading, note
-from runs.startup import load_generator, model_name
+from runs.startup import load_generator
 from self_speculation import HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.model.families import context_length
@@ -120,12 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
     strategy = "autoregressive" if config.max_steps == 1 else "self_speculative"
     config = replace(config, generation_strategy=strategy)
-    path = Path(model_name(model_args))
+    path = Path(model_args.model_name)
     libraries = {name: find_peer(name, path) for name in args.peers if name in PEERS}
     generator = load_generator(model_args, config)
     prompts = args.prompts(generator)
     about = describe("side_by_side", (model_args, config)) | describe_model(
-        model_name(model_args), generator.model
+        model_args.model_name, generator.model
     )
     about["arguments"]["dataset"] = ", ".join({"code": "human_eval"}.get(name, name) for name in prompts)
     print(heading(about, left_out=("sample",)))

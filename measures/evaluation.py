@@ -21,7 +21,7 @@ from measures.metrics import draft_stats, speed
 from runs import ranks
 from runs.failures import reason
 from runs.records import Record, counted, describe, describe_model, machine
-from runs.startup import load_generator, model_name
+from runs.startup import load_generator
 from runs.status import print_status
 
 _NAME = "self_speculation"  # what lm_eval calls our model
@@ -57,13 +57,13 @@ def evaluate(
         """Called by the harness once it has found the tasks."""
         generator = load_generator(model_args, config, counted=counted)
         if ranks.is_first():  # above lm_eval's table
-            print(machine(describe("eval", ()) | describe_model(model_name(model_args), generator.model)))
+            print(machine(describe("eval", ()) | describe_model(model_args.model_name, generator.model)))
         sizes = {name: size for name, size in sizes.items() if size is not None and name != "device"}
         loaded.append(HarnessModel(generator, config, model_args.seed, **sizes))
         return loaded[0]
 
     model_registry.register(_NAME, target=_Loader(load))
-    args.model, args.model_args = _NAME, {"pretrained": model_name(model_args), **args.model_args}
+    args.model, args.model_args = _NAME, {"pretrained": model_args.model_name, **args.model_args}
     try:
         setup_logging(args.verbosity or logging.INFO)
         args.func(args)

@@ -28,7 +28,7 @@ from runs.records import (
     describe_model,
     fewest_threads,
 )
-from runs.startup import encode_chat, load_generator, model_name
+from runs.startup import encode_chat, load_generator
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.texts import Thinking
@@ -146,7 +146,7 @@ def run_experiment(
         refuse(str(error))
     is_exact = script == "correctness"
     generator = load_generator(model_args, config, data_args.chat, counted, fast_prompts=not is_exact)
-    description |= describe_model(model_name(model_args), generator.model)
+    description |= describe_model(model_args.model_name, generator.model)
     fitting = _examples_that_fit(generator, examples, data_args)
     if script != "benchmark" and any(example.later_turns for example in fitting):
         print_status(f"{script}.py asks the first turn of each conversation only")

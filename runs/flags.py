@@ -11,7 +11,6 @@ from typing import Any
 
 from arguments import GenerationConfig, ModelArguments, given_flags, read_run, refuse
 from runs import ranks
-from self_speculation.config import default_model
 
 # This file beside the table of a predicted sweep has the count of each token id in the outputs.
 COUNTS = "vocabulary.json"
@@ -41,7 +40,7 @@ def tuned(
     given = given_flags(argv, GenerationConfig)
     if given & {"exit_layer", "num_speculations"}:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
-    _, sweep = _sweep(args.tuned, model_args.model)
+    _, sweep = _sweep(args.tuned, model_args)
     if (best := sweep["metrics"]["best"]) is None:
         refuse(f"--tuned {args.tuned}: no answers to compare in there")
     found: dict[str, Any] = {name: best[name] for name in ("exit_layer", "num_speculations")}
@@ -52,13 +51,12 @@ def tuned(
 
 def counts(tuned: str | None, model_args: ModelArguments) -> dict[int, int]:
     """The count of each token id in the outputs of the --tuned sweep; empty if it was measured."""
-    path = None if tuned is None else _sweep(tuned, model_args.model)[0] / COUNTS
-    if path is None or not path.exists():
+    if tuned is None:
         return {}
-    return {int(id_): number for id_, number in json.loads(path.read_text("utf-8")).items()}
+    return {int(id_): number for id_, number in _read(_sweep(tuned, model_args)[0] / COUNTS).items()}
 
 
-def _sweep(tuned: str, model: str | None) -> tuple[Path, dict[str, Any]]:
+def _sweep(tuned: str, model_args: ModelArguments) -> tuple[Path, dict[str, Any]]:
     """The folder of --tuned's newest sweep, and its `run.json`. It must be finished, and of this model."""
     path = Path(tuned).expanduser()
     folder = path if path.is_dir() else path.parent
@@ -72,7 +70,7 @@ def _sweep(tuned: str, model: str | None) -> tuple[Path, dict[str, Any]]:
         refuse(f"--tuned {tuned}: {error}")
     if sweep["status"] != "finished":
         refuse(f"--tuned {tuned}: the sweep is unfinished, go on with sweep.py --resume {last}")
-    names = sweep["model"], default_model() if model is None else model
+    names = sweep["model"], model_args.model_name
     if len({Path(name).expanduser().resolve() for name in names}) > 1:
         refuse(f"--tuned {tuned}: is a sweep of --model {names[0]}, not of {names[1]}")
     return last, sweep
@@ -90,17 +88,37 @@ def validate(
         chat: prompts need the tokenizer's chat template.
         hint: follows an error about missing flags of drafts; None: the script sets exit layer and length.
     """
-    _check_pairs(model_args, config)
-    model = default_model() if model_args.model is None else model_args.model
-    folder = Path(model).expanduser()
+    if model_args.parallel == "fsdp":
+        refuse("--parallel fsdp: is for train.py; must be data, tensor or pipeline")
+    if model_args.parallel == "pipeline" and ranks.num_processes() > 1:
+        refuse("--parallel pipeline: is one process; start it without torchrun")
+    for name, value in {"quantization": "none", "parallel": "data"}.items():
+        if config.draft_weights != "exact" and (given := getattr(model_args, name)) != value:
+            refuse(f"--draft_weights {config.draft_weights}: not with --{name} {given}")
+    for word in config.stop_words or []:  # several in one value never match
+        if re.search(r"[^\W\d],[^\W\d]", word) or re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", word, re.DOTALL):
+            several = " ".join(re.findall(r"\w+", word))
+            refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
+    folder = Path(model_args.model_name).expanduser()
     if hint is not None:
         layers = _read(folder / "config.json").get("num_hidden_layers")
-        _check_drafts(config, layers if isinstance(layers, int) and not model_args.model_args else None, hint)
+        try:
+            config.check_drafts()
+            if isinstance(layers, int) and not model_args.model_args:
+                config.check_depth(layers)
+        except ValueError as error:
+            is_missing = str(error).startswith(("exit_layer:", "num_speculations:"))
+            refuse(f"--{error}{hint if is_missing else ''}")
+        for idle in config.idle_fields():
+            add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
+            refuse(
+                f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}"
+            )
     if not folder.exists():
         from self_speculation.model.sources import LoadingError, check_hub  # takes a moment
 
         try:
-            check_hub(model, model_args.from_pretrained_args().get("revision"))
+            check_hub(model_args.model_name, model_args.from_pretrained_args().get("revision"))
         except LoadingError as error:
             refuse(f"--{error}")
     tokenizer = _read(folder / "tokenizer_config.json")
@@ -109,40 +127,8 @@ def validate(
         refuse(f"--chat True: {which} has no chat template; name a model that has one, {_CHATS}")
 
 
-def _check_pairs(model_args: ModelArguments, config: GenerationConfig) -> None:
-    """Refuse processes that do not fit --parallel, copies of weights that are not whole, and several stop
-    words in one value, which never match.
-    """
-    if model_args.parallel == "fsdp":
-        refuse("--parallel fsdp: is for train.py; must be data, tensor or pipeline")
-    if model_args.parallel == "pipeline" and ranks.num_processes() > 1:
-        refuse("--parallel pipeline: is one process; start it without torchrun")
-    if config.draft_weights != "exact":
-        for name, value in {"quantization": "none", "parallel": "data"}.items():
-            if (given := getattr(model_args, name)) != value:
-                refuse(f"--draft_weights {config.draft_weights}: not with --{name} {given}")
-    for word in config.stop_words or []:
-        if re.search(r"[^\W\d],[^\W\d]", word) or re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", word, re.DOTALL):
-            several = " ".join(re.findall(r"\w+", word))
-            refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
-
-
-def _check_drafts(config: GenerationConfig, num_layers: int | None, hint: str) -> None:
-    """Refuse flags about drafts that are missing, do not fit the strategy or the model, or are not used."""
-    try:
-        config.check_drafts()
-        if num_layers is not None:
-            config.check_depth(num_layers)
-    except ValueError as error:
-        is_missing = str(error).startswith(("exit_layer:", "num_speculations:"))
-        refuse(f"--{error}{hint if is_missing else ''}")
-    for idle in config.idle_fields():
-        add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
-        refuse(f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}")
-
-
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none, which loading explains."""
+    """A JSON object; empty if there is none."""
     try:
         found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -19,7 +19,7 @@ from arguments import GenerationConfig, ModelArguments, refuse
 from runs.failures import reason
 from runs.status import log_if_slow, print_status, tell_of_fewer_threads
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
-from self_speculation.config import LoadingWarning, default_model
+from self_speculation.config import LoadingWarning
 from self_speculation.decoding.texts import Thinking
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import cpu_operators
@@ -49,23 +49,12 @@ def encode_chat(
     return ids, Thinking.of(generator.tokenizer, text)
 
 
-def model_name(model_args: ModelArguments) -> str:
-    """--model, or the default model."""
-    return default_model() if model_args.model is None else model_args.model
-
-
 def read_config(model_args: ModelArguments) -> PretrainedConfig:
     """Read the config of --model without weights; an error ends the program in one line with status 2."""
     try:
-        return load_config(model_name(model_args), model_args.loading_options())
+        return load_config(model_args.model_name, model_args.loading_options())
     except LoadingError as error:
         _refuse_to_load(model_args, error)
-
-
-def set_threads(model_args: ModelArguments) -> None:
-    """Use --threads threads, if it is given."""
-    if model_args.threads is not None:
-        torch.set_num_threads(model_args.threads)
 
 
 def load_generator(
@@ -82,7 +71,8 @@ def load_generator(
     `counted`, see `runs.flags.counts`; `fast_prompts`: see `with_fast_prompts`.
     """
     logging.set_verbosity_error()
-    set_threads(model_args)
+    if model_args.threads is not None:
+        torch.set_num_threads(model_args.threads)
     governor = ThreadGovernor(on_fewer=tell_of_fewer_threads)  # before loading: it sees who else is there
     model_config = read_config(model_args)
     options = model_args.loading_options()
@@ -95,13 +85,13 @@ def load_generator(
                     f"warning: products by {operators}: decoding is slower, weights take 4 bytes each"
                 )
         if fast_prompts:
-            options = with_fast_prompts(model_name(model_args), options, model_config)
+            options = with_fast_prompts(model_args.model_name, options, model_config)
         config.check_depth(model_config.num_hidden_layers)
         check_family(config.draft_weights, model_config)
         # transformers shows its progress at a terminal only; errors are raised.
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with _told_warnings(), quiet:
-            model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config, chat)
+            model, tokenizer = load_model_and_tokenizer(model_args.model_name, options, model_config, chat)
         if options.quantization != "none":
             print_status(f"quantization {options.quantization}: the text is that of the rounded model")
         prefer_ids(model, counted or {})
@@ -116,7 +106,7 @@ def load_generator(
             print_status(f"weights made for drafts take {copies / 2**30:.2f} GiB")
     except (LoadingError, ValueError) as error:
         if (why := reason(error)) is not None:
-            refuse(f"--model {model_name(model_args)}: {why}", status=1)
+            refuse(f"--model {model_args.model_name}: {why}", status=1)
         _refuse_to_load(model_args, error)
     if model_args.threads is None and model.device.type == "cpu" and model_args.parallel == "data":
         govern_threads(model, governor)

@@ -23,7 +23,6 @@ from measures.plots import agreement_by_exit
 from runs import ranks, records
 from runs.failures import Failed, check_writable
 from runs.records import Record, RecordError, Run, heading
-from runs.startup import set_threads
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import context_length
 from self_speculation.model.loading import load_config, resolve_device
@@ -46,7 +45,8 @@ from training.trainer import EXIT_SCORES, EarlyExitTrainer, newest_checkpoint, p
 
 def train(flags: Flags) -> int:
     """Train, print the scores of all exits and save the model; return the exit status."""
-    set_threads(flags.model)
+    if flags.model.threads is not None:
+        torch.set_num_threads(flags.model.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of saving
     datasets.disable_progress_bars()
