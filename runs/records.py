@@ -63,7 +63,7 @@ class Run:
         """A new folder `script_<time>` in `output_dir`, or the folder of the interrupted run to resume.
 
         Raises:
-            RecordError: it cannot be written, or the run to resume is none or another one.
+            RecordError: it cannot be written, or the run to resume is another one.
         """
         if resume is None:
             began = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # other runs may begin in the same second
@@ -124,13 +124,10 @@ class Run:
 
 
 def check_same_run(resume: str, description: Record) -> Record:
-    """The `run.json` of the run to resume; raises RecordError, which names the difference, if it is none of
-    the script or has other arguments, device or dtype than are known so far of this one.
+    """The `run.json` of the run to resume, which `parse` has read before; raises RecordError, which names the
+    difference, if it is of another script or has other arguments, device or dtype than are known of this run.
     """
-    try:
-        earlier = read_run(resume)
-    except ValueError as error:
-        raise RecordError(f"--{error}") from error
+    earlier = read_run(resume)
     if (script := earlier.get("script")) != description["script"]:
         raise RecordError(f"--resume {resume}: is of {script}.py, go on with that")
     asked, was_asked = description["arguments"], earlier["arguments"]
