@@ -37,10 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"torch {version('torch')}: training needs 2.13 or newer")
     if model.parallel not in ("data", "fsdp"):
         refuse(f"--parallel {model.parallel}: must be data or fsdp for training")
-    if model.prefill_dtype != "auto":
-        refuse(f"--prefill_dtype {model.prefill_dtype}: must be auto for training")
-    if model.quantization != "none":
-        refuse(f"--quantization {model.quantization}: must be none for training")
+    for name, allowed in (("prefill_dtype", "auto"), ("quantization", "none")):
+        if (value := getattr(model, name)) != allowed:
+            refuse(f"--{name} {value}: must be {allowed} for training")
     if model.parallel == "fsdp" and ranks.num_processes() == 1:
         refuse("--parallel fsdp: needs two or more processes; start them by torchrun")
     if flags.optimization.offload and model.parallel != "fsdp":
