@@ -96,14 +96,12 @@ class Dataset:
         pairs: makes the (prompt, reference) pairs of a row; prompts of later turns may follow.
         source: arguments of `datasets.load_dataset`, or a file of a package; None: --data_path only.
         between: the text between prompt and reference in a shot; None: no shots.
-        splits: of examples and of shots, on the hub or as file names in a folder of --data_path.
     """
 
     columns: Mapping[str, Callable[[str, Row, str], Any]]
     pairs: Callable[[Row], Iterable[tuple[str, ...]]]
     source: tuple[str, ...] | Path | None = None
     between: str | None = None
-    splits: tuple[str, str] = ("test", "train")
 
 
 def _two(prompt: str, reference: str, source: Any = None, form: str = "{}", between: str = " ") -> Dataset:
@@ -196,8 +194,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         dataset = _two(args.prompt_field, args.response_field)
     source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
     assert source is not None  # or `DataArguments` refuses it
-    split, shots_split = dataset.splits
-    rows = _rows(source, split)
+    rows = _rows(source, "test")
     try:
         examples = _examples(dataset, rows)
     except ColumnError as error:
@@ -208,12 +205,12 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         raise DataError(f"{error}; {needs}") from error
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
-    if args.n_shot and (isinstance(source, tuple) or any(source.glob(f"{shots_split}.*"))):
+    if args.n_shot and (isinstance(source, tuple) or any(source.glob("train.*"))):
         # The training split may be large: shuffle its indices, and read the needed rows only.
         def chosen(num_rows: int) -> list[int]:
             return _shuffled(range(num_rows), args.random_shuffle, f"shots {seed}")[: args.n_shot]
 
-        shots = _examples(dataset, _rows(source, shots_split, chosen))
+        shots = _examples(dataset, _rows(source, "train", chosen))
     elif args.n_shot:  # without a training split, the first examples are shots
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
