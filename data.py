@@ -14,6 +14,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -27,10 +28,7 @@ Row = dict[str, Any]
 
 
 class DataError(ValueError):
-    """The data is unusable; the message is one line with file and line, or what is allowed."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # names of files and columns may have line breaks
+    """The data is unusable; the message has file and line, or what is allowed."""
 
 
 class ColumnError(DataError):
@@ -170,7 +168,6 @@ class DataArguments(TemplateArguments):
         at_least(self, 1, "num_samples")
         at_least(self, 0, "n_shot")
         check(self, "template", "{message}" in (self.template or "{message}"), "must contain {message}")
-        check(self, "dataset", self.dataset in DATASETS, f"must be one of {', '.join(DATASETS)}")
         path, dataset = Path(self.data_path or ".").expanduser(), DATASETS[self.dataset]
         check(self, "data_path", path.exists(), "no such file or folder")
         is_read = path.is_dir() or is_table(path)
@@ -207,10 +204,8 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     shots: list[Example] = []
     if args.n_shot and (isinstance(source, tuple) or any(source.glob("train.*"))):
         # The training split may be large: shuffle its indices, and read the needed rows only.
-        def chosen(num_rows: int) -> list[int]:
-            return _shuffled(range(num_rows), args.random_shuffle, f"shots {seed}")[: args.n_shot]
-
-        shots = _examples(dataset, _rows(source, "train", chosen))
+        order = partial(_shuffled, shuffle=args.random_shuffle, seed=f"shots {seed}")
+        shots = _examples(dataset, _rows(source, "train", lambda n: order(range(n))[: args.n_shot]))
     elif args.n_shot:  # without a training split, the first examples are shots
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
