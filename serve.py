@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config, counted=counts(tuning.tuned, model_args))
     latest_end = max(args.shutdown_time, _GRACE)
     engine = Engine(generator, config, batch.batch_size, args.max_waiting)
-    name = args.served_name or _name(model_args.model_name)
+    path = Path(model_args.model_name).expanduser()
+    name = args.served_name or (path.resolve().name if path.exists() else model_args.model_name)
     address, port = listener.getsockname()[:2]
     app = App(ServedModel(generator, engine, config, args, name), address)
     with suppress(ValueError):  # it has no fast tokenizer
@@ -108,11 +109,6 @@ def _listen(args: ServeArguments) -> socket.socket:
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         refuse(f"--host {args.host} --port {args.port}: {why}")
-
-
-def _name(model: str) -> str:
-    """The hub id, or the last part of a path."""
-    return Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
 
 
 if __name__ == "__main__":

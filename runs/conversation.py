@@ -81,10 +81,8 @@ class Conversation:
     grammar: Grammar | None = None
     prediction: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._messages: list[dict[str, str]] = []
-        self._system: list[dict[str, str]] = []  # one message, or none
+    _messages: list[dict[str, str]] = field(default_factory=list, init=False)
+    _system: list[dict[str, str]] = field(default_factory=list, init=False)  # one message, or none
 
     def answer(self, prompt: str) -> bool:
         """Print the answer and its statistics; False if Ctrl-C ended it.
