@@ -327,15 +327,10 @@ def load_from_hub(*source: str, **options: Any) -> Any:
 
     from self_speculation.model.sources import hub_answers
 
-    was_offline = datasets.config.HF_HUB_OFFLINE
     if not hub_answers(source[0], "dataset"):
         datasets.config.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(*source, **options)
-    except ConnectionError as error:
-        if was_offline or not datasets.config.HF_HUB_OFFLINE:
-            raise
-        raise ConnectionError("it does not answer, and the local cache lacks the data") from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
