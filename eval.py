@@ -82,14 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         key = zlib.crc32(repr((replace(model_args, output_dir="", threads=None), config)).encode())
         args.use_cache = f"{args.use_cache}_{key:08x}"
     args.output_path = args.output_path or model_args.output_dir
-    _check(args, model_args)
-    from measures.evaluation import evaluate
-
-    return evaluate(model_args, config, args, counts(tuning.tuned, model_args))
-
-
-def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
-    """Refuse values that lm_eval would notice late, or not at all."""
+    # lm_eval would notice these values late, or not at all.
     if not args.tasks:
         refuse("--tasks: needs names of tasks, such as python_functions with --include_path eval_tasks")
     size = str(getattr(args, "batch_size", 1))
@@ -100,6 +93,9 @@ def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
             refuse(f"--{name}: not with --parallel tensor, whose ranks could find different answers there")
     path = Path(args.output_path)
     check_writable("output_path", path.parent if path.suffix == ".json" else path)
+    from measures.evaluation import evaluate
+
+    return evaluate(model_args, config, args, counts(tuning.tuned, model_args))
 
 
 def _read_config_file(args: argparse.Namespace) -> None:

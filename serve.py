@@ -40,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = "torchrun" if ranks.num_processes() > 1 else f"--parallel {model_args.parallel}"
         refuse(f"{what}: serve.py is one process; for a model on several cards: --parallel pipeline")
     validate(model_args, config)
-    listener = _listen(args)
+    try:  # before the model is loaded: clients that connect early wait
+        family, *_, place = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(place[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        refuse(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}")
 
     import uvicorn
 
@@ -99,16 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         http.join()
     print_status("the server has ended")
     return 0 if succeeded and server.started else 1
-
-
-def _listen(args: ServeArguments) -> socket.socket:
-    """Open the socket before the model is loaded: clients that connect early wait."""
-    try:
-        family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        refuse(f"--host {args.host} --port {args.port}: {why}")
 
 
 if __name__ == "__main__":

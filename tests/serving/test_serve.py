@@ -88,7 +88,7 @@ def test_a_second_signal_aborts_long_requests_with_an_error(endless_folder):
 def test_the_server_is_one_process(processes, parallel, capsys, monkeypatch):
     """Guards against processes that load a model and then wait for a port, and one that waits for others."""
     monkeypatch.setenv("WORLD_SIZE", processes)
-    monkeypatch.setattr("serve._listen", None)
+    monkeypatch.setattr("serve.socket", None)
     line = refused(serve.main, ["--parallel", parallel], capsys)
     what = "torchrun" if processes == "2" else f"--parallel {parallel}"
     assert f"{what}: serve.py is one process; for a model on several cards: --parallel pipeline" in line
