@@ -17,14 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from arguments import (
-    BatchArguments,
-    GenerationConfig,
-    ModelArguments,
-    at_least,
-    parse,
-    refuse,
-)
+from arguments import BatchArguments, GenerationConfig, ModelArguments, at_least, parse, refuse
 from data import DataArguments
 from runs.flags import validate
 from runs.program import run
