@@ -35,9 +35,9 @@ from arguments import ModelArguments, at_least, check, parse, refuse
 from data import DATASETS, DataError, is_table
 from measures.plots import bars
 from runs import ranks
-from runs.failures import check_writable
+from runs.failures import Failed, check_writable
 from runs.program import run
-from runs.records import Record, RecordError, Run, describe, machine
+from runs.records import Record, Run, describe, machine
 from runs.startup import read_config
 
 PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"interrupted; go on with --resume {paper.folder}", file=sys.stderr)
             return 130
         return _conclude(paper, rows, missing, model_args.model)
-    except RecordError as error:
+    except Failed as error:
         refuse(str(error))
 
 

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from arguments import BatchArguments, GenerationConfig, ModelArguments, refuse
 from data import DataArguments, DataError, Example, load_examples
 from runs import ranks
-from runs.failures import check_writable, failed, reason
+from runs.failures import Failed, check_writable, failed, reason
 from runs.records import (
     Record,
-    RecordError,
     Run,
     check_same_run,
     counted,
@@ -142,7 +141,7 @@ def run_experiment(
         description = describe(script, (model_args, config, data_args, args, batch))
         if args.resume is not None:
             check_same_run(args.resume, description)
-    except (DataError, RecordError) as error:
+    except (DataError, Failed) as error:
         refuse(str(error))
     is_exact = script == "correctness"
     generator = load_generator(model_args, config, data_args.chat, counted, fast_prompts=not is_exact)
@@ -159,7 +158,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
     with ranks.process_group():
         try:
             run = ranks.share(open_run)
-        except RecordError as error:
+        except Failed as error:
             refuse(str(error))
         finished = ranks.share(run.records)
         missing = [index for index in range(experiment.num_records) if index not in finished]
@@ -181,7 +180,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
         except KeyboardInterrupt:
             status = 130
             if ranks.rank() == 0:
-                with suppress(RecordError):
+                with suppress(Failed):
                     run.write_status("interrupted")
         if why or ranks.is_first():
             why = why or ("interrupted" if status == 130 else "another rank is gone")

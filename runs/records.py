@@ -47,10 +47,6 @@ _HIDDEN = {
 }  # fmt: skip
 
 
-class RecordError(Failed):
-    """A record cannot be written or read; the message is one line with advice."""
-
-
 @dataclass
 class Run:
     """A folder with `run.json` and `records.jsonl`."""
@@ -63,7 +59,7 @@ class Run:
         """A new folder `script_<time>` in `output_dir`, or the folder of the interrupted run to resume.
 
         Raises:
-            RecordError: it cannot be written, or the run to resume is another one.
+            Failed: it cannot be written, or the run to resume is another one.
         """
         if resume is None:
             began = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # other runs may begin in the same second
@@ -92,7 +88,7 @@ class Run:
         try:
             _write(path, "a", _line(record))
         except OSError as error:
-            raise RecordError(f"cannot write {path}: {error.strerror}") from error
+            raise Failed(f"cannot write {path}: {error.strerror}") from error
 
     def finish(self, records: list[Record], metrics: Record) -> None:
         """Write all records in order into one file, and the metrics into run.json."""
@@ -120,16 +116,16 @@ class Run:
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise RecordError(f"cannot write {path}: {error.strerror}") from error
+            raise Failed(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_same_run(resume: str, description: Record) -> Record:
-    """The `run.json` of the run to resume, which `parse` has read before; raises RecordError, which names the
+    """The `run.json` of the run to resume, which `parse` has read before; raises Failed, which names the
     difference, if it is of another script or has other arguments, device or dtype than are known of this run.
     """
     earlier = read_run(resume)
     if (script := earlier.get("script")) != description["script"]:
-        raise RecordError(f"--resume {resume}: is of {script}.py, go on with that")
+        raise Failed(f"--resume {resume}: is of {script}.py, go on with that")
     asked, was_asked = description["arguments"], earlier["arguments"]
     # The records of a measured sweep are times of batches.
     compared = asked.keys() - (_MAY_DIFFER if script != "sweep" else _MAY_DIFFER - {"batch_size"})
@@ -138,7 +134,7 @@ def check_same_run(resume: str, description: Record) -> Record:
     for name, was, now in pairs:
         # The steps of the earlier training are the first ones of a longer one.
         if was != now and not (name == "--num_steps" and now > was):
-            raise RecordError(f"--resume {resume}: that run had {name} {was!r}, this one has {now!r}")
+            raise Failed(f"--resume {resume}: that run had {name} {was!r}, this one has {now!r}")
     return earlier
 
 

@@ -22,7 +22,7 @@ from data import DataError
 from measures.plots import agreement_by_exit
 from runs import ranks, records
 from runs.failures import Failed, check_writable
-from runs.records import Record, RecordError, Run, heading
+from runs.records import Record, Run, heading
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import context_length
 from self_speculation.model.loading import load_config, resolve_device
@@ -52,7 +52,7 @@ def train(flags: Flags) -> int:
     datasets.disable_progress_bars()
     try:
         run, trainer, evaluation = _set_up(flags)
-    except (LoadingError, ValueError, RecordError) as error:
+    except (LoadingError, ValueError, Failed) as error:
         refuse(str(error) if str(error).startswith("--") else f"--{error}")
     except OSError as error:  # of the cache of datasets
         refuse(f"{error.filename or datasets.config.HF_DATASETS_CACHE}: {error.strerror}", status=1)
@@ -78,7 +78,7 @@ def train(flags: Flags) -> int:
     if bar := trainer.pop_callback(Progress).training_bar:
         bar.close()
     if ranks.rank() == 0:
-        with suppress(RecordError):
+        with suppress(Failed):
             run.write_status("interrupted" if stop.status > 1 else "failed")
         step, _ = newest_checkpoint(run.folder)
         kept = f"step {step} is kept" if step else "no checkpoint was written yet"
@@ -91,7 +91,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     """A new or resumed run, its trainer, and all held-out samples; quick checks come first.
 
     Raises:
-        LoadingError, ValueError, RecordError: something is missing, or flags do not fit.
+        LoadingError, ValueError, Failed: something is missing, or flags do not fit.
     """
     model_args, shape, data_args, recipe_args, args = flags
     device = resolve_device(model_args.device)
@@ -158,12 +158,12 @@ def _read_config(model_args: ModelArguments, sequence_length: int) -> Pretrained
 
 
 def _open_run(flags: Flags) -> Run:
-    """The folder of this training; raises RecordError."""
+    """The folder of this training; raises Failed."""
     resume = flags.optimization.resume
     description = records.describe("train", flags)
     earlier = description if resume is None else records.check_same_run(resume, description)
     if (now := _samples(description)) != (was := _samples(earlier)):
-        raise RecordError(
+        raise Failed(
             f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
             f"--batch_size and --gradient_accumulation must make {was} together"
         )

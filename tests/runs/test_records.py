@@ -15,7 +15,8 @@ from helpers import about, only_run, refused
 import benchmark
 from arguments import BatchArguments, GenerationConfig, ModelArguments
 from data import DataArguments
-from runs.records import RecordError, Run, describe, heading
+from runs.failures import Failed
+from runs.records import Run, describe, heading
 
 DESCRIPTION = {"script": "test", "arguments": {"seed": 1}}
 
@@ -49,9 +50,9 @@ def test_a_full_disk_keeps_what_is_written(run, monkeypatch):
     run.append({"index": 0})
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr("runs.records.os.fsync", full)
-    with pytest.raises(RecordError, match=r"records.jsonl: No space left on device"):
+    with pytest.raises(Failed, match=r"records.jsonl: No space left on device"):
         run.append({"index": 1})
-    with pytest.raises(RecordError, match="No space left"):
+    with pytest.raises(Failed, match="No space left"):
         run.write_status("finished")
     assert about(run.folder)["status"] == "running"
     assert sorted(path.name for path in run.folder.iterdir()) == ["records.jsonl", "run.json"]
