@@ -224,22 +224,15 @@ def _earlier_arguments(args: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", nargs="?")
     folder = parser.parse_known_args(args)[0].resume
-    return {} if folder is None else {**read_run(folder)["arguments"], "resume": None}
+    try:
+        return {} if folder is None else {**read_run(folder)["arguments"], "resume": None}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"resume {folder}: no run.json of a run in there") from error
 
 
 def read_run(folder: str) -> dict[str, Any]:
-    """Read `run.json` in the folder of --resume.
-
-    Raises:
-        ValueError: there is none, or it is not of a run.
-    """
-    try:
-        described = json.loads((Path(folder).expanduser() / "run.json").read_text("utf-8"))
-        if not isinstance(described["arguments"], dict):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"resume {folder}: no run.json of a run in there") from error
-    return described
+    """`run.json` in the folder of --resume."""
+    return json.loads((Path(folder).expanduser() / "run.json").read_text("utf-8"))
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

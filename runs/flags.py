@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from arguments import GenerationConfig, ModelArguments, given_flags, read_run, refuse
+from arguments import GenerationConfig, ModelArguments, given_flags, refuse
 from runs import ranks
 
 # This file beside the table of a predicted sweep has the count of each token id in the outputs.
@@ -41,7 +41,7 @@ def tuned(
     if given & {"exit_layer", "num_speculations"}:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
     _, sweep = _sweep(args.tuned, model_args)
-    if (best := sweep["metrics"]["best"]) is None:
+    if (best := sweep["metrics"].get("best")) is None:
         refuse(f"--tuned {args.tuned}: no answers to compare in there")
     found: dict[str, Any] = {name: best[name] for name in ("exit_layer", "num_speculations")}
     if "draft_weights" not in given:
@@ -64,11 +64,8 @@ def _sweep(tuned: str, model_args: ModelArguments) -> tuple[Path, dict[str, Any]
     if not runs:
         refuse(f"--tuned {tuned}: no sweep in there")
     last = max(runs, key=lambda run: run.stat().st_mtime).parent
-    try:
-        sweep = read_run(str(last))
-    except ValueError as error:
-        refuse(f"--tuned {tuned}: {error}")
-    if sweep["status"] != "finished":
+    sweep = _read(last / "run.json")
+    if sweep.get("status") != "finished":
         refuse(f"--tuned {tuned}: the sweep is unfinished, go on with sweep.py --resume {last}")
     names = sweep["model"], model_args.model_name
     if len({Path(name).expanduser().resolve() for name in names}) > 1:
