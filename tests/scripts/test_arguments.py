@@ -13,14 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from arguments import (
-    BatchArguments,
-    GenerationConfig,
-    ModelArguments,
-    TemplateArguments,
-    given_flags,
-    parse,
-)
+from arguments import BatchArguments, GenerationConfig, ModelArguments, TemplateArguments, given_flags, parse
 from benchmark import MeasurementArguments
 from correctness import CorrectnessArguments
 from data import DataArguments
