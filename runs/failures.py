@@ -21,8 +21,6 @@ _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 
-_PROBE = 2**16  # bytes, more than a file system keeps beside the name of a file
-
 
 class Failed(Exception):
     """The work cannot go on; the message is one line that names the example or the file."""
@@ -63,7 +61,7 @@ def check_writable(flag: str, folder: str | Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
-            file.write(bytes(_PROBE))
+            file.write(bytes(2**16))  # more than a file system keeps beside the name of a file
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -6,8 +6,8 @@ import gc
 import io
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -77,21 +77,25 @@ def load_generator(
     model_config = read_config(model_args)
     options = model_args.loading_options()
     try:
-        if resolve_device(model_args.device).type == "cpu":
-            with _told_warnings(), log_if_slow("building the operators of this processor, once"):
-                operators = cpu_operators()
-            if operators.variant is None:
-                print_status(
-                    f"warning: products by {operators}: decoding is slower, weights take 4 bytes each"
+        with warnings.catch_warnings(record=True) as warned:
+            if resolve_device(model_args.device).type == "cpu":
+                with log_if_slow("building the operators of this processor, once"):
+                    operators = cpu_operators()
+                if operators.variant is None:
+                    slow = "decoding is slower, weights take 4 bytes each"
+                    print_status(f"warning: products by {operators}: {slow}")
+            if fast_prompts:
+                options = with_fast_prompts(model_args.model_name, options, model_config)
+            config.check_depth(model_config.num_hidden_layers)
+            check_family(config.draft_weights, model_config)
+            # transformers shows its progress at a terminal only; errors are raised.
+            with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+                model, tokenizer = load_model_and_tokenizer(
+                    model_args.model_name, options, model_config, chat
                 )
-        if fast_prompts:
-            options = with_fast_prompts(model_args.model_name, options, model_config)
-        config.check_depth(model_config.num_hidden_layers)
-        check_family(config.draft_weights, model_config)
-        # transformers shows its progress at a terminal only; errors are raised.
-        quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-        with _told_warnings(), quiet:
-            model, tokenizer = load_model_and_tokenizer(model_args.model_name, options, model_config, chat)
+        for warning in warned:
+            if issubclass(warning.category, LoadingWarning):
+                print_status(f"warning: {warning.message}")
         if options.quantization != "none":
             print_status(f"quantization {options.quantization}: the text is that of the rounded model")
         prefer_ids(model, counted or {})
@@ -99,9 +103,8 @@ def load_generator(
         with log_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
         if config.is_adaptive and config.draft_weights != "exact" and (few := why_no_copies(model)):
-            print_status(
-                f"--draft_weights {config.draft_weights}: not used, {few}; --dtype float16 has copies"
-            )
+            unused = f"not used, {few}; --dtype float16 has copies"
+            print_status(f"--draft_weights {config.draft_weights}: {unused}")
         if copies := bytes_made(model):
             print_status(f"weights made for drafts take {copies / 2**30:.2f} GiB")
     except (LoadingError, ValueError) as error:
@@ -114,16 +117,6 @@ def load_generator(
     gc.freeze()  # all present objects live to the end
     gc.enable()
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
-
-
-@contextmanager
-def _told_warnings() -> Iterator[None]:
-    """Print warnings about loading, in a line each, after this block."""
-    with warnings.catch_warnings(record=True) as warned:
-        yield
-    for warning in warned:
-        if issubclass(warning.category, LoadingWarning):
-            print_status(f"warning: {warning.message}")
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
