@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from data import one_line
@@ -112,7 +112,6 @@ class EarlyExitTrainer(Trainer):
         ValueError: the model is not supported or has no such exit, or `args` ask for another loss.
     """
 
-    control: TrainerControl
     data_collator: Callable[[list[Any]], dict[str, Any]]
 
     def __init__(
