@@ -77,6 +77,7 @@ class Sequence:
         self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
         self.draft_stats = DraftStats() if has_drafts else None
         self._streamer, self._num_shown = request.streamer, 0  # drafted tokens that are shown
+        self._shows_drafts = hasattr(request.streamer, "delete")
         self.processors = request.processors(config)
         self._has_grammar = any(hasattr(processor, "masked") for processor in self.processors)
         # Of each token of this round's draft: a read of a batch, and its row.
@@ -146,19 +147,17 @@ class Sequence:
         processed = logits.clone()  # processors may change what they are given
         for i, position in enumerate(range(num_drafted, num_drafted + count)):
             drafted = self._drafted_ids(position) if self._has_grammar else []
+            scores = logits[i : i + 1]
             try:
-                processed[i] = self._process_row(logits[i : i + 1], drafted, position)
+                for processor in self.processors:
+                    if hasattr(processor, "masked"):
+                        scores = processor.masked([*self.tokens, *drafted], scores)
+                    else:
+                        scores = processor(self.history(position), scores)
+                processed[i] = scores
             except Exception as error:
                 self._failure = self._failure or Failure(position, error)
         return processed
-
-    def _process_row(self, scores: Tensor, drafted: list[int], num_drafted: int) -> Tensor:
-        for processor in self.processors:
-            if hasattr(processor, "masked"):
-                scores = processor.masked([*self.tokens, *drafted], scores)
-            else:
-                scores = processor(self.history(num_drafted), scores)
-        return scores
 
     def draft_limit(self, k: int) -> int:
         """The most tokens to draft, at most k. A round outputs up to one token more."""
@@ -168,10 +167,6 @@ class Sequence:
     def reads_draft(self) -> bool:
         """Whether the host needs the next drafted token: for a grammar, or to show it."""
         return self._has_grammar or self._shows_drafts
-
-    @property
-    def _shows_drafts(self) -> bool:
-        return hasattr(self._streamer, "delete")
 
     def write_drafted(
         self, tokens: Tensor, row: int, position: int, reading: AsyncRead | Known | None
