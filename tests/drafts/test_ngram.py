@@ -91,7 +91,7 @@ def test_a_longer_match_goes_first(own, expected):
 
 
 def found_in(text, k=2, longest=4, least=2):
-    """What a new index finds, and what one finds that has read the output token by token."""
+    """What an index finds that has read the output token by token."""
     drafts, begun = TextDrafts(longest, least), sequence(*text.prompt, prediction=text.prediction)
     for token in text.tokens:
         drafts.find(begun, k)
