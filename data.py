@@ -164,6 +164,7 @@ class DataArguments(TemplateArguments):
         at_least(self, 1, "num_samples")
         at_least(self, 0, "n_shot")
         check(self, "template", "{message}" in (self.template or "{message}"), "must contain {message}")
+        check(self, "dataset", self.dataset in DATASETS, f"must be one of {', '.join(DATASETS)}")
         path, dataset = Path(self.data_path or ".").expanduser(), DATASETS[self.dataset]
         check(self, "data_path", path.exists(), "no such file or folder")
         is_read = path.is_dir() or is_table(path)
