@@ -21,7 +21,7 @@ from conftest import (
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from self_speculation import Request, self_speculative_generate
+from self_speculation import Request, fuse, self_speculative_generate
 
 ADAPTIVE = {"custom_generate": self_speculative_generate, "generation_strategy": "adaptive"}
 
@@ -160,3 +160,12 @@ def test_other_modules_are_refused():
     """Guards against an AttributeError. test_adapters.py has models of peft."""
     with pytest.raises(ValueError, match="must be one of transformers, not a Sequential"):
         generate(nn.Sequential(tiny_llama()), PROMPT, max_steps=4)
+
+
+def test_layers_with_an_activation_that_no_operator_has_are_not_fused():
+    """Guards against a pass that is refused in the middle of a request."""
+    model = own_llama(hidden_act="mish")
+    assert fuse(model) == 0
+    assert generate(model, PROMPT, max_steps=9, eos=[EOS]).predicted_tokens == transformers_generate(
+        model, PROMPT, 9
+    )
