@@ -33,17 +33,17 @@ LIBRARY = {
 # Folder -> the most lines of its modules. A change that needs more raises the number and says why they are
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
-    "scripts": 1337,
-    "benchmarks": 1752,
-    "measures": 1742,
-    "runs": 1505,
-    "serving": 1850,
-    "training": 1257,
-    "self_speculation": 2112,
-    "self_speculation/decoding": 1607,
-    "self_speculation/drafts": 1158,
-    "self_speculation/model": 4465,
-    "self_speculation/model/cpp, C++": 1533,
+    "scripts": 1273,
+    "benchmarks": 1648,
+    "measures": 1694,
+    "runs": 1459,
+    "serving": 1820,
+    "training": 1246,
+    "self_speculation": 2056,
+    "self_speculation/decoding": 1540,
+    "self_speculation/drafts": 1115,
+    "self_speculation/model": 4334,
+    "self_speculation/model/cpp, C++": 1491,
 }
 MAX_LINES = 350  # of a file
 
