@@ -14,6 +14,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 _CONTEXT = 8  # runs of ids that are decoded before a new token, since its text depends on them
+_OF_PROMPT = 32  # ids of a prompt, of which that is the last run
 # Opening and closing tags that templates write without naming them in the tokenizer's config.
 _TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 
@@ -45,7 +46,10 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._pieces = [[*prompt]]  # runs of ids with complete text
+        end = [*prompt[-_OF_PROMPT:]]
+        while len(end) < len(prompt) and decode(tokenizer, end).startswith("\ufffd"):  # part of a character
+            end = end[1:]
+        self._pieces = [end]  # runs of ids with complete text
         self._waiting: list[int] = []
 
     def add(self, id_: int) -> str:

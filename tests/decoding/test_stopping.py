@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from self_speculation import GenerationConfig, Request
-from self_speculation.decoding.texts import StopWords, decode
+from self_speculation.decoding import texts
+from self_speculation.decoding.texts import Detokenizer, StopWords, decode
 
 
 def first_stop(tokenizer, words, ids):
@@ -47,6 +48,22 @@ def test_words_are_found_at_the_first_token_whose_text_has_them(name, request, i
     found = StopWords(tokenizer, [word])
     stop = next((n for n in range(1, len(ids) + 1) if found(ids[:n])), None)
     assert stop == first_stop(tokenizer, [word], ids)
+
+
+@pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
+def test_an_output_reads_on_from_the_end_of_its_prompt(name, request, monkeypatch):
+    """Guards against prompts that are decoded as a whole for each of the first tokens, and against a
+    character that the end begins within.
+    """
+    tokenizer, read, text = request.getfixturevalue(name), [], "x y z" * 9 + "ꙮ" * 25 + "x y z" * 9
+    ids = tokenizer.encode(text)
+    monkeypatch.setattr(texts, "decode", lambda *args: (read.append(len(args[1])), decode(*args))[1])
+    for n in range(1, len(ids)):
+        before = decode(tokenizer, ids[:n])
+        if not before.endswith("\ufffd"):
+            output = "".join(map(Detokenizer(tokenizer, ids[:n]).add, ids[n:]))
+            assert before + output == text
+    assert max(read) < 80 < len(ids)
 
 
 def test_a_second_output_is_read_from_its_start(byte_tokenizer):
