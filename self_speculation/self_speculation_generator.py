@@ -40,7 +40,8 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     """Picks exit layer, draft length and draft source in each round, by acceptance and time.
 
-    The picks depend on time, so a seed does not reproduce sampled outputs; their distribution is unchanged.
+    The composer of its drafts has an `AdaptivePolicy`. The picks depend on time, so a seed does not reproduce
+    sampled outputs; their distribution is unchanged.
     """
 
     name: GenerationStrategyName = "adaptive"
@@ -49,8 +50,8 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
 def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: DraftComposer) -> None:
     """One round: draft, verify, learn, roll back, commit.
 
-    Between two rounds the cache holds all tokens of a row but the last. One read from the device, and those
-    of the source.
+    Between two rounds the cache holds all tokens of a row but the last. The round reads from the device once,
+    besides the reads of the draft source.
     """
     numbers = batch.draw_numbers()
     draft = composer.draft(batch, cache, batch.draft_limits(), numbers.draft)  # k tokens, k <= K
@@ -74,8 +75,8 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
 def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> Tensor:
     """[B, k+1, V] processed logits of the full model: [:, i] for drafted token i, [:, k] for the token after.
 
-    The layers that did not draft run once, over all k+1 tokens; those that did, over the last one, which no
-    token was drafted from. Drops what a draft has cached that verification cannot use.
+    The layers that did not draft run once, over all k+1 tokens. The layers that drafted still miss the last
+    drafted token, so they run over it. Drops what a draft has cached that verification cannot use.
     """
     k, layer = draft.tokens.shape[1], draft.exit_layer
     inputs = torch.cat((batch.last, draft.tokens), 1) if k else batch.last  # [B, k+1] ids

@@ -261,8 +261,8 @@ class Answer:
 
 
 class AnswerResponse(StreamingResponse):
-    """Submits a parsed answer in a thread of `executor`. Begins with its first part, so that an error before
-    has a status of its own. Its end cancels the jobs, also when the client disconnects.
+    """Submits a parsed answer in a thread of `executor`. Sends the head with the first part, so that an error
+    before it can set the status. Its end cancels the jobs, also when the client disconnects.
     """
 
     def __init__(self, answer: Answer, executor: Executor | None) -> None:

@@ -70,7 +70,7 @@ class Engine:
         # A chunk of a prompt must not hold up streams for much longer than a round.
         token_budget = 64 if model.device.type == "cpu" else 512
         self._scheduler: Scheduler[Job] = Scheduler(strategy, model, config, batch_size, token_budget)
-        # What a request that reaches further needs besides is captured while others stream.
+        # Longer requests need more graphs, which are captured while others stream.
         longest = context_length(model.config)
         self._scheduler.run_every_pass(min(longest, _PROMPT + config.max_steps), longest)
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting

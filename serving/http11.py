@@ -75,7 +75,7 @@ class StrictProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _end_if_idle(self, before: RequestResponseCycle | None) -> None:
-        """End a connection that has sent no head since the last request, which was the same before."""
+        """End a connection that is idle, and whose last request is still that of the last check, `before`."""
         if self.cycle is before and self.is_idle:
             self.transport.close()
         else:

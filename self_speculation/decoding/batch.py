@@ -26,7 +26,9 @@ def reads_late(device: torch.device) -> bool:
 
 
 class RandomNumbers(NamedTuple):
-    """Uniform ones of one round, as many for short drafts as for long ones; None when greedy."""
+    """Uniform random numbers of one round; None when greedy. Their count does not depend on the length of a
+    draft, so a seed gives the same text.
+    """
 
     draft: Tensor | None  # [B, K] sample drafted tokens
     verify: Tensor | None  # [B, K + 1] accept drafted tokens, and sample the next one

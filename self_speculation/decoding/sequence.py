@@ -31,8 +31,8 @@ class Failure(NamedTuple):
 
 
 class Sequence:
-    """Prompt and output of one request. They are on the host. If processors or criteria read them, the ids of
-    the output are also on the device, behind the prompt, and for processors the draft behind them.
+    """Prompt and output of one request, on the host. Their ids on the device are those of the prompt; of the
+    output, too, if there are processors or criteria; of the draft, too, if there are processors.
 
     Args:
         request: in token ids. Its own config overrides `config`, that of the batch.

@@ -28,7 +28,8 @@ class DraftComposer:
 
     Args:
         model: all its ranks make the same plans.
-        sources: layers have one head; of lookups a row has the longest match, the first one of equal length.
+        sources: those of layers share a head. A row takes the longest match of the lookups; at a tie, that of
+            the source listed first.
         policy: plans rounds and learns from them; None: a row without a match has a draft of the last source
             that computes, and all drafts are as long as the limits.
         confidence: ends a draft after a token whose own probability is below; None: the policy ends it.

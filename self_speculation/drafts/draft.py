@@ -30,8 +30,8 @@ class Arm:
     Args:
         draft_step: number of rows -> estimated cost of a drafted token of each, in plain steps of one row;
             None: none, since no layer runs.
-        priors: [i] prior acceptance of a token after i matched ones, the last one also after more; only [0]
-            for layers.
+        priors: [i] expected acceptance of a token after i matched ones; the last entry is also for longer
+            matches. Layers have [0] alone.
         weight: of the priors, in observations.
     """
 
@@ -49,7 +49,7 @@ class Draft:
     probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy, or if k is 0
     lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
     exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
-    # States [B, 1, H] of the last token and the drafted ones, without the last of these (k) or with it (k+1).
+    # States [B, 1, H] of the last token and the drafted ones: k if the last drafted one has not run, or k+1.
     exit_hidden: list[Tensor] = field(default_factory=list)
     confidences: Confidences = ()  # empty unless drafts end by them
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams

@@ -27,7 +27,7 @@ class LayerDrafts(DraftSource):
         drafter: runs the model's layers, or a copy of them.
         exit_layer: number of layers that draft.
         draft_weights: exact: the model's own layers draft, and verification starts from their cache and exit
-            states. Those of a copy are less exact, and dropped.
+            states. A copy's are approximate, so verification does not use them.
         arm: what a policy knows of these drafts.
         is_whole: all layers draft.
         reader: of texts, for a short head; one for all exits.

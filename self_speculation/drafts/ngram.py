@@ -25,7 +25,7 @@ class NgramIndex:
 
     Args:
         lengths: values of n, in descending order.
-        preferred: the beginning of the text, of whose n-grams later occurrences are not found.
+        preferred: the beginning of the text. Its n-grams keep their positions when they occur again later.
     """
 
     def __init__(self, lengths: abc.Sequence[int], preferred: abc.Sequence[int] = ()) -> None:

@@ -60,9 +60,9 @@ class ArmStats:
 class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
-    At growing intervals, the source that was used longest ago has a trial, unless even a draft that is
-    accepted as a whole could not pay. A draft ends when another token would cost more than it is expected to
-    save.
+    At growing intervals, the source that was used longest ago has a trial, if a draft of it that is accepted
+    as a whole would be faster than plain steps. A draft ends when another token would cost more than it is
+    expected to save.
 
     Args:
         arms: by name of the source.
@@ -81,7 +81,7 @@ class AdaptivePolicy:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
         self._plan, self._plain_rate = Plan(), 1.0  # of this round; tokens per second without drafts
-        # A plan without drafts holds up to a round, for these rows, this length and these times.
+        # A plan without drafts holds until round `_plain_until`, for these rows, this length and these times.
         self._plain_for: tuple[int, int, PassTimes] | None = None
         self._plain_until = 0
         # Seconds in this round of a drafted token of each row, and of verifying 0, 1, ... of them.

@@ -38,7 +38,7 @@ _PIECE = 64
 
 
 class InPlaceRunner(ModelRunner):
-    """Runs fused layers by the operator, but for long passes over prompts by weights in 16 and more bits."""
+    """Runs fused layers by the operator, except in long passes over prompts by weights of 16 bits or more."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

@@ -116,9 +116,9 @@ class KVCache:
     The buffers of a layer are allocated when it first runs, with the device and dtype of its keys. Appending
     writes in place, and rolling back moves a position. Buffers that are too small double, up to a limit.
 
-    A pass appends equally many positions to each row: the length of a row in a layer is what was appended to
-    the layer minus what the row misses. A row misses the positions that were rolled back, and those by which
-    it was shorter than the longest row. The cache is *uniform* while all rows have one length.
+    A pass appends equally many positions to each row, so length(row, layer) = appended[layer] - missing[row].
+    A row misses the positions that were rolled back, and those by which it was shorter than the longest row.
+    The cache is *uniform* while all rows have one length.
     """
 
     is_prompt = False  # the next positions are a prompt's
@@ -130,7 +130,7 @@ class KVCache:
 
     def set_rows(self, lengths: Sequence[int]) -> None:
         """Set row lengths; keys and values are already in the slots."""
-        self._committed = max(lengths, default=0)  # appended to every layer between two rounds
+        self._committed = max(lengths, default=0)  # positions of every layer after the last round
         self._appended = [self._committed] * self.buffers.num_layers  # by layer
         self._missing = [self._committed - length for length in lengths]  # by row
         self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]

@@ -36,8 +36,8 @@ def cached(
     valid_for: Callable[[T], Hashable] | None,
     make: Callable[[], T],
 ) -> T:
-    """The result of `make`, kept by key while `valid_for(result)` is what it was once that was made: making
-    may move weights. None: it is valid as long as the model, and `release` keeps it.
+    """The result of `make`, kept by key while `valid_for(result)` has the value that it had right after it:
+    making may move weights. None: it is valid as long as the model, and `release` keeps it.
     """
     shelf, current = _shelf(model), valid_for or (lambda _: None)
 

@@ -58,7 +58,7 @@ class Head(Protocol):
         """[T, H] -> [T, V]
 
         Args:
-            seen: of heads with some of the ids, those that they have besides; None: all.
+            seen: ids that a head without all ids must score, too; None: it scores all.
         """
 
     def norm(self, hidden: Tensor) -> Tensor:
