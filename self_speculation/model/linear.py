@@ -199,9 +199,6 @@ class RMSNorm:
         self.epsilon = module.eps if self.is_centred else module.variance_epsilon
         self.slot: Slot = (module._parameters, "weight")
         self._shape = self.weight.shape
-        self._on_cpu = self.weight.device.type == "cpu"
-        self._root = len(self.weight) ** 0.5
-        self._zero, self._least = torch.tensor([0.0, self._root * self.epsilon**0.5]).unbind()
 
     @property
     def weight(self) -> Tensor:
@@ -209,17 +206,14 @@ class RMSNorm:
         return table[name]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if not self._on_cpu:
-            if self.is_centred:
-                weight = self.weight.float() + 1
-                return torch.rms_norm(hidden.float(), self._shape, weight, self.epsilon).type_as(hidden)
-            return torch.rms_norm(hidden, self._shape, self.weight, self.epsilon)  # one kernel
-        # On a CPU `rms_norm` is twice as many kernels as these, and states have at least 32 bits.
-        norms = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-        norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
-        scaled = torch.addcdiv(self._zero, hidden, norms, value=self._root)
-        weight = self.weight.to(hidden.dtype)
-        return scaled.addcmul_(scaled, weight) if self.is_centred else scaled.mul_(weight)
+        weight = self.weight
+        if self.is_centred:
+            return torch.rms_norm(hidden.float(), self._shape, weight.float() + 1, self.epsilon).to(
+                hidden.dtype
+            )
+        if weight.dtype != hidden.dtype:
+            weight = weight.to(hidden.dtype)
+        return torch.rms_norm(hidden, self._shape, weight, self.epsilon)
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
