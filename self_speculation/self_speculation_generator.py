@@ -96,9 +96,6 @@ def verify(batch: Batch, draft: Draft, logits: Tensor, numbers: Tensor | None) -
     k = draft.tokens.shape[1]
     if numbers is not None:
         numbers = torch.cat((numbers[:, :k], numbers[:, -1:]), 1)  # [B, k+1]
-    if not k:  # a shortcut with the same result
-        sampled = batch.sampler(logits[:, 0], None if numbers is None else numbers[:, 0])
-        return Verification(batch.last.new_zeros(len(batch)), sampled.tokens)
     lengths = None  # all drafts have k tokens
     if min(draft.lengths) < k:
         lengths = on_device(draft.lengths, draft.tokens.device)
@@ -112,11 +109,9 @@ def read_verification(
     for NaN.
     """
     k = draft.tokens.shape[1]
-    numbers = [logits.amax(-1), verification.next_token]
-    numbers += [verification.num_accepted, draft.tokens] if k else []
-    largest, *on_host = AsyncRead(numbers).wait()
+    read = AsyncRead([logits.amax(-1), verification.next_token, verification.num_accepted, draft.tokens])
+    largest, *ids = read.wait()
     batch.check(largest)
-    next_tokens, *of_draft = (list(map(int, numbers)) for numbers in on_host)
-    num_accepted, drafted = of_draft or ([0] * len(batch), [])
+    next_tokens, num_accepted, drafted = (list(map(int, numbers)) for numbers in ids)
     tokens = [[*drafted[row * k :][:m], next_tokens[row]] for row, m in enumerate(num_accepted)]
     return num_accepted, tokens
