@@ -166,8 +166,12 @@ KINDS = pytest.mark.parametrize("kind", [StandardTextStreamer, SpeculativeTextSt
 
 
 @KINDS
-def test_thinking_is_dim_and_not_in_a_file(byte_tokenizer, kind):
-    """Guards against tags on the screen, thinking in a pipe, and stop words that hide it."""
+@pytest.mark.parametrize("no_color", [False, True])
+def test_thinking_is_dim_and_not_in_a_file(byte_tokenizer, kind, no_color):
+    """Guards against tags on the screen, thinking in a pipe, stop words that hide it, and escape codes in
+    spite of NO_COLOR.
+    """
+    os.environ |= {"NO_COLOR": "1"} if no_color else {}
     tokenizer = thinking_tokenizer(byte_tokenizer, kind="spelled")
     ids = tokenizer.encode(f"{TAGS[0]}\nHm stop\n{TAGS[1]}\n\nYes stop no", add_special_tokens=False)
     for file, expected in ((io.StringIO(), "Yes \n"), (Terminal(), None)):
@@ -177,7 +181,7 @@ def test_thinking_is_dim_and_not_in_a_file(byte_tokenizer, kind):
         streamer.end()
         if file.isatty():
             assert file.shown() == "Hm stop\n\nYes"
-            assert "\x1b[2m" in file.getvalue()
+            assert ("\x1b[2m" in file.getvalue()) != no_color
         else:
             assert file.getvalue() == expected
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import PROMPT, config_of, generate, in_batch, mixed_drafts, own_llama, tiny_llama
+from helpers import watch
 
 from self_speculation import Request
 from self_speculation.decoding.sampling import Sampler, verify_draft
@@ -17,6 +18,20 @@ def test_confidence_ends_drafts():
     assert short.num_drafted <= short.num_verifications
     full = generate(model, PROMPT, draft_confidence=0, **shared)
     assert full.drafted_by_position == generate(model, PROMPT, **shared).drafted_by_position
+
+
+def test_a_draft_ends_with_its_first_unlikely_token(monkeypatch):
+    """Guards against a threshold for another token than the last one."""
+    calls = watch(monkeypatch, LayerDrafts, "draft")
+    generate(
+        tiny_llama(), PROMPT, max_steps=50, eos=[], exit_layer=2, num_speculations=5, draft_confidence=0.3
+    )
+    rows = [
+        (limits[0], [chance >= 0.3 for chance in draft.confidences[0]]) for (*_, limits, _, _), draft in calls
+    ]
+    assert all(all(likely[:-1]) for _, likely in rows)
+    assert all(len(likely) == limit for limit, likely in rows if all(likely))
+    assert len({len(likely) for _, likely in rows if not all(likely)}) > 1
 
 
 @mixed_drafts("exit 2")

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ADAPTIVE, PROMPT, generate, own_llama, tiny_llama
+from conftest import ADAPTIVE, PROMPT, generate, own_llama, planned, tiny_llama
 
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.draft import Arm, Draft, Match
 from self_speculation.drafts.ngram import TextDrafts
-from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
+from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, Plan
 from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.model import model_cache
 from self_speculation.model.kernels import CPUOperators
@@ -278,6 +278,16 @@ def test_ngrams_go_before_a_copy_row_by_row():
     assert speed(made, world, 4) > speed(made_alone, alone, 4) + 0.1
 
 
+def test_a_trial_of_layers_has_no_ngrams():
+    """Guards against layers that are never tried where a text tells what follows."""
+    chooser = policy()
+    plans = [chooser.plan([Match("n-grams", 3), None], [8, 8]) for _ in range(200)]
+    trials = [plan for plan in plans if plan.is_trial]
+    assert {plan.source for plan in trials} == {"exit 2", "exit 4"}
+    assert not any(any(plan.lookups) for plan in trials)
+    assert any(plan.lookups == [True, False] for plan in plans)
+
+
 @pytest.mark.parametrize("sampling", [{"sample": False}, {"sample": True, "temperature": 0.9}])
 def test_a_round_without_drafts_is_a_plain_step(sampling, monkeypatch):
     """Guards against a plan and a verification in each round, which take 8 % of a small model's, and against
@@ -293,6 +303,15 @@ def test_a_round_without_drafts_is_a_plain_step(sampling, monkeypatch):
     assert 0 < len(planned) < rounds.total() / 4
     if not sampling["sample"]:
         assert found.predicted_tokens == generate(model, PROMPT, max_steps=200, eos=()).predicted_tokens
+
+
+def test_what_is_looked_up_is_planned_while_a_plan_without_drafts_holds(monkeypatch):
+    """Guards against n-grams that wait until it is time to plan layers again."""
+    plan = planned(lambda sources, matches, limits: Plan(None, 0, [*map(bool, matches)], max(limits)))
+    monkeypatch.setattr(AdaptivePolicy, "plan", plan)
+    monkeypatch.setattr(AdaptivePolicy, "is_plain", lambda *_: True)
+    found = generate(tiny_llama(agreement="loops"), PROMPT, max_steps=40, eos=(), **ADAPTIVE)
+    assert found.drafts_by_source["n-grams"].accepted > 20
 
 
 def settled(num_rows=1):

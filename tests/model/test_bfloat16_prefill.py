@@ -157,8 +157,9 @@ def test_scripts_read_prompts_as_transformers_does(
     found = with_fast_prompts(str(tmp_path), asked, load_config(str(tmp_path), asked)).prefill_dtype
     is_fast = dtype == torch.bfloat16 and has_bfloat16 and cpu_operators().variant is not None
     assert found == ("bfloat16" if is_fast else "auto")
-    rounded = replace(asked, quantization="int8")  # it has its own products
-    assert with_fast_prompts(str(tmp_path), rounded, load_config(str(tmp_path), asked)) == rounded
+    for others in ({"quantization": "int8"}, {"dtype": "float32"}):  # they have their own products
+        given = replace(asked, **others)
+        assert with_fast_prompts(str(tmp_path), given, load_config(str(tmp_path), asked)) == given
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from conftest import (
     ids_of,
     in_batch,
     own_llama,
+    planned,
     scheduler_of,
 )
 from cuda_graphs import CaptureError, Stream, decode_eagerly
@@ -26,6 +27,7 @@ from helpers import watch
 from test_llama_model_utils import family
 
 from self_speculation import Request, make_strategy, release
+from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.model import attention, attention_context, captured_runner
 from self_speculation.model.captured_runner import capture_decoding, make_runner
 from self_speculation.model.fused_layers import parts_of
@@ -256,6 +258,22 @@ def test_graphs_of_replaced_copies_are_dropped(monkeypatch):
         passes = make_runner(model).new_cache(1, 1).passes
         numbers.append(sum(bool(linears) for linears, *_ in passes.replays))
     assert numbers == [1] * 3
+
+
+def test_times_of_rounds_that_capture_are_not_learnt(graphs, monkeypatch):
+    """Guards against drafts that seem ten times as dear since their first pass was captured."""
+    model, begun = own_llama(fused=True), []
+    capture_decoding(model)
+    plan = planned(lambda sources, matches, limits: Plan(sources[0], min(2, *limits), is_trial=True))
+    monkeypatch.setattr(AdaptivePolicy, "plan", plan)
+    monkeypatch.setattr(AdaptivePolicy, "is_plain", lambda *_: False)
+    watch(monkeypatch, AdaptivePolicy, "plan", lambda *_: begun.append(len(graphs.captured)))
+    learnt = watch(
+        monkeypatch, AdaptivePolicy, "learn", lambda *given: begun.append(len(graphs.captured) - begun.pop())
+    )
+    ids_of(model, **ADAPTIVE)
+    assert [args[3] is None for args, _ in learnt] == [number > 0 for number in begun]
+    assert 0 in begun
 
 
 @pytest.mark.parametrize("how", [{}, {**COPY, "exit_layer": 2}, ADAPTIVE])

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from arguments import GenerationConfig, ModelArguments
 from runs.startup import load_generator
-from self_speculation import LoadingOptions, load_model_and_tokenizer
+from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files, quantized_layers
 from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.few_bits import (
@@ -225,11 +225,35 @@ def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
 
 
 def test_a_format_without_an_operator_is_named(byte_tokenizer, tmp_path, monkeypatch):
-    """Guards against a file that loads in four times its size in silence."""
+    """Guards against a file that loads in four times its size in silence, and one that is read in two
+    ways.
+    """
     monkeypatch.setattr(gguf_files, "FORMATS", {2: "Q4_0"})
-    with pytest.warns(UserWarning, match=r"100% of its weights are in Q8_0, which no operator here has"):
-        loaded, _ = model_of_file("Q8_0", byte_tokenizer, tmp_path)
+    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
+    sizes = [weight.numel() for weight in model.state_dict().values() if weight.dim() > 1]
+    share = 1 - 4 * 3 * 64 * 32 / sum(sizes)
+    kinds = gguf.GGMLQuantizationType
+    write(tmp_path / "x.gguf", model, byte_tokenizer, kinds.Q8_0, True, {"ffn": kinds.Q4_0})
+    with pytest.warns(
+        UserWarning, match=f"{share:.0%} of its weights are in Q8_0, which no operator here has"
+    ):
+        loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
     assert loaded.dtype == torch.float16
+    assert not formats_of(loaded)
+
+
+def test_what_a_file_in_few_bits_lacks_is_named(byte_tokenizer, tmp_path):
+    """Guards against biases without numbers: they are no parameters beside weights in few bits."""
+    with pytest.raises(LoadingError, match="config and weights do not fit: 16 tensors are missing"):
+        model_of_file("Q8_0", byte_tokenizer, tmp_path, LoadingOptions({"attention_bias": True}))
+
+
+def test_no_prompts_in_bfloat16_by_few_bits(byte_tokenizer, tmp_path, monkeypatch):
+    """Guards against an option that is ignored, or refused without its name."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    options = LoadingOptions(device="cpu", prefill_dtype="bfloat16")
+    with pytest.raises(LoadingError, match=r"^prefill_dtype bfloat16: needs weights in 16 bits"):
+        model_of_file("Q8_0", byte_tokenizer, tmp_path, options)
 
 
 def test_a_model_in_few_bits_is_saved_in_float32(byte_tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -75,9 +76,13 @@ def test_threads_make_it_once():
     """Guards against two parts of one model of which one is lost."""
     model, both_ask = nn.Linear(1, 1), threading.Barrier(2)
 
+    def make():
+        time.sleep(0.1)  # meanwhile the other one asks
+        return Part()
+
     def ask():
         both_ask.wait(10)
-        return cached(model, "key", None, lambda: both_ask.n_waiting or Part())
+        return cached(model, "key", None, make)
 
     with ThreadPoolExecutor(2) as threads:
         first, second = (threads.submit(ask) for _ in range(2))

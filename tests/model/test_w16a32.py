@@ -104,6 +104,7 @@ def folder(byte_tokenizer, tmp_path):
         (torch.bfloat16, {"dtype": "bfloat16"}, torch.bfloat16, torch.float32),
         (torch.float32, {"dtype": "bfloat16"}, torch.bfloat16, torch.float32),
         (torch.bfloat16, {"dtype": "float32"}, torch.float32, torch.float32),
+        (torch.float32, {"model_args": {"dtype": "float16"}}, torch.float16, torch.float32),
         (torch.bfloat16, {"fuse": False}, torch.float32, torch.float32),
     ],
 )

@@ -137,6 +137,8 @@ MISTAKES = {
 }
 for script in (benchmark, correctness, sweep, generate, eval_script, serve):
     MISTAKES[script][f"{TASK if script is eval_script else ''} {OF_FEWER_BITS}"] = NO_COPIES
+IN_PARTS = f"{SPECULATIVE} --exit_layer 2 --num_speculations 3 --draft_weights int4 --parallel pipeline"
+MISTAKES[generate][IN_PARTS] = "--draft_weights int4: not with --parallel pipeline"
 
 
 @pytest.mark.usefixtures("few_files_are_read")

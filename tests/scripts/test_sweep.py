@@ -35,12 +35,14 @@ def test_costs_of_a_round():
 
 
 def test_costs_are_those_of_rounds_beside_plain_steps():
-    """Guards against the pace of a busy moment in a cost, a stall that decides, and answers of one token."""
+    """Guards against the pace of a busy moment in a cost, a stall that decides, answers of one token, and
+    plain steps that are counted by the drafted answer.
+    """
 
     def timed(pace, stall=1.0, steps=4):
         drafts = [{"source": "exit", "drafted": k, "accepted": 1, "emitted": 2, "rounds": 1} for k in (3, 1)]
         return {
-            "drafts": drafts, "num_decode_tokens": steps, "decode_time": pace * stall * 3.0,
+            "drafts": drafts, "num_decode_tokens": steps // 2, "decode_time": pace * stall * 3.0,
             "autoregressive_num_decode_tokens": steps, "autoregressive_decode_time": pace * 4.0,
         }  # fmt: skip
 
