@@ -9,8 +9,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import Executor
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -25,7 +24,7 @@ from self_speculation import GenerationConfig, GenerationStrategyResult, Hugging
 from self_speculation.decoding.grammar import GrammarError
 from self_speculation.decoding.texts import Thinking
 from self_speculation.model.families import context_length
-from serving.engine import Engine, Job
+from serving.engine import Engine, Job, RequestTimeout
 from serving.errors import APIError
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, Metrics, figures
@@ -111,6 +110,9 @@ class Answer:
     def submit(self) -> None:
         """Compile the grammar, and submit a job for each choice."""
         request, generator, engine = self.request, self._generator, self._served.engine
+        max_time = self._served.args.max_time
+        if time.perf_counter() > self._arrival_time + max_time:  # it has waited for the compiler
+            raise RequestTimeout(f"no answer after {max_time:g} seconds")
         engine.check_room(len(self._given))
         for index, given in enumerate(self._given):
             with self._naming_field():
@@ -124,7 +126,7 @@ class Answer:
             if request.num_top_logprobs is not None:
                 logprobs = LogprobCollector(generator.tokenizer, request.num_top_logprobs, reader)
             whole = replace(prepared, streamer=streamer, stopping_criteria=logprobs)
-            job = Job(whole, emit, self._served.args.max_time, self._arrival_time, origin=self._origin)
+            job = Job(whole, emit, max_time, self._arrival_time, origin=self._origin)
             self._choices.append(_Choice(index, job, logprobs))
         engine.submit([choice.job for choice in self._choices])
 
@@ -261,12 +263,12 @@ class Answer:
 
 
 class AnswerResponse(StreamingResponse):
-    """Submits a parsed answer in a thread of `executor`. Sends the head with the first part, so that an error
-    before it can set the status. Its end cancels the jobs, also when the client disconnects.
+    """Passes a parsed answer to `submit`. Sends the head with the first part, so that an error before it can set
+    the status. Its end cancels the jobs, also when the client disconnects.
     """
 
-    def __init__(self, answer: Answer, executor: Executor | None) -> None:
-        self._answer, self._executor = answer, executor
+    def __init__(self, answer: Answer, submit: Callable[[Answer], Awaitable[None]]) -> None:
+        self._answer, self._submit = answer, submit
         self._parts, self._has_begun = answer.parts(), False
         media_type = "text/event-stream" if answer.request.stream else "application/json"
         super().__init__(self._parts, headers={"Cache-Control": "no-cache"}, media_type=media_type)
@@ -280,7 +282,7 @@ class AnswerResponse(StreamingResponse):
             raise ClientDisconnect("the client has disconnected")
 
     async def stream_response(self, send: Send) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._answer.submit)
+        await self._submit(self._answer)
         async for part in self._parts:
             body = part.encode()
             if not self._has_begun:

@@ -23,7 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from self_speculation.model.families import context_length
 from serving.answers import Answer, AnswerResponse, ServedModel
-from serving.engine import ServerShutdown
+from serving.engine import QueueFull, ServerShutdown
 from serving.errors import APIError
 from serving.metrics import Metrics
 from serving.protocol import ChatRequest, CompletionRequest
@@ -52,6 +52,7 @@ class App:
         self._served, self._engine, self._key = served, served.engine, args.key
         self._metrics = Metrics(served.engine, served.name, args.log_requests)
         self._compiler = ThreadPoolExecutor(1)  # of grammars, since other requests need threads, too
+        self._turns = asyncio.Semaphore(self._engine.max_jobs)
         served.engine.on_result = self._metrics.count
         served.generator.use_sandbox()
         self._model_entry = {
@@ -129,7 +130,16 @@ class App:
         body = await _read_body(http, self._served.args.max_body)
         answer = Answer(self._served, self._metrics, _origin(http))
         await asyncio.to_thread(answer.parse, kind, body)
-        return AnswerResponse(answer, self._compiler if answer.is_guided else None)
+        return AnswerResponse(answer, self._submit)
+
+    async def _submit(self, answer: Answer) -> None:
+        if not answer.is_guided:
+            await asyncio.to_thread(answer.submit)
+        elif self._turns.locked():
+            raise QueueFull(f"{self._engine.max_jobs} grammars wait already: try again later")
+        else:
+            async with self._turns:
+                await asyncio.get_running_loop().run_in_executor(self._compiler, answer.submit)
 
 
 def check_key(scope: Scope, key: str | None) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Literal
 
 import jsonschema
@@ -15,7 +16,7 @@ import pytest
 import requests
 from conftest import config_of, generator_of
 from helpers import watch
-from servers import CHAT, HELLO, Served, post, raw_request, refused, until
+from servers import CHAT, HELLO, Served, post, raw_request, refused, tiny_generator, until
 
 from self_speculation.decoding import grammar
 
@@ -192,6 +193,31 @@ def test_grammars_wait_in_turn(served, monkeypatch):
     *left, _ = [job for ((job,),), _ in submitted if job.request.grammar]
     assert left
     assert all(job.is_cancelled for job in left)
+
+
+def test_waiting_grammars_have_a_limit(text_model, byte_tokenizer, monkeypatch):
+    """Guards against more requests that wait for a grammar than --max_waiting allows, and against a server
+    that refuses all grammars after some.
+    """
+    go_on, given = threading.Event(), {"prompt": "x", "max_tokens": 2, "guided_json": {}}
+    watch(monkeypatch, grammar, "_matcher", lambda *args: go_on.wait())
+    generator = tiny_generator(text_model, byte_tokenizer)
+    with Served(generator, batch_size=1, max_waiting=1) as served, ThreadPoolExecutor() as clients:
+        answers = [clients.submit(post, served, **given) for _ in range(4)]
+        try:
+            first = [*itertools.islice(as_completed(answers, timeout=20), 2)]
+        finally:
+            go_on.set()
+        assert [answer.result().status_code for answer in first] == [429, 429]
+        assert sorted(answer.result().status_code for answer in answers) == [200, 200, 429, 429]
+        assert [post(served, **given).status_code for _ in range(3)] == [200] * 3
+
+
+def test_grammars_of_late_requests_are_not_compiled(text_model, byte_tokenizer, monkeypatch):
+    calls = watch(monkeypatch, grammar, "_matcher")
+    with Served(tiny_generator(text_model, byte_tokenizer), batch_size=1, max_time=1e-9) as served:
+        assert post(served, prompt="x", max_tokens=2, guided_json={}).status_code == 504
+    assert not calls
 
 
 def test_penalties_and_biases(served):
