@@ -98,7 +98,7 @@ def _key_values(group: Any, name: str) -> dict[str, Any]:
             raise ValueError(f"{name} {text!r}: {allowed}") from error
     found: dict[str, Any] = {}
     # A comma that an item of a list or dictionary follows is part of a value.
-    for pair in filter(str.strip, re.split(r",(?=[^\])}]*(?:=|$))", text)):
+    for pair in filter(str.strip, re.split(r",(?=[^\])}'\"]*=|[^\])}]*$)", text)):
         key, equals, value = map(str.strip, pair.partition("="))
         check(group, name, key.isidentifier() and bool(equals), allowed)
         is_word = value.lower() in ("true", "false", "none")

@@ -66,10 +66,10 @@ def test_spellings_of_flags(args, field, value):
 
 def test_model_args_become_python_values():
     """Guards against `False` as a text, which is true, and against commas in a dictionary."""
-    given = 'a=1,b=x, c=True,d=0.5,e=nOne,f=FALSE,g={"h": 4.0, "i": [1, 2], "j": "k"}, l=3'
+    given = 'a=1,b=x, c=True,d=0.5,e=nOne,f=FALSE,g={"h": 4.0, "i": [1, 2], "j": "k=m"}, l=3'
     (model,) = parse("test", ModelArguments, args=["--model_args", given])
     found = {"a": 1, "b": "x", "c": True, "d": 0.5, "e": None, "f": False}
-    found |= {"g": {"h": 4.0, "i": [1, 2], "j": "k"}, "l": 3}
+    found |= {"g": {"h": 4.0, "i": [1, 2], "j": "k=m"}, "l": 3}
     assert model.from_pretrained_args() == found
 
 
