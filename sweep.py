@@ -20,7 +20,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from arguments import BatchArguments, GenerationConfig, ModelArguments, at_least, check, parse, refuse
+from arguments import (
+    BatchArguments,
+    GenerationConfig,
+    ModelArguments,
+    at_least,
+    check,
+    given_flags,
+    parse,
+    refuse,
+)
 from data import DataArguments
 from runs.flags import COUNTS, counts, validate
 from runs.program import run
@@ -97,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = dataclasses.replace(config, sample=False)
     first = {"exit_layer": args.exit_layer_first, "num_speculations": args.num_speculations_first}
     cell = {"generation_strategy": "self_speculative", **first}
-    for name in sorted(cell):
-        if (value := getattr(config, name)) not in (getattr(GenerationConfig, name), "self_speculative"):
+    for name in sorted(given_flags(argv, GenerationConfig) & cell.keys()):
+        if (value := getattr(config, name)) != "self_speculative":
             cells = "cells are self_speculative, on the grid of the flags of sweeps"
             print_status(f"--{name} {value}: not used; {cells}")
     config = dataclasses.replace(config, **cell)

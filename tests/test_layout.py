@@ -33,7 +33,7 @@ LIBRARY = {
 # Folder -> the most lines of its modules. A change that needs more raises the number and says why they are
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
-    "scripts": 1273,
+    "scripts": 1282,
     "benchmarks": 1648,
     "measures": 1694,
     "runs": 1459,
