@@ -31,6 +31,10 @@ class DataError(ValueError):
     """The data is unusable; the message has file and line, or what is allowed."""
 
 
+class ColumnError(DataError):
+    """Data lack a column."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -77,7 +81,7 @@ def _texts(place: str, row: Row, column: str) -> list[str]:
 def _value(place: str, row: Row, column: str) -> Any:
     if column not in row:
         found = ", ".join(map(str, row)) or "none"
-        raise DataError(f"{place}: no column {column!r}; found: {found}")
+        raise ColumnError(f"{place}: no column {column!r}; found: {found}")
     return row[column]
 
 
@@ -191,7 +195,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     rows = _rows(source, "test")
     try:
         examples = _examples(dataset, rows)
-    except DataError as error:
+    except ColumnError as error:
         other = ", while columns prompt and response need --dataset custom_jsonl"
         if args.dataset == "custom_jsonl":
             other = " or the names of others in --prompt_field and --response_field"
