@@ -263,7 +263,7 @@ class Answer:
 
 
 class AnswerResponse(StreamingResponse):
-    """Passes a parsed answer to `submit`. Sends the head with the first part, so that an error before it can set
+    """Passes a parsed answer to `submit`. Sends the head with the first part, so that an error before can set
     the status. Its end cancels the jobs, also when the client disconnects.
     """
 

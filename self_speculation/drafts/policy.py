@@ -114,7 +114,7 @@ class AdaptivePolicy:
                     best = plan._replace(lookups=[guess > own for guess in guesses])
             if best.max_drafted:
                 stats.used_at[best.source] = stats.num_rounds
-            elif not any(matches):
+            else:
                 self._plain_for = (num_rows, longest, stats.times)
                 self._plain_until = stats.num_rounds + _WAIT
             self._plan = best

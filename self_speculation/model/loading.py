@@ -194,7 +194,7 @@ def load_model_and_tokenizer(
         bits = _bits(options.quantization, device, config, base)
         keeps_format = adapted is None and _keeps_format(options, device)
         in_few_bits = keeps_format and header is not None and has_few_bits(header)
-        own = _own_dtype(header, config) if keeps_format and not in_few_bits else None
+        own = _own_dtype(header, config) if keeps_format else None
         if (own is None or bits is not None) and options.prefill_dtype == "bfloat16":
             raise LoadingError(
                 "prefill_dtype bfloat16: needs weights in 16 bits and products in float32, so dtype auto,"
@@ -246,10 +246,11 @@ def _load(
 
 
 def _own_dtype(header: Header | None, config: PretrainedConfig) -> torch.dtype | None:
-    """The dtype of weights that operators read as they are, where `auto` is that; None: it is float32."""
+    """The dtype of weights that operators read as they are; None: it is float32, or they are in few bits."""
+    if config.model_type not in FUSED_FAMILIES or (header is not None and has_few_bits(header)):
+        return None
     dtype = config.dtype if header is None else dense_dtype(header)
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    return dtype if is_half and config.model_type in FUSED_FAMILIES else None
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def _keeps_format(options: LoadingOptions, device: torch.device) -> bool:

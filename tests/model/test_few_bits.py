@@ -36,6 +36,7 @@ from self_speculation.model.few_bits import (
 )
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.kernels import CPUOperators
+from self_speculation.model.loading import load_config, with_fast_prompts
 from self_speculation.model.model_runner import forward
 from self_speculation.model.quantized_layers import quantize
 
@@ -249,11 +250,17 @@ def test_what_a_file_in_few_bits_lacks_is_named(byte_tokenizer, tmp_path):
 
 
 def test_no_prompts_in_bfloat16_by_few_bits(byte_tokenizer, tmp_path, monkeypatch):
-    """Guards against an option that is ignored, or refused without its name."""
+    """Guards against an option that is ignored, or refused without its name, also where nobody gave it."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     options = LoadingOptions(device="cpu", prefill_dtype="bfloat16")
     with pytest.raises(LoadingError, match=r"^prefill_dtype bfloat16: needs weights in 16 bits"):
         model_of_file("Q8_0", byte_tokenizer, tmp_path, options)
+    kinds = gguf.GGMLQuantizationType
+    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
+    write(tmp_path / "x.gguf", model, byte_tokenizer, kinds.BF16, True, {"ffn": kinds.Q8_0})
+    options = LoadingOptions(device="cpu")
+    config = load_config(str(tmp_path / "x.gguf"), options)
+    assert with_fast_prompts(str(tmp_path / "x.gguf"), options, config) == options
 
 
 def test_a_model_in_few_bits_is_saved_in_float32(byte_tokenizer, tmp_path):
