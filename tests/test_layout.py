@@ -33,16 +33,16 @@ LIBRARY = {
 # Folder -> the most lines of its modules. A change that needs more raises the number and says why they are
 # worth it; one that needs fewer lowers it. `PYTHONPATH=.:tests python tests/test_layout.py` prints it anew.
 CEILINGS = {
-    "scripts": 1282,
+    "scripts": 1286,
     "benchmarks": 1648,
     "measures": 1694,
     "runs": 1459,
     "serving": 1832,
     "training": 1246,
-    "self_speculation": 2056,
-    "self_speculation/decoding": 1540,
-    "self_speculation/drafts": 1115,
-    "self_speculation/model": 4334,
+    "self_speculation": 2052,
+    "self_speculation/decoding": 1546,
+    "self_speculation/drafts": 1116,
+    "self_speculation/model": 4329,
     "self_speculation/model/cpp, C++": 1491,
 }
 MAX_LINES = 350  # of a file
