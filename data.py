@@ -326,7 +326,7 @@ def load_from_hub(*source: str, **options: Any) -> Any:
     """
     import datasets  # takes a second, and local files do not need it
 
-    from self_speculation.model.sources import hub_answers
+    from self_speculation.loading.sources import hub_answers
 
     if not hub_answers(source[0], "dataset"):
         datasets.config.HF_HUB_OFFLINE = True

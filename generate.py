@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runs.startup import load_generator
     from runs.status import log_if_slow
     from self_speculation import Request
-    from self_speculation.model.devices import broadcast_from_rank0
+    from self_speculation.devices import broadcast_from_rank0
 
     if model_args.parallel == "data" and not ranks.is_first():
         return 0  # every rank has a copy of the model, and one answer is enough

@@ -19,9 +19,9 @@ class BuildOperators(build_py):
         super().run()
         sys.path.insert(0, str(Path(__file__).parent))
         try:
-            from self_speculation.model.kernels import build_into
+            from self_speculation.weights.kernels import build_into
 
-            build_into(Path(self.build_lib) / "self_speculation" / "model" / "cpp")
+            build_into(Path(self.build_lib) / "self_speculation" / "weights" / "cpp")
         except (ImportError, RuntimeError) as error:
             self.warn(f"without operators of a CPU: {error}")
 

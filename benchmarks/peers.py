@@ -28,8 +28,8 @@ from self_speculation import (
     Request,
 )
 from self_speculation.decoding.request import as_list
-from self_speculation.model.few_bits import formats_of
 from self_speculation.results import DraftStats
+from self_speculation.weights.few_bits import formats_of
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, exit", "transformers, lookup"
 

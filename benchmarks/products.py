@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from self_speculation.model.int4_linear import int4_copy
-from self_speculation.model.kernels import cpu_operators
-from self_speculation.model.linear import Linear, project
+from self_speculation.weights.int4_linear import int4_copy
+from self_speculation.weights.kernels import cpu_operators
+from self_speculation.weights.linear import Linear, project
 
 # [out, in] of one layer: q with k and v, o, gate with up, down.
 SHAPES = ((1152, 896), (896, 896), (9728, 896), (896, 4864))

@@ -60,7 +60,7 @@ from runs.records import Record, counted, describe, describe_model, had_fewer_th
 from runs.startup import load_generator
 from self_speculation import HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.drafts.registry import forget_what_was_learnt
-from self_speculation.model.families import context_length
+from self_speculation.families import context_length
 
 PLAIN, SPECULATIVE, COPY, ADAPTIVE = "without drafts", "self-speculative", "4-bit copy", "adaptive"
 

@@ -18,7 +18,7 @@ from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio
-from self_speculation.model.families import context_length
+from self_speculation.families import context_length
 
 _NAMES = {"": "this strategy", BASELINE: "without drafts"}
 _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals

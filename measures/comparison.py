@@ -14,9 +14,9 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from runs.records import Record
 from self_speculation import GenerationStrategyResult
-from self_speculation.model.families import attention_types
-from self_speculation.model.full_forward import attention_arguments
-from self_speculation.model.fused_layers import activation_dtype, parts_of
+from self_speculation.families import attention_types
+from self_speculation.passes.full_forward import attention_arguments
+from self_speculation.passes.fused_layers import activation_dtype, parts_of
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3

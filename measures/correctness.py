@@ -22,8 +22,8 @@ from runs.startup import autoregressive
 from self_speculation import GenerationResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.request import config_processors
 from self_speculation.decoding.texts import StopWords
-from self_speculation.model.captured_runner import is_captured
-from self_speculation.model.families import context_length
+from self_speculation.families import context_length
+from self_speculation.passes.captured_runner import is_captured
 
 FALSE_ALARM = 1e-3  # chance that a correct program fails a run with --sample True
 _FIRST_DRAFTED = 1  # the prompt's own pass gives token 0

@@ -29,9 +29,9 @@ from runs.records import Record
 from runs.status import log_if_slow
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, Sampler
 from self_speculation.config import SAMPLING_RULES
-from self_speculation.model.families import context_length
-from self_speculation.model.fused_layers import activation_dtype
-from self_speculation.model.model_runner import ModelRunner, forward_early
+from self_speculation.families import context_length
+from self_speculation.passes.fused_layers import activation_dtype
+from self_speculation.passes.model_runner import ModelRunner, forward_early
 from self_speculation.threads import adjust_threads
 
 # Supported generation arguments; the harness has four names for the number of tokens.

@@ -29,11 +29,11 @@ from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request
 from self_speculation.decoding.request import config_processors
+from self_speculation.devices import broadcast_from_rank0
 from self_speculation.drafts.registry import make_drafter
-from self_speculation.model.devices import broadcast_from_rank0
-from self_speculation.model.families import context_length
-from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.short_head import ShortHead
+from self_speculation.families import context_length
+from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.passes.short_head import ShortHead
 
 COLUMNS = [
     "mode", "exit_layer", "num_speculations", "draft_weights", "speedup", "speedup_low", "speedup_high",

@@ -14,8 +14,8 @@ from measures.metrics import draft_stats
 from runs import ranks
 from runs.records import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
-from self_speculation.model.captured_runner import is_captured
-from self_speculation.model.families import context_length
+from self_speculation.families import context_length
+from self_speculation.passes.captured_runner import is_captured
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 BASELINE = "autoregressive_"  # prefix of the baseline's fields in a record

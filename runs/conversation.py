@@ -35,7 +35,7 @@ from self_speculation import (
 from self_speculation.decoding.grammar import Grammar
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.texts import Thinking
-from self_speculation.model.devices import broadcast_from_rank0
+from self_speculation.devices import broadcast_from_rank0
 from self_speculation.threads import adjust_threads
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, and one prompt does not need it

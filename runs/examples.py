@@ -31,8 +31,8 @@ from runs.startup import encode_chat, load_generator
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.texts import Thinking
-from self_speculation.model.devices import ends_ranks, is_lost_rank, num_ranks
-from self_speculation.model.families import context_length
+from self_speculation.devices import ends_ranks, is_lost_rank, num_ranks
+from self_speculation.families import context_length
 
 # Prompts of a conversation and their answers in turn, up to a prompt -> all ids, and how its answer thinks.
 Encode = Callable[[Sequence[str]], tuple[list[int], Thinking | None]]

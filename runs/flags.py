@@ -112,7 +112,7 @@ def validate(
                 f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}"
             )
     if not folder.exists():
-        from self_speculation.model.sources import LoadingError, check_hub  # takes a moment
+        from self_speculation.loading.sources import LoadingError, check_hub  # takes a moment
 
         try:
             check_hub(model_args.model_name, model_args.from_pretrained_args().get("revision"))

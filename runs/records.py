@@ -27,10 +27,10 @@ from arguments import GenerationConfig, ModelArguments, read_run
 from data import DataArguments
 from runs import ranks
 from runs.failures import Failed
-from self_speculation.model.few_bits import formats_of, num_parameters
-from self_speculation.model.fused_layers import activation_dtype
-from self_speculation.model.kernels import cpu_operators
+from self_speculation.passes.fused_layers import activation_dtype
 from self_speculation.threads import most_threads
+from self_speculation.weights.few_bits import formats_of, num_parameters
+from self_speculation.weights.kernels import cpu_operators
 
 Record = dict[str, Any]
 

@@ -21,12 +21,12 @@ from runs.status import log_if_slow, print_status, tell_of_fewer_threads
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.config import LoadingWarning
 from self_speculation.decoding.texts import Thinking
-from self_speculation.model.fused_layers import bytes_made
-from self_speculation.model.kernels import cpu_operators
-from self_speculation.model.loading import load_config, resolve_device, with_fast_prompts
-from self_speculation.model.quantized_layers import check_family, why_no_copies
-from self_speculation.model.short_head import prefer_ids
+from self_speculation.loading.loading import load_config, resolve_device, with_fast_prompts
+from self_speculation.passes.fused_layers import bytes_made
+from self_speculation.passes.quantized_layers import check_family, why_no_copies
+from self_speculation.passes.short_head import prefer_ids
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
+from self_speculation.weights.kernels import cpu_operators
 
 
 def autoregressive(

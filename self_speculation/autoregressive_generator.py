@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from self_speculation.config import GenerationStrategyName
-from self_speculation.model.model_runner import PassRange, forward_early
+from self_speculation.passes.model_runner import PassRange, forward_early
 from self_speculation.scheduler import Decoding, DecodingStrategy
 
 

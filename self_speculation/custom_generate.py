@@ -34,7 +34,7 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request
 from self_speculation.drafts.registry import draft_flags
-from self_speculation.model.unsupported_hooks import check_followed
+from self_speculation.passes.unsupported_hooks import check_followed
 from self_speculation.strategies import make_strategy
 
 # Outputs of `generate` that are not computed here.

@@ -24,7 +24,7 @@ from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.request import Callables, Request, as_list
 from self_speculation.decoding.texts import StopWords
-from self_speculation.model.families import context_length, described_context
+from self_speculation.families import context_length, described_context
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
 _sandbox = lru_cache(maxsize=4)(GrammarSandbox)  # generators with one tokenizer share its process

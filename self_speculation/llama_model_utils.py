@@ -8,7 +8,7 @@ from __future__ import annotations
 from transformers import Cache
 
 from self_speculation.decoding.sampling import decode_next_token, top_k_top_p_filtering
-from self_speculation.model.model_runner import ForwardResult, forward, forward_early, forward_remainder
+from self_speculation.passes.model_runner import ForwardResult, forward, forward_early, forward_remainder
 
 __all__ = [
     "ForwardResult",

@@ -23,16 +23,16 @@ from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
+from self_speculation.devices import ends_ranks, num_ranks
 from self_speculation.drafts.ngram import finished_answers
 from self_speculation.drafts.registry import DraftContext, make_composer
+from self_speculation.families import check_supported, context_length, described_context
 from self_speculation.generator_base import GenerationStrategy
-from self_speculation.model.captured_runner import make_runner, run_every_pass
-from self_speculation.model.devices import ends_ranks, num_ranks
-from self_speculation.model.families import check_supported, context_length, described_context
-from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
-from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint, kept_caches
-from self_speculation.model.unsupported_hooks import check_followed
+from self_speculation.passes.captured_runner import make_runner, run_every_pass
+from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.model_runner import ModelRunner, PassRange, forward_early
+from self_speculation.passes.prefix_cache import PrefixCache, cache_fingerprint, kept_caches
+from self_speculation.passes.unsupported_hooks import check_followed
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
 

@@ -18,8 +18,8 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import Verification, verify_draft
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft
-from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner, PassRange, forward, forward_early
+from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.model_runner import ModelRunner, PassRange, forward, forward_early
 from self_speculation.scheduler import Decoding, DecodingStrategy
 from self_speculation.transfers import AsyncRead, on_device
 

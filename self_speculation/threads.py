@@ -16,8 +16,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from self_speculation.model.devices import num_ranks
-from self_speculation.model.model_cache import cached, evict, peek
+from self_speculation.devices import num_ranks
+from self_speculation.model_cache import cached, evict, peek
 
 
 class _Reading(NamedTuple):

@@ -23,7 +23,7 @@ import self_speculation
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.grammar import GrammarError
 from self_speculation.decoding.texts import Thinking
-from self_speculation.model.families import context_length
+from self_speculation.families import context_length
 from serving.engine import Engine, Job, RequestTimeout
 from serving.errors import APIError
 from serving.flags import ServeArguments

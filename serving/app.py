@@ -21,7 +21,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from self_speculation.model.families import context_length
+from self_speculation.families import context_length
 from serving.answers import Answer, AnswerResponse, ServedModel
 from serving.engine import QueueFull, ServerShutdown
 from serving.errors import APIError

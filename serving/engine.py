@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from threading import Condition
 
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
+from self_speculation.devices import is_lost_device
+from self_speculation.families import context_length
 from self_speculation.generator_base import TokenizedRequest
-from self_speculation.model.devices import is_lost_device
-from self_speculation.model.families import context_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 _PROMPT = 1024  # tokens of a usual one

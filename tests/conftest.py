@@ -36,10 +36,10 @@ from self_speculation import (
 )
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.generator_base import single_result
-from self_speculation.model.fused_layers import fuse
-from self_speculation.model.kernels import cpu_operators
+from self_speculation.passes.fused_layers import fuse
 from self_speculation.results import DraftStats
 from self_speculation.scheduler import Scheduler
+from self_speculation.weights.kernels import cpu_operators
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,9 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from self_speculation.model import captured_runner
-from self_speculation.model.fused_layers import Settings
-from self_speculation.model.model_cache import singleton
+from self_speculation.model_cache import singleton
+from self_speculation.passes import captured_runner
+from self_speculation.passes.fused_layers import Settings
 
 # Calls that read a tensor on the host, copy host data, or give results whose shape depends on values.
 REFUSED = {

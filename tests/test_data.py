@@ -127,7 +127,7 @@ def test_a_dataset_comes_from_its_place_on_the_hub(dataset, place, hub):
 def test_a_hub_that_does_not_answer_is_named(monkeypatch):
     """Guards against a traceback, and minutes of retries without a network."""
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("self_speculation.model.sources.hub_answers", lambda *_: False)
+    monkeypatch.setattr("self_speculation.loading.sources.hub_answers", lambda *_: False)
     with pytest.raises(
         DataError, match=r"cannot load EdinburghNLP/xsum from the hub \(.*Offline.*--data_path"
     ):

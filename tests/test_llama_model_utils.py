@@ -7,19 +7,19 @@ import torch
 from conftest import assert_close, generate, tiny_llama
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
+from self_speculation.families import FAMILIES, FUSED_FAMILIES, context_length
 from self_speculation.llama_model_utils import crop_past_key_values
-from self_speculation.model.experts import experts_per_token
-from self_speculation.model.families import FAMILIES, FUSED_FAMILIES, context_length
-from self_speculation.model.full_forward import hidden_after_each_layer
-from self_speculation.model.fused_layers import fuse
-from self_speculation.model.kv_cache import Buffers, KVCache
-from self_speculation.model.model_runner import (
+from self_speculation.passes.full_forward import hidden_after_each_layer
+from self_speculation.passes.fused_layers import fuse
+from self_speculation.passes.kv_cache import Buffers, KVCache
+from self_speculation.passes.model_runner import (
     PREFILL_CHUNK,
     ModelRunner,
     forward,
     forward_early,
     forward_remainder,
 )
+from self_speculation.weights.experts import experts_per_token
 
 SHAPE = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 import self_speculation
-from self_speculation.model.kernels import cpu_operators
+from self_speculation.weights.kernels import cpu_operators
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
     )  # fmt: skip
     # Its operators are built in: there is no compiler.
     here = {"PYTHONPATH": "site", "CXX": "none", "SELF_SPECULATION_CACHE": str(tmp_path / "cache")}
-    program = "from self_speculation.model.kernels import cpu_operators; print(cpu_operators())"
+    program = "from self_speculation.weights.kernels import cpu_operators; print(cpu_operators())"
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, cwd=tmp_path, env=here, check=True, capture_output=True, text=True)
     assert found.stdout.strip() == str(cpu_operators())

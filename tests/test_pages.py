@@ -23,7 +23,7 @@ from test_llama_model_utils import is_dense
 
 from benchmarks.servers import started
 from self_speculation.config import default_model
-from self_speculation.model.families import FAMILIES, FUSED_FAMILIES
+from self_speculation.families import FAMILIES, FUSED_FAMILIES
 
 FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
 PAGES = sorted({*FILES} - {"CHANGELOG.md"})

@@ -101,7 +101,7 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
     def ends(output):
         return stops_at is not None and sum(output[-2:]) % stops_at == 0
 
-    with patch("self_speculation.model.kv_cache._FIRST_ALLOCATION", 3):  # so that the cache grows
+    with patch("self_speculation.passes.kv_cache._FIRST_ALLOCATION", 3):  # so that the cache grows
         plain, speculative = (
             generate(model, prompt, logits_processors=given, stop_checks=ends, **shared, **own)
             for own in ({}, drafts)

@@ -14,7 +14,7 @@ from self_speculation import autoregressive_generator as generator
 from self_speculation import self_speculation_generator as speculative
 from self_speculation.decoding import batch
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.transfers import AsyncRead
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]

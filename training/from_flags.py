@@ -14,7 +14,7 @@ from transformers.utils import is_torch_tf32_available
 
 from arguments import ModelArguments
 from self_speculation.config import DtypeName
-from self_speculation.model.loading import resolve_dtype
+from self_speculation.loading.loading import resolve_dtype
 from training.flags import NewModelArguments, OptimizationArguments
 
 

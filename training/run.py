@@ -24,9 +24,9 @@ from runs import ranks, records
 from runs.failures import Failed, check_writable
 from runs.records import Record, Run, heading
 from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.model.families import context_length
-from self_speculation.model.loading import load_config, resolve_device
-from self_speculation.model.sources import adapted_model
+from self_speculation.families import context_length
+from self_speculation.loading.loading import load_config, resolve_device
+from self_speculation.loading.sources import adapted_model
 from training import from_flags
 from training.flags import Flags
 from training.progress import Progress, Stop

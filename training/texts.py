@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data import DataError, cell, is_table, load_from_hub, one_line, read_table
-from self_speculation.model.kv_cache import round_up
+from self_speculation.devices import round_up
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
+from self_speculation.devices import broadcast_from_rank0
 from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, ShouldContinue, one_hot
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
-from self_speculation.model.captured_runner import num_captures
-from self_speculation.model.devices import broadcast_from_rank0
-from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner, PassRange
+from self_speculation.passes.captured_runner import num_captures
+from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.model_runner import ModelRunner, PassRange
 from self_speculation.transfers import Stopwatch, on_device
 
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from self_speculation.model.experts import bytes_per_layer, with_experts
-from self_speculation.model.few_bits import is_in_few_bits
-from self_speculation.model.kernels import cpu_operators
-from self_speculation.model.quantized_layers import bytes_per_weight
+from self_speculation.passes.quantized_layers import bytes_per_weight
+from self_speculation.weights.experts import bytes_per_layer, with_experts
+from self_speculation.weights.few_bits import is_in_few_bits
+from self_speculation.weights.kernels import cpu_operators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from self_speculation.config import DraftWeights
-    from self_speculation.model.model_runner import ModelRunner
+    from self_speculation.passes.model_runner import ModelRunner
 
 
 _DECAY = 0.97  # of the weight of all observations, with each new one

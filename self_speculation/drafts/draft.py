@@ -16,8 +16,8 @@ from torch import Tensor
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner, PassRange
+from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.model_runner import ModelRunner, PassRange
 
 Confidences = abc.Sequence[abc.Sequence[float]]  # [B][k] probabilities of drafted tokens
 ShouldContinue = Callable[[Confidences], abc.Sequence[bool]]  # [B] whether to draft another token

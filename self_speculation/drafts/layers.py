@@ -11,9 +11,9 @@ from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import SampledTokens
 from self_speculation.drafts.draft import Arm, Draft, DraftSource, ShouldContinue
-from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
-from self_speculation.model.short_head import TextReader
+from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.model_runner import ModelRunner, PassRange, forward_early
+from self_speculation.passes.short_head import TextReader
 
 
 class LayerDrafts(DraftSource):

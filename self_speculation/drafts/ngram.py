@@ -12,7 +12,7 @@ from torch import nn
 
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import Arm, LookupDrafts, Match
-from self_speculation.model.model_cache import cached
+from self_speculation.model_cache import cached
 
 # Ends a predicted output: no model has this id.
 _END = -1

@@ -17,11 +17,11 @@ from self_speculation.drafts.draft import Arm, DraftSource, LookupDrafts
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import FinishedAnswers, SharedDrafts, TextDrafts, finished_answers
 from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
-from self_speculation.model.captured_runner import is_captured
-from self_speculation.model.model_cache import cached, evict
-from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.quantized_layers import quantized, why_no_copies
-from self_speculation.model.short_head import ShortHead, TextReader, default_vocabulary
+from self_speculation.model_cache import cached, evict
+from self_speculation.passes.captured_runner import is_captured
+from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.passes.quantized_layers import quantized, why_no_copies
+from self_speculation.passes.short_head import ShortHead, TextReader, default_vocabulary
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4

@@ -28,7 +28,7 @@ from transformers import MaxLengthCriteria
 import self_speculation
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding import batch
-from self_speculation.model.kv_cache import KVCache
+from self_speculation.passes.kv_cache import KVCache
 
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
 
@@ -358,7 +358,7 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
 
 def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
     """Guards against a cache that is sized for the longest earlier prompt."""
-    monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", lambda *_: 4 * 2**20)
+    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda *_: 4 * 2**20)
     model = tiny_llama(max_position_embeddings=200_000)
     requests = [Request(prompt) for prompt in ([3] * 9000, PROMPTS[0], [3] * 9000, PROMPTS[1])]
     got = in_batch(model, requests, 2, max_steps=5)
@@ -436,7 +436,7 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     """Guards against a cache that doubles beyond the longest possible sequence, or beyond that of a finished
     row.
     """
-    monkeypatch.setattr("self_speculation.model.kv_cache._FIRST_ALLOCATION", 32)
+    monkeypatch.setattr("self_speculation.passes.kv_cache._FIRST_ALLOCATION", 32)
     scheduler = scheduler_of(tiny_llama(), 2, max_steps=200)
     scheduler.add_request("ends early", Request([3], stop_checks=ends_at(9)))
     is_long = GenerationConfig(sample=False, max_steps=60)

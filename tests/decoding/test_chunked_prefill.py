@@ -65,7 +65,7 @@ def test_a_short_prompt_does_not_wait_for_whole_chunks(monkeypatch):
     """Guards against whole chunks for a long prompt that came to an idle scheduler: in the step in which a
     short one joins, and while it waits, also behind several long ones.
     """
-    monkeypatch.setattr("self_speculation.model.model_runner.PREFILL_CHUNK", 32)
+    monkeypatch.setattr("self_speculation.passes.model_runner.PREFILL_CHUNK", 32)
     scheduler = scheduler_of(tiny_llama(), 5, 8)
     calls = watch(monkeypatch, scheduler, "_prefill_chunk")
 

@@ -31,7 +31,7 @@ from self_speculation.drafts import ngram
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.ngram import _LONG, FinishedAnswers, NgramIndex, SharedDrafts, TextDrafts
 from self_speculation.drafts.registry import forget_what_was_learnt
-from self_speculation.model import experts
+from self_speculation.weights import experts
 
 LOOKUP = {**LAYERS, "prompt_lookup": 2}
 

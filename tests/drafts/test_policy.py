@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ADAPTIVE, PROMPT, generate, own_llama, planned, tiny_llama
 
+from self_speculation import model_cache
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
@@ -17,9 +18,8 @@ from self_speculation.drafts.draft import Arm, Draft, Match
 from self_speculation.drafts.ngram import TextDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, Plan
 from self_speculation.drafts.registry import forget_what_was_learnt
-from self_speculation.model import model_cache
-from self_speculation.model.kernels import CPUOperators
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.weights.kernels import CPUOperators
 
 COPY = "exit 10"
 # Estimated cost of a drafted token, in plain steps.
@@ -402,7 +402,7 @@ def test_a_copy_on_a_gpu_costs_half_a_step(monkeypatch):
     """Guards against an estimate by bytes: torch's kernel takes half the time of 16 bits, not a third."""
     model = own_llama(10).bfloat16()
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
-    monkeypatch.setattr("self_speculation.model.quantized_layers.has_kernel", lambda *_: True)
+    monkeypatch.setattr("self_speculation.passes.quantized_layers.has_kernel", lambda *_: True)
     head = head_in_layers(model)
     assert draft_ratio(model, 10, "int4") == pytest.approx((10 * 95 / 187 + head) / (10 + head))
     assert draft_ratio(model, 3, "exact") == pytest.approx((3 + head) / (10 + head))

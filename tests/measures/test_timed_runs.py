@@ -7,8 +7,8 @@ from helpers import watch
 from measures.metrics import speed
 from measures.timed_runs import measure_examples, warm_up
 from self_speculation import Request
-from self_speculation.model.captured_runner import capture_decoding
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.passes.captured_runner import capture_decoding
+from self_speculation.passes.model_runner import ModelRunner
 
 
 def side(model, settings):

@@ -17,7 +17,7 @@ from runs import program
 from runs.conversation import Conversation
 from runs.failures import reason
 from self_speculation.decoding.batch import Batch
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.scheduler import Scheduler
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
@@ -121,7 +121,7 @@ def test_a_verified_cell_is_named(dataset, monkeypatch, capsys):
 def test_one_prompt_ends_in_one_line(loading, common, fails_at, monkeypatch, capsys):
     """Guards against a traceback, and status 2, which says that flags are wrong."""
     if loading:
-        load = "self_speculation.model.loading.AutoModelForCausalLM.from_pretrained"
+        load = "self_speculation.loading.loading.AutoModelForCausalLM.from_pretrained"
         monkeypatch.setattr(load, Mock(side_effect=CUDA))
     fails_at(CUDA, 0)
     with pytest.raises(SystemExit) as end:

@@ -13,7 +13,7 @@ from arguments import GenerationConfig, ModelArguments
 from runs import status
 from runs.conversation import _status_held
 from runs.startup import load_generator
-from self_speculation.model.model_cache import peek
+from self_speculation.model_cache import peek
 from self_speculation.threads import ThreadGovernor, most_threads
 
 # The main thread waits in C, as for a lock; the last thread never gives the interpreter away once it begins.

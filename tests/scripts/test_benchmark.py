@@ -19,7 +19,7 @@ from measures.comparison import find_difference, same_distribution
 from runs.records import heading
 from self_speculation import HuggingfaceLlamaGenerator, Verification
 from self_speculation.decoding.sampling import verify_draft
-from self_speculation.model.kernels import cpu_operators
+from self_speculation.weights.kernels import cpu_operators
 
 SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
 
@@ -129,7 +129,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(common, model_folder, tm
     """Guards against a refusal after minutes of loading."""
     shutil.copytree(model_folder, tmp_path / "bare")
     (tmp_path / "bare" / "chat_template.jinja").unlink()
-    monkeypatch.setattr("self_speculation.model.loading._load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("self_speculation.loading.loading._load", lambda *_: pytest.fail("weights were read"))
     args = [*common, "--model", str(tmp_path / "bare"), "--chat", "True"]
     assert "--chat True: the model's tokenizer has no chat template" in refused(benchmark.main, args, capsys)
 

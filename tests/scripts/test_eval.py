@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval as eval_script
 from measures.harness_model import HarnessModel
 from self_speculation import GenerationConfig, fuse
-from self_speculation.model.kernels import cpu_operators
+from self_speculation.weights.kernels import cpu_operators
 
 ALL = "functions,lines,text"
 ANSWERED = [0, 2, 3, 4, 5]

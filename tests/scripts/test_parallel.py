@@ -193,8 +193,8 @@ def test_tensor_and_pipeline_refuse_what_they_cannot_do(model_folder, monkeypatc
     assert said(parallel="tensor", device="cpu").startswith("device cpu: must be auto with --parallel tensor")
     assert said(parallel="pipeline", compile=True).startswith("compile True: not with --parallel pipeline")
     assert "parallel tensor: needs several processes, start it by torchrun" in said(parallel="tensor")
-    monkeypatch.setattr("self_speculation.model.loading.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("self_speculation.model.loading.dist.get_world_size", lambda: 4)
+    monkeypatch.setattr("self_speculation.loading.loading.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("self_speculation.loading.loading.dist.get_world_size", lambda: 4)
     assert "parallel tensor: 4 ranks cannot share 2 heads" in said(parallel="tensor")
 
 
@@ -213,7 +213,7 @@ FAILS = """
 import os, sys
 import torch
 from runs import program
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.passes.model_runner import ModelRunner
 
 script = __import__(sys.argv.pop(1))
 own, failing, calls = ModelRunner.run_layers, int(sys.argv.pop(1)), 0

@@ -19,7 +19,7 @@ from measures.replay import costs_of, replayed, round_cost
 from runs.flags import TuningArguments, counts, tuned
 from runs.records import heading
 from self_speculation import default_model
-from self_speculation.model.linear import Linear
+from self_speculation.weights.linear import Linear
 from sweep import SweepArguments
 
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]

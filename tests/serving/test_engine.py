@@ -14,7 +14,7 @@ from helpers import watch
 from servers import GREEDY, Running, held, tiny_generator
 
 from self_speculation import GenerationStrategyResult, Request
-from self_speculation.model.captured_runner import capture_decoding
+from self_speculation.passes.captured_runner import capture_decoding
 from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]

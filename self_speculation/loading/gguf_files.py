@@ -1,0 +1,288 @@
+"""Models in `.gguf` files: headers, configs, tokenizers, and weights in the file's own bits or in others.
+
+transformers reads these files by gguf's reader, which makes numpy views of each token and each merge: 6 to
+13 s for a vocabulary of 150,000, several times over. Only the tokenizer needs them.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+from self_speculation.config import LoadingWarning
+from self_speculation.families import FAMILIES
+from self_speculation.progress import progress
+from self_speculation.weights.few_bits import FORMATS, FewBitsEmbedding, FewBitsLinear
+
+# Elements that are dequantised at a time: they stay in the processor's cache.
+_AT_A_TIME = 2**18
+
+_DENSE = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+# Families by their names in files, where those differ.
+_FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
+
+# Types of values: their numbers are indices into these codes of `struct`; 8 is a string, 9 an array.
+_NUMBERS, _STRING, _ARRAY = "BbHhIif?__Qqd", 8, 9
+
+
+class TensorInFile(NamedTuple):
+    name: str
+    shape: tuple[int, ...]  # [out, in] of a matrix
+    kind: GGMLQuantizationType
+    start: int  # byte of the file
+    num_bytes: int
+
+
+class Header:
+    """What a file says of itself; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+
+    Attributes:
+        metadata: of an array of strings, the number of strings.
+
+    Raises:
+        ValueError: the file is cut short, or is no GGUF file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path, self._at = Path(path), 4
+        try:
+            with (
+                open(path, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as self._bytes,
+            ):
+                self._read()
+        except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as error:
+            raise ValueError(f"the file is cut short or damaged, or cannot be read ({error})") from error
+
+    def _read(self) -> None:
+        version, num_tensors, num_values = map(self._number, "IQQ")
+        if self._bytes[:4] != b"GGUF" or version not in (2, 3):
+            raise ValueError("it is not of version 2 or 3")
+        self.metadata = {self._text(): self._value(self._number("I")) for _ in range(num_values)}
+        found = [self._tensor() for _ in range(num_tensors)]
+        align = self.metadata.get("general.alignment", 32)
+        start = -(-self._at // align) * align
+        self.tensors = [tensor._replace(start=start + tensor.start) for tensor in found]
+        if any(tensor.start + tensor.num_bytes > len(self._bytes) for tensor in self.tensors):
+            raise ValueError("it ends before its last tensor")
+        if not isinstance(self.metadata["general.architecture"], str):
+            raise ValueError("its architecture has no name")
+
+    def _number(self, kind: str) -> Any:
+        (number,) = struct.unpack_from(f"<{kind}", self._bytes, self._at)
+        self._at += struct.calcsize(f"<{kind}")
+        return number
+
+    def _text(self) -> str:
+        length = self._number("Q")
+        self._at += length
+        return self._bytes[self._at - length : self._at].decode()
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._text()
+        if kind != _ARRAY:
+            return self._number(_NUMBERS[kind])
+        kind, number = self._number("I"), self._number("Q")
+        if kind == _STRING:
+            at, length_at = self._at, struct.Struct("<Q").unpack_from
+            for _ in range(number):  # of tokens, or of merges
+                at += 8 + length_at(self._bytes, at)[0]
+            self._at = at
+            return number
+        values = struct.unpack_from(f"<{number}{_NUMBERS[kind]}", self._bytes, self._at)
+        self._at += struct.calcsize(f"<{number}{_NUMBERS[kind]}")
+        return [*values]
+
+    def _tensor(self) -> TensorInFile:
+        name, dimensions = self._text(), self._number("I")
+        shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
+        kind, start = GGMLQuantizationType(self._number("I")), self._number("Q")
+        of_block, num_bytes = GGML_QUANT_SIZES[kind]
+        return TensorInFile(name, shape, kind, start, math.prod(shape) // of_block * num_bytes)
+
+
+def config_of(header: Header, given: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of a file's model, with further settings.
+
+    Raises:
+        ValueError: another family, or no vocabulary.
+    """
+    architecture = header.metadata["general.architecture"]
+    family = _FAMILIES.get(architecture, architecture)
+    own = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING.get(family)
+    if own is None or family not in FAMILIES:
+        raise ValueError(f"model type {family!r} is not supported in .gguf files")
+    if "tokenizer.ggml.tokens" not in header.metadata:
+        raise ValueError("the file has no tokenizer (tokenizer.ggml.tokens)")
+    names = {f"{architecture}.{key}": name for key, name in own.items()}
+    names |= {f"tokenizer.{key}": name for key, name in GGUF_CONFIG_MAPPING["tokenizer"].items()}
+    tensors = {tensor.name for tensor in header.tensors}
+    stablelm = {
+        "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
+    }
+    settings = {
+        "vocab_size": header.metadata["tokenizer.ggml.tokens"],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        **GGUF_CONFIG_DEFAULTS_MAPPING.get(family, {}),
+        **(stablelm if family == "stablelm" else {}),
+        **{name: header.metadata[key] for key, name in names.items() if name and key in header.metadata},
+        **given,
+    }
+    return AutoConfig.for_model(family, **settings)
+
+
+def dense_dtype(header: Header) -> torch.dtype:
+    """That of most matrices of a file, if they are dense; 16 bits for others."""
+    ((kind, _),) = _matrix_sizes(header).most_common(1)
+    return _DENSE.get(kind, torch.float16)
+
+
+def has_few_bits(header: Header) -> bool:
+    """Whether weights of this file are decoded in the file's own bits. A warning says which of them have no
+    operators.
+    """
+    sizes = _matrix_sizes(header)
+    unread = {kind: size for kind, size in sizes.items() if kind not in FORMATS and kind not in _DENSE}
+    for kind, size in unread.items():
+        what = f"{size / sizes.total():.0%} of its weights are in {kind.name}, which no operator here has"
+        warnings.warn(f"model {header.path}: {what}: all are read in 16 bits", LoadingWarning, stacklevel=3)
+    return not unread and any(kind in FORMATS for kind in sizes)
+
+
+def _matrix_sizes(header: Header) -> Counter[GGMLQuantizationType]:
+    """Numbers in all matrices of a format."""
+    sizes = Counter[GGMLQuantizationType]()
+    for tensor in header.tensors:
+        if len(tensor.shape) > 1:
+            sizes[tensor.kind] += math.prod(tensor.shape)
+    return sizes
+
+
+def load_in_few_bits(header: Header, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+    """A model with the file's own bits in place of matrices, and the names of parameters that it lacks."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = kind._from_config(config, dtype=torch.float32)
+    dense: dict[str, Tensor] = {}
+    for name, tensor, weight in _read_all(header, config, model.state_dict(), _bytes_or_float32):
+        if weight.dtype != torch.uint8:
+            dense[name] = weight
+            continue
+        path, (rows, columns) = name.removesuffix(".weight"), tensor.shape
+        replaced = model.get_submodule(path)
+        if isinstance(replaced, nn.Embedding):
+            scale = getattr(replaced, "scalar_embed_scale", None)
+            model.set_submodule(path, FewBitsEmbedding(weight, rows, columns, scale))
+            if config.tie_word_embeddings:
+                model.set_output_embeddings(FewBitsLinear(weight, rows, columns))
+        else:
+            bias = None if replaced.bias is None else replaced.bias.data  # a buffer, until it is read
+            model.set_submodule(path, FewBitsLinear(weight, rows, columns, bias))
+    model.load_state_dict(dense, strict=False, assign=True)
+    model.tie_weights()
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return model.eval(), [name for name, tensor in tensors if tensor.is_meta]
+
+
+def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights of a model, by the names of its parameters."""
+
+    def read(path: Path, tensor: TensorInFile) -> Tensor:
+        return _read(path, tensor, dtype if len(tensor.shape) > 1 else torch.float32)
+
+    with torch.device("meta"):
+        names = AutoModelForCausalLM.from_config(config).state_dict()
+    return {name: weight.to(dtype) for name, _, weight in _read_all(header, config, names, read)}
+
+
+def _read_all(
+    header: Header,
+    config: PretrainedConfig,
+    parameters: Iterable[str],
+    read: Callable[[Path, TensorInFile], Tensor],
+) -> Iterator[tuple[str, TensorInFile, Tensor]]:
+    """The weights of these parameters, in transformers' order of rows; read on several threads. Bytes become
+    weights in few bits.
+    """
+    architecture = header.metadata["general.architecture"]
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    by_name_in_file = {names.get_name(name, (".weight", ".bias")): name for name in parameters}
+    largest_first = sorted(header.tensors, key=lambda tensor: -tensor.num_bytes)
+    tensors = {by_name_in_file[t.name]: t for t in largest_first if t.name in by_name_in_file}
+    num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
+
+    def ordered(tensor: TensorInFile) -> Tensor:
+        weight = read(header.path, tensor)
+        # Nothing is computed: numpy need not know bfloat16.
+        plain = weight.view(torch.int16) if weight.dtype.itemsize == 2 else weight
+        rows = processor.process(weights=plain.numpy(), name=tensor.name).weights
+        weight = torch.from_numpy(np.ascontiguousarray(rows)).view(weight.dtype)
+        if weight.dtype != torch.uint8:
+            return weight
+        return torch.ops.self_speculation.weight_of_file(weight, int(tensor.kind), tensor.shape[1])
+
+    title, num_threads = f"reading {header.path.name}", torch.get_num_threads()
+    with progress(title, num_bytes) as advance, ThreadPoolExecutor(num_threads) as threads:
+        for (name, tensor), weight in zip(
+            tensors.items(), threads.map(ordered, tensors.values()), strict=True
+        ):
+            yield name, tensor, weight
+            advance(tensor.num_bytes)
+
+
+def _bytes_or_float32(path: Path, tensor: TensorInFile) -> Tensor:
+    """A matrix in few bits as the file has it, [rows, bytes]; others in float32."""
+    if len(tensor.shape) != 2 or tensor.kind not in FORMATS:
+        return _read(path, tensor, torch.float32)
+    rows = np.fromfile(path, np.uint8, tensor.num_bytes, offset=tensor.start)
+    return torch.from_numpy(rows).view(tensor.shape[0], -1)
+
+
+def _read(path: Path, tensor: TensorInFile, dtype: torch.dtype) -> Tensor:
+    row, row_bytes = math.prod(tensor.shape[1:]), tensor.num_bytes // tensor.shape[0]
+    weight, start = torch.empty(tensor.shape, dtype=dtype), tensor.start
+    for rows in weight.split(max(1, _AT_A_TIME // row)):
+        # Read, not mapped: pages of a mapping count as memory of this process. gguf dequantises 16 rows at a
+        # time; these are one row of many blocks.
+        blocks = np.fromfile(path, np.uint8, len(rows) * row_bytes, offset=start)[None]
+        numbers = torch.from_numpy(gguf.dequantize(blocks, tensor.kind)).view(rows.shape)
+        rows.copy_(numbers)
+        if dtype == torch.float16 and float(rows.abs().amax()) == math.inf:
+            why = "weights beyond 65504: they need --dtype bfloat16 or float32"
+            raise ValueError(f"{tensor.name} has {why}")
+        start += blocks.nbytes
+    return weight

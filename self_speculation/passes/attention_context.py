@@ -1,0 +1,186 @@
+"""One pass of a `ModelRunner`: rotation and masks of its tokens, and the cache that it appends to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from self_speculation.devices import round_up
+from self_speculation.families import AttentionType, attention_types, context_length
+from self_speculation.model_cache import lock
+from self_speculation.passes.attention import CHUNK, AttentionKernel, attention_kernel
+from self_speculation.passes.kv_cache import ALIGNMENT, KVCache, Pair, ScatteredCache
+
+# Up to this many tokens of a pass, one matrix product for each token rotates queries and keys.
+_FEW_ROTATIONS = 64
+
+
+class AttentionTables:
+    """What the passes of a model share: cos and sin by kind of rotation, and constants.
+
+    Args:
+        dtype: of activations.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.module, self._context = model.base_model.rotary_emb, context_length(model.config)
+        self.is_sdpa = model.config._attn_implementation == "sdpa"
+        self.dtype, self.device = dtype, model.base_model.embed_tokens.weight.device
+        self._like = torch.empty(0, dtype=dtype, device=self.device)
+        kinds = dict.fromkeys(kind.rotation for kind in attention_types(model.config))
+        self._tables = dict.fromkeys(kinds, self._like.new_empty(2, 0, 0))
+        self._size = 0
+        self.reserve(1)
+        head_dim = next(iter(self._tables.values())).shape[2]
+        self.kernel = attention_kernel(self.device, dtype, head_dim)  # of fused layers
+        # To rotate in one product: x @ unit is x, x @ rotate_half is transformers' `rotate_half(x)`.
+        self.unit = torch.eye(head_dim, dtype=dtype, device=self.device)
+        self.rotate_half = self.unit.roll(head_dim // 2, 1)
+        self.rotate_half[:, : head_dim // 2].neg_()
+
+    def reserve(self, num_positions: int) -> None:
+        """Have tables of at least so many positions."""
+        if num_positions > self._size:
+            # Twice as many, so that a longer and longer text rarely grows them. Only padding is beyond the
+            # context.
+            size = max(num_positions, min(2 * num_positions, self._context))
+            positions = torch.arange(size, device=self.device)[None].clamp_(max=self._context - 1)
+            with lock(self.module):  # some kinds of rotation change their module for longer positions
+                tables = {
+                    rotation: torch.cat(cos_and_sin(self.module, self._like, positions, rotation))
+                    for rotation in self._tables
+                }
+            self._tables, self._size = tables, size  # once there was memory for all of them
+
+    def cos_sin(self, rotation: str | None, num_positions: int) -> Tensor:
+        """[2, at least so many positions, head_dim]"""
+        self.reserve(num_positions)
+        return self._tables[rotation]
+
+
+class AttentionContext:
+    """A pass over T new positions of each of B rows, in layers of one `AttentionType`.
+
+    Args:
+        cache: with rows of one length, or positions of rows that differ in length.
+        start: the length of all rows, or at most the first new position of each.
+        splits_keys: of rows that differ: attend in chunks, if the kernel is not ANY. CHUNK divides S.
+
+    Attributes:
+        mask: number of copies -> [1 or B, 1, copies * T, S], added to the scores: 0 where a position sees a
+            key, else a huge negative number; None: no mask is needed. Queries of several heads need a copy
+            for each.
+        mask_of_chunks: copies and key heads -> [B * heads, C, copies * T, CHUNK], see `attend_in_chunks`;
+            None: not in chunks.
+        rotary: cos and sin, [1 or B, T, head_dim] each.
+        window: None: a token sees all positions up to its own.
+        kernel: FLASH masks the keys after each token itself.
+    """
+
+    mask_of_chunks: Callable[[int, int], Tensor] | None = None
+
+    def __init__(
+        self,
+        tables: AttentionTables,
+        cache: KVCache | ScatteredCache,
+        start: int,
+        width: int,
+        kind: AttentionType,
+        splits_keys: bool = False,
+    ) -> None:
+        positions = None if isinstance(cache, KVCache) else cache.positions  # [B, T]
+        self.cache, self.rows, self.width = cache, cache.num_rows, width
+        self.is_uniform, window = positions is None, kind.window
+        end = start + width if isinstance(cache, KVCache) else cache.length
+        first = 0 if window is None else max(0, start + 1 - window)  # no token sees an earlier key
+        table = tables.cos_sin(kind.rotation, end)
+        if positions is None:
+            cos_sin = table[:, None, start:end]
+            window = window if window is not None and end > window else None
+            is_masked = width > 1 and not (start == 0 and window is None and tables.is_sdpa)
+        else:
+            cos_sin = table.index_select(1, positions.flatten()).view(2, self.rows, width, -1)
+            first, is_masked = first // ALIGNMENT * ALIGNMENT, True
+        has_kernel = self.is_uniform and (width == 1 or window is None)
+        self.kernel = tables.kernel if has_kernel else tables.kernel.with_mask
+        cos, sin = cos_sin.unbind()
+        self.window, self._first_key, self.rotary = window, first, (cos, sin)
+        self._rotations = _rotations(tables, cos, sin, self.rows)
+
+        @functools.cache
+        def mask(copies: int) -> Tensor | None:
+            if not is_masked:
+                return None
+            own = positions
+            if own is None:
+                own = torch.arange(start, end, device=tables.device)[None]
+            # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
+            keys = torch.arange(first, first + round_up(end - first, ALIGNMENT), device=tables.device)
+            by_row = causal_mask(own[:, None], keys, window, tables.dtype)
+            return by_row.repeat(1, 1, copies, 1)[..., : end - first]
+
+        @functools.cache
+        def mask_of_chunks(copies: int, heads: int) -> Tensor:
+            all_keys = mask(copies)
+            assert all_keys is not None
+            by_chunk = all_keys.expand(-1, heads, -1, -1).unflatten(3, (-1, CHUNK)).transpose(2, 3)
+            return by_chunk.flatten(0, 1)
+
+        self.mask = mask
+        if splits_keys and self.kernel is not AttentionKernel.ANY:
+            self.mask_of_chunks = mask_of_chunks
+
+    def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
+        """Append to the cache; returns all keys and values that a token sees, see `KVCache.append`."""
+        all_keys, all_values = self.cache.append(keys, values, layer)
+        if not self._first_key:
+            return all_keys, all_values
+        return all_keys[:, :, self._first_key :], all_values[:, :, self._first_key :]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:
+        """As `append`, for layers of transformers: of keys and values [B, kv_heads, T, head_dim]."""
+        new_keys, new_values = (part.transpose(1, 2).flatten(0, 1) for part in (keys, values))
+        return self.append(new_keys, new_values, layer_idx)
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
+        if self._rotations is not None:  # a product with these is one kernel, the following are half a dozen
+            return torch.bmm(heads, self._rotations)
+        cos, sin = (_by_token(table, self.rows) for table in self.rotary)
+        first, second = heads.chunk(2, -1)
+        return heads * cos + torch.cat((-second, first), -1) * sin
+
+
+def cos_and_sin(
+    module: nn.Module, like: Tensor, positions: Tensor, rotation: str | None
+) -> tuple[Tensor, Tensor]:
+    """[1, P, head_dim] each, by the rotary embedding of a model, for positions [1, P]."""
+    of_type = {} if rotation is None else {"layer_type": rotation}
+    return module(like, position_ids=positions, **of_type)
+
+
+def causal_mask(own: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[.., T, S] added to the scores of tokens at positions `own` [.., T] over keys at positions [S]: 0, or a
+    huge negative number for keys that are later or out of the window.
+    """
+    hidden = keys > own[..., None]
+    if window is not None:
+        hidden |= keys <= own[..., None] - window
+    # Half: GPUs multiply by log2(e), and a chunk that is wholly -inf gives NaN.
+    return hidden.to(dtype) * (torch.finfo(dtype).min / 2)
+
+
+def _by_token(table: Tensor, rows: int) -> Tensor:
+    """[1 or B, T, head_dim] -> [B * T, 1, head_dim]"""
+    return table.expand(rows, -1, -1).flatten(0, 1)[:, None]
+
+
+def _rotations(tables: AttentionTables, cos: Tensor, sin: Tensor, rows: int) -> Tensor | None:
+    """[B * T, head_dim, head_dim] of heads; None: there are too many."""
+    if rows * cos.shape[1] > _FEW_ROTATIONS:
+        return None
+    return torch.addcmul(tables.unit * _by_token(cos, rows), tables.rotate_half, _by_token(sin, rows))

@@ -1,0 +1,337 @@
+"""Fused layers: decoder layers with fewer kernels, over the model's own weights.
+
+This module knows the layout that Llama's relatives share in transformers: layers that compute
+x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up) of rms-normed inputs, with
+or without biases and norms of q and k. On a GPU `fuse` lays projections of the same input side by side in
+memory. On a CPU it makes nothing: `InPlaceRunner` reads weights where they lie, and activations are float32
+whatever format weights have. The model's own `forward`, saving, training and moving work as before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from self_speculation.families import FUSED_FAMILIES, attention_types
+from self_speculation.fingerprint import structure
+from self_speculation.model_cache import cached, evict, lock, peek, singleton
+from self_speculation.passes.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
+from self_speculation.passes.attention_context import AttentionContext
+from self_speculation.passes.unsupported_hooks import difference
+from self_speculation.weights.kernels import cpu_operators, operator_activation
+from self_speculation.weights.linear import Linear, Product, RMSNorm, Slot
+
+# Tokens of a long pass that go through an MLP at a time on a CPU: larger intermediate results, of which each
+# layer allocates new ones, are new pages of memory each time.
+_MLP_PIECE = 512
+
+# Queries of a group become queries of one head in passes over up to so many tokens.
+_MOST_GROUPED = 16
+
+
+@dataclass
+class Settings:
+    """How a model decodes, as callers have set it."""
+
+    is_fused: bool = False
+    bfloat16_prefill: bool = False
+    is_captured: bool = False
+
+
+class Parts:
+    """What is made of a model's layers and head. A change of their structure, or of attention in the config,
+    discards it as a whole.
+
+    Attributes:
+        fused: by decoder layer; of the final norm and head by `lm_head`.
+        dtype: of activations, keys, values and logits.
+        prefills_in_bfloat16: whether long passes over prompts multiply in bfloat16.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        settings, config = singleton(model, Settings), model.config
+        self.fused: dict[nn.Module, Fused] = {}
+        self.plain: dict[nn.Module, Linear] = {}  # see `plain_linear`
+        self.dtype, self.prefills_in_bfloat16 = model.dtype, False
+        is_known = config.model_type in FUSED_FAMILIES and config._attn_implementation == "sdpa"
+        if settings.is_fused and is_known:
+            self._fuse(model, settings)
+
+    def _fuse(self, model: PreTrainedModel, settings: Settings) -> None:
+        base, head = model.base_model, model.get_output_embeddings()
+        modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
+        plain = [key for key, parts in modules.items() if difference(model, *parts) is None]
+        if model.device.type == "cpu" and model.dtype.itemsize == 2:
+            embed = base.embed_tokens  # `ModelRunner.embed` scales by itself
+            is_as_built = not hasattr(embed, "scalar_embed_scale") or difference(model, embed) is None
+            if len(plain) < len(modules) or not is_as_built or cpu_operators().variant is None:
+                return  # no torch kernel multiplies float32 by 16 bits, and no layer would take the other's
+            self.dtype, self.prefills_in_bfloat16 = torch.float32, settings.bfloat16_prefill
+        # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
+        with torch.inference_mode(False), torch.no_grad():
+            for key in plain:
+                is_head = key is head
+                self.fused[key] = FusedHead(RMSNorm(base.norm), Linear(head)) if is_head else FusedLayer(key)
+
+    def linears(self) -> list[Linear]:
+        """Of all fused parts, and of plain modules."""
+        parts = (linear for part in self.fused.values() for linear in part.linears)
+        fused = [linear for linear in parts if isinstance(linear, Linear)]
+        return [*fused, *self.plain.copy().values()]  # a copy: another thread may add one
+
+
+def fuse(model: PreTrainedModel, bfloat16_prefill: bool | None = None) -> int:
+    """Decode this model by fused layers from now on.
+
+    Plain layers of fused families with sdpa attention are fused; quantised, offloaded, hooked and
+    adapter-wrapped modules are not. On a CPU a model in 16 bits is fused as a whole or not at all, and its
+    output is that of a float32 model. Call it again after writing to weights through `.data`, which torch
+    does not count: drafts in fewer bits and kept prefixes are made anew.
+
+    Args:
+        bfloat16_prefill: on a CPU, weights in 16 bits: multiply in bfloat16 in passes over at least
+            MIN_BFLOAT16_PREFILL tokens of a prompt. The output is that of a prompt read in bfloat16, whatever
+            drafts. None: no change.
+
+    Returns:
+        The number of fused layers.
+
+    Raises:
+        ValueError: prompts in bfloat16 need a CPU, fused weights in 16 bits and oneDNN.
+    """
+    with lock(model):
+        settings = singleton(model, Settings)
+        if bfloat16_prefill is not None:
+            settings.bfloat16_prefill = bfloat16_prefill
+        settings.is_fused = True
+        evict(model, Parts)
+        parts = parts_of(model)
+        if bfloat16_prefill and not (
+            parts.prefills_in_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
+            settings.bfloat16_prefill = False
+            evict(model, Parts)
+            raise ValueError("prompts in bfloat16 need fused weights in 16 bits on a CPU, and oneDNN")
+    return sum(layer in parts.fused for layer in model.base_model.layers)
+
+
+def activation_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of activations, keys, values and logits."""
+    return parts_of(model).dtype
+
+
+def parts_of(model: PreTrainedModel) -> Parts:
+    """Follow what has changed since the last generation. Runners with earlier parts are invalid, even if
+    weights are restored.
+    """
+    base, head, config = model.base_model, model.get_output_embeddings(), model.config
+
+    def valid_for(parts: Parts) -> Hashable:
+        # Fused parts have copied the numbers of these modules. All others are called as they are, and a hook
+        # in one may write numbers to it at each pass.
+        copied = {*parts.fused, *([base.norm] if head in parts.fused else [])}
+        modules = base.embed_tokens, *base.layers, base.norm, head
+        seen = [structure(module, attributes=module in copied) for module in modules]
+        return config._attn_implementation, *attention_types(config), tuple(seen)
+
+    with lock(model):
+        parts = cached(model, Parts, valid_for, lambda: Parts(model))
+        for linear in parts.linears():
+            if linear.copies:
+                linear.drop_stale_copies()
+    return parts
+
+
+def bytes_made(model: PreTrainedModel) -> int:
+    """Bytes of all copies of a model's weights, which draft."""
+    linears = parts.linears() if (parts := peek(model, Parts)) else []
+    return sum(made.num_bytes for linear in linears for made in [*linear.copies.values()])
+
+
+def plain_linear(model: PreTrainedModel, module: nn.Module) -> Linear:
+    """A `Linear` of a plain module that is in no fused part, for a runner of this model. It is kept with the
+    fused parts.
+    """
+    with lock(model):
+        plain = peek(model, Parts).plain
+        if module not in plain:
+            plain[module] = Linear(module)
+        return plain[module]
+
+
+class FusedLayer:
+    """A decoder layer of queries, keys and values in one product, and of gates and what they gate in one."""
+
+    products: torch.dtype | None = None  # of long passes on a CPU; None: as states
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self._head_dim = attention.layer_idx, attention.head_dim
+        self.groups, self._scaling = attention.num_key_value_groups, attention.scaling
+        self._num_heads, self._kv_heads = (
+            projection.out_features // self._head_dim for projection in (attention.q_proj, attention.k_proj)
+        )
+        self._num_rotated = self._num_heads + self._kv_heads
+        self.linears: tuple[Product, ...] = (
+            Linear(attention.q_proj, attention.k_proj, attention.v_proj),
+            Linear(attention.o_proj),
+            Linear(mlp.gate_proj, mlp.up_proj),
+            Linear(mlp.down_proj),
+        )
+        self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # `difference`: there are no hooks
+        self._kind = operator_activation(mlp.act_fn)
+        self._width = mlp.gate_proj.out_features
+        # Some families norm the results of attention and MLP, too: there this name is that of attention's.
+        before_mlp, after = getattr(layer, "pre_feedforward_layernorm", None), layer.post_attention_layernorm
+        norms = {
+            "input": layer.input_layernorm,
+            "query": getattr(attention, "q_norm", None),
+            "key": getattr(attention, "k_norm", None),
+            "attended": None if before_mlp is None else after,
+            "mlp": after if before_mlp is None else before_mlp,
+            "output": getattr(layer, "post_feedforward_layernorm", None),
+        }
+        # In the order of the operator.
+        self._norms: Mapping[str, Any] = {
+            name: None if module is None else RMSNorm(module) for name, module in norms.items()
+        }
+
+    def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
+        norms = self._norms
+        heads = self._multiply(self.linears[0], norms["input"](hidden), hidden.dtype)
+        heads = heads.view(hidden.shape[0], -1, self._head_dim)
+        # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
+        queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
+        if norms["query"] is not None:
+            queries, keys = queries_keys.split_with_sizes((self._num_heads, self._kv_heads), 1)
+            queries_keys = torch.cat((norms["query"](queries), norms["key"](keys)), 1)
+        rotated = context.rotate(queries_keys)
+        queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
+        all_keys, all_values = context.append(keys, values, self.index)
+        attended = self._attend(queries, all_keys, all_values, context)
+        _, out, gate_up, down = self.linears
+        hidden = self._add(hidden, out, attended, norms["attended"])
+        is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
+        for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
+            joint = self._multiply(gate_up, norms["mlp"](piece))
+            gate, up = joint.split_with_sizes((self._width, self._width), 1)
+            self._add(piece, down, self._activation(gate).mul_(up), norms["output"])
+        return hidden
+
+    def _multiply(self, linear: Product, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """In this dtype; None: in that of the product."""
+        product = linear(x if self.products is None else x.to(self.products))
+        return product if dtype in (None, product.dtype) else product.to(dtype)
+
+    def _add(self, hidden: Tensor, linear: Product, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """hidden + norm(linear(x)), in place; None: without a norm."""
+        if norm is not None:
+            return hidden.add_(norm(self._multiply(linear, x, hidden.dtype)))
+        if isinstance(linear, Linear) and self.products is None:
+            return linear.add_to(hidden, x)
+        return hidden.add_(self._multiply(linear, x))
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
+        """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
+
+        Query heads that share keys become more queries of one head: no fast kernel takes grouped heads with
+        a mask. In wide passes over rows of one length, each key head of each row is a row of its batch.
+        """
+        rows, width, kernel, scale = context.rows, context.width, context.kernel, self._scaling
+        if width == 1:
+            heads = queries.reshape(*keys.shape[:2], self.groups, self._head_dim)
+            return self._attend_by_group(heads, keys, values, context).reshape(rows, -1)
+        if kernel is AttentionKernel.FLASH:  # it takes grouped heads
+            heads = queries.view(rows, width, self._num_heads, -1).transpose(1, 2)
+            attended = attend(kernel, heads, keys, values, None, scale, is_causal=True)
+            return attended.transpose(1, 2).reshape(rows * width, -1)
+        # [B, kv_heads, groups, T, head_dim]
+        grouped = queries.view(rows, width, self._kv_heads, self.groups, -1).permute(0, 2, 3, 1, 4)
+        is_wide = width > _MOST_GROUPED and context.is_uniform
+        to_past = is_wide and context.window is None and keys.device.type == "cpu"
+        mask = None if to_past else context.mask(1 if is_wide else self.groups)
+        if is_wide or mask is None:
+            heads = grouped.flatten(0, 1)
+            if self.products is not None:
+                heads, keys, values = (part.to(self.products) for part in (heads, keys, values))
+            keys, values = (
+                shared.flatten(0, 1)[:, None].expand(-1, self.groups, -1, -1) for shared in (keys, values)
+            )
+            if to_past:
+                attended = attend_to_past(heads, keys, values, scale)
+            else:
+                attended = attend(kernel, heads, keys, values, mask, scale, is_causal=mask is None)
+        else:
+            heads = grouped.reshape(*keys.shape[:2], -1, self._head_dim)
+            attended = self._attend_by_group(heads, keys, values, context)
+        attended = attended.view(grouped.shape)
+        return attended.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
+
+    def _attend_by_group(
+        self, heads: Tensor, keys: Tensor, values: Tensor, context: AttentionContext
+    ) -> Tensor:
+        """Queries of a group of heads, [N, heads, groups * T, head_dim], over the keys that they share."""
+        if context.mask_of_chunks is not None:
+            by_chunk = context.mask_of_chunks(self.groups, self._kv_heads)
+            return attend_in_chunks(heads, keys, values, by_chunk, self._scaling)
+        mask = context.mask(self.groups)
+        return attend(context.kernel, heads, keys, values, mask, self._scaling)
+
+    def in_bfloat16(self) -> FusedLayer:
+        """This layer with products in bfloat16, for one long pass on a CPU."""
+        layer = copy.copy(self)
+        layer.products = torch.bfloat16
+        return layer
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether the operator can multiply by its weights."""
+        return len(self._in_place) == len(self.linears)
+
+    @property
+    def _in_place(self) -> list[Linear]:
+        return [linear for linear in self.linears if isinstance(linear, Linear) and linear.is_in_place]
+
+    def slots(self) -> list[Slot]:
+        """All tensors that the operator reads, in its order."""
+        norms = [norm.slot for norm in self._norms.values() if norm is not None]
+        return norms + [slot for linear in self._in_place for slot in linear.slots()]
+
+    def description(self, window: int | None, rotation: int) -> tuple[list[int | None], list[float]]:
+        """What the operator is told of it, see `Layer` of cpp/layers.cpp.
+
+        Args:
+            rotation: the number of its tables.
+        """
+        options = [has_bias for linear in self._in_place for has_bias in linear.has_biases]
+        options += [self._norms[name] is not None for name in ("query", "attended", "output")]
+        options += [self._norms["input"].is_centred]
+        has = sum(is_there << bit for bit, is_there in enumerate(options))
+        numbers = [has, self._num_heads, self._kv_heads, self._width, window or 0, rotation, self._kind]
+        return numbers, [self._scaling, *(norm.epsilon if norm else 0.0 for norm in self._norms.values())]
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """[kv_heads, head_dim]"""
+        return self._kv_heads, self._head_dim
+
+
+class FusedHead:
+    """Final norm and head, [T, H] -> [T, V]."""
+
+    def __init__(self, norm: RMSNorm, linear: Linear) -> None:
+        self.norm = norm
+        self.linears = (linear,)
+
+    def __call__(self, hidden: Tensor, seen: object = None) -> Tensor:  # noqa: ARG002
+        return self.linears[0].logits(hidden, self.norm)
+
+
+Fused = FusedLayer | FusedHead

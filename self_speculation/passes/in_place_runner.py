@@ -1,0 +1,103 @@
+"""Passes over few tokens on a CPU: one operator for a range of layers, over weights where they lie.
+
+The bits of a token do not depend on the pass: drafts, verifications, plain steps and batches agree exactly.
+Nothing is made of the weights, so what decodes is always the weights of now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import getitem, is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from self_speculation.passes.fused_layers import FusedLayer
+from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.model_runner import Head, Layer, ModelRunner
+from self_speculation.weights.few_bits import is_in_few_bits
+from self_speculation.weights.kernels import cpu_operators
+from self_speculation.weights.linear import MAX_NARROW_TOKENS, tensors_in
+
+
+class _Range(NamedTuple):
+    """Some layers, and where the operator's come from."""
+
+    tables: Sequence[Any]  # of parameters
+    names: Sequence[str]
+    weights: list[Tensor]  # that these named
+    owner: Tensor  # of the operator's layers
+    rotations: list[str | None]
+    key_shape: tuple[int, int]
+
+
+# The most tokens of a pass over weights in few bits: a core's cache has the inputs of so many.
+_PIECE = 64
+
+
+class InPlaceRunner(ModelRunner):
+    """Runs fused layers by the operator, except in long passes over prompts by weights of 16 bits or more."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self._is_in_few_bits = is_in_few_bits(model)
+        self._ranges: dict[tuple[int, int], _Range | None] = {}
+
+    def _replace(self, layers: Sequence[Layer], head: Head) -> None:
+        super()._replace(layers, head)
+        self._ranges = {}
+
+    def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+        rows, width, size = hidden.shape
+        own = self._range(first, last)
+        is_long = cache.is_prompt and rows * width > MAX_NARROW_TOKENS
+        if own is None or (is_long and not self._is_in_few_bits):
+            return super().run_layers(cache, hidden, first, last)
+        pieces = hidden.split(max(1, _PIECE // rows), 1) if self._is_in_few_bits else (hidden,)
+        if len(pieces) > 1:
+            return torch.cat([self.run_layers(cache, piece, first, last) for piece in pieces], 1)
+        states, lengths = hidden.reshape(rows * width, size).contiguous(), cache.lengths(first)
+        num_positions = max(lengths) + width
+        torch.ops.self_speculation.run_layers.default(
+            states,
+            torch.tensor(lengths),
+            cache.first_slot,
+            own.owner,
+            cache.extend(first, last, width, states.new_empty(0, *own.key_shape)),
+            [self.tables.cos_sin(rotation, num_positions) for rotation in own.rotations],
+        )
+        return states.view(rows, width, size)
+
+    def _range(self, first: int, last: int) -> _Range | None:
+        """Valid until a parameter is replaced. The operator itself sees that one has other memory."""
+        is_new, own = (first, last) not in self._ranges, self._ranges.get((first, last))
+        if is_new or (own and not all(map(is_, map(getitem, own.tables, own.names), own.weights))):
+            own = self._ranges[first, last] = self._make_range(first, last)
+        return own
+
+    def _make_range(self, first: int, last: int) -> _Range | None:
+        """None: the operator does not have all of these layers."""
+        layers, kinds = self.layers[first:last], self.attention_types[first:last]
+        if self.dtype != torch.float32 or cpu_operators().variant is None:
+            return None
+        fused = [layer for layer in layers if isinstance(layer, FusedLayer) and layer.has_slots]
+        if [layer.index for layer in fused] != [*range(first, last)] or not fused:
+            return None
+        rotations = [*dict.fromkeys(kind.rotation for kind in kinds)]
+        pairs = zip(fused, kinds, strict=True)
+        told = [layer.description(kind.window, rotations.index(kind.rotation)) for layer, kind in pairs]
+        numbers, factors = zip(*told, strict=True)
+        if len({tuple(own[1:4]) for own in numbers}) > 1:  # pruned layers differ in heads or width
+            return None
+        slots = [slot for layer in fused for slot in layer.slots()]
+        (tables, names), weights = zip(*slots, strict=True), tensors_in(slots)
+        owner = torch.ops.self_speculation.make_layers.default(
+            torch.tensor(numbers),
+            torch.tensor(factors, dtype=torch.float64),
+            weights,
+            self.config.hidden_size,
+            fused[0].key_shape[1],
+        )
+        return _Range(tables, names, weights, owner, rotations, fused[0].key_shape)

@@ -1,0 +1,131 @@
+"""The slots of a KV cache: rows of the batch, prompts that are being read, and what finished requests left.
+A prompt with a known prefix is not read again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Protocol
+
+from transformers import PreTrainedModel
+
+from self_speculation.fingerprint import fingerprint
+from self_speculation.model_cache import cached
+from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.model_runner import ModelRunner
+
+
+class CacheUser(Protocol):
+    """A sequence that needs a slot, such as `decoding.sequence.Sequence`."""
+
+    prompt: list[int]
+    slot: int | None
+    num_cached: int  # tokens of the prompt that were in its slot already
+    num_computed: int  # tokens of the prompt that are in its slot, until it is a row
+    error: Exception | None
+    is_damaged: bool  # its keys and values may be NaN
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Of the prompt and the output."""
+
+
+class _Prefix(NamedTuple):
+    """What a free slot holds."""
+
+    ids: Sequence[int] = ()
+    age: int = 0  # the number of the answer that left it: higher is younger
+
+    def shared(self, prompt: Sequence[int]) -> int:
+        """Length of the longest common prefix."""
+        pairs = enumerate(zip(self.ids, prompt, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(prompt)))
+
+
+class PrefixCache:
+    """Hands out the slots of a KV cache to sequences. Slots of rows come first.
+
+    Args:
+        cache: a new one.
+        fingerprint: of what the keys and values are valid for; None: no prefixes are kept.
+    """
+
+    def __init__(self, cache: KVCache, num_slots: int, fingerprint: Hashable = None) -> None:
+        self.cache, self.fingerprint = cache, fingerprint
+        cache.set_rows([])
+        self._holders: list[CacheUser | _Prefix] = [_Prefix()] * num_slots
+        self._answers = itertools.count(1)
+
+    def acquire(self, sequence: CacheUser) -> None:
+        """Give a sequence the free slot with the longest prefix of its prompt, the oldest one of equals.
+
+        The last token of a prompt is never found: its logits are needed.
+        """
+        prompt = sequence.prompt[:-1]
+        free = {slot: held for slot, held in enumerate(self._holders) if isinstance(held, _Prefix)}
+        slot = max(free, key=lambda slot: (free[slot].shared(prompt), -free[slot].age, -slot))
+        sequence.num_computed = sequence.num_cached = free[slot].shared(prompt)
+        self._put(sequence, slot)
+
+    def prompt_view(self, sequence: CacheUser) -> KVCache:
+        """The sequence's slot, to go on with its prompt."""
+        assert sequence.slot is not None
+        return self.cache.prompt_view(sequence.slot, sequence.num_computed)
+
+    def join(self, sequence: CacheUser) -> None:
+        """Make a sequence the next row, once its prompt is read. Swap its slot with slot B, where the row
+        belongs.
+        """
+        slot, row = sequence.slot, self.cache.num_rows
+        assert slot is not None
+        other = self._holders[row]
+        if other is not sequence:
+            its_length = len(other.ids) if isinstance(other, _Prefix) else other.num_computed
+            self.cache.swap(slot, row, max(its_length, sequence.num_computed))
+            self._put(other, slot)
+            self._put(sequence, row)
+        self.cache.add_row(sequence.num_computed)
+
+    def release(self, sequence: CacheUser) -> None:
+        """Free a sequence's slot; its keys and values become a prefix, unless it failed or is not a row. The
+        last row moves to the place of a row.
+        """
+        slot, sequence.slot, cache = sequence.slot, None, self.cache
+        if not cache.is_valid:
+            return
+        assert slot is not None
+        is_row, left = slot < cache.num_rows, _Prefix()
+        if is_row and not (sequence.error or sequence.is_damaged or self.fingerprint is None):
+            left = _Prefix(sequence.ids[: cache.lengths()[slot]], next(self._answers))
+        if sequence.is_damaged or not is_row:
+            cache.clear_slot(slot)
+        if is_row:
+            last = cache.num_rows - 1
+            cache.remove_row(slot)
+            if slot != last:
+                self._put(self._holders[last], slot)
+            slot = last
+        self._holders[slot] = left
+
+    def discard_prefixes(self) -> None:
+        """Keep none from now on: a failed round may have written anywhere."""
+        self.fingerprint = None
+        self._holders = [_Prefix() if isinstance(held, _Prefix) else held for held in self._holders]
+
+    def _put(self, holder: CacheUser | _Prefix, slot: int) -> None:
+        self._holders[slot] = holder
+        if not isinstance(holder, _Prefix):
+            holder.slot = slot
+
+
+def kept_caches(model: PreTrainedModel) -> deque[PrefixCache]:
+    """The cache that the last scheduler with reuse_cache has left; a deque lets only one thread get it."""
+    caches: deque[PrefixCache] = cached(model, PrefixCache, lambda _: (), lambda: deque(maxlen=1))
+    return caches
+
+
+def cache_fingerprint(runner: ModelRunner) -> Hashable:
+    """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
+    return fingerprint(runner.model), runner.parts, type(runner)

@@ -1,0 +1,248 @@
+"""Weights in fewer bits than a checkpoint's: copies of layers in four bits, for cheap drafts, and `quantize`,
+which rounds the model itself.
+
+A copy of a layer that is not fused is transformers' own layer with other products in place of each
+`nn.Linear`. A head in four bits costs most agreement, so it is the model's own, unless it is a short one.
+Each copy stays with the `Linear` that it was made of, see `Linear.cached_copy`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from self_speculation.config import DraftWeights
+from self_speculation.devices import free_memory, num_ranks
+from self_speculation.model_cache import lock
+from self_speculation.passes.fused_layers import plain_linear
+from self_speculation.passes.model_runner import Layer, ModelRunner, PlainHead, PlainLayer, forward_early
+from self_speculation.passes.short_head import ShortHead
+from self_speculation.passes.unsupported_hooks import difference
+from self_speculation.progress import progress
+from self_speculation.weights.experts import experts_per_token
+from self_speculation.weights.few_bits import FewBitsLinear, eight_bits, mean_bytes_per_weight
+from self_speculation.weights.int4_linear import (
+    BYTES_PER_WEIGHT,
+    Int4Linear,
+    copy_bytes,
+    four_bits,
+    has_kernel,
+    int4_copy,
+)
+from self_speculation.weights.kernels import cpu_operators
+from self_speculation.weights.linear import Linear, Product
+
+Part = TypeVar("Part")
+
+# Tokens that the size of inputs is learnt from.
+_TOKENS_TO_LEARN = 64
+
+# A copy that takes hardly fewer bytes than the model's own layers drafts no faster.
+_CLEARLY_MORE = 1.25
+
+# Bytes that CUDA reads while torch's kernel multiplies by a weight in four bits. A whole model in four and in
+# 16 bits gave 187 and 95 tokens/s (A100, groups of 32; pytorch/ao, pull request 880).
+_INT4_ON_CUDA = 2.0 * 95 / 187
+
+
+def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tuple[float, float]:
+    """Bytes by weight of a draft's layers, and of its head, that memory reads in the time of its products.
+    Raises ValueError if there are no kernels for layers in four bits.
+    """
+    own = mean_bytes_per_weight(model.base_model.layers[0])
+    of_head = mean_bytes_per_weight(model.get_output_embeddings())
+    if draft_weights == "exact":
+        return own, of_head
+    if not has_kernel(model.device, model.dtype):
+        raise ValueError(
+            f"draft_weights int4: there are no kernels for it with {model.dtype} on {model.device}"
+        )
+    return _INT4_ON_CUDA if model.device.type == "cuda" else BYTES_PER_WEIGHT, of_head
+
+
+def why_no_copies(model: PreTrainedModel) -> str | None:
+    """None, if copies in four bits take clearly fewer bytes than the model's own layers."""
+    own = mean_bytes_per_weight(model.base_model.layers[0])
+    is_clear = own > _CLEARLY_MORE * BYTES_PER_WEIGHT
+    return None if is_clear else f"the model's weights take {8 * own:.1f} bits already"
+
+
+@torch.no_grad()
+def quantize(model: PreTrainedModel, bits: int) -> None:
+    """Round the weights of a model on a CPU in place, to four or eight bits; its head to eight.
+
+    Raises:
+        ValueError: layers or head with hooks, adapters or quantised weights, or experts; no operators.
+    """
+    title, operators = f"quantization int{bits}", cpu_operators()
+    if operators.variant is None:
+        raise ValueError(f"{title}: there are no operators ({operators.why_not}), which it needs")
+    if experts_per_token(model.config) is not None:
+        raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
+    runner, head = ModelRunner(model), model.get_output_embeddings()
+    _check_plain(runner, runner.layers, title)
+    by_linear = _input_squares(runner, runner.layers) if bits == 4 else {}
+    squares = {p: by_linear[linear] for linear in by_linear for p in linear.projections}
+    found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+
+    def rounded(module: nn.Linear) -> FewBitsLinear:
+        weight, bias = module.weight.data, None if module.bias is None else module.bias.data
+        is_whole = bits == 8 or module is head
+        made = eight_bits(weight) if is_whole else four_bits(weight, squares[module])
+        return FewBitsLinear(made, len(weight), weight.shape[1], bias)
+
+    num_bytes, pool = sum(module.weight.nbytes for module in found.values()), ThreadPoolExecutor
+    with progress(title, num_bytes) as advance, pool(torch.get_num_threads()) as threads:
+        for (name, module), made in zip(found.items(), threads.map(rounded, found.values()), strict=True):
+            model.set_submodule(name, made)
+            advance(module.weight.nbytes)
+
+
+def check_family(draft_weights: DraftWeights, config: PretrainedConfig) -> None:
+    """Raises ValueError, before any weight is read, if there are no copies of a model with this config."""
+    if draft_weights != "exact" and experts_per_token(config) is not None:
+        kind = f"{config.model_type} model: its verifications read more experts than a copy saves"
+        raise ValueError(f"draft_weights {draft_weights}: there are no copies of a {kind}; it must be exact")
+
+
+def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None = None) -> ModelRunner:
+    """A runner of the first layers in four bits and a head. Each copy is made once.
+
+    Args:
+        short_head: replaces the head.
+
+    Raises:
+        ValueError: a mixture of experts, layers or head with hooks, adapters or quantised weights, weights
+            that a copy hardly makes smaller, no kernels, or no memory for the copies.
+    """
+    check_family("int4", runner.config)
+    if (why := why_no_copies(runner.model)) is not None:
+        raise ValueError(f"draft_weights int4: {why}; it must be exact, or the dtype float16")
+    layers = runner.layers[:num_layers]
+    _check_plain(runner, layers, "draft_weights int4")
+    bytes_per_weight(runner.model, "int4")  # raises ValueError without kernels
+    linears = [linear for layer in layers for linear in _linears_of(runner.model, layer).values()]
+    if short_head is not None:  # the best few of its logits are computed again
+        linears += [linear for linear in short_head.linears if isinstance(linear, Linear)]
+    with lock(runner.model):
+        copies = _make_copies(runner, layers, linears).__getitem__
+    head = runner.head if short_head is None else _replace_linears(short_head, copies)
+    return runner.with_layers([_with_products(runner.model, layer, copies) for layer in layers], head)
+
+
+def _check_plain(runner: ModelRunner, layers: Iterable[Layer], flag: str) -> None:
+    """Raises ValueError if one of these layers, the first ones, or the head is not plain."""
+    for name, part in [*((f"layer {i}", layer) for i, layer in enumerate(layers)), ("head", runner.head)]:
+        if not isinstance(part, PlainLayer | PlainHead):
+            continue  # fused parts are plain
+        modules = (part.module,) if isinstance(part, PlainLayer) else part.modules
+        if (why := difference(runner.model, *modules)) is not None:
+            only = "only layers and a head without hooks, adapters and quantised weights are rounded"
+            raise ValueError(f"{flag}: {name}: {why}; {only}")
+
+
+def _linears_of(model: PreTrainedModel, layer: Layer) -> dict[Hashable, Linear]:
+    """A `Linear` for each product of a layer, by the module of a layer of transformers."""
+    if not isinstance(layer, PlainLayer):
+        return {linear: linear for linear in layer.linears if isinstance(linear, Linear)}
+    modules = (module for module in layer.module.modules() if type(module) in (nn.Linear, FewBitsLinear))
+    return {module: plain_linear(model, module) for module in modules}
+
+
+def _with_products(model: PreTrainedModel, layer: Layer, make: Callable[[Linear], Product]) -> Layer:
+    """A copy of a layer with `make(linear)` in place of each of its products. All else is its own."""
+    if not isinstance(layer, PlainLayer):
+        return _replace_linears(layer, make)
+    products = {module: make(linear) for module, linear in _linears_of(model, layer).items()}
+    others = {module: _Product(product) for module, product in products.items()}
+    return PlainLayer(_with_modules(layer.module, others), tuple(products.values()))
+
+
+def _replace_linears(part: Part, make: Callable[[Linear], Product]) -> Part:
+    """A copy of a fused layer or a head with each `Linear` replaced by `make(linear)`."""
+    other: Any = copy.copy(part)
+    other.linears = tuple(make(linear) for linear in other.linears)
+    return other
+
+
+class _Product(nn.Module):
+    """A `Linear`, or a copy of one, in place of a `nn.Linear`."""
+
+    def __init__(self, linear: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _with_modules(module: nn.Module, others: Mapping[Hashable, nn.Module]) -> nn.Module:
+    """A copy with some of its modules replaced. It shares all parameters and buffers."""
+    if module in others:
+        return others[module]
+    copied = copy.copy(module)
+    copied._modules = {
+        name: None if child is None else _with_modules(child, others)
+        for name, child in module._modules.items()
+    }
+    return copied
+
+
+def _make_copies(
+    runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]
+) -> Mapping[Linear, Product]:
+    """The copy of each `Linear`. What is missing is made on all threads."""
+    copies = {linear: kept for linear in linears if (kept := linear.copies.get("int4"))}
+    missing = {linear: copy_bytes(linear.shape) for linear in linears if linear not in copies}
+    if not missing:
+        return copies
+    num_bytes = sum(missing.values())
+    if num_bytes > (free := free_memory(runner.device, num_ranks(runner.model))):
+        raise ValueError(
+            f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
+            f"{free / 2**30:.2f} GiB are free; fewer layers (exit_layer) take less"
+        )
+    squares = _input_squares(runner, layers)
+
+    def copied(linear: Linear) -> Linear | Int4Linear:
+        return linear.cached_copy("int4", lambda: int4_copy(linear, squares.get(linear)))
+
+    # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
+    num_threads = torch.get_num_threads() if runner.device.type == "cpu" else 1
+    with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
+        for linear, made in zip(missing, pool.map(copied, missing), strict=True):
+            copies[linear] = made
+            advance(missing[linear])
+    return copies
+
+
+@torch.no_grad()
+def _input_squares(runner: ModelRunner, layers: Sequence[Layer]) -> Mapping[Linear, Tensor]:
+    """[in] for every `Linear` of these layers, summed over some tokens.
+
+    Layers decide which inputs are large, more than the text does: tokens from all over the vocabulary show it
+    as well as texts, without a tokenizer.
+    """
+    squares: dict[Linear, Tensor] = {}
+
+    def summing_squares(linear: Linear) -> Product:
+        def multiply(x: Tensor) -> Tensor:
+            squares[linear] = squares.get(linear, 0) + x.float().square().sum(0)
+            return linear(x)
+
+        return multiply
+
+    summed = [_with_products(runner.model, layer, summing_squares) for layer in layers]
+    summing = runner.with_layers(summed, runner.head)
+    vocabulary = runner.config.vocab_size
+    tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.device) * vocabulary // _TOKENS_TO_LEARN
+    ids = tokens.view(16, -1).T.reshape(1, -1)  # neighbours are not alike
+    cache = ModelRunner.new_cache(summing, _TOKENS_TO_LEARN, _TOKENS_TO_LEARN)  # not that of captured passes
+    forward_early(summing, cache, ids, len(layers), num_logits=0)
+    return squares

@@ -1,0 +1,179 @@
+"""x W^T over a copy of W in four bits, for drafts.
+
+32 elements of a row share a scale and a middle and are stored in 16 steps: five bits each with those. Scale
+and middle minimise the error of the product, for inputs as large as the model's own. Other groups and
+roundings are in docs/tried.md.
+
+On a CPU a copy is a `Linear` in few bits, which our operators multiply by. torch's kernels, on a GPU and
+where ours cannot be built, take and return bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from self_speculation.devices import round_up
+from self_speculation.weights.few_bits import FewBitsLinear
+from self_speculation.weights.kernels import cpu_operators
+from self_speculation.weights.linear import Linear
+
+# Elements of a weight that are quantised at a time, about. Each piece is some 200 kernels on a GPU and takes
+# 50 bytes per element; on a CPU intermediate results stay in the processor's cache.
+_AT_A_TIME, _AT_A_TIME_ON_CPU = 2**24, 2**18
+
+# Elements of a row that share a scale and a middle.
+_GROUP = 32
+
+# Scales that are tried, as shares of the range of a group.
+_SHARES_OF_RANGE = (1.0, 0.9, 0.8)
+
+# Kernels take rows by so many; other weights are padded.
+_BLOCK_OF_ROWS = 16
+
+BYTES_PER_WEIGHT = 0.5 + 4 / _GROUP
+
+
+def int4_copy(linear: Linear, squares: Tensor | None = None) -> Linear | Int4Linear:
+    """A copy in four bits. By operators each projection is a copy of its own.
+
+    Args:
+        squares: [in] mean squares of inputs, up to a factor; None: all alike.
+    """
+    pairs = linear.pairs
+    device = pairs[0][0].device
+    squares = torch.ones(linear.shape[1], device=device) if squares is None else squares
+    if device.type != "cpu" or cpu_operators().variant is None:
+        return Int4Linear(linear, squares)
+    biases = [None if bias is None else bias.data.float() for _, bias in pairs]
+    modules = (
+        FewBitsLinear(four_bits(weight, squares), len(weight), weight.shape[1], bias)
+        for (weight, _), bias in zip(pairs, biases, strict=True)
+    )
+    return Linear(*modules)
+
+
+def copy_bytes(shape: torch.Size) -> int:
+    """Size of the copy of a weight [out, in], about."""
+    elements = round_up(shape[0], _BLOCK_OF_ROWS) * round_up(shape[1], _GROUP)
+    return int(elements * BYTES_PER_WEIGHT)
+
+
+@cache
+@torch.no_grad()
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for copies of weights of this dtype on this device.
+
+    Raises:
+        torch.OutOfMemoryError: the next call tries again.
+    """
+    try:
+        module = torch.nn.Linear(32, 16, bias=False, device="meta")  # elsewhere it would draw random numbers
+        module.weight = torch.nn.Parameter(
+            torch.zeros(16, 32, device=device, dtype=dtype), requires_grad=False
+        )
+        int4_copy(Linear(module))(module.weight[:1])
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+class Int4Linear:
+    """As `Linear`, over a copy of its weights for torch's kernels; in bfloat16."""
+
+    def __init__(self, linear: Linear, squares: Tensor) -> None:
+        weights = [weight.data for weight, _ in linear.pairs]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        counts, ops = _shares(squares), torch.ops.aten
+        is_on_cpu = weight.device.type == "cpu"
+        self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
+        self.num_bytes = copy_bytes(linear.shape)
+        self._num_rows, self._padding = linear.shape[0], -linear.shape[1] % _GROUP
+        self.bias = None if linear.bias is None else linear.bias.bfloat16()
+        parts, scales = [], []
+        # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
+        blocks = (_AT_A_TIME_ON_CPU if is_on_cpu else _AT_A_TIME) // weight.shape[1] // 64
+        for rows in weight.split(max(1, blocks) * 64):
+            padded = pad(rows, (0, self._padding, 0, -len(rows) % _BLOCK_OF_ROWS))
+            steps, scale = in_four_bits(padded, counts)
+            parts.append(ops._convert_weight_to_int4pack_for_cpu(steps, 1) if is_on_cpu else _packed(steps))
+            scales.append(scale)
+        # Steps as kernels take them; scales and middles [groups of a row, out, 2].
+        self._weight, self._scales = torch.cat(parts), torch.cat(scales, 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = pad(x.bfloat16(), (0, self._padding)) if self._padding else x.bfloat16()
+        product = self._kernel(x, self._weight, _GROUP, self._scales)
+        if product.shape[1] != self._num_rows:
+            product = product[:, : self._num_rows].contiguous()
+        return product if self.bias is None else product.add_(self.bias)
+
+
+def four_bits(weight: Tensor, squares: Tensor) -> Tensor:
+    """A weight [out, in] in the format of `FewBitsLinear`, for inputs with these mean squares [in]."""
+    counts = _shares(squares).flatten()
+    return torch.ops.self_speculation.int4_round(weight.detach().contiguous(), counts)
+
+
+def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, in] and `_shares` of inputs -> steps [n, in] of int32 from 0 to 15, and for each group
+    [groups of a row, n, 2] the size of a step and the value of step 8. `int4_round` does the same on a CPU.
+    """
+    groups = rows.float().unflatten(1, (-1, _GROUP))  # [n, groups of a row, elements]
+    tried = _roundings(groups, counts)
+    best = next(tried)
+    for other in tried:
+        better = other[0] < best[0]
+        best = tuple(torch.where(better, new, old) for new, old in zip(other, best, strict=True))
+    _, scales, middles, steps = best
+    numbers = torch.cat((scales, middles), 2).to(torch.bfloat16).transpose(0, 1).contiguous()
+    return (steps + 8).to(torch.int32).flatten(1), numbers
+
+
+def _shares(squares: Tensor) -> Tensor:
+    """Squares of inputs [in] -> their shares of each group's sum [groups of a row, elements]."""
+    counts = pad(squares, (0, -len(squares) % _GROUP)).float().unflatten(0, (-1, _GROUP))
+    counts = counts + 1e-6 * counts.mean() + 1e-30  # an unused group must not divide by zero
+    return counts / counts.sum(1, keepdim=True)
+
+
+def _roundings(groups: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Round groups [n, g, elements] by several scales, each also fitted by least squares.
+
+    Args:
+        counts: [g, elements] weight of an element's error, 1 in sum.
+
+    Yields:
+        error (up to a constant), scale and middle [n, g, 1]; steps [n, g, elements] from -8 to 7.
+    """
+    least, largest = groups.aminmax(dim=2, keepdim=True)
+    mean = (groups * counts).sum(2, keepdim=True)
+    for share in _SHARES_OF_RANGE:
+        scales = (largest - least) * share / 15
+        middles = (least + largest + scales) / 2
+        for _ in range(2):
+            scales = scales.clamp(min=1e-12).to(torch.bfloat16).float()  # as kernels read them
+            middles = middles.to(torch.bfloat16).float()
+            steps = ((groups - middles) * (1 / scales)).round_().clamp_(-8, 7)
+            weighted = steps * counts
+            mean_step, square = weighted.sum(2, keepdim=True), (weighted * steps).sum(2, keepdim=True)
+            product = (weighted * groups).sum(2, keepdim=True)
+            # Sum of (middle + scale * step - element)^2, without what no choice changes.
+            scale_error = scales * (scales * square + 2 * (middles * mean_step - product))
+            yield scale_error + middles * (middles - 2 * mean), scales, middles, steps
+            variance = square - mean_step.square()
+            scales = (product - mean_step * mean) / variance.clamp(min=1e-12)
+            middles = mean - scales * mean_step
+
+
+def _packed(steps: Tensor) -> Tensor:
+    """For a GPU: [n, in] -> [n / 8, in / (16 t), 32, t / 2] of int32, t the largest of 2, 4, 8 that fits."""
+    tiles = next(t for t in (8, 4, 2) if steps.shape[1] % (16 * t) == 0)
+    pairs = (steps[:, ::2] << 4 | steps[:, 1::2]).to(torch.uint8)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)

@@ -1,0 +1,231 @@
+"""x W^T + b and norms over the weights of modules.
+
+On a GPU, projections of the same input become one weight. On a CPU nothing is made of them: passes over few
+tokens multiply by our operator (kernels.py), which reads each weight as it lies, all others by torch, from
+weights that are converted to the format of x for the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from threading import RLock
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as torch_linear
+
+from self_speculation.fingerprint import version_of
+from self_speculation.weights.few_bits import FewBitsLinear, eight_bits
+from self_speculation.weights.kernels import cpu_operators
+
+T = TypeVar("T")
+
+# The most tokens that an operator reads of a prompt at a time. Torch's products are faster for more.
+MAX_NARROW_TOKENS = 32
+# Passes over prompts, of at least so many tokens, may multiply in bfloat16.
+MIN_BFLOAT16_PREFILL = 128
+# The most rows of logits by an operator. Only log-likelihoods of whole texts have more.
+_MOST_ROWS = 1024
+
+# Norms that multiply by 1 + weight, in float32.
+_CENTRED_NORMS = ("Gemma3RMSNorm",)
+
+# A tensor that a pass reads: where it stands, so that one that takes its place is read next time.
+Slot = tuple[Mapping[str, Any], str]
+
+
+# x [T, in] -> x W^T + b [T, out], over some format of W, in the dtype that the product has.
+Product = Callable[[Tensor], Tensor]
+
+
+class Linear:
+    """x [T, in] -> x W^T + b [T, out], in the dtype of x.
+
+    Args:
+        projections: `nn.Linear` or `FewBitsLinear` of the same input. On a GPU their weights become one
+            tensor, see `_side_by_side`.
+    """
+
+    def __init__(self, *projections: Any) -> None:
+        self.projections = projections
+        self.is_in_few_bits = any(isinstance(projection, FewBitsLinear) for projection in projections)
+        self._num_rows = [projection.out_features for projection in projections]
+        self.shape = torch.Size((sum(self._num_rows), projections[0].in_features))
+        self.has_biases = [projection.bias is not None for projection in projections]
+        tables = [
+            each._buffers if isinstance(each, FewBitsLinear) else each._parameters for each in projections
+        ]
+        self._slots: list[list[Slot]] = [
+            [(table, "weight"), (table, "bias")][: 1 + has_bias]
+            for table, has_bias in zip(tables, self.has_biases, strict=True)
+        ]
+        self._joint: tuple[Tensor, Tensor | None] | None = None
+        weights = [projection.weight for projection in projections]
+        on_cpu = weights[0].device.type == "cpu"
+        self.is_in_place = on_cpu and all(weight.stride(-1) == 1 for weight in weights)
+        if not on_cpu:
+            bias = _side_by_side(self._biases()) if any(self.has_biases) else None
+            self._joint = _side_by_side([weight for weight, _ in self.pairs]).t(), bias
+        self.copies: dict[Hashable, Any] = {}  # what was made of the weights, by key
+        self._version: Hashable = None  # of these weights
+        self._lock = RLock()  # passes of several threads may miss the same copy
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight [out, in] and bias of each projection. Weights in few bits are dequantised."""
+        return [
+            (each.dequantized() if isinstance(each, FewBitsLinear) else each.weight, each.bias)
+            for each in self.projections
+        ]
+
+    def slots(self) -> list[Slot]:
+        """Weight and bias, if there is one, of each projection, for operators."""
+        return [slot for of_one in self._slots for slot in of_one]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._joint is not None:
+            product, bias = torch.mm(x, self._joint[0]), self._joint[1]
+            return product if bias is None else product.add_(bias)
+        if self._is_by_operator(x, MAX_NARROW_TOKENS):
+            parts = [project(x, *pair) for pair in zip(self._slots, self._num_rows, strict=True)]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
+        if x.dtype == torch.bfloat16:  # a bias is added before the product is rounded
+            parts = [
+                torch_linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)) for w, b in self.pairs
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        product = x.new_empty(len(x), self.shape[0])
+        parts = product.split(self._num_rows, 1)
+        for part, (weight, bias) in zip(parts, self.pairs, strict=True):
+            torch.mm(x, weight.to(x.dtype).t(), out=part)
+            if bias is not None:
+                part.add_(bias)
+        return product
+
+    def logits(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        """Of a single projection, over normed states."""
+        if hidden.dtype == torch.float32 and self._is_by_operator(hidden, _MOST_ROWS):
+            return project(hidden, self.slots(), self.shape[0], norm)
+        return self(norm(hidden))
+
+    def _is_by_operator(self, x: Tensor, most: int) -> bool:
+        """Whether an operator multiplies [T, in]: of at most so many tokens, or by weights in few bits."""
+        is_narrow = self.is_in_place and x.dtype == torch.float32 and len(x) <= most
+        return self.is_in_few_bits or (is_narrow and cpu_operators().variant is not None)
+
+    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
+        """hidden += x W^T + b"""
+        if self._joint is None:
+            return hidden.add_(self(x))
+        hidden = hidden.addmm_(x, self._joint[0])
+        return hidden if self._joint[1] is None else hidden.add_(self._joint[1])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] of all projections; on a CPU a copy."""
+        if self._joint is not None:
+            return self._joint[1]
+        return torch.cat([bias.data for bias in self._biases()]) if any(self.has_biases) else None
+
+    def _biases(self) -> list[Tensor]:
+        """Of each projection; zeros if it has none."""
+        return [
+            each.weight.new_zeros(each.out_features) if each.bias is None else each.bias
+            for each in self.projections
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weight, without copies."""
+        return sum(projection.weight.nbytes for projection in self.projections)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """[n, in] some rows of the weight of a single projection."""
+        if self.is_in_few_bits:
+            return self.projections[0].rows(ids.flatten()).view(*ids.shape, self.shape[1])
+        weight = self.pairs[0][0].data
+        return weight[ids.to(weight.device)]
+
+    def select_rows(self, ids: Tensor) -> Linear:
+        """A `Linear` over a copy of some rows [n] of the weight, in eight bits if that is in few."""
+        rows, bias = self.rows(ids), None if self.bias is None else self.bias[ids]
+        if self.is_in_few_bits:
+            return Linear(FewBitsLinear(eight_bits(rows), len(rows), rows.shape[1], bias))
+        module = nn.Linear(rows.shape[1], len(rows), bias is not None, device="meta")
+        module.weight = nn.Parameter(rows, requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        return Linear(module)
+
+    @property
+    def version(self) -> Hashable:
+        """Changes when a weight or bias is replaced, moved or written to, but not through `.data`."""
+        return tuple((tensor.data_ptr(), version_of(tensor)) for tensor in tensors_in(self.slots()))
+
+    def cached_copy(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The result of `make`, kept by key while the weights are the same."""
+        with self._lock:
+            self.drop_stale_copies()
+            if key not in self.copies:
+                self.copies[key] = make()
+            return self.copies[key]
+
+    def drop_stale_copies(self) -> None:
+        """Drop what was made of earlier weights."""
+        with self._lock:
+            if (version := self.version) != self._version:
+                self.copies, self._version = {}, version
+
+
+def project(x: Tensor, slots: Sequence[Slot], rows: int, norm: RMSNorm | None = None) -> Tensor:
+    """norm(x) W^T + b by our operator, for one projection with so many rows."""
+    of_norm = ([], 0.0, False) if norm is None else ([norm.weight], norm.epsilon, norm.is_centred)
+    weight, has_bias = tensors_in(slots), slots[-1][1] == "bias"
+    return torch.ops.self_speculation.project.default(
+        x.float().contiguous(), *of_norm, weight, has_bias, rows
+    )
+
+
+def tensors_in(slots: Iterable[Slot]) -> list[Tensor]:
+    return [table[name] for table, name in slots]
+
+
+class RMSNorm:
+    """[..., n] -> [..., n], over the weight of a module."""
+
+    def __init__(self, module: Any) -> None:
+        self.is_centred = type(module).__name__ in _CENTRED_NORMS
+        self.epsilon = module.eps if self.is_centred else module.variance_epsilon
+        self.slot: Slot = (module._parameters, "weight")
+        self._shape = self.weight.shape
+
+    @property
+    def weight(self) -> Tensor:
+        table, name = self.slot
+        return table[name]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        weight = self.weight
+        if self.is_centred:
+            return torch.rms_norm(hidden.float(), self._shape, weight.float() + 1, self.epsilon).to(
+                hidden.dtype
+            )
+        if weight.dtype != hidden.dtype:
+            weight = weight.to(hidden.dtype)
+        return torch.rms_norm(hidden, self._shape, weight, self.epsilon)
+
+
+def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
+    """Concatenate parameters into one tensor, and point them at their parts of its memory.
+
+    Each part is a storage of its own, not a view: code that saves or shards a model skips parameters that
+    share a storage.
+    """
+    if len(parameters) == 1:
+        return parameters[0].data
+    joint = torch.cat([parameter.data for parameter in parameters])
+    with torch.cuda.device_of(joint):  # the only GPU that `from_dlpack` takes tensors of
+        for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
+            parameter.data = torch.from_dlpack(part)
+    return joint

@@ -1,0 +1,133 @@
+"""A LoRA folder as --model: loading merges it into its base model, or refuses it in one line."""
+
+import json
+import sys
+from pathlib import Path
+
+import forks
+import pytest
+from conftest import ROOT
+from helpers import error_line
+
+from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.loading.loading import load_config
+
+# `make test` installs peft there: in the environment it would slow down every other test.
+LIBRARIES = Path(sys.prefix) / "lora"
+
+PROGRAM = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(LIBRARIES)!r}]
+import torch
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from self_speculation import (
+    GenerationConfig, load_model_and_tokenizer, make_strategy, self_speculative_generate
+)
+from runs.program import run
+import generate
+base, folder = sys.argv[1:]
+ids = torch.tensor([[5, 6, 7, 8]])
+ours = dict(custom_generate=self_speculative_generate, exit_layer=2, num_speculations=3)
+def fresh():
+    return AutoModelForCausalLM.from_pretrained(base)
+def answer(model, **how):
+    return model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, **how).tolist()
+def of_strategy(model):
+    config = GenerationConfig(sample=False, max_steps=8)
+    return make_strategy("autoregressive").generate_token_ids(model, ids[0].tolist(), [2], config)
+def refusal(call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+
+# Not initialised to zero: such an adapter changes nothing.
+lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+adapted = get_peft_model(fresh(), lora).eval()
+assert answer(adapted, **ours) == answer(adapted)
+assert "pass model.merge_and_unload(), or model.get_base_model()" in refusal(of_strategy, adapted)
+text = of_strategy(adapted.get_base_model()).predicted_tokens
+assert ids[0].tolist() + text == answer(adapted)[0][:4 + len(text)]
+for kind in (PromptTuningConfig, PromptEncoderConfig):
+    tuned = get_peft_model(fresh(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    assert "as for prompt tuning" in refusal(answer, tuned, **ours)
+    assert "prompt tuning is not followed" in refusal(of_strategy, tuned)
+
+adapted.save_pretrained(folder)
+merged, tokenizer = load_model_and_tokenizer(folder)
+plain, own_tokenizer = load_model_and_tokenizer(base)
+expected = adapted(ids).logits
+torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-4)  # sums in another order
+assert not torch.allclose(plain(ids).logits, expected, atol=0.1)
+assert {{name for name, _ in merged.named_parameters()}} == {{name for name, _ in plain.named_parameters()}}
+assert tokenizer.encode("add") == own_tokenizer.encode("add")
+sys.argv[1:] = ["--model", folder, "--prompt", "def", "--max_steps", "4", "--draft_weights", "int4",
+                "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "2"]
+run(generate.main)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A LoRA folder by its config; these tests read no weights."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+def refusal(folder, **options):
+    """The line by which `load_config` and `load_model_and_tokenizer` refuse it."""
+    loads = (load_config, load_model_and_tokenizer)
+    line, other = (error_line(LoadingError, load, str(folder), LoadingOptions(**options)) for load in loads)
+    assert line == other
+    return line
+
+
+def test_models_of_peft(model_folder, tmp_path):
+    """Guards against the output of the base model, weights of peft's classes (such layers are not fused
+    and have no copies in four bits), and drafts that ignore a tuned prompt.
+    """
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    result = forks.run(program, model_folder, tmp_path / "adapter")
+    assert result.returncode == 0, result.stderr
+    assert "4 tokens in" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("{", "its adapter_config.json is damaged"),
+        ('{"peft_type": "LORA"}', "its adapter_config.json is damaged"),
+        (
+            '{"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "x"}',
+            "is an adapter of type PROMPT_TUNING; only LORA can be merged",
+        ),
+        (
+            '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}',
+            "is a LoRA adapter of a/b: pip install peft, which merges it",
+        ),
+        (None, "no adapter_model.safetensors; other formats are not read (pickles can run code)"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_are_refused(folder, config, says, monkeypatch):
+    """Guards against an error about a missing config.json, against tracebacks from inside peft, and against
+    pickles, which peft reads.
+    """
+    monkeypatch.setattr("self_speculation.loading.sources.importlib.util.find_spec", lambda name: None)
+    if config is None:
+        (folder / "adapter_model.safetensors").unlink()
+    else:
+        (folder / "adapter_config.json").write_text(config)
+    assert says in refusal(folder)
+
+
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"parallel": "tensor"}])
+def test_flags_that_exclude_an_adapter_are_refused(folder, options, monkeypatch):
+    """Guards against an adapter that is merged into quantised or sharded weights."""
+    monkeypatch.setattr("self_speculation.loading.sources.importlib.util.find_spec", lambda name: object())
+    ((name, value),) = options.items()
+    assert refusal(folder, **options).startswith(f"{name} {value}: not with a LoRA adapter; merge it")
+    assert refusal(folder) == f"model '{folder / 'base'}': no such folder"

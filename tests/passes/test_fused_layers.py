@@ -1,0 +1,213 @@
+"""Fused layers compute what the model's own layers compute, over the same memory, and always the model's
+current weights. test_llama_model_utils.py compares every family with transformers.
+"""
+
+import copy
+import gc
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from conftest import (
+    ADAPTIVE,
+    LAYERS,
+    PROMPT,
+    assert_close,
+    generate,
+    ids_of,
+    tiny_llama,
+    transformers_generate,
+)
+from test_runners import OF_WEIGHTS, heads_ablated, replaced_data
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation.passes import fused_layers
+from self_speculation.passes.fused_layers import fuse, parts_of
+from self_speculation.passes.model_runner import ModelRunner, forward
+from self_speculation.passes.quantized_layers import quantized
+
+
+def fused(model):
+    """[layers + 1] whether each layer and the head is fused."""
+    parts = parts_of(model).fused
+    return [part in parts for part in (*model.model.layers, model.lm_head)]
+
+
+def assert_logits(model):
+    """The logits are those of transformers' layers over the current weights."""
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        mine = forward(runner := ModelRunner(model), runner.new_cache(6, 6), ids, 6).logits
+        assert_close(mine, model(ids).logits, roundings=100 if model.dtype == torch.float32 else 4)
+
+
+def test_each_request_of_a_batch_uses_current_weights(model):
+    """Guards against a scheduler that keeps its first weights after its batch was empty."""
+    fuse(model)
+    strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=12)
+    answers = strategy.generate_batch(model, [Request(PROMPT)] * 2, config, batch_size=1)
+    for change in (heads_ablated, replaced_data):
+        assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
+        change(model)
+
+
+@pytest.mark.parametrize("change", OF_WEIGHTS)
+def test_drafts_use_copies_of_current_weights(model, change):
+    """Guards against drafts by the weights that a model had before: the output stays right but gets slow."""
+
+    def draft_logits(model):
+        with torch.inference_mode():
+            runner = quantized(ModelRunner(model), 4)
+            return forward(runner, runner.new_cache(6, 6), torch.tensor([PROMPT]), 6).logits
+
+    fuse(model)
+    before = draft_logits(model)
+    change(model)
+    twin = copy.deepcopy(model)
+    fuse(twin)
+    expected = draft_logits(twin)
+    # Copies of unchanged layers are weighted by the inputs of before.
+    assert (draft_logits(model) - expected).norm() <= 0.3 * (before - expected).norm()
+
+
+def test_unused_parts_are_freed(model):
+    """Guards against caches that keep a model, or a layer that was removed from it, in memory for ever, also
+    if a hook has the model.
+    """
+    fuse(model)
+    ids_of(model, max_steps=3)
+    pruned = weakref.ref(model.model.layers[3])
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:3], 3
+    ids_of(model, max_steps=6, **ADAPTIVE, draft_weights="int4")
+    gc.collect()
+    assert pruned() is None
+
+    own = copy.deepcopy(model)
+    fuse(own)
+    own.model.layers[0].register_forward_hook(partial(lambda model, *_: None, own))
+    ids_of(own, max_steps=6, **LAYERS)
+    whole = weakref.ref(own)
+    del own
+    gc.collect()
+    assert whole() is None
+
+
+def test_inference_mode_and_autocast(model):
+    """Guards against parameters that cannot be set because they were made in inference mode, and against
+    products in the format of the caller's autocast.
+    """
+    with torch.inference_mode():
+        made = type(model)(model.config).eval()
+        made.load_state_dict(model.state_dict())
+    plain = ids_of(model, max_steps=12)
+    for each in (made, model):
+        assert fuse(each) == 4
+        assert ids_of(each, max_steps=12) == plain
+        with torch.autocast("cpu", torch.bfloat16):
+            for drafts in ({}, LAYERS, ADAPTIVE):
+                assert ids_of(each, max_steps=12, **drafts) == plain
+
+
+class Adapter(nn.Linear):
+    """Another class in the place of a Linear, such as an adapter or a quantised layer."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class DoublingNorm(LlamaRMSNorm):
+    """A norm of another family, with the same attributes."""
+
+    __module__ = "transformers.models.gemma.modeling_gemma"
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.mlp.down_proj, "__class__", Adapter),
+        lambda layer: setattr(layer.input_layernorm, "__class__", DoublingNorm),
+        lambda layer: setattr(layer.mlp, "forward", torch.neg),
+        lambda layer: layer.mlp.register_forward_hook(lambda module, inputs, output: -output),
+        lambda layer: layer.mlp.register_forward_pre_hook(lambda module, inputs: (-inputs[0],)),
+    ],
+    ids=["an adapter", "another norm", "another forward", "a hook", "a hook before"],
+)
+def test_changed_layers_are_not_fused(model, change):
+    """Guards against an adapter, a quantised layer or a hook that fused layers ignore."""
+    fuse(model)
+    change(model.model.layers[1])
+    assert fused(model) == [True, False, True, True, True]
+    assert_logits(model)
+
+
+def test_hooks_may_write_to_their_modules(model):
+    """Guards against layers that are all fused again for each answer, and against numbers that hooks or fused
+    layers read and somebody changes.
+    """
+
+    def count(module, _inputs, output):
+        module.calls, module.output = module.calls + 1, output
+        return output * module.gain
+
+    hooked = model.model.layers[1], model.model.embed_tokens
+    for module in hooked:
+        module.calls, module.gain = 0, -1.0
+        module.register_forward_hook(count)
+    fuse(model)
+    strategy = make_strategy("autoregressive")
+    config = GenerationConfig(sample=False, reuse_cache=True, max_steps=8)
+
+    def assert_followed():
+        found = strategy.generate_token_ids(model, PROMPT, [], config).predicted_tokens
+        assert found == transformers_generate(model, PROMPT, 8, -1)
+        return parts_of(model)
+
+    parts = assert_followed()
+    assert fused(model) == [True, False, True, True, True]
+    hooked[0].gain = 2.0
+    assert assert_followed() is parts
+    hooked[1].gain = 0.5
+    assert assert_followed() is parts
+    model.model.layers[2].input_layernorm.variance_epsilon = 0.5
+    assert assert_followed() is not parts
+
+
+def test_a_long_pass_goes_through_the_mlp_in_pieces(model, monkeypatch):
+    """Guards against a last piece that is left out."""
+    monkeypatch.setattr(fused_layers, "_MLP_PIECE", 4)
+    fuse(model)
+    assert_logits(model)
+
+
+def test_a_layer_is_fused_again_without_its_hook(model):
+    """Guards against a model that stays slow without its hook: accelerate leaves a `forward` behind."""
+    fuse(model)
+    mlp = model.model.layers[1].mlp
+    add_hook_to_module(mlp, AlignDevicesHook("cpu"))
+    assert not all(fused(model))
+    remove_hook_from_module(mlp)
+    assert all(fused(model))
+
+
+def test_all_weights_are_saved(model, tmp_path):
+    """Guards against projections that share a storage: code that saves a model keeps only one of those."""
+    fuse(model)
+    ids_of(model, max_steps=4)
+    model.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in tiny_llama().state_dict().items())
+
+
+def test_an_activation_with_weights_is_not_fused():
+    """Guards against an activation that no operator has."""
+    model = tiny_llama(hidden_act="prelu")
+    assert fuse(model) == 0
+    assert len(generate(model, [5, 6, 7], max_steps=12, eos=[]).predicted_tokens) == 12

@@ -1,0 +1,343 @@
+"""Passes over few tokens on a CPU are one operator: right, the same to the bit for every width, row and
+number of threads, and always over the weights of now.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import (
+    LAYERS,
+    PROMPT,
+    WAYS,
+    assert_close,
+    ids_of,
+    needs_operators,
+    own_llama,
+    tiny_llama,
+    transformers_generate,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sliding_windows import windowed
+from torch import nn
+
+from self_speculation.families import FUSED_FAMILIES
+from self_speculation.passes.fused_layers import bytes_made, fuse
+from self_speculation.passes.in_place_runner import InPlaceRunner
+from self_speculation.passes.model_runner import ModelRunner, forward
+from self_speculation.passes.quantized_layers import quantize
+
+pytestmark = needs_operators
+
+ODD = {"hidden_size": 36, "intermediate_size": 41, "num_attention_heads": 6, "num_key_value_heads": 3}
+SHAPES = {
+    "odd": {**ODD, "head_dim": 10},
+    "one head": {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu_pytorch_tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "relu2": {"hidden_act": "relu2"},
+    "long": {"max_position_embeddings": 2048},
+}
+
+
+def spoilt(cache):
+    """What was never written is NaN, or a huge number."""
+    lengths = [*cache.lengths(), *[0] * cache.buffers.num_slots]
+    for index, part in enumerate(cache.buffers.all()):
+        for row in range(len(part)):
+            part[row, :, lengths[row] :] = (1e30, float("nan"))[index % 2]
+
+
+def model_of(name, dtype=torch.float32):
+    if name in FUSED_FAMILIES:
+        model = windowed(name, max_position_embeddings=2048, hidden_size=48)
+    else:
+        model = own_llama(**SHAPES[name])
+    with torch.no_grad():
+        for weight in model.parameters():  # biases and norms are not zeros and ones
+            weight.add_(0.02 * torch.randn_like(weight))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*SHAPES, *FUSED_FAMILIES[1:]])
+def test_logits_are_those_of_transformers(name, dtype):
+    """Guards against an option of a layer that is passed over, sizes that are no multiple of a vector's,
+    columns that are read beyond a row, windows, chunks of keys that are merged wrongly, and several of them
+    without a key in the window.
+    """
+    torch.manual_seed(0)
+    model, length = model_of(name, dtype), 1100 if name in ("long", "mistral") else 45
+    exact = copy.deepcopy(model).float()
+    if hasattr(exact.model.embed_tokens, "embed_scale"):
+        exact.model.embed_tokens.embed_scale.fill_(exact.model.embed_tokens.scalar_embed_scale)
+    assert fuse(model) == len(model.model.layers)
+    ids = torch.randint(3, 50, (1, length))
+    with torch.inference_mode():
+        runner = InPlaceRunner(model)
+        cache, found, start = runner.new_cache(1, length), [], 0
+        for width in (1, 3, 20, 21, *[100] * 11):
+            part = ids[:, start : start + width]
+            if part.numel():
+                found.append(forward(runner, cache, part, part.shape[1]).logits)
+                spoilt(cache)
+            start += width
+        assert_close(torch.cat(found, 1), exact(ids).logits, roundings=400)
+
+
+@given(
+    name=st.sampled_from(["odd", "biases", "qwen3", "gemma3_text"]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, 8, 4]),
+    lengths=st.lists(st.integers(1, 150) | st.just(600), min_size=1, max_size=9),
+    width=st.integers(1, 33),
+    split=st.integers(1, 33),
+    threads=st.integers(1, 3),
+)
+@settings(max_examples=12)
+def test_bits_do_not_depend_on_the_pass(name, dtype, lengths, width, split, threads):
+    """Guards against sums in another order for another width, row, piece or thread: ties would decide."""
+    torch.manual_seed(0)
+    model = model_of(name, torch.float32 if isinstance(dtype, int) else dtype)
+    if isinstance(dtype, int):
+        quantize(model, dtype)
+    fuse(model)
+    runner, rows = InPlaceRunner(model), len(lengths)
+    hidden = torch.randn(rows, width, model.config.hidden_size)
+    num_layers = len(runner.layers)
+
+    def cache_of(own):
+        cache = runner.new_cache(max(own) + width, max(own) + width, num_slots=len(own))
+        cache.buffers.capacity = max(own) + width
+        cache.set_rows([0] * len(own))
+        runner.run_layers(cache, torch.zeros(len(own), 1, hidden.shape[2]), 0, num_layers)
+        for index, pair in cache.buffers.of_layers.items():
+            for part in pair:
+                for row, length in enumerate(own):
+                    torch.manual_seed(1000 * index + length)
+                    past = torch.randn(part.shape[1], length, part.shape[3])
+                    part[row, :, :length] = past
+        cache.set_rows(own)
+        spoilt(cache)
+        return cache
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            together = runner.run_layers(cache_of(lengths), hidden.clone(), 0, num_layers)
+            logits = runner.logits(together, width)
+            torch.set_num_threads(1)
+            for row, length in enumerate(lengths):
+                cache = cache_of([length])
+                parts = [
+                    runner.run_layers(cache, part.clone(), 0, num_layers)
+                    for part in hidden[row : row + 1].split(split, 1)
+                ]
+                alone = torch.cat(parts, 1)
+                assert torch.equal(alone[0], together[row])
+                assert torch.equal(runner.logits(alone, 1)[0, 0], logits[row, -1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("way", [WAYS["layers"], WAYS["copy"], {**LAYERS, "num_speculations": 9}])
+def test_logits_of_all_ways_are_equal(way):
+    """Guards against a draft or verification that rounds otherwise: not only greedy ids agree, but logits."""
+    model = own_llama(fused=True).bfloat16()
+    fuse(model)
+
+    def seen(**settings):
+        found = {}
+
+        def keep(ids, scores):
+            found.setdefault(tuple(ids[0].tolist()), []).append(scores[0].clone())
+            return scores
+
+        return ids_of(model, logits_processors=[keep], **settings), found
+
+    (ids, plain), (same, found) = seen(), seen(**way)
+    assert same == ids
+    assert len(found) > len(plain) > 10  # drafted texts, and those of the answer
+    for text, (scores,) in plain.items():
+        assert any(torch.equal(scores, other) for other in found[text])
+
+
+def test_layers_of_other_shapes_decode():
+    """Guards against an error where some layers were pruned: the operator takes layers of one shape."""
+    model = own_llama(fused=True)
+    mlp = model.model.layers[1].mlp
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, nn.Linear(32, 20, bias=False))
+    mlp.down_proj = nn.Linear(20, 32, bias=False)
+    expected = transformers_generate(model, PROMPT, 12, -1)
+    for way in ({}, WAYS["layers"], WAYS["copy"]):
+        assert ids_of(model, max_steps=12, **way) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_transposed_in_memory(dtype):
+    """Guards against rows that are read across memory, and against another format for all layers."""
+    model = own_llama().to(dtype)
+    for module in (model.model.layers[1].self_attn.q_proj, model.lm_head):
+        module.weight.data = module.weight.data.t().contiguous().t()
+    expected = transformers_generate(copy.deepcopy(model).float(), PROMPT, 12, -1)
+    assert fuse(model) == 4
+    for way in ({}, WAYS["layers"], WAYS["copy"]):
+        assert ids_of(model, max_steps=12, **way) == expected
+
+
+def test_nan_stays_in_its_row():
+    """Guards against a broken row that spoils its neighbours, and against NaN that vanishes in a maximum."""
+    model = own_llama(fused=True)
+    runner = InPlaceRunner(model)
+    hidden = torch.randn(3, 2, 32)
+    with torch.inference_mode():
+        cache = runner.new_cache(1, 8, num_slots=3)
+        cache.set_rows([0] * 3)
+        expected = runner.run_layers(cache, hidden.clone(), 0, 4)
+        for value in (float("nan"), float("inf")):
+            broken = hidden.clone()
+            broken[1, 1, 5] = value
+            cache.set_rows([0] * 3)
+            found = runner.run_layers(cache, broken, 0, 4)
+            assert torch.equal(found[[0, 2]], expected[[0, 2]])
+            assert torch.equal(found[1, 0], expected[1, 0])
+            assert found[1, 1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.load_state_dict({n: 2 * w for n, w in layer.state_dict().items()}),
+        lambda layer: layer.load_state_dict({n: 2 * w for n, w in layer.state_dict().items()}, assign=True),
+        lambda layer: layer.mlp.up_proj.weight.data.mul_(2),
+        lambda layer: layer.mlp.up_proj.weight.data.__setitem__((0, 0), 30.0),
+        lambda layer: setattr(layer.mlp.up_proj, "weight", nn.Parameter(torch.randn(48, 32))),
+        lambda layer: setattr(layer.mlp.up_proj.weight, "data", torch.randn(48, 32)),
+        lambda layer: layer.input_layernorm.weight.data.mul_(3),
+        lambda layer: setattr(layer.self_attn.k_proj, "weight", nn.Parameter(torch.randn(16, 32).bfloat16())),
+        lambda layer: setattr(layer.mlp.gate_proj, "weight", nn.Parameter(torch.randn(48, 32).bfloat16())),
+    ],
+)
+def test_a_weight_that_changes_between_two_tokens_decodes(change):
+    """Guards against anything that is made of weights, without a call, also if one has another dtype than
+    those beside it: what decodes is the weights of now.
+    """
+    model = own_llama(fused=True)
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        runner, plain = InPlaceRunner(model), ModelRunner(model)
+        cache = runner.new_cache(1, 20)
+        forward(runner, cache, ids)
+    torch.manual_seed(0)
+    change(model.model.layers[2])
+    with torch.inference_mode():
+        found = forward(runner, cache, ids[:, :1]).logits
+        plain_cache = plain.new_cache(1, 20)
+        plain_cache.buffers.of_layers = copy.deepcopy(cache.buffers.of_layers)
+        plain_cache.set_rows([len(PROMPT)])
+        assert_close(found, forward(plain, plain_cache, ids[:, :1]).logits, roundings=400)
+    assert bytes_made(model) == 0
+
+
+def test_a_weight_of_another_shape_is_refused_until_the_old_one_is_back():
+    """Guards against memory that is read as what it was, and against layers that an error has halved."""
+    model = own_llama(fused=True)
+    up = model.model.layers[2].mlp.up_proj.weight
+    kept, wide = up.data, torch.randn(48, 64)
+    with torch.inference_mode():
+        runner = InPlaceRunner(model)
+        cache = runner.new_cache(1, 20)
+
+        def logits():
+            cache.set_rows([0])
+            return forward(runner, cache, torch.tensor([PROMPT])).logits
+
+        expected = logits()
+        for other in (kept[:24], torch.randn(24, 32)):
+            up.data = other
+            with pytest.raises((RuntimeError, ValueError)):
+                logits()
+            up.data = kept
+            assert torch.equal(logits(), expected)
+        up.data = wide[:, :32]
+        logits()
+        up.data = wide[:, ::2]  # at the same address
+        with pytest.raises((RuntimeError, ValueError)):
+            logits()
+
+
+def test_a_weight_in_few_bits_gets_another_format():
+    """Guards against a format that is only read from a weight's first bytes."""
+    model = own_llama()
+    quantize(model, 4)
+    fuse(model)
+    weight = model.model.layers[2].mlp.up_proj.weight
+    with torch.inference_mode():
+        runner, found = InPlaceRunner(model), []
+        for code in (0, 3):  # which have cells of one size
+            weight[0] = code
+            for each in (runner, InPlaceRunner(model)):
+                cache = each.new_cache(1, 20)
+                found.append(forward(each, cache, torch.tensor([PROMPT])).logits)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    assert not torch.equal(found[1], found[2])
+
+
+def test_layers_with_buffers_of_several_sizes_decode():
+    """Guards against passes that are refused after memory ran out while buffers grew."""
+    model = own_llama(fused=True)
+    with torch.inference_mode():
+        runner, found = InPlaceRunner(model), []
+        for grown in (0, 2):
+            cache = runner.new_cache(1, 20)
+            forward(runner, cache, torch.tensor([PROMPT]))
+            cache.buffers.capacity += 8
+            for layer in range(grown):
+                cache.buffers.with_room(layer, cache.buffers.capacity)
+            found.append(forward(runner, cache, torch.tensor([[5]])).logits)
+    assert torch.equal(*found)
+
+
+def test_bad_arguments_are_refused():
+    """Guards against memory that is read or written out of bounds."""
+    model = tiny_llama(fused=True)
+    runner = InPlaceRunner(model)
+    hidden, cache = torch.randn(1, 1, 32), runner.new_cache(1, 8)
+    with torch.inference_mode():
+        runner.run_layers(cache, hidden.clone(), 0, 4)
+        layers, kinds = runner.layers, runner.attention_types
+        told = [layer.description(kind.window, 0) for layer, kind in zip(layers, kinds, strict=True)]
+        numbers, factors = (torch.tensor(each) for each in zip(*told, strict=True))
+        tensors = [table[name] for layer in layers for table, name in layer.slots()]
+        caches = [*cache.buffers.all()]
+        tables = [runner.tables.cos_sin(None, 64)[:, :64].contiguous()]
+        make = torch.ops.self_speculation.make_layers
+        layers = {
+            "numbers": numbers, "factors": factors.double(), "weights": tensors, "hidden": 32,
+            "d": layers[0].key_shape[1],
+        }  # fmt: skip
+        good = {
+            "hidden": torch.randn(1, 32), "starts": torch.tensor([3]), "first_slot": 0,
+            "owner": make(*layers.values()), "caches": caches, "rotations": tables,
+        }  # fmt: skip
+        run = torch.ops.self_speculation.run_layers
+        run(*good.values())
+        for name, value in [
+            ("hidden", 31), ("d", 7), ("numbers", numbers[:-1]), ("factors", factors.float()),
+            ("weights", tensors[:-1]), ("weights", [*tensors, tensors[0]]),
+            ("weights", [t.double() for t in tensors]),
+        ]:  # fmt: skip
+            with pytest.raises((RuntimeError, ValueError, IndexError)):
+                make(*{**layers, name: value}.values())
+        for name, value in [
+            ("hidden", torch.randn(1, 31)), ("hidden", torch.randn(1, 32).double()),
+            ("starts", torch.tensor([5000])), ("starts", torch.tensor([0, 0])), ("first_slot", 7),
+            ("owner", good["owner"][:0]), ("caches", caches[:-1]),
+            ("caches", [c[..., :4] for c in caches]), ("rotations", []), ("rotations", [tables[0][:, :1]]),
+        ]:  # fmt: skip
+            with pytest.raises((RuntimeError, ValueError, IndexError)):
+                run(*{**good, name: value}.values())

@@ -1,0 +1,187 @@
+"""Every runner of a model gives the ids of the model's own layers, before and after the model changes."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from conftest import (
+    COPY,
+    LAYERS,
+    PROMPT,
+    WAYS,
+    answer_of,
+    config_of,
+    ids_of,
+    own_llama,
+    transformers_generate,
+)
+from cuda_graphs import decode_eagerly
+from torch import nn
+
+from self_speculation import Request, make_strategy
+from self_speculation.passes.captured_runner import capture_decoding
+from self_speculation.passes.fused_layers import fuse, parts_of
+
+# How a draft ends, or where it comes from, has little to do with the format of weights.
+OTHER_FORMATS = ("plain", "early exit", "layers", "copy", "adaptive", "adaptive copy")
+ALL_WAYS = {
+    **WAYS,
+    "early exit": {"exit_layer": 2},
+    "wide": {**LAYERS, "num_speculations": 19},
+}
+
+
+@pytest.mark.parametrize(
+    ("runner", "weights", "way"),
+    [
+        *(("in place", weights, way) for weights in ("float32", "bfloat16") for way in ALL_WAYS),
+        *(("captured", "float32", way) for way in ALL_WAYS if way != "wide"),
+        *(("captured", "not fused", way) for way in OTHER_FORMATS if "copy" not in way),
+    ],
+)
+def test_ids_are_those_of_eager_passes(runner, weights, way, graphs):
+    """Guards against positions, lengths, widths or copies that are constants of a graph, graphs of other
+    layers than those that draft or verify, results that are read after the next replay, and padding that is
+    attended to.
+    """
+    model = own_llama().to(torch.bfloat16 if "16" in weights else torch.float32)
+    if weights != "not fused":
+        fuse(model)
+    greedy = {**ALL_WAYS[way], "max_steps": 16}
+    if runner == "in place":
+        exact = copy.deepcopy(model).float()
+        depth = {"exit_layer": 2} if way == "early exit" else {}
+        assert ids_of(model, **greedy) == ids_of(exact, max_steps=16, **depth)
+        return
+    other = {**greedy, "sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3}
+
+    def answers():
+        torch.manual_seed(0)
+        # Adaptive decoding picks by time, so a seed does not reproduce it.
+        return [ids_of(model, **greedy), ids_of(model, [8, 3], **(greedy if "adaptive" in way else other))]
+
+    expected = answers()
+    capture_decoding(model)
+    assert answers() == expected
+    num_captured = len(graphs.captured)
+    assert answers() == expected
+    assert len(graphs.replayed) > num_captured > 0
+    assert "adaptive" in way or len(graphs.captured) == num_captured
+
+
+def assigned_and_trained(model):
+    """The parameters are made while the model decodes."""
+    model.load_state_dict(own_llama().state_dict(), assign=True)
+    ids_of(model, max_steps=3)
+    ids = torch.tensor([PROMPT])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.requires_grad_()(ids, labels=ids).loss.backward()
+    assert not any(p.grad is None or p.is_inference() for p in model.parameters())
+    optimizer.step()
+
+
+def replaced_data(model):
+    model.model.layers[1].self_attn.q_proj.weight.data = torch.randn(32, 32, dtype=model.dtype)
+
+
+def heads_ablated(model):
+    """torch does not count writes through `.data`, of these three."""
+    model.model.layers[1].self_attn.o_proj.weight.data[:, 16:].zero_()
+    fuse(model)
+
+
+def other_rows_of_the_head(model):
+    model.lm_head.weight.data.copy_(model.lm_head.weight.data.flip(0).clone())
+    fuse(model)
+
+
+def another_norm(model):
+    model.model.norm.weight.data[3].mul_(30)
+    fuse(model)
+
+
+OF_WEIGHTS = [assigned_and_trained, replaced_data, heads_ablated, other_rows_of_the_head, another_norm]
+
+
+def one_element(model):
+    model.model.layers[2].mlp.down_proj.weight.data[3, 5] += 30
+    fuse(model)
+
+
+def another_activation(model):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+
+
+def scaled(model):
+    model.model.layers[1].self_attn.scaling = 0.1
+
+
+def turned(model):
+    model.model.rotary_emb.inv_freq.mul_(2)
+
+
+def reordered(model):
+    """A trace that ignores it reads keys and values of another layer than the prompt's pass writes."""
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def hooked(model):
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: -output)
+
+
+OTHERS = [one_element, another_activation, scaled, turned, reordered, hooked, nn.Module.double]
+CAPTURED = [
+    assigned_and_trained,
+    replaced_data,
+    another_norm,
+    another_activation,
+    scaled,
+    turned,
+    reordered,
+    hooked,
+]
+# Layers of transformers have nothing that is made of weights: only graphs and kept keys can be outdated.
+CHANGED = [
+    *itertools.product([*OF_WEIGHTS, *OTHERS], ["in place"]),
+    *itertools.product(CAPTURED, ["captured"]),
+    *itertools.product([replaced_data, one_element, turned, hooked], ["layers", "captured layers"]),
+]
+
+
+@pytest.mark.parametrize(("change", "runner"), CHANGED)
+def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
+    """Guards against weights, copies, numbers or hooks of before in fused layers and
+    captured passes (on a GPU their memory may hold anything by then), and against kept keys and values.
+    """
+    model, graphs = own_llama(), None
+    if "captured" in runner:
+        graphs = request.getfixturevalue("graphs")
+    if "layers" not in runner:
+        fuse(model)
+    if graphs:
+        capture_decoding(model)
+    drafts = LAYERS if change in (hooked, nn.Module.double) else COPY  # such layers have no copies
+    ways = [{}, LAYERS, {**drafts, "draft_vocabulary": 20}]
+    strategies = [make_strategy(config_of(**way).generation_strategy) for way in ways]
+
+    def answers():
+        for strategy, way in zip(strategies, ways, strict=True):
+            yield answer_of(strategy, model, Request(PROMPT), max_steps=8, reuse_cache=True, **way)
+
+    before = [result.predicted_tokens for result in answers()]
+    if graphs:
+        assert graphs.replayed
+    change(model)
+    found = [*answers()]
+    assert len(parts_of(model).fused) == 5 or "layers" in runner or change not in OF_WEIGHTS
+    # The third way goes on with the cache of the second one.
+    assert [result.num_cached_tokens for result in found[:2]] == [0] * 2
+    after = [result.predicted_tokens for result in found]
+    assert after == [transformers_generate(model, PROMPT, 8, -1)] * 3
+    assert (after == before) == (change is nn.Module.double)
+    decode_eagerly(model)
+    drafted = [result.accepted_by_position for result in answers()]
+    assert [result.accepted_by_position for result in found] == drafted

