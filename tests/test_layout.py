@@ -24,7 +24,7 @@ LIBRARY = {
     "config": set(),
     "results": set(),
     "transfers": set(),
-    **dict.fromkeys(BASE, set()),
+    **{name: set() for name in BASE},
     "weights": {"config", *BASE},
     "passes": {
         "config",
