@@ -21,7 +21,7 @@ from pathlib import Path
 from arguments import BatchArguments, GenerationConfig, ModelArguments, parse, refuse
 from data import DataArguments
 from runs.failures import check_writable
-from runs.flags import TuningArguments, counts, tuned, validate
+from runs.flags import validate
 from runs.program import run
 
 
@@ -42,10 +42,7 @@ class MeasurementArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments)
-    model_args, config, data_args, args, batch, tuning = parse(
-        __doc__ or "", *groups, TuningArguments, args=argv
-    )
-    config = tuned(config, tuning, model_args, argv)
+    model_args, config, data_args, args, batch = parse(__doc__ or "", *groups, args=argv)
     if args.answer_file is not None:
         if data_args.dataset != "spec_bench":
             refuse(f"--answer_file {args.answer_file}: is a format of spec_bench, not of {data_args.dataset}")
@@ -65,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     make = partial(
         Benchmark, compare=args.compare, answer_file=args.answer_file, text_quality=args.text_quality
     )
-    flags = (model_args, config, data_args, args, batch)
-    return run_experiment("benchmark", make, *flags, counted=counts(tuning.tuned, model_args))
+    return run_experiment("benchmark", make, model_args, config, data_args, args, batch)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     no_drafts = batch.batch_size > 1 and config.exit_layer == config.num_speculations == -1
     if config.generation_strategy == "autoregressive" and not no_drafts:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    validate(model_args, config, data_args.chat, hint="; sweep.py finds exit layer and length")
+    validate(model_args, config, data_args.chat)
 
     from measures.correctness import CompareDistributions, CompareIds
     from runs.examples import Experiment, run_experiment

@@ -30,7 +30,7 @@ from lm_eval._cli.run import Run
 
 from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse
 from runs.failures import check_writable
-from runs.flags import TuningArguments, counts, tuned, validate
+from runs.flags import validate
 from runs.program import run
 from self_speculation.config import SAMPLING_RULES
 
@@ -57,9 +57,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     commands = _Parser().add_subparsers()
     Run.create(commands)
-    groups = (ModelArguments, GenerationConfig, TuningArguments)
-    model_args, config, tuning, args = parse(__doc__ or "", *groups, args=argv, rest=commands.choices["run"])
-    config = tuned(config, tuning, model_args, argv)
+    groups = (ModelArguments, GenerationConfig)
+    model_args, config, args = parse(__doc__ or "", *groups, args=argv, rest=commands.choices["run"])
     validate(model_args, config)
     _read_config_file(args)
     given = given_flags(argv, GenerationConfig)
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable("output_path", path.parent if path.suffix == ".json" else path)
     from measures.evaluation import evaluate
 
-    return evaluate(model_args, config, args, counts(tuning.tuned, model_args))
+    return evaluate(model_args, config, args)
 
 
 def _read_config_file(args: argparse.Namespace) -> None:

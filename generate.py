@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from arguments import GenerationConfig, ModelArguments, TemplateArguments, parse, refuse
-from runs.flags import TuningArguments, counts, tuned, validate
+from runs.flags import validate
 from runs.program import run
 
 
@@ -44,9 +44,8 @@ class GenerateArguments(TemplateArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
-    model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    config = tuned(config, tuning, model_args, argv)
+    groups = (ModelArguments, GenerationConfig, GenerateArguments)
+    model_args, config, args = parse(__doc__ or "", *groups, args=argv)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     validate(model_args, config, chat=args.chat)
@@ -73,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interactive and ranks.num_processes() > 1:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
     prompt = one_prompt(args.prompt) if ranks.is_first() and not interactive else None
-    generator = load_generator(
-        model_args, config, chat=args.chat, counted=counts(tuning.tuned, model_args), fast_prompts=True
-    )
+    generator = load_generator(model_args, config, chat=args.chat, fast_prompts=True)
     if grammar is not None:
         generator.use_sandbox()
         try:

@@ -21,7 +21,7 @@ from threading import Thread
 
 from arguments import BatchArguments, GenerationConfig, ModelArguments, parse, refuse
 from runs import ranks
-from runs.flags import TuningArguments, counts, tuned, validate
+from runs.flags import validate
 from runs.program import on_signals, run
 from runs.status import print_status
 from serving.flags import ServeArguments
@@ -31,9 +31,9 @@ _SWITCH_INTERVAL = 5e-4  # seconds that another thread may keep the engine's wai
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments)
-    model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    config = replace(tuned(config, tuning, model_args, argv), reuse_cache=True)
+    groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments)
+    model_args, config, batch, args = parse(__doc__ or "", *groups, args=argv)
+    config = replace(config, reuse_cache=True)
     if not ranks.is_first():
         return 2  # the first one says why
     if ranks.num_processes() > 1 or model_args.parallel not in ("data", "pipeline"):
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from serving.engine import Engine
     from serving.http11 import BACKLOG, StrictProtocol
 
-    generator = load_generator(model_args, config, counted=counts(tuning.tuned, model_args))
+    generator = load_generator(model_args, config)
     latest_end = max(args.shutdown_time, _GRACE)
     engine = Engine(generator, config, batch.batch_size, args.max_waiting)
     path = Path(model_args.model_name).expanduser()

@@ -31,7 +31,7 @@ from arguments import (
     refuse,
 )
 from data import DataArguments
-from runs.flags import COUNTS, counts, validate
+from runs.flags import validate
 from runs.program import run
 
 
@@ -56,8 +56,6 @@ class SweepArguments:
     """Step between draft lengths."""
     verify_top: int = 0
     """Measure this many of the best predicted cells."""
-    tuned: str | None = None
-    """Folder of an earlier predicted sweep: --draft_vocabulary takes the ids that it counted."""
     resume: str | None = None
     """Folder of an interrupted sweep to continue."""
 
@@ -87,19 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if config.shared_lookup:
         refuse(f"--shared_lookup {config.shared_lookup}: must be 0, each cell has the same prompts")
-    validate(model_args, config, data_args.chat, hint=None)
+    validate(model_args, config, data_args.chat, of_grid=True)
 
     from measures.sweeping import Measured, Predicted
     from runs.examples import run_experiment
     from runs.startup import read_config
     from runs.status import print_status
     from self_speculation.drafts.registry import is_replayable
-
-    if args.tuned is not None and config.draft_vocabulary is None:
-        refuse(f"--tuned {args.tuned}: gives the ids of --draft_vocabulary here; give that flag too")
-    counted = counts(args.tuned, model_args)
-    if args.tuned is not None and not counted:
-        refuse(f"--tuned {args.tuned}: has no {COUNTS}, which --mode predicted writes")
 
     if args.mode == "predicted" and not config.greedy:
         print_status("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
@@ -124,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
     grid = [(layer, k) for layer in exit_layers for k in lengths]
     make = partial(Measured if args.mode == "measured" else Predicted, grid=grid, verify_top=args.verify_top)
-    return run_experiment("sweep", make, model_args, config, data_args, args, batch, counted)
+    return run_experiment("sweep", make, model_args, config, data_args, args, batch)
 
 
 if __name__ == "__main__":

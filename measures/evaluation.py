@@ -7,7 +7,7 @@ import itertools
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,6 @@ def evaluate(
     model_args: ModelArguments,
     config: GenerationConfig,
     args: argparse.Namespace,
-    counted: Mapping[int, int] | None = None,
 ) -> int:
     """Let lm_eval evaluate, print and save; then print the speed of each task. Returns the exit status.
 
@@ -55,7 +54,7 @@ def evaluate(
 
     def load(_: Any, sizes: dict[str, Any]) -> HarnessModel:
         """Called by the harness once it has found the tasks."""
-        generator = load_generator(model_args, config, counted=counted)
+        generator = load_generator(model_args, config)
         if ranks.is_first():  # above lm_eval's table
             print(machine(describe("eval", ()) | describe_model(model_args.model_name, generator.model)))
         sizes = {name: size for name, size in sizes.items() if size is not None and name != "device"}

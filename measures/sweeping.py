@@ -6,8 +6,6 @@ A cell is an exit layer and a draft length.
 from __future__ import annotations
 
 import itertools
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +21,6 @@ from measures.replay import Cell, Costs, costs_of, replayed
 from measures.timed_runs import BASELINE, TimedSide, measure_all, warm_up
 from runs.examples import Experiment
 from runs.failures import failed
-from runs.flags import COUNTS
 from runs.records import Record, Run, counted, fewest_threads, heading, note
 from runs.startup import autoregressive
 from runs.status import log_if_slow
@@ -192,7 +189,6 @@ class Predicted(Sweep):
         }
 
     def conclude(self, run: Run, records: list[Record]) -> int:
-        run.replace(COUNTS, json.dumps(Counter(id_ for record in records for id_ in record["tokens"])))
         with log_if_slow("measuring costs of rounds"):
             costs = broadcast_from_rank0(self.generator.model, self._costs(records))
         cells = ((cell, [replayed(record, costs, cell) for record in records]) for cell in self.grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +122,6 @@ def run_experiment(
     data_args: DataArguments,
     args: Any,
     batch: BatchArguments,
-    counted: Mapping[int, int] | None = None,
 ) -> int:
     """Load the model and the examples that fit it, make the missing records, each rank its share, and let
     rank 0 conclude.
@@ -132,7 +131,6 @@ def run_experiment(
     Args:
         make: called with the first fields of an `Experiment`.
         args: the script's own arguments, with `resume`.
-        counted: see `load_generator`.
     """
     ranks.join_as_one(model_args.parallel)
     check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
@@ -144,7 +142,7 @@ def run_experiment(
     except (DataError, Failed) as error:
         refuse(str(error))
     is_exact = script == "correctness"
-    generator = load_generator(model_args, config, data_args.chat, counted, fast_prompts=not is_exact)
+    generator = load_generator(model_args, config, data_args.chat, fast_prompts=not is_exact)
     description |= describe_model(model_args.model_name, generator.model)
     fitting = _examples_that_fit(generator, examples, data_args)
     if script != "benchmark" and any(example.later_turns for example in fitting):

@@ -24,7 +24,6 @@ from self_speculation.decoding.texts import Thinking
 from self_speculation.loading.loading import load_config, resolve_device, with_fast_prompts
 from self_speculation.passes.fused_layers import bytes_made
 from self_speculation.passes.quantized_layers import check_family, why_no_copies
-from self_speculation.passes.short_head import prefer_ids
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
 from self_speculation.weights.kernels import cpu_operators
 
@@ -61,14 +60,12 @@ def load_generator(
     model_args: ModelArguments,
     config: GenerationConfig,
     chat: bool = False,
-    counted: Mapping[int, int] | None = None,
     fast_prompts: bool = False,
 ) -> HuggingfaceLlamaGenerator:
     """Load --model and make the strategy of --generation_strategy.
 
     An error ends the program in one line, with status 1 if memory is short, else with status 2; with `chat`
-    also a tokenizer without a chat template. A short draft vocabulary takes the most frequent ids of
-    `counted`, see `runs.flags.counts`; `fast_prompts`: see `with_fast_prompts`.
+    also a tokenizer without a chat template. `fast_prompts`: see `with_fast_prompts`.
     """
     logging.set_verbosity_error()
     if model_args.threads is not None:
@@ -98,7 +95,6 @@ def load_generator(
                 print_status(f"warning: {warning.message}")
         if options.quantization != "none":
             print_status(f"quantization {options.quantization}: the text is that of the rounded model")
-        prefer_ids(model, counted or {})
         strategy = make_strategy(config.generation_strategy)
         with log_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)

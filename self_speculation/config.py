@@ -119,9 +119,9 @@ class GenerationConfig:
     """End a draft after a token whose own probability is below this; default: drafts have num_speculations
     tokens."""
     draft_vocabulary: int | None = field(default=None, metadata=_DRAFTS)
-    """Draft with this many rows of the head: the most frequent ids of the sweep of --tuned, or the first ids
-    of the tokenizer, and the ids of prompt and output. Default: a quarter of a large head for a copy in fewer
-    bits and adaptive decoding, unless many ids of the last texts are others; otherwise the whole head."""
+    """Draft with this many rows of the head: the first ids of the tokenizer, and the ids of prompt and
+    output. Default: a quarter of a large head for a copy in fewer bits and adaptive decoding, unless many ids
+    of the last texts are others; otherwise the whole head."""
     prompt_lookup: int = field(default=0, metadata=_DRAFTS)
     """Find the last tokens, up to this many, earlier in prompt and output; draft what followed; 0: off."""
     shared_lookup: int = field(default=0, metadata=_DRAFTS)

@@ -18,7 +18,6 @@ from benchmark import MeasurementArguments
 from correctness import CorrectnessArguments
 from data import DataArguments
 from generate import GenerateArguments
-from runs.flags import TuningArguments
 from serving.flags import ServeArguments
 from sweep import SweepArguments
 from training.flags import Flags
@@ -105,12 +104,12 @@ def test_help_has_every_flag_with_its_default(capsys):
 
 
 GROUPS_OF_SCRIPTS = [
-    (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments),
-    (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments),
+    (ModelArguments, GenerationConfig, GenerateArguments),
+    (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments),
     (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
     (ModelArguments, GenerationConfig, DataArguments, SweepArguments),
-    (ModelArguments, GenerationConfig, TuningArguments),
-    (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments),
+    (ModelArguments, GenerationConfig),
+    (ModelArguments, GenerationConfig, BatchArguments, ServeArguments),
     tuple(get_type_hints(Flags).values()),
 ]
 ODD_NUMBERS = st.sampled_from([10**30, -(10**30), "1e400", "0x10", "\u0661"])

@@ -76,7 +76,7 @@ MISTAKES = {
     generate: {
         "--exit_layer 4": "--exit_layer 4: must be between 1 and 3, the model has 4 layers; -1 is full depth",
         f"{SPECULATIVE} --exit_layer 4 --num_speculations 3": "; with draft_weights int4 it may be 4",
-        SPECULATIVE: "between 1 and the last but one layer; sweep.py finds exit layer and length, and",
+        SPECULATIVE: "between 1 and the last but one layer; sweep.py finds exit layer and length",
         f"{SPECULATIVE} --exit_layer 2": "--num_speculations: self_speculative needs at least 1, such as 4; ",
         "--compare True": "--compare True: needs a --generation_strategy to compare",
         "--shared_lookup 9": "--shared_lookup 9: autoregressive decoding drafts nothing, add",

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 from typing import NamedTuple
-from unittest.mock import Mock
 
 import forks
 import pytest
@@ -214,11 +213,3 @@ def test_a_resumed_run_keeps_its_arguments(script, flags, changes, common, tmp_p
     del run["arguments"]["n_shot"]  # of a version without this flag
     (folder / "run.json").write_text(json.dumps(run))
     assert script.main([*common, *flags, resume, "--output_dir", str(tmp_path)]) == 0
-
-
-def test_tuned_refuses_an_interrupted_sweep(common, tmp_path, monkeypatch, capsys):
-    """Guards against the best of the few cells that were done."""
-    monkeypatch.setattr("measures.sweeping.Predicted.measure", Mock(side_effect=KeyboardInterrupt))
-    assert sweep.main([*common, *GRID]) == 130
-    said = refused(benchmark.main, [*common[:2], "--tuned", str(tmp_path / "logs")], capsys)
-    assert f"unfinished, go on with sweep.py --resume {only_run(tmp_path)}" in said

@@ -1,30 +1,18 @@
-"""sweep.py: counts read off one pass are those of real decoding; --tuned uses what a sweep found."""
+"""sweep.py: counts read off one pass are those of real decoding; the last line is the best cell's."""
 
-import json
-import os
 import re
-from collections import Counter
 
 import pandas
 import pytest
-from helpers import PYTHON_FUNCTIONS, about, no_calibration, no_pictures, only_run, refused, small_run, watch
+from helpers import about, no_calibration, no_pictures, only_run, small_run, watch
 
-import benchmark
-import eval as eval_script
-import generate
 import sweep
-from arguments import GenerationConfig, ModelArguments
 from measures import sweeping, timed_runs
 from measures.replay import costs_of, replayed, round_cost
-from runs.flags import TuningArguments, counts, tuned
 from runs.records import heading
-from self_speculation import default_model
-from self_speculation.weights.linear import Linear
 from sweep import SweepArguments
 
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
-FOUND = {"status": "finished", "arguments": {"draft_weights": "exact"}}
-FOUND |= {"metrics": {"best": {"exit_layer": 2, "num_speculations": 3, "speedup": 1.5}}}
 
 
 def test_costs_of_a_round():
@@ -118,8 +106,8 @@ def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra):
 
 
 def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
-    """Guards against a table without model and machine, predicted cells above measured ones, flags of another
-    cell than the best one, and counts that --tuned does not hand on to --draft_vocabulary.
+    """Guards against a table without model and machine, predicted cells above measured ones, and flags of
+    another cell than the best one.
     """
     monkeypatch.setattr("measures.sweeping._PROMPTS", 1)
     assert sweep.main([*common, "--num_speculations_last", "3", "--verify_top", "2"]) == 0
@@ -128,7 +116,7 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
     run, output = about(folder), capsys.readouterr().out
     assert f"\n{heading(run, ('exit_layer', 'num_speculations'))}\n" in output
-    files = "records.jsonl, run.json, sweep.csv, sweep.pdf, sweep.png, vocabulary.json"
+    files = "records.jsonl, run.json, sweep.csv, sweep.pdf, sweep.png"
     assert f"\n{folder}/: {files}\n" in output
     modes = re.findall("^ *(measured|predicted) +[0-9]", output, re.MULTILINE)
     assert modes == ["measured"] * 2 + ["predicted"] * 9
@@ -143,8 +131,6 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
     assert best["speedup"] == pytest.approx(rows[rows["mode"] == "measured"]["speedup"].max())
     costs = run["metrics"]["costs"]
     assert {layer: len(points) for layer, points in costs.items()} == {"1": 2, "2": 2, "3": 2}
-    records = pandas.read_json(folder / "records.jsonl", lines=True)
-    assert counts(str(folder), ModelArguments(common[1])) == Counter(records["tokens"].explode())
 
 
 @pytest.mark.parametrize(("verified", "which", "speedup"), [("0", "", 2.0), ("2", "measured ", 0.5)])
@@ -152,8 +138,8 @@ def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
 def test_frame_and_last_lines_are_of_one_cell(
     verified, which, speedup, common, tmp_path, monkeypatch, capsys
 ):
-    """Guards against a frame around a cell that --tuned does not use, "no cell is faster" where two of twelve
-    were measured, and a cell of few prompts that looks certain.
+    """Guards against a frame around another cell than the last line's, "no cell is faster" where two of
+    twelve were measured, and a cell of few prompts that looks certain.
     """
     drawn = watch(monkeypatch, sweeping, "heat_maps")
     speeds = {"predicted": {"speedup": 2.0}, "measured": {"speedup": 0.5}}
@@ -211,15 +197,10 @@ def test_unused_and_cut_flags_are_named(common, tmp_path, capsys):
 
 @pytest.mark.usefixtures("timeless")
 def test_copies_may_use_all_layers(common, tmp_path, capsys):
-    """Guards against a best cell that --tuned uses without the copy that it drafts with."""
+    """Guards against flags of a best cell without the copy that it drafts with."""
     drafts = ["--draft_weights", "int4", "--draft_vocabulary", "200"]
     assert sweep.main([*common, *drafts, "--exit_layer_last", "9"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(" ".join(drafts))
-    best, by_hand = (
-        tuned(GenerationConfig(), TuningArguments(str(only_run(tmp_path))), ModelArguments(common[1]), argv)
-        for argv in ([], ["--draft_weights", "exact"])
-    )
-    assert (best.draft_weights, by_hand.draft_weights) == ("int4", "exact")
     by_exit = table(tmp_path)["acceptance_rate"].groupby("exit_layer")
     assert [*by_exit.groups] == [1, 2, 3, 4]
     assert by_exit.min()[4] > by_exit.max()[1]
@@ -230,69 +211,3 @@ def test_all_layers_of_a_copy_are_in_the_grid_by_default():
     assert SweepArguments().exit_layers(30, of_copy=True) == [*range(1, 16), 30]
     assert SweepArguments().exit_layers(29, of_copy=False) == [*range(1, 16)]
     assert SweepArguments(exit_layer_last=2).exit_layers(30, of_copy=True) == [1, 2]
-
-
-def by_eval(args):
-    return eval_script.main([*args, *PYTHON_FUNCTIONS, "--limit", "1", "--max_steps", "3"])
-
-
-@pytest.mark.parametrize(
-    ("main", "end", "more"),
-    [
-        (generate.main, "--num_samples", ["--prompt", "def", "--streamer", "none"]),
-        (benchmark.main, "--exit_layer_last", []),
-        (sweep.main, None, ["--num_speculations_last", "2"]),
-        (by_eval, "--num_samples", []),
-    ],
-    ids=["generate", "benchmark", "sweep", "eval"],
-)
-@pytest.mark.usefixtures("timeless", "few_files_are_read")
-def test_every_script_makes_a_short_head_of_the_counted_ids(main, end, more, common, tmp_path, monkeypatch):
-    """Guards against a head that is made before the counts are known, and a script that ignores them."""
-    (tmp_path / "vocabulary.json").write_text('{"299": 3, "131": 2, "222": 1}')
-    (tmp_path / "run.json").write_text(json.dumps({**FOUND, "model": common[1]}))
-    made = watch(monkeypatch, Linear, "select_rows")
-    flags = [*common[: common.index(end) if end else None], *more, "--sample", "False"]
-    assert main([*flags, "--tuned", str(tmp_path), "--draft_vocabulary", "4"]) == 0
-    assert [ids.tolist() for (_, ids), _ in made] == [[0, 131, 222, 299]]
-
-
-@pytest.mark.parametrize(
-    ("counted", "size", "message"),
-    [
-        ("{}", "", "gives the ids of --draft_vocabulary here; give that flag too"),
-        (None, "9", "has no vocabulary.json, which --mode predicted writes"),
-    ],
-)
-def test_tuned_without_ids_is_refused_by_a_sweep(counted, size, message, common, tmp_path, capsys):
-    """Guards against --tuned that does nothing."""
-    (tmp_path / "run.json").write_text(json.dumps({**FOUND, "model": common[1]}))
-    if counted is not None:
-        (tmp_path / "vocabulary.json").write_text(counted)
-    flags = ["--tuned", str(tmp_path), *(["--draft_vocabulary", size] if size else [])]
-    assert f"{tmp_path}: {message}" in refused(sweep.main, [*common, *flags], capsys)
-
-
-@pytest.mark.usefixtures("timeless")
-def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
-    """Guards against another cell, another model's sweep, and --resume that refuses its own arguments."""
-    assert sweep.main([*common, "--num_speculations_last", "2"]) == 0
-    folder = only_run(tmp_path)
-    best = about(folder)["metrics"]["best"]
-    flags = [*common[: common.index("--exit_layer_last")], "--tuned", str(folder.parent)]
-    assert benchmark.main([*flags, "--output_dir", str(tmp_path / "b" / "logs")]) == 0
-    run = about(only_run(tmp_path / "b"))
-    assert "exit_layer {exit_layer}, num_speculations {num_speculations}".format(**best) in heading(run)
-    assert run["arguments"]["generation_strategy"] == "self_speculative"
-    assert benchmark.main([*flags, "--resume", str(only_run(tmp_path / "b"))]) == 0
-    same = os.path.relpath(flags[1])
-    by_another_path = tuned(GenerationConfig(), TuningArguments(str(folder)), ModelArguments(same), [])
-    assert by_another_path.exit_layer == best["exit_layer"]
-    for extra, message in (
-        (["--exit_layer", "2"], "--tuned sets exit_layer and num_speculations"),
-        (["--tuned", str(tmp_path / "nowhere.csv")], "nowhere.csv: no sweep in there"),
-        (["--tuned", str(tmp_path)], "no sweep in there"),
-        (["--tuned", str(folder / "sweep.csv"), "--model", default_model()], "is a sweep of --model"),
-        (["--model", default_model()], f"is a sweep of --model {flags[1]}, not of {default_model()}"),
-    ):
-        assert message in refused(benchmark.main, [*flags, *extra], capsys)
