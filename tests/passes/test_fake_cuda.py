@@ -184,16 +184,16 @@ def cuda(monkeypatch):
     package = "self_speculation"
     for name, value in {
         "torch.nn.functional.scaled_dot_product_attention": attention,  # of layers of transformers
-        f"{package}.model.attention.flash_attention": flash_attention,
-        f"{package}.model.attention.efficient_attention": efficient_attention,
+        f"{package}.passes.attention.flash_attention": flash_attention,
+        f"{package}.passes.attention.efficient_attention": efficient_attention,
         "torch.backends.cuda.enable_cudnn_sdp": lambda enabled: None,
         "torch.cuda.get_device_capability": lambda device: (9, 0),
         "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
         # A parameter of no memory is no `Parameter`, and nowhere.
-        f"{package}.model.fused_layers.difference": lambda *modules: None,
-        f"{package}.model.short_head.difference": lambda *modules: None,
-        f"{package}.model.fused_layers.structure": lambda *modules, **_: (),
-        f"{package}.model.fingerprint._value": lambda tensor: None,
+        f"{package}.passes.fused_layers.difference": lambda *modules: None,
+        f"{package}.passes.short_head.difference": lambda *modules: None,
+        f"{package}.passes.fused_layers.structure": lambda *modules, **_: (),
+        f"{package}.fingerprint._value": lambda tensor: None,
         "torch.from_dlpack": from_dlpack,
         "torch.cuda._exchange_device": current.exchange,
         "torch.cuda._maybe_exchange_device": current.exchange,
@@ -203,7 +203,7 @@ def cuda(monkeypatch):
         f"{package}.transfers.AsyncRead.wait": lambda reading: read(reading.numbers),
         f"{package}.transfers.Stopwatch._event": lambda stopwatch: None,
         # Fake mode holds on one thread.
-        f"{package}.model.quantized_layers.ThreadPoolExecutor": lambda number: contextlib.nullcontext(
+        f"{package}.passes.quantized_layers.ThreadPoolExecutor": lambda number: contextlib.nullcontext(
             SimpleNamespace(map=map)
         ),
         # These draw by a generator of CUDA's.
