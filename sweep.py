@@ -83,8 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--batch_size {batch.batch_size}: must be 1 in predicted mode, whose costs are those of single "
             "sequences; --mode measured takes more"
         )
-    if config.shared_lookup:
-        refuse(f"--shared_lookup {config.shared_lookup}: must be 0, each cell has the same prompts")
     validate(model_args, config, data_args.chat, of_grid=True)
 
     from measures.sweeping import Measured, Predicted

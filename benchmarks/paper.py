@@ -4,8 +4,9 @@
     python benchmarks/paper.py --model checkpoints/python-10m --rows human_eval --num_samples 5
 
 benchmarks/paper.csv has the published rows: the paper's, and those of its authors' post about transformers,
-whose defaults draft up to 20 tokens while the draft's own probabilities are above 0.4. Each row is a run of
-benchmark.py with --compare True, greedy, in a process of its own. A checkpoint or a dataset that is not at
+whose defaults draft up to 20 tokens while the draft's own probabilities are above 0.4. Here those rows always
+draft 20 tokens, so their speed-up is a lower bound. Each row is a run of benchmark.py with --compare True,
+greedy, in a process of its own. A checkpoint or a dataset that is not at
 hand is named, and the other rows run. --resume FOLDER goes on with an interrupted run.
 
 With --model, all rows decode with that model: a rehearsal, which a CPU can do. The exit is at the same share
@@ -118,7 +119,7 @@ def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments)
     flags = {
         "model": row["model"], **{name: given[name] for name in changed}, "dataset": row["dataset"],
         "n_shot": row["n_shot"], "generation_strategy": "self_speculative", "exit_layer": row["exit"],
-        "num_speculations": row["num_speculations"], "draft_confidence": row["draft_confidence"],
+        "num_speculations": row["num_speculations"],
         "max_steps": args.max_steps or row["max_steps"], "num_samples": args.num_samples,
         "sample": False, "compare": True, "text_quality": True,
     }  # fmt: skip

@@ -185,7 +185,7 @@ def warmed_up(
     A side without room on the GPU, or without a copy, is named and left out.
     """
     device = generator.model.device
-    chosen = replace(config, exit_layer=-1, num_speculations=-1, draft_confidence=None)
+    chosen = replace(config, exit_layer=-1, num_speculations=-1)
     configs = {PLAIN: replace(chosen, generation_strategy="autoregressive")}
     if config.max_steps > 1:
         num_layers = len(generator.model.base_model.layers)

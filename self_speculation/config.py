@@ -115,18 +115,12 @@ class GenerationConfig:
     """int4: draft with a copy of the layers in four bits; exit_layer may be all of them. It takes 0.63 bytes
     for each of their weights and, for a float32 model on a CPU, 2 for each of the head. exact: the model's
     own."""
-    draft_confidence: float | None = field(default=None, metadata=_FIXED)
-    """End a draft after a token whose own probability is below this; default: drafts have num_speculations
-    tokens."""
     draft_vocabulary: int | None = field(default=None, metadata=_DRAFTS)
     """Draft with this many rows of the head: the first ids of the tokenizer, and the ids of prompt and
     output. Default: a quarter of a large head for a copy in fewer bits and adaptive decoding, unless many ids
     of the last texts are others; otherwise the whole head."""
     prompt_lookup: int = field(default=0, metadata=_DRAFTS)
     """Find the last tokens, up to this many, earlier in prompt and output; draft what followed; 0: off."""
-    shared_lookup: int = field(default=0, metadata=_DRAFTS)
-    """Draft what followed the last tokens in earlier answers of this process, of which this many tokens are
-    kept; 0: off."""
     reuse_cache: bool = False
     """Keep the keys and values of finished requests: only the part of a prompt after the longest common
     prefix is computed."""
@@ -151,10 +145,8 @@ class GenerationConfig:
         layer, length = self.exit_layer, self.num_speculations
         check(self, "exit_layer", layer == -1 or layer >= 1, "must be -1 (full depth) or at least 1")
         check(self, "num_speculations", length == -1 or length >= 1, "must be -1 or at least 1")
-        check(self, "draft_confidence", 0 <= (self.draft_confidence or 0) <= 1, "must be between 0 and 1")
         compared = f"must be between 0 (off) and {_LONGEST_NGRAM}"
         check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _LONGEST_NGRAM, compared)
-        check(self, "shared_lookup", self.shared_lookup >= 0, "must be 0 (off) or more")
         for name, (least, most) in SAMPLING_RULES.items():
             bounds = f"must be {least} or more" if most is None else f"must be between {least} and {most}"
             check(self, name, least <= getattr(self, name) <= (math.inf if most is None else most), bounds)
@@ -216,9 +208,8 @@ class GenerationConfig:
 
     @property
     def drafts_repeat(self) -> bool:
-        """Whether drafts depend on the request alone: not on time, other rows or earlier answers."""
-        is_exact = self.draft_weights == "exact" and self.draft_vocabulary is None
-        return is_exact and not (self.is_adaptive or self.shared_lookup)
+        """Whether drafts depend on the request alone: not on time or other requests."""
+        return self.draft_weights == "exact" and self.draft_vocabulary is None and not self.is_adaptive
 
     @property
     def looks_up(self) -> bool:

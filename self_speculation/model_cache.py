@@ -1,4 +1,4 @@
-"""What is made from a model and kept with it: fused layers, captured passes, statistics, finished answers.
+"""What is made from a model and kept with it: fused layers, captured passes, statistics.
 It is freed with the model, so it must not refer to the model.
 """
 

@@ -24,7 +24,6 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.devices import ends_ranks, num_ranks
-from self_speculation.drafts.ngram import finished_answers
 from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.families import check_supported, context_length, described_context
 from self_speculation.generator_base import GenerationStrategy
@@ -212,8 +211,6 @@ class Scheduler(Generic[Key]):
         for row in reversed(rows):
             sequence = self.batch.remove(row)
             self._ensure_prepared().slots.release(sequence)
-            if self._config.shared_lookup and self._strategy.has_drafts and sequence.error is None:
-                finished_answers(self._model, self._config.shared_lookup).add(sequence)
             self._finished.append((sequence.key, sequence.result()))
         if self.batch or self._waiting:
             if rows:

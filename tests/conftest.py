@@ -63,7 +63,6 @@ WAYS = {
     "plain": {},
     "layers": LAYERS,
     "n-grams": {**LAYERS, "prompt_lookup": 2},
-    "confidence": {**LAYERS, "prompt_lookup": 2, "draft_confidence": 0.3},
     "short head": {**LAYERS, "draft_vocabulary": 20},
     "copy": COPY,
     "adaptive": ADAPTIVE,

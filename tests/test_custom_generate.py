@@ -269,7 +269,7 @@ def test_sampled_ids_have_the_distribution_of_generate():
     "drafts",
     [
         {"generation_strategy": "adaptive", "exit_layer": -1, "num_speculations": -1},
-        {"draft_weights": "int4", "draft_confidence": 0.3, "prompt_lookup": 2},
+        {"draft_weights": "int4", "prompt_lookup": 2},
     ],
     ids=["adaptive", "copy and n-grams"],
 )

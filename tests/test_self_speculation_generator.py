@@ -50,7 +50,6 @@ DRAFTS = st.fixed_dictionaries(
     {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(1, 8)},
     optional={
         "draft_weights": st.just("int4"),
-        "draft_confidence": st.sampled_from([0.05, 0.3, 1]),
         "draft_vocabulary": st.sampled_from([1, 7, 30, 49, 50]),
         "prompt_lookup": st.integers(1, 3),
     },

@@ -64,9 +64,7 @@ def drafted_by_layers(result):
         ({"draft_weights": "int4"}, False),
         ({"draft_vocabulary": 9}, False),
         ({"prompt_lookup": 3}, False),
-        ({"draft_confidence": 0.1}, True),
         ({"streamer": Mock()}, True),  # which shows drafts
-        ({"streamer": Mock(), "draft_confidence": 0.3}, True),
         ({"streamer": Mock(), "prompt_lookup": 3}, True),  # but not what the host has drafted
     ],
 )

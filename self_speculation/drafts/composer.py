@@ -32,7 +32,6 @@ class DraftComposer:
             the source listed first.
         policy: plans rounds and learns from them; None: a row without a match has a draft of the last source
             that computes, and all drafts are as long as the limits.
-        confidence: ends a draft after a token whose own probability is below; None: the policy ends it.
     """
 
     def __init__(
@@ -40,14 +39,11 @@ class DraftComposer:
         model: PreTrainedModel,
         sources: abc.Sequence[DraftSource | LookupDrafts],
         policy: AdaptivePolicy | None,
-        confidence: float | None = None,
     ) -> None:
         self._model, self._policy, self._vocab_size = model, policy, model.config.vocab_size
         self._sources = {source.name: source for source in sources if isinstance(source, DraftSource)}
         self._lookups = [source for source in sources if isinstance(source, LookupDrafts)]
         self._should_continue: ShouldContinue | None = policy.should_continue if policy else None
-        if confidence is not None:
-            self._should_continue = lambda rows: [bool(row) and row[-1] >= confidence for row in rows]
         self._stopwatch, self._num_graphs = Stopwatch(model.device), 0
 
     def draft(

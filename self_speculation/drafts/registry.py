@@ -15,7 +15,7 @@ from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.draft import Arm, DraftSource, LookupDrafts
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import FinishedAnswers, SharedDrafts, TextDrafts, finished_answers
+from self_speculation.drafts.ngram import TextDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
 from self_speculation.model_cache import cached, evict
 from self_speculation.passes.captured_runner import is_captured
@@ -116,7 +116,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
     for source in sources:
         arms |= source.arms if isinstance(source, LookupDrafts) else {source.name: source.arm}
     policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context)) if config.is_adaptive else None
-    return DraftComposer(context.model, sources, policy, config.draft_confidence)
+    return DraftComposer(context.model, sources, policy)
 
 
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
@@ -139,16 +139,10 @@ def _text(context: DraftContext) -> Iterator[TextDrafts]:
     yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH, least=2)  # after one token it is chance
 
 
-def _shared(context: DraftContext) -> Iterator[SharedDrafts]:
-    config = context.config
-    yield SharedDrafts(finished_answers(context.model, config.shared_lookup), is_sure=not config.is_adaptive)
-
-
 # A longer match goes first; at a tie, the source that is listed first.
 SOURCES: list[SourceEntry] = [
     SourceEntry(lambda config: True, _layers),
     SourceEntry(lambda config: config.looks_up, _text),
-    SourceEntry(lambda config: config.shared_lookup > 0, _shared),
 ]
 
 
@@ -164,9 +158,8 @@ def _stats(context: DraftContext) -> ArmStats:
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:
-    """Drop the statistics of adaptive decoding and the finished answers, as in a new process."""
+    """Drop the statistics of adaptive decoding, as in a new process."""
     evict(model, ArmStats)
-    evict(model, FinishedAnswers)
 
 
 def draft_flags() -> tuple[str, ...]:
@@ -177,5 +170,4 @@ def draft_flags() -> tuple[str, ...]:
 
 def is_replayable(config: GenerationConfig) -> bool:
     """Whether a replay can follow the drafts: they come from one exit and have one length."""
-    asked_for = [kind for kind in SOURCES if kind.asked_for(config)]
-    return asked_for == SOURCES[:1] and config.draft_confidence is None
+    return [kind for kind in SOURCES if kind.asked_for(config)] == SOURCES[:1]

@@ -70,14 +70,12 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     asked = {"--dataset": "xsum_summarization", "--n_shot": "0", "--num_speculations": "12"}
     asked |= {"--sample": "False", "--max_steps": "4", "--dtype": "float32"}
     assert asked.items() <= flags.items()
-    assert "--draft_confidence" not in flags
 
     (data / "cnn_dm_summarization.jsonl").write_text(json.dumps({"article": "a", "highlights": "b"}) + "\n")
     (data / "cnn_dm_summarization_old.jsonl").write_text("begins with the name of the dataset\n")
     monkeypatch.setattr(paper, "bars", lambda *_, **__: None)
     assert paper.main(["--resume", str(folder), "--rows", "llama3-8B"]) == 0
     assert len(started) == 2
-    assert ["--draft_confidence", "0.4"] in [started[1][i : i + 2] for i in range(len(started[1]))]
     assert "not measured: " not in capsys.readouterr().out
     assert [row["index"] for row in map(json.loads, (folder / "records.jsonl").open())] == [1, 10]
 

@@ -67,7 +67,6 @@ DRAFTS = st.one_of(
         {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(1, 20)},
         optional={
             "prompt_lookup": st.integers(1, 3),
-            "draft_confidence": st.sampled_from([0.05, 0.3, 0.5]),
             "draft_weights": st.just("int4"),
             "draft_vocabulary": st.integers(1, 40),
         },

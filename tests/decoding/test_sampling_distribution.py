@@ -36,20 +36,14 @@ SETTINGS = {
     "plain": {},
     "all": {"temperature": 1.5, "top_k": 4, "top_p": 0.8},
     "processor": {},
-    "confidence": {"draft_confidence": 0.3, "num_speculations": 3},
     "lookup": {"prompt_lookup": 2},
-    "lookup, confidence": {"prompt_lookup": 2, "draft_confidence": 0.3, "num_speculations": 3},
     "vocabulary, processor": {"draft_vocabulary": 2, "top_p": 0.9},
-    "vocabulary, all": {
-        "draft_vocabulary": 1, "draft_weights": "int4", "draft_confidence": 0.3, "prompt_lookup": 1,
-    },
-    "int4, lookup, confidence": {
-        "draft_weights": "int4", "draft_confidence": 0.2, "prompt_lookup": 1, "top_p": 0.8,
-    },
+    "vocabulary, all": {"draft_vocabulary": 1, "draft_weights": "int4", "prompt_lookup": 1},
+    "int4, lookup": {"draft_weights": "int4", "prompt_lookup": 1, "top_p": 0.8},
 }  # fmt: skip
 # Rows may have drafts of several sources. This guards against n-grams that are always accepted because
 # another row has no draft.
-FAST = ("autoregressive", "plain", "all", "processor", "vocabulary, all", "int4, lookup, confidence")
+FAST = ("autoregressive", "plain", "all", "processor", "vocabulary, all", "int4, lookup")
 DEFAULT = [(name, BATCH_SIZE) for name in FAST]
 SLOW = [how for how in itertools.product(SETTINGS, (1, 2, 4)) if how not in DEFAULT]
 
@@ -65,10 +59,9 @@ def test_self_speculative_distribution(name, batch_size):
     assert p_value(samples, expected(chosen, processors)) > 1e-4
 
 
-@pytest.mark.parametrize("draft_confidence", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
-def test_drafts_of_likely_tokens_only(draft_confidence, monkeypatch):
+def test_drafts_of_likely_tokens_only(monkeypatch):
     """Guards against a target that lacks the other tokens, too, and a draft that states another q."""
-    chosen = config(top_p=0.95, temperature=1.5, draft_confidence=draft_confidence)
+    chosen = config(top_p=0.95, temperature=1.5)
     wanted = expected(chosen, [])
     monkeypatch.setattr(sampling, "_LIKELY", 2)
     with mixed_drafts("exit 1"):
@@ -81,7 +74,7 @@ def test_adaptive_distribution(draft_vocabulary):
     """Guards against plans that change the distribution. They are random, to have every kind of round."""
     chosen = config(
         generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, top_p=0.8,
-        draft_vocabulary=draft_vocabulary, shared_lookup=60,
+        draft_vocabulary=draft_vocabulary,
     )  # fmt: skip
     with random_plans(0):
         assert p_value(observed(chosen, [], SAMPLES, BATCH_SIZE), expected(chosen, [])) > 1e-4

@@ -7,25 +7,28 @@ from helpers import watch
 
 from self_speculation import Request
 from self_speculation.decoding.sampling import Sampler, verify_draft
+from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.layers import LayerDrafts
 
 
-def test_confidence_ends_drafts():
-    """At 1 every draft ends with its first token, at 0 none does."""
-    model = tiny_llama()
-    shared = {"max_steps": 30, "eos": [], "exit_layer": 2, "num_speculations": 5}
-    short = generate(model, PROMPT, draft_confidence=1, **shared)
-    assert short.num_drafted <= short.num_verifications
-    full = generate(model, PROMPT, draft_confidence=0, **shared)
-    assert full.drafted_by_position == generate(model, PROMPT, **shared).drafted_by_position
+@pytest.fixture
+def end_below(monkeypatch):
+    """Ends drafts after a token whose probability is below, as the policy of adaptive decoding may."""
+
+    def end(least):
+        decide = property(
+            lambda _: lambda rows: [bool(row) and row[-1] >= least for row in rows], lambda *_: None
+        )
+        monkeypatch.setattr(DraftComposer, "_should_continue", decide, raising=False)
+
+    return end
 
 
-def test_a_draft_ends_with_its_first_unlikely_token(monkeypatch):
+def test_a_draft_ends_with_its_first_unlikely_token(end_below, monkeypatch):
     """Guards against a threshold for another token than the last one."""
+    end_below(0.3)
     calls = watch(monkeypatch, LayerDrafts, "draft")
-    generate(
-        tiny_llama(), PROMPT, max_steps=50, eos=[], exit_layer=2, num_speculations=5, draft_confidence=0.3
-    )
+    generate(tiny_llama(), PROMPT, max_steps=50, eos=[], exit_layer=2, num_speculations=5)
     rows = [
         (limits[0], [chance >= 0.3 for chance in draft.confidences[0]]) for (*_, limits, _, _), draft in calls
     ]
@@ -35,10 +38,11 @@ def test_a_draft_ends_with_its_first_unlikely_token(monkeypatch):
 
 
 @mixed_drafts("exit 2")
-def test_a_greedy_row_beside_a_sampled_one_has_its_own_confidence():
+def test_a_greedy_row_beside_a_sampled_one_has_its_own_confidence(end_below):
     """Guards against drafts that never end: in one distribution for all rows a greedy token has all of it."""
     model = tiny_llama()
-    drafts = {"max_steps": 30, "exit_layer": 2, "num_speculations": 5, "draft_confidence": 0.3}
+    end_below(0.3)
+    drafts = {"max_steps": 30, "exit_layer": 2, "num_speculations": 5}
     greedy = Request(PROMPT, config=config_of(**drafts))
     alone = in_batch(model, [greedy], 1, sample=True, **drafts)[0]
     beside = in_batch(model, [greedy, Request([8, 2], seed=1)], 2, sample=True, **drafts)[0]
@@ -48,11 +52,12 @@ def test_a_greedy_row_beside_a_sampled_one_has_its_own_confidence():
 
 
 @pytest.mark.parametrize("sample", [True, False])
-def test_a_draft_that_may_say_nothing_is_not_confident(sample):
+def test_a_draft_that_may_say_nothing_is_not_confident(sample, end_below):
     """Guards against a confidence that is no number: the only id that the draft knows is forbidden."""
+    end_below(0.5)
     result = generate(
         own_llama(), [0, 5], max_steps=20, eos=[], exit_layer=2, num_speculations=4,
-        sample=sample, draft_vocabulary=1, no_repeat_ngram_size=1, draft_confidence=0.5,
+        sample=sample, draft_vocabulary=1, no_repeat_ngram_size=1,
     )  # fmt: skip
     assert len({*result.predicted_tokens}) == 20
     assert (result.num_accepted, result.num_drafted) == (0, 18)  # one at a time, and none for the last token
@@ -61,14 +66,12 @@ def test_a_draft_that_may_say_nothing_is_not_confident(sample):
 @mixed_drafts()
 @pytest.mark.parametrize("weights", ["exact", "int4"])
 @pytest.mark.parametrize("confidence", [0.2, 0.5])
-def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, monkeypatch):
+def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, end_below, monkeypatch):
     """As on a GPU, a pass begins before the threshold is asked. Guards against a pass too many in the cache,
     or in the states that verification starts from.
     """
-    shared = {
-        "max_steps": 50, "eos": [], "draft_weights": weights, "exit_layer": 2, "num_speculations": 5,
-        "draft_confidence": confidence,
-    }  # fmt: skip
+    end_below(confidence)
+    shared = {"max_steps": 50, "eos": [], "draft_weights": weights, "exit_layer": 2, "num_speculations": 5}
     model = tiny_llama(fused=True)
     waiting = generate(model, PROMPT, **shared)
     always = property(lambda source: True, lambda source, value: None)

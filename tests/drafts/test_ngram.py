@@ -1,9 +1,6 @@
-"""What is looked up, in predicted outputs, texts and finished answers; and examples in docstrings."""
+"""What is looked up, in predicted outputs and texts; and examples in docstrings."""
 
 import doctest
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -12,25 +9,20 @@ from conftest import (
     ADAPTIVE,
     LAYERS,
     PROMPT,
-    config_of,
     generate,
-    generator_of,
     ids_of,
     in_batch,
     mixed_drafts,
-    own_llama,
     tiny_llama,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
-from measures.timed_runs import warm_up
 from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts import ngram
 from self_speculation.drafts.composer import DraftComposer
-from self_speculation.drafts.ngram import _LONG, FinishedAnswers, NgramIndex, SharedDrafts, TextDrafts
-from self_speculation.drafts.registry import forget_what_was_learnt
+from self_speculation.drafts.ngram import NgramIndex, TextDrafts
 from self_speculation.weights import experts
 
 LOOKUP = {**LAYERS, "prompt_lookup": 2}
@@ -78,16 +70,6 @@ def test_what_a_grammar_forbids_is_not_drafted():
     """Guards against a verification of tokens that it must reject."""
     text = sequence(7, 1, 2, 3, 7, 1, processor=Mock(count_allowed=lambda output, draft: 1))
     assert longest_match(text, TextDrafts(2, 1)) == ("n-grams", 2, [2])
-
-
-@pytest.mark.parametrize(("own", "expected"), [(2, "shared"), (6, "n-grams"), (8, "n-grams")])
-def test_a_longer_match_goes_first(own, expected):
-    """Guards against two tokens of the prompt that go before an answer that was the same."""
-    answers, finished, ids = FinishedAnswers(100), sequence(1), [*range(3, 13)]
-    finished.tokens += ids
-    answers.add(finished)
-    text = sequence(*ids[8 - own : 8], 40, 41, 42, *ids[:8])
-    assert longest_match(text, TextDrafts(8, 1), SharedDrafts(answers, True)).source == expected
 
 
 def found_in(text, k=2, longest=4, least=2):
@@ -175,85 +157,3 @@ def test_predicted_ids_that_the_model_lacks(how, unknown):
     assert found[0].predicted_tokens == plain
     assert found[1].predicted_tokens == ids_of(model, PROMPT[:4], **shared)
     assert found[0].drafts_by_source["prediction"].accepted
-
-
-def answer(*ids, prompt=()):
-    """A finished sequence."""
-    return SimpleNamespace(prompt=prompt, ids_from=lambda position: list(ids[position:]))
-
-
-@given(st.lists(st.integers(1, 15), min_size=1, max_size=20), st.integers(2, 40))
-def test_it_keeps_the_last_answers(lengths, num_tokens):
-    """Guards against memory that grows with every answer, and against an answer that pushes out itself."""
-    kept = FinishedAnswers(num_tokens)
-    answers = [list(range(100 * number, 100 * number + n)) for number, n in enumerate(lengths)]
-    for ids in answers:
-        kept.add(answer(*ids))
-        ids = ids[: num_tokens // 2]
-        for n in range(3, len(ids)):
-            assert kept.find(ids[:n], 1) == (_LONG if n >= _LONG else 3, ids[n : n + 1])
-    found = [ids[: num_tokens // 2] for ids in answers if kept.find(ids[:3], 1)[0]]
-    assert sum(map(len, found)) <= num_tokens
-
-
-def test_an_answer_is_found_by_the_end_of_its_prompt():
-    """Guards against a repeated question whose first tokens are not drafted."""
-    kept, ids = FinishedAnswers(100), [*range(20)]
-    kept.add(answer(*ids, prompt=ids[:12]))
-    assert kept.find(ids[:12], 2) == (_LONG, [12, 13])
-
-
-def test_threads_share_it():
-    """Guards against a lookup in the middle of an addition."""
-    kept, ids = FinishedAnswers(400), [1, 2, 3, 4] * 50
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            adding = pool.submit(lambda: [kept.add(answer(*ids)) for _ in range(100)])
-            while not adding.done():
-                kept.find([1, 2, 3, 4, 1, 2, 3, 4], 4)
-            adding.result()
-    finally:
-        sys.setswitchinterval(interval)
-
-
-@pytest.mark.usefixtures("equal_rounds")
-@mixed_drafts()
-@pytest.mark.parametrize("how", [ADAPTIVE, LAYERS, LOOKUP])
-def test_a_repeated_question_needs_fewer_rounds(how):
-    """Guards against another output, and against an index that is lost between two schedulers."""
-    model = own_llama()
-    plain = ids_of(model, max_steps=40)
-    settings = {"max_steps": 40, "eos": [], "shared_lookup": 200, **how}
-    first, second = (generate(model, PROMPT, **settings) for _ in range(2))
-    assert first.predicted_tokens == second.predicted_tokens == plain
-    assert second.drafts_by_source["shared"].accepted > 20
-    assert second.num_verifications < first.num_verifications / 2
-    others = generate(own_llama(), PROMPT, **settings)
-    assert others.num_verifications > 2 * second.num_verifications  # no answers of another model
-
-
-def test_warm_ups_and_failures_teach_nothing():
-    """Guards against a measured answer that is drafted from the warm-up's, a failed or a forgotten one."""
-    model = own_llama()
-    config = {**LAYERS, "shared_lookup": 200}
-    warm_up([("", generator_of(None, model, "self_speculative"), config_of(**config))], PROMPT, 1)
-    with pytest.raises(ZeroDivisionError):
-        generate(
-            model, PROMPT, eos=[], stop_checks=lambda ids: 1 / (30 - len(ids)) > 1, max_steps=40, **config
-        )
-    for _ in range(2):
-        assert "shared" not in generate(model, PROMPT, max_steps=40, eos=[], **config).drafts_by_source
-        forget_what_was_learnt(model)
-
-
-@mixed_drafts("exit 2")
-def test_rows_learn_from_rows_that_have_finished():
-    """Guards against answers that are added only after the whole batch."""
-    requests = [Request(PROMPT, eos_token_ids=[]) for _ in range(3)]
-    settings = {"max_steps": 30, "shared_lookup": 200, **LAYERS}
-    made = in_batch(own_llama(), requests, 2, **settings)
-    assert made[0].predicted_tokens == made[1].predicted_tokens == made[2].predicted_tokens
-    assert "shared" not in made[0].drafts_by_source
-    assert made[2].drafts_by_source["shared"].accepted > 15

@@ -97,7 +97,7 @@ def test_help_has_every_flag_with_its_default(capsys):
             assert f"--{field.name} " in text
             assert field.default is None or f"(default: {field.default})" in text
     advanced = text.rpartition(" advanced: ")[2]
-    for name in ("draft_confidence", "draft_vocabulary", "prefill_dtype"):  # guards against too much at once
+    for name in ("draft_vocabulary", "prefill_dtype"):  # guards against too much at once
         assert f"--{name} " in advanced
     assert "None" not in text
     assert "[" not in "".join(line for line in text.splitlines() if line.endswith(":"))
@@ -159,14 +159,12 @@ def test_any_command_line_is_taken_or_refused_in_one_line(case):
     no_repeat_ngram_size=st.none() | st.integers(-1, 5) | st.just(10**30),
     stop_token_ids=st.none() | st.lists(st.integers(-1, 60), max_size=3),
     prompt_lookup=st.integers(-1, 40),
-    shared_lookup=st.integers(-1, 40) | st.just(10**30),
     min_p=st.floats(-0.1, 1.1),
     repetition_penalty=st.just(1.0) | st.floats(),
     frequency_penalty=st.floats(-3, 3),
     presence_penalty=st.floats(-3, 3),
     repetition_window=st.none() | st.integers(-1, 9),
     draft_vocabulary=st.none() | st.integers(-1, 60),
-    draft_confidence=st.none() | st.sampled_from([0, 0.5, 1, -1, float("nan")]),
 )
 @settings(max_examples=150)
 def test_any_setting_works_or_is_refused(strategy, **values):

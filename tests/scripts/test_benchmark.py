@@ -150,7 +150,7 @@ def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, c
     [
         [*SPECULATION, "--stop_words", "b", "--no_repeat_ngram_size", "3"],
         ["--generation_strategy", "adaptive"],
-        [*SPECULATION, "--draft_weights", "int4", "--prompt_lookup", "2", "--draft_confidence", "0.3"],
+        [*SPECULATION, "--draft_weights", "int4", "--prompt_lookup", "2"],
     ],
     ids=["exit", "adaptive", "int4 and lookup"],
 )

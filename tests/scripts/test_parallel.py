@@ -17,9 +17,7 @@ from self_speculation import LoadingError, LoadingOptions, Request, load_model_a
 CASES = {  # exchanges depend on the strategy, on who draws, and on what rows need after a pass
     "early exit": {"exit_layer": 2},
     "sampled": {"sample": True, "no_repeat_ngram_size": 2},
-    "lookups, confidence": {
-        "exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3, "draft_confidence": 0.3,
-    },
+    "lookups": {"exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3},
     "adaptive": {"generation_strategy": "adaptive"},
     "sampled, speculative": {"sample": True, "exit_layer": 1, "num_speculations": 2},
 }  # fmt: skip
@@ -205,7 +203,7 @@ def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, expected_ids, t
     arguments = {"device_map": places, "offload_folder": str(tmp_path)}
     model, tokenizer = load_model_and_tokenizer(str(folder), LoadingOptions(arguments, parallel="pipeline"))
     assert model.model.layers[3].mlp.up_proj.weight.device.type == "meta"
-    few = {name: CASES[name] for name in ("early exit", "lookups, confidence")}
+    few = {name: CASES[name] for name in ("early exit", "lookups")}
     assert ids_of(model, tokenizer, few).items() <= expected_ids.items()
 
 

@@ -186,13 +186,12 @@ def test_fields_of_other_servers_mean_what_they_mean_there():
     [
         ({"generation_strategy": "adaptive"}, False),
         ({"draft_weights": "int4"}, False),
-        ({"shared_lookup": 100}, False),
         ({"draft_vocabulary": 9}, False),
-        ({"draft_confidence": 0.3, "prompt_lookup": 3}, True),
+        ({"prompt_lookup": 3}, True),
     ],
 )
 def test_a_seed_holds(drafts, repeat):
-    """Guards against drafts that depend on time, on other requests or on earlier answers."""
+    """Guards against drafts that depend on time or on other requests."""
     layers = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 3}
     config = GenerationConfig(**layers | drafts)
     for given, drafted in (
