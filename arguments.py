@@ -31,7 +31,7 @@ from self_speculation.config import (
 )
 from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
 
-_ADVANCED = {"draft_vocabulary", "prefill_dtype"}  # flags that few need
+_ADVANCED = {"prefill_dtype"}  # flags that few need
 
 # `refuse` writes to this stream, or to standard error if it is None. Ranks whose standard error is silenced
 # keep the real one here.

@@ -130,8 +130,7 @@ class Benchmark(Experiment):
         """By the formula, which holds for one sequence, one exit layer and one draft length."""
         alpha, config, predicted = metrics.draft_stats(records).token_acceptance, self.config, None
         if alpha is not None and self.batch_size == 1 and not config.is_adaptive:
-            drafts = config.exit_layer, config.draft_weights, config.draft_vocabulary
-            c = draft_ratio(self.generator.model, *drafts)
+            c = draft_ratio(self.generator.model, config.exit_layer, config.draft_weights)
             predicted = metrics.predicted_speedup(alpha, config.num_speculations, c)
         return {"token_acceptance": alpha, "predicted_decode_speedup": predicted}
 

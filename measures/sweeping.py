@@ -30,7 +30,6 @@ from self_speculation.devices import broadcast_from_rank0
 from self_speculation.drafts.registry import make_drafter
 from self_speculation.families import context_length
 from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.passes.short_head import ShortHead
 
 COLUMNS = [
     "mode", "exit_layer", "num_speculations", "draft_weights", "speedup", "speedup_low", "speedup_high",
@@ -118,9 +117,9 @@ class Sweep(Experiment):
         print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
         if best["speedup"] < 1:
             print(f"no {which}cell is faster than decoding without drafts; the nearest:")
-        flags = {name: getattr(self.config, name) for name in ("draft_weights", "draft_vocabulary")}
-        flags = {"generation_strategy": self.config.generation_strategy, **cell, **flags}
-        print(" ".join(f"--{name} {value}" for name, value in flags.items() if value not in ("exact", None)))
+        flags = {"generation_strategy": self.config.generation_strategy, **cell}
+        flags |= {"draft_weights": self.config.draft_weights}
+        print(" ".join(f"--{name} {value}" for name, value in flags.items() if value != "exact"))
         return 0
 
 
@@ -165,15 +164,12 @@ class Predicted(Sweep):
         runner = ModelRunner(model)
         cache = runner.new_cache(ids.shape[1], ids.shape[1])
         drafter = make_drafter(runner, self.config, self._exit_layers[-1])
-        seen = None
-        if isinstance(drafter.head, ShortHead):
-            seen = [frozenset([*prompt, *tokens[:n]]) for n in range(len(tokens))]
         processors = LogitsProcessorList(config_processors(self.config, len(prompt)))
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0
         for layer in self._exit_layers:
             hidden, done = drafter.run_layers(cache, hidden, done, layer), layer
-            logits = drafter.logits(hidden, len(tokens), seen)[0]  # [n, V]
+            logits = drafter.logits(hidden, len(tokens))[0]  # [n, V]
             if processors:
                 rows = enumerate(logits.float().split(1))
                 logits = torch.cat([processors(ids[:, : len(prompt) + i], row) for i, row in rows])

@@ -112,13 +112,8 @@ class GenerationConfig:
     stop_token_ids: list[int] | None = None
     """Token ids that end the output, besides the EOS ids of tokenizer and model."""
     draft_weights: DraftWeights = field(default="exact", metadata=_DRAFTS)
-    """int4: draft with a copy of the layers in four bits; exit_layer may be all of them. It takes 0.63 bytes
-    for each of their weights and, for a float32 model on a CPU, 2 for each of the head. exact: the model's
-    own."""
-    draft_vocabulary: int | None = field(default=None, metadata=_DRAFTS)
-    """Draft with this many rows of the head: the first ids of the tokenizer, and the ids of prompt and
-    output. Default: a quarter of a large head for a copy in fewer bits and adaptive decoding, unless many ids
-    of the last texts are others; otherwise the whole head."""
+    """int4: draft with a copy of layers and head in four bits, which takes 0.63 bytes for each of their
+    weights; exit_layer may be all layers. exact: the model's own."""
     prompt_lookup: int = field(default=0, metadata=_DRAFTS)
     """Find the last tokens, up to this many, earlier in prompt and output; draft what followed; 0: off."""
     reuse_cache: bool = False
@@ -153,7 +148,7 @@ class GenerationConfig:
         check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be above 0")
         for name in ("frequency_penalty", "presence_penalty"):
             check(self, name, -2 <= getattr(self, name) <= 2, "must be between -2 and 2")
-        for name in ("max_steps", "draft_vocabulary", "no_repeat_ngram_size", "repetition_window"):
+        for name in ("max_steps", "no_repeat_ngram_size", "repetition_window"):
             check(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1")
         check(self, "stop_words", all(self.stop_words or []), "must not be empty texts")
         check(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids or []), "must be 0 or more")
@@ -209,7 +204,7 @@ class GenerationConfig:
     @property
     def drafts_repeat(self) -> bool:
         """Whether drafts depend on the request alone: not on time or other requests."""
-        return self.draft_weights == "exact" and self.draft_vocabulary is None and not self.is_adaptive
+        return not self.is_adaptive
 
     @property
     def looks_up(self) -> bool:

@@ -63,7 +63,6 @@ WAYS = {
     "plain": {},
     "layers": LAYERS,
     "n-grams": {**LAYERS, "prompt_lookup": 2},
-    "short head": {**LAYERS, "draft_vocabulary": 20},
     "copy": COPY,
     "adaptive": ADAPTIVE,
     "adaptive copy": {**ADAPTIVE, "draft_weights": "int4"},

@@ -50,7 +50,6 @@ DRAFTS = st.fixed_dictionaries(
     {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(1, 8)},
     optional={
         "draft_weights": st.just("int4"),
-        "draft_vocabulary": st.sampled_from([1, 7, 30, 49, 50]),
         "prompt_lookup": st.integers(1, 3),
     },
 )
@@ -133,13 +132,10 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
     agreement=st.sampled_from(["never", "always", "sometimes"]),
     weights=st.sampled_from(["exact", "int4"]),
     fused=st.booleans(),
-    draft_vocabulary=st.sampled_from([None, 5, 30]),
     processors=st.sampled_from(sorted(PROCESSORS)),
     prompt=st.lists(st.integers(3, 9), min_size=1, max_size=30),
 )
-def test_ids_equal_for_every_sequence_of_plans(
-    seed, shared, agreement, weights, fused, draft_vocabulary, processors, prompt
-):
+def test_ids_equal_for_every_sequence_of_plans(seed, shared, agreement, weights, fused, processors, prompt):
     """Guards against keys, values or ids that one draft source leaves to another. Plans are random: on a tiny
     model, the policy always has the same best plan.
     """
@@ -147,7 +143,7 @@ def test_ids_equal_for_every_sequence_of_plans(
     model = tiny_llama(num_layers=8, agreement=agreement, fused=fused)
     shared |= {"max_steps": 2 * shared["max_steps"], "logits_processors": PROCESSORS[processors]}
     plain = generate(model, prompt, **shared)
-    drafts = {"draft_vocabulary": draft_vocabulary, "draft_weights": weights, "prompt_lookup": 1}
+    drafts = {"draft_weights": weights, "prompt_lookup": 1}
     with random_plans(seed):
         found = generate(model, prompt, "adaptive", **shared, **drafts)
     assert found.predicted_tokens == plain.predicted_tokens

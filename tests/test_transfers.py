@@ -62,7 +62,6 @@ def drafted_by_layers(result):
         ({}, False),
         ({"sample": True}, False),
         ({"draft_weights": "int4"}, False),
-        ({"draft_vocabulary": 9}, False),
         ({"prompt_lookup": 3}, False),
         ({"streamer": Mock()}, True),  # which shows drafts
         ({"streamer": Mock(), "prompt_lookup": 3}, True),  # but not what the host has drafted
@@ -95,14 +94,13 @@ def test_autoregressive_decoding_reads_once_per_token(reads):
     assert reads.number == 30
 
 
-@pytest.mark.parametrize("config", [{}, {"draft_vocabulary": 9}], ids=str)
-def test_adaptive_rounds_read_no_more(config, reads):
+def test_adaptive_rounds_read_no_more(reads):
     """Guards against reads for plans or n-grams. A draft of layers takes one for each token, to decide
     whether it goes on. Random plans give every kind of round.
     """
     model = tiny_llama(num_layers=8)
     with random_plans(0), reads:
-        result = generate(model, PROMPT, "adaptive", max_steps=60, eos=[], **config)
+        result = generate(model, PROMPT, "adaptive", max_steps=60, eos=[])
     assert set(result.drafts_by_source) == {"none", "exit 1", "exit 2", "exit 3", "n-grams"}
     assert reads.number == 1 + result.num_verifications + drafted_by_layers(result)
 

@@ -167,7 +167,7 @@ class Sampler:
         """[n] probabilities of tokens sampled from logits [n, V]. Greedy: of the plain softmax."""
         probabilities = logits.float().softmax(-1) if self.greedy else sampled.probabilities
         assert probabilities is not None
-        # NaN where processors forbid every token of a short head.
+        # NaN where processors forbid every token.
         return probabilities.gather(-1, sampled.tokens[:, None])[:, 0].nan_to_num(0.0)
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from self_speculation.passes.quantized_layers import bytes_per_weight
+from self_speculation.passes.quantized_layers import copy_bytes_per_weight
 from self_speculation.weights.experts import bytes_per_layer, with_experts
-from self_speculation.weights.few_bits import is_in_few_bits
+from self_speculation.weights.few_bits import is_in_few_bits, mean_bytes_per_weight
 from self_speculation.weights.kernels import cpu_operators
 
 if TYPE_CHECKING:
@@ -47,25 +47,19 @@ class DecayedMean:
         self.count = share * self.count + weight
 
 
-def draft_ratio(
-    model: PreTrainedModel, exit_layer: int, draft_weights: DraftWeights, draft_vocabulary: int | None = None
-) -> float:
+def draft_ratio(model: PreTrainedModel, exit_layer: int, draft_weights: DraftWeights) -> float:
     """The cost of a drafted token in plain steps, c in docs/how-it-works.md, estimated from bytes of weights.
 
-    c = (E + h) / (L + h), where the head is as large as h layers, or (E + h N / V) / (L + h) for N of its V
-    rows. Copies in four bits have fewer bytes; their kernel may take longer than reading them.
+    c = (E + h) / (L + h), where the head is as large as h layers. Copies in four bits have fewer bytes; their
+    kernel may take longer than reading them.
     """
     layers = model.base_model.layers
     head = model.get_output_embeddings().weight.nbytes / bytes_per_layer(model)
-    rows = model.get_output_embeddings().out_features
-    draft_head = head * min(draft_vocabulary or rows, rows) / rows
-    own_layer, own_head = bytes_per_weight(model, "exact")
-    layer_bytes, head_bytes = bytes_per_weight(model, draft_weights)
-    if draft_weights == "int4":
-        layer_bytes *= _costs(model, draft_weights)[0]
-        head_bytes = layer_bytes if draft_head < head else head_bytes  # a short head is a copy, too
-    read = layer_bytes / own_layer * exit_layer + head_bytes / own_head * draft_head
-    return read / (len(layers) + head)
+    if draft_weights == "exact":
+        return (exit_layer + head) / (len(layers) + head)
+    own, of_head = mean_bytes_per_weight(layers[0]), mean_bytes_per_weight(model.get_output_embeddings())
+    read = exit_layer / own + head / of_head
+    return copy_bytes_per_weight(model) * _costs(model, draft_weights)[0] * read / (len(layers) + head)
 
 
 # Cost of a pass over n tokens by what computes it, in units of the time to read its weights; linear in

@@ -13,7 +13,6 @@ from self_speculation.decoding.sampling import SampledTokens
 from self_speculation.drafts.draft import Arm, Draft, DraftSource, ShouldContinue
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange, forward_early
-from self_speculation.passes.short_head import TextReader
 
 
 class LayerDrafts(DraftSource):
@@ -30,7 +29,6 @@ class LayerDrafts(DraftSource):
             states. A copy's are approximate, so verification does not use them.
         arm: what a policy knows of these drafts.
         is_whole: all layers draft.
-        reader: of texts, for a short head; one for all exits.
     """
 
     def __init__(
@@ -40,9 +38,7 @@ class LayerDrafts(DraftSource):
         draft_weights: DraftWeights,
         arm: Arm,
         is_whole: bool = False,
-        reader: TextReader | None = None,
     ) -> None:
-        self._reader = reader
         self.drafter, self.exit_layer, self.arm = drafter, exit_layer, arm
         self._keeps_cache = draft_weights == "exact"
         self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
@@ -58,13 +54,12 @@ class LayerDrafts(DraftSource):
         numbers: Tensor | None,
         should_continue: ShouldContinue | None,
     ) -> Draft:
-        seen = self._reader.read(batch.sequences) if self._reader else None
         sampled_tokens: list[SampledTokens] = []
         exit_hidden: list[Tensor] = []
         confidences: list[list[float]] = [[] for _ in limits]
 
         def run(ids: Tensor) -> Tensor:  # [B, 1] -> [B, V]
-            early = forward_early(self.drafter, cache, ids, self.exit_layer, seen=seen)
+            early = forward_early(self.drafter, cache, ids, self.exit_layer)
             exit_hidden.append(early.hidden)
             return early.logits[:, 0]
 

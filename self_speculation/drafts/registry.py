@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,6 @@ from self_speculation.model_cache import cached, evict
 from self_speculation.passes.captured_runner import is_captured
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.quantized_layers import quantized, why_no_copies
-from self_speculation.passes.short_head import ShortHead, TextReader, default_vocabulary
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4
@@ -59,37 +58,15 @@ class DraftContext:
         return "exact" if config.is_adaptive and why_no_copies(self.model) else config.draft_weights
 
     @cached_property
-    def draft_vocabulary(self) -> int | None:
-        """From the config, or the default of copies and adaptive decoding; None: the whole head."""
-        config, weights = self.config, self.draft_weights
-        if config.draft_vocabulary is not None or (weights == "exact" and not config.is_adaptive):
-            return config.draft_vocabulary
-        cost = partial(draft_ratio, self.model, self.exit_layers[-1], weights)
-        return default_vocabulary(self.runner, cost)
-
-    @cached_property
-    def short_head(self) -> ShortHead | None:
-        """Shared by all exits; None: drafts read the whole head.
-
-        Raises:
-            ValueError: the head is on several devices.
-        """
-        number = self.draft_vocabulary
-        if number is None or number >= self.runner.config.vocab_size:
-            return None
-        return ShortHead(self.runner, number, grows=self.config.draft_vocabulary is None)
-
-    @cached_property
     def drafter(self) -> ModelRunner:
         """Runs the layers that draft and their head. Shared by all exits.
 
         Raises:
-            ValueError: layers or head cannot be copied, or the head is on several devices.
+            ValueError: layers or head cannot be copied.
         """
-        if self.draft_weights != "exact":
-            return quantized(self.runner, self.exit_layers[-1], self.short_head)
-        runner, head = self.runner, self.short_head
-        return runner if head is None else runner.with_layers(runner.layers, head)
+        if self.draft_weights == "exact":
+            return self.runner
+        return quantized(self.runner, self.exit_layers[-1])
 
 
 def make_drafter(runner: ModelRunner, config: GenerationConfig, num_layers: int) -> ModelRunner:
@@ -109,7 +86,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
     """The sources that the config asks for.
 
     Raises:
-        ValueError: layers or head cannot be copied, or the head is on several devices.
+        ValueError: layers or head cannot be copied.
     """
     config, arms = context.config, dict[str, Arm]()
     sources = [each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)]
@@ -122,17 +99,16 @@ def make_composer(context: DraftContext) -> DraftComposer:
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
     weights, num_layers = context.draft_weights, len(context.runner.layers)
     grows = relative_pass_cost(context.runner, weights)
-    reader = TextReader(context.short_head) if context.short_head else None
 
     def draft_step(layer: int) -> Callable[[int], float]:
-        ratio = draft_ratio(context.model, layer, weights, context.draft_vocabulary)
+        ratio = draft_ratio(context.model, layer, weights)
         return lambda num_rows: ratio * grows(num_rows)
 
     for layer in context.exit_layers:
         arm = Arm(draft_step(layer), weight=1.0)  # one good trial is enough
         if is_whole := layer == num_layers:
             arm = replace(arm, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
-        yield LayerDrafts(context.drafter, layer, weights, arm, is_whole, reader)
+        yield LayerDrafts(context.drafter, layer, weights, arm, is_whole)
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:
@@ -150,7 +126,7 @@ def _stats(context: DraftContext) -> ArmStats:
     """The statistics of earlier answers, for these drafts on the model's current device."""
     model, config, runner = context.model, context.config, context.runner
     key = (
-        (context.draft_weights, context.draft_vocabulary, config.greedy, config.prompt_lookup),
+        (context.draft_weights, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
     learnt: dict[Hashable, ArmStats] = cached(model, ArmStats, None, dict)

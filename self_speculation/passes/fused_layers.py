@@ -330,7 +330,7 @@ class FusedHead:
         self.norm = norm
         self.linears = (linear,)
 
-    def __call__(self, hidden: Tensor, seen: object = None) -> Tensor:  # noqa: ARG002
+    def __call__(self, hidden: Tensor) -> Tensor:
         return self.linears[0].logits(hidden, self.norm)
 
 

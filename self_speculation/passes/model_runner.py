@@ -48,20 +48,14 @@ class Layer(Protocol):
         """[B * T, H] -> [B * T, H], maybe in place; appends keys and values to the cache of the pass."""
 
 
-SeenIds = Sequence[frozenset[int]]  # [B] ids of each row's text
-
-
 class Head(Protocol):
     """Final norm and head."""
 
-    def __call__(self, hidden: Tensor, seen: SeenIds | None = None) -> Tensor:
-        """[T, H] -> [T, V]
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [T, V]"""
 
-        Args:
-            seen: ids that a head without all ids must score, too; None: it scores all.
-        """
-
-    def norm(self, hidden: Tensor) -> Tensor:
+    @property
+    def norm(self) -> Callable[[Tensor], Tensor]:
         """[T, H] -> [T, H]"""
 
 
@@ -91,7 +85,7 @@ class PlainHead:
     def __init__(self, norm: nn.Module, head: nn.Module) -> None:
         self.modules = norm, head
 
-    def __call__(self, hidden: Tensor, seen: SeenIds | None = None) -> Tensor:  # noqa: ARG002
+    def __call__(self, hidden: Tensor) -> Tensor:
         norm, head = self.modules
         return head(norm(hidden[None]))[0]
 
@@ -167,17 +161,15 @@ class ModelRunner:
         first: int,
         last: int,
         num_logits: int,
-        seen: SeenIds | None = None,
     ) -> ForwardResult:
         """Layers first..last-1 over T new positions, norm and head over the last `num_logits` of them.
 
         Args:
             inputs: [B, T] ids if `first` is 0, else [B, T, H] the input of layer `first`, which fused layers
                 overwrite.
-            seen: see `Head`.
         """
         hidden = self.run_layers(cache, inputs if first else self.embed(inputs), first, last)
-        return ForwardResult(self.logits(hidden, num_logits, seen), hidden)
+        return ForwardResult(self.logits(hidden, num_logits), hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] ids -> [B, T, H]"""
@@ -209,14 +201,14 @@ class ModelRunner:
             layers = [layer.in_bfloat16() if isinstance(layer, FusedLayer) else layer for layer in layers]
         return run_through([*zip(layers, kinds, strict=True)], make, states).view(rows, width, -1)
 
-    def logits(self, hidden: Tensor, num_logits: int, seen: SeenIds | None = None) -> Tensor:
-        """[B, T, H] -> [B, n, V] for the last n positions. `seen`: see `Head`."""
+    def logits(self, hidden: Tensor, num_logits: int) -> Tensor:
+        """[B, T, H] -> [B, n, V] for the last n positions."""
         rows = hidden.shape[0]
         if num_logits == 0:
             return hidden.new_empty(rows, 0, 0)
         states = hidden[:, -num_logits:].flatten(0, 1)
         # The head may be elsewhere; callers expect the embedding's device.
-        return self.head(states, seen).view(rows, num_logits, -1).to(self.device)
+        return self.head(states).view(rows, num_logits, -1).to(self.device)
 
 
 def run_through(
@@ -251,12 +243,9 @@ def forward_early(
     input_ids: Tensor,
     exit_layer: int,
     num_logits: int = 1,
-    seen: SeenIds | None = None,
 ) -> ForwardResult:
-    """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them. `seen`: see
-    `Head`.
-    """
-    return runner.run(cache, input_ids, 0, exit_layer, num_logits, seen=seen)
+    """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
+    return runner.run(cache, input_ids, 0, exit_layer, num_logits)
 
 
 def forward_remainder(

@@ -12,11 +12,11 @@ from threading import RLock
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from self_speculation.fingerprint import version_of
-from self_speculation.weights.few_bits import FewBitsLinear, eight_bits
+from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.kernels import cpu_operators
 
 T = TypeVar("T")
@@ -141,22 +141,10 @@ class Linear:
         return sum(projection.weight.nbytes for projection in self.projections)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """[n, in] some rows of the weight of a single projection."""
+        """[..., in] some rows of the weight of a single projection."""
         if self.is_in_few_bits:
             return self.projections[0].rows(ids.flatten()).view(*ids.shape, self.shape[1])
-        weight = self.pairs[0][0].data
-        return weight[ids.to(weight.device)]
-
-    def select_rows(self, ids: Tensor) -> Linear:
-        """A `Linear` over a copy of some rows [n] of the weight, in eight bits if that is in few."""
-        rows, bias = self.rows(ids), None if self.bias is None else self.bias[ids]
-        if self.is_in_few_bits:
-            return Linear(FewBitsLinear(eight_bits(rows), len(rows), rows.shape[1], bias))
-        module = nn.Linear(rows.shape[1], len(rows), bias is not None, device="meta")
-        module.weight = nn.Parameter(rows, requires_grad=False)
-        if bias is not None:
-            module.bias = nn.Parameter(bias, requires_grad=False)
-        return Linear(module)
+        return self.projections[0].weight.data[ids]
 
     @property
     def version(self) -> Hashable:

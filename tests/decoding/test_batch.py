@@ -68,7 +68,6 @@ DRAFTS = st.one_of(
         optional={
             "prompt_lookup": st.integers(1, 3),
             "draft_weights": st.just("int4"),
-            "draft_vocabulary": st.integers(1, 40),
         },
     ),
 )

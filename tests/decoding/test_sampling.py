@@ -250,7 +250,7 @@ def test_logits_without_a_distribution(drafts, value, other, first):
 
 
 def test_no_confidence_without_a_distribution():
-    """Guards against NaN in statistics of drafts, where all ids of a short head are forbidden."""
+    """Guards against NaN in statistics of drafts, where all ids are forbidden."""
     nothing = torch.full((1, 5), -torch.inf)
     sampler = Sampler(sample=False)
     assert sampler.confidence(sampler(nothing), nothing).tolist() == [0.0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PROMPT, config_of, generate, in_batch, mixed_drafts, own_llama, tiny_llama
+from conftest import PROMPT, config_of, generate, in_batch, mixed_drafts, tiny_llama
 from helpers import watch
 
 from self_speculation import Request
@@ -49,18 +49,6 @@ def test_a_greedy_row_beside_a_sampled_one_has_its_own_confidence(end_below):
     assert beside.predicted_tokens == alone.predicted_tokens
     assert beside.draft_stats == alone.draft_stats
     assert 0 < alone.num_drafted < 5 * alone.num_verifications - sum(range(5))
-
-
-@pytest.mark.parametrize("sample", [True, False])
-def test_a_draft_that_may_say_nothing_is_not_confident(sample, end_below):
-    """Guards against a confidence that is no number: the only id that the draft knows is forbidden."""
-    end_below(0.5)
-    result = generate(
-        own_llama(), [0, 5], max_steps=20, eos=[], exit_layer=2, num_speculations=4,
-        sample=sample, draft_vocabulary=1, no_repeat_ngram_size=1,
-    )  # fmt: skip
-    assert len({*result.predicted_tokens}) == 20
-    assert (result.num_accepted, result.num_drafted) == (0, 18)  # one at a time, and none for the last token
 
 
 @mixed_drafts()

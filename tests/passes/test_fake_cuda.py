@@ -248,7 +248,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "heads", "fused", "window"),
     [
-        *((path, HEADS[1], True, None) for path in ("plain", "early exit", "short head", "adaptive")),
+        *((path, HEADS[1], True, None) for path in ("plain", "early exit", "adaptive")),
         ("copy", HEADS[0], True, None),
         *(("layers", heads, True, None) for heads in (HEADS[0], HEADS[2])),
         *(("layers", HEADS[1], fused, 5) for fused in (True, False)),

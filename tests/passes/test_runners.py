@@ -164,7 +164,7 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
     if graphs:
         capture_decoding(model)
     drafts = LAYERS if change in (hooked, nn.Module.double) else COPY  # such layers have no copies
-    ways = [{}, LAYERS, {**drafts, "draft_vocabulary": 20}]
+    ways = [{}, LAYERS, drafts]
     strategies = [make_strategy(config_of(**way).generation_strategy) for way in ways]
 
     def answers():

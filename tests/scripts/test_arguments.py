@@ -97,7 +97,7 @@ def test_help_has_every_flag_with_its_default(capsys):
             assert f"--{field.name} " in text
             assert field.default is None or f"(default: {field.default})" in text
     advanced = text.rpartition(" advanced: ")[2]
-    for name in ("draft_vocabulary", "prefill_dtype"):  # guards against too much at once
+    for name in ("prefill_dtype",):  # guards against too much at once
         assert f"--{name} " in advanced
     assert "None" not in text
     assert "[" not in "".join(line for line in text.splitlines() if line.endswith(":"))
@@ -164,7 +164,6 @@ def test_any_command_line_is_taken_or_refused_in_one_line(case):
     frequency_penalty=st.floats(-3, 3),
     presence_penalty=st.floats(-3, 3),
     repetition_window=st.none() | st.integers(-1, 9),
-    draft_vocabulary=st.none() | st.integers(-1, 60),
 )
 @settings(max_examples=150)
 def test_any_setting_works_or_is_refused(strategy, **values):

@@ -45,7 +45,7 @@ class Case(NamedTuple):
 SAMPLES = ["--samples_per_prompt", "20", "--sampled_prompts", "6", "--top_k", "8", "--max_steps", "4"]
 CASES = {
     # Sampled, with a vocabulary that learns ids: an example must not depend on earlier ones of its process.
-    "benchmark": Case(benchmark, [*SPECULATION, "--draft_vocabulary", "16", "--no_repeat_ngram_size", "3"]),
+    "benchmark": Case(benchmark, [*SPECULATION, "--no_repeat_ngram_size", "3"]),
     "batches": Case(benchmark, [*SPECULATION, "--batch_size", "3"], resumed=("--batch_size", "2")),
     "correctness": Case(correctness, ["--sample", "False", *DRAFTS, "--batch_size", "3"]),
     "distributions": Case(correctness, [*DRAFTS, *SAMPLES, "--batch_size", "8"]),

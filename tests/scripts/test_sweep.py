@@ -87,14 +87,11 @@ def table(tmp_path):
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--no_repeat_ngram_size", "2"], marks=pytest.mark.slow),
         ["--stop_token_ids", *map(str, range(30, 60))],
-        ["--draft_vocabulary", "20"],
     ],
 )
 @pytest.mark.usefixtures("timeless")
 def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra):
-    """Guards against a replay that drafts, accepts or ends otherwise than decoding does; with a short
-    vocabulary, also against drafts that know ids too early or too late.
-    """
+    """Guards against a replay that drafts, accepts or ends otherwise than decoding does."""
     common += ["--num_speculations_step", "3", *extra]
     for mode in ("predicted", "measured"):
         assert sweep.main([*common, "--mode", mode, "--output_dir", str(tmp_path / mode / "logs")]) == 0
@@ -198,7 +195,7 @@ def test_unused_and_cut_flags_are_named(common, tmp_path, capsys):
 @pytest.mark.usefixtures("timeless")
 def test_copies_may_use_all_layers(common, tmp_path, capsys):
     """Guards against flags of a best cell without the copy that it drafts with."""
-    drafts = ["--draft_weights", "int4", "--draft_vocabulary", "200"]
+    drafts = ["--draft_weights", "int4"]
     assert sweep.main([*common, *drafts, "--exit_layer_last", "9"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(" ".join(drafts))
     by_exit = table(tmp_path)["acceptance_rate"].groupby("exit_layer")

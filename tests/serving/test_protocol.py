@@ -185,8 +185,7 @@ def test_fields_of_other_servers_mean_what_they_mean_there():
     ("drafts", "repeat"),
     [
         ({"generation_strategy": "adaptive"}, False),
-        ({"draft_weights": "int4"}, False),
-        ({"draft_vocabulary": 9}, False),
+        ({"draft_weights": "int4"}, True),
         ({"prompt_lookup": 3}, True),
     ],
 )
