@@ -14,7 +14,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import simple_parsing
 
@@ -32,10 +32,6 @@ from self_speculation.config import (
 from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
 
 _ADVANCED = {"prefill_dtype"}  # flags that few need
-
-# `refuse` writes to this stream, or to standard error if it is None. Ranks whose standard error is silenced
-# keep the real one here.
-errors: TextIO | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,8 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
         if self.model and not is_adapter and (why := why_no_model(self.model)):
             raise ValueError(f"model {self.model!r}: {why}")
         self.from_pretrained_args()
-        if self.parallel in ("tensor", "pipeline") and self.device != "auto":
-            raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")
+        if self.parallel == "pipeline" and self.device != "auto":
+            raise ValueError(f"device {self.device}: must be auto with --parallel pipeline")
         for name, allowed in (("parallel", ("data", "fsdp")), ("quantization", ("none",))):
             if self.compile and (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"compile True: not with --{name} {value}")
@@ -261,7 +257,7 @@ def _normalize(args: Sequence[str] | None, names: Collection[str]) -> list[str]:
 def refuse(message: str, status: int = 2) -> NoReturn:
     """End the program with one line of error; status 2 for bad usage, 1 for a failure later."""
     name = sys.argv[0].rpartition("/")[2]
-    print(f"{name}: error: {' '.join(message.split())}", file=errors or sys.stderr)
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -87,9 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = str(getattr(args, "batch_size", 1))
     if not re.fullmatch(r"auto(:\d+)?|[1-9]\d*", size):
         refuse(f"--batch_size {size}: must be a number from 1, auto or auto:N")
-    for name in ("use_cache", "cache_requests"):
-        if getattr(args, name) and model_args.parallel == "tensor":
-            refuse(f"--{name}: not with --parallel tensor, whose ranks could find different answers there")
     path = Path(args.output_path)
     check_writable("output_path", path.parent if path.suffix == ".json" else path)
     from measures.evaluation import evaluate

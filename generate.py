@@ -59,19 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runs.startup import load_generator
     from runs.status import log_if_slow
     from self_speculation import Request
-    from self_speculation.devices import broadcast_from_rank0
 
-    if model_args.parallel == "data" and not ranks.is_first():
+    if not ranks.is_first():
         return 0  # every rank has a copy of the model, and one answer is enough
     try:
         grammar = None if grammar_text is None else read_grammar(args.grammar, grammar_text)
     except ValueError as error:
         refuse(f"--grammar {args.grammar}: {error}")
-    ranks.join_as_one(model_args.parallel)
     interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
-    if interactive and ranks.num_processes() > 1:
-        refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
-    prompt = one_prompt(args.prompt) if ranks.is_first() and not interactive else None
+    prompt = "" if interactive else one_prompt(args.prompt)
     generator = load_generator(model_args, config, chat=args.chat, fast_prompts=True)
     if grammar is not None:
         generator.use_sandbox()
@@ -80,13 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 generator.tokenize(Request([], grammar=grammar), config)
         except ValueError as error:
             refuse(f"--grammar {args.grammar}: {error}")
-    prompt = broadcast_from_rank0(generator.model, prompt)
     own = (args.chat, args.compare, grammar, prediction, args.template_kwargs)
     talk = Conversation(generator, config, args.streamer, *own)
     if interactive:
         return converse(talk)
     try:
-        return 0 if talk.answer(prompt or "") else 130
+        return 0 if talk.answer(prompt) else 130
     except ValueError as error:
         refuse(str(error))
 

@@ -36,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = replace(config, reuse_cache=True)
     if not ranks.is_first():
         return 2  # the first one says why
-    if ranks.num_processes() > 1 or model_args.parallel not in ("data", "pipeline"):
-        what = "torchrun" if ranks.num_processes() > 1 else f"--parallel {model_args.parallel}"
-        refuse(f"{what}: serve.py is one process; for a model on several cards: --parallel pipeline")
+    if ranks.num_processes() > 1:
+        refuse("torchrun: serve.py is one process; for a model on several cards: --parallel pipeline")
     validate(model_args, config)
     try:  # before the model is loaded: clients that connect early wait
         family, *_, place = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]

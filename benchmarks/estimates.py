@@ -15,8 +15,8 @@ from training import losses
 
 _GIB = 2**30
 _BANDWIDTH = 2.7e12  # bytes per second that an H100 reads
-# Seconds: a kernel in a graph besides its bytes; the GPU's wait for the host in a round; a sum over cards.
-_KERNEL, _WAIT, _SUM = 2.75e-6, 50e-6, 15e-6
+# Seconds: a kernel in a graph besides its bytes; the GPU's wait for the host in a round.
+_KERNEL, _WAIT = 2.75e-6, 50e-6
 _AROUND = 18  # kernels of embedding, norm, head and sampling; the start of a graph counts as some
 _UNSPLIT = 12  # kernels by which a layer of a verification is longer: masked attention splits no keys
 _POSITIONS, _DRAFTED, _GAINED = 1000, 6, 5.2  # tokens before and of a round, nine of ten drafts are right
@@ -95,8 +95,8 @@ class Decoding(NamedTuple):
     round: float  # of _DRAFTED tokens
 
 
-def decoding(config: PretrainedConfig, exit_layer: int, cards: int = 1, kernels: int = 12) -> Decoding:
-    """The times on so many H100s that share each layer.
+def decoding(config: PretrainedConfig, exit_layer: int, kernels: int = 12) -> Decoding:
+    """The times on an H100.
 
     Args:
         kernels: of a layer; 0: bytes alone, without what else takes time.
@@ -105,18 +105,14 @@ def decoding(config: PretrainedConfig, exit_layer: int, cards: int = 1, kernels:
     weights = 2 * width * config.head_dim * heads + 3 * width * config.intermediate_size
     cache = 2 * config.num_key_value_heads * config.head_dim * _POSITIONS
     counted = float(kernels > 0)
-    of_layer = 2 * (weights + cache) / cards / _BANDWIDTH + kernels * _KERNEL + 2 * _SUM * (cards > 1)
-    outside = 2 * config.vocab_size * width / cards / _BANDWIDTH + counted * _AROUND * _KERNEL
+    of_layer = 2 * (weights + cache) / _BANDWIDTH + kernels * _KERNEL
+    outside = 2 * config.vocab_size * width / _BANDWIDTH + counted * _AROUND * _KERNEL
     plain, draft = (layers * of_layer + outside for layers in (config.num_hidden_layers, exit_layer))
     verification = plain + counted * config.num_hidden_layers * _UNSPLIT * _KERNEL
     return Decoding(plain, draft, _DRAFTED * draft + verification + counted * _WAIT)
 
 
-# Exit, cards and kernels of a layer: those of transformers over two cards, ours on one.
-DECODING = {
-    "Llama-3.2-1B": (4, 1, 12), "Llama-2-7B": (8, 1, 12), "Llama-3-8B": (8, 1, 12),
-    "Llama-3-70B": (16, 2, 40),
-}  # fmt: skip
+EXITS = {"Llama-3.2-1B": 4, "Llama-2-7B": 8, "Llama-3-8B": 8}
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "fsdp over 8": {"ranks": 8},
@@ -137,13 +133,13 @@ def training_table() -> str:
 def decoding_table() -> str:
     heads = ["model", "plain step", "draft step, exit", "round of 6", "tokens/s, plain", "self-speculative"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, (exit_layer, cards, kernels) in DECODING.items():
-        times = decoding(MODELS[name], exit_layer, cards, kernels)
-        bytes_alone = decoding(MODELS[name], exit_layer, cards, 0)
+    for name, exit_layer in EXITS.items():
+        times = decoding(MODELS[name], exit_layer)
+        bytes_alone = decoding(MODELS[name], exit_layer, kernels=0)
         plain, plain_by_bytes = (round(1 / of.plain_step) for of in (times, bytes_alone))
         drafted, drafted_by_bytes = (round(_GAINED / of.round) for of in (times, bytes_alone))
         cells = [
-            f"{name}, two cards" if cards == 2 else name,
+            name,
             f"{1e3 * times.plain_step:.1f} ms",
             f"{1e3 * times.draft_step:.1f} ms, {exit_layer}",
             f"{1e3 * times.round:.1f} ms",

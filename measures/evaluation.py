@@ -44,7 +44,6 @@ def evaluate(
 
     `config` has the settings that tasks do not have, such as the exit layer; `args` has lm_eval's flags.
     """
-    ranks.join_as_one(model_args.parallel)
     try:
         request_config(args.gen_kwargs, config, None)
     except UnsupportedError as error:

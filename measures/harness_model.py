@@ -115,7 +115,7 @@ class HarnessModel(HFLM):
             **sizes,
         )
         logging.disable(logging.NOTSET)
-        if ranks.world_size() > 1:  # the harness does this only for models that it loads
+        if ranks.num_processes() > 1:  # the harness does this only for models that it loads
             patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
             self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[patience])
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

@@ -17,8 +17,6 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from runs import ranks
-
 _SMALL = 9  # a line of 100 characters fits above two panels
 _FRAME: dict[str, Any] = {"fill": False, "color": "gold", "linewidth": 3}
 
@@ -132,6 +130,6 @@ def agreement_by_exit(table: pandas.DataFrame, trained: Collection[int], title: 
 def save(figure: Figure, title: str, path: Path) -> None:
     """Write a figure with a title above it; `path` has no suffix."""
     figure.suptitle(title, fontsize=_SMALL)
-    for suffix in (".png", ".pdf") if ranks.writes() else ():
+    for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
     pyplot.close(figure)

@@ -26,7 +26,6 @@ from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request
 from self_speculation.decoding.request import config_processors
-from self_speculation.devices import broadcast_from_rank0
 from self_speculation.drafts.registry import make_drafter
 from self_speculation.families import context_length
 from self_speculation.passes.model_runner import ModelRunner
@@ -186,7 +185,7 @@ class Predicted(Sweep):
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         with log_if_slow("measuring costs of rounds"):
-            costs = broadcast_from_rank0(self.generator.model, self._costs(records))
+            costs = self._costs(records)
         cells = ((cell, [replayed(record, costs, cell) for record in records]) for cell in self.grid)
         predicted = [_row("predicted", *cell) for cell in cells]
         verified, known = [], [row for row in predicted if row["speedup"] is not None]

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
 from arguments import refuse
 from runs.failures import reason
 from runs.records import counted, early_exit_alone
@@ -35,7 +33,6 @@ from self_speculation import (
 from self_speculation.decoding.grammar import Grammar
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.texts import Thinking
-from self_speculation.devices import broadcast_from_rank0
 from self_speculation.threads import adjust_threads
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, and one prompt does not need it
@@ -102,7 +99,7 @@ class Conversation:
         config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
         model = self.generator.model
         adjust_threads(model)  # by what others did since the last answer
-        with Interrupt(model) as interrupt, _status_held(streamer is not None and sys.stdout.isatty()):
+        with Interrupt() as interrupt, _status_held(streamer is not None and sys.stdout.isatty()):
             shown = replace(request, stopping_criteria=[interrupt], streamer=streamer)
             result = self.generator.generate(shown, config)
         if streamer is None:
@@ -178,8 +175,7 @@ class Conversation:
 class Interrupt:
     """A stopping criterion that Ctrl-C meets; a second Ctrl-C ends the program at once."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._pressed, self.met = model, False, False
+    _pressed = met = False
 
     def __enter__(self) -> Interrupt:
         self._previous = signal.signal(signal.SIGINT, self._press)
@@ -193,7 +189,7 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._previous)
 
     def __call__(self, *_: Any) -> bool:
-        self.met = broadcast_from_rank0(self._model, self._pressed)
+        self.met = self._pressed
         return self.met
 
 

@@ -31,7 +31,7 @@ from runs.startup import encode_chat, load_generator
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.texts import Thinking
-from self_speculation.devices import ends_ranks, is_lost_rank, num_ranks
+from self_speculation.devices import is_lost_rank
 from self_speculation.families import context_length
 
 # Prompts of a conversation and their answers in turn, up to a prompt -> all ids, and how its answer thinks.
@@ -132,7 +132,6 @@ def run_experiment(
         make: called with the first fields of an `Experiment`.
         args: the script's own arguments, with `resume`.
     """
-    ranks.join_as_one(model_args.parallel)
     check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
     try:
         examples = load_examples(data_args, model_args.seed)
@@ -162,7 +161,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
         missing = [index for index in range(experiment.num_records) if index not in finished]
         status, why = 1, ""
         try:
-            _measure(experiment, run, missing[ranks.rank() :: ranks.world_size()])
+            _measure(experiment, run, missing[ranks.rank() :: ranks.num_processes()])
             ranks.barrier()
             if ranks.rank() != 0:
                 return 0
@@ -172,8 +171,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             return experiment.conclude(run, records)
         except Exception as error:
             why = reason(error, batch_size=experiment.batch_size) or ""
-            elsewhere = ends_ranks(experiment.generator.model, error) and not ranks.is_first()
-            if elsewhere or not (why or is_lost_rank(error)):
+            if not (why or is_lost_rank(error)):
                 raise
         except KeyboardInterrupt:
             status = 130
@@ -184,8 +182,6 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
             why = why or ("interrupted" if status == 130 else "another rank is gone")
             kept = f"{len(run.records())} of {counted(experiment.num_records, experiment.unit[:-1])} are kept"
             print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
-        if num_ranks(experiment.generator.model) > 1:
-            sys.exit(status)  # without a farewell to ranks that wait in a pass
         return status
 
 
@@ -200,8 +196,6 @@ def _measure(experiment: Experiment, run: Run, indices: Sequence[int]) -> None:
     with tqdm(total=len(indices), desc=experiment.unit, disable=hidden) as bar:
         for index, record in experiment.records(indices):
             if isinstance(record, Exception):
-                if ends_ranks(experiment.generator.model, record):
-                    raise record
                 wrong.append(failed(experiment.name(index), record, experiment.batch_size))
                 continue
             run.append({"index": index, "threads": torch.get_num_threads(), **record})

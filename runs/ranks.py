@@ -1,8 +1,6 @@
 """The processes that torchrun starts: ranks, exchanges between them, and how they end.
 
-With --parallel data, each process has a copy of the model and does a share of the work. With --parallel
-tensor, each holds a part of one model, and all do the same work in step: `rank` is then 0 and `world_size` 1
-in every process, and only the first process prints and writes.
+Each has a copy of the model and does a share of the work.
 """
 
 from __future__ import annotations
@@ -10,13 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
-
-import arguments
 
 if TYPE_CHECKING:  # flags are read before torch is imported
     import torch.distributed as dist
@@ -25,7 +20,6 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # ranks may finish hours apart; a rank that dies is noticed at once
 
-_one_model_together = False
 # The last barrier holds tensors of earlier exchanges. Without this reference, a gloo thread could free them
 # and wait for the interpreter's lock, which the main thread may hold while it waits for that thread.
 _last_barrier: dist.Work | None = None
@@ -36,44 +30,14 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_first() -> bool:
-    """Whether this process prints and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def rank() -> int:
-    """The number of this process's copy of the model."""
-    return 0 if _one_model_together else int(os.environ.get("RANK", 0))
+    """The number of this process."""
+    return int(os.environ.get("RANK", 0))
 
 
-def world_size() -> int:
-    """The number of copies of the model."""
-    return 1 if _one_model_together else num_processes()
-
-
-def join_as_one(parallel: str) -> None:
-    """With --parallel tensor, join the other processes to hold one model together, and silence all but the
-    first; call it before anything is read.
-    """
-    global _one_model_together
-    if parallel != "tensor" or num_processes() == 1:
-        return
-    import torch
-    import torch.distributed as dist
-
-    _one_model_together = True
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    if is_first():
-        return
-    errors = arguments.errors = sys.stderr
-    sys.excepthook = lambda kind, error, trace: traceback.print_exception(kind, error, trace, file=errors)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets Ctrl-C and tells the others
-
-
-def writes() -> bool:
-    """Whether this process writes files; of several that hold one model together, the first one does."""
-    return is_first() or not _one_model_together
+def is_first() -> bool:
+    """Whether this process prints."""
+    return rank() == 0
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def load_generator(
         if (why := reason(error)) is not None:
             refuse(f"--model {model_args.model_name}: {why}", status=1)
         _refuse_to_load(model_args, error)
-    if model_args.threads is None and model.device.type == "cpu" and model_args.parallel == "data":
+    if model_args.threads is None and model.device.type == "cpu":
         govern_threads(model, governor)
         adjust_threads(model)
     gc.freeze()  # all present objects live to the end

@@ -23,7 +23,6 @@ from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.devices import ends_ranks, num_ranks
 from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.families import check_supported, context_length, described_context
 from self_speculation.generator_base import GenerationStrategy
@@ -98,7 +97,7 @@ class Scheduler(Generic[Key]):
     `pop_finished` and `_prefill_chunk` change rows, in all three.
 
     If a request is invalid, or its processors, criteria or streamer raise, the error is its result and the
-    other requests go on. An error in a pass over several rows is raised, and one that `ends_ranks`. Change
+    other requests go on. An error in a pass over several rows is raised. Change
     weights only while there are no requests, and not between construction and the first one.
 
     Args:
@@ -138,7 +137,7 @@ class Scheduler(Generic[Key]):
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
         elif config.exit_layer != -1:
             self._depth = config.exit_layer
-        self.batch = Batch(self._device, longest, num_ranks(model))
+        self.batch = Batch(self._device, longest)
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
         self.whole_chunks = True  # False: a prompt that is alone keeps to the budget, too
         self._short_first = False
@@ -229,8 +228,6 @@ class Scheduler(Generic[Key]):
             with self._without_autocast():
                 self._strategy.step(decoding)
         except Exception as error:
-            if ends_ranks(self._model, error):
-                raise
             decoding.slots.discard_prefixes()
             for sequence in self.batch.sequences:
                 sequence.error = sequence.error or error
@@ -253,8 +250,6 @@ class Scheduler(Generic[Key]):
                 with self._without_autocast():
                     left -= self._prefill_chunk(sequence, int(min(left, chunk)))
             except Exception as error:
-                if ends_ranks(self._model, error):
-                    raise
                 sequence.error = error
                 self._drop_waiting(sequence)
             if self.batch:  # the first token of a prompt ends whole chunks

@@ -63,7 +63,6 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
         return
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits, numbers.verify)  # [B] accepted, [B] next token
-    batch.agree(verification.num_accepted, verification.next_token)
     batch.show_drafts()  # a GPU verifies meanwhile
     num_accepted, tokens = read_verification(batch, draft, logits, verification)  # on the host
     composer.learn(draft, num_accepted)

@@ -16,7 +16,6 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from self_speculation.devices import num_ranks
 from self_speculation.model_cache import cached, evict, peek
 
 
@@ -101,12 +100,7 @@ def govern_threads(model: PreTrainedModel, governor: ThreadGovernor | None) -> N
     """Let a governor set torch's number of threads while this model decodes; None: leave it as it is.
 
     The number is that of the whole process, so the library does this only for callers who ask for it.
-
-    Raises:
-        ValueError: several ranks hold the model; they must plan alike, by times that depend on threads.
     """
-    if governor is not None and num_ranks(model) > 1:
-        raise ValueError("govern_threads: several ranks hold this model; their threads must not change")
     evict(model, ThreadGovernor)
     if governor is not None:
         cached(model, ThreadGovernor, None, lambda: governor)

@@ -123,14 +123,6 @@ def test_the_library_leaves_threads_alone_unless_asked(monkeypatch):
     assert most_threads(model) == torch.get_num_threads()
 
 
-def test_ranks_that_hold_one_model_keep_their_threads(monkeypatch):
-    """Guards against ranks that plan different rounds, and wait for each other for ever."""
-    model = tiny_llama()
-    monkeypatch.setattr(type(model), "tp_size", 2)
-    with pytest.raises(ValueError, match="several ranks hold this model"):
-        govern_threads(model, ThreadGovernor())
-
-
 @pytest.mark.parametrize(("niceness", "used"), [(0, 2 * 111.0), (5, 2 * 1111.0)])
 def test_what_counts_as_used(niceness, used, monkeypatch):
     """Guards against other processors, idle ones, and programs that give way."""

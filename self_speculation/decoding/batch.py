@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from self_speculation.decoding.sampling import SampledTokens, Sampler, joint_sampler, random_numbers
@@ -40,11 +39,10 @@ class Batch:
     Args:
         device: of the model's input ids.
         longest_draft: K, the most tokens of a draft.
-        num_ranks: that hold the model together.
     """
 
-    def __init__(self, device: torch.device, longest_draft: int = 0, num_ranks: int = 1) -> None:
-        self.longest_draft, self._num_ranks = longest_draft, num_ranks
+    def __init__(self, device: torch.device, longest_draft: int = 0) -> None:
+        self.longest_draft = longest_draft
         self.sequences: list[Sequence] = []
         self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] of each; not cached yet
         # Of the last step, until it is committed: a read of [largest logits, tokens]; logits [B, 1, V].
@@ -64,7 +62,7 @@ class Batch:
 
     def add(self, sequence: Sequence, logits: Tensor) -> None:
         """Append a row and sample its first token from logits [1, V]."""
-        alone = Batch(self.last.device, num_ranks=self._num_ranks)
+        alone = Batch(self.last.device)
         alone.sequences = [sequence]
         alone.sample_and_commit(logits, alone.draw_numbers().verify)
         for batch in (self, alone):
@@ -93,13 +91,6 @@ class Batch:
         numbers = torch.stack(rows)
         return RandomNumbers(numbers[:, :k], numbers[:, k:])
 
-    def agree(self, *sampled: Tensor) -> None:
-        """Overwrite what was sampled by what the first rank has sampled: sums of a GPU may differ in the last
-        bit, and ranks with different histories wait for each other for ever.
-        """
-        for part in sampled if self._num_ranks > 1 and not self.sampler.greedy else ():
-            dist.broadcast(part, src=0)
-
     def sample_draft(
         self, logits: Tensor, position: int, is_drafting: abc.Sequence[bool], numbers: Tensor | None
     ) -> tuple[SampledTokens, Tensor]:
@@ -112,7 +103,6 @@ class Batch:
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
         sampled = self.sampler(logits, None if numbers is None else numbers[:, position], is_draft=True)
-        self.agree(sampled.tokens)
         if not all(is_drafting):
             mask = on_device(is_drafting, logits.device).bool()
             sampled = replace(sampled, tokens=sampled.tokens.where(mask, self.last[:, 0]))
@@ -188,7 +178,6 @@ class Batch:
         """
         logits = self.process(logits[:, None])  # [B, 1, V]
         tokens = self.sampler(logits[:, 0], None if numbers is None else numbers[:, -1]).tokens  # [B]
-        self.agree(tokens)
         reading = AsyncRead([logits.amax(-1), tokens])
         self.commit_unread()
         self.last, self._unread = tokens[:, None], (reading, logits)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.devices import broadcast_from_rank0
 from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, ShouldContinue, one_hot
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes.captured_runner import num_captures
@@ -27,7 +26,6 @@ class DraftComposer:
     Only the sources read from the device.
 
     Args:
-        model: all its ranks make the same plans.
         sources: those of layers share a head. A row takes the longest match of the lookups; at a tie, that of
             the source listed first.
         policy: plans rounds and learns from them; None: a row without a match has a draft of the last source
@@ -86,7 +84,7 @@ class DraftComposer:
     def learn(self, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         """Learn from the outcome of the last draft; num_accepted: [B]."""
         if self._policy:
-            seconds = broadcast_from_rank0(self._model, self._stopwatch.stop())
+            seconds = self._stopwatch.stop()
             # A round that captures a pass takes ten times as long.
             is_typical = num_captures(self._model) == self._num_graphs
             self._policy.learn(draft, num_accepted, seconds if is_typical else None)

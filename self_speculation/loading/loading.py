@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -27,7 +26,6 @@ from transformers import (
     TorchAoConfig,
     set_seed,
 )
-from transformers.distributed import DistributedConfig
 
 from self_speculation.config import (
     DtypeName,
@@ -201,7 +199,7 @@ def load_model_and_tokenizer(
                 " fuse True, parallel data, quantization none, no adapter, and a fused family"
             )
         in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}
-        how = {"dtype": own or dtype, "use_safetensors": True} | _placement(options.parallel, device, config)
+        how = {"dtype": own or dtype, "use_safetensors": True} | _placement(options.parallel, device)
         how |= _quantized(options.quantization, dtype, config) if bits is None else {}
         how |= {name: arg for name, arg in options.model_args.items() if name not in in_config}
         if header is None:
@@ -268,17 +266,9 @@ def _header(model: str) -> Header | None:
     return Header(Path(model).expanduser()) if model.lower().endswith(".gguf") else None
 
 
-def _placement(parallel: Parallel, device: torch.device, config: PretrainedConfig) -> dict[str, Any]:
+def _placement(parallel: Parallel, device: torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` about devices."""
-    if parallel != "tensor":
-        return {"device_map": "auto" if parallel == "pipeline" else str(device)}
-    if not dist.is_initialized() or (ranks := dist.get_world_size()) < 2:
-        raise LoadingError(
-            "parallel tensor: needs several processes, start it by torchrun --nproc_per_node N"
-        )
-    if (heads := config.num_key_value_heads) % ranks:
-        raise LoadingError(f"parallel tensor: {ranks} ranks cannot share {heads} heads of keys and values")
-    return {"distributed_config": DistributedConfig(tp_size=ranks)}
+    return {"device_map": "auto" if parallel == "pipeline" else str(device)}
 
 
 def _bits(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from self_speculation.devices import free_memory, num_ranks, round_up
+from self_speculation.devices import free_memory, round_up
 from self_speculation.families import AttentionType, context_length
 from self_speculation.model_cache import cached, evict, lock, peek, singleton
 from self_speculation.passes.attention import CHUNK
@@ -55,10 +55,10 @@ def capture_decoding(model: PreTrainedModel) -> None:
     """From now on `make_runner` captures for this model.
 
     Raises:
-        ValueError: the model is on several devices or ranks, or a mixture of experts.
+        ValueError: the model is on several devices, or a mixture of experts.
     """
     check_can_be_captured(model.config)
-    if num_ranks(model) > 1 or len({parameter.device for parameter in model.parameters()}) > 1:
+    if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("compile True: needs the whole model on one GPU")
     singleton(model, Settings).is_captured = True
     evict(model, _Passes)

@@ -32,12 +32,11 @@ class Buffers:
     Args:
         devices: [L] of each layer's weights.
         num_slots: the most rows at a time.
-        num_ranks: processes that hold the model together, see `free_memory`.
     """
 
-    def __init__(self, devices: Sequence[torch.device], num_slots: int = 1, num_ranks: int = 1) -> None:
+    def __init__(self, devices: Sequence[torch.device], num_slots: int = 1) -> None:
         self.num_layers, self.num_slots, self.capacity = len(devices), num_slots, ALIGNMENT
-        self._devices, self._num_ranks = devices, num_ranks
+        self._devices = devices
         self.limit = sys.maxsize  # the most positions that a row can reach
         self.of_layers: dict[int, Pair] = {}
         self._fitting = 0  # a capacity that fits in memory
@@ -98,7 +97,7 @@ class Buffers:
             row = 2 * num_layers * like.shape[1] * capacity * like.shape[-1] * like.itemsize
             pairs = (pair for layer, pair in self.of_layers.items() if devices[layer] == device)
             taken = sum(part.nbytes for pair in pairs for part in pair)
-            if (free := taken + free_memory(device, self._num_ranks)) < self.num_slots * row:
+            if (free := taken + free_memory(device)) < self.num_slots * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
                 raise MemoryError(
                     f"{self.num_slots} times {capacity} positions of keys and values take "

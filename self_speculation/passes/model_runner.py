@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from self_speculation.devices import num_ranks, round_up
+from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, check_supported
 from self_speculation.fingerprint import fingerprint, structure
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
@@ -141,7 +141,7 @@ class ModelRunner:
             num_slots: the most rows at a time.
         """
         devices = self._devices[: len(self.layers)]
-        cache = KVCache(Buffers(devices, num_slots, num_ranks(self.model)))
+        cache = KVCache(Buffers(devices, num_slots))
         cache.reserve(prompt_length, num_positions)
         return cache
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from self_speculation.config import DraftWeights
-from self_speculation.devices import free_memory, num_ranks
+from self_speculation.devices import free_memory
 from self_speculation.model_cache import lock
 from self_speculation.passes.fused_layers import plain_linear
 from self_speculation.passes.model_runner import (
@@ -217,7 +217,7 @@ def _make_copies(
     if not missing:
         return copies
     num_bytes = sum(missing.values())
-    if num_bytes > (free := free_memory(runner.device, num_ranks(runner.model))):
+    if num_bytes > (free := free_memory(runner.device)):
         raise ValueError(
             f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
             f"{free / 2**30:.2f} GiB are free; fewer layers (exit_layer) take less"

@@ -37,6 +37,8 @@ def check_followed(model: PreTrainedModel) -> None:
                 " prompt tuning is not followed"
             )
         raise ValueError(f"model: must be one of transformers, not a {kind}")
+    if (model.tp_size or 1) > 1:
+        raise ValueError("model: several processes share its layers; device_map, or one process, is followed")
     for cause in _around_layers(model):
         raise ValueError(f"model: {cause}, which would be passed over: layers are run one by one")
 

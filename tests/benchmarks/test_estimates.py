@@ -43,8 +43,6 @@ def test_decoding_by_hand():
     times = estimates.decoding(config, 1)
     assert times.plain_step - bytes_alone.plain_step == pytest.approx(4 * 33e-6 + 18 * 2.75e-6)
     assert times.round == pytest.approx(6 * times.draft_step + times.plain_step + 4 * 33e-6 + 50e-6)
-    shared = estimates.decoding(config, 1, cards=2, kernels=0)
-    assert shared.plain_step == pytest.approx(bytes_alone.plain_step / 2 + 4 * 2 * 15e-6)
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ def test_adapters_that_cannot_be_merged_are_refused(folder, config, says, monkey
     assert says in refusal(folder)
 
 
-@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"parallel": "tensor"}])
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"parallel": "pipeline"}])
 def test_flags_that_exclude_an_adapter_are_refused(folder, options, monkeypatch):
     """Guards against an adapter that is merged into quantised or sharded weights."""
     monkeypatch.setattr("self_speculation.loading.sources.importlib.util.find_spec", lambda name: object())

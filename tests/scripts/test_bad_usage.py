@@ -106,7 +106,6 @@ MISTAKES = {
         f"{TASK} --limit 1 --samples '{{\"python_functions\": [0]}}'": "--limit must be None",
         f"{TASK} --config no/such": "--config no/such: Config file not found",
         f"{TASK} --output_path /dev/null/x": "--output_path /dev/null/x: cannot be",
-        f"{TASK} --use_cache x --parallel tensor": "--use_cache: not with",
     },
     serve: {
         "--port 70000": "--port 70000: must be between 0 and 65535",

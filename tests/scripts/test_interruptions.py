@@ -149,22 +149,21 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
     assert (about(folder)["status"], about(folder)["began"]) == ("finished", began)
 
 
-RANKS = [(name, 2, []) for name in CASES] + [(name, 4, []) for name in CASES]
-RANKS.append(("batches", 2, ["--parallel", "tensor"]))
+RANKS = [(name, number) for number in (2, 4) for name in CASES]
 SLOW_RANKS = [pytest.param(*case, marks=pytest.mark.slow) for case in RANKS[1:]]
 
 
-@pytest.mark.parametrize(("name", "ranks", "parallel"), [RANKS[0], *SLOW_RANKS])
-def test_ranks_give_the_records_of_one(name, ranks, parallel, common, unbroken, tmp_path):
+@pytest.mark.parametrize(("name", "ranks"), [RANKS[0], *SLOW_RANKS])
+def test_ranks_give_the_records_of_one(name, ranks, common, unbroken, tmp_path):
     """Guards against draws that depend on the rank, and examples that are done twice or not at all."""
     script, flags, *_ = CASES[name]
     expected = unbroken(name)
-    result = forks.run_ranks(ranks, ROOT / f"{script.__name__}.py", *common, *flags, *parallel)
+    result = forks.run_ranks(ranks, ROOT / f"{script.__name__}.py", *common, *flags)
     assert result.returncode == 0, result.stderr
     assert outcome(only_run(tmp_path)) == expected
     heading = rf", {ranks} ranks, batch size \d+$"
     assert len(re.findall(heading, result.stdout, re.MULTILINE)) == 1  # one rank prints
-    if script is benchmark and not parallel:  # the pace of all ranks, and not of the first one
+    if script is benchmark:  # the pace of all ranks, and not of the first one
         speed = about(only_run(tmp_path))["metrics"]["speed"]["tokens_per_second"]
         assert f"tokens/s, {ranks} ranks together{speed:>26.2f}" in result.stdout
 
