@@ -1,4 +1,4 @@
-"""What is made from a model and kept with it: fused layers, captured passes, statistics.
+"""What is made from a model and kept with it: fused layers, copies, captured passes, statistics, prefixes.
 It is freed with the model, so it must not refer to the model.
 """
 
@@ -28,6 +28,22 @@ _SHELVES: WeakKeyDictionary[nn.Module, _Shelf] = WeakKeyDictionary()
 
 def _shelf(model: nn.Module) -> _Shelf:
     return _SHELVES.setdefault(model, _Shelf())  # all threads get the same one
+
+
+def weights_key(model: nn.Module) -> Hashable:
+    """Changes when a parameter is replaced, moved or written to: what was made of the model is invalid then.
+
+    torch counts no writes through `.data`, and none to a parameter that was made in inference mode.
+    """
+    modules = [model]
+    for module in modules:  # it grows meanwhile; `parameters` takes four times as long
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return tuple(
+        (id(each), each.data_ptr(), None if each.is_inference() else each._version)
+        for module in modules
+        for each in module._parameters.values()
+        if each is not None
+    )
 
 
 def cached(

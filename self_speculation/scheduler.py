@@ -29,7 +29,7 @@ from self_speculation.generator_base import GenerationStrategy
 from self_speculation.passes.captured_runner import make_runner, run_every_pass
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange, forward_early
-from self_speculation.passes.prefix_cache import PrefixCache, cache_fingerprint, kept_caches
+from self_speculation.passes.prefix_cache import PrefixCache, cache_key, kept_caches
 from self_speculation.passes.unsupported_hooks import check_followed
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
@@ -171,7 +171,6 @@ class Scheduler(Generic[Key]):
         self._setup_time = 0.0
         config, has_drafts = self._model.config, self._strategy.has_drafts
         try:
-            check_followed(self._model)  # the model may have changed
             context, length = context_length(config), len(request.ids)
             if length >= context:
                 room = f"leaves no room in the model's context of {described_context(config)}"
@@ -215,7 +214,7 @@ class Scheduler(Generic[Key]):
             if rows:
                 self._ensure_prepared().cache.buffers.limit = self._longest_possible()
         elif self._prepared is not None:  # leave the cache to the next scheduler; the weights may change
-            if self._prepared.slots.fingerprint is not None:
+            if self._prepared.slots.key is not None:
                 kept_caches(self._model).append(self._prepared.slots)
             self._prepared = None
         finished, self._finished = self._finished, []
@@ -308,16 +307,14 @@ class Scheduler(Generic[Key]):
 
     def _make_slots(self, runner: ModelRunner) -> PrefixCache:
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
-        fingerprint: Hashable = None
-        if self._config.reuse_cache:
-            # Take the fingerprint after the runner was made: fusing changes it.
-            settings = self._batch_size, self.batch.longest_draft, self._depth
-            fingerprint = (*settings, cache_fingerprint(runner))
+        key: Hashable = None
+        if self._config.reuse_cache and (of_weights := cache_key(runner)):
+            key = self._batch_size, self.batch.longest_draft, self._depth, of_weights
             with suppress(IndexError):
                 kept = kept_caches(self._model).pop()
-                if kept.fingerprint == fingerprint and kept.cache.is_valid:
+                if kept.key == key and kept.cache.is_valid:
                     return kept
-        return PrefixCache(runner.new_cache(1, 1, self._batch_size), self._batch_size, fingerprint)
+        return PrefixCache(runner.new_cache(1, 1, self._batch_size), self._batch_size, key)
 
     def _longest_possible(self) -> int:
         """The most positions that any sequence can reach."""

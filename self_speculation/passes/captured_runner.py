@@ -98,7 +98,7 @@ class CapturedRunner(ModelRunner):
         """The one cache of the model's captured passes; earlier generations lose it."""
 
         def valid_for(passes: _Passes) -> Hashable:
-            return self.fingerprint, passes.num_slots >= num_slots
+            return self.parts, passes.num_slots >= num_slots
 
         with lock(self.model):
             passes = cached(self.model, _Passes, valid_for, lambda: _Passes(self, num_slots))

@@ -10,7 +10,7 @@ whatever format weights have. The model's own `forward`, saving, training and mo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from self_speculation.families import FUSED_FAMILIES, attention_types
-from self_speculation.fingerprint import structure
-from self_speculation.model_cache import cached, evict, lock, peek, singleton
+from self_speculation.families import FUSED_FAMILIES
+from self_speculation.model_cache import cached, evict, lock, peek, release, singleton, weights_key
 from self_speculation.passes.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.passes.attention_context import AttentionContext
-from self_speculation.passes.unsupported_hooks import difference
+from self_speculation.passes.unsupported_hooks import check_followed, difference
 from self_speculation.weights.kernels import cpu_operators, operator_activation
-from self_speculation.weights.linear import Linear, Product, RMSNorm, Slot
+from self_speculation.weights.linear import Linear, Product, RMSNorm
 
 # Tokens of a long pass that go through an MLP at a time on a CPU: larger intermediate results, of which each
 # layer allocates new ones, are new pages of memory each time.
@@ -45,13 +44,13 @@ class Settings:
 
 
 class Parts:
-    """What is made of a model's layers and head. A change of their structure, or of attention in the config,
-    discards it as a whole.
+    """What is made of a model's layers and head, valid for one `weights_key`.
 
     Attributes:
         fused: by decoder layer; of the final norm and head by `lm_head`.
         dtype: of activations, keys, values and logits.
         prefills_in_bfloat16: whether long passes over prompts multiply in bfloat16.
+        counts_writes: whether torch counts writes to all weights.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -59,6 +58,7 @@ class Parts:
         self.fused: dict[nn.Module, Fused] = {}
         self.plain: dict[nn.Module, Linear] = {}  # see `plain_linear`
         self.dtype, self.prefills_in_bfloat16 = model.dtype, False
+        self.counts_writes = not any(parameter.is_inference() for parameter in model.parameters())
         is_known = config.model_type in FUSED_FAMILIES and config._attn_implementation == "sdpa"
         if settings.is_fused and is_known:
             self._fuse(model, settings)
@@ -87,12 +87,15 @@ class Parts:
 
 
 def fuse(model: PreTrainedModel, bfloat16_prefill: bool | None = None) -> int:
-    """Decode this model by fused layers from now on.
+    """Decode this model by fused layers from now on, as it is now.
 
     Plain layers of fused families with sdpa attention are fused; quantised, offloaded, hooked and
     adapter-wrapped modules are not. On a CPU a model in 16 bits is fused as a whole or not at all, and its
-    output is that of a float32 model. Call it again after writing to weights through `.data`, which torch
-    does not count: drafts in fewer bits and kept prefixes are made anew.
+    output is that of a float32 model.
+
+    Call it again after a change that `weights_key` does not see: a write through `.data`, a hook, another
+    `forward`, activation, buffer or number. What was made of the model is then made anew. For a model that is
+    not to be fused, `release` does the same.
 
     Args:
         bfloat16_prefill: on a CPU, weights in 16 bits: multiply in bfloat16 in passes over at least
@@ -103,14 +106,16 @@ def fuse(model: PreTrainedModel, bfloat16_prefill: bool | None = None) -> int:
         The number of fused layers.
 
     Raises:
-        ValueError: prompts in bfloat16 need a CPU, fused weights in 16 bits and oneDNN.
+        ValueError: code around the layers, which passes do not follow; prompts in bfloat16 need a CPU, fused
+            weights in 16 bits and oneDNN.
     """
+    check_followed(model)
     with lock(model):
         settings = singleton(model, Settings)
         if bfloat16_prefill is not None:
             settings.bfloat16_prefill = bfloat16_prefill
         settings.is_fused = True
-        evict(model, Parts)
+        release(model)
         parts = parts_of(model)
         if bfloat16_prefill and not (
             parts.prefills_in_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -127,31 +132,14 @@ def activation_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
-    """Follow what has changed since the last generation. Runners with earlier parts are invalid, even if
-    weights are restored.
-    """
-    base, head, config = model.base_model, model.get_output_embeddings(), model.config
-
-    def valid_for(parts: Parts) -> Hashable:
-        # Fused parts have copied the numbers of these modules. All others are called as they are, and a hook
-        # in one may write numbers to it at each pass.
-        copied = {*parts.fused, *([base.norm] if head in parts.fused else [])}
-        modules = base.embed_tokens, *base.layers, base.norm, head
-        seen = [structure(module, attributes=module in copied) for module in modules]
-        return config._attn_implementation, *attention_types(config), tuple(seen)
-
-    with lock(model):
-        parts = cached(model, Parts, valid_for, lambda: Parts(model))
-        for linear in parts.linears():
-            if linear.copies:
-                linear.drop_stale_copies()
-    return parts
+    """Those of the model's current weights."""
+    return cached(model, Parts, lambda _: weights_key(model), lambda: Parts(model))
 
 
 def bytes_made(model: PreTrainedModel) -> int:
     """Bytes of all copies of a model's weights, which draft."""
     linears = parts.linears() if (parts := peek(model, Parts)) else []
-    return sum(made.num_bytes for linear in linears for made in [*linear.copies.values()])
+    return sum(linear.copy.num_bytes for linear in linears if linear.copy is not None)
 
 
 def plain_linear(model: PreTrainedModel, module: nn.Module) -> Linear:
@@ -291,7 +279,7 @@ class FusedLayer:
         return layer
 
     @property
-    def has_slots(self) -> bool:
+    def is_in_place(self) -> bool:
         """Whether the operator can multiply by its weights."""
         return len(self._in_place) == len(self.linears)
 
@@ -299,10 +287,10 @@ class FusedLayer:
     def _in_place(self) -> list[Linear]:
         return [linear for linear in self.linears if isinstance(linear, Linear) and linear.is_in_place]
 
-    def slots(self) -> list[Slot]:
-        """All tensors that the operator reads, in its order."""
-        norms = [norm.slot for norm in self._norms.values() if norm is not None]
-        return norms + [slot for linear in self._in_place for slot in linear.slots()]
+    def tensors(self) -> list[Tensor]:
+        """All that the operator reads, in its order."""
+        norms = [norm.weight for norm in self._norms.values() if norm is not None]
+        return norms + [tensor for linear in self._in_place for tensor in linear.tensors]
 
     def description(self, window: int | None, rotation: int) -> tuple[list[int | None], list[float]]:
         """What the operator is told of it, see `Layer` of cpp/layers.cpp.

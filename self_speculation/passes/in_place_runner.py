@@ -7,8 +7,7 @@ Nothing is made of the weights, so what decodes is always the weights of now.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import getitem, is_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +18,13 @@ from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import Head, Layer, ModelRunner
 from self_speculation.weights.few_bits import is_in_few_bits
 from self_speculation.weights.kernels import cpu_operators
-from self_speculation.weights.linear import MAX_NARROW_TOKENS, tensors_in
+from self_speculation.weights.linear import MAX_NARROW_TOKENS
 
 
 class _Range(NamedTuple):
-    """Some layers, and where the operator's come from."""
+    """Some layers as the operator has them."""
 
-    tables: Sequence[Any]  # of parameters
-    names: Sequence[str]
-    weights: list[Tensor]  # that these named
-    owner: Tensor  # of the operator's layers
+    owner: Tensor  # of them
     rotations: list[str | None]
     key_shape: tuple[int, int]
 
@@ -71,18 +67,17 @@ class InPlaceRunner(ModelRunner):
         return states.view(rows, width, size)
 
     def _range(self, first: int, last: int) -> _Range | None:
-        """Valid until a parameter is replaced. The operator itself sees that one has other memory."""
-        is_new, own = (first, last) not in self._ranges, self._ranges.get((first, last))
-        if is_new or (own and not all(map(is_, map(getitem, own.tables, own.names), own.weights))):
-            own = self._ranges[first, last] = self._make_range(first, last)
-        return own
+        """The operator itself sees that a parameter has other memory."""
+        if (first, last) not in self._ranges:
+            self._ranges[first, last] = self._make_range(first, last)
+        return self._ranges[first, last]
 
     def _make_range(self, first: int, last: int) -> _Range | None:
         """None: the operator does not have all of these layers."""
         layers, kinds = self.layers[first:last], self.attention_types[first:last]
         if self.dtype != torch.float32 or cpu_operators().variant is None:
             return None
-        fused = [layer for layer in layers if isinstance(layer, FusedLayer) and layer.has_slots]
+        fused = [layer for layer in layers if isinstance(layer, FusedLayer) and layer.is_in_place]
         if [layer.index for layer in fused] != [*range(first, last)] or not fused:
             return None
         rotations = [*dict.fromkeys(kind.rotation for kind in kinds)]
@@ -91,13 +86,11 @@ class InPlaceRunner(ModelRunner):
         numbers, factors = zip(*told, strict=True)
         if len({tuple(own[1:4]) for own in numbers}) > 1:  # pruned layers differ in heads or width
             return None
-        slots = [slot for layer in fused for slot in layer.slots()]
-        (tables, names), weights = zip(*slots, strict=True), tensors_in(slots)
         owner = torch.ops.self_speculation.make_layers.default(
             torch.tensor(numbers),
             torch.tensor(factors, dtype=torch.float64),
-            weights,
+            [tensor for layer in fused for tensor in layer.tensors()],
             self.config.hidden_size,
             fused[0].key_shape[1],
         )
-        return _Range(tables, names, weights, owner, rotations, fused[0].key_shape)
+        return _Range(owner, rotations, fused[0].key_shape)

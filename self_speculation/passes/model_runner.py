@@ -7,7 +7,7 @@ A runner has weights and kernels. The cache is an argument. Knows nothing of sam
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, check_supported
-from self_speculation.fingerprint import fingerprint, structure
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
 from self_speculation.passes.fused_layers import FusedLayer, parts_of
 from self_speculation.passes.kv_cache import ALIGNMENT, Buffers, KVCache, ScatteredCache
@@ -100,7 +99,7 @@ class ModelRunner:
         model: a `...ForCausalLM` of a supported type, fused or not.
 
     Attributes:
-        parts: the fused parts; the runner is valid while the model has them.
+        parts: what is made of the model's weights; the runner is valid while the model has it.
         prefill_chunk: most positions of one pass over a prompt.
     """
 
@@ -123,15 +122,6 @@ class ModelRunner:
         if self.device.type == "cuda" and any(isinstance(layer, PlainLayer) for layer in self.layers):
             # In this process: these layers call `scaled_dot_product_attention` themselves.
             torch.backends.cuda.enable_cudnn_sdp(False)
-
-    @property
-    def fingerprint(self) -> Hashable:
-        """Changes with the structure of all modules and the contents of the rotary embedding: captured passes
-        are valid while it is the same.
-        """
-        plain = [layer.module for layer in self.layers if isinstance(layer, PlainLayer)]
-        rotary = fingerprint(self.tables.module)
-        return self.parts, structure(*plain), rotary
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
         """A cache of one empty row for all layers.

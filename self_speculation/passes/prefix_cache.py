@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedModel
 
-from self_speculation.fingerprint import fingerprint
 from self_speculation.model_cache import cached
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner
@@ -49,11 +48,11 @@ class PrefixCache:
 
     Args:
         cache: a new one.
-        fingerprint: of what the keys and values are valid for; None: no prefixes are kept.
+        key: of what the keys and values are valid for; None: no prefixes are kept.
     """
 
-    def __init__(self, cache: KVCache, num_slots: int, fingerprint: Hashable = None) -> None:
-        self.cache, self.fingerprint = cache, fingerprint
+    def __init__(self, cache: KVCache, num_slots: int, key: Hashable = None) -> None:
+        self.cache, self.key = cache, key
         cache.set_rows([])
         self._holders: list[CacheUser | _Prefix] = [_Prefix()] * num_slots
         self._answers = itertools.count(1)
@@ -97,7 +96,7 @@ class PrefixCache:
             return
         assert slot is not None
         is_row, left = slot < cache.num_rows, _Prefix()
-        if is_row and not (sequence.error or sequence.is_damaged or self.fingerprint is None):
+        if is_row and not (sequence.error or sequence.is_damaged or self.key is None):
             left = _Prefix(sequence.ids[: cache.lengths()[slot]], next(self._answers))
         if sequence.is_damaged or not is_row:
             cache.clear_slot(slot)
@@ -111,7 +110,7 @@ class PrefixCache:
 
     def discard_prefixes(self) -> None:
         """Keep none from now on: a failed round may have written anywhere."""
-        self.fingerprint = None
+        self.key = None
         self._holders = [_Prefix() if isinstance(held, _Prefix) else held for held in self._holders]
 
     def _put(self, holder: CacheUser | _Prefix, slot: int) -> None:
@@ -126,6 +125,7 @@ def kept_caches(model: PreTrainedModel) -> deque[PrefixCache]:
     return caches
 
 
-def cache_fingerprint(runner: ModelRunner) -> Hashable:
-    """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
-    return fingerprint(runner.model), runner.parts, type(runner)
+def cache_key(runner: ModelRunner) -> Hashable:
+    """Keys and values are valid while this is the same; None: torch does not count writes to the weights."""
+    parts = runner.parts()
+    return (runner.parts, type(runner)) if parts is not None and parts.counts_writes else None

@@ -2,7 +2,7 @@
 which rounds the model itself.
 
 A copy of a layer that is not fused is transformers' own layer with other products in place of each
-`nn.Linear`. Each copy stays with the `Linear` that it was made of, see `Linear.cached_copy`.
+`nn.Linear`. Each copy stays with the `Linear` that it was made of.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from self_speculation.weights.experts import experts_per_token
 from self_speculation.weights.few_bits import FewBitsLinear, eight_bits, mean_bytes_per_weight
 from self_speculation.weights.int4_linear import (
     BYTES_PER_WEIGHT,
-    Int4Linear,
     copy_bytes,
     four_bits,
     has_kernel,
@@ -130,9 +129,9 @@ def quantized(runner: ModelRunner, num_layers: int) -> ModelRunner:
     is_plain = isinstance(runner.head, PlainHead)
     whole = plain_linear(runner.model, runner.head.modules[1]) if is_plain else runner.head.linears[0]
     with lock(runner.model):
-        copies = _make_copies(runner, layers, [*linears, whole])
-    copied = [_with_products(runner.model, layer, copies.__getitem__) for layer in layers]
-    return runner.with_layers(copied, CopiedHead(runner.head.norm, whole, copies[whole]))
+        _make_copies(runner, layers, [*linears, whole])
+        copies = [_with_products(runner.model, layer, lambda linear: linear.copy) for layer in layers]
+    return runner.with_layers(copies, CopiedHead(runner.head.norm, whole, whole.copy))
 
 
 class CopiedHead:
@@ -208,14 +207,11 @@ def _with_modules(module: nn.Module, others: Mapping[Hashable, nn.Module]) -> nn
     return copied
 
 
-def _make_copies(
-    runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]
-) -> Mapping[Linear, Product]:
-    """The copy of each `Linear`. What is missing is made on all threads."""
-    copies = {linear: kept for linear in linears if (kept := linear.copies.get("int4"))}
-    missing = {linear: copy_bytes(linear.shape) for linear in linears if linear not in copies}
+def _make_copies(runner: ModelRunner, layers: Sequence[Layer], linears: Sequence[Linear]) -> None:
+    """The copy of each `Linear` that has none, on all threads."""
+    missing = {linear: copy_bytes(linear.shape) for linear in linears if linear.copy is None}
     if not missing:
-        return copies
+        return
     num_bytes = sum(missing.values())
     if num_bytes > (free := free_memory(runner.device)):
         raise ValueError(
@@ -224,16 +220,14 @@ def _make_copies(
         )
     squares = _input_squares(runner, layers)
 
-    def copied(linear: Linear) -> Linear | Int4Linear:
-        return linear.cached_copy("int4", lambda: int4_copy(linear, squares.get(linear)))
+    def make(linear: Linear) -> None:
+        linear.copy = int4_copy(linear, squares.get(linear))
 
     # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
     num_threads = torch.get_num_threads() if runner.device.type == "cpu" else 1
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
-        for linear, made in zip(missing, pool.map(copied, missing), strict=True):
-            copies[linear] = made
-            advance(missing[linear])
-    return copies
+        for num_copied, _ in zip(missing.values(), pool.map(make, missing), strict=True):
+            advance(num_copied)
 
 
 @torch.no_grad()

@@ -7,19 +7,15 @@ weights that are converted to the format of x for the pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from threading import RLock
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from self_speculation.fingerprint import version_of
 from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.kernels import cpu_operators
-
-T = TypeVar("T")
 
 # The most tokens that an operator reads of a prompt at a time. Torch's products are faster for more.
 MAX_NARROW_TOKENS = 32
@@ -30,10 +26,6 @@ _MOST_ROWS = 1024
 
 # Norms that multiply by 1 + weight, in float32.
 _CENTRED_NORMS = ("Gemma3RMSNorm",)
-
-# A tensor that a pass reads: where it stands, so that one that takes its place is read next time.
-Slot = tuple[Mapping[str, Any], str]
-
 
 # x [T, in] -> x W^T + b [T, out], over some format of W, in the dtype that the product has.
 Product = Callable[[Tensor], Tensor]
@@ -53,13 +45,8 @@ class Linear:
         self._num_rows = [projection.out_features for projection in projections]
         self.shape = torch.Size((sum(self._num_rows), projections[0].in_features))
         self.has_biases = [projection.bias is not None for projection in projections]
-        tables = [
-            each._buffers if isinstance(each, FewBitsLinear) else each._parameters for each in projections
-        ]
-        self._slots: list[list[Slot]] = [
-            [(table, "weight"), (table, "bias")][: 1 + has_bias]
-            for table, has_bias in zip(tables, self.has_biases, strict=True)
-        ]
+        tensors = [(projection.weight, projection.bias) for projection in projections]
+        self._tensors: list[list[Tensor]] = [[each for each in pair if each is not None] for pair in tensors]
         self._joint: tuple[Tensor, Tensor | None] | None = None
         weights = [projection.weight for projection in projections]
         on_cpu = weights[0].device.type == "cpu"
@@ -67,9 +54,7 @@ class Linear:
         if not on_cpu:
             bias = _side_by_side(self._biases()) if any(self.has_biases) else None
             self._joint = _side_by_side([weight for weight, _ in self.pairs]).t(), bias
-        self.copies: dict[Hashable, Any] = {}  # what was made of the weights, by key
-        self._version: Hashable = None  # of these weights
-        self._lock = RLock()  # passes of several threads may miss the same copy
+        self.copy: Any = None  # in four bits, see quantized_layers.py
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor | None]]:
@@ -79,16 +64,17 @@ class Linear:
             for each in self.projections
         ]
 
-    def slots(self) -> list[Slot]:
+    @property
+    def tensors(self) -> list[Tensor]:
         """Weight and bias, if there is one, of each projection, for operators."""
-        return [slot for of_one in self._slots for slot in of_one]
+        return [tensor for of_one in self._tensors for tensor in of_one]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._joint is not None:
             product, bias = torch.mm(x, self._joint[0]), self._joint[1]
             return product if bias is None else product.add_(bias)
         if self._is_by_operator(x, MAX_NARROW_TOKENS):
-            parts = [project(x, *pair) for pair in zip(self._slots, self._num_rows, strict=True)]
+            parts = [project(x, *pair) for pair in zip(self._tensors, self._num_rows, strict=True)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
         if x.dtype == torch.bfloat16:  # a bias is added before the product is rounded
             parts = [
@@ -106,7 +92,7 @@ class Linear:
     def logits(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """Of a single projection, over normed states."""
         if hidden.dtype == torch.float32 and self._is_by_operator(hidden, _MOST_ROWS):
-            return project(hidden, self.slots(), self.shape[0], norm)
+            return project(hidden, self.tensors, self.shape[0], norm)
         return self(norm(hidden))
 
     def _is_by_operator(self, x: Tensor, most: int) -> bool:
@@ -146,37 +132,17 @@ class Linear:
             return self.projections[0].rows(ids.flatten()).view(*ids.shape, self.shape[1])
         return self.projections[0].weight.data[ids]
 
-    @property
-    def version(self) -> Hashable:
-        """Changes when a weight or bias is replaced, moved or written to, but not through `.data`."""
-        return tuple((tensor.data_ptr(), version_of(tensor)) for tensor in tensors_in(self.slots()))
 
-    def cached_copy(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of `make`, kept by key while the weights are the same."""
-        with self._lock:
-            self.drop_stale_copies()
-            if key not in self.copies:
-                self.copies[key] = make()
-            return self.copies[key]
+def project(x: Tensor, weight: list[Tensor], rows: int, norm: RMSNorm | None = None) -> Tensor:
+    """norm(x) W^T + b by our operator, for one projection with so many rows.
 
-    def drop_stale_copies(self) -> None:
-        """Drop what was made of earlier weights."""
-        with self._lock:
-            if (version := self.version) != self._version:
-                self.copies, self._version = {}, version
-
-
-def project(x: Tensor, slots: Sequence[Slot], rows: int, norm: RMSNorm | None = None) -> Tensor:
-    """norm(x) W^T + b by our operator, for one projection with so many rows."""
+    Args:
+        weight: and bias, if there is one.
+    """
     of_norm = ([], 0.0, False) if norm is None else ([norm.weight], norm.epsilon, norm.is_centred)
-    weight, has_bias = tensors_in(slots), slots[-1][1] == "bias"
     return torch.ops.self_speculation.project.default(
-        x.float().contiguous(), *of_norm, weight, has_bias, rows
+        x.float().contiguous(), *of_norm, weight, len(weight) == 2, rows
     )
-
-
-def tensors_in(slots: Iterable[Slot]) -> list[Tensor]:
-    return [table[name] for table, name in slots]
 
 
 class RMSNorm:
@@ -185,23 +151,17 @@ class RMSNorm:
     def __init__(self, module: Any) -> None:
         self.is_centred = type(module).__name__ in _CENTRED_NORMS
         self.epsilon = module.eps if self.is_centred else module.variance_epsilon
-        self.slot: Slot = (module._parameters, "weight")
-        self._shape = self.weight.shape
-
-    @property
-    def weight(self) -> Tensor:
-        table, name = self.slot
-        return table[name]
+        self.weight: Tensor = module.weight
 
     def __call__(self, hidden: Tensor) -> Tensor:
         weight = self.weight
         if self.is_centred:
-            return torch.rms_norm(hidden.float(), self._shape, weight.float() + 1, self.epsilon).to(
+            return torch.rms_norm(hidden.float(), weight.shape, weight.float() + 1, self.epsilon).to(
                 hidden.dtype
             )
         if weight.dtype != hidden.dtype:
             weight = weight.to(hidden.dtype)
-        return torch.rms_norm(hidden, self._shape, weight, self.epsilon)
+        return torch.rms_norm(hidden, weight.shape, weight, self.epsilon)
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,6 @@ from conftest import PROMPT, WAYS, ids_of, own_llama, tiny_llama
 from self_speculation.drafts.draft import Draft
 from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
 from self_speculation.passes.fused_layers import fuse
-from self_speculation.weights import linear
 
 NUM_THREADS = 6
 PROMPTS = [PROMPT, [8, 3, 11], [6] * 9]
@@ -73,19 +72,6 @@ def run_all(*functions):
     """Run each in a thread of its own. Returns their results."""
     with ThreadPoolExecutor(len(functions)) as threads:
         return [future.result() for future in [threads.submit(function) for function in functions]]
-
-
-def test_a_copy_is_made_once():
-    """Guards against twice the memory and time when two threads first need a copy."""
-    crowd, whole = Crowd(), linear.Linear(torch.nn.Linear(4, 4))
-
-    def make():
-        crowd.visit()
-        return object()
-
-    first, second = run_all(*[lambda: whole.cached_copy("key", make)] * 2)
-    assert first is second
-    assert crowd.visits == 1
 
 
 def test_statistics_change_for_one_thread_at_a_time():

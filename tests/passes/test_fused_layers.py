@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from conftest import (
     ADAPTIVE,
     LAYERS,
@@ -20,7 +19,7 @@ from conftest import (
     tiny_llama,
     transformers_generate,
 )
-from test_runners import OF_WEIGHTS, heads_ablated, replaced_data
+from test_runners import replaced_data, written
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -29,7 +28,6 @@ from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.passes import fused_layers
 from self_speculation.passes.fused_layers import fuse, parts_of
 from self_speculation.passes.model_runner import ModelRunner, forward
-from self_speculation.passes.quantized_layers import quantized
 
 
 def fused(model):
@@ -51,28 +49,9 @@ def test_each_request_of_a_batch_uses_current_weights(model):
     fuse(model)
     strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=12)
     answers = strategy.generate_batch(model, [Request(PROMPT)] * 2, config, batch_size=1)
-    for change in (heads_ablated, replaced_data):
+    for change in (written, replaced_data):
         assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
         change(model)
-
-
-@pytest.mark.parametrize("change", OF_WEIGHTS)
-def test_drafts_use_copies_of_current_weights(model, change):
-    """Guards against drafts by the weights that a model had before: the output stays right but gets slow."""
-
-    def draft_logits(model):
-        with torch.inference_mode():
-            runner = quantized(ModelRunner(model), 4)
-            return forward(runner, runner.new_cache(6, 6), torch.tensor([PROMPT]), 6).logits
-
-    fuse(model)
-    before = draft_logits(model)
-    change(model)
-    twin = copy.deepcopy(model)
-    fuse(twin)
-    expected = draft_logits(twin)
-    # Copies of unchanged layers are weighted by the inputs of before.
-    assert (draft_logits(model) - expected).norm() <= 0.3 * (before - expected).norm()
 
 
 def test_unused_parts_are_freed(model):
@@ -90,6 +69,7 @@ def test_unused_parts_are_freed(model):
     own = copy.deepcopy(model)
     fuse(own)
     own.model.layers[0].register_forward_hook(partial(lambda model, *_: None, own))
+    fuse(own)
     ids_of(own, max_steps=6, **LAYERS)
     whole = weakref.ref(own)
     del own
@@ -142,42 +122,10 @@ class DoublingNorm(LlamaRMSNorm):
 )
 def test_changed_layers_are_not_fused(model, change):
     """Guards against an adapter, a quantised layer or a hook that fused layers ignore."""
-    fuse(model)
     change(model.model.layers[1])
+    assert fuse(model) == 3
     assert fused(model) == [True, False, True, True, True]
     assert_logits(model)
-
-
-def test_hooks_may_write_to_their_modules(model):
-    """Guards against layers that are all fused again for each answer, and against numbers that hooks or fused
-    layers read and somebody changes.
-    """
-
-    def count(module, _inputs, output):
-        module.calls, module.output = module.calls + 1, output
-        return output * module.gain
-
-    hooked = model.model.layers[1], model.model.embed_tokens
-    for module in hooked:
-        module.calls, module.gain = 0, -1.0
-        module.register_forward_hook(count)
-    fuse(model)
-    strategy = make_strategy("autoregressive")
-    config = GenerationConfig(sample=False, reuse_cache=True, max_steps=8)
-
-    def assert_followed():
-        found = strategy.generate_token_ids(model, PROMPT, [], config).predicted_tokens
-        assert found == transformers_generate(model, PROMPT, 8, -1)
-        return parts_of(model)
-
-    parts = assert_followed()
-    assert fused(model) == [True, False, True, True, True]
-    hooked[0].gain = 2.0
-    assert assert_followed() is parts
-    hooked[1].gain = 0.5
-    assert assert_followed() is parts
-    model.model.layers[2].input_layernorm.variance_epsilon = 0.5
-    assert assert_followed() is not parts
 
 
 def test_a_long_pass_goes_through_the_mlp_in_pieces(model, monkeypatch):
@@ -185,16 +133,6 @@ def test_a_long_pass_goes_through_the_mlp_in_pieces(model, monkeypatch):
     monkeypatch.setattr(fused_layers, "_MLP_PIECE", 4)
     fuse(model)
     assert_logits(model)
-
-
-def test_a_layer_is_fused_again_without_its_hook(model):
-    """Guards against a model that stays slow without its hook: accelerate leaves a `forward` behind."""
-    fuse(model)
-    mlp = model.model.layers[1].mlp
-    add_hook_to_module(mlp, AlignDevicesHook("cpu"))
-    assert not all(fused(model))
-    remove_hook_from_module(mlp)
-    assert all(fused(model))
 
 
 def test_all_weights_are_saved(model, tmp_path):

@@ -1,14 +1,55 @@
-"""What is made from a model and kept with it."""
+"""What is made from a model and kept with it, and the key of the weights that it is valid for."""
 
+import copy
 import gc
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
-from self_speculation.model_cache import cached, evict, lock, peek, release, singleton
+from self_speculation.model_cache import cached, evict, lock, peek, release, singleton, weights_key
+
+
+def weight(model):
+    return model.model.layers[2].mlp.down_proj.weight  # [32, 48]
+
+
+CHANGES = {
+    "a row": lambda model: weight(model).detach()[7].mul_(1.5),
+    "an element, by torch": lambda model: nn.init.ones_(weight(model)[3, 5]),
+    "a new storage": lambda model: setattr(weight(model), "data", weight(model).data.clone()),
+    "a new parameter": lambda model: setattr(
+        model.model.layers[2].mlp.down_proj, "weight", nn.Parameter(weight(model).data)
+    ),
+    "a format": lambda model: model.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_write_changes_the_key(model, change):
+    """Guards against keys, values and copies of earlier weights, and passes that seem to change weights."""
+    before = weights_key(model)
+    model(torch.tensor([[5, 9, 4]]))
+    assert weights_key(model) == before
+    CHANGES[change](model)
+    assert weights_key(model) != before
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_weights_without_versions_or_memory_have_a_key(model):
+    """Guards against errors with a model that was made in inference mode, is offloaded or in shards."""
+    with torch.inference_mode():
+        made = copy.deepcopy(model)
+    assert weights_key(made) == weights_key(made)
+    head, mesh = model.lm_head, init_device_mesh("cpu", (1,))
+    head.weight = nn.Parameter(DTensor.from_local(head.weight.data, mesh, [Replicate()]))
+    assert weights_key(model) == weights_key(model)
+    assert weights_key(model.to("meta")) == weights_key(model)
 
 
 class Part:

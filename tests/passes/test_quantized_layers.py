@@ -4,6 +4,9 @@ test_self_speculation_generator.py and decoding/test_sampling_distribution.py ch
 on them.
 """
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import (
@@ -11,12 +14,11 @@ from conftest import (
     PROMPT,
     assert_close,
     generate,
-    ids_of,
     own_llama,
     tiny_llama,
     transformers_generate,
 )
-from helpers import SPECULATION, refused
+from helpers import SPECULATION, refused, watch
 from test_llama_model_utils import family, is_dense
 from torch import nn
 
@@ -35,7 +37,7 @@ from self_speculation.weights.linear import Linear
 
 def tensors(copied):
     """Those of a copy by operators."""
-    return [table[name] for table, name in copied.slots()]
+    return copied.tensors
 
 
 def four_bits(weight):
@@ -207,32 +209,6 @@ def test_a_copy_of_every_family(model_type):
     )
 
 
-def test_a_copy_of_transformers_layers_follows_their_weights():
-    """Guards against a copy made for each generation, against drafts of former weights or by a norm that the
-    model no longer has, and against a model that keeps both.
-    """
-    model = in_sixteen_steps(family("olmo2", num_hidden_layers=2).float())
-
-    def drafted():
-        return generate(model, PROMPT, max_steps=12, eos=[], **{**COPY, "exit_layer": 2})
-
-    def copies():
-        return quantized(ModelRunner(model), 2).layers[0].linears
-
-    drafted()
-    before, size = copies(), bytes_made(model)
-    assert all(mine is theirs for mine, theirs in zip(copies(), before, strict=True))
-    q_proj, norm = model.model.layers[0].self_attn.q_proj, model.model.layers[1].post_feedforward_layernorm
-    q_proj.weight.detach().neg_()
-    assert drafted().acceptance_rate > 0.7
-    assert [mine is theirs for mine, theirs in zip(copies(), before, strict=True)].count(False) == 1
-    norm.weight = nn.Parameter(-norm.weight.detach())
-    assert drafted().acceptance_rate > 0.7
-    assert bytes_made(model) == size
-    fuse(model)
-    assert not bytes_made(model)
-
-
 def hooked(model):
     model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
 
@@ -295,27 +271,16 @@ def test_drafts_draw_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_copies_of_earlier_weights_are_dropped():
-    """Guards against memory of copies that nobody asks for again."""
-    model = tiny_llama()
-    quantized(ModelRunner(model), 2)
-    assert bytes_made(model)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.0)
-    ModelRunner(model)
-    assert not bytes_made(model)
+def test_two_threads_make_a_copy_once(monkeypatch):
+    """Guards against twice the memory and time when two threads first need copies."""
+    made, together = watch(monkeypatch, quantized_layers, "int4_copy"), threading.Barrier(2)
+    runner = ModelRunner(own_llama())
 
+    def copied():
+        together.wait(10)
+        return quantized(runner, 2).head._copied
 
-def test_copies_that_another_thread_drops_are_used(monkeypatch):
-    """Guards against a `KeyError` where weights change while copies are made: these serve the drafts."""
-    make = Linear.cached_copy
-
-    def made_and_dropped(linear, *args):
-        made = make(linear, *args)
-        linear.copies = {}  # as by another runner, after a change
-        return made
-
-    monkeypatch.setattr(Linear, "cached_copy", made_and_dropped)
-    model = tiny_llama()
-    assert ids_of(model, PROMPT, **COPY) == ids_of(model, PROMPT)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(copied) for _ in range(2))
+        assert first.result(60) is second.result(60)
+    assert len(made) == 2 * 7 + 1

@@ -19,7 +19,7 @@ from conftest import (
 from cuda_graphs import decode_eagerly
 from torch import nn
 
-from self_speculation import Request, make_strategy
+from self_speculation import Request, make_strategy, release
 from self_speculation.passes.captured_runner import capture_decoding
 from self_speculation.passes.fused_layers import fuse, parts_of
 
@@ -85,28 +85,52 @@ def replaced_data(model):
     model.model.layers[1].self_attn.q_proj.weight.data = torch.randn(32, 32, dtype=model.dtype)
 
 
-def heads_ablated(model):
-    """torch does not count writes through `.data`, of these three."""
-    model.model.layers[1].self_attn.o_proj.weight.data[:, 16:].zero_()
-    fuse(model)
+def replaced_and_put_back(model):
+    """Prefixes and copies of the weights in between must not stay."""
+    weight, strategy = model.model.layers[1].mlp.up_proj.weight, make_strategy("autoregressive")
+    former, weight.data = weight.data, 1.5 * weight.data
+    answer_of(strategy, model, Request([*PROMPT, 1]), max_steps=3, reuse_cache=True)
+    weight.data = former
 
 
+@torch.no_grad()
+def written(model):
+    model.model.layers[1].self_attn.o_proj.weight[:, 16:] = 0
+
+
+@torch.no_grad()
 def other_rows_of_the_head(model):
-    model.lm_head.weight.data.copy_(model.lm_head.weight.data.flip(0).clone())
-    fuse(model)
+    model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
 
 
-def another_norm(model):
-    model.model.norm.weight.data[3].mul_(30)
-    fuse(model)
+def reordered(model):
+    """A trace that ignores it reads keys and values of another layer than the prompt's pass writes."""
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
 
 
-OF_WEIGHTS = [assigned_and_trained, replaced_data, heads_ablated, other_rows_of_the_head, another_norm]
+def pruned(model):
+    model.model.layers[2] = copy.deepcopy(model.model.layers[1])
+    model.model.layers[2].self_attn.layer_idx = 2
+
+
+# `weights_key` sees these.
+SEEN = [
+    assigned_and_trained, replaced_data, replaced_and_put_back, written, other_rows_of_the_head, reordered,
+    pruned, nn.Module.double,
+]  # fmt: skip
+
+
+def ablated(model):
+    model.model.layers[1].self_attn.o_proj.weight.data[:, 16:].zero_()
 
 
 def one_element(model):
     model.model.layers[2].mlp.down_proj.weight.data[3, 5] += 30
-    fuse(model)
+
+
+def another_norm(model):
+    model.model.norm.weight.data[3].mul_(30)
 
 
 def another_activation(model):
@@ -122,31 +146,23 @@ def turned(model):
     model.model.rotary_emb.inv_freq.mul_(2)
 
 
-def reordered(model):
-    """A trace that ignores it reads keys and values of another layer than the prompt's pass writes."""
-    layers = model.model.layers
-    layers[0], layers[1] = layers[1], layers[0]
-
-
 def hooked(model):
     model.model.layers[1].register_forward_hook(lambda module, inputs, output: -output)
 
 
-OTHERS = [one_element, another_activation, scaled, turned, reordered, hooked, nn.Module.double]
-CAPTURED = [
-    assigned_and_trained,
-    replaced_data,
-    another_norm,
-    another_activation,
-    scaled,
-    turned,
-    reordered,
-    hooked,
-]
+def another_forward(model):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda hidden: 3 * type(mlp).forward(mlp, hidden)
+
+
+# Of these `fuse` must be told.
+TOLD = [ablated, one_element, another_norm, another_activation, scaled, turned, hooked, another_forward]
 # Layers of transformers have nothing that is made of weights: only graphs and kept keys can be outdated.
 CHANGED = [
-    *itertools.product([*OF_WEIGHTS, *OTHERS], ["in place"]),
-    *itertools.product(CAPTURED, ["captured"]),
+    *itertools.product([*SEEN, *TOLD], ["in place"]),
+    *itertools.product(
+        [assigned_and_trained, replaced_data, reordered, another_norm, scaled, turned, hooked], ["captured"]
+    ),
     *itertools.product([replaced_data, one_element, turned, hooked], ["layers", "captured layers"]),
 ]
 
@@ -163,7 +179,8 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
         fuse(model)
     if graphs:
         capture_decoding(model)
-    drafts = LAYERS if change in (hooked, nn.Module.double) else COPY  # such layers have no copies
+    has_copies = change not in (hooked, another_forward, nn.Module.double)
+    drafts = COPY if has_copies else LAYERS
     ways = [{}, LAYERS, drafts]
     strategies = [make_strategy(config_of(**way).generation_strategy) for way in ways]
 
@@ -175,13 +192,15 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
     if graphs:
         assert graphs.replayed
     change(model)
+    if change in TOLD:
+        (release if "layers" in runner else fuse)(model)
     found = [*answers()]
-    assert len(parts_of(model).fused) == 5 or "layers" in runner or change not in OF_WEIGHTS
+    assert len(parts_of(model).fused) == 5 or "layers" in runner or not has_copies
     # The third way goes on with the cache of the second one.
     assert [result.num_cached_tokens for result in found[:2]] == [0] * 2
     after = [result.predicted_tokens for result in found]
     assert after == [transformers_generate(model, PROMPT, 8, -1)] * 3
-    assert (after == before) == (change is nn.Module.double)
+    assert (after == before) == (change in (nn.Module.double, replaced_and_put_back))
     decode_eagerly(model)
     drafted = [result.accepted_by_position for result in answers()]
     assert [result.accepted_by_position for result in found] == drafted

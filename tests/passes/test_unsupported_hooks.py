@@ -1,5 +1,6 @@
 """Code around all layers changes a model's output and is refused by name; code in layers is followed."""
 
+from functools import partial
 from types import MethodType
 
 import pytest
@@ -10,18 +11,15 @@ from conftest import (
     EOS,
     LAYERS,
     PROMPT,
-    drained,
     generate,
-    ids_of,
     own_llama,
-    scheduler_of,
     tiny_llama,
     transformers_generate,
 )
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from self_speculation import Request, fuse, self_speculative_generate
+from self_speculation import fuse, self_speculative_generate
 
 ADAPTIVE = {"custom_generate": self_speculative_generate, "generation_strategy": "adaptive"}
 
@@ -74,8 +72,9 @@ def test_code_around_all_layers_is_refused(change, message):
     change(model)
     with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor([PROMPT]), max_new_tokens=4, **ADAPTIVE)
-    with pytest.raises(ValueError, match=message):
-        generate(model, PROMPT, max_steps=4)
+    for decodes in (partial(generate, prompt=PROMPT, max_steps=4), fuse):
+        with pytest.raises(ValueError, match=message):
+            decodes(model)
 
 
 def test_hooks_on_all_modules_are_refused():
@@ -88,20 +87,6 @@ def test_hooks_on_all_modules_are_refused():
             generate(tiny_llama(), PROMPT, max_steps=4)
     finally:
         handle.remove()
-
-
-def test_each_request_checks_the_model():
-    """Guards against a scheduler that checks its model only at first. Sequences in flight go on."""
-    model = own_llama()
-    scheduler = scheduler_of(model, 2, max_steps=4)
-    scheduler.add_request("before", Request(PROMPT))
-    scheduler.step()
-    handle = model.register_forward_hook(other)
-    scheduler.add_request("after", Request(PROMPT))
-    handle.remove()
-    results = drained(scheduler)
-    assert results["before"].predicted_tokens == ids_of(model, max_steps=4)
-    assert "has the hook other" in str(results["after"])
 
 
 def wrapped_layer(model):
@@ -147,8 +132,10 @@ FOLLOWED = {
 @pytest.mark.parametrize("fused", [False, True])
 def test_code_in_layers_is_followed(change, fused):
     """Guards against a layer's hook that is ignored, and against refusing a model that accelerate placed."""
-    model = own_llama(fused=fused)
+    model = own_llama()
     FOLLOWED[change](model)
+    if fused:
+        fuse(model)
     with torch.compiler.set_stance("force_eager"):  # compiling takes seconds
         expected = transformers_generate(model, PROMPT, 9)
     for options in ({}, LAYERS, {"generation_strategy": "adaptive"}):

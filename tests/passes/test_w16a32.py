@@ -61,9 +61,11 @@ def test_a_hooked_model_computes_in_16_bits(model):
     """Guards against layers in 16 bits that get states in float32, and against a hook that is ignored."""
     assert activation_dtype(model) == torch.float32
     handle = model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert fuse(model) == 0
     assert activation_dtype(model) == model.dtype
     assert len(generate(model, PROMPT, max_steps=5, eos=[]).predicted_tokens) == 5
     handle.remove()
+    fuse(model)
     assert activation_dtype(model) == torch.float32
 
 
