@@ -17,7 +17,7 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
         yield PassRange(decoding.runner, 0, decoding.depth)
 
-    def step(self, decoding: Decoding) -> None:
+    def decode_round(self, decoding: Decoding) -> None:
         """Reads from the device: one."""
         batch = decoding.batch
         logits = forward_early(decoding.runner, decoding.cache, batch.last, decoding.depth).logits

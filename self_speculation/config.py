@@ -145,7 +145,8 @@ class GenerationConfig:
         for name, (least, most) in SAMPLING_RULES.items():
             bounds = f"must be {least} or more" if most is None else f"must be between {least} and {most}"
             check(self, name, least <= getattr(self, name) <= (math.inf if most is None else most), bounds)
-        check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be above 0")
+        is_bounded = 0.01 <= self.repetition_penalty <= 100  # else logits overflow
+        check(self, "repetition_penalty", is_bounded, "must be between 0.01 and 100")
         for name in ("frequency_penalty", "presence_penalty"):
             check(self, name, -2 <= getattr(self, name) <= 2, "must be between -2 and 2")
         for name in ("max_steps", "no_repeat_ngram_size", "repetition_window"):

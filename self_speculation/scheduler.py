@@ -38,7 +38,7 @@ Key = TypeVar("Key")
 
 
 class Decoding(NamedTuple):
-    """Inputs of `DecodingStrategy.step`."""
+    """Inputs of `DecodingStrategy.decode_round`."""
 
     runner: ModelRunner
     slots: PrefixCache
@@ -59,10 +59,10 @@ class DecodingStrategy(GenerationStrategy, ABC):
 
     @abstractmethod
     def passes(self, decoding: Decoding) -> abc.Iterator[PassRange]:
-        """The passes that `step` can run."""
+        """The passes that a round can run."""
 
     @abstractmethod
-    def step(self, decoding: Decoding) -> None:
+    def decode_round(self, decoding: Decoding) -> None:
         """Do one round: every sequence gets at least one more token, now or in the next round."""
 
     @torch.inference_mode()
@@ -225,7 +225,7 @@ class Scheduler(Generic[Key]):
         adjust_threads(self._model)
         try:
             with self._without_autocast():
-                self._strategy.step(decoding)
+                self._strategy.decode_round(decoding)
         except Exception as error:
             decoding.slots.discard_prefixes()
             for sequence in self.batch.sequences:

@@ -33,7 +33,7 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
         return decoding.composer.passes(decoding.runner, decoding.batch.longest_draft)
 
-    def step(self, decoding: Decoding) -> None:
+    def decode_round(self, decoding: Decoding) -> None:
         speculate(decoding.runner, decoding.cache, decoding.batch, decoding.composer)
 
 

@@ -47,7 +47,7 @@ class AsyncRead:
 
 
 class Known(NamedTuple):
-    """Numbers of the host, in the place of an `AsyncRead`."""
+    """Numbers that the host has already, with the interface of an `AsyncRead`."""
 
     numbers: Sequence[float]
 

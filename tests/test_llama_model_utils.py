@@ -1,5 +1,6 @@
 """Passes over ranges of layers give the logits of transformers, for every supported family."""
 
+import inspect
 from unittest.mock import patch
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import assert_close, generate, tiny_llama
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from self_speculation.families import FAMILIES, FUSED_FAMILIES, context_length
+from self_speculation.families import FAMILIES, FUSED_FAMILIES, attention_types, context_length
 from self_speculation.llama_model_utils import crop_past_key_values
 from self_speculation.passes.full_forward import hidden_after_each_layer
 from self_speculation.passes.fused_layers import fuse
@@ -49,6 +50,41 @@ def family(model_type, attention="sdpa", **config):
     if experts:
         model.set_experts_implementation("eager")  # the default has no kernel in float64
     return model
+
+
+KINDS = [kind for kind in FAMILIES if not is_dense(kind)]
+
+
+def mixture(kind, **config):
+    """With the kernel that transformers picks."""
+    model = family(kind, **config).float()
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+WINDOW = 7
+# Those of a family that has them: windows in every second layer, or in all.
+SETTINGS = {
+    "sliding_window": WINDOW, "use_sliding_window": True,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+
+
+def window_settings(model_type):
+    known = inspect.signature(CONFIG_MAPPING[model_type]).parameters
+    return {name: value for name, value in SETTINGS.items() if name in known}
+
+
+def has_windows(model_type):
+    config = CONFIG_MAPPING[model_type](num_hidden_layers=4, **window_settings(model_type))
+    return any(kind.window for kind in attention_types(config))
+
+
+WINDOWED = [*filter(has_windows, FAMILIES)]
+
+
+def windowed(model_type, attention="sdpa", **others):
+    return family(model_type, attention, **window_settings(model_type), **others)
 
 
 def pieces_match_the_whole(model):

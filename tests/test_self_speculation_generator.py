@@ -1,5 +1,7 @@
-"""Greedy ids of self-speculative decoding are those of autoregressive decoding and of transformers."""
+"""Drafts and batches change nothing: ids are those of a row alone without drafts, and of transformers."""
 
+import copy
+from functools import cache, partial
 from unittest.mock import Mock, patch
 
 import pytest
@@ -10,13 +12,17 @@ from conftest import (
     ROOT,
     generate,
     ids_of,
+    in_batch,
     mixed_drafts,
+    needs_operators,
+    own_llama,
     random_plans,
     tiny_llama,
     transformers_generate,
 )
-from hypothesis import example, given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from test_llama_model_utils import KINDS, WINDOWED, family, mixture, windowed
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,14 +30,15 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-from self_speculation import GenerationConfig, Request, SelfSpeculativeGenerationStrategy, make_strategy
+from self_speculation import GenerationConfig, Request, SelfSpeculativeGenerationStrategy, fuse, make_strategy
 from self_speculation.decoding.request import FrequencyPenaltyLogitsProcessor
+from self_speculation.passes.quantized_layers import quantize
 from self_speculation.scheduler import Scheduler
 
 
 def history_bias(input_ids, scores):
     """A processor that checks its arguments, and whose result depends on every id of the history."""
-    assert (len(input_ids), scores.shape) == (1, (1, 50))
+    assert (len(input_ids), len(scores)) == (1, 1)
     weights = torch.arange(1, input_ids.shape[1] + 1)
     return scores.roll(int((input_ids[0] * weights).sum()) % 7, dims=-1)
 
@@ -46,108 +53,138 @@ PROCESSORS = {
 }
 
 
+def rounded(bits):
+    model = own_llama(hidden_size=40, intermediate_size=72)
+    quantize(model, bits)
+    return model
+
+
+def narrow(kind):
+    return windowed(kind).float()
+
+
+NEED_OPERATORS = ("bfloat16", "four bits", "eight bits")
+MODELS = {
+    "never": lambda: own_llama(agreement="never"),
+    "always": lambda: own_llama(agreement="always"),
+    "sometimes": own_llama,
+    "loops": lambda: own_llama(agreement="loops"),
+    "eight layers": lambda: own_llama(num_layers=8),
+    "bfloat16": lambda: own_llama().bfloat16(),
+    "four bits": lambda: rounded(4),
+    "eight bits": lambda: rounded(8),
+    "olmo2": lambda: family("olmo2").float(),
+    "experts in some layers": lambda: mixture("qwen3_moe", mlp_only_layers=[1]),
+    **{f"{kind} with windows": partial(narrow, kind) for kind in WINDOWED},
+    **{kind: partial(mixture, kind) for kind in KINDS},
+}
+HAVE_NO_COPIES = ("never", "four bits", "experts in some layers", *KINDS)
+
+
+@cache
+def model_of(name, fused):
+    model = MODELS[name]()
+    if fused:
+        fuse(model)
+    return model
+
+
+# Of `integers` every second one is the least.
 DRAFTS = st.fixed_dictionaries(
     {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(1, 8)},
-    optional={
-        "draft_weights": st.just("int4"),
-        "prompt_lookup": st.integers(1, 3),
-    },
+    optional={"draft_weights": st.just("int4"), "prompt_lookup": st.integers(1, 3)},
+)
+ANY_PLAN = st.fixed_dictionaries(
+    {"generation_strategy": st.just("adaptive"), "prompt_lookup": st.just(1)},
+    optional={"draft_weights": st.just("int4")},
 )
 SHARED = st.fixed_dictionaries(
     {
-        "max_steps": st.sampled_from([20, 16, 12, 8, 5, 3, 2, 1]),  # of `integers` every second one is 1
-        "eos": st.lists(st.integers(0, 49), max_size=6, unique=True),
+        "max_steps": st.sampled_from([20, 16, 12, 8, 5, 3, 2, 1]),
         "no_repeat_ngram_size": st.sampled_from([None, 1, 2]),
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
         "frequency_penalty": st.sampled_from([0.0, 0.4]),
         "presence_penalty": st.sampled_from([0.0, 0.3]),
     }
 )
-
-PLAIN = {
-    "max_steps": 20, "eos": [], "no_repeat_ngram_size": None, "repetition_penalty": 1.0,
-    "frequency_penalty": 0.0, "presence_penalty": 0.0,
-}  # fmt: skip
-
-
-@mixed_drafts("exit 1", "exit 2", "exit 3", "n-grams")
-@settings(max_examples=60)
-@given(
-    drafts=DRAFTS,
-    shared=SHARED,
-    agreement=st.sampled_from(["never", "always", "sometimes", "loops"]),
-    fused=st.booleans(),
-    processors=st.sampled_from(sorted(PROCESSORS)),
-    stops_at=st.sampled_from([None, 3, 7]),
-    prompt=st.lists(st.integers(3, 49), min_size=1, max_size=7) | st.lists(st.integers(3, 9), min_size=9),
+ROW = st.fixed_dictionaries(
+    {
+        "prompt": st.lists(st.integers(3, 49), min_size=1, max_size=7)
+        | st.lists(st.integers(3, 9), min_size=9, max_size=40),
+        "processors": st.sampled_from(sorted(PROCESSORS)),
+        "stops_at": st.sampled_from([None, 3, 7]),
+        "ends": st.lists(st.integers(0, 49), max_size=6, unique=True),
+    }
 )
-@example(  # n-grams that are accepted, and that are rejected
-    drafts={"exit_layer": 2, "num_speculations": 4, "prompt_lookup": 1},
-    shared=PLAIN,
-    agreement="never",
-    fused=False,
-    processors="none",
-    stops_at=None,
-    prompt=[5, 9, 4, 5, 9],
-)
-def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processors, stops_at, prompt):
-    """Guards against errors in length limits, rollback, stops inside a draft, the history of processors and
-    stop conditions, and against keys and values that an inexact draft leaves in the cache.
-    """
-    model, given = tiny_llama(agreement=agreement, fused=fused), PROCESSORS[processors]
+
+
+def request_of(row):
+    """It ends where its last two ids have such a sum."""
 
     def ends(output):
-        return stops_at is not None and sum(output[-2:]) % stops_at == 0
+        return row["stops_at"] is not None and sum(output[-2:]) % row["stops_at"] == 0
 
-    with patch("self_speculation.passes.kv_cache._FIRST_ALLOCATION", 3):  # so that the cache grows
-        plain, speculative = (
-            generate(model, prompt, logits_processors=given, stop_checks=ends, **shared, **own)
-            for own in ({}, drafts)
-        )
-    assert speculative.predicted_tokens == plain.predicted_tokens
-    assert speculative.stop_reason == plain.stop_reason
-    penalties = shared["frequency_penalty"], shared["presence_penalty"]
-    criterion = [lambda ids, *_, **__: torch.tensor([ends(ids[0, len(prompt) :].tolist())])]
-    assert plain.predicted_tokens == transformers_generate(
+    processors = PROCESSORS[row["processors"]]
+    return Request(row["prompt"], processors, stop_checks=ends, eos_token_ids=row["ends"])
+
+
+def by_transformers(model, request, shared):
+    prompt, stops = request.ids, request.stop_checks
+    penalties = FrequencyPenaltyLogitsProcessor(
+        len(prompt), shared["frequency_penalty"], shared["presence_penalty"]
+    )
+    return transformers_generate(
         model,
         prompt,
         shared["max_steps"],
-        shared["eos"] or -1,
-        logits_processor=[FrequencyPenaltyLogitsProcessor(len(prompt), *penalties), *given],
-        stopping_criteria=criterion,
+        request.eos_token_ids or -1,
+        logits_processor=[penalties, *request.logits_processors],
+        stopping_criteria=[lambda ids, *_, **__: torch.tensor([stops(ids[0, len(prompt) :].tolist())])],
         no_repeat_ngram_size=shared["no_repeat_ngram_size"],
         repetition_penalty=shared["repetition_penalty"],
     )
-    assert speculative.num_accepted <= speculative.num_drafted
-    assert speculative.num_decode_tokens <= speculative.num_verifications * (drafts["num_speculations"] + 1)
-    counts = zip(speculative.accepted_by_position, speculative.drafted_by_position, strict=True)
-    assert all(0 <= accepted <= drafted for accepted, drafted in counts)
 
 
-@mixed_drafts("exit 1", "exit 2", "n-grams")
-@settings(max_examples=25)
-@given(
-    seed=st.integers(0, 2**32),
-    shared=SHARED,
-    agreement=st.sampled_from(["never", "always", "sometimes"]),
-    weights=st.sampled_from(["exact", "int4"]),
-    fused=st.booleans(),
-    processors=st.sampled_from(sorted(PROCESSORS)),
-    prompt=st.lists(st.integers(3, 9), min_size=1, max_size=30),
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_operators if name in NEED_OPERATORS else ()) for name in MODELS]
 )
-def test_ids_equal_for_every_sequence_of_plans(seed, shared, agreement, weights, fused, processors, prompt):
-    """Guards against keys, values or ids that one draft source leaves to another. Plans are random: on a tiny
-    model, the policy always has the same best plan.
+def test_drafts_and_batches_change_nothing(name):
+    """Guards against errors in length limits, rollback, stops inside a draft, windows, experts, rounding in
+    wider passes, the history of processors and stop conditions, against keys, values or ids that an inexact
+    draft, another source or another row leaves, and against positions of other rows. Plans of adaptive
+    decoding are random: on a tiny model, the policy always has the same best plan.
     """
-    weights = "exact" if agreement == "never" else weights  # a hooked layer has no copy
-    model = tiny_llama(num_layers=8, agreement=agreement, fused=fused)
-    shared |= {"max_steps": 2 * shared["max_steps"], "logits_processors": PROCESSORS[processors]}
-    plain = generate(model, prompt, **shared)
-    drafts = {"draft_weights": weights, "prompt_lookup": 1}
-    with random_plans(seed):
-        found = generate(model, prompt, "adaptive", **shared, **drafts)
-    assert found.predicted_tokens == plain.predicted_tokens
-    assert found.stop_reason == plain.stop_reason
+
+    @seed(name)
+    @settings(max_examples=12)
+    @given(
+        fused=st.booleans(),
+        drafts=DRAFTS | ANY_PLAN,
+        plans=st.integers(0, 2**32),
+        shared=SHARED,
+        rows=st.lists(ROW, min_size=1, max_size=4),
+        batch_size=st.integers(1, 3),
+    )
+    def hold(fused, drafts, plans, shared, rows, batch_size):
+        model = model_of(name, fused or name == "bfloat16")
+        if name in HAVE_NO_COPIES:
+            drafts = {**drafts, "draft_weights": "exact"}
+        with patch("self_speculation.passes.kv_cache._FIRST_ALLOCATION", 3), random_plans(plans):
+            found = in_batch(model, map(request_of, rows), batch_size, **shared, **drafts)
+        for index, row in enumerate(rows):
+            plain = in_batch(model, [request_of(row)], 1, **shared)[0]
+            drafted = found[index]
+            assert drafted.predicted_tokens == plain.predicted_tokens
+            assert drafted.stop_reason == plain.stop_reason
+            assert drafted.num_accepted <= drafted.num_drafted
+            counts = zip(drafted.accepted_by_position, drafted.drafted_by_position, strict=True)
+            assert all(0 <= accepted <= proposed for accepted, proposed in counts)
+            if not index and "bits" not in name:
+                exact = copy.deepcopy(model).float() if name == "bfloat16" else model
+                assert plain.predicted_tokens == by_transformers(exact, request_of(row), shared)
+
+    with mixed_drafts():
+        hold()
 
 
 @pytest.mark.parametrize(
@@ -211,9 +248,9 @@ def counting_model():
 class WatchedRound(SelfSpeculativeGenerationStrategy):
     """Keeps the ids and the number of cached positions of each row, before and after a round."""
 
-    def step(self, decoding):
+    def decode_round(self, decoding):
         self.ids, self.cached = [], []
-        for do in (lambda _: None, super().step):
+        for do in (lambda _: None, super().decode_round):
             do(decoding)
             self.ids.append([sequence.ids for sequence in decoding.batch.sequences])
             self.cached.append([[length] for length in decoding.cache.lengths(1)])

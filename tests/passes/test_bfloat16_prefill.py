@@ -94,6 +94,7 @@ def test_layers_that_are_not_fused_any_more():
     model = copy.deepcopy(model_of())
     generate(model, PROMPTS[1], max_steps=2)
     model.config._attn_implementation = "eager"
+    assert fuse(model) == 0
     assert len(ids_of(model, PROMPTS[1], max_steps=2)) == 2
 
 

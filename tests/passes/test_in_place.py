@@ -19,7 +19,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sliding_windows import windowed
+from test_llama_model_utils import windowed
 from torch import nn
 
 from self_speculation.families import FUSED_FAMILIES

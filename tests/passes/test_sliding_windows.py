@@ -1,50 +1,14 @@
-"""Layers that see the last positions only give the ids of transformers' `generate` far beyond the window."""
-
-import inspect
+"""Layers that see the last positions only. Ids are compared in test_self_speculation_generator.py."""
 
 import pytest
 from conftest import ADAPTIVE, LAYERS, answer_of, ids_of, in_batch, transformers_generate
-from test_llama_model_utils import family, pieces_match_the_whole
-from transformers import CONFIG_MAPPING
+from test_llama_model_utils import WINDOW, WINDOWED, family, pieces_match_the_whole, windowed
 
-from self_speculation import Request, make_strategy
-from self_speculation.families import FAMILIES, attention_types
+from self_speculation import Request, make_strategy, release
 from self_speculation.passes.captured_runner import capture_decoding
 from self_speculation.passes.fused_layers import fuse
 
-WINDOW, MAX_STEPS = 7, 16
-# Those of a family that has them: windows in every second layer, or in all.
-SETTINGS = {
-    "sliding_window": WINDOW, "use_sliding_window": True,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-}  # fmt: skip
-WAYS = [{}, {**LAYERS, "prompt_lookup": 2}, ADAPTIVE]
 PROMPTS = [[5 + 7 * i % 50 for i in range(length)] for length in (3, 40, WINDOW)]
-
-
-def settings(model_type):
-    known = inspect.signature(CONFIG_MAPPING[model_type]).parameters
-    return {name: value for name, value in SETTINGS.items() if name in known}
-
-
-def has_windows(model_type):
-    config = CONFIG_MAPPING[model_type](num_hidden_layers=4, **settings(model_type))
-    return any(kind.window for kind in attention_types(config))
-
-
-WINDOWED = [*filter(has_windows, FAMILIES)]
-
-
-def windowed(model_type, attention="sdpa", **others):
-    return family(model_type, attention, **settings(model_type), **others)
-
-
-def gives_ids_of_transformers(model, ways=WAYS, batch_size=2, max_steps=MAX_STEPS):
-    expected = [transformers_generate(model, prompt, max_steps, eos=-1) for prompt in PROMPTS]
-    fuse(model)
-    for how in ways:
-        results = in_batch(model, map(Request, PROMPTS), batch_size, max_steps=max_steps, **how)
-        assert [results[row].predicted_tokens for row in range(len(PROMPTS))] == expected
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -54,18 +18,14 @@ def test_pieces(model_type, attention):
     pieces_match_the_whole(windowed(model_type, attention))
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("model_type", WINDOWED)
-def test_ids(model_type, batch_size):
-    """Guards against rows of other lengths, and against windows of the wrong layers."""
-    gives_ids_of_transformers(windowed(model_type), batch_size=batch_size)
-
-
 def test_captured_passes(graphs):
     """Guards against masks of one position in all replays, and of one window in all layers."""
     model = windowed("qwen2")
     capture_decoding(model)
-    gives_ids_of_transformers(model, [LAYERS], max_steps=8)
+    expected = [transformers_generate(model, prompt, 8, eos=-1) for prompt in PROMPTS]
+    fuse(model)
+    found = in_batch(model, map(Request, PROMPTS), 2, max_steps=8, **LAYERS)
+    assert [found[row].predicted_tokens for row in range(len(PROMPTS))] == expected
     assert graphs.replayed
 
 
@@ -88,7 +48,9 @@ def test_another_window_discards_what_was_kept(captured, request):
         request.getfixturevalue("graphs")
         capture_decoding(model)
     for window in (WINDOW, 20, 20):
-        model.config.sliding_window = window
+        if model.config.sliding_window != window:
+            model.config.sliding_window = window
+            release(model)
         answer = answer_of(strategy, model, Request(PROMPTS[1]), max_steps=6, reuse_cache=True)
         expected = transformers_generate(model, PROMPTS[1], 6, eos=-1)
         assert answer.predicted_tokens == expected

@@ -422,7 +422,7 @@ def test_a_failure_in_a_stream_is_its_last_event(served, monkeypatch):
             monkeypatch.undo()
             raise torch.OutOfMemoryError("out of memory")
 
-        monkeypatch.setattr(served.engine._scheduler._strategy, "step", broken)
+        monkeypatch.setattr(served.engine._scheduler._strategy, "decode_round", broken)
     with pytest.raises(openai.APIError, match="out of memory; less takes a shorter prompt"):
         list(stream)
     assert post(served, prompt="x").status_code == 200

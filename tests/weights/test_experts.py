@@ -1,61 +1,21 @@
-"""Mixtures of experts: ids as by transformers, what passes cost, and what is refused by name."""
+"""Mixtures of experts: what passes cost, and what is refused by name."""
 
 import pytest
 from conftest import (
-    ADAPTIVE,
     COPY,
-    EOS,
-    LAYERS,
     PROMPT,
     generate,
-    ids_of,
-    in_batch,
-    transformers_generate,
 )
 from helpers import refused
-from test_llama_model_utils import OF_EXPERTS, family, is_dense
+from test_llama_model_utils import KINDS, OF_EXPERTS, family, mixture
 
 import benchmark
-from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
-from self_speculation.families import FAMILIES
 from self_speculation.loading import loading
 from self_speculation.loading.sources import LoadingError
 from self_speculation.passes.captured_runner import capture_decoding
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.weights.experts import bytes_read, distinct_experts
-
-KINDS = [kind for kind in FAMILIES if not is_dense(kind)]
-PROMPTS = [PROMPT, [8, 6], [5, 9, 4, 5, 9, 4, 5, 9], [11, 12, 13]]
-WAYS = [{}, {**LAYERS, "prompt_lookup": 2}, {**ADAPTIVE, "prompt_lookup": 3}]
-
-
-def mixture(kind, **config):
-    """With the kernel that transformers picks."""
-    model = family(kind, **config).float()
-    model.set_experts_implementation("grouped_mm")
-    return model
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ids_of_transformers(kind):
-    """Guards against tokens of other experts: in a batch of several lengths, whose drafts end at different
-    tokens, and after a rejected draft.
-    """
-    model = mixture(kind, num_hidden_layers=3)
-    expected = [transformers_generate(model, prompt, 12) for prompt in PROMPTS]
-    requests = [Request(prompt, eos_token_ids=[EOS]) for prompt in PROMPTS]
-    for way in WAYS:
-        found = in_batch(model, requests, 3, max_steps=12, **way)
-        assert [found[row].predicted_tokens for row in range(4)] == expected
-        alone = generate(model, PROMPTS[2], max_steps=12, **way)
-        assert alone.predicted_tokens == expected[2]
-
-
-def test_layers_without_experts():
-    """Guards against a model that has experts in some layers only."""
-    model = mixture("qwen3_moe", mlp_only_layers=[1])
-    assert ids_of(model, **WAYS[1]) == transformers_generate(model, eos=-1)
 
 
 def test_estimated_costs_know_which_experts_a_pass_reads():
@@ -88,7 +48,7 @@ def test_copies_and_captured_passes_are_refused_by_name(kind):
     """
     model = mixture(kind)
     with pytest.raises(ValueError, match=f"draft_weights int4: there are no copies of a {kind} model"):
-        generate(model, PROMPTS[0], **COPY)
+        generate(model, PROMPT, **COPY)
     with pytest.raises(ValueError, match=rf"compile True: not with a mixture of experts \({kind}\)"):
         capture_decoding(model)
 
