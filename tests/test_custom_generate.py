@@ -265,21 +265,6 @@ def test_sampled_ids_have_the_distribution_of_generate():
     assert p_value(counts, expected(config(**settings), [])) > 1e-4
 
 
-@pytest.mark.parametrize(
-    "drafts",
-    [
-        {"generation_strategy": "adaptive", "exit_layer": -1, "num_speculations": -1},
-        {"draft_weights": "int4", "prompt_lookup": 2},
-    ],
-    ids=["adaptive", "copy and n-grams"],
-)
-def test_other_drafts(drafts):
-    """Guards against options of drafts that do not reach the strategy's config."""
-    model, options = tiny_llama(fused=True), {"do_sample": False, "max_new_tokens": 20}
-    plain = model.generate(PROMPT, **options).tolist()
-    assert model.generate(PROMPT, **options, **SPECULATION | drafts).tolist() == plain
-
-
 @pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
 def test_assistant_early_exit_and_num_assistant_tokens(batch, rounds):
     """Guards against transformers' own names for exit layer and draft length that are refused, have no effect

@@ -13,7 +13,7 @@ from conftest import (
     ADAPTIVE,
     LAYERS,
     PROMPT,
-    assert_close,
+    assert_logits,
     generate,
     ids_of,
     tiny_llama,
@@ -27,21 +27,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.passes import fused_layers
 from self_speculation.passes.fused_layers import fuse, parts_of
-from self_speculation.passes.model_runner import ModelRunner, forward
 
 
 def fused(model):
     """[layers + 1] whether each layer and the head is fused."""
     parts = parts_of(model).fused
     return [part in parts for part in (*model.model.layers, model.lm_head)]
-
-
-def assert_logits(model):
-    """The logits are those of transformers' layers over the current weights."""
-    ids = torch.tensor([PROMPT])
-    with torch.inference_mode():
-        mine = forward(runner := ModelRunner(model), runner.new_cache(6, 6), ids, 6).logits
-        assert_close(mine, model(ids).logits, roundings=100 if model.dtype == torch.float32 else 4)
 
 
 def test_each_request_of_a_batch_uses_current_weights(model):

@@ -245,8 +245,8 @@ def test_layers_that_are_not_plain_have_no_copies(model_type, change, message):
     that does not name them.
     """
     model = family(model_type, num_hidden_layers=2).float()
-    fuse(model)
     change(model)
+    fuse(model)
     with pytest.raises(ValueError, match=f"^draft_weights int4: {message}.*; only layers and a head without"):
         quantized(ModelRunner(model), 2)
     if "layer 1" in message:

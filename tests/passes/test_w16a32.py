@@ -1,6 +1,5 @@
 """W16A32: a CPU multiplies weights in 16 bits by float32 activations. The output is that of float32."""
 
-import copy
 from contextlib import contextmanager
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from conftest import (
     COPY,
     PROMPT,
-    assert_close,
+    assert_logits,
     config_of,
     generate,
     needs_operators,
@@ -25,7 +24,6 @@ from self_speculation import (
     progress,
 )
 from self_speculation.passes.fused_layers import activation_dtype, fuse
-from self_speculation.passes.model_runner import ModelRunner, forward
 
 pytestmark = needs_operators
 
@@ -36,15 +34,6 @@ def model(request):
     model = own_llama().half().to(request.param)
     assert fuse(model) == 4
     return model
-
-
-def assert_logits(model):
-    """The logits are those of transformers' layers in float32 with the same weights."""
-    ids, exact = torch.tensor([PROMPT]), copy.deepcopy(model).float()
-    with torch.inference_mode():
-        mine = forward(runner := ModelRunner(model), runner.new_cache(6, 6), ids, 6).logits
-        assert mine.dtype == torch.float32
-        assert_close(mine, exact(ids).logits, roundings=200)
 
 
 def test_logits_are_those_of_current_weights_in_float32(model):
