@@ -205,6 +205,8 @@ def one_prompt(given: str | None) -> str:
         prompt.encode()
     except UnicodeError:
         refuse("the prompt is not valid UTF-8")
+    if given is None and (lines := prompt.count("\n")):
+        print_status(f"standard input is one prompt of {lines + 1} lines")
     if given is None and not prompt:
         refuse('the prompt is empty: standard input has no text; --prompt "" stands for the BOS token alone')
     return prompt

@@ -164,6 +164,8 @@ def _compile(variant: str, file: Path) -> None:
     how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": _PATIENCE}
     try:
         done = subprocess.run(command, **how)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"there is no {compiler[0]}, install Debian's package g++") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{compiler[0]}: {getattr(error, 'strerror', None) or error}") from error
     if done.returncode:

@@ -153,10 +153,13 @@ def test_a_comparison_needs_turns_that_agree(ours, verdict, said, monkeypatch):
     ],
 )
 def test_prompts_that_mean_the_same(flags, piped, prompt, said):
-    """Guards against a prompt for each line of a pipe, and a command outside of conversations."""
+    """Guards against a prompt for each line of a pipe, or one of all lines without a word, and a command
+    outside of conversations.
+    """
     expected, found = said("--prompt", prompt, *GREEDY), said(*flags, *GREEDY, piped=piped)
     assert expected.stdout.strip()
     assert (found.returncode, found.stdout) == (0, expected.stdout)
+    assert ("standard input is one prompt of 2 lines\n" in found.stderr) == (piped == b"a\nb\n")
 
 
 @pytest.mark.parametrize(
