@@ -8,30 +8,69 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import inspect
+import itertools
 import json
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import simple_parsing
-
+from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
 from self_speculation.config import (
-    DtypeName,  # noqa: F401
     LoadingOptions,
-    Parallel,  # noqa: F401
-    PrefillDtype,  # noqa: F401
-    Quantization,  # noqa: F401
     check,
     check_template_kwargs,
     default_model,
     why_no_model,
 )
-from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
 
-_ADVANCED = {"prefill_dtype"}  # flags that few need
+# Flags of `--help`; `--help all` has all.
+_FIRST = """
+    model dtype device quantization output_dir max_steps generation_strategy exit_layer num_speculations
+    sample temperature top_p stop_words draft_weights prompt chat streamer compare grammar batch_size host
+    port api_key dataset data_path num_samples n_shot resume reference tasks num_fewshot limit include_path
+    output_path exit_layer_first exit_layer_last num_speculations_first num_speculations_last data num_steps
+    learning_rate sequence_length early_exit_scale layer_dropout lora_rank gradient_accumulation
+"""
+
+# Fields of LoadingOptions that are no flags: --model_args has the first, and only programs need the second.
+_NO_FLAGS = ("trust_remote_code", "fuse")
+
+# Fields of GenerationConfig that are no flags of scripts that measure.
+NOT_MEASURED = ("min_p", "repetition_penalty", "repetition_window", "frequency_penalty", "presence_penalty")
+
+# Flags of llama.cpp, transformers and vLLM: what does the same here, or why nothing has to.
+_FOREIGN = {
+    "n n_predict predict max_tokens max_new_tokens max_gen_toks max_length": "--max_steps",
+    "c ctx_size n_ctx max_model_len": "the context is the model's own, and memory grows with the text",
+    "ngl n_gpu_layers gpu_layers device_map": "--device",
+    "m hf hf_repo model_path model_name_or_path": "--model",
+    "p": "--prompt",
+    "f file": "a pipe, as in generate.py < FILE",
+    "t threads_batch": "--threads",
+    "s": "--seed",
+    "temp": "--temperature",
+    "do_sample": "--sample",
+    "repeat_penalty": "--repetition_penalty",
+    "repeat_last_n": "--repetition_window",
+    "r reverse_prompt stop": "--stop_words",
+    "cnv conversation interactive i": "--chat True",
+    "sys system_prompt": "--chat True, and /system TEXT in the conversation",
+    "grammar_file json_schema j json_schema_file guided_json": "--grammar",
+    "md model_draft draft_model": "--draft_weights int4: the model drafts for itself",
+    "draft draft_n draft_max num_speculative_tokens": "--num_speculations",
+    "np parallel max_num_seqs b ub": "--batch_size",
+    "a alias served_model_name": "--served_name",
+    "torch_dtype": "--dtype",
+    "trust_remote_code": "--model_args trust_remote_code=True",
+    "load_in_4bit load_in_8bit": "--quantization",
+    "fa flash_attn mlock no_mmap": "nothing has to be set for that",
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +80,12 @@ class _ModelName:  # a base class, so that --help lists this flag first
 
 
 @dataclass(frozen=True)
-class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inherited annotations here
+class ModelArguments(LoadingOptions, _ModelName):
     """Which model to load, how, and onto which device."""
 
     model_args: str | None = None  # type: ignore[assignment]  # `loading_options` has the parsed ones
-    """JSON or k=v,k=v passed to from_pretrained, such as attn_implementation=eager; v may be a dictionary."""
+    """JSON or k=v,k=v passed to from_pretrained; v may be a dictionary. trust_remote_code=True executes code
+    from the model's repository: trust it as you trust its author."""
     output_dir: str = "./logs"
     """Folder for records; generate.py writes none."""
     threads: int | None = None
@@ -60,7 +100,7 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
         self.from_pretrained_args()
         if self.parallel == "pipeline" and self.device != "auto":
             raise ValueError(f"device {self.device}: must be auto with --parallel pipeline")
-        for name, allowed in (("parallel", ("data", "fsdp")), ("quantization", ("none",))):
+        for name, allowed in (("parallel", ("data",)), ("quantization", ("none",))):
             if self.compile and (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"compile True: not with --{name} {value}")
 
@@ -71,15 +111,14 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
 
     def from_pretrained_args(self) -> dict[str, Any]:
         """Parse `model_args`."""
-        found = _key_values(self, "model_args")
-        own_flag = "trust_remote_code" in found
-        check(self, "model_args", not own_flag, "--trust_remote_code is a flag of its own")
-        return found
+        return _key_values(self, "model_args")
 
     def loading_options(self, **changes: Any) -> LoadingOptions:
         """The library's options, with `changes` by field."""
         own = {each.name: getattr(self, each.name) for each in fields(LoadingOptions)}
-        return LoadingOptions(**{**own, "model_args": self.from_pretrained_args(), **changes})
+        found = self.from_pretrained_args()
+        own["trust_remote_code"] = found.pop("trust_remote_code", False) is True
+        return LoadingOptions(**{**own, "model_args": found, **changes})
 
 
 def _key_values(group: Any, name: str) -> dict[str, Any]:
@@ -138,81 +177,111 @@ class BatchArguments:
         at_least(self, 1, "batch_size")
 
 
-class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
-    """Shows the class name alone as a group's heading, and no default that is None."""
-
-    def start_section(self, heading: str | None) -> None:
-        super().start_section((heading or "").partition(" [")[0])
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class _StoreValue(argparse._StoreAction):
-    """Requires a value after a flag. simple_parsing alone takes `--prompt` without a value as None."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("nargs") in ("?", "*"):
-            kwargs["nargs"] = None if kwargs["nargs"] == "?" else "+"
-        super().__init__(*args, **kwargs)
-
-
-class _Parser(simple_parsing.ArgumentParser):
-    """Refuses bad usage in one line."""
-
-    def format_help(self) -> str:
-        """With flags that few need in a group at the end."""
-        groups, advanced = [*self._action_groups], self.add_argument_group("advanced")
-        for group in groups:
-            moved = [action for action in group._group_actions if action.dest.rpartition(".")[2] in _ADVANCED]
-            group._group_actions = [action for action in group._group_actions if action not in moved]
-            advanced._group_actions += moved
-        return super().format_help()
-
-    def error(self, message: str) -> NoReturn:
-        refuse(message)
-
-
 def parse(
     description: str,
     *groups: type,
     args: Sequence[str] | None = None,
+    without: Collection[str] = (),
     rest: argparse.ArgumentParser | None = None,
 ) -> tuple[Any, ...]:
     """Parse one instance of each dataclass in `groups` from the command line; `rest` parses all other flags.
 
-    With --resume FOLDER, the arguments of that run are the defaults. Bad usage ends the program with status 2
-    and one line that names the flag, the value and what is allowed.
+    Fields named in `without` are no flags. With --resume FOLDER, the arguments of that run are the defaults.
+    Bad usage ends the program with status 2 and one line that names the flag, the value and what is allowed.
     """
-    parser = _Parser(
-        description=description.strip(),
-        epilog=rest.format_help() if rest else None,
-        allow_abbrev=False,
-        add_option_string_dash_variants=simple_parsing.DashVariant.UNDERSCORE,
-        formatter_class=_HelpFormatter,
-    )
-    for action in (None, "store"):  # None: the default action
-        parser.register("action", action, _StoreValue)
-    names = {field.name for group in groups for field in fields(group)}
+    names = {field.name for group in groups for field in fields(group)} - {*without, *_NO_FLAGS}
     args = _normalize(args, names)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--FLAG VALUE ...]", description=description.strip(), add_help=False,
+        allow_abbrev=False, exit_on_error=False, argument_default=SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    wants_help = next((at for at, arg in enumerate(args) if arg in ("-h", "--help")), None)
+    shows_all = wants_help is None or args[wants_help + 1 : wants_help + 2] == ["all"]
+    for group in groups:
+        _add_flags(parser, group, names, shows_all)
+    if wants_help is not None:
+        print(parser.format_help() + (rest.format_help() if rest and shows_all else ""), end="")
+        print("" if shows_all else "\n--help all lists all flags.\n", end="")
+        sys.exit(0)
     try:
         earlier = _earlier_arguments(args) if "resume" in names else {}
-        for group in groups:
-            own = {field.name: earlier[field.name] for field in fields(group) if field.name in earlier}
-            parser.add_arguments(group, dest=group.__name__, default=group(**own) if own else None)
-        values, unknown = parser.parse_known_args(args)
+        given, unknown = parser.parse_known_args(args)
+        values = earlier | vars(given)
+        found = [
+            group(**{each.name: values[each.name] for each in fields(group) if each.name in values})
+            for group in groups
+        ]
+    except argparse.ArgumentError as error:
+        refuse(str(error))
     except ValueError as error:  # a dataclass refuses its own value; the message starts with the field
         refuse(f"--{error}")
-    found = [getattr(values, group.__name__) for group in groups]
     if rest is not None:
         others, unknown = rest.parse_known_args(unknown)
         found.append(others)
     if unknown:
         flags = [*parser._option_string_actions, *(rest._option_string_actions if rest else ())]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        refuse(f"unknown argument {unknown[0]!r}; {hint}--help lists the flags")
+        refuse(f"unknown argument {unknown[0]!r}; {_hint(unknown[0], flags)}--help all lists the flags")
     return tuple(found)
+
+
+def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[str], shows_all: bool) -> None:
+    """Add a flag for each field; without `shows_all`, --help has those of `_FIRST` only."""
+    section = parser.add_argument_group((group.__doc__ or "").split(".")[0])
+    types, texts = get_type_hints(group), _texts(group)
+    for each in fields(group):
+        if each.name not in names:
+            continue
+        kind = types[each.name]
+        options: dict[str, Any] = {}
+        if type(None) in get_args(kind):
+            kind = get_args(kind)[0]
+        if get_origin(kind) is list:
+            (kind,), options = get_args(kind), {"nargs": "+"}
+        if get_origin(kind) is Literal:
+            options = {"choices": get_args(kind)}
+        elif kind is bool:
+            options = {"type": _truth, "nargs": "?", "const": True, "metavar": "True|False"}
+            parser.add_argument(f"--no{each.name}", dest=each.name, action="store_false", help=SUPPRESS)
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper(), **each.metadata.get("flag", {})}
+        default = "" if each.default is None else f" (default: {each.default})"
+        text = f"{texts[each.name]}{default}".replace("%", "%%")
+        section.add_argument(
+            f"--{each.name}", help=text if shows_all or each.name in _FIRST.split() else SUPPRESS, **options
+        )
+
+
+@cache
+def _texts(group: type) -> dict[str, str]:
+    """The text below each field of a dataclass."""
+    found = {}
+    for kind in reversed(group.__mro__[:-1]):
+        (definition,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in itertools.pairwise(definition.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+    return found
+
+
+def _truth(text: str) -> bool:
+    if (word := text.lower()) not in (allowed := ("true", "yes", "1", "false", "no", "0")):
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return word in allowed[:3]
+
+
+def _hint(unknown: str, flags: Collection[str]) -> str:
+    """What to use in place of an unknown flag, if that is known."""
+    flag = unknown.partition("=")[0]
+    for names, ours in _FOREIGN.items():
+        if flag.lstrip("-").replace("-", "_") in names.split():
+            if not ours.startswith("--"):
+                return f"{ours}; "
+            if ours.partition(" ")[0].rstrip(":,") in flags:
+                return f"here it is {ours}; "
+    near = difflib.get_close_matches(flag, flags, 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _earlier_arguments(args: Sequence[str]) -> dict[str, Any]:

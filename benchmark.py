@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from arguments import BatchArguments, GenerationConfig, ModelArguments, parse, refuse
+from arguments import NOT_MEASURED, BatchArguments, GenerationConfig, ModelArguments, parse, refuse
 from data import DataArguments
 from runs.failures import check_writable
 from runs.flags import validate
@@ -42,7 +42,9 @@ class MeasurementArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments)
-    model_args, config, data_args, args, batch = parse(__doc__ or "", *groups, args=argv)
+    model_args, config, data_args, args, batch = parse(
+        __doc__ or "", *groups, args=argv, without=NOT_MEASURED
+    )
     if args.answer_file is not None:
         if data_args.dataset != "spec_bench":
             refuse(f"--answer_file {args.answer_file}: is a format of spec_bench, not of {data_args.dataset}")

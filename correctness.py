@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from arguments import BatchArguments, GenerationConfig, ModelArguments, at_least, parse, refuse
+from arguments import NOT_MEASURED, BatchArguments, GenerationConfig, ModelArguments, at_least, parse, refuse
 from data import DataArguments
 from runs.flags import validate
 from runs.program import run
@@ -43,7 +43,9 @@ class CorrectnessArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments, BatchArguments)
-    model_args, config, data_args, args, batch = parse(__doc__ or "", *groups, args=argv)
+    model_args, config, data_args, args, batch = parse(
+        __doc__ or "", *groups, args=argv, without=NOT_MEASURED
+    )
     if args.reference == "transformers" and not config.greedy:
         refuse("--reference transformers: compares ids, so it needs --sample False")
     # Batches may be compared without drafts.

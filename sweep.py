@@ -21,6 +21,7 @@ from functools import partial
 from typing import Literal
 
 from arguments import (
+    NOT_MEASURED,
     BatchArguments,
     GenerationConfig,
     ModelArguments,
@@ -77,7 +78,9 @@ class SweepArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments, BatchArguments)
-    model_args, config, data_args, args, batch = parse(__doc__ or "", *groups, args=argv)
+    model_args, config, data_args, args, batch = parse(
+        __doc__ or "", *groups, args=argv, without=NOT_MEASURED
+    )
     if batch.batch_size > 1 and args.mode == "predicted":
         refuse(
             f"--batch_size {batch.batch_size}: must be 1 in predicted mode, whose costs are those of single "

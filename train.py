@@ -3,12 +3,14 @@
     python train.py --data python_stdlib --num_steps 3000
     python train.py --model ID --data_path "corpus/*.jsonl"
     torchrun --nproc_per_node 4 train.py --model ID --data_path pairs.jsonl --early_exit_scale 1.0
-    torchrun --nproc_per_node 8 train.py --model ID --parallel fsdp --dtype bfloat16 --gradient_checkpointing
+    accelerate launch --config_file training/fsdp.yaml --num_processes 8 train.py --model ID --dtype bfloat16
     python train.py --model ID --lora_rank 16 --dtype bfloat16 --data_path pairs.jsonl
 
-Without --model, train a small new Llama and its tokenizer. Rows with `prompt` and `response` are for
-finetuning: only responses have a loss. --dtype bfloat16, float16 or half is mixed precision: weights stay in
-float32 until they are saved as bfloat16. Every script and transformers load the folder `model` of the result.
+Without --model, train a new Llama and its tokenizer; --model_args gives its shape in names of LlamaConfig:
+vocab_size=2048,num_hidden_layers=16,hidden_size=256,intermediate_size=704,num_attention_heads=4,
+num_key_value_heads=2. Rows with `prompt` and `response` are for finetuning: only responses have a loss.
+--dtype bfloat16, float16 or half is mixed precision: weights stay in float32 until they are saved as
+bfloat16. Every script and transformers load the folder `model` of the result.
 
 Ctrl-C and SIGTERM end a training after its step, with a checkpoint. --resume FOLDER continues it with the
 same arguments, and with a higher --num_steps also a finished one.
@@ -20,6 +22,7 @@ if __name__ == "__main__":
     import runs.early  # noqa: F401
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import get_type_hints
@@ -27,23 +30,20 @@ from typing import get_type_hints
 from arguments import parse, refuse
 from runs import ranks
 from runs.program import run
-from training.flags import Flags
+from training.flags import Flags, is_sharded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = Flags(*parse(__doc__ or "", *get_type_hints(Flags).values(), args=argv))
+    groups, unused = get_type_hints(Flags).values(), ("quantization", "parallel", "prefill_dtype")
+    flags = Flags(*parse(__doc__ or "", *groups, args=argv, without=unused))
     model, rank = flags.model, flags.optimization.lora_rank
     if tuple(map(int, version("torch").split(".")[:2])) < (2, 13):
         refuse(f"torch {version('torch')}: training needs 2.13 or newer")
-    if model.parallel not in ("data", "fsdp"):
-        refuse(f"--parallel {model.parallel}: must be data or fsdp for training")
-    for name, allowed in (("prefill_dtype", "auto"), ("quantization", "none")):
-        if (value := getattr(model, name)) != allowed:
-            refuse(f"--{name} {value}: must be {allowed} for training")
-    if model.parallel == "fsdp" and ranks.num_processes() == 1:
-        refuse("--parallel fsdp: needs two or more processes; start them by torchrun")
-    if flags.optimization.offload and model.parallel != "fsdp":
-        refuse("--offload True: is for --parallel fsdp")
+    if is_sharded():
+        if os.environ.get("FSDP_VERSION") != "2":
+            refuse("accelerate's config: fsdp_version must be 2, as in training/fsdp.yaml")
+        if ranks.num_processes() == 1:
+            refuse("FSDP: needs two or more processes, by accelerate launch --num_processes N")
     if rank and model.model is None:
         refuse(f"--lora_rank {rank}: needs a --model to adapt")
     if rank and importlib.util.find_spec("peft") is None:
@@ -52,11 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if index:
         choice = f"; CUDA_VISIBLE_DEVICES={index} chooses the GPU" if kind == "cuda" else ""
         refuse(f"--device {model.device}: must be auto, cpu, cuda or mps{choice}")
-    if model.model is None:
-        try:
-            flags.recipe.exit_layers(flags.shape.num_layers)
-        except ValueError as error:
-            refuse(f"--{error}")
 
     from training.run import train
 
@@ -65,4 +60,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     less = "--gradient_checkpointing, a smaller --batch_size, a lower --sequence_length, --lora_rank 16"
-    run(main, less=f"{less}, --parallel fsdp")
+    run(main, less=f"{less}, FSDP")

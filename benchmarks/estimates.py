@@ -42,7 +42,7 @@ def memory(
     Args:
         batch_size: samples of `length` tokens per pass and rank.
         num_exits: exits that learn at a step, with the last layer.
-        ranks: of --parallel fsdp; 1: no sharding.
+        ranks: of FSDP; 1: no sharding.
         lora_rank: --lora_rank; 0: all weights learn.
         checkpointing: --gradient_checkpointing.
         computed_in: float32, or that of --dtype.

@@ -33,7 +33,7 @@ import pandas
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import ModelArguments, at_least, check, parse, refuse
-from data import DATASETS, DataError, is_table
+from data import DATASETS, DataError, kind_of
 from measures.plots import bars
 from runs import ranks
 from runs.failures import Failed, check_writable
@@ -131,7 +131,7 @@ def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments)
 def _local(folder: Path, dataset: str) -> Path | None:
     """The file or folder of a dataset; None for one that is not from the hub. Raises DataError."""
     paths = [path for path in folder.iterdir() if path.name.partition(".")[0] == dataset]
-    found = [path for path in paths if is_table(path) or (path.is_dir() and path.name == dataset)]
+    found = [path for path in paths if kind_of(path) != "text" or (path.is_dir() and path.name == dataset)]
     if len(found) == 1:
         return found[0]
     if not found and isinstance(DATASETS[dataset].source, Path):

@@ -4,7 +4,7 @@
 
 Each measurement is a process of its own. The loss: 5 exits over 2,048 positions and the 128,256 tokens of
 Llama 3, with narrow hidden states; with the logits of all exits together, and by `training.losses`.
-Whole steps of a small Llama: all weights, sharded over two ranks (--parallel fsdp), and an adapter if peft is
+Whole steps of a small Llama: all weights, sharded over two ranks (FSDP), and an adapter if peft is
 installed.
 """
 
@@ -33,7 +33,7 @@ from arguments import ModelArguments
 from benchmarks.estimates import memory
 from benchmarks.synthetic import llama
 from training.flags import OptimizationArguments, RecipeArguments
-from training.from_flags import adapted, trainer_settings
+from training.from_flags import adapted, complete_sharding, trainer_settings
 from training.losses import exit_losses
 from training.texts import padded
 from training.trainer import EarlyExitTrainer
@@ -75,8 +75,7 @@ def steps(way: str) -> float:
             num_steps=2, warmup_steps=0, batch_size=BATCH, gradient_accumulation=2, save_steps=9,
             gradient_checkpointing=way == "checkpointing",
         )  # fmt: skip
-        flags = ModelArguments(dtype="float32", device="cpu", parallel="fsdp" if way == "fsdp" else "data")
-        settings = trainer_settings(args, flags, Path(folder), torch.device("cpu"))
+        settings = trainer_settings(args, ModelArguments(dtype="float32"), Path(folder), torch.device("cpu"))
         settings.save_strategy = settings.eval_strategy = "no"
         settings.disable_tqdm = True
         rows = [torch.randint(config.vocab_size, (LENGTH,)).tolist() for _ in range(16)]
@@ -85,6 +84,7 @@ def steps(way: str) -> float:
         trainer = EarlyExitTrainer(
             model, recipe, settings, train_dataset=data, data_collator=lambda rows: padded(0, LENGTH, rows)
         )
+        complete_sharding(trainer.accelerator, args, "float32")
         trainer.train()
     return peak_since(before)
 
@@ -93,7 +93,8 @@ def measured(*case: str) -> float:
     """Run a case in a process of its own; the larger one of two ranks counts."""
     # Return freed tensors to the system at once, so that resident memory is used memory.
     own = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2"}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if "fsdp" in case else []
+    sharded = ["launch", "--config_file", "training/fsdp.yaml", "--num_processes", "2"]
+    launcher = ["-m", "accelerate.commands.accelerate_cli", *sharded] if "fsdp" in case else []
     command = [sys.executable, *launcher, __file__, *case]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
     if done.returncode == -signal.SIGKILL:  # out of memory

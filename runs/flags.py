@@ -25,8 +25,6 @@ def validate(
         chat: prompts need the tokenizer's chat template.
         of_grid: the script sets exit layer and draft length.
     """
-    if model_args.parallel == "fsdp":
-        refuse("--parallel fsdp: is for train.py; must be data or pipeline")
     if model_args.parallel == "pipeline" and ranks.num_processes() > 1:
         refuse("--parallel pipeline: is one process; start it without torchrun")
     for name, value in {"quantization": "none", "parallel": "data"}.items():

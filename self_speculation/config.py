@@ -12,7 +12,7 @@ GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive
 DraftWeights = Literal["exact", "int4"]
 PrefillDtype = Literal["auto", "float32", "bfloat16"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
-Parallel = Literal["data", "pipeline", "fsdp"]
+Parallel = Literal["data", "pipeline"]
 Quantization = Literal["none", "int8", "int4"]
 
 # The longest n-gram of `prompt_lookup`: longer ones are followed by the same token nearly always.
@@ -242,9 +242,8 @@ class LoadingOptions:
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
     parallel: Parallel = "data"
-    """Several GPUs. By torchrun: a copy of the model on each (data) or, in train.py, a share of weights,
-    gradients and optimizer on each (fsdp). In one process: some layers on each and the rest in memory
-    (pipeline)."""
+    """Several GPUs. By torchrun: a copy of the model on each (data). In one process: some layers on each and
+    the rest in memory (pipeline)."""
     quantization: Quantization = "none"
     """Hold the layers' weights in this many bits: on a CPU rounded for its operators, on a GPU by torchao
     (int8) or bitsandbytes (int4, as NF4)."""

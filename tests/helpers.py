@@ -12,9 +12,10 @@ import torch.distributed.run
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 PYTHON_FUNCTIONS = ["--include_path", str(forks.ROOT / "eval_tasks"), "--tasks", "python_functions"]
 SMALL_TRAINING = [
-    "--vocabulary_size", "300", "--num_layers", "3", "--hidden_size", "16", "--intermediate_size", "24",
-    "--num_heads", "2", "--num_kv_heads", "1", "--sequence_length", "32", "--batch_size", "4", "--seed", "1",
-    "--warmup_steps", "2", "--learning_rate", "3e-3", "--eval_fraction", "0.2", "--device", "cpu",
+    "--model_args", "vocab_size=300,num_hidden_layers=3,hidden_size=16,intermediate_size=24,"
+    "num_attention_heads=2,num_key_value_heads=1",
+    "--sequence_length", "32", "--batch_size", "4", "--seed", "1", "--warmup_steps", "2",
+    "--learning_rate", "3e-3", "--eval_fraction", "0.2", "--device", "cpu",
 ]  # fmt: skip
 TORCHRUN = torch.distributed.run.__file__
 # What a record says of the clock, and of who else was there when it was taken.

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-import pyte
 import pytest
 from conftest import ROOT
 from test_llama_model_utils import is_dense
@@ -274,25 +273,12 @@ def check_flags(command):
 
 @cache
 def usage(script):
-    """The output of --help."""
+    """The output of --help all."""
     output = io.StringIO()
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     module = importlib.util.module_from_spec(spec)
     with patch.dict(sys.modules, {spec.name: module}), patch.object(sys, "path", [*sys.path]):
         spec.loader.exec_module(module)
         with redirect_stdout(output), pytest.raises(SystemExit, match="0"):
-            module.main(["--help"])
+            module.main(["--help", "all"])
     return output.getvalue()
-
-
-def test_lines_of_the_film_break_between_words():
-    """Guards against words that the edge of a terminal cuts, and against a long word that never ends."""
-    spec = importlib.util.spec_from_file_location("record_streamer", ROOT / "docs" / "record_streamer.py")
-    record_streamer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(record_streamer)
-    screen = pyte.Screen(40, 1)
-    pyte.Stream(screen).feed("  one two three abcdefghijklm")
-    cells = [screen.buffer[0][column] for column in range(40)]
-    lines = ["".join(cell.data for cell in line) for line in record_streamer.wrapped(cells, 10)]
-    assert lines == ["  one two", "three", "abcdefghij", "klm"]
-    assert record_streamer.wrapped(cells[29:], 10) == [[]]

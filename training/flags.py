@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,48 +16,18 @@ class TrainingDataArguments:
     data: str = "python_stdlib"
     """python_stdlib: the sources of the running interpreter; else a dataset of the hub or its folder."""
     data_path: str | None = None
-    """Local files instead, as a glob pattern: .jsonl, .csv or .parquet; any other file is one text."""
+    """Local files of one kind instead, as a glob pattern: .jsonl, .csv or .parquet; each of any other kind is
+    one text."""
     text_column: str = "text"
     """Column of the text; ignored if there are columns prompt and response."""
     eval_fraction: float = 0.05
     """Share of the texts that is held out for evaluation."""
     sequence_length: int = 768
     """Tokens of a sample; the context of a new model."""
-    streaming: bool = False
-    """Read the dataset of the hub while training; it needs no space on the disk."""
 
     def __post_init__(self) -> None:
-        is_on_hub = self.data_path is None and self.data != "python_stdlib"
-        check(self, "streaming", is_on_hub or not self.streaming, "is for a dataset of the hub, by --data")
         check(self, "eval_fraction", 0 < self.eval_fraction < 1, "must be between 0 and 1")
         at_least(self, 2, "sequence_length")
-
-
-@dataclass(frozen=True)
-class NewModelArguments:
-    """Shape of the new Llama that is trained without --model."""
-
-    vocabulary_size: int = 2048
-    """Tokens of its tokenizer, which is trained on the same texts."""
-    num_layers: int = 16
-    """Decoder layers."""
-    hidden_size: int = 256
-    """Width of the hidden states."""
-    intermediate_size: int = 704
-    """Width inside the MLP."""
-    num_heads: int = 4
-    """Attention heads."""
-    num_kv_heads: int = 2
-    """Heads of keys and values."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 257, "vocabulary_size")  # each byte, and the end of a text
-        at_least(self, 2, "num_layers")
-        at_least(self, 1, "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
-        even = self.hidden_size % (2 * self.num_heads) == 0
-        check(self, "hidden_size", even, "must be a multiple of 2 x num_heads")
-        shared = self.num_heads % self.num_kv_heads == 0
-        check(self, "num_kv_heads", shared, f"must divide --num_heads {self.num_heads}")
 
 
 @dataclass(frozen=True)
@@ -70,9 +41,8 @@ class RecipeArguments:
     early_exit_scale: float = 0.2
     """Weight of the losses of early exits; 0: train the last layer only."""
     exit_loss: Literal["label", "distill"] = "label"
-    """Early exits learn the next token of the data (label) or the distribution of the last layer."""
-    exit_weighting: Literal["depth", "equal"] = "depth"
-    """depth: weights of the paper, very small for early exits; equal: early_exit_scale divided evenly."""
+    """label: early exits learn the next token, by the paper's weights, which are very small for the first;
+    distill: they learn the distribution of the last layer, and early_exit_scale is divided evenly."""
     curriculum: Literal["rotational", "gradual"] = "rotational"
     """Exits that learn at a step: every --rotation-th, or more and more from the last down."""
     rotation: int = 8
@@ -98,7 +68,7 @@ class RecipeArguments:
 
 @dataclass(frozen=True)
 class OptimizationArguments:
-    """How long and how fast to train, and how often to log, evaluate and save."""
+    """How long and how fast to train, and how often to evaluate and save."""
 
     num_steps: int = 1000
     """Optimizer steps."""
@@ -114,16 +84,10 @@ class OptimizationArguments:
     """Weight decay of AdamW."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    offload: bool = False
-    """With --parallel fsdp: keep weights and optimizer states in the memory of the CPU."""
     lora_rank: int = 0
     """Train a LoRA adapter of this rank instead of all weights, and merge it at the end (0: all weights)."""
-    log_steps: int = 10
-    """Steps between rows of log.csv."""
     eval_steps: int = 250
-    """Steps between evaluations."""
-    eval_samples: int = 64
-    """Held-out samples of an evaluation; the last evaluation takes all."""
+    """Steps between evaluations of 64 held-out samples; the last one takes all."""
     save_steps: int = 250
     """Steps between checkpoints; the last two are kept."""
     resume: str | None = None
@@ -131,18 +95,22 @@ class OptimizationArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_steps", "batch_size", "gradient_accumulation")
-        at_least(self, 1, "log_steps", "eval_steps", "save_steps", "eval_samples")
+        at_least(self, 1, "eval_steps", "save_steps")
         at_least(self, 0, "warmup_steps", "weight_decay", "lora_rank")
         short = self.warmup_steps < self.num_steps
         check(self, "warmup_steps", short, f"must be below --num_steps {self.num_steps}")
         check(self, "learning_rate", self.learning_rate > 0, "must be above 0")
 
 
+def is_sharded() -> bool:
+    """Whether accelerate's config has FSDP; `accelerate launch` sets this variable."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 class Flags(NamedTuple):
     """All flags of train.py."""
 
     model: ModelArguments
-    shape: NewModelArguments
     data: TrainingDataArguments
     recipe: RecipeArguments
     optimization: OptimizationArguments

@@ -1,12 +1,14 @@
-"""Flags of train.py -> a new Llama, a LoRA adapter, and the TrainingArguments of transformers."""
+"""Flags of train.py -> a new Llama, a LoRA adapter, and the settings of transformers' Trainer."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
+from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import TrainingArguments as TrainerSettings
@@ -15,31 +17,47 @@ from transformers.utils import is_torch_tf32_available
 from arguments import ModelArguments
 from self_speculation.config import DtypeName
 from self_speculation.loading.loading import resolve_dtype
-from training.flags import NewModelArguments, OptimizationArguments
+from training.flags import OptimizationArguments, is_sharded
+
+# Of a new model, unless --model_args says otherwise.
+_SHAPE = {
+    "vocab_size": 2048, "num_hidden_layers": 16, "hidden_size": 256, "intermediate_size": 704,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
 
 
-def new_llama(
-    shape: NewModelArguments, tokenizer: PreTrainedTokenizerBase, context: int, seed: int
-) -> PreTrainedModel:
-    """A Llama with random weights in fp32, for sequences of at most `context` tokens."""
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
-        intermediate_size=shape.intermediate_size, num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads, max_position_embeddings=context, tie_word_embeddings=True,
-        # Keeps the scale of hidden states from layer to layer; the usual 0.02 does so in wide models only.
-        initializer_range=shape.hidden_size**-0.5,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,  # padding is the end of a text, whose embedding would stay zero
-    )  # fmt: skip
+def new_config(model_args: ModelArguments, context: int) -> LlamaConfig:
+    """The config of a new Llama: --model_args, in LlamaConfig's names. Raises ValueError."""
+    given, place = model_args.from_pretrained_args(), f"model_args {model_args.model_args!r}"
+    if unknown := sorted(given.keys() - {each.name for each in fields(LlamaConfig)}):
+        raise ValueError(f"{place}: LlamaConfig has no {unknown[0]}")
+    try:
+        config = LlamaConfig(
+            **{**_SHAPE, **given}, max_position_embeddings=context, tie_word_embeddings=True,
+            pad_token_id=None,  # padding is the end of a text, whose embedding would stay zero
+        )  # fmt: skip
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{place}: {' '.join(str(error).split())}") from error
+    heads = config.num_attention_heads
+    if config.head_dim % 2 or heads % config.num_key_value_heads or config.vocab_size < 257:
+        allowed = "num_key_value_heads divides num_attention_heads, vocab_size is 257 or more, heads are even"
+        raise ValueError(f"{place}: {allowed}")
+    return config
+
+
+def new_llama(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A Llama with random weights in fp32."""
+    # Keeps the scale of hidden states from layer to layer; the usual 0.02 does so in wide models only.
+    config.initializer_range = config.hidden_size**-0.5
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     set_seed(seed)
     return LlamaForCausalLM(config)
 
 
-def check_precision(model_args: ModelArguments, device: torch.device) -> None:
-    """Raises ValueError if the device or --parallel fsdp has no mixed precision in --dtype."""
-    dtype = model_args.dtype
-    if model_args.parallel == "fsdp" and resolve_dtype(dtype, device) == torch.float16:
-        raise ValueError(f"dtype {dtype}: is float16; must be bfloat16 or float32 with --parallel fsdp")
+def check_precision(dtype: DtypeName, device: torch.device) -> None:
+    """Raises ValueError if the device, or FSDP, has no mixed precision in --dtype."""
+    if is_sharded() and resolve_dtype(dtype, device) == torch.float16:
+        raise ValueError(f"dtype {dtype}: is float16; must be bfloat16 or float32 with FSDP")
     if dtype == "float16" and device.type == "cpu":
         raise ValueError("dtype float16: mixed precision on a CPU is bfloat16")
     if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -57,13 +75,8 @@ def computed_in(name: DtypeName, device: torch.device) -> str:
 def trainer_settings(
     args: OptimizationArguments, model_args: ModelArguments, folder: Path, device: torch.device
 ) -> TrainerSettings:
-    """The arguments of the Trainer; of FSDP2 with --parallel fsdp, on a GPU or a CPU."""
+    """The arguments of the Trainer."""
     mixed = resolve_dtype(model_args.dtype, device)
-    is_sharded = model_args.parallel == "fsdp"
-    sharding = {  # FSDP2. Other numbers of ranks can read sharded checkpoints.
-        "version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": args.offload,
-        "activation_checkpointing": args.gradient_checkpointing, "cpu_ram_efficient_loading": True,
-    }  # fmt: skip
     settings = TrainerSettings(
         output_dir=str(folder), use_cpu=device.type == "cpu", seed=model_args.seed, max_steps=args.num_steps,
         bf16=mixed == torch.bfloat16, fp16=mixed == torch.float16,
@@ -71,32 +84,35 @@ def trainer_settings(
         tf32={"TF32": True, "float32": False}.get(computed_in(model_args.dtype, device)),
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
-        activation_checkpointing=args.gradient_checkpointing and not is_sharded,
+        activation_checkpointing=args.gradient_checkpointing and not is_sharded(),
         activation_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=args.learning_rate, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay, adam_beta2=0.95,
-        logging_steps=args.log_steps, logging_nan_inf_filter=False, eval_strategy="steps",
+        logging_steps=max(1, args.num_steps // 100), logging_nan_inf_filter=False, eval_strategy="steps",
         eval_steps=args.eval_steps, save_steps=args.save_steps, save_total_limit=2,
         ddp_find_unused_parameters=False,  # every rank calls every layer
-        accelerator_config={
-            "dispatch_batches": False,  # samples of a stream may differ in length
-            # Shard gradients between the passes of a step, too.
-            "gradient_accumulation_kwargs": {"sync_each_batch": is_sharded},
-        },
-        fsdp=is_sharded or None, fsdp_config=sharding if is_sharded else None,
+        # Shard gradients between the passes of a step, too.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_sharded()}},
         torch_compile=model_args.compile,
         report_to="none", disable_tqdm=False, log_level_replica="error",
     )  # fmt: skip
     settings._n_gpu = min(settings.n_gpu, 1)  # torchrun drives several GPUs, not DataParallel
-    if is_sharded and device.type == "cpu":
+    if is_sharded() and device.type == "cpu":
         # accelerate shards over GPUs only. torch shards over CPU ranks, too.
         settings.distributed_state.distributed_type = DistributedType.MULTI_GPU
-    if is_sharded and isinstance(mixed, torch.dtype) and mixed != torch.float32:
-        # accelerate's default sums gradients and rounds the loss in 16 bits.
-        policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32)
-        settings.fsdp_plugin_args["mixed_precision_policy"] = policy
     return settings
+
+
+def complete_sharding(accelerator: Accelerator, args: OptimizationArguments, dtype: DtypeName) -> None:
+    """Add what the flags say to accelerate's config of FSDP, if there is one."""
+    if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is None:
+        return
+    plugin.activation_checkpointing |= args.gradient_checkpointing
+    mixed = resolve_dtype(dtype, accelerator.device)
+    if isinstance(mixed, torch.dtype) and mixed != torch.float32:
+        # accelerate's default sums gradients and rounds the loss in 16 bits.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32)
 
 
 def adapted(model: PreTrainedModel, base: str, rank: int) -> PreTrainedModel:

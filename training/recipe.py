@@ -49,14 +49,14 @@ def enabled_exits(
     return [exit for exit in exit_layers if exit - 1 >= reached]
 
 
-def loss_weights(enabled: Sequence[int], num_layers: int, e_scale: float, weighting: str) -> dict[int, float]:
+def loss_weights(enabled: Sequence[int], num_layers: int, e_scale: float, equal: bool) -> dict[int, float]:
     """The weight of each exit's loss, by exit; exit L is the last layer.
 
-    `depth` is the paper's (eq. 5-6): e(l) = e_scale * sum_{i<=l} i, e(L-1) = L-1 + e_scale * sum_{i<=L-2} i,
-    divided by their sum. `equal`: 1 for the last layer, and e_scale divided among the enabled exits.
+    The paper's are (eq. 5-6) e(l) = e_scale * sum_{i<=l} i, e(L-1) = L-1 + e_scale * sum_{i<=L-2} i, divided
+    by their sum; e(0), of exit 1, is 0. `equal`: 1 for the last layer, e_scale divided among enabled exits.
     """
     last = num_layers - 1
-    if weighting == "equal":
+    if equal:
         return {num_layers: 1.0, **{exit: e_scale / len(enabled) for exit in enabled}}
     scales = {exit: e_scale * (exit - 1) * exit / 2 for exit in enabled}  # sum_{i=0..l} i, l = exit - 1
     scales[num_layers] = last + e_scale * (last - 1) * last / 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from contextlib import suppress
 from functools import partial
@@ -28,12 +27,9 @@ from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_device
 from self_speculation.loading.sources import adapted_model
 from training import from_flags
-from training.flags import Flags
+from training.flags import Flags, is_sharded
 from training.progress import Progress, Stop
 from training.texts import (
-    Stream,
-    Texts,
-    is_stream,
     load_texts,
     padded,
     to_blocks,
@@ -41,6 +37,8 @@ from training.texts import (
     train_tokenizer,
 )
 from training.trainer import EXIT_SCORES, EarlyExitTrainer, newest_checkpoint, plain
+
+_EVAL_SAMPLES = 64  # of an evaluation during the training
 
 
 def train(flags: Flags) -> int:
@@ -93,62 +91,66 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     Raises:
         LoadingError, ValueError, Failed: something is missing, or flags do not fit.
     """
-    model_args, shape, data_args, recipe_args, args = flags
+    model_args, data_args, recipe_args, args = flags
     device = resolve_device(model_args.device)
     length, seed = data_args.sequence_length, model_args.seed
-    config = None if model_args.model is None else _read_config(model_args, length)
-    recipe_args.exit_layers(shape.num_layers if config is None else config.num_hidden_layers)
-    from_flags.check_precision(model_args, device)
-    # All ranks join before rank 0 does anything alone. gloo reduces offloaded gradients.
-    backend = {"backend": "cuda:nccl,cpu:gloo"} if device.type == "cuda" and ranks.num_processes() > 1 else {}
-    state = PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE, **backend)
+    config = _read_config(model_args, length)
+    exits = recipe_args.exit_layers(config.num_hidden_layers)
+    from_flags.check_precision(model_args.dtype, device)
+    # All ranks join before rank 0 does anything alone.
+    state = PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE)
     place = ("resume", args.resume) if args.resume else ("output_dir", model_args.output_dir)
     ranks.share(lambda: check_writable(*place))
+    description = ranks.share(partial(_describe, flags))
     with state.local_main_process_first():  # the others find its cached files
         texts = load_texts(data_args)
-    run = ranks.share(partial(_open_run, flags))
-    if config is None:
-        trained = ranks.share(lambda: _new_tokenizer(run, texts[0], shape.vocabulary_size))
+    trained = None
+    if model_args.model is None:
+        trained = ranks.share(lambda: _new_tokenizer(args.resume, texts[0], config.vocab_size))
         tokenizer = tokenizer_from_json(trained, length)
-        model = from_flags.new_llama(shape, tokenizer, length, seed)
+        model = from_flags.new_llama(config, tokenizer, seed)
     else:
         model, tokenizer = _load_model(flags, config)
-    run.description |= records.describe_model(model_args.model or "a new Llama", model, device)
-    run.description["computed_in"] = from_flags.computed_in(model_args.dtype, device)
+    facts = records.describe_model(model_args.model or "a new Llama", model, device)
+    facts["computed_in"] = from_flags.computed_in(model_args.dtype, device)
     if args.lora_rank:
         assert model_args.model is not None
         model = from_flags.adapted(model, model_args.model, args.lora_rank)
     with state.local_main_process_first():
         training, evaluation = (to_blocks(part, tokenizer, length, seed) for part in texts)
-    if is_stream(training):
-        training = Stream(training)
-        evaluation = datasets.Dataset.from_list([*evaluation.take(args.eval_samples)])
-        if not len(evaluation):
-            raise ValueError(f"eval_fraction {data_args.eval_fraction}: leaves no sample for evaluation")
+    # Not earlier, so that Ctrl-C leaves no empty folder.
+    run = ranks.share(lambda: Run.open(model_args.output_dir, args.resume, description))
+    run.description |= facts
     if ranks.rank() == 0:
+        if trained is not None:
+            run.replace("tokenizer.json", trained)
         everything, learning = (model.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
-        samples = args.num_steps * _samples(run.description)
-        epochs = "stream" if is_stream(texts[0]) else f"{samples / len(training):.2f} epochs"
+        samples = args.num_steps * _samples(description)
         print(
-            f"{everything:.1f} million parameters, {learning:.1f} million of them trainable; "
-            f"{samples} training samples ({epochs}), {len(evaluation)} held out; {run.folder}"
+            f"{everything:.1f} million parameters, {learning:.1f} million of them trainable; {samples} "
+            f"samples ({samples / len(training):.2f} epochs), {len(evaluation)} held out; {run.folder}"
         )
+        if 1 in exits and recipe_args.exit_loss == "label":
+            unequal = "its weight in the paper's loss is 0; --exit_loss distill gives all exits the same"
+            print(f"exit 1 never learns: {unequal}")
     trainer = EarlyExitTrainer(
         model,
         recipe_args,
         args=from_flags.trainer_settings(args, model_args, run.folder, device),
         train_dataset=training,
-        eval_dataset=evaluation.select(range(min(args.eval_samples, len(evaluation)))),
+        eval_dataset=evaluation.select(range(min(_EVAL_SAMPLES, len(evaluation)))),
         data_collator=partial(padded, tokenizer.pad_token_id or 0, length),
         processing_class=tokenizer,
     )
     trainer.remove_callback(ProgressCallback)
+    from_flags.complete_sharding(trainer.accelerator, args, model_args.dtype)
     return run, trainer, evaluation
 
 
 def _read_config(model_args: ModelArguments, sequence_length: int) -> PretrainedConfig:
-    """The config of --model; raises LoadingError, or ValueError if it does not fit."""
-    assert model_args.model is not None
+    """The config of --model or of a new one; raises LoadingError, or ValueError if it does not fit."""
+    if model_args.model is None:
+        return from_flags.new_config(model_args, sequence_length)
     config = load_config(model_args.model, model_args.loading_options())
     if sequence_length > (most := context_length(config)):
         raise ValueError(f"sequence_length {sequence_length}: must be at most {most}, the model's context")
@@ -157,17 +159,22 @@ def _read_config(model_args: ModelArguments, sequence_length: int) -> Pretrained
     return config
 
 
-def _open_run(flags: Flags) -> Run:
-    """The folder of this training; raises Failed."""
+def _describe(flags: Flags) -> Record:
+    """What the folder of this training says of it; raises Failed if it is not that of --resume."""
     resume = flags.optimization.resume
     description = records.describe("train", flags)
-    earlier = description if resume is None else records.check_same_run(resume, description)
+    if resume is None:
+        return description
+    earlier = records.check_same_run(resume, description)
     if (now := _samples(description)) != (was := _samples(earlier)):
         raise Failed(
             f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
             f"--batch_size and --gradient_accumulation must make {was} together"
         )
-    return Run.open(flags.model.output_dir, resume, description)
+    _, checkpoint = newest_checkpoint(Path(resume).expanduser())
+    if checkpoint is not None and any(Path(checkpoint).glob("pytorch_model_fsdp*")) != is_sharded():
+        raise Failed(f"--resume {resume}: with FSDP as before, or without it as before, by accelerate launch")
+    return description
 
 
 def _samples(description: Record) -> int:
@@ -176,12 +183,11 @@ def _samples(description: Record) -> int:
     return description["num_ranks"] * arguments["batch_size"] * arguments["gradient_accumulation"]
 
 
-def _new_tokenizer(run: Run, texts: Texts, vocabulary_size: int) -> str:
+def _new_tokenizer(resume: str | None, texts: datasets.Dataset, vocabulary_size: int) -> str:
     """The JSON of a new model's tokenizer, which the first start of the run trains."""
-    path = run.folder / "tokenizer.json"
-    if not path.exists():
-        run.replace(path.name, train_tokenizer(texts, vocabulary_size).to_str())
-    return path.read_text(encoding="utf-8")
+    if resume is not None:
+        return (Path(resume).expanduser() / "tokenizer.json").read_text(encoding="utf-8")
+    return train_tokenizer(texts, vocabulary_size).to_str()
 
 
 def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -193,8 +199,6 @@ def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel
             f"lora_rank {rank}: --model {model_args.model} is an adapter, and one on top of it would be of "
             "no use without it; take the model that has it merged"
         )
-    if model_args.parallel == "fsdp":  # transformers then reads weights at the first rank only
-        os.environ["ACCELERATE_USE_FSDP"] = os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
     options = model_args.loading_options(
         dtype=model_args.dtype if rank else "float32",
         device="cpu",

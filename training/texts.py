@@ -8,28 +8,24 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
 from zlib import crc32
 
-import datasets
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data import DataError, cell, is_table, load_from_hub, one_line, read_table
+from data import DataError, load_from_hub, one_line, read_files
 from self_speculation.devices import round_up
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 
 END_OF_TEXT = "<|endoftext|>"
-
-# Texts of a stream that are shuffled at a time, and that train a tokenizer.
-_STREAM_BUFFER = 10_000
 
 # Folders of generated tables, of sources for other interpreters and of deliberate errors.
 _NOT_PROSE = {
@@ -37,10 +33,7 @@ _NOT_PROSE = {
 }  # fmt: skip
 
 
-Texts: TypeAlias = datasets.Dataset | datasets.IterableDataset  # the latter is a stream
-
-
-def load_texts(args: TrainingDataArguments) -> tuple[Texts, Texts]:
+def load_texts(args: TrainingDataArguments) -> tuple[Dataset, Dataset]:
     """(training, evaluation) rows: `text`, or `prompt` and `response`.
 
     Raises:
@@ -49,7 +42,7 @@ def load_texts(args: TrainingDataArguments) -> tuple[Texts, Texts]:
     rows, share = _read(args), args.eval_fraction
     parts = [rows.filter(_is_in_part, fn_kwargs={"share": share, "held_out": out}) for out in (False, True)]
     for name, part in zip(("training", "evaluation"), parts, strict=True):
-        if not is_stream(part) and not len(part):
+        if not len(part):
             raise DataError(f"--eval_fraction {share}: leaves nothing of {len(rows)} texts for {name}")
     return parts[0], parts[1]
 
@@ -58,29 +51,32 @@ def _is_in_part(row: dict[str, str], share: float, held_out: bool) -> bool:
     for name, value in row.items():
         if not isinstance(value, str):
             raise DataError(f"--text_column {name}: holds {value!r}, which is not text")
-    return (crc32("\0".join(row.values()).encode()) / 2**32 < share) == held_out
+    text = "\0".join(row.values())
+    return bool(text.strip()) and (crc32(text.encode()) / 2**32 < share) == held_out
 
 
-def is_stream(texts: Texts) -> bool:
-    return isinstance(texts, datasets.IterableDataset)
-
-
-def _read(args: TrainingDataArguments) -> Texts:
-    """All rows, with the columns to learn. `datasets` caches them until a file changes."""
-    flag = f"--data {args.data}" if args.data_path is None else f"--data_path {args.data_path}"
+def _read(args: TrainingDataArguments) -> Dataset:
+    """All rows, with the columns to learn."""
     try:
-        if args.data_path is None and args.data != "python_stdlib":
-            return _hub_rows(args.data, args.text_column, args.streaming)
-        paths = standard_library() if args.data_path is None else _files(args.data_path)
-        files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
-        kwargs = {"files": files, "column": args.text_column}
-        return datasets.Dataset.from_generator(_rows_of_files, gen_kwargs=kwargs)
-    except Exception as error:  # the hub, Arrow and generators raise errors without a common base
-        cause = error.__cause__ or error
-        if isinstance(cause, DataError) and str(cause).startswith("--"):
-            raise cause from None
-        is_empty = type(cause).__name__ == "SchemaInferenceError"  # a generator without rows has no columns
-        raise DataError(f"{flag}: {'has no texts' if is_empty else one_line(cause)}") from error
+        if args.data_path is not None:
+            rows = read_files(_files(args.data_path))
+        elif args.data == "python_stdlib":
+            rows = read_files(standard_library())
+        else:
+            rows = load_from_hub(args.data, split="train")
+    except DataError:
+        raise
+    except Exception as error:  # the hub's errors have no common base
+        raise DataError(f"--data {args.data}: {one_line(error)}") from error
+    if {"prompt", "response"} <= set(rows.column_names):  # they come before any other
+        return rows.select_columns(["prompt", "response"])
+    if (column := args.text_column) not in rows.column_names and rows.column_names != ["text"]:
+        raise DataError(
+            f"--text_column {column}: not in the data, which has {', '.join(rows.column_names)}; must be one "
+            "of these, or the data must have prompt and response"
+        )
+    name = column if column in rows.column_names else "text"  # a file of text has no other
+    return rows.select_columns([name]).rename_columns({name: "text"})
 
 
 def _files(pattern: str) -> list[Path]:
@@ -100,44 +96,7 @@ def standard_library() -> list[Path]:
     ]
 
 
-def _rows_of_files(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[str, str]]:
-    """The rows of tables; any other file is one text, unless it is blank."""
-    columns: list[str] = []
-    for name, *_ in files:
-        path = Path(name)
-        if is_table(path):
-            rows: Any = read_table(path)
-        else:
-            text = path.read_text("utf-8-sig")
-            rows = [(name, {column: text})] if text.strip() else []
-        for place, row in rows:
-            columns = columns or _columns(row, column)
-            names = columns if len(columns) > 1 else ["text"]
-            yield dict(zip(names, (cell(place, row, name) for name in columns), strict=True))
-
-
-def _hub_rows(name: str, column: str, streaming: bool) -> Texts:
-    rows = load_from_hub(name, split="train", streaming=streaming)
-    if rows.column_names is None:  # a stream learns its columns from its first rows
-        rows = rows._resolve_features()
-    columns = _columns(rows.column_names, column)
-    rows = rows.select_columns(columns)
-    return rows if columns in (["text"], ["prompt", "response"]) else rows.rename_columns({column: "text"})
-
-
-def _columns(found: Collection[str], column: str) -> list[str]:
-    """The columns to learn; prompt and response come before any other."""
-    if {"prompt", "response"} <= set(found):
-        return ["prompt", "response"]
-    if column not in found:
-        raise DataError(
-            f"--text_column {column}: not in the data, which has {', '.join(found)}; must be one of these, "
-            "or the data must have prompt and response"
-        )
-    return [column]
-
-
-def train_tokenizer(texts: Texts, vocabulary_size: int) -> Tokenizer:
+def train_tokenizer(texts: Dataset, vocabulary_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     # A prompt may end in a digit or line break: each is one token. A run of spaces is one token, too.
@@ -149,8 +108,7 @@ def train_tokenizer(texts: Texts, vocabulary_size: int) -> Tokenizer:
         vocab_size=vocabulary_size, special_tokens=[END_OF_TEXT], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    some = texts.take(_STREAM_BUFFER) if is_stream(texts) else texts
-    tokenizer.train_from_iterator(("".join(row.values()) for row in some), trainer)
+    tokenizer.train_from_iterator(("".join(row.values()) for row in texts), trainer)
     return tokenizer
 
 
@@ -162,8 +120,8 @@ def tokenizer_from_json(json: str, context: int) -> PreTrainedTokenizerBase:
     )
 
 
-def to_blocks(texts: Texts, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> Texts:
-    """Shuffled texts -> rows of `input_ids` and `labels`; a stream is shuffled within a buffer of texts.
+def to_blocks(texts: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> Dataset:
+    """Shuffled texts -> rows of `input_ids` and `labels`.
 
     Texts are joined, an end of text after each, and cut into blocks of `length`; tokens attend to the texts
     before theirs. A prompt with its response is a block of its own of at most `length`, and only the
@@ -175,33 +133,10 @@ def to_blocks(texts: Texts, tokenizer: PreTrainedTokenizerBase, length: int, see
     """
     are_pairs = "prompt" in texts.column_names
     convert: Callable = partial(_pair_blocks, tokenizer, length) if are_pairs else Joined(tokenizer, length)
-    buffer = {"buffer_size": _STREAM_BUFFER} if is_stream(texts) else {}
-    blocks = texts.shuffle(seed, **buffer).map(
-        convert, batched=True, with_indices=True, remove_columns=texts.column_names
-    )
-    if not is_stream(texts) and not len(blocks):
+    blocks = texts.shuffle(seed).map(convert, batched=True, remove_columns=texts.column_names)
+    if not len(blocks):
         raise DataError(f"--sequence_length {length}: longer than all the text there is")
     return blocks
-
-
-class Stream(torch.utils.data.IterableDataset):
-    """A stream of blocks that starts again when it ends, in another order.
-
-    It hides the type of `datasets` from the trainer, which would let each rank read files of its own: their
-    numbers of samples differ, and other ranks could not resume. From this type, each rank takes its samples.
-    """
-
-    def __init__(self, blocks: datasets.IterableDataset) -> None:
-        self._blocks = blocks
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for epoch in count():
-            self._blocks.set_epoch(epoch)
-            blocks = iter(self._blocks)
-            if (first := next(blocks, None)) is None:
-                raise DataError("--sequence_length: longer than all the text there is")
-            yield first
-            yield from blocks
 
 
 class Joined:
@@ -211,9 +146,7 @@ class Joined:
         self._tokenizer, self._length = tokenizer, length
         self._rest: list[int] = []
 
-    def __call__(self, rows: dict[str, list[str]], indices: list[int]) -> dict[str, list[list[int]]]:
-        if indices[0] == 0:  # the first call, or a stream that starts again
-            self._rest = []
+    def __call__(self, rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         texts = self._tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
         ids = [*self._rest, *chain(*([*text, self._tokenizer.eos_token_id] for text in texts))]
         *blocks, self._rest = (ids[at : at + self._length] for at in range(0, len(ids) + 1, self._length))
@@ -221,7 +154,7 @@ class Joined:
 
 
 def _pair_blocks(
-    tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]], _: list[int]
+    tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]]
 ) -> dict[str, list[list[int]]]:
     blocks, labels = [], []
     for prompt, response in zip(rows["prompt"], rows["response"], strict=True):

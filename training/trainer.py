@@ -161,7 +161,8 @@ class EarlyExitTrainer(Trainer):
         enabled = recipe.enabled_exits(
             self._exits, num_layers, settings.curriculum, settings.rotation, step, num_steps
         )
-        weights = recipe.loss_weights(enabled, num_layers, settings.early_exit_scale, settings.exit_weighting)
+        is_distilled = settings.exit_loss == "distill"
+        weights = recipe.loss_weights(enabled, num_layers, settings.early_exit_scale, equal=is_distilled)
         rates = recipe.dropout_rates(
             num_layers, settings.layer_dropout, settings.dropout_schedule, step, num_steps
         )
@@ -171,7 +172,7 @@ class EarlyExitTrainer(Trainer):
         first = (self._micro_step * ranks + self.args.process_index) * self._train_batch_size
         self._micro_step += 1
         kept = kept[:, first : first + num_samples]
-        return {"weights": weights, "distill": settings.exit_loss == "distill", "kept": kept}
+        return {"weights": weights, "distill": is_distilled, "kept": kept}
 
     @contextmanager
     def _computing(self, whole: Callable, by_head: Callable) -> Iterator[None]:

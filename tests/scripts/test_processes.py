@@ -46,9 +46,7 @@ def test_a_cache_that_cannot_be_written(model_folder):
 
 
 # Before a script begins, which each arranges for itself, and after.
-@pytest.mark.parametrize(
-    ("name", "library"), [*((name, "simple_parsing") for name in SCRIPTS), ("generate", "torch")]
-)
+@pytest.mark.parametrize(("name", "library"), [*((name, "tqdm") for name in SCRIPTS), ("generate", "torch")])
 def test_ctrl_c_during_imports(name, library, tmp_path):
     """Guards against a traceback in the first seconds, and a library that turns Ctrl-C into an error."""
     (tmp_path / f"{library}.py").write_text(

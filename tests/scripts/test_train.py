@@ -19,12 +19,15 @@ from measures.plots import agreement_by_exit
 from self_speculation import load_model_and_tokenizer
 from training.trainer import EarlyExitTrainer
 
-STEPS = ["--num_steps", "12", "--log_steps", "2", "--eval_steps", "6", "--save_steps", "4"]
+STEPS = ["--num_steps", "12", "--eval_steps", "6", "--save_steps", "4"]
 DRAFTS = ["--generation_strategy", "self_speculative", "--exit_layer", 1, "--num_speculations", 3]
 GENERATE = ["--prompt", "def", "--max_steps", 8, "--sample", "False", *DRAFTS]
 
 
 def arguments(tmp_path, texts, *more):
+    more = (
+        [*more, "--model_args", ""] if "--model" in more else more
+    )  # those of SMALL_TRAINING are of a new one
     return ["--data_path", texts, "--output_dir", str(tmp_path / "logs"), *SMALL_TRAINING, *STEPS, *more]
 
 
@@ -86,12 +89,13 @@ def program(tmp_path, patch):
     return write_program(tmp_path, f"{code}from runs import program; program.run(train.main)\n")
 
 
-def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, monkeypatch):
-    """Guards against a training that learns nothing, and against results that no script or transformers
-    reads.
+def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, monkeypatch, capsys):
+    """Guards against a training that learns nothing, against an exit that never does and no word of it, and
+    against results that no script or transformers reads.
     """
     monkeypatch.setattr("training.run.agreement_by_exit", agreement_by_exit)
-    folder = run(tmp_path, texts, "--num_steps", "60", "--log_steps", "20")
+    folder = run(tmp_path, texts, "--num_steps", "60")
+    assert "\nexit 1 never learns: its weight in the paper's loss is 0; --exit" in capsys.readouterr().out
     frame = log(folder)
     assert_learns(frame, 0.5)
     assert {f"eval_loss_exit_{exit}" for exit in (1, 2, 3)} <= set(frame)
@@ -146,7 +150,7 @@ def in_last_checkpoint(event):
 
 
 SIGINT, SIGTERM = sends(signal.SIGINT), sends(signal.SIGTERM)
-EXACT = ["--layer_dropout", "0.5", "--exit_loss", "distill", "--log_steps", "1"]
+EXACT = ["--layer_dropout", "0.5", "--exit_loss", "distill"]
 
 
 @pytest.fixture(scope="module")
@@ -268,26 +272,9 @@ def test_an_older_torch_is_refused_at_once(capsys, monkeypatch):
     assert "torch 2.12.1+cu130: training needs 2.13 or newer" in refused(train.main, [], capsys)
 
 
-def stream_of(tmp_path):
-    """Flags for a stream of two files that is shorter than the training."""
-    (tmp_path / "hub").mkdir()
-    for name in ("a", "b"):
-        rows = [{"text": f"def {name}{i}(x):\n    return x + {i * i}\n" * 2} for i in range(12)]
-        write_rows(tmp_path / "hub" / f"{name}.jsonl", rows)
-    more = ["--eval_samples", "2", "--num_steps", "16", "--layer_dropout", "0.5", "--log_steps", "1"]
-    return ["--data", str(tmp_path / "hub"), "--streaming", *SMALL_TRAINING, *STEPS, *more]
-
-
-def test_a_stream_is_read_while_training(tmp_path, monkeypatch):
-    """Guards against a stream that ends before the training, and against a resumption that reads other
-    samples.
-    """
-    stream = [*stream_of(tmp_path), "--batch_size", "2", "--gradient_accumulation", "3"]
-    assert train.main([*stream, "--output_dir", str(tmp_path / "whole" / "logs")]) == 0
-    with monkeypatch.context() as context:
-        at_step(5, SIGTERM)(context)
-        assert train.main([*stream, "--output_dir", str(tmp_path / "parts" / "logs")]) == 143
-    whole, folder = (only_run(tmp_path / name) for name in ("whole", "parts"))
-    assert train.main(["--resume", str(folder)]) == 0
-    assert_same(folder, whole)
-    assert log(whole)["loss"].max() < 7  # no step has twice as many samples
+def test_ctrl_c_before_the_first_step_leaves_no_folder(tmp_path, texts, monkeypatch):
+    """Guards against the folder of a run that has nothing to go on with."""
+    monkeypatch.setattr("training.run.to_blocks", raises(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(tmp_path, texts))
+    assert not list(tmp_path.glob("logs/*"))

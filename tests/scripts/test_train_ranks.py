@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import forks
 import pandas
 import pytest
 import torch
+import yaml
 from conftest import ROOT, assert_close
 from helpers import only_run
 from safetensors.torch import load_file
@@ -22,13 +24,21 @@ from test_train import (
     log,
     program,
     run,
-    stream_of,
     weights,
 )
 from transformers import AutoModelForCausalLM
 
 import train
 
+SHARDED = {  # as `accelerate launch` sets them
+    "ACCELERATE_USE_FSDP": "true",
+    **{
+        name.upper(): value if isinstance(value, str) else str(value).lower()
+        for name, value in yaml.safe_load((ROOT / "training" / "fsdp.yaml").read_text())[
+            "fsdp_config"
+        ].items()
+    },
+}
 SHARDS = '"torch.distributed.checkpoint:FileSystemWriter"'
 NO_SPACE = 'OSError(28, "No space left on device")'
 NOT_WRITTEN = "checkpoint-4: [Errno 28] No space left on device; no checkpoint was written yet"
@@ -36,19 +46,19 @@ REFUSED = '"training.run", "load_texts", ValueError("data_path x: no such files"
 
 
 @pytest.mark.parametrize(
-    ("patch", "parallel", "status", "message"),
+    ("patch", "env", "status", "message"),
     [
-        ("at_step(5, SIGTERM, rank=1)", "data", 143, "interrupted; step 6 is kept"),
-        (f'at_rank(1, {SHARDS}, "write_data", {NO_SPACE})', "fsdp", 1, NOT_WRITTEN),
-        (f"at_rank(0, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),
-        (f"at_rank(1, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),
+        ("at_step(5, SIGTERM, rank=1)", {}, 143, "interrupted; step 6 is kept"),
+        (f'at_rank(1, {SHARDS}, "write_data", {NO_SPACE})', SHARDED, 1, NOT_WRITTEN),
+        (f"at_rank(0, {REFUSED})", {}, None, "program.py: error: --data_path x: no such files\n"),
+        (f"at_rank(1, {REFUSED})", {}, None, "program.py: error: --data_path x: no such files\n"),
     ],
     ids=["signal", "disk_full_of_a_shard", "refused_by_0", "refused_by_1"],
 )
-def test_an_event_at_one_rank_ends_all(patch, parallel, status, message, tmp_path, texts):
+def test_an_event_at_one_rank_ends_all(patch, env, status, message, tmp_path, texts):
     """Guards against ranks that wait for one another, and that fail with errors of their own."""
-    command = arguments(tmp_path, texts, "--batch_size", "2", "--parallel", parallel)
-    ended = forks.run_ranks(2, program(tmp_path, patch), *command)
+    command = arguments(tmp_path, texts, "--batch_size", "2")
+    ended = forks.run_ranks(2, program(tmp_path, patch), *command, env=env)
     if status is None:
         assert ended.returncode != 0
         assert ended.stderr == message
@@ -57,7 +67,7 @@ def test_an_event_at_one_rank_ends_all(patch, parallel, status, message, tmp_pat
         assert message in ended.stderr
 
 
-DROPPING = ["--layer_dropout", "0.7", "--exit_weighting", "equal", "--rotation", "2"]
+DROPPING = ["--layer_dropout", "0.7", "--exit_loss", "distill", "--rotation", "2"]
 
 
 @pytest.mark.slow
@@ -65,21 +75,24 @@ def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_fold
     """Guards against shards that only the same number of ranks can read: one of two ranks is killed, four
     ranks resume, with activation checkpointing, and match a run of one process.
     """
-    more = [*DROPPING, "--model", str(model_folder), "--exit_loss", "distill"]
+    more = [*DROPPING, "--model", str(model_folder)]
     whole = run(tmp_path / "one", texts, *more)
-    shared = [*arguments(tmp_path, texts, *more), "--parallel", "fsdp", "--gradient_checkpointing"]
+    shared = [*arguments(tmp_path, texts, *more), "--gradient_checkpointing"]
+    ranks = partial(forks.run_ranks, env=SHARDED)
     killed = program(tmp_path, "at_step(10, sends(signal.SIGKILL), rank=1)")
-    assert forks.run_ranks(2, killed, *shared, "--batch_size", "2").returncode != 0
+    assert ranks(2, killed, *shared, "--batch_size", "2").returncode != 0
     folder = only_run(tmp_path)
     assert (folder / "checkpoint-8" / "pytorch_model_fsdp_0").is_dir()
-    wrong = forks.run_ranks(4, ROOT / "train.py", "--resume", folder)
+    unsharded = forks.run(ROOT / "train.py", "--resume", folder)
+    assert (unsharded.returncode, "with FSDP as before, or without" in unsharded.stderr) == (2, True)
+    wrong = ranks(4, ROOT / "train.py", "--resume", folder)
     assert wrong.returncode == 2
     assert "a step of that run has 4 samples, this one's 8: ranks, --batch_size and" in wrong.stderr
-    result = forks.run_ranks(4, ROOT / "train.py", "--resume", folder, "--batch_size", "1")
+    result = ranks(4, ROOT / "train.py", "--resume", folder, "--batch_size", "1")
     assert result.returncode == 0, result.stderr
     assert_similar(folder, whole)
     shutil.rmtree(folder / "model")  # killed during the last evaluation
-    again = forks.run_ranks(4, ROOT / "train.py", "--resume", folder)
+    again = ranks(4, ROOT / "train.py", "--resume", folder)
     assert again.returncode == 0, again.stderr
     assert_similar(folder, whole)
     assert forks.run(ROOT / "generate.py", "--model", folder / "model", *GENERATE).returncode == 0
@@ -88,7 +101,7 @@ def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_fold
 def with_peft(ranks, program, *args):
     """In a new process: transformers looks for peft, which has a folder of its own, at its import."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks] if ranks > 1 else []
-    own = {"PYTHONPATH": f"{Path(sys.prefix) / 'lora'}{os.pathsep}{ROOT}"}
+    own = {"PYTHONPATH": f"{Path(sys.prefix) / 'lora'}{os.pathsep}{ROOT}", **(SHARDED if ranks > 1 else {})}
     command = [*map(str, [sys.executable, *launcher, program, *args])]
     return subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
 
@@ -100,9 +113,9 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     and against a merge that changes head, norms or logits.
     """
     more = ["--model", str(model_folder), "--lora_rank", "4", "--exit_loss", "distill"]
-    more += ["--num_steps", "20", "--learning_rate", "3e-2", "--log_steps", "4"]
+    more += ["--num_steps", "20", "--learning_rate", "3e-2"]
     if ranks > 1:
-        more += ["--parallel", "fsdp", "--batch_size", "2"]
+        more += ["--batch_size", "2"]
     ways = {}
     for name, step in (("whole", 99), ("parts", 10)):
         (tmp_path / name).mkdir()
@@ -135,22 +148,16 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "data"),
-    [
-        pytest.param("data", "texts", marks=pytest.mark.slow),
-        pytest.param("data", "stream", marks=pytest.mark.slow),
-        ("fsdp", "texts"),
-    ],
+    "env", [pytest.param({}, marks=pytest.mark.slow, id="data"), pytest.param(SHARDED, id="fsdp")]
 )
-def test_two_ranks_learn_what_one_does(parallel, data, tmp_path, texts):
-    """Guards against drops that depend on the number of ranks, against ranks that read files of their own,
-    and against a rank that waits forever since another one skips a layer: at this dropout, all samples of a
-    rank often do.
+def test_two_ranks_learn_what_one_does(env, tmp_path, texts):
+    """Guards against drops that depend on the number of ranks, and against a rank that waits forever since
+    another one skips a layer: at this dropout, all samples of a rank often do.
     """
-    flags = [*(stream_of(tmp_path) if data == "stream" else arguments(tmp_path, texts)), *DROPPING]
-    shared = ["--parallel", parallel, "--batch_size", "1", "--gradient_accumulation", "2"]
+    flags = [*arguments(tmp_path, texts), *DROPPING]
+    shared = ["--batch_size", "1", "--gradient_accumulation", "2"]
     outputs = [["--output_dir", str(tmp_path / name / "logs")] for name in ("one", "two")]
     assert train.main([*flags, *outputs[0]]) == 0
-    result = forks.run_ranks(2, ROOT / "train.py", *flags, *shared, *outputs[1])
+    result = forks.run_ranks(2, ROOT / "train.py", *flags, *shared, *outputs[1], env=env)
     assert result.returncode == 0, result.stderr
     assert_similar(only_run(tmp_path / "two"), only_run(tmp_path / "one"))

@@ -14,7 +14,7 @@ from torch.nn import functional
 from training import losses, recipe, trainer
 from training.recipe import IGNORED
 
-ALL = recipe.loss_weights([1, 2, 3], 4, 0.2, "depth")
+ALL = recipe.loss_weights([1, 2, 3], 4, 0.2, equal=False)
 
 
 def early_exit_loss(model, ids, labels, weights=ALL, **more):
@@ -56,12 +56,12 @@ def test_exits_that_learn_at_a_step(exits, curriculum, rotation, num_steps, expe
 
 def test_loss_weights_by_hand():
     """Guards against e(l) shifted by a layer: with L 4, e(0..2) = 0.5 x (0, 1, 3), e(3) = 3 + 0.5 x 3."""
-    weights = recipe.loss_weights([1, 2, 3], 4, 0.5, "depth")
+    weights = recipe.loss_weights([1, 2, 3], 4, 0.5, equal=False)
     assert weights == pytest.approx({1: 0.0, 2: 0.5 / 6.5, 3: 1.5 / 6.5, 4: 4.5 / 6.5})
-    assert recipe.loss_weights([2], 4, 0.5, "depth") == pytest.approx({2: 0.1, 4: 0.9})
-    assert recipe.loss_weights([1, 3], 4, 0.6, "equal") == pytest.approx({1: 0.3, 3: 0.3, 4: 1.0})
-    for weighting in ("depth", "equal"):
-        assert recipe.loss_weights([], 4, 0.5, weighting) == {4: 1.0}
+    assert recipe.loss_weights([2], 4, 0.5, equal=False) == pytest.approx({2: 0.1, 4: 0.9})
+    assert recipe.loss_weights([1, 3], 4, 0.6, equal=True) == pytest.approx({1: 0.3, 3: 0.3, 4: 1.0})
+    for equal in (False, True):
+        assert recipe.loss_weights([], 4, 0.5, equal) == {4: 1.0}
 
 
 @pytest.mark.parametrize("distill", [False, True])

@@ -38,9 +38,10 @@ def test_formats_are_equivalent(tmp_path):
     assert sorted(training + evaluation) == sorted(texts)
     assert not set(training) & set(evaluation)
     frame.rename(columns={"content": "prompt", "other": "response"}).to_csv(tmp_path / "b.csv", index=False)
-    (tmp_path / "b.jsonl").write_text('{"prompt": "3", "response": "4", "more": 5}\n' * 9)
-    parts = load_texts(arguments(tmp_path / "b.*", eval_fraction=0.5))
-    assert {row["prompt"] for part in parts for row in part} == {*texts, "3"}
+    parts = load_texts(arguments(tmp_path / "b.csv", eval_fraction=0.5))
+    assert {tuple(row.values()) for part in parts for row in part} == {
+        *zip(texts, map(str, range(30)), strict=True)
+    }
 
 
 @pytest.mark.parametrize(
@@ -48,11 +49,12 @@ def test_formats_are_equivalent(tmp_path):
     [
         ("none*", "no such files"),
         ("a.jsonl", "--text_column text: not in the data, which has content"),
-        ("b.jsonl", "b.jsonl, line 1: not JSON"),
+        ("b.jsonl", "b.jsonl: JSON parse error: Invalid value. in row 0"),
+        ("*.[jt]*", "5 files from .*a.jsonl on: must be of one kind, not json, text"),
         ("", 'is a folder; name its files, such as ".*/\\*\\*/\\*.jsonl"'),
-        ("d.jsonl", "d.jsonl, line 2: column 'text' must be text, not NoneType"),
+        ("d.jsonl", "--text_column text: holds None, which is not text"),
         ("c.txt", "leaves nothing of 1 texts for"),
-        ("e.txt", "has no texts"),
+        ("e.txt", "leaves nothing of 1 texts for"),
     ],
 )
 def test_errors_of_files(name, message, tmp_path):
@@ -65,15 +67,6 @@ def test_errors_of_files(name, message, tmp_path):
     with pytest.raises(DataError, match=message) as error:
         load_texts(arguments(tmp_path / name))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_with_values_that_are_not_text_is_refused(streaming, tmp_path):
-    """Guards against an error in the middle of the training: a stream is refused at its first rows."""
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
-    args = TrainingDataArguments(data=str(tmp_path), streaming=streaming)
-    with pytest.raises(DataError, match="--text_column text: holds None, which is not text"):
-        list(load_texts(args)[0])
 
 
 def test_texts_are_tokenised_once_until_a_file_changes(tmp_path):

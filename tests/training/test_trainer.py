@@ -4,18 +4,16 @@ import copy
 import shutil
 from functools import partial
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import assert_close, tiny_llama
+from conftest import tiny_llama
 from datasets import Dataset
 from transformers import LlamaConfig, TrainingArguments, default_data_collator
 
 from training.flags import RecipeArguments
-from training.losses import exit_losses
 from training.texts import padded
-from training.trainer import EarlyExitTrainer, early_exit_loss
+from training.trainer import EarlyExitTrainer
 
 pad = partial(padded, 0, 8)
 
@@ -82,18 +80,6 @@ def test_a_step_that_is_not_finite_ends_the_training(settings, factor, step, kep
     with pytest.raises(FloatingPointError, match=rf"^loss or gradient is not finite at step {step}$"):
         made.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == kept
-
-
-def test_padding_changes_no_loss():
-    """Guards against losses that depend on the other rows of a batch."""
-    model, weights = tiny_llama(), {2: 0.3, 4: 0.7}
-    rows = [{key: [*range(5, 5 + length)] for key in ("input_ids", "labels")} for length in (30, 9)]
-    with patch.object(model.lm_head, "forward", partial(exit_losses, model.lm_head)):
-        together, *alone = (
-            early_exit_loss(model, **padded(0, at_most, part), weights=weights, num_items_in_batch=1)["loss"]
-            for at_most, part in ((200, rows), (30, rows[:1]), (9, rows[1:]))
-        )
-    assert_close(together, sum(alone))
 
 
 def test_padding_on_the_left_is_refused(trainer):
