@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from serving.answers import ServedModel
     from serving.app import App
     from serving.engine import Engine
-    from serving.http11 import BACKLOG, StrictProtocol
+    from serving.http11 import StrictProtocol, most_connections
 
     generator = load_generator(model_args, config)
     latest_end = max(args.shutdown_time, _GRACE)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             access_log=False,
             server_header=False,
             http=StrictProtocol,
-            backlog=BACKLOG,
+            backlog=most_connections()[1],
             timeout_graceful_shutdown=_GRACE - 1,
         )
     )

@@ -12,8 +12,8 @@ chat template, and code of HumanEval.
 Servers alternate: each one starts, warms up, gets the load of every number of clients, and ends. `here` is
 serve.py with the flags above. `transformers` is `transformers serve` on the same weights, in float16 and in
 bfloat16, without and with --continuous-batching; each of these is a server of its own, since the fastest
-depends on the number of clients. They need fastapi, which requirements-dev.txt has. A URL names a running
-server; --model has its tokenizer.
+depends on the number of clients. They need fastapi, which requirements-dev.txt has. `llama-server` is that of
+llama.cpp in PATH, on the same .gguf file. A URL names a running server; --model has its tokenizer.
 
 *tokens/s* is all text by the time in which at least one request was open; the tokenizer of --model counts the
 tokens of all servers. *first* is the time to the first text in ms at p50 and p95, *between* the time between
@@ -29,7 +29,9 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -52,7 +54,8 @@ from runs.program import run
 from runs.records import Record, describe, describe_model
 from runs.startup import load_generator
 
-_PEER = "transformers"
+_PEER, _LLAMA = "transformers", "llama-server"
+_SLOT = 2048  # positions that llama-server has for a client, beside a long prompt
 _BARE = {"add_special_tokens": False}
 _ANSWERS = 600  # timeout of a request in seconds
 
@@ -62,7 +65,7 @@ class ServingArguments:
     """The servers and their load."""
 
     servers: list[str] = field(default_factory=lambda: ["here", _PEER])
-    """here, transformers, or URLs of running servers; the first is compared with the others."""
+    """here, transformers, llama-server, or URLs of running servers; the first is compared with the others."""
     clients: list[int] = field(default_factory=lambda: [1, 8])
     """Numbers of clients, measured one after the other."""
     questions: int = 4
@@ -80,8 +83,10 @@ class ServingArguments:
         at_least(self, 1, "clients", "questions", "rounds")
         at_least(self, 0, "long_prompt")
         check(self, "wait", self.wait > 0, "must be above 0")
-        known = all(name in ("here", _PEER) or name.startswith("http") for name in self.servers)
-        check(self, "servers", known, f"must be here, {_PEER} or URLs")
+        known = all(name in ("here", _PEER, _LLAMA) or name.startswith("http") for name in self.servers)
+        check(self, "servers", known, f"must be here, {_PEER}, {_LLAMA} or URLs")
+        found = _LLAMA not in self.servers or shutil.which(_LLAMA) is not None
+        check(self, "servers", found, f"{_LLAMA} is not in PATH")
         check(self, "workloads", {*self.workloads} <= {"chat", "code"}, "must be among chat, code")
 
     def loads(self) -> list[tuple[int, int]]:
@@ -169,7 +174,11 @@ def commands(
         if (value := getattr(group, flag.name)) != getattr(type(group)(), flag.name)
         for word in (f"--{flag.name}", *map(str, value if isinstance(value, list) else [value]))
     ]
-    here = [*SERVE, *given, "--batch_size", str(max(args.clients) + bool(args.long_prompt))]
+    slots = max(args.clients) + bool(args.long_prompt)
+    here = [*SERVE, *given, "--batch_size", str(slots)]
+    llama = [_LLAMA, "--model", str(model_args.model_name), "--parallel", str(slots)]
+    llama += ["--ctx-size", str(slots * (_SLOT + args.long_prompt))]  # of all slots together
+    llama += ["--threads", str(model_args.threads or len(os.sched_getaffinity(0)))]
     program = str(Path(sys.executable).with_name("transformers"))
     peers = {
         f"{_PEER} {dtype}{name}": [program, "serve", str(saved), "--dtype", dtype, *more]
@@ -178,7 +187,8 @@ def commands(
     }
     ways: dict[str, list[str] | None] = {}
     for server in args.servers:
-        ways |= {"here": {"here": here}, _PEER: peers}.get(server, {server: None})
+        known: dict[str, dict[str, list[str] | None]] = {"here": {"here": here}, _LLAMA: {_LLAMA: llama}}
+        ways |= {**known, _PEER: {**peers}}.get(server, {server: None})
     return ways
 
 
@@ -208,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
     if config.max_steps < 2:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, nothing lies between pieces of one")
+    if _LLAMA in args.servers and not str(model_args.model_name).endswith(".gguf"):
+        refuse(f"--model {model_args.model_name}: must be a .gguf file, which {_LLAMA} can read")
     generator = load_generator(model_args, config)
     tokenizer = generator.tokenizer
     long_prompt = text_of(tokenizer, args.long_prompt)

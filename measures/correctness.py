@@ -21,7 +21,7 @@ from runs.records import Record, Run, counted, heading
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.request import config_processors
-from self_speculation.decoding.texts import StopWords
+from self_speculation.decoding.texts import OutputReader
 from self_speculation.families import context_length
 from self_speculation.passes.captured_runner import is_captured
 
@@ -97,7 +97,7 @@ class CompareIds(Experiment):
     @torch.inference_mode()
     def _by_transformers(self, example: Encoded) -> list[int]:
         model, config, prompt = self.generator.model, self.config, example.ids
-        stop = StopWords(self.generator.tokenizer, config.stop_words or [], prompt, example.thinking)
+        stop = OutputReader(self.generator.tokenizer, config.stop_words or [], prompt, example.thinking)
         end_ids = [*self.generator.eos_token_ids, *(config.stop_token_ids or [])]
         room = context_length(model.config) - len(prompt)
 

@@ -93,8 +93,7 @@ class Conversation:
         streamer: Any = None
         if self.streamer != "none":
             kind = SpeculativeTextStreamer if self.streamer == "speculative" else StandardTextStreamer
-            words = self.config.stop_words
-            streamer = kind(self.generator.tokenizer, words, prompt=ids, thinking=thinking)
+            streamer = kind(self.generator.tokenizer)
         # The cache holds the history already.
         config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
         model = self.generator.model

@@ -28,7 +28,7 @@ class Failed(Exception):
 
 def reason(error: BaseException, less: str = LESS, batch_size: int = 1) -> str | None:
     """Explain an error in one line; None for a mistake of the program. `less`: ways to use less memory."""
-    if isinstance(error, FloatingPointError | Failed):
+    if isinstance(error, FloatingPointError | ChildProcessError | Failed):
         return str(error)
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.filename or 'the output'} cannot be written ({error.strerror})"

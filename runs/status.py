@@ -6,7 +6,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Timer
 from typing import TYPE_CHECKING
 
@@ -48,9 +48,10 @@ def work_bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], object
 
 
 def print_status(line: str) -> None:
-    """Print a line to standard error at the first process."""
+    """Print a line to standard error at the first process. No work ends because nobody can read the line."""
     if ranks.is_first():
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a full disk, a closed pipe
+            print(line, file=sys.stderr, flush=True)
 
 
 @functools.cache  # once for each governor

@@ -123,8 +123,6 @@ class GenerationConfig:
     """Sample among tokens of at least p times the probability of the most likely one; 0: off."""
     repetition_penalty: float = 1.0
     """Divides positive logits of ids in prompt and output, multiplies negative ones; 1: off."""
-    repetition_window: int | None = None
-    """The repetition penalty sees this many of the last tokens; default: prompt and output."""
     frequency_penalty: float = 0.0
     """Lowers the logit of an id by so much for each time that the output has it; 0: off."""
     presence_penalty: float = 0.0
@@ -149,7 +147,7 @@ class GenerationConfig:
         check(self, "repetition_penalty", is_bounded, "must be between 0.01 and 100")
         for name in ("frequency_penalty", "presence_penalty"):
             check(self, name, -2 <= getattr(self, name) <= 2, "must be between -2 and 2")
-        for name in ("max_steps", "no_repeat_ngram_size", "repetition_window"):
+        for name in ("max_steps", "no_repeat_ngram_size"):
             check(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1")
         check(self, "stop_words", all(self.stop_words or []), "must not be empty texts")
         check(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids or []), "must be 0 or more")

@@ -23,7 +23,7 @@ from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.request import Callables, Request, as_list
-from self_speculation.decoding.texts import StopWords
+from self_speculation.decoding.texts import OutputReader
 from self_speculation.families import context_length, described_context
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
@@ -37,30 +37,25 @@ T = TypeVar("T")
 class TokenizedRequest(Request):
     """A request in token ids, with all that ends its answer; see `HuggingfaceLlamaGenerator.tokenize`."""
 
-    stop_words: StopWords
+    reader: OutputReader
     started: float
 
     def finish(self, result: GenerationStrategyResult) -> GenerationResult:
         """Decode the output up to its stop word, and separate its thinking."""
-        reader = self.stop_words.reader
+        reader = self.reader
         reader.end(result.predicted_tokens)
         total_time = time.perf_counter() - self.started
         num_tokens = len(result.predicted_tokens)
         return GenerationResult(
             generation_strategy_result=result,
-            decoded_prediction=self.stop_words.cut(reader.answer),
+            decoded_prediction=reader.cut(reader.answer),
             num_tokens_generated=num_tokens,
             total_time=total_time,
             time_per_token=total_time / max(num_tokens, 1),
             tokens_per_second=num_tokens / total_time,
             thinking=reader.thinking,
-            num_thinking_tokens=self.num_thinking_tokens,
+            num_thinking_tokens=reader.num_thinking,
         )
-
-    @property
-    def num_thinking_tokens(self) -> int:
-        """Tokens of the output's thinking so far."""
-        return self.stop_words.reader.num_thinking
 
 
 class GenerationStrategy:
@@ -225,9 +220,11 @@ class HuggingfaceLlamaGenerator:
         request = given if isinstance(given, Request) else Request(given)
         ids = self.encode(request.prompt)
         config = request.config or generation_config
-        words = StopWords(self.tokenizer, config.stop_words or [], ids, request.thinking)
-        is_read = words.words or request.thinking is not None
-        stop_checks = [*([words] if is_read else []), *as_list(request.stop_checks)]
+        reader = OutputReader(self.tokenizer, config.stop_words or [], ids, request.thinking)
+        is_read = reader.words or request.thinking is not None
+        stop_checks = [*([reader] if is_read else []), *as_list(request.stop_checks)]
+        if hasattr(request.streamer, "begin"):
+            request.streamer.begin(reader)
         ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
         processors: list[object] = as_list(request.logits_processors)
         if (grammar := request.grammar) is not None:
@@ -243,7 +240,7 @@ class HuggingfaceLlamaGenerator:
             prediction = self.encode_prediction(prediction, config)
         own = {"prompt": ids, "logits_processors": processors, "prediction": prediction}
         own |= {"eos_token_ids": ends, "stop_checks": stop_checks}
-        return TokenizedRequest(**{**vars(request), **own}, stop_words=words, started=started)
+        return TokenizedRequest(**{**vars(request), **own}, reader=reader, started=started)
 
     def encode(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
         """The prompt's token ids.

@@ -155,6 +155,19 @@ class Scheduler(Generic[Key]):
     def num_free_slots(self) -> int:
         return max(0, self._batch_size - len(self.batch) - len(self._waiting))
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of keys and values that requests have now; any thread may ask."""
+        return sum(each.length for each in [*self.batch.sequences]) + sum(
+            each.num_computed for each in [*self._waiting]
+        )
+
+    def shrink_cache(self, num_positions: int) -> None:
+        """Forget kept prefixes, while there are no requests, if a slot has room for more positions."""
+        kept = kept_caches(self._model)
+        if not self.has_requests and any(each.cache.buffers.capacity > num_positions for each in kept):
+            kept.clear()
+
     @torch.inference_mode()
     def run_every_pass(self, num_positions: int, longest: int = 0) -> None:
         """With --compile True, capture all passes over up to so many positions before the first request, over

@@ -1,7 +1,7 @@
 """Streamers: print an answer while it is generated, as plain text or with its drafts on a terminal.
 
-They get token ids and know nothing of models. A character of several tokens is shown with its last byte. Text
-that may become a stop word is held back.
+They draw what an `OutputReader` reads; the generator hands them that of the request. A character of several
+tokens is shown with its last byte. Text that may become a stop word is held back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, groupby, takewhile
 from operator import eq, itemgetter
 from typing import NamedTuple, TextIO
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from wcwidth import wcwidth
 
-from self_speculation.decoding.texts import Detokenizer, Part, Splitter, StopWords, Thinking
+from self_speculation.decoding.texts import OutputReader, Part
 
 _COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": ""}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
@@ -45,36 +45,29 @@ class StandardTextStreamer:
     answer alone.
 
     Args:
-        tokenizer: the model's.
-        stop_words: end the answer; no part of them is shown.
+        tokenizer: the model's, for answers that no generator reads.
         file: standard output by default.
         end_with: printed after the answer.
-        prompt: the ids before the answer; they tell how its first token reads.
         non_blocking, skip_prompt: ignored; scripts for the paper's code base pass them.
-        thinking: how outputs think.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        stop_words: Iterable[str] | None = None,
         file: TextIO | None = None,
         end_with: str = "\n",
-        prompt: Sequence[int] = (),
         non_blocking: bool = False,  # noqa: ARG002
         skip_prompt: bool = False,  # noqa: ARG002
-        thinking: Thinking | None = None,
     ) -> None:
-        self._tokenizer, self._thinking = tokenizer, thinking
-        self._stop_words = StopWords(tokenizer, stop_words or ())
+        self._tokenizer = tokenizer
         self._file = file or sys.stdout
         self._end_with = end_with
         self._on_terminal = self._file.isatty() and os.environ.get("TERM") != "dumb"
-        self._begin(prompt)
+        self.begin(OutputReader(tokenizer))
 
-    def _begin(self, prompt: Sequence[int] = ()) -> None:
-        self._text = Detokenizer(self._tokenizer, prompt)
-        self._splitter = Splitter(self._thinking)
+    def begin(self, reader: OutputReader) -> None:
+        """Get ready for an answer that `reader` reads, too."""
+        self._reader, self._ids = reader, list[int]()
         self._was_thinking = False  # in what was shown last
         self._screen = _Screen(self._file)
         self._held: list[Cell] = []  # decided, but is a stop word or may become one
@@ -90,24 +83,25 @@ class StandardTextStreamer:
         if isinstance(ids, Tensor) and ids.ndim == 2:
             if len(ids) != 1:
                 raise ValueError(f"a streamer shows one answer, not {len(ids)} at once")
-            self._begin(ids[0].tolist())
+            self.begin(OutputReader(self._tokenizer, prompt=ids[0].tolist()))
             return
-        ids = list(map(int, ids))
+        ids, before = [*map(int, ids)], len(self._ids)
         num_accepted = sum(takewhile(bool, map(eq, ids, self._verified)))
-        for position, id_ in enumerate(ids):
-            style = "accepted" if position < num_accepted else "target"
-            self._held += _cells(self._splitter.add(self._text.add(id_), id_), style)
+        self._ids += ids
+        self._reader.read(self._ids)
+        for position, parts in enumerate(self._reader.parts[before : len(self._ids)]):
+            self._held += _cells(parts, "accepted" if position < num_accepted else "target")
         self._drafts, self._verified = [], []
         self._flush()
 
     def end(self) -> None:
         """Show the text that is held back, end the line, and get ready for the next answer."""
         self._drafts = []
-        self._held += _cells(self._splitter.add(self._text.rest(), finished=True), "target")
+        self._held += _cells(self._reader.end(self._ids), "target")
         self._flush(finished=True)
         self._file.write(self._end_with)
         self._file.flush()
-        self._begin()
+        self.begin(OutputReader(self._tokenizer))
 
     def _flush(self, finished: bool = False) -> None:
         """Show what cannot become a stop word."""
@@ -118,15 +112,14 @@ class StandardTextStreamer:
     def _visible(self, cells: list[Cell], finished: bool = False) -> list[Cell]:
         """Leave out stop words, the text after them and, unless finished, what may become one."""
         start = sum(cell.is_thinking for cell in cells)
-        shown = self._stop_words.cut(_text(cells[start:]))
-        return cells[: start + len(shown if finished else self._stop_words.settled(shown))]
+        shown = self._reader.cut(_text(cells[start:]))
+        return cells[: start + len(shown if finished else self._reader.settled(shown))]
 
     def _pending(self) -> list[Cell]:
         """The drafts to be shown, after decided text that is held back."""
         if not self._drafts:
             return []
-        text = self._text.rest(self._drafts).rstrip("\ufffd")  # without an incomplete character
-        return self._visible([*self._held, *_cells(self._splitter.preview(text), "draft")])
+        return self._visible([*self._held, *_cells(self._reader.preview(self._drafts), "draft")])
 
     def _show(self, cells: list[Cell]) -> None:
         """Print decided cells."""

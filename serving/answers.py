@@ -79,6 +79,7 @@ class Answer:
         # Of a choice: its index, and a `Delta`, its result or its error.
         self._events = asyncio.Queue[tuple[int, Delta | GenerationStrategyResult | Exception]]()
         self._choices, self._is_cancelled = list[_Choice](), False
+        self.is_submitted = False  # then the engine says how its jobs end
 
     def parse(self, kind: type[ChatRequest | CompletionRequest], body: bytes) -> None:
         """Read, check and tokenize the request."""
@@ -115,22 +116,22 @@ class Answer:
             raise RequestTimeout(f"no answer after {max_time:g} seconds")
         engine.check_room(len(self._given))
         for index, given in enumerate(self._given):
-            with self._naming_field():
-                prepared = generator.tokenize(given, self._served.config)
             # Nothing of a job leads to this object: finished ones are freed at once.
             streamer, logprobs, emit = None, None, partial(_emit, self._loop, self._events, index)
-            words, reader = prepared.stop_words.words, prepared.stop_words.reader
             if request.stream:
                 kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
-                streamer = kind(generator.tokenizer, words, given.ids, given.thinking, emit)
+                streamer = kind(generator.tokenizer, emit)
+            with self._naming_field():
+                prepared = generator.tokenize(replace(given, streamer=streamer), self._served.config)
             if request.num_top_logprobs is not None:
-                logprobs = LogprobCollector(generator.tokenizer, request.num_top_logprobs, reader)
-            whole = replace(prepared, streamer=streamer, stopping_criteria=logprobs)
-            job = Job(whole, emit, max_time, self._arrival_time, origin=self._origin)
+                logprobs = LogprobCollector(generator.tokenizer, request.num_top_logprobs, prepared.reader)
+                prepared = replace(prepared, stopping_criteria=logprobs)
+            job = Job(prepared, emit, max_time, self._arrival_time, origin=self._origin)
             self._choices.append(_Choice(index, job, logprobs))
-        engine.submit([choice.job for choice in self._choices])
-
-        if self._is_cancelled:
+        if not self._is_cancelled:
+            engine.submit([choice.job for choice in self._choices])
+            self.is_submitted = True
+        if self._is_cancelled:  # meanwhile
             self.cancel()
 
     def cancel(self) -> None:
@@ -214,7 +215,7 @@ class Answer:
         try:
             yield
         except GrammarError as error:
-            (name,) = self.request.guides
+            name = self.request.guided_by
             raise APIError(f"{name}: {error}", param=name) from error
 
     def _check(self) -> None:
@@ -278,7 +279,7 @@ class AnswerResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._answer.cancel()
-        if not self._has_begun:
+        if not (self._has_begun or self._answer.is_submitted):
             raise ClientDisconnect("the client has disconnected")
 
     async def stream_response(self, send: Send) -> None:

@@ -39,9 +39,15 @@ _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
 }
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
 _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]+)?")  # with a port
 _LONGEST_ID = 200  # characters of a client's x-request-id
+_BODY_SECONDS = 60  # until a body must have come
 
 
 class App:
@@ -53,7 +59,7 @@ class App:
         self._metrics = Metrics(served.engine, served.name, args.log_requests)
         self._compiler = ThreadPoolExecutor(1)  # of grammars, since other requests need threads, too
         self._turns = asyncio.Semaphore(self._engine.max_jobs)
-        served.engine.on_result = self._metrics.count
+        served.engine.on_end, served.engine.on_round = self._metrics.count, self._metrics.count_round
         served.generator.use_sandbox()
         self._model_entry = {
             "id": served.name,
@@ -179,10 +185,13 @@ async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
         raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
     body = bytearray()
     try:
-        async for part in http.stream():
-            body += part
-            if len(body) > max_bytes:
-                raise APIError(f"the request has more than {max_bytes} bytes", 413)
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in http.stream():
+                body += part
+                if len(body) > max_bytes:
+                    raise APIError(f"the request has more than {max_bytes} bytes", 413)
+    except TimeoutError:
+        raise APIError(f"the body has not come within {_BODY_SECONDS} seconds", 408) from None
     except asyncio.CancelledError:  # by uvicorn, whose patience at the end is over
         raise ServerShutdown("the server shuts down") from None
     return bytes(body.removeprefix(codecs.BOM_UTF8))  # of some clients on Windows

@@ -23,6 +23,7 @@ from self_speculation.generator_base import TokenizedRequest
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 _PROMPT = 1024  # tokens of a usual one
+_IDLE_SECONDS = 300  # after which memory for longer ones is given back
 _log = logging.getLogger(__name__)
 
 
@@ -72,11 +73,17 @@ class Engine:
         self._scheduler: Scheduler[Job] = Scheduler(strategy, model, config, batch_size, token_budget)
         # Longer requests need more graphs, which are captured while others stream.
         longest = context_length(model.config)
-        self._scheduler.run_every_pass(min(longest, _PROMPT + config.max_steps), longest)
+        self._usual = min(longest, _PROMPT + config.max_steps)  # positions of a slot
+        self._scheduler.run_every_pass(self._usual, longest)
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
+        self._num_positions = batch_size * longest
         self.waiting: deque[Job] = deque()
         self.in_flight: list[Job] = []
-        self.on_result: Callable[[Job, GenerationStrategyResult], None] = lambda job, result: None
+        # Called by the engine's thread: with a job, its result if it was admitted, and why it was aborted;
+        # with the rows of a round, and seconds since the one before.
+        self.on_end: Callable[[Job, GenerationStrategyResult | None, Exception | None], None] = _nothing
+        self.on_round: Callable[[int, float], None] = _nothing
+        self._round_ended = math.nan
         self._changed = Condition()  # guards the jobs
         self._deadline = math.inf  # of all jobs
 
@@ -84,6 +91,11 @@ class Engine:
     def accepts_jobs(self) -> bool:
         """False once the engine shuts down."""
         return self._deadline == math.inf
+
+    @property
+    def cache_usage(self) -> float:
+        """Which part of the longest possible keys and values are in use, from 0 to 1."""
+        return self._scheduler.num_positions / self._num_positions
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all of the jobs or none.
@@ -116,7 +128,9 @@ class Engine:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self.waiting or self.in_flight or not self.accepts_jobs)
+                    if not self._changed.wait_for(self._must_act, _IDLE_SECONDS):
+                        self._scheduler.shrink_cache(self._usual)
+                        self._changed.wait_for(self._must_act)
                     if not (self.waiting or self.in_flight):
                         return True
                 self._step()
@@ -130,7 +144,10 @@ class Engine:
                 self.in_flight.clear()
                 self.waiting.clear()
             for job in unfinished:
-                job.on_finish(ServerShutdown("the server failed"))
+                _call(job.on_finish, ServerShutdown("the server failed"))
+
+    def _must_act(self) -> bool:
+        return bool(self.waiting or self.in_flight) or not self.accepts_jobs
 
     def _step(self) -> None:
         """Abort and admit jobs, run one step of the scheduler, finish jobs."""
@@ -143,22 +160,26 @@ class Engine:
             admitted = [self.waiting.popleft() for _ in range(room)]
             self.in_flight += admitted
         for job, error in dropped.items():
-            job.on_finish(error)
+            _call(self.on_end, job, None, error)
+            _call(job.on_finish, error)
         self._scheduler.cancel(aborted)
         for job in admitted:
             job.admission_time = time.perf_counter()
             self._scheduler.add_request(job, job.request)
+        num_rows = len(self._scheduler.batch)
         try:
             self._scheduler.step()
         except Exception:  # it is also the result of each sequence in the batch
-            _log.exception("a step of %d sequences failed", len(self._scheduler.batch))
+            _log.exception("a step of %d sequences failed", num_rows)
+        before, self._round_ended = self._round_ended, time.perf_counter()
+        _call(self.on_round, num_rows, self._round_ended - before)
         for job, result in self._scheduler.pop_finished():
             if isinstance(result, Exception) and is_lost_device(result):
                 raise result
             self.in_flight.remove(job)
             if isinstance(result, GenerationStrategyResult):  # of a job that is aborted, too
-                self.on_result(job, result)
-            job.on_finish(aborted.get(job, result))
+                _call(self.on_end, job, result, aborted.get(job))
+            _call(job.on_finish, aborted.get(job, result))
 
     def _abort_error(self, job: Job) -> Exception | None:
         now = time.perf_counter()
@@ -167,3 +188,14 @@ class Engine:
         if now > job.arrival_time + job.timeout:
             return RequestTimeout(f"no answer after {job.timeout:g} seconds")
         return ServerShutdown("the server shuts down") if now > self._deadline else None
+
+
+def _nothing(*_: object) -> None: ...
+
+
+def _call(callback: Callable[..., None], *args: object) -> None:
+    """An error of a callback ends nothing."""
+    try:
+        callback(*args)
+    except Exception:
+        _log.exception("a callback of the engine failed")

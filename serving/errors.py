@@ -11,11 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from runs.failures import reason
-from serving.engine import QueueFull, RequestTimeout, ServerShutdown
+from serving.engine import ClientDisconnected, QueueFull, RequestTimeout, ServerShutdown
 
 _log = logging.getLogger(__name__)
-_STATUS = {QueueFull: 429, ClientDisconnect: 499, ServerShutdown: 503, RequestTimeout: 504}
-_PATHS = "/, /health, /metrics, /v1/models, /v1/chat/completions, /v1/completions"
+_STATUS = {QueueFull: 429, ClientDisconnect: 499, ClientDisconnected: 499}
+_STATUS |= {ServerShutdown: 503, ChildProcessError: 503, RequestTimeout: 504}  # the child tries grammars
+_PATHS = "/, /health, /metrics, /v1/models, /v1/completions and, for /v1/responses too, /v1/chat/completions"
 
 
 class APIError(Exception):

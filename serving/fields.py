@@ -1,7 +1,7 @@
-"""The fields of requests to OpenAI's protocol.
+"""The fields of requests: OpenAI's, and those that vLLM has beside them.
 
-A field that the server does not know is ignored and named in the log, as vLLM and llama.cpp do. It is an
-error if it would change the answer, or if its name looks like that of a field which the server has.
+A field that the server does not know is ignored and named in the log, as in vLLM. It is an error if it would
+change the answer, or if its name looks like that of a field which the server has.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Annotated, Any, Literal
 
+from llguidance import regex_to_lark
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,29 +26,42 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
-)
+)  # fmt: skip
 from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
 from self_speculation.config import check_template_kwargs
-from self_speculation.decoding.grammar import Grammar
+from self_speculation.decoding.grammar import json_rule
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-# Fields that would change the answer -> their values that ask for nothing, besides null, false, 0 and what is
-# empty.
-_CHANGES: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (), "audio": (), "bad_words": (), "best_of": (1,), "chat_template": (),
-    "continue_final_message": (), "documents": (), "dry_multiplier": (), "dynatemp_range": (), "echo": (),
-    "function_call": ("none", "auto"), "functions": (), "grammar": (), "guided_grammar": (), "images": (),
-    "include_stop_str_in_output": (), "json_schema": (), "length_penalty": (1,), "lora": (), "min_tokens": (),
-    "mirostat": (), "modalities": (["text"],), "prefix": (), "prompt_embeds": (),
-    "return_tokens_as_token_ids": (), "structural_tag": (), "suffix": (), "tools": (), "top_a": (),
-    "truncate_prompt_tokens": (-1,), "typ_p": (1,), "typical_p": (1,), "use_beam_search": (),
-    "xtc_probability": (),
-}  # fmt: skip
-# Fields of other servers whose names look like ours.
-_OTHERS = {"context", "encoder_repetition_penalty", "models", "reasoning_format", "repetition_penalty_range"}
-_OTHERS |= {"temperature_last", "top_n"}
+# What to use instead of fields that would change the answer.
+_INSTEAD = {
+    "chat_template_kwargs": "add_generation_prompt chat_template continue_final_message documents "
+    "enable_thinking think thinking",
+    "ignore_eos and max_tokens": "ban_eos_token min_new_tokens min_tokens",
+    "logit_bias": "allowed_token_ids bad_words",
+    "logprobs": "n_probs prompt_logprobs return_token_ids return_tokens_as_token_ids",
+    "max_tokens": "max_new_tokens max_output_tokens n_predict num_predict",
+    "messages": "images negative_prompt system",
+    "": "audio best_of echo length_penalty lora modalities num_beams prefix prompt_embeds "
+    "skip_special_tokens suffix truncate_prompt_tokens use_beam_search",
+    "reasoning_effort": "reasoning",
+    "repetition_penalty": "dry_multiplier no_repeat_ngram_size repeat_penalty",
+    "response_format with a json_schema": "format json_schema schema",
+    "seed": "random_seed",
+    "stop": "include_stop_str_in_output stop_sequences",
+    "structured_outputs with json, regex or choice": "ebnf grammar guided_choice guided_grammar guided_json "
+    "guided_regex regex structural_tag",
+    "temperature": "do_sample dynatemp_range options",
+    "tools": "functions web_search_options",
+    "top_p or min_p": "mirostat top_a typical_p xtc_probability",
+}
+_REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
+# Values that ask for nothing, where these are not null, false, 0 and what is empty.
+_NEUTRAL: dict[str, Any] = {"best_of": 1, "length_penalty": 1, "modalities": ["text"], "num_beams": 1}
+_NEUTRAL |= {"repeat_penalty": 1, "truncate_prompt_tokens": -1, "typical_p": 1}
+_ON_BY_DEFAULT = {"add_generation_prompt", "do_sample", "enable_thinking", "skip_special_tokens", "think"}
+_LIKE = 0.88  # the least likeness of a misspelt name
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
 # first fault.
 MAX_ITEMS = 2048  # of a list
@@ -72,34 +86,36 @@ class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
         if len(unknown) + len(ignored) > _MAX_FIELDS:  # each is compared with the known ones
             raise ValueError(f"must have at most {_MAX_FIELDS} unknown fields together")
         for name in unknown:
-            if why := _why_refused(name, given[name], known):
+            if why := _why_refused(name, given, known):
                 error = PydanticCustomError("unknown_field", "{why}", {"why": why})
                 details = InitErrorDetails(type=error, loc=(name,), input=given[name])
                 raise ValidationError.from_exception_data(cls.__name__, [details])
-        ignored.update(unknown - _CHANGES.keys())
+        ignored.update(unknown - _REFUSED.keys())
         return given
 
 
-def _why_refused(name: str, value: Any, known: set[str]) -> str | None:
-    if name in _CHANGES:
-        neutral = _CHANGES[name]
-        allowed = f", only {' or '.join(map(json.dumps, neutral))}" if neutral else ", leave it out"
-        return f"this server cannot honour this field{allowed}" if value and value not in neutral else None
-    near = None if name in _OTHERS else get_close_matches(name[:50], known, 1, cutoff=0.8)
-    return f"there is no such field, did you mean {near[0]}?" if near else None
-
-
-def _as_limit(given: Any) -> Any:
-    if given == -1:
-        return None
-    return int(given) if isinstance(given, float) and given.is_integer() else given
+def _why_refused(name: str, given: dict[str, Any], known: set[str]) -> str | None:
+    value, instead = given[name], _REFUSED.get(name)
+    if instead is None:
+        near = get_close_matches(name[:50], known, 1, cutoff=_LIKE)
+        return f"there is no such field, did you mean {near[0]}?" if near else None
+    if name in _ON_BY_DEFAULT:
+        is_neutral = value is True
+    else:  # an answer that ignores its end is as long as it may be
+        is_neutral = not value or value == _NEUTRAL.get(name)
+        is_neutral |= name.startswith("min_") and given.get("ignore_eos") is True
+    return (
+        None
+        if is_neutral
+        else f"this server does not have it, {f'use {instead}' if instead else 'leave it out'}"
+    )
 
 
 def _as_list(given: Any) -> Any:
     return [given] if isinstance(given, str) else given
 
 
-Limit = Annotated[int | None, Field(ge=1), BeforeValidator(_as_limit)]
+Limit = Annotated[int | None, Field(ge=1)]
 Penalty = Annotated[float | None, Field(ge=0.01, le=100)]
 _Id = Annotated[str, Field(pattern="^[0-9]{1,9}$"), AfterValidator(int)]  # a key
 LogitBias = Annotated[dict[_Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
@@ -110,8 +126,14 @@ class StreamOptions(Fields):
     include_usage: bool = False
 
 
+def _check_kind(given: Any) -> Any:
+    if given != "text":
+        raise ValueError("this model reads text only")
+    return given
+
+
 class _TextPart(Fields):
-    type: Literal["text"]
+    type: Annotated[str, BeforeValidator(_check_kind)]
     text: str
 
 
@@ -133,15 +155,6 @@ class Prediction(Fields):
     content: _Verbatim
 
 
-class ThinkingSwitch(Fields):
-    type: Literal["enabled", "disabled"]
-
-
-class Reasoning(Fields):
-    effort: Effort | None = None
-    exclude: bool = False
-
-
 class _Called(Fields):
     name: str
     # Some clients send no text for a function without parameters.
@@ -154,17 +167,13 @@ class _ToolCall(Fields):
     function: _Called
 
 
-# A text of thinking. Some servers have other things under these names.
-_Thought = Annotated[str, BeforeValidator(lambda given: given if isinstance(given, str) else "")]
-
-
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Text = ""
     tool_calls: list[_ToolCall] = []
     tool_call_id: str | None = None
-    reasoning_content: _Thought = ""
-    reasoning: _Thought = ""
+    reasoning_content: str = ""  # of an earlier answer, as the next one
+    reasoning: str = ""
 
     @property
     def for_template(self) -> dict[str, Any]:
@@ -192,6 +201,7 @@ class _Function(Fields):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool = False
 
 
 class Tool(Fields):
@@ -200,7 +210,10 @@ class Tool(Fields):
 
     @property
     def for_template(self) -> dict[str, Any]:
-        return {"type": self.type, "function": self.function.model_dump(exclude_unset=True)}
+        return {
+            "type": self.type,
+            "function": self.function.model_dump(exclude_unset=True, exclude={"strict"}),
+        }
 
 
 _Choice = Literal["none", "auto", "required"]
@@ -210,14 +223,11 @@ _choice = TypeAdapter(_Choice)
 def _as_tool_choice(given: Any) -> Any:
     if isinstance(given, dict):
         return Tool.model_validate(given)
-    return _choice.validate_python("required" if given == "any" else given)
+    return _choice.validate_python(given)
 
 
 # The errors of a union name its types.
 ToolChoice = Annotated[_Choice | Tool, PlainValidator(_as_tool_choice)]
-
-
-_OBJECT = {"type": "object"}
 
 
 class _JSONSchema(Fields):
@@ -230,21 +240,17 @@ class _JSONSchema(Fields):
 class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: _JSONSchema | None = None
-    # Of json_object, as in llama.cpp.
-    object_schema: dict[str, Any] | None = Field(default=None, alias="schema")
 
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema: belongs to the type json_schema")
-        if self.object_schema is not None and self.type != "json_object":
-            raise ValueError("schema: belongs to the type json_object")
         return self
 
     @property
-    def grammar(self) -> Grammar:
-        given = self.json_schema.json_schema if self.json_schema else self.object_schema
-        return Grammar.json_schema(_OBJECT if given is None else given)
+    def rule(self) -> str:
+        """The language of the answer in Lark. Raises GrammarError if the schema is too large."""
+        return json_rule(self.json_schema.json_schema if self.json_schema else {"type": "object"})
 
 
 def _as_object(given: Any) -> Any:
@@ -275,12 +281,13 @@ class StructuredOutputs(Fields):
         return self
 
     @property
-    def grammar(self) -> Grammar:
+    def rule(self) -> str:
+        """See `ResponseFormat`."""
         if self.choice:
-            return Grammar.lark(f"start: {' | '.join(map(json.dumps, self.choice))}")
+            return " | ".join(map(json.dumps, self.choice))
         if self.regex is not None:
-            return Grammar.regex(self.regex)
-        return Grammar.json_schema(_OBJECT if self.json_schema is None else self.json_schema)
+            return f"/{regex_to_lark(self.regex)}/"
+        return json_rule({"type": "object"} if self.json_schema is None else self.json_schema)
 
 
 def _as_prompts(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:

@@ -13,10 +13,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from runs.status import print_status
 from self_speculation import GenerationStrategyResult
 from self_speculation.results import DraftStats, SourceCounts
-from serving.engine import Engine, Job
+from serving.engine import ClientDisconnected, Engine, Job
 from serving.errors import APIError
+from serving.protocol import FINISH_REASONS
 
-_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
+_TOKENS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
+_LONGEST_LINE = 200  # characters
 _MOST_NAMES = 200  # of ignored fields, since clients could fill the log with them
 
 
@@ -36,7 +39,7 @@ class FinishedRequest(NamedTuple):
         num_tokens = len(result.predicted_tokens) + (result.end_token_id is not None)
         queue_time = job.admission_time - job.arrival_time
         first = queue_time + result.prefill_time
-        counts = (result.draft_stats or DraftStats(), num_tokens, job.request.num_thinking_tokens)
+        counts = (result.draft_stats or DraftStats(), num_tokens, job.request.reader.num_thinking)
         return cls(result, *counts, queue_time, first, first + result.decode_time)
 
     def __str__(self) -> str:
@@ -58,7 +61,6 @@ class Metrics:
         self.registry, self._labels = CollectorRegistry(), (model, "0")
         self._log_requests, self._ignored = log_requests, set[str]()
         counter = partial(Counter, namespace="self_speculation", registry=self.registry)
-        self._answers = counter("answers", "Answers by stop reason", ["ended_by"])
         self._refused = counter("refused", "Requests without an answer by HTTP status", ["status"])
         self._cached_tokens = counter("cached_prompt_tokens", "Tokens of prompts found in the cache")
         self._drafted = counter("drafted_tokens", "Drafted tokens by draft source", ["source"])
@@ -73,11 +75,21 @@ class Metrics:
         vllm(Gauge, "num_requests_running", "Requests in the batch").set_function(
             lambda: len(engine.in_flight)
         )
+        vllm(Gauge, "kv_cache_usage_perc", "Keys and values in use, 1: all").set_function(
+            lambda: engine.cache_usage
+        )
+        self._finished = vllm(Counter, "request_success", "Answers by their end", "finished_reason")
         self._prompt_tokens = vllm(Counter, "prompt_tokens", "Tokens of prompts")
         self._tokens = vllm(Counter, "generation_tokens", "Generated tokens")
+        sizes = partial(vllm, Histogram, buckets=_TOKENS)
+        self._prompt_size = sizes("request_prompt_tokens", "Tokens of a prompt")
+        self._size = sizes("request_generation_tokens", "Generated tokens of a request")
         times = partial(vllm, Histogram, buckets=_SECONDS)
+        self._between = times("inter_token_latency_seconds", "Between two rounds of a request")
+        self._per_token = times("request_time_per_output_token_seconds", "Decode time by tokens of a request")
         self._queue = times("request_queue_time_seconds", "From arrival to a slot in the batch")
         self._first_token = times("time_to_first_token_seconds", "From arrival to the first token")
+        self._prefill = times("request_prefill_time_seconds", "From a slot in the batch to the first token")
         self._decoding = times("request_decode_time_seconds", "From the first token to the last")
         self._latency = times("e2e_request_latency_seconds", "From arrival to the end")
         self._num_drafts = vllm(Counter, "spec_decode_num_drafts", "Drafts")
@@ -93,13 +105,26 @@ class Metrics:
         self._log(origin, f"{found.status}, {found}")
         return found
 
-    def count(self, job: Job, result: GenerationStrategyResult) -> None:
-        """Count an answer, whole or cancelled. Called by the engine's thread."""
+    def count_round(self, num_rows: int, seconds: float) -> None:
+        for _ in range(num_rows):
+            self._between.observe(seconds)
+
+    def count(self, job: Job, result: GenerationStrategyResult | None, error: Exception | None) -> None:
+        """Count a job that ends, in the engine's thread. Nobody else counts that its client is gone, and all
+        other errors reach `count_error`.
+        """
+        if result is None:
+            if isinstance(error, ClientDisconnected):
+                self.count_error(error, job.origin)
+            return
         finished = FinishedRequest.of(job, result)
         drafts = finished.drafts
-        self._log(job.origin, finished)
-        self._answers.labels(result.stop_reason).inc()
+        if error is None or isinstance(error, ClientDisconnected):
+            self._log(job.origin, finished)
+            self._finished.labels(*self._labels, FINISH_REASONS[result.stop_reason or "cancelled"]).inc()
         self._prompt_tokens.inc(result.num_prompt_tokens)
+        self._prompt_size.observe(result.num_prompt_tokens)
+        self._size.observe(finished.num_tokens)
         self._cached_tokens.inc(result.num_cached_tokens)
         self._tokens.inc(finished.num_tokens)
         for source, counts in drafts.by_source.items():
@@ -114,18 +139,25 @@ class Metrics:
         self._latency.observe(finished.latency)
         if finished.num_tokens:  # a request can be cancelled before its first token
             self._first_token.observe(finished.time_to_first_token)
+            self._prefill.observe(result.prefill_time)
             self._decoding.observe(result.decode_time)
+        if finished.num_tokens > 1:
+            self._per_token.observe(result.decode_time / (finished.num_tokens - 1))
 
     def _log(self, origin: str, line: object) -> None:
         if self._log_requests:  # in ASCII, since clients could write anything
-            print_status(ascii(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {origin}: {line}")[1:-1])
+            self._print(ascii(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {origin}: {line}")[1:-1])
+
+    def _print(self, line: str) -> None:
+        is_short = len(line) <= _LONGEST_LINE
+        print_status(line if is_short else f"{line[: _LONGEST_LINE - 3]}...")
 
     def name_ignored(self, names: set[str]) -> None:
         """Print the name of each field once."""
         room = _MOST_NAMES - len(self._ignored)
         if new := sorted({ascii(name[:50]) for name in names} - self._ignored)[:room]:
             self._ignored.update(new)
-            print_status(f"requests have fields that this server ignores: {', '.join(new)}")
+            self._print(f"requests have fields that this server ignores: {', '.join(new)}")
 
 
 def _num_drafts(drafts: DraftStats) -> int:

@@ -18,11 +18,10 @@ from serving.errors import APIError
 from serving.streaming import Delta, TokenLogprob
 from serving.tools import call_grammar, find_calls
 
-_FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
+FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
+FINISH_REASONS["cancelled"] = "abort"  # as vLLM counts it; its client is gone
 # Fields that have no effect unless another one is true.
 _NEEDED = {"stream_drafts": "stream", "top_logprobs": "logprobs"}
-_REPEAT_LAST_N = 64  # llama.cpp's default; -1 is all
-_MOST_TOKENS = 2**31
 _REASONING = ("reasoning_content", "reasoning")  # DeepSeek's name, which vLLM had as well; vLLM's name now
 
 
@@ -43,19 +42,13 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
     model: str | None = None
     max_tokens: fields.Limit = None
     max_completion_tokens: fields.Limit = None
-    n_predict: fields.Limit = None  # of llama.cpp
     temperature: float | None = Field(None, ge=0, le=2)  # as in OpenAI's
     top_k: int | None = Field(None, ge=-1)  # -1: off, as in vLLM
     repetition_penalty: fields.Penalty = None
-    repeat_penalty: fields.Penalty = None  # of llama.cpp, where it sees the last tokens only
-    repeat_last_n: int = Field(_REPEAT_LAST_N, ge=-1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: fields.LogitBias = Field({})
     response_format: fields.ResponseFormat = fields.ResponseFormat()
-    guided_json: fields.Schema | None = None  # of older versions of vLLM, as the next two
-    guided_regex: str | None = None
-    guided_choice: fields.Texts = Field([])
     structured_outputs: fields.StructuredOutputs = fields.StructuredOutputs()
     prediction: fields.Prediction | None = None
     stop: fields.Words | None = None
@@ -70,31 +63,23 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     @property
     def max_new_tokens(self) -> int | None:
-        """The lowest of the limits by three names; None: the server's default."""
-        limits = (self.max_tokens, self.max_completion_tokens, self.n_predict)
-        return min(filter(None, limits), default=None)
+        """The lower one of two limits; None: the server's default."""
+        return min(filter(None, (self.max_tokens, self.max_completion_tokens)), default=None)
 
     @model_validator(mode="after")
     def _check_combinations(self) -> BaseRequest:
-        penalties, guides = ("repetition_penalty", "repeat_penalty"), (*self.guides, "ignore_eos")
-        for names in (penalties, guides):
-            values = {name: getattr(self, name, None) for name in names}
-            given = [name for name, value in values.items() if value is not None and value is not False]
-            if len(given) > 1:
-                raise APIError(f"{given[1]}: cannot be combined with {given[0]}", param=given[1])
+        exclusive = [*self.guides, *["ignore_eos"] * self.ignore_eos]
+        if len(exclusive) > 1:
+            raise APIError(f"{exclusive[1]}: cannot be combined with {exclusive[0]}", param=exclusive[1])
         for name, needed in _NEEDED.items():
             if getattr(self, name, None) and not getattr(self, needed):
                 raise APIError(f"{name}: is for {needed} true", param=name)
         return self
 
     @property
-    def guides(self) -> dict[str, Any]:
-        """The fields that limit the language of the answer, and how: one, or none."""
-        guides: dict[str, Any] = {"response_format": self.response_format}
-        for name in ("json", "regex", "choice"):
-            given = {name: getattr(self, f"guided_{name}")}
-            guides[f"guided_{name}"] = fields.StructuredOutputs.model_validate(given)
-        guides["structured_outputs"] = self.structured_outputs
+    def guides(self) -> dict[str, fields.ResponseFormat | fields.StructuredOutputs]:
+        """The fields that limit the language of the answer: one, or none."""
+        guides = {name: getattr(self, name) for name in ("response_format", "structured_outputs")}
         return {name: guide for name, guide in guides.items() if guide != type(guide)()}
 
     def generation_config(self, default: GenerationConfig) -> GenerationConfig:
@@ -107,9 +92,6 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
             "stop_words": self.stop,
             "stop_token_ids": self.stop_token_ids or None,
         }
-        if self.repeat_penalty is not None:
-            given["repetition_penalty"] = self.repeat_penalty if self.repeat_last_n else 1.0
-            given["repetition_window"] = max(1, self.repeat_last_n % _MOST_TOKENS)
         given = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(default, **given)
 
@@ -117,9 +99,19 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
         """Whether to draft: not if a seed would not reproduce the output."""
         return self.drafts and (self.seed is None or config.greedy or config.drafts_repeat)
 
+    @property
+    def rule(self) -> str | None:
+        """The language of the answer in Lark; None: any text."""
+        return next((guide.rule for guide in self.guides.values()), None)
+
+    @property
+    def guided_by(self) -> str:
+        """The fields that `grammar` is made of."""
+        return " and ".join(self.guides)
+
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002
-        """The language of the answer. Raises GrammarError for an invalid schema."""
-        return next((guide.grammar for guide in self.guides.values()), None)
+        """The language of all output. Raises GrammarError for an invalid schema."""
+        return Grammar.lark(f"start: {rule}") if (rule := self.rule) else None
 
     @property
     def streams_text(self) -> bool:
@@ -149,7 +141,7 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
         stop_reason: str | None = None,
     ) -> dict[str, Any]:
         """A choice of a chunk if the request streams, or else a whole choice."""
-        finish_reason = stop_reason and _FINISH_REASONS[stop_reason]
+        finish_reason = stop_reason and FINISH_REASONS[stop_reason]
         choice = {
             "index": index,
             "logprobs": None if logprobs is None else self._logprobs(logprobs),
@@ -179,17 +171,10 @@ class ChatRequest(BaseRequest):
     top_logprobs: int = Field(0, ge=0, le=20)
     tools: list[fields.Tool] = Field([], max_length=128)
     tool_choice: fields.ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: fields.TemplateKwargs = Field({})
     reasoning_effort: fields.Effort | None = None
     include_reasoning: bool = True  # of vLLM
-    enable_thinking: bool | None = None  # of Qwen's service
-    thinking: fields.ThinkingSwitch | None = None  # of DeepSeek's
-    reasoning: fields.Reasoning = fields.Reasoning()  # of OpenRouter's
-
-    @property
-    def guides(self) -> dict[str, Any]:
-        choice = self.tool_choice
-        return super().guides | ({} if choice in ("none", "auto") else {"tools": choice})
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -208,20 +193,32 @@ class ChatRequest(BaseRequest):
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """Variables of the template. An effort turns thinking on or off, too, as in vLLM."""
-        effort = self.reasoning_effort or self.reasoning.effort
+        effort = self.reasoning_effort
         found = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
-        if self.thinking is not None:
-            found["enable_thinking"] = self.thinking.type == "enabled"
-        if self.enable_thinking is not None:
-            found["enable_thinking"] = self.enable_thinking
         return {**found, **self.chat_template_kwargs}
+
+    @property
+    def _guides_calls(self) -> bool:
+        """Whether the answer must be a call, calls follow their schemas, or other answers follow one."""
+        if self.tool_choice != "auto":
+            return self.tool_choice != "none"
+        return any(tool.function.strict or self.guides for tool in self.tools)
+
+    @property
+    def guided_by(self) -> str:
+        return " and ".join([*self.guides, *["tools"] * self._guides_calls])
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
         tools, choice = self.tools_for_template, self.tool_choice
         if tools and "tools" not in (tokenizer.chat_template or ""):
             raise APIError("tools: the chat template of this model knows no tools", param="tools")
-        if choice in ("none", "auto"):
+        if not self._guides_calls:
             return super().grammar(tokenizer)
+        others = [*["ignore_eos"] * self.ignore_eos, *[*self.guides] * (choice != "auto")]
+        if others:
+            raise APIError(f"tools: cannot be combined with {others[0]}", param="tools")
+        if choice == "auto":
+            return call_grammar(tools, tokenizer, answer=self.rule or "", several=self.parallel_tool_calls)
         name = choice.function.name if isinstance(choice, fields.Tool) else None
         if not any(name in (None, tool["function"]["name"]) for tool in tools):
             raise APIError("tool_choice: names no tool of this request", param="tool_choice")
@@ -232,13 +229,13 @@ class ChatRequest(BaseRequest):
         return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
 
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
-        has_reasoning = delta.thinking and self.include_reasoning and not self.reasoning.exclude
+        has_reasoning = delta.thinking and self.include_reasoning
         reasoning = dict.fromkeys(_REASONING, delta.thinking) if has_reasoning else {}
         message, tools = dict[str, Any](content=delta.text), self.tools_for_template
         if functions := find_calls(delta.text, tools) if tools else []:
             calls: list[dict[str, Any]] = [
                 {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
-                for function in functions
+                for function in functions[: None if self.parallel_tool_calls else 1]
             ]
             if self.stream:
                 calls = [{"index": index, **call} for index, call in enumerate(calls)]

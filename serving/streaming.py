@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.texts import Thinking, ThinkingReader, decode
+from self_speculation.decoding.texts import OutputReader, decode
 from self_speculation.speculative_streamer import Cell
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
@@ -41,12 +41,9 @@ class DeltaStreamer(StandardTextStreamer):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        stop_words: Iterable[str] | None,
-        prompt: Sequence[int],
-        thinking: Thinking | None,
         on_delta: Callable[[Delta], None],
     ) -> None:
-        super().__init__(tokenizer, stop_words, io.StringIO(), "", prompt, thinking=thinking)
+        super().__init__(tokenizer, io.StringIO(), "")
         self._on_delta = on_delta
 
     def _show(self, cells: list[Cell]) -> None:
@@ -83,7 +80,7 @@ class LogprobCollector:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, num_top: int, reader: ThinkingReader | None = None
+        self, tokenizer: PreTrainedTokenizerBase, num_top: int, reader: OutputReader | None = None
     ) -> None:
         self._tokenizer, self._num_top, self._reader = tokenizer, num_top, reader
         self._added_ids = tokenizer.added_tokens_decoder.keys()

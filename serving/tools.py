@@ -13,20 +13,26 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from self_speculation.decoding.grammar import Grammar, schema_text
+from self_speculation.decoding.grammar import Grammar, json_rule
 from self_speculation.decoding.texts import Tag
 
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 def call_grammar(
-    tools: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str | None = None
+    tools: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    name: str | None = None,
+    answer: str | None = None,
+    several: bool = False,
 ) -> Grammar:
     """The language of one call of the function of this name; None: of any of them.
 
     Args:
         tools: each with `function`: its `name`, and `parameters`, a JSON schema.
         tokenizer: its chat template knows tools.
+        answer: what may come in place of a call, in Lark; "": any text, also before calls.
+        several: allow several calls, where they have tags.
     """
     chat_template, is_tagged = tokenizer.chat_template, "<tool_call>" in tokenizer.chat_template
     functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
@@ -44,11 +50,21 @@ def call_grammar(
         }
         for index, function in enumerate(functions)
     ]
-    schema = {"anyOf": calls}
+    json_call = json_rule({"anyOf": calls})
+    any_text = "/(?s:.*)/" if is_tagged else r"/(?s:\s*[^{\s].*)?/"
+    rules = [f"start: call{'+' * (several and is_tagged)}{' | other' * (answer is not None)}"]
+    rules += [f"other: {answer or any_text}"] * (answer is not None)
     if not is_tagged:
-        return Grammar.json_schema(schema)
-    begin, end = (Tag.of(text, tokenizer).in_grammar for text in ("<tool_call>", "</tool_call>"))
-    return Grammar.lark(f'start: {begin} "\\n" call "\\n" {end}\ncall: %json {schema_text(schema)}')
+        return Grammar.lark("\n".join([*rules, f"call: {json_call}"]))
+    begin, end = (Tag.of(text, tokenizer) for text in ("<tool_call>", "</tool_call>"))
+    before = "(?s:.*)" if answer == "" else r"\n?"
+    found = (
+        f"begin[lazy]: /{before}{begin.text}/"
+        if begin.id is None
+        else f"begin: /{before}/ {begin.in_grammar}"
+    )
+    rules += [found, f'call: begin "\\n" json "\\n" {end.in_grammar}', f"json: {json_call}"]
+    return Grammar.lark("\n".join(rules))
 
 
 def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -10,14 +10,14 @@ from unittest.mock import patch
 import pyte
 import pytest
 import torch
-from conftest import TEXTS, Recorder, generate, tiny_llama
+from conftest import Recorder, generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinkers import TAGS, thinking_tokenizer
 from wcwidth import wcwidth
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.texts import StopWords, Thinking, decode
+from self_speculation.decoding.texts import OutputReader, Thinking, decode
 
 
 class Screen(pyte.Screen):
@@ -72,6 +72,14 @@ class Terminal(io.StringIO):
         return found
 
 
+def streamer_of(tokenizer, kind, file, stop_words=(), thinks=False):
+    """A streamer whose answers end at stop words, and may think."""
+    streamer = kind(tokenizer, file)
+    thinking = Thinking.of(tokenizer, "") if thinks else None
+    streamer.begin(OutputReader(tokenizer, stop_words, thinking=thinking))
+    return streamer
+
+
 def play(streamer, rounds, ids):
     """Stream ids as a strategy does, in rounds of (wrong draft ids, number of right ones before them)."""
     for wrong, num_right in rounds:
@@ -102,10 +110,11 @@ def test_a_terminal_shows_the_answer_alone_in_the_end(request, name, text, round
     tokenizer = request.getfixturevalue(name)
     ids = tokenizer.encode(text, add_special_tokens=False)
     terminal, other, printed = (Terminal(*size) for _ in range(3))
-    play(SpeculativeTextStreamer(tokenizer, stop_words, file=terminal), rounds, ids)
-    printed.write(wrapped(StopWords(tokenizer, stop_words).cut(decode(tokenizer, ids)), size[0]) + "\n")
+    play(streamer_of(tokenizer, SpeculativeTextStreamer, terminal, stop_words), rounds, ids)
+    text = OutputReader(tokenizer, stop_words).cut(decode(tokenizer, ids))
+    printed.write(wrapped(text, size[0]) + "\n")
     assert terminal.shown() == printed.shown()
-    streamer = StandardTextStreamer(tokenizer, stop_words, file=other)
+    streamer = streamer_of(tokenizer, StandardTextStreamer, other, stop_words)
     for id_ in ids:
         streamer.put([id_])
     streamer.end()
@@ -151,7 +160,7 @@ def test_words_are_not_divided_at_the_edge(byte_tokenizer):
 def test_drafts_of_thinking_have_no_tags(byte_tokenizer, kind):
     """Guards against tags that are shown until they are verified."""
     tokenizer, terminal = thinking_tokenizer(byte_tokenizer, kind=kind), Terminal()
-    streamer = SpeculativeTextStreamer(tokenizer, file=terminal, thinking=Thinking.of(tokenizer, ""))
+    streamer = streamer_of(tokenizer, SpeculativeTextStreamer, terminal, thinks=True)
     ids = tokenizer.encode(f"{TAGS[0]}\nHm\n{TAGS[1]}\n\nYes", add_special_tokens=False)
     for num_decided in range(3):
         streamer.put(ids[:num_decided])
@@ -175,7 +184,7 @@ def test_thinking_is_dim_and_not_in_a_file(byte_tokenizer, kind, no_color):
     tokenizer = thinking_tokenizer(byte_tokenizer, kind="spelled")
     ids = tokenizer.encode(f"{TAGS[0]}\nHm stop\n{TAGS[1]}\n\nYes stop no", add_special_tokens=False)
     for file, expected in ((io.StringIO(), "Yes \n"), (Terminal(), None)):
-        streamer = kind(tokenizer, ["stop"], file, thinking=Thinking.of(tokenizer, ""))
+        streamer = streamer_of(tokenizer, kind, file, ["stop"], thinks=True)
         for id_ in ids:
             streamer.put([id_])
         streamer.end()
@@ -202,41 +211,10 @@ def test_colors_of_drafted_accepted_and_own_tokens(byte_tokenizer, monkeypatch, 
     assert terminal.colors() == ({"default": "AbX"} if no_color else {"default": "AX", "green": "b"})
 
 
-CUT = "ends inside 🙂"
-
-
-@KINDS
-@pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
-@pytest.mark.parametrize(
-    "text", ["".join(TEXTS) * 20, "日本語日本語です日本語です", "🙂🙃🙂🙃 ok", "  x", CUT]
-)
-def test_without_a_terminal_the_text_is_exact(kind, name, text, request):
-    """Guards against escape codes, parts of characters before the end, errors in long answers, and one that
-    depends on the answer before it. A byte-fallback decoder replaces a whole run of bytes if its last
-    character is incomplete.
-    """
-    tokenizer = request.getfixturevalue(name)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    ids = ids[:-1] if text == CUT else ids
-    file = io.StringIO()
-    streamer = kind(tokenizer, file=file)
-    for _ in range(2):
-        file.truncate(0)
-        file.seek(0)
-        for id in ids:
-            if kind is SpeculativeTextStreamer:
-                streamer.put([id], is_draft=True)
-                streamer.delete(1, is_draft=True)
-            streamer.put([id])
-            assert "\ufffd" not in file.getvalue()
-        streamer.end()
-        assert file.getvalue() == decode(tokenizer, ids) + "\n"
-
-
 def test_no_part_of_a_drafted_stop_word_or_character_is_shown(byte_tokenizer):
     """Guards against a shown beginning of a stop word, and against drafts after one."""
     terminal = Terminal()
-    streamer = SpeculativeTextStreamer(byte_tokenizer, stop_words=["Human:"], file=terminal)
+    streamer = streamer_of(byte_tokenizer, SpeculativeTextStreamer, terminal, ["Human:"])
     streamer.put(byte_tokenizer.encode("A man"))
     streamer.put(byte_tokenizer.encode("🙂")[:1], is_draft=True)
     assert terminal.shown() == "A man"

@@ -49,7 +49,7 @@ class Grammar:
         Raises ValueError if the schema is no JSON object, or too large.
         """
         schema = json.loads(schema) if isinstance(schema, str) else schema
-        return cls.lark(f"start: %json {schema_text(schema)}")
+        return cls.lark(f"start: {json_rule(schema)}")
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -81,8 +81,8 @@ class Grammar:
         return Grammar(json.dumps({"grammars": grammars}))
 
 
-def schema_text(schema: Any) -> str:
-    """A JSON schema with our options, as JSON. Raises GrammarError if it is no object, or too large."""
+def json_rule(schema: Any) -> str:
+    """A JSON schema in Lark, with our options. Raises GrammarError if it is no object, or too large."""
     if not isinstance(schema, Mapping):
         raise GrammarError("a JSON schema must be an object")
     try:
@@ -91,7 +91,7 @@ def schema_text(schema: Any) -> str:
             raise GrammarError(f"the schema has {len(text)} characters, at most {_MAX_SCHEMA} are allowed")
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
-    return text
+    return f"%json {text}"
 
 
 def _ids(ids: Iterable[int]) -> str:

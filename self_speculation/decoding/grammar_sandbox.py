@@ -61,7 +61,9 @@ class GrammarSandbox:
         self._problem = lru_cache(maxsize=64)(self._try)
 
     def check(self, definition: str) -> None:
-        """Raises GrammarError if a grammar in llguidance's format is invalid, or costs too much."""
+        """Raises GrammarError if a grammar in llguidance's format is invalid, or costs too much;
+        ChildProcessError if somebody ends the process again and again.
+        """
         if problem := self._problem(definition):
             raise grammar_error(problem)
 
@@ -84,7 +86,7 @@ class GrammarSandbox:
                         with suppress(ProcessLookupError):
                             os.killpg(self._process.pid, signal.SIGKILL)
                         self._process.wait()
-        raise GrammarError(f"{_TOO_MUCH}, or the process that tries it was ended")
+        raise ChildProcessError("the process that tries grammars was ended, or does not answer: try again")
 
     def _start(self) -> subprocess.Popen[bytes]:
         """The running process. In a fork `poll` says that the parent's has ended, so a new one starts."""
@@ -123,7 +125,9 @@ def _serve() -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)  # to be ended now would be a second answer
             _answer(problem)
             os._exit(0)
-        if os.waitpid(fork, 0)[1]:
+        if (status := os.waitpid(fork, 0)[1]) == signal.SIGKILL:  # not by these limits
+            break
+        if status:
             _answer(_TOO_MUCH)
 
 

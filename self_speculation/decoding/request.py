@@ -79,18 +79,6 @@ def as_list(values: T | Iterable[T] | None) -> list[T]:
     return list(values) if isinstance(values, Iterable) else [values]
 
 
-class RecentRepetitionPenaltyLogitsProcessor(RepetitionPenaltyLogitsProcessor):
-    """A repetition penalty that sees the last tokens only (llama.cpp's)."""
-
-    def __init__(self, penalty: float, window: int) -> None:
-        super().__init__(penalty)
-        self._window = window
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids: [1, n] prompt, output and draft; scores: [1, V]"""
-        return super().__call__(input_ids[:, -self._window :], scores)
-
-
 class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
     """Lowers the logit of each id by `frequency` for each time that the output has it, and by `presence` once
     (OpenAI's penalties, which transformers does not have).
@@ -110,9 +98,7 @@ def config_processors(config: GenerationConfig, prompt_length: int) -> list[Logi
     """In the order of transformers. They are called before those of a request."""
     processors: list[LogitsProcessor] = []
     if config.repetition_penalty != 1.0:
-        penalty, window = config.repetition_penalty, config.repetition_window
-        recent = RecentRepetitionPenaltyLogitsProcessor
-        processors.append(recent(penalty, window) if window else RepetitionPenaltyLogitsProcessor(penalty))
+        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     if config.frequency_penalty or config.presence_penalty:
         penalties = (config.frequency_penalty, config.presence_penalty)
         processors.append(FrequencyPenaltyLogitsProcessor(prompt_length, *penalties))

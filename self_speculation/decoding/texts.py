@@ -8,7 +8,6 @@ import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -191,33 +190,59 @@ class Splitter:
         return [(text, is_thinking)] if text else []
 
 
-class ThinkingReader:
-    """Reads an output token by token: the text of its thinking, and that of its answer."""
+class OutputReader:
+    """Reads an output token by token: its thinking, its answer, and a stop word, at any token boundary, that
+    ends it. Stop words are not searched in the prompt, in thinking or in its tags.
+
+    Args:
+        words: that end the answer.
+        prompt: the ids before the output; they tell how its first token reads.
+        thinking: how the output thinks.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, thinking: Thinking | None, prompt: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        words: Iterable[str] = (),
+        prompt: Sequence[int] = (),
+        thinking: Thinking | None = None,
     ) -> None:
-        self.thinking = self.answer = ""
+        self.words, self._may_think = tuple(words), thinking is not None
         self._text, self._splitter = Detokenizer(tokenizer, prompt), Splitter(thinking)
-        self._tokenizer, self._prompt, self._thinks = tokenizer, prompt, thinking is not None
-        self.num_read = self._num_before = 0  # tokens read; those before the answer
+        self.parts: list[list[Part]] = []  # of each token that was read: what it settles
+        self.thinking = self.answer = ""
+        self._rest: list[Part] | None = None  # what the end settles; None: it has not come
+        self._num_before = 0  # tokens before the answer
+
+    def __call__(self, output: Sequence[int]) -> bool:
+        """Whether an output that grows contains a stop word."""
+        if self.words or not self.answer:  # else nobody needs the text yet
+            self.read(output)
+        text = self.answer
+        if self._text.is_waiting and not self._may_think:  # a stop word may be part of a character
+            text += self._text.rest()
+        return any(word in text for word in self.words)
 
     def read(self, output: Sequence[int]) -> None:
         """Read the tokens of an output that it has not read yet."""
-        for id_ in output[self.num_read :]:
+        for id_ in output[len(self.parts) :]:
             self._num_before += not self._splitter.in_answer
-            self._take(self._splitter.add(self._text.add(id_), id_))
-        self.num_read = len(output)
+            self.parts.append(self._splitter.add(self._text.add(id_), id_))
+            self._append(self.parts[-1])
 
-    def end(self, output: Sequence[int]) -> None:
-        """Read the rest of an output that has finished; an answer at once."""
-        if not self._thinks:
-            self.answer = continuation(self._tokenizer, self._prompt, output)
-            return
-        if not self._splitter.in_answer:
-            self.read(output)
-        unread, self.num_read = output[self.num_read :], len(output)
-        self._take(self._splitter.add(self._text.rest(unread), finished=True))
+    def end(self, output: Sequence[int]) -> list[Part]:
+        """Read the rest of an output that has finished, an answer at once; returns what that settles."""
+        if self._rest is None:
+            if not self._splitter.in_answer:
+                self.read(output)
+            text = self._text.rest(output[len(self.parts) :])
+            self._rest = self._splitter.add(text, finished=True)
+            self._append(self._rest)
+        return self._rest
+
+    def preview(self, drafts: Sequence[int]) -> list[Part]:
+        """The parts that drafts would settle, without an incomplete character."""
+        return self._splitter.preview(self._text.rest(drafts).rstrip("\ufffd"))
 
     @property
     def num_thinking(self) -> int:
@@ -231,43 +256,6 @@ class ThinkingReader:
             return True
         return bool(self.answer) or (self._text.is_waiting and self._splitter.in_answer)
 
-    @property
-    def incomplete(self) -> str:
-        """The text of the last tokens if a character is incomplete; empty for an output that may think."""
-        return self._text.rest() if self._text.is_waiting and not self._thinks else ""
-
-    def _take(self, parts: Iterable[Part]) -> None:
-        for text, is_thinking in parts:
-            if is_thinking:
-                self.thinking += text
-            else:
-                self.answer += text
-
-
-class StopWords:
-    """Finds stop words in the output, at any token boundary. The prompt, which is not searched, tells how the
-    output's first token reads. Thinking is not searched either, nor are its tags.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        words: Iterable[str],
-        prompt: Sequence[int] = (),
-        thinking: Thinking | None = None,
-    ) -> None:
-        self.words, self._new_reader = tuple(words), partial(ThinkingReader, tokenizer, thinking, prompt)
-        self.reader = self._new_reader()
-
-    def __call__(self, output: Sequence[int]) -> bool:
-        """Whether `output` contains a stop word. It grows, or another output begins."""
-        if len(output) < self.reader.num_read:
-            self.reader = self._new_reader()
-        if self.words or not self.reader.answer:
-            self.reader.read(output)
-        text = self.reader.answer + self.reader.incomplete
-        return any(word in text for word in self.words)
-
     def cut(self, text: str) -> str:
         """The text before the first stop word."""
         return text[: min((i for word in self.words if (i := text.find(word)) >= 0), default=len(text))]
@@ -275,3 +263,10 @@ class StopWords:
     def settled(self, text: str) -> str:
         """The text without an end that may become a stop word."""
         return text[: len(text) - _num_begun(text, self.words)]
+
+    def _append(self, parts: list[Part]) -> None:
+        for text, is_thinking in parts:
+            if is_thinking:
+                self.thinking += text
+            else:
+                self.answer += text

@@ -249,6 +249,21 @@ def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
     assert (ahead["other"], ahead["high"]) == ([*ways][-1], 2.0)
 
 
+def test_llama_server_has_the_same_file_and_a_slot_for_each_client(monkeypatch, capsys, tmp_path):
+    """Guards against clients that wait for another server's slot, and a figure of another model."""
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    args = serving.ServingArguments(servers=["llama-server"], clients=[1, 8], long_prompt=1000)
+    file = tmp_path / "a.gguf"
+    file.touch()
+    model = ModelArguments(model=str(file), threads=3)
+    command = serving.commands(model, GenerationConfig(), args, Path("saved"))["llama-server"]
+    given = {"--model": str(file), "--parallel": "9", "--ctx-size": str(9 * 3048), "--threads": "3"}
+    assert dict(zip(command[1::2], command[2::2], strict=True)) == given
+    assert "must be a .gguf file" in refused(serving.main, ["--servers", "llama-server"], capsys)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "llama-server is not in PATH" in refused(serving.main, ["--servers", "llama-server"], capsys)
+
+
 def test_figures_of_a_server():
     """Guards against a speed that depends on how long clients wait, time that counts for each request, and
     gaps between pieces of different answers.

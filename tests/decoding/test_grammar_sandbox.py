@@ -67,7 +67,7 @@ def test_a_process_that_does_nothing_is_ended(sandbox, monkeypatch):
     other = Grammar.regex("[a-z]+").definition
     with monkeypatch.context() as patch:
         patch.setattr(grammar_sandbox, "_PATIENCE", 0)
-        with pytest.raises(GrammarError, match="was ended"):
+        with pytest.raises(ChildProcessError, match="does not answer"):
             sandbox.check(other)
     assert sandbox._process is first
     sandbox.check(other)

@@ -264,10 +264,3 @@ def test_the_penalties_of_openai():
     scores = processor(torch.tensor([[3, 3, 1, 0, 1]]), torch.zeros(1, 5))
     assert scores.tolist() == [[-0.75, -1.25, 0.0, 0.0, 0.0]]
     assert config_processors(GenerationConfig(), 3) == []
-
-
-def test_a_repetition_penalty_over_the_last_tokens():
-    """Guards against a penalty of llama.cpp's clients that sees the whole prompt."""
-    [processor] = config_processors(GenerationConfig(repetition_penalty=2.0, repetition_window=2), 3)
-    scores = processor(torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 5))
-    assert scores.tolist() == [[1.0, 1.0, 0.5, 0.5, 1.0]]

@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressToke
 
 from self_speculation import GenerationConfig, Request
 from self_speculation.decoding import texts
-from self_speculation.decoding.texts import Detokenizer, StopWords, decode
+from self_speculation.decoding.texts import Detokenizer, OutputReader, decode
 
 
 def first_stop(tokenizer, words, ids):
@@ -45,7 +45,7 @@ def test_words_are_found_at_the_first_token_whose_text_has_them(name, request, i
     """
     tokenizer = request.getfixturevalue(name)
     ids = tokenizer.encode(TEXT) if ids is None else ids
-    found = StopWords(tokenizer, [word])
+    found = OutputReader(tokenizer, [word])
     stop = next((n for n in range(1, len(ids) + 1) if found(ids[:n])), None)
     assert stop == first_stop(tokenizer, [word], ids)
 
@@ -66,21 +66,14 @@ def test_an_output_reads_on_from_the_end_of_its_prompt(name, request, monkeypatc
     assert max(read) < 80 < len(ids)
 
 
-def test_a_second_output_is_read_from_its_start(byte_tokenizer):
-    """Guards against stop words of an earlier answer in a request that is decoded twice."""
-    found, ids = StopWords(byte_tokenizer, ["b"]), byte_tokenizer.encode("ab")
-    for _ in range(2):
-        assert [found(ids[:n]) for n in (1, 2)] == [False, True]
-
-
-def test_cut_and_settled_text():
+def test_cut_and_settled_text(byte_tokenizer):
     """Guards against text after the earliest word, and against a shown beginning of a word."""
-    words = StopWords(None, ["Human:", "\n\n"])
+    words = OutputReader(byte_tokenizer, ["Human:", "\n\n"])
     assert [words.cut(text) for text in ("a\n\nb Human:", "Human:", "Hum")] == ["a", "", "Hum"]
     texts = {"I am Hum": "I am ", "line\n": "line", "Humid": "Humid"}
     assert [words.settled(text) for text in texts] == [*texts.values()]
-    assert StopWords(None, ["aab"]).settled("xaa") == "x"  # two beginnings
-    assert StopWords(None, []).settled("Hum") == "Hum"
+    assert OutputReader(byte_tokenizer, ["aab"]).settled("xaa") == "x"  # two beginnings
+    assert OutputReader(byte_tokenizer, []).settled("Hum") == "Hum"
 
 
 @pytest.fixture
@@ -174,7 +167,7 @@ def test_one_callable_or_a_list(extra):
     assert ids_of(tiny_llama(), [5, 6, 7], eos=free[4], **extra) == free[: free.index(free[4])]
 
 
-def test_a_long_word_is_compared_with_the_text_alone():
+def test_a_long_word_is_compared_with_the_text_alone(byte_tokenizer):
     """Guards against work for each character of a word that has millions."""
 
     class Word(str):
@@ -185,5 +178,5 @@ def test_a_long_word_is_compared_with_the_text_alone():
             return super().__getitem__(part)
 
     word = Word("end" * 100_000)
-    assert StopWords(None, [word]).settled("the end") == "the "
+    assert OutputReader(byte_tokenizer, [word]).settled("the end") == "the "
     assert Word.parts <= len("the end")

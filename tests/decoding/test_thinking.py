@@ -1,20 +1,21 @@
 """Thinking before an answer: where it ends, and that grammars and stop words begin there."""
 
 import copy
+import io
 import json
 import re
 
 import pytest
-from conftest import WAYS, config_of, mixed_drafts
+from conftest import TEXTS, WAYS, config_of, mixed_drafts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from thinkers import QWEN3, R1, SMOLLM3, TAGS, Teller, thinking_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from self_speculation import GenerationConfig, Request
+from self_speculation import GenerationConfig, Request, SpeculativeTextStreamer
 from self_speculation.decoding.grammar import Grammar
-from self_speculation.decoding.texts import Splitter, Tag, Thinking, ThinkingReader, decode
+from self_speculation.decoding.texts import OutputReader, Tag, Thinking, decode
 
 HELLO = [{"role": "user", "content": "Hello"}]
 ANSWER, PATTERN = Grammar.regex('\\{"a": [a-z]{3}\\}'), r'\{"a": [a-z]{3}\}'
@@ -27,6 +28,8 @@ def in_turn(has_begun=False, ids=(None, None)):
 
 def separated(thinking, text):
     """The thinking and the answer of a whole text."""
+    if thinking is None:
+        return "", text
     begin, end = thinking.begin.text, thinking.end.text
     if not thinking.has_begun:
         if not text.lstrip().startswith(begin):
@@ -36,46 +39,56 @@ def separated(thinking, text):
     return thought.strip("\n"), answer.lstrip("\n")
 
 
-PIECES = st.lists(st.sampled_from(["<", "<th", "ink>", *TAGS, "</", "think>", "\n", " ", "a", "é<", ">"]))
+PIECES = ["<", "</thi", "nk>", *TAGS, "\n", " ", "a b", "xy", "é", "日🙂", "🙃"]
+LONG = [*TEXTS, "  x", "日本語日本語です"] * 20
 
 
+@pytest.mark.parametrize("kind", ["added", "spelled", "byte_tokenizer", "sentencepiece_tokenizer"])
 @settings(max_examples=60)
-@given(pieces=PIECES, has_begun=st.booleans())
-@example(pieces=["a</", "think>", "b"], has_begun=True)
-def test_pieces_give_what_the_whole_text_gives(pieces, has_begun):
-    """Guards against parts of tags in a text, tags that are missed where they are cut, and line breaks that
-    depend on how a text was cut.
-    """
-    thinking = in_turn(has_begun)
-    splitter, found = Splitter(thinking), {True: "", False: ""}
-    for last, piece in enumerate(pieces, 1):
-        for text, is_thinking in splitter.add(piece, finished=last == len(pieces)):
-            assert text
-            found[is_thinking] += text
-    assert (found[True], found[False]) == separated(thinking, "".join(pieces))
-
-
-@pytest.mark.parametrize("kind", ["added", "spelled"])
-@settings(max_examples=30)
 @given(
-    text=st.lists(st.sampled_from(["\n", "a b", "日🙂", "</thi", *TAGS])).map("".join),
+    pieces=st.lists(st.sampled_from(PIECES), max_size=20),
+    words=st.sampled_from([[], ["xy"], ["\n\n", "b"], ["🙂", "never"], ["nk>"]]),
+    cut=st.integers(0, 3),
     has_begun=st.booleans(),
 )
-def test_tokens_of_the_thinking_are_counted(byte_tokenizer, kind, text, has_begun):
-    """Guards against a count that is off by the tag's token, and against tokens that are read twice."""
-    tokenizer = thinking_tokenizer(byte_tokenizer, kind=kind)
-    thinking = in_turn(has_begun, [Tag.of(tag, tokenizer).id for tag in TAGS])
-    ids, reader = tokenizer.encode(text, add_special_tokens=False), ThinkingReader(tokenizer, thinking)
-    first = None  # token of the answer
-    for n in range(1, len(ids) + 1):
-        reader.read(ids[:n])
-        before = decode(tokenizer, ids[:n])
-        if first is None and TAGS[1] in (before if has_begun else before.lstrip().removeprefix(TAGS[0])):
-            first = n
-    reader.end(ids)
-    thinks = has_begun or text.lstrip().startswith(TAGS[0])
-    assert (reader.thinking, reader.answer) == separated(thinking, text)
-    assert reader.num_thinking == ((len(ids) if first is None else first) if thinks else 0)
+@example(pieces=LONG, words=[], cut=1, has_begun=False)
+@example(pieces=["a</thi", "nk>", "b"], words=[], cut=0, has_begun=True)
+def test_an_output_is_read_token_by_token(request, kind, pieces, words, cut, has_begun):
+    """Thinking and answer are those of the whole text, and a file gets the answer. Guards against parts of
+    tags, tags that are missed where they are cut, line breaks that depend on how a text is cut, tokens of the
+    thinking that are miscounted, stop words in it, parts of characters before the end, of which decoders
+    replace whole runs, and drafts in a file.
+    """
+    thinks, thinking = kind in ("added", "spelled"), None
+    tokenizer = request.getfixturevalue("byte_tokenizer" if thinks else kind)
+    if thinks:
+        tokenizer = thinking_tokenizer(tokenizer, kind=kind)
+        thinking = in_turn(has_begun, [Tag.of(tag, tokenizer).id for tag in TAGS])
+    ids = tokenizer.encode("".join(pieces), add_special_tokens=False)
+    ids = ids[: len(ids) - cut]
+    while not thinks and "byte" not in kind and decode(tokenizer, ids).endswith("\ufffd"):
+        ids.pop()  # its decoder replaces whole characters before it
+    texts = [decode(tokenizer, ids[:n]) for n in range(len(ids) + 1)]
+    wholes = [separated(thinking, text) for text in texts]
+    stop = next((n for n, (_, answer) in enumerate(wholes) if any(word in answer for word in words)), None)
+    reader, file = OutputReader(tokenizer, words, thinking=thinking), io.StringIO()
+    streamer = SpeculativeTextStreamer(tokenizer, file)
+    streamer.begin(reader)
+    for n, id_ in enumerate(ids[:stop], 1):
+        assert reader(ids[:n]) == (n == stop)
+        streamer.put([id_], is_draft=True)
+        streamer.delete(1, is_draft=True)
+        streamer.put([id_])
+        assert "\ufffd" not in file.getvalue()
+    streamer.end()
+    reader.end(ids[:stop])
+    thought, answer = wholes[-1 if stop is None else stop]
+    assert (reader.thinking, reader.answer) == (thought, answer)
+    assert file.getvalue() == f"{reader.cut(answer)}\n"
+    begun = ["" if has_begun else TAGS[0]] * thinks
+    ended = (n for n, text in enumerate(texts) if TAGS[1] in text.lstrip().removeprefix(*begun or [""]))
+    is_thinking = thinks and (has_begun or texts[-1].lstrip().startswith(TAGS[0]))
+    assert reader.num_thinking == (min(next(ended, len(ids)), stop or len(ids)) if is_thinking else 0)
 
 
 def test_a_tag_that_is_a_token_is_that_token_only(byte_tokenizer):
@@ -84,7 +97,7 @@ def test_a_tag_that_is_a_token_is_that_token_only(byte_tokenizer):
     thinking = Thinking.of(tokenizer, "assistant: <think>\n")
     spelled = [tokenizer.encode(char, add_special_tokens=False) for char in TAGS[1]]
     end = tokenizer.encode(f"{TAGS[1]}\n\nyes", add_special_tokens=False)
-    reader = ThinkingReader(tokenizer, thinking)
+    reader = OutputReader(tokenizer, thinking=thinking)
     reader.read([id_ for ids in [*spelled, end] for id_ in ids])
     assert (reader.thinking, reader.answer) == (TAGS[1], "yes")
 
@@ -195,21 +208,3 @@ def test_an_end_tag_within_a_token(byte_tokenizer):
     assert result.generation_strategy_result.predicted_tokens[: len(ids)] == ids
     assert result.thinking == "a"
     assert re.fullmatch(PATTERN, result.decoded_prediction)
-
-
-def test_stop_words_begin_after_the_thinking(told):
-    """Guards against a stop word that ends the thinking, or is made of its end and the answer."""
-    text = f"{TAGS[0]}stop, stop\n\nx{TAGS[1]}\n\ny stop z"
-    results = told(text, stop_words=["stop", "\n\n", "think>", ">\n"])
-    for result in results.values():
-        assert (result.thinking, result.decoded_prediction) == ("stop, stop\n\nx", "y ")
-        assert result.generation_strategy_result.stop_reason == "stop_word"
-
-
-def test_a_limit_within_the_thinking(told):
-    text = f"{TAGS[0]}one two three four five"
-    for result in told(text, max_steps=12, grammar=ANSWER).values():
-        assert result.decoded_prediction == ""
-        assert text.startswith(TAGS[0] + result.thinking)
-        assert (len(result.thinking) > 3, result.num_thinking_tokens) == (True, 12)
-        assert result.generation_strategy_result.stop_reason == "max_steps"

@@ -174,7 +174,6 @@ def test_any_command_line_is_taken_or_refused_in_one_line(case):
     repetition_penalty=st.just(1.0) | st.floats(),
     frequency_penalty=st.floats(-3, 3),
     presence_penalty=st.floats(-3, 3),
-    repetition_window=st.none() | st.integers(-1, 9),
 )
 @settings(max_examples=150)
 def test_any_setting_works_or_is_refused(strategy, **values):

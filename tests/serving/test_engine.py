@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 from helpers import watch
-from servers import GREEDY, Running, held, tiny_generator
+from servers import GREEDY, Running, held, tiny_generator, until
 
 from self_speculation import GenerationStrategyResult, Request
 from self_speculation.passes.captured_runner import capture_decoding
+from self_speculation.passes.prefix_cache import kept_caches
+from self_speculation.scheduler import Scheduler
 from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
@@ -143,6 +145,29 @@ def test_a_shutdown_is_not_held_up_by_a_whole_chunk(engine, monkeypatch):
         engine.shut_down(600)
     assert kinds(results) == [GenerationStrategyResult]
     assert sizes == [64, 64, 64, 64]
+
+
+def test_errors_of_callbacks_end_nothing(engine):
+    """Guards against an engine that ends because somebody cannot count or keep a result."""
+    engine.on_end = engine.on_round = failing
+    engine.submit([Job(Request(PROMPTS[0]), failing)])
+    assert kinds(submit(engine, PROMPTS)[1]) == [GenerationStrategyResult] * 4
+    assert engine.stop()
+
+
+def test_an_idle_engine_gives_back_memory_of_long_prompts(text_model, byte_tokenizer, monkeypatch):
+    """Guards against keys and values of one long prompt that stay for ever; those of usual ones stay."""
+    monkeypatch.setattr("serving.engine._IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("serving.engine._PROMPT", 88)
+    model = copy.deepcopy(text_model)
+    shrunk = watch(monkeypatch, Scheduler, "shrink_cache")
+    engine = Running(tiny_generator(model, byte_tokenizer), GREEDY, 4, max_waiting=4)
+    for prompt, num_kept in (([5] * 80, 1), ([5] * 200, 0), ([5] * 9, 1)):
+        check(model, [prompt], submit(engine, [prompt])[1])
+        shrunk.clear()
+        until(lambda: shrunk)
+        assert len(kept_caches(model)) == num_kept
+    assert engine.stop()
 
 
 def test_an_engine_that_fails_ends_all_jobs(engine, monkeypatch):

@@ -27,76 +27,42 @@ def refused(kind, **request):
     return error.param, str(error)
 
 
-# Field -> values that ask for nothing, as clients send them by default, and one that is an error.
-FIELDS = {
-    "chat_template_kwargs": ([{}, {"enable_thinking": False}], {"messages": []}),
-    "top_logprobs": ([0], 1),
-    "stream_options": ([{}, {"include_usage": True, "continuous_usage_stats": True}], 1),
-    "stream_drafts": ([False], True),
-    "tools": ([[]], 1),
-    "tool_choice": (["none", "auto"], "maybe"),
-    "response_format": ([{}, {"type": "text"}], {"type": "json_schema"}),
-    "structured_outputs": ([{}], {"json_object": True, "regex": "x"}),
-    "logit_bias": ([{}], []),
-    "presence_penalty": ([0], 3),
-    "frequency_penalty": ([0.0], 3),
-    "repetition_penalty": ([1], 0),
-    "min_p": ([0], 2),
-    "top_k": ([-1, 0], -2),
-    "max_tokens": ([-1], -2),
-    "max_completion_tokens": ([-1.0], 2.5),
-    "stop_token_ids": ([[]], [-1]),
-    "continue_final_message": ([False], True),
-    "include_reasoning": ([False, True], "x"),
-    "reasoning_effort": (["none", "low", "high", "max"], "banana"),
-    "enable_thinking": ([True, False], "no"),
-    "thinking": ([{"type": "enabled", "budget_tokens": 9}], {"type": "x"}),
-    "reasoning": ([{}, {"effort": "low", "exclude": True, "max_tokens": 9}], {"effort": 1}),
-    "ignore_eos": ([False], 1),
-    "allowed_token_ids": ([[]], [5]),
-    "best_of": ([1, 0], 2),
-    "chat_template": ([""], "x"),
-    "documents": ([[]], [{"text": "x"}]),
-    "function_call": (["none", "auto"], "f"),
-    "images": ([[]], ["x"]),
-    "length_penalty": ([1.0], 2),
-    "lora": ([[]], [{"id": 0}]),
-    "min_tokens": ([0], 5),
-    "mirostat": ([0], 2),
-    "modalities": ([["text"]], ["audio"]),
-    "return_tokens_as_token_ids": ([False], True),
-    "suffix": ([""], "x"),
-    "truncate_prompt_tokens": ([-1], 5),
-}
+# Values that clients send by default, and that ask for nothing.
+NEUTRAL = {
+    "best_of": [1, 0], "chat_template_kwargs": [{}, {"enable_thinking": False}], "do_sample": [True],
+    "continue_final_message": [False], "include_reasoning": [False, True], "length_penalty": [1.0],
+    "logit_bias": [{}], "modalities": [["text"]], "parallel_tool_calls": [True, False], "repeat_penalty": [1],
+    "reasoning_effort": ["none", "low", "high", "max"], "repetition_penalty": [1], "stop_token_ids": [[]],
+    "response_format": [{}, {"type": "text"}], "skip_special_tokens": [True], "structured_outputs": [{}],
+    "stream_options": [{}, {"include_usage": True, "continuous_usage_stats": True}], "suffix": [""],
+    "tool_choice": ["none", "auto"], "tools": [[]], "top_k": [-1, 0], "truncate_prompt_tokens": [-1],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_neutral_values_are_accepted_and_others_are_errors(name):
-    """Guards against clients that send every field's default and get an error or another text, and against a
-    field that is accepted and changes nothing.
-    """
-    neutral, other = FIELDS[name]
-    for value in neutral:
-        request = chat(**{name: value})
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_values_are_accepted(name):
+    """Guards against clients that send every field's default and get an error or another text."""
+    for value in NEUTRAL[name]:
+        named = set()
+        request = ChatRequest.model_validate({"messages": HELLO, name: value}, context=named)
         assert request.generation_config(GenerationConfig()) == GenerationConfig()
         assert request.grammar(None) is None
         assert not any((request.logit_bias, request.ignore_eos, request.tools_for_template))
-    param, message = refused(ChatRequest, messages=HELLO, **{name: other})
-    assert param.split(".")[0] == name
-    assert message.startswith(name)
+        assert named <= {"continuous_usage_stats"}
+
+
+def test_an_answer_that_ignores_its_end_has_a_least_length():
+    """Guards against programs that measure servers and get an error: they send both."""
+    for name in ("min_tokens", "min_new_tokens"):
+        assert chat(**{name: 9}, max_tokens=9, ignore_eos=True) == chat(max_tokens=9, ignore_eos=True)
 
 
 # What real programs send besides, and no answer depends on.
 IGNORED = [
-    "add_generation_prompt", "add_special_tokens", "background_tasks", "cache_prompt", "cache_salt",
-    "chat_id", "dry_allowed_length", "dry_base", "dry_penalty_last_n", "encoder_repetition_penalty",
-    "extra_body", "features", "files", "id_slot", "include_obfuscation", "keep_alive", "metadata",
-    "min_keep", "mirostat_eta", "mirostat_tau", "models", "n_keep", "n_probs", "num_ctx", "options",
-    "parallel_tool_calls", "params", "priority", "prompt_cache_key", "provider", "reasoning_format",
-    "repetition_penalty_range", "request_id", "route", "safe_prompt",
-    "safety_identifier", "samplers", "service_tier", "session_id", "skip_special_tokens",
-    "spaces_between_special_tokens", "store", "think", "timings_per_token", "tool_ids", "tool_servers",
-    "top_n", "transforms", "user", "variables", "verbosity", "web_search_options", "xtc_threshold",
+    "background_tasks", "cache_salt", "chat_id", "context", "dry_base", "encoder_repetition_penalty",
+    "extra_body", "include_obfuscation", "keep_alive", "metadata", "mirostat_eta", "num_ctx", "params",
+    "priority", "prompt_cache_key", "provider", "repeat_last_n", "request_id", "service_tier", "store",
+    "tool_ids", "top_n", "transforms", "user", "verbosity", "xtc_threshold",
 ]  # fmt: skip
 
 
@@ -133,7 +99,7 @@ def test_fields_of_earlier_answers_are_ignored():
     assert ChatRequest(messages=[{"role": "user", "name": "Eve", "content": [part]}]) == chat()
     answer = {
         "tool_calls": [], "annotations": [{"type": "url_citation"}], "refusal": "No.", "audio": None,
-        "reasoning": {"effort": "low"}, "reasoning_details": [{"text": "Hm."}], "function_call": None,
+        "reasoning": "", "reasoning_details": [{"text": "Hm."}], "function_call": None,
         "thinking_blocks": [{"thinking": "Hm."}], "provider_specific_fields": {"refusal": None}, "images": [],
     }  # fmt: skip
     for content in ({}, {"content": None}, {"content": ""}):
@@ -143,29 +109,8 @@ def test_fields_of_earlier_answers_are_ignored():
     assert message.for_template == {"role": "user", "content": ""}
 
 
-def test_fields_of_other_servers_mean_what_they_mean_there():
-    """Those of llama.cpp and vLLM. Guards against a field that is accepted and does something else."""
-
-    def config(**given):
-        return chat(**given).generation_config(GenerationConfig())
-
-    assert config(max_tokens=4.0).max_steps == 4
-    assert config(n_predict=7, max_tokens=9).max_steps == 7
-    assert config(n_predict=-1, max_tokens=-1).max_steps == GenerationConfig().max_steps
-    for given, penalty, window in (
-        ({"repeat_penalty": 1.5}, 1.5, 64),
-        ({"repeat_penalty": 1.5, "repeat_last_n": 8}, 1.5, 8),
-        ({"repeat_penalty": 1.5, "repeat_last_n": 0}, 1.0, 1),
-        ({"repetition_penalty": 1.5}, 1.5, None),
-    ):
-        assert (config(**given).repetition_penalty, config(**given).repetition_window) == (penalty, window)
-    assert config(repeat_penalty=1.5, repeat_last_n=-1).repetition_window > 1_000_000
-    assert config(stop_token_ids=[7]).stop_token_ids == [7]
-    assert len(config(stop=["x"] * 100).stop_words) == 100
-    tool = {"function": {"name": "f"}}  # without a type
-    request = chat(tools=[tool], tool_choice="any")
-    assert request.tool_choice == "required"
-    assert request.tools_for_template == [{"type": "function", **tool}]
+def test_languages_of_answers():
+    """Guards against a field that is accepted and does something else, and one that undoes another."""
     schema = {"type": "object"}
     for name, value, grammar in (
         ("json", schema, Grammar.json_schema(schema)),
@@ -174,11 +119,10 @@ def test_fields_of_other_servers_mean_what_they_mean_there():
         ("regex", "[0-9]+", Grammar.regex("[0-9]+")),
         ("choice", ["a", "b"], Grammar.lark('start: "a" | "b"')),
     ):
-        older = {} if name == "json_object" else {f"guided_{name}": value}
-        for given in filter(None, ({"structured_outputs": {name: value}}, older)):
-            assert chat(**given).grammar(None) == grammar
-            error = refused(ChatRequest, messages=HELLO, ignore_eos=True, **given)
-            assert error == ("ignore_eos", f"ignore_eos: cannot be combined with {next(iter(given))}")
+        given = {"structured_outputs": {name: value}}
+        assert chat(**given).grammar(None) == grammar
+        for other in ({"response_format": {"type": "json_object"}}, {"ignore_eos": True}):
+            assert "cannot be combined with" in refused(ChatRequest, messages=HELLO, **given, **other)[1]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +158,6 @@ def test_what_a_whole_answer_says():
         assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (1, finish_reason)
     for given, shown in (
         ({}, True),
-        ({"reasoning": {"exclude": True}}, False),
         ({"include_reasoning": False}, False),
     ):
         assert ("reasoning" in chat(**given).choice(0, Delta("4", thinking="2 + 2"))["message"]) == shown
@@ -244,35 +187,71 @@ def test_parts_of_a_prediction_are_one_text():
 EMPTY = {"role": "user", "content": ""}
 LONG = [{"type": "text", "text": ""}] * 9_000
 CALL = {"function": {"name": "f", "arguments": "{}"}}
-HINT = "there is no such field, did you mean "
-FAULTS = [  # of a chat: fields, the place of the fault, and what the message says
-    ({"temprature": 1}, "temprature", f" 1: {HINT}temperature?"),
-    ({"best_of": 2}, "best_of", " 2: this server cannot honour this field, only 1"),
-    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "cannot honour"),
-    ({"min_tokens": 5}, "min_tokens", " 5: this server cannot honour this field, leave it out"),
+LEAVE = "this server does not have it, leave it out"
+# Fields that would change the answer -> what to use instead.
+INSTEAD = {
+    "add_generation_prompt": (False, "chat_template_kwargs"), "allowed_token_ids": ([5], "logit_bias"),
+    "ban_eos_token": (True, "ignore_eos and max_tokens"), "do_sample": (False, "temperature"),
+    "ebnf": ("x", "structured_outputs with json, regex or choice"), "random_seed": (1, "seed"),
+    "enable_thinking": (False, "chat_template_kwargs"), "functions": ([{"name": "f"}], "tools"),
+    "format": ("json", "response_format with a json_schema"), "max_output_tokens": (5, "max_tokens"),
+    "guided_json": ({"a": 1}, "structured_outputs with json"), "min_new_tokens": (5, "ignore_eos and max"),
+    "n_predict": (5, "max_tokens"), "no_repeat_ngram_size": (3, "repetition_penalty"),
+    "prompt_logprobs": (1, "logprobs"), "reasoning": ({"effort": "low"}, "reasoning_effort"),
+    "repeat_penalty": (1.1, "repetition_penalty"), "stop_sequences": (["x"], "stop"),
+    "system": ("x", "messages"), "typical_p": (0.5, "top_p or min_p"), "web_search_options": (1, "tools"),
+}  # fmt: skip
+# Of a chat: fields, the place of the fault, and what the message says.
+FAULTS = [
+    *(
+        ({name: value}, name, f": this server does not have it, use {use}")
+        for name, (value, use) in INSTEAD.items()
+    ),
+    *(({name: 2}, name, f" 2: {LEAVE}") for name in ("best_of", "length_penalty", "lora", "num_beams")),
+    ({"modalities": ["audio"]}, "modalities", LEAVE),
+    ({"skip_special_tokens": False}, "skip_special_tokens", LEAVE),
+    ({"messages": [{**HELLO[0], "prefix": True}]}, "messages.0.prefix", LEAVE),
+    (
+        {"structured_outputs": {"structural_tag": "x"}},
+        "structured_outputs.structural_tag",
+        "with json, regex",
+    ),
+    (
+        {"response_format": {"type": "json_object", "schema": {"a": 1}}},
+        "response_format.schema",
+        "use response_format",
+    ),
+    ({"temprature": 1}, "temprature", " 1: there is no such field, did you mean temperature?"),
     ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "mean include_usage?"),
-    ({"messages": [{**HELLO[0], "prefix": True}]}, "messages.0.prefix", "cannot honour"),
+    ({"tool_choice": {"functions": {"name": "f"}}}, "tool_choice.functions", "use tools"),
+    (
+        {"messages": [{**EMPTY, "content": [{"type": "image_url"}]}]},
+        "messages.0.content.0.type",
+        "reads text only",
+    ),
     ({"chat_template_kwargs": {f"x{i}": 0 for i in range(101)}}, "chat_template_kwargs", "at most 100 items"),
-    ({"messages": [{"content": "x"}]}, "messages.0.role", ""),
-    ({"tool_choice": "maybe"}, "tool_choice", ""),
-    ({"tool_choice": {"function": {"nam": "f"}}}, "tool_choice.function.nam", "mean name?"),
     ({"chat_template_kwargs": "enable_thinking=false"}, "chat_template_kwargs", "should be an object"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "no variable of chat"),
-    ({"guided_json": "{"}, "guided_json", ""),
     ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs.json", ""),
-    ({"messages": [{**EMPTY, "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", ""),
+    ({"structured_outputs": {"json_object": True, "regex": "x"}}, "structured_outputs", "must have one of"),
+    ({"messages": [{"content": "x"}]}, "messages.0.role", ""),
+    *(({"tool_choice": choice}, "tool_choice", "") for choice in ("maybe", "any")),
+    ({"top_logprobs": 1}, "top_logprobs", "is for logprobs true"),
+    ({"stream_drafts": True}, "stream_drafts", "is for stream true"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "belongs to"),
     ({"temperature": float("nan")}, "temperature", ""),
     ({"temperature": "0.5"}, "temperature", ""),
+    ({"frequency_penalty": 3}, "frequency_penalty", ""),
+    ({"reasoning_effort": "banana"}, "reasoning_effort", ""),
     ({"n": 0}, "n", ""),
     ({"repetition_penalty": 1e-300}, "repetition_penalty", ""),  # infinite logits
     ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens", ""),
+    ({"max_tokens": -1}, "max_tokens", ""),
     ({"stop": [""]}, "stop.0", ""),
     ({"stop": ["x"] * 129}, "stop", ""),
     ({"messages": [{**EMPTY, "content": "\ud800"}]}, None, ""),
     ({"logit_bias": {"-1": 1}}, "logit_bias.-1", ""),
     ({"logit_bias": {"5_0": 1}}, "logit_bias.5_0", ""),
-    ({"response_format": {"type": "text", "schema": {}}}, "response_format", ""),
-    ({"response_format": {"type": "json_object", "schema": 1}}, "response_format.schema", ""),
     ({"messages": [{**EMPTY, "content": 5}]}, "messages.0.content", ""),
     ({"messages": [EMPTY] * 9_000}, "messages", "at most 4096 messages, parts and calls together, not 9000"),
     ({"messages": [{**EMPTY, "content": LONG}]}, "messages", "not 9001"),
@@ -283,12 +262,13 @@ FAULTS = [  # of a chat: fields, the place of the fault, and what the message sa
 
 
 @pytest.mark.parametrize(("fields", "param", "says"), FAULTS)
-def test_an_error_names_its_place_and_the_nearest_field(fields, param, says):
-    """Guards against numbers in quotes, type names of a union in the path, seconds of validation, a message
-    that quotes the whole request, and a client that has other ids rendered.
+def test_an_error_names_its_place_and_what_to_use_instead(fields, param, says):
+    """Guards against a field that is accepted and changes nothing, numbers in quotes, type names of a union
+    in the path, seconds of validation, a message that quotes the whole request, and a client that has other
+    ids rendered.
     """
     name, message = refused(ChatRequest, **{"messages": HELLO, **fields})
-    assert (name, says in message, len(message) < 250) == (param, True, True)
+    assert (name, says in message, len(message) < 250) == (param, True, True), message
 
 
 @pytest.mark.parametrize("prompt", [{}, [["a"]], [1, "a"], [[]], ["a", 1], [True], 5, ["a", None]])

@@ -1,6 +1,7 @@
 """The protocol over HTTP, by OpenAI's client and by hand, on a tiny model in this process."""
 
 import codecs
+import contextlib
 import json
 import re
 import threading
@@ -213,12 +214,19 @@ def test_figures_of_answers_and_counters(served):
         name = f"{prefix}{name}{labels and '{' + labels + '}'}"
         return after[name] - before.get(name, 0)
 
-    def vllm(name, labels=""):
-        return more(name, f'engine="0",model_name="tiny"{labels}', "vllm:")
+    def vllm(name, *labels):
+        return more(name, ",".join(sorted(['engine="0"', 'model_name="tiny"', *labels])), "vllm:")
 
-    assert more("answers_total", 'ended_by="max_steps"') == 3
-    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
-        assert vllm(f"{name}_count") == 3
+    assert vllm("request_success_total", 'finished_reason="length"') == 3
+    for name in (
+        "time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time",
+        "request_decode_time", "request_time_per_output_token",
+    ):  # fmt: skip
+        assert vllm(f"{name}_seconds_count") == 3
+    assert vllm("request_prompt_tokens_sum") == 3 * len(prompt)
+    assert vllm("request_generation_tokens_sum") == 60
+    assert 0 < vllm("inter_token_latency_seconds_count") < 60  # rounds with drafts
+    assert 0 < vllm("inter_token_latency_seconds_sum") < vllm("e2e_request_latency_seconds_sum")
     assert more("refused_total", 'status="400"') == 1
     assert vllm("generation_tokens_total") == 60
     assert vllm("prompt_tokens_total") == 3 * len(prompt)
@@ -228,10 +236,11 @@ def test_figures_of_answers_and_counters(served):
         assert more(f"{ours}_tokens_total", 'source="exit 2"') == total
         assert vllm(f"spec_decode_{theirs}_total") == total
     per_position = "spec_decode_num_accepted_tokens_per_pos_total"
-    by_position = [vllm(per_position, f',position="{i}"') for i in range(3)]
+    by_position = [vllm(per_position, f'position="{i}"') for i in range(3)]
     assert sum(by_position) == vllm("spec_decode_num_accepted_tokens_total")
     assert vllm("spec_decode_num_drafts_total") >= by_position[0] > 0
-    assert vllm("num_requests_waiting") == vllm("num_requests_running") == 0
+    for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"):
+        assert vllm(name) == 0
 
 
 def test_drafts_can_be_streamed_and_switched_off(served):
@@ -252,16 +261,31 @@ def test_drafts_can_be_streamed_and_switched_off(served):
     assert drafts["drafted"] == drafts["acceptance_histogram"][0] == 0
 
 
+LONG_NAMES = {f"{'y' * 40}{i}": 0 for i in range(9)}
+
+
+def test_a_log_that_cannot_be_written(text_model, byte_tokenizer, monkeypatch):
+    """Guards against a server that ends because a disk is full, or a program that read its lines is gone."""
+    with Served(tiny_generator(text_model, byte_tokenizer), log_requests=True) as served:
+        with open("/dev/full", "w") as full:
+            monkeypatch.setattr("sys.stderr", full)
+            answers = [post(served, prompt="x", max_tokens=3, frobnicate=1) for _ in range(2)]
+            monkeypatch.undo()
+            with contextlib.suppress(OSError):
+                full.close()
+        assert [answer.status_code for answer in answers] == [200, 200]
+
+
 def test_a_log_of_requests(text_model, byte_tokenizer, capsys):
     """Guards against an answer, an error or a client that disconnects which no line names, against lines that
-    a client writes, and against a line for each request with the same unknown field.
+    a client writes, long ones, and a line for each request with the same unknown field.
     """
     with Served(tiny_generator(text_model, byte_tokenizer), log_requests=True) as served:
         for _ in range(2):
-            fields = {"prompt": "x", "max_tokens": 3, "frobnicate": 1, "a\nb": 2}
+            fields = {"prompt": "x", "max_tokens": 3, "frobnicate": 1, "a\nb": 2, **LONG_NAMES}
             send(served, json.dumps(fields), **{"X-Request-Id": "mine"})
         post(served, prompt="x", max_tokens=0)
-        requests.get(f"{served.url}/v1/a%0Ab")
+        requests.get(f"{served.url}/v1/a%0Ab{'/x' * 500}")
         with held(served.engine, num_steps=2) as at_rest:
             with raw_request(served.url, {"prompt": "x", "max_tokens": 200, "stream": True}):
                 assert at_rest.wait(60)
@@ -269,12 +293,13 @@ def test_a_log_of_requests(text_model, byte_tokenizer, capsys):
             until(lambda: job.is_cancelled)
         until(lambda: not served.num_jobs)
     ignored, first, second, invalid, missing, gone = capsys.readouterr().err.splitlines()
-    assert ignored == "requests have fields that this server ignores: 'a\\nb', 'frobnicate'"
+    assert ignored.startswith("requests have fields that this server ignores: 'a\\nb', 'frobnicate', 'yy")
+    assert (len(ignored), len(missing)) == (200, 200)
     answer = r"\S+ POST /v1/completions {}: {}, {} tokens in \S+ s, the first after \S+ s; prompt 1 "
     for line in (first, second):
         assert re.match(answer.format("mine", "max_steps", 3), line)
     assert re.match(r"\S+ POST /v1/completions \w{32}: 400, max_tokens 0: ", invalid)
-    assert re.match(r"\S+ GET /v1/a\\nb \w{32}: 404, no such path", missing)
+    assert re.match(r"\S+ GET /v1/a\\nb(/x){30}", missing)
     assert re.match(answer.format(r"\w{32}", "cancelled", r"\d"), gone)
 
 
@@ -292,14 +317,18 @@ TOO_LONG = "maximum context length is 256 tokens"
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        (b'{"prompt": "x", "guided_regex": "("}', "guided_regex", "guided_regex: "),
+        (
+            b'{"prompt": "x", "structured_outputs": {"regex": "("}}',
+            "structured_outputs",
+            "structured_outputs: ",
+        ),
         (b'{"prompt": "x", "max_tokens": 0}', "max_tokens", "max_tokens 0: "),
         (b"{", None, "Invalid JSON: EOF"),
         (b"[1]", None, "should be an object"),
         (b"[" * 100_000, None, ""),
         (b'{"\\ud800": 1}', None, ""),
         (b'{"prompt": [99999]}', None, "the prompt has the token id 99999"),
-        (b'{"prompt": "x", "echo": true}', "echo", "cannot honour this field, leave it out"),
+        (b'{"prompt": "x", "echo": true}', "echo", "this server does not have it, leave it out"),
         (b'{"prompt": ["x", "y", "z"], "n": 3}', "n", "n 3, for 3 prompts: must be at most 8 answers"),
         (json.dumps({"prompt": [5] * 256}).encode(), "prompt", TOO_LONG),
         (json.dumps({"prompt": "x y " * 1000}).encode(), "prompt", TOO_LONG),
@@ -382,11 +411,11 @@ def test_an_aborted_request_has_a_status(served, monkeypatch, error, status, str
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("is_waiting", [False, True])
 def test_a_client_that_disconnects_cancels_its_job(served, stream, is_waiting):
-    """Guards against sequences that decode although their client is gone, and against requests and tokens
-    that nobody counts.
+    """Guards against sequences that decode although their client is gone, against requests and tokens that
+    nobody counts, and one that counts twice.
     """
     gone = 'self_speculation_refused_total{status="499"}'
-    cancelled = 'self_speculation_answers_total{ended_by="cancelled"}'
+    cancelled = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"}'
     tokens = 'vllm:generation_tokens_total{engine="0",model_name="tiny"}'
     before = counters(served)
     with held(served.engine, num_steps=0 if is_waiting else 3) as at_rest:
@@ -397,13 +426,14 @@ def test_a_client_that_disconnects_cancels_its_job(served, stream, is_waiting):
         with raw_request(served.url, {"prompt": PROMPTS[0], "max_tokens": 200, "stream": stream}):
             until(lambda: served.num_jobs == 1 + 4 * is_waiting)
             assert at_rest.wait(60)
+            usage = counters(served)['vllm:kv_cache_usage_perc{engine="0",model_name="tiny"}']
+            assert (0 < usage < 0.2) == (not is_waiting)
             job = [*served.engine.in_flight, *served.engine.waiting][-1]
             assert job.timeout == served.args.max_time
         until(lambda: job.is_cancelled)
     until(lambda: not served.num_jobs)
     after = counters(served)
-    has_begun = stream and not is_waiting
-    assert after.get(gone, 0) == before.get(gone, 0) + (not has_begun)
+    assert after.get(gone, 0) == before.get(gone, 0) + is_waiting
     assert after.get(cancelled, 0) == before.get(cancelled, 0) + (not is_waiting)
     assert after[tokens] - before[tokens] > 1
     assert post(served, prompt="x", max_tokens=3).status_code == 200

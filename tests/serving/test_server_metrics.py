@@ -16,9 +16,9 @@ def test_choices_decode_side_by_side():
 
 def test_a_request_that_is_cancelled_before_its_first_token():
     """Guards against times to a token that never came."""
-    metrics = Metrics(Mock(waiting=[], in_flight=[]), "tiny", log_requests=False)
-    job = Mock(arrival_time=1.0, admission_time=2.0, request=Mock(num_thinking_tokens=0))
-    metrics.count(job, GenerationStrategyResult([], stop_reason="cancelled"))
+    metrics = Metrics(Mock(waiting=[], in_flight=[], cache_usage=0), "tiny", log_requests=False)
+    job = Mock(arrival_time=1.0, admission_time=2.0, request=Mock(reader=Mock(num_thinking=0)))
+    metrics.count(job, GenerationStrategyResult([], stop_reason="cancelled"), None)
     labels = {"model_name": "tiny", "engine": "0"}
     times = ("e2e_request_latency", "time_to_first_token", "request_decode_time")
     counts = [metrics.registry.get_sample_value(f"vllm:{name}_seconds_count", labels) for name in times]

@@ -113,7 +113,7 @@ BAD_SCHEMAS = [
 
 
 def guided(schema):
-    return {"response_format": {"type": "json_object", "schema": schema}}
+    return {"structured_outputs": {"json": schema}}
 
 
 def expensive_body(choose):

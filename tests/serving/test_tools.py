@@ -9,7 +9,7 @@ from conftest import ADAPTIVE, LAYERS, config_of, generator_of, tiny_llama
 from tokenizers import AddedToken, normalizers
 
 from self_speculation import GenerationConfig, Request
-from self_speculation.decoding.grammar import Grammar
+from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from serving.tools import call_grammar, find_calls
 
 TAGS, OBJECT = "{% if tools %}<tool_call>{% endif %}", '{% if tools %}{"name": , "parameters": }{% endif %}'
@@ -93,6 +93,43 @@ def test_added_tokens_are_guided(family, drafts):
     for tag in special + others:
         tagged, ids = answer(Grammar.lark(f'start: {tag} "x"'))
         assert (tagged, ids[0]) == (f"{tag}x", tokenizer.convert_tokens_to_ids(tag))
+
+
+@pytest.mark.parametrize("answer", ["", '"yes" | "no"'])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("template", [TAGS, OBJECT])
+@pytest.mark.parametrize("added", [[], TAG_NAMES])
+def test_answers_beside_calls(byte_tokenizer, added, answer, several, template):
+    """Guards against a call that text hides, arguments of none of the functions, and a second call where one
+    may be.
+    """
+    tokenizer, is_tagged, is_free = copy.deepcopy(byte_tokenizer), template == TAGS, answer == ""
+    tokenizer.chat_template = template
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in added])
+    grammar = call_grammar(TOOLS[:2], tokenizer, answer=answer, several=several)
+    key = "arguments" if is_tagged else "parameters"
+
+    def call(name, arguments):
+        text = f'{{"name": "{name}", "{key}": {arguments}}}'
+        return f"<tool_call>\n{text}\n</tool_call>" if is_tagged else text
+
+    stop = call("stop", "{}")
+    for text, allowed in (
+        (stop, True),
+        (call("weather", '{"city": "Rome", "days": 2}'), True),
+        (call("weather", '{"city": "Rome"}'), False),
+        (call("other", "{}"), False),
+        ("yes", True),
+        ("I see", is_free),
+        ("", is_free),
+        (f"I see.\n{stop}", is_free),
+        (f"I see.\n{call('other', '{}')}", is_free and not is_tagged),
+        (f"{stop}\n{stop}", several and is_tagged),
+    ):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids.append(tokenizer.eos_token_id)
+        processor = GrammarProcessor(grammar, tokenizer, len(tokenizer), ids[-1:])
+        assert (processor.count_allowed([], ids) == len(ids)) == allowed, text
 
 
 def test_calls_are_found():
