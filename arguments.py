@@ -42,7 +42,7 @@ _FIRST = """
 _NO_FLAGS = ("trust_remote_code", "fuse")
 
 # Fields of GenerationConfig that are no flags of scripts that measure.
-NOT_MEASURED = ("min_p", "repetition_penalty", "repetition_window", "frequency_penalty", "presence_penalty")
+NOT_MEASURED = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
 # Flags of llama.cpp, transformers and vLLM: what does the same here, or why nothing has to.
 _FOREIGN = {
@@ -57,7 +57,6 @@ _FOREIGN = {
     "temp": "--temperature",
     "do_sample": "--sample",
     "repeat_penalty": "--repetition_penalty",
-    "repeat_last_n": "--repetition_window",
     "r reverse_prompt stop": "--stop_words",
     "cnv conversation interactive i": "--chat True",
     "sys system_prompt": "--chat True, and /system TEXT in the conversation",

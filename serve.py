@@ -32,7 +32,7 @@ _SWITCH_INTERVAL = 5e-4  # seconds that another thread may keep the engine's wai
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments)
-    unused = ("output_dir", "reuse_cache", "repetition_window", "frequency_penalty", "presence_penalty")
+    unused = ("output_dir", "reuse_cache", "frequency_penalty", "presence_penalty")
     model_args, config, batch, args = parse(__doc__ or "", *groups, args=argv, without=unused)
     config = replace(config, reuse_cache=True)
     if not ranks.is_first():
