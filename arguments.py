@@ -48,7 +48,7 @@ NOT_MEASURED = ("min_p", "repetition_penalty", "frequency_penalty", "presence_pe
 _FOREIGN = {
     "n n_predict predict max_tokens max_new_tokens max_gen_toks max_length": "--max_steps",
     "c ctx_size n_ctx max_model_len": "the context is the model's own, and memory grows with the text",
-    "ngl n_gpu_layers gpu_layers device_map": "--device",
+    "ngl n_gpu_layers gpu_layers device_map": "--device: auto, or split",
     "m hf hf_repo model_path model_name_or_path": "--model",
     "p": "--prompt",
     "f file": "a pipe, as in generate.py < FILE",
@@ -97,11 +97,8 @@ class ModelArguments(LoadingOptions, _ModelName):
         if self.model and not is_adapter and (why := why_no_model(self.model)):
             raise ValueError(f"model {self.model!r}: {why}")
         self.from_pretrained_args()
-        if self.parallel == "pipeline" and self.device != "auto":
-            raise ValueError(f"device {self.device}: must be auto with --parallel pipeline")
-        for name, allowed in (("parallel", ("data",)), ("quantization", ("none",))):
-            if self.compile and (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"compile True: not with --{name} {value}")
+        exact = self.quantization == "none" and self.device != "split"
+        check(self, "compile", exact or not self.compile, "not with --quantization or --device split")
 
     @property
     def model_name(self) -> str:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not ranks.is_first():
         return 2  # the first one says why
     if ranks.num_processes() > 1:
-        refuse("torchrun: serve.py is one process; for a model on several cards: --parallel pipeline")
+        refuse("torchrun: serve.py is one process; for a model on several cards: --device split")
     validate(model_args, config)
     try:  # before the model is loaded: clients that connect early wait
         family, *_, place = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]

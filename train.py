@@ -34,7 +34,7 @@ from training.flags import Flags, is_sharded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups, unused = get_type_hints(Flags).values(), ("quantization", "parallel", "prefill_dtype")
+    groups, unused = get_type_hints(Flags).values(), ("quantization", "prefill_dtype")
     flags = Flags(*parse(__doc__ or "", *groups, args=argv, without=unused))
     model, rank = flags.model, flags.optimization.lora_rank
     if tuple(map(int, version("torch").split(".")[:2])) < (2, 13):
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank and importlib.util.find_spec("peft") is None:
         refuse(f"--lora_rank {rank}: needs peft: pip install -r requirements-lora.txt")
     kind, _, index = model.device.partition(":")
-    if index:
+    if index or kind == "split":
         choice = f"; CUDA_VISIBLE_DEVICES={index} chooses the GPU" if kind == "cuda" else ""
         refuse(f"--device {model.device}: must be auto, cpu, cuda or mps{choice}")
 

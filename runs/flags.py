@@ -25,11 +25,12 @@ def validate(
         chat: prompts need the tokenizer's chat template.
         of_grid: the script sets exit layer and draft length.
     """
-    if model_args.parallel == "pipeline" and ranks.num_processes() > 1:
-        refuse("--parallel pipeline: is one process; start it without torchrun")
-    for name, value in {"quantization": "none", "parallel": "data"}.items():
-        if config.draft_weights != "exact" and (given := getattr(model_args, name)) != value:
-            refuse(f"--draft_weights {config.draft_weights}: not with --{name} {given}")
+    is_split = model_args.device == "split"
+    if is_split and ranks.num_processes() > 1:
+        refuse("--device split: is one process; start it without torchrun")
+    for name, is_so in (("quantization", model_args.quantization != "none"), ("device", is_split)):
+        if is_so and config.draft_weights != "exact":
+            refuse(f"--draft_weights {config.draft_weights}: not with --{name} {getattr(model_args, name)}")
     for word in config.stop_words or []:  # several in one value never match
         if re.search(r"[^\W\d],[^\W\d]", word) or re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", word, re.DOTALL):
             several = " ".join(re.findall(r"\w+", word))

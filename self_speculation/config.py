@@ -12,7 +12,6 @@ GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive
 DraftWeights = Literal["exact", "int4"]
 PrefillDtype = Literal["auto", "float32", "bfloat16"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
-Parallel = Literal["data", "pipeline"]
 Quantization = Literal["none", "int8", "int4"]
 
 # The longest n-gram of `prompt_lookup`: longer ones are followed by the same token nearly always.
@@ -238,10 +237,8 @@ class LoadingOptions:
     AVX512_BF16 and 16-bit weights. auto: generate.py, benchmark.py and sweep.py do so for checkpoints in
     bfloat16; others, and the library, read in float32."""
     device: str = "auto"
-    """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
-    parallel: Parallel = "data"
-    """Several GPUs. By torchrun: a copy of the model on each (data). In one process: some layers on each and
-    the rest in memory (pipeline)."""
+    """cpu, cuda, cuda:N or mps; auto: a GPU if there is one; split: some layers on each GPU, and the rest in
+    memory."""
     quantization: Quantization = "none"
     """Hold the layers' weights in this many bits: on a CPU rounded for its operators, on a GPU by torchao
     (int8) or bitsandbytes (int4, as NF4)."""

@@ -204,7 +204,6 @@ def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel
         device="cpu",
         fuse=False,
         compile=False,
-        parallel="data",
     )
     model, tokenizer = load_model_and_tokenizer(model_args.model, options, config)
     return model.requires_grad_(), tokenizer  # a merged adapter leaves frozen weights

@@ -31,7 +31,6 @@ from self_speculation.config import (
     DtypeName,
     LoadingOptions,
     LoadingWarning,
-    Parallel,
     PrefillDtype,
     Quantization,
 )
@@ -53,9 +52,11 @@ from self_speculation.weights.kernels import cpu_operators
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """`cuda` is the GPU of this rank; `auto` is that GPU if there is one, else the CPU. Raises LoadingError
-    if it is not on this machine.
+    """`cuda` is the GPU of this rank; `auto` is that GPU if there is one, else the CPU; `split` begins there.
+    Raises LoadingError if it is not on this machine.
     """
+    if name == "split":
+        name = "auto"
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":
@@ -68,7 +69,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        allowed = "use auto, cpu, cuda, cuda:N or mps"
+        allowed = "use auto, cpu, cuda, cuda:N, mps or split"
         raise LoadingError(f"device {name!r}: not on this machine; {allowed}") from error
     return device
 
@@ -196,10 +197,11 @@ def load_model_and_tokenizer(
         if (own is None or bits is not None) and options.prefill_dtype == "bfloat16":
             raise LoadingError(
                 "prefill_dtype bfloat16: needs weights in 16 bits and products in float32, so dtype auto,"
-                " fuse True, parallel data, quantization none, no adapter, and a fused family"
+                " fuse True, no device split, quantization none, no adapter, and a fused family"
             )
         in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}
-        how = {"dtype": own or dtype, "use_safetensors": True} | _placement(options.parallel, device)
+        place = "auto" if options.device == "split" else str(device)
+        how = {"dtype": own or dtype, "use_safetensors": True, "device_map": place}
         how |= _quantized(options.quantization, dtype, config) if bits is None else {}
         how |= {name: arg for name, arg in options.model_args.items() if name not in in_config}
         if header is None:
@@ -253,8 +255,8 @@ def _own_dtype(header: Header | None, config: PretrainedConfig) -> torch.dtype |
 
 def _keeps_format(options: LoadingOptions, device: torch.device) -> bool:
     """Whether weights keep the format of their file: for operators, unless another dtype is asked for."""
-    settings = options.dtype, options.parallel, options.fuse, "dtype" in options.model_args
-    return settings == ("auto", "data", True, False) and _has_operators(device)
+    is_exact = options.dtype == "auto" and "dtype" not in options.model_args
+    return is_exact and options.fuse and options.device != "split" and _has_operators(device)
 
 
 def _has_operators(device: torch.device) -> bool:
@@ -264,11 +266,6 @@ def _has_operators(device: torch.device) -> bool:
 def _header(model: str) -> Header | None:
     """The header of a `.gguf` file; None for any other model."""
     return Header(Path(model).expanduser()) if model.lower().endswith(".gguf") else None
-
-
-def _placement(parallel: Parallel, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` about devices."""
-    return {"device_map": "auto" if parallel == "pipeline" else str(device)}
 
 
 def _bits(

@@ -80,9 +80,11 @@ def adapted_model(folder: str, options: LoadingOptions | None = None) -> str | N
     file = Path(folder).expanduser() / "adapter_config.json"
     if not file.is_file():
         return None
-    for name, plain in (("quantization", "none"), ("parallel", "data")):
-        if (value := getattr(options or LoadingOptions(), name)) != plain:
-            raise LoadingError(f"{name} {value}: not with a LoRA adapter; merge it into its model before")
+    options = options or LoadingOptions()
+    is_split = options.device == "split"
+    if is_split or options.quantization != "none":
+        given = "device split" if is_split else f"quantization {options.quantization}"
+        raise LoadingError(f"{given}: not with a LoRA adapter; merge it into its model before")
     try:  # without peft, which takes seconds to import
         config = json.loads(file.read_text("utf-8"))
         kind, base = config["peft_type"], config["base_model_name_or_path"]

@@ -1,5 +1,6 @@
 """A LoRA folder as --model: loading merges it into its base model, or refuses it in one line."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -124,10 +125,11 @@ def test_adapters_that_cannot_be_merged_are_refused(folder, config, says, monkey
     assert says in refusal(folder)
 
 
-@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"parallel": "pipeline"}])
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"device": "split"}])
 def test_flags_that_exclude_an_adapter_are_refused(folder, options, monkeypatch):
     """Guards against an adapter that is merged into quantised or sharded weights."""
-    monkeypatch.setattr("self_speculation.loading.sources.importlib.util.find_spec", lambda name: object())
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "peft" or find(name))
     ((name, value),) = options.items()
     assert refusal(folder, **options).startswith(f"{name} {value}: not with a LoRA adapter; merge it")
     assert refusal(folder) == f"model '{folder / 'base'}': no such folder"

@@ -88,6 +88,7 @@ MISTAKES = {
         "--model nowhere.gguf": "--model 'nowhere.gguf': no such file",
         "--model /tmp": "--model '/tmp': the folder has no config.json: it is no Hugging Face model",
         "--device tpu": "--device 'tpu': not on this machine",
+        "--compile --device split": "--compile True: not with --quantization or --device split",
         "--device tpu --model_args x=1": "(with --model_args 'x=1')",
         "--prompt": "argument --prompt: expected one argument",
         "--stop_words": "argument --stop_words: expected at least one argument",
@@ -133,8 +134,8 @@ MISTAKES = {
 }
 for script in (benchmark, correctness, sweep, generate, eval_script, serve):
     MISTAKES[script][f"{TASK if script is eval_script else ''} {OF_FEWER_BITS}"] = NO_COPIES
-IN_PARTS = f"{SPECULATIVE} --exit_layer 2 --num_speculations 3 --draft_weights int4 --parallel pipeline"
-MISTAKES[generate][IN_PARTS] = "--draft_weights int4: not with --parallel pipeline"
+IN_PARTS = f"{SPECULATIVE} --exit_layer 2 --num_speculations 3 --draft_weights int4 --device split"
+MISTAKES[generate][IN_PARTS] = "--draft_weights int4: not with --device split"
 
 
 @pytest.mark.usefixtures("few_files_are_read")

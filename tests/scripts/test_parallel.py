@@ -8,9 +8,8 @@ import forks
 import psutil
 import pytest
 from conftest import ROOT, config_of, generator_of, tiny_llama
-from helpers import TORCHRUN, error_line, small_run
+from helpers import TORCHRUN, small_run
 
-from arguments import ModelArguments
 from self_speculation import LoadingOptions, Request, load_model_and_tokenizer
 
 CASES = {
@@ -71,21 +70,11 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, tm
     assert path.read_text()
 
 
-def test_pipeline_refuses_what_it_cannot_do():
-    """Guards against flags that are ignored."""
-
-    def said(**options):
-        return error_line(ValueError, ModelArguments, parallel="pipeline", **options)
-
-    assert said(device="cpu").startswith("device cpu: must be auto with --parallel pipeline")
-    assert said(compile=True).startswith("compile True: not with --parallel pipeline")
-
-
-def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, expected_ids, tmp_path):
+def test_a_split_model_with_layers_on_disk_gives_the_same_ids(folder, expected_ids, tmp_path):
     """Guards against fused layers over weights that are not there, and states that stay on another device."""
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
     arguments = {"device_map": places, "offload_folder": str(tmp_path)}
-    model, tokenizer = load_model_and_tokenizer(str(folder), LoadingOptions(arguments, parallel="pipeline"))
+    model, tokenizer = load_model_and_tokenizer(str(folder), LoadingOptions(arguments, device="split"))
     assert model.model.layers[3].mlp.up_proj.weight.device.type == "meta"
     assert ids_of(model, tokenizer) == expected_ids

@@ -84,15 +84,15 @@ def test_a_second_signal_aborts_long_requests_with_an_error(endless_folder):
         assert script.wait() == 0
 
 
-@pytest.mark.parametrize("parallel", ["data", "pipeline"])
-def test_the_server_is_one_process(parallel, capsys, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "split"])
+def test_the_server_is_one_process(device, capsys, monkeypatch):
     """Guards against processes that load a model and then wait for a port, and one that waits for others."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("serve.socket", None)
-    line = refused(serve.main, ["--parallel", parallel], capsys)
-    assert "torchrun: serve.py is one process; for a model on several cards: --parallel pipeline" in line
+    line = refused(serve.main, ["--device", device], capsys)
+    assert "torchrun: serve.py is one process; for a model on several cards: --device split" in line
     monkeypatch.setenv("RANK", "1")
-    assert serve.main(["--parallel", parallel]) == 2
+    assert serve.main(["--device", device]) == 2
     assert capsys.readouterr().err == ""
 
 
