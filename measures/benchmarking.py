@@ -94,8 +94,6 @@ class Benchmark(Experiment):
             summary["acceptance"] = metrics.acceptance(records)
         if self.compare:
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
-            if not self.config.greedy:
-                summary["comparison"]["identical_outputs"] = None
         texts = [[record[of] for record in records] for of in ("prediction", "reference")]
         has_references = self.text_quality and any(texts[1])
         summary["text"] = metrics.text_quality(*texts) if has_references else {}
@@ -176,8 +174,7 @@ def _table(summary: Record) -> list[str]:
             rows.append(row("speed-up, decode, median", compared["decode_speedup"]))
             if (predicted := compared["predicted_decode_speedup"]) is not None:
                 rows.append(row("  by the paper's formula", predicted))
-        if (identical := compared["identical_outputs"]) is not None:
-            rows.append(row("identical outputs", f"{identical} of {summary['num_examples']}"))
+        rows.append(row("identical outputs", f"{compared['identical_outputs']} of {summary['num_examples']}"))
     by_whom = f"{summary['num_ranks']} ranks together" if several else "all tokens by wall time"
     alone = "median answer" if unit == "examples" else "beside other rows"
     for name, key, style in (

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from scipy.stats import chi2_contingency
 from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from runs.records import Record
 from self_speculation import GenerationStrategyResult
+from self_speculation.decoding.sampling import Sampler, gumbel_noise, noise_key
 from self_speculation.families import attention_types
 from self_speculation.passes.full_forward import attention_arguments
 from self_speculation.passes.fused_layers import activation_dtype, parts_of
@@ -23,9 +22,6 @@ from self_speculation.passes.fused_layers import activation_dtype, parts_of
 # eps in fp32, where every sum rounds, and by 2.1 eps in bf16 and fp16, where sums are kept in fp32 and only
 # results round; eps relative to the largest logit. The bounds are twice that.
 _NEAR_TIE_IN_EPS = {torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0}
-
-# Tokens with a lower expected count in a sample share one cell of the chi-square test.
-_RARE = 5
 
 
 def with_end(result: GenerationStrategyResult) -> list[int]:
@@ -40,15 +36,18 @@ def find_difference(
     first: list[int],
     second: list[int],
     processors: Sequence[Callable] = (),
+    sampler: Sampler = Sampler(sample=False),  # noqa: B008  # it is frozen
+    seed: int = 0,
 ) -> Record | None:
     """The first position where two outputs differ, and the full model's logits there; None if they are equal.
 
-    `gap` is the best logit minus that of the worse of the two tokens; None: one output has ended, or a token
-    is forbidden. A gap of at most `bound` is a near-tie, which rounding explains.
+    Sampled logits are those divided by the temperature, plus noise. `gap` is the best logit minus that of the
+    worse of the two tokens; None: one output has ended, or a token is forbidden. In a near-tie each token is
+    the sampler's if its logit is larger by at most `bound`, which rounding explains.
 
     Args:
         first, second: output ids with the end id.
-        processors: the logits processors of both.
+        processors, sampler, seed: of both.
     """
     if first == second:
         return None
@@ -60,37 +59,32 @@ def find_difference(
     logits = (
         exact_logits(model, history, 1) if fp32_activations else model(history, logits_to_keep=1).logits[0]
     )
-    logits = LogitsProcessorList(processors)(history, logits.float())[0]  # [V]
-    best_logits, best_tokens = (best.tolist() for best in logits.topk(2))
+    logits = LogitsProcessorList(processors)(history, logits.float())  # [1, V]
+    keys = torch.tensor([noise_key(seed, position)], device=model.device)
     chosen = [output[position] for output in (first, second) if position < len(output)]
-    gap = best_logits[0] - float(logits[chosen].min()) if len(chosen) == 2 else math.inf
     parts = parts_of(model)
     dtype = torch.bfloat16 if parts.prefills_in_bfloat16 else parts.dtype
     largest = float(logits[logits.isfinite()].abs().max())
     bound = _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
+    is_near = len(chosen) == 2
+    for token in chosen:
+        raised = logits.clone()
+        raised[0, token] += bound
+        is_near = is_near and int(sampler(raised, keys)) == token
+    scores = logits[0]
+    if not sampler.greedy:
+        ids = torch.arange(logits.shape[1], device=model.device)
+        scores = scores / sampler.temperature + gumbel_noise(keys, ids[None])[0]
+    best_logits, best_tokens = (best.tolist() for best in scores.topk(2))
+    gap = best_logits[0] - float(scores[chosen].min()) if len(chosen) == 2 else math.inf
     return {
         "position": position,
         "best_tokens": best_tokens,
         "best_logits": best_logits,
         "gap": gap if math.isfinite(gap) else None,
         "bound": bound,
-        "near_tie": gap <= bound,
+        "near_tie": is_near,
     }
-
-
-def same_distribution(first: Sequence[int | None], second: Sequence[int | None]) -> tuple[float, int]:
-    """The p-value of a chi-square test whether two samples of tokens have one distribution, and the number of
-    distinct tokens, where rare ones count as one. None stands for an output that has ended.
-    """
-    a, b = Counter(first), Counter(second)
-    share = min(len(first), len(second)) / (len(first) + len(second))
-    common = [token for token in a.keys() | b.keys() if (a[token] + b[token]) * share >= _RARE]
-    table = [[counts[token] for token in common] for counts in (a, b)]
-    rest = [len(first) - sum(table[0]), len(second) - sum(table[1])]
-    if any(rest):
-        table = [[*row, other] for row, other in zip(table, rest, strict=True)]
-    num_kinds = len(table[0])
-    return float(chi2_contingency(table).pvalue) if num_kinds > 1 else 1.0, num_kinds
 
 
 @torch.inference_mode()

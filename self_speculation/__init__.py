@@ -25,7 +25,6 @@ _HOME = {
     "StandardTextStreamer": "speculative_streamer",
     "Thinking": "decoding.texts",
     "ThreadGovernor": "threads",
-    "Verification": "decoding.sampling",
     "decode_next_token": "decoding.sampling",
     "default_model": "config",
     "fuse": "passes.fused_layers",
@@ -35,7 +34,6 @@ _HOME = {
     "release": "model_cache",
     "self_speculative_generate": "custom_generate",
     "top_k_top_p_filtering": "decoding.sampling",
-    "verify_draft": "decoding.sampling",
 }
 
 __all__ = sorted(_HOME)

@@ -21,4 +21,4 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
         """Reads from the device: one."""
         batch = decoding.batch
         logits = forward_early(decoding.runner, decoding.cache, batch.last, decoding.depth).logits
-        batch.sample_and_commit(logits[:, 0], batch.draw_numbers().verify)
+        batch.sample_and_commit(logits[:, 0])

@@ -200,11 +200,6 @@ class GenerationConfig:
         return self.generation_strategy == "adaptive"
 
     @property
-    def drafts_repeat(self) -> bool:
-        """Whether drafts depend on the request alone: not on time or other requests."""
-        return not self.is_adaptive
-
-    @property
     def looks_up(self) -> bool:
         """Whether prompts, outputs and predicted outputs are drafted from."""
         return self.prompt_lookup > 0 or self.is_adaptive

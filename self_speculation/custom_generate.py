@@ -84,8 +84,9 @@ def self_speculative_generate(
 
     Returns:
         As `generate`: [B, P + longest output] ids, padded on the right. Sampled ids have the same
-        distribution, but other random numbers. After `fuse(model)` a CPU computes them in float32, also from
-        weights in 16 bits. `generate` computes in the model's dtype, so its ids may differ.
+        distribution, but other noise: `torch.manual_seed` gives one text, with any drafts. After
+        `fuse(model)` a CPU computes them in float32, also from weights in 16 bits. `generate` computes in the
+        model's dtype, so its ids may differ.
 
     Raises:
         ValueError: an argument that would change the text, by name; an exit layer that the model does not

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from self_speculation.config import GenerationStrategyName
 from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.sampling import Verification, verify_draft
+from self_speculation.decoding.sampling import leading_matches
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange, forward, forward_early
 from self_speculation.scheduler import Decoding, DecodingStrategy
-from self_speculation.transfers import AsyncRead, on_device
+from self_speculation.transfers import AsyncRead
 
 
 class SelfSpeculativeGenerationStrategy(DecodingStrategy):
@@ -40,8 +40,7 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     """Picks exit layer, draft length and draft source in each round, by acceptance and time.
 
-    The composer of its drafts has an `AdaptivePolicy`. The picks depend on time, so a seed does not reproduce
-    sampled outputs; their distribution is unchanged.
+    The composer of its drafts has an `AdaptivePolicy`. The picks depend on time, the output does not.
     """
 
     name: GenerationStrategyName = "adaptive"
@@ -53,22 +52,25 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     Between two rounds the cache holds all tokens of a row but the last. The round reads from the device once,
     besides the reads of the draft source.
     """
-    numbers = batch.draw_numbers()
-    draft = composer.draft(batch, cache, batch.draft_limits(), numbers.draft)  # k tokens, k <= K
+    draft = composer.draft(batch, cache, batch.draft_limits())  # k tokens, k <= K
     if draft is None:
         logits = forward(runner, cache, batch.last).logits  # [B, 1, V]
         cache.rollback(0)  # keeps what it has appended
-        batch.sample_and_commit(logits[:, 0], numbers.verify)
+        batch.sample_and_commit(logits[:, 0])
         batch.commit_unread()  # the next round looks for these tokens
         return
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
-    verification = verify(batch, draft, logits, numbers.verify)  # [B] accepted, [B] next token
+    tokens = batch.sample(logits)  # [B, k+1], the target's own, by the noise of their positions
+    accepted = leading_matches(draft.tokens, tokens, draft.lengths)  # [B]
+    read = AsyncRead([logits.amax(-1), tokens, accepted])
     batch.show_drafts()  # a GPU verifies meanwhile
-    num_accepted, tokens = read_verification(batch, draft, logits, verification)  # on the host
-    composer.learn(draft, num_accepted)
+    largest, ids, num_accepted = read.wait()
+    batch.check(largest)  # for NaN
+    composer.learn(draft, counts := [*map(int, num_accepted)])
     k = draft.tokens.shape[1]
-    cache.rollback([k - accepted for accepted in num_accepted])
-    batch.commit(tokens, verification.next_token[:, None], logits, draft.lengths, draft.sources)
+    cache.rollback([k - count for count in counts])
+    rows = [[*map(int, ids[row * (k + 1) :][: count + 1])] for row, count in enumerate(counts)]
+    batch.commit(rows, tokens.gather(1, accepted[:, None]), logits, draft.lengths, draft.sources)
 
 
 def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> Tensor:
@@ -88,29 +90,3 @@ def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draf
         cache.rollback_draft()
     logits = runner.run(cache, inputs, layer, len(runner.layers), k + 1).logits
     return batch.process(logits, counts=[length + 1 for length in draft.lengths])
-
-
-def verify(batch: Batch, draft: Draft, logits: Tensor, numbers: Tensor | None) -> Verification:
-    """Apply the accept rule to all rows, by `RandomNumbers.verify`."""
-    k = draft.tokens.shape[1]
-    if numbers is not None:
-        numbers = torch.cat((numbers[:, :k], numbers[:, -1:]), 1)  # [B, k+1]
-    lengths = None  # all drafts have k tokens
-    if min(draft.lengths) < k:
-        lengths = on_device(draft.lengths, draft.tokens.device)
-    return verify_draft(draft.tokens, draft.probabilities, logits, batch.sampler, lengths, numbers)
-
-
-def read_verification(
-    batch: Batch, draft: Draft, logits: Tensor, verification: Verification
-) -> tuple[list[int], list[list[int]]]:
-    """[B] accepted, and [B] lists of accepted tokens and the next one. One read, which also checks the logits
-    for NaN.
-    """
-    k = draft.tokens.shape[1]
-    read = AsyncRead([logits.amax(-1), verification.next_token, verification.num_accepted, draft.tokens])
-    largest, *ids = read.wait()
-    batch.check(largest)
-    next_tokens, num_accepted, drafted = (list(map(int, numbers)) for numbers in ids)
-    tokens = [[*drafted[row * k :][:m], next_tokens[row]] for row, m in enumerate(num_accepted)]
-    return num_accepted, tokens

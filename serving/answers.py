@@ -94,13 +94,13 @@ class Answer:
         config, bias = request.generation_config(self._served.config), dict(request.logit_bias)
         if request.ignore_eos:
             bias |= dict.fromkeys(generator.eos_token_ids, -math.inf)
-        drafts, predicted = request.drafts_with(config), None
-        if request.prediction and drafts:
+        predicted = None
+        if request.prediction and request.drafts:
             predicted = generator.encode_prediction(request.prediction.content, config)
         with self._naming_field():
             grammar = request.grammar(generator.tokenizer)
         self.is_guided = grammar is not None
-        shared = {"config": config, "logit_bias": bias, "drafts": drafts}
+        shared = {"config": config, "logit_bias": bias, "drafts": request.drafts}
         shared |= {"prediction": predicted, "grammar": grammar}
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
         self._given = [

@@ -95,10 +95,6 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
         given = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(default, **given)
 
-    def drafts_with(self, config: GenerationConfig) -> bool:
-        """Whether to draft: not if a seed would not reproduce the output."""
-        return self.drafts and (self.seed is None or config.greedy or config.drafts_repeat)
-
     @property
     def rule(self) -> str | None:
         """The language of the answer in Lark; None: any text."""

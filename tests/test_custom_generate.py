@@ -1,15 +1,11 @@
 """`self_speculative_generate` returns the ids that `generate` of transformers returns."""
 
-from collections import Counter
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import tiny_llama
-from distributions import PROMPT as SAMPLED_PROMPT
-from distributions import STEPS, config, expected, p_value
-from distributions import model as sampled_model
+from conftest import in_batch, tiny_llama
 from helpers import watch
 from transformers import (
     DynamicCache,
@@ -24,7 +20,7 @@ from transformers import (
 from transformers import GenerationConfig as TransformersConfig
 
 import self_speculation.self_speculation_generator as self_speculation_generator
-from self_speculation import SpeculativeTextStreamer, self_speculative_generate
+from self_speculation import Request, SpeculativeTextStreamer, self_speculative_generate
 
 PROMPT = torch.tensor([[5, 9, 4, 7, 7, 3]])
 SPECULATION = {"custom_generate": self_speculative_generate, "exit_layer": 2, "num_speculations": 3}
@@ -35,7 +31,7 @@ def rounds(monkeypatch):
     """The draft lengths that were verified; empty if transformers' own loop has run."""
     seen = []
     module = self_speculation_generator
-    watch(monkeypatch, module, "verify_draft", lambda draft, *_: seen.append(draft.shape[1]))
+    watch(monkeypatch, module, "leading_matches", lambda draft, *_: seen.append(draft.shape[1]))
     return seen
 
 
@@ -253,16 +249,20 @@ def test_each_row_ends_with_its_own_context():
     assert new.tolist() == expected.tolist()
 
 
-def test_sampled_ids_have_the_distribution_of_generate():
-    """Guards against settings that are applied twice or never. False alarms: 1e-4, fixed seed."""
-    settings = {"temperature": 0.7, "top_k": 3}
+@pytest.mark.parametrize("drafts", [{}, {"generation_strategy": "adaptive"}])
+def test_sampled_ids_are_those_of_the_strategies(drafts):
+    """Guards against settings that are applied twice or never, and against rows with the same noise."""
+    rules, options = {"temperature": 0.7, "top_k": 3}, {"do_sample": True, "max_new_tokens": 12, "top_p": 1.0}
     torch.manual_seed(0)
-    prompts = torch.tensor([SAMPLED_PROMPT]).expand(500, -1)
-    outputs = sampled_model().generate(
-        prompts, do_sample=True, max_new_tokens=STEPS, **settings, **{**SPECULATION, "exit_layer": 1}
-    )
-    counts = Counter(map(tuple, outputs[:, len(SAMPLED_PROMPT) :].tolist()))
-    assert p_value(counts, expected(config(**settings), [])) > 1e-4
+    seeds = [int(torch.randint(2**63 - 1, ())) for _ in range(4)]
+    requests = [Request(PROMPT[0].tolist(), seed=seed, eos_token_ids=[2]) for seed in seeds]
+    plain = in_batch(tiny_llama(), requests, 1, sample=True, top_p=1.0, max_steps=12, **rules)
+    torch.manual_seed(0)
+    drafts = {"custom_generate": self_speculative_generate, **drafts} if drafts else SPECULATION
+    found = tiny_llama().generate(PROMPT.expand(4, -1), **options, **rules, **drafts)
+    for row, ids in enumerate(found[:, PROMPT.shape[1] :].tolist()):
+        length = len(plain[row].predicted_tokens)
+        assert ids[:length] == plain[row].predicted_tokens
 
 
 @pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])

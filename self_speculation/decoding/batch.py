@@ -1,20 +1,18 @@
 """Sequences in flight, one per tensor row.
 
-Rows share passes only. Each sequence has its own history, processors, random numbers, stop conditions and
-streamer, so no other row changes its distribution. Knows nothing of layers or caches.
+Rows share passes only. Each sequence has its own history, processors, seed, stop conditions and streamer, so
+no other row changes its tokens. Knows nothing of layers or caches.
 """
 
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.sampling import SampledTokens, Sampler, joint_sampler, random_numbers
+from self_speculation.decoding.sampling import Sampled, Sampler, joint_sampler
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.transfers import AsyncRead, Known, on_device
 
@@ -22,15 +20,6 @@ from self_speculation.transfers import AsyncRead, Known, on_device
 def reads_late(device: torch.device) -> bool:
     """Whether the next pass is queued before the tokens of the last one are read. A CPU has no queue."""
     return device.type != "cpu"
-
-
-class RandomNumbers(NamedTuple):
-    """Uniform random numbers of one round; None when greedy. Their count does not depend on the length of a
-    draft, so a seed gives the same text.
-    """
-
-    draft: Tensor | None  # [B, K] sample drafted tokens
-    verify: Tensor | None  # [B, K + 1] accept drafted tokens, and sample the next one
 
 
 class Batch:
@@ -64,7 +53,7 @@ class Batch:
         """Append a row and sample its first token from logits [1, V]."""
         alone = Batch(self.last.device)
         alone.sequences = [sequence]
-        alone.sample_and_commit(logits, alone.draw_numbers().verify)
+        alone.sample_and_commit(logits)
         for batch in (self, alone):
             batch.commit_unread()
         self.last = torch.cat((self.last, alone.last))  # may find no memory: before it is a row
@@ -82,31 +71,39 @@ class Batch:
         vars(self).pop("sampler", None)
         return removed
 
-    def draw_numbers(self) -> RandomNumbers:
-        """Draw those of a round, each row from its own generator."""
+    def noise_keys(self, n: int) -> Tensor | None:
+        """[B, n] keys of the noise of the next n positions of each output; None when greedy."""
         if self.sampler.greedy:
-            return RandomNumbers(None, None)
-        k, device = self.longest_draft, self.last.device
-        rows = [random_numbers(2 * k + 1, device, sequence.generator) for sequence in self.sequences]
-        numbers = torch.stack(rows)
-        return RandomNumbers(numbers[:, :k], numbers[:, k:])
+            return None
+        start = 0 if self._unread is None else 1
+        keys = [sequence.noise_key(start + i) for sequence in self.sequences for i in range(n)]
+        return on_device(keys, self.last.device).view(len(self), n)
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """The target's tokens [B, n] of the next n positions, from their processed logits [B, n, V]."""
+        return self.sampler(logits, self.noise_keys(logits.shape[1]))
 
     def sample_draft(
-        self, logits: Tensor, position: int, is_drafting: abc.Sequence[bool], numbers: Tensor | None
-    ) -> tuple[SampledTokens, Tensor]:
-        """Sample the draft token at position 0, 1, ... from logits [B, V]; returns the processed ones, too.
+        self,
+        logits: Tensor,
+        position: int,
+        is_drafting: abc.Sequence[bool],
+        keys: Tensor | None,
+        needs_confidence: bool,
+    ) -> Sampled:
+        """Sample the draft token at position 0, 1, ... from logits [B, V].
 
         Non-drafting rows [B] repeat `last`, so cached padding stays finite: masks do not stop NaN.
 
         Args:
-            numbers: `RandomNumbers.draft`.
+            keys: [B, n] `noise_keys`.
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
-        sampled = self.sampler(logits, None if numbers is None else numbers[:, position], is_draft=True)
+        keys = None if keys is None else keys[:, position]
+        tokens, confidence = self.sampler.draft(logits, keys, needs_confidence)
         if not all(is_drafting):
-            mask = on_device(is_drafting, logits.device).bool()
-            sampled = replace(sampled, tokens=sampled.tokens.where(mask, self.last[:, 0]))
-        return sampled, logits
+            tokens = tokens.where(on_device(is_drafting, logits.device).bool(), self.last[:, 0])
+        return Sampled(tokens, confidence)
 
     def record_draft(
         self,
@@ -169,18 +166,15 @@ class Batch:
         for row, sequence in enumerate(self.sequences):
             sequence.check(largest[row * n :][:n])
 
-    def sample_and_commit(self, logits: Tensor, numbers: Tensor | None) -> None:
+    def sample_and_commit(self, logits: Tensor) -> None:
         """Sample one token of each row from logits [B, V]. Commit those of the call before, and these as well
         unless the next pass may be queued first. Reads from the device: one for each call.
-
-        Args:
-            numbers: `RandomNumbers.verify`.
         """
         logits = self.process(logits[:, None])  # [B, 1, V]
-        tokens = self.sampler(logits[:, 0], None if numbers is None else numbers[:, -1]).tokens  # [B]
+        tokens = self.sample(logits)  # [B, 1]
         reading = AsyncRead([logits.amax(-1), tokens])
         self.commit_unread()
-        self.last, self._unread = tokens[:, None], (reading, logits)
+        self.last, self._unread = tokens, (reading, logits)
         go_on = (sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)
         if not (reads_late(self.last.device) and all(go_on)):
             self.commit_unread()

@@ -38,7 +38,7 @@ class Request:
     streamer: Any = None
     """Has `put(ids)` and `end()`. If it has `delete`, it gets drafts too."""
     seed: int | None = None
-    """Seed of the request's own random numbers; None: torch's generator."""
+    """Seed of the sampled output; None: drawn from torch's generator."""
     eos_token_ids: int | Sequence[int] | None = None
     """End the output. `HuggingfaceLlamaGenerator` adds those of tokenizer and model."""
     stop_checks: Callables = None

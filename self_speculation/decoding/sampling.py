@@ -1,6 +1,10 @@
-"""Logits to probabilities to tokens, and the accept rule of drafted tokens.
+"""Logits to tokens, by noise that belongs to (seed, position in the output, id).
 
-Tensors in, tensors out. Nothing here reads a value back from a GPU, unless `nucleus` is told so.
+The token of a position is the id with the largest logit + Gumbel noise (Gumbel-max): a sample of the model's
+distribution. A draft adds the same noise to its own logits, so it often has the target's token, and no draft
+changes the text (Daliri et al., arXiv 2408.07978). Greedy decoding is the same without noise.
+
+Tensors in, tensors out. On a GPU nothing here is read. Each row is computed by itself, in one order of sums.
 """
 
 from __future__ import annotations
@@ -9,6 +13,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,24 +24,50 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from self_speculation.config import LEAST_TEMPERATURE, SAMPLING_RULES, GenerationConfig
 from self_speculation.transfers import on_device
 
-# Top-p hardly ever keeps more tokens. A draft has no others; on a CPU they are sorted first.
+# Filters hardly ever keep more ids. A draft has no others; on a CPU they are sorted first.
 _LIKELY = 128
 
 
-@dataclass(frozen=True)
-class SampledTokens:
-    """One token for each of n rows of logits, and the distributions that they were sampled from."""
-
-    tokens: Tensor  # [n]
-    probabilities: Tensor | None  # [n, V] in fp32; None when greedy
+def noise_key(seed: int, position: int) -> int:
+    """64 bits that the noise of a position follows from."""
+    digest = blake2b(b"%d %d" % (seed, position), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
-@dataclass(frozen=True)
-class Verification:
-    """Outcome of verifying k drafted tokens of each row, on the device of the logits."""
+def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise of ids, finite, in fp32: a function of key and id.
 
-    num_accepted: Tensor  # [...] m, 0 <= m <= k: length of the longest valid prefix of the draft
-    next_token: Tensor  # [...] the token after the accepted prefix
+    Each is made of the number `id` of SplitMix64 that begins with the key (Steele et al., OOPSLA 2014).
+
+    Args:
+        keys: [n] by `noise_key`.
+        ids: [n or 1, m].
+
+    Returns:
+        [n, m]
+    """
+    x = ids * -0x61C8864680B583EB + keys[:, None]  # int64 wraps around
+    x ^= (x >> 30) & (2**34 - 1)
+    x *= -0x40A7B892E31B1A47
+    x ^= (x >> 27) & (2**37 - 1)
+    x *= -0x6B2FB644ECCEEE15
+    x >>= 33
+    x &= 2**31 - 1
+    # -v, 0 < v < 1 in fp32, with as many bits where v is small: there the noise is large.
+    minus_v = x.float().mul_(-(2.0**-31) * (1 - 2.0**-24)).sub_(2.0**-32)
+    return minus_v.log1p_().neg_().log_().neg_()
+
+
+def _noise_of_all(keys: Tensor, vocab_size: int) -> Tensor:
+    """[n] keys -> [n, V] noise of all ids. A CPU takes that of drafted positions again for verification."""
+    if keys.device.type == "cpu":
+        return torch.stack([_noise_of_position(key, vocab_size) for key in keys.tolist()])
+    return gumbel_noise(keys, torch.arange(vocab_size, device=keys.device)[None])
+
+
+@lru_cache(maxsize=24)
+def _noise_of_position(key: int, vocab_size: int) -> Tensor:
+    return gumbel_noise(torch.tensor([key]), torch.arange(vocab_size)[None])[0]
 
 
 def top_k_top_p_filtering(
@@ -63,57 +96,12 @@ def top_k_top_p_filtering(
     return rows.reshape(logits.shape)
 
 
-def nucleus(
-    probabilities: Tensor, top_p: float, allow_sync: bool | None = None, is_draft: bool = False
-) -> Tensor:
-    """Top-p of [..., V] probabilities: keep the fewest tokens, at least one, that together reach `top_p`, and
-    scale them to sum to 1. Of equally likely tokens it keeps those with the lowest ids.
+class Sampled(NamedTuple):
+    """Drafted tokens."""
 
-    Args:
-        is_draft: keep none but the `_LIKELY` most likely tokens, so that no vocabulary is sorted. The output
-            is exact: a draft may have any distribution that it states.
-        allow_sync: whether to read from the device, to sort less; None: on a CPU only. There a read costs
-            nothing, and sorting a large vocabulary takes as long as several layers.
-    """
-    rows = probabilities.reshape(-1, probabilities.shape[-1])
-    allow_sync = rows.device.type == "cpu" if allow_sync is None else allow_sync
-    is_partial = (allow_sync or is_draft) and rows.shape[1] > _LIKELY
-    largest, ids = rows.topk(_LIKELY) if is_partial else rows.sort(descending=True, stable=True)
-    # The mass of more likely tokens. A GPU sums a row in any order: in float32 the last token of
-    # the nucleus, and so the output of a seed, would vary.
-    before = largest.cumsum(-1, dtype=_precise(rows.device)).sub_(largest)
-    left_out = before >= max(top_p, torch.finfo(torch.float32).tiny)
-    shares = largest.masked_fill(left_out, 0.0)
-    kept = torch.zeros_like(rows).scatter_(-1, ids, shares / shares.sum(-1, keepdim=True))
-    if is_partial and not is_draft:
-        end = left_out.logical_not().sum(-1, keepdim=True)
-        is_sure = largest.gather(-1, end - 1) > largest.gather(-1, end.clamp(max=_LIKELY - 1))
-        # `topk` orders equal tokens anyhow, and some rows need more. Each row is decided by itself.
-        if len(unsure := is_sure.logical_not().nonzero()[:, 0]):
-            kept[unsure] = nucleus(rows[unsure], top_p, allow_sync=False)
-    return kept.view(probabilities.shape)
-
-
-def random_numbers(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """[n] uniform between 0 and 1, precise enough for `draw`."""
-    return torch.rand(n, dtype=_precise(device), device=device, generator=generator)
-
-
-def _precise(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """[n, V] weights -> [n] tokens, drawn in proportion to their weights by `random_numbers`; None: new ones.
-
-    Inverts the cumulative sum: one random number for a token, where `multinomial` takes one for every entry
-    of the vocabulary.
-    """
-    if numbers is None:
-        numbers = random_numbers(len(weights), weights.device)
-    upto = weights.cumsum(-1, dtype=numbers.dtype)  # [n, V]
-    tokens = torch.searchsorted(upto, numbers[:, None] * upto[:, -1:], right=True)
-    return tokens.squeeze(-1).clamp_(max=weights.shape[-1] - 1)
+    tokens: Tensor  # [B]
+    # [B] by how much they lead, between 0 and 1: the softmax of logits + noise. None: not asked for.
+    confidence: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -136,39 +124,81 @@ class Sampler:
     def greedy(self) -> bool:
         return not self.sample or self.temperature < LEAST_TEMPERATURE
 
-    def probabilities(self, logits: Tensor, is_draft: bool = False) -> Tensor:
-        """[..., V] logits -> [..., V] probabilities in fp32; one-hot when greedy. Those of a draft may lack
-        tokens that are not likely, see `nucleus`.
-        """
-        logits = logits.float()
-        if self.greedy:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        if self.temperature != 1:
-            logits = logits / self.temperature
-        probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
-        if self.top_p < 1:
-            probabilities = nucleus(probabilities, self.top_p, is_draft=is_draft)
-        if self.min_p:
-            least = self.min_p * probabilities.amax(-1, keepdim=True)
-            probabilities = probabilities.where(probabilities >= least, 0.0)
-            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-        return probabilities
+    @property
+    def _filters(self) -> bool:
+        return bool(self.top_k or self.top_p < 1 or self.min_p)
 
-    def __call__(
-        self, logits: Tensor, numbers: Tensor | None = None, is_draft: bool = False
-    ) -> SampledTokens:
-        """Sample one token for each row of logits [n, V], with random numbers [n] if given."""
+    def __call__(self, logits: Tensor, keys: Tensor | None) -> Tensor:
+        """The tokens [...] of positions with logits [..., V] and keys [...] of noise (None when greedy)."""
         if self.greedy:
-            return SampledTokens(logits.argmax(-1), None)
-        probabilities = self.probabilities(logits, is_draft)
-        return SampledTokens(draw(probabilities, numbers), probabilities)
+            return logits.argmax(-1)
+        assert keys is not None
+        rows, row_keys = logits.reshape(-1, logits.shape[-1]).float() / self.temperature, keys.flatten()
+        if self._filters:
+            tokens = self._sample_likely(rows.softmax(-1), row_keys, is_partial=rows.device.type == "cpu")
+        else:
+            tokens = _noise_of_all(row_keys, rows.shape[1]).add_(rows).argmax(-1)
+        return tokens.view(keys.shape)
 
-    def confidence(self, sampled: SampledTokens, logits: Tensor) -> Tensor:
-        """[n] probabilities of tokens sampled from logits [n, V]. Greedy: of the plain softmax."""
-        probabilities = logits.float().softmax(-1) if self.greedy else sampled.probabilities
-        assert probabilities is not None
+    def draft(self, logits: Tensor, keys: Tensor | None, needs_confidence: bool = False) -> Sampled:
+        """Sample drafted tokens [B] of logits [B, V]; where rules filter, among the `_LIKELY` most likely."""
+        scores, ids = logits.float(), None
+        if not self.greedy:
+            assert keys is not None
+            if self._filters:
+                likely, ids = scores.topk(min(_LIKELY, logits.shape[-1]))
+                kept = self.keep((likely / self.temperature).softmax(-1))
+                scores = gumbel_noise(keys, ids).add_(kept.log())
+            else:
+                scores = _noise_of_all(keys, logits.shape[-1]).add_(scores / self.temperature)
+        tokens = scores.argmax(-1, keepdim=True)
+        tokens = (tokens if ids is None else ids.gather(-1, tokens))[:, 0]
+        if not needs_confidence:
+            return Sampled(tokens, None)
         # NaN where processors forbid every token.
-        return probabilities.gather(-1, sampled.tokens[:, None])[:, 0].nan_to_num(0.0)
+        return Sampled(tokens, scores.softmax(-1).amax(-1).nan_to_num_(0.0))
+
+    def keep(self, likely: Tensor) -> Tensor:
+        """[..., m] probabilities in descending order -> the same, with 0 in the place of those that the rules
+        leave out. Top-k keeps all that are equal to the last one, as transformers does.
+        """
+        if 0 < self.top_k < likely.shape[-1]:
+            likely = likely.where(likely >= likely[..., self.top_k - 1, None], 0.0)
+        if self.top_p < 1:
+            # A GPU sums a row in any order: in float32 the last token of the nucleus, and so the output of a
+            # seed, would vary.
+            precise = torch.float32 if likely.device.type == "mps" else torch.float64
+            upto = likely.cumsum(-1, dtype=precise)
+            most = max(self.top_p, torch.finfo(torch.float32).tiny) * (upto[..., -1:] if self.top_k else 1.0)
+            likely = likely.where(upto - likely < most, 0.0)
+        if self.min_p:
+            likely = likely.where(likely >= self.min_p * likely[..., :1], 0.0)
+        return likely
+
+    def _sample_likely(self, probabilities: Tensor, keys: Tensor, is_partial: bool) -> Tensor:
+        """Tokens [n] of probabilities [n, V], among those that the rules keep.
+
+        Args:
+            is_partial: sort no more than the `_LIKELY` most likely ones where they are enough. On a GPU this
+                takes a read.
+        """
+        num = max(_LIKELY, self.top_k + 1)
+        is_partial = is_partial and num < probabilities.shape[1]
+        if is_partial:
+            likely, ids = probabilities.topk(num)
+        else:
+            likely, ids = probabilities.sort(descending=True, stable=True)
+        kept = self.keep(likely)
+        scores = kept.log().add_(gumbel_noise(keys, ids))
+        tokens = ids.gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
+        if is_partial:
+            end = kept.count_nonzero(-1)[:, None]
+            last, after = (likely.gather(-1, at) for at in ((end - 1).clamp(min=0), end.clamp(max=num - 1)))
+            is_sure = last > after
+            # `topk` orders equal tokens anyhow, and some rows need more. Each row is decided by itself.
+            if len(unsure := is_sure.logical_not().nonzero()[:, 0]):
+                tokens[unsure] = self._sample_likely(probabilities[unsure], keys[unsure], is_partial=False)
+        return tokens
 
 
 class SamplerOfRows(Sampler):
@@ -183,20 +213,22 @@ class SamplerOfRows(Sampler):
             rows[Sampler(False) if sampler.greedy else sampler].append(row)
         self._rows = {sampler: on_device(own, device) for sampler, own in rows.items()}
 
-    def probabilities(self, logits: Tensor, is_draft: bool = False) -> Tensor:
-        probabilities = torch.empty_like(logits, dtype=torch.float32)
+    def __call__(self, logits: Tensor, keys: Tensor | None) -> Tensor:
+        assert keys is not None
+        tokens = torch.empty_like(keys)
         for sampler, rows in self._rows.items():
-            own = sampler.probabilities(logits.index_select(0, rows), is_draft)
-            probabilities.index_copy_(0, rows, own)
-        return probabilities
+            tokens.index_copy_(0, rows, sampler(logits[rows], keys[rows]))
+        return tokens
 
-    def confidence(self, sampled: SampledTokens, logits: Tensor) -> Tensor:
-        confidence = torch.empty(len(logits), device=logits.device)
+    def draft(self, logits: Tensor, keys: Tensor | None, needs_confidence: bool = False) -> Sampled:
+        assert keys is not None
+        tokens, confidence = torch.empty_like(keys), torch.empty(keys.shape, device=keys.device)
         for sampler, rows in self._rows.items():
-            assert sampled.probabilities is not None
-            own = SampledTokens(sampled.tokens[rows], sampled.probabilities[rows])
-            confidence.index_copy_(0, rows, sampler.confidence(own, logits[rows]))
-        return confidence
+            drafted = sampler.draft(logits[rows], keys[rows], needs_confidence)
+            tokens.index_copy_(0, rows, drafted.tokens)
+            if drafted.confidence is not None:
+                confidence.index_copy_(0, rows, drafted.confidence)
+        return Sampled(tokens, confidence if needs_confidence else None)
 
 
 def joint_sampler(samplers: Sequence[Sampler], device: torch.device) -> Sampler:
@@ -204,6 +236,18 @@ def joint_sampler(samplers: Sequence[Sampler], device: torch.device) -> Sampler:
     first = samplers[0]
     alike = all(sampler == first or (sampler.greedy and first.greedy) for sampler in samplers)
     return first if alike else SamplerOfRows(samplers, device)
+
+
+def leading_matches(drafted: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[B] the accepted tokens of each draft: those before the first one that is not the target's.
+
+    Args:
+        drafted: [B, k]; the first `lengths` are the draft, the others are padding.
+        tokens: [B, k + 1] of the target.
+    """
+    k = drafted.shape[1]
+    matches = (drafted == tokens[:, :k]).long().cumprod(-1).sum(-1)
+    return matches if min(lengths) == k else torch.minimum(matches, on_device(lengths, tokens.device))
 
 
 def decode_next_token(
@@ -214,7 +258,7 @@ def decode_next_token(
     top_k: int = 50,
     top_p: float = 0.95,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sample the next token at one position, or at every position.
+    """Sample the next token at one position, or at every position, by torch's generator.
 
     Args:
         logits: [B, T, V]; not changed.
@@ -227,74 +271,9 @@ def decode_next_token(
     """
     if token_idx is not None:
         logits = logits[:, token_idx]
-    sampled = Sampler(sample, temperature, top_k, top_p)(logits.reshape(-1, logits.shape[-1]))
-    tokens = sampled.tokens.reshape(logits.shape[:-1])
-    if sampled.probabilities is not None and token_idx is not None:
-        tokens = tokens[:, None]
-    return tokens, sampled.probabilities
-
-
-def verify_draft(
-    draft_tokens: Tensor,
-    draft_probabilities: Tensor | None,
-    target_logits: Tensor,
-    sampler: Sampler,
-    lengths: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> Verification:
-    """Accept the longest valid prefix of a draft and pick one more token; the output has the distribution of
-    the target.
-
-    Greedy: a drafted token is valid if it is the target's argmax. Sampling: x ~ q is valid with
-    probability min(1, p(x)/q(x)); after a rejection the next token comes from norm(max(0, p - q)), after k
-    acceptances from p (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318,
-    theorem 1).
-
-    Args:
-        draft_tokens: [B, k] or [k], k >= 0.
-        draft_probabilities: q, [B, k, V] or [k, V], that the tokens were sampled from; None when greedy, or
-            if k is 0.
-        target_logits: [B, k + 1, V] or [k + 1, V], processed; position i is that of draft token i.
-        sampler: draft and target share it.
-        lengths: [B] draft lengths, the other tokens are padding; None: k.
-        numbers: [B, k + 1] random numbers for the k acceptances and the next token; None: new ones.
-
-    Raises:
-        ValueError: sampled tokens without their distribution.
-    """
-    k = draft_tokens.shape[-1]
-    if sampler.greedy:
-        target_tokens = target_logits.argmax(-1)  # [B, k+1]
-        num_accepted = _prefix_length(draft_tokens == target_tokens[..., :k], lengths)
-        return Verification(num_accepted, target_tokens.gather(-1, num_accepted[..., None])[..., 0])
-
-    if numbers is None:
-        shape = target_logits.shape[:-1]
-        numbers = random_numbers(shape.numel(), target_logits.device).view(shape)
-    p = sampler.probabilities(target_logits)  # [B, k+1, V]
-    # q is 0 after the last draft token, so the residual there is p itself.
-    q = torch.zeros_like(p)  # [B, k+1, V]
-    if k:
-        if draft_probabilities is None or draft_probabilities.shape[-2] != k:
-            raise ValueError("a sampled draft needs the distribution of each of its tokens")
-        q[..., :k, :] = draft_probabilities
-    if lengths is not None:
-        padding = torch.arange(k + 1, device=q.device) >= lengths[..., None]
-        q.masked_fill_(padding[..., None], 0.0)
-    x = draft_tokens[..., None]  # [B, k, 1]
-    q_x, p_x = (each[..., :k, :].gather(-1, x)[..., 0] for each in (q, p))
-    num_accepted = _prefix_length(numbers[..., :k] * q_x < p_x, lengths)
-
-    index = num_accepted[..., None, None]
-    p_next, q_next = (each.take_along_dim(index, -2)[..., 0, :] for each in (p, q))  # [B, V]
-    residual = (p_next - q_next).clamp(min=0)
-    # The sum is 0 where rounding makes p at most q everywhere, and NaN where q is: then p decides.
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
-    next_token = draw(residual.view(-1, residual.shape[-1]), numbers[..., k].reshape(-1))
-    return Verification(num_accepted, next_token.view(num_accepted.shape))
-
-
-def _prefix_length(accepted: Tensor, lengths: Tensor | None) -> Tensor:
-    """[..., k] booleans -> [...] number of True before the first False, at most the length."""
-    before = accepted.long().cumprod(-1).sum(-1)
-    return before if lengths is None else torch.minimum(before, lengths)
+    if not sample or temperature < LEAST_TEMPERATURE:
+        return logits.argmax(-1), None
+    rows = logits.reshape(-1, logits.shape[-1]).float() / temperature
+    probabilities = top_k_top_p_filtering(rows, top_k, top_p).softmax(-1)
+    tokens = probabilities.multinomial(1)
+    return tokens.view(logits.shape[:-1] if token_idx is None else (-1, 1)), probabilities

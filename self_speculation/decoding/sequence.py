@@ -1,4 +1,4 @@
-"""One request in flight: its ids, stop conditions, logits processors, random numbers, streamer and times."""
+"""One request in flight: its ids, stop conditions, logits processors, seed, streamer and times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request, as_list
-from self_speculation.decoding.sampling import Sampler
+from self_speculation.decoding.sampling import Sampler, noise_key
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
 from self_speculation.transfers import AsyncRead, Known, on_device
 
@@ -69,9 +69,9 @@ class Sequence:
         self._failure: Failure | None = None  # of this round
         self.is_damaged = False  # its keys and values may be NaN, beyond its end, too
         self.sampler = Sampler.of(config)
-        self.generator: torch.Generator | None = None  # of random numbers; None: torch's own
-        if request.seed is not None:
-            self.generator = torch.Generator(device).manual_seed(request.seed)
+        self._seed = request.seed or 0
+        if request.seed is None and not self.sampler.greedy:
+            self._seed = int(torch.randint(2**63 - 1, ()))
         self.num_cached = 0  # tokens of the prompt that were in the KV cache already
         self.num_computed = 0  # tokens of the prompt that are in it now, until the sequence joins the batch
         self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
@@ -129,6 +129,10 @@ class Sequence:
         """`ids[position:]`, without a copy of the rest."""
         num_prompt = len(self.prompt)
         return [*self.prompt[position:], *self.tokens[max(0, position - num_prompt) :]]
+
+    def noise_key(self, offset: int) -> int:
+        """That of a position after the output: 0, 1, ..."""
+        return noise_key(self._seed, len(self.tokens) + offset)
 
     def history(self, num_drafted: int = 0) -> Tensor:
         """[1, prompt + output + draft] ids. Only the prompt is valid without processors and criteria."""

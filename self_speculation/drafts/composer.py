@@ -7,12 +7,11 @@ from itertools import chain, takewhile
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, ShouldContinue, one_hot
+from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, ShouldContinue
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes.captured_runner import num_captures
 from self_speculation.passes.kv_cache import KVCache
@@ -44,9 +43,7 @@ class DraftComposer:
         self._should_continue: ShouldContinue | None = policy.should_continue if policy else None
         self._stopwatch, self._num_graphs = Stopwatch(model.device), 0
 
-    def draft(
-        self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None
-    ) -> Draft | None:
+    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft | None:
         """Draft tokens for each row, see `DraftSource.draft`; None: there are none, and nothing to learn."""
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         if self._policy is None:
@@ -62,13 +59,13 @@ class DraftComposer:
         if plan.source is not None and not all(matches):
             rows = zip(limits, matches, strict=True)
             own = [0 if match else min(limit, plan.max_drafted) for limit, match in rows]
-            draft = self._sources[plan.source].draft(batch, cache, own, numbers, self._should_continue)
+            draft = self._sources[plan.source].draft(batch, cache, own, self._should_continue)
         if any(matches):
-            copied = _copied(batch, matches, plan.max_lookup, self._vocab_size)
+            copied = _copied(batch, matches, plan.max_lookup)
             draft = _join(batch, draft, copied) if draft and any(draft.lengths) else copied
         if self._policy:
             self._stopwatch.split()
-        return draft or Draft([None] * len(batch), batch.last[:, :0], None, [0] * len(batch))
+        return draft or Draft([None] * len(batch), batch.last[:, :0], [0] * len(batch))
 
     def _look_up(self, sequence: Sequence, limit: int) -> Match | None:
         """The longest match, and at most `limit` tokens to draft, up to one that the model lacks or a grammar
@@ -96,7 +93,7 @@ class DraftComposer:
         yield from dict.fromkeys(chain(*passes, verification))
 
 
-def _copied(batch: Batch, matches: abc.Sequence[Match | None], most: int, vocab_size: int) -> Draft:
+def _copied(batch: Batch, matches: abc.Sequence[Match | None], most: int) -> Draft:
     """The draft of what was looked up, at most so many tokens. Reads nothing from the device."""
     found = [match.ids[:most] if match else [] for match in matches]  # [B]
     width, lengths = max(map(len, found)), [*map(len, found)]
@@ -106,9 +103,8 @@ def _copied(batch: Batch, matches: abc.Sequence[Match | None], most: int, vocab_
     tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
     for i in range(width):
         batch.record_draft(tokens[:, i], i, [i < n for n in lengths], ids=[row[i] for row in padded])
-    q = None if batch.sampler.greedy else one_hot(tokens, vocab_size)
     sources = [match and match.source for match in matches]
-    return Draft(sources, tokens, q, lengths, matched=[match.matched if match else 0 for match in matches])
+    return Draft(sources, tokens, lengths, matched=[match.matched if match else 0 for match in matches])
 
 
 def _join(batch: Batch, computed: Draft, copied: Draft) -> Draft:
@@ -118,17 +114,13 @@ def _join(batch: Batch, computed: Draft, copied: Draft) -> Draft:
     width = max(computed.tokens.shape[1], copied.tokens.shape[1])
     is_copied = on_device(copied.lengths, batch.last.device).bool()[:, None]  # [B, 1]
 
-    def padded(draft: Draft) -> tuple[Tensor, Tensor | None]:
-        missing, q = width - draft.tokens.shape[1], draft.probabilities
-        tokens = torch.cat((draft.tokens, batch.last.expand(-1, missing)), 1)
-        return tokens, None if q is None else pad(q, (0, 0, 0, missing))
+    def padded(draft: Draft) -> Tensor:
+        return torch.cat((draft.tokens, batch.last.expand(-1, width - draft.tokens.shape[1])), 1)
 
-    (own, own_q), (other, other_q) = padded(copied), padded(computed)
     rows = [*enumerate(copied if length else computed for length in copied.lengths)]
     return Draft(
         [draft.sources[row] for row, draft in rows],
-        torch.where(is_copied, own, other),
-        None if own_q is None or other_q is None else torch.where(is_copied[..., None], own_q, other_q),
+        torch.where(is_copied, padded(copied), padded(computed)),
         [draft.lengths[row] for row, draft in rows],
         confidences=[draft.confidences[row] if draft.confidences else () for row, draft in rows],
         matched=[draft.matched[row] if draft.matched else 0 for row, draft in rows],

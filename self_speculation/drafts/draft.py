@@ -1,6 +1,6 @@
 """The interface of draft sources: those that compute tokens, and those that look them up.
 
-The output is exact for any draft that states the distribution its tokens were sampled from.
+The output is exact for any draft: verification accepts the tokens that are the target's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from self_speculation.decoding.batch import Batch
@@ -19,7 +18,7 @@ from self_speculation.decoding.sequence import Sequence
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange
 
-Confidences = abc.Sequence[abc.Sequence[float]]  # [B][k] probabilities of drafted tokens
+Confidences = abc.Sequence[abc.Sequence[float]]  # [B][k] of drafted tokens, see `Sampled`
 ShouldContinue = Callable[[Confidences], abc.Sequence[bool]]  # [B] whether to draft another token
 
 
@@ -46,7 +45,6 @@ class Draft:
 
     sources: abc.Sequence[str | None]  # [B] names; None: no source
     tokens: Tensor  # [B, k]
-    probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy, or if k is 0
     lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
     exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
     # States [B, 1, H] of the last token and the drafted ones: k if the last drafted one has not run, or k+1.
@@ -67,7 +65,6 @@ class DraftSource(ABC):
         batch: Batch,
         cache: KVCache,
         limits: abc.Sequence[int],
-        numbers: Tensor | None,
         should_continue: ShouldContinue | None,
     ) -> Draft:
         """Draft tokens for each row.
@@ -76,7 +73,6 @@ class DraftSource(ABC):
 
         Args:
             limits: [B] the most tokens of each row.
-            numbers: [B, K] random numbers that sample tokens; None when greedy.
             should_continue: is asked after each token that layers draft; None: drafts have the most tokens.
         """
 
@@ -101,9 +97,3 @@ class LookupDrafts(ABC):
     @abstractmethod
     def find(self, sequence: Sequence, k: int) -> Match | None:
         """The longest match of the end of a sequence, and at most k > 0 tokens that follow."""
-
-
-def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
-    """[...] tokens -> [..., V] the distribution of a draft that was not sampled."""
-    q = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
-    return q.scatter_(-1, tokens[..., None], 1.0)

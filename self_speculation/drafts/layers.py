@@ -9,7 +9,6 @@ from torch import Tensor
 
 from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.sampling import SampledTokens
 from self_speculation.drafts.draft import Arm, Draft, DraftSource, ShouldContinue
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange, forward_early
@@ -51,10 +50,9 @@ class LayerDrafts(DraftSource):
         batch: Batch,
         cache: KVCache,
         limits: Sequence[int],
-        numbers: Tensor | None,
         should_continue: ShouldContinue | None,
     ) -> Draft:
-        sampled_tokens: list[SampledTokens] = []
+        drafted: list[Tensor] = []  # [B, 1] each
         exit_hidden: list[Tensor] = []
         confidences: list[list[float]] = [[] for _ in limits]
 
@@ -63,15 +61,15 @@ class LayerDrafts(DraftSource):
             exit_hidden.append(early.hidden)
             return early.logits[:, 0]
 
+        keys, needs_confidence = batch.noise_keys(max(limits)), should_continue is not None
         ids, logits = batch.last, None
-        while (position := len(sampled_tokens)) < max(limits):
+        while (position := len(drafted)) < max(limits):
             is_drafting = [position < limit for limit in limits]
             logits = run(ids) if logits is None else logits
-            sampled, logits = batch.sample_draft(logits, position, is_drafting, numbers)
-            sampled_tokens.append(sampled)
-            confidence = None if should_continue is None else batch.sampler.confidence(sampled, logits)
-            reading = batch.record_draft(sampled.tokens, position, is_drafting, confidence)
-            ids, logits = sampled.tokens[:, None], None
+            tokens, confidence = batch.sample_draft(logits, position, is_drafting, keys, needs_confidence)
+            reading = batch.record_draft(tokens, position, is_drafting, confidence)
+            ids, logits = tokens[:, None], None
+            drafted.append(ids)
             if should_continue is None or reading is None:
                 continue
             if self._runs_ahead and position + 1 < max(limits):
@@ -79,14 +77,11 @@ class LayerDrafts(DraftSource):
             _, latest = reading.wait()
             for row, drafts in enumerate(is_drafting):
                 confidences[row] += [latest[row]] * drafts
-            # The token that ends a draft stays in it: dropping tokens by their value would bias the output.
             pairs = zip(limits, should_continue(confidences), strict=True)
             limits = [limit if more else min(limit, position + 1) for limit, more in pairs]
-        q = [sampled.probabilities for sampled in sampled_tokens if sampled.probabilities is not None]
         return Draft(
             [self.name] * len(limits),
-            torch.cat([batch.last[:, :0], *(sampled.tokens[:, None] for sampled in sampled_tokens)], 1),
-            torch.stack(q, 1) if q else None,
+            torch.cat([batch.last[:, :0], *drafted], 1),
             limits,
             self.exit_layer if self._keeps_cache else 0,
             exit_hidden if self._keeps_cache else [],

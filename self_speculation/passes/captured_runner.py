@@ -41,8 +41,8 @@ _LEAST_KEYS, _UNSPLIT_KEYS = 256, 1024
 # Bytes of a graph for each layer: 12 to 17 kernels of some 10 kB.
 _LAYER_BYTES = 200_000
 _SHARE = 0.9  # of free memory; prompts need the rest
-# Bytes by logit of a round while it is sampled by top-p: distributions of draft and target, their order and
-# sums in float64, and what sorting takes.
+# Bytes by logit of a round while it is sampled by top-p: probabilities, their order, sums in float64, noise
+# by integers of 64 bits, and what sorting takes.
 _SAMPLING_BYTES = 48
 # torch hands out so many streams of a device in turn. Graphs of a stream share a workspace, see
 # `_drop_replays`. These are the streams of recorders and their graphs.

@@ -41,6 +41,11 @@ class InPlaceRunner(ModelRunner):
         self._is_in_few_bits = is_in_few_bits(model)
         self._ranges: dict[tuple[int, int], _Range | None] = {}
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the operator has all layers."""
+        return self._range(0, len(self.layers)) is not None
+
     def _replace(self, layers: Sequence[Layer], head: Head) -> None:
         super()._replace(layers, head)
         self._ranges = {}

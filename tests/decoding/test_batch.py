@@ -171,7 +171,7 @@ ROW = st.fixed_dictionaries(
 def test_every_row_is_as_if_alone(
     rows, batch_size, budget, config, drafts, ends, sample, agreement, fused, context, late, cancelled
 ):
-    """Guards against slots, masks, lengths, random numbers, settings, processors or stop conditions of other
+    """Guards against slots, masks, lengths, noise, settings, processors or stop conditions of other
     rows, against a row at the end of its context that shortens others, against a chunk of a prompt at a wrong
     position, and against a cached prefix that another row overwrites. Rows are replaced in every order, and
     one is cancelled: guards against keys that stay behind, and a token that it still gets, or others lose. On
@@ -182,13 +182,12 @@ def test_every_row_is_as_if_alone(
     that goes on where draft and target are both NaN, and against a streamer that does not show all tokens
     before an error.
     """
-    is_adaptive = drafts == ADAPTIVE  # whose drafts and draws depend on time
     model = tiny_llama(agreement=agreement, fused=fused, max_position_embeddings=context)
-    config |= {"sample": sample and not is_adaptive}
+    config |= {"sample": sample}
 
     def request(index, puts):
         row = rows[index]
-        own = row["own"] and GenerationConfig(**row["own"] | ({"sample": False} if is_adaptive else {}))
+        own = row["own"] and GenerationConfig(**row["own"])
         calls = row["processors"], row["criterion"], Recorder(puts)
         return Request(
             row["prompt"], *calls, seed=index, eos_token_ids=ends, config=own, drafts=row["drafts"]
@@ -204,10 +203,7 @@ def test_every_row_is_as_if_alone(
         if own.streamer.has_raised:
             assert isinstance(mine, KeyError)
             continue
-        is_sampled = own.config.sample if own.config else config["sample"]
-        plainly = (
-            [{}] if not is_sampled and drafts.keys() & {"num_speculations", "generation_strategy"} else []
-        )
+        plainly = [{}] if drafts.keys() & {"num_speculations", "generation_strategy"} else []
         for how in (drafts, *plainly):
             other = request(index, puts=99)
             alone, decided = in_batch(model, [other], 1, **config, **how)[0], other.streamer.decided
@@ -326,7 +322,7 @@ def test_no_rows(generator):
 
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch):
-    """Guards against random numbers, keys and values of a failed round in later requests, and against a
+    """Guards against noise, keys and values of a failed round in later requests, and against a
     prefix that it may have written to.
     """
 

@@ -1,52 +1,231 @@
-"""Logits to tokens, and the accept rule, as functions of tensors."""
+"""Logits and noise to tokens, as functions of tensors; and one text for each seed."""
 
-from functools import partial
+import math
 from types import SimpleNamespace
 
 import hypothesis
+import numpy
 import pytest
 import torch
-from conftest import LAYERS, assert_close, generate, ids_of, tiny_llama
+from conftest import (
+    LAYERS,
+    PROMPT,
+    WAYS,
+    assert_close,
+    generate,
+    ids_of,
+    in_batch,
+    random_plans,
+    tiny_llama,
+)
 from hypothesis import strategies as st
-from scipy.stats import chisquare
-from torch.utils._python_dispatch import TorchDispatchMode
+from scipy.stats import chi2_contingency, chisquare
 from transformers import MinPLogitsWarper
 
 from arguments import parse
-from self_speculation import self_speculation_generator
+from self_speculation import Request
 from self_speculation.config import SAMPLING_RULES, GenerationConfig
-from self_speculation.decoding import sampling
 from self_speculation.decoding.request import FrequencyPenaltyLogitsProcessor, config_processors
 from self_speculation.decoding.sampling import (
     Sampler,
     decode_next_token,
-    draw,
+    gumbel_noise,
+    leading_matches,
+    noise_key,
     top_k_top_p_filtering,
-    verify_draft,
 )
-from self_speculation.drafts.draft import Draft
 from serving.protocol import ChatRequest
 
-SAMPLING = Sampler(sample=True)
+FILTERS = [
+    {"temperature": 0.6, "top_p": 0.9}, {"temperature": 1.0}, {"temperature": 1.5, "top_k": 20, "top_p": 0.8},
+    {"temperature": 1.3, "min_p": 0.05},
+]  # fmt: skip
 
 
-def test_filters():
-    """Guards against filters in place, or of one row only. Others are tested with the sampler."""
-    logits = torch.tensor([4.0, 3.0, 2.0, 0.0]).expand(2, 3, -1)
-    assert (top_k_top_p_filtering(logits) == logits).all()
-    for settings, kept in (
-        ({"top_k": 2}, [4, 3, -9, -9]),
-        ({"top_p": 0.7}, [4, 3, -9, -9]),  # with the token that crosses the threshold
-        ({"top_k": 1, "top_p": 0.5, "min_tokens_to_keep": 3}, [4, 3, 2, -9]),
-    ):
-        assert (top_k_top_p_filtering(logits, filter_value=-9, **settings) == torch.tensor(kept)).all()
+def keys_of(n):
+    return torch.tensor([noise_key(seed, 7) for seed in range(n)])
+
+
+def by_definition(logits, keys, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The ids with the largest logit + noise, of those that the filters of transformers keep."""
+    kept = top_k_top_p_filtering(logits / temperature, top_k, top_p)
+    kept = MinPLogitsWarper(min_p)(None, kept) if min_p else kept
+    return (kept + gumbel_noise(keys, torch.arange(logits.shape[-1])[None])).argmax(-1)
+
+
+def split_mix(state, number):
+    """The number of SplitMix64 in Python's integers."""
+    x = (state + number * 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def test_noise_is_that_of_split_mix():
+    """Guards against numbers that another machine does not have: then a seed gives another text there."""
+    keys, ids = keys_of(20), torch.tensor([[0, 1, 5, 151_935]])
+    numbers = [[split_mix(key % 2**64, id_) / 2**64 for id_ in ids[0].tolist()] for key in keys.tolist()]
+    assert_close(gumbel_noise(keys, ids), -torch.tensor(numbers).double().neg().log1p().neg().log().float())
+    assert noise_key(42, 0) == 705804573497997020
+    assert len({noise_key(seed, at) for seed in (-1, 0, 1, 2**70) for at in range(9)}) == 36
+
+
+@pytest.mark.parametrize("last", [0, 2**64 - 1])
+def test_noise_is_finite(last):
+    """Guards against a forbidden id that is drawn, or NaN: infinite noise."""
+
+    def unshift(x, by):
+        return x ^ (x >> by) ^ (x >> 2 * by)
+
+    key = unshift(last, 31) * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
+    key = unshift(unshift(key, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) % 2**64, 30)
+    assert split_mix(key, 0) == last
+    noise = gumbel_noise(torch.tensor([key - 2**64 if key >= 2**63 else key]), torch.tensor([[0]]))
+    assert_close(noise, torch.tensor([[-math.log(24 * math.log(2)) if last else 32 * math.log(2)]]))
+
+
+def test_noise_does_not_depend_on_what_is_beside_it():
+    """Guards against bits that differ by the number of ids, rows or threads: the text would, too."""
+    keys, ids = keys_of(5), torch.randperm(40_009)[None]
+    all_noise = gumbel_noise(keys, ids)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(gumbel_noise(keys, ids), all_noise)
+    finally:
+        torch.set_num_threads(1)
+    for row in range(5):
+        for part in (slice(0, 40_009), slice(3, 131), slice(17, 20), slice(40_008, 40_009)):
+            assert torch.equal(gumbel_noise(keys[row, None], ids[:, part])[0], all_noise[row, part])
+
+
+def test_samples_have_the_distribution():
+    """Guards against noise of another law, and against positions or seeds whose noise is related. A million
+    draws; false alarms: 1e-4 for each of three chi-square tests, fixed seeds.
+    """
+    logits = 1.5 * torch.randn(12, generator=torch.Generator().manual_seed(3))
+    keys = torch.tensor([noise_key(seed, position) for seed in range(1000) for position in range(1000)])
+    sampler = Sampler(temperature=0.8, top_p=0.95)
+    tokens = torch.cat([sampler(logits.expand(len(part), -1), part) for part in keys.split(100_000)])
+    filtered = top_k_top_p_filtering(logits / sampler.temperature, top_p=sampler.top_p)
+    wanted, tokens = filtered.double().softmax(-1), tokens.view(1000, 1000).numpy()
+    counts = numpy.bincount(tokens.ravel(), minlength=12)
+    assert chisquare(counts[counts > 0], 1e6 * wanted[wanted > 0].numpy()).pvalue > 1e-4
+    for one, other in ((tokens[:, 1:], tokens[:, :-1]), (tokens[1:], tokens[:-1])):
+        table = numpy.zeros((12, 12))
+        numpy.add.at(table, (one.ravel(), other.ravel()), 1)
+        table = table[counts > 0][:, counts > 0]
+        assert chi2_contingency(table).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("vocab_size", [7, 300])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [0, 2, 50, 200])
+@pytest.mark.parametrize("min_p", [0.0, 0.3])
+def test_tokens_have_the_largest_logit_and_noise(vocab_size, top_p, top_k, min_p):
+    """Guards against a nucleus among too few tokens (flat rows need more than steep ones), and against one
+    token more or less than transformers keeps.
+    """
+    torch.manual_seed(0)
+    keys, rules = keys_of(100), {"temperature": 0.5, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for scale in (0.1, 4.0):
+        logits = scale * torch.randn(100, vocab_size)
+        assert Sampler(True, **rules)(logits, keys).equal(by_definition(logits, keys, **rules))
 
 
 def test_a_bound_that_is_reached_exactly():
     """Guards against one token more or less, where rounding decides nothing."""
-    alike = torch.zeros(4)
-    assert Sampler(True, top_p=0.5).probabilities(alike).tolist() == [0.5, 0.5, 0.0, 0.0]
-    assert Sampler(True, min_p=1.0).probabilities(alike).tolist() == [0.25] * 4
+    alike = torch.full((4,), 0.25)
+    assert Sampler(top_p=0.5).keep(alike).tolist() == [0.25, 0.25, 0, 0]
+    assert Sampler(min_p=1.0).keep(alike).equal(alike)
+    assert Sampler(top_k=1).keep(torch.tensor([0.4, 0.4, 0.2])).tolist() == pytest.approx([0.4, 0.4, 0])
+
+
+def test_order_of_sums_does_not_matter(monkeypatch):
+    """Guards against a nucleus that differs from run to run by a token."""
+    cumsum = torch.Tensor.cumsum
+
+    def in_any_order(tensor, dim, dtype=None):
+        """As on a GPU: the last bits vary."""
+        sums = cumsum(tensor, dim, dtype=dtype)
+        return sums * (1 + torch.finfo(sums.dtype).eps * torch.randint(-8, 9, sums.shape))
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", in_any_order)
+    torch.manual_seed(0)
+    likely = torch.rand(64, 2**14).softmax(-1).sort(descending=True).values
+    one, *others = (Sampler(top_p=0.9).keep(likely) for _ in range(4))
+    assert all(one.equal(other) for other in others)
+
+
+@hypothesis.given(
+    st.integers(0, 2**32), st.lists(st.floats(0.02, 8.0), min_size=1, max_size=4), st.floats(0.0, 0.999)
+)
+@hypothesis.settings(max_examples=60)
+def test_a_row_is_decided_by_itself(seed, scales, top_p):
+    """Guards against ties that are cut otherwise beside a row that needs more tokens, or on a GPU."""
+    torch.manual_seed(seed)
+    # Eighths, steep and flat rows side by side.
+    logits = (torch.randn(len(scales), 400) * torch.tensor(scales)[:, None]).mul(8).round().div(8)
+    sampler, keys = Sampler(top_p=top_p), torch.randint(2**62, (len(scales),))
+    tokens = sampler(logits, keys)
+    for row, alone in enumerate(logits.split(1)):
+        assert tokens[row] == sampler(alone, keys[row, None])
+    assert tokens.equal(sampler._sample_likely(logits.softmax(-1), keys, is_partial=False))
+
+
+def test_accepted_tokens_are_the_targets():
+    """Guards against padding that is accepted: its logits are not processed."""
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [5, 2, 3]])
+    drafted = torch.tensor([[1, 2], [1, 5], [1, 2], [1, 2]])
+    assert leading_matches(drafted, tokens, [2, 2, 1, 2]).tolist() == [2, 1, 1, 0]
+    assert leading_matches(drafted[:, :0], tokens[:, :1], [0] * 4).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("rules", FILTERS, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_seed_gives_one_text(way, rules):
+    """Guards against noise that depends on drafts, on other rows or on their order."""
+    model, settings = tiny_llama(vocab_size=300, fused=True), {"sample": True, "max_steps": 24, **rules}
+    requests = [Request(PROMPT[: 2 + seed % 3], seed=seed) for seed in range(6)]
+    plain = [in_batch(model, [request], 1, **settings)[0].predicted_tokens for request in requests]
+    assert len({*map(tuple, plain)}) == 6
+    for batch_size, order in ((1, 1), (4, 1), (3, -1)):
+        with random_plans(batch_size):
+            found = in_batch(model, requests[::order], batch_size, **settings, **WAYS[way])
+        assert [found[index].predicted_tokens for index in range(6)][::order] == plain
+
+
+@pytest.mark.parametrize("rules", FILTERS, ids=str)
+def test_a_text_is_made_of_the_models_logits_and_the_seeds_noise(rules):
+    """Guards against a position that is not counted from the start of the output, or a filter that is applied
+    twice or never. The logits are transformers'.
+    """
+    model, history = tiny_llama(vocab_size=300), [*PROMPT]
+    found = ids_of(model, seed=5, sample=True, **{"top_p": 1.0, **rules}, **LAYERS)
+    for position, token in enumerate(found):
+        with torch.inference_mode():
+            logits = model(torch.tensor([history])).logits[:, -1]
+        assert by_definition(logits, torch.tensor([noise_key(5, position)]), **rules).item() == token
+        history.append(token)
+
+
+def test_drafts_of_likely_ids_are_accepted():
+    """Guards against drafts with other noise than the target's: a copy of a model would be accepted less."""
+    model, drafts = tiny_llama(vocab_size=300, agreement="always"), {"exit_layer": 2, "num_speculations": 4}
+    for rules in FILTERS:
+        result = generate(model, PROMPT, max_steps=60, eos=[], sample=True, seed=1, **rules, **drafts)
+        assert result.acceptance_rate > 0.5
+
+
+def test_torchs_generator_gives_the_seed_of_a_request_without_one():
+    """Guards against sampled texts that `torch.manual_seed` does not reproduce."""
+    model, texts = tiny_llama(), []
+    for seed, drafts in ((0, {}), (0, LAYERS), (1, {})):
+        torch.manual_seed(seed)
+        requests = [Request(PROMPT)] * 3
+        found = in_batch(model, requests, 2, sample=True, temperature=1.0, max_steps=20, **drafts)
+        texts.append([found[index].predicted_tokens for index in range(3)])
+    assert texts[0] == texts[1] != texts[2]
+    assert len({*map(tuple, texts[0])}) == 3
 
 
 @pytest.mark.parametrize("rule", SAMPLING_RULES)
@@ -66,114 +245,16 @@ def test_a_rule_reaches_scripts_server_and_harness(rule):
     assert [getattr(Sampler.of(config), rule) for config in configs] == [1] * 4
 
 
-def test_order_of_sums_does_not_matter(monkeypatch):
-    """Guards against a nucleus that differs from run to run by a token."""
-    cumsum = torch.Tensor.cumsum
-
-    def in_any_order(tensor, dim, dtype=None):
-        """As on a GPU: the last bits vary."""
-        sums = cumsum(tensor, dim, dtype=dtype)
-        return sums * (1 + torch.finfo(sums.dtype).eps * torch.randint(-8, 9, sums.shape))
-
-    monkeypatch.setattr(torch.Tensor, "cumsum", in_any_order)
-    torch.manual_seed(0)
-    probabilities = torch.rand(64, 2**14).softmax(-1)
-    one, *others = (sampling.nucleus(probabilities, 0.9, allow_sync=False) > 0 for _ in range(4))
-    assert all(one.equal(other) for other in others)
-
-
-@pytest.mark.parametrize("vocab_size", [7, 300])
-@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.999])
-@pytest.mark.parametrize("top_k", [0, 2, 50])
-@pytest.mark.parametrize("min_p", [0.0, 0.3])
-@pytest.mark.parametrize("allow_sync", [True, False])
-def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, min_p, allow_sync, monkeypatch):
-    """Guards against a nucleus among too few tokens (flat rows need more than steep ones), and against one
-    token more or less. Logits are eighths, so that there are ties. No sum of probabilities is within 2e-5 of
-    a threshold, so rounding decides nothing.
-    """
-    torch.manual_seed(0)
-    nucleus = partial(sampling.nucleus, allow_sync=allow_sync)  # False: on a GPU
-    monkeypatch.setattr(sampling, "nucleus", nucleus)
-    for scale in (0.1, 4.0):
-        logits = (torch.randn(3, vocab_size) * scale).mul(8).round().div(8)
-        kept = top_k_top_p_filtering(logits / 0.5, top_k, top_p)
-        wanted = (MinPLogitsWarper(min_p)(None, kept) if min_p else kept).softmax(-1)
-        got = Sampler(True, 0.5, top_k, top_p, min_p).probabilities(logits)
-        # Sorted: transformers leaves out other ones of several equal tokens.
-        assert torch.equal((got > 0).sum(-1), (wanted > 0).sum(-1))
-        assert_close(got.sort(-1).values, wanted.sort(-1).values)
-
-
-class Sorts(TorchDispatchMode):
-    """Counts rows that are sorted as a whole."""
-
-    number = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket is torch.ops.aten.sort:
-            self.number += args[0].shape[:-1].numel()
-        return function(*args, **(kwargs or {}))
-
-
-def test_drafts_sort_no_vocabulary(monkeypatch):
-    """Guards against a GPU that sorts the vocabulary for each drafted token, as verification does."""
-    monkeypatch.setattr(sampling, "nucleus", partial(sampling.nucleus, allow_sync=False))
-    model, drafts = tiny_llama(vocab_size=300), {"exit_layer": 2, "num_speculations": 3}
-    with Sorts() as sorts:
-        result = generate(model, [5, 6, 7], eos=[], sample=True, top_p=0.9, temperature=0.5, **drafts)
-    assert result.num_drafted
-    assert sorts.number == 1 + result.num_drafted + result.num_verifications  # the prompt's, the targets'
-
-
-@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
-def test_a_draft_keeps_the_likely_tokens(scale):
-    """Guards against another q than the target's where that has few tokens, and against one of no tokens or
-    with less than all of the probability where it has many.
-    """
-    torch.manual_seed(0)
-    logits, sampler = torch.randn(3, 1000) * scale, Sampler(True, top_p=0.95)
-    own, targets = sampler.probabilities(logits, is_draft=True), sampler.probabilities(logits)
-    torch.testing.assert_close(own.sum(-1), torch.ones(3))
-    assert (own > 0).sum(-1).equal((targets > 0).sum(-1).clamp(max=128))
-    assert ((own > 0) <= (targets > 0)).all()
-    if scale == 8:
-        assert own.equal(targets)
-
-
-@hypothesis.given(
-    st.integers(0, 2**32),
-    st.lists(st.floats(0.02, 8.0), min_size=1, max_size=4),
-    st.floats(0.0, 0.999),
-    st.booleans(),
-)
-@hypothesis.settings(max_examples=60)
-def test_equal_tokens_are_kept_by_lowest_id(seed, scales, top_p, allow_sync):
-    """Guards against ties that are cut otherwise beside a row that needs more tokens, or on a GPU."""
-    torch.manual_seed(seed)
-    # Eighths, steep and flat rows side by side.
-    logits = (torch.randn(len(scales), 400) * torch.tensor(scales)[:, None]).mul(8).round().div(8)
-    probabilities = logits.softmax(-1)
-    kept = sampling.nucleus(probabilities, top_p, allow_sync)
-    for row, alone in enumerate(probabilities.split(1)):
-        assert kept[row].equal(sampling.nucleus(alone, top_p, allow_sync)[0])
-        assert (kept[row] > 0).equal(sampling.nucleus(alone, top_p, not allow_sync)[0] > 0)
-        for value in alone[0].unique():
-            is_kept = kept[row][alone[0] == value] > 0  # in order of ids
-            assert is_kept.equal(is_kept.sort(descending=True).values)
-
-
-def test_draws_follow_the_weights():
-    """Guards against a token of weight zero, at either end too, against weights that must sum to 1, and
-    against sums that leave out unlikely tokens.
-    """
-    edges = torch.tensor([0.0, 1.0 - 1e-9], dtype=torch.float64)
-    assert draw(torch.tensor([[0.0, 1.0, 0.0], [1.0, 2e-9, 0.0]]), edges).tolist() == [1, 1]
-    torch.manual_seed(0)
-    drawn = draw(torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0]).expand(4000, -1))
-    counts = torch.bincount(drawn, minlength=6)
-    assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
-    assert chisquare(counts[[1, 3, 4]], [1000, 2000, 1000]).pvalue > 1e-4
+def test_filters():
+    """Guards against filters in place, or of one row only. Others are tested with the sampler."""
+    logits = torch.tensor([4.0, 3.0, 2.0, 0.0]).expand(2, 3, -1)
+    assert (top_k_top_p_filtering(logits) == logits).all()
+    for settings, kept in (
+        ({"top_k": 2}, [4, 3, -9, -9]),
+        ({"top_p": 0.7}, [4, 3, -9, -9]),  # with the token that crosses the threshold
+        ({"top_k": 1, "top_p": 0.5, "min_tokens_to_keep": 3}, [4, 3, 2, -9]),
+    ):
+        assert (top_k_top_p_filtering(logits, filter_value=-9, **settings) == torch.tensor(kept)).all()
 
 
 @pytest.mark.parametrize(("token_idx", "tokens"), [(0, [0]), (-1, [3]), (None, [[0, 1, 2, 3]])])
@@ -193,35 +274,10 @@ def test_decode_next_token(token_idx, tokens):
 @pytest.mark.parametrize("temperature", [0, 1e-35, 1e-5, 1000])
 def test_extreme_temperatures(temperature):
     """Guards against NaN by a division by zero or beyond fp32."""
-    probabilities = Sampler(temperature=temperature).probabilities(torch.tensor([-9e4, 8e4, -torch.inf]))
-    assert probabilities.tolist() == [0, 1, 0]
-
-
-def test_each_number_of_a_round_is_used_once(monkeypatch):
-    """Guards against a next token that depends on an acceptance. A short draft leaves some numbers unused."""
-    given, batch = [], SimpleNamespace(sampler=SAMPLING)
-    monkeypatch.setattr(self_speculation_generator, "verify_draft", lambda *args: given.append(args[-1]))
-    draft = Draft(["x"], torch.zeros(1, 2, dtype=torch.long), None, [2])
-    self_speculation_generator.verify(batch, draft, torch.zeros(1, 3, 4), torch.tensor([[1, 2, 3, 4]]))
-    assert given[0].tolist() == [[1, 2, 4]]
-
-
-@pytest.mark.parametrize("q", [[0.4, 0.3, 0.2, 0.1], [1, 0, 0, 0], [0, 0.5, 0.5, 0]])
-@pytest.mark.parametrize("p", [[0.125, 0.1875, 0.25, 0.4375], [0, 0.2, 0.3, 0.5]])
-def test_accept_rule_gives_the_targets_distribution(p, q):
-    """Guards against a rule that accepts everything or resamples from the target. False alarms: 1e-4 for each
-    case, fixed seed.
-    """
-    torch.manual_seed(1)
-    p, q = torch.tensor(p), torch.tensor(q).float()
-    x = torch.multinomial(q, 2000, replacement=True)[:, None]
-    found = verify_draft(x, q.expand(2000, 1, 4), p.log().expand(2000, 2, 4), SAMPLING)
-    counts = torch.bincount(torch.where(found.num_accepted > 0, x[:, 0], found.next_token), minlength=4)
-    assert counts[p == 0].sum() == 0
-    wanted = p[p > 0].double()
-    assert chisquare(counts[p > 0], 2000 * wanted / wanted.sum()).pvalue > 1e-4
-    own = torch.multinomial(p, 3, replacement=True)
-    assert int(verify_draft(own, p.expand(3, 4), p.log().expand(4, 4), SAMPLING).num_accepted) == 3
+    logits = torch.tensor([[-9e4, 8e4, -torch.inf]])
+    for rules in ({}, {"top_p": 0.9}):
+        assert Sampler(temperature=temperature, **rules)(logits, keys_of(1)).tolist() == [1]
+    assert decode_next_token(logits[None], 0, True, temperature, 0, 0.9)[0].flatten().tolist() == [1]
 
 
 def leaves(value, first, other=-torch.inf):
@@ -253,7 +309,7 @@ def test_no_confidence_without_a_distribution():
     """Guards against NaN in statistics of drafts, where all ids are forbidden."""
     nothing = torch.full((1, 5), -torch.inf)
     sampler = Sampler(sample=False)
-    assert sampler.confidence(sampler(nothing), nothing).tolist() == [0.0]
+    assert sampler.draft(nothing, None, needs_confidence=True).confidence.tolist() == [0.0]
 
 
 def test_the_penalties_of_openai():

@@ -1,12 +1,10 @@
 """Drafts of layers, and when they end. What they may change is in test_self_speculation_generator.py."""
 
 import pytest
-import torch
 from conftest import PROMPT, config_of, generate, in_batch, mixed_drafts, tiny_llama
 from helpers import watch
 
 from self_speculation import Request
-from self_speculation.decoding.sampling import Sampler, verify_draft
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.layers import LayerDrafts
 
@@ -30,7 +28,7 @@ def test_a_draft_ends_with_its_first_unlikely_token(end_below, monkeypatch):
     calls = watch(monkeypatch, LayerDrafts, "draft")
     generate(tiny_llama(), PROMPT, max_steps=50, eos=[], exit_layer=2, num_speculations=5)
     rows = [
-        (limits[0], [chance >= 0.3 for chance in draft.confidences[0]]) for (*_, limits, _, _), draft in calls
+        (limits[0], [chance >= 0.3 for chance in draft.confidences[0]]) for (*_, limits, _), draft in calls
     ]
     assert all(all(likely[:-1]) for _, likely in rows)
     assert all(len(likely) == limit for limit, likely in rows if all(likely))
@@ -68,10 +66,3 @@ def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, end_b
     assert (ahead.predicted_tokens, ahead.draft_stats) == (waiting.predicted_tokens, waiting.draft_stats)
     # Besides the last rounds, which have no room for more, some ended early.
     assert ahead.num_drafted < 5 * ahead.num_verifications - sum(range(5))
-
-
-@pytest.mark.parametrize("q", [None, torch.ones(2, 1, 9)])
-def test_a_sampled_draft_needs_its_distribution(q):
-    """Guards against drafted tokens that are accepted whatever they are."""
-    with pytest.raises(ValueError, match="needs the distribution of each of its tokens"):
-        verify_draft(torch.zeros(2, 3, dtype=torch.long), q, torch.ones(2, 4, 9), Sampler())

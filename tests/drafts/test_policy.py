@@ -53,7 +53,7 @@ def policy(learnt=None, copy_takes=None):
 
 def drafted_by(sources, lengths, confidences=(), matched=()):
     """A draft whose tokens do not matter."""
-    return Draft(sources, None, None, lengths, confidences=confidences, matched=matched)
+    return Draft(sources, None, lengths, confidences=confidences, matched=matched)
 
 
 @dataclass

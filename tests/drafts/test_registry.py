@@ -16,7 +16,7 @@ import sweep
 from self_speculation import custom_generate
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts import registry
-from self_speculation.drafts.draft import Arm, Draft, DraftSource, LookupDrafts, Match, one_hot
+from self_speculation.drafts.draft import Arm, Draft, DraftSource, LookupDrafts, Match
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
 SCRIPTS = {
@@ -36,15 +36,14 @@ class Always(DraftSource):
     name, arm, made = "always", Arm(lambda num_rows: 0.1), 0
 
     def __init__(self, context):
-        self._token, self._vocab_size = context.config.always, context.model.config.vocab_size
+        self._token = context.config.always
 
-    def draft(self, batch, cache, limits, numbers, should_continue):  # noqa: ARG002
+    def draft(self, batch, cache, limits, should_continue):  # noqa: ARG002
         Always.made += 1
         tokens = torch.full((len(batch), max(limits)), self._token)
         for i in range(max(limits)):
             batch.record_draft(tokens[:, i], i, [i < limit for limit in limits])
-        q = one_hot(tokens, self._vocab_size)
-        return Draft(["always"] * len(batch), tokens, q, limits)
+        return Draft(["always"] * len(batch), tokens, limits)
 
 
 @dataclasses.dataclass(frozen=True)

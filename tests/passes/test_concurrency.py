@@ -84,7 +84,7 @@ def test_statistics_change_for_one_thread_at_a_time():
 
     stats = ArmStats(grows)
     one, other = AdaptivePolicy({}, 4, stats), AdaptivePolicy({}, 4, stats)
-    draft = Draft([None], torch.empty(1, 0), None, [0])
+    draft = Draft([None], torch.empty(1, 0), [0])
     run_all(lambda: one.plan([None], [1]), lambda: other.learn(draft, [0], (0.0, 1.0)))
     assert crowd.most == 1
 

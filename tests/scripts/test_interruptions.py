@@ -42,13 +42,11 @@ class Case(NamedTuple):
     resumed: tuple[str, ...] = ()  # flags that --resume may change
 
 
-SAMPLES = ["--samples_per_prompt", "20", "--sampled_prompts", "6", "--top_k", "8", "--max_steps", "4"]
 CASES = {
     # Sampled, with a vocabulary that learns ids: an example must not depend on earlier ones of its process.
     "benchmark": Case(benchmark, [*SPECULATION, "--no_repeat_ngram_size", "3"]),
     "batches": Case(benchmark, [*SPECULATION, "--batch_size", "3"], resumed=("--batch_size", "2")),
-    "correctness": Case(correctness, ["--sample", "False", *DRAFTS, "--batch_size", "3"]),
-    "distributions": Case(correctness, [*DRAFTS, *SAMPLES, "--batch_size", "8"]),
+    "correctness": Case(correctness, [*DRAFTS, "--samples_per_prompt", "1", "--batch_size", "3"]),
     "sweep": Case(sweep, GRID),
     "measured sweep": Case(sweep, [*GRID, *MEASURED, "--batch_size", "3"], "cells"),
 }
@@ -110,13 +108,10 @@ def end_early(ending):
 KILL = "from test_interruptions import benchmark, end_early; end_early('kill'); benchmark.main()"
 
 
-SLOW = [pytest.param("distributions", "Ctrl-C", marks=pytest.mark.slow)]
-ENDED = [(name, "Ctrl-C") for name in CASES if name != "distributions"]
+ENDED = [(name, "Ctrl-C") for name in CASES]
 
 
-@pytest.mark.parametrize(
-    ("name", "ending"), [*ENDED, *SLOW, ("benchmark", "full disk"), ("benchmark", "kill")]
-)
+@pytest.mark.parametrize(("name", "ending"), [*ENDED, ("benchmark", "full disk"), ("benchmark", "kill")])
 def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path, monkeypatch, capsys):
     """Guards against records that are lost, made twice or read by half, and a --resume that needs flags."""
     monkeypatch.setattr(records, "_write", write_record)

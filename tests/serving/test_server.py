@@ -119,11 +119,12 @@ def test_choices_come_in_the_order_of_prompts(served):
 
 
 def test_a_seed_gives_the_same_answer_in_any_batch(served):
-    """Guards against random numbers, temperatures or limits that requests share."""
+    """Guards against noise, temperatures or limits that requests share, and noise that depends on drafts."""
     request = {"prompt": PROMPTS[0], "temperature": 1.0, "top_p": 0.95, "max_tokens": 16}
     alone = [whole_choices(served, **request, seed=seed)[0]["text"] for seed in range(3)]
     assert len(set(alone)) == 3
-    assert texts(whole_choices(served, **request, seed=0, n=3), 3) == alone
+    for drafts in (True, False):
+        assert texts(whole_choices(served, **request, seed=0, n=3, drafts=drafts), 3) == alone
     with ThreadPoolExecutor() as others:
         for prompt, temperature in zip(PROMPTS, (0, 0.5, 2, 1), strict=True):
             others.submit(post, served, prompt=prompt, temperature=temperature, max_tokens=30)
