@@ -5,7 +5,7 @@
     python eval.py --tasks hellaswag --exit_layer 12    # the early exit at layer 12 alone
 
 The flags below choose the model and its generation. All flags of lm_eval's own command line work, too; they
-are listed at the end. If both have a flag (--model, --model_args, --device, --seed, --trust_remote_code), the
+are listed at the end. If both have a flag (--model, --model_args, --device, --seed), the
 one below counts.
 
 Tasks have their own generation settings; a flag that is given overrides them, as --gen_kwargs does.
