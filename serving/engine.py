@@ -81,8 +81,9 @@ class Engine:
         self.in_flight: list[Job] = []
         # Called by the engine's thread: with a job, its result if it was admitted, and why it was aborted;
         # with the rows of a round, and seconds since the one before.
-        self.on_end: Callable[[Job, GenerationStrategyResult | None, Exception | None], None] = _nothing
-        self.on_round: Callable[[int, float], None] = _nothing
+        self.on_end: Callable[[Job, GenerationStrategyResult | None, Exception | None], None]
+        self.on_round: Callable[[int, float], None]
+        self.on_end = self.on_round = lambda *_: None
         self._round_ended = math.nan
         self._changed = Condition()  # guards the jobs
         self._deadline = math.inf  # of all jobs
@@ -188,9 +189,6 @@ class Engine:
         if now > job.arrival_time + job.timeout:
             return RequestTimeout(f"no answer after {job.timeout:g} seconds")
         return ServerShutdown("the server shuts down") if now > self._deadline else None
-
-
-def _nothing(*_: object) -> None: ...
 
 
 def _call(callback: Callable[..., None], *args: object) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import resource
-import socket
 import sys
 import time
 from typing import Any
@@ -17,7 +16,6 @@ _BARE_LF = re.compile(rb"(?<!\r)\n")
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)  # a target with its host
 _HEAD_SECONDS = 30  # until a connection without a whole head ends
 _RESERVED = 32  # descriptors for other things
-_ROUND_TRIPS = (0.02, 0.2, 1, 5)  # seconds after which a closed socket may have refused
 
 
 class StrictConnection(h11.Connection):
@@ -104,22 +102,3 @@ class StrictProtocol(H11Protocol):
             self.transport.close()
         else:
             self._timer = self.loop.call_later(_HEAD_SECONDS, self._end_if_idle, self.cycle)
-
-    def eof_received(self) -> bool | None:  # type: ignore[override]
-        """The client is gone, or sends no more and waits: an interim answer, which a closed socket refuses,
-        tells. Clients of HTTP/1.0 do not know interim answers. True keeps the other direction open.
-        """
-        if self.is_idle or self.scope["http_version"] != "1.1":
-            return None
-        self.cycle.keep_alive = False
-        if not self.cycle.response_started:
-            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
-            for seconds in _ROUND_TRIPS:
-                self.loop.call_later(seconds, self._end_if_refused)
-        return True
-
-    def _end_if_refused(self) -> None:
-        connection = self.transport.get_extra_info("socket")
-        is_open = not self.transport.is_closing()
-        if is_open and connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.transport.abort()

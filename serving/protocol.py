@@ -8,10 +8,10 @@ import uuid
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from self_speculation.config import SAMPLING_RULES, GenerationConfig
+from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
 from serving import fields
 from serving.errors import APIError
@@ -25,14 +25,7 @@ _NEEDED = {"stream_drafts": "stream", "top_logprobs": "logprobs"}
 _REASONING = ("reasoning_content", "reasoning")  # DeepSeek's name, which vLLM had as well; vLLM's name now
 
 
-_rules: dict[str, Any] = {
-    name: (type(getattr(GenerationConfig, name)) | None, Field(None, ge=least, le=most))
-    for name, (least, most) in SAMPLING_RULES.items()
-}
-_Rules = create_model("_Rules", __base__=fields.Fields, **_rules)
-
-
-class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
+class BaseRequest(fields.Fields, ABC):
     """The fields that both kinds of requests share. `drafts` and `stream_drafts` are this server's own."""
 
     object_name: ClassVar[str]
@@ -44,6 +37,8 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
     max_completion_tokens: fields.Limit = None
     temperature: float | None = Field(None, ge=0, le=2)  # as in OpenAI's
     top_k: int | None = Field(None, ge=-1)  # -1: off, as in vLLM
+    top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: fields.Penalty = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)

@@ -1,12 +1,10 @@
 """Requests that a proxy before the server may read in another way."""
 
 import contextlib
-import json
 import socket
 import time
 
 import pytest
-from servers import held, until
 
 from serving.http11 import most_connections
 
@@ -74,28 +72,6 @@ def test_requests_in_pieces_and_in_a_row(address):
     assert statuses(address, request[:at], request[at:] + HEALTH) == [200, 200]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_sends_no_more_gets_its_answer(served, address, stream):
-    """As `nc -N` does. Guards against an empty answer, and a sequence that decodes for one that is gone."""
-    body = json.dumps({"prompt": "x", "max_tokens": 50, "stream": stream}).encode()
-    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    with socket.create_connection(address, timeout=60) as waits:
-        with held(served.engine) as at_rest:
-            waits.sendall(request)
-            waits.shutdown(socket.SHUT_WR)
-            with socket.create_connection(address, timeout=60) as leaves:
-                leaves.sendall(request)
-                until(lambda: served.num_jobs == 2)
-                assert at_rest.wait(60)
-                jobs = [*served.engine.in_flight, *served.engine.waiting]
-            until(lambda: any(job.is_cancelled for job in jobs))
-            assert sum(job.is_cancelled for job in jobs) == 1
-        answer = b"".join(iter(lambda: waits.recv(65536), b""))
-    interim, head, text = answer.split(b"\r\n\r\n", 2)
-    assert (interim, head[:12]) == (b"HTTP/1.1 102 Processing", b"HTTP/1.1 200")
-    assert len(text) > 50
-
-
 @pytest.mark.parametrize("sent", [b"", HEAD, GOOD + HEAD])
 def test_a_connection_without_a_whole_head_ends(address, monkeypatch, sent):
     """Guards against idle connections that use up the server's descriptors."""
@@ -106,7 +82,7 @@ def test_a_connection_without_a_whole_head_ends(address, monkeypatch, sent):
             pass
 
 
-SLOW = HEAD + b"Content-Length: 30\r\n\r\n{"
+SLOW = HEAD + b"Content-Length: 2000\r\n\r\n{"
 
 
 @pytest.mark.parametrize("sent", [b"", SLOW])
@@ -140,9 +116,12 @@ def test_a_body_that_does_not_come(address, monkeypatch):
     monkeypatch.setattr("serving.app._BODY_SECONDS", 0.3)
     assert statuses(address, SLOW) == [408]
     with socket.create_connection(address, timeout=60) as connection:
-        connection.sendall(SLOW)
-        with contextlib.suppress(ConnectionError):
-            for _ in range(28):
+
+        def send_slowly():
+            connection.sendall(SLOW)
+            for _ in range(999):
                 connection.sendall(b" ")
                 time.sleep(0.05)
-            raise AssertionError("the server waits")
+
+        with pytest.raises(ConnectionError):
+            send_slowly()
