@@ -134,6 +134,14 @@ ROW = st.fixed_dictionaries(
         "drafts": st.sampled_from([True, True, False]),
     }
 )
+NGRAMS = {
+    "rows": [
+        {"prompt": PROMPTS[2], "own": None, "processors": [], "criterion": None, "puts": 99, "drafts": True}
+    ],
+    "batch_size": 1, "budget": None, "config": {"max_steps": 24, "reuse_cache": False},
+    "drafts": {**LAYERS, "prompt_lookup": 1}, "ends": [], "fused": False, "context": 256, "late": False,
+    "cancelled": None,
+}  # fmt: skip
 
 
 @mixed_drafts("n-grams")
@@ -151,28 +159,14 @@ ROW = st.fixed_dictionaries(
     late=st.booleans(),
     cancelled=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 6)),
 )
-@example(  # n-grams that are accepted
-    rows=[
-        {"prompt": PROMPTS[2], "own": None, "processors": [], "criterion": None, "puts": 99, "drafts": True}
-    ],
-    batch_size=1,
-    budget=None,
-    config={"max_steps": 24, "reuse_cache": False},
-    drafts={**LAYERS, "prompt_lookup": 1},
-    ends=[],
-    sample=False,
-    agreement="loops",
-    fused=False,
-    context=256,
-    late=False,
-    cancelled=None,
-)
+@example(**NGRAMS, sample=False, agreement="loops")  # accepted
+@example(**NGRAMS, sample=True, agreement="sometimes")  # rejected
 @settings(max_examples=120)
 def test_every_row_is_as_if_alone(
     rows, batch_size, budget, config, drafts, ends, sample, agreement, fused, context, late, cancelled
 ):
-    """Guards against slots, masks, lengths, noise, settings, processors or stop conditions of other
-    rows, against a row at the end of its context that shortens others, against a chunk of a prompt at a wrong
+    """Guards against slots, masks, lengths, noise, settings, processors or stop conditions of other rows,
+    against a row at the end of its context that shortens others, against a chunk of a prompt at a wrong
     position, and against a cached prefix that another row overwrites. Rows are replaced in every order, and
     one is cancelled: guards against keys that stay behind, and a token that it still gets, or others lose. On
     a GPU tokens are read late: guards against a pass too many that shows.
