@@ -241,11 +241,15 @@ def test_every_program_that_a_page_names_is_there(page):
 
 
 def test_pages_and_the_makefile_name_flags_and_values_of_scripts():
-    """Guards against a removed flag or choice, without running the command. Commands in `sh` blocks need
-    programs or data that are not here.
+    """Guards against a removed flag or choice, in the examples of --help too, without running the command.
+    Commands in `sh` blocks need programs or data that are not here.
     """
     for page in [*PAGES, *CARDS]:
         for command in [*commands(page), *commands(page, "sh")]:
+            check_flags(command)
+    for script in ROOT.glob("*.py"):
+        text = ast.get_docstring(ast.parse(script.read_text())) or ""
+        for command in re.findall(r"^    (.*\.py .*)$", text, re.MULTILINE):
             check_flags(command)
     shown = subprocess.run(
         ["make", "--dry-run", "demo", "chat", "serve"], cwd=ROOT, check=True, capture_output=True, text=True
