@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
+from functools import cache
+from itertools import pairwise
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
 DraftWeights = Literal["exact", "int4"]
@@ -37,6 +44,45 @@ def check(options: object, field: str, ok: bool, allowed: str) -> None:
     """Raise ValueError unless `ok`; the message has the field's name and value, and what is allowed."""
     if not ok:
         raise ValueError(f"{field} {getattr(options, field)!r}: {allowed}")
+
+
+# Types of fields, by their names in messages.
+_KINDS: dict[Any, str] = {
+    bool: "True or False", int: "an integer", float: "a number", str: "a text", NoneType: "None",
+    list[str]: "a list of texts", list[int]: "a list of integers", Mapping[str, Any]: "a dictionary",
+}  # fmt: skip
+
+
+def check_types(options: object) -> None:
+    """Raise ValueError unless each field of a dataclass has a value of its annotation."""
+    for name, kind in _field_types(type(options)).items():
+        kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+        if not any(_is_a(getattr(options, name), each) for each in kinds):
+            allowed = (_KINDS.get(each) or f"one of {', '.join(get_args(each))}" for each in kinds)
+            check(options, name, False, f"must be {' or '.join(allowed)}")
+
+
+@cache
+def _field_types(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {each.name: hints[each.name] for each in fields(kind)}  # type: ignore[arg-type]
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_is_a(each, args[0]) for each in value)
+    if kind in (int, float):  # numpy's, too
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def check_kind(name: str, value: object, kind: type, how: str = "") -> None:
+    """Raise ValueError unless an argument is of this class; the message has its name and `how` to make it."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: must be a {kind.__name__}{how}, not {type(value).__name__}")
 
 
 def default_model() -> str:
@@ -80,12 +126,27 @@ _FIXED: Mapping[str, object] = {"used_by": ("self_speculative",)}
 _DRAFTS: Mapping[str, object] = {"used_by": ("adaptive", "self_speculative")}
 
 
+def _explain_fields(kind: type) -> type:
+    """Append the texts below the fields of a class to its docstring, for `help`."""
+    with suppress(OSError):  # there is no source
+        (tree,) = ast.parse(inspect.getsource(kind)).body
+        lines = [kind.__doc__, "    Fields:"]
+        for each, text in pairwise(getattr(tree, "body", ())):
+            if isinstance(each, ast.AnnAssign) and isinstance(text, ast.Expr):
+                lines.append(
+                    f"        {ast.unparse(each.target)}: {' '.join(ast.literal_eval(text.value).split())}"
+                )
+        kind.__doc__ = "\n".join(lines)
+    return kind
+
+
+@_explain_fields
 @dataclass(frozen=True)
 class GenerationConfig:
     """How to generate.
 
     Raises:
-        ValueError: a value is out of range; the message starts with the field's name.
+        ValueError: a value is of another type or out of range; the message starts with the field's name.
     """
 
     max_steps: int = 512
@@ -128,12 +189,7 @@ class GenerationConfig:
     """Lowers the logits of ids that the output has by so much; 0: off."""
 
     def __post_init__(self) -> None:
-        choices = {
-            "generation_strategy": get_args(GenerationStrategyName),
-            "draft_weights": get_args(DraftWeights),
-        }
-        for name, allowed in choices.items():
-            check(self, name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
+        check_types(self)
         layer, length = self.exit_layer, self.num_speculations
         check(self, "exit_layer", layer == -1 or layer >= 1, "must be -1 (full depth) or at least 1")
         check(self, "num_speculations", length == -1 or length >= 1, "must be -1 or at least 1")
@@ -213,9 +269,14 @@ class LoadingWarning(UserWarning):
     """A model is loaded otherwise than expected."""
 
 
+@_explain_fields
 @dataclass(frozen=True)
 class LoadingOptions:
-    """How to load a model, and onto which device."""
+    """How to load a model, and onto which device.
+
+    Raises:
+        ValueError: a value is not of its field's type; the message starts with the field's name.
+    """
 
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Passed to `from_pretrained`."""
@@ -242,3 +303,6 @@ class LoadingOptions:
     compile: bool = False
     """On a GPU, capture the decoding passes as CUDA graphs: this takes some seconds and then less time per
     token. train.py: compile the layers (torch.compile)."""
+
+    def __post_init__(self) -> None:
+        check_types(self)

@@ -86,7 +86,7 @@ def context_length(config: PretrainedConfig) -> int:
 def described_context(config: PretrainedConfig) -> str:
     """The context in words, for errors."""
     number = context_length(config)
-    if _scaled_rotation(config).get("rope_type") != "longrope":
+    if number >= config.max_position_embeddings:
         return f"{number} tokens"
     return f"{number} tokens (rope_type longrope is supported within its original context only)"
 

@@ -1,4 +1,4 @@
-"""Models in `.gguf` files: headers, configs, tokenizers, and weights in the file's own bits or in others.
+"""Models in `.gguf` files: headers, and weights in the file's own bits or in others.
 
 transformers reads these files by gguf's reader, which makes numpy views of each token and each merge: 6 to
 13 s for a vocabulary of 150,000, several times over. Only the tokenizer needs them.
@@ -12,7 +12,7 @@ import os
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,17 +25,14 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
-from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from self_speculation.config import LoadingWarning
-from self_speculation.families import FAMILIES
 from self_speculation.progress import progress
 from self_speculation.weights.few_bits import FORMATS, FewBitsEmbedding, FewBitsLinear
 
@@ -48,8 +45,8 @@ _DENSE = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
-# Families by their names in files, where those differ.
-_FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
+# Divisors of frequencies: the first one for any length, the others within the original context and beyond it.
+ROTATION_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 # Types of values: their numbers are indices into these codes of `struct`; 8 is a string, 9 an array.
 _NUMBERS, _STRING, _ARRAY = "BbHhIif?__Qqd", 8, 9
@@ -132,37 +129,6 @@ class Header:
         return TensorInFile(name, shape, kind, start, math.prod(shape) // of_block * num_bytes)
 
 
-def config_of(header: Header, given: Mapping[str, Any]) -> PretrainedConfig:
-    """The config of a file's model, with further settings.
-
-    Raises:
-        ValueError: another family, or no vocabulary.
-    """
-    architecture = header.metadata["general.architecture"]
-    family = _FAMILIES.get(architecture, architecture)
-    own = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING.get(family)
-    if own is None or family not in FAMILIES:
-        raise ValueError(f"model type {family!r} is not supported in .gguf files")
-    if "tokenizer.ggml.tokens" not in header.metadata:
-        raise ValueError("the file has no tokenizer (tokenizer.ggml.tokens)")
-    names = {f"{architecture}.{key}": name for key, name in own.items()}
-    names |= {f"tokenizer.{key}": name for key, name in GGUF_CONFIG_MAPPING["tokenizer"].items()}
-    tensors = {tensor.name for tensor in header.tensors}
-    stablelm = {
-        "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
-        "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
-    }
-    settings = {
-        "vocab_size": header.metadata["tokenizer.ggml.tokens"],
-        "tie_word_embeddings": "output.weight" not in tensors,
-        **GGUF_CONFIG_DEFAULTS_MAPPING.get(family, {}),
-        **(stablelm if family == "stablelm" else {}),
-        **{name: header.metadata[key] for key, name in names.items() if name and key in header.metadata},
-        **given,
-    }
-    return AutoConfig.for_model(family, **settings)
-
-
 def dense_dtype(header: Header) -> torch.dtype:
     """That of most matrices of a file, if they are dense; 16 bits for others."""
     ((kind, _),) = _matrix_sizes(header).most_common(1)
@@ -220,7 +186,7 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
     """All weights of a model, by the names of its parameters."""
 
     def read(path: Path, tensor: TensorInFile) -> Tensor:
-        return _read(path, tensor, dtype if len(tensor.shape) > 1 else torch.float32)
+        return read_tensor(path, tensor, dtype if len(tensor.shape) > 1 else torch.float32)
 
     with torch.device("meta"):
         names = AutoModelForCausalLM.from_config(config).state_dict()
@@ -243,6 +209,8 @@ def _read_all(
     by_name_in_file = {names.get_name(name, (".weight", ".bias")): name for name in parameters}
     largest_first = sorted(header.tensors, key=lambda tensor: -tensor.num_bytes)
     tensors = {by_name_in_file[t.name]: t for t in largest_first if t.name in by_name_in_file}
+    if unread := {t.name for t in largest_first} - by_name_in_file.keys() - {*ROTATION_TENSORS}:
+        raise ValueError(f"{min(unread)} is no tensor of a {config.model_type} model as transformers has it")
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
 
     def ordered(tensor: TensorInFile) -> Tensor:
@@ -267,12 +235,12 @@ def _read_all(
 def _bytes_or_float32(path: Path, tensor: TensorInFile) -> Tensor:
     """A matrix in few bits as the file has it, [rows, bytes]; others in float32."""
     if len(tensor.shape) != 2 or tensor.kind not in FORMATS:
-        return _read(path, tensor, torch.float32)
+        return read_tensor(path, tensor, torch.float32)
     rows = np.fromfile(path, np.uint8, tensor.num_bytes, offset=tensor.start)
     return torch.from_numpy(rows).view(tensor.shape[0], -1)
 
 
-def _read(path: Path, tensor: TensorInFile, dtype: torch.dtype) -> Tensor:
+def read_tensor(path: Path, tensor: TensorInFile, dtype: torch.dtype) -> Tensor:
     row, row_bytes = math.prod(tensor.shape[1:]), tensor.num_bytes // tensor.shape[0]
     weight, start = torch.empty(tensor.shape, dtype=dtype), tensor.start
     for rows in weight.split(max(1, _AT_A_TIME // row)):

@@ -10,7 +10,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import (
@@ -28,16 +28,15 @@ from transformers import (
 )
 
 from self_speculation.config import (
-    DtypeName,
     LoadingOptions,
     LoadingWarning,
-    PrefillDtype,
     Quantization,
+    check_kind,
 )
 from self_speculation.families import FUSED_FAMILIES, check_supported, scale_rotation
+from self_speculation.loading.gguf_config import config_of
 from self_speculation.loading.gguf_files import (
     Header,
-    config_of,
     dense_dtype,
     has_few_bits,
     load_in_few_bits,
@@ -76,10 +75,8 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     """`auto` is the checkpoint's own dtype, or float32 on a CPU; `half` is bfloat16 where the device computes
-    it, else float16. Raises LoadingError if it is unknown, or not computed on this device.
+    it, else float16. Raises LoadingError if it is not computed on this device.
     """
-    if name not in get_args(DtypeName):
-        raise LoadingError(f"dtype {name!r}: must be one of {', '.join(get_args(DtypeName))}")
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if name != "half":
@@ -92,10 +89,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 
 def check_prefill_dtype(options: LoadingOptions, device: torch.device) -> None:
-    """Raises LoadingError if the prefill dtype is unknown, or does not make prompts faster on this device."""
+    """Raises LoadingError if the prefill dtype does not make prompts faster on this device."""
     name = options.prefill_dtype
-    if name not in get_args(PrefillDtype):
-        raise LoadingError(f"prefill_dtype {name!r}: must be one of {', '.join(get_args(PrefillDtype))}")
     if name == "auto":
         return
     if device.type != "cpu":
@@ -122,10 +117,11 @@ def with_fast_prompts(model: str, options: LoadingOptions, config: PretrainedCon
     return replace(options, prefill_dtype="bfloat16") if is_bfloat16 else options
 
 
-def load_config(model: str, options: LoadingOptions | None = None) -> PretrainedConfig:
+def load_config(model: str | os.PathLike[str], options: LoadingOptions | None = None) -> PretrainedConfig:
     """The config of a supported model; arguments and errors as `load_model_and_tokenizer`."""
-    options = options or LoadingOptions()
-    model = adapted_model(model, options) or model
+    options = LoadingOptions() if options is None else options
+    check_kind("options", options, LoadingOptions)
+    model = adapted_model(os.fspath(model), options) or os.fspath(model)
     source, kwargs = locate(model, options.trust_remote_code)
     with explained(model):
         header = _header(model)  # refuses a file that is cut short
@@ -144,7 +140,7 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
 
 
 def load_model_and_tokenizer(
-    model: str,
+    model: str | os.PathLike[str],
     options: LoadingOptions | None = None,
     config: PretrainedConfig | None = None,
     chat: bool = False,
@@ -159,7 +155,8 @@ def load_model_and_tokenizer(
     Raises:
         LoadingError
     """
-    options = options or LoadingOptions()
+    model, options = os.fspath(model), LoadingOptions() if options is None else options
+    check_kind("options", options, LoadingOptions)
     set_seed(options.seed)
     device = resolve_device(options.device)
     if device.type == "cuda":
@@ -223,6 +220,8 @@ def load_model_and_tokenizer(
             loaded = PeftModel.from_pretrained(loaded, str(folder)).merge_and_unload().eval()
     if bits is not None:
         try:
+            if options.fuse:
+                fuse(loaded)  # activations that weigh errors are in float32
             quantize(loaded, bits)
         except ValueError as error:
             raise LoadingError(str(error)) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import EOS, ROOT, assert_close, needs_operators, own_llama, tiny_llama
@@ -22,17 +23,20 @@ from self_speculation.loading.gguf_files import Header
 from self_speculation.loading.loading import load_config
 
 
-def write(path, model, tokenizer, quantised=None, everything=False, others=None):
-    """Write a file as converters do: without the size of the vocabulary, and with the two halves of each
-    head, which rotate together, interleaved.
+def write(path, model, tokenizer, quantised=None, everything=False, others=None, keys=None, tensors=None):
+    """Write a file as converters do: without the size of the vocabulary, and, of a Llama, with the two halves
+    of each head, which rotate together, interleaved.
 
     Args:
         quantised: format of the layers' matrices; None: float32.
         everything: embeddings and head have that format, too.
         others: by parts of matrices' names, their formats instead.
+        keys, tensors: further ones; keys without the name of the family.
     """
     config = model.config
-    file = gguf.GGUFWriter(path, "llama")
+    family = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    file = gguf.GGUFWriter(path, family)
     file.add_context_length(config.max_position_embeddings)
     file.add_embedding_length(config.hidden_size)
     file.add_block_count(config.num_hidden_layers)
@@ -40,8 +44,13 @@ def write(path, model, tokenizer, quantised=None, everything=False, others=None)
     file.add_head_count(config.num_attention_heads)
     file.add_head_count_kv(config.num_key_value_heads)
     file.add_layer_norm_rms_eps(config.rms_norm_eps)
-    file.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    file.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    file.add_rope_freq_base(
+        config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]
+    )
+    file.add_rope_dimension_count(head_dim)
+    for key, value in (keys or {}).items():
+        add = {int: file.add_uint32, float: file.add_float32, str: file.add_string}[type(value)]
+        add(f"{family}.{key}", value)
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
     special = set(tokenizer.all_special_tokens)
@@ -52,13 +61,19 @@ def write(path, model, tokenizer, quantised=None, everything=False, others=None)
     file.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
     file.add_bos_token_id(1)
     file.add_eos_token_id(EOS)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    file.add_pad_token_id(0)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, numbers in (tensors or {}).items():
+        file.add_tensor(name, np.array(numbers, np.float32))
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if heads := num_heads.get(name.split(".")[-2]):
+        if family == "llama" and (heads := num_heads.get(name.split(".")[-2])):
             weight = weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
+        if family == "gemma3" and "norm" in name:
+            weight = weight + 1
         name, data = names.get_name(name, (".weight", ".bias")), weight.numpy()
         kind = next((kind for part, kind in (others or {}).items() if part in name), quantised)
         if kind is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
