@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
-from weakref import WeakSet
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -30,8 +30,7 @@ class _Reading(NamedTuple):
 class ThreadGovernor:
     """Between two rounds, sets torch's number of threads to the number of processors that others leave.
 
-    The number is at most the one at the start. It falls at once, and rises after a time without others, which
-    doubles each time that they come back.
+    The number is at most the one at the start. It falls at once, and rises after two seconds without others.
 
     Args:
         on_fewer: called after the number has fallen.
@@ -39,19 +38,12 @@ class ThreadGovernor:
 
     _WINDOW = 0.2  # seconds between two readings; the system counts hundredths
     _TOLERATED = 0.4  # processors that others may use: about that much, one thread less costs, too
-    _SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 16.0  # seconds
-    _all: ClassVar[WeakSet[ThreadGovernor]] = WeakSet()
+    _QUIET = 2.0  # seconds
 
     def __init__(self, on_fewer: Callable[[ThreadGovernor], object] = lambda governor: None) -> None:
-        number = torch.get_num_threads()
-        # Another model's governor may have set it. What a caller has set since is the caller's choice.
-        set_by = [other.most for other in self._all if other.num_threads == number]
-        self.most: int = max([number, *set_by])
-        self._all.add(self)
-        self.num_threads: int = self.most
+        self.most = self.num_threads = torch.get_num_threads()
         self.others = 0.0  # processors that other programs used in the last window
-        self._on_fewer, self._wait = on_fewer, self._SHORTEST_WAIT
-        self._raised = self._crowded = -float("inf")  # when the number rose, and when others left no more
+        self._on_fewer, self._crowded = on_fewer, -float("inf")  # when others left no more
         self._processors = _processors(self.most)
         self.num_processors = len(self._processors)
         self._last = self._read()
@@ -72,12 +64,10 @@ class ThreadGovernor:
         if left <= self.num_threads:
             self._crowded = now
         if left < self.num_threads:
-            soon = now - self._raised < self._LONGEST_WAIT
-            self._wait = min(2 * self._wait, self._LONGEST_WAIT) if soon else self._SHORTEST_WAIT
             self.num_threads = left
             self._on_fewer(self)
-        elif left > self.num_threads and now - self._crowded >= self._wait:
-            self.num_threads, self._raised = left, now
+        elif left > self.num_threads and now - self._crowded >= self._QUIET:
+            self.num_threads = left
 
     def _read(self) -> _Reading:
         times = psutil.cpu_times(percpu=True)
@@ -116,3 +106,14 @@ def adjust_threads(model: PreTrainedModel) -> None:
     """Adjust the number of threads, if the model has a governor."""
     if (governor := peek(model, ThreadGovernor)) is not None:
         governor.adjust()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on the calling thread alone: threads of short products would wait for each other."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)

@@ -78,7 +78,7 @@ MODELS = {
     **{f"{kind} with windows": partial(narrow, kind) for kind in WINDOWED},
     **{kind: partial(mixture, kind) for kind in KINDS},
 }
-HAVE_NO_COPIES = ("never", "four bits", "experts in some layers", *KINDS)
+HAVE_NO_COPIES = ("never", "four bits", "eight bits", "experts in some layers", *KINDS)
 
 
 @cache

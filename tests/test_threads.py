@@ -1,6 +1,5 @@
 """The number of threads follows what other programs leave."""
 
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -49,36 +48,6 @@ def test_threads_fall_at_once_and_rise_after_a_quiet_time(monkeypatch):
     assert sorted(quiet) == quiet
     assert quiet[-1] == 2
     assert machine.said == [1]
-
-
-@pytest.mark.parametrize(("now", "most"), [(4, 4), (1, 4), (2, 2)])
-def test_the_most_threads_beside_another_governor(now, most, monkeypatch):
-    """Guards against one thread for ever, since another model's governor had lowered the number, and against
-    more threads than the caller has set since.
-    """
-    machine = Machine(monkeypatch, 4)
-    machine.run(2, others=0.0 if now == 4 else 3.0)
-    assert machine.num_threads == (4 if now == 4 else 1)
-    monkeypatch.setattr(ThreadGovernor, "_all", {machine})
-    monkeypatch.setattr("torch.get_num_threads", lambda: now)
-    monkeypatch.setattr("psutil.cpu_times", lambda percpu: [SimpleNamespace()] * 4)
-    assert ThreadGovernor().most == most
-
-
-def test_programs_that_come_back_are_waited_for_longer_each_time(monkeypatch):
-    """Guards against a rise each half second beside a program that pauses."""
-    machine, waits = Machine(monkeypatch, 2), []
-    for _ in range(8):
-        machine.run(1, others=1.0)
-        waits.append(0)
-        while machine.num_threads == 1:
-            machine.run(0.1, others=0.0)
-            waits[-1] += 0.1
-    assert all(longer > 1.5 * shorter for shorter, longer in pairwise(waits[:6]))
-    assert 16 <= waits[-1] < 17
-    machine.run(60, others=0.0)
-    machine.run(1, others=1.0)
-    assert machine.run(1, others=0.0)[-1] == 2  # that was another time
 
 
 @pytest.mark.parametrize(("others", "threads"), [(1.0, 15), (4.0, 12), (15.0, 1), (40.0, 1)])

@@ -29,6 +29,7 @@ from self_speculation.passes.model_runner import (
 )
 from self_speculation.passes.unsupported_hooks import difference
 from self_speculation.progress import progress
+from self_speculation.threads import most_threads, one_thread
 from self_speculation.weights.experts import experts_per_token
 from self_speculation.weights.few_bits import FewBitsLinear, eight_bits, mean_bytes_per_weight
 from self_speculation.weights.int4_linear import (
@@ -42,13 +43,13 @@ from self_speculation.weights.kernels import cpu_operators
 from self_speculation.weights.linear import Linear, Product
 
 # Tokens that the size of inputs is learnt from.
-_TOKENS_TO_LEARN = 64
+_TOKENS_TO_LEARN = 16
 
 # Logits of a copied head that are computed again. Four bits rarely rank the best one lower.
 _COMPUTED_AGAIN = 8
 
-# A copy that takes hardly fewer bytes than the model's own layers drafts no faster.
-_CLEARLY_MORE = 1.25
+# Weights of fewer bits draft no faster by a copy: in eight bits its gain was 1.01.
+_FEWEST_BITS = 10
 
 # Bytes that CUDA reads while torch's kernel multiplies by a weight in four bits. A whole model in four and in
 # 16 bits gave 187 and 95 tokens/s (A100, groups of 32; pytorch/ao, pull request 880).
@@ -69,9 +70,8 @@ def copy_bytes_per_weight(model: PreTrainedModel) -> float:
 
 def why_no_copies(model: PreTrainedModel) -> str | None:
     """None, if copies in four bits take clearly fewer bytes than the model's own layers."""
-    own = mean_bytes_per_weight(model.base_model.layers[0])
-    is_clear = own > _CLEARLY_MORE * BYTES_PER_WEIGHT
-    return None if is_clear else f"the model's weights take {8 * own:.1f} bits already"
+    bits = 8 * mean_bytes_per_weight(model.base_model.layers[0])
+    return None if bits >= _FEWEST_BITS else f"the model's weights take {bits:.1f} bits already"
 
 
 @torch.no_grad()
@@ -79,7 +79,8 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
     """Round the weights of a model on a CPU in place, to four or eight bits; its head to eight.
 
     Raises:
-        ValueError: layers or head with hooks, adapters or quantised weights, or experts; no operators.
+        ValueError: layers or head with hooks, adapters or quantised weights, or experts; no operators; inputs
+            that are not finite, which weigh errors of four bits.
     """
     title, operators = f"quantization int{bits}", cpu_operators()
     if operators.variant is None:
@@ -91,6 +92,10 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
     by_linear = _input_squares(runner, runner.layers) if bits == 4 else {}
     squares = {p: by_linear[linear] for linear in by_linear for p in linear.projections}
     found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    for name, module in found.items():
+        if module in squares and not squares[module].isfinite().all():
+            why = "weights are not, or numbers do not fit in its dtype: try float32"
+            raise ValueError(f"{title}: inputs of {name} in {model.dtype} are not finite: {why}")
 
     def rounded(module: nn.Linear) -> FewBitsLinear:
         weight, bias = module.weight.data, None if module.bias is None else module.bias.data
@@ -223,11 +228,12 @@ def _make_copies(runner: ModelRunner, layers: Sequence[Layer], linears: Sequence
     def make(linear: Linear) -> None:
         linear.copy = int4_copy(linear, squares.get(linear))
 
-    # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
-    num_threads = torch.get_num_threads() if runner.device.type == "cpu" else 1
+    # On a CPU one thread makes each copy, so none waits for another, nor at the end for that of the head.
+    num_threads = most_threads(runner.model) if runner.device.type == "cpu" else 1
+    largest_first = sorted(missing, key=missing.__getitem__, reverse=True)
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
-        for num_copied, _ in zip(missing.values(), pool.map(make, missing), strict=True):
-            advance(num_copied)
+        for linear, _ in zip(largest_first, pool.map(make, largest_first), strict=True):
+            advance(missing[linear])
 
 
 @torch.no_grad()
@@ -250,7 +256,8 @@ def _input_squares(runner: ModelRunner, layers: Sequence[Layer]) -> Mapping[Line
     summing = runner.with_layers(summed, runner.head)
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.device) * vocabulary // _TOKENS_TO_LEARN
-    ids = tokens.view(16, -1).T.reshape(1, -1)  # neighbours are not alike
+    ids = tokens.view(4, -1).T.reshape(1, -1)  # neighbours are not alike
     cache = ModelRunner.new_cache(summing, _TOKENS_TO_LEARN, _TOKENS_TO_LEARN)  # not that of captured passes
-    forward_early(summing, cache, ids, len(layers), num_logits=0)
+    with one_thread():
+        forward_early(summing, cache, ids, len(layers), num_logits=0)
     return squares

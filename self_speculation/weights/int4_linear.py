@@ -10,7 +10,6 @@ where ours cannot be built, take and return bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -29,7 +28,7 @@ _AT_A_TIME, _AT_A_TIME_ON_CPU = 2**24, 2**18
 # Elements of a row that share a scale and a middle.
 _GROUP = 32
 
-# Scales that are tried, as shares of the range of a group.
+# Scales that are tried, as shares of the range of a group. The best one is fitted by least squares.
 _SHARES_OF_RANGE = (1.0, 0.9, 0.8)
 
 # Kernels take rows by so many; other weights are padded.
@@ -126,50 +125,34 @@ def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     [groups of a row, n, 2] the size of a step and the value of step 8. `int4_round` does the same on a CPU.
     """
     groups = rows.float().unflatten(1, (-1, _GROUP))  # [n, groups of a row, elements]
-    tried = _roundings(groups, counts)
-    best = next(tried)
-    for other in tried:
-        better = other[0] < best[0]
-        best = tuple(torch.where(better, new, old) for new, old in zip(other, best, strict=True))
-    _, scales, middles, steps = best
-    numbers = torch.cat((scales, middles), 2).to(torch.bfloat16).transpose(0, 1).contiguous()
-    return (steps + 8).to(torch.int32).flatten(1), numbers
+    least, largest = groups.aminmax(dim=2, keepdim=True)
+    mean, fits = (groups * counts).sum(2, keepdim=True), []
+    for share in _SHARES_OF_RANGE:
+        scale = ((largest - least) * share / 15).clamp(min=1e-12)
+        steps = _steps(groups, scale, (least + largest + scale) / 2)
+        weighted = steps * counts
+        mean_step = weighted.sum(2, keepdim=True)
+        variance = ((weighted * steps).sum(2, keepdim=True) - mean_step.square()).clamp(min=1e-12)
+        covariance = (weighted * groups).sum(2, keepdim=True) - mean_step * mean
+        # Least squares for these steps lower the weighted error by covariance^2 / variance.
+        fits.append((covariance.square() / variance, covariance / variance, mean_step))
+    gains, scales, mean_steps = map(torch.stack, zip(*fits, strict=True))
+    best = gains.argmax(0, keepdim=True)
+    scales, mean_steps = scales.gather(0, best)[0], mean_steps.gather(0, best)[0]
+    numbers = torch.cat((scales.clamp(min=1e-12), mean - scales * mean_steps), 2).to(torch.bfloat16)
+    steps = _steps(groups, *numbers.float().split(1, 2)) + 8
+    return steps.to(torch.int32).flatten(1), numbers.transpose(0, 1).contiguous()
+
+
+def _steps(groups: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
+    return ((groups - middles) * (1 / scales)).round_().clamp_(-8, 7)
 
 
 def _shares(squares: Tensor) -> Tensor:
     """Squares of inputs [in] -> their shares of each group's sum [groups of a row, elements]."""
     counts = pad(squares, (0, -len(squares) % _GROUP)).float().unflatten(0, (-1, _GROUP))
-    counts = counts + 1e-6 * counts.mean() + 1e-30  # an unused group must not divide by zero
+    counts = counts + 1e-3 * counts.mean(1, keepdim=True) + 1e-30  # one alone fits by any scale
     return counts / counts.sum(1, keepdim=True)
-
-
-def _roundings(groups: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Round groups [n, g, elements] by several scales, each also fitted by least squares.
-
-    Args:
-        counts: [g, elements] weight of an element's error, 1 in sum.
-
-    Yields:
-        error (up to a constant), scale and middle [n, g, 1]; steps [n, g, elements] from -8 to 7.
-    """
-    least, largest = groups.aminmax(dim=2, keepdim=True)
-    mean = (groups * counts).sum(2, keepdim=True)
-    for share in _SHARES_OF_RANGE:
-        scales = (largest - least) * share / 15
-        middles = (least + largest + scales) / 2
-        for _ in range(2):
-            scales = scales.clamp(min=1e-12).to(torch.bfloat16).float()  # as kernels read them
-            middles = middles.to(torch.bfloat16).float()
-            steps = ((groups - middles) * (1 / scales)).round_().clamp_(-8, 7)
-            weighted = steps * counts
-            mean_step, square = weighted.sum(2, keepdim=True), (weighted * steps).sum(2, keepdim=True)
-            product = (weighted * groups).sum(2, keepdim=True)
-            # Sum of (middle + scale * step - element)^2, without what no choice changes.
-            scale_error = scales * (scales * square + 2 * (middles * mean_step - product))
-            yield scale_error + middles * (middles - 2 * mean), scales, middles, steps
-            variance = square - mean_step.square()
-            scales = (product - mean_step * mean) / variance.clamp(min=1e-12)
-            middles = mean - scales * mean_step
 
 
 def _packed(steps: Tensor) -> Tensor:

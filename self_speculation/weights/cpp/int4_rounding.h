@@ -21,31 +21,36 @@ void round_group(const Floats* elements, const float* counts, uint8_t* low, uint
     return steps + nearest - nearest;
   };
   const Floats smallest = splat(1e-12f);
-  Floats best_error = splat(INFINITY), best_scale = smallest, best_middle = {};
+  Floats best_gain = splat(-1.0f), scale = smallest, middle = mean;  // of a NaN
   for (float share : {1.0f, 0.9f, 0.8f}) {
-    Floats scale = (largest - least) * share / 15.0f, middle = (least + largest + scale) / 2.0f;
-    for (int fit = 0; fit < 2; fit++) {
-      scale = rounded(scale > smallest ? scale : smallest), middle = rounded(middle);
-      Floats mean_step = {}, square = {}, product = {}, per_scale = 1.0f / scale;
-      for (int j = 0; j < GROUP; j++) {
-        Floats steps = step(elements[j], per_scale, middle), weighted = steps * counts[j];
-        mean_step += weighted, square += weighted * steps, product += weighted * elements[j];
-      }
-      Floats error = scale * (scale * square + 2.0f * (middle * mean_step - product)) + middle * (middle - 2.0f * mean);
-      Ints better = error < best_error;
-      best_error = better ? error : best_error;
-      best_scale = better ? scale : best_scale, best_middle = better ? middle : best_middle;
-      Floats variance = square - mean_step * mean_step;
-      scale = (product - mean_step * mean) / (variance > smallest ? variance : smallest);
-      middle = mean - scale * mean_step;
+    Floats tried = (largest - least) * share / 15.0f, mean_step = {}, square = {}, product = {};
+    tried = tried > smallest ? tried : smallest;
+    Floats per_scale = 1.0f / tried, tried_middle = (least + largest + tried) / 2.0f;
+    for (int j = 0; j < GROUP; j++) {
+      Floats steps = step(elements[j], per_scale, tried_middle), weighted = steps * counts[j];
+      mean_step += weighted, square += weighted * steps, product += weighted * elements[j];
     }
+    Floats variance = square - mean_step * mean_step, covariance = product - mean_step * mean;
+    variance = variance > smallest ? variance : smallest;
+    Floats gain = covariance * covariance / variance, fitted = covariance / variance;
+    Ints better = gain > best_gain;
+    best_gain = better ? gain : best_gain;
+    scale = better ? fitted : scale, middle = better ? mean - fitted * mean_step : middle;
   }
-  for (int j = 0; j < GROUP; j++) {
-    Ints steps = __builtin_convertvector(step(elements[j], 1.0f / best_scale, best_middle), Ints) + 8;
-    for (int64_t row = 0; row < LANES; row++) low[j / 8 * 64 + row * 4 + j % 4] |= steps[row] << (j & 4);
+  scale = rounded(scale > smallest ? scale : smallest), middle = rounded(middle);
+  Floats per_scale = 1.0f / scale;
+  for (int j = 0; j < GROUP; j += 8) {  // eight steps of each row are a word, those of four columns side by side
+    Ints words = {};
+    for (int i = 0; i < 8; i++) {
+      Ints steps = __builtin_convertvector(step(elements[j + i], per_scale, middle), Ints) + 8;
+      words |= steps << (i % 4 * 8 + i / 4 * 4);
+    }
+    std::memcpy(low + j / 8 * 64, &words, sizeof(words));
   }
-  for (int64_t row = 0; row < LANES; row++) {
-    scales[row] = ((Ints)best_scale)[row] >> 16, scales[BLOCK + row] = ((Ints)best_middle)[row] >> 16;
+  int64_t number = 0;
+  for (Floats of_group : {scale, middle}) {
+    Shorts bits = __builtin_convertvector((Ints)of_group >> 16, Shorts);
+    std::memcpy(scales + BLOCK * number++, &bits, sizeof(bits));
   }
 }
 
@@ -57,9 +62,15 @@ void round_rows(const Number* numbers, int64_t rows, int64_t columns, const floa
     for (int64_t g = 0; g < groups; g++) {
       alignas(64) float elements[GROUP][LANES] = {};
       int64_t width = std::min(GROUP, columns - g * GROUP);
-      for (int64_t row = 0; row < std::min(LANES, rows - first); row++)
-        for (int64_t j = 0; j < width; j++)
-          elements[j][row] = float(numbers[(first + row) * columns + g * GROUP + j]);
+      for (int64_t row = 0; row < std::min(LANES, rows - first); row++) {
+        const Number* from = numbers + (first + row) * columns + g * GROUP;
+        int64_t j = 0;
+        for (; j + LANES <= width; j += LANES) {
+          Floats part = widen(from + j);
+          for (int64_t i = 0; i < LANES; i++) elements[j + i][row] = part[i];
+        }
+        for (; j < width; j++) elements[j][row] = float(from[j]);
+      }
       int64_t lane = first % BLOCK;
       uint8_t* cell = blocks + first / BLOCK * format.to(groups) + format.to(g);
       round_group(reinterpret_cast<Floats*>(elements), counts + g * GROUP, cell + format.scales() + lane * 4,
