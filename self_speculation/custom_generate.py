@@ -113,7 +113,7 @@ def self_speculative_generate(
         drafting = {"exit_layer": early, "num_speculations": length, **drafting}
     config = GenerationConfig(
         max_steps=max(1, max_length - input_ids.shape[1]),  # criteria are checked after the first token
-        sample=generation_config.do_sample,
+        sample=bool(generation_config.do_sample),
         temperature=1.0,  # a processor applies it, like top-k and top-p
         top_p=1.0,
         **{"generation_strategy": "self_speculative", **drafting},

@@ -1,36 +1,32 @@
-"""The interface of strategies, and the generator: text in, text out."""
+"""The generator: text in, text out."""
 
 from __future__ import annotations
 
-import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from transformers import (
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    StoppingCriteriaList,
 )
 
-from self_speculation.config import GenerationConfig
+from self_speculation.config import GenerationConfig, check_kind
 from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
-from self_speculation.decoding.request import Callables, Request, as_list
+from self_speculation.decoding.request import Callables, Request, as_list, token_ids
 from self_speculation.decoding.texts import OutputReader
 from self_speculation.families import context_length, described_context
+from self_speculation.generation_strategy import GenerationStrategy, single_result
 from self_speculation.results import GenerationResult, GenerationStrategyResult
+from self_speculation.strategies import make_strategy
 
 _sandbox = lru_cache(maxsize=4)(GrammarSandbox)  # generators with one tokenizer share its process
 _PIECE = 50_000  # characters of a prediction that are tokenized at a time
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,79 +54,13 @@ class TokenizedRequest(Request):
         )
 
 
-class GenerationStrategy:
-    """Base strategy. Override `generate_token_ids` or `generate_batch`: each calls the other."""
-
-    def generate_token_ids(
-        self,
-        model: PreTrainedModel,
-        input_ids: list[int],
-        eos_token_ids: int | list[int] | None,
-        generation_config: GenerationConfig,
-        logits_processors: Callables = None,
-        stopping_criteria: Callables = None,
-        streamer: Any = None,
-    ) -> GenerationStrategyResult:
-        """Generate the continuation of `input_ids`.
-
-        Args:
-            eos_token_ids: end the output, as `generation_config.stop_token_ids` do.
-            logits_processors, stopping_criteria, streamer: see `Request`.
-
-        Raises:
-            ValueError: an empty prompt, a prompt longer than the context, or an exit layer that the model
-                does not have.
-            FloatingPointError: the model's logits are NaN.
-        """
-        calls = (logits_processors, stopping_criteria, streamer)
-        request = Request(input_ids, *calls, eos_token_ids=eos_token_ids)
-        return single_result(self.generate_batch(model, [request], generation_config, batch_size=1))
-
-    def generate_batch(
-        self,
-        model: PreTrainedModel,
-        requests: Iterable[Request],
-        generation_config: GenerationConfig,
-        batch_size: int,  # noqa: ARG002
-    ) -> Iterator[tuple[int, GenerationStrategyResult | Exception]]:
-        """Generate the continuation of each request, `batch_size` at a time; here: one after the other.
-
-        Yields:
-            The index of a finished request, and its result or its error.
-        """
-        if type(self).generate_token_ids is GenerationStrategy.generate_token_ids:
-            raise NotImplementedError(f"{type(self).__name__} needs generate_token_ids or generate_batch")
-        for index, request in enumerate(requests):
-            config = request.config or generation_config
-            result: GenerationStrategyResult | Exception
-            try:
-                processors, criteria = request.processors(config), as_list(request.stopping_criteria)
-                criteria += [_as_criterion(check, len(request.ids)) for check in as_list(request.stop_checks)]
-                result = self.generate_token_ids(
-                    model,
-                    request.ids,
-                    as_list(request.eos_token_ids),
-                    config,
-                    LogitsProcessorList(processors) if processors else None,
-                    StoppingCriteriaList(criteria) if criteria else None,
-                    request.streamer,
-                )
-            except Exception as error:
-                result = error
-            yield index, result
-
-
-def _as_criterion(stop_check: Callable, num_prompt: int) -> Callable:
-    return lambda ids, *_, **__: torch.tensor([stop_check(ids[0, num_prompt:].tolist())])
-
-
 class HuggingfaceLlamaGenerator:
     """Generates text with a strategy.
 
     Args:
         tokenizer: the model's.
         model: a `...ForCausalLM` of transformers, in evaluation mode.
-        generation_strategy: `make_strategy(name)` makes one.
+        generation_strategy: None: that of each call's config, as `make_strategy` makes it.
     """
 
     sandbox: GrammarSandbox | None = None  # see `use_sandbox`
@@ -139,8 +69,13 @@ class HuggingfaceLlamaGenerator:
         self,
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel,
-        generation_strategy: GenerationStrategy,
+        generation_strategy: GenerationStrategy | None = None,
     ) -> None:
+        check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase)
+        if generation_strategy is not None:
+            check_kind(
+                "generation_strategy", generation_strategy, GenerationStrategy, " of make_strategy(name)"
+            )
         self.tokenizer, self.model, self.generation_strategy = tokenizer, model, generation_strategy
 
     def generate(
@@ -182,6 +117,9 @@ class HuggingfaceLlamaGenerator:
         Raises:
             ValueError: batch_size below 1, or an exit layer that the model does not have.
         """
+        check_kind("generation_config", generation_config, GenerationConfig)
+        if isinstance(prompts, str | bytes | Mapping | Request):
+            raise ValueError("prompts: must be a list of prompts; generate takes a single one")
         began = time.perf_counter()  # the first answer's time includes the setup
         begun: list[tuple[int, TokenizedRequest]] = []  # in the order of the strategy
         failed: list[tuple[int, Exception]] = []
@@ -196,7 +134,7 @@ class HuggingfaceLlamaGenerator:
                 else:
                     yield begun[-1][1]
 
-        strategy = self.generation_strategy
+        strategy = self.generation_strategy or make_strategy(generation_config.generation_strategy)
         for order, result in strategy.generate_batch(self.model, requests(), generation_config, batch_size):
             index, request = begun[order]
             yield index, result if isinstance(result, Exception) else request.finish(result)
@@ -252,11 +190,8 @@ class HuggingfaceLlamaGenerator:
             ValueError: a text that certainly does not fit, or a token id that the model does not have.
         """
         if not isinstance(prompt, str):
-            try:
-                ids = [*map(operator.index, prompt)]
-            except TypeError:
-                kinds = "must be a text or a list of token ids; generate_batch takes several prompts"
-                raise ValueError(f"the prompt {kinds}") from None
+            allowed = "must be a text or a list of token ids; generate_batch takes several prompts"
+            ids = token_ids(prompt, allowed)
         elif self.is_far_too_long(prompt):
             raise ValueError(
                 f"the prompt has {len(prompt)} characters and leaves no room in the model's context of "
@@ -324,11 +259,3 @@ class HuggingfaceLlamaGenerator:
         """Of the tokenizer and the model's generation config."""
         model_ids = getattr(self.model.generation_config, "eos_token_id", None)
         return sorted({self.tokenizer.eos_token_id, *as_list(model_ids)} - {None})
-
-
-def single_result(results: Iterable[tuple[int, T | Exception]]) -> T:
-    """The result of a batch of one. Raises its error."""
-    [(_, result)] = results
-    if isinstance(result, Exception):
-        raise result
-    return result

@@ -19,13 +19,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from self_speculation.config import GenerationConfig, GenerationStrategyName
+from self_speculation.config import GenerationConfig, GenerationStrategyName, check_kind
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.families import check_supported, context_length, described_context
-from self_speculation.generator_base import GenerationStrategy
+from self_speculation.generation_strategy import GenerationStrategy
 from self_speculation.passes.captured_runner import make_runner, run_every_pass
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange, forward_early
@@ -121,6 +121,8 @@ class Scheduler(Generic[Key]):
         token_budget: int | None = None,
     ) -> None:
         began = time.perf_counter()
+        check_kind("generation_config", config, GenerationConfig)
+        check_kind("batch_size", batch_size, int)
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: must be at least 1")
         # The strategy object overrides the config's name.

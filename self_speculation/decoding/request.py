@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-from self_speculation.config import GenerationConfig
+from self_speculation.config import GenerationConfig, check_kind
 from self_speculation.decoding.grammar import Grammar
 from self_speculation.decoding.texts import Thinking
 
@@ -59,17 +61,28 @@ class Request:
     thinking: Thinking | None = None
     """How the output thinks: `Thinking.of(tokenizer, prompt)`. Grammar and stop words begin after it."""
 
+    def __post_init__(self) -> None:
+        if self.config is not None:
+            check_kind("config", self.config, GenerationConfig)
+
     @property
     def ids(self) -> list[int]:
-        """The tokenized prompt."""
-        assert not isinstance(self.prompt, str), "a strategy takes token ids"
-        return self.prompt
+        """The tokenized prompt. Raises ValueError if it is none."""
+        return token_ids(self.prompt, "must be a list of token ids, since a strategy has no tokenizer")
 
     def processors(self, config: GenerationConfig) -> list[Callable]:
         """All logits processors, as transformers orders them: the config's come before the request's own."""
         bias = {(id_,): float(value) for id_, value in (self.logit_bias or {}).items()}
         biases = [SequenceBiasLogitsProcessor(bias)] if bias else []
         return [*biases, *config_processors(config, len(self.ids)), *as_list(self.logits_processors)]
+
+
+def token_ids(prompt: object, allowed: str) -> list[int]:
+    """A prompt that is a sequence of integers. Raises ValueError, with what is allowed, for others."""
+    if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes | Mapping):
+        with suppress(TypeError):
+            return [*map(operator.index, prompt)]
+    raise ValueError(f"the prompt {allowed}")
 
 
 def as_list(values: T | Iterable[T] | None) -> list[T]:

@@ -55,10 +55,10 @@ class Sequence:
     ) -> None:
         self._started = time.perf_counter() if started is None else started
         self._first_token_at: float | None = None
-        if not request.ids:
+        self.key, self._request, self.prompt = key, request, request.ids
+        if not self.prompt:
             raise ValueError("the prompt has no tokens")
         config = request.config or config
-        self.key, self._request, self.prompt = key, request, [*request.ids]
         self.tokens: list[int] = []  # of the output, with an end id
         self._max_steps = config.max_steps
         self.max_length = min(len(self.prompt) + config.max_steps, context)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from self_speculation.families import FUSED_FAMILIES
+from self_speculation.families import FUSED_FAMILIES, check_supported
 from self_speculation.model_cache import cached, evict, lock, peek, release, singleton, weights_key
 from self_speculation.passes.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.passes.attention_context import AttentionContext
@@ -106,10 +106,11 @@ def fuse(model: PreTrainedModel, bfloat16_prefill: bool | None = None) -> int:
         The number of fused layers.
 
     Raises:
-        ValueError: code around the layers, which passes do not follow; prompts in bfloat16 need a CPU, fused
-            weights in 16 bits and oneDNN.
+        ValueError: the model is not supported, or has code around its layers, which passes do not follow;
+            prompts in bfloat16 need a CPU, fused weights in 16 bits and oneDNN.
     """
     check_followed(model)
+    check_supported(model.config)
     with lock(model):
         settings = singleton(model, Settings)
         if bfloat16_prefill is not None:

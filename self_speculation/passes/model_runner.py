@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
+from self_speculation.config import check_kind
 from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, check_supported
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
@@ -224,6 +225,7 @@ class PassRange(NamedTuple):
 
 def forward(runner: ModelRunner, cache: KVCache, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
     """All layers over T new tokens [B, T]; logits for the last `num_logits` of them."""
+    _check_runner(runner)
     return forward_early(runner, cache, input_ids, len(runner.layers), num_logits)
 
 
@@ -235,6 +237,7 @@ def forward_early(
     num_logits: int = 1,
 ) -> ForwardResult:
     """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
+    _check_runner(runner)
     return runner.run(cache, input_ids, 0, exit_layer, num_logits)
 
 
@@ -242,4 +245,10 @@ def forward_remainder(
     runner: ModelRunner, cache: KVCache, exit_hidden: Tensor, exit_layer: int
 ) -> ForwardResult:
     """Layers exit_layer..L-1 over the exit hidden states [B, T, H] of T tokens; logits for all of them."""
+    _check_runner(runner)
     return runner.run(cache, exit_hidden.clone(), exit_layer, len(runner.layers), exit_hidden.shape[1])
+
+
+def _check_runner(runner: ModelRunner) -> None:
+    """Raises ValueError for a model, which these functions take in the paper's code."""
+    check_kind("runner", runner, ModelRunner, ", as docs/moving.md shows")

@@ -171,7 +171,6 @@ def test_scripts_read_prompts_as_transformers_does(
         ({"dtype": "bfloat16"}, True, "dtype auto"),
         ({"fuse": False}, True, "fuse True"),
         pytest.param({"quantization": "int8"}, True, "quantization none", marks=needs_operators),
-        ({"prefill_dtype": "float16"}, True, "'float16': must be one of auto, float32, bfloat16"),
     ],
 )
 def test_refusals(monkeypatch, options, amx, why):
