@@ -1,12 +1,11 @@
-"""Compare exit layers x draft lengths: predict the whole grid from one pass, or measure it.
+"""Compare exit layers x draft lengths: count the drafts of every cell, and measure the best ones.
 
     python sweep.py --num_samples 40 --max_steps 64 --exit_layer_first 2 --exit_layer_last 12
-    python sweep.py --mode measured --num_samples 10 --max_steps 64
-    python sweep.py --mode measured --num_samples 40 --max_steps 64 --batch_size 8
+    python sweep.py --mode measured --num_samples 10 --max_steps 64 --num_speculations_step 2
 
-The grid sets exit layer and draft length, and the strategy is self_speculative: a line names flags that are
-not used. Predicted mode generates each example once, at full depth, reads the guesses of all exit layers, and
-replays the rounds of every cell; rounds of some cells are measured. Counts are exact, times are estimates.
+Each example is generated once, greedily. One more pass over it tells what every exit layer would have
+guessed, which gives exact counts of drafted and accepted tokens for every cell. Then three cells are
+measured. The last line has the flags of the fastest one. --mode measured measures all cells, and can sample.
 """
 
 from __future__ import annotations
@@ -40,8 +39,9 @@ from runs.program import run
 class SweepArguments:
     """Exit layers, draft lengths, and how they are timed."""
 
-    mode: Literal["predicted", "measured"] = "predicted"
-    """predicted: compute the whole grid from one pass over each example; measured: run every cell."""
+    mode: Literal["counted", "measured"] = "counted"
+    """counted: count the drafts of every cell, then measure the three that should be fastest; measured: run
+    every cell."""
     exit_layer_first: int = 1
     """First exit layer of the grid."""
     exit_layer_last: int = 15
@@ -55,8 +55,6 @@ class SweepArguments:
     """Last draft length."""
     num_speculations_step: int = 1
     """Step between draft lengths."""
-    verify_top: int = 0
-    """Measure this many of the best predicted cells."""
     resume: str | None = None
     """Folder of an interrupted sweep to continue."""
 
@@ -65,7 +63,6 @@ class SweepArguments:
             first, last = (getattr(self, f"{axis}_{end}") for end in ("first", "last"))
             at_least(self, 1, f"{axis}_first", f"{axis}_step")
             check(self, f"{axis}_first", first <= last, f"beyond --{axis}_last {last}, the grid is empty")
-        at_least(self, 0, "verify_top")
 
     def exit_layers(self, last: int, of_copy: bool) -> list[int]:
         """The exit layers of the grid, of which `last` is the last one that can draft."""
@@ -81,21 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, data_args, args, batch = parse(
         __doc__ or "", *groups, args=argv, without=NOT_MEASURED
     )
-    if batch.batch_size > 1 and args.mode == "predicted":
-        refuse(
-            f"--batch_size {batch.batch_size}: must be 1 in predicted mode, whose costs are those of single "
-            "sequences; --mode measured takes more"
-        )
     validate(model_args, config, data_args.chat, of_grid=True)
 
-    from measures.sweeping import Measured, Predicted
+    from measures.sweeping import Counted, Measured
     from runs.examples import run_experiment
     from runs.startup import read_config
     from runs.status import print_status
     from self_speculation.drafts.registry import is_replayable
 
-    if args.mode == "predicted" and not config.greedy:
-        print_status("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
+    if args.mode == "counted" and not config.greedy:
+        print_status("--mode counted decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
     first = {"exit_layer": args.exit_layer_first, "num_speculations": args.num_speculations_first}
     cell = {"generation_strategy": "self_speculative", **first}
@@ -104,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             cells = "cells are self_speculative, on the grid of the flags of sweeps"
             print_status(f"--{name} {value}: not used; {cells}")
     config = dataclasses.replace(config, **cell)
-    if args.mode == "predicted" and not is_replayable(config):
-        refuse("--mode predicted: needs drafts of layers and of one length; use --mode measured")
+    if args.mode == "counted" and not is_replayable(config):
+        refuse("--mode counted: needs drafts of layers and of one length; use --mode measured")
     num_layers, is_copy = read_config(model_args).num_hidden_layers, config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1
     exit_layers = args.exit_layers(last, is_copy)
@@ -116,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_status(f"--exit_layer_last {args.exit_layer_last}: {cut}")
     lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
     grid = [(layer, k) for layer in exit_layers for k in lengths]
-    make = partial(Measured if args.mode == "measured" else Predicted, grid=grid, verify_top=args.verify_top)
+    make = partial(Measured if args.mode == "measured" else Counted, grid=grid)
     return run_experiment("sweep", make, model_args, config, data_args, args, batch)
 
 

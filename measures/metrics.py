@@ -103,13 +103,16 @@ def draft_stats(records: Sequence[Record], prefix: str = "") -> DraftStats:
 def acceptance(records: Sequence[Record]) -> Record:
     """Counts of all drafts as JSON.
 
+    `acceptance_rate` is that of all tokens, `acceptance_rate_mean` the mean over examples with drafts.
     `acceptance_by_position[i]` is over the drafts with more than i tokens, so it may rise.
     `rounds_by_accepted[i]` is the share of all rounds that accepted more than i tokens.
     """
     stats = draft_stats(records)
+    rates = [rate for record in records if (rate := draft_stats([record]).acceptance_rate) is not None]
     accepted, drafted = stats.accepted_by_position, stats.drafted_by_position
     return {
         "acceptance_rate": stats.acceptance_rate,
+        "acceptance_rate_mean": statistics.mean(rates) if rates else None,
         "mean_accepted_length": stats.mean_accepted_length,
         "acceptance_by_position": [a / b for a, b in zip(accepted, drafted, strict=True)],
         "rounds_by_accepted": [n / stats.num_verifications for n in accepted],

@@ -21,32 +21,33 @@ _SMALL = 9  # a line of 100 characters fits above two panels
 _FRAME: dict[str, Any] = {"fill": False, "color": "gold", "linewidth": 3}
 
 
-def heat_maps(
-    table: pandas.DataFrame,
-    mode: str,
-    framed: tuple[tuple[int, int], str],
-    title: str,
-    path: Path,
-    measured: float | None = None,
-) -> None:
-    """Draw speed-up and acceptance over exit layer and draft length.
+def heat_maps(table: pandas.DataFrame, framed: tuple[int, int], title: str, path: Path) -> None:
+    """Draw how much of the drafts is accepted, over exit layer and draft length, and the speed-up if every
+    cell has one. Where few have one, it stands in their cells.
 
     Args:
-        mode: how the speed-ups came about, the first word above them.
-        framed: exit layer and draft length of the cell with a frame, and the meaning of the frame.
+        framed: exit layer and draft length of the cell with the best measured speed-up.
         path: without suffix.
-        measured: the framed cell's measured speed-up, where the map has another one.
     """
     rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
     size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.5 * rows))
     figure, panels = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
-    spread = max(0.05, float((table["speedup"] - 1).abs().max()))
-    speedup = f"{mode} speed-up over decoding without drafts (red: slower)"
-    kinds = [
-        ("speedup", speedup, "{:.2f}", "RdBu", TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread)),
-        ("acceptance_rate", "acceptance rate", "{:.0%}", "viridis", Normalize(0.0, 1.0)),
-    ]
-    for axes, (values, name, form, colors, norm) in zip(panels, kinds, strict=True):
+    if table["speedup"].notna().all():
+        spread = max(0.05, float((table["speedup"] - 1).abs().max()))
+        norm: Normalize = TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread)
+        first = ("speedup", "speed-up over decoding without drafts (red: slower)", "{:.2f}", "RdBu", norm)
+    else:
+        norm = Normalize(1.0, float(table["mean_accepted_length"].max()))
+        first = (
+            "mean_accepted_length",
+            "mean accepted length (x: measured speed-up)",
+            "{:.2f}",
+            "viridis",
+            norm,
+        )
+    second = ("acceptance_rate", "acceptance rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
+    speedups = table.set_index(["exit_layer", "num_speculations"])["speedup"]
+    for axes, (values, name, form, colors, norm) in zip(panels, (first, second), strict=True):
         grid = table.pivot(index="exit_layer", columns="num_speculations", values=values).astype(float)
         image = axes.imshow(grid, cmap=colors, norm=norm, aspect="auto", origin="lower")
         axes.set_xticks(range(columns), grid.columns)
@@ -56,13 +57,13 @@ def heat_maps(
         for (row, column), number in numpy.ndenumerate(grid):
             red, green, blue, _ = image.cmap(norm(number))
             color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
-            text = form.format(number)
-            if (grid.index[row], grid.columns[column]) == framed[0]:
+            cell, text = (grid.index[row], grid.columns[column]), form.format(number)
+            if cell == framed:
                 axes.add_patch(pyplot.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, **_FRAME))
-                if values == "speedup" and measured is not None:
-                    text += f"\nmeasured {measured:.2f}"
+            if values == "mean_accepted_length" and pandas.notna(speedups[cell]):
+                text += f"\nx {speedups[cell]:.2f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
-    frame = pyplot.Rectangle((0, 0), 1, 1, label=framed[1], **_FRAME)
+    frame = pyplot.Rectangle((0, 0), 1, 1, label="best measured speed-up", **_FRAME)
     figure.legend(handles=[frame], loc="outside lower right", fontsize=_SMALL)
     save(figure, title, path)
 

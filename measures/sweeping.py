@@ -1,14 +1,13 @@
-"""The work of sweep.py: measure every cell of the grid, or predict all of them from one pass per example.
+"""The work of sweep.py. A cell is an exit layer and a draft length.
 
-A cell is an exit layer and a draft length.
+Along a fixed greedy output, exit layer E drafts, after any accepted prefix, the argmax of its logits with the
+output as input. So the list of output tokens that E guesses decides every round, for every draft length.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pandas
 import torch
@@ -17,35 +16,35 @@ from transformers import LogitsProcessorList
 from measures import metrics
 from measures.comparison import with_end
 from measures.plots import heat_maps
-from measures.replay import Cell, Costs, costs_of, replayed
 from measures.timed_runs import BASELINE, TimedSide, measure_all, warm_up
 from runs.examples import Experiment
 from runs.failures import failed
 from runs.records import Record, Run, counted, fewest_threads, heading, note
 from runs.startup import autoregressive
 from runs.status import log_if_slow
-from self_speculation import Request
 from self_speculation.decoding.request import config_processors
+from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.registry import make_drafter
 from self_speculation.families import context_length
 from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.results import DraftStats
+
+Cell = tuple[int, int]  # exit layer, draft length
 
 COLUMNS = [
-    "mode", "exit_layer", "num_speculations", "draft_weights", "speedup", "speedup_low", "speedup_high",
-    "tokens_per_second", "tokens_per_second_median", "total_time", "num_tokens", "acceptance_rate",
-    "mean_accepted_length", "num_verifications", "num_drafted", "num_accepted",
+    "exit_layer", "num_speculations", "draft_weights", "num_verifications", "num_drafted", "num_accepted",
+    "acceptance_rate", "acceptance_rate_mean", "mean_accepted_length", "speedup", "speedup_low",
+    "speedup_high", "tokens_per_second", "tokens_per_second_median", "total_time", "num_tokens",
 ]  # fmt: skip
 
 HEADINGS = {
-    "mode": "mode", "exit_layer": "exit", "num_speculations": "drafted", "acceptance_rate": "accepted",
+    "exit_layer": "exit", "num_speculations": "drafted", "acceptance_rate": "accepted",
     "mean_accepted_length": "length", "tokens_per_second_median": "tokens/s", "speedup": "speed-up",
     "speedup_low": "from", "speedup_high": "to",
 }  # fmt: skip
 
 _ROWS_SHOWN = 20
-# A predicted sweep measures rounds of these draft lengths and of the longest one, at three exits, on a few
-# tokens of a few prompts. Captured passes have widths of powers of two.
-_LENGTHS, _TOKENS, _PROMPTS = (1, 3, 7, 15), 24, 3
+_MEASURED = 3  # of the counted cells
 
 
 @dataclass
@@ -53,70 +52,62 @@ class Sweep(Experiment):
     """Measures single cells and shows the results, for both modes."""
 
     grid: Sequence[Cell]
-    verify_top: int  # of the best predicted cells, so many are measured
-
-    mode = ""
 
     def __post_init__(self) -> None:
         self._plain: TimedSide = (BASELINE, *autoregressive(self.generator, self.config))
-        self._timed: list[Record] = []
 
     def warm_up(self) -> None:
         """Warm up plain decoding; `measure_cell` warms up its cell."""
         with log_if_slow("warming up"):
             warm_up([self._plain], self.longest_prompt, self.batch_size)
 
-    def measure_cell(self, cell: Cell) -> Record:
-        """All examples by this cell and by plain decoding, in turn."""
-        records = self._time(cell, self.requests(range(len(self.examples))))
-        threads = fewest_threads(records, torch.get_num_threads())
-        return {**_row("measured", cell, records), "threads": threads}
+    def measure_cell(self, cell: Cell, title: str | None = None) -> Record:
+        """All examples by this cell and by plain decoding, in turn; with a title, a bar at a terminal."""
+        config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1])
+        sides = [("", self.generator, config), self._plain]
+        warm_up(sides, self.longest_prompt, self.batch_size)
+        requests = self.requests(range(len(self.examples)))
+        records = measure_all(sides, requests, self.batch_size, title)
+        compared = metrics.speedup(records, BASELINE)
+        low, high = compared["speedup_interval"] or (None, None)
+        return {
+            **_counts(cell, records), **metrics.speed(records),
+            "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
+            "threads": fewest_threads(records, torch.get_num_threads()),
+        }  # fmt: skip
 
-    def _time(self, cell: Cell, requests: Mapping[int, Request], **settings: Any) -> list[Record]:
-        """Records of requests by this cell and by plain decoding, in turn."""
-        _, plain, plain_config = self._plain
-        config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1], **settings)
-        sides = [("", self.generator, config), (BASELINE, plain, replace(plain_config, **settings))]
-        warm_up(sides, max((request.ids for request in requests.values()), key=len), self.batch_size)
-        records = measure_all(sides, requests, self.batch_size)
-        self._timed += records
-        return records
-
-    def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
-        """Write table and pictures; print the table, the best cell and its flags."""
+    def show(self, run: Run, records: list[Record], rows: Sequence[Record]) -> int:
+        """Write table and pictures; print the measured cells, and the flags of the best one."""
+        about = run.description
+        about["threads_used"] = fewest_threads(rows, about["threads_used"])
         table = pandas.DataFrame([{"draft_weights": self.config.draft_weights, **row} for row in rows])
-        table = table.reindex(columns=COLUMNS).sort_values(COLUMNS[:3])
+        table = table.reindex(columns=COLUMNS).sort_values(COLUMNS[:2])
         table = table.astype(dict.fromkeys(("speedup", "speedup_low", "speedup_high"), float))
         run.replace("sweep.csv", table.to_csv(index=False))
-        # A cell may be both predicted and measured: measured rows come first.
-        compared = table.dropna(subset="speedup").sort_values(["mode", "speedup"], ascending=[True, False])
-        if compared.empty:
-            run.finish(records, {**extra, "best": None})
+        measured = table.dropna(subset="speedup").sort_values("speedup", ascending=False)
+        if measured.empty:
+            run.finish(records, {"best": None})
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
             return 0
-        first = compared.astype(object).iloc[0]
-        cell = first[["exit_layer", "num_speculations"]].to_dict()
-        best = {**cell, "speedup": first["speedup"]}
-        which = "" if first["mode"] == self.mode else f"{first['mode']} "
-        title = heading(run.description, left_out=("exit_layer", "num_speculations"))
+        first = measured.astype(object).iloc[0]
+        best = first[["exit_layer", "num_speculations", "speedup"]].to_dict()
+        run.finish(records, {"best": best})
+        title = heading(about, left_out=("exit_layer", "num_speculations"))
         answered = f"{counted(len(self.examples), 'prompt')}, whole answers with prefill"
-        cells = compared[compared["mode"] == self.mode]
-        framed = tuple(cell.values()), f"best {which}speed-up"
-        measured = best["speedup"] if which else None
-        heat_maps(cells, self.mode, framed, f"{title}\n{answered}", run.folder / "sweep", measured)
-        run.finish(records, {**extra, "best": best})
+        heat_maps(table, (first["exit_layer"], first["num_speculations"]), f"{title}\n{answered}",
+                  run.folder / "sweep")  # fmt: skip
         print(f"{title}\n\n{answered}; medians, from and to are the 90 % confidence interval")
-        shown = compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)
+        shown = measured.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)
         print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
-        if len(table) > _ROWS_SHOWN:
-            print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
+        if (rest := len(table) - len(shown)) > 0:
+            print(f"{counted(rest, 'other cell')}: counts in sweep.csv and sweep.png")
         interval = first["speedup_low"], first["speedup_high"]
         for remark in metrics.undecided(None if pandas.isna(interval[0]) else interval, "prompts"):
             print(f"\n{note(remark)}")
         print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
-        if best["speedup"] < 1:
-            print(f"no {which}cell is faster than decoding without drafts; the nearest:")
-        flags = {"generation_strategy": self.config.generation_strategy, **cell}
+        if best.pop("speedup") < 1:
+            print("no measured cell is faster than decoding without drafts; the nearest:")
+        flags = {"generation_strategy": self.config.generation_strategy, **best}
         flags |= {"draft_weights": self.config.draft_weights}
         print(" ".join(f"--{name} {value}" for name, value in flags.items() if value != "exact"))
         return 0
@@ -125,7 +116,7 @@ class Sweep(Experiment):
 class Measured(Sweep):
     """Measures every cell; a record is a cell."""
 
-    mode, unit = "measured", "cells"
+    unit = "cells"
 
     @property
     def num_records(self) -> int:
@@ -138,17 +129,13 @@ class Measured(Sweep):
         return self.measure_cell(self.grid[index])
 
     def conclude(self, run: Run, records: list[Record]) -> int:
-        return self.show(run, records, records, {})
+        return self.show(run, records, records)
 
 
-class Predicted(Sweep):
-    """Generates each example once and replays the rounds of every cell; a record is an example."""
-
-    mode = "predicted"
-
-    @property
-    def _exit_layers(self) -> list[int]:
-        return sorted({layer for layer, _ in self.grid})
+class Counted(Sweep):
+    """Counts the rounds of every cell from one pass over each example, and measures the best few cells; a
+    record is an example.
+    """
 
     @torch.inference_mode()
     def measure(self, index: int) -> Record:
@@ -162,68 +149,62 @@ class Predicted(Sweep):
         expected = ids[0, len(prompt) :]  # [n]
         runner = ModelRunner(model)
         cache = runner.new_cache(ids.shape[1], ids.shape[1])
-        drafter = make_drafter(runner, self.config, self._exit_layers[-1])
+        exit_layers = sorted({layer for layer, _ in self.grid})
+        drafter = make_drafter(runner, self.config, exit_layers[-1])
         processors = LogitsProcessorList(config_processors(self.config, len(prompt)))
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0
-        for layer in self._exit_layers:
+        for layer in exit_layers:
             hidden, done = drafter.run_layers(cache, hidden, done, layer), layer
             logits = drafter.logits(hidden, len(tokens))[0]  # [n, V]
             if processors:
                 rows = enumerate(logits.float().split(1))
                 logits = torch.cat([processors(ids[:, : len(prompt) + i], row) for i, row in rows])
             matches[str(layer)] = "".join(map(str, (logits.argmax(-1) == expected).int().tolist()))
-        return {
-            "tokens": tokens,
-            "num_prompt_tokens": len(prompt),
-            "num_tokens": len(result.predicted_tokens),
-            "max_tokens": min(self.config.max_steps, context_length(model.config) - len(prompt)),
-            "matches": matches,
-            "prefill_time": result.prefill_time,
-            "decode_time": result.decode_time,
-        }
+        room = context_length(model.config) - len(prompt)
+        return {"tokens": tokens, "matches": matches, "max_tokens": min(self.config.max_steps, room)}
 
     def conclude(self, run: Run, records: list[Record]) -> int:
-        with log_if_slow("measuring costs of rounds"):
-            costs = self._costs(records)
-        cells = ((cell, [replayed(record, costs, cell) for record in records]) for cell in self.grid)
-        predicted = [_row("predicted", *cell) for cell in cells]
-        verified, known = [], [row for row in predicted if row["speedup"] is not None]
-        for row in sorted(known, key=lambda row: -row["speedup"])[: self.verify_top]:
-            cell = row["exit_layer"], row["num_speculations"]
+        rows = {cell: _counts(cell, [_replayed(record, cell) for record in records]) for cell in self.grid}
+        for cell in self._fastest(rows):
             try:
-                verified.append(self.measure_cell(cell))
+                rows[cell] |= self.measure_cell(cell, _name(cell))
             except Exception as error:
                 raise failed(_name(cell), error, self.batch_size) from error
-            measured = verified[-1]["speedup"] or 0.0
-            print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {measured:.2f} measured")
-        about = run.description
-        about["threads_used"] = fewest_threads(self._timed, about["threads_used"])
-        return self.show(run, records, [*predicted, *verified], {"costs": costs})
+        return self.show(run, records, [*rows.values()])
 
-    def _costs(self, records: list[Record]) -> Costs:
-        """The costs of real rounds around the middle of the longest outputs."""
-        requests = {}
-        for record in sorted(records, key=lambda record: -len(record["tokens"]))[:_PROMPTS]:
-            index, tokens = record["index"], record["tokens"]
-            ids = [*self.examples[index].ids, *tokens[: max(0, (len(tokens) - _TOKENS) // 2)]]
-            requests[index] = Request(ids)
-        exits, most = self._exit_layers, max(k for _, k in self.grid)
-        lengths = {min(length, most) for length in (*_LENGTHS, most)}
-        cells = itertools.product({exits[0], exits[len(exits) // 2], exits[-1]}, lengths)
-        steps = min(self.config.max_steps, _TOKENS)
-        return costs_of({cell: self._time(cell, requests, max_steps=steps) for cell in cells})
+    def _fastest(self, rows: Mapping[Cell, Record]) -> list[Cell]:
+        """The cells with the most tokens per time, by the costs that adaptive decoding begins with."""
+        model, weights = self.generator.model, self.config.draft_weights
+        cost, size = relative_pass_cost(ModelRunner(model)), self.batch_size
+
+        def speed(cell: Cell) -> float:
+            exit_layer, k = cell
+            draft = k * draft_ratio(model, exit_layer, weights) * cost(size)
+            return (rows[cell]["mean_accepted_length"] or 0.0) / (draft + cost(size * (1 + k)))
+
+        return sorted((cell for cell in rows if speed(cell)), key=speed, reverse=True)[:_MEASURED]
 
 
-def _row(mode: str, cell: Cell, records: Sequence[Record]) -> Record:
-    """A cell's row of the table, by records of it and of plain decoding."""
-    compared = metrics.speedup(records, BASELINE)
-    low, high = compared["speedup_interval"] or (None, None)
-    return {
-        "mode": mode, "exit_layer": cell[0], "num_speculations": cell[1],
-        **metrics.acceptance(records), **metrics.speed(records),
-        "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
-    }  # fmt: skip
+def _counts(cell: Cell, records: Sequence[Record]) -> Record:
+    """What a cell drafted and accepted, by its records."""
+    return {"exit_layer": cell[0], "num_speculations": cell[1], **metrics.acceptance(records)}
+
+
+def _replayed(record: Record, cell: Cell) -> Record:
+    """The rounds of a cell along the output of an example of `Counted`.
+
+    Nothing drafts the first token. Drafts are as long as the cell's, where `max_tokens` leaves room.
+    """
+    matches, stats, position = record["matches"][str(cell[0])], DraftStats(), 1
+    while position < len(matches):
+        k = min(cell[1], record["max_tokens"] - position - 1)
+        draft = matches[position : position + k]
+        accepted = len(draft) - len(draft.lstrip("1"))
+        emitted = min(accepted + 1, len(matches) - position)
+        stats.add("exit", drafted=k, accepted=accepted, emitted=emitted)
+        position += emitted
+    return {"drafts": stats.to_rows()}
 
 
 def _name(cell: Cell) -> str:

@@ -37,7 +37,7 @@ Record = dict[str, Any]
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
 # Arguments that may differ when a run is resumed; `train.py` compares the samples of a step itself.
 _MAY_DIFFER = {
-    "resume", "output_dir", "threads", "batch_size", "answer_file", "text_quality", "verify_top",
+    "resume", "output_dir", "threads", "batch_size", "answer_file", "text_quality",
     "gradient_accumulation", "gradient_checkpointing", "rows",
 }  # fmt: skip
 # These arguments stand elsewhere in the lines or in the table, or do not change the figures.

@@ -78,14 +78,6 @@ def run_program(ranks, folder, code, *args):
     return forks.run_ranks(ranks, write_program(folder, code), *args)
 
 
-def no_calibration(monkeypatch):
-    """For a test that is not about times: sweep.py is told what rounds cost."""
-    monkeypatch.setattr(
-        "measures.sweeping.Predicted._costs",
-        lambda own, _: {layer: [(20, 1.5 + 20 * layer / 8)] for layer, _ in own.grid},
-    )
-
-
 def no_pictures(monkeypatch):
     """For a test that is not about what sweep.py and benchmark.py draw: it takes half a second each."""
     for drawn in ("sweeping.heat_maps", "benchmarking.bars"):

@@ -81,9 +81,9 @@ def test_every_script_drafts_with_it(script, model_folder, tmp_path):
     assert Always.made
 
 
-def test_a_sweep_does_not_predict_what_it_cannot_replay(model_folder, capsys):
+def test_a_sweep_does_not_count_what_it_cannot_replay(model_folder, capsys):
     flags = ["--model", str(model_folder), *HOW, "--always", "9", "--sample", "False"]
-    assert "--mode predicted: needs drafts of layers" in refused(sweep.main, flags, capsys)
+    assert "--mode counted: needs drafts of layers" in refused(sweep.main, flags, capsys)
 
 
 def test_generate_of_transformers_hands_its_flag_on(monkeypatch):

@@ -61,6 +61,7 @@ def test_draft_stats_of_answers_are_added():
     assert metrics.draft_stats(records) == first + second == second + first
     assert metrics.acceptance(records) == {
         "acceptance_rate": 3 / 7,
+        "acceptance_rate_mean": (2 / 2 + 1 / 5) / 2,
         "mean_accepted_length": 6 / 3,
         "acceptance_by_position": [2 / 3, 1 / 2, 0, 0],
         "rounds_by_accepted": [2 / 3, 1 / 3, 0, 0],

@@ -63,22 +63,28 @@ def test_bars(drawn, tmp_path):
     assert [text for legend in figure.legends for text in texts(legend.texts)] == ["ours", "theirs"]
 
 
-def test_heat_maps_have_title_units_and_the_figures_of_the_table(drawn, tmp_path):
-    """Guards against a heading that is cut at the edges, cells with other figures than the table, estimates
-    that look measured, and a frame without a meaning or around another figure than it names.
+@pytest.mark.parametrize(
+    ("speedup", "name", "shown"),
+    [
+        (1.5, "speed-up over decoding without drafts", ["1.23", "1.50"]),
+        (None, "mean accepted length", ["2.00\nx 1.23", "3.00"]),
+    ],
+)
+def test_heat_maps_have_title_units_and_the_figures_of_the_table(drawn, tmp_path, speedup, name, shown):
+    """Guards against a heading that is cut at the edges, cells with other figures than the table, a map of
+    speed-ups that few cells have, and a frame without a meaning or around another figure than it names.
     """
     row = {"exit_layer": 3, "num_speculations": 2, "speedup": 1.234, "acceptance_rate": 0.567}
-    table = pandas.DataFrame([row, {**row, "num_speculations": 4, "speedup": 1.5}])
-    framed = ((3, 2), "best measured speed-up")
-    plots.heat_maps(table, "predicted", framed, "x" * 100 + "\n" + "y" * 100, tmp_path / "sweep", 1.1)
+    other = {**row, "num_speculations": 4, "speedup": speedup, "mean_accepted_length": 3.0}
+    table = pandas.DataFrame([{**row, "mean_accepted_length": 2.0}, other])
+    plots.heat_maps(table, (3, 2), "x" * 100 + "\n" + "y" * 100, tmp_path / "sweep")
     (figure,) = drawn
     figure.canvas.draw()
     title = figure._suptitle.get_window_extent()
     assert 0 <= title.x0 < title.x1 <= figure.bbox.width
-    assert figure.axes[0].get_title().startswith("predicted speed-up over decoding without drafts")
-    assert [text for legend in figure.legends for text in texts(legend.texts)] == [framed[1]]
-    shown = [texts(axes.texts) for axes in figure.axes]
-    assert shown == [["1.23\nmeasured 1.10", "1.50"], ["57%"] * 2]
+    assert figure.axes[0].get_title().startswith(name)
+    assert [text for legend in figure.legends for text in texts(legend.texts)] == ["best measured speed-up"]
+    assert [texts(axes.texts) for axes in figure.axes] == [shown, ["57%"] * 2]
     frames = [[patch.get_xy() for patch in axes.patches] for axes in figure.axes]
     assert frames == [[(-0.48, -0.46)]] * 2  # around the first cell, which is not the fastest
     for axes in figure.axes:

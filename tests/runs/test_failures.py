@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import PYTHON_FUNCTIONS, about, no_calibration, only_run, small_run, watch
+from helpers import PYTHON_FUNCTIONS, about, only_run, small_run, watch
 
 import benchmark
 import eval as eval_script
@@ -108,11 +108,10 @@ def test_a_run_names_the_example_and_keeps_the_others(
     assert kept in line
 
 
-def test_a_verified_cell_is_named(dataset, monkeypatch, capsys):
-    """Guards against a traceback out of the cells that a predicted sweep measures in the end."""
-    no_calibration(monkeypatch)
+def test_a_measured_cell_is_named(dataset, monkeypatch, capsys):
+    """Guards against a traceback out of the cells that a sweep measures in the end."""
     monkeypatch.setattr("measures.timed_runs.measure_examples", lambda *_: iter([(1, MemoryError())]))
-    grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--verify_top", "1"]
+    grid = ["--exit_layer_last", "1", "--num_speculations_last", "1"]
     assert sweep.main([*dataset, *grid]) == 1
     assert last_line(capsys).startswith(f"exit layer 1, 1 drafted: {OUT_OF_MEMORY}")
 

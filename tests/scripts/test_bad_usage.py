@@ -67,11 +67,9 @@ MISTAKES = {
         "--reference transformers": "--reference transformers: compares ids, so it needs --sample False",
     },
     sweep: {
-        "--batch_size 3": "--batch_size 3: must be 1 in predicted mode",
         "--exit_layer_first 4 --exit_layer_last 3": "--exit_layer_first 4: beyond --exit_layer_last 3",
         "--exit_layer_first 9": "--exit_layer_first 9: must be between 1 and 3",
         "--num_speculations_step 0": "--num_speculations_step 0: must be at least 1",
-        "--verify_top -1": "--verify_top -1: must be at least 0",
     },
     generate: {
         "--exit_layer 4": "--exit_layer 4: must be between 1 and 3, the model has 4 layers; -1 is full depth",

@@ -15,7 +15,6 @@ from conftest import ROOT
 from helpers import (
     SPECULATION,
     about,
-    no_calibration,
     no_pictures,
     only_run,
     refused,
@@ -55,7 +54,6 @@ UNBROKEN = {}
 
 @pytest.fixture
 def common(model_folder, tmp_path, monkeypatch):
-    no_calibration(monkeypatch)
     no_pictures(monkeypatch)
     return small_run(model_folder, tmp_path, 6, 12)
 

