@@ -178,9 +178,8 @@ def parse(
     *groups: type,
     args: Sequence[str] | None = None,
     without: Collection[str] = (),
-    rest: argparse.ArgumentParser | None = None,
 ) -> tuple[Any, ...]:
-    """Parse one instance of each dataclass in `groups` from the command line; `rest` parses all other flags.
+    """Parse one instance of each dataclass in `groups` from the command line.
 
     Fields named in `without` are no flags. With --resume FOLDER, the arguments of that run are the defaults.
     Bad usage ends the program with status 2 and one line that names the flag, the value and what is allowed.
@@ -197,7 +196,7 @@ def parse(
     for group in groups:
         _add_flags(parser, group, names, shows_all)
     if wants_help is not None:
-        print(parser.format_help() + (rest.format_help() if rest and shows_all else ""), end="")
+        print(parser.format_help(), end="")
         print("" if shows_all else "\n--help all lists all flags.\n", end="")
         sys.exit(0)
     try:
@@ -212,12 +211,9 @@ def parse(
         refuse(str(error))
     except ValueError as error:  # a dataclass refuses its own value; the message starts with the field
         refuse(f"--{error}")
-    if rest is not None:
-        others, unknown = rest.parse_known_args(unknown)
-        found.append(others)
     if unknown:
-        flags = [*parser._option_string_actions, *(rest._option_string_actions if rest else ())]
-        refuse(f"unknown argument {unknown[0]!r}; {_hint(unknown[0], flags)}--help all lists the flags")
+        hint = _hint(unknown[0], parser._option_string_actions)
+        refuse(f"unknown argument {unknown[0]!r}; {hint}--help all lists the flags")
     return tuple(found)
 
 

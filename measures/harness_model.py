@@ -1,42 +1,49 @@
-"""A model of lm-evaluation-harness that answers by a generation strategy of this library.
+"""The model of lm-evaluation-harness that decodes by a strategy of this library, `--model self_speculative`.
 
-The harness's own Hugging Face model computes log-likelihoods, except those of an early exit and those of
-16-bit weights with fp32 activations.
+As the harness's own command line, with all of its flags:
+
+    python -m measures.harness_model run --model self_speculative --tasks gsm8k \\
+        --model_args pretrained=ID,generation_strategy=self_speculative,exit_layer=8,num_speculations=6
+
+The harness's Hugging Face model does the rest, but for log-likelihoods of an early exit and those of 16-bit
+weights with fp32 activations.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from collections import Counter
+from dataclasses import asdict, fields, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
-from measures.timed_runs import measure_examples, warm_up
+from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
-from runs.failures import failed
-from runs.records import Record
-from runs.status import log_if_slow
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, Sampler
+from runs.flags import validate
+from runs.startup import load_generator
+from self_speculation import Request, Sampler
 from self_speculation.config import SAMPLING_RULES
 from self_speculation.families import context_length
 from self_speculation.passes.fused_layers import activation_dtype
 from self_speculation.passes.model_runner import ModelRunner, forward_early
 from self_speculation.threads import adjust_threads
 
-# Supported generation arguments; the harness has four names for the number of tokens.
-_NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
-_SUPPORTED = {"until", "do_sample", *SAMPLING_RULES, "no_repeat_ngram_size"}
+# Fields of a config that tasks set, and the harness's names of them.
+TASK_SETTINGS = {
+    "max_steps": "max_gen_toks", "sample": "do_sample", "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "stop_words": "until", **{name: name for name in SAMPLING_RULES},
+}  # fmt: skip
+# The harness has four names for the number of tokens, and a beam of one is greedy.
+_SUPPORTED = {*TASK_SETTINGS.values(), "max_new_tokens", "max_tokens", "max_completion_tokens", "num_beams"}
 # Sampling rules without a value, as in transformers' `generate`.
 _DEFAULTS = {**asdict(Sampler()), "top_k": 50}
 
@@ -53,11 +60,10 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, default
     Raises:
         UnsupportedError: names unsupported arguments, or a value that is out of range.
     """
-    known = _SUPPORTED | _NUMBER_OF_TOKENS
-    if wrong := {k: v for k, v in gen_kwargs.items() if k not in known and (k, v) != ("num_beams", 1)}:
+    wrong = {k: v for k, v in gen_kwargs.items() if k not in _SUPPORTED or (k == "num_beams" and v != 1)}
+    if wrong:
         names = ", ".join(f"{name}={value}" for name, value in wrong.items())
-        raise UnsupportedError(f"{names}: supported are max_gen_toks, {', '.join(sorted(_SUPPORTED))}")
-
+        raise UnsupportedError(f"{names}: supported are {', '.join(sorted(TASK_SETTINGS.values()))}")
     try:
         given = normalize_gen_kwargs(gen_kwargs)
         own = {name: getattr(defaults, name, None) for name in SAMPLING_RULES}
@@ -74,45 +80,56 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, default
         raise UnsupportedError(str(error)) from error
 
 
-class _Task(NamedTuple):
-    instance: Instance
-    repeat: int  # earlier occurrences among this rank's requests
-    config: GenerationConfig
-    request: Request
+@register_model("self_speculative")
+class SelfSpeculativeLM(HFLM):
+    """Log-likelihoods and completions for the harness.
 
-    @property
-    def name(self) -> str:
-        return f"{self.instance.task_name}, document {self.instance.doc_id}"
+    A sampled completion depends on the seed, on its prompt, and on how often that was asked before.
+    `has_begun` is True from the first pass on.
 
-
-class HarnessModel(HFLM):
-    """Computes log-likelihoods and completions for the harness.
-
-    `has_begun` is True from the first pass on. `records` has a record of each completion. A sampled one
-    depends on the seed, its document and its number alone.
+    Args:
+        pretrained: hub id, folder or .gguf file; None: the bundled model.
+        batch_size, max_batch_size, device: as those of the harness's own model.
+        settings: fields of `ModelArguments`, and those of `GenerationConfig` that tasks do not set.
     """
 
     def __init__(
         self,
-        generator: HuggingfaceLlamaGenerator,
-        config: GenerationConfig,  # settings that requests do not have, such as the exit layer
-        seed: int,
-        **sizes: Any,  # of batches, as the harness's own model takes them
+        pretrained: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int = 64,
+        device: str = "auto",
+        **settings: Any,
     ) -> None:
-        self._generator, self._settings, self._seed = generator, config, seed
+        of_model = {each.name for each in fields(ModelArguments)} & settings.keys()
+        if unknown := settings.keys() - of_model - {each.name for each in fields(GenerationConfig)}:
+            refuse(f"--model_args {', '.join(sorted(unknown))}: no such argument of self_speculative")
+        if of_task := settings.keys() & TASK_SETTINGS.keys():
+            refuse(f"--model_args {', '.join(sorted(of_task))}: a setting of tasks, use --gen_kwargs")
+        try:
+            model_args = ModelArguments(
+                model=pretrained, device=device, **{name: settings[name] for name in of_model}
+            )
+            config = GenerationConfig(**{k: v for k, v in settings.items() if k not in of_model})
+        except (TypeError, ValueError) as error:
+            refuse(f"--model_args {error}")
+        validate(model_args, config)
+        self._generator = load_generator(model_args, config)
+        self._settings, self._seed = config, model_args.seed
+        self._asked, self.has_begun = Counter[tuple[int, ...]](), False
+        model = self._generator.model
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
-        self._exit_layer = config.exit_layer if early else None
-        self._room = context_length(generator.model.config)
-        self._has_fp32_activations = activation_dtype(generator.model) != generator.model.dtype
-        self.records: list[Record] = []
-        self.has_begun = False
+        # transformers' layers would round fp32 activations to 16 bits.
+        is_own = early or activation_dtype(model) != model.dtype
+        self._own_depth = (config.exit_layer if early else len(model.base_model.layers)) if is_own else None
         logging.disable(logging.WARNING)  # the harness warns of several ranks
         super().__init__(
-            pretrained=generator.model,
-            tokenizer=generator.tokenizer,
+            pretrained=model,
+            tokenizer=self._generator.tokenizer,
             backend="causal",
-            max_length=self._room if early else None,
-            **sizes,
+            max_length=context_length(model.config),
+            batch_size=batch_size,
+            max_batch_size=max_batch_size,
         )
         logging.disable(logging.NOTSET)
         if ranks.num_processes() > 1:  # the harness does this only for models that it loads
@@ -126,72 +143,56 @@ class HarnessModel(HFLM):
         """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
         self.has_begun = True
         adjust_threads(self.model)
-        # transformers' layers would round fp32 activations to 16 bits.
-        if self._exit_layer is None and not self._has_fp32_activations:
+        if self._own_depth is None:
             return super()._model_call(inps, attn_mask, labels)
         (rows, width), runner = inps.shape, ModelRunner(self.model)
         cache = runner.new_cache(width, width, num_slots=rows)
         cache.set_rows([0] * rows)
         cache.is_prompt = True
         with torch.inference_mode():
-            last = self._exit_layer or len(runner.layers)
-            return forward_early(runner, cache, inps, last, width).logits
+            return forward_early(runner, cache, inps, self._own_depth, width).logits
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A completion of each request, by its own generation arguments.
 
         Raises:
             UnsupportedError: names the task and the argument, before anything is generated.
-            Failed: names the document that did not fit in memory.
         """
-        repeats: dict[int, Iterator[int]] = defaultdict(itertools.count)
-        tasks = [self._encoded(each, next(repeats[id(each)])) for each in requests]
+        for request in requests:
+            try:
+                config = request_config(request.args[1], self._settings, self.model.generation_config)
+                if config.max_steps >= self.max_length:
+                    raise UnsupportedError(
+                        f"max_gen_toks {config.max_steps}: must be below the {self.max_length} positions of "
+                        "the model, --gen_kwargs max_gen_toks=N lowers it"
+                    )
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{request.task_name} asks for {error}") from error
+        return super().generate_until(requests, disable_tqdm)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **gen_kwargs: Any) -> Tensor:
+        """[B, T] ids, padded on the left -> [B, T + n] with completions, padded on the right."""
         self.has_begun = True
-        size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
-        longest = max(tasks, key=lambda task: len(task.request.ids))
-        most = max(task.config.max_steps for task in tasks)
-        try:
-            with log_if_slow("warming up"):
-                side = "", self._generator, replace(longest.config, max_steps=most)
-                warm_up([side], longest.request.ids, size)
-        except Exception as error:
-            raise failed(longest.name, error, size) from error
-        asked, answers = dict(enumerate(task.request for task in tasks)), {}
-        measured = measure_examples([("", self._generator, self._settings)], asked, size)
-        hidden = disable_tqdm or self.rank != 0 or None  # None: unless at a terminal
-        for index, record in tqdm(measured, "answers", len(tasks), disable=hidden):
-            if isinstance(record, Exception):
-                raise failed(tasks[index].name, record, size) from record
-            answers[index] = self._answer(tasks[index], record)
-        return [answers[index] for index in range(len(tasks))]
+        adjust_threads(self.model)
+        mask = gen_kwargs.pop("attention_mask").bool()
+        gen_kwargs |= {"until": stop, "max_gen_toks": max_length - context.shape[1]}
+        config = request_config(gen_kwargs, self._settings, self.model.generation_config)
+        requests = []
+        for row, used in zip(context, mask, strict=True):
+            ids = row[used].tolist() or [self.prefix_token_id]
+            seed = self._seed + zlib.crc32(f"{ids} {self._asked[tuple(ids)]}".encode())
+            self._asked[tuple(ids)] += 1
+            requests.append(Request(ids, seed=seed))
+        outputs = [context.new_empty(0)] * len(requests)
+        for index, result in self._generator.generate_batch(requests, config, len(requests)):
+            if isinstance(result, Exception):
+                raise result
+            outputs[index] = context.new_tensor(result.generation_strategy_result.predicted_tokens)
+        padded = pad_sequence(outputs, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return torch.cat([context, padded], 1).long()
 
-    def _encoded(self, instance: Instance, repeat: int) -> _Task:
-        """Encode a request; cut a prompt that is too long for the context on the left."""
-        context, gen_kwargs = instance.args
-        try:
-            config = request_config(gen_kwargs, self._settings, self.model.generation_config)
-            if (room := self._room - config.max_steps) < 1:
-                raise UnsupportedError(
-                    f"max_gen_toks {config.max_steps}: must be below the {self._room} positions of the "
-                    "model, --max_steps lowers it"
-                )
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{instance.task_name} asks for {error}") from error
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        until = handle_stop_sequences(list(config.stop_words or []), eos)
-        config = replace(config, stop_words=[text for text in until if text])
-        ids = self.tok_batch_encode([context], left_truncate_len=room)[0][0].tolist()
-        # The seed depends neither on the rank nor on the order.
-        name = f"{instance.task_name} {instance.doc_id} {instance.idx} {repeat}"
-        seed = self._seed + zlib.crc32(name.encode())
-        return _Task(instance, repeat, config, Request(ids, seed=seed, config=config))
 
-    def _answer(self, task: _Task, record: Record) -> str:
-        """The completion, cut and cached as the harness does it for its own model."""
-        answer = self.tok_decode(record["tokens"])
-        answer = postprocess_generated_text(answer, task.config.stop_words, think_end_token=None)
-        self.cache_hook.add_partial("generate_until", task.instance.args, answer)
-        if task.repeat < (task.instance.repeats or 1):  # others only pad this rank's share
-            kind = {"task": task.instance.task_name, "greedy": task.config.greedy}
-            self.records.append({**kind, **record})
-        return answer
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

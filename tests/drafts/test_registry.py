@@ -13,6 +13,7 @@ import correctness
 import eval
 import generate
 import sweep
+from measures import harness_model
 from self_speculation import custom_generate
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts import registry
@@ -63,8 +64,8 @@ def known(monkeypatch):
     monkeypatch.setattr(registry, "SOURCES", [*registry.SOURCES, kind])
     monkeypatch.setattr(registry, "GenerationConfig", WithAlways)
     monkeypatch.setattr(Always, "made", 0)
-    for script in SCRIPTS:
-        monkeypatch.setattr(script, "GenerationConfig", WithAlways)
+    for module in (*SCRIPTS, harness_model):
+        monkeypatch.setattr(module, "GenerationConfig", WithAlways)
 
 
 @pytest.mark.usefixtures("few_files_are_read")

@@ -82,29 +82,34 @@ def by_sweep(common):
 
 
 @pytest.mark.parametrize(
-    ("error", "says", "main", "first", "what", "kept"),
+    ("main", "error", "first", "says", "kept"),
     [
-        (*SAID[0], benchmark.main, 1 + 2, "example 2", "; 2 of 4 examples are kept, go on with --resume"),
-        (*SAID[1], by_sweep, 1 + 5 + 1, "exit layer 1, 2 drafted", "; 1 of 12 cells are kept, go on with"),
         (
-            *SAID[0],
+            benchmark.main,
+            CUDA,
+            1 + 2,
+            f"example 2: {OUT_OF_MEMORY}",
+            "; 2 of 4 examples are kept, go on with",
+        ),
+        (by_sweep, NAN, 1 + 5 + 1, f"exit layer 1, 2 drafted: {NAN}", "; 1 of 12 cells are kept, go on with"),
+        (
             by_eval,
-            1 + 1,
-            "python_functions, document 1",
-            "--use_cache PATH would have kept answers",
+            CUDA,
+            1,
+            "out of memory; less takes a smaller --batch_size",
+            "; --use_cache PATH would have",
         ),
     ],
-    ids=["benchmark", "sweep", "eval"],
 )
 @pytest.mark.usefixtures("few_files_are_read")
 def test_a_run_names_the_example_and_keeps_the_others(
-    error, says, main, first, what, kept, dataset, fails_at, capsys
+    main, error, first, says, kept, dataset, fails_at, capsys
 ):
     """Guards against a traceback, and examples that are lost with the one that failed."""
     fails_at(error, first)
     assert main(dataset) == 1
     line = last_line(capsys)
-    assert line.startswith(f"{what}: {says}")
+    assert line.startswith(says)
     assert kept in line
 
 

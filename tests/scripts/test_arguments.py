@@ -17,6 +17,7 @@ from arguments import BatchArguments, GenerationConfig, ModelArguments, Template
 from benchmark import MeasurementArguments
 from correctness import CorrectnessArguments
 from data import DataArguments
+from eval import EvalArguments
 from generate import GenerateArguments
 from serving.flags import ServeArguments
 from sweep import SweepArguments
@@ -119,7 +120,7 @@ GROUPS_OF_SCRIPTS = [
     (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments),
     (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
     (ModelArguments, GenerationConfig, DataArguments, SweepArguments),
-    (ModelArguments, GenerationConfig),
+    (ModelArguments, GenerationConfig, EvalArguments),
     (ModelArguments, GenerationConfig, BatchArguments, ServeArguments),
     tuple(get_type_hints(Flags).values()),
 ]

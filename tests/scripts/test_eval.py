@@ -2,7 +2,8 @@
 
 import copy
 import json
-import re
+import subprocess
+import sys
 
 import pandas
 import pytest
@@ -16,8 +17,9 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
-from measures.harness_model import HarnessModel
-from self_speculation import GenerationConfig, fuse
+from measures.harness_model import SelfSpeculativeLM
+from self_speculation import fuse
+from self_speculation.scheduler import Scheduler
 from self_speculation.weights.kernels import cpu_operators
 
 ALL = "functions,lines,text"
@@ -91,7 +93,7 @@ class Written:
 def arguments(model_folder, task_folder, tmp_path):
     def of(tasks, *flags, model=model_folder, to="logs"):
         return [
-            "--model", str(model), "--tasks", tasks, "--include_path", str(task_folder), "--log_samples",
+            "--model", str(model), "--tasks", tasks, "--include_path", str(task_folder),
             "--output_path", str(tmp_path / to), "--device", "cpu", *flags,
         ]  # fmt: skip
 
@@ -129,19 +131,9 @@ def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, 
     assert [ours.answers["functions"][i] for i in ANSWERED] == [sample["resps"] for sample in functions]
     for task, metric in (("lines", "acc,none"), ("text", "byte_perplexity,none")):
         assert ours.results[task][metric] == pytest.approx(rest["results"][task][metric], rel=1e-5)
-    table, said = capsys.readouterr().out.split("\n\n", 1)
-    assert re.match(r"float32, .*, 1 thread, 1 rank\n(.|\n)*\|functions\|", table)
-    (line,) = [line for line in said.splitlines() if "tokens/s" in line]
-    assert line.startswith("functions: 6 answers, greedy, ")
-    assert ("acceptance rate" in line) == ("self_speculative" in flags)
-    assert f"results are in {tmp_path / 'logs'}" in said
-
-
-@pytest.mark.slow
-def test_the_harness_finds_a_batch_size(evaluated, reference):
-    """Guards against `auto` that is taken for a number of rows."""
-    answers = evaluated("functions", "--batch_size", "auto").answers["functions"]
-    assert [answers[i] for i in ANSWERED] == [sample["resps"] for sample in reference[0]]
+    said = capsys.readouterr().out
+    assert "|functions|" in said
+    assert said.endswith(f"results are in {tmp_path / 'logs'}\n")
 
 
 def test_an_early_exit_scores_as_the_first_layers_alone(model_folder, evaluated, tmp_path):
@@ -170,34 +162,34 @@ def test_two_ranks_score_as_one(arguments, evaluated, tmp_path):
     two = Written(tmp_path / "logs")
     assert all(one.answers[task] == two.answers[task] for task in ("functions", "sampled"))
     assert one.scores(*tasks.split(",")) == pytest.approx(two.scores(*tasks.split(",")))
-    assert ran.stdout.count("functions: 6 answers") == ran.stdout.count("sampled: 12 answers") == 1
+    assert ran.stdout.count("results are in") == 1
 
 
-def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
+def test_flags_override_the_settings_of_tasks(evaluated, byte_tokenizer):
     """Guards against one task's settings in another one, flags that are ignored or overridden, and samples of
     a document that are all alike.
     """
-    records = []
-    monkeypatch.setattr("measures.evaluation._show", records.extend)
 
-    def longest():
-        by_task = pandas.DataFrame(records).groupby("task")["num_tokens"].max().to_dict()
-        records.clear()
-        return by_task
+    def longest(found):
+        lengths = {}
+        for task, documents in found.answers.items():
+            answers = [answer for (own,) in documents for answer in ([own] if isinstance(own, str) else own)]
+            lengths[task] = max(len(byte_tokenizer.encode(answer)) for answer in answers)
+        return lengths
 
     sampled = evaluated("both", *SPECULATION)
     assert not sampled.config["gen_kwargs"]
     assert any(first != second for ((first, second),) in sampled.answers["sampled"])
-    assert longest() == {"functions": 20, "sampled": 7}
+    assert longest(sampled) == {"functions": 20, "sampled": 7}
     flags = ["--max-steps", "3", "--no_sample", "--stop_words", "Human", "--gen_kwargs", "top_k=3"]
     greedy = evaluated("both", *SPECULATION, *flags, to="flags")
     used = {"max_gen_toks": 3, "do_sample": False, "until": ["Human"], "top_k": 3}
     assert greedy.config["gen_kwargs"] == used
     assert greedy.answers["functions"] == [[answers[:1]] for (answers,) in greedy.answers["sampled"]]
-    assert longest() == {"functions": 3, "sampled": 3}
+    assert longest(greedy) == {"functions": 3, "sampled": 3}
     flags = ["--sample", "True", "--gen_kwargs", "until=5", "--seed"]
     sampled = [evaluated("functions", *flags, seed, to=seed) for seed in ("1", "2")]
-    assert [each.config["fewshot_seed"] for each in sampled] == [1, 2]
+    assert [each.config["model_args"]["seed"] for each in sampled] == [1, 2]
     assert sampled[0].config["gen_kwargs"]["temperature"] == 0.6
     assert sampled[0].answers != sampled[1].answers
 
@@ -209,16 +201,17 @@ def test_an_interrupted_evaluation_goes_on_from_its_cache(
     cache = ["--use_cache", str(tmp_path / "cache" / "answers")]
     answered = []
 
-    def interrupts(_, task, __):
-        answered.append(task.instance.doc_id)
+    def interrupts(_, context, **__):
+        answered.append(context.tolist())
         if len(answered) == 4:
             raise KeyboardInterrupt
 
-    watch(monkeypatch, HarnessModel, "_answer", interrupts)
+    watch(monkeypatch, SelfSpeculativeLM, "_model_generate", interrupts)
     assert eval_script.main(arguments("functions", *cache)) == 130
     assert "the same command goes on with what --use_cache kept" in capsys.readouterr().err
     assert len(evaluated("functions", *cache).answers["functions"]) == 6
-    assert answered == [0, 1, 2, 3, 3, 4, 5]
+    assert len(answered) == 7
+    assert answered[4] == answered[3]
     evaluated("functions", *cache, "--exit_layer", "1", to="early")
     assert len(answered) == 7 + 6
 
@@ -235,29 +228,12 @@ def test_flags_about_prompts_and_metrics_reach_the_harness(evaluated):
     assert "exact_match,none" not in found.results["functions"]
 
 
-def test_the_command_line_overrides_a_config_file(arguments, tmp_path, capsys):
-    """Guards against flags that replace all settings of the file, and a file's model that is not used."""
-    file = tmp_path / "flags.yaml"
-    file.write_text(yaml.safe_dump({"limit": 3, "gen_kwargs": "temperature=0.7,max_gen_toks=4"}))
-    args = arguments("functions", "--config", str(file), "--max_steps", "3", "--sample", "True")
-    assert eval_script.main([*args, "--limit", "2"]) == 0
-    written = Written(tmp_path / "logs")
-    assert len(written.answers["functions"]) == 2
-    assert written.config["gen_kwargs"] == {"temperature": 0.7, "max_gen_toks": 3, "do_sample": True}
-    file.write_text("tasks: [functions]\nmodel: hf\n")
-    assert "has model, which are flags of eval.py" in refused(eval_script.main, args, capsys)
-
-
 @pytest.mark.parametrize(
     ("tasks", "flags", "message"),
     [
-        ("lines,beams", [], "beams asks for num_beams=4: supported are max_gen_toks, "),
+        ("lines,beams", [], "beams asks for num_beams=4: supported are do_sample, "),
         ("functions", ["--max_steps", "256"], "functions asks for max_gen_toks 256: must be below the 256 "),
-        (
-            "python_lines",
-            ["--include_path", ""],
-            "python_lines; those of this program, such as python_functions, need --include_path eval_tasks",
-        ),
+        ("functions,other", [], "--tasks other: lm_eval has no such task"),
     ],
 )
 def test_a_task_that_cannot_run_is_refused_by_name(tasks, flags, message, arguments, capsys):
@@ -269,7 +245,7 @@ def test_a_task_that_cannot_run_is_refused_by_name(tasks, flags, message, argume
 
 def test_mistakes_of_the_program_are_not_explained_away(arguments, monkeypatch):
     """Guards against a ValueError of ours that reads as one of the harness about its flags."""
-    monkeypatch.setattr(HarnessModel, "_answer", lambda *_: int("x"))
+    monkeypatch.setattr(Scheduler, "step", lambda *_: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         eval_script.main(arguments("functions"))
 
@@ -283,19 +259,47 @@ def test_the_tasks_of_the_repository(model_folder, tmp_path, monkeypatch):
     assert set(Written(tmp_path).results) == {"python_functions", "python_lines", "python_text"}
 
 
+@pytest.mark.slow
+def test_the_harness_own_command_knows_the_model(model_folder, tmp_path):
+    """Guards against a model that the harness does not find, and flags of eval.py alone."""
+    settings = f"pretrained={model_folder},exit_layer=2,num_speculations=3"
+    command = [sys.executable, "-m", "measures.harness_model", "run", "--model", "self_speculative"]
+    command += ["--model_args", f"{settings},generation_strategy=self_speculative", "--limit", "2"]
+    command += ["--tasks", "python_functions", "--include_path", "eval_tasks", "--log_samples"]
+    done = subprocess.run([*command, "--output_path", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "|python_functions|" in done.stdout
+    assert Written(tmp_path).config["model"] == "self_speculative"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer": 2}, "--model_args layer: no such argument of self_speculative"),
+        ({"top_p": 0.5}, "--model_args top_p: a setting of tasks, use --gen_kwargs"),
+        ({"exit_layer": "2"}, "--model_args "),
+        ({"generation_strategy": "self_speculative"}, "--exit_layer: self_speculative needs one"),
+    ],
+)
+def test_arguments_of_the_model_are_refused_by_name(settings, message, model_folder, capsys):
+    """Guards against an argument that is ignored, and a traceback out of the harness."""
+    assert message in refused(lambda args: SelfSpeculativeLM(*args, **settings), [str(model_folder)], capsys)
+
+
 @pytest.mark.parametrize("depth", [-1, 2])
-def test_likelihoods_of_weights_in_16_bits_are_those_of_float32(depth, byte_tokenizer):
+def test_likelihoods_of_weights_in_16_bits_are_those_of_float32(depth, byte_tokenizer, monkeypatch):
     """Guards against log-likelihoods by transformers' layers, which round to 16 bits."""
     model = own_llama(vocab_size=len(byte_tokenizer)).to(torch.float16)
     exact = copy.deepcopy(model).float()
     if cpu_operators().variant is None:
         pytest.skip(str(cpu_operators()))
     assert fuse(model) == 4
-    config = GenerationConfig(exit_layer=depth)
     ids = torch.tensor([[5, 9, 4, 7], [3, 8, 0, 0]])
     asked = []
     for each in (model, exact):
-        asked.append(HarnessModel(generator_of(byte_tokenizer, each), config, seed=1)._model_call(ids))
+        generator = generator_of(byte_tokenizer, each)
+        monkeypatch.setattr("measures.harness_model.load_generator", lambda *_, it=generator: it)
+        asked.append(SelfSpeculativeLM(exit_layer=depth)._model_call(ids))
     assert asked[0].dtype == torch.float32
     assert_close(asked[0][0], asked[1][0], roundings=200)
     assert_close(asked[0][1, :2], asked[1][1, :2], roundings=200)

@@ -35,7 +35,7 @@ COMMAND_LINES = [shlex.split(command) for command in COMMANDS.strip().splitlines
 SHOWN = {
     "generate.py": "\n",
     "benchmark.py": "acceptance rate",
-    "eval.py": "gsm8k: 10 answers",
+    "eval.py": "|gsm8k|",
     "sweep.py": "--generation_strategy self_speculative",
     "correctness.py": "passed: ",
 }

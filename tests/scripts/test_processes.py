@@ -17,7 +17,7 @@ from test_layout import HEAVY, SCRIPTS
 SHORT = ["--max_steps", "4", "--sample", "False"]
 COMMANDS = {  # flags for little work, and what the standard output holds once
     "generate": (["--model", "MODEL", *SHORT, "--prompt", "def"], "\n"),
-    "eval": (["--model", "MODEL", *SHORT, *PYTHON_FUNCTIONS, "--limit", "2"], "python_functions: 2 answers"),
+    "eval": (["--model", "MODEL", *SHORT, *PYTHON_FUNCTIONS, "--limit", "2"], "|python_functions|"),
     "train": ([*SMALL_TRAINING, "--num_steps", "3", "--data_path", ROOT / "runs/*.py"], "exits.csv"),
 }
 
