@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -248,10 +250,25 @@ def of_llama_cpp(
     for name, number in LLAMA_CPP.items():
         made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()
         how.ftype, how.allow_requantize = number, True
-        if library.llama_model_quantize(str(model).encode(), str(made).encode(), how):
+        with _silent():
+            failed = library.llama_model_quantize(str(model).encode(), str(made).encode(), how)
+        if failed:
             refuse(f"--peers llama.cpp: it cannot write {model.name} as {name}", status=1)
         files[f"llama.cpp {name}"] = made
     return {name: LlamaCppStrategy(library, path) for name, path in files.items()}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what a library in C writes to standard error in this block."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def of_openvino(

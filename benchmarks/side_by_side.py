@@ -23,9 +23,8 @@ beside so many processes that spin.
 
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
 the turns; *x plain* the speed-up of decoding without prefill over decoding without drafts here, *tenth* that
-of the slowest tenth; *decode* tokens/s without prefill, *first* ms to the first token, both medians; *per
-round* tokens of a row per verification; *GiB* of a GPU at most, in the warm-up. The sums below are all tokens
-by all time. The last line is one JSON object.
+of the slowest tenth; *decode* tokens/s without prefill, *first* ms to the first token, both medians; *sum*
+all tokens by all time; *length* the mean accepted length; *GiB* of a GPU at most, in the warm-up.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ from measures.plots import bars
 from measures.timed_runs import TimedSide, measure_all, warm_up
 from runs import ranks
 from runs.program import run
-from runs.records import Record, counted, describe, describe_model, had_fewer_threads, heading, note
+from runs.records import Record, counted, describe, describe_model, fewest_threads, heading, note
 from runs.startup import load_generator
 from self_speculation import HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.drafts.registry import forget_what_was_learnt
@@ -86,8 +85,8 @@ class SideBySideArguments:
     peers: list[str] = field(default_factory=lambda: ["transformers"])
     """transformers; llama.cpp, openvino: llama-cpp-python and openvino-genai, which are not among the
     requirements, on a .gguf model; none: only the sides here."""
-    picture: str | None = None
-    """Path of a bar chart, without suffix."""
+    save: str | None = None
+    """Path without suffix: all figures as JSON, and a bar chart."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
@@ -152,13 +151,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 place = {"picking": picking, "batch_size": size, "beside": number}
                 with spinning(number):
                     records = measure(sides, prompts, size, args.rounds, model_args.seed)
+                most = about["threads"]
+                if (used := fewest_threads(itertools.chain(*records.values()), most)) < most:
+                    print(note(f"other programs used the processors: down to {used} of {most} threads"))
+                about["threads_used"] = min(used, about.get("threads_used", used))
                 rows += figures(records, place, sides, gib)
-    about["threads_used"] = min(number for row in rows for number in row["threads"])
-    if args.picture is not None:
-        draw(rows, heading(about), Path(args.picture))
-    if had_fewer_threads(about):
-        print(f"\n{note('other programs used the processors, decoding had fewer threads')}")
-    print(f"\n{json.dumps({**about, 'transformers_in': formats, 'rounds': args.rounds, 'rows': rows})}")
+    if args.save is not None:
+        path = Path(args.save)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {**about, "transformers_in": formats, "rounds": args.rounds, "rows": rows}
+        path.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+        draw(rows, heading(about), path)
     return 0
 
 
@@ -240,10 +243,10 @@ def figures(
         names = [prefix.removesuffix(": ") for prefix, *_ in sides]
         own = [{**place, "workload": workload, **row_of(records, name, names)} for name in names]
         own = [{**row, "GiB": gib.get(row["side"])} for row in own]
-        show(own, workload)
         for source, counts in metrics.draft_stats(records, f"{ADAPTIVE}: ").by_source.items():
-            print(f"  {source}: {counts.accepted} of {counts.drafted} in {counted(counts.rounds, 'round')}")
-        sys.stdout.flush()
+            drafted = f"{counts.accepted} of {counts.drafted} in {counted(counts.rounds, 'round')}"
+            print(f"  {ADAPTIVE}, {source}: {drafted}")
+        show(own, workload)
         rows += own
     return rows
 
@@ -276,7 +279,7 @@ def _spread(name: str, values: Sequence[float] | numpy.ndarray) -> Record:
 
 
 def show(rows: Sequence[Record], workload: str) -> None:
-    """Print the table of one workload, in at most 100 columns, and the sums."""
+    """Print the table of one workload, in at most 100 columns."""
 
     def half(row: Record, name: str) -> str | None:
         return None if row[name] is None else f"{row[f'{name}_low']:.2f}-{row[f'{name}_high']:.2f}"
@@ -290,8 +293,9 @@ def show(rows: Sequence[Record], workload: str) -> None:
             " mid. half": half(row, "ratio_to_plain"),
             "tenth": row["ratio_to_plain_tenth"],
             "decode": row["decode_tokens/s"],
+            "sum": row["tokens/s_of_sums"],
             "first": f"{row['first_ms']:.0f}",
-            "per round": row["tokens_per_verification"],
+            "length": row["tokens_per_verification"],
             "accepted": row["acceptance"],
             "same ids": None if row["picking"] == "sampled" else f"{row['same_ids']}/{row['answers']}",
             "GiB": row["GiB"],
@@ -299,13 +303,11 @@ def show(rows: Sequence[Record], workload: str) -> None:
         for row in rows
     ]
     table = pandas.DataFrame(shown).dropna(axis=1, how="all")
-    print(f"\n{table.to_string(index=False, float_format='{:.2f}'.format, na_rep='-')}")
-    print("sums, tokens/s: " + ", ".join(f"{row['side']} {row['tokens/s_of_sums']:.1f}" for row in rows))
+    print(f"\n{table.to_string(index=False, float_format='{:.2f}'.format, na_rep='-')}", flush=True)
 
 
 def draw(rows: Sequence[Record], title: str, path: Path) -> None:
     """Draw the speeds of all sides."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = pandas.DataFrame(rows).rename(
         columns={"tokens/s": "value", "tokens/s_low": "low", "tokens/s_high": "high"}
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pandas
 
 from measures import metrics, spec_bench
-from measures.plots import bars
+from measures.plots import paired_ratios
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Experiment
 from runs.records import Record, Run, counted, had_fewer_threads, heading, note
@@ -73,7 +73,11 @@ class Benchmark(Experiment):
                 name = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
                 model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"
                 run.replace(str(name), spec_bench.answers(rows, records, model_id, prefix))
-        self._show_speeds(run, summary, records, title)
+        self._write_speeds(run, summary, records)
+        if self.compare and len(ratios := metrics.ratios(records, "", BASELINE)):
+            unit, interval = _unit(summary)[:-1], summary["comparison"]["speedup_interval"]
+            label = f"speed-up over decoding without drafts: a point for each {unit}"
+            paired_ratios(ratios, interval, label, title, run.folder / "benchmark")
         run.finish(records, summary)
         written = ", ".join(sorted(path.name for path in run.folder.iterdir()))
         print("\n".join([*lines, *(f"\n{note(remark)}" for remark in summary["remarks"])]))
@@ -112,17 +116,13 @@ class Benchmark(Experiment):
             found.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
         return found
 
-    def _show_speeds(self, run: Run, summary: Record, records: list[Record], title: str) -> None:
-        """Write and draw the speed of each strategy."""
+    def _write_speeds(self, run: Run, summary: Record, records: list[Record]) -> None:
+        """Write the speed of each strategy, with the 90 % confidence interval of the median."""
         rows = []
         for prefix, *_ in self._sides:
             low, high = metrics.median_interval(metrics.rates(records, prefix)) or (None, None)
             rows.append({"strategy": _NAMES[prefix], **summary[f"{prefix}speed"], "low": low, "high": high})
-        table = pandas.DataFrame(rows).set_index("strategy")
-        run.replace("benchmark.csv", table.to_csv())
-        table = table.assign(by="", value=table["tokens_per_second_median"])
-        label = f"tokens/s, median of {_unit(summary)}, 90 % confidence interval"
-        bars(table, label, title, run.folder / "benchmark", table["value"].iloc[-1] if self.compare else None)
+        run.replace("benchmark.csv", pandas.DataFrame(rows).set_index("strategy").to_csv())
 
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         """By the formula, which holds for one sequence, one exit layer and one draft length."""
@@ -189,6 +189,7 @@ def _table(summary: Record) -> list[str]:
         rows.append(row(name, *(summary[f"{prefix}speed"][key] for prefix in sides), style=style))
     if accepted := summary.get("acceptance"):
         rows.append(row("acceptance rate", accepted["acceptance_rate"], style=".1%"))
+        rows.append(row("  mean of examples", accepted["acceptance_rate_mean"], style=".1%"))
         rows.append(row("mean accepted length", accepted["mean_accepted_length"]))
         shares = " ".join(f"{share:.0%}" for share in accepted["rounds_by_accepted"][:8])
         rows.append(f"{'  rounds that accept 1, 2, ... tokens':<36} {shares:>15}")

@@ -18,7 +18,8 @@ from self_speculation.results import DraftStats
 def speed(records: Sequence[Record], prefix: str = "") -> Record:
     """Speed of the strategy whose fields have the prefix, by records of `timed_runs.measure_examples`.
 
-    `total_time` [s] is that of the slowest rank, so `tokens_per_second` is the speed of all ranks together.
+    `total_time` [s] is that of the slowest rank, so `tokens_per_second` is the speed of all ranks together,
+    and `time_per_token` [s] its inverse.
     `tokens_per_second_median` is over windows; a stall does not move it. `decode_tokens_per_second_median` is
     over completions: in a batch, of one row.
     """
@@ -33,6 +34,7 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
         "decode_tokens_per_second_median": statistics.median(decode) if decode else None,
         "time_to_first_token_ms": 1000 * statistics.median(first),
         "total_time": total_time,
+        "time_per_token": total_time / sum(num_tokens) if any(num_tokens) else None,
         "num_tokens": sum(num_tokens),
         "empty_answers": num_tokens.count(0),
     }

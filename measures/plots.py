@@ -107,6 +107,33 @@ def bars(
     save(figure, title, path)
 
 
+def paired_ratios(
+    ratios: numpy.ndarray, interval: Sequence[float] | None, label: str, title: str, path: Path
+) -> None:
+    """Draw each ratio in ascending order, their median with its interval, and 1.
+
+    Args:
+        ratios: [n], at least one.
+        label: of the axis of ratios.
+        path: without suffix.
+    """
+    figure, axes = pyplot.subplots(figsize=(8.0, 3.6), constrained_layout=True)
+    median = float(numpy.median(ratios))
+    colors = numpy.where(ratios > 1, "C0", "C3")[numpy.argsort(ratios)]
+    axes.scatter(numpy.sort(ratios), numpy.arange(1, len(ratios) + 1), c=colors, s=25, zorder=3)
+    axes.axvline(1.0, color="#333333", linestyle="--", linewidth=1)
+    shown = f"median {median:.2f}"
+    if interval is not None:
+        axes.axvspan(*interval, color="C0", alpha=0.15, linewidth=0)
+        shown += f", 90 % confidence interval {interval[0]:.2f}-{interval[1]:.2f}"
+    axes.axvline(median, color="C0", label=f"{shown}; above 1 in {(ratios > 1).sum()} of {len(ratios)}")
+    axes.set_xlabel(label, fontsize=_SMALL)
+    axes.set_ylabel("in ascending order", fontsize=_SMALL)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", fontsize=_SMALL)
+    save(figure, title, path)
+
+
 def agreement_by_exit(table: pandas.DataFrame, trained: Collection[int], title: str, path: Path) -> None:
     """Draw `agreement` over `exit_layer`: how often an exit's draft would be accepted.
 

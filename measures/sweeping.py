@@ -34,7 +34,8 @@ Cell = tuple[int, int]  # exit layer, draft length
 COLUMNS = [
     "exit_layer", "num_speculations", "draft_weights", "num_verifications", "num_drafted", "num_accepted",
     "acceptance_rate", "acceptance_rate_mean", "mean_accepted_length", "speedup", "speedup_low",
-    "speedup_high", "tokens_per_second", "tokens_per_second_median", "total_time", "num_tokens",
+    "speedup_high", "tokens_per_second", "tokens_per_second_median", "total_time", "time_per_token",
+    "num_tokens",
 ]  # fmt: skip
 
 HEADINGS = {

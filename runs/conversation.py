@@ -21,7 +21,7 @@ from arguments import refuse
 from runs.failures import reason
 from runs.records import counted, early_exit_alone
 from runs.startup import autoregressive, encode_chat
-from runs.status import log_if_slow, print_status
+from runs.status import log_if_slow, print_status, work_bar
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -112,8 +112,7 @@ class Conversation:
             print_status(f"  {legend}")
         if self.compare and not interrupt.met:
             try:
-                with log_if_slow("comparing with decoding without drafts, without streaming"):
-                    compared = self._comparison(request)
+                compared = self._comparison(request)
                 print_status(f"  {compared}")
             except KeyboardInterrupt:  # the conversation goes on
                 print_status("\n  without streaming: interrupted")
@@ -155,10 +154,15 @@ class Conversation:
         """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""
         sides = [(self.generator, self.config), autoregressive(self.generator, self.config)]
 
-        def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
-            return generator.generate(request, config).generation_strategy_result.decode_tokens_per_second
+        what, number = "comparing with decoding without drafts", (1 + _TURNS) * len(sides)
+        with log_if_slow(f"{what}, without streaming"), work_bar(what, number, "answer") as advance:
 
-        turns = [[speed(*side) for side in sides] for _ in range(1 + _TURNS)][1:]  # the first one warms up
+            def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
+                took = generator.generate(request, config).generation_strategy_result
+                advance(1)
+                return took.decode_tokens_per_second
+
+            turns = [[speed(*side) for side in sides] for _ in range(1 + _TURNS)][1:]  # first a warm-up
         if not all(map(all, turns)):
             return "without streaming: answers of one token, nothing to compare"
         ratios = sorted((ours / plain, ours, plain) for ours, plain in turns)

@@ -228,7 +228,8 @@ def _examples_that_fit(
     except ValueError as error:
         refuse(str(error))
     if not fitting:
-        refuse(f"every prompt has more than the {room} tokens that the model has room for")
+        shots = f"--n_shot {data_args.n_shot}: with solved examples " * bool(data_args.n_shot)
+        refuse(f"{shots}every prompt has more than the {room} tokens that the model has room for")
     if left_out := len(examples) - len(fitting):
         print_status(f"left out {left_out} of {len(examples)} examples: prompts of more than {room} tokens")
     return fitting

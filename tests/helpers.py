@@ -80,7 +80,7 @@ def run_program(ranks, folder, code, *args):
 
 def no_pictures(monkeypatch):
     """For a test that is not about what sweep.py and benchmark.py draw: it takes half a second each."""
-    for drawn in ("sweeping.heat_maps", "benchmarking.bars"):
+    for drawn in ("sweeping.heat_maps", "benchmarking.paired_ratios"):
         monkeypatch.setattr(f"measures.{drawn}", lambda *_: None)
 
 

@@ -1,6 +1,7 @@
 """The programs under benchmarks/ compare equal work, and their output parses."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from benchmarks.peers import (
     fastest,
     find_peer,
     in_each_format,
+    of_llama_cpp,
     of_openvino,
     side,
 )
@@ -43,12 +45,14 @@ OURS = ["without drafts", "self-speculative", "4-bit copy", "adaptive"]
 
 
 @pytest.fixture
-def measured(endless_folder, capsys):
-    """The last line of a program's output, on a tiny model."""
+def measured(endless_folder, tmp_path, monkeypatch):
+    """What side_by_side.py saves, on a tiny model."""
+    monkeypatch.setattr(side_by_side, "bars", Mock())
 
-    def run(program, *args):
-        assert program.main(["--model", str(endless_folder), *map(str, args)]) == 0
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+    def run(*args):
+        path = tmp_path / "new" / "saved"
+        assert side_by_side.main(["--model", str(endless_folder), "--save", str(path), *map(str, args)]) == 0
+        return json.loads(path.with_suffix(".json").read_text())
 
     return run
 
@@ -58,7 +62,7 @@ def test_first_tokens(measured):
     of more than one token.
     """
     flags = ["--prompt_tokens", "20", "70", "--rounds", "2", "--max_steps", "1", "--batch_size", "2"]
-    record = measured(side_by_side, *flags)
+    record = measured(*flags)
     rows = record["rows"]
     assert [(row["workload"], row["side"]) for row in rows] == [
         (workload, side)
@@ -74,16 +78,15 @@ def test_first_tokens(measured):
     assert [*map(len, args.prompts(generator)["20 tokens"])] == [20, 19, 20]
 
 
-def test_side_by_side(measured, tmp_path, monkeypatch):
+def test_side_by_side(measured, monkeypatch, capsys):
     """Guards against different outputs, different draft lengths (transformers reads its own elsewhere),
-    padding that counts as tokens, and a machine with threads that no turn had.
+    padding that counts as tokens, a machine with threads that no turn had, and a table that is not the end.
     """
     monkeypatch.setattr("benchmarks.peers._TRIES", 1)
     monkeypatch.setattr("runs.records.most_threads", lambda model: 2)  # turns end with one thread
-    monkeypatch.setattr(side_by_side, "bars", drawn := Mock())
     record = measured(
-        side_by_side, "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
-        "--num_prompts", "3", "--batch_size", "1", "2", "--picture", tmp_path / "bars", "--sample", "True",
+        "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
+        "--num_prompts", "3", "--batch_size", "1", "2", "--sample", "True",
     )  # fmt: skip
     rows = record["rows"]
     assert [(row["batch_size"], row["side"]) for row in rows] == [
@@ -98,10 +101,24 @@ def test_side_by_side(measured, tmp_path, monkeypatch):
     by_side = {row["side"]: row["tokens_per_verification"] for row in rows[:7]}
     assert by_side["transformers, exit"] == pytest.approx(by_side["self-speculative"], rel=0.1)
     assert by_side["transformers"] is by_side["without drafts"] is None
-    assert list(drawn.call_args.args[0].index) == [
-        f"{row['side']}, batch {row['batch_size']}" for row in rows
-    ]
-    assert ", down to 1 of 2 threads, 1 rank" in " ".join(drawn.call_args.args[2].split())
+    drawn = side_by_side.bars.call_args.args
+    assert list(drawn[0].index) == [f"{row['side']}, batch {row['batch_size']}" for row in rows]
+    assert ", down to 1 of 2 threads, 1 rank" in " ".join(drawn[2].split())
+    output = capsys.readouterr().out
+    assert output.count("note: other programs used the processors: down to 1 of 2 threads\n") == 2
+    assert output.splitlines()[-1].split()[0] == "adaptive"
+
+
+def test_the_quantiser_of_llama_cpp_is_silent(tmp_path, capfd):
+    """Guards against a hundred lines of each format above the table."""
+    library = SimpleNamespace(
+        llama_model_quantize_default_params=SimpleNamespace,
+        llama_model_quantize=lambda *_: os.write(2, b"a line of a library in C") and 0,
+        Llama=lambda *_, **__: None,
+    )
+    assert len(of_llama_cpp(library, Path("file.gguf"), None, tmp_path)) == 1 + 6
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
 
 
 def test_transformers_has_its_best_format(byte_tokenizer, monkeypatch):
@@ -195,7 +212,7 @@ def test_our_sides_by_kind_of_prompt(measured, endless_folder, capsys):
     """Guards against a missing workload, kind of sampling or side, and against sampled peers."""
     flags = ["--max_steps", "6", "--num_prompts", "1", "--exit_layer", "2", "--num_speculations", "2"]
     flags += ["--picking", "greedy", "sampled", "--workloads", "code", "repeat", "--rounds", "1"]
-    rows = measured(side_by_side, *flags, "--draft_weights", "int4", "--peers", "none")["rows"]
+    rows = measured(*flags, "--draft_weights", "int4", "--peers", "none")["rows"]
     assert [(row["picking"], row["workload"]) for row in rows if row["side"] == "adaptive"] == [
         (picking, workload)
         for picking in ("greedy", "sampled")
@@ -225,7 +242,7 @@ def test_sides_beside_busy_programs_and_without_room(measured, monkeypatch):
     watch(monkeypatch, side_by_side, "warm_up", no_room)
     flags = ["--peers", "none", "--beside", 0, 2, "--rounds", 1, "--prompt_tokens", 20, "--batch_size", 2]
     drafts = ["--max_steps", 3, "--exit_layer", 2, "--num_speculations", 2]
-    rows = measured(side_by_side, *flags, *drafts)["rows"]
+    rows = measured(*flags, *drafts)["rows"]
     assert [(row["beside"], row["side"]) for row in rows] == [
         (number, side) for number in (0, 2) for side in OURS if side != "4-bit copy"
     ]

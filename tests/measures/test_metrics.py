@@ -26,10 +26,12 @@ def test_speed_is_total_tokens_over_wall_time():
         "decode_tokens_per_second_median": 3 / 2,
         "time_to_first_token_ms": 1000,
         "total_time": 16.0,
+        "time_per_token": 16 / 8,
         "num_tokens": 8,
         "empty_answers": 1,
     }
-    assert metrics.speed([empty])["decode_tokens_per_second_median"] is None
+    nothing = metrics.speed([empty])
+    assert nothing["decode_tokens_per_second_median"] is nothing["time_per_token"] is None
     two_ranks = metrics.speed([record(), record(rank=1, wall_time=12.0)])  # they run at the same time
     assert (two_ranks["total_time"], two_ranks["tokens_per_second"]) == (12.0, 8 / 12)
 

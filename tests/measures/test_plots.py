@@ -1,5 +1,6 @@
 """Pictures name what they show."""
 
+import numpy
 import pandas
 import pytest
 
@@ -61,6 +62,23 @@ def test_bars(drawn, tmp_path):
     ends = [path[:, 0].tolist() for lines in axes.collections for path in lines.get_segments()]
     assert ends == [[1.0, 1.0], [1.5, 4.0], [1.5, 1.5]]
     assert [text for legend in figure.legends for text in texts(legend.texts)] == ["ours", "theirs"]
+
+
+@pytest.mark.parametrize("interval", [None, (1.1, 1.4)])
+def test_paired_ratios(drawn, tmp_path, interval):
+    """Guards against intervals of two sides that overlap though one won each pair, and a gain of a few."""
+    plots.paired_ratios(numpy.array([1.3, 0.9, 1.2]), interval, "speed-up", "a title", tmp_path / "ratios")
+    (figure,) = drawn
+    (axes,) = figure.axes
+    (points,) = (each for each in axes.collections if len(each.get_offsets()) == 3)
+    assert points.get_offsets().tolist() == [[0.9, 1], [1.2, 2], [1.3, 3]]
+    worse, *better = points.get_facecolors().tolist()
+    assert worse != better[0] == better[1]
+    assert sorted(line.get_xdata()[0] for line in axes.lines) == [1.0, 1.2]
+    (said,) = [text for legend in figure.legends for text in texts(legend.texts)]
+    assert said.startswith("median 1.20")
+    assert said.endswith("; above 1 in 2 of 3")
+    assert ("90 % confidence interval 1.10-1.40" in said) == (interval is not None)
 
 
 @pytest.mark.parametrize(

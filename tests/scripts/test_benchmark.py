@@ -147,7 +147,9 @@ def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, c
     assert "left out 2 of 4 examples: prompts of more than 255 tokens" in capsys.readouterr().err
     assert len(untimed(only_run(tmp_path))) == 2
     shots = ["--n_shot", "2", "--random_shuffle", "False"]
-    assert "every prompt has more than the 255 tokens" in refused(benchmark.main, [*args, *shots], capsys)
+    assert "--n_shot 2: with solved examples every prompt has more than the 255 tokens" in refused(
+        benchmark.main, [*args, *shots], capsys
+    )
 
 
 @pytest.mark.parametrize(
