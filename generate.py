@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     grammar_text = '{"type": "object"}' if args.grammar == "json" else _read("grammar", args.grammar)
 
     from runs import ranks
-    from runs.conversation import Conversation, converse, one_prompt, read_grammar
+    from runs.conversation import Conversation, one_prompt, read_grammar
     from runs.startup import load_generator
     from runs.status import log_if_slow
     from self_speculation import Request
@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = (args.chat, args.compare, grammar, prediction, args.template_kwargs)
     talk = Conversation(generator, config, args.streamer, *own)
     if interactive:
+        from runs.terminal import converse  # takes a quarter of a second, and one prompt does not need it
+
         return converse(talk)
     try:
         return 0 if talk.answer(prompt) else 130

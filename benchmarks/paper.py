@@ -37,9 +37,10 @@ from arguments import ModelArguments, at_least, check, parse, refuse
 from data import DATASETS, DataError, kind_of
 from measures.plots import bars
 from runs import ranks
+from runs.description import Record, describe, machine
 from runs.failures import Failed, check_writable
 from runs.program import run
-from runs.records import Record, Run, describe, machine
+from runs.records import Run
 from runs.startup import read_config
 
 PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))

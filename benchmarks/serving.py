@@ -50,8 +50,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
 from benchmarks.servers import SERVE, started
 from benchmarks.workloads import texts
+from runs.description import Record, describe, describe_model
 from runs.program import run
-from runs.records import Record, describe, describe_model
 from runs.startup import load_generator
 
 _PEER, _LLAMA = "transformers", "llama-server"

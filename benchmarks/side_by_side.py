@@ -54,8 +54,8 @@ from measures import metrics
 from measures.plots import bars
 from measures.timed_runs import TimedSide, measure_all, warm_up
 from runs import ranks
+from runs.description import Record, counted, describe, describe_model, fewest_threads, heading, note
 from runs.program import run
-from runs.records import Record, counted, describe, describe_model, fewest_threads, heading, note
 from runs.startup import load_generator
 from self_speculation import HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.drafts.registry import forget_what_was_learnt

@@ -12,8 +12,9 @@ import pandas
 from measures import metrics, spec_bench
 from measures.plots import paired_ratios
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
+from runs.description import Record, counted, had_fewer_threads, heading, note
 from runs.examples import Experiment
-from runs.records import Record, Run, counted, had_fewer_threads, heading, note
+from runs.records import Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request

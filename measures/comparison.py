@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from runs.records import Record
+from runs.description import Record
 from self_speculation import GenerationStrategyResult
 from self_speculation.decoding.sampling import Sampler, gumbel_noise, noise_key
 from self_speculation.families import attention_types

@@ -15,8 +15,9 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import LogitsProcessorList
 
 from measures.comparison import find_difference, with_end
+from runs.description import Record, counted, heading
 from runs.examples import Encoded, Experiment
-from runs.records import Record, Run, counted, heading
+from runs.records import Run
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, Request
 from self_speculation.decoding.request import config_processors

@@ -53,11 +53,11 @@ def evaluate(settings: dict[str, Any], args: Any, gen_kwargs: dict[str, Any]) ->
             **{**theirs, "gen_kwargs": gen_kwargs or None},
         )
     except KeyboardInterrupt:
-        print_status(f"interrupted; {_kept(args.use_cache)}")
+        print_status(f"\ninterrupted; {_kept(args.use_cache)}")
         return 130
     except Exception as error:
         if (why := reason(error, _LESS)) is not None:
-            print(f"{why}; {_kept(args.use_cache)}", file=sys.stderr)
+            print(f"\n{why}; {_kept(args.use_cache)}", file=sys.stderr)
             return 1
         if model.has_begun and not isinstance(error, UnsupportedError):
             raise

@@ -11,7 +11,7 @@ import numpy
 import pandas
 import torch
 
-from runs.records import Record
+from runs.description import Record
 from self_speculation.results import DraftStats
 
 

@@ -13,7 +13,7 @@ import pandas
 from measures import metrics
 from measures.plots import bars
 from measures.timed_runs import BASELINE
-from runs.records import Record
+from runs.description import Record
 from self_speculation.results import DraftStats
 
 # The categories of its conversations of two turns, which it reports as one.

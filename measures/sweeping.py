@@ -17,9 +17,10 @@ from measures import metrics
 from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.timed_runs import BASELINE, TimedSide, measure_all, warm_up
+from runs.description import Record, counted, fewest_threads, heading, note
 from runs.examples import Experiment
 from runs.failures import failed
-from runs.records import Record, Run, counted, fewest_threads, heading, note
+from runs.records import Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation.decoding.request import config_processors

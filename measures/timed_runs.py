@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from measures.metrics import draft_stats
 from runs import ranks
-from runs.records import Record
+from runs.description import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
 from self_speculation.families import context_length
 from self_speculation.passes.captured_runner import is_captured

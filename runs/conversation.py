@@ -1,4 +1,4 @@
-"""Answer one prompt, or a conversation at a terminal, and print statistics.
+"""Answer prompts, one or those of a conversation, and print statistics.
 
 Answers go to standard output, everything else to standard error.
 """
@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import signal
 import sys
-import termios
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arguments import refuse
-from runs.failures import reason
-from runs.records import counted, early_exit_alone
+from runs.description import counted, early_exit_alone
 from runs.startup import autoregressive, encode_chat
 from runs.status import log_if_slow, print_status, work_bar
 from self_speculation import (
@@ -35,10 +32,6 @@ from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.texts import Thinking
 from self_speculation.threads import adjust_threads
 
-if TYPE_CHECKING:  # its import takes a quarter of a second, and one prompt does not need it
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyPressEvent
-
 _TURNS = 3  # of a comparison: a single one would show the noise of the machine
 
 _HELP = """/help         lists commands and keys
@@ -50,7 +43,6 @@ Enter         sends the prompt; one that is typed during an answer comes next
 Alt-Enter     begins a new line, as a backslash at the end and Enter do
 Ctrl-C        stops an answer
 Ctrl-D        leaves"""
-_COMMAND = re.compile(r"\s*/(?:(system|save)\b\s*(.*?)|(\w*))\s*", re.DOTALL)
 
 
 def read_grammar(name: str, text: str) -> Grammar:
@@ -224,73 +216,6 @@ def _status_held(is_held: bool) -> Iterator[None]:
             yield
     finally:
         print(lines.getvalue(), end="", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _unechoed() -> Iterator[None]:
-    """Do not echo keys in this block: they would appear in the answer."""
-    before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-def converse(talk: Conversation) -> int:
-    """Answer prompts from the terminal until /exit or Ctrl-D; the exit status."""
-    session = _session()
-    print_status("Type a prompt, Enter sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.")
-    while True:
-        try:
-            # What was typed meanwhile is a prompt, too.
-            prompt = session.prompt(">>> ", prompt_continuation="... ")
-        except KeyboardInterrupt:  # Ctrl-C
-            if not session.default_buffer.text:
-                print_status("/exit or Ctrl-D leaves")
-            continue
-        except EOFError:  # Ctrl-D without text
-            return 0
-        last_line = prompt.strip().rpartition("\n")[2].strip()
-        if last_line == "/exit":  # even after other lines
-            return 0
-        if found := _COMMAND.fullmatch(prompt):
-            print_status(talk.obey(found[1] or found[3], found[2] or ""))
-            continue
-        try:
-            with _unechoed():
-                talk.answer(prompt)
-        except ValueError as error:
-            print_status(f"error: {error}")
-        except Exception as error:
-            if (why := reason(error)) is None:
-                raise
-            print_status(f"\nerror: {why}")  # in the middle of an answer
-
-
-def _session() -> PromptSession[str]:
-    """A session that reads prompts; bracketed paste keeps pasted lines together."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.output import create_output
-
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.text.endswith("\\") and buffer.document.is_cursor_at_the_end:
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        elif buffer.text.strip():
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return PromptSession(multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True))
 
 
 def _statistics(result: GenerationResult, config: GenerationConfig, interrupted: bool) -> str:

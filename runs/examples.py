@@ -17,16 +17,9 @@ from tqdm import tqdm
 from arguments import BatchArguments, GenerationConfig, ModelArguments, refuse
 from data import DataArguments, DataError, Example, load_examples
 from runs import ranks
+from runs.description import Record, counted, describe, describe_model, fewest_threads
 from runs.failures import Failed, check_writable, failed, reason
-from runs.records import (
-    Record,
-    Run,
-    check_same_run,
-    counted,
-    describe,
-    describe_model,
-    fewest_threads,
-)
+from runs.records import Run, check_same_run
 from runs.startup import encode_chat, load_generator
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request

@@ -1,49 +1,29 @@
 """The folder of a run: one JSON about it, and one JSONL with a record for each example, written as they come.
 
 All ranks append to the JSONL, a line at a time. An interruption loses no written record, and a half-written
-line is not read as a record. The heading above tables and in pictures says what the JSON says.
+line is not read as a record.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
-from importlib.metadata import version
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-import self_speculation
-from arguments import GenerationConfig, ModelArguments, read_run
-from data import DataArguments
+from arguments import read_run
 from runs import ranks
+from runs.description import Record, now
 from runs.failures import Failed
-from self_speculation.passes.fused_layers import activation_dtype
-from self_speculation.threads import most_threads
-from self_speculation.weights.few_bits import formats_of, num_parameters
-from self_speculation.weights.kernels import cpu_operators
 
-Record = dict[str, Any]
-
-_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
 # Arguments that may differ when a run is resumed; `train.py` compares the samples of a step itself.
 _MAY_DIFFER = {
     "resume", "output_dir", "threads", "batch_size", "answer_file", "text_quality",
     "gradient_accumulation", "gradient_checkpointing", "rows",
-}  # fmt: skip
-# These arguments stand elsewhere in the lines or in the table, or do not change the figures.
-_HIDDEN = {
-    "model", "dtype", "device", "seed", "output_dir", "threads", "dataset", "num_samples",
-    "generation_strategy",
 }  # fmt: skip
 
 
@@ -98,7 +78,7 @@ class Run:
 
     def write_status(self, status: str, **more: Any) -> None:
         """Write description and status into run.json."""
-        ended = {} if status == "running" else {"ended": _now()}
+        ended = {} if status == "running" else {"ended": now()}
         content = {**self.description, "status": status, **ended, **more}
         self.replace("run.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
@@ -127,131 +107,11 @@ def check_same_run(resume: str, description: Record) -> Record:
     compared = asked.keys() - (_MAY_DIFFER if script != "sweep" else _MAY_DIFFER - {"batch_size"})
     pairs = [(f"--{name}", was_asked.get(name, asked[name]), asked[name]) for name in sorted(compared)]
     pairs += [(key, earlier.get(key), description[key]) for key in ("device", "dtype") if key in description]
-    for name, was, now in pairs:
+    for name, was, asks in pairs:
         # The steps of the earlier training are the first ones of a longer one.
-        if was != now and not (name == "--num_steps" and now > was):
-            raise Failed(f"--resume {resume}: that run had {name} {was!r}, this one has {now!r}")
+        if was != asks and not (name == "--num_steps" and asks > was):
+            raise Failed(f"--resume {resume}: that run had {name} {was!r}, this one has {asks!r}")
     return earlier
-
-
-def describe(script: str, arguments: Sequence[Any]) -> Record:
-    """The arguments and the time of a run, and the versions of this program and its libraries."""
-    return {
-        "script": script,
-        "began": _now(),
-        "version": self_speculation.__version__,
-        "commit": _commit(),
-        "arguments": {key: value for group in arguments for key, value in asdict(group).items()},
-        "num_ranks": ranks.num_processes(),
-        "libraries": {name: version(name) for name in _LIBRARIES},
-    }
-
-
-def describe_model(name: str, model: PreTrainedModel, device: torch.device | None = None) -> Record:
-    """The model and the machine of a run; `device` says where the model will be."""
-    device = device or model.device
-    on_gpu = device.type == "cuda"
-    return {
-        "model": name,
-        "num_layers": model.config.num_hidden_layers,
-        "num_parameters": num_parameters(model),
-        "dtype": formats_of(model) or str(model.dtype).removeprefix("torch."),
-        "computed_in": str(activation_dtype(model)).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
-        "processor": _processor(),
-        "threads": most_threads(model),
-        "operators": None if on_gpu else str(cpu_operators()),
-        "python": platform.python_version(),
-    }
-
-
-def heading(run: Record, left_out: Collection[str] = ()) -> str:
-    """Model, dataset and strategy with their arguments other than defaults, then the machine; in 100 columns.
-
-    Args:
-        run: the content of `run.json`.
-        left_out: arguments that vary in the table, or that it shows.
-    """
-    asked, path = run["arguments"], Path(run["model"]).expanduser()
-    strategy, hidden = asked.get("generation_strategy"), {*_HIDDEN, *left_out}
-    if "exit_layer" not in hidden and (alone := early_exit_alone(asked)):
-        strategy, hidden = f"{strategy} {alone}", {*hidden, "exit_layer"}
-    names = (path.name if path.exists() else run["model"], asked.get("dataset"), strategy)
-    settings: list[str] = []
-    for name, group in zip(names, (ModelArguments, DataArguments, GenerationConfig), strict=True):
-        own = [each for each in fields(group) if each.name in asked.keys() - hidden]
-        changed = [f"{each.name} {asked[each.name]}" for each in own if asked[each.name] != each.default]
-        settings += [*filter(None, [name]), *changed]
-    sizes = [f"batch size {asked['batch_size']}"] if "batch_size" in asked else []
-    return "\n".join(map(_filled, (settings, [*machine(run).split(", "), *sizes])))
-
-
-def _filled(parts: list[str]) -> str:
-    """Lines that end between two parts; no part is divided."""
-    text = ", ".join(part.replace(" ", "\xa0") for part in parts)
-    return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False).replace("\xa0", " ")
-
-
-def fewest_threads(records: Iterable[Record], most: int) -> int:
-    """The fewest threads with which any strategy decoded these records; `most` without records."""
-    used = (number for each in records for name, number in each.items() if name.endswith("threads"))
-    return min([most, *used])
-
-
-def had_fewer_threads(run: Mapping[str, Any]) -> bool:
-    """Whether other programs used processors meanwhile."""
-    return run.get("threads_used", run["threads"]) < run["threads"]
-
-
-def machine(run: Record) -> str:
-    """Number format, GPU or processor with threads, and number of ranks."""
-    same = run["computed_in"] == run["dtype"]
-    dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
-    threads = counted(run["threads"], "thread")
-    if had_fewer_threads(run):
-        threads = f"down to {run['threads_used']} of {threads}"
-    where = f"{run['processor']}, {threads}" if run["device"] == "cpu" else run["device"]
-    return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}"
-
-
-def early_exit_alone(asked: Record) -> str:
-    """Whose tokens a generation by these arguments has, if they are not the full model's."""
-    if asked.get("generation_strategy") != "autoregressive" or asked["exit_layer"] == -1:
-        return ""
-    return f"by the early exit at layer {asked['exit_layer']} alone, not by the full model"
-
-
-def note(remark: str) -> str:
-    """A remark below a table, in 80 columns."""
-    return textwrap.fill(f"note: {remark}", 80, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def counted(number: int, what: str) -> str:
-    """Such as "1 round" or "2 rounds"."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _commit() -> str | None:
-    """The commit of the running checkout, with -dirty if files differ from it; None outside of a checkout."""
-    root = Path(__file__).parent.parent
-    git = ["git", "--no-optional-locks", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
-    command = [*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
-    with suppress(FileNotFoundError):  # no git
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return None
-
-
-def _processor() -> str:
-    """The processor's name on Linux, or else its architecture."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _write(path: Path, mode: str, text: str) -> None:

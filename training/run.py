@@ -20,8 +20,9 @@ from arguments import ModelArguments, refuse
 from data import DataError
 from measures.plots import agreement_by_exit
 from runs import ranks, records
+from runs.description import Record, heading
 from runs.failures import Failed, check_writable
-from runs.records import Record, Run, heading
+from runs.records import Run
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_device

@@ -83,7 +83,7 @@ def test_side_by_side(measured, monkeypatch, capsys):
     padding that counts as tokens, a machine with threads that no turn had, and a table that is not the end.
     """
     monkeypatch.setattr("benchmarks.peers._TRIES", 1)
-    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)  # turns end with one thread
+    monkeypatch.setattr("runs.description.most_threads", lambda model: 2)  # turns end with one thread
     record = measured(
         "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
         "--num_prompts", "3", "--batch_size", "1", "2", "--sample", "True",

@@ -78,27 +78,15 @@ def by_eval(common):
 
 
 def by_sweep(common):
-    return sweep.main([*common, "--mode", "measured", "--exit_layer_last", "2"])
+    return sweep.main([*common, "--exit_layer_last", "1", "--num_speculations_last", "1"])
 
 
 @pytest.mark.parametrize(
     ("main", "error", "first", "says", "kept"),
     [
-        (
-            benchmark.main,
-            CUDA,
-            1 + 2,
-            f"example 2: {OUT_OF_MEMORY}",
-            "; 2 of 4 examples are kept, go on with",
-        ),
-        (by_sweep, NAN, 1 + 5 + 1, f"exit layer 1, 2 drafted: {NAN}", "; 1 of 12 cells are kept, go on with"),
-        (
-            by_eval,
-            CUDA,
-            1,
-            "out of memory; less takes a smaller --batch_size",
-            "; --use_cache PATH would have",
-        ),
+        (benchmark.main, CUDA, 3, f"example 2: {OUT_OF_MEMORY}", "; 2 of 4 examples are kept"),
+        (by_sweep, NAN, 6, f"exit layer 1, 1 drafted: {NAN}", "; 4 of 4 examples are kept"),
+        (by_eval, CUDA, 1, "out of memory; less takes a smaller --batch_size", "; --use_cache PATH would"),
     ],
 )
 @pytest.mark.usefixtures("few_files_are_read")
@@ -111,14 +99,6 @@ def test_a_run_names_the_example_and_keeps_the_others(
     line = last_line(capsys)
     assert line.startswith(says)
     assert kept in line
-
-
-def test_a_measured_cell_is_named(dataset, monkeypatch, capsys):
-    """Guards against a traceback out of the cells that a sweep measures in the end."""
-    monkeypatch.setattr("measures.timed_runs.measure_examples", lambda *_: iter([(1, MemoryError())]))
-    grid = ["--exit_layer_last", "1", "--num_speculations_last", "1"]
-    assert sweep.main([*dataset, *grid]) == 1
-    assert last_line(capsys).startswith(f"exit layer 1, 1 drafted: {OUT_OF_MEMORY}")
 
 
 @pytest.mark.parametrize("loading", [True, False])
@@ -147,8 +127,8 @@ def test_other_errors_are_not_explained_away(common, fails_at):
 def test_a_conversation_goes_on(error, says, common, fails_at, monkeypatch, capsys):
     """Guards against a conversation that ends, or that has the failed prompt in its history."""
     session = Mock(prompt=Mock(side_effect=["one", "two", "three", EOFError]))
-    monkeypatch.setattr("runs.conversation._session", lambda: session)
-    monkeypatch.setattr("runs.conversation._unechoed", nullcontext)
+    monkeypatch.setattr("runs.terminal._session", lambda: session)
+    monkeypatch.setattr("runs.terminal._unechoed", nullcontext)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     encoded = watch(monkeypatch, Conversation, "_encoded")
     fails_at(error, 1, 1)

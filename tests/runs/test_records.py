@@ -15,8 +15,9 @@ from helpers import about, only_run, refused
 import benchmark
 from arguments import BatchArguments, GenerationConfig, ModelArguments
 from data import DataArguments
+from runs.description import describe, heading
 from runs.failures import Failed
-from runs.records import Run, describe, heading
+from runs.records import Run
 
 DESCRIPTION = {"script": "test", "arguments": {"seed": 1}}
 
@@ -64,7 +65,7 @@ def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):
     head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     commit = describe("test", [])["commit"]
     assert (commit or "").removesuffix("-dirty") == head
-    monkeypatch.setattr("runs.records.__file__", str(tmp_path / "runs" / "records.py"))
+    monkeypatch.setattr("runs.description.__file__", str(tmp_path / "runs" / "records.py"))
     assert describe("test", [])["commit"] is None
 
 

