@@ -69,20 +69,15 @@ class Benchmark(Experiment):
             summary["by_category"] = spec_bench.by_category(rows, records)
             lines += ["", spec_bench.show(summary["by_category"], title, run.folder / "categories")]
         if self.answer_file is not None:
-            path = Path(self.answer_file).expanduser().absolute()
-            for prefix, _, config in self._sides:
-                name = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
-                model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"
-                run.replace(str(name), spec_bench.answers(rows, records, model_id, prefix))
+            self._write_answers(run, rows, records, Path(self.answer_file).expanduser().absolute())
         self._write_speeds(run, summary, records)
         if self.compare and len(ratios := metrics.ratios(records, "", BASELINE)):
             unit, interval = _unit(summary)[:-1], summary["comparison"]["speedup_interval"]
             label = f"speed-up over decoding without drafts: a point for each {unit}"
             paired_ratios(ratios, interval, label, title, run.folder / "benchmark")
         run.finish(records, summary)
-        written = ", ".join(sorted(path.name for path in run.folder.iterdir()))
         print("\n".join([*lines, *(f"\n{note(remark)}" for remark in summary["remarks"])]))
-        print(f"\n{run.folder}/: {written}")
+        print(f"\n{run.listing()}")
         return 0
 
     def _summary(self, records: list[Record]) -> Record:
@@ -117,6 +112,13 @@ class Benchmark(Experiment):
             found.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
         return found
 
+    def _write_answers(self, run: Run, rows: Sequence[Record], records: list[Record], path: Path) -> None:
+        """Write the answers of each strategy in the format of Spec-Bench."""
+        for prefix, _, config in self._sides:
+            name = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
+            model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"
+            run.replace(str(name), spec_bench.answers(rows, records, model_id, prefix))
+
     def _write_speeds(self, run: Run, summary: Record, records: list[Record]) -> None:
         """Write the speed of each strategy, with the 90 % confidence interval of the median."""
         rows = []
@@ -150,58 +152,65 @@ def _unit(summary: Record) -> str:
 
 
 def _table(summary: Record) -> list[str]:
-    """The summary in lines of 68 columns, with one column of figures for each strategy."""
-
-    def row(name: str, *values: Any, style: str = ".2f") -> str:
-        shown = ("-" if v is None else v if isinstance(v, str) else format(v, style) for v in values)
-        return f"{name:<36}" + "".join(f"{value:>16}" for value in shown)
-
-    unit, several = _unit(summary), summary["num_ranks"] > 1
-    sides = [prefix for prefix in _NAMES if f"{prefix}speed" in summary]
+    """The summary in lines of 68 columns, with a column of figures for each strategy."""
+    sides = {prefix: summary[f"{prefix}speed"] for prefix in _NAMES if f"{prefix}speed" in summary}
     title, sizes = counted(summary["num_examples"], "example"), summary["batch_sizes"]
     if len(sizes) > 1:  # of a resumed run; the heading has its last one
         title += f", batches of {', '.join(map(str, sizes))}"
-    rows = [row(title, *(_NAMES[prefix] for prefix in sides))]
+    lines = [_line(title, *(_NAMES[prefix] for prefix in sides))]
     if compared := summary.get("comparison"):
-        rows.append(row(f"speed-up, median of {unit}", compared["speedup"]))
-        if compared["speedup_windows"] > 1:
-            middle_half = "-".join(f"{quartile:.2f}" for quartile in compared["speedup_quartiles"][::2])
-            rows.append(row(f"  middle half of {unit}", middle_half))
-        rows += [
-            row("  faster on", f"{compared['speedup_faster']} of {compared['speedup_windows']}"),
-            row("  of totals", compared["speedup_of_totals"]),
-        ]
-        if unit == "examples":
-            rows.append(row("speed-up, decode, median", compared["decode_speedup"]))
-            if (predicted := compared["predicted_decode_speedup"]) is not None:
-                rows.append(row("  by the paper's formula", predicted))
-        rows.append(row("identical outputs", f"{compared['identical_outputs']} of {summary['num_examples']}"))
+        lines += _comparison(compared, summary["num_examples"], _unit(summary))
+    several = summary["num_ranks"] > 1
     by_whom = f"{summary['num_ranks']} ranks together" if several else "all tokens by wall time"
-    alone = "median answer" if unit == "examples" else "beside other rows"
+    alone = "median answer" if _unit(summary) == "examples" else "beside other rows"
     for name, key, style in (
         (f"tokens/s, {by_whom}", "tokens_per_second", ".2f"),
-        (f"  median of {unit}" + (", of one rank" if several else ""), "tokens_per_second_median", ".2f"),
+        (f"  median of {_unit(summary)}" + ", of one rank" * several, "tokens_per_second_median", ".2f"),
         (f"tokens/s, decode, {alone}", "decode_tokens_per_second_median", ".2f"),
         ("ms to first token, median", "time_to_first_token_ms", ".1f"),
-        ("seconds" + (", the slowest rank" if several else ""), "total_time", ".1f"),
+        ("seconds" + ", the slowest rank" * several, "total_time", ".1f"),
         ("tokens", "num_tokens", "d"),
         ("empty answers", "empty_answers", "d"),
     ):
-        rows.append(row(name, *(summary[f"{prefix}speed"][key] for prefix in sides), style=style))
+        lines.append(_line(name, *(speed[key] for speed in sides.values()), style=style))
     if accepted := summary.get("acceptance"):
-        rows.append(row("acceptance rate", accepted["acceptance_rate"], style=".1%"))
-        rows.append(row("  mean of examples", accepted["acceptance_rate_mean"], style=".1%"))
-        rows.append(row("mean accepted length", accepted["mean_accepted_length"]))
-        shares = " ".join(f"{share:.0%}" for share in accepted["rounds_by_accepted"][:8])
-        rows.append(f"{'  rounds that accept 1, 2, ... tokens':<36} {shares:>15}")
-        for source, counts in accepted["drafts_by_source"].items():
-            rounds = counted(counts["rounds"], "round")
-            if counts["drafted"]:
-                accepted = f"{counts['accepted']} of {counts['drafted']}"
-                rows.append(row(f"  {source}, {rounds}: accepted", accepted))
-            else:
-                rows.append(row("  rounds without drafts", str(counts["rounds"])))
-    rows += [row(name.replace("_", " "), value) for name, value in summary["text"].items()]
-    memory = "peak memory, MiB" + (", of rank 0" if several else "")
-    rows.append(row(memory, summary["peak_memory_mib"], style=".0f"))
-    return rows
+        lines += _drafts(accepted)
+    lines += [_line(name.replace("_", " "), value) for name, value in summary["text"].items()]
+    memory = "peak memory, MiB" + ", of rank 0" * several
+    return [*lines, _line(memory, summary["peak_memory_mib"], style=".0f")]
+
+
+def _line(name: str, *values: Any, style: str = ".2f") -> str:
+    shown = ("-" if v is None else v if isinstance(v, str) else format(v, style) for v in values)
+    return f"{name:<36}" + "".join(f"{value:>16}" for value in shown)
+
+
+def _comparison(compared: Record, num_examples: int, unit: str) -> list[str]:
+    lines = [_line(f"speed-up, median of {unit}", compared["speedup"])]
+    if compared["speedup_windows"] > 1:
+        low, _, high = compared["speedup_quartiles"]
+        lines.append(_line(f"  middle half of {unit}", f"{low:.2f}-{high:.2f}"))
+    lines.append(_line("  faster on", f"{compared['speedup_faster']} of {compared['speedup_windows']}"))
+    lines.append(_line("  of totals", compared["speedup_of_totals"]))
+    if unit == "examples":
+        lines.append(_line("speed-up, decode, median", compared["decode_speedup"]))
+        if (predicted := compared["predicted_decode_speedup"]) is not None:
+            lines.append(_line("  by the paper's formula", predicted))
+    return [*lines, _line("identical outputs", f"{compared['identical_outputs']} of {num_examples}")]
+
+
+def _drafts(accepted: Record) -> list[str]:
+    shares = " ".join(f"{share:.0%}" for share in accepted["rounds_by_accepted"][:8])
+    lines = [
+        _line("acceptance rate", accepted["acceptance_rate"], style=".1%"),
+        _line("  mean of examples", accepted["acceptance_rate_mean"], style=".1%"),
+        _line("mean accepted length", accepted["mean_accepted_length"]),
+        f"{'  rounds that accept 1, 2, ... tokens':<36} {shares:>15}",
+    ]
+    for source, counts in accepted["drafts_by_source"].items():
+        if counts["drafted"]:
+            name = f"  {source}, {counted(counts['rounds'], 'round')}: accepted"
+            lines.append(_line(name, f"{counts['accepted']} of {counts['drafted']}"))
+        else:
+            lines.append(_line("  rounds without drafts", str(counts["rounds"])))
+    return lines

@@ -89,7 +89,7 @@ class Sweep(Experiment):
         measured = table.dropna(subset="speedup").sort_values("speedup", ascending=False)
         if measured.empty:
             run.finish(records, {"best": None})
-            print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
+            print(f"no answers to compare: all are empty\n\n{run.listing()}")
             return 0
         first = measured.astype(object).iloc[0]
         best = first[["exit_layer", "num_speculations", "speedup"]].to_dict()
@@ -106,7 +106,7 @@ class Sweep(Experiment):
         interval = first["speedup_low"], first["speedup_high"]
         for remark in metrics.undecided(None if pandas.isna(interval[0]) else interval, "prompts"):
             print(f"\n{note(remark)}")
-        print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
+        print(f"\n{run.listing()}")
         if best.pop("speedup") < 1:
             print("no measured cell is faster than decoding without drafts; the nearest:")
         flags = {"generation_strategy": self.config.generation_strategy, **best}

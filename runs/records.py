@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from arguments import read_run
-from runs import ranks
 from runs.description import Record, now
 from runs.failures import Failed
 
@@ -81,6 +80,10 @@ class Run:
         ended = {} if status == "running" else {"ended": now()}
         content = {**self.description, "status": status, **ended, **more}
         self.replace("run.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def listing(self) -> str:
+        """The folder and its files, in one line."""
+        return f"{self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}"
 
     def replace(self, name: str, text: str) -> None:
         """Replace a file of the folder atomically."""
