@@ -37,7 +37,7 @@ from runs.program import run
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """What lm_eval does; without another word, as its `simple_evaluate`."""
+    """What to evaluate; defaults are those of lm_eval's `simple_evaluate`."""
 
     tasks: list[str] = field(default_factory=list)
     """Names of tasks or groups, with commas or spaces between them; * stands for any letters."""
@@ -112,26 +112,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from measures.evaluation import evaluate
     from measures.harness_model import TASK_SETTINGS
 
+    gen_kwargs = simple_parse_args_string(args.gen_kwargs)
+    if "until" in gen_kwargs:  # lm_eval parses 5 as a number, and then needs a text
+        gen_kwargs["until"] = [str(gen_kwargs["until"])]
     given = given_flags(argv, GenerationConfig)
     asked = {theirs: getattr(config, ours) for ours, theirs in TASK_SETTINGS.items() if ours in given}
     # Sampling needs a temperature: greedy tasks set it to 0.
     warm = {"temperature": config.temperature} if asked.get("do_sample") else {}
-    gen_kwargs = {**warm, **simple_parse_args_string(args.gen_kwargs), **asked}
-    hidden = {*TASK_SETTINGS, "model", "output_dir", "threads"}
     settings = {"pretrained": model_args.model_name} | {
         each.name: value
         for group in (model_args, config)
         for each in fields(group)
-        if (value := getattr(group, each.name)) != each.default and each.name not in hidden
+        if (value := getattr(group, each.name)) != each.default
+        and each.name not in {*TASK_SETTINGS, "model", "output_dir"}
     }
-    cache = args.use_cache
-    if cache is not None:
+    if args.use_cache is not None:
         # The harness's keys hold the request alone: without this it would reuse answers of another model.
-        cache = f"{cache}_{zlib.crc32(repr(sorted(settings.items())).encode()):08x}"
-    args = replace(args, output_path=str(path), use_cache=cache)
-    if model_args.threads is not None:
-        settings["threads"] = model_args.threads
-    return evaluate(settings, args, gen_kwargs)
+        key = repr({**settings, "threads": None}).encode()
+        args = replace(args, use_cache=f"{args.use_cache}_{zlib.crc32(key):08x}")
+    return evaluate(settings, replace(args, output_path=str(path)), {**warm, **gen_kwargs, **asked})
 
 
 if __name__ == "__main__":

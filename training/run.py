@@ -19,10 +19,10 @@ from transformers.utils import logging
 from arguments import ModelArguments, refuse
 from data import DataError
 from measures.plots import agreement_by_exit
-from runs import ranks, records
-from runs.description import Record, heading
+from runs import ranks
+from runs.description import Record, describe, describe_model, heading
 from runs.failures import Failed, check_writable
-from runs.records import Run
+from runs.records import Run, check_same_run
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_device
@@ -112,7 +112,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
         model = from_flags.new_llama(config, tokenizer, seed)
     else:
         model, tokenizer = _load_model(flags, config)
-    facts = records.describe_model(model_args.model or "a new Llama", model, device)
+    facts = describe_model(model_args.model or "a new Llama", model, device)
     facts["computed_in"] = from_flags.computed_in(model_args.dtype, device)
     if args.lora_rank:
         assert model_args.model is not None
@@ -163,10 +163,10 @@ def _read_config(model_args: ModelArguments, sequence_length: int) -> Pretrained
 def _describe(flags: Flags) -> Record:
     """What the folder of this training says of it; raises Failed if it is not that of --resume."""
     resume = flags.optimization.resume
-    description = records.describe("train", flags)
+    description = describe("train", flags)
     if resume is None:
         return description
-    earlier = records.check_same_run(resume, description)
+    earlier = check_same_run(resume, description)
     if (now := _samples(description)) != (was := _samples(earlier)):
         raise Failed(
             f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
