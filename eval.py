@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from arguments import (
@@ -39,7 +39,7 @@ from runs.program import run
 class EvalArguments:
     """What to evaluate; defaults are those of lm_eval's `simple_evaluate`."""
 
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] | None = None
     """Names of tasks or groups, with commas or spaces between them; * stands for any letters."""
     include_path: str | None = None
     """Folder with YAML files of more tasks, such as eval_tasks."""
@@ -89,7 +89,7 @@ class EvalArguments:
     """Seed of the choice of solved examples."""
 
     def __post_init__(self) -> None:
-        names = [name for word in self.tasks for name in word.split(",") if name]
+        names = [name for word in self.tasks or () for name in word.split(",") if name]
         object.__setattr__(self, "tasks", names)
         is_size = re.fullmatch(r"auto(:\d+)?|[1-9]\d*", self.batch_size)
         check(self, "batch_size", bool(is_size), "must be a number from 1, auto or auto:N")
