@@ -185,10 +185,11 @@ def commands(
         for name, more in (("", []), (" batching", ["--continuous-batching"]))
         for dtype in ("float16", "bfloat16")
     }
+    kinds: dict[str, dict[str, list[str] | None]] = {"here": {"here": here}, _LLAMA: {_LLAMA: llama}}
+    kinds[_PEER] = {**peers}
     ways: dict[str, list[str] | None] = {}
     for server in args.servers:
-        known: dict[str, dict[str, list[str] | None]] = {"here": {"here": here}, _LLAMA: {_LLAMA: llama}}
-        ways |= {**known, _PEER: {**peers}}.get(server, {server: None})
+        ways |= kinds.get(server, {server: None})
     return ways
 
 

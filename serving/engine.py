@@ -81,9 +81,8 @@ class Engine:
         self.in_flight: list[Job] = []
         # Called by the engine's thread: with a job, its result if it was admitted, and why it was aborted;
         # with the rows of a round, and seconds since the one before.
-        self.on_end: Callable[[Job, GenerationStrategyResult | None, Exception | None], None]
-        self.on_round: Callable[[int, float], None]
-        self.on_end = self.on_round = lambda *_: None
+        self.on_end: Callable[..., None] = lambda *_: None
+        self.on_round: Callable[..., None] = lambda *_: None
         self._round_ended = math.nan
         self._changed = Condition()  # guards the jobs
         self._deadline = math.inf  # of all jobs
