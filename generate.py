@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--grammar {args.grammar}: {error}")
     interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     prompt = "" if interactive else one_prompt(args.prompt)
-    generator = load_generator(model_args, config, chat=args.chat, fast_prompts=True)
+    generator = load_generator(model_args, config, chat=args.chat)
     if grammar is not None:
         generator.use_sandbox()
         try:

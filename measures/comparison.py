@@ -15,7 +15,8 @@ from self_speculation import GenerationStrategyResult
 from self_speculation.decoding.sampling import Sampler, gumbel_noise, noise_key
 from self_speculation.families import attention_types
 from self_speculation.passes.full_forward import attention_arguments
-from self_speculation.passes.fused_layers import activation_dtype, parts_of
+from self_speculation.passes.fused_layers import activation_dtype
+from self_speculation.passes.in_place_runner import rounds_prompts
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3
@@ -62,8 +63,7 @@ def find_difference(
     logits = LogitsProcessorList(processors)(history, logits.float())  # [1, V]
     keys = torch.tensor([noise_key(seed, position)], device=model.device)
     chosen = [output[position] for output in (first, second) if position < len(output)]
-    parts = parts_of(model)
-    dtype = torch.bfloat16 if parts.prefills_in_bfloat16 else parts.dtype
+    dtype = torch.bfloat16 if rounds_prompts(model) else activation_dtype(model)
     largest = float(logits[logits.isfinite()].abs().max())
     bound = _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
     is_near = len(chosen) == 2

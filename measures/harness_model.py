@@ -148,7 +148,6 @@ class SelfSpeculativeLM(HFLM):
         (rows, width), runner = inps.shape, ModelRunner(self.model)
         cache = runner.new_cache(width, width, num_slots=rows)
         cache.set_rows([0] * rows)
-        cache.is_prompt = True
         with torch.inference_mode():
             return forward_early(runner, cache, inps, self._own_depth, width).logits
 

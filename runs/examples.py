@@ -133,8 +133,7 @@ def run_experiment(
             check_same_run(args.resume, description)
     except (DataError, Failed) as error:
         refuse(str(error))
-    is_exact = script == "correctness"
-    generator = load_generator(model_args, config, data_args.chat, fast_prompts=not is_exact)
+    generator = load_generator(model_args, config, data_args.chat)
     description |= describe_model(model_args.model_name, generator.model)
     fitting = _examples_that_fit(generator, examples, data_args)
     if script != "benchmark" and any(example.later_turns for example in fitting):

@@ -21,7 +21,7 @@ from runs.status import log_if_slow, print_status, tell_of_fewer_threads
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.config import LoadingWarning
 from self_speculation.decoding.texts import Thinking
-from self_speculation.loading.loading import load_config, resolve_device, with_fast_prompts
+from self_speculation.loading.loading import load_config, resolve_device
 from self_speculation.passes.fused_layers import bytes_made
 from self_speculation.passes.quantized_layers import check_family, why_no_copies
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
@@ -60,12 +60,11 @@ def load_generator(
     model_args: ModelArguments,
     config: GenerationConfig,
     chat: bool = False,
-    fast_prompts: bool = False,
 ) -> HuggingfaceLlamaGenerator:
     """Load --model and make the strategy of --generation_strategy.
 
     An error ends the program in one line, with status 1 if memory is short, else with status 2; with `chat`
-    also a tokenizer without a chat template. `fast_prompts`: see `with_fast_prompts`.
+    also a tokenizer without a chat template.
     """
     logging.set_verbosity_error()
     if model_args.threads is not None:
@@ -81,8 +80,6 @@ def load_generator(
                 if operators.variant is None:
                     slow = "decoding is slower, weights take 4 bytes each"
                     print_status(f"warning: products by {operators}: {slow}")
-            if fast_prompts:
-                options = with_fast_prompts(model_args.model_name, options, model_config)
             config.check_depth(model_config.num_hidden_layers)
             check_family(config.draft_weights, model_config)
             # transformers shows its progress at a terminal only; errors are raised.

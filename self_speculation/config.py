@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
 DraftWeights = Literal["exact", "int4"]
-PrefillDtype = Literal["auto", "float32", "bfloat16"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "int4"]
 
@@ -288,10 +287,6 @@ class LoadingOptions:
     """Number format of weights; auto: the checkpoint's own, those of a .gguf file in its own few bits, on a
     GPU in half; half: bfloat16 if the device computes in it, else float16. A CPU multiplies 16-bit weights by
     float32 activations."""
-    prefill_dtype: PrefillDtype = "auto"
-    """How a CPU reads long prompts; decoding is in float32. bfloat16: by products in bfloat16, with AMX or
-    AVX512_BF16 and 16-bit weights. auto: generate.py, benchmark.py and sweep.py do so for checkpoints in
-    bfloat16; others, and the library, read in float32."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one; split: some layers on each GPU, and the rest in
     memory."""

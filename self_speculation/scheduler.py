@@ -28,7 +28,7 @@ from self_speculation.families import check_supported, context_length, described
 from self_speculation.generation_strategy import GenerationStrategy
 from self_speculation.passes.captured_runner import make_runner, run_every_pass
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner, PassRange, forward_early
+from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, PassRange, forward_early
 from self_speculation.passes.prefix_cache import PrefixCache, cache_key, kept_caches
 from self_speculation.passes.unsupported_hooks import check_followed
 from self_speculation.results import GenerationStrategyResult
@@ -104,8 +104,7 @@ class Scheduler(Generic[Key]):
         batch_size: the most sequences at a time.
         token_budget: tokens of a step (as in Sarathi-Serve, arXiv 2403.02310). A decoding row counts as one,
             whatever it drafts; waiting prompts are prefilled in chunks of the rest, in turn, at least one
-            token; in every other step, prompts that fit go first. Nobody waits while one prompt is alone, so
-            it is prefilled in whole chunks. None: a prompt is prefilled at once.
+            token; in every other step, prompts that fit go first. None: a prompt is prefilled at once.
 
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
@@ -141,7 +140,6 @@ class Scheduler(Generic[Key]):
             self._depth = config.exit_layer
         self.batch = Batch(self._device, longest)
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
-        self.whole_chunks = True  # False: a prompt that is alone keeps to the budget, too
         self._short_first = False
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
         self._prepared: Decoding | None = None  # None: idle, the weights may change
@@ -253,21 +251,17 @@ class Scheduler(Generic[Key]):
         self._short_first = not self._short_first
         if not self._waiting:
             return
-        chunk, left = self._ensure_prepared().runner.prefill_chunk, self._token_budget
+        left = self._token_budget
         if self.batch:
             left = max(1, left - len(self.batch))
-        elif len(self._waiting) == 1 and self.whole_chunks:
-            left = max(left, chunk)
         while left > 0 and (sequence := self._next_prompt(left)) is not None:
             adjust_threads(self._model)
             try:
                 with self._without_autocast():
-                    left -= self._prefill_chunk(sequence, int(min(left, chunk)))
+                    left -= self._prefill_chunk(sequence, int(min(left, PREFILL_CHUNK)))
             except Exception as error:
                 sequence.error = error
                 self._drop_waiting(sequence)
-            if self.batch:  # the first token of a prompt ends whole chunks
-                left = min(left, self._token_budget - len(self.batch))
 
     def _next_prompt(self, left: float) -> Sequence | None:
         self._drop_cancelled()

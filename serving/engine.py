@@ -120,7 +120,6 @@ class Engine:
         """Accept no more jobs, abort those that do not finish in time, and let `run` return."""
         with self._changed:
             self._deadline = min(self._deadline, time.perf_counter() + seconds)
-            self._scheduler.whole_chunks = False  # jobs are aborted between two steps
             self._changed.notify()
 
     def run(self) -> bool:

@@ -89,7 +89,8 @@ def relative_pass_cost(runner: ModelRunner, draft_weights: DraftWeights = "exact
 def _costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Sequence[float]:
     if model.device.type != "cpu":
         return _COSTS["gpu"]
-    kind = cpu_operators().variant or "torch"
+    variant = cpu_operators().variant or "torch"
+    kind = {"AVX512_BF16": "AVX512_VNNI", "ARM": "AVX2"}.get(variant, variant)
     in_few_bits = draft_weights != "exact" or is_in_few_bits(model)
     return _COSTS[f"{kind}, few bits" if in_few_bits else kind]
 

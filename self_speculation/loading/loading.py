@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,35 +87,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     return torch.float16
 
 
-def check_prefill_dtype(options: LoadingOptions, device: torch.device) -> None:
-    """Raises LoadingError if the prefill dtype does not make prompts faster on this device."""
-    name = options.prefill_dtype
-    if name == "auto":
-        return
-    if device.type != "cpu":
-        raise LoadingError(f"prefill_dtype {name}: is for a CPU, not for {device.type}; use --dtype {name}")
-    if name == "bfloat16" and not computes_bfloat16():
-        why = "this processor has neither AMX nor AVX512_BF16, and is no faster in it"
-        raise LoadingError(f"prefill_dtype {name}: {why}; use auto")
-
-
-def computes_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16 faster than in float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def with_fast_prompts(model: str, options: LoadingOptions, config: PretrainedConfig) -> LoadingOptions:
-    """Where `prefill_dtype` is auto, read long prompts of checkpoints in bfloat16 in that format, as
-    transformers does, if this processor computes in it.
-    """
-    is_plain = options.prefill_dtype == "auto" and options.quantization == "none"
-    if not is_plain or not computes_bfloat16() or adapted_model(model, options):
-        return options
-    keeps = _keeps_format(options, resolve_device(options.device))
-    is_bfloat16 = keeps and _own_dtype(_header(model), config) == torch.bfloat16
-    return replace(options, prefill_dtype="bfloat16") if is_bfloat16 else options
-
-
 def load_config(model: str | os.PathLike[str], options: LoadingOptions | None = None) -> PretrainedConfig:
     """The config of a supported model; arguments and errors as `load_model_and_tokenizer`."""
     options = LoadingOptions() if options is None else options
@@ -164,7 +134,6 @@ def load_model_and_tokenizer(
     if options.compile and device.type == "cpu":
         raise LoadingError("compile True: needs a GPU; on a CPU decoding is faster without")
     dtype = resolve_dtype(options.dtype, device)
-    check_prefill_dtype(options, device)
     config = config or load_config(model, options)
     if options.compile:
         check_can_be_captured(config)
@@ -191,11 +160,6 @@ def load_model_and_tokenizer(
         keeps_format = adapted is None and _keeps_format(options, device)
         in_few_bits = keeps_format and header is not None and has_few_bits(header)
         own = _own_dtype(header, config) if keeps_format else None
-        if (own is None or bits is not None) and options.prefill_dtype == "bfloat16":
-            raise LoadingError(
-                "prefill_dtype bfloat16: needs weights in 16 bits and products in float32, so dtype auto,"
-                " fuse True, no device split, quantization none, no adapter, and a fused family"
-            )
         in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}
         place = "auto" if options.device == "split" else str(device)
         how = {"dtype": own or dtype, "use_safetensors": True, "device_map": place}
@@ -226,7 +190,7 @@ def load_model_and_tokenizer(
         except ValueError as error:
             raise LoadingError(str(error)) from error
     if options.fuse:
-        fuse(loaded, bfloat16_prefill=options.prefill_dtype == "bfloat16")
+        fuse(loaded)
         if own is not None and activation_dtype(loaded) != torch.float32:
             why = "a layer is not one that our operators have"
             warnings.warn(f"model {model!r}: in float32, since {why}", LoadingWarning, stacklevel=2)

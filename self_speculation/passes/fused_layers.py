@@ -9,7 +9,6 @@ whatever format weights have. The model's own `forward`, saving, training and mo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.families import FUSED_FAMILIES, check_supported
-from self_speculation.model_cache import cached, evict, lock, peek, release, singleton, weights_key
+from self_speculation.model_cache import cached, lock, peek, release, singleton, weights_key
 from self_speculation.passes.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.passes.attention_context import AttentionContext
 from self_speculation.passes.unsupported_hooks import check_followed, difference
@@ -39,7 +38,6 @@ class Settings:
     """How a model decodes, as callers have set it."""
 
     is_fused: bool = False
-    bfloat16_prefill: bool = False
     is_captured: bool = False
 
 
@@ -49,7 +47,6 @@ class Parts:
     Attributes:
         fused: by decoder layer; of the final norm and head by `lm_head`.
         dtype: of activations, keys, values and logits.
-        prefills_in_bfloat16: whether long passes over prompts multiply in bfloat16.
         counts_writes: whether torch counts writes to all weights.
     """
 
@@ -57,13 +54,13 @@ class Parts:
         settings, config = singleton(model, Settings), model.config
         self.fused: dict[nn.Module, Fused] = {}
         self.plain: dict[nn.Module, Linear] = {}  # see `plain_linear`
-        self.dtype, self.prefills_in_bfloat16 = model.dtype, False
+        self.dtype = model.dtype
         self.counts_writes = not any(parameter.is_inference() for parameter in model.parameters())
         is_known = config.model_type in FUSED_FAMILIES and config._attn_implementation == "sdpa"
         if settings.is_fused and is_known:
-            self._fuse(model, settings)
+            self._fuse(model)
 
-    def _fuse(self, model: PreTrainedModel, settings: Settings) -> None:
+    def _fuse(self, model: PreTrainedModel) -> None:
         base, head = model.base_model, model.get_output_embeddings()
         modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
         plain = [key for key, parts in modules.items() if difference(model, *parts) is None]
@@ -72,7 +69,7 @@ class Parts:
             is_as_built = not hasattr(embed, "scalar_embed_scale") or difference(model, embed) is None
             if len(plain) < len(modules) or not is_as_built or cpu_operators().variant is None:
                 return  # no torch kernel multiplies float32 by 16 bits, and no layer would take the other's
-            self.dtype, self.prefills_in_bfloat16 = torch.float32, settings.bfloat16_prefill
+            self.dtype = torch.float32
         # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
         with torch.inference_mode(False), torch.no_grad():
             for key in plain:
@@ -86,7 +83,7 @@ class Parts:
         return [*fused, *self.plain.copy().values()]  # a copy: another thread may add one
 
 
-def fuse(model: PreTrainedModel, bfloat16_prefill: bool | None = None) -> int:
+def fuse(model: PreTrainedModel) -> int:
     """Decode this model by fused layers from now on, as it is now.
 
     Plain layers of fused families with sdpa attention are fused; quantised, offloaded, hooked and
@@ -97,33 +94,18 @@ def fuse(model: PreTrainedModel, bfloat16_prefill: bool | None = None) -> int:
     `forward`, activation, buffer or number. What was made of the model is then made anew. For a model that is
     not to be fused, `release` does the same.
 
-    Args:
-        bfloat16_prefill: on a CPU, weights in 16 bits: multiply in bfloat16 in passes over at least
-            MIN_BFLOAT16_PREFILL tokens of a prompt. The output is that of a prompt read in bfloat16, whatever
-            drafts. None: no change.
-
     Returns:
         The number of fused layers.
 
     Raises:
-        ValueError: the model is not supported, or has code around its layers, which passes do not follow;
-            prompts in bfloat16 need a CPU, fused weights in 16 bits and oneDNN.
+        ValueError: the model is not supported, or has code around its layers, which passes do not follow.
     """
     check_followed(model)
     check_supported(model.config)
     with lock(model):
-        settings = singleton(model, Settings)
-        if bfloat16_prefill is not None:
-            settings.bfloat16_prefill = bfloat16_prefill
-        settings.is_fused = True
+        singleton(model, Settings).is_fused = True
         release(model)
         parts = parts_of(model)
-        if bfloat16_prefill and not (
-            parts.prefills_in_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ):
-            settings.bfloat16_prefill = False
-            evict(model, Parts)
-            raise ValueError("prompts in bfloat16 need fused weights in 16 bits on a CPU, and oneDNN")
     return sum(layer in parts.fused for layer in model.base_model.layers)
 
 
@@ -156,8 +138,6 @@ def plain_linear(model: PreTrainedModel, module: nn.Module) -> Linear:
 
 class FusedLayer:
     """A decoder layer of queries, keys and values in one product, and of gates and what they gate in one."""
-
-    products: torch.dtype | None = None  # of long passes on a CPU; None: as states
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -194,8 +174,7 @@ class FusedLayer:
     def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
         norms = self._norms
-        heads = self._multiply(self.linears[0], norms["input"](hidden), hidden.dtype)
-        heads = heads.view(hidden.shape[0], -1, self._head_dim)
+        heads = self.linears[0](norms["input"](hidden)).view(hidden.shape[0], -1, self._head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
         if norms["query"] is not None:
@@ -209,23 +188,16 @@ class FusedLayer:
         hidden = self._add(hidden, out, attended, norms["attended"])
         is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
         for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
-            joint = self._multiply(gate_up, norms["mlp"](piece))
+            joint = gate_up(norms["mlp"](piece))
             gate, up = joint.split_with_sizes((self._width, self._width), 1)
             self._add(piece, down, self._activation(gate).mul_(up), norms["output"])
         return hidden
 
-    def _multiply(self, linear: Product, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """In this dtype; None: in that of the product."""
-        product = linear(x if self.products is None else x.to(self.products))
-        return product if dtype in (None, product.dtype) else product.to(dtype)
-
     def _add(self, hidden: Tensor, linear: Product, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """hidden + norm(linear(x)), in place; None: without a norm."""
         if norm is not None:
-            return hidden.add_(norm(self._multiply(linear, x, hidden.dtype)))
-        if isinstance(linear, Linear) and self.products is None:
-            return linear.add_to(hidden, x)
-        return hidden.add_(self._multiply(linear, x))
+            return hidden.add_(norm(linear(x)))
+        return linear.add_to(hidden, x) if isinstance(linear, Linear) else hidden.add_(linear(x))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
@@ -248,8 +220,6 @@ class FusedLayer:
         mask = None if to_past else context.mask(1 if is_wide else self.groups)
         if is_wide or mask is None:
             heads = grouped.flatten(0, 1)
-            if self.products is not None:
-                heads, keys, values = (part.to(self.products) for part in (heads, keys, values))
             keys, values = (
                 shared.flatten(0, 1)[:, None].expand(-1, self.groups, -1, -1) for shared in (keys, values)
             )
@@ -272,12 +242,6 @@ class FusedLayer:
             return attend_in_chunks(heads, keys, values, by_chunk, self._scaling)
         mask = context.mask(self.groups)
         return attend(context.kernel, heads, keys, values, mask, self._scaling)
-
-    def in_bfloat16(self) -> FusedLayer:
-        """This layer with products in bfloat16, for one long pass on a CPU."""
-        layer = copy.copy(self)
-        layer.products = torch.bfloat16
-        return layer
 
     @property
     def is_in_place(self) -> bool:

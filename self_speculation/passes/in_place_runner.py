@@ -1,6 +1,8 @@
-"""Passes over few tokens on a CPU: one operator for a range of layers, over weights where they lie.
+"""Passes on a CPU: one operator for a range of layers, over weights where they lie.
 
-The bits of a token do not depend on the pass: drafts, verifications, plain steps and batches agree exactly.
+The bits of a token do not depend on the pass: prompts in any pieces, drafts, verifications, plain steps and
+batches agree exactly. On a processor with AVX512_BF16 tokens of a prompt are another kind than output: they
+are rounded to bfloat16 where they meet a weight in bfloat16, see `KVCache.is_prompt`.
 Nothing is made of the weights, so what decodes is always the weights of now.
 """
 
@@ -16,9 +18,7 @@ from transformers import PreTrainedModel
 from self_speculation.passes.fused_layers import FusedLayer
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import Head, Layer, ModelRunner
-from self_speculation.weights.few_bits import is_in_few_bits
 from self_speculation.weights.kernels import cpu_operators
-from self_speculation.weights.linear import MAX_NARROW_TOKENS
 
 
 class _Range(NamedTuple):
@@ -29,16 +29,20 @@ class _Range(NamedTuple):
     key_shape: tuple[int, int]
 
 
-# The most tokens of a pass over weights in few bits: a core's cache has the inputs of so many.
+# The most tokens of a pass: a core's cache has the inputs of so many.
 _PIECE = 64
 
 
+def rounds_prompts(model: PreTrainedModel) -> bool:
+    """Whether tokens of a prompt are rounded to bfloat16."""
+    return cpu_operators().variant == "AVX512_BF16" and model.dtype == torch.bfloat16
+
+
 class InPlaceRunner(ModelRunner):
-    """Runs fused layers by the operator, except in long passes over prompts by weights of 16 bits or more."""
+    """Runs fused layers by the operator."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._is_in_few_bits = is_in_few_bits(model)
         self._ranges: dict[tuple[int, int], _Range | None] = {}
 
     @property
@@ -53,11 +57,10 @@ class InPlaceRunner(ModelRunner):
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         rows, width, size = hidden.shape
         own = self._range(first, last)
-        is_long = cache.is_prompt and rows * width > MAX_NARROW_TOKENS
-        if own is None or (is_long and not self._is_in_few_bits):
+        if own is None:
             return super().run_layers(cache, hidden, first, last)
-        pieces = hidden.split(max(1, _PIECE // rows), 1) if self._is_in_few_bits else (hidden,)
-        if len(pieces) > 1:
+        if width > (most := max(1, _PIECE // rows)):
+            pieces = hidden.tensor_split(-(-width // most), 1)  # of nearly equal size
             return torch.cat([self.run_layers(cache, piece, first, last) for piece in pieces], 1)
         states, lengths = hidden.reshape(rows * width, size).contiguous(), cache.lengths(first)
         num_positions = max(lengths) + width
@@ -65,6 +68,7 @@ class InPlaceRunner(ModelRunner):
             states,
             torch.tensor(lengths),
             cache.first_slot,
+            cache.is_prompt,
             own.owner,
             cache.extend(first, last, width, states.new_empty(0, *own.key_shape)),
             [self.tables.cos_sin(rotation, num_positions) for rotation in own.rotations],

@@ -116,7 +116,7 @@ class KVCache:
     The cache is *uniform* while all rows have one length.
     """
 
-    is_prompt = False  # the next positions are a prompt's
+    is_prompt = False  # the kind of the next tokens: a prompt's, or output
     first_slot: int  # of row 0
 
     def __init__(self, buffers: Buffers) -> None:

@@ -22,13 +22,12 @@ from self_speculation.config import check_kind
 from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, check_supported
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
-from self_speculation.passes.fused_layers import FusedLayer, parts_of
+from self_speculation.passes.fused_layers import parts_of
 from self_speculation.passes.kv_cache import ALIGNMENT, Buffers, KVCache, ScatteredCache
-from self_speculation.weights.linear import MIN_BFLOAT16_PREFILL, Product
+from self_speculation.weights.linear import Product
 
-# Most positions of one pass over a prompt: they bound its memory. In bfloat16, a pass converts all weights.
+# Most positions of one pass over a prompt: they bound its memory.
 PREFILL_CHUNK = 1024
-_BFLOAT16_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,6 @@ class ModelRunner:
 
     Attributes:
         parts: what is made of the model's weights; the runner is valid while the model has it.
-        prefill_chunk: most positions of one pass over a prompt.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -113,8 +111,6 @@ class ModelRunner:
         self.parts, self.dtype = ref(parts), parts.dtype
         self.layers: Sequence[Layer] = [fused.get(layer) or PlainLayer(layer) for layer in base.layers]
         self.attention_types = attention_types(self.config)  # [L]
-        self._prefills_in_bfloat16 = parts.prefills_in_bfloat16
-        self.prefill_chunk = _BFLOAT16_CHUNK if self._prefills_in_bfloat16 else PREFILL_CHUNK
         self._devices = [next(layer.parameters()).device for layer in base.layers]
         self._embed = base.embed_tokens
         self.head: Head = fused.get(head) or PlainHead(base.norm, head)
@@ -188,8 +184,6 @@ class ModelRunner:
             way = ScatteredCache(cache.buffers.of_layers, positions, num_keys)
         make = partial(AttentionContext, self.tables, way, min(lengths), width)
         layers, states = self.layers[first:last], hidden.flatten(0, 1)  # [B * T, H]
-        if self._prefills_in_bfloat16 and cache.is_prompt and len(states) >= MIN_BFLOAT16_PREFILL:
-            layers = [layer.in_bfloat16() if isinstance(layer, FusedLayer) else layer for layer in layers]
         return run_through([*zip(layers, kinds, strict=True)], make, states).view(rows, width, -1)
 
     def logits(self, hidden: Tensor, num_logits: int) -> Tensor:

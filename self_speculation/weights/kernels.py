@@ -36,8 +36,10 @@ _OPTIONS = (
 
 # By the instructions that the kernel uses, the compiler's options for them.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512_VNNI = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 VARIANTS = {
-    "AVX512_VNNI": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    "AVX512_BF16": (*_AVX512_VNNI, "-mavx512bf16"),
+    "AVX512_VNNI": _AVX512_VNNI,
     "AVX2": _AVX2,
     "ARM": ("-march=armv8.2-a+fp16+dotprod",),
 }
@@ -55,7 +57,7 @@ _lock = Lock()
 
 
 class CPUOperators(NamedTuple):
-    """What computes passes over few tokens on a CPU."""
+    """What computes passes on a CPU."""
 
     variant: str | None  # of VARIANTS; None: torch
     why_not: str = ""  # why it is torch
@@ -106,8 +108,10 @@ def _best_variant() -> str | None:
     level = torch.backends.cpu.get_cpu_capability()  # ATEN_CPU_CAPABILITY lowers it
     if level not in ("AVX2", "AVX512"):
         return None
-    has_vnni = level == "AVX512" and torch.cpu.get_capabilities().get("avx512_vnni", False)
-    return "AVX512_VNNI" if has_vnni else "AVX2"
+    has = torch.cpu.get_capabilities() if level == "AVX512" else {}
+    if not has.get("avx512_vnni", False):
+        return "AVX2"
+    return "AVX512_BF16" if has.get("avx512_bf16", False) else "AVX512_VNNI"
 
 
 def _file_name(variant: str) -> str:

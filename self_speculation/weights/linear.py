@@ -1,8 +1,7 @@
 """x W^T + b and norms over the weights of modules.
 
-On a GPU, projections of the same input become one weight. On a CPU nothing is made of them: passes over few
-tokens multiply by our operator (kernels.py), which reads each weight as it lies, all others by torch, from
-weights that are converted to the format of x for the pass.
+On a GPU, projections of the same input become one weight. On a CPU nothing is made of them: our operator
+(kernels.py) reads each weight as it lies. Without operators torch multiplies.
 """
 
 from __future__ import annotations
@@ -12,17 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as torch_linear
 
 from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.kernels import cpu_operators
-
-# The most tokens that an operator reads of a prompt at a time. Torch's products are faster for more.
-MAX_NARROW_TOKENS = 32
-# Passes over prompts, of at least so many tokens, may multiply in bfloat16.
-MIN_BFLOAT16_PREFILL = 128
-# The most rows of logits by an operator. Only log-likelihoods of whole texts have more.
-_MOST_ROWS = 1024
 
 # Norms that multiply by 1 + weight, in float32.
 _CENTRED_NORMS = ("Gemma3RMSNorm",)
@@ -73,14 +64,9 @@ class Linear:
         if self._joint is not None:
             product, bias = torch.mm(x, self._joint[0]), self._joint[1]
             return product if bias is None else product.add_(bias)
-        if self._is_by_operator(x, MAX_NARROW_TOKENS):
+        if self._is_by_operator(x):
             parts = [project(x, *pair) for pair in zip(self._tensors, self._num_rows, strict=True)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
-        if x.dtype == torch.bfloat16:  # a bias is added before the product is rounded
-            parts = [
-                torch_linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)) for w, b in self.pairs
-            ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         product = x.new_empty(len(x), self.shape[0])
         parts = product.split(self._num_rows, 1)
         for part, (weight, bias) in zip(parts, self.pairs, strict=True):
@@ -91,14 +77,13 @@ class Linear:
 
     def logits(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """Of a single projection, over normed states."""
-        if hidden.dtype == torch.float32 and self._is_by_operator(hidden, _MOST_ROWS):
+        if hidden.dtype == torch.float32 and self._is_by_operator(hidden):
             return project(hidden, self.tensors, self.shape[0], norm)
         return self(norm(hidden))
 
-    def _is_by_operator(self, x: Tensor, most: int) -> bool:
-        """Whether an operator multiplies [T, in]: of at most so many tokens, or by weights in few bits."""
-        is_narrow = self.is_in_place and x.dtype == torch.float32 and len(x) <= most
-        return self.is_in_few_bits or (is_narrow and cpu_operators().variant is not None)
+    def _is_by_operator(self, x: Tensor) -> bool:
+        is_read = self.is_in_place and x.dtype == torch.float32
+        return self.is_in_few_bits or (is_read and cpu_operators().variant is not None)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden += x W^T + b"""

@@ -1,11 +1,8 @@
 """Chunked prefill: a long prompt shares its steps with sequences that decode, and changes no output."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import drained, ids_of, own_llama, scheduler_of, tiny_llama
-from helpers import watch
 
 from self_speculation import Request
 
@@ -32,8 +29,8 @@ def test_a_long_prompt_does_not_hold_up_others(budget, left):
     """
     scheduler = scheduler_of(tiny_llama(), 3, budget, max_steps=60)
     scheduler.add_request("first", Request(LONG))
-    scheduler.step()
-    assert len(scheduler.batch) == 1
+    while not scheduler.batch:
+        scheduler.step()
     scheduler.add_request("long", Request(LONG))
     lengths = []
     while len(scheduler.batch) < 2 and scheduler.batch.sequences[0].remaining:
@@ -59,46 +56,6 @@ def test_prompts_are_read_in_turn():
     add(scheduler, dict(enumerate([[8, 2], [5, 9, 4], [6] * 9, [7]])))
     scheduler.step()
     assert len(scheduler.batch) == 4
-
-
-def test_a_short_prompt_does_not_wait_for_whole_chunks(monkeypatch):
-    """Guards against whole chunks for a long prompt that came to an idle scheduler: in the step in which a
-    short one joins, and while it waits, also behind several long ones.
-    """
-    monkeypatch.setattr("self_speculation.passes.model_runner.PREFILL_CHUNK", 32)
-    scheduler = scheduler_of(tiny_llama(), 5, 8)
-    calls = watch(monkeypatch, scheduler, "_prefill_chunk")
-
-    def step():
-        """The tokens that it prefills of each prompt."""
-        calls.clear()
-        scheduler.step()
-        return {sequence.key: number for (sequence, _), number in calls}
-
-    add(scheduler, {"long": [*LONG, *LONG]})
-    assert step() == {"long": 32}
-    add(scheduler, {"short": [8, 2, 5]})
-    steps = [step(), step()]
-    assert len(scheduler.batch) == 1
-    add(scheduler, {"longer": [*LONG, *LONG], "third": [*LONG, *LONG]})
-    steps += [step(), step()]
-    add(scheduler, {"last": [8, 2]})
-    steps += [step(), step()]
-    assert len(scheduler.batch) == 2
-    while scheduler._waiting:
-        steps.append(step())
-    assert max(sum(numbers.values()) for numbers in steps) <= 8
-
-
-def test_a_first_token_ends_whole_chunks(monkeypatch):
-    """Guards against a whole chunk of a prompt that the reader of the first token adds, before the second."""
-    scheduler = scheduler_of(tiny_llama(), 2, 8)
-    scheduler._ensure_prepared().runner.prefill_chunk = 32
-    calls = watch(monkeypatch, scheduler, "_prefill_chunk")
-    answered = SimpleNamespace(put=lambda _: scheduler.add_request("next", Request(LONG)), end=list)
-    scheduler.add_request("first", Request([8, 2, 5], streamer=answered))
-    scheduler.step()
-    assert [number for _, number in calls] == [3, 7]  # one of the 8 tokens is the first sequence's
 
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():

@@ -19,6 +19,8 @@ from conftest import (
     tiny_llama,
     transformers_generate,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_runners import replaced_data, written
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -26,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.passes import fused_layers
+from self_speculation.passes.attention import attend_to_past
 from self_speculation.passes.fused_layers import fuse, parts_of
 
 
@@ -140,3 +143,15 @@ def test_an_activation_with_weights_is_not_fused():
     model = tiny_llama(hidden_act="prelu")
     assert fuse(model) == 0
     assert len(generate(model, [5, 6, 7], max_steps=12, eos=[]).predicted_tokens) == 12
+
+
+@settings(max_examples=20)
+@given(width=st.integers(1, 70), past=st.integers(0, 90), seed=st.integers(0, 99))
+def test_attention_without_a_mask(width, past, seed):
+    """Guards against wrong weights of the two parts of attention."""
+    torch.manual_seed(seed)
+    queries = torch.randn(2, 3, width, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 2, 1, past + width, 8, dtype=torch.float64).expand(-1, -1, 3, -1, -1)
+    mask = torch.ones(width, past + width, dtype=torch.bool).tril(past)
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask, scale=0.5)
+    torch.testing.assert_close(attend_to_past(queries, keys, values, 0.5), expected)

@@ -319,7 +319,7 @@ def test_bad_arguments_are_refused():
         }  # fmt: skip
         good = {
             "hidden": torch.randn(1, 32), "starts": torch.tensor([3]), "first_slot": 0,
-            "owner": make(*layers.values()), "caches": caches, "rotations": tables,
+            "is_prompt": False, "owner": make(*layers.values()), "caches": caches, "rotations": tables,
         }  # fmt: skip
         run = torch.ops.self_speculation.run_layers
         run(*good.values())

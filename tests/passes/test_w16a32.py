@@ -7,7 +7,6 @@ import torch
 from conftest import (
     COPY,
     PROMPT,
-    assert_logits,
     config_of,
     generate,
     needs_operators,
@@ -34,16 +33,6 @@ def model(request):
     model = own_llama().half().to(request.param)
     assert fuse(model) == 4
     return model
-
-
-def test_logits_are_those_of_current_weights_in_float32(model):
-    """Guards against activations that are rounded to 16 bits (logits are off by 1e-2), and against anything
-    that is made of earlier weights.
-    """
-    assert_logits(model)
-    generate(model, PROMPT, max_steps=5)
-    model.lm_head.weight.data[7] = 3.0
-    assert_logits(model)
 
 
 def test_a_hooked_model_computes_in_16_bits(model):

@@ -20,8 +20,9 @@ void print(const char* name, const float* numbers, int64_t number) {
   for (int64_t i = 0; i < number; i++) std::printf("%s %.9g\n", name, numbers[i]);
 }
 
-Inputs rounded(Floats* memory, const std::vector<float>& x, int64_t tokens, int64_t columns, ScalarType type) {
-  const Inputs inputs(memory, tokens, columns, type);
+Inputs rounded(Floats* memory, const std::vector<float>& x, int64_t tokens, int64_t columns, ScalarType type,
+               bool in_bfloat16 = false) {
+  const Inputs inputs(memory, tokens, columns, type, in_bfloat16);
   std::vector<float> in_order(inputs.stride);
   auto fill = [&](int64_t t, float* to) { std::copy_n(&x[t * columns], columns, to); };
   for (int64_t t = 0; t < tokens; t++) inputs.put(t, fill, in_order.data());
@@ -51,26 +52,40 @@ void few_bits(const Format& format) {
 }
 
 template <class Number>
-void products(const char* name, ScalarType type, int64_t columns) {
+void products(const char* name, ScalarType type, int64_t columns, bool in_bfloat16 = false) {
   constexpr int64_t rows = 4;
   std::vector<Number> w;
   for (float number : random(rows * columns)) w.push_back(Number(number));
   std::vector<float> x = random(9 * columns);
   for (int64_t tokens = 1; tokens < 10; tokens++) {
     auto memory = aligned(tokens * Inputs::stride_of(columns));
-    const Inputs inputs = rounded(memory.get(), x, tokens, columns, type);
+    const Inputs inputs = rounded(memory.get(), x, tokens, columns, type, in_bfloat16);
     std::vector<float> out(tokens * ROWS);
     products_of_rows(w.data(), columns, rows, inputs, out.data());
     for (int64_t t = 0; t < tokens; t++) print(name, &out[t * ROWS], rows);
   }
 }
+
+// Bits of two pairs in bfloat16, of a sum, and of what it becomes.
+void pairs() {
+  const uint32_t some[] = {0x3f803f80, 0x40403f01, 0xbf813eff, 0x00800001, 0x80ff007f, 0x1f80a07f, 0x00000000, 0x4b7f3f83};
+  const uint32_t of_sums[] = {0x00000000, 0x3f800001, 0xbf7fffff, 0x00400000, 0x00800000, 0x807fffff, 0x4b000001, 0x33ffffff};
+  for (uint32_t a : some)
+    for (uint32_t b : some)
+      for (uint32_t sum : of_sums) {
+        const Floats found = accumulate(Ints{} + int32_t(a), Ints{} + int32_t(b), splat(std::bit_cast<float>(sum)));
+        for (uint32_t bits : {a, b, sum, std::bit_cast<uint32_t>(found[LANES - 1])}) std::printf("pair %u\n", bits);
+      }
+}
 }  // namespace
 
 int main() {
+  pairs();
   for (int64_t columns : {33, 64, 150}) {
     products<float>("float", ScalarType::Float, columns);
     products<Half>("half", ScalarType::Half, columns);
     products<BFloat16>("bfloat16", ScalarType::BFloat16, columns);
+    products<BFloat16>("pairs", ScalarType::BFloat16, columns, true);
   }
   for (const Format& format : FORMATS)
     if (format.code) few_bits(format);

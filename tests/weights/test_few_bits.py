@@ -25,7 +25,6 @@ from arguments import GenerationConfig, ModelArguments
 from runs.startup import load_generator
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.loading import gguf_files
-from self_speculation.loading.loading import load_config, with_fast_prompts
 from self_speculation.passes import quantized_layers
 from self_speculation.passes.captured_runner import make_runner
 from self_speculation.passes.fused_layers import fuse
@@ -249,20 +248,6 @@ def test_what_a_file_in_few_bits_lacks_is_named(byte_tokenizer, tmp_path):
     """Guards against biases without numbers: they are no parameters beside weights in few bits."""
     with pytest.raises(LoadingError, match="config and weights do not fit: 16 tensors are missing"):
         model_of_file("Q8_0", byte_tokenizer, tmp_path, LoadingOptions({"attention_bias": True}))
-
-
-def test_no_prompts_in_bfloat16_by_few_bits(byte_tokenizer, tmp_path, monkeypatch):
-    """Guards against an option that is ignored, or refused without its name, also where nobody gave it."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    options = LoadingOptions(device="cpu", prefill_dtype="bfloat16")
-    with pytest.raises(LoadingError, match=r"^prefill_dtype bfloat16: needs weights in 16 bits"):
-        model_of_file("Q8_0", byte_tokenizer, tmp_path, options)
-    kinds = gguf.GGMLQuantizationType
-    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
-    write(tmp_path / "x.gguf", model, byte_tokenizer, kinds.BF16, True, {"ffn": kinds.Q8_0})
-    options = LoadingOptions(device="cpu")
-    config = load_config(str(tmp_path / "x.gguf"), options)
-    assert with_fast_prompts(str(tmp_path / "x.gguf"), options, config) == options
 
 
 def test_a_model_in_few_bits_is_saved_in_float32(byte_tokenizer, tmp_path):

@@ -285,12 +285,13 @@ def test_two_processes_build_at_once(builds):
 
 def test_other_processors_have_none(monkeypatch):
     """Guards against instructions that a processor does not have."""
-    for level, vnni, variant in (
-        ("AVX512", True, "AVX512_VNNI"), ("AVX512", False, "AVX2"), ("AVX2", True, "AVX2"),
-        ("DEFAULT", True, None),
+    both = {"avx512_vnni", "avx512_bf16"}
+    for level, has, variant in (
+        ("AVX512", both, "AVX512_BF16"), ("AVX512", {"avx512_vnni"}, "AVX512_VNNI"),
+        ("AVX512", {"avx512_bf16"}, "AVX2"), ("AVX2", both, "AVX2"), ("DEFAULT", both, None),
     ):  # fmt: skip
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda level=level: level)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda vnni=vnni: {"avx512_vnni": vnni})
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: dict.fromkeys(has, True))
         assert kernels._best_variant() == variant
     assert "none for this processor" in load().why_not
 

@@ -14,11 +14,16 @@ struct Attended {
 
   void clear(int64_t d) { largest = -INFINITY, sum = 0.0f, std::fill_n(values, d, 0.0f); }
 
+  // Makes room for others: of the values, `own` are these and `its` the others.
+  void scale(const Attended& other, float& own, float& its) {
+    float both = std::max(largest, other.largest);
+    own = std::exp(largest - both), its = std::exp(other.largest - both);
+    largest = both, sum = own * sum + its * other.sum;
+  }
   void add(const Attended& other, int64_t d) {
     if (other.sum == 0.0f) return;  // no keys
-    float both = std::max(largest, other.largest);
-    float own = std::exp(largest - both), its = std::exp(other.largest - both);
-    largest = both, sum = own * sum + its * other.sum;
+    float own, its;
+    scale(other, own, its);
     for (int64_t j = 0; j < d; j++) values[j] = own * values[j] + its * other.values[j];
   }
 };
@@ -31,23 +36,30 @@ void rotate(const float* x, const float* cosines, const float* sines, int64_t d,
   }
 }
 
-// Q queries [Q, d] over the keys [first, last) of a chunk [CHUNK, d]. WHOLE: vectors have all d numbers, without a rest.
+// The most queries at a time, whose sums are in registers; queries whose scores are made before values are added, so that
+// keys and values stay in the first cache.
+constexpr int64_t MOST_QUERIES = LANES == 16 ? 4 : 3, BATCH = 24;
+typedef float Scores[CHUNK + LANES];
+
+// Q queries [Q, d] times the keys [first, last) of a chunk [CHUNK, d]. WHOLE: vectors have all d numbers, without a rest.
 template <int Q, bool WHOLE>
-void attend_to_chunk(const float* queries, int64_t d, const float* keys, const float* values, int64_t first, int64_t last,
-                     Attended* attended) {
-  alignas(64) float scores[Q][CHUNK + LANES];
+void score(const float* queries, int64_t d, const float* keys, int64_t first, int64_t last, Scores* scores) {
   for (int64_t key = first; key < last; key += 4) {
     Floats sums[Q * 4] = {};
     const float* of_keys[4];
     for (int i = 0; i < 4; i++) of_keys[i] = keys + std::min(key + i, last - 1) * d;  // a last key stands in
     int64_t j = 0;
-    for (; j + LANES <= d; j += LANES)
+    for (; j + LANES <= d; j += LANES) {
+      Floats of_queries[Q];
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) of_queries[q] = load<Floats>(queries + q * d + j);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         Floats of_key = load<Floats>(of_keys[i] + j);
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) sums[q * 4 + i] = accumulate(load<Floats>(queries + q * d + j), of_key, sums[q * 4 + i]);
+        for (int q = 0; q < Q; q++) sums[q * 4 + i] = accumulate(of_queries[q], of_key, sums[q * 4 + i]);
       }
+    }
     for (int q = 0; q < Q; q++) {
       float* four = &scores[q][key];  // those after the last key are written over
       lane_sums(sums + q * 4, four);
@@ -55,37 +67,49 @@ void attend_to_chunk(const float* queries, int64_t d, const float* keys, const f
         for (int i = 0; i < 4; i++) four[i] += queries[q * d + rest] * of_keys[i][rest];
     }
   }
-  for (int q = 0; q < Q; q++) {
-    std::fill_n(&scores[q][last], LANES, -INFINITY);
-    Floats most = splat(-INFINITY), sum = {};
-    for (int64_t key = first; key < last; key += LANES) {
-      Floats some = load<Floats>(&scores[q][key]);
-      most = some > most ? some : most;
-    }
-    float largest = -INFINITY;
-    for (int64_t i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
-    for (int64_t key = first; key < last; key += LANES) {
-      Floats powers = exponential(load<Floats>(&scores[q][key]) - largest);
-      for (int64_t i = last - key; i < LANES; i++) powers[i] = 0.0f;
-      std::memcpy(&scores[q][key], &powers, sizeof(Floats));
-      sum += powers;
-    }
-    attended[q].largest = largest, attended[q].sum = lane_sum(sum);
+}
+
+// Scores become their exponentials relative to the largest one; returns it and their sum.
+Attended weigh(float* scores, int64_t first, int64_t last) {
+  std::fill_n(scores + last, LANES, -INFINITY);
+  Floats most = splat(-INFINITY), sum = {};
+  for (int64_t key = first; key < last; key += LANES) {
+    Floats some = load<Floats>(scores + key);
+    most = some > most ? some : most;
   }
+  float largest = -INFINITY;
+  for (int64_t i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
+  for (int64_t key = first; key < last; key += LANES) {
+    Floats powers = exponential(load<Floats>(scores + key) - largest);
+    for (int64_t i = last - key; i < LANES; i++) powers[i] = 0.0f;
+    std::memcpy(scores + key, &powers, sizeof(Floats));
+    sum += powers;
+  }
+  return {largest, lane_sum(sum), nullptr};
+}
+
+// Values [CHUNK, d] of the keys [first, last) by their weights, added to what Q queries have: `own` of it, `its` of these.
+template <int Q, bool WHOLE>
+void add_values(const Scores* weights, int64_t d, const float* values, int64_t first, int64_t last, const float* own,
+                const float* its, Attended* attended) {
   auto add = [&]<int N>(int64_t j) {
     Floats sums[Q * N] = {};
     for (int64_t key = first; key < last; key++) {
-      Floats weights[Q];
+      Floats of_key[Q];
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; q++) weights[q] = splat(scores[q][key]);
-#pragma GCC unroll 8
+      for (int q = 0; q < Q; q++) of_key[q] = splat(weights[q][key]);
+#pragma GCC unroll 4
       for (int i = 0; i < N; i++) {
         Floats value = load<Floats>(values + key * d + j + i * LANES);
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) sums[q * N + i] = accumulate(weights[q], value, sums[q * N + i]);
+        for (int q = 0; q < Q; q++) sums[q * N + i] = accumulate(of_key[q], value, sums[q * N + i]);
       }
     }
-    for (int q = 0; q < Q; q++) std::memcpy(attended[q].values + j, sums + q * N, N * sizeof(Floats));
+    for (int q = 0; q < Q; q++)
+      for (int i = 0; i < N; i++) {
+        float* to = attended[q].values + j + i * LANES;
+        store(own[q] * load<Floats>(to) + its[q] * sums[q * N + i], to, LANES);
+      }
   };
   int64_t j = 0;
   for (; j + 4 * LANES <= d; j += 4 * LANES) add.template operator()<4>(j);
@@ -93,37 +117,48 @@ void attend_to_chunk(const float* queries, int64_t d, const float* keys, const f
   for (; !WHOLE && j < d; j++)
     for (int q = 0; q < Q; q++) {
       float sum = 0.0f;
-      for (int64_t key = first; key < last; key++) sum += scores[q][key] * values[key * d + j];
-      attended[q].values[j] = sum;
+      for (int64_t key = first; key < last; key++) sum += weights[q][key] * values[key * d + j];
+      attended[q].values[j] = own[q] * attended[q].values[j] + its[q] * sum;
     }
+}
+
+// Queries [n, d] over the keys [first, last) of a chunk.
+template <bool WHOLE>
+void attend_to_chunk(const float* queries, int64_t n, int64_t d, const float* keys, const float* values, int64_t first,
+                     int64_t last, Attended* attended) {
+  alignas(64) Scores scores[BATCH];
+  float own[BATCH], its[BATCH];
+  for (; n > 0; queries += BATCH * d, attended += BATCH, n -= BATCH) {
+    const int64_t some = std::min(n, BATCH);
+    auto all = [&](const auto& f) {
+      int64_t i = 0;
+      for (; i + MOST_QUERIES <= some; i += MOST_QUERIES) f.template operator()<MOST_QUERIES>(i);
+      with_count<MOST_QUERIES - 1>(some - i, [&]<int Q>() { f.template operator()<Q>(i); });
+    };
+    all([&]<int Q>(int64_t i) { score<Q, WHOLE>(queries + i * d, d, keys, first, last, scores + i); });
+    for (int64_t i = 0; i < some; i++) {
+      const Attended of_chunk = weigh(scores[i], first, last);
+      attended[i].scale(of_chunk, own[i], its[i]);
+    }
+    all([&]<int Q>(int64_t i) { add_values<Q, WHOLE>(scores + i, d, values, first, last, own + i, its + i, attended + i); });
+  }
 }
 
 // Queries [T, heads, d] at positions `start` and on over the keys and values [.., d] of a span that begins at `key`. A
 // token sees the keys up to its own, and only `window` of them if that is not 0.
 void attend_to_span(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
                     const float* keys, const float* values, int64_t key, Attended* attended) {
-  constexpr int most = LANES == 16 ? 4 : 2;  // queries at a time: their sums are in registers
-  std::unique_ptr<float[]> memory(new float[most * d]);
   for (int64_t i = 0; i < tokens * heads; i++) attended[i].clear(d);
-  auto some = [&]<int Q, bool WHOLE>(int64_t i, int64_t chunk, int64_t first, int64_t last) {
-    Attended of_chunk[Q];
-    for (int q = 0; q < Q; q++) of_chunk[q].values = &memory[q * d];
-    attend_to_chunk<Q, WHOLE>(queries + i * d, d, keys + chunk * d, values + chunk * d, first, last, of_chunk);
-    for (int q = 0; q < Q; q++) attended[i + q].add(of_chunk[q], d);
-  };
-  auto all = [&]<bool WHOLE>() {
-    for (int64_t chunk = key; chunk < key + SPAN && chunk < start + tokens; chunk += CHUNK) {
-      const bool is_past = !window && chunk + CHUNK <= start + 1;  // all tokens see all of it
-      for (int64_t t = 0; t < tokens; t += is_past ? tokens : 1) {
-        int64_t last = std::min(CHUNK, start + t + 1 - chunk);
-        int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - chunk) : 0;
-        if (first >= last) continue;
-        int64_t i = t * heads, end = is_past ? tokens * heads : i + heads;
-        for (; i + most <= end; i += most) some.template operator()<most, WHOLE>(i, chunk, first, last);
-        for (; i < end; i++) some.template operator()<1, WHOLE>(i, chunk, first, last);
-      }
+  for (int64_t chunk = key; chunk < key + SPAN && chunk < start + tokens; chunk += CHUNK) {
+    const bool is_past = !window && chunk + CHUNK <= start + 1;  // all tokens see all of it
+    for (int64_t t = 0; t < tokens; t += is_past ? tokens : 1) {
+      int64_t last = std::min(CHUNK, start + t + 1 - chunk);
+      int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - chunk) : 0;
+      if (first >= last) continue;
+      auto* attend = d % LANES == 0 ? attend_to_chunk<true> : attend_to_chunk<false>;
+      attend(queries + t * heads * d, (is_past ? tokens : 1) * heads, d, keys + chunk * d, values + chunk * d, first, last,
+             attended + t * heads);
     }
-  };
-  d % LANES == 0 ? all.template operator()<true>() : all.template operator()<false>();
+  }
 }
 }  // namespace

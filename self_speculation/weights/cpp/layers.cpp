@@ -1,4 +1,4 @@
-// Passes over few tokens on a CPU: a range of layers, or one product, as one operator, over weights where they lie.
+// Passes on a CPU: a range of layers, or one product, as one operator, over weights where they lie.
 // kernels.py builds this file; in_place_runner.py calls it.
 //
 // One parallel region serves all layers. Threads claim pieces of a phase from a counter: a thread that the machine takes
@@ -75,9 +75,9 @@ constexpr int64_t MADE_ALONE = 8;
 // A thread's view of products over some tokens.
 class Products {
  public:
-  // `shared`: memory for all inputs, if they are made once.
-  Products(int64_t tokens, int64_t columns, int64_t threads, Floats* shared)
-      : tokens_(tokens), threads_(threads), shared_(shared), in_order_(aligned(Inputs::stride_of(columns))),
+  // `shared`: memory for all inputs, if they are made once. `in_bfloat16`: inputs of weights in bfloat16 are so.
+  Products(int64_t tokens, int64_t columns, int64_t threads, Floats* shared, bool in_bfloat16 = false)
+      : tokens_(tokens), threads_(threads), in_bfloat16_(in_bfloat16), shared_(shared), in_order_(aligned(Inputs::stride_of(columns))),
         own_(shared ? nullptr : aligned(tokens * Inputs::stride_of(columns))) {}
   static std::unique_ptr<Floats[]> memory(int64_t tokens, int64_t columns) {
     return tokens > MADE_ALONE ? aligned(tokens * Inputs::stride_of(columns)) : nullptr;
@@ -102,7 +102,7 @@ class Products {
   template <class Fill, class F>
   void run_together(Phase*& phase, std::initializer_list<const Weight*> weights, const Fill& fill, const F& f) const {
     const Weight& weight = **weights.begin();
-    Inputs x(shared_ ? shared_ : own_.get(), tokens_, weight.columns, weight.type);
+    Inputs x(shared_ ? shared_ : own_.get(), tokens_, weight.columns, weight.type, in_bfloat16_);
     auto put = [&](int64_t t) { x.put(t, fill, reinterpret_cast<float*>(in_order_.get())); };
     auto put_all = [&] { for (int64_t t = 0; t < tokens_; t++) put(t); };
     if (shared_) phase->run(tokens_, [] {}, put);
@@ -114,6 +114,7 @@ class Products {
   }
 
   int64_t tokens_, threads_;
+  bool in_bfloat16_;
   Floats* shared_;
   std::unique_ptr<Floats[]> in_order_, own_;
 };
@@ -178,9 +179,10 @@ constexpr int64_t MOST_PHASES = 17;
 class Pass {
  public:
   Pass(std::span<const Layer> layers, float* states, int64_t tokens, int64_t hidden, const std::vector<Tensor>& caches,
-       const std::vector<Tensor>& rotations, const int64_t* starts, int64_t rows, int64_t first_slot)
+       const std::vector<Tensor>& rotations, const int64_t* starts, int64_t rows, int64_t first_slot,
+       bool in_bfloat16)
       : layers_(layers), caches_(caches), rotations_(rotations), states_(states), starts_(starts), tokens_(tokens),
-        rows_(rows), width_(tokens / rows), hidden_(hidden), first_slot_(first_slot), d_(caches[0].size(3)),
+        rows_(rows), width_(tokens / rows), hidden_(hidden), first_slot_(first_slot), in_bfloat16_(in_bfloat16), d_(caches[0].size(3)),
         heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), together_(heads_ / kv_heads_),
         joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(layers[0].width),
         spans_(spans_of(*std::max_element(starts, starts + rows))), threads_(torch::stable::get_num_threads()),
@@ -196,7 +198,7 @@ class Pass {
   void run() {
     on_all_threads(threads_, [&] {
       Phase* phase = phases_.get();
-      const Products products(tokens_, widest_, threads_, inputs_.get());
+      const Products products(tokens_, widest_, threads_, inputs_.get(), in_bfloat16_);
       for (size_t index = 0; index < layers_.size(); index++) {
         const Layer& layer = layers_[index];
         project(products, phase, layer);
@@ -310,7 +312,9 @@ class Pass {
   const std::vector<Tensor>&caches_, &rotations_;
   float* states_;          // [tokens, hidden]
   const int64_t* starts_;  // [rows] positions before the pass
-  int64_t tokens_, rows_, width_, hidden_, first_slot_, d_, heads_, kv_heads_, together_, joint_;
+  int64_t tokens_, rows_, width_, hidden_, first_slot_;
+  bool in_bfloat16_;
+  int64_t d_, heads_, kv_heads_, together_, joint_;
   int64_t mlp_width_, spans_, threads_;
   std::unique_ptr<Phase[]> phases_;
   std::unique_ptr<std::atomic<int64_t>[]> finished_;  // spans of a head, by layer, row and head
@@ -368,9 +372,10 @@ Tensor make_layers(const Tensor& numbers, const Tensor& factors, std::vector<Ten
   return owner;
 }
 
-// Layers over T new positions of each of B rows.
-void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, const Tensor& owner, std::vector<Tensor> caches,
-                std::vector<Tensor> rotations) {
+// Layers over T new positions of each of B rows. Where the processor multiplies in bfloat16, tokens of a prompt are rounded
+// to it for weights in bfloat16: by their kind, so that no way to read a prompt changes a bit.
+void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, bool is_prompt, const Tensor& owner,
+                std::vector<Tensor> caches, std::vector<Tensor> rotations) {
   float* states = matrix(hidden, "hidden");
   STD_TORCH_CHECK(owner.numel() == sizeof(Layers) && owner.scalar_type() == ScalarType::Byte, "owner: has no layers");
   auto& described = *static_cast<const Layers*>(owner.const_data_ptr());
@@ -393,10 +398,11 @@ void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, 
     STD_TORCH_CHECK(table.dim() == 3 && table.scalar_type() == ScalarType::Float && table.is_contiguous() &&
                         table.size(0) == 2 && table.size(1) >= end && table.size(2) == d,
                     "rotations: no tables of ", end, " positions and ", d, " columns");
-  Pass(layers, states, tokens, size, caches, rotations, of_rows, rows, first_slot).run();
+  Pass(layers, states, tokens, size, caches, rotations, of_rows, rows, first_slot, is_prompt && HAS_PAIRS).run();
 }
 
-constexpr int64_t MOST_ROUNDED = 64;
+// Tokens of a product at a time: a core's cache has the inputs of so many.
+constexpr int64_t MOST_AT_A_TIME = 64;
 
 // x W^T + b, or norm(x) W^T + b: [T, in] -> [T, rows]. `weight` is a weight as those of layers; `norm` one tensor or none.
 Tensor project(const Tensor& x, std::vector<Tensor> norm, double epsilon, bool is_centred, std::vector<Tensor> weight,
@@ -409,8 +415,7 @@ Tensor project(const Tensor& x, std::vector<Tensor> norm, double epsilon, bool i
   Norm normed = norm.empty() ? Norm() : Norm(norm[0], columns, epsilon, is_centred);
   Tensor out = empty({tokens, rows}, aoti_torch_dtype_float32());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
-  // Weights in few bits also multiply long prompts: inputs of so many tokens stay in the cache of a core.
-  const int64_t most = w.format ? MOST_ROUNDED : std::max<int64_t>(1, tokens);
+  const int64_t most = MOST_AT_A_TIME;
   std::unique_ptr<Phase[]> phases(new Phase[2 * (tokens / most + 1)]);
   std::unique_ptr<Floats[]> shared = Products::memory(std::min(most, tokens), columns);
   on_all_threads(threads, [&] {
@@ -435,7 +440,8 @@ STABLE_TORCH_LIBRARY(self_speculation, library) {
   library.def(
       "make_layers(Tensor numbers, Tensor factors, Tensor[] weights, int hidden, int d) -> Tensor");
   library.def(
-      "run_layers(Tensor(a!) hidden, Tensor starts, int first_slot, Tensor owner, Tensor[] caches, Tensor[] rotations)"
+      "run_layers(Tensor(a!) hidden, Tensor starts, int first_slot, bool is_prompt, Tensor owner, Tensor[] caches,"
+      " Tensor[] rotations)"
       " -> ()");
   library.def(
       "project(Tensor x, Tensor[] norm, float epsilon, bool is_centred, Tensor[] weight, bool has_bias, int rows)"

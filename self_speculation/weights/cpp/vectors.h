@@ -124,6 +124,26 @@ Floats accumulate(Floats a, Floats b, Floats sum) {
 #endif
 }
 
+// Adds, in each lane, products of two numbers in bfloat16, the upper ones first. Both sums are rounded to nearest even, and
+// subnormal numbers are zeros.
+#if defined(__AVX512BF16__) || defined(PAIRS)  // PAIRS: a test on processors without
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+#ifdef __AVX512BF16__
+Floats accumulate(Ints a, Ints b, Floats sum) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#else
+Floats normal(Floats x) { return (Floats)((Ints)x & ((((Ints)x & 0x7f800000) != 0) | INT32_MIN)); }
+Floats accumulate(Ints a, Ints b, Floats sum) {
+  sum = normal(fma(normal((Floats)(a & int32_t(0xffff0000))), normal((Floats)(b & int32_t(0xffff0000))), normal(sum)));
+  return normal(fma(normal((Floats)(a << 16)), normal((Floats)(b << 16)), sum));
+}
+#endif
+
 // The first n of them, then zeros: what follows may be no memory of this process.
 template <class Number>
 Floats widen(const Number* from, int64_t n) {

@@ -1,11 +1,12 @@
-// x W^T with few tokens x, over weights as they lie in memory. Each (row of a weight, token) is one sum along the columns,
-// in one order: its bits do not depend on other tokens, on other rows, or on the number of threads.
+// x W^T over weights as they lie in memory. Each (row of a weight, token) is one sum along the columns, in one order: its
+// bits do not depend on other tokens, on other rows, or on the number of threads.
 #pragma once
 #include "few_bits.h"
 
 namespace {
 constexpr int64_t ROWS = 32;                          // of a weight in floating point that are multiplied at a time
 constexpr int64_t MOST_TOKENS = LANES == 16 ? 8 : 6;  // at a time: twice as many sums are in registers
+constexpr int64_t MOST_OF_PAIRS = 6;                  // the same of tokens in bfloat16, with four rows
 constexpr int64_t STEP = 2 * LANES;                   // columns at a time
 
 // The first or the second vector of a step's columns; of bfloat16, even columns and odd ones.
@@ -21,16 +22,21 @@ Floats columns_of(const BFloat16* from) {
 
 // Inputs of products with weights of a type, in memory for T * stride floats, with zeros after the columns: by parts of up
 // to MOST_TOKENS tokens, [stride / LANES, tokens of the part, LANES] in the order of `columns_of`; for weights in few
-// bits, rounded.
+// bits, rounded. As pairs, for weights in bfloat16, they are in bfloat16 and in the order of columns: [stride / STEP, tokens
+// of the part, STEP].
 struct Inputs {
-  int64_t tokens, columns, stride, parts;
+  int64_t tokens, columns, stride;
   ScalarType type;
+  bool as_pairs;
+  int64_t parts;
   float* numbers;
   RoundedInputs rounded;
 
-  Inputs(Floats* memory, int64_t tokens, int64_t columns, ScalarType type)
-      : tokens(tokens), columns(columns), stride(stride_of(columns)), parts((tokens + MOST_TOKENS - 1) / MOST_TOKENS),
-        type(type), numbers(reinterpret_cast<float*>(memory)), rounded(memory, tokens, stride / GROUP) {}
+  Inputs(Floats* memory, int64_t tokens, int64_t columns, ScalarType type, bool in_bfloat16 = false)
+      : tokens(tokens), columns(columns), stride(stride_of(columns)), type(type),
+        as_pairs(in_bfloat16 && type == ScalarType::BFloat16),
+        parts((tokens - 1) / (as_pairs ? MOST_OF_PAIRS : MOST_TOKENS) + 1), numbers(reinterpret_cast<float*>(memory)),
+        rounded(memory, tokens, stride / GROUP) {}
   static int64_t stride_of(int64_t columns) { return round_up(columns, GROUP); }
   int64_t first_of(int64_t part) const { return tokens * part / parts; }  // of nearly equal size
 
@@ -41,6 +47,12 @@ struct Inputs {
     std::fill(in_order + columns, in_order + stride, 0.0f);
     if (type == ScalarType::Byte) return rounded.round(t, in_order);
     int64_t part = ((t + 1) * parts - 1) / tokens, first = first_of(part), n = first_of(part + 1) - first;
+    if (as_pairs) {
+      auto* to = reinterpret_cast<BFloat16*>(numbers) + first * stride + (t - first) * STEP;
+      for (int64_t k = 0; k < stride; k += STEP)
+        for (int64_t i = 0; i < STEP; i++) to[k * n + i] = BFloat16(in_order[k + i]);
+      return;
+    }
     int64_t apart = type == ScalarType::BFloat16 ? 2 : 1, second = apart == 2 ? 1 : LANES;
     for (int64_t k = 0; k < stride; k += STEP)
       for (int64_t i = 0; i < LANES; i++) {
@@ -50,35 +62,44 @@ struct Inputs {
   }
 };
 
-// Adds products of R rows, `apart` rows from each other, and T tokens to `sums`, [T, ROWS]. Fetches the same of `ahead`.
-template <int R, int T, class Number>
+// Adds products of R rows, `apart` rows from each other, and T tokens to `sums`, [T, ROWS]. Fetches the same of `ahead`. V:
+// Ints, for pairs, or Floats.
+template <int R, int T, class V, class Number>
 __attribute__((noinline)) void tile(const Number* w, const Number* ahead, int64_t row, int64_t apart, const float* x,
                                     int64_t columns, Floats* sums) {
+  constexpr bool AS_PAIRS = std::is_same_v<V, Ints>;
   Floats own[R * T];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int i = 0; i < R * T; i++) own[i] = sums[i / R * ROWS + i % R * apart];
   auto half = [&]<bool SECOND>(const Number* w, int64_t row) __attribute__((always_inline)) {
-    Floats of_rows[R];
+    V of_rows[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) of_rows[r] = columns_of<SECOND>(w + r * row);
+    for (int r = 0; r < R; r++) {
+      if constexpr (AS_PAIRS) of_rows[r] = load<V>(w + r * row);
+      else of_rows[r] = columns_of<SECOND>(w + r * row);
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
-      Floats input = load<Floats>(x + (SECOND * T + t) * LANES);
+      V input = load<V>(x + (SECOND * T + t) * LANES);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) own[t * R + r] = accumulate(of_rows[r], input, own[t * R + r]);
     }
   };
-  for (int64_t k = 0; k < columns / STEP * STEP; k += STEP, x += STEP * T) {
+  auto both = [&](const Number* w, int64_t row) __attribute__((always_inline)) {
+    half.template operator()<false>(w, row);
+    if constexpr (!AS_PAIRS) half.template operator()<true>(w, row);
+  };
+  for (int64_t k = 0; k < columns / STEP * STEP; k += STEP, x += STEP * T / (1 + AS_PAIRS)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) __builtin_prefetch(ahead + r * row * apart + k, 0, 2);
-    half.template operator()<false>(w + k, row * apart), half.template operator()<true>(w + k, row * apart);
+    both(w + k, row * apart);
   }
   if (int64_t rest = columns % STEP) {  // what follows the last column may be no memory of this process
     Number last[R * STEP] = {};
     for (int r = 0; r < R; r++) std::memcpy(last + r * STEP, w + r * row * apart + columns - rest, rest * sizeof(Number));
-    half.template operator()<false>(last, STEP), half.template operator()<true>(last, STEP);
+    both(last, STEP);
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int i = 0; i < R * T; i++) sums[i / R * ROWS + i % R * apart] = own[i];
 }
 
@@ -93,17 +114,24 @@ void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, 
     const Number *own = w + from, *next = from + width < x.columns ? own + width : w + ROWS * row;
     for (int64_t part = 0; part < x.parts; part++) {
       int64_t first = x.first_of(part);
-      auto tiles = [&]<int T>() {
+      auto tiles = [&]<int T, class V>() {
         auto some = [&]<int R>(int64_t r, int64_t apart) {
           const Number* ahead = r % x.parts == part ? next : own;  // each part fetches some of the next
-          tile<R, T>(own + r * row, ahead + r * row, row, apart, &x.numbers[first * x.stride + from * T],
-                     std::min(width, x.columns - from), &sums[first * ROWS + r]);
+          const int64_t at = first * x.stride + from * T;
+          tile<R, T, V>(own + r * row, ahead + r * row, row, apart, &x.numbers[x.as_pairs ? at / 2 : at],
+                        std::min(width, x.columns - from), &sums[first * ROWS + r]);
         };
-        constexpr int R = T <= 2 ? 4 : 2;
+        constexpr int R = T <= 2 || std::is_same_v<V, Ints> ? 4 : 2;
         for (int64_t r = 0; r < n / R; r++) some.template operator()<R>(r, n / R);
         for (int64_t r = n / R * R; r < n; r++) some.template operator()<1>(r, 1);
       };
-      with_count<MOST_TOKENS>(x.first_of(part + 1) - first, tiles);
+      const int64_t number = x.first_of(part + 1) - first;
+      if constexpr (std::is_same_v<Number, BFloat16>)
+        if (x.as_pairs) {
+          with_count<MOST_OF_PAIRS>(number, [&]<int T>() { tiles.template operator()<T, Ints>(); });
+          continue;
+        }
+      with_count<MOST_TOKENS>(number, [&]<int T>() { tiles.template operator()<T, Floats>(); });
     }
   }
   for (int64_t i = 0; i < x.tokens * ROWS; i += 4) lane_sums(&sums[i], out + i);
