@@ -30,7 +30,7 @@ from self_speculation.passes.fused_layers import bytes_made, fuse, parts_of
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.quantized_layers import quantized
 from self_speculation.weights import int4_linear
-from self_speculation.weights.int4_linear import copy_bytes, int4_copy
+from self_speculation.weights.int4_linear import copy_bytes, has_kernel, int4_copy
 from self_speculation.weights.kernels import CPUOperators, cpu_operators
 from self_speculation.weights.linear import Linear
 
@@ -262,13 +262,20 @@ def test_scripts_refuse_in_one_line(script, common, monkeypatch, capsys):
     assert "error: --draft_weights int4: takes" in line
 
 
-def test_drafts_draw_no_random_numbers():
-    """Guards against a trial of the kernel that draws: a seed would not reproduce the first answer."""
-    model = tiny_llama()
-    int4_linear.has_kernel.cache_clear()
-    before = torch.get_rng_state()
-    quantized(ModelRunner(model), 2)
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "found"),
+    [
+        ("cpu", torch.float16, None, True),
+        ("cpu", torch.float64, None, False),
+        ("cuda", torch.bfloat16, (8, 0), True),
+        ("cuda", torch.float16, (7, 5), False),
+        ("mps", torch.float16, None, False),
+    ],
+)
+def test_kernels_follow_from_device_and_dtype(device, dtype, capability, found, monkeypatch):
+    """Guards against any error of a trial, such as a lost card, that is told as a lack of kernels."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert has_kernel(torch.device(device), dtype) == found
 
 
 def test_two_threads_make_a_copy_once(monkeypatch):
