@@ -16,8 +16,8 @@ def on_device(
     numbers: Sequence[float] | numpy.ndarray, device: torch.device, dtype: torch.dtype = torch.long
 ) -> Tensor:
     """[n], without waiting for the GPU."""
-    there = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
-    return there.to(device, non_blocking=True)
+    there = torch.tensor(numbers, dtype=dtype)  # which pins no array of numpy
+    return (there.pin_memory() if device.type == "cuda" else there).to(device, non_blocking=True)
 
 
 class AsyncRead:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import takewhile
 from operator import eq
 from typing import Any
@@ -32,8 +33,6 @@ _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 # it, or normalize it, and the matcher does not take such tokens.
 _OPTIONS = '%llguidance {"no_forcing": true}'
 _MAX_SCHEMA = 100_000  # characters of its JSON
-# [256, 8]: what each byte of a bitmask adds to the logits of its 8 ids. Boolean masks take longer.
-_BYTE_BIASES = torch.tensor([[0.0 if byte >> i & 1 else -torch.inf for i in range(8)] for byte in range(256)])
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,6 @@ class GrammarProcessor:
         self._vocab_size = vocab_size
         self._unused = _matcher(_tokenizer(tokenizer, vocab_size, tuple(eos_token_ids)), grammar)
         self._matcher, self._consumed = self._unused.deep_copy(), list[int]()
-        self._byte_biases = _BYTE_BIASES
 
     def masked(self, output: Sequence[int], scores: Tensor) -> Tensor:
         """The scores, [1, V], after the ids of output and draft. Reads nothing from the device.
@@ -133,8 +131,7 @@ class GrammarProcessor:
                 self._matcher.get_error() or "the output has a token that the grammar forbids"
             )
         bitmask = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8)
-        self._byte_biases = self._byte_biases.to(scores.device)
-        added = embedding(on_device(bitmask, scores.device, torch.int32), self._byte_biases)
+        added = embedding(on_device(bitmask, scores.device, torch.int32), _byte_biases(scores.device))
         return scores + added.flatten()[: self._vocab_size]
 
     def count_allowed(self, output: Sequence[int], draft: Sequence[int]) -> int:
@@ -153,6 +150,13 @@ class GrammarProcessor:
         accepted = self._matcher.try_consume_tokens(rest)
         consumed += rest[:accepted]
         return accepted == len(rest)
+
+
+@cache
+def _byte_biases(device: torch.device) -> Tensor:
+    """[256, 8] what each byte of a bitmask adds to the logits of its 8 ids. Boolean masks take longer."""
+    bits = [0.0 if byte >> i & 1 else -math.inf for byte in range(256) for i in range(8)]
+    return on_device(bits, device, torch.float32).view(256, 8)
 
 
 @lru_cache(maxsize=8)
