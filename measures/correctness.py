@@ -35,7 +35,7 @@ class LogitsOfPositions:
     checksums: list[int] = field(default_factory=list)
 
     def __call__(self, _ids: torch.Tensor, logits: torch.Tensor) -> bool:
-        self.checksums.append(zlib.crc32(logits.contiguous().view(torch.uint8).numpy()))
+        self.checksums.append(zlib.crc32(logits.contiguous().view(torch.uint8).numpy().data))
         return False
 
 

@@ -62,9 +62,9 @@ def check_types(options: object) -> None:
 
 
 @cache
-def _field_types(kind: type) -> dict[str, Any]:
+def _field_types(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
-    return {each.name: hints[each.name] for each in fields(kind)}  # type: ignore[arg-type]
+    return {each.name: hints[each.name] for each in fields(kind)}
 
 
 def _is_a(value: object, kind: Any) -> bool:
@@ -129,7 +129,7 @@ def _explain_fields(kind: type) -> type:
     """Append the texts below the fields of a class to its docstring, for `help`."""
     with suppress(OSError):  # there is no source
         (tree,) = ast.parse(inspect.getsource(kind)).body
-        lines = [kind.__doc__, "    Fields:"]
+        lines = [kind.__doc__ or "", "    Fields:"]
         for each, text in pairwise(getattr(tree, "body", ())):
             if isinstance(each, ast.AnnAssign) and isinstance(text, ast.Expr):
                 lines.append(

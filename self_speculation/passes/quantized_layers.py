@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from self_speculation.config import DraftWeights
 from self_speculation.devices import free_memory
 from self_speculation.model_cache import lock
-from self_speculation.passes.fused_layers import plain_linear
+from self_speculation.passes.fused_layers import FusedHead, plain_linear
 from self_speculation.passes.model_runner import (
     Layer,
     ModelRunner,
@@ -131,8 +131,12 @@ def quantized(runner: ModelRunner, num_layers: int) -> ModelRunner:
     _check_plain(runner, layers, "draft_weights int4")
     copy_bytes_per_weight(runner.model)  # raises ValueError without kernels
     linears = [linear for layer in layers for linear in _linears_of(runner.model, layer).values()]
-    is_plain = isinstance(runner.head, PlainHead)
-    whole = plain_linear(runner.model, runner.head.modules[1]) if is_plain else runner.head.linears[0]
+    head = runner.head
+    whole = (
+        head.linears[0]
+        if isinstance(head, FusedHead)
+        else plain_linear(runner.model, runner.model.get_output_embeddings())
+    )
     with lock(runner.model):
         _make_copies(runner, layers, [*linears, whole])
         copies = [_with_products(runner.model, layer, lambda linear: linear.copy) for layer in layers]
