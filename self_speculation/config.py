@@ -54,7 +54,8 @@ _KINDS: dict[Any, str] = {
 
 def check_types(options: object) -> None:
     """Raise ValueError unless each field of a dataclass has a value of its annotation."""
-    for name, kind in _field_types(type(options)).items():
+    of: Any = type(options)
+    for name, kind in _field_types(of).items():
         kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
         if not any(_is_a(getattr(options, name), each) for each in kinds):
             allowed = (_KINDS.get(each) or f"one of {', '.join(get_args(each))}" for each in kinds)
