@@ -64,7 +64,7 @@ MISTAKES = {
         "--resume /dev/null": "--resume /dev/null: no run.json of a run in there",
     },
     correctness: {
-        "--reference transformers": "--reference transformers: compares ids, so it needs --sample False",
+        "--samples_per_prompt 0": "--samples_per_prompt 0: must be at least 1",
     },
     sweep: {
         "--exit_layer_first 4 --exit_layer_last 3": "--exit_layer_first 4: beyond --exit_layer_last 3",
