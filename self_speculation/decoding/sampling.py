@@ -188,16 +188,21 @@ class Sampler:
             likely, ids = probabilities.topk(num)
         else:
             likely, ids = probabilities.sort(descending=True, stable=True)
-        kept = self.keep(likely)
-        scores = kept.log().add_(gumbel_noise(keys, ids))
-        tokens = ids.gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
+        kept, unsure = self.keep(likely), keys[:0]
         if is_partial:
             end = kept.count_nonzero(-1)[:, None]
             last, after = (likely.gather(-1, at) for at in ((end - 1).clamp(min=0), end.clamp(max=num - 1)))
-            is_sure = last > after
             # `topk` orders equal tokens anyhow, and some rows need more. Each row is decided by itself.
-            if len(unsure := is_sure.logical_not().nonzero()[:, 0]):
-                tokens[unsure] = self._sample_likely(probabilities[unsure], keys[unsure], is_partial=False)
+            unsure = (last > after).logical_not().nonzero()[:, 0]
+            if len(unsure) == len(keys):
+                return self._sample_likely(probabilities, keys, is_partial=False)
+        if kept.device.type == "cpu":  # noise for no others
+            most = max(1, int(kept.count_nonzero(-1).max()))
+            kept, ids = kept[:, :most].contiguous(), ids[:, :most]
+        scores = kept.log().add_(gumbel_noise(keys, ids))
+        tokens = ids.gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
+        if len(unsure):
+            tokens[unsure] = self._sample_likely(probabilities[unsure], keys[unsure], is_partial=False)
         return tokens
 
 
