@@ -1,6 +1,7 @@
 """Drafts and batches change nothing: ids are those of a row alone without drafts; greedy, of transformers."""
 
 import copy
+from contextlib import nullcontext
 from functools import cache, partial
 from unittest.mock import Mock, patch
 
@@ -78,7 +79,8 @@ MODELS = {
     **{f"{kind} with windows": partial(narrow, kind) for kind in WINDOWED},
     **{kind: partial(mixture, kind) for kind in KINDS},
 }
-HAVE_NO_COPIES = ("never", "four bits", "eight bits", "experts in some layers", *KINDS)
+OF_EXPERTS = ("experts in some layers", *(name for name in MODELS if name.split()[0] in KINDS))
+HAVE_NO_COPIES = ("never", "four bits", "eight bits", *OF_EXPERTS)
 
 
 @cache
@@ -128,7 +130,7 @@ def request_of(row):
     def ends(output):
         return row["stops_at"] is not None and sum(output[-2:]) % row["stops_at"] == 0
 
-    processors = PROCESSORS[row["processors"]]
+    processors = copy.deepcopy(PROCESSORS[row["processors"]])  # one prepares itself for a vocabulary
     return Request(row["prompt"], processors, seed=row["seed"], stop_checks=ends, eos_token_ids=row["ends"])
 
 
@@ -173,6 +175,8 @@ def test_drafts_and_batches_change_nothing(name):
         model = model_of(name, fused or name == "bfloat16")
         if name in HAVE_NO_COPIES:
             drafts = {**drafts, "draft_weights": "exact"}
+        elif "draft_weights" in drafts and "exit_layer" in drafts:  # whole copies are often right
+            drafts = {**drafts, "exit_layer": len(model.model.layers)}
         with patch("self_speculation.passes.kv_cache._FIRST_ALLOCATION", 3), random_plans(plans):
             found = in_batch(model, map(request_of, rows), batch_size, **shared, **drafts)
         for index, row in enumerate(rows):
@@ -187,7 +191,8 @@ def test_drafts_and_batches_change_nothing(name):
                 exact = copy.deepcopy(model).float() if name == "bfloat16" else model
                 assert plain.predicted_tokens == by_transformers(exact, request_of(row), shared)
 
-    with mixed_drafts():
+    # Exits of random layers are hardly ever right.
+    with nullcontext() if name in ("never", *OF_EXPERTS) else mixed_drafts():
         hold()
 
 
