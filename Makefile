@@ -66,9 +66,11 @@ $(VENV)/chat: requirements.txt
 	@$(RUN) -c "from self_speculation.weights.kernels import cpu_operators; print('products by', cpu_operators())"
 	touch $@
 
-# Where only the tests of --quantization and of LoRA look: these libraries slow down every start of a program.
-$(VENV)/test: requirements-dev.txt requirements-quantization.txt requirements-lora.txt $(VENV)/chat
+# Where only the tests of --quantization, of LoRA and of a card's kernels look: these libraries slow down every
+# start of a program. torch for CUDA brings triton along, and some machines have none.
+$(VENV)/test: requirements-dev.txt requirements-quantization.txt requirements-lora.txt requirements-triton.txt $(VENV)/chat
 	$(PIP) -r requirements-dev.txt
 	$(PIP) --no-deps --upgrade --target $(VENV)/quantization -r requirements-quantization.txt
 	$(PIP) --no-deps --upgrade --target $(VENV)/lora -r requirements-lora.txt
+	$(RUN) -c "import triton" 2> /dev/null || $(PIP) --no-deps --upgrade --target $(VENV)/triton -r requirements-triton.txt || true
 	touch $@

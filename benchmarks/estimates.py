@@ -18,7 +18,7 @@ _BANDWIDTH = 2.7e12  # bytes per second that an H100 reads
 # Seconds: a kernel in a graph besides its bytes; the GPU's wait for the host in a round.
 _KERNEL, _WAIT = 2.75e-6, 50e-6
 _AROUND = 18  # kernels of embedding, norm, head and sampling; the start of a graph counts as some
-_UNSPLIT = 12  # kernels by which a layer of a verification is longer: masked attention splits no keys
+KERNELS = 10  # of a layer; tests count those of a traced pass
 _POSITIONS, _DRAFTED, _GAINED = 1000, 6, 5.2  # tokens before and of a round, nine of ten drafts are right
 _FP32, _ADAMW = 4, 8  # bytes of a weight or gradient; of its state in AdamW
 
@@ -95,7 +95,7 @@ class Decoding(NamedTuple):
     round: float  # of _DRAFTED tokens
 
 
-def decoding(config: PretrainedConfig, exit_layer: int, kernels: int = 12) -> Decoding:
+def decoding(config: PretrainedConfig, exit_layer: int, kernels: int = KERNELS) -> Decoding:
     """The times on an H100.
 
     Args:
@@ -108,8 +108,7 @@ def decoding(config: PretrainedConfig, exit_layer: int, kernels: int = 12) -> De
     of_layer = 2 * (weights + cache) / _BANDWIDTH + kernels * _KERNEL
     outside = 2 * config.vocab_size * width / _BANDWIDTH + counted * _AROUND * _KERNEL
     plain, draft = (layers * of_layer + outside for layers in (config.num_hidden_layers, exit_layer))
-    verification = plain + counted * config.num_hidden_layers * _UNSPLIT * _KERNEL
-    return Decoding(plain, draft, _DRAFTED * draft + verification + counted * _WAIT)
+    return Decoding(plain, draft, _DRAFTED * draft + plain + counted * _WAIT)
 
 
 EXITS = {"Llama-3.2-1B": 4, "Llama-2-7B": 8, "Llama-3-8B": 8}

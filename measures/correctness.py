@@ -24,8 +24,8 @@ from self_speculation.decoding.request import config_processors
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.texts import OutputReader
 from self_speculation.families import context_length
-from self_speculation.passes.captured_runner import is_captured
 from self_speculation.passes.in_place_runner import InPlaceRunner
+from self_speculation.passes.runners import is_captured
 
 
 @dataclass

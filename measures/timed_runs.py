@@ -15,7 +15,7 @@ from runs import ranks
 from runs.description import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
 from self_speculation.families import context_length
-from self_speculation.passes.captured_runner import is_captured
+from self_speculation.passes.runners import is_captured
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 BASELINE = "autoregressive_"  # prefix of the baseline's fields in a record

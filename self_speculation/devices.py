@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import psutil
 import torch
 import torch.distributed as dist
@@ -25,5 +28,23 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+@contextmanager
+def own_arithmetic(device: torch.device) -> Iterator[None]:
+    """Disable the caller's autocast; sum products of bfloat16 on a GPU in float32, in this process."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    with torch.autocast(device.type, enabled=False):
+        try:
+            matmul.allow_bf16_reduced_precision_reduction = before and device.type != "cuda"
+            yield
+        finally:
+            matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
+
+
+def padded(number: int) -> int:
+    """To the next power of two."""
+    return 1 << (number - 1).bit_length()

@@ -23,13 +23,14 @@ from self_speculation.config import GenerationConfig, GenerationStrategyName, ch
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
+from self_speculation.devices import own_arithmetic
 from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.families import check_supported, context_length, described_context
 from self_speculation.generation_strategy import GenerationStrategy
-from self_speculation.passes.captured_runner import make_runner, run_every_pass
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, PassRange, forward_early
 from self_speculation.passes.prefix_cache import PrefixCache, cache_key, kept_caches
+from self_speculation.passes.runners import make_runner
 from self_speculation.passes.unsupported_hooks import check_followed
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
@@ -132,7 +133,7 @@ class Scheduler(Generic[Key]):
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
         self._device = model.get_input_embeddings().weight.device
-        self._without_autocast = partial(torch.autocast, self._device.type, enabled=False)  # the caller's
+        self._own_arithmetic = partial(own_arithmetic, self._device)
         longest, self._depth = 0, model.config.num_hidden_layers
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
@@ -170,12 +171,13 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def run_every_pass(self, num_positions: int, longest: int = 0) -> None:
-        """With --compile True, capture all passes over up to so many positions before the first request, over
-        a cache that requests of `longest` positions do not outgrow, or as long a one as fits in memory.
+        """With --compile True, capture all passes before the first request, over a cache of so many
+        positions, or of `longest` if they fit in memory. A request that outgrows it ends all captured passes.
         """
         decoding, most = self._ensure_prepared(), num_positions + self.batch.longest_draft
-        with self._without_autocast():
-            run_every_pass(decoding.cache, self._strategy.passes(decoding), self._batch_size, most, longest)
+        with self._own_arithmetic():
+            passes = self._strategy.passes(decoding)
+            decoding.runner.capture(decoding.cache, passes, self._batch_size, most, longest)
 
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
@@ -237,7 +239,7 @@ class Scheduler(Generic[Key]):
         decoding = self._ensure_prepared()
         adjust_threads(self._model)
         try:
-            with self._without_autocast():
+            with self._own_arithmetic():
                 self._strategy.decode_round(decoding)
         except Exception as error:
             decoding.slots.discard_prefixes()
@@ -257,7 +259,7 @@ class Scheduler(Generic[Key]):
         while left > 0 and (sequence := self._next_prompt(left)) is not None:
             adjust_threads(self._model)
             try:
-                with self._without_autocast():
+                with self._own_arithmetic():
                     left -= self._prefill_chunk(sequence, int(min(left, PREFILL_CHUNK)))
             except Exception as error:
                 sequence.error = error
@@ -305,7 +307,7 @@ class Scheduler(Generic[Key]):
     def _ensure_prepared(self) -> Decoding:
         """Prepare for the model's current weights, unless that is done."""
         if self._prepared is None:
-            with self._without_autocast():
+            with self._own_arithmetic():
                 runner = make_runner(self._model)
                 slots = self._make_slots(runner)
                 composer = None

@@ -10,13 +10,21 @@ import math
 import os
 import random
 import signal
+import sys
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and pytest has a process for each core
 
+if find_spec("triton") is not None:  # before torch imports it, for kernels that are computed here
+    with patch.dict(os.environ, TRITON_INTERPRET="1"):
+        import_module("triton.language")
+
+import card_kernels
 import cuda_graphs
 import hypothesis
 import pytest
@@ -36,9 +44,10 @@ from self_speculation import (
 )
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.generator_base import single_result
-from self_speculation.passes.captured_runner import make_runner
+from self_speculation.passes.decode_attention import why_no_kernels
 from self_speculation.passes.fused_layers import fuse
 from self_speculation.passes.model_runner import ModelRunner, forward
+from self_speculation.passes.runners import make_runner
 from self_speculation.results import DraftStats
 from self_speculation.scheduler import Scheduler
 from self_speculation.weights.kernels import cpu_operators
@@ -344,10 +353,35 @@ def model_folder(byte_tokenizer, text_model, tmp_path_factory) -> Path:
     return folder
 
 
+# Where `make test` installs it, since it slows down every start.
+TRITON = Path(sys.prefix) / "triton"
+HAS_TRITON = TRITON.is_dir() or find_spec("triton") is not None
+
+
 @pytest.fixture
-def graphs(monkeypatch):
-    """CUDA graphs without a GPU, see `cuda_graphs.stand_in`."""
-    return cuda_graphs.stand_in(monkeypatch)
+def interpreter(monkeypatch):
+    """The kernels of a card compute on this CPU, by Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.syspath_prepend(TRITON)
+    if not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    why_no_kernels.cache_clear()
+    yield
+    why_no_kernels.cache_clear()
+
+
+@pytest.fixture
+def graphs(monkeypatch, interpreter):  # noqa: ARG001
+    """CUDA graphs without a GPU, see `cuda_graphs.stand_in`, and kernels by torch."""
+    import_module("self_speculation.passes.triton_kernels")
+    with card_kernels.instead_of_the_interpreter():
+        yield cuda_graphs.stand_in(monkeypatch)
+
+
+def card_llama(num_layers: int = 2, **config: object) -> LlamaForCausalLM:
+    """A tiny fused Llama whose heads the kernels of a card take."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    return own_llama(num_layers, fused=True, **{**heads, **config})
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 As on a GPU, a capture computes nothing, reads nothing on the host, and has its results in a pool whose
 content is lost when another graph runs. All graphs of a stream use one workspace, which is freed when one of
-them fails or is destroyed. A failed capture leaves its stream the current one.
+them fails or is destroyed. A failed capture leaves its stream the current one. A process captures one graph
+at a time.
 """
 
 import itertools
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 from weakref import WeakMethod
@@ -15,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from self_speculation.model_cache import singleton
-from self_speculation.passes import captured_runner
+from self_speculation.passes import graph_recorder
 from self_speculation.passes.fused_layers import Settings
 
 # Calls that read a tensor on the host, copy host data, or give results whose shape depends on values.
@@ -25,7 +27,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-COMPARED = 4  # replays of a graph
+COMPARED = 1  # replays of a graph
 
 
 class CaptureError(Exception):
@@ -104,24 +106,31 @@ class Stream:
         assert isinstance(stream, Stream)
 
 
-STREAMS = [Stream()]  # the last one is current
+class Streams(threading.local):
+    def __init__(self):
+        self.all = [Stream()]  # the last one is current
+
+
+STREAMS, CAPTURING = Streams(), threading.Lock()
 
 
 @contextmanager
 def on_stream(stream):
-    outer = len(STREAMS)
-    STREAMS.append(stream)
+    outer = len(STREAMS.all)
+    STREAMS.all.append(stream)
     try:
         yield
     finally:
-        del STREAMS[outer:]
+        del STREAMS.all[outer:]
 
 
 @contextmanager
 def capture(graph, pool, stream, capture_error_mode):
     assert (type(pool), type(stream), capture_error_mode) == (object, Stream, "thread_local")
+    if not CAPTURING.acquire(blocking=False):
+        raise CaptureError("another thread captures")
     graph.begin(stream)
-    STREAMS.append(stream)
+    STREAMS.all.append(stream)
     try:
         with graph:
             yield
@@ -130,7 +139,8 @@ def capture(graph, pool, stream, capture_error_mode):
         raise
     finally:
         graph.end()
-    STREAMS.pop()
+        CAPTURING.release()
+    STREAMS.all.pop()
 
 
 def decode_eagerly(model):
@@ -142,22 +152,22 @@ def stand_in(monkeypatch):
     """CUDA graphs as above. The first replays of each are compared with the eager pass over the same inputs
     and cache: to the bit. Returns what was captured and replayed, by shape.
     """
-    del STREAMS[1:]
+    STREAMS.all = [Stream()]
     seen = SimpleNamespace(captured=[], replayed=[])
     pool = itertools.cycle([Stream(), Stream()])  # torch has 32
-    monkeypatch.setattr(captured_runner, "_NUM_STREAMS", 2)
+    monkeypatch.setattr(graph_recorder, "_NUM_STREAMS", 2)
     graphs = {"graph_pool_handle": object, "CUDAGraph": Graph, "graph": capture}
     graphs |= {"Stream": lambda device: next(pool)}
-    graphs |= {"current_stream": lambda device: STREAMS[-1], "stream": on_stream}
+    graphs |= {"current_stream": lambda device: STREAMS.all[-1], "stream": on_stream}
     for name, own in graphs.items():
         monkeypatch.setattr(f"torch.cuda.{name}", own)
-    record = captured_runner.GraphRecorder.__call__
+    record = graph_recorder.GraphRecorder.__call__
 
     def checked(recorder, run):
         replay = record(recorder, run)
-        layers, states, _, num_keys = run.args
+        layers, states, _ = run.args
         buffers, method = run.func.__self__.buffers, WeakMethod(run.func)
-        shape, run_args = (len(layers), *states.shape[:2], num_keys), run.args
+        shape, run_args = (len(layers), *states.shape[:2]), run.args
         del run  # graphs do not keep the passes that they belong to
         seen.captured.append(shape)
         number = itertools.count()
@@ -177,5 +187,5 @@ def stand_in(monkeypatch):
 
         return compared
 
-    monkeypatch.setattr(captured_runner.GraphRecorder, "__call__", checked)
+    monkeypatch.setattr(graph_recorder.GraphRecorder, "__call__", checked)
     return seen

@@ -18,9 +18,9 @@ from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import TextDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
 from self_speculation.model_cache import cached, evict
-from self_speculation.passes.captured_runner import is_captured
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.quantized_layers import quantized, why_no_copies
+from self_speculation.passes.runners import is_captured
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4

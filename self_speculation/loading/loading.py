@@ -42,9 +42,9 @@ from self_speculation.loading.gguf_files import (
     read_weights,
 )
 from self_speculation.loading.sources import LoadingError, adapted_model, explained, locate
-from self_speculation.passes.captured_runner import capture_decoding, check_can_be_captured
 from self_speculation.passes.fused_layers import activation_dtype, fuse
 from self_speculation.passes.quantized_layers import quantize
+from self_speculation.passes.runners import capture_decoding, check_can_be_captured
 from self_speculation.weights.experts import experts_per_token
 from self_speculation.weights.kernels import cpu_operators
 

@@ -17,9 +17,6 @@ flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
 efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention.default
 _on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
-# Keys of a chunk, see `attend_in_chunks`.
-CHUNK = 256
-
 
 class AttentionKernel(Enum):
     """A kernel of torch."""
@@ -83,19 +80,3 @@ def attend_to_past(queries: Tensor, keys: Tensor, values: Tensor, scale: float) 
     over_past, past_sums = _on_cpu(queries, keys[:, :, :past], values[:, :, :past], 0.0, False, scale=scale)
     share = torch.sigmoid(past_sums - own_sums)[..., None]
     return torch.lerp(own.to(share.dtype), over_past.to(share.dtype), share).to(own.dtype)
-
-
-def attend_in_chunks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """EFFICIENT over C chunks of keys side by side. It computes each row and head in one block of the GPU,
-    and there are few of them. Results of chunks are weighted by the sums of their exponentials.
-
-    Args:
-        queries: [B, heads, M, head_dim]
-        keys, values: [B, heads, C * CHUNK, head_dim], slices of a buffer.
-        mask: [B * heads, C, M, CHUNK], finite also where a chunk is masked.
-    """
-    chunks = [part.flatten(0, 1).unflatten(1, (-1, CHUNK)) for part in (keys, values)]
-    all_queries = queries.flatten(0, 1)[:, None].expand(*mask.shape[:3], -1)
-    attended, log_sums = efficient_attention(all_queries, *chunks, mask, True, 0.0, False, scale=scale)[:2]
-    weights = log_sums[..., : queries.shape[2], None].softmax(1)  # [B * heads, C, M, 1]
-    return (attended * weights).sum(1).to(queries.dtype).view(queries.shape)

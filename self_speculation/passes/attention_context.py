@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,8 @@ from transformers import PreTrainedModel
 from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, context_length
 from self_speculation.model_cache import lock
-from self_speculation.passes.attention import CHUNK, AttentionKernel, attention_kernel
+from self_speculation.passes.attention import attention_kernel
 from self_speculation.passes.kv_cache import ALIGNMENT, KVCache, Pair, ScatteredCache
-
-# Up to this many tokens of a pass, one matrix product for each token rotates queries and keys.
-_FEW_ROTATIONS = 64
 
 
 class AttentionTables:
@@ -30,17 +26,13 @@ class AttentionTables:
         self.module, self._context = model.base_model.rotary_emb, context_length(model.config)
         self.is_sdpa = model.config._attn_implementation == "sdpa"
         self.dtype, self.device = dtype, model.base_model.embed_tokens.weight.device
-        self._like = torch.empty(0, dtype=dtype, device=self.device)
+        self.like = torch.empty(0, dtype=dtype, device=self.device)
         kinds = dict.fromkeys(kind.rotation for kind in attention_types(model.config))
-        self._tables = dict.fromkeys(kinds, self._like.new_empty(2, 0, 0))
+        self._tables = dict.fromkeys(kinds, self.like.new_empty(2, 0, 0))
         self._size = 0
         self.reserve(1)
         head_dim = next(iter(self._tables.values())).shape[2]
         self.kernel = attention_kernel(self.device, dtype, head_dim)  # of fused layers
-        # To rotate in one product: x @ unit is x, x @ rotate_half is transformers' `rotate_half(x)`.
-        self.unit = torch.eye(head_dim, dtype=dtype, device=self.device)
-        self.rotate_half = self.unit.roll(head_dim // 2, 1)
-        self.rotate_half[:, : head_dim // 2].neg_()
 
     def reserve(self, num_positions: int) -> None:
         """Have tables of at least so many positions."""
@@ -51,7 +43,7 @@ class AttentionTables:
             positions = torch.arange(size, device=self.device)[None].clamp_(max=self._context - 1)
             with lock(self.module):  # some kinds of rotation change their module for longer positions
                 tables = {
-                    rotation: torch.cat(cos_and_sin(self.module, self._like, positions, rotation))
+                    rotation: torch.cat(cos_and_sin(self.module, self.like, positions, rotation))
                     for rotation in self._tables
                 }
             self._tables, self._size = tables, size  # once there was memory for all of them
@@ -68,20 +60,15 @@ class AttentionContext:
     Args:
         cache: with rows of one length, or positions of rows that differ in length.
         start: the length of all rows, or at most the first new position of each.
-        splits_keys: of rows that differ: attend in chunks, if the kernel is not ANY. CHUNK divides S.
 
     Attributes:
         mask: number of copies -> [1 or B, 1, copies * T, S], added to the scores: 0 where a position sees a
             key, else a huge negative number; None: no mask is needed. Queries of several heads need a copy
             for each.
-        mask_of_chunks: copies and key heads -> [B * heads, C, copies * T, CHUNK], see `attend_in_chunks`;
-            None: not in chunks.
         rotary: cos and sin, [1 or B, T, head_dim] each.
         window: None: a token sees all positions up to its own.
         kernel: FLASH masks the keys after each token itself.
     """
-
-    mask_of_chunks: Callable[[int, int], Tensor] | None = None
 
     def __init__(
         self,
@@ -90,7 +77,6 @@ class AttentionContext:
         start: int,
         width: int,
         kind: AttentionType,
-        splits_keys: bool = False,
     ) -> None:
         positions = None if isinstance(cache, KVCache) else cache.positions  # [B, T]
         self.cache, self.rows, self.width = cache, cache.num_rows, width
@@ -109,7 +95,6 @@ class AttentionContext:
         self.kernel = tables.kernel if has_kernel else tables.kernel.with_mask
         cos, sin = cos_sin.unbind()
         self.window, self._first_key, self.rotary = window, first, (cos, sin)
-        self._rotations = _rotations(tables, cos, sin, self.rows)
 
         @functools.cache
         def mask(copies: int) -> Tensor | None:
@@ -123,16 +108,7 @@ class AttentionContext:
             by_row = causal_mask(own[:, None], keys, window, tables.dtype)
             return by_row.repeat(1, 1, copies, 1)[..., : end - first]
 
-        @functools.cache
-        def mask_of_chunks(copies: int, heads: int) -> Tensor:
-            all_keys = mask(copies)
-            assert all_keys is not None
-            by_chunk = all_keys.expand(-1, heads, -1, -1).unflatten(3, (-1, CHUNK)).transpose(2, 3)
-            return by_chunk.flatten(0, 1)
-
         self.mask = mask
-        if splits_keys and self.kernel is not AttentionKernel.ANY:
-            self.mask_of_chunks = mask_of_chunks
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
         """Append to the cache; returns all keys and values that a token sees, see `KVCache.append`."""
@@ -148,8 +124,6 @@ class AttentionContext:
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
-        if self._rotations is not None:  # a product with these is one kernel, the following are half a dozen
-            return torch.bmm(heads, self._rotations)
         cos, sin = (_by_token(table, self.rows) for table in self.rotary)
         first, second = heads.chunk(2, -1)
         return heads * cos + torch.cat((-second, first), -1) * sin
@@ -170,17 +144,10 @@ def causal_mask(own: Tensor, keys: Tensor, window: int | None, dtype: torch.dtyp
     hidden = keys > own[..., None]
     if window is not None:
         hidden |= keys <= own[..., None] - window
-    # Half: GPUs multiply by log2(e), and a chunk that is wholly -inf gives NaN.
+    # Half: GPUs multiply by log2(e).
     return hidden.to(dtype) * (torch.finfo(dtype).min / 2)
 
 
 def _by_token(table: Tensor, rows: int) -> Tensor:
     """[1 or B, T, head_dim] -> [B * T, 1, head_dim]"""
     return table.expand(rows, -1, -1).flatten(0, 1)[:, None]
-
-
-def _rotations(tables: AttentionTables, cos: Tensor, sin: Tensor, rows: int) -> Tensor | None:
-    """[B * T, head_dim, head_dim] of heads; None: there are too many."""
-    if rows * cos.shape[1] > _FEW_ROTATIONS:
-        return None
-    return torch.addcmul(tables.unit * _by_token(cos, rows), tables.rotate_half, _by_token(sin, rows))

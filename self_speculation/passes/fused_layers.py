@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from self_speculation.families import FUSED_FAMILIES, check_supported
 from self_speculation.model_cache import cached, lock, peek, release, singleton, weights_key
-from self_speculation.passes.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
+from self_speculation.passes.attention import AttentionKernel, attend, attend_to_past
 from self_speculation.passes.attention_context import AttentionContext
+from self_speculation.passes.decode_attention import DecodeContext
 from self_speculation.passes.unsupported_hooks import check_followed, difference
-from self_speculation.weights.kernels import cpu_operators, operator_activation
+from self_speculation.weights.kernels import GELU_TANH, SILU, cpu_operators, operator_activation
 from self_speculation.weights.linear import Linear, Product, RMSNorm
 
 # Tokens of a long pass that go through an MLP at a time on a CPU: larger intermediate results, of which each
@@ -171,10 +172,30 @@ class FusedLayer:
             name: None if module is None else RMSNorm(module) for name, module in norms.items()
         }
 
-    def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+    def __call__(self, hidden: Tensor, context: AttentionContext | DecodeContext) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
         norms = self._norms
-        heads = self.linears[0](norms["input"](hidden)).view(hidden.shape[0], -1, self._head_dim)
+        joint = self.linears[0](norms["input"](hidden))
+        if isinstance(context, DecodeContext):
+            attended = context.attend(joint, self.index, norms["query"], norms["key"], self._scaling)
+        else:
+            attended = self._attended(joint, context)
+        _, out, gate_up, down = self.linears
+        hidden = self._add(hidden, out, attended, norms["attended"])
+        is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
+        for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
+            joint = gate_up(norms["mlp"](piece))
+            if isinstance(context, DecodeContext) and self._kind in (SILU, GELU_TANH):
+                product = torch.ops.self_speculation.gated.default(joint, self._kind == GELU_TANH)
+            else:
+                gate, up = joint.split_with_sizes((self._width, self._width), 1)
+                product = self._activation(gate).mul_(up)
+            self._add(piece, down, product, norms["output"])
+        return hidden
+
+    def _attended(self, joint: Tensor, context: AttentionContext) -> Tensor:
+        """[B * T, (heads + 2 kv_heads) * head_dim] -> [B * T, heads * head_dim], by kernels of torch."""
+        norms, heads = self._norms, joint.view(len(joint), -1, self._head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
         if norms["query"] is not None:
@@ -183,15 +204,7 @@ class FusedLayer:
         rotated = context.rotate(queries_keys)
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
         all_keys, all_values = context.append(keys, values, self.index)
-        attended = self._attend(queries, all_keys, all_values, context)
-        _, out, gate_up, down = self.linears
-        hidden = self._add(hidden, out, attended, norms["attended"])
-        is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
-        for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
-            joint = gate_up(norms["mlp"](piece))
-            gate, up = joint.split_with_sizes((self._width, self._width), 1)
-            self._add(piece, down, self._activation(gate).mul_(up), norms["output"])
-        return hidden
+        return self._attend(queries, all_keys, all_values, context)
 
     def _add(self, hidden: Tensor, linear: Product, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """hidden + norm(linear(x)), in place; None: without a norm."""
@@ -237,9 +250,6 @@ class FusedLayer:
         self, heads: Tensor, keys: Tensor, values: Tensor, context: AttentionContext
     ) -> Tensor:
         """Queries of a group of heads, [N, heads, groups * T, head_dim], over the keys that they share."""
-        if context.mask_of_chunks is not None:
-            by_chunk = context.mask_of_chunks(self.groups, self._kv_heads)
-            return attend_in_chunks(heads, keys, values, by_chunk, self._scaling)
         mask = context.mask(self.groups)
         return attend(context.kernel, heads, keys, values, mask, self._scaling)
 

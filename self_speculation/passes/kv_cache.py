@@ -20,8 +20,9 @@ from self_speculation.transfers import on_device
 # Attention kernels need masks, and so lengths, in multiples of so many positions.
 ALIGNMENT = 8
 
-# A new cache has room for a prompt and this, divided by the number of slots, in positions.
-_FIRST_ALLOCATION = 1024
+# A new cache on a CPU has room for a prompt and this, divided by the number of slots, in positions. One on a
+# GPU has all that its requests can reach, or this share of the free memory, and prompts need the rest.
+_FIRST_ALLOCATION, _SHARE = 1024, 0.9
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 
@@ -41,6 +42,10 @@ class Buffers:
         self.of_layers: dict[int, Pair] = {}
         self._fitting = 0  # a capacity that fits in memory
         self._ranges: dict[tuple[int, int], tuple[int, list[Tensor]]] = {}  # until a buffer grows
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return any(device.type == "cuda" for device in self._devices)
 
     def all(self) -> Iterator[Tensor]:
         return (part for pair in self.of_layers.values() for part in pair)
@@ -73,8 +78,7 @@ class Buffers:
             self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
         try:
             if self._fitting < self.capacity:
-                self._check_room(like, self.capacity)
-                self._fitting = self.capacity
+                self.capacity = self._fitting = self._fit(like, end)
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
             shape = (self.num_slots, like.shape[1], self.capacity, like.shape[-1])
             larger = (like.new_zeros(shape), like.new_zeros(shape))
@@ -89,20 +93,25 @@ class Buffers:
         self._ranges.clear()
         return larger
 
-    def _check_room(self, like: Tensor, capacity: int) -> None:
-        """Raises MemoryError if a device lacks memory for the buffers of its layers."""
+    def _fit(self, like: Tensor, end: int) -> int:
+        """The capacity, or as much of it as fits. Raises MemoryError if `end` positions do not."""
         # Offloaded layers, on "meta", run on the first layer's device.
         devices = [like.device if device.type == "meta" else device for device in self._devices]
+        capacity, end = self.capacity, round_up(end, ALIGNMENT)
         for device, num_layers in Counter(devices).items():
-            row = 2 * num_layers * like.shape[1] * capacity * like.shape[-1] * like.itemsize
+            position = 2 * num_layers * like.shape[1] * like.shape[-1] * like.itemsize
             pairs = (pair for layer, pair in self.of_layers.items() if devices[layer] == device)
             taken = sum(part.nbytes for pair in pairs for part in pair)
-            if (free := taken + free_memory(device)) < self.num_slots * row:
+            free, row = taken + free_memory(device), end * position
+            if free < self.num_slots * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
                 raise MemoryError(
-                    f"{self.num_slots} times {capacity} positions of keys and values take "
+                    f"{self.num_slots} times {end} positions of keys and values take "
                     f"{self.num_slots * row / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free{fitting}"
                 )
+            most = int(_SHARE * free) // (self.num_slots * position) // ALIGNMENT * ALIGNMENT
+            capacity = min(capacity, max(end, most))
+        return capacity
 
 
 class KVCache:
@@ -142,7 +151,9 @@ class KVCache:
             prompt_length: positions of its prompt.
             num_positions: the most that it or one in flight can reach, prompt included.
         """
-        first = min(num_positions, prompt_length + _FIRST_ALLOCATION // self.buffers.num_slots)
+        first = num_positions
+        if not self.buffers.is_on_gpu:
+            first = min(first, prompt_length + _FIRST_ALLOCATION // self.buffers.num_slots)
         self.buffers.capacity = max(self.buffers.capacity, round_up(first, ALIGNMENT))
         self.buffers.limit = num_positions
 

@@ -7,7 +7,7 @@ A runner has weights and kernels. The cache is an argument. Knows nothing of sam
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +22,8 @@ from self_speculation.config import check_kind
 from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, check_supported
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
-from self_speculation.passes.fused_layers import parts_of
+from self_speculation.passes.decode_attention import DecodeContext, why_no_kernels
+from self_speculation.passes.fused_layers import FusedLayer, parts_of
 from self_speculation.passes.kv_cache import ALIGNMENT, Buffers, KVCache, ScatteredCache
 from self_speculation.weights.linear import Product
 
@@ -100,6 +101,8 @@ class ModelRunner:
 
     Attributes:
         parts: what is made of the model's weights; the runner is valid while the model has it.
+        key_shape: [kv_heads, head_dim]
+        why_no_kernels: see `decode_attention.why_no_kernels`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -116,6 +119,15 @@ class ModelRunner:
         self.head: Head = fused.get(head) or PlainHead(base.norm, head)
         self.tables = AttentionTables(model, self.dtype)
         self.device = self.tables.device  # of ids and logits
+        head_dim = getattr(self.config, "head_dim", None)
+        head_dim = head_dim or self.config.hidden_size // self.config.num_attention_heads
+        self.key_shape = self.config.num_key_value_heads, head_dim
+        if len({*self._devices, self.device}) > 1:
+            self.why_no_kernels: str | None = "the model is on several devices"
+        elif not any(isinstance(layer, FusedLayer) for layer in self.layers):
+            self.why_no_kernels = "its layers are not fused"
+        else:
+            self.why_no_kernels = why_no_kernels(self.device, self.dtype, head_dim)
         if self.device.type == "cuda" and any(isinstance(layer, PlainLayer) for layer in self.layers):
             # In this process: these layers call `scaled_dot_product_attention` themselves.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -176,6 +188,13 @@ class ModelRunner:
         """
         rows, width, _ = hidden.shape
         kinds, lengths = self.attention_types[first:last], cache.lengths(first)
+        layers, states = self.layers[first:last], hidden.flatten(0, 1)  # [B * T, H]
+        if self.decodes_by_kernels(cache, layers):
+            positions = cache.positions(first, width, self.device)
+            cache.extend(first, last, width, states.new_empty(0, *self.key_shape))
+            self.tables.reserve(max(lengths) + width)
+            decode = partial(DecodeContext, self.tables, cache.buffers.of_layers, positions)
+            return run_through([*zip(layers, kinds, strict=True)], decode, states).view(rows, width, -1)
         way: KVCache | ScatteredCache = cache
         if not cache.is_uniform:
             positions = cache.positions(first, width, self.device)
@@ -183,8 +202,19 @@ class ModelRunner:
             num_keys = round_up(max(lengths) + width, ALIGNMENT)
             way = ScatteredCache(cache.buffers.of_layers, positions, num_keys)
         make = partial(AttentionContext, self.tables, way, min(lengths), width)
-        layers, states = self.layers[first:last], hidden.flatten(0, 1)  # [B * T, H]
         return run_through([*zip(layers, kinds, strict=True)], make, states).view(rows, width, -1)
+
+    def decodes_by_kernels(self, cache: KVCache, layers: Sequence[Layer]) -> bool:
+        """Whether these layers decode by the kernels of a card. Prompts are read by torch's."""
+        are_fused = all(isinstance(layer, FusedLayer) for layer in layers)
+        return are_fused and not cache.is_prompt and self.why_no_kernels is None
+
+    def capture(
+        self, cache: KVCache, passes: Iterable[PassRange], num_rows: int, num_positions: int, longest: int
+    ) -> None:
+        """Capture these passes for up to so many rows, where passes are captured. The cache has room for
+        `num_positions`, and for `longest` if memory has.
+        """
 
     def logits(self, hidden: Tensor, num_logits: int) -> Tensor:
         """[B, T, H] -> [B, n, V] for the last n positions."""
@@ -198,7 +228,7 @@ class ModelRunner:
 
 def run_through(
     layers: Sequence[tuple[Layer, AttentionType]],
-    make: Callable[[AttentionType], AttentionContext],
+    make: Callable[[AttentionType], AttentionContext | DecodeContext],
     hidden: Tensor,
 ) -> Tensor:
     """[B * T, H] through layers; those of one kind share a context."""

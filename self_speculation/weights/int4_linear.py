@@ -67,7 +67,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Int4Linear:
-    """As `Linear`, over a copy of its weights for torch's kernels; in bfloat16."""
+    """As `Linear`, over a copy of its weights for torch's kernels, which compute in bfloat16."""
 
     def __init__(self, linear: Linear, squares: Tensor) -> None:
         weights = [weight.data for weight, _ in linear.pairs]
@@ -90,11 +90,11 @@ class Int4Linear:
         self._weight, self._scales = torch.cat(parts), torch.cat(scales, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = pad(x.bfloat16(), (0, self._padding)) if self._padding else x.bfloat16()
-        product = self._kernel(x, self._weight, _GROUP, self._scales)
+        inputs = pad(x.bfloat16(), (0, self._padding)) if self._padding else x.bfloat16()
+        product = self._kernel(inputs, self._weight, _GROUP, self._scales)
         if product.shape[1] != self._num_rows:
             product = product[:, : self._num_rows].contiguous()
-        return product if self.bias is None else product.add_(self.bias)
+        return (product if self.bias is None else product.add_(self.bias)).to(x.dtype)
 
 
 def four_bits(weight: Tensor, squares: Tensor) -> Tensor:

@@ -45,9 +45,10 @@ VARIANTS = {
 }
 
 # By their classes, the activations that the operators have, with their number for them.
+SILU, GELU_TANH = 0, 1
 OPERATOR_ACTIVATIONS = {
-    "SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "NewGELUActivation": 1, "GELU tanh": 1,
-    "GELUActivation": 2, "GELU none": 2, "ReLU": 3, "ReLUSquaredActivation": 4,
+    "SiLUActivation": SILU, "SiLU": SILU, "GELUTanh": GELU_TANH, "NewGELUActivation": GELU_TANH,
+    "GELU tanh": GELU_TANH, "GELUActivation": 2, "GELU none": 2, "ReLU": 3, "ReLUSquaredActivation": 4,
 }  # fmt: skip
 
 # Seconds after which a compiler counts as broken; it takes 10 to 20 on a quiet machine.

@@ -8,6 +8,7 @@ import torch
 from conftest import (
     LAYERS,
     answer_of,
+    card_llama,
     config_of,
     drained,
     generate,
@@ -21,8 +22,8 @@ from hypothesis import strategies as st
 from test_batch import DRAFTS, ends_at, nan_from, raises_from
 
 from self_speculation import Request, make_strategy
-from self_speculation.passes.captured_runner import capture_decoding
 from self_speculation.passes.fused_layers import fuse
+from self_speculation.passes.runners import capture_decoding
 
 STORY = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
 
@@ -154,7 +155,7 @@ def test_two_threads_do_not_share_a_cache():
 @pytest.mark.usefixtures("graphs")
 def test_a_captured_cache_that_another_generation_has_is_not_reused():
     """Guards against an error, or its keys, in the next answer. test_captured_runner.py has padding rows."""
-    model, strategy = own_llama(2, fused=True), make_strategy("autoregressive")
+    model, strategy = card_llama(), make_strategy("autoregressive")
     capture_decoding(model)
     first = answer_of(strategy, model, STORY, reuse_cache=True)
     fresh(model, STORY[::-1])

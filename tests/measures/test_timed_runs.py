@@ -1,14 +1,14 @@
 """Timings: every pass is warmed up, and every second is in a figure."""
 
 import pytest
-from conftest import LAYERS, config_of, generate, generator_of, own_llama, tiny_llama
+from conftest import LAYERS, card_llama, config_of, generate, generator_of, tiny_llama
 from helpers import watch
 
 from measures.metrics import speed
 from measures.timed_runs import measure_examples, warm_up
 from self_speculation import Request
-from self_speculation.passes.captured_runner import capture_decoding
 from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.passes.runners import capture_decoding
 
 
 def side(model, settings):
@@ -51,7 +51,7 @@ def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, 
 @pytest.mark.parametrize("config", [{}, LAYERS], ids=["autoregressive", "self_speculative"])
 def test_after_a_warm_up_nothing_is_captured(config, graphs):
     """Guards against a capture inside a timed example, for a shorter draft or a larger cache."""
-    model = own_llama(3, max_position_embeddings=4096)
+    model = card_llama(3, max_position_embeddings=4096)
     capture_decoding(model)
     settings = config_of(max_steps=1200, **config)
     warm_up([side(model, settings)], list(range(3, 43)), 1)

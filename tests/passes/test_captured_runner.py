@@ -3,9 +3,10 @@
 import contextlib
 import gc
 import itertools
-import math
+import time
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from conftest import (
     COPY,
     PROMPT,
     answer_of,
+    card_llama,
     config_of,
     drained,
     ids_of,
-    in_batch,
     own_llama,
     planned,
     scheduler_of,
@@ -28,94 +29,40 @@ from test_llama_model_utils import family
 
 from self_speculation import Request, make_strategy, release
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
-from self_speculation.passes import attention, attention_context, captured_runner
-from self_speculation.passes.captured_runner import capture_decoding, make_runner
+from self_speculation.passes import captured_runner, runners
 from self_speculation.passes.fused_layers import parts_of
-from self_speculation.passes.model_runner import PREFILL_CHUNK, forward
+from self_speculation.passes.model_runner import forward
 from self_speculation.passes.prefix_cache import kept_caches
+from self_speculation.passes.runners import capture_decoding, make_runner
 
 DRAFTS = {"exit_layer": 1, "num_speculations": 6}
 
 
-def test_keys_read_are_those_there_are(graphs):
-    """Guards against passes that read a cache to its end, most of it padding, short answers that are slower
-    after a long prompt, a capture for each length, and drafts that do not see their own last tokens.
+def test_one_graph_serves_all_lengths(graphs):
+    """Guards against a capture for each length, and against graphs that end with a request that is longer
+    than the ones before, but not than the cache.
     """
-    model, capacities, num_captured = own_llama(2, fused=True, max_position_embeddings=4096), [], []
-    lengths = 10, 300, PREFILL_CHUNK + 1, 2100, 249, 700, 2100
-    prompts = [[5 + i % 40 for i in range(length)] for length in lengths]
-    expected = [ids_of(model, prompt, max_steps=9) for prompt in prompts]
+    model, num_captured = card_llama(max_position_embeddings=4096), []
+    prompts = [[5 + i % 40 for i in range(length)] for length in (10, 300, 1100, 2100, 2300, 700)]
+    expected = [ids_of(model, prompt, max_steps=5) for prompt in prompts]
     capture_decoding(model)
     for prompt, ids in zip(prompts, expected, strict=True):
-        length = len(prompt)
-        for k in (3, 6):
-            graphs.replayed.clear()
-            drafts = {"exit_layer": 1, "num_speculations": k}
-            assert ids_of(model, prompt, max_steps=9, **drafts) == ids
-            assert max(num_keys for *_, num_keys in graphs.replayed) >= length + 8  # all but the last token
-            for *_, num_keys in graphs.replayed:
-                assert length < num_keys <= (max(256, 2 * (length + 9)) if length < 1000 else length + 520)
-        capacities.append(make_runner(model).new_cache(1, 1).passes.capacity)
+        assert ids_of(model, prompt, max_steps=5, exit_layer=1, num_speculations=3) == ids
         num_captured.append(len(graphs.captured))
-    assert capacities == [1024, 1024, 2048, *[3072] * 4]
-    assert num_captured[-1] == num_captured[-2]  # all shapes were there
-    assert max(Counter(graphs.captured[num_captured[2] :]).values()) == 2  # two ranges of one depth
-
-
-def efficient_attention(query, key, value, bias, log_sums, dropout, is_causal, scale):
-    """What the kernel computes. Log-sums have room for a multiple of 32 queries."""
-    assert dropout == 0.0
-    scores = query @ key.mT * scale
-    if bias is not None:
-        scores = scores + bias
-        assert bias.shape == scores.shape
-    if is_causal:
-        scores = scores + torch.full(scores.shape[2:], -30_000.0).triu(1)
-    scores = scores * math.log2(math.e)  # where the least float32 overflows
-    largest = scores.amax(-1, keepdim=True)
-    weights = torch.exp2(scores - largest)
-    total = weights.sum(-1, keepdim=True)
-    sums = (largest + total.log2())[..., 0] / math.log2(math.e)
-    room = torch.full((*sums.shape[:2], -sums.shape[2] % 32), torch.nan, dtype=sums.dtype)
-    return weights @ value / total, torch.cat((sums, room), -1) if log_sums else None
-
-
-@pytest.mark.parametrize("drafts", [{}, DRAFTS])
-def test_long_texts_in_chunks(drafts, graphs, monkeypatch):
-    """Guards against chunks of another row or head, weights of padding, -inf of masked chunks, and copies of
-    keys, where a text passes 1,024.
-    """
-    model = own_llama(2, fused=True, max_position_embeddings=4096)
-    prompts = [[5 + i % 40 for i in range(length)] for length in (1020, 1100, 9)]
-    requests = [Request(prompt) for prompt in prompts]
-    shared = {"max_steps": 9, "batch_size": 3, **drafts}
-    expected = in_batch(model, requests, **shared)
-    monkeypatch.setattr(attention_context, "attention_kernel", lambda *_: attention.AttentionKernel.EFFICIENT)
-    monkeypatch.setattr(attention, "efficient_attention", efficient_attention)
-    calls = watch(monkeypatch, attention, "efficient_attention")
-    capture_decoding(model)
-    found = in_batch(model, requests, **shared)
-    assert all(found[index].predicted_tokens == expected[index].predicted_tokens for index in found)
-    assert 1536 in {num_keys for *_, num_keys in graphs.replayed}
-    chunks = [key for (_, key, *_), _ in calls if key.shape[2] == attention.CHUNK]
-    buffers = make_runner(model).new_cache(1, 1).buffers.all()
-    assert {key.data_ptr() for key in chunks} == {part.data_ptr() for part in [*buffers][::2]}
+    capacity = make_runner(model).new_cache(1, 1).buffers.capacity
+    # Only a larger cache ends them, for 1,100 and 2,100 tokens.
+    assert num_captured[1] < num_captured[2] < num_captured[3] == num_captured[5]
+    assert capacity == 3072
+    assert max(Counter(graphs.captured[: num_captured[1]]).values()) == 2  # two ranges of one depth
 
 
 @pytest.mark.parametrize(
     ("drafts", "token_budget"),
-    [
-        ({}, 8),
-        ({**DRAFTS, "prompt_lookup": 2}, None),
-        ({**COPY, "exit_layer": 2}, 8),
-        ({**ADAPTIVE, "draft_weights": "int4"}, None),
-    ],
+    [({}, 8), ({**DRAFTS, "prompt_lookup": 2}, None), ({**ADAPTIVE, "draft_weights": "int4"}, 8)],
 )
 def test_all_passes_are_captured_beforehand(drafts, token_budget, graphs):
-    """Guards against a request that waits for a capture: for more rows, a wider draft or a longer text; and
-    against a chunk of a prompt in the slot that padding is written to.
-    """
-    model = own_llama(2, fused=True, max_position_embeddings=4096)
+    """Guards against a request that waits for a capture: for more rows or a wider draft."""
+    model = card_llama(max_position_embeddings=4096)
     prompts = [[5 + i % 40 for i in range(length)] for length in (6, 20, 500, 9, 25)]
     expected = [ids_of(model, prompt, max_steps=20) for prompt in prompts]
     capture_decoding(model)
@@ -130,15 +77,15 @@ def test_all_passes_are_captured_beforehand(drafts, token_budget, graphs):
     found |= drained(scheduler)
     assert [found[index].predicted_tokens for index in range(len(prompts))] == expected
     assert len(graphs.captured) == num_captured > 0
-    assert {1, 2} <= {rows for _, rows, *_ in graphs.replayed}
-    widths = {width for _, _, width, _ in graphs.replayed}
+    assert {1, 2} <= {rows for _, rows, _ in graphs.replayed}
+    widths = {width for *_, width in graphs.replayed}
     assert 1 in widths if drafts else widths == {1}
 
 
 @pytest.mark.usefixtures("graphs")
 def test_a_lost_cache_is_not_written_to():
     """Guards against a chunk of a prompt in the cache of a generation that began later."""
-    model = own_llama(2, fused=True)
+    model = card_llama()
     expected = ids_of(model)
     capture_decoding(model)
 
@@ -158,26 +105,15 @@ def test_a_lost_cache_is_not_written_to():
 
 @pytest.mark.usefixtures("graphs")
 def test_the_end_of_the_context(monkeypatch):
-    """Guards against padding beyond the end of the cache."""
+    """Guards against padding that is written beyond the end of the cache."""
     monkeypatch.setattr(captured_runner, "_STEP", 8)
-    model = own_llama(2, fused=True, max_position_embeddings=64)
+    model = card_llama(max_position_embeddings=64)
     for prompt, k in ((PROMPT, 8), (PROMPT * 5, 57)):  # the latter pads 34 tokens to 64
         expected = ids_of(model, prompt, max_steps=100)
         assert len(expected) == 64 - len(prompt)
         capture_decoding(model)
         assert ids_of(model, prompt, max_steps=100, exit_layer=1, num_speculations=k) == expected
         decode_eagerly(model)
-
-
-def test_rotary_embeddings_of_a_part_of_a_head(graphs):
-    """Guards against a cache as narrow as the part that is rotated."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    model = family("glm4", rope_parameters=rope, num_hidden_layers=2).float()
-    expected = ids_of(model, max_steps=8)
-    capture_decoding(model)
-    assert make_runner(model).tables.unit.shape == (4, 4)
-    assert ids_of(model, max_steps=8, **DRAFTS) == expected
-    assert graphs.captured
 
 
 def out_of_memory(*_, **__):
@@ -190,7 +126,7 @@ def test_an_error_in_a_capture(fails, monkeypatch):
     """Guards against replays of earlier passes, whose workspace the failed graph has freed, a stream that
     stays the current one, and layers whose cache is shorter than that of others.
     """
-    model = own_llama(2, fused=True, max_position_embeddings=4096)
+    model = card_llama(max_position_embeddings=4096)
     prompts = [PROMPT, [8, 3], [7, 7, 9, 4]]
     expected = [ids_of(model, prompt, max_steps=8) for prompt in prompts]
     capture_decoding(model)
@@ -213,14 +149,14 @@ def test_an_error_in_a_capture(fails, monkeypatch):
             scheduler.step()
         else:
             scheduler.add_request(1, Request(prompts[1]))
-            run, calls = captured_runner._Passes._run, itertools.count()
+            run, calls = captured_runner.CapturedPasses._run, itertools.count()
 
             def failing(passes, *args):
                 run(passes, *args)
                 if next(calls) == (fails == "capture"):
                     out_of_memory()
 
-            broken.setattr(captured_runner._Passes, "_run", failing)
+            broken.setattr(captured_runner.CapturedPasses, "_run", failing)
             with pytest.raises(torch.OutOfMemoryError):
                 scheduler.step()
     assert torch.cuda.current_stream(model.device) is outer
@@ -236,7 +172,7 @@ def test_captured_models_share_no_stream():
     """Guards against graphs of a model whose workspace goes with those of another one: torch hands out the
     same streams in turn, and the second model needs a new one each time.
     """
-    first, second = (own_llama(n, fused=True, max_position_embeddings=8192) for n in (2, 3))
+    first, second = (card_llama(n, max_position_embeddings=8192) for n in (2, 3))
     expected = ids_of(first)
     for model in (first, second):
         capture_decoding(model)
@@ -246,10 +182,11 @@ def test_captured_models_share_no_stream():
         assert ids_of(first) == expected
 
 
+@pytest.mark.usefixtures("graphs")
 def test_graphs_of_replaced_copies_are_dropped(monkeypatch):
     """Guards against tens of megabytes more for each change of weights. Replays do nothing here."""
     monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: None)
-    model, numbers = own_llama(fused=True), []
+    model, numbers = card_llama(4), []
     capture_decoding(model)
     for _ in range(3):
         with torch.no_grad():
@@ -262,7 +199,7 @@ def test_graphs_of_replaced_copies_are_dropped(monkeypatch):
 
 def test_times_of_rounds_that_capture_are_not_learnt(graphs, monkeypatch):
     """Guards against drafts that seem ten times as dear since their first pass was captured."""
-    model, begun = own_llama(fused=True), []
+    model, begun = card_llama(4), []
     capture_decoding(model)
     plan = planned(lambda sources, matches, limits: Plan(sources[0], min(2, *limits), is_trial=True))
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
@@ -276,13 +213,14 @@ def test_times_of_rounds_that_capture_are_not_learnt(graphs, monkeypatch):
     assert 0 in begun
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("how", [{}, {**COPY, "exit_layer": 2}, ADAPTIVE])
 def test_weights_are_freed(how, monkeypatch):
     """Guards against weights that stay on a GPU with passes and caches: of a model that has moved, and of one
     that is gone while its strategy is not.
     """
     monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: None)
-    model = own_llama(2, fused=True)
+    model = card_llama()
     capture_decoding(model)
     strategy = make_strategy(config_of(**how).generation_strategy)
 
@@ -340,44 +278,65 @@ def test_the_stand_in_does_as_cuda_does():
 
 
 @pytest.mark.usefixtures("graphs")
-def test_padding_rows_write_to_no_free_slot():
-    """Guards against a kept prefix that is lost when three rows are padded to four."""
-    model = own_llama(2, fused=True)
+def test_padding_writes_nothing():
+    """Guards against a kept prefix that is lost when three rows are padded to four, or tokens to eight."""
+    model = card_llama()
     capture_decoding(model)
     with torch.inference_mode():
         runner = make_runner(model)
         cache = runner.new_cache(1, 40, num_slots=4)
-        cache.set_rows([0] * 3)
-        kept = [part[3, :, :-1] for part in cache.buffers.all()]
-        for part in kept:
+        cache.set_rows([0, 2, 9])
+        for part in cache.buffers.all():
             part.fill_(7)
-        forward(runner, cache, torch.zeros(3, 1, dtype=torch.long))
-    assert all(bool((part == 7).all()) for part in kept)
+        forward(runner, cache, torch.zeros(3, 5, dtype=torch.long))
+    for part in cache.buffers.all():
+        written = (part != 7).any(3).any(1)  # [slots, capacity]
+        assert [row.nonzero().flatten().tolist() for row in written] == [
+            [*range(5)], [*range(2, 7)], [*range(9, 14)], [],
+        ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("graphs")
+def test_threads_capture_in_turn(monkeypatch):
+    """Guards against a capture that ends another thread's: torch captures one graph at a time."""
+    models = [card_llama(n) for n in (1, 2)]
+    expected = [ids_of(model, max_steps=6) for model in models]
+    run = captured_runner.CapturedPasses._run
+
+    def slowly(*args):
+        time.sleep(0.05)  # so that the other thread could begin
+        run(*args)
+
+    monkeypatch.setattr(captured_runner.CapturedPasses, "_run", slowly)
+    for model in models:
+        capture_decoding(model)
+    with ThreadPoolExecutor(2) as threads:
+        found = [*threads.map(lambda model: ids_of(model, max_steps=6), models)]
+    assert found == expected
 
 
 def test_nothing_is_captured_where_passes_are_eager(graphs):
     """Guards against a warm-up that captures for a model that does not want it."""
-    scheduler_of(own_llama(2, fused=True), 2).run_every_pass(100)
+    scheduler_of(card_llama(), 2).run_every_pass(100)
     assert not graphs.captured
 
 
 @pytest.mark.usefixtures("graphs")
 def test_the_context_is_reserved_where_it_fits(monkeypatch):
     """Guards against a long request that ends all captured passes, and against a cache that leaves their
-    graphs or sampling no room: keys and values of 8,192 positions take 5 MB, the graphs for them 10 MB, and
-    sampling 10 MB in the last case.
+    graphs or sampling no room: keys and values of 8,192 positions take 17 MB in two slots.
     """
     capacities, byte = [], captured_runner._SAMPLING_BYTES
-    for free, logit in ((0, byte), (10e6, byte), (20e6, byte), (20e6, 1e5)):
+    for free, logit in ((0, byte), (15e6, byte), (25e6, byte), (25e6, 1e5)):
         monkeypatch.setattr(captured_runner, "_SAMPLING_BYTES", logit)
         monkeypatch.setattr(captured_runner, "free_memory", lambda device, free=free: free)
-        model = own_llama(2, fused=True, max_position_embeddings=8192)
+        model = card_llama(max_position_embeddings=8192)
         capture_decoding(model)
         scheduler = scheduler_of(model, 2, max_steps=4)
         scheduler.run_every_pass(100, longest=8192)
         keys, _ = scheduler._ensure_prepared().cache.buffers.of_layers[0]
         capacities.append(keys.shape[2])
-    assert capacities == [1024, 4096, 9216, 4096]
+    assert capacities == [1024, 6144, 8192, 6144]
 
 
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
@@ -385,7 +344,21 @@ def test_quantised_checkpoints_are_refused(method):
     """Guards against an error of CUDA in the middle of a capture; --quantization is refused, too."""
     config = family("llama").config
     config.quantization_config = {"quant_method": "gguf"}  # its weights are in 16 bits
-    captured_runner.check_can_be_captured(config)
+    runners.check_can_be_captured(config)
     config.quantization_config = {"quant_method": method}
     with pytest.raises(ValueError, match=f"compile True: not with quantised weights \\({method}\\)"):
-        captured_runner.check_can_be_captured(config)
+        runners.check_can_be_captured(config)
+    with pytest.raises(ValueError, match="compile True: model type 'glm4' is not one of llama, mistral"):
+        runners.check_can_be_captured(family("glm4").config)
+
+
+@pytest.mark.parametrize(
+    ("fused", "why"), [(False, "its layers are not fused"), (True, "a CPU has operators")]
+)
+def test_passes_that_cannot_be_captured_are_eager(fused, why):
+    """Guards against a flag that does nothing in silence, and against decoding that fails."""
+    model = own_llama(2, fused=fused)
+    expected = ids_of(model)
+    with pytest.warns(UserWarning, match=f"compile True: passes are not captured, since {why}"):
+        capture_decoding(model)
+    assert ids_of(model) == expected

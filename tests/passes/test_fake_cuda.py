@@ -6,7 +6,6 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 
 import contextlib
 import random
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,20 +19,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
 
+from benchmarks import estimates
 from self_speculation import LoadingOptions, Request, Sampler, load_model_and_tokenizer, make_strategy
 from self_speculation import self_speculation_generator as generator
+from self_speculation.decoding import grammar
+from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.loading.loading import resolve_device
-from self_speculation.passes import captured_runner
+from self_speculation.passes import captured_runner, runners
 from self_speculation.passes.attention import AttentionKernel, attention_kernel
-from self_speculation.passes.captured_runner import make_runner
 from self_speculation.passes.fused_layers import _MOST_GROUPED, fuse
 from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
-from self_speculation.transfers import AsyncRead, on_device
+from self_speculation.passes.runners import make_runner
+from self_speculation.transfers import AsyncRead
 
 DEVICE = "cuda:0"
 
 # (heads, heads of keys): shared by none, by some, by all.
 HEADS = [(4, 4), (6, 2), (4, 1)]
+# Calls that read a tensor on the host, or give results whose shape depends on values.
+READING = {"item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
 VIEWS = {
     "alias", "as_strided", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split",
     "split_with_sizes", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
@@ -135,6 +139,35 @@ def shares(one, other):
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
+def pinned(part):
+    """In the place of `pin_memory`, and of pinned memory."""
+    assert part.device.type == "cpu", "only dense CPU tensors can be pinned"
+    part.has_pinned_memory = True
+    return part
+
+
+class Waits(TorchDispatchMode):
+    """Fails where the host would wait for the card, as it does for numbers, for shapes that depend on values,
+    and for copies to or from memory that is not pinned.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        result = function(*args, **kwargs)
+        tensors = [part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
+        if any(part.device.type == "cuda" for part in tensors):
+            assert name not in READING
+            assert not (name.startswith("index") and any(part.dtype == torch.bool for part in tensors))
+        if name in ("_to_copy", "to", "copy_"):
+            ends = (args[0], args[1] if name == "copy_" else result)
+            host = [part for part in ends if part.device.type == "cpu"]
+            if len(host) == 1:
+                non_blocking = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+                assert non_blocking, f"{name} waits"
+                assert name == "copy_" or hasattr(host[0], "has_pinned_memory"), "pageable memory"
+        return result
+
+
 class CurrentDevice:
     """At first it is another one than the model's."""
 
@@ -149,7 +182,8 @@ class CurrentDevice:
 @pytest.fixture
 def cuda(monkeypatch):
     """Makes models of fake tensors; whatever is read from the device is drawn."""
-    draws, honest, tensor, zeros = random.Random(0), generator.read_verification, torch.tensor, torch.zeros
+    draws, matches, tensor, zeros = random.Random(0), generator.leading_matches, torch.tensor, torch.zeros
+    start_reading, empty = AsyncRead.__init__, torch.empty
 
     def drawn(part):
         """Ids, or numbers between 0 and 1; nothing is damaged."""
@@ -159,16 +193,31 @@ def cuda(monkeypatch):
 
     def read(numbers):
         torch.cat([part.flatten().float() for part in numbers])
-        return [[drawn(part) for _ in range(part.numel())] for part in numbers]
+        return [
+            [draws.randint(0, most) for most in part.most]
+            if hasattr(part, "most")
+            else [drawn(part) for _ in range(part.numel())]
+            for part in numbers
+        ]
 
-    def few_accepted(rows, draft, target, verdict):
-        """As it is read, with as many accepted as there can be."""
-        honest(rows, draft, target, verdict)
-        accepted = [draws.randint(0, length) for length in draft.lengths]
-        return accepted, [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted]
+    def few_accepted(drafted, tokens, lengths):
+        """As many as there can be are drawn when they are read."""
+        accepted = matches(drafted, tokens, lengths)
+        accepted.most = lengths
+        return accepted
 
-    def without_memory(numbers, device, dtype=torch.long):
-        return torch.empty(len(numbers), dtype=dtype, device=device)
+    def fake_tensor(data, dtype=None, device=None, pin_memory=False):
+        assert not pin_memory or isinstance(data, list), "Can't pin tensor constructed from numpy"
+        made = tensor(data, dtype=dtype)
+        return empty(made.shape, dtype=made.dtype, device=device)
+
+    def fake_empty(*size, pin_memory=False, **kind):
+        made = empty(*size, **kind)
+        return pinned(made) if pin_memory else made
+
+    def queue(reading, numbers):
+        reading.numbers = numbers
+        start_reading(reading, numbers)
 
     def new_zeros(like, *size, **kind):
         return zeros(*size, **{"dtype": like.dtype, "device": like.device, **kind})
@@ -196,10 +245,11 @@ def cuda(monkeypatch):
         "torch.cuda._exchange_device": current.exchange,
         "torch.cuda._maybe_exchange_device": current.exchange,
         # Reads, and events for them.
-        f"{package}.self_speculation_generator.read_verification": few_accepted,
-        f"{package}.transfers.AsyncRead.__init__": lambda self, numbers: setattr(self, "numbers", numbers),
+        f"{package}.self_speculation_generator.leading_matches": few_accepted,
+        f"{package}.transfers.AsyncRead.__init__": queue,
         f"{package}.transfers.AsyncRead.wait": lambda reading: read(reading.numbers),
         f"{package}.transfers.Stopwatch._event": lambda stopwatch: None,
+        f"{package}.transfers._event": lambda device: None,
         # Fake mode holds on one thread.
         f"{package}.passes.quantized_layers.ThreadPoolExecutor": lambda number: contextlib.nullcontext(
             SimpleNamespace(map=map)
@@ -208,20 +258,18 @@ def cuda(monkeypatch):
         "torch.Tensor.normal_": lambda tensor, *_, **__: tensor,
         "torch.Tensor.uniform_": lambda tensor, *_, **__: tensor,
         # These make real memory even so.
-        "torch.tensor": lambda data, dtype=None, device=None: torch.empty_like(
-            tensor(data, dtype=dtype), device=device
-        ),
+        "torch.tensor": fake_tensor,
+        "torch.empty": fake_empty,
+        "torch.Tensor.pin_memory": pinned,
         "torch.Tensor.new_zeros": new_zeros,
     }.items():
         monkeypatch.setattr(name, value)
-    for module in [*sys.modules.values()]:
-        if vars(module).get("on_device") is on_device:
-            monkeypatch.setattr(module, "on_device", without_memory)
 
-    def make(heads=(6, 2), fused=True, num_layers=2, dtype=torch.bfloat16, window=None):
+    def make(heads=(6, 2), fused=True, num_layers=2, dtype=torch.bfloat16, window=None, head_dim=8):
+        """Our kernels take heads of 64, and not those of 8."""
         size = {
             "vocab_size": 64, "hidden_size": 8 * heads[0], "intermediate_size": 96,
-            "num_hidden_layers": num_layers, "num_attention_heads": heads[0],
+            "num_hidden_layers": num_layers, "num_attention_heads": heads[0], "head_dim": head_dim,
             "num_key_value_heads": heads[1], "max_position_embeddings": 4096,
         }  # fmt: skip
         settings = MistralConfig(**size, sliding_window=window) if window else LlamaConfig(**size)
@@ -243,6 +291,13 @@ PATHS |= {"copy": {**COPY, "exit_layer": 2}, "early exit": {"exit_layer": 1}}
 slow = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("path", ["plain", "layers", "adaptive"])
+def test_every_path_by_our_kernels(cuda, path):
+    """Guards against a tensor made on the CPU, and waits for the card, where our kernels attend."""
+    every_path(cuda, path, head_dim=64)
+
+
 @pytest.mark.parametrize(
     ("path", "heads", "fused", "window"),
     [
@@ -259,21 +314,38 @@ slow = pytest.mark.slow
     ],
 )
 def test_every_path(cuda, path, heads, fused, window):
-    """Guards against a tensor made on the CPU, and against attention that only a CPU is good at: of one row,
-    and where rows differ in length and settings, end, make room for others, and take what others have left.
+    """Guards against a tensor made on the CPU, waits for a card, and attention that only a CPU is good at."""
+    every_path(cuda, path, heads=heads, fused=fused, window=window)
+
+
+def every_path(cuda, path, **model):
+    """One row; then rows that differ in length and settings, end, make room for others, and take what others
+    have left.
     """
     config = config_of(sample=True, max_steps=6, reuse_cache=True, **PATHS[path])
     own = [{"max_steps": 3}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"sample": False}]
     processors = [RepetitionPenaltyLogitsProcessor(1.2)]
     requests = [
-        Request([5, 6, 7, *[8] * i, 9], processors * i, config=replace(config, **each))
+        Request([5, 6, 7, *[8] * i, 9], processors * i, config=replace(config, **each), seed=i)
         for i, each in enumerate(own)
     ]
-    model, strategy = cuda(heads, fused, window=window), make_strategy(config.generation_strategy)
-    results = dict(strategy.generate_batch(model, requests, config, 2))
+    model, strategy = cuda(**model), make_strategy(config.generation_strategy)
+    with Waits():
+        results = dict(strategy.generate_batch(model, requests, config, 2))
     assert [results[row].num_cached_tokens >= 3 for row in range(3)] == [False, False, True]
     if path == "layers":
         generate(model, [5, 6, 7], max_steps=3, eos=[], **PATHS[path])
+
+
+@pytest.mark.usefixtures("cuda")
+def test_guided_decoding(byte_tokenizer):
+    """Guards against numpy's arrays, which `torch.tensor` does not pin, and a pageable copy for a request."""
+    grammar._byte_biases.cache_clear()
+    own = GrammarProcessor(Grammar.lark("start: <[0-300]>*"), byte_tokenizer, len(byte_tokenizer), [2])
+    scores = torch.empty(1, len(byte_tokenizer), device=DEVICE)
+    with Waits():
+        assert own.masked([5, 6], scores).device == scores.device
+    grammar._byte_biases.cache_clear()
 
 
 def rows_of(runner, lengths, depth):
@@ -316,12 +388,11 @@ def test_kernel_of_attention(dtype, capability, head_dim, kernel, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "plain"), [(torch.bfloat16, "flash"), (torch.float32, "efficient")])
-def test_operators_of_attention(cuda, dtype, plain, monkeypatch):
+def test_operators_of_attention(cuda, dtype, plain):
     """Guards against cuDNN's attention, which makes a plan for every number of keys and which
     `scaled_dot_product_attention` may pick, in models that the user has loaded.
     """
     masked = "efficient"
-    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: run)
 
     def called(lengths, *widths):
         """By passes over the prompts of such rows, and of such widths over all rows."""
@@ -340,9 +411,6 @@ def test_operators_of_attention(cuda, dtype, plain, monkeypatch):
     assert called([30], 1, 5, _MOST_GROUPED + 4) == [plain] * 4
     assert called([30, 30], 1, 5) == [plain] * 4
     assert called([30, 20], 1, 5, _MOST_GROUPED + 4) == [plain] * 2 + [masked] * 3
-    captured_runner.capture_decoding(model)
-    assert called([30], 1, 5) == [plain] + [masked] * 2
-    assert called([1100, 1030], 1, 5) == [plain] * 2 + [masked] * 2
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -383,25 +451,14 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
     assert any(width == 6 and length > 6 for width, length in lengths)  # verifications
 
 
-# Norm, qkv, rotation, keys, values, attention, output, norm, gate and up, activation, product, down.
-@pytest.mark.parametrize(
-    ("heads", "lengths", "width", "expected"),
-    [
-        ((6, 2), [30], 1, (12, 22)),
-        ((4, 4), [30], 1, (12, 22)),
-        ((6, 2), [30], 5, (12, 24)),
-        ((6, 2), [30, 30], 5, (12, 26)),
-        ((6, 2), [30], _MOST_GROUPED + 1, (12, 24)),
-        ((6, 2), [30, 20, 7], 1, (13, 26)),
-        ((6, 2), [30, 20, 7], 5, (14, 30)),
-    ],
-)
-def test_work_of_a_fused_layer(cuda, heads, lengths, width, expected):
-    """Guards against another kernel or view in each layer, such as for masks and positions, and copies of
-    keys: the host has no time for it. Counts one more layer in a pass over rows of such lengths.
-    """
-    runner, ran = ModelRunner(cuda(heads)), []
-    with torch.inference_mode():
+# Norm, qkv, attention (three kernels), output, norm, gate and up, gated, down.
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("lengths", "width"), [([30], 1), ([30], 5), ([30, 20, 7], 1), ([30, 20, 7], 30)])
+def test_work_of_a_layer_by_our_kernels(cuda, lengths, width):
+    """Guards against masks, copies and another kernel for each layer, also where rows differ in length."""
+    runner, ran = ModelRunner(cuda(head_dim=64)), []
+    assert runner.why_no_kernels is None
+    with torch.inference_mode(), Waits():
         cache = rows_of(runner, lengths, 2)
         for depth in (1, 2):
             cache.set_rows(lengths)
@@ -410,10 +467,12 @@ def test_work_of_a_fused_layer(cuda, heads, lengths, width, expected):
                 forward_early(runner, cache, ids, depth)
             ran.append(counts)
     one, two = ran
-    found = len(two.kernels) - len(one.kernels), len(two.calls) - len(one.calls)
-    assert found == expected
+    found = len(two.kernels) - len(one.kernels)
+    assert (found, len(two.calls) - len(one.calls)) == (8, 8)
+    assert found + 2 == estimates.KERNELS
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("captured", [False, True])
 def test_work_of_a_round(cuda, captured, monkeypatch):
     """8 layers, exit 2, 6 tokens drafted: 7 passes of 2 layers, and one of 6. Guards against calls of the
@@ -421,9 +480,9 @@ def test_work_of_a_round(cuda, captured, monkeypatch):
     """
     replays = []
     monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: replays.append(run))
-    model = cuda((4, 4), num_layers=8)
+    model = cuda((4, 4), num_layers=8, head_dim=64)
     if captured:
-        captured_runner.capture_decoding(model)
+        runners.capture_decoding(model)
     scheduler = scheduler_of(model, 1, max_steps=40, exit_layer=2, num_speculations=6)
     scheduler.add_request(0, Request([5] * 30))
     scheduler.step()
@@ -468,11 +527,12 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch):
         resolve_device("auto")
 
 
-@pytest.mark.parametrize(("top_k", "sorts"), [(0, ["sort"]), (20, ["topk", "sort"])])
-def test_what_sampling_sorts(top_k, sorts):
-    """Guards against a vocabulary that is searched before it is sorted. Top-p sorts all: `topk` would cut
-    equally likely tokens anyhow.
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_what_sampling_sorts(top_k):
+    """Guards against a vocabulary that is searched before it is sorted, and against a read: a GPU does not
+    look whether the most likely ids are enough.
     """
-    with FakeTensorMode(), OnMeta(), Kernels() as ran:
-        Sampler(top_k=top_k, top_p=0.9).probabilities(torch.empty(1, 1000, device=DEVICE))
-    assert [name for name in ran.kernels if name in ("sort", "topk")] == sorts
+    with FakeTensorMode(), OnMeta(), Waits(), Kernels() as ran:
+        keys = torch.zeros(1, dtype=torch.long, device=DEVICE)
+        Sampler(top_k=top_k, top_p=0.9)(torch.empty(1, 1000, device=DEVICE), keys)
+    assert [name for name in ran.kernels if name in ("sort", "topk")] == ["sort"]

@@ -48,6 +48,21 @@ def test_append_grow_and_roll_back():
     assert cache.buffers.capacity == 16
 
 
+def test_a_cache_on_a_gpu_has_all_positions_at_once(monkeypatch):
+    """Guards against buffers that grow, by a copy of each, while a request streams; and against a limit that
+    does not fit, of a request that will be shorter.
+    """
+    cache = KVCache(Buffers([torch.device("cuda")]))
+    cache.reserve(30, 1500)
+    assert cache.buffers.capacity == 1504
+    cache = KVCache(Buffers([CPU]))
+    cache.reserve(8, 1000)
+    position = 2 * 2 * 3 * 4  # bytes
+    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda *_: 500 * position)
+    append(cache, range(8))
+    assert cache.buffers.capacity == 448  # nine tenths, in whole steps
+
+
 def test_rolling_back_more_than_there_is_fails_early():
     cache = KVCache(Buffers([CPU] * 2))
     append(cache, range(2))
@@ -74,7 +89,7 @@ def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     layer = 2 * 2 * 8 * 3 * 4  # bytes: keys and values of 2 heads, 8 positions, 3 numbers
     # The last layer's weights are loaded when it runs, on the first one's device.
     free = {devices[0]: 2 * layer - missing[0], devices[1]: layer - missing[1]}
-    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda device, _: free[device])
+    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda device: free[device])
     refused = pytest.raises(MemoryError, match="1 times 8 positions") if any(missing) else nullcontext()
     with refused:
         append(KVCache(Buffers(devices)), [0])

@@ -5,8 +5,8 @@ from conftest import ADAPTIVE, LAYERS, answer_of, ids_of, in_batch, transformers
 from test_llama_model_utils import WINDOW, WINDOWED, family, pieces_match_the_whole, windowed
 
 from self_speculation import Request, make_strategy, release
-from self_speculation.passes.captured_runner import capture_decoding
 from self_speculation.passes.fused_layers import fuse
+from self_speculation.passes.runners import capture_decoding
 
 PROMPTS = [[5 + 7 * i % 50 for i in range(length)] for length in (3, 40, WINDOW)]
 
@@ -20,11 +20,11 @@ def test_pieces(model_type, attention):
 
 def test_captured_passes(graphs):
     """Guards against masks of one position in all replays, and of one window in all layers."""
-    model = windowed("qwen2")
-    capture_decoding(model)
-    expected = [transformers_generate(model, prompt, 8, eos=-1) for prompt in PROMPTS]
+    model = windowed("qwen2", head_dim=64).float()
     fuse(model)
-    found = in_batch(model, map(Request, PROMPTS), 2, max_steps=8, **LAYERS)
+    capture_decoding(model)
+    expected = [transformers_generate(model, prompt, 4, eos=-1) for prompt in PROMPTS]
+    found = in_batch(model, map(Request, PROMPTS), 2, max_steps=4, **LAYERS)
     assert [found[row].predicted_tokens for row in range(len(PROMPTS))] == expected
     assert graphs.replayed
 
@@ -43,9 +43,10 @@ def test_settings_of_another_family():
 @pytest.mark.parametrize("captured", [False, True])
 def test_another_window_discards_what_was_kept(captured, request):
     """Guards against kept prefixes and captured passes of a window that a user has changed since."""
-    model, strategy = windowed("mistral"), make_strategy("autoregressive")
+    model, strategy = windowed("mistral", head_dim=64).float(), make_strategy("autoregressive")
     if captured:
         request.getfixturevalue("graphs")
+        fuse(model)
         capture_decoding(model)
     for window in (WINDOW, 20, 20):
         if model.config.sliding_window != window:

@@ -9,13 +9,13 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import card_llama, generate
 from helpers import watch
 from servers import GREEDY, Running, held, tiny_generator, until
 
 from self_speculation import GenerationStrategyResult, Request
-from self_speculation.passes.captured_runner import capture_decoding
 from self_speculation.passes.prefix_cache import kept_caches
+from self_speculation.passes.runners import capture_decoding
 from self_speculation.scheduler import Scheduler
 from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown
 
@@ -51,19 +51,16 @@ def check(model, prompts, results):
 @pytest.mark.parametrize("longest", [[5, 6, 7], [5, 6] * 150])
 def test_no_request_waits_for_a_capture(longest, byte_tokenizer, graphs, monkeypatch):
     """Guards against streams that stand still while a pass for one more row is captured, or while all are
-    captured again for a long request: this one only adds its own.
+    captured again for a long request.
     """
     monkeypatch.setattr("serving.engine._PROMPT", 100)
-    model = copy.deepcopy(tiny_llama(max_position_embeddings=1024))
+    model = card_llama(4, max_position_embeddings=1024)
     capture_decoding(model)
     engine = Running(tiny_generator(model, byte_tokenizer), GREEDY, 4, max_waiting=4)
-    before = list(graphs.captured)
+    num_captured = len(graphs.captured)
     assert kinds(submit(engine, [longest, *PROMPTS[1:]])[1]) == [GenerationStrategyResult] * 4
     engine.stop()
-    later = graphs.captured[len(before) :]
-    assert before
-    assert bool(later) == (len(longest) > 100)
-    assert not set(later) & set(before)
+    assert len(graphs.captured) == num_captured > 0
 
 
 def failing(*_, **__):

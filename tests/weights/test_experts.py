@@ -13,8 +13,8 @@ import benchmark
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.loading import loading
 from self_speculation.loading.sources import LoadingError
-from self_speculation.passes.captured_runner import capture_decoding
 from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.passes.runners import capture_decoding
 from self_speculation.weights.experts import bytes_read, distinct_experts
 
 

@@ -26,10 +26,10 @@ from runs.startup import load_generator
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.loading import gguf_files
 from self_speculation.passes import quantized_layers
-from self_speculation.passes.captured_runner import make_runner
 from self_speculation.passes.fused_layers import fuse
 from self_speculation.passes.model_runner import forward
 from self_speculation.passes.quantized_layers import quantize
+from self_speculation.passes.runners import make_runner
 from self_speculation.weights.few_bits import (
     FORMATS,
     FewBitsEmbedding,

@@ -1,0 +1,58 @@
+"""What the kernels of a card compute, by torch in float32. test_triton_kernels.py compares them."""
+
+from contextlib import contextmanager
+
+import torch
+
+
+def decode_attention(
+    qkv, query_norm, key_norm, epsilon, is_centred, cos, sin, keys, values, positions, scale, window
+):  # fmt: skip
+    """Row by row and token by token. Writes to keys and values."""
+    (rows, width), (kv_heads, size) = positions.shape, keys.shape[1::2]
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    q, k, v = qkv.view(rows, width, -1, size).split([heads, kv_heads, kv_heads], 2)
+    if query_norm is not None:
+        q, k = (_normed(*each, epsilon, is_centred) for each in ((q, query_norm), (k, key_norm)))
+    angles = [table.float()[positions.clamp(min=0)][:, :, None] for table in (cos, sin)]
+    q, k = _rotated(q, *angles), _rotated(k, *angles)
+    out, tokens = torch.zeros(q.shape), (positions >= 0).nonzero().tolist()
+    for row, token in tokens:
+        at = positions[row, token]
+        keys[row, :, at], values[row, :, at] = k[row, token], v[row, token]
+    for row, token in tokens:
+        at = int(positions[row, token])
+        seen = slice(max(0, at + 1 - window) if window else 0, at + 1)
+        groups = q[row, token].float().view(kv_heads, -1, size)
+        weights = (groups @ keys[row, :, seen].float().mT * scale).softmax(-1)
+        out[row, token] = (weights @ values[row, :, seen].float()).flatten(0, 1)
+    return out.view(len(qkv), -1).to(qkv.dtype)
+
+
+def _normed(heads, weight, epsilon, is_centred):
+    return torch.rms_norm(heads.float(), weight.shape, weight.float() + is_centred, epsilon).to(heads.dtype)
+
+
+def _rotated(heads, cos, sin):
+    first, second = heads.float().chunk(2, -1)
+    return (heads.float() * cos + torch.cat((-second, first), -1) * sin).to(heads.dtype)
+
+
+def gated(joint, is_gelu):
+    gates, others = joint.chunk(2, 1)
+    active = (
+        torch.nn.functional.gelu(gates, approximate="tanh") if is_gelu else torch.nn.functional.silu(gates)
+    )
+    return active * others
+
+
+@contextmanager
+def instead_of_the_interpreter():
+    """Where tests are about graphs: in Triton's interpreter a layer of one token takes 80 ms."""
+    library = torch.library.Library("self_speculation", "IMPL")
+    for function in (decode_attention, gated):
+        library.impl(function.__name__, function, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()

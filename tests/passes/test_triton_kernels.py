@@ -1,0 +1,147 @@
+"""The kernels of a card: by Triton's interpreter, by its compiler, and in whole answers.
+
+Where triton cannot be had these tests are skipped. The interpreter's products of bfloat16 are wrong, so what
+it computes is float16 and float32.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import card_kernels
+import cuda_graphs
+import pytest
+import torch
+from conftest import ADAPTIVE, HAS_TRITON, ROOT, TRITON, card_llama, ids_of, in_batch, random_plans
+
+from self_speculation import Request
+from self_speculation.passes.decode_attention import why_no_kernels
+from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.passes.runners import capture_decoding
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    "seed", [*range(8), *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 100))]
+)
+def test_kernels_compute_attention(seed, monkeypatch):
+    """Guards against keys of another row, head, split or window, positions that are off by one, lost norms,
+    padding that is written, and reads of what no row has written, which is NaN here.
+    """
+    draws = random.Random(seed)
+    assert why_no_kernels(CPU, torch.float32, 64) is None
+    from self_speculation.passes import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_INTERPRETED", draws.choice([1, 16, 64]))
+    triton_kernels._processors.cache_clear()
+    torch.manual_seed(seed)
+    width, size = draws.choice([1, 1, 2, 5, 17]), draws.choice([64, 96, 128, 256])
+    rows, capacity = draws.randint(1, max(1, min(4, 16 // width))), 320
+    kv_heads, group = draws.randint(1, 2), draws.choice([1, 2, 4, 7])
+    dtype, heads = draws.choice([torch.float16, torch.float32]), kv_heads * group
+    window = draws.choice([None, None, 3, 100])
+    lengths = [draws.choice([0, 1, 63, 64, 130, capacity - width]) for _ in range(rows)]
+    keys, values = (
+        torch.full((rows + 1, kv_heads, capacity, size), torch.nan, dtype=dtype) for _ in range(2)
+    )
+    for buffer in (keys, values):
+        for row, length in enumerate(lengths):
+            buffer[row, :, :length] = torch.randn(kv_heads, length, size)
+    angles = torch.arange(capacity)[:, None] * 1e4 ** -(torch.arange(size // 2) / (size // 2))
+    cos, sin = (torch.cat((table, table), 1).to(dtype) for table in (angles.cos(), angles.sin()))
+    positions = torch.tensor(lengths)[:, None] + torch.arange(width)
+    positions[:, width - draws.randint(0, width - 1) :] = -1  # as in captured passes
+    if draws.random() < 0.3:
+        positions[draws.randrange(rows)] = -1
+    qkv = torch.randn(rows * width, (heads + 2 * kv_heads) * size).to(dtype)
+    norms = (torch.rand(size).to(dtype), torch.rand(size).to(dtype)) if draws.random() < 0.5 else None
+    is_centred, scale = draws.choice([True, False]), size**-0.5
+    right = keys.clone(), values.clone()
+    given = (*(norms or (None, None)), 1e-5, is_centred, cos, sin)
+    want = card_kernels.decode_attention(qkv.clone(), *given, *right, positions, scale, window).float()
+    found = torch.ops.self_speculation.decode_attention(qkv, *given, keys, values, positions, scale, window)
+    roundings = {torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(
+        found.float(), want, rtol=0, atol=roundings * max(1.0, float(want.abs().max()))
+    )
+    for written, own in zip((keys, values), right, strict=True):
+        assert torch.equal(written.isnan(), own.isnan())
+        torch.testing.assert_close(written, own, rtol=0, atol=4 * roundings, equal_nan=True)
+    triton_kernels._processors.cache_clear()
+
+
+# Card, tokens, heads, heads of keys, size of a head, rows: those of 7B, 8B, 1B, Gemma and Phi.
+MODELS = {
+    "7B": (32, 32, 128),
+    "8B": (32, 8, 128),
+    "1B": (32, 8, 64),
+    "gemma": (4, 1, 256),
+    "phi": (32, 32, 96),
+}
+FEW = [(90, 1, "7B", 1), (80, 8, "8B", 1), (86, 16, "1B", 1), (89, 8, "gemma", 1)]
+MANY = [
+    (card, n, name, rows)
+    for card in (80, 86, 89, 90)
+    for n in (1, 4, 64)
+    for name in MODELS
+    for rows in (1, 8)
+]
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a program may have
+
+
+@pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_kernels_assemble(cases):
+    """Guards against what only the compiler refuses, registers that spill, more shared memory than a card
+    has, and processors without work where one row decodes.
+    """
+    given = [",".join(map(str, (card, n, *MODELS[name], rows))) for card, n, name, rows in cases]
+    paths = os.pathsep.join([str(ROOT), str(TRITON), *sys.path])
+    env = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
+    program = Path(__file__).parent / "assembly.py"
+    ran = subprocess.run(
+        [sys.executable, program, *given], env=env, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    kernels = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(kernels) == 3 * len(cases)
+    for kernel in kernels:
+        card, width, _, _, size, rows = map(int, kernel["case"].split(","))
+        assert kernel["stack"] == kernel["local"] == 0, kernel
+        assert kernel["shared"] <= SHARED[card] * 1024, kernel
+        assert kernel["programs"] >= 100 or size == 256 or (width, rows) != (1, 1), kernel
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_gates():
+    """Guards against gates and what they gate in the wrong order, and against another activation."""
+    assert why_no_kernels(CPU, torch.float32, 64) is None
+    joint = torch.randn(3, 2 * 1500)
+    for is_gelu in (False, True):
+        found = torch.ops.self_speculation.gated(joint, is_gelu)
+        torch.testing.assert_close(found, card_kernels.gated(joint, is_gelu))
+
+
+@pytest.mark.parametrize("way", ["eager", "captured", pytest.param("adaptive", marks=pytest.mark.slow)])
+def test_whole_answers(way, interpreter, monkeypatch):  # noqa: ARG001
+    """Three rows of different lengths. Guards against kernels that a runner hands other rows, layers,
+    positions or buffers than their own: ids are those of a CPU.
+    """
+    model = card_llama()
+    requests = [Request([5, 9, 4, 7, *[3] * length]) for length in (1, 70, 2)]
+    want = [ids_of(model, request.prompt, max_steps=5) for request in requests]
+    if way == "eager":
+        monkeypatch.setattr("self_speculation.scheduler.make_runner", ModelRunner)
+    else:
+        graphs = cuda_graphs.stand_in(monkeypatch)
+        capture_decoding(model)
+    drafts = ADAPTIVE if way == "adaptive" else {"exit_layer": 1, "num_speculations": 2}
+    with random_plans(0):
+        found = in_batch(model, requests, 3, max_steps=5, **drafts)
+    assert [found[row].predicted_tokens for row in range(3)] == want
+    assert way == "eager" or graphs.replayed
