@@ -158,9 +158,10 @@ def test_an_idle_engine_gives_back_memory_of_long_prompts(text_model, byte_token
     model = copy.deepcopy(text_model)
     shrunk = watch(monkeypatch, Scheduler, "shrink_cache")
     engine = Running(tiny_generator(model, byte_tokenizer), GREEDY, 4, max_waiting=4)
+    until(lambda: shrunk)  # once each time that the engine is idle
     for prompt, num_kept in (([5] * 80, 1), ([5] * 200, 0), ([5] * 9, 1)):
-        check(model, [prompt], submit(engine, [prompt])[1])
         shrunk.clear()
+        check(model, [prompt], submit(engine, [prompt])[1])
         until(lambda: shrunk)
         assert len(kept_caches(model)) == num_kept
     assert engine.stop()
