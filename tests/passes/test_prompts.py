@@ -22,9 +22,9 @@ from conftest import (
 )
 
 from self_speculation import Request, make_strategy
-from self_speculation.passes.captured_runner import make_runner
 from self_speculation.passes.fused_layers import fuse
 from self_speculation.passes.model_runner import forward
+from self_speculation.passes.runners import make_runner
 from self_speculation.weights import kernels
 
 pytestmark = needs_operators
@@ -122,7 +122,7 @@ def test_prompts_in_bfloat16():
     """Guards against prompts in bfloat16, which few processors multiply, that depend on how they are read."""
     code = (
         "import sys, pytest; from self_speculation.weights import kernels; kernels._OPTIONS += ('-DPAIRS',);"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}]))"
+        f"sys.exit(pytest.main(['-n0', '-p', 'no:cacheprovider', {__file__!r}]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
