@@ -167,14 +167,17 @@ def _describe(flags: Flags) -> Record:
     if resume is None:
         return description
     earlier = check_same_run(resume, description)
+    _, checkpoint = newest_checkpoint(Path(resume).expanduser())
+    if checkpoint is not None:
+        was_sharded = any(Path(checkpoint).glob("pytorch_model_fsdp*"))
+        if was_sharded != is_sharded():
+            how = "with" if was_sharded else "without"
+            raise Failed(f"--resume {resume}: trained {how} FSDP, start it {how} FSDP (accelerate launch)")
     if (now := _samples(description)) != (was := _samples(earlier)):
         raise Failed(
             f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
             f"--batch_size and --gradient_accumulation must make {was} together"
         )
-    _, checkpoint = newest_checkpoint(Path(resume).expanduser())
-    if checkpoint is not None and any(Path(checkpoint).glob("pytorch_model_fsdp*")) != is_sharded():
-        raise Failed(f"--resume {resume}: with FSDP as before, or without it as before, by accelerate launch")
     return description
 
 
