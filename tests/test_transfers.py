@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MaxLengthCriteria
 
 from self_speculation import autoregressive_generator as generator
-from self_speculation import self_speculation_generator as speculative
 from self_speculation.decoding import batch
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.passes.model_runner import ModelRunner
@@ -60,7 +59,6 @@ def drafted_by_layers(result):
     ("config", "reads_drafts"),
     [
         ({}, False),
-        ({"sample": True}, False),
         ({"draft_weights": "int4"}, False),
         ({"prompt_lookup": 3}, False),
         ({"streamer": Mock()}, True),  # which shows drafts
@@ -68,7 +66,7 @@ def drafted_by_layers(result):
     ],
 )
 def test_one_read_a_round_and_at_most_one_for_a_drafted_token(config, reads_drafts, reads):
-    """Guards against a second read of a verification, a probability or a token."""
+    """Guards against a second read of a verification or a token. `Waits` sees sampling, as a GPU does it."""
     with reads:
         result = generate(tiny_llama(fused=True), PROMPT, max_steps=30, eos=[], **LAYERS, **config)
     assert reads.number == 1 + result.num_verifications + reads_drafts * drafted_by_layers(result)
@@ -147,7 +145,7 @@ def test_drafts_are_shown_while_a_gpu_verifies(late, expected, monkeypatch):
     order, recorder = [], Recorder()
     monkeypatch.setattr(batch, "reads_late", lambda device: late)
     watch(monkeypatch, ModelRunner, "run", lambda *_, **__: order.append("pass"))
-    watch(monkeypatch, speculative, "read_verification", lambda *_: order.append("read"))
+    watch(monkeypatch, batch.Batch, "check", lambda *_: order.append("read"))
     watch(
         monkeypatch, recorder, "put", lambda *_, is_draft=False: order.append("show" if is_draft else "put")
     )

@@ -39,6 +39,7 @@ class Buffers:
         self.num_layers, self.num_slots, self.capacity = len(devices), num_slots, ALIGNMENT
         self._devices = devices
         self.limit = sys.maxsize  # the most positions that a row can reach
+        self.least = 0  # positions of the latest prompt: without room for all of it, none is read
         self.of_layers: dict[int, Pair] = {}
         self._fitting = 0  # a capacity that fits in memory
         self._ranges: dict[tuple[int, int], tuple[int, list[Tensor]]] = {}  # until a buffer grows
@@ -78,7 +79,7 @@ class Buffers:
             self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
         try:
             if self._fitting < self.capacity:
-                self.capacity = self._fitting = self._fit(like, end)
+                self.capacity = self._fitting = self._fit(like, max(end, self.least))
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
             shape = (self.num_slots, like.shape[1], self.capacity, like.shape[-1])
             larger = (like.new_zeros(shape), like.new_zeros(shape))
@@ -155,7 +156,7 @@ class KVCache:
         if not self.buffers.is_on_gpu:
             first = min(first, prompt_length + _FIRST_ALLOCATION // self.buffers.num_slots)
         self.buffers.capacity = max(self.buffers.capacity, round_up(first, ALIGNMENT))
-        self.buffers.limit = num_positions
+        self.buffers.limit, self.buffers.least = num_positions, prompt_length
 
     @property
     def is_valid(self) -> bool:

@@ -151,7 +151,9 @@ def test_on_a_gpu_auto_is_half(has_bf16, wanted, written, monkeypatch):
     monkeypatch.setattr(loading, "resolve_device", lambda _: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: has_bf16)
-    monkeypatch.setattr(loading, "_placement", lambda *_: {"device_map": "cpu"})
+    load = loading._load
+    on_cpu = {"device_map": "cpu"}
+    monkeypatch.setattr(loading, "_load", lambda *args, **how: load(*args, **how | on_cpu))
     for dtype, expected in (("auto", wanted), ("float32", torch.float32)):
         model, _ = load_model_and_tokenizer(str(written), LoadingOptions(dtype=dtype, fuse=False))
         assert {weight.dtype for weight in model.parameters()} == {expected}

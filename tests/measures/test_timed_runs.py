@@ -11,18 +11,17 @@ from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.runners import capture_decoding
 
 
-def side(model, settings):
-    """Without a tokenizer, which a warm-up does not need."""
-    return "", generator_of(None, model, settings.generation_strategy), settings
+def side(tokenizer, model, settings):
+    return "", generator_of(tokenizer, model, settings.generation_strategy), settings
 
 
 @pytest.mark.parametrize(("config", "widths"), [({}, {1: 3}), (LAYERS, {5: 3})])
-def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
+def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch, byte_tokenizer):
     """Guards against a draft length that is not drafted in full, and a warm-up that is longer than needed."""
     calls = watch(monkeypatch, ModelRunner, "run")
     model = tiny_llama(agreement="always")  # all is accepted: the fewest rounds
     settings = config_of(stop_words=["a"], stop_token_ids=list(range(50)), **config)
-    warm_up([side(model, settings)], [5, 9, 4, 7] * 100, 1)
+    warm_up([side(byte_tokenizer, model, settings)], [5, 9, 4, 7] * 100, 1)
     depth, longest = model.config.num_hidden_layers, config.get("num_speculations", 0)
     seen = [inputs.shape[1] for (*_, inputs, _, last, _), _ in calls if last == depth]
     assert seen[0] == model.config.max_position_embeddings - (3 * (longest + 1) + 1)  # the prompt, cut
@@ -49,12 +48,12 @@ def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, 
 
 
 @pytest.mark.parametrize("config", [{}, LAYERS], ids=["autoregressive", "self_speculative"])
-def test_after_a_warm_up_nothing_is_captured(config, graphs):
+def test_after_a_warm_up_nothing_is_captured(config, graphs, byte_tokenizer):
     """Guards against a capture inside a timed example, for a shorter draft or a larger cache."""
     model = card_llama(3, max_position_embeddings=4096)
     capture_decoding(model)
     settings = config_of(max_steps=1200, **config)
-    warm_up([side(model, settings)], list(range(3, 43)), 1)
+    warm_up([side(byte_tokenizer, model, settings)], list(range(3, 43)), 1)
     num_captured = len(graphs.captured)
     shared = {"eos": [], "stop_checks": lambda ids: len(ids) > 12, **config}
     for max_steps in (1200, 1, 2, 3, 4, 5, 6, 9):
