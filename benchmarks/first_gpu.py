@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,16 @@ class Tried:
         self._plain: list[int] = []
 
     def steps(self) -> Mapping[str, Callable[[], Mapping[str, Any]]]:
-        kinds = {"plain": {}, "self-speculative": self._layers}
+        kinds: dict[str, Mapping[str, Any]] = {"plain": {}, "self-speculative": self._layers}
         kinds |= {"adaptive": {"generation_strategy": "adaptive"}, "int4 drafts": self._int4()}
         return {
             "kernels": self.kernels,
             "transformers": self.transformers,
-            **{f"eager {name}": lambda way=way: self.answer(way) for name, way in kinds.items()},
+            **{f"eager {name}": partial(self.answer, way) for name, way in kinds.items()},
             "eager, batch of 8": lambda: self.batch(self._layers),
             "guided": self.guided,
             "capture": self.capture,
-            **{f"captured {name}": lambda way=way: self.answer(way) for name, way in kinds.items()},
+            **{f"captured {name}": partial(self.answer, way) for name, way in kinds.items()},
             "captured, batch of 8": lambda: self.batch(self._layers),
         }
 
@@ -99,14 +100,18 @@ class Tried:
             cos, sin = runner.tables.cos_sin(runner.attention_types[0].rotation, length + width)
             positions = torch.arange(length, length + width, device=like.device).expand(rows, -1).contiguous()
             given = (qkv, None, None, 0.0, False, cos, sin, keys, values, positions, size**-0.5, None)
-            seconds = self._seconds(lambda g=given: torch.ops.self_speculation.decode_attention(*g))
+            seconds = self._seconds(partial(torch.ops.self_speculation.decode_attention, *given))
             speed = 2 * keys.nbytes / seconds / 1e9
             found[f"{rows} x {width} after {length}"] = f"{1e6 * seconds:.0f} us, {speed:.0f} GB/s"
         return found
 
     def transformers(self) -> Mapping[str, Any]:
         ids = torch.tensor(self._prompts[:1], device=self._model.device)
-        given = {"max_new_tokens": self._args.max_steps, "do_sample": False, "eos_token_id": None}
+        given: dict[str, Any] = {
+            "max_new_tokens": self._args.max_steps,
+            "do_sample": False,
+            "eos_token_id": None,
+        }
         given |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
 
         def generate() -> torch.Tensor:

@@ -62,7 +62,7 @@ def test_it_declares_what_it_imports():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert set(needed) <= set(lines)
     declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in needed}
-    # transformers needs numpy; torch for CUDA brings triton, which one module needs that others import lazily.
+    # transformers needs numpy. torch for CUDA brings triton; the module that needs it is imported late.
     declared |= {"numpy", "triton", "self_speculation", *sys.stdlib_module_names}
     for path in (ROOT / "self_speculation").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:

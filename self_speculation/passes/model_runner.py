@@ -228,7 +228,7 @@ class ModelRunner:
 
 def run_through(
     layers: Sequence[tuple[Layer, AttentionType]],
-    make: Callable[[AttentionType], AttentionContext | DecodeContext],
+    make: Callable[[AttentionType], Any],  # the context that these layers take
     hidden: Tensor,
 ) -> Tensor:
     """[B * T, H] through layers; those of one kind share a context."""
