@@ -137,6 +137,15 @@ class SelfSpeculativeLM(HFLM):
             self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[patience])
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> SelfSpeculativeLM:
+        """As the command line makes it, whose device is cuda:0 if nobody names one: then it is auto."""
+        given = additional_config or {}
+        own = {name: value for name, value in given.items() if (name, value) != ("device", "cuda:0")}
+        return super().create_from_arg_obj(arg_dict, own)
+
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
