@@ -61,8 +61,8 @@ def assigned_and_trained(model):
 
 
 def replaced_data(model):
-    weight = model.model.layers[1].self_attn.q_proj.weight
-    weight.data = torch.randn_like(weight)
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
 
 
 def replaced_and_put_back(model):
