@@ -12,7 +12,6 @@ from transformers import (
     EosTokenCriteria,
     LogitsProcessor,
     MaxLengthCriteria,
-    StopStringCriteria,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
     pipeline,
@@ -223,18 +222,6 @@ def test_the_streamer_is_read_from_the_frame_of_generate():
     caught = Mock(return_value=PROMPT)
     tiny_llama().generate(PROMPT, custom_generate=caught, max_new_tokens=4, streamer=Listener())
     assert caught.call_args.kwargs.get("streamer") is None
-
-
-def test_a_stop_string_ends_its_own_row_only(byte_tokenizer, text_model):
-    """Guards against a row that ends where another row ends."""
-    ids = torch.tensor([byte_tokenizer.encode(text)[:4] for text in ("Once upon a time", "def add(a, b)")])
-    options = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
-    plain = text_model.generate(ids, **options)
-    strings = [byte_tokenizer.decode(plain[0, 7:9]), byte_tokenizer.decode(plain[1, 10:12])]
-    options["stopping_criteria"] = [StopStringCriteria(byte_tokenizer, strings)]
-    theirs = text_model.generate(ids, **options).tolist()
-    assert theirs != plain.tolist()
-    assert text_model.generate(ids, **options, **SPECULATION).tolist() == theirs
 
 
 def test_each_row_ends_with_its_own_context():

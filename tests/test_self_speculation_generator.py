@@ -93,7 +93,7 @@ def model_of(name, fused):
 
 # Of `integers` every second one is the least.
 DRAFTS = st.fixed_dictionaries(
-    {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(1, 8)},
+    {"exit_layer": st.integers(1, 3), "num_speculations": st.sampled_from([*range(1, 9), 10**9])},
     optional={"draft_weights": st.just("int4"), "prompt_lookup": st.integers(1, 3)},
 )
 ANY_PLAN = st.fixed_dictionaries(
@@ -109,7 +109,9 @@ SHARED = st.fixed_dictionaries(
         "presence_penalty": st.sampled_from([0.0, 0.3]),
         "sample": st.booleans(),
         "temperature": st.sampled_from([0.6, 1.2]),
+        "top_k": st.sampled_from([0, 20]),
         "top_p": st.sampled_from([0.9, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.05]),
     }
 )
 ROW = st.fixed_dictionaries(
@@ -156,9 +158,10 @@ def by_transformers(model, request, shared):
 )
 def test_drafts_and_batches_change_nothing(name):
     """Guards against errors in length limits, rollback, stops inside a draft, windows, experts, rounding in
-    wider passes, the history of processors and stop conditions, against keys, values or ids that an inexact
-    draft, another source or another row leaves, and against positions of other rows. Plans of adaptive
-    decoding are random: on a tiny model, the policy always has the same best plan.
+    wider passes, the history of processors and stop conditions, memory for drafts that the limit rules out,
+    against keys, values or ids that an inexact draft, another source or another row leaves, against positions
+    of other rows, and noise that depends on drafts, rows or their order. Plans of adaptive decoding are
+    random: on a tiny model, the policy always has the same best plan.
     """
 
     @seed(name)
@@ -220,13 +223,6 @@ def test_autoregressive_results():
     assert result.prefill_time > 0
     assert result.num_decode_tokens == 29
     assert result.decode_tokens_per_second == pytest.approx(29 / result.decode_time)
-
-
-def test_a_huge_draft_length():
-    """Guards against memory for drafts that the length limit rules out."""
-    drafts = {"exit_layer": 1, "num_speculations": 10**9}
-    with mixed_drafts():
-        assert ids_of(tiny_llama(), **drafts) == transformers_generate(tiny_llama(), eos=-1)
 
 
 def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
@@ -296,17 +292,6 @@ def test_a_processor_runs_once_per_row_of_logits():
     drafts = {"exit_layer": 2, "num_speculations": 3, "max_steps": 9, "eos": []}
     result = generate(model, PROMPT, logits_processors=[processor], **drafts)
     assert processor.call_count == 1 + 2 * result.num_drafted + result.num_verifications
-
-
-def test_criteria_see_every_token():
-    """Guards against accepted tokens that are not in the history yet."""
-    seen = []
-    result = generate(
-        tiny_llama(agreement="always"), PROMPT, max_steps=9, eos=[], exit_layer=2, num_speculations=3,
-        stopping_criteria=[lambda ids, _: seen.append(ids[0].tolist()) is not None],
-    )  # fmt: skip
-    tokens = result.predicted_tokens
-    assert seen == [[*PROMPT, *tokens[:n]] for n in range(1, 10)]
 
 
 def test_early_exit_is_the_truncated_model():

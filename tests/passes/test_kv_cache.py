@@ -71,15 +71,6 @@ def test_rolling_back_more_than_there_is_fails_early():
             cache.rollback(number)
 
 
-def test_positions_follow_a_rollback():
-    """Guards against those of before, which stay on the device."""
-    cache = KVCache(Buffers([CPU], 2))
-    cache.set_rows([3, 5])
-    assert cache.positions(0, 2, CPU).tolist() == [[3, 4], [5, 6]]
-    cache.rollback([1, 0])
-    assert cache.positions(0, 2, CPU).tolist() == [[2, 3], [5, 6]]
-
-
 @pytest.mark.parametrize("missing", [(0, 0), (0, 1), (1, 0)])
 def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     """Guards against a model over several GPUs whose cache is refused because it does not fit the first one,
