@@ -57,9 +57,7 @@ def find_difference(
     history = torch.tensor([[*prompt, *first[:position]]], device=model.device)
     # [1, V]: transformers' layers, in the dtype of our activations
     fp32_activations = activation_dtype(model) != model.dtype
-    logits = (
-        exact_logits(model, history, 1) if fp32_activations else model(history, logits_to_keep=1).logits[0]
-    )
+    logits = exact_logits(model, history) if fp32_activations else model(history, logits_to_keep=1).logits[0]
     logits = LogitsProcessorList(processors)(history, logits.float())  # [1, V]
     keys = torch.tensor([noise_key(seed, position)], device=model.device)
     chosen = [output[position] for output in (first, second) if position < len(output)]
@@ -88,8 +86,8 @@ def find_difference(
 
 
 @torch.inference_mode()
-def exact_logits(model: PreTrainedModel, ids: torch.Tensor, num_positions: int) -> torch.Tensor:
-    """[1, T] ids -> [n, V] fp32 logits of the last n positions, by transformers' layers.
+def exact_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """[1, T] ids -> [1, V] fp32 logits of the last position, by transformers' layers.
 
     One layer at a time has fp32 weights: there may be no memory for a copy of all.
     """
@@ -97,7 +95,7 @@ def exact_logits(model: PreTrainedModel, ids: torch.Tensor, num_positions: int) 
     hidden = base.embed_tokens(ids).float()  # [1, T, H]
     for layer, kind in zip(base.layers, attention_types(model.config), strict=True):
         hidden = _in_fp32(layer, hidden, **attention_arguments(model, kind, hidden))
-    return _in_fp32(model.get_output_embeddings(), _in_fp32(base.norm, hidden[0, -num_positions:]))
+    return _in_fp32(model.get_output_embeddings(), _in_fp32(base.norm, hidden[:, -1]))
 
 
 def _in_fp32(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -69,10 +69,12 @@ class _Place:
     occurs: so the next one of many equal lines is found.
     """
 
-    def __init__(self, prediction: abc.Sequence[int], longest: int, least: int) -> None:
-        self._longest, self._least = longest, least
-        self._index = NgramIndex(range(longest, least - 1, -1), [*prediction, _END] if prediction else [])
-        self._matched, self._position = least if prediction else 0, 0
+    def __init__(self, prediction: abc.Sequence[int], longest: int) -> None:
+        self._longest, self._least = longest, min(2, longest)
+        self._index = NgramIndex(
+            range(longest, self._least - 1, -1), [*prediction, _END] if prediction else []
+        )
+        self._matched, self._position = self._least if prediction else 0, 0
 
     def find(self, sequence: Sequence, k: int) -> Match | None:
         """Move on with the new tokens of a sequence, and look up what follows."""
@@ -94,12 +96,11 @@ class TextDrafts(LookupDrafts):
     """What followed the end of a sequence where it occurred in its prediction, its prompt or its output.
 
     Args:
-        longest: tokens of the longest n-gram.
-        least: tokens that must match.
+        longest: tokens of the longest n-gram. Two must match, unless it is 1: after one it is chance.
     """
 
-    def __init__(self, longest: int, least: int) -> None:
-        self._longest, self._least = longest, min(least, longest)
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
         self._places: WeakKeyDictionary[Sequence, _Place] = WeakKeyDictionary()
         priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
         self.arms = {"prediction": Arm(priors=priors), "n-grams": Arm(priors=priors)}
@@ -107,5 +108,5 @@ class TextDrafts(LookupDrafts):
     def find(self, sequence: Sequence, k: int) -> Match | None:
         place = self._places.get(sequence)
         if place is None:
-            place = self._places[sequence] = _Place(sequence.prediction, self._longest, self._least)
+            place = self._places[sequence] = _Place(sequence.prediction, self._longest)
         return place.find(sequence, k)

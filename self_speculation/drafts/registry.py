@@ -112,7 +112,7 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:
-    yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH, least=2)  # after one token it is chance
+    yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH)
 
 
 # A longer match goes first; at a tie, the source that is listed first.

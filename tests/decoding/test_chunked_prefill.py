@@ -7,19 +7,12 @@ from conftest import drained, ids_of, own_llama, scheduler_of, tiny_llama
 from self_speculation import Request
 
 LONG = [3 + i * 7 % 40 for i in range(45)]
-PROMPTS = [[5, 9, 4, 7, 7, 3], LONG, [8, 2], [*LONG[:30], 11, 12], [6] * 9]
 
 
 def add(scheduler, prompts):
     """Request each prompt by its key."""
     for key, prompt in prompts.items():
         scheduler.add_request(key, Request(prompt, seed=0))
-
-
-def assert_as_alone(model, results, prompts, **config):
-    """The prompts by key have the outputs that they have alone."""
-    for key, prompt in prompts.items():
-        assert results[key].predicted_tokens == ids_of(model, prompt, **{"max_steps": 12, **config})
 
 
 @pytest.mark.parametrize(("budget", "left"), [(8, 7), (1, 1)])
@@ -43,9 +36,9 @@ def test_a_long_prompt_does_not_hold_up_others(budget, left):
 def test_prompts_are_read_in_turn():
     """Guards against a short prompt that waits until a long one is read, or for a step of its own."""
     scheduler = scheduler_of(tiny_llama(), 4, 8)
-    scheduler.add_request("running", Request(PROMPTS[0]))
+    scheduler.add_request("running", Request([5, 9, 4, 7, 7, 3]))
     scheduler.step()
-    add(scheduler, {"long": LONG, "short": PROMPTS[2], "third": PROMPTS[4]})
+    add(scheduler, {"long": LONG, "short": [8, 2], "third": [6] * 9})
     joined = []
     while len(scheduler.batch) < 4:
         before = len(scheduler.batch)
@@ -71,4 +64,6 @@ def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
         scheduler.step()
     scheduler.cancel({"nan"})
     scheduler.add_request("short", Request([8, 2]))
-    assert_as_alone(model, drained(scheduler), {"long": LONG, "short": [8, 2]})
+    results = drained(scheduler)
+    for key, prompt in {"long": LONG, "short": [8, 2]}.items():
+        assert results[key].predicted_tokens == ids_of(model, prompt, max_steps=12)

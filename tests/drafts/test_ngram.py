@@ -69,12 +69,12 @@ def longest_match(text, *sources):
 def test_what_a_grammar_forbids_is_not_drafted():
     """Guards against a verification of tokens that it must reject."""
     text = sequence(7, 1, 2, 3, 7, 1, processor=Mock(count_allowed=lambda output, draft: 1))
-    assert longest_match(text, TextDrafts(2, 1)) == ("n-grams", 2, [2])
+    assert longest_match(text, TextDrafts(2)) == ("n-grams", 2, [2])
 
 
-def found_in(text, k=2, longest=4, least=2):
+def found_in(text, k=2):
     """What an index finds that has read the output token by token."""
-    drafts, begun = TextDrafts(longest, least), sequence(*text.prompt, prediction=text.prediction)
+    drafts, begun = TextDrafts(4), sequence(*text.prompt, prediction=text.prediction)
     for token in text.tokens:
         drafts.find(begun, k)
         begun.tokens.append(token)

@@ -14,7 +14,6 @@ from conftest import (
     LAYERS,
     PROMPT,
     assert_logits,
-    generate,
     ids_of,
     tiny_llama,
     transformers_generate,
@@ -136,13 +135,6 @@ def test_all_weights_are_saved(model, tmp_path):
     model.save_pretrained(tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(saved[name], weight) for name, weight in tiny_llama().state_dict().items())
-
-
-def test_an_activation_with_weights_is_not_fused():
-    """Guards against an activation that no operator has."""
-    model = tiny_llama(hidden_act="prelu")
-    assert fuse(model) == 0
-    assert len(generate(model, [5, 6, 7], max_steps=12, eos=[]).predicted_tokens) == 12
 
 
 @settings(max_examples=20)

@@ -143,15 +143,10 @@ def test_code_in_layers_is_followed(change, fused):
     assert transformers_generate(model, PROMPT, 9, **ADAPTIVE) == expected
 
 
-def test_other_modules_are_refused():
-    """Guards against an AttributeError. test_adapters.py has models of peft."""
-    with pytest.raises(ValueError, match="must be one of transformers, not a Sequential"):
-        generate(nn.Sequential(tiny_llama()), PROMPT, max_steps=4)
-
-
-def test_layers_with_an_activation_that_no_operator_has_are_not_fused():
-    """Guards against a pass that is refused in the middle of a request."""
-    model = own_llama(hidden_act="mish")
+@pytest.mark.parametrize("activation", ["mish", "prelu"])
+def test_layers_with_an_activation_that_no_operator_has_are_not_fused(activation):
+    """Guards against a pass that is refused in the middle of a request, also where it has weights."""
+    model = own_llama(hidden_act=activation)
     assert fuse(model) == 0
     assert generate(model, PROMPT, max_steps=9, eos=[EOS]).predicted_tokens == transformers_generate(
         model, PROMPT, 9
