@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
@@ -23,13 +24,12 @@ FLAGS = {
 }
 
 
-def printed(name, folder):
+def run(name, program):
     compiler, *flags = FLAGS[name]
     if not shutil.which(compiler) or (name == "ARM" and not shutil.which("qemu-aarch64")):
         pytest.skip(f"no {compiler}, or no qemu-aarch64")
     if name == "AVX512_BF16" and not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("a processor without")
-    program = folder / "program"
     headers = [ROOT / "self_speculation/weights/cpp", kernels._TORCH / "include"]
     command = [
         compiler,
@@ -40,18 +40,23 @@ def printed(name, folder):
         ROOT / "tests/weights/operators.cpp",
     ]
     subprocess.run([*command, "-o", program, *(f"-I{folder}" for folder in headers)], check=True)
-    run = ["qemu-aarch64"] if name == "ARM" else []
-    result = subprocess.run([*run, program], capture_output=True, text=True, check=True)
+    emulator = ["qemu-aarch64"] if name == "ARM" else []
+    result = subprocess.run([*emulator, program], capture_output=True, text=True, check=True)
     assert not result.stderr
     return [line.split() for line in result.stdout.splitlines()]
 
 
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """By the name of flags, what operators.cpp prints: kinds and numbers. Each is compiled once."""
+    return cache(lambda name: run(name, tmp_path_factory.mktemp("built") / "program"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FLAGS if name != "AVX2"])
-def test_other_processors_compute_the_same(name, tmp_path):
+def test_other_processors_compute_the_same(name, printed):
     """Guards against code that only runs where nobody develops, and against reads out of bounds."""
-    (tmp_path / "expected").mkdir()
-    expected, found = printed("AVX2", tmp_path / "expected"), printed(name, tmp_path)
+    expected, found = printed("AVX2"), printed(name)
     assert [kind for kind, _ in found] == [kind for kind, _ in expected]
     assert len(found) > 2000
     numbers = [torch.tensor([float(number) for _, number in each]) for each in (found, expected)]
@@ -74,11 +79,11 @@ def nearest(exact):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["AVX2", "16 numbers", "AVX512_BF16"])
-def test_products_of_pairs_are_those_of_the_instruction(name, tmp_path):
+def test_products_of_pairs_are_those_of_the_instruction(name, printed):
     """Guards against another order, one rounding of both products, and subnormal numbers: Intel's manual has
     an fma of the upper numbers, and then one of the lower ones.
     """
-    found = [int(bits) for kind, bits in printed(name, tmp_path) if kind == "pair"]
+    found = [int(bits) for kind, bits in printed(name) if kind == "pair"]
     assert len(found) == 4 * 8**3
     for a, b, sum_bits, result in zip(*[iter(found)] * 4, strict=True):
         upper = nearest(number(sum_bits) + number(a & 0xFFFF0000) * number(b & 0xFFFF0000))
