@@ -25,6 +25,7 @@ from self_speculation.config import (
     LoadingOptions,
     check,
     check_template_kwargs,
+    check_types,
     default_model,
     why_no_model,
 )
@@ -201,6 +202,8 @@ def parse(
         sys.exit(0)
     try:
         earlier = _earlier_arguments(args) if "resume" in names else {}
+        for group in groups:  # an earlier version may have written it
+            check_types(group, earlier)
         given, unknown = parser.parse_known_args(args)
         values = earlier | vars(given)
         found = [

@@ -52,14 +52,13 @@ _KINDS: dict[Any, str] = {
 }  # fmt: skip
 
 
-def check_types(options: object) -> None:
-    """Raise ValueError unless each field of a dataclass has a value of its annotation."""
-    of: Any = type(options)
+def check_types(of: type, values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each of these values of a dataclass's fields is of the field's annotation."""
     for name, kind in _field_types(of).items():
         kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
-        if not any(_is_a(getattr(options, name), each) for each in kinds):
+        if name in values and not any(_is_a(values[name], each) for each in kinds):
             allowed = (_KINDS.get(each) or f"one of {', '.join(get_args(each))}" for each in kinds)
-            check(options, name, False, f"must be {' or '.join(allowed)}")
+            raise ValueError(f"{name} {values[name]!r}: must be {' or '.join(allowed)}")
 
 
 @cache
@@ -189,7 +188,7 @@ class GenerationConfig:
     """Lowers the logits of ids that the output has by so much; 0: off."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(type(self), vars(self))
         layer, length = self.exit_layer, self.num_speculations
         check(self, "exit_layer", layer == -1 or layer >= 1, "must be -1 (full depth) or at least 1")
         check(self, "num_speculations", length == -1 or length >= 1, "must be -1 or at least 1")
@@ -301,4 +300,4 @@ class LoadingOptions:
     token. train.py: compile the layers (torch.compile)."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(type(self), vars(self))
