@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -278,11 +279,16 @@ def read_files(paths: Sequence[Path], cache: str | None = None, **options: Any) 
 
             names = pandas.read_csv(paths[0], nrows=0, encoding="utf-8-sig").columns
             features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
-            options |= {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+            options |= {"features": features, "encoding": "utf-8-sig"}
+            options |= {"keep_default_na": False, "index_col": False}
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL + 1)  # it logs what it raises
         read = getattr(datasets.Dataset, f"from_{kind}")
-        return read([*map(str, paths)], cache_dir=cache, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Length of header")  # a row with too many values loses some
+            rows = read([*map(str, paths)], cache_dir=cache, **options)
+        rows.data.table.validate(full=True)  # all texts are UTF-8
+        return rows
     except Exception as error:  # Arrow, pandas, and what opens files raise errors without a common base
         cause = error.__cause__ or error
         raise DataError(f"{where}: {one_line(cause)}") from error

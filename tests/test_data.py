@@ -205,6 +205,21 @@ def test_files_of_windows(name, content, tmp_path):
     assert (example.prompt, example.reference) == ("a\nb", "c\nd")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"prompt,response\nx,y,z\nq\n", "Length of header"),
+        ("a.csv", b"prompt,response\nx,y\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
+        ("a.jsonl", '{"prompt": "caf\u00e9", "response": "x"}\n'.encode("latin-1"), "Invalid UTF8"),
+    ],
+)
+def test_rows_that_lose_something_are_refused(name, content, said, tmp_path):
+    """Guards against values that move to other columns, and an error in the middle of a run."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        in_order("custom_jsonl", str(tmp_path / name))
+
+
 def test_human_eval_is_the_real_one():
     """Guards against a stand-in for the published problems, and shots that lose the indentation of code."""
     examples = in_order("human_eval")
