@@ -208,3 +208,12 @@ def test_buffers_grow_one_after_another(monkeypatch):
     monkeypatch.setattr(Buffers, "with_room", with_room)
     cache.extend(0, 4, 8)
     assert alive == [8, 6, 4, 2]
+
+
+def test_positions_follow_a_rollback():
+    """Guards against those of before, which stay on the device."""
+    cache = KVCache(Buffers([CPU], 2))
+    cache.set_rows([3, 5])
+    assert cache.positions(0, 2, CPU).tolist() == [[3, 4], [5, 6]]
+    cache.rollback([1, 0])
+    assert cache.positions(0, 2, CPU).tolist() == [[2, 3], [5, 6]]
