@@ -23,7 +23,7 @@ from serving.engine import Job
 
 PROMPTS = ["def add(a, b):", "Once upon a time", "class Stop:", "Human: who are you?", "café", "return a + b"]
 LONG = json.dumps({"prompt": "x y " * 500}).encode()
-INVALID = [b"", b"{", b"[]", b'{"prompt": 5}', b'{"prompt": "x", "tools": [1]}', LONG]
+INVALID = [b"", b"{", b"[]", b'{"prompt": 5}', b'{"prompt": "x", "n": 0}', LONG]
 
 
 def storm(generator, url, number, seed, clients=16, half_way=lambda: None):
