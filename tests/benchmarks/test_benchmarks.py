@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,14 +20,12 @@ import generate as generate_script
 from arguments import ModelArguments
 from benchmarks import serving, side_by_side, synthetic
 from benchmarks.peers import (
-    PEERS,
     TRANSFORMERS,
     TransformersStrategy,
     fastest,
-    find_peer,
+    find_llama_cpp,
     in_each_format,
     of_llama_cpp,
-    of_openvino,
     side,
 )
 from self_speculation import (
@@ -116,7 +113,7 @@ def test_the_quantiser_of_llama_cpp_is_silent(tmp_path, capfd):
         llama_model_quantize=lambda *_: os.write(2, b"a line of a library in C") and 0,
         Llama=lambda *_, **__: None,
     )
-    assert len(of_llama_cpp(library, Path("file.gguf"), None, tmp_path)) == 1 + 6
+    assert len(of_llama_cpp(library, Path("file.gguf"), tmp_path)) == 1 + 6
     os.write(2, b"heard")
     assert capfd.readouterr().err == "heard"
 
@@ -146,46 +143,11 @@ def test_transformers_has_its_best_format(byte_tokenizer, monkeypatch):
     assert fastest(sides, [5], 1) is sides[1]
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_a_peer_that_cannot_run_is_refused(name, monkeypatch, capsys):
+def test_a_peer_that_cannot_run_is_refused(monkeypatch, capsys):
     """Guards against a traceback, or minutes of measuring before it."""
-    for module, model, why in (
-        (None, "x.gguf", "needs the package"),
-        (Mock(), "x", "reads .gguf files alone"),
-    ):
-        monkeypatch.setitem(sys.modules, PEERS[name][0], module)
-        with pytest.raises(SystemExit):
-            find_peer(name, Path(model))
-        (line,) = capsys.readouterr().err.splitlines()
-        assert f"--peers {name}: {why}" in line
-
-
-def test_openvino_gets_the_same_work(monkeypatch):
-    """Guards against a peer with other threads, limits or ends, or one that keeps what it read before."""
-    library, asked = Mock(), []
-
-    def answer(ids, _):
-        asked.append(ids)
-        metrics = Mock(get_ttft=lambda: SimpleNamespace(mean=0.0))
-        return SimpleNamespace(tokens=[[7, 8, 2]], perf_metrics=metrics)
-
-    library.LLMPipeline.return_value.generate = answer
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: array.tolist()))
-    config = GenerationConfig(max_steps=9, num_speculations=4, sample=False)
-    found = of_openvino(library, Path("x.gguf"), config, Path())
-    assert [*found] == ["openvino", "openvino, lookup"]
-    for strategy in found.values():
-        result = strategy.generate_token_ids(None, [5, 9], [2], config)
-        assert (result.predicted_tokens, result.end_token_id, result.num_decode_tokens) == ([7, 8], 2, 2)
-    assert asked == [[[5, 9]]] * 2
-    plain, lookup = library.LLMPipeline.call_args_list
-    assert plain.args == lookup.args == ("x.gguf", "CPU")
-    assert plain.kwargs["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
-    assert lookup.kwargs == plain.kwargs | {"prompt_lookup": True}
-    assert library.SchedulerConfig().enable_prefix_caching is False
-    settings = library.GenerationConfig()
-    assert (settings.max_new_tokens, settings.do_sample, settings.stop_token_ids) == (9, False, {2})
-    assert settings.num_assistant_tokens == 4
+    for module, why in ((None, "needs the package"), (Mock(), "reads .gguf files alone")):
+        monkeypatch.setitem(sys.modules, "llama_cpp", module)
+        assert f"--peers llama.cpp: {why}" in refused(find_llama_cpp, Path("x"), capsys)
 
 
 def test_what_follows_the_end_of_a_padded_row_does_not_count():
@@ -208,8 +170,16 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
     assert all(padded[index].prefill_time == padded[0].prefill_time > 0 for index in (0, 1))
 
 
-def test_our_sides_by_kind_of_prompt(measured, endless_folder, capsys):
-    """Guards against a missing workload, kind of sampling or side, and against sampled peers."""
+def test_our_sides_by_kind_of_prompt(measured, endless_folder, monkeypatch, capsys):
+    """Guards against a missing workload, kind of sampling or side, against sampled peers, and a copy without
+    room that ends all other sides.
+    """
+
+    def no_room(sides, *_):
+        if (sides[0][2].draft_weights, sides[0][2].exit_layer) == ("int4", 4):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
+
+    watch(monkeypatch, side_by_side, "warm_up", no_room)
     flags = ["--max_steps", "6", "--num_prompts", "1", "--exit_layer", "2", "--num_speculations", "2"]
     flags += ["--picking", "greedy", "sampled", "--workloads", "code", "repeat", "--rounds", "1"]
     rows = measured(*flags, "--draft_weights", "int4", "--peers", "none")["rows"]
@@ -218,37 +188,11 @@ def test_our_sides_by_kind_of_prompt(measured, endless_folder, capsys):
         for picking in ("greedy", "sampled")
         for workload in ("code", "repeat", "all prompts")
     ]
-    assert len(rows) == 4 * 6
+    assert len(rows) == 3 * 6
     assert all(row["ratio_to_plain"] >= row["ratio_to_plain_tenth"] > 0 for row in rows)
     assert all(row["answers"] == 1 + (row["workload"] == "all prompts") for row in rows)
     said = refused(side_by_side.main, ["--model", str(endless_folder), *flags], capsys)
     assert "--picking ['greedy', 'sampled']: sampled answers need --peers none" in said
-
-
-def test_sides_beside_busy_programs_and_without_room(measured, monkeypatch):
-    """Guards against programs that do not spin while sides are measured, or spin on afterwards, and against
-    the memory of one side that ends all others.
-    """
-    started, beside = watch(monkeypatch, subprocess, "Popen"), []
-
-    def spinning():
-        return [process for _, process in started if process.poll() is None]
-
-    def no_room(sides, *_):
-        if sides[0][2].draft_weights == "int4":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
-
-    watch(monkeypatch, side_by_side, "measure", lambda *_: beside.append(len(spinning())))
-    watch(monkeypatch, side_by_side, "warm_up", no_room)
-    flags = ["--peers", "none", "--beside", 0, 2, "--rounds", 1, "--prompt_tokens", 20, "--batch_size", 2]
-    drafts = ["--max_steps", 3, "--exit_layer", 2, "--num_speculations", 2]
-    rows = measured(*flags, *drafts)["rows"]
-    assert [(row["beside"], row["side"]) for row in rows] == [
-        (number, side) for number in (0, 2) for side in OURS if side != "4-bit copy"
-    ]
-    assert {row["answers"] for row in rows} == {2}
-    assert beside == [0, 2]
-    assert spinning() == []
 
 
 def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
