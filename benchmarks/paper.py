@@ -165,7 +165,6 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record:
         "measured_speedup": compared["speedup"], "low": low, "high": high,
         "measured_tokens_per_second": metrics["speed"]["tokens_per_second_median"],
         "decode_speedup": compared["decode_speedup"],
-        "predicted_decode_speedup": compared["predicted_decode_speedup"],
         "examples": metrics["num_examples"], "identical_outputs": compared["identical_outputs"],
         **metrics["text"], "machine": machine(report),
     }  # fmt: skip

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas
-
 from measures import metrics, spec_bench
 from measures.plots import paired_ratios
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
@@ -18,7 +16,6 @@ from runs.records import Run
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request
-from self_speculation.drafts.costs import draft_ratio
 from self_speculation.families import context_length
 
 _NAMES = {"": "this strategy", BASELINE: "without drafts"}
@@ -67,10 +64,9 @@ class Benchmark(Experiment):
         rows = [example.row for example in self.examples]
         if run.description["arguments"]["dataset"] == "spec_bench" and summary["batch_sizes"] == [1]:
             summary["by_category"] = spec_bench.by_category(rows, records)
-            lines += ["", spec_bench.show(summary["by_category"], title, run.folder / "categories")]
+            lines += ["", spec_bench.table(summary["by_category"])]
         if self.answer_file is not None:
             self._write_answers(run, rows, records, Path(self.answer_file).expanduser().absolute())
-        self._write_speeds(run, summary, records)
         if self.compare and len(ratios := metrics.ratios(records, "", BASELINE)):
             unit, interval = _unit(summary)[:-1], summary["comparison"]["speedup_interval"]
             label = f"speed-up over decoding without drafts: a point for each {unit}"
@@ -93,7 +89,7 @@ class Benchmark(Experiment):
         if "drafts" in records[0]:
             summary["acceptance"] = metrics.acceptance(records)
         if self.compare:
-            summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
+            summary["comparison"] = metrics.speedup(records, BASELINE)
         texts = [[record[of] for record in records] for of in ("prediction", "reference")]
         has_references = self.text_quality and any(texts[1])
         summary["text"] = metrics.text_quality(*texts) if has_references else {}
@@ -118,22 +114,6 @@ class Benchmark(Experiment):
             name = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
             model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"
             run.replace(str(name), spec_bench.answers(rows, records, model_id, prefix))
-
-    def _write_speeds(self, run: Run, summary: Record, records: list[Record]) -> None:
-        """Write the speed of each strategy, with the 90 % confidence interval of the median."""
-        rows = []
-        for prefix, *_ in self._sides:
-            low, high = metrics.median_interval(metrics.rates(records, prefix)) or (None, None)
-            rows.append({"strategy": _NAMES[prefix], **summary[f"{prefix}speed"], "low": low, "high": high})
-        run.replace("benchmark.csv", pandas.DataFrame(rows).set_index("strategy").to_csv())
-
-    def _predicted_speedup(self, records: Sequence[Record]) -> Record:
-        """By the formula, which holds for one sequence, one exit layer and one draft length."""
-        alpha, config, predicted = metrics.draft_stats(records).token_acceptance, self.config, None
-        if alpha is not None and self.batch_size == 1 and not config.is_adaptive:
-            c = draft_ratio(self.generator.model, config.exit_layer, config.draft_weights)
-            predicted = metrics.predicted_speedup(alpha, config.num_speculations, c)
-        return {"token_acceptance": alpha, "predicted_decode_speedup": predicted}
 
 
 def remarks(compared: Record, unit: str) -> list[str]:
@@ -194,8 +174,6 @@ def _comparison(compared: Record, num_examples: int, unit: str) -> list[str]:
     lines.append(_line("  of totals", compared["speedup_of_totals"]))
     if unit == "examples":
         lines.append(_line("speed-up, decode, median", compared["decode_speedup"]))
-        if (predicted := compared["predicted_decode_speedup"]) is not None:
-            lines.append(_line("  by the paper's formula", predicted))
     return [*lines, _line("identical outputs", f"{compared['identical_outputs']} of {num_examples}")]
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from runs.description import Record
 from self_speculation import GenerationStrategyResult
 from self_speculation.decoding.sampling import Sampler, gumbel_noise, noise_key
-from self_speculation.families import attention_types
-from self_speculation.passes.full_forward import attention_arguments
 from self_speculation.passes.fused_layers import activation_dtype
 from self_speculation.passes.in_place_runner import rounds_prompts
+from self_speculation.passes.model_runner import ModelRunner, forward
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3
@@ -54,10 +51,8 @@ def find_difference(
         return None
     pairs = enumerate(zip(first, second, strict=False))
     position = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-    history = torch.tensor([[*prompt, *first[:position]]], device=model.device)
-    # [1, V]: transformers' layers, in the dtype of our activations
-    fp32_activations = activation_dtype(model) != model.dtype
-    logits = exact_logits(model, history) if fp32_activations else model(history, logits_to_keep=1).logits[0]
+    history, runner = torch.tensor([[*prompt, *first[:position]]], device=model.device), ModelRunner(model)
+    logits = forward(runner, runner.new_cache(history.shape[1], history.shape[1]), history).logits[:, -1]
     logits = LogitsProcessorList(processors)(history, logits.float())  # [1, V]
     keys = torch.tensor([noise_key(seed, position)], device=model.device)
     chosen = [output[position] for output in (first, second) if position < len(output)]
@@ -83,21 +78,3 @@ def find_difference(
         "bound": bound,
         "near_tie": is_near,
     }
-
-
-@torch.inference_mode()
-def exact_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """[1, T] ids -> [1, V] fp32 logits of the last position, by transformers' layers.
-
-    One layer at a time has fp32 weights: there may be no memory for a copy of all.
-    """
-    base: Any = model.base_model
-    hidden = base.embed_tokens(ids).float()  # [1, T, H]
-    for layer, kind in zip(base.layers, attention_types(model.config), strict=True):
-        hidden = _in_fp32(layer, hidden, **attention_arguments(model, kind, hidden))
-    return _in_fp32(model.get_output_embeddings(), _in_fp32(base.norm, hidden[:, -1]))
-
-
-def _in_fp32(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-    weights = {name: weight.float() for name, weight in module.named_parameters()}
-    return functional_call(module, weights, args, kwargs)

@@ -1,4 +1,4 @@
-"""Speed, drafts, speed-up and texts of a run's records; the speed-up that the paper's formula predicts."""
+"""Speed, drafts, speed-up and texts of a run's records."""
 
 from __future__ import annotations
 
@@ -106,18 +106,15 @@ def acceptance(records: Sequence[Record]) -> Record:
     """Counts of all drafts as JSON.
 
     `acceptance_rate` is that of all tokens, `acceptance_rate_mean` the mean over examples with drafts.
-    `acceptance_by_position[i]` is over the drafts with more than i tokens, so it may rise.
     `rounds_by_accepted[i]` is the share of all rounds that accepted more than i tokens.
     """
     stats = draft_stats(records)
     rates = [rate for record in records if (rate := draft_stats([record]).acceptance_rate) is not None]
-    accepted, drafted = stats.accepted_by_position, stats.drafted_by_position
     return {
         "acceptance_rate": stats.acceptance_rate,
         "acceptance_rate_mean": statistics.mean(rates) if rates else None,
         "mean_accepted_length": stats.mean_accepted_length,
-        "acceptance_by_position": [a / b for a, b in zip(accepted, drafted, strict=True)],
-        "rounds_by_accepted": [n / stats.num_verifications for n in accepted],
+        "rounds_by_accepted": [n / stats.num_verifications for n in stats.accepted_by_position],
         "num_drafted": stats.num_drafted,
         "num_accepted": stats.num_accepted,
         "num_verifications": stats.num_verifications,
@@ -156,14 +153,6 @@ def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Recor
         "exact_match": statistics.mean(one.strip() == other.strip() for one, other in pairs),
         "edit_distance": statistics.mean(Levenshtein.distance(*pair) for pair in pairs),
     }
-
-
-def predicted_speedup(alpha: float, k: int, c: float) -> float:
-    """Tokens of a round, (1 - alpha^(k+1)) / (1 - alpha), over its cost in plain steps, k c + 1 (Leviathan et
-    al., theorem 3.8). `alpha` is `DraftStats.token_acceptance`.
-    """
-    tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
-    return tokens / (k * c + 1)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # never opens a window, never blocks
 import numpy
 import pandas
 from matplotlib import pyplot
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -22,8 +22,8 @@ _FRAME: dict[str, Any] = {"fill": False, "color": "gold", "linewidth": 3}
 
 
 def heat_maps(table: pandas.DataFrame, framed: tuple[int, int], title: str, path: Path) -> None:
-    """Draw how much of the drafts is accepted, over exit layer and draft length, and the speed-up if every
-    cell has one. Where few have one, it stands in their cells.
+    """Draw how much of the drafts is accepted, over exit layer and draft length; measured speed-ups stand in
+    their cells.
 
     Args:
         framed: exit layer and draft length of the cell with the best measured speed-up.
@@ -32,36 +32,24 @@ def heat_maps(table: pandas.DataFrame, framed: tuple[int, int], title: str, path
     rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
     size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.5 * rows))
     figure, panels = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
-    if table["speedup"].notna().all():
-        spread = max(0.05, float((table["speedup"] - 1).abs().max()))
-        norm: Normalize = TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread)
-        first = ("speedup", "speed-up over decoding without drafts (red: slower)", "{:.2f}", "RdBu", norm)
-    else:
-        norm = Normalize(1.0, float(table["mean_accepted_length"].max()))
-        first = (
-            "mean_accepted_length",
-            "mean accepted length (x: measured speed-up)",
-            "{:.2f}",
-            "viridis",
-            norm,
-        )
-    second = ("acceptance_rate", "acceptance rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
-    speedups = table.set_index(["exit_layer", "num_speculations"])["speedup"]
-    for axes, (values, name, form, colors, norm) in zip(panels, (first, second), strict=True):
-        grid = table.pivot(index="exit_layer", columns="num_speculations", values=values).astype(float)
-        image = axes.imshow(grid, cmap=colors, norm=norm, aspect="auto", origin="lower")
+    length, speedups = "mean_accepted_length", table.set_index(["exit_layer", "num_speculations"])["speedup"]
+    lengths = Normalize(1.0, float(table[length].max()))
+    first = (length, "mean accepted length (x: measured speed-up)", "{:.2f}", lengths)
+    second = ("acceptance_rate", "acceptance rate", "{:.0%}", Normalize(0.0, 1.0))
+    for axes, (name, label, form, norm) in zip(panels, (first, second), strict=True):
+        grid = table.pivot(index="exit_layer", columns="num_speculations", values=name).astype(float)
+        axes.imshow(grid, norm=norm, aspect="auto", origin="lower")
         axes.set_xticks(range(columns), grid.columns)
         axes.set_yticks(range(rows), grid.index)
         axes.set(xlabel="draft length [tokens]", ylabel="exit layer")
-        axes.set_title(name, fontsize=10)
+        axes.set_title(label, fontsize=10)
         for (row, column), number in numpy.ndenumerate(grid):
-            red, green, blue, _ = image.cmap(norm(number))
-            color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
             cell, text = (grid.index[row], grid.columns[column]), form.format(number)
             if cell == framed:
                 axes.add_patch(pyplot.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, **_FRAME))
-            if values == "mean_accepted_length" and pandas.notna(speedups[cell]):
+            if name == length and pandas.notna(speedups[cell]):
                 text += f"\nx {speedups[cell]:.2f}"
+            color = "white" if norm(number) < 0.6 else "black"  # the colours of large values are bright
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     frame = pyplot.Rectangle((0, 0), 1, 1, label="best measured speed-up", **_FRAME)
     figure.legend(handles=[frame], loc="outside lower right", fontsize=_SMALL)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas
 
 from measures import metrics
-from measures.plots import bars
 from measures.timed_runs import BASELINE
 from runs.description import Record
 from self_speculation.results import DraftStats
@@ -51,15 +49,9 @@ def by_category(rows: Sequence[Record], records: Sequence[Record]) -> dict[str, 
     return found
 
 
-def show(categories: dict[str, Record], title: str, path: Path) -> str:
-    """Draw the speed-up of each category, or else its speed; return a table of at most 85 columns."""
-    table = pandas.DataFrame(categories).T
-    value, label = table["tokens_per_second"], "tokens/s, median of questions"
-    if "speedup" in table:
-        value = table["speedup"]
-        label = "speed-up over decoding without drafts: median of questions, 90 % confidence interval"
-    bars(pandas.DataFrame({"by": "", "low": None, "high": None, **table, "value": value}), label, title, path)
-    shown = table.astype({"questions": int}).rename(columns=_HEADINGS)
+def table(categories: dict[str, Record]) -> str:
+    """Lines of at most 85 columns."""
+    shown = pandas.DataFrame(categories).T.astype({"questions": int}).rename(columns=_HEADINGS)
     lines = shown.to_string(float_format="{:.2f}".format, na_rep="-")
     grouped = f"\nmt_bench: {', '.join(_MT_BENCH)}" if "mt_bench" in categories else ""
     return f"medians of questions; from and to are the 90 % confidence interval{grouped}\n{lines}"

@@ -74,13 +74,6 @@ class DraftStats:
         return self.num_accepted / self.num_drafted if self.num_drafted else None
 
     @property
-    def token_acceptance(self) -> float | None:
-        """alpha: accepted / judged tokens. A token after a rejected one is not judged."""
-        kinds = self.rounds.items()
-        judged = sum(n * min(kind.drafted, kind.accepted + 1, kind.emitted) for kind, n in kinds)
-        return self.num_accepted / judged if judged else None
-
-    @property
     def mean_accepted_length(self) -> float | None:
         """Tokens per verification."""
         emitted = sum(n * kind.emitted for kind, n in self.rounds.items())

@@ -58,18 +58,14 @@ def test_benchmark_writes_files_that_others_can_read(with_pictures, tmp_path, ca
     metrics = run["metrics"]
     assert metrics["comparison"]["identical_outputs"] == 5
     assert metrics["speed"]["num_tokens"] == records["num_tokens"].sum()
-    assert metrics["comparison"]["predicted_decode_speedup"] > 0
     qualities = {"rouge1", "rouge2", "rougeL", "bleu", "exact_match", "edit_distance"}
     assert metrics["text"].keys() == qualities
     table = capsys.readouterr().out
     assert table.startswith(f"{heading(run)}\n\n5 examples ")
     assert all(len(line) <= 100 for line in table.splitlines() if "run.json" not in line)
     speeds = {"tokens/s, all tokens by wall time", "tokens/s, decode, median answer", "ms to first token"}
-    ratios = {"speed-up, median of examples", "speed-up, decode", "paper's formula", "acceptance rate"}
+    ratios = {"speed-up, median of examples", "speed-up, decode", "acceptance rate"}
     assert all(name in table for name in speeds | ratios)
-    table = pandas.read_csv(only_run(tmp_path) / "benchmark.csv", index_col="strategy")
-    assert table.index.tolist() == ["this strategy", "without drafts"]
-    assert (table["low"] <= table["tokens_per_second_median"]).all()
     assert (only_run(tmp_path) / "benchmark.png").stat().st_size > 10_000
 
 
@@ -229,7 +225,7 @@ def test_sides_take_turns_by_windows(model_folder, tmp_path, monkeypatch, capsys
     compared = metrics["comparison"]
     assert metrics["speed"]["total_time"] == pytest.approx(records["wall_time"].sum())
     assert (compared["speedup_windows"], compared["identical_outputs"]) == (4, 8)
-    assert compared["decode_speedup"] is compared["predicted_decode_speedup"] is None  # times overlap
+    assert compared["decode_speedup"] is None  # times overlap
     assert set(records["window"]) == {0, 2, 4, 6}
     table = capsys.readouterr().out
     assert all(f in table for f in ("middle half of windows", "decode, beside other rows", "batch size 2\n"))

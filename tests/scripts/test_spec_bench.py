@@ -63,7 +63,6 @@ def test_answers_results_and_turns_of_spec_bench(asked, tmp_path, monkeypatch, c
     assert metrics["speed"]["total_time"] == pytest.approx(seconds)
     assert all(name in output for name in ("mt_bench", "translation", "accepted length"))
     assert "\nmt_bench: writing, roleplay, reasoning, " in output
-    assert (only_run(tmp_path) / "categories.png").stat().st_size > 10_000
 
 
 def test_turns_without_room_are_counted(asked, tmp_path, capsys):
