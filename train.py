@@ -34,7 +34,7 @@ from training.flags import Flags, is_sharded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups, unused = get_type_hints(Flags).values(), ("quantization",)
+    groups, unused = get_type_hints(Flags).values(), ("quantization", "compile")
     flags = Flags(*parse(__doc__ or "", *groups, args=argv, without=unused))
     model, rank = flags.model, flags.optimization.lora_rank
     if tuple(map(int, version("torch").split(".")[:2])) < (2, 13):

@@ -12,7 +12,6 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import TrainingArguments as TrainerSettings
-from transformers.utils import is_torch_tf32_available
 
 from arguments import ModelArguments
 from self_speculation.config import DtypeName
@@ -54,34 +53,24 @@ def new_llama(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, seed: int
     return LlamaForCausalLM(config)
 
 
-def check_precision(dtype: DtypeName, device: torch.device) -> None:
-    """Raises ValueError if the device, or FSDP, has no mixed precision in --dtype."""
-    if is_sharded() and resolve_dtype(dtype, device) == torch.float16:
-        raise ValueError(f"dtype {dtype}: is float16; must be bfloat16 or float32 with FSDP")
-    if dtype == "float16" and device.type == "cpu":
-        raise ValueError("dtype float16: mixed precision on a CPU is bfloat16")
-    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("dtype bfloat16: this GPU has only float16")
-
-
-def computed_in(name: DtypeName, device: torch.device) -> str:
-    """The format of products: a dtype's name, or TF32, which `auto` means on a GPU that has it."""
+def computed_in(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The format of products. Raises ValueError if the device, or FSDP, has no mixed precision in --dtype."""
     dtype = resolve_dtype(name, device)
-    if isinstance(dtype, torch.dtype):
-        return str(dtype).removeprefix("torch.")
-    return "TF32" if device.type == "cuda" and is_torch_tf32_available() else "float32"
+    if dtype == torch.float16 and (is_sharded() or device.type == "cpu"):
+        raise ValueError(f"dtype {name}: float16 needs a GPU, and no FSDP; must be bfloat16 or float32 here")
+    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"dtype {name}: is bfloat16, this GPU has only float16")
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def trainer_settings(
     args: OptimizationArguments, model_args: ModelArguments, folder: Path, device: torch.device
 ) -> TrainerSettings:
     """The arguments of the Trainer."""
-    mixed = resolve_dtype(model_args.dtype, device)
+    mixed = computed_in(model_args.dtype, device)
     settings = TrainerSettings(
         output_dir=str(folder), use_cpu=device.type == "cpu", seed=model_args.seed, max_steps=args.num_steps,
         bf16=mixed == torch.bfloat16, fp16=mixed == torch.float16,
-        # The trainer enables TF32 for compiled layers, unless this is False.
-        tf32={"TF32": True, "float32": False}.get(computed_in(model_args.dtype, device)),
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
         activation_checkpointing=args.gradient_checkpointing and not is_sharded(),
@@ -94,7 +83,6 @@ def trainer_settings(
         ddp_find_unused_parameters=False,  # every rank calls every layer
         # Shard gradients between the passes of a step, too.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_sharded()}},
-        torch_compile=model_args.compile,
         report_to="none", disable_tqdm=False, log_level_replica="error",
     )  # fmt: skip
     settings._n_gpu = min(settings.n_gpu, 1)  # torchrun drives several GPUs, not DataParallel
@@ -109,8 +97,7 @@ def complete_sharding(accelerator: Accelerator, args: OptimizationArguments, dty
     if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is None:
         return
     plugin.activation_checkpointing |= args.gradient_checkpointing
-    mixed = resolve_dtype(dtype, accelerator.device)
-    if isinstance(mixed, torch.dtype) and mixed != torch.float32:
+    if (mixed := computed_in(dtype, accelerator.device)) != torch.float32:
         # accelerate's default sums gradients and rounds the loss in 16 bits.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32)
 

@@ -67,8 +67,7 @@ class Progress(ProgressCallback):
         if self.training_bar is None:
             return
         if "loss" in logs:
-            postfix = f"loss {float(logs['loss']):.3f}, {logs['tokens_per_second']} tokens/s"
-            self.training_bar.set_postfix_str(postfix, refresh=False)
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
         if "eval_loss" in logs:
             exits = sum(key.startswith("eval_loss_exit_") for key in logs)
             shown = sorted({exits * part // 8 for part in (1, 2, 4, 8)} - {0})

@@ -97,7 +97,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     length, seed = data_args.sequence_length, model_args.seed
     config = _read_config(model_args, length)
     exits = recipe_args.exit_layers(config.num_hidden_layers)
-    from_flags.check_precision(model_args.dtype, device)
+    computed_in = str(from_flags.computed_in(model_args.dtype, device)).removeprefix("torch.")
     # All ranks join before rank 0 does anything alone.
     state = PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE)
     place = ("resume", args.resume) if args.resume else ("output_dir", model_args.output_dir)
@@ -113,7 +113,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     else:
         model, tokenizer = _load_model(flags, config)
     facts = describe_model(model_args.model or "a new Llama", model, device)
-    facts["computed_in"] = from_flags.computed_in(model_args.dtype, device)
+    facts["computed_in"] = computed_in
     if args.lora_rank:
         assert model_args.model is not None
         model = from_flags.adapted(model, model_args.model, args.lora_rank)
@@ -191,7 +191,7 @@ def _new_tokenizer(resume: str | None, texts: datasets.Dataset, vocabulary_size:
     """The JSON of a new model's tokenizer, which the first start of the run trains."""
     if resume is not None:
         return (Path(resume).expanduser() / "tokenizer.json").read_text(encoding="utf-8")
-    return train_tokenizer(texts, vocabulary_size).to_str()
+    return train_tokenizer(texts, vocabulary_size)
 
 
 def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,16 +15,15 @@ from zlib import crc32
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data import DataError, load_from_hub, one_line, read_files
+from self_speculation.config import default_model
 from self_speculation.devices import round_up
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
-
-END_OF_TEXT = "<|endoftext|>"
 
 # Folders of generated tables, of sources for other interpreters and of deliberate errors.
 _NOT_PROSE = {
@@ -96,28 +94,21 @@ def standard_library() -> list[Path]:
     ]
 
 
-def train_tokenizer(texts: Dataset, vocabulary_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    # A prompt may end in a digit or line break: each is one token. A run of spaces is one token, too.
-    lines, digits = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Digits(individual_digits=True)
-    rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, digits, rest])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, special_tokens=[END_OF_TEXT], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(("".join(row.values()) for row in texts), trainer)
-    return tokenizer
+def train_tokenizer(texts: Dataset, vocabulary_size: int) -> str:
+    """The JSON of a byte-level tokenizer: that of the bundled model, trained on these texts instead. Line
+    breaks, digits and runs of spaces are tokens of their own in it, since a prompt may end in them.
+    """
+    bundled = AutoTokenizer.from_pretrained(default_model())
+    joined = ("".join(row.values()) for row in texts)
+    trained = bundled.train_new_from_iterator(joined, vocabulary_size, show_progress=False)
+    return trained.backend_tokenizer.to_str()
 
 
 def tokenizer_from_json(json: str, context: int) -> PreTrainedTokenizerBase:
     """The tokenizer of a new model; `<|endoftext|>` begins, ends and pads a text."""
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json), model_max_length=context, **special
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    tokenizer = Tokenizer.from_str(json)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **special)
 
 
 def to_blocks(texts: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> Dataset:
@@ -126,31 +117,26 @@ def to_blocks(texts: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, s
     Texts are joined, an end of text after each, and cut into blocks of `length`; tokens attend to the texts
     before theirs. A prompt with its response is a block of its own of at most `length`, and only the
     response and its end have labels. `datasets` caches the blocks by texts, tokenizer, length and seed, but
-    knows the code below by its name only: rename `Joined` or `_pair_blocks` when its output changes.
+    knows the functions below by their names only: rename one when its output changes.
 
     Raises:
         DataError: the texts do not fill one block.
     """
-    are_pairs = "prompt" in texts.column_names
-    convert: Callable = partial(_pair_blocks, tokenizer, length) if are_pairs else Joined(tokenizer, length)
-    blocks = texts.shuffle(seed).map(convert, batched=True, remove_columns=texts.column_names)
+    cut = partial(_pair_blocks if "prompt" in texts.column_names else _joined_blocks, tokenizer, length)
+    blocks = texts.shuffle(seed).map(cut, batched=True, remove_columns=texts.column_names)
     if not len(blocks):
         raise DataError(f"--sequence_length {length}: longer than all the text there is")
     return blocks
 
 
-class Joined:
-    """Texts -> blocks of `length`. The ids left over from one call begin the first block of the next."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        self._tokenizer, self._length = tokenizer, length
-        self._rest: list[int] = []
-
-    def __call__(self, rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        texts = self._tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [*self._rest, *chain(*([*text, self._tokenizer.eos_token_id] for text in texts))]
-        *blocks, self._rest = (ids[at : at + self._length] for at in range(0, len(ids) + 1, self._length))
-        return {"input_ids": blocks, "labels": blocks}
+def _joined_blocks(
+    tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]]
+) -> dict[str, list[list[int]]]:
+    """Of a thousand texts, without the tokens that do not fill a last block."""
+    texts = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [*chain(*([*text, tokenizer.eos_token_id] for text in texts))]
+    blocks = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+    return {"input_ids": blocks, "labels": blocks}
 
 
 def _pair_blocks(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,7 +20,6 @@ from unittest.mock import patch
 
 import numpy
 import torch
-from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -109,7 +107,8 @@ class EarlyExitTrainer(Trainer):
         model: of a supported family, with or without an adapter of peft.
 
     Raises:
-        ValueError: the model is not supported or has no such exit, or `args` ask for another loss.
+        ValueError: the model is not supported or has no such exit, or `args` ask for what does not go with
+            layers that differ from step to step.
     """
 
     data_collator: Callable[[list[Any]], dict[str, Any]]
@@ -118,23 +117,16 @@ class EarlyExitTrainer(Trainer):
         self, model: nn.Module, settings: RecipeArguments, args: TrainingArguments, **kwargs: Any
     ) -> None:
         check_supported(plain(model).config)
-        others = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
-        if args.label_smoothing_factor or any(map(kwargs.get, others)):
-            names = ", ".join(("label_smoothing_factor", *others))
-            raise ValueError(f"{names}: the recipe has a loss of its own, and no logits are kept")
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process for each, by torchrun")
+        if args.torch_compile:
+            raise ValueError("torch_compile: what surrounds the layers differs from step to step")
         self._settings = settings
         self._exits = settings.exit_layers(plain(model).config.num_hidden_layers)
-        self._bad_step = torch.tensor(math.inf)  # the first one whose gradient is not finite; on the device
-        self._restart_clock()
-        super().__init__(model=model, args=args, **kwargs | {"compute_metrics": _metrics_of_exits})
+        self._grad_norm = torch.zeros(())  # of the last step; on the device
+        super().__init__(model=model, args=args, compute_metrics=_metrics_of_exits, **kwargs)
         self.model_accepts_loss_kwargs = True
         self.data_collator = partial(_padded_right, self.data_collator)
-        if args.torch_compile:  # only the layers: everything around them differs from step to step
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-            for layer in plain(model).base_model.layers:
-                layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_step = 0
@@ -150,9 +142,7 @@ class EarlyExitTrainer(Trainer):
             num_items_in_batch = num_items_in_batch.long()
         inputs = inputs | self._plan(len(inputs["input_ids"]))
         with self._computing(early_exit_loss, losses.exit_losses):
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._tokens += inputs["input_ids"].numel()
-        return loss
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _plan(self, num_samples: int) -> dict[str, Any]:
         """The recipe's arguments of `early_exit_loss` for this micro-batch."""
@@ -188,29 +178,21 @@ class EarlyExitTrainer(Trainer):
             yield
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
-        if not self.args.fp16:  # fp16 skips a step whose gradient is not finite
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
-            step = torch.where(whole.isfinite(), math.inf, self.state.global_step + 1.0)
-            self._bad_step = torch.minimum(self._bad_step.to(step.device), step)
-        return norm
+        self._grad_norm = torch.as_tensor(super()._get_grad_norm(*args, **kwargs))
+        return self._grad_norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._check_finite(logs.get("loss", 0.0))
-        if "loss" in logs:
-            seconds = time.perf_counter() - self._since
-            logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds)
         super().log(logs, *args, **kwargs)
-        self._restart_clock()  # also after an evaluation
-
-    def _restart_clock(self) -> None:
-        self._since, self._tokens = time.perf_counter(), 0
 
     def _check_finite(self, loss: float = 0.0) -> None:
-        """Raises FloatingPointError if this mean over all ranks, or a gradient so far, is not finite."""
-        if (step := float(self._bad_step)) < math.inf or not math.isfinite(loss):
-            first = min(step, self.state.global_step)
-            raise FloatingPointError(f"loss or gradient is not finite at step {first:.0f}")
+        """Raises FloatingPointError if this mean over all ranks, or the gradient of the last step, is not
+        finite. After a gradient that is not, no later one is.
+        """
+        norm = getattr(self._grad_norm, "full_tensor", lambda: self._grad_norm)()  # of shards
+        # fp16 skips a step whose gradient is not finite.
+        if not (math.isfinite(loss) and (self.args.fp16 or math.isfinite(norm))):
+            raise FloatingPointError(f"loss or gradient is not finite at step {self.state.global_step}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Raises Failed if this rank cannot write, and of shards on every rank."""
@@ -224,7 +206,6 @@ class EarlyExitTrainer(Trainer):
             # Of shards: errors by rank.
             causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
             raise Failed(f"cannot write {folder}: {one_line(causes[0])}") from error
-        self._restart_clock()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any

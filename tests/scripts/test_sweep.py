@@ -56,13 +56,18 @@ def test_counts_are_the_measured_ones(common, tmp_path, extra):
 
 def test_pictures_table_and_flags(common, tmp_path, capsys):
     """Guards against a table without model and machine, cells that were not measured among those that were,
-    and flags of another cell than the best one.
+    flags of another cell than the best one, and flags that are ignored without a word.
     """
-    assert sweep.main([*common, "--num_speculations_last", "3", "--batch_size", "2"]) == 0
+    unused = ["--exit_layer", "2", "--num_speculations", "3", "--generation_strategy", "adaptive"]
+    grid = ["--exit_layer_last", "99", "--num_speculations_last", "3", "--batch_size", "2"]
+    assert sweep.main([*common, *unused, *grid]) == 0
     folder = only_run(tmp_path)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
-    run, output = about(folder), capsys.readouterr().out
+    run, (output, said) = about(folder), capsys.readouterr()
+    for name in ("exit_layer 2", "num_speculations 3", "generation_strategy adaptive"):
+        assert f"--{name}: not used; " in said
+    assert "--exit_layer_last 99: cut to 3, the model has 4 layers" in said
     assert output.startswith(f"{heading(run, ('exit_layer', 'num_speculations'))}\n\n3 prompts, ")
     files = "records.jsonl, run.json, sweep.csv, sweep.pdf, sweep.png"
     assert f"\n{folder}/: {files}\n" in output
@@ -111,9 +116,8 @@ def test_the_frame_and_the_last_lines_are_of_one_cell(slower, common, tmp_path, 
     assert " ".join(output.split()).count(said) == 1
 
 
-@pytest.mark.parametrize("mode", ["counted", "measured"])
 @pytest.mark.usefixtures("no_drawing")
-def test_a_sweep_of_a_busy_machine_says_so(mode, common, tmp_path, monkeypatch, capsys):
+def test_a_sweep_of_a_busy_machine_says_so(common, tmp_path, monkeypatch, capsys):
     """Guards against a heading and a picture with threads that measured cells did not have."""
     measure, measuring = timed_runs.measure_examples, []
 
@@ -125,22 +129,9 @@ def test_a_sweep_of_a_busy_machine_says_so(mode, common, tmp_path, monkeypatch, 
     monkeypatch.setattr(timed_runs, "measure_examples", busy)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1 if measuring else 2)
     grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--num_samples", "1", "--threads", "1"]
-    assert sweep.main([*common, *grid, "--mode", mode]) == 0
+    assert sweep.main([*common, *grid]) == 0
     assert about(only_run(tmp_path))["threads_used"] == 1
     assert ", down to 1 of 2 threads, 1 rank" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.usefixtures("no_drawing")
-def test_unused_and_cut_flags_are_named(common, tmp_path, capsys):
-    """Guards against a sweep that ignores a flag without a word."""
-    flags = ["--exit_layer", "2", "--num_speculations", "3", "--generation_strategy", "adaptive"]
-    grid = ["--exit_layer_last", "99", "--num_speculations_last", "1"]
-    assert sweep.main([*common, *flags, *grid]) == 0
-    said = capsys.readouterr().err
-    for name in ("exit_layer 2", "num_speculations 3", "generation_strategy adaptive"):
-        assert f"--{name}: not used; " in said
-    assert "--exit_layer_last 99: cut to 3, the model has 4 layers" in said
-    assert table(tmp_path).index.get_level_values(0).tolist() == [1, 2, 3]
 
 
 @pytest.mark.usefixtures("no_drawing")

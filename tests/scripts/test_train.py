@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pandas
 import pytest
 import torch
-from helpers import SMALL_TRAINING, about, only_run, refused, watch, write_program, write_rows
+from helpers import SMALL_TRAINING, about, only_run, refused, watch, write_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
@@ -179,8 +179,8 @@ def whole(tmp_path_factory, texts):
 def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     patch, status, kept, message, tmp_path, texts, whole, capsys, monkeypatch
 ):
-    """Guards against a lost checkpoint or signal, and against a resumption that learns something else: every
-    logged number and every weight is that of an uninterrupted run.
+    """Guards against a lost checkpoint or signal, and against a resumption, or activation checkpointing, that
+    learns something else: every logged number and every weight is that of an uninterrupted run.
     """
     with monkeypatch.context() as context:
         patch(context)
@@ -197,7 +197,7 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     else:
         assert f"{message.format(folder=folder)}, go on with --resume {folder}\n" in capsys.readouterr().err
         assert about(folder)["status"] == ("failed" if status == 1 else "interrupted")
-    assert train.main(["--resume", str(folder)]) == 0
+    assert train.main(["--resume", str(folder), "--gradient_checkpointing"]) == 0
     assert_same(folder, whole)
 
 
@@ -228,31 +228,14 @@ def test_resume_keeps_the_recipe_and_may_add_steps(tmp_path, texts, capsys, monk
     assert (about(folder)["status"], about(folder)["arguments"]["num_steps"]) == ("finished", 20)
 
 
-def test_accumulated_passes_are_one_step(tmp_path):
-    """Guards against a mean of means: with padding, two passes of two samples match one of four."""
-    rows = [{"prompt": f"what is {i} ", "response": "x" * (1 + 7 * (i % 4)) + str(i)} for i in range(60)]
-    path = write_rows(tmp_path / "pairs.jsonl", rows)
-    curves = []
-    for name, more in (("one", ()), ("two", ("--batch_size", "2", "--gradient_accumulation", "2"))):
-        folder = run(tmp_path / name, path, "--layer_dropout", "0", *more)
-        curves.append(log(folder)[["step", "loss", "grad_norm"]].dropna())
-    pandas.testing.assert_frame_equal(*curves, rtol=1e-4)
-
-
 def test_continual_pretraining(tmp_path, texts, model_folder):
-    """Guards against a model that does not learn, in bfloat16 too, or gets another tokenizer, and against
-    activation checkpointing that changes the losses.
-    """
-    curves = []
-    for name, more in (("plain", ()), ("checkpointed", ("--gradient_checkpointing",))):
-        folder = run(tmp_path / name, texts, "--model", str(model_folder), "--layer_dropout", "0.5", *more)
-        curves.append(log(folder))
-    pandas.testing.assert_frame_equal(*curves, rtol=1e-4)
-    assert_learns(curves[0], 0)
+    """Guards against a model that does not learn in 16 bits, or gets another tokenizer."""
+    flags = ["--model", str(model_folder), "--dtype", "bfloat16", "--curriculum", "gradual"]
+    folder = run(tmp_path, texts, *flags)
+    assert_learns(log(folder), 0)
     assert weights(folder).keys() == AutoModelForCausalLM.from_pretrained(model_folder).state_dict().keys()
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in (model_folder, folder / "model")]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
-    assert_learns(log(run(tmp_path / "bf16", texts, "--dtype", "bfloat16", "--curriculum", "gradual")), 0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, texts, capsys):
