@@ -34,8 +34,8 @@ import pandas
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import ModelArguments, at_least, check, parse, refuse
+from benchmarks.bars import bars
 from data import DATASETS, DataError, kind_of
-from measures.plots import bars
 from runs import ranks
 from runs.description import Record, describe, machine
 from runs.failures import Failed, check_writable

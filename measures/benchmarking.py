@@ -89,7 +89,6 @@ class Benchmark(Experiment):
         texts = [[record[of] for record in records] for of in ("prediction", "reference")]
         has_references = self.text_quality and any(texts[1])
         summary["text"] = metrics.text_quality(*texts) if has_references else {}
-        summary["peak_memory_mib"] = metrics.peak_memory_mib(self.generator.model.device)
         return summary
 
     def _remarks(self, summary: Record, records: list[Record], is_busy: bool) -> list[str]:
@@ -152,9 +151,7 @@ def _table(summary: Record) -> list[str]:
         lines.append(_line(name, *(speed[key] for speed in sides.values()), style=style))
     if accepted := summary.get("acceptance"):
         lines += _drafts(accepted)
-    lines += [_line(name.replace("_", " "), value) for name, value in summary["text"].items()]
-    memory = "peak memory, MiB" + ", of rank 0" * several
-    return [*lines, _line(memory, summary["peak_memory_mib"], style=".0f")]
+    return lines + [_line(name.replace("_", " "), value) for name, value in summary["text"].items()]
 
 
 def _line(name: str, *values: Any, style: str = ".2f") -> str:

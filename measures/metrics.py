@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 from collections.abc import Sequence
 
 import numpy
 import pandas
-import torch
 
 from runs.description import Record
 from self_speculation.results import DraftStats
@@ -153,11 +150,3 @@ def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Recor
         "exact_match": statistics.mean(one.strip() == other.strip() for one, other in pairs),
         "edit_distance": statistics.mean(Levenshtein.distance(*pair) for pair in pairs),
     }
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory so far: of tensors on a GPU, of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

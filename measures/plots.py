@@ -17,7 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-_SMALL = 9  # a line of 100 characters fits above two panels
+SMALL = 9  # a line of 100 characters fits above two panels
 _FRAME: dict[str, Any] = {"fill": False, "color": "gold", "linewidth": 3}
 
 
@@ -52,46 +52,7 @@ def heat_maps(table: pandas.DataFrame, framed: tuple[int, int], title: str, path
             color = "white" if norm(number) < 0.6 else "black"  # the colours of large values are bright
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     frame = pyplot.Rectangle((0, 0), 1, 1, label="best measured speed-up", **_FRAME)
-    figure.legend(handles=[frame], loc="outside lower right", fontsize=_SMALL)
-    save(figure, title, path)
-
-
-def bars(
-    table: pandas.DataFrame,
-    label: str,
-    title: str,
-    path: Path,
-    line: float | None = None,
-    colors: Sequence[str] = ("C0", "C1"),
-) -> None:
-    """Draw a bar for each row to `value`, with a line from `low` to `high` where they are.
-
-    Args:
-        table: its index has the names; rows of one name stand together. `by` names the color of each.
-        label: of the axis of values.
-        path: without suffix.
-        line: a value that all are compared with.
-        colors: of the values of `by`, in their order.
-    """
-    names, number = table.index.unique(), table.groupby(level=0).cumcount()
-    each = 1 + number.max()  # bars of a name
-    height = 0.8 / each
-    size = (8.0, 1.2 + 0.22 * len(names) * (1 + each))
-    figure, axes = pyplot.subplots(figsize=size, constrained_layout=True)
-    table = table.assign(place=names.get_indexer(table.index) + (number - (each - 1) / 2) * height)
-    for color, (kind, own) in zip(colors, table.groupby("by", sort=False), strict=False):
-        ends = own[["low", "high"]].astype(float).sub(own["value"], axis=0).abs().fillna(0.0)
-        how: dict[str, Any] = {"xerr": ends.T.to_numpy(), "ecolor": "#333333", "color": color, "label": kind}
-        drawn = axes.barh(own["place"], own["value"].astype(float), height, **how)
-        axes.bar_label(drawn, fmt="%.2f", padding=4, fontsize=_SMALL)
-    if line is not None:
-        axes.axvline(line, color="#333333", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.margins(x=0.12, y=0.02)
-    axes.set_xlabel(label, fontsize=_SMALL)
-    if (kinds := table["by"].nunique()) > 1:
-        figure.legend(loc="outside lower center", ncols=kinds, fontsize=_SMALL)
+    figure.legend(handles=[frame], loc="outside lower right", fontsize=SMALL)
     save(figure, title, path)
 
 
@@ -115,10 +76,10 @@ def paired_ratios(
         axes.axvspan(*interval, color="C0", alpha=0.15, linewidth=0)
         shown += f", 90 % confidence interval {interval[0]:.2f}-{interval[1]:.2f}"
     axes.axvline(median, color="C0", label=f"{shown}; above 1 in {(ratios > 1).sum()} of {len(ratios)}")
-    axes.set_xlabel(label, fontsize=_SMALL)
-    axes.set_ylabel("in ascending order", fontsize=_SMALL)
+    axes.set_xlabel(label, fontsize=SMALL)
+    axes.set_ylabel("in ascending order", fontsize=SMALL)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside lower center", fontsize=_SMALL)
+    figure.legend(loc="outside lower center", fontsize=SMALL)
     save(figure, title, path)
 
 
@@ -139,13 +100,13 @@ def agreement_by_exit(table: pandas.DataFrame, trained: Collection[int], title: 
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     if len(marked):
-        axes.legend(loc="lower right", fontsize=_SMALL)
+        axes.legend(loc="lower right", fontsize=SMALL)
     save(figure, title, path)
 
 
 def save(figure: Figure, title: str, path: Path) -> None:
     """Write a figure with a title above it; `path` has no suffix."""
-    figure.suptitle(title, fontsize=_SMALL)
+    figure.suptitle(title, fontsize=SMALL)
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
     pyplot.close(figure)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, LlamaConfig
 import generate as generate_script
 from arguments import ModelArguments
 from benchmarks import serving, side_by_side, synthetic
+from benchmarks.bars import bars
 from benchmarks.peers import (
     TRANSFORMERS,
     TransformersStrategy,
@@ -104,6 +105,30 @@ def test_side_by_side(measured, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert output.count("note: other programs used the processors: down to 1 of 2 threads\n") == 2
     assert output.splitlines()[-1].split()[0] == "adaptive"
+
+
+def test_bars(monkeypatch):
+    """Guards against a bar that hides another of its name, other software in the colors of this program, a
+    comparison without its baseline, and a line around another value.
+    """
+    none = (None, None)
+    rows = [("plain", "ours", 1.0, *none), ("fast", "ours", 2.0, 1.5, 4.0), ("fast", "theirs", 1.5, *none)]
+    table = pandas.DataFrame(rows, columns=["name", "by", "value", "low", "high"]).set_index("name")
+    monkeypatch.setattr("benchmarks.bars.save", (drawn := Mock()))
+    bars(table, "tokens/s", "a title", Path("bars"), line=1.0)
+    figure = drawn.call_args.args[0]
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["plain", "fast"]
+    assert [bar.get_width() for bar in axes.patches] == [1.0, 2.0, 1.5]
+    assert [(bar.get_y(), bar.get_height()) for bar in axes.patches] == [
+        pytest.approx((y, 0.4)) for y in (-0.4, 0.6, 1.0)
+    ]
+    ours, fast, theirs = (bar.get_facecolor() for bar in axes.patches)
+    assert ours == fast != theirs
+    assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == "--"] == [[1.0, 1.0]]
+    ends = [path[:, 0].tolist() for lines in axes.collections for path in lines.get_segments()]
+    assert ends == [[1.0, 1.0], [1.5, 4.0], [1.5, 1.5]]
+    assert [text.get_text() for legend in figure.legends for text in legend.texts] == ["ours", "theirs"]
 
 
 def test_the_quantiser_of_llama_cpp_is_silent(tmp_path, capfd):

@@ -41,29 +41,6 @@ def test_agreement_by_exit_has_title_and_marks(drawn, tmp_path):
     assert texts(axes.get_legend().texts) == ["trained exits"]
 
 
-def test_bars(drawn, tmp_path):
-    """Guards against a bar that hides another of its name, other software in the colors of this program, a
-    comparison without its baseline, and a line around another value.
-    """
-    none = (None, None)
-    rows = [("plain", "ours", 1.0, *none), ("fast", "ours", 2.0, 1.5, 4.0), ("fast", "theirs", 1.5, *none)]
-    table = pandas.DataFrame(rows, columns=["name", "by", "value", "low", "high"]).set_index("name")
-    plots.bars(table, "tokens/s", "a title", tmp_path / "bars", line=1.0)
-    (figure,) = drawn
-    (axes,) = figure.axes
-    assert texts(axes.get_yticklabels()) == ["plain", "fast"]
-    assert [bar.get_width() for bar in axes.patches] == [1.0, 2.0, 1.5]
-    assert [(bar.get_y(), bar.get_height()) for bar in axes.patches] == [
-        pytest.approx((y, 0.4)) for y in (-0.4, 0.6, 1.0)
-    ]
-    ours, fast, theirs = (bar.get_facecolor() for bar in axes.patches)
-    assert ours == fast != theirs
-    assert [line.get_xdata() for line in axes.lines if line.get_linestyle() == "--"] == [[1.0, 1.0]]
-    ends = [path[:, 0].tolist() for lines in axes.collections for path in lines.get_segments()]
-    assert ends == [[1.0, 1.0], [1.5, 4.0], [1.5, 1.5]]
-    assert [text for legend in figure.legends for text in texts(legend.texts)] == ["ours", "theirs"]
-
-
 @pytest.mark.parametrize("interval", [None, (1.1, 1.4)])
 def test_paired_ratios(drawn, tmp_path, interval):
     """Guards against intervals of two sides that overlap though one won each pair, and a gain of a few."""
