@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas
 from matplotlib import pyplot
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 SMALL = 9  # a line of 100 characters fits above two panels
 _FRAME: dict[str, Any] = {"fill": False, "color": "gold", "linewidth": 3}
@@ -80,27 +80,6 @@ def paired_ratios(
     axes.set_ylabel("in ascending order", fontsize=SMALL)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center", fontsize=SMALL)
-    save(figure, title, path)
-
-
-def agreement_by_exit(table: pandas.DataFrame, trained: Collection[int], title: str, path: Path) -> None:
-    """Draw `agreement` over `exit_layer`: how often an exit's draft would be accepted.
-
-    Args:
-        trained: exits to be marked.
-        path: without suffix.
-    """
-    figure, axes = pyplot.subplots(figsize=(7.0, 3.6), constrained_layout=True)
-    marked = table[table["exit_layer"].isin(trained)]
-    axes.plot(table["exit_layer"], table["agreement"], marker="o", markersize=3)
-    axes.plot(marked["exit_layer"], marked["agreement"], "o", color="C1", label="trained exits")
-    axes.set(xlabel="exit layer", ylabel="tokens on which the exit agrees with the last layer")
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(alpha=0.3)
-    if len(marked):
-        axes.legend(loc="lower right", fontsize=SMALL)
     save(figure, title, path)
 
 

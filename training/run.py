@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from arguments import ModelArguments, refuse
 from data import DataError
-from measures.plots import agreement_by_exit
 from runs import ranks
 from runs.description import Record, describe, describe_model, heading
 from runs.failures import Failed, check_writable
@@ -214,7 +213,7 @@ def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel
 
 
 def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float]) -> None:
-    """Write the model, its tokenizer, the scores of all exits and their plot; print the scores."""
+    """Write the model, its tokenizer and the scores of all exits; print the scores."""
     _save_model(trainer, run.folder)
     if ranks.rank() != 0:
         return
@@ -223,11 +222,10 @@ def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float
     run.replace("exits.csv", table.to_csv(index=False))
     asked = run.description["arguments"]
     title = heading(run.description | {"arguments": asked | {"dataset": asked["data_path"] or asked["data"]}})
-    agreement_by_exit(table, asked["exits"] or (), title, run.folder / "exits")
     run.write_status("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")
-    written = ("model", "adapter", "exits.csv", "exits.png", "exits.pdf", "log.csv", "run.json")
+    written = ("model", "adapter", "exits.csv", "log.csv", "run.json")
     print(f"\n{run.folder}/: {', '.join(name for name in written if (run.folder / name).exists())}")
 
 

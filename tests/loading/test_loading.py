@@ -226,7 +226,7 @@ def test_code_of_a_repository_needs_permission(folder, tmp_path):
 def test_the_bundled_model_is_small_complete_and_in_bf16():
     """Guards against a checkpoint without its tokenizer, in fp32, or with leftovers of a training run."""
     files = {file.name: file for file in Path(default_model()).iterdir()}
-    expected = {"config.json", "generation_config.json", "model.safetensors", "README.md", "exits.png"}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert expected | {"tokenizer.json", "tokenizer_config.json"} == set(files)
     assert sum(file.stat().st_size for file in files.values()) < 30e6
     assert {weight.dtype for weight in load_file(files["model.safetensors"]).values()} == {torch.bfloat16}

@@ -20,27 +20,6 @@ def texts(parts):
     return [part.get_text() for part in parts]
 
 
-def test_agreement_by_exit_has_title_and_marks(drawn, tmp_path):
-    """Guards against a picture without model and machine, a tick at exit 1.5, axes that begin above 0 and
-    exaggerate, exits that learnt among exits that did not, and panels of other scores beside the one that
-    decides.
-    """
-    table = pandas.DataFrame({"exit_layer": [1, 2], "loss": [2.0, 1.0], "agreement": [0.1, 0.2]})
-    plots.agreement_by_exit(table, [2], "a model\na machine", tmp_path / "exits")
-    (figure,) = drawn
-    figure.canvas.draw()
-    (axes,) = figure.axes
-    assert figure.get_suptitle() == "a model\na machine"
-    assert axes.get_xlabel() == "exit layer"
-    assert axes.get_ylabel() == "tokens on which the exit agrees with the last layer"
-    assert all(tick == int(tick) for tick in axes.get_xticks())
-    assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (0, 0)
-    assert axes.get_xlim()[1] > 2
-    marked = [line.get_xydata().tolist() for line in axes.lines if line.get_label() == "trained exits"]
-    assert marked == [[[2, 0.2]]]
-    assert texts(axes.get_legend().texts) == ["trained exits"]
-
-
 @pytest.mark.parametrize("interval", [None, (1.1, 1.4)])
 def test_paired_ratios(drawn, tmp_path, interval):
     """Guards against intervals of two sides that overlap though one won each pair, and a gain of a few."""

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 import train
-from measures.plots import agreement_by_exit
 from self_speculation import load_model_and_tokenizer
 from training.trainer import EarlyExitTrainer
 
@@ -75,32 +74,22 @@ def checkpoints(folder):
     return {int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures():
-    """Drawing takes a third of such a short training."""
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr("training.run.agreement_by_exit", Mock())
-        yield
-
-
 def program(tmp_path, patch):
     """train.py with a patch by the functions below, for processes of their own."""
     code = f"from test_train import *\n{patch}(pytest.MonkeyPatch())\n"
     return write_program(tmp_path, f"{code}from runs import program; program.run(train.main)\n")
 
 
-def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, monkeypatch, capsys):
+def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, capsys):
     """Guards against a training that learns nothing, against an exit that never does and no word of it, and
     against results that no script or transformers reads.
     """
-    monkeypatch.setattr("training.run.agreement_by_exit", agreement_by_exit)
     folder = run(tmp_path, texts, "--num_steps", "60")
     assert "\nexit 1 never learns: its weight in the paper's loss is 0; --exit" in capsys.readouterr().out
     frame = log(folder)
     assert_learns(frame, 0.5)
     assert {f"eval_loss_exit_{exit}" for exit in (1, 2, 3)} <= set(frame)
     assert list(pandas.read_csv(folder / "exits.csv")["exit_layer"]) == [1, 2, 3]
-    assert (folder / "exits.png").stat().st_size > 1000
     assert about(folder)["status"] == "finished"
     model, tokenizer = load_model_and_tokenizer(str(folder / "model"))
     first, second = "def add(a, b):\n", "        return a + 12\n"
