@@ -57,7 +57,7 @@ def computed_in(name: DtypeName, device: torch.device) -> torch.dtype:
     """The format of products. Raises ValueError if the device, or FSDP, has no mixed precision in --dtype."""
     dtype = resolve_dtype(name, device)
     if dtype == torch.float16 and (is_sharded() or device.type == "cpu"):
-        raise ValueError(f"dtype {name}: float16 needs a GPU, and no FSDP; must be bfloat16 or float32 here")
+        raise ValueError(f"dtype {name}: float16 needs a GPU without FSDP; must be bfloat16 or float32")
     if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"dtype {name}: is bfloat16, this GPU has only float16")
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

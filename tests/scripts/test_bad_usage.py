@@ -120,7 +120,7 @@ MISTAKES = {
         "--model_args hidden_size=18": "The hidden size (18) is not a multiple of the number of",
         "--model_args hidden_size=x": "'hidden_size=x': Validation error for field 'hidden_size'",
         "--num_steps 2": "--warmup_steps 2: must be below --num_steps 2",
-        "--dtype float16": "--dtype float16: mixed precision on a CPU is bfloat16",
+        "--dtype float16": "--dtype float16: float16 needs a GPU without FSDP; must be bfloat16 or float32",
         "--lora_rank 2": "--lora_rank 2: needs a --model to adapt",
         "--device cuda:1": "must be auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES=1 chooses the GPU",
         "--output_dir /proc": "--output_dir /proc: cannot be written (",

@@ -84,7 +84,7 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, capsys):
     """Guards against a training that learns nothing, against an exit that never does and no word of it, and
     against results that no script or transformers reads.
     """
-    folder = run(tmp_path, texts, "--num_steps", "60")
+    folder = run(tmp_path, texts, "--num_steps", "40", "--eval_steps", "40", "--save_steps", "40")
     assert "\nexit 1 never learns: its weight in the paper's loss is 0; --exit" in capsys.readouterr().out
     frame = log(folder)
     assert_learns(frame, 0.5)

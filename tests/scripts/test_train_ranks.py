@@ -156,7 +156,7 @@ def test_two_ranks_learn_what_one_does(env, tmp_path):
     often do.
     """
     rows = [{"prompt": f"what is {i} ", "response": "x" * (1 + 7 * (i % 4)) + str(i)} for i in range(60)]
-    flags = [*arguments(tmp_path, write_rows(tmp_path / "pairs.jsonl", rows)), *DROPPING]
+    flags = [*arguments(tmp_path, write_rows(tmp_path / "pairs.jsonl", rows)), *DROPPING, "--num_steps", "6"]
     shared = ["--batch_size", "1", "--gradient_accumulation", "2"]
     outputs = [["--output_dir", str(tmp_path / name / "logs")] for name in ("one", "two")]
     assert train.main([*flags, *outputs[0]]) == 0

@@ -28,9 +28,9 @@ def test_texts_are_rows_or_whole_files(tmp_path):
     assert rows == files
     assert sorted(rows[0] + rows[1]) == sorted(texts)
     assert not set(rows[0]) & set(rows[1])
-    write_rows(tmp_path / "b.jsonl", [{"text": "x", "prompt": text, "response": "y"} for text in texts])
+    write_rows(tmp_path / "b.jsonl", [{"text": "x", "prompt": "ask", "response": text} for text in texts])
     pairs = [row for part in load_texts(arguments(tmp_path / "b.jsonl")) for row in part]
-    assert sorted(map(tuple, map(dict.values, pairs))) == sorted((text, "y") for text in texts)
+    assert sorted(map(tuple, map(dict.values, pairs))) == sorted(("ask", text) for text in texts)
 
 
 @pytest.mark.parametrize(
