@@ -15,7 +15,7 @@ from torch import Tensor
 
 from self_speculation.config import GenerationStrategyName
 from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.sampling import leading_matches
+from self_speculation.decoding.sampling import amax, leading_matches
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft
 from self_speculation.passes.kv_cache import KVCache
@@ -62,7 +62,7 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
     tokens = batch.sample(logits)  # [B, k+1], the target's own, by the noise of their positions
     accepted = leading_matches(draft.tokens, tokens, draft.lengths)  # [B]
-    read = AsyncRead([logits.amax(-1), tokens, accepted])
+    read = AsyncRead([amax(logits), tokens, accepted])
     batch.show_drafts()  # a GPU verifies meanwhile
     largest, ids, num_accepted = read.wait()
     batch.check(largest)  # for NaN

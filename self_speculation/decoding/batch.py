@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.sampling import Sampled, Sampler, joint_sampler
+from self_speculation.decoding.sampling import Sampled, Sampler, amax, joint_sampler
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.transfers import AsyncRead, Known, on_device
 
@@ -172,7 +172,7 @@ class Batch:
         """
         logits = self.process(logits[:, None])  # [B, 1, V]
         tokens = self.sample(logits)  # [B, 1]
-        reading = AsyncRead([logits.amax(-1), tokens])
+        reading = AsyncRead([amax(logits), tokens])
         self.commit_unread()
         self.last, self._unread = tokens, (reading, logits)
         go_on = (sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)

@@ -28,6 +28,21 @@ from self_speculation.transfers import on_device
 _LIKELY = 128
 
 
+def argmax(scores: Tensor) -> Tensor:
+    """[..., V] -> [...] the id of the largest score, as `Tensor.argmax`. NaN is larger than any number."""
+    return torch.as_tensor(scores.numpy().argmax(-1)) if _is_for_numpy(scores) else scores.argmax(-1)
+
+
+def amax(scores: Tensor) -> Tensor:
+    """[..., V] -> [...] the largest score, or NaN if one is NaN."""
+    return torch.as_tensor(scores.numpy().max(-1)) if _is_for_numpy(scores) else scores.amax(-1)
+
+
+def _is_for_numpy(scores: Tensor) -> bool:
+    """On a CPU torch takes 10 times as long, and 100 times beside busy programs: its threads wait."""
+    return scores.device.type == "cpu" and scores.dtype == torch.float32
+
+
 def noise_key(seed: int, position: int) -> int:
     """64 bits that the noise of a position follows from."""
     digest = blake2b(b"%d %d" % (seed, position), digest_size=8).digest()
@@ -131,13 +146,13 @@ class Sampler:
     def __call__(self, logits: Tensor, keys: Tensor | None) -> Tensor:
         """The tokens [...] of positions with logits [..., V] and keys [...] of noise (None when greedy)."""
         if self.greedy:
-            return logits.argmax(-1)
+            return argmax(logits)
         assert keys is not None
         rows, row_keys = logits.reshape(-1, logits.shape[-1]).float() / self.temperature, keys.flatten()
         if self._filters:
             tokens = self._sample_likely(rows.softmax(-1), row_keys, is_partial=rows.device.type == "cpu")
         else:
-            tokens = _noise_of_all(row_keys, rows.shape[1]).add_(rows).argmax(-1)
+            tokens = argmax(_noise_of_all(row_keys, rows.shape[1]).add_(rows))
         return tokens.view(keys.shape)
 
     def draft(self, logits: Tensor, keys: Tensor | None, needs_confidence: bool = False) -> Sampled:
@@ -151,12 +166,13 @@ class Sampler:
                 scores = gumbel_noise(keys, ids).add_(kept.log())
             else:
                 scores = _noise_of_all(keys, logits.shape[-1]).add_(scores / self.temperature)
-        tokens = scores.argmax(-1, keepdim=True)
-        tokens = (tokens if ids is None else ids.gather(-1, tokens))[:, 0]
+        tokens = argmax(scores)
+        if ids is not None:
+            tokens = ids.gather(-1, tokens[:, None])[:, 0]
         if not needs_confidence:
             return Sampled(tokens, None)
         # NaN where processors forbid every token.
-        return Sampled(tokens, scores.softmax(-1).amax(-1).nan_to_num_(0.0))
+        return Sampled(tokens, amax(scores.softmax(-1)).nan_to_num_(0.0))
 
     def keep(self, likely: Tensor) -> Tensor:
         """[..., m] probabilities in descending order -> the same, with 0 in the place of those that the rules
@@ -200,7 +216,7 @@ class Sampler:
             most = max(1, int(kept.count_nonzero(-1).max()))
             kept, ids = kept[:, :most].contiguous(), ids[:, :most]
         scores = kept.log().add_(gumbel_noise(keys, ids))
-        tokens = ids.gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
+        tokens = ids.gather(-1, argmax(scores)[:, None])[:, 0]
         if len(unsure):
             tokens[unsure] = self._sample_likely(probabilities[unsure], keys[unsure], is_partial=False)
         return tokens

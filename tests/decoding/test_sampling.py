@@ -26,6 +26,8 @@ from self_speculation.config import SAMPLING_RULES, GenerationConfig
 from self_speculation.decoding.request import FrequencyPenaltyLogitsProcessor, config_processors
 from self_speculation.decoding.sampling import (
     Sampler,
+    amax,
+    argmax,
     decode_next_token,
     gumbel_noise,
     leading_matches,
@@ -227,6 +229,16 @@ def test_a_rule_reaches_scripts_server_and_harness(rule):
         request_config(task, GenerationConfig(), SimpleNamespace(**{rule: 1})),
     ]
     assert [getattr(Sampler.of(config), rule) for config in configs] == [1] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_of_rows_is_torchs(dtype):
+    """Guards against another id among equal scores, and against a NaN that is not seen."""
+    scores = torch.randn(3, 4, 7000).to(dtype)  # bfloat16 has many equal numbers
+    scores[0, 1, 5], scores[1, 0], scores[2, 3, 9] = math.nan, -math.inf, math.inf
+    with torch.inference_mode():
+        assert argmax(scores).equal(scores.argmax(-1))
+        assert amax(scores).allclose(scores.amax(-1), rtol=0.0, equal_nan=True)
 
 
 def test_filters():
