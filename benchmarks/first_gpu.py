@@ -33,9 +33,8 @@ from self_speculation import GenerationConfig, LoadingOptions, Request, default_
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.loading.loading import load_model_and_tokenizer
 from self_speculation.passes.captured_runner import num_captures
-from self_speculation.passes.fused_layers import fuse
-from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.passes.runners import capture_decoding
+from self_speculation.passes.fused_layers import FusedRunner
+from self_speculation.passes.runners import capture_decoding, fuse
 from self_speculation.scheduler import Scheduler
 
 _LIMIT = 480.0  # seconds, after which no step begins
@@ -87,7 +86,7 @@ class Tried:
 
     def kernels(self) -> Mapping[str, Any]:
         """Microseconds of attention of a layer by our kernels, and GB/s of keys and values that it reads."""
-        runner = ModelRunner(self._model)
+        runner = FusedRunner(self._model)
         if runner.why_no_kernels is not None:
             return {"none": runner.why_no_kernels}
         found = {}

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from self_speculation.weights.few_bits import project
 from self_speculation.weights.int4_linear import int4_copy
 from self_speculation.weights.kernels import cpu_operators
-from self_speculation.weights.linear import Linear, project
 
 # [out, in] of one layer: q with k and v, o, gate with up, down.
 SHAPES = ((1152, 896), (896, 896), (9728, 896), (896, 4864))
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 times.setdefault((name, num_tokens), []).append(took)
     for name, linears in formats.items():
         print(f"{name:<30}" + "".join(f"{median(times[name, n]):9.2f}" for n in TOKENS))
-        num_bytes = sum(linear.num_bytes for linear in linears)
+        num_bytes = sum(linear.weight.nbytes for linear in linears)
         pairs = (zip(times[name, n], times["memory", n], strict=True) for n in TOKENS)
         ratios = [median(took / (limit * num_bytes) for took, limit in pair) for pair in pairs]
         print(f"{'  over memory`s limit':<30}" + "".join(f"{ratio:9.2f}" for ratio in ratios))
@@ -67,15 +67,15 @@ def made(name: str, num_layers: int) -> list[Any]:
     for out, width in SHAPES * num_layers:
         module = nn.Linear(width, out, bias=False).requires_grad_(False)
         dtype = torch.float32 if name == "four bits" else getattr(torch, name)
-        linear = Linear(module.to(dtype))
-        linears.append(int4_copy(linear) if name == "four bits" else linear)
+        module = module.to(dtype)
+        linears.append(int4_copy(module) if name == "four bits" else module)
     return linears
 
 
 @torch.inference_mode()
 def products(linears: list[Any], inputs: dict[int, Tensor]) -> None:
-    for linear, (out, width) in zip(linears, SHAPES * (len(linears) // len(SHAPES)), strict=True):
-        project(inputs[width], linear.slots(), out)
+    for linear in linears:
+        project(inputs[linear.in_features], linear)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -33,8 +33,8 @@ from runs.startup import load_generator
 from self_speculation import Request, Sampler
 from self_speculation.config import SAMPLING_RULES, check
 from self_speculation.families import context_length
-from self_speculation.passes.fused_layers import activation_dtype
-from self_speculation.passes.model_runner import ModelRunner, forward_early
+from self_speculation.passes.model_runner import forward_early
+from self_speculation.passes.runners import activation_dtype, eager_runner
 from self_speculation.threads import adjust_threads
 
 # Fields of a config that tasks set, and the harness's names of them.
@@ -151,7 +151,7 @@ class SelfSpeculativeLM(HFLM):
         adjust_threads(self.model)
         if self._own_depth is None:
             return super()._model_call(inps, attn_mask, labels)
-        (rows, width), runner = inps.shape, ModelRunner(self.model)
+        (rows, width), runner = inps.shape, eager_runner(self.model)
         cache = runner.new_cache(width, width, num_slots=rows)
         cache.set_rows([0] * rows)
         with torch.inference_mode():

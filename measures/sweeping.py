@@ -27,7 +27,7 @@ from self_speculation.decoding.request import config_processors
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.registry import make_drafter
 from self_speculation.families import context_length
-from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.passes.runners import eager_runner
 from self_speculation.results import DraftStats
 
 Cell = tuple[int, int]  # exit layer, draft length
@@ -149,7 +149,7 @@ class Counted(Sweep):
         model = self.generator.model
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)
         expected = ids[0, len(prompt) :]  # [n]
-        runner = ModelRunner(model)
+        runner = eager_runner(model)
         cache = runner.new_cache(ids.shape[1], ids.shape[1])
         exit_layers = sorted({layer for layer, _ in self.grid})
         drafter = make_drafter(runner, self.config, exit_layers[-1])
@@ -178,7 +178,7 @@ class Counted(Sweep):
     def _fastest(self, rows: Mapping[Cell, Record]) -> list[Cell]:
         """The cells with the most tokens per time, by the costs that adaptive decoding begins with."""
         model, weights = self.generator.model, self.config.draft_weights
-        cost, size = relative_pass_cost(ModelRunner(model)), self.batch_size
+        cost, size = relative_pass_cost(eager_runner(model)), self.batch_size
 
         def speed(cell: Cell) -> float:
             exit_layer, k = cell

@@ -22,8 +22,8 @@ from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model
 from self_speculation.config import LoadingWarning
 from self_speculation.decoding.texts import Thinking
 from self_speculation.loading.loading import load_config, resolve_device
-from self_speculation.passes.fused_layers import bytes_made
 from self_speculation.passes.quantized_layers import check_family, why_no_copies
+from self_speculation.passes.runners import bytes_made
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
 from self_speculation.weights.kernels import cpu_operators
 

@@ -27,7 +27,7 @@ _HOME = {
     "ThreadGovernor": "threads",
     "decode_next_token": "decoding.sampling",
     "default_model": "config",
-    "fuse": "passes.fused_layers",
+    "fuse": "passes.runners",
     "govern_threads": "threads",
     "load_model_and_tokenizer": "loading.loading",
     "make_strategy": "strategies",

@@ -42,8 +42,8 @@ FAMILIES: Mapping[str, str] = {
     "starcoder2": "StarCoder2",
 }
 
-# Those whose plain layers run as fused layers.
-FUSED_FAMILIES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "gemma3_text")
+# Those with layers of Llama's layout, which passes/layers.py describes: the library has its own for them.
+LLAMA_LAYOUT = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "gemma3_text")
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 
@@ -125,6 +125,11 @@ def declared(config: PretrainedConfig, name: str) -> Any:
     """
     kind: Callable[..., object] = type(config)
     return getattr(config, name, None) if name in _settings(kind) else None
+
+
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """How many of a layer's `num_experts` a token chooses; None: the model is dense."""
+    return declared(config, "num_experts_per_tok")
 
 
 @cache

@@ -10,6 +10,7 @@ from threading import RLock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 T = TypeVar("T")
@@ -39,11 +40,19 @@ def weights_key(model: nn.Module) -> Hashable:
     for module in modules:  # it grows meanwhile; `parameters` takes four times as long
         modules.extend(child for child in module._modules.values() if child is not None)
     return tuple(
-        (id(each), each.data_ptr(), None if each.is_inference() else each._version)
+        (id(each), each.data_ptr(), version(each))
         for module in modules
         for each in module._parameters.values()
         if each is not None
     )
+
+
+def version(weight: torch.Tensor) -> int | None:
+    """The number of writes that torch has counted; None: it was made in inference mode, which counts none."""
+    try:
+        return weight._version
+    except RuntimeError:
+        return None
 
 
 def cached(

@@ -45,9 +45,9 @@ from self_speculation import (
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.generator_base import single_result
 from self_speculation.passes.decode_attention import why_no_kernels
-from self_speculation.passes.fused_layers import fuse
-from self_speculation.passes.model_runner import ModelRunner, forward
-from self_speculation.passes.runners import make_runner
+from self_speculation.passes.fused_layers import FusedRunner
+from self_speculation.passes.model_runner import forward
+from self_speculation.passes.runners import fuse, make_runner
 from self_speculation.results import DraftStats
 from self_speculation.scheduler import Scheduler
 from self_speculation.weights.kernels import cpu_operators
@@ -291,7 +291,7 @@ def assert_logits(model):
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
         expected = copy.deepcopy(model).float()(ids).logits
-        for runner in (ModelRunner(model), make_runner(model)):
+        for runner in (FusedRunner(model), make_runner(model)):
             mine = forward(runner, runner.new_cache(6, 6), ids, 6).logits
             assert mine.dtype == torch.float32
             assert_close(mine, expected, roundings=200)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from self_speculation.model_cache import singleton
 from self_speculation.passes import graph_recorder
-from self_speculation.passes.fused_layers import Settings
+from self_speculation.passes.layers import Settings
 
 # Calls that read a tensor on the host, copy host data, or give results whose shape depends on values.
 REFUSED = {

@@ -8,10 +8,16 @@ import torch
 from conftest import assert_close, generate, tiny_llama
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from self_speculation.families import FAMILIES, FUSED_FAMILIES, attention_types, context_length
+from self_speculation.families import (
+    FAMILIES,
+    LLAMA_LAYOUT,
+    attention_types,
+    context_length,
+    experts_per_token,
+)
 from self_speculation.llama_model_utils import crop_past_key_values
 from self_speculation.passes.full_forward import hidden_after_each_layer
-from self_speculation.passes.fused_layers import fuse
+from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
 from self_speculation.passes.kv_cache import Buffers, KVCache
 from self_speculation.passes.model_runner import (
     PREFILL_CHUNK,
@@ -20,7 +26,7 @@ from self_speculation.passes.model_runner import (
     forward_early,
     forward_remainder,
 )
-from self_speculation.weights.experts import experts_per_token
+from self_speculation.passes.runners import fuse
 
 SHAPE = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -94,16 +100,18 @@ def pieces_match_the_whole(model):
     ids = torch.randint(3, SHAPE["vocab_size"], (1, 12))
     with torch.inference_mode():
         expected = model(ids).logits
-    compare_pieces(model, ids, expected)
-    can_fuse = model.config.model_type in FUSED_FAMILIES and model.config._attn_implementation == "sdpa"
-    assert fuse(model) == (4 if can_fuse else 0)
-    compare_pieces(model, ids, expected)
+    compare_pieces(ModelRunner(model), ids, expected)
+    can_fuse = model.config.model_type in LLAMA_LAYOUT and model.config._attn_implementation == "sdpa"
+    fuse(model)
+    runner = FusedRunner(model)
+    assert all(isinstance(layer, FusedLayer) == can_fuse for layer in runner.layers)
+    compare_pieces(runner, ids, expected)
 
 
-def compare_pieces(model, ids, expected):
+def compare_pieces(runner, ids, expected):
+    model = runner.model
     with torch.inference_mode():
         again_by_transformers = model(ids).logits
-        runner = ModelRunner(model)
         cache = runner.new_cache(prompt_length=6, num_positions=12)
         prompt = torch.cat(
             [forward(runner, cache, part, 3).logits for part in ids[:, :6].split(3, 1)], 1

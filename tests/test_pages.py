@@ -22,7 +22,7 @@ from test_llama_model_utils import is_dense
 
 from benchmarks.servers import started
 from self_speculation.config import default_model
-from self_speculation.families import FAMILIES, FUSED_FAMILIES
+from self_speculation.families import FAMILIES, LLAMA_LAYOUT
 
 FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
 PAGES = sorted({*FILES} - {"CHANGELOG.md"})
@@ -207,7 +207,7 @@ def test_the_readme_lists_every_family_and_its_drafts():
     assert listed == {
         name: (
             "first layers, n-grams" + ", copies in four bits" * is_dense(kind),
-            "fused" if kind in FUSED_FAMILIES else "of transformers",
+            "ours" if kind in LLAMA_LAYOUT else "of transformers",
         )
         for kind, name in FAMILIES.items()
     }

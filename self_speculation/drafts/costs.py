@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from self_speculation.families import experts_per_token
 from self_speculation.passes.quantized_layers import copy_bytes_per_weight
-from self_speculation.weights.experts import bytes_per_layer, with_experts
 from self_speculation.weights.few_bits import is_in_few_bits, mean_bytes_per_weight
 from self_speculation.weights.kernels import cpu_operators
 
@@ -54,12 +54,23 @@ def draft_ratio(model: PreTrainedModel, exit_layer: int, draft_weights: DraftWei
     kernel may take longer than reading them.
     """
     layers = model.base_model.layers
-    head = model.get_output_embeddings().weight.nbytes / bytes_per_layer(model)
+    head = model.get_output_embeddings().weight.nbytes / _bytes_per_layer(model)
     if draft_weights == "exact":
         return (exit_layer + head) / (len(layers) + head)
     own, of_head = mean_bytes_per_weight(layers[0]), mean_bytes_per_weight(model.get_output_embeddings())
     read = exit_layer / own + head / of_head
     return copy_bytes_per_weight(model) * _costs(model, draft_weights)[0] * read / (len(layers) + head)
+
+
+def _bytes_per_layer(model: PreTrainedModel) -> float:
+    """Bytes of weights that a pass over one token reads, in a layer on average: of those in three dimensions,
+    which are experts', a part. All layers of a dense model are alike.
+    """
+    layers, chosen = model.base_model.layers, experts_per_token(model.config)
+    asked = layers[:1] if chosen is None else layers
+    share = 1.0 if chosen is None else chosen / model.config.num_experts
+    weights = (w for layer in asked for w in (*layer.parameters(), *layer.buffers()))  # few bits are buffers
+    return sum(weight.nbytes * (share if weight.dim() == 3 else 1.0) for weight in weights) / len(asked)
 
 
 # Cost of a pass over n tokens by what computes it, in units of the time to read its weights; linear in
@@ -81,9 +92,7 @@ def relative_pass_cost(runner: ModelRunner, draft_weights: DraftWeights = "exact
     """Estimates the cost of a pass over n tokens, relative to one token, through a model or its copy."""
     costs = _costs(runner.model, draft_weights)
     costs = [*costs, 1000 * costs[-1]]
-    return cache(
-        with_experts(lambda number: float(numpy.interp(number, _TOKENS, costs)) / costs[0], runner.model)
-    )
+    return cache(lambda number: float(numpy.interp(number, _TOKENS, costs)) / costs[0])
 
 
 def _costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Sequence[float]:

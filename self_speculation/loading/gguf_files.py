@@ -23,12 +23,7 @@ import torch
 from accelerate import init_empty_weights
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -129,42 +124,48 @@ class Header:
         return TensorInFile(name, shape, kind, start, math.prod(shape) // of_block * num_bytes)
 
 
-def dense_dtype(header: Header) -> torch.dtype:
-    """That of most matrices of a file, if they are dense; 16 bits for others."""
-    ((kind, _),) = _matrix_sizes(header).most_common(1)
-    return _DENSE.get(kind, torch.float16)
-
-
-def has_few_bits(header: Header) -> bool:
-    """Whether weights of this file are decoded in the file's own bits. A warning says which of them have no
-    operators.
+def format_of_matrices(header: Header) -> torch.dtype:
+    """uint8: all matrices can be decoded in the file's own bits. Else the dtype of most of them, or 16 bits;
+    a warning says which have no operators.
     """
-    sizes = _matrix_sizes(header)
-    unread = {kind: size for kind, size in sizes.items() if kind not in FORMATS and kind not in _DENSE}
-    for kind, size in unread.items():
-        what = f"{size / sizes.total():.0%} of its weights are in {kind.name}, which no operator here has"
-        warnings.warn(f"model {header.path}: {what}: all are read in 16 bits", LoadingWarning, stacklevel=3)
-    return not unread and any(kind in FORMATS for kind in sizes)
-
-
-def _matrix_sizes(header: Header) -> Counter[GGMLQuantizationType]:
-    """Numbers in all matrices of a format."""
-    sizes = Counter[GGMLQuantizationType]()
+    sizes = Counter[GGMLQuantizationType]()  # numbers of each format
     for tensor in header.tensors:
         if len(tensor.shape) > 1:
             sizes[tensor.kind] += math.prod(tensor.shape)
-    return sizes
+    unread = [kind for kind in sizes if kind not in FORMATS and kind not in _DENSE]
+    for kind in unread:
+        share = f"{sizes[kind] / sizes.total():.0%} of its weights are in {kind.name}"
+        what = f"{share}, which no operator here has: all are read in 16 bits"
+        warnings.warn(f"model {header.path}: {what}", LoadingWarning, stacklevel=4)
+    if not unread and any(kind in FORMATS for kind in sizes):
+        return torch.uint8
+    return _DENSE.get(max(sizes, key=sizes.__getitem__), torch.float16)
 
 
-def load_in_few_bits(header: Header, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
-    """A model with the file's own bits in place of matrices, and the names of parameters that it lacks."""
+def load_file(
+    header: Header, config: PretrainedConfig, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model on the CPU, and the names of parameters that the file lacks.
+
+    Args:
+        dtype: of all weights; None: matrices keep the file's own bits, and others are float32.
+    """
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = kind._from_config(config, dtype=torch.float32)
+        model = kind._from_config(config, dtype=dtype or torch.float32)
+
+    def read(tensor: TensorInFile) -> Tensor:
+        if dtype is None and len(tensor.shape) == 2 and tensor.kind in FORMATS:
+            rows = np.fromfile(header.path, np.uint8, tensor.num_bytes, offset=tensor.start)
+            return torch.from_numpy(rows).view(tensor.shape[0], -1)
+        # Numbers of norms and biases are rounded after transformers' order, which may add to them.
+        is_matrix = len(tensor.shape) > 1
+        return read_tensor(header.path, tensor, dtype if dtype and is_matrix else torch.float32)
+
     dense: dict[str, Tensor] = {}
-    for name, tensor, weight in _read_all(header, config, model.state_dict(), _bytes_or_float32):
+    for name, tensor, weight in _read_all(header, config, model.state_dict(), read):
         if weight.dtype != torch.uint8:
-            dense[name] = weight
+            dense[name] = weight.to(dtype or torch.float32)
             continue
         path, (rows, columns) = name.removesuffix(".weight"), tensor.shape
         replaced = model.get_submodule(path)
@@ -182,22 +183,11 @@ def load_in_few_bits(header: Header, config: PretrainedConfig) -> tuple[PreTrain
     return model.eval(), [name for name, tensor in tensors if tensor.is_meta]
 
 
-def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights of a model, by the names of its parameters."""
-
-    def read(path: Path, tensor: TensorInFile) -> Tensor:
-        return read_tensor(path, tensor, dtype if len(tensor.shape) > 1 else torch.float32)
-
-    with torch.device("meta"):
-        names = AutoModelForCausalLM.from_config(config).state_dict()
-    return {name: weight.to(dtype) for name, _, weight in _read_all(header, config, names, read)}
-
-
 def _read_all(
     header: Header,
     config: PretrainedConfig,
     parameters: Iterable[str],
-    read: Callable[[Path, TensorInFile], Tensor],
+    read: Callable[[TensorInFile], Tensor],
 ) -> Iterator[tuple[str, TensorInFile, Tensor]]:
     """The weights of these parameters, in transformers' order of rows; read on several threads. Bytes become
     weights in few bits.
@@ -214,7 +204,7 @@ def _read_all(
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
 
     def ordered(tensor: TensorInFile) -> Tensor:
-        weight = read(header.path, tensor)
+        weight = read(tensor)
         # Nothing is computed: numpy need not know bfloat16.
         plain = weight.view(torch.int16) if weight.dtype.itemsize == 2 else weight
         rows = processor.process(weights=plain.numpy(), name=tensor.name).weights
@@ -230,14 +220,6 @@ def _read_all(
         ):
             yield name, tensor, weight
             advance(tensor.num_bytes)
-
-
-def _bytes_or_float32(path: Path, tensor: TensorInFile) -> Tensor:
-    """A matrix in few bits as the file has it, [rows, bytes]; others in float32."""
-    if len(tensor.shape) != 2 or tensor.kind not in FORMATS:
-        return read_tensor(path, tensor, torch.float32)
-    rows = np.fromfile(path, np.uint8, tensor.num_bytes, offset=tensor.start)
-    return torch.from_numpy(rows).view(tensor.shape[0], -1)
 
 
 def read_tensor(path: Path, tensor: TensorInFile, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,20 +33,12 @@ from self_speculation.config import (
     Quantization,
     check_kind,
 )
-from self_speculation.families import FUSED_FAMILIES, check_supported, scale_rotation
+from self_speculation.families import LLAMA_LAYOUT, check_supported, experts_per_token, scale_rotation
 from self_speculation.loading.gguf_config import config_of
-from self_speculation.loading.gguf_files import (
-    Header,
-    dense_dtype,
-    has_few_bits,
-    load_in_few_bits,
-    read_weights,
-)
+from self_speculation.loading.gguf_files import Header, format_of_matrices, load_file
 from self_speculation.loading.sources import LoadingError, adapted_model, explained, locate
-from self_speculation.passes.fused_layers import activation_dtype, fuse
 from self_speculation.passes.quantized_layers import quantize
-from self_speculation.passes.runners import capture_decoding, check_can_be_captured
-from self_speculation.weights.experts import experts_per_token
+from self_speculation.passes.runners import activation_dtype, capture_decoding, check_can_be_captured, fuse
 from self_speculation.weights.kernels import cpu_operators
 
 
@@ -146,37 +139,34 @@ def load_model_and_tokenizer(
             dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype of their own
         folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
         where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
-        if header is not None and where == source:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=header.path.name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        in_file = header if where == source else None
+        tokenizer = _load_tokenizer(model, config, where, in_file, kwargs)
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")
-        if tokenizer.vocab_size > config.vocab_size:
-            has, knows = tokenizer.vocab_size, config.vocab_size
-            why = f"the tokenizer has {has} tokens, but the model knows only {knows}"
-            raise LoadingError(f"model {model!r}: {why}: it is that of another model")
         bits = _bits(options.quantization, device, config, base)
-        keeps_format = adapted is None and _keeps_format(options, device)
-        in_few_bits = keeps_format and header is not None and has_few_bits(header)
-        own = _own_dtype(header, config) if keeps_format else None
+        own = _own_dtype(options, device, header, config) if adapted is None else None
         in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}
         place = "auto" if options.device == "split" else str(device)
-        how = {"dtype": own or dtype, "use_safetensors": True, "device_map": place}
+        how = {
+            "dtype": dtype if own in (None, torch.uint8) else own,
+            "use_safetensors": True,
+            "device_map": place,
+        }
         how |= _quantized(options.quantization, dtype, config) if bits is None else {}
         how |= {name: arg for name, arg in options.model_args.items() if name not in in_config}
         if header is None:
-            loaded, absent = _load(AutoModelForCausalLM, source, config, **kwargs, **how)
-        elif in_few_bits:
-            loaded, absent = load_in_few_bits(header, config)
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                source, config=config, **kwargs, **how, output_loading_info=True
+            )
+            absent = sorted(info["missing_keys"])
         else:
-            read_in = how["dtype"] if isinstance(how["dtype"], torch.dtype) else torch.float32
-            weights = read_weights(header, config, read_in)
-            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            loaded, absent = _load(kind, None, config, state_dict=weights, **how)
+            name = str(how["dtype"]).removeprefix("torch.")  # model_args has names
+            loaded, absent = load_file(header, config, None if own == torch.uint8 else getattr(torch, name))
         if absent:
             missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
             raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
+        if header is not None:
+            loaded = _placed(loaded, place)
         if adapted is not None:
             from peft import PeftModel
 
@@ -200,26 +190,41 @@ def load_model_and_tokenizer(
     return loaded, tokenizer
 
 
-def _load(
-    kind: Any, source: str | None, config: PretrainedConfig, **how: Any
-) -> tuple[PreTrainedModel, list[str]]:
-    """A model of all weights in `source`, and the names of those that are missing."""
-    loaded, info = kind.from_pretrained(source, config=config, **how, output_loading_info=True)
-    return loaded, sorted(info["missing_keys"])
+def _load_tokenizer(
+    model: str, config: PretrainedConfig, source: str, header: Header | None, kwargs: dict[str, Any]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a `.gguf` file, or of a folder. Raises LoadingError if it is that of another model."""
+    if header is None:
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=header.path.name)
+    if (has := tokenizer.vocab_size) > (knows := config.vocab_size):
+        why = f"the tokenizer has {has} tokens, but the model knows only {knows}"
+        raise LoadingError(f"model {model!r}: {why}: it is that of another model")
+    return tokenizer
 
 
-def _own_dtype(header: Header | None, config: PretrainedConfig) -> torch.dtype | None:
-    """The dtype of weights that operators read as they are; None: it is float32, or they are in few bits."""
-    if config.model_type not in FUSED_FAMILIES or (header is not None and has_few_bits(header)):
+def _placed(model: PreTrainedModel, place: str) -> PreTrainedModel:
+    """A model that was read on the CPU, on its device, or split over all of them."""
+    if place != "auto":
+        return model.to(place)
+    kept_whole = model._no_split_modules
+    memory = get_balanced_memory(model, no_split_module_classes=kept_whole)
+    return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=kept_whole))
+
+
+def _own_dtype(
+    options: LoadingOptions, device: torch.device, header: Header | None, config: PretrainedConfig
+) -> torch.dtype | None:
+    """The format that operators read weights in, as their file has them; uint8: few bits; None: another dtype
+    was asked for, or it is that of the device.
+    """
+    is_asked_for = options.dtype != "auto" or "dtype" in options.model_args
+    if is_asked_for or not options.fuse or options.device == "split" or not _has_operators(device):
         return None
-    dtype = config.dtype if header is None else dense_dtype(header)
-    return dtype if dtype in (torch.bfloat16, torch.float16) else None
-
-
-def _keeps_format(options: LoadingOptions, device: torch.device) -> bool:
-    """Whether weights keep the format of their file: for operators, unless another dtype is asked for."""
-    is_exact = options.dtype == "auto" and "dtype" not in options.model_args
-    return is_exact and options.fuse and options.device != "split" and _has_operators(device)
+    dtype = config.dtype if header is None else format_of_matrices(header)
+    is_read = dtype in (torch.bfloat16, torch.float16) and config.model_type in LLAMA_LAYOUT
+    return dtype if is_read or dtype == torch.uint8 else None
 
 
 def _has_operators(device: torch.device) -> bool:

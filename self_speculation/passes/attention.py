@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 # Its causal mask is aligned to the last token and key; those of the others to the first ones.
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
 efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention.default
-_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class AttentionKernel(Enum):
@@ -23,7 +22,7 @@ class AttentionKernel(Enum):
 
     FLASH = "flash"  # splits keys; takes no mask
     EFFICIENT = "efficient"  # wants a mask at an address of 16 bytes, with strides of a multiple of 8
-    ANY = "any"  # torch picks one; not cuDNN's, which takes no format that FLASH does not
+    ANY = "any"  # torch chooses: never cuDNN's, since FLASH takes every format that cuDNN does
 
     @property
     def with_mask(self) -> AttentionKernel:
@@ -66,17 +65,3 @@ def attend(
     if mask is not None:
         mask = mask.expand(*queries.shape[:3], -1)
     return efficient_attention(queries, keys, values, mask, False, 0.0, is_causal, scale=scale)[0]
-
-
-def attend_to_past(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """[N, heads, T, head_dim] queries of the last T of S positions, each over [N, heads, S, head_dim] keys
-    and values up to its own, on a CPU. No mask is read: results over the past and, causally, over the last T
-    positions are weighted by the sums of their exponentials.
-    """
-    past = keys.shape[2] - queries.shape[2]
-    own, own_sums = _on_cpu(queries, keys[:, :, past:], values[:, :, past:], 0.0, True, scale=scale)
-    if past == 0:
-        return own
-    over_past, past_sums = _on_cpu(queries, keys[:, :, :past], values[:, :, :past], 0.0, False, scale=scale)
-    share = torch.sigmoid(past_sums - own_sums)[..., None]
-    return torch.lerp(own.to(share.dtype), over_past.to(share.dtype), share).to(own.dtype)

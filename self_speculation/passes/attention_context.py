@@ -66,7 +66,6 @@ class AttentionContext:
             key, else a huge negative number; None: no mask is needed. Queries of several heads need a copy
             for each.
         rotary: cos and sin, [1 or B, T, head_dim] each.
-        window: None: a token sees all positions up to its own.
         kernel: FLASH masks the keys after each token itself.
     """
 
@@ -94,7 +93,7 @@ class AttentionContext:
         has_kernel = self.is_uniform and (width == 1 or window is None)
         self.kernel = tables.kernel if has_kernel else tables.kernel.with_mask
         cos, sin = cos_sin.unbind()
-        self.window, self._first_key, self.rotary = window, first, (cos, sin)
+        self._first_key, self.rotary = first, (cos, sin)
 
         @functools.cache
         def mask(copies: int) -> Tensor | None:

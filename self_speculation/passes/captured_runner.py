@@ -13,6 +13,7 @@ import copy
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from self_speculation.families import AttentionType
 from self_speculation.model_cache import cached, lock, peek
 from self_speculation.passes.attention_context import AttentionTables
 from self_speculation.passes.decode_attention import DecodeContext
+from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.graph_recorder import GraphRecorder, Replay
 from self_speculation.passes.kv_cache import Buffers, KVCache
-from self_speculation.passes.model_runner import Head, Layer, ModelRunner, PassRange, run_through
+from self_speculation.passes.layers import Head, Layer
+from self_speculation.passes.model_runner import PassRange, run_through
 from self_speculation.progress import progress
 
 # The cache grows by so many positions, and passes over more tokens of a row are eager.
@@ -41,7 +44,7 @@ def num_captures(model: PreTrainedModel) -> int:
     return len(passes.replays) if passes else 0
 
 
-class CapturedRunner(ModelRunner):
+class CapturedRunner(FusedRunner):
     """Replays passes over a `CapturedCache`, except prompts, and passes that are wide or by layers of
     transformers.
     """
@@ -50,7 +53,7 @@ class CapturedRunner(ModelRunner):
 
     def _replace(self, layers: Sequence[Layer], head: Head) -> None:
         if layers is not self.layers:
-            self.copies = tuple(weakref.ref(linear) for layer in layers for linear in layer.linears)
+            self.copies = tuple(weakref.ref(linear) for layer in layers for linear in layer.products)
         super()._replace(layers, head)
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
@@ -178,7 +181,7 @@ class CapturedPasses:
             states, positions = self.inputs[rows, width]
             states.zero_()
             positions.fill_(-1)
-            layers = [*zip(runner.layers, runner.attention_types, strict=False)][first:last]
+            layers = runner.typed_layers(first, last)
             assert self._recorder is not None
             try:
                 self.replays[key] = self._recorder(partial(self._run, layers, states, positions))
@@ -187,8 +190,7 @@ class CapturedPasses:
                 raise
         return self.replays[key]
 
-    def _run(self, layers: Sequence[tuple[Layer, AttentionType]], states: Tensor, positions: Tensor) -> None:
+    def _run(self, layers: Sequence[tuple[Any, AttentionType]], states: Tensor, positions: Tensor) -> None:
         """The pass that is captured."""
         make = partial(DecodeContext, self._tables, self.buffers.of_layers, positions)
-        hidden = run_through(layers, make, states.flatten(0, 1))
-        states.copy_(hidden.view_as(states))  # fused layers work in place: then nothing is copied
+        states.copy_(run_through(layers, make, states))  # fused layers work in place: then nothing is copied

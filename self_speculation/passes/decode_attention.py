@@ -13,7 +13,7 @@ from torch import Tensor
 from self_speculation.families import AttentionType
 from self_speculation.passes.attention_context import AttentionTables
 from self_speculation.passes.kv_cache import Pair
-from self_speculation.weights.linear import RMSNorm
+from self_speculation.passes.layers import RMSNorm
 
 _SIZES = (64, 96, 128, 256)  # of a head
 

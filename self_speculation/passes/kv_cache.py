@@ -20,8 +20,8 @@ from self_speculation.transfers import on_device
 # Attention kernels need masks, and so lengths, in multiples of so many positions.
 ALIGNMENT = 8
 
-# A new cache on a CPU has room for a prompt and this, divided by the number of slots, in positions. One on a
-# GPU has all that its requests can reach, or this share of the free memory, and prompts need the rest.
+# On a CPU a new cache has room for the prompt, and for this many positions divided by the number of slots.
+# On a GPU it has room for all that its requests can reach, or takes this share of the free memory.
 _FIRST_ALLOCATION, _SHARE = 1024, 0.9
 
 Pair = tuple[Tensor, Tensor]  # keys and values
@@ -42,24 +42,13 @@ class Buffers:
         self.least = 0  # positions of the latest prompt: without room for all of it, none is read
         self.of_layers: dict[int, Pair] = {}
         self._fitting = 0  # a capacity that fits in memory
-        self._ranges: dict[tuple[int, int], tuple[int, list[Tensor]]] = {}  # until a buffer grows
 
     @property
     def is_on_gpu(self) -> bool:
-        return any(device.type == "cuda" for device in self._devices)
+        return any(device.type not in ("cpu", "meta") for device in self._devices)
 
     def all(self) -> Iterator[Tensor]:
         return (part for pair in self.of_layers.values() for part in pair)
-
-    def of_range(self, first: int, last: int, end: int, new_keys: Tensor | None) -> list[Tensor]:
-        """Keys and values of layers first..last-1, see `with_room`."""
-        room, parts = self._ranges.get((first, last), (0, []))
-        if end > room:
-            parts = []  # lets each buffer go as soon as a larger one has its place
-            pairs = [self.with_room(layer, end, new_keys) for layer in range(first, last)]
-            parts = [part for pair in pairs for part in pair]
-            self._ranges[first, last] = min(part.shape[2] for part in parts), parts
-        return parts
 
     def with_room(self, layer: int, end: int, new_keys: Tensor | None = None) -> Pair:
         """The buffers of a layer, grown to at least `end` positions.
@@ -91,7 +80,6 @@ class Buffers:
         for new, part in zip(larger, old or (), strict=False):
             new[:, :, : part.shape[2]] = part
         self.of_layers[layer] = larger
-        self._ranges.clear()
         return larger
 
     def _fit(self, like: Tensor, end: int) -> int:
@@ -187,23 +175,15 @@ class KVCache:
         Returns:
             Views of all keys and values of the layer, [B, kv_heads, S, head_dim].
         """
-        rows = len(self._missing)
-        total, heads, size = keys.shape
-        width = total // rows
-        start = self._appended[layer] - self._missing[0]
-        end = start + width
-        all_keys, all_values = self.buffers.with_room(layer, end, keys)
+        rows, start = self.num_rows, self.lengths(layer)[0]
+        width = len(keys) // rows
+        pair = self.buffers.with_room(layer, start + width, keys)
         self._appended[layer] += width
-        # Views by shape and strides: one call each, instead of a slice per dimension.
-        of_row, of_head = all_keys.stride(0), all_keys.stride(1)
-        first = self.first_slot * of_row
-        new, new_strides = (rows, width, heads, size), (of_row, size, of_head, 1)
-        if rows > 1:
-            keys, values = keys.view(new), values.view(new)
-        all_keys.as_strided(new, new_strides, first + start * size).copy_(keys)
-        all_values.as_strided(new, new_strides, first + start * size).copy_(values)
-        shape, strides = (rows, heads, end, size), (of_row, of_head, size, 1)
-        return all_keys.as_strided(shape, strides, first), all_values.as_strided(shape, strides, first)
+        slots = slice(self.first_slot, self.first_slot + rows)
+        for buffer, new in zip(pair, (keys, values), strict=True):
+            buffer[slots, :, start : start + width] = new.view(rows, width, *new.shape[1:]).transpose(1, 2)
+        all_keys, all_values = (buffer[slots, :, : start + width] for buffer in pair)
+        return all_keys, all_values
 
     def extend(self, first: int, last: int, width: int, new_keys: Tensor | None = None) -> list[Tensor]:
         """Add T positions to each row in layers first..last-1. The caller writes them.
@@ -215,9 +195,9 @@ class KVCache:
             Keys and values of these layers, all slots, with room for the new positions.
         """
         end = max(self.lengths(first)) + width
-        parts = self.buffers.of_range(first, last, end, new_keys)
+        pairs = [self.buffers.with_room(layer, end, new_keys) for layer in range(first, last)]
         self._appended[first:last] = [n + width for n in self._appended[first:last]]
-        return parts
+        return [part for pair in pairs for part in pair]
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
         """Drop the last positions of every layer.

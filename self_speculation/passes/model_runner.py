@@ -7,14 +7,14 @@ A runner has weights and kernels. The cache is an argument. Knows nothing of sam
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
@@ -22,10 +22,8 @@ from self_speculation.config import check_kind
 from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, check_supported
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
-from self_speculation.passes.decode_attention import DecodeContext, why_no_kernels
-from self_speculation.passes.fused_layers import FusedLayer, parts_of
 from self_speculation.passes.kv_cache import ALIGNMENT, Buffers, KVCache, ScatteredCache
-from self_speculation.weights.linear import Product
+from self_speculation.passes.layers import Head, Layer, Parts, PlainHead, PlainLayer
 
 # Most positions of one pass over a prompt: they bound its memory.
 PREFILL_CHUNK = 1024
@@ -37,100 +35,35 @@ class ForwardResult:
     hidden: Tensor  # [B, T, H] after the last layer that ran, before the norm; after [:E] the exit states
 
 
-class Layer(Protocol):
-    """A decoder layer."""
-
-    @property
-    def linears(self) -> Sequence[Product]:
-        """Its products; of a layer of transformers, none are known."""
-
-    def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        """[B * T, H] -> [B * T, H], maybe in place; appends keys and values to the cache of the pass."""
-
-
-class Head(Protocol):
-    """Final norm and head."""
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[T, H] -> [T, V]"""
-
-    @property
-    def norm(self) -> Callable[[Tensor], Tensor]:
-        """[T, H] -> [T, H]"""
-
-
-class PlainLayer:
-    """A decoder layer of transformers.
-
-    Args:
-        linears: see `Layer`; of a copy, those in its layer.
-    """
-
-    def __init__(self, layer: nn.Module, linears: tuple[Product, ...] = ()) -> None:
-        self.module, self.linears = layer, linears
-
-    def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        return self.module(
-            hidden.view(context.rows, context.width, -1),
-            attention_mask=context.mask(1),
-            position_embeddings=context.rotary,
-            cache=context,  # for its `update`
-            use_cache=True,
-        ).flatten(0, 1)
-
-
-class PlainHead:
-    """Final norm and head of transformers."""
-
-    def __init__(self, norm: nn.Module, head: nn.Module) -> None:
-        self.modules = norm, head
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        norm, head = self.modules
-        return head(norm(hidden[None]))[0]
-
-    def norm(self, hidden: Tensor) -> Tensor:
-        return self.modules[0](hidden[None])[0]
-
-
 class ModelRunner:
     """Embeds, runs layers [first:last] over a KV cache, applies norm and head. Valid until weights change.
 
+    This one computes by torch and transformers; see `InPlaceRunner` for a CPU, `FusedRunner` for a GPU.
+
     Args:
-        model: a `...ForCausalLM` of a supported type, fused or not.
+        model: a `...ForCausalLM` of a supported type.
 
     Attributes:
-        parts: what is made of the model's weights; the runner is valid while the model has it.
-        key_shape: [kv_heads, head_dim]
-        why_no_kernels: see `decode_attention.why_no_kernels`.
+        parts: what is made of the model; the runner is valid while the model has it.
+        dtype: of activations, keys, values and logits.
+        device: of ids and logits.
     """
+
+    parts_kind: type[Parts] = Parts
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model.config)
         self.model, self.config = model, model.config
-        base, head = model.base_model, model.get_output_embeddings()
-        parts = parts_of(model)
-        fused: Mapping[nn.Module, Any] = parts.fused
-        self.parts, self.dtype = ref(parts), parts.dtype
-        self.layers: Sequence[Layer] = [fused.get(layer) or PlainLayer(layer) for layer in base.layers]
+        parts = self.parts_kind.of(model)
+        self.parts, self.dtype, self.int4_copies = ref(parts), parts.dtype, parts.copies
+        base, head, own = model.base_model, model.get_output_embeddings(), parts.own
+        self.layers: Sequence[Layer] = [own.get(layer) or PlainLayer(layer) for layer in base.layers]
+        self.head: Head = own.get(head) or PlainHead(base.norm, head)
         self.attention_types = attention_types(self.config)  # [L]
-        self._devices = [next(layer.parameters()).device for layer in base.layers]
+        self.devices = [next(layer.parameters()).device for layer in base.layers]
         self._embed = base.embed_tokens
-        self.head: Head = fused.get(head) or PlainHead(base.norm, head)
         self.tables = AttentionTables(model, self.dtype)
-        self.device = self.tables.device  # of ids and logits
-        head_dim = getattr(self.config, "head_dim", None)
-        head_dim = head_dim or self.config.hidden_size // self.config.num_attention_heads
-        self.key_shape = self.config.num_key_value_heads, head_dim
-        if len({*self._devices, self.device}) > 1:
-            self.why_no_kernels: str | None = "the model is on several devices"
-        elif not any(isinstance(layer, FusedLayer) for layer in self.layers):
-            self.why_no_kernels = "its layers are not fused"
-        else:
-            self.why_no_kernels = why_no_kernels(self.device, self.dtype, head_dim)
-        if self.device.type == "cuda" and any(isinstance(layer, PlainLayer) for layer in self.layers):
-            # In this process: these layers call `scaled_dot_product_attention` themselves.
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        self.device = self.tables.device
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
         """A cache of one empty row for all layers.
@@ -139,8 +72,7 @@ class ModelRunner:
             prompt_length, num_positions: see `KVCache.reserve`.
             num_slots: the most rows at a time.
         """
-        devices = self._devices[: len(self.layers)]
-        cache = KVCache(Buffers(devices, num_slots))
+        cache = KVCache(Buffers(self.devices[: len(self.layers)], num_slots))
         cache.reserve(prompt_length, num_positions)
         return cache
 
@@ -164,8 +96,7 @@ class ModelRunner:
         """Layers first..last-1 over T new positions, norm and head over the last `num_logits` of them.
 
         Args:
-            inputs: [B, T] ids if `first` is 0, else [B, T, H] the input of layer `first`, which fused layers
-                overwrite.
+            inputs: [B, T] ids if `first` is 0, else [B, T, H] the input of layer `first`; may be overwritten.
         """
         hidden = self.run_layers(cache, inputs if first else self.embed(inputs), first, last)
         return ForwardResult(self.logits(hidden, num_logits), hidden)
@@ -181,20 +112,14 @@ class ModelRunner:
         """Layers first..last-1 over T new positions.
 
         Args:
-            hidden: [B, T, H] the input of layer `first`. Fused layers overwrite it.
+            hidden: [B, T, H] the input of layer `first`; may be overwritten.
 
         Returns:
             [B, T, H] the output of layer `last - 1`.
         """
-        rows, width, _ = hidden.shape
-        kinds, lengths = self.attention_types[first:last], cache.lengths(first)
-        layers, states = self.layers[first:last], hidden.flatten(0, 1)  # [B * T, H]
-        if self.decodes_by_kernels(cache, layers):
-            positions = cache.positions(first, width, self.device)
-            cache.extend(first, last, width, states.new_empty(0, *self.key_shape))
-            self.tables.reserve(max(lengths) + width)
-            decode = partial(DecodeContext, self.tables, cache.buffers.of_layers, positions)
-            return run_through([*zip(layers, kinds, strict=True)], decode, states).view(rows, width, -1)
+        if first == last:
+            return hidden
+        width, lengths = hidden.shape[1], cache.lengths(first)
         way: KVCache | ScatteredCache = cache
         if not cache.is_uniform:
             positions = cache.positions(first, width, self.device)
@@ -202,12 +127,11 @@ class ModelRunner:
             num_keys = round_up(max(lengths) + width, ALIGNMENT)
             way = ScatteredCache(cache.buffers.of_layers, positions, num_keys)
         make = partial(AttentionContext, self.tables, way, min(lengths), width)
-        return run_through([*zip(layers, kinds, strict=True)], make, states).view(rows, width, -1)
+        return run_through(self.typed_layers(first, last), make, hidden)
 
-    def decodes_by_kernels(self, cache: KVCache, layers: Sequence[Layer]) -> bool:
-        """Whether these layers decode by the kernels of a card. Prompts are read by torch's."""
-        are_fused = all(isinstance(layer, FusedLayer) for layer in layers)
-        return are_fused and not cache.is_prompt and self.why_no_kernels is None
+    def typed_layers(self, first: int, last: int) -> list[tuple[Any, AttentionType]]:
+        """Layers first..last-1 and their types."""
+        return [*zip(self.layers, self.attention_types, strict=False)][first:last]
 
     def capture(
         self, cache: KVCache, passes: Iterable[PassRange], num_rows: int, num_positions: int, longest: int
@@ -227,15 +151,15 @@ class ModelRunner:
 
 
 def run_through(
-    layers: Sequence[tuple[Layer, AttentionType]],
+    layers: Sequence[tuple[Any, AttentionType]],
     make: Callable[[AttentionType], Any],  # the context that these layers take
     hidden: Tensor,
 ) -> Tensor:
-    """[B * T, H] through layers; those of one kind share a context."""
-    contexts = {kind: make(kind) for kind in {kind for _, kind in layers}}
+    """[B, T, H] through layers; those of one type share a context."""
+    contexts, states = {kind: make(kind) for kind in {kind for _, kind in layers}}, hidden.flatten(0, 1)
     for layer, kind in layers:
-        hidden = layer(hidden, contexts[kind])
-    return hidden
+        states = layer(states, contexts[kind])
+    return states.view_as(hidden)
 
 
 class PassRange(NamedTuple):

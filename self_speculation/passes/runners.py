@@ -1,25 +1,72 @@
-"""Which runner a model decodes by."""
+"""Which runner a model decodes by, as callers have set it."""
 
 from __future__ import annotations
 
 import warnings
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from self_speculation.families import FUSED_FAMILIES
-from self_speculation.model_cache import evict, singleton
+from self_speculation.families import LLAMA_LAYOUT, check_supported
+from self_speculation.model_cache import evict, lock, peek, release, singleton
 from self_speculation.passes.captured_runner import CapturedPasses, CapturedRunner
-from self_speculation.passes.fused_layers import Settings
+from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.in_place_runner import InPlaceRunner
+from self_speculation.passes.layers import Parts, Settings
 from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.weights.experts import experts_per_token
+from self_speculation.passes.unsupported_hooks import check_followed
 
 
 def make_runner(model: PreTrainedModel) -> ModelRunner:
-    """The runner with the least work for the host: captured passes, passes in place, or plain ones."""
-    if is_captured(model):
-        return CapturedRunner(model)
-    return (InPlaceRunner if model.device.type == "cpu" else ModelRunner)(model)
+    """The runner with the least work for the host."""
+    return CapturedRunner(model) if is_captured(model) else eager_runner(model)
+
+
+def eager_runner(model: PreTrainedModel) -> ModelRunner:
+    """A runner that captures nothing."""
+    return _eager_kind(model)(model)
+
+
+def _eager_kind(model: PreTrainedModel) -> type[ModelRunner]:
+    return InPlaceRunner if model.device.type == "cpu" else FusedRunner
+
+
+def fuse(model: PreTrainedModel) -> int:
+    """Decode this model by this library's own layers from now on, as it is now. On a CPU one operator reads
+    the weights where they lie. On a GPU layers are fused, and weights of the same input lie side by side.
+
+    Plain layers of fused families with sdpa attention are replaced; quantised, offloaded, hooked and
+    adapter-wrapped modules are not. On a CPU a model in 16 bits is replaced as a whole or not at all, and its
+    output is that of a float32 model.
+
+    Call it again after a change that `weights_key` does not see: a write through `.data`, a hook, another
+    `forward`, activation, buffer or number. What was made of the model is then made anew. For a model that is
+    not to be fused, `release` does the same.
+
+    Returns:
+        The number of layers that were replaced.
+
+    Raises:
+        ValueError: the model is not supported, or has code around its layers, which passes do not follow.
+    """
+    check_followed(model)
+    check_supported(model.config)
+    with lock(model):
+        singleton(model, Settings).is_fused = True
+        release(model)
+        own = _eager_kind(model).parts_kind.of(model).own
+    return sum(layer in own for layer in model.base_model.layers)
+
+
+def activation_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of activations, keys, values and logits."""
+    return _eager_kind(model).parts_kind.of(model).dtype
+
+
+def bytes_made(model: PreTrainedModel) -> int:
+    """Bytes of all copies of a model's weights, which draft."""
+    parts = peek(model, Parts)
+    return sum(copy.num_bytes for copy in parts.copies.values()) if parts else 0
 
 
 def capture_decoding(model: PreTrainedModel) -> None:
@@ -31,7 +78,7 @@ def capture_decoding(model: PreTrainedModel) -> None:
     check_can_be_captured(model.config)
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("compile True: needs the whole model on one GPU")
-    if (why := ModelRunner(model).why_no_kernels) is not None:
+    if (why := FusedRunner(model).why_no_kernels) is not None:
         warnings.warn(f"compile True: passes are not captured, since {why}", stacklevel=2)
     else:
         singleton(model, Settings).is_captured = True
@@ -39,13 +86,9 @@ def capture_decoding(model: PreTrainedModel) -> None:
 
 
 def check_can_be_captured(config: PretrainedConfig) -> None:
-    """Raises ValueError for families that are not fused, quantised weights, and experts, whose kernels depend
-    on what tokens choose.
-    """
-    if experts_per_token(config) is not None:
-        raise ValueError(f"compile True: not with a mixture of experts ({config.model_type})")
-    if config.model_type not in FUSED_FAMILIES:
-        families = ", ".join(FUSED_FAMILIES)
+    """Raises ValueError for families that are not fused, and for quantised weights."""
+    if config.model_type not in LLAMA_LAYOUT:
+        families = ", ".join(LLAMA_LAYOUT)
         raise ValueError(f"compile True: model type {config.model_type!r} is not one of {families}")
     quantized = getattr(config, "quantization_config", None) or {}
     settings = quantized if isinstance(quantized, dict) else vars(quantized)

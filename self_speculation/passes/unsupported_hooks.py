@@ -1,8 +1,8 @@
-"""Code that the passes of this library would not call. Code around all layers is refused. Code in a layer
-keeps that layer from being fused or copied.
+"""Code of a caller that passes follow, and code that they refuse.
 
-`ModelRunner` runs layers one by one and never calls the `forward` of the whole model. It follows hooks on
-layers, adapters in them and layers of other classes, but nothing around all layers.
+`ModelRunner` runs layers one by one and never calls the `forward` of the whole model, so code around all
+layers is refused. Hooks on a layer, adapters in it and layers of other classes are followed: such a layer
+stays that of transformers, and has no copy.
 """
 
 from __future__ import annotations

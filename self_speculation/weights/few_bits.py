@@ -1,4 +1,5 @@
-"""Modules of a CPU whose weights are in few bits: those of a `.gguf` file as it has them, or rounded here.
+"""Products by the operator of a CPU, and modules whose weights are in few bits: those of a `.gguf` file as it
+has them, or rounded here.
 
 cpp/few_bits.h has the formats. Inputs are rounded to eight bits, 32 at a time, as llama.cpp does; products
 are float32. The bits of a token do not depend on the pass, so prompts, drafts and verifications agree.
@@ -26,7 +27,7 @@ _AT_A_TIME = 2**22  # elements that are rounded: intermediate results are small
 
 
 class _FewBits(nn.Module):
-    """A matrix [rows, columns] in few bits. In a state dict it stands in float32, as any other weight.
+    """A matrix [rows, columns] in few bits. A state dict has it in float32.
 
     Args:
         weight: bytes, see cpp/few_bits.h.
@@ -42,6 +43,10 @@ class _FewBits(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """[n, columns] in float32"""
         return torch.ops.self_speculation.rows_of_weight(self.weight, ids.contiguous(), *self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes
 
     def dequantized(self) -> Tensor:
         """[rows, columns] in float32"""
@@ -65,12 +70,7 @@ class FewBitsLinear(_FewBits):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = [self.weight] if self.bias is None else [self.weight, self.bias]
-        flat = x.float().flatten(0, -2).contiguous()
-        product = torch.ops.self_speculation.project(
-            flat, [], 0.0, False, weight, self.bias is not None, self.out_features
-        )
-        return product.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return project(x.flatten(0, -2), self).view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class FewBitsEmbedding(_FewBits):
@@ -87,6 +87,25 @@ class FewBitsEmbedding(_FewBits):
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.rows(ids.flatten()).view(*ids.shape, self.embedding_dim)
         return rows if self.scale is None else rows * self.scale
+
+
+def weights_of(product: Any) -> list[Tensor]:
+    """Weight and bias, if there is one, of an `nn.Linear` or a `FewBitsLinear`, for the operator."""
+    return [product.weight] if product.bias is None else [product.weight, product.bias]
+
+
+def project(x: Tensor, product: Any, norm: Any = None) -> Tensor:
+    """x W^T + b, or norm(x) W^T + b, in float32: [T, in] -> [T, out].
+
+    Args:
+        product: has W and b.
+        norm: an `RMSNorm`.
+    """
+    of_norm = ([], 0.0, False) if norm is None else ([norm.weight], norm.epsilon, norm.is_centred)
+    weights = weights_of(product)
+    return torch.ops.self_speculation.project.default(
+        x.float().contiguous(), *of_norm, weights, len(weights) == 2, product.out_features
+    )
 
 
 def eight_bits(weight: Tensor) -> Tensor:

@@ -1,23 +1,24 @@
 """x W^T over a copy of W in four bits, for drafts.
 
-32 elements of a row share a scale and a middle and are stored in 16 steps: five bits each with those. Scale
-and middle minimise the error of the product, for inputs as large as the model's own. Other groups and
-roundings are in docs/tried.md.
+32 elements of a row share a scale and a middle. Each element is one of 16 steps, and takes five bits with its
+part of those two. Scale and middle minimise the error of the product, for inputs as large as the model's own.
+Other groups and roundings are in docs/tried.md.
 
-On a CPU a copy is a `Linear` in few bits, which our operators multiply by. torch's kernels, on a GPU and
+On a CPU a copy is a `FewBitsLinear`, which our operator multiplies by. torch's kernels, on a GPU and
 where ours cannot be built, take and return bfloat16.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from self_speculation.devices import round_up
 from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.kernels import cpu_operators
-from self_speculation.weights.linear import Linear
 
 # Elements of a weight that are quantised at a time, about. Each piece is some 200 kernels on a GPU and takes
 # 50 bytes per element; on a CPU intermediate results stay in the processor's cache.
@@ -35,28 +36,24 @@ _BLOCK_OF_ROWS = 16
 BYTES_PER_WEIGHT = 0.5 + 4 / _GROUP
 
 
-def int4_copy(linear: Linear, squares: Tensor | None = None) -> Linear | Int4Linear:
-    """A copy in four bits. By operators each projection is a copy of its own.
+def int4_copy(product: Any, squares: Tensor | None = None) -> FewBitsLinear | Int4Linear:
+    """A copy in four bits of what has a weight [out, in] and a bias.
 
     Args:
         squares: [in] mean squares of inputs, up to a factor; None: all alike.
     """
-    pairs = linear.pairs
-    device = pairs[0][0].device
-    squares = torch.ones(linear.shape[1], device=device) if squares is None else squares
-    if device.type != "cpu" or cpu_operators().variant is None:
-        return Int4Linear(linear, squares)
-    biases = [None if bias is None else bias.data.float() for _, bias in pairs]
-    modules = (
-        FewBitsLinear(four_bits(weight, squares), len(weight), weight.shape[1], bias)
-        for (weight, _), bias in zip(pairs, biases, strict=True)
-    )
-    return Linear(*modules)
+    weight = product.dequantized() if isinstance(product, FewBitsLinear) else product.weight.detach()
+    bias = None if product.bias is None else product.bias.detach()
+    squares = torch.ones(weight.shape[1], device=weight.device) if squares is None else squares
+    if weight.device.type != "cpu" or cpu_operators().variant is None:
+        return Int4Linear(weight, bias, squares)
+    bias = None if bias is None else bias.float()
+    return FewBitsLinear(four_bits(weight, squares), product.out_features, product.in_features, bias)
 
 
-def copy_bytes(shape: torch.Size) -> int:
+def copy_bytes(product: Any) -> int:
     """Size of the copy of a weight [out, in], about."""
-    elements = round_up(shape[0], _BLOCK_OF_ROWS) * round_up(shape[1], _GROUP)
+    elements = round_up(product.out_features, _BLOCK_OF_ROWS) * round_up(product.in_features, _GROUP)
     return int(elements * BYTES_PER_WEIGHT)
 
 
@@ -66,18 +63,17 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return (is_new or device.type == "cpu") and dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Int4Linear:
-    """As `Linear`, over a copy of its weights for torch's kernels, which compute in bfloat16."""
+class Int4Linear(nn.Module):
+    """[..., in] -> [..., out] by a kernel of torch, which computes in bfloat16."""
 
-    def __init__(self, linear: Linear, squares: Tensor) -> None:
-        weights = [weight.data for weight, _ in linear.pairs]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    def __init__(self, weight: Tensor, bias: Tensor | None, squares: Tensor) -> None:
+        super().__init__()
         counts, ops = _shares(squares), torch.ops.aten
         is_on_cpu = weight.device.type == "cpu"
         self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
-        self.num_bytes = copy_bytes(linear.shape)
-        self._num_rows, self._padding = linear.shape[0], -linear.shape[1] % _GROUP
-        self.bias = None if linear.bias is None else linear.bias.bfloat16()
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes, self._padding = copy_bytes(self), -weight.shape[1] % _GROUP
+        self.bias = None if bias is None else bias.bfloat16()
         parts, scales = [], []
         # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
         blocks = (_AT_A_TIME_ON_CPU if is_on_cpu else _AT_A_TIME) // weight.shape[1] // 64
@@ -87,14 +83,16 @@ class Int4Linear:
             parts.append(ops._convert_weight_to_int4pack_for_cpu(steps, 1) if is_on_cpu else _packed(steps))
             scales.append(scale)
         # Steps as kernels take them; scales and middles [groups of a row, out, 2].
-        self._weight, self._scales = torch.cat(parts), torch.cat(scales, 1)
+        self._steps, self._scales = torch.cat(parts), torch.cat(scales, 1)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        inputs = pad(x.bfloat16(), (0, self._padding)) if self._padding else x.bfloat16()
-        product = self._kernel(inputs, self._weight, _GROUP, self._scales)
-        if product.shape[1] != self._num_rows:
-            product = product[:, : self._num_rows].contiguous()
-        return (product if self.bias is None else product.add_(self.bias)).to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x.flatten(0, -2).bfloat16()
+        inputs = pad(inputs, (0, self._padding)) if self._padding else inputs
+        product = self._kernel(inputs, self._steps, _GROUP, self._scales)
+        if product.shape[1] != self.out_features:
+            product = product[:, : self.out_features].contiguous()
+        product = product if self.bias is None else product.add_(self.bias)
+        return product.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def four_bits(weight: Tensor, squares: Tensor) -> Tensor:

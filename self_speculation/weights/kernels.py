@@ -34,7 +34,7 @@ _OPTIONS = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11
 )  # fmt: skip
 
-# By the instructions that the kernel uses, the compiler's options for them.
+# The compiler's options, by the instructions that the operators use.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_VNNI = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 VARIANTS = {
@@ -44,7 +44,7 @@ VARIANTS = {
     "ARM": ("-march=armv8.2-a+fp16+dotprod",),
 }
 
-# By their classes, the activations that the operators have, with their number for them.
+# The operators' number for each activation that they have, by the name of its class.
 SILU, GELU_TANH = 0, 1
 OPERATOR_ACTIVATIONS = {
     "SiLUActivation": SILU, "SiLU": SILU, "GELUTanh": GELU_TANH, "NewGELUActivation": GELU_TANH,
@@ -69,20 +69,30 @@ class CPUOperators(NamedTuple):
 
 @cache
 def cpu_operators() -> CPUOperators:
-    """Load the operators, after building them if need be."""
+    """Load the operators, after building them if need be. Warns if the user's cache cannot hold the file."""
     variant = _best_variant()
     if variant is None:
         return CPUOperators(None, "there are none for this processor")
     with _lock:  # another thread loads what the first one has built
-        for file in (_FOLDER / _file_name(variant), *_kept(variant)):
+        kept = _kept(variant)
+        for file in (_FOLDER / _file_name(variant), *kept):
             with suppress(OSError):
                 _load(file)
                 return CPUOperators(variant)
-        try:
-            _build(variant)
-        except (RuntimeError, OSError) as error:
-            return CPUOperators(None, f"ours cannot be built: {error}")
-    return CPUOperators(variant)
+        for file in kept:
+            try:
+                _build(variant, file)
+            except (OSError, RuntimeError) as error:
+                why = error
+                if isinstance(error, RuntimeError):
+                    break
+            else:
+                if file != kept[0]:
+                    where = f"{file.parent}; SELF_SPECULATION_CACHE names another folder"
+                    told = f"the operators cannot be kept in {kept[0].parent}: they are kept in {where}"
+                    warnings.warn(told, LoadingWarning, stacklevel=2)
+                return CPUOperators(variant)
+    return CPUOperators(None, f"ours cannot be built: {why}")
 
 
 def operator_activation(module: nn.Module) -> int | None:
@@ -134,23 +144,10 @@ def _kept(variant: str) -> list[Path]:
     return [folder / _file_name(variant) for folder in folders]
 
 
-def _build(variant: str) -> None:
-    """Warns if the cache cannot hold the file. Raises RuntimeError if it cannot be built, OSError if what was
-    built can be kept nowhere, or cannot be loaded.
+def _build(variant: str, file: Path) -> None:
+    """Build a file and load it. Raises RuntimeError if it cannot be built, OSError if it cannot be kept there
+    or loaded.
     """
-    wanted, *others = _kept(variant)
-    try:
-        _build_in(wanted, variant)
-    except OSError:
-        if not others:
-            raise
-        _build_in(others[0], variant)
-        where = f"they are kept in {others[0].parent}; SELF_SPECULATION_CACHE names another folder"
-        why = f"the operators cannot be kept in {wanted.parent}: {where}"
-        warnings.warn(why, LoadingWarning, stacklevel=2)
-
-
-def _build_in(file: Path, variant: str) -> None:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_own(file.parent)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may load it meanwhile

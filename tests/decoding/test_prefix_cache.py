@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from test_batch import DRAFTS, ends_at, nan_from, raises_from
 
 from self_speculation import Request, make_strategy
-from self_speculation.passes.fused_layers import fuse
-from self_speculation.passes.runners import capture_decoding
+from self_speculation.passes.runners import capture_decoding, fuse
 
 STORY = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
 

@@ -1,4 +1,4 @@
-"""Models in `.gguf` files. A fixture writes a small one as converters do; test_smollm2.py has a real one."""
+"""Models in `.gguf` files, small ones, which a fixture writes as converters do."""
 
 import importlib.util
 import json
@@ -102,11 +102,14 @@ def test_a_file_loads_as_the_model_it_was_written_from(written, text_model, byte
         assert_close(model(ids).logits, text_model(ids).logits)
 
 
-def test_a_tied_head(byte_tokenizer, tmp_path):
-    """Guards against a file without a head that is refused."""
+@pytest.mark.parametrize("device", ["auto", "split"])
+def test_a_tied_head(device, byte_tokenizer, tmp_path):
+    """Guards against a file without a head that is refused, also where devices share the layers."""
     model = tiny_llama(vocab_size=len(byte_tokenizer), tie_word_embeddings=True)
     write(tmp_path / "tied.gguf", model, byte_tokenizer)
-    loaded, _ = load_model_and_tokenizer(str(tmp_path / "tied.gguf"), LoadingOptions(dtype="float32"))
+    loaded, _ = load_model_and_tokenizer(
+        str(tmp_path / "tied.gguf"), LoadingOptions(dtype="float32", device=device)
+    )
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     ids = torch.tensor([[5, 9, 4]])
     with torch.inference_mode():
@@ -151,9 +154,7 @@ def test_on_a_gpu_auto_is_half(has_bf16, wanted, written, monkeypatch):
     monkeypatch.setattr(loading, "resolve_device", lambda _: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: has_bf16)
-    load = loading._load
-    on_cpu = {"device_map": "cpu"}
-    monkeypatch.setattr(loading, "_load", lambda *args, **how: load(*args, **how | on_cpu))
+    monkeypatch.setattr(loading, "_placed", lambda model, place: model)
     for dtype, expected in (("auto", wanted), ("float32", torch.float32)):
         model, _ = load_model_and_tokenizer(str(written), LoadingOptions(dtype=dtype, fuse=False))
         assert {weight.dtype for weight in model.parameters()} == {expected}

@@ -77,7 +77,8 @@ def tiny(config_class, model_class, rope, **settings):
 LLAMA, QWEN2 = (LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)
 CASES = {
     "llama3": (
-        *LLAMA, LLAMA3, {"head_dim": 16}, {}, {"rope_freqs.weight": llama3_divisors(16)},
+        *LLAMA, LLAMA3, {"head_dim": 16}, {"rope.scaling.original_context_length": 64},
+        {"rope_freqs.weight": llama3_divisors(16)},
     ),
     "linear": (
         *LLAMA, {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}, {"head_dim": 16},
@@ -121,26 +122,30 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def in_file(byte_tokenizer, tmp_path):
+    """Writes the model of a case; returns it, the file, and the model that is read from the file."""
+
+    def write_and_read(case):
+        config_class, model_class, rope, settings, keys, tensors = CASES[case]
+        model = tiny(config_class, model_class, rope, **settings, vocab_size=len(byte_tokenizer))
+        file = str(tmp_path / "x.gguf")
+        write(file, model, byte_tokenizer, keys=keys, tensors=tensors)
+        return model, file, load_model_and_tokenizer(file, LoadingOptions(dtype="float32"))[0]
+
+    return write_and_read
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_rotates_as_the_model_it_was_written_from(case, byte_tokenizer, tmp_path):
-    """Guards against wrong text: tensors and keys of rotations and of heads that are not read."""
-    config_class, model_class, rope, settings, keys, tensors = CASES[case]
-    model = tiny(config_class, model_class, rope, **settings, vocab_size=len(byte_tokenizer))
-    write(tmp_path / "x.gguf", model, byte_tokenizer, keys=keys, tensors=tensors)
-    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="float32"))
+def test_a_file_rotates_as_the_model_it_was_written_from(case, in_file):
+    """Guards against wrong text: tensors and keys of rotations and of heads that are not read; and against a
+    context that ends where frequencies of Phi-3 change: those of Llama 3 do not.
+    """
+    model, _, loaded = in_file(case)
     assert context_length(loaded.config) == context_length(model.config)
-    ids = (torch.arange(200) * 37 % len(byte_tokenizer))[None]
+    ids = (torch.arange(200) * 37 % model.config.vocab_size)[None]
     with torch.inference_mode():
         assert_close(loaded(ids).logits, model(ids).logits)
-
-
-def test_files_of_llama_3_have_their_whole_context(byte_tokenizer, tmp_path):
-    """Guards against a context that ends where frequencies of Phi-3 change: those of Llama 3 do not."""
-    model = own_llama(vocab_size=len(byte_tokenizer), head_dim=16)
-    keys, tensors = {"rope.scaling.original_context_length": 64}, {"rope_freqs.weight": llama3_divisors(16)}
-    write(tmp_path / "x.gguf", model, byte_tokenizer, keys=keys, tensors=tensors)
-    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
-    assert context_length(loaded.config) == model.config.max_position_embeddings == 256
 
 
 @pytest.mark.parametrize(
@@ -169,17 +174,12 @@ def test_what_is_not_read_is_refused_by_name(keys, tensors, says, byte_tokenizer
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case != "yarn, all keys"]
 )  # it reads three of them not
-def test_logits_are_those_of_llama_cpp(case, byte_tokenizer, tmp_path):
+def test_logits_are_those_of_llama_cpp(case, in_file):
     """Guards against keys that mean something else there."""
     library = pytest.importorskip("llama_cpp")
-    config_class, model_class, rope, settings, keys, tensors = CASES[case]
-    model = tiny(config_class, model_class, rope, **settings, vocab_size=len(byte_tokenizer))
-    write(tmp_path / "x.gguf", model, byte_tokenizer, keys=keys, tensors=tensors)
-    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype="float32"))
-    ids = [i * 37 % len(byte_tokenizer) for i in range(200)]
-    other = library.Llama(
-        str(tmp_path / "x.gguf"), n_ctx=256, logits_all=True, type_k=0, type_v=0, verbose=False
-    )
+    _, file, loaded = in_file(case)
+    ids = [i * 37 % loaded.config.vocab_size for i in range(200)]
+    other = library.Llama(file, n_ctx=256, logits_all=True, type_k=0, type_v=0, verbose=False)
     other.eval(ids)
     with torch.inference_mode():
         logits = loaded(torch.tensor([ids])).logits[0]

@@ -19,7 +19,8 @@ from self_speculation.config import default_model
 from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_dtype
 from self_speculation.loading.sources import hub_answers
-from self_speculation.passes.fused_layers import parts_of
+from self_speculation.passes.in_place_runner import InPlaceRunner
+from self_speculation.weights.kernels import cpu_operators
 
 
 @pytest.fixture
@@ -43,9 +44,9 @@ def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model)
     assert model.dtype == torch.float32
     ids = tokenizer.encode("a man", return_tensors="pt")
     assert_close(model(ids).logits, text_model(ids).logits)
-    assert parts_of(model).fused
+    assert InPlaceRunner(model).is_in_place == (cpu_operators().variant is not None)
     model, _ = load_model_and_tokenizer(str(model_folder), LoadingOptions(fuse=False))
-    assert not parts_of(model).fused
+    assert not InPlaceRunner(model).is_in_place
     options = LoadingOptions({"attn_implementation": "eager"}, dtype="bfloat16")
     model, _ = load_model_and_tokenizer(str(model_folder), options)
     assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")

@@ -30,7 +30,7 @@ from test_llama_model_utils import family
 from self_speculation import Request, make_strategy, release
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes import captured_runner, runners
-from self_speculation.passes.fused_layers import parts_of
+from self_speculation.passes.fused_layers import FusedParts
 from self_speculation.passes.model_runner import forward
 from self_speculation.passes.prefix_cache import kept_caches
 from self_speculation.passes.runners import capture_decoding, make_runner
@@ -227,7 +227,7 @@ def test_weights_are_freed(how, monkeypatch):
     def weights(model):
         answer_of(strategy, model, Request(PROMPT), reuse_cache=True, **how)
         assert len(kept_caches(model)) == 1
-        return [weakref.ref(linear) for linear in parts_of(model).linears()]
+        return [*map(weakref.ref, FusedParts.of(model).own.values())]
 
     before = weights(model)
     for parameter in model.parameters():

@@ -14,7 +14,7 @@ from conftest import PROMPT, WAYS, ids_of, own_llama, tiny_llama
 
 from self_speculation.drafts.draft import Draft
 from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
-from self_speculation.passes.fused_layers import fuse
+from self_speculation.passes.runners import fuse
 
 NUM_THREADS = 6
 PROMPTS = [PROMPT, [8, 3, 11], [6] * 9]

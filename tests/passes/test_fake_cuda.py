@@ -27,9 +27,9 @@ from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.loading.loading import resolve_device
 from self_speculation.passes import captured_runner, runners
 from self_speculation.passes.attention import AttentionKernel, attention_kernel
-from self_speculation.passes.fused_layers import _MOST_GROUPED, fuse
-from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
-from self_speculation.passes.runners import make_runner
+from self_speculation.passes.fused_layers import _MOST_GROUPED, FusedRunner
+from self_speculation.passes.model_runner import PREFILL_CHUNK, forward_early
+from self_speculation.passes.runners import fuse, make_runner
 from self_speculation.transfers import AsyncRead
 
 DEVICE = "cuda:0"
@@ -240,7 +240,7 @@ def cuda(monkeypatch):
         "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
         # A parameter of no memory is no `Parameter`, and nowhere.
         f"{package}.passes.fused_layers.difference": lambda *modules: None,
-        f"{package}.passes.fused_layers.weights_key": lambda model: (),
+        f"{package}.passes.layers.weights_key": lambda model: (),
         "torch.from_dlpack": from_dlpack,
         "torch.cuda._exchange_device": current.exchange,
         "torch.cuda._maybe_exchange_device": current.exchange,
@@ -420,7 +420,7 @@ def test_cudnn_is_disabled_for_layers_of_transformers(cuda, fused, monkeypatch):
     """
     calls = []
     monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", calls.append)
-    ModelRunner(cuda(fused=fused, num_layers=1))
+    FusedRunner(cuda(fused=fused, num_layers=1))
     assert calls == [False] * (not fused)
 
 
@@ -432,7 +432,7 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
     )
     drafts = {"exit_layer": 2, "num_speculations": 5, "max_steps": 12}
     prompts = [PROMPT, [5 + i % 40 for i in range(PREFILL_CHUNK + 37)]]
-    monkeypatch.setattr("self_speculation.scheduler.make_runner", ModelRunner)
+    monkeypatch.setattr("self_speculation.scheduler.make_runner", FusedRunner)
     expected = [ids_of(model, prompt, **drafts) for prompt in prompts]
     lengths = []
 
@@ -456,7 +456,7 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
 @pytest.mark.parametrize(("lengths", "width"), [([30], 1), ([30], 5), ([30, 20, 7], 1), ([30, 20, 7], 30)])
 def test_work_of_a_layer_by_our_kernels(cuda, lengths, width):
     """Guards against masks, copies and another kernel for each layer, also where rows differ in length."""
-    runner, ran = ModelRunner(cuda(head_dim=64)), []
+    runner, ran = FusedRunner(cuda(head_dim=64)), []
     assert runner.why_no_kernels is None
     with torch.inference_mode(), Waits():
         cache = rows_of(runner, lengths, 2)

@@ -1,7 +1,6 @@
 """Prompts on a CPU: no way to read one changes a bit of any answer."""
 
 import functools
-import itertools
 import os
 import random
 import subprocess
@@ -22,9 +21,8 @@ from conftest import (
 )
 
 from self_speculation import Request, make_strategy
-from self_speculation.passes.fused_layers import fuse
 from self_speculation.passes.model_runner import forward
-from self_speculation.passes.runners import make_runner
+from self_speculation.passes.runners import fuse, make_runner
 from self_speculation.weights import kernels
 
 pytestmark = needs_operators
@@ -38,41 +36,25 @@ def model_of(dtype):
     return model
 
 
-def logits_after(model, ids, *sizes, rows=1, row=0, is_prompt=True):
-    """[V] after a prompt in pieces of these sizes, the last one again and again, beside other rows."""
-    runner, start = make_runner(model), 0
-    cache = runner.new_cache(len(ids), len(ids), num_slots=rows)
-    cache.set_rows([0] * rows)
+def logits_after(model, ids, size, is_prompt=True):
+    """[V] after a prompt in pieces of this size."""
+    runner = make_runner(model)
+    cache = runner.new_cache(len(ids), len(ids))
     cache.is_prompt = is_prompt
-    batch = torch.randint(3, 40, (rows, len(ids)), generator=torch.Generator().manual_seed(rows))
-    batch[row] = torch.tensor(ids)
     with torch.inference_mode():
-        for size in itertools.chain(sizes, itertools.repeat(sizes[-1])):
-            logits = forward(runner, cache, batch[:, start : start + size]).logits
-            start += size
-            if start >= len(ids):
-                return logits[row, -1]
+        pieces = torch.tensor([ids]).split(size, 1)
+        return [forward(runner, cache, piece).logits[0, -1] for piece in pieces][-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_no_way_to_read_a_prompt_changes_a_bit(dtype):
-    """Guards against products, attention or a number format that depend on the length of a piece, on other
-    rows or on threads, and against a prompt in bfloat16 whose weights have more bits.
+def test_tokens_of_a_prompt_are_one_kind(dtype):
+    """Guards against a prompt in bfloat16 whose weights have more bits, against output that is rounded, and
+    against chunks that differ. test_in_place.py has all ways to read one.
     """
     model, ids = model_of(dtype), random.Random(0).choices(range(3, 40), k=700)
-    expected, threads = logits_after(model, ids, len(ids)), torch.get_num_threads()
-    for sizes in ([1], [7], [64], [100], [650, 1], [3, 697]):
-        assert torch.equal(logits_after(model, ids, *sizes), expected), sizes
-    for rows, row in ((2, 1), (5, 0)):
-        assert torch.equal(logits_after(model, ids, 100, rows=rows, row=row), expected), rows
-    try:
-        torch.set_num_threads(3 - min(threads, 2))
-        assert torch.equal(logits_after(model, ids, len(ids)), expected)
-    finally:
-        torch.set_num_threads(threads)
-    as_output = logits_after(model, ids, len(ids), is_prompt=False)
-    is_rounded = rounds_prompts and dtype == torch.bfloat16
-    assert torch.equal(as_output, expected) != is_rounded
+    expected, as_output = (logits_after(model, ids, 700, is_prompt) for is_prompt in (True, False))
+    assert torch.equal(logits_after(model, ids, 100), expected)
+    assert torch.equal(as_output, expected) != (rounds_prompts and dtype == torch.bfloat16)
     assert (as_output - expected).norm() < 0.05 * expected.norm()
 
 

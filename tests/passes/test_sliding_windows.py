@@ -5,8 +5,7 @@ from conftest import ADAPTIVE, LAYERS, answer_of, ids_of, in_batch, transformers
 from test_llama_model_utils import WINDOW, WINDOWED, family, pieces_match_the_whole, windowed
 
 from self_speculation import Request, make_strategy, release
-from self_speculation.passes.fused_layers import fuse
-from self_speculation.passes.runners import capture_decoding
+from self_speculation.passes.runners import capture_decoding, fuse
 
 PROMPTS = [[5 + 7 * i % 50 for i in range(length)] for length in (3, 40, WINDOW)]
 

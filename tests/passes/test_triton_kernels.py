@@ -19,7 +19,7 @@ from conftest import ADAPTIVE, HAS_TRITON, ROOT, TRITON, card_llama, ids_of, in_
 
 from self_speculation import Request
 from self_speculation.passes.decode_attention import why_no_kernels
-from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.runners import capture_decoding
 
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def test_whole_answers(way, interpreter, monkeypatch):  # noqa: ARG001
     requests = [Request([5, 9, 4, 7, *[3] * length]) for length in (1, 70, 2)]
     want = [ids_of(model, request.prompt, max_steps=5) for request in requests]
     if way == "eager":
-        monkeypatch.setattr("self_speculation.scheduler.make_runner", ModelRunner)
+        monkeypatch.setattr("self_speculation.scheduler.make_runner", FusedRunner)
     else:
         graphs = cuda_graphs.stand_in(monkeypatch)
         capture_decoding(model)

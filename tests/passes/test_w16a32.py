@@ -22,7 +22,7 @@ from self_speculation import (
     make_strategy,
     progress,
 )
-from self_speculation.passes.fused_layers import activation_dtype, fuse
+from self_speculation.passes.runners import activation_dtype, fuse
 
 pytestmark = needs_operators
 

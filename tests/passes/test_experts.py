@@ -10,35 +10,19 @@ from helpers import refused
 from test_llama_model_utils import KINDS, OF_EXPERTS, family, mixture
 
 import benchmark
-from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
+from self_speculation.drafts.costs import draft_ratio
 from self_speculation.loading import loading
 from self_speculation.loading.sources import LoadingError
-from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.runners import capture_decoding
-from self_speculation.weights.experts import bytes_read, distinct_experts
 
 
-def test_estimated_costs_know_which_experts_a_pass_reads():
-    """Guards against a verification that seems as cheap as that of a dense model, against drafts that seem to
-    read all experts, and against the same number for any mixture.
-    """
+def test_drafts_of_a_mixture_read_some_of_its_experts():
+    """Guards against drafts that seem to read all experts, and so nothing for the head."""
     model = mixture("mixtral", num_local_experts=8)
-    experts = model.model.layers[0].mlp.experts
-    all_read, expert_bytes = bytes_read([model.model.layers[0]], model.config)
-    assert expert_bytes == sum(weight.nbytes for weight in experts.parameters()) / 4
-    rest = sum(weight.nbytes for weight in model.model.layers[0].parameters()) - 4 * expert_bytes
-    assert all_read == expert_bytes + rest
-    assert distinct_experts(2, 8, 1) == pytest.approx(2)
-    assert distinct_experts(2, 8, 1000) == pytest.approx(8)
-
-    cost, dense = (relative_pass_cost(ModelRunner(each)) for each in (model, family("llama").float()))
-    of_all = 4 * expert_bytes / (4 * all_read + model.lm_head.weight.nbytes)
-    assert cost(1) == 1.0
-    assert cost(2) == pytest.approx(of_all * 1.75 * dense(2 / 1.75) + (1 - of_all) * dense(2), abs=0.03)
-    assert dense(4) < cost(4)
-    assert all(cost(n) < cost(n + 1) < cost(n) + 1.5 for n in range(1, 40))
-    head = model.lm_head.weight.nbytes / all_read
-    assert draft_ratio(model, 1, "exact") == pytest.approx((1 + head) / (4 + head))
+    layer, head = model.model.layers[0], model.lm_head.weight.nbytes
+    experts = sum(weight.nbytes for weight in layer.mlp.experts.parameters())
+    read = sum(weight.nbytes for weight in layer.parameters()) - 0.75 * experts
+    assert draft_ratio(model, 1, "exact") == pytest.approx((read + head) / (4 * read + head))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,7 +33,7 @@ def test_copies_and_captured_passes_are_refused_by_name(kind):
     model = mixture(kind)
     with pytest.raises(ValueError, match=f"draft_weights int4: there are no copies of a {kind} model"):
         generate(model, PROMPT, **COPY)
-    with pytest.raises(ValueError, match=rf"compile True: not with a mixture of experts \({kind}\)"):
+    with pytest.raises(ValueError, match=f"compile True: model type '{kind}' is not one of llama"):
         capture_decoding(model)
 
 

