@@ -31,7 +31,7 @@ def hidden_after_each_layer(
     base = model.base_model
     hidden = base.embed_tokens(input_ids)
     types = attention_types(model.config)
-    arguments = {kind: attention_arguments(model, kind, hidden) for kind in set(types)}
+    arguments = {kind: _attention_arguments(model, kind, hidden) for kind in set(types)}
     runs = [None] * len(base.layers) if kept is None else _rows(kept, hidden.device)
     for index, (layer, kind, rows) in enumerate(zip(base.layers, types, runs, strict=True)):
         if rows is None:
@@ -45,7 +45,7 @@ def hidden_after_each_layer(
         yield hidden
 
 
-def attention_arguments(model: PreTrainedModel, kind: AttentionType, hidden: Tensor) -> Mapping[str, object]:
+def _attention_arguments(model: PreTrainedModel, kind: AttentionType, hidden: Tensor) -> Mapping[str, object]:
     """What layers take beside [B, T, H] hidden states."""
     width, mask = hidden.shape[1], None
     own = torch.arange(width, device=hidden.device)

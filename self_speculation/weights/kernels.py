@@ -152,8 +152,6 @@ def _build(variant: str, file: Path) -> None:
     _check_own(file.parent)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may load it meanwhile
         _compile(variant, new := Path(folder) / file.name)
-        with new.open("rb") as built:  # after a loss of power the name must not stand for zeros
-            os.fsync(built.fileno())
         new.replace(file)
     _load(file)
 

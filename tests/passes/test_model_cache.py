@@ -15,6 +15,31 @@ from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from self_speculation.model_cache import cached, evict, lock, peek, release, singleton, weights_key
 
 
+def weight(model):
+    return model.model.layers[2].mlp.down_proj.weight  # [32, 48]
+
+
+CHANGES = {
+    "a row": lambda model: weight(model).detach()[7].mul_(1.5),
+    "an element, by torch": lambda model: nn.init.ones_(weight(model)[3, 5]),
+    "a new storage": lambda model: setattr(weight(model), "data", weight(model).data.clone()),
+    "a new parameter": lambda model: setattr(
+        model.model.layers[2].mlp.down_proj, "weight", nn.Parameter(weight(model).data)
+    ),
+    "a format": lambda model: model.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_write_changes_the_key(model, change):
+    """Guards against keys, values and copies of earlier weights, and passes that seem to change weights."""
+    before = weights_key(model)
+    model(torch.tensor([[5, 9, 4]]))
+    assert weights_key(model) == before
+    CHANGES[change](model)
+    assert weights_key(model) != before
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_weights_without_versions_or_memory_have_a_key(model):
     """Guards against errors with a model that was made in inference mode, is offloaded or in shards."""
