@@ -1,14 +1,19 @@
 // Weights in few bits: their formats, how they are made of those of a `.gguf` file, and their products.
 //
-// A weight [N, K] is one tensor of bytes. The first 64 have the code of its format. Then come blocks of 16 rows, each with
-// cells of 32 columns in their order. Rows are padded to 16 and columns to 32 by zeros. A cell has
-//   scales: the sizes of a step of 16 rows and, if the format has them, their middles,
-//   steps of 8 bits [8, 64]: byte 4 r + j of part v is that of column 4 v + j of row r; or, of fewer bits,
-//   low [4, 64]: byte 4 r + j of part i has the lower 4 bits of two steps of row r: of column 8 i + j in its lower half,
-//     of column 8 i + 4 + j in its upper half,
-//   high [bits - 4, 64]: byte 4 r + j of part i has the upper bits of columns 4 v + j of row r, for 8 / (bits - 4)
-//     numbers v, in their order.
-// A number is (step - offset) * size + middle.
+// A weight [N, K] is one tensor of bytes: a header with the code of its format, then blocks of 16 rows. A block has a cell
+// for each group of 32 columns. Rows are padded to 16 and columns to 32 by zeros.
+//
+//   a weight   | header | block: rows 0 to 15 | block: rows 16 to 31 | ...
+//   a block    | cell: columns 0 to 31 | cell: columns 32 to 63 | ...
+//              with `has_super`, scales of 256 columns (`before` bytes) precede each 8 cells
+//   a cell     | 16 sizes | 16 middles | low: 4 parts of 64 bytes | high: bits - 4 parts of 64 bytes |
+//
+// Scales are the sizes of a step of 16 rows and, if the format has them, their middles. A number is
+// (step - offset) * size + middle. In a part, bytes 4 r to 4 r + 3 are those of row r:
+//   low   byte 4 r + j of part i has the lower 4 bits of two steps: of column 8 i + j in its lower half, of column
+//         8 i + 4 + j in its upper half;
+//   high  byte 4 r + j of part i has the upper bits of columns 4 v + j, for 8 / (bits - 4) numbers v, in their order.
+// Steps of 8 bits have 8 parts of 64 in the place of both: byte 4 r + j of part v is that of column 4 v + j.
 #pragma once
 #include "vectors.h"
 
@@ -140,7 +145,7 @@ void with_format(const Format& format, const F& f) {
   with_count<std::size(FORMATS)>(&format - FORMATS + 1, [&]<int N>() { f.template operator()<N - 1>(); });
 }
 
-// 32 columns of a block of rows.
+// A cell: 32 columns of 16 rows.
 template <size_t I>
 class Cell {
  public:

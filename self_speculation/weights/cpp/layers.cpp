@@ -1,8 +1,7 @@
 // Passes on a CPU: a range of layers, or one product, as one operator, over weights where they lie.
 // kernels.py builds this file; in_place_runner.py calls it.
 //
-// One parallel region serves all layers. Threads claim pieces of a phase from a counter: a thread that the machine takes
-// away holds up one piece, and one thread alone finishes everything.
+// One parallel region serves all layers. A thread that the machine takes away holds up one piece, and one thread alone finishes.
 #include <sched.h>
 
 #include <atomic>
@@ -21,6 +20,11 @@ void pause() {
 #endif
 }
 
+// Work that must end before the next begins. All threads run the same phases, and claim their pieces from a counter:
+//
+//   thread 0   | piece 0 | piece 2 | piece 3 |.| piece 0 |        a dot: it waits until all pieces are done
+//   thread 1   | piece 1           | piece 4 | | piece 1 |
+//              phase 0                         phase 1
 class Phase {
  public:
   // The pieces are `f(0)` to `f(n - 1)`. A thread that gets one calls `prepare` first. Returns once all are done.
@@ -357,7 +361,7 @@ struct Layers {
   }
 };
 
-// As a tensor that has them.
+// Makes a tensor that owns the description of some layers.
 Tensor make_layers(const Tensor& numbers, const Tensor& factors, std::vector<Tensor> weights, int64_t hidden, int64_t d) {
   STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && factors.scalar_type() == ScalarType::Double &&
                       numbers.is_contiguous() && factors.is_contiguous() && numbers.size(1) == 7 && factors.size(1) == 7 &&

@@ -62,8 +62,7 @@ struct Inputs {
   }
 };
 
-// Adds products of R rows, `apart` rows from each other, and T tokens to `sums`, [T, ROWS]. Fetches the same of `ahead`. V:
-// Ints, for pairs, or Floats.
+// Adds products of R rows, `apart` rows from each other, and T tokens to `sums`, [T, ROWS]. Fetches the same of `ahead`.
 template <int R, int T, class V, class Number>
 __attribute__((noinline)) void tile(const Number* w, const Number* ahead, int64_t row, int64_t apart, const float* x,
                                     int64_t columns, Floats* sums) {
