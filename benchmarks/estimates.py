@@ -1,24 +1,28 @@
-"""Memory of a training, and speed of decoding on a GPU, by arithmetic.
+"""Memory of a training, by arithmetic, and speed of decoding on a GPU, by the kernels of traced rounds.
 
-python -m benchmarks.estimates        # the tables of docs/training.md and docs/gpu.md
+PYTHONPATH=.venv/triton python -m benchmarks.estimates        # the tables of docs/training.md and docs/gpu.md
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from benchmarks.fake_gpu import Launch, Trace, fake_gpu, fake_model
 from benchmarks.synthetic import MODELS
+from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation.passes.runners import capture_decoding, fuse
+from self_speculation.scheduler import Scheduler
 from training import losses
 
 _GIB = 2**30
 _BANDWIDTH = 2.7e12  # bytes per second that an H100 reads
-# Seconds: a kernel in a graph besides its bytes; the GPU's wait for the host in a round.
-_KERNEL, _WAIT = 2.75e-6, 50e-6
-_AROUND = 18  # kernels of embedding, norm, head and sampling; the start of a graph counts as some
-KERNELS = 10  # of a layer; tests count those of a traced pass
+# Seconds: a kernel besides its bytes; the start of a graph; the GPU's wait for the host in a round.
+_KERNEL, _GRAPH, _WAIT = 2.75e-6, 11e-6, 50e-6
 _POSITIONS, _DRAFTED, _GAINED = 1000, 6, 5.2  # tokens before and of a round, nine of ten drafts are right
 _FP32, _ADAMW = 4, 8  # bytes of a weight or gradient; of its state in AdamW
 
@@ -87,28 +91,64 @@ def memory(
     return Memory(weights, gradients, _ADAMW * learning / ranks, activations, loss)
 
 
+@cache
+def traces(name: str) -> Mapping[str, Trace]:
+    """What an H100 does in a greedy round of one sequence in 16 bits after _POSITIONS tokens.
+
+    Returns:
+        The traces of a plain step and of a round of _DRAFTED tokens, captured, and of such a round if nothing
+        is.
+    """
+    exit_layer, found = EXITS[name], dict[str, Trace]()
+    ways = {"eager": _DRAFTED, "plain": 0, "round": _DRAFTED}
+    with fake_gpu() as gpu:
+        gpu.length = _POSITIONS
+        model = fake_model(MODELS[name])
+        fuse(model)
+        for way, drafted in ways.items():
+            if way == "plain":
+                capture_decoding(model)
+            strategy = make_strategy("self_speculative" if drafted else "autoregressive")
+            config = GenerationConfig(
+                generation_strategy=strategy.name, sample=False,
+                exit_layer=exit_layer if drafted else -1, num_speculations=drafted or -1,
+            )  # fmt: skip
+            scheduler = Scheduler[int](strategy, model, config, 1)
+            scheduler.add_request(0, Request([5] * _POSITIONS))
+            scheduler.step()  # captures
+            gpu.trace = found[way] = Trace()
+            scheduler.step()
+            gpu.trace = Trace()
+    return found
+
+
 class Decoding(NamedTuple):
-    """Seconds of greedy passes over one sequence in 16 bits, all captured."""
+    """Seconds on an H100."""
 
     plain_step: float
     draft_step: float
     round: float  # of _DRAFTED tokens
 
 
-def decoding(config: PretrainedConfig, exit_layer: int, kernels: int = KERNELS) -> Decoding:
-    """The times on an H100.
+def decoding(name: str, by_bytes: bool = False) -> Decoding:
+    """The times of captured passes.
 
     Args:
-        kernels: of a layer; 0: bytes alone, without what else takes time.
+        by_bytes: without what else takes time.
     """
-    heads, width = config.num_attention_heads + config.num_key_value_heads, config.hidden_size
-    weights = 2 * width * config.head_dim * heads + 3 * width * config.intermediate_size
-    cache = 2 * config.num_key_value_heads * config.head_dim * _POSITIONS
-    counted = float(kernels > 0)
-    of_layer = 2 * (weights + cache) / _BANDWIDTH + kernels * _KERNEL
-    outside = 2 * config.vocab_size * width / _BANDWIDTH + counted * _AROUND * _KERNEL
-    plain, draft = (layers * of_layer + outside for layers in (config.num_hidden_layers, exit_layer))
-    return Decoding(plain, draft, _DRAFTED * draft + plain + counted * _WAIT)
+
+    def seconds(launches: Sequence[Launch], graphs: int) -> float:
+        all_bytes = sum(launch.num_bytes for launch in launches)
+        others = len(launches) * _KERNEL + graphs * _GRAPH
+        return all_bytes / _BANDWIDTH + (0.0 if by_bytes else others)
+
+    plain, whole = traces(name)["plain"], traces(name)["round"]
+    first, second = whole.replays[:2]
+    return Decoding(
+        seconds(plain.launches, len(plain.replays)),
+        seconds(whole.launches[first.start : second.start], 1),
+        seconds(whole.launches, len(whole.replays)) + (0.0 if by_bytes else _WAIT),
+    )
 
 
 EXITS = {"Llama-3.2-1B": 4, "Llama-2-7B": 8, "Llama-3-8B": 8}
@@ -131,22 +171,37 @@ def training_table() -> str:
 
 def decoding_table() -> str:
     heads = ["model", "plain step", "draft step, exit", "round of 6", "tokens/s, plain", "self-speculative"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, exit_layer in EXITS.items():
-        times = decoding(MODELS[name], exit_layer)
-        bytes_alone = decoding(MODELS[name], exit_layer, kernels=0)
-        plain, plain_by_bytes = (round(1 / of.plain_step) for of in (times, bytes_alone))
-        drafted, drafted_by_bytes = (round(_GAINED / of.round) for of in (times, bytes_alone))
-        cells = [
-            name,
-            f"{1e3 * times.plain_step:.1f} ms",
-            f"{1e3 * times.draft_step:.1f} ms, {exit_layer}",
-            f"{1e3 * times.round:.1f} ms",
-            f"{plain} ({plain_by_bytes})",
-            f"{drafted} ({drafted_by_bytes}), {drafted / plain:.1f} x",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [f"| {row} |" for row in (" | ".join(heads), *map(decoding_row, EXITS))]
+    rows.insert(1, "|---" * len(heads) + "|")
+    return "\n".join([*rows, "", about_launches(next(iter(EXITS)))])
+
+
+def decoding_row(name: str) -> str:
+    times, by_bytes = decoding(name), decoding(name, by_bytes=True)
+    plain, plain_by_bytes = (round(1 / of.plain_step) for of in (times, by_bytes))
+    drafted, drafted_by_bytes = (round(_GAINED / of.round) for of in (times, by_bytes))
+    cells = [
+        name,
+        f"{1e3 * times.plain_step:.1f} ms",
+        f"{1e3 * times.draft_step:.1f} ms, {EXITS[name]}",
+        f"{1e3 * times.round:.1f} ms",
+        f"{plain} ({plain_by_bytes})",
+        f"{drafted} ({drafted_by_bytes}), {drafted / plain:.1f} x",
+    ]
+    return " | ".join(cells)
+
+
+def about_launches(name: str) -> str:
+    traced, num_layers = traces(name), MODELS[name].num_hidden_layers
+    plain, eager = traced["plain"], traced["eager"]
+    layers = plain.launches[plain.replays[0]]
+    kernels, around = len(layers) // num_layers, len(plain.launches) - len(layers)
+    micros = 1e6 / num_layers * sum(launch.num_bytes for launch in layers) / _BANDWIDTH
+    return (
+        f"A layer of {name} takes {micros:.0f} µs for its bytes and {1e6 * kernels * _KERNEL:.0f} µs for its "
+        f"{kernels} kernels, and a step launches\n{around} more around its graph. A round is "
+        f"{eager.num_calls:,} calls of the host, {traced['round'].num_calls} with `--compile True`."
+    )
 
 
 if __name__ == "__main__":

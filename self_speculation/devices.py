@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import psutil
 import torch
 import torch.distributed as dist
+
+# Whether products of bfloat16 could be summed in fewer bits when each thread began.
+_LOCK, _WAS_ON = Lock(), list[bool]()
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -30,15 +34,17 @@ def free_memory(device: torch.device) -> int:
 
 @contextmanager
 def own_arithmetic(device: torch.device) -> Iterator[None]:
-    """Disable the caller's autocast; sum products of bfloat16 on a GPU in float32, in this process."""
+    """Disable the caller's autocast; GPUs sum products of bfloat16 in float32 while any thread is in here."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
     with torch.autocast(device.type, enabled=False):
+        with _LOCK:
+            _WAS_ON.append(matmul.allow_bf16_reduced_precision_reduction)
+            matmul.allow_bf16_reduced_precision_reduction = False
         try:
-            matmul.allow_bf16_reduced_precision_reduction = before and device.type != "cuda"
             yield
         finally:
-            matmul.allow_bf16_reduced_precision_reduction = before
+            with _LOCK:  # the first thread found the caller's, the others found it off
+                matmul.allow_bf16_reduced_precision_reduction = _WAS_ON.pop()
 
 
 def round_up(number: int, step: int) -> int:

@@ -44,7 +44,6 @@ from self_speculation import (
 )
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.generator_base import single_result
-from self_speculation.passes.decode_attention import why_no_kernels
 from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.model_runner import forward
 from self_speculation.passes.runners import fuse, make_runner
@@ -359,22 +358,29 @@ HAS_TRITON = TRITON.is_dir() or find_spec("triton") is not None
 
 
 @pytest.fixture
-def interpreter(monkeypatch):
-    """The kernels of a card compute on this CPU, by Triton's interpreter."""
+def triton_kernels(monkeypatch):
+    """The module of kernels of a card. A CPU would compute them by Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.syspath_prepend(TRITON)
     if not HAS_TRITON:
         pytest.skip("triton is not installed")
-    why_no_kernels.cache_clear()
-    yield
-    why_no_kernels.cache_clear()
+    return import_module("self_speculation.passes.triton_kernels")
 
 
 @pytest.fixture
-def graphs(monkeypatch, interpreter):  # noqa: ARG001
-    """CUDA graphs without a GPU, see `cuda_graphs.stand_in`, and kernels by torch."""
-    import_module("self_speculation.passes.triton_kernels")
-    with card_kernels.instead_of_the_interpreter():
+def interpreter(triton_kernels, monkeypatch):
+    """Fused layers decode by the kernels of a card, in the interpreter."""
+    monkeypatch.setattr(triton_kernels, "_processors", lambda device: 8)
+    with card_kernels.on_cpu(triton_kernels.decode_attention, triton_kernels.gated):
+        yield triton_kernels
+
+
+@pytest.fixture
+def graphs(triton_kernels, monkeypatch):  # noqa: ARG001
+    """CUDA graphs without a GPU, see `cuda_graphs.stand_in`. Kernels are torch's: in the interpreter a layer
+    of one token takes 80 ms.
+    """
+    with card_kernels.on_cpu(card_kernels.decode_attention, card_kernels.gated):
         yield cuda_graphs.stand_in(monkeypatch)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Mapping
 from functools import cache
 
@@ -20,23 +19,17 @@ _SIZES = (64, 96, 128, 256)  # of a head
 
 @cache
 def why_no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """None: triton_kernels.py computes attention while this device decodes.
-
-    Triton's interpreter (TRITON_INTERPRET=1) computes on a CPU: that is for tests.
-    """
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "a CPU has operators of its own"
-    if device.type not in ("cpu", "cuda") or torch.version.hip is not None:
+    """None: triton_kernels.py computes attention while this device decodes."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return "they are for NVIDIA's cards"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"the card has compute capability {'.'.join(map(str, capability))}, below 8.0"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"activations are {dtype}, not in 16 bits"
     if head_dim not in _SIZES:
         return f"a head has {head_dim} elements, not one of {', '.join(map(str, _SIZES))}"
-    if device.type == "cuda":
-        if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-            return f"the card has compute capability {'.'.join(map(str, capability))}, below 8.0"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"activations are {dtype}, not in 16 bits"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
     importlib.import_module("self_speculation.passes.triton_kernels")
     return None
 

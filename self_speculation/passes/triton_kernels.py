@@ -24,7 +24,6 @@ from self_speculation.devices import padded
 # Queries of a program: tensor cores take 16 and more. Shares of a row's keys.
 _LEAST_QUERIES, _MOST_QUERIES, _MOST_SPLITS = 16, 64, 32
 _BLOCK = 1024  # numbers of a program of `gate`
-_INTERPRETED = 1  # processors of the card that the interpreter is
 _NO_WINDOW = 1 << 30
 
 
@@ -78,28 +77,28 @@ def rotate_and_write(
 def attend(
     qkv, keys, values, positions, sums, stats, scale, window, width, of_slot, of_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B * KV_HEADS, SPLITS, tiles]: QUERIES of the heads that share keys, over one share of those that
+    """Grid [B * KV_HEADS, splits, tiles]: QUERIES of the heads that share keys, over one share of those that
     they see.
 
     Args:
         qkv, keys, values, positions: as above; queries are rotated.
-        sums: [B * KV_HEADS, tiles, SPLITS, QUERIES, PADDED] weighted values, written.
-        stats: [B * KV_HEADS, tiles, SPLITS, QUERIES, 2] the largest score and the sum of weights, written.
+        sums: [B * KV_HEADS, tiles, splits, QUERIES, PADDED] weighted values, written.
+        stats: [B * KV_HEADS, tiles, splits, QUERIES, 2] the largest score and the sum of weights, written.
         window: positions that a token sees, its own included.
         PADDED: SIZE, or the next power of two.
         KEYS: that are read at a time.
     """
     row, kv = (tl.program_id(0) // KV_HEADS).to(tl.int64), tl.program_id(0) % KV_HEADS
-    split, tile, group = tl.program_id(1), tl.program_id(2), HEADS // KV_HEADS
+    split, splits, tile, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2), HEADS // KV_HEADS
     q, d = tl.arange(0, QUERIES), tl.arange(0, PADDED)
     token, head = (tile * QUERIES + q) // group, kv * group + (tile * QUERIES + q) % group
     position = tl.load(positions + row * width + token, token < width, -1).to(tl.int32)
     length = tl.max(position, 0) + 1
     oldest = tl.min(tl.where(position < 0, length, position), 0) - window + 1  # that any of them sees
     start = tl.maximum(oldest, 0) // KEYS * KEYS
-    share = tl.cdiv(tl.cdiv(length - start, KEYS), SPLITS) * KEYS
+    share = tl.cdiv(tl.cdiv(length - start, KEYS), splits) * KEYS
     begin = start + split * share
     end = tl.minimum(begin + share, length)
     at = ((row * width + token)[:, None] * (HEADS + 2 * KV_HEADS) + head[:, None]) * SIZE + d[None]
@@ -121,10 +120,11 @@ def attend(
         v = tl.load(values + there, is_there, 0.0)
         out = out * keep[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total, largest = total * keep + tl.sum(weights, 1), new
-    part = ((tl.program_id(0) * tl.num_programs(2) + tile) * SPLITS + split) * QUERIES + q
-    tl.store(sums + part[:, None] * PADDED + d[None], out)
-    tl.store(stats + part * 2, largest)
-    tl.store(stats + part * 2 + 1, total)
+    part = ((tl.program_id(0) * tl.num_programs(2) + tile) * splits + split) * QUERIES + q
+    is_read = token < width  # by `merge`
+    tl.store(sums + part[:, None] * PADDED + d[None], out, is_read[:, None])
+    tl.store(stats + part * 2, largest, is_read)
+    tl.store(stats + part * 2 + 1, total, is_read)
 
 
 @triton.jit(do_not_specialize=["width", "window", "tiles"])
@@ -173,7 +173,7 @@ _LIBRARY.define(
 
 
 class Shape(NamedTuple):
-    """What programs of `attend` share, by constants, and their grid."""
+    """The constants of programs of `attend`, and their grid."""
 
     constants: dict[str, int]
     grid: tuple[int, int, int]
@@ -190,8 +190,7 @@ def shape_of(rows: int, width: int, heads: int, kv_heads: int, size: int, proces
     tile = min(max(queries, _LEAST_QUERIES), most)
     splits = min(padded(-(-processors // (rows * kv_heads))), _MOST_SPLITS)
     constants = {"HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "PADDED": padded(size)}
-    constants |= {"QUERIES": tile, "SPLITS": splits}
-    return Shape(constants, (rows * kv_heads, splits, -(-queries // tile)))
+    return Shape(constants | {"QUERIES": tile}, (rows * kv_heads, splits, -(-queries // tile)))
 
 
 def decode_attention(
@@ -215,7 +214,7 @@ def decode_attention(
         KEYS=keys_at_a_time(size), **constants,
     )  # fmt: skip
     out = torch.empty(len(qkv), heads * size, dtype=qkv.dtype, device=qkv.device)
-    merge[rows * width, heads](sums, stats, out, width, grid[2], **constants)
+    merge[rows * width, heads](sums, stats, out, width, grid[2], SPLITS=grid[1], **constants)
     return out
 
 
@@ -249,9 +248,8 @@ def _on_its_card(launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return launched
 
 
-for key in ("CUDA", "CPU"):
-    _LIBRARY.impl("decode_attention", _on_its_card(decode_attention), key)
-    _LIBRARY.impl("gated", _on_its_card(gated), key)
+_LIBRARY.impl("decode_attention", _on_its_card(decode_attention), "CUDA")
+_LIBRARY.impl("gated", _on_its_card(gated), "CUDA")
 
 
 def keys_at_a_time(size: int) -> int:
@@ -260,6 +258,4 @@ def keys_at_a_time(size: int) -> int:
 
 @cache
 def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _INTERPRETED
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -12,7 +12,7 @@ from benchmarks.first_gpu import FirstGPUArguments, Tried, try_all
 @pytest.mark.usefixtures("graphs")
 def test_every_step_works(byte_tokenizer, monkeypatch, capsys):
     """Guards against a step that fails for want of a card to try it on."""
-    monkeypatch.setattr(Tried._seconds, "__defaults__", (1,))
+    monkeypatch.setattr(first_gpu, "_REPEATS", 1)
     model = card_llama(vocab_size=len(byte_tokenizer), max_position_embeddings=1024)
     tried = Tried(model, byte_tokenizer, FirstGPUArguments(exit_layer=1, num_speculations=2, max_steps=4))
     try_all(tried, found := {})

@@ -34,6 +34,7 @@ PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}
 def assembled(card, width, heads, kv_heads, size, rows):
     shape = kernels.shape_of(rows, width, heads, kv_heads, size, PROCESSORS[card])
     constants = shape.constants | {
+        "SPLITS": shape.grid[1],
         "ADDED": 0.0,
         "HALF": padded(size // 2),
         "ROWS": padded(heads // kv_heads + 2),

@@ -4,6 +4,7 @@ Where triton cannot be had these tests are skipped. The interpreter's products o
 it computes is float16 and float32.
 """
 
+import itertools
 import json
 import os
 import random
@@ -16,29 +17,26 @@ import cuda_graphs
 import pytest
 import torch
 from conftest import ADAPTIVE, HAS_TRITON, ROOT, TRITON, card_llama, ids_of, in_batch, random_plans
+from test_llama_model_utils import WINDOW, family
 
 from self_speculation import Request
-from self_speculation.passes.decode_attention import why_no_kernels
 from self_speculation.passes.fused_layers import FusedRunner
-from self_speculation.passes.runners import capture_decoding
+from self_speculation.passes.runners import capture_decoding, fuse
 
-CPU = torch.device("cpu")
+TYPES = ["sliding_attention", "full_attention"]
+DEFAULT = [("llama", False, "layers"), ("llama", True, "layers"), ("windows", True, "layers")]
 
 
-@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     "seed", [*range(8), *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 100))]
 )
-def test_kernels_compute_attention(seed, monkeypatch):
+def test_kernels_compute_attention(seed, interpreter, monkeypatch):
     """Guards against keys of another row, head, split or window, positions that are off by one, lost norms,
     padding that is written, and reads of what no row has written, which is NaN here.
     """
     draws = random.Random(seed)
-    assert why_no_kernels(CPU, torch.float32, 64) is None
-    from self_speculation.passes import triton_kernels
-
-    monkeypatch.setattr(triton_kernels, "_INTERPRETED", draws.choice([1, 16, 64]))
-    triton_kernels._processors.cache_clear()
+    num_processors = draws.choice([1, 16, 64])
+    monkeypatch.setattr(interpreter, "_processors", lambda device: num_processors)
     torch.manual_seed(seed)
     width, size = draws.choice([1, 1, 2, 5, 17]), draws.choice([64, 96, 128, 256])
     rows, capacity = draws.randint(1, max(1, min(4, 16 // width))), 320
@@ -72,7 +70,6 @@ def test_kernels_compute_attention(seed, monkeypatch):
     for written, own in zip((keys, values), right, strict=True):
         assert torch.equal(written.isnan(), own.isnan())
         torch.testing.assert_close(written, own, rtol=0, atol=4 * roundings, equal_nan=True)
-    triton_kernels._processors.cache_clear()
 
 
 # Card, tokens, heads, heads of keys, size of a head, rows: those of 7B, 8B, 1B, Gemma and Phi.
@@ -120,28 +117,37 @@ def test_kernels_assemble(cases):
 @pytest.mark.usefixtures("interpreter")
 def test_gates():
     """Guards against gates and what they gate in the wrong order, and against another activation."""
-    assert why_no_kernels(CPU, torch.float32, 64) is None
     joint = torch.randn(3, 2 * 1500)
     for is_gelu in (False, True):
         found = torch.ops.self_speculation.gated(joint, is_gelu)
         torch.testing.assert_close(found, card_kernels.gated(joint, is_gelu))
 
 
-@pytest.mark.parametrize("way", ["eager", "captured", pytest.param("adaptive", marks=pytest.mark.slow)])
-def test_whole_answers(way, interpreter, monkeypatch):  # noqa: ARG001
+@pytest.mark.parametrize(
+    ("kind", "is_captured", "way"),
+    [
+        pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)
+        for case in itertools.product(("llama", "windows"), (False, True), ("plain", "layers", "adaptive"))
+    ],
+)
+def test_whole_answers(kind, is_captured, way, interpreter, monkeypatch):  # noqa: ARG001
     """Three rows of different lengths. Guards against kernels that a runner hands other rows, layers,
-    positions or buffers than their own: ids are those of a CPU.
+    windows, positions or buffers than their own: ids are those of a CPU.
     """
     model = card_llama()
+    if kind == "windows":  # in every second layer
+        shape = {"num_hidden_layers": 2, "head_dim": 64, "sliding_window": WINDOW, "layer_types": TYPES}
+        model = family("gemma3_text", **shape).float()
+        fuse(model)
     requests = [Request([5, 9, 4, 7, *[3] * length]) for length in (1, 70, 2)]
     want = [ids_of(model, request.prompt, max_steps=5) for request in requests]
-    if way == "eager":
-        monkeypatch.setattr("self_speculation.scheduler.make_runner", FusedRunner)
-    else:
+    if is_captured:
         graphs = cuda_graphs.stand_in(monkeypatch)
         capture_decoding(model)
-    drafts = ADAPTIVE if way == "adaptive" else {"exit_layer": 1, "num_speculations": 2}
+    else:
+        monkeypatch.setattr("self_speculation.scheduler.make_runner", FusedRunner)
+    drafts = {"adaptive": ADAPTIVE, "layers": {"exit_layer": 1, "num_speculations": 2}, "plain": {}}[way]
     with random_plans(0):
         found = in_batch(model, requests, 3, max_steps=5, **drafts)
     assert [found[row].predicted_tokens for row in range(3)] == want
-    assert way == "eager" or graphs.replayed
+    assert not is_captured or graphs.replayed
