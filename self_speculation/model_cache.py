@@ -1,4 +1,4 @@
-"""What is made from a model and kept with it: fused layers, copies, captured passes, statistics, prefixes.
+"""What is made from a model and kept with it: layers, copies, captured passes, statistics, prefixes.
 It is freed with the model, so it must not refer to the model.
 """
 

@@ -170,7 +170,7 @@ def load_model_and_tokenizer(
         if adapted is not None:
             from peft import PeftModel
 
-            # Merged, weights stay plain: others are not fused.
+            # Merged, layers stay plain.
             loaded = PeftModel.from_pretrained(loaded, str(folder)).merge_and_unload().eval()
     if bits is not None:
         try:

@@ -22,7 +22,7 @@ from self_speculation.weights.kernels import operator_activation
 # Hooks of accelerate that only move inputs, outputs and weights between devices.
 _MOVING = (AlignDevicesHook, CpuOffload)
 
-# Modules of plain layers that are not those of their family. Fused layers call activations as they are.
+# Modules of plain layers that are not those of their family.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, FewBitsLinear)
 

@@ -65,21 +65,18 @@ def test_half_is_a_format_that_the_device_computes_in(monkeypatch):
     assert resolve_dtype("auto", torch.device("cuda")) == "auto"
 
 
-def test_impossible_options_are_refused(model_folder):
-    """Guards against an error that does not list what is allowed."""
-    devices = "device 'tpu': not on this machine; use auto, cpu, cuda, cuda:N, mps or split"
-    assert refusal(str(model_folder), device="tpu") == devices
-    compiled = "compile True: needs a GPU; on a CPU decoding is faster without"
-    assert refusal(str(model_folder), device="cpu", compile=True) == compiled
-
-
 def change_config(folder, **settings):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | settings))
+    put(folder / "config.json", json.dumps(config | settings))
+
+
+def put(file, text):
+    file.write_text(text)
 
 
 def pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin")
+    return folder
 
 
 def cut_short(folder):
@@ -108,52 +105,46 @@ def test_rope_scaling_as_model_cards_write_it(folder):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(
-    ("scaling", "says"),
-    [
-        ({"rope_type": "dynamic", "factor": 4.0}, "whose rope_type is one of linear, llama3, yarn"),
-        ("yarn", "model_args rope_scaling 'yarn': must be a dictionary"),
-        ({"rope_type": "yarn"}, "factor"),
-    ],
-)
-def test_other_scaled_rotations_are_refused(scaling, says, folder):
-    """Guards against a rotation that depends on the length of a sequence, and one that lacks numbers."""
-    assert says in refusal(str(folder), model_args={"rope_scaling": scaling})
+def scaled(scaling):
+    return {"model_args": {"rope_scaling": scaling}}
 
 
-DAMAGED = {
-    "no safetensors weights": pickled,
-    "corrupt or cut short": cut_short,
-    "not a valid JSON file": lambda folder: (folder / "config.json").write_text("{"),
-    "no config.json": lambda folder: (folder / "config.json").unlink(),
-    "model type 'gpt2' is not supported; supported are llama": lambda folder: (
-        folder / "config.json"
-    ).write_text('{"model_type": "gpt2"}'),
-    "config and weights do not fit: 18 tensors are missing": lambda folder: change_config(
-        folder, num_hidden_layers=6
+# By their messages: what is done to a folder, or another path, and options.
+REFUSED = {
+    "no safetensors weights": (pickled, {}),
+    "corrupt or cut short": (cut_short, {}),
+    "not a valid JSON file": (lambda folder: put(folder / "config.json", "{"), {}),
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), {}),
+    "model type 'gpt2' is not supported; supported are llama": (
+        lambda folder: put(folder / "config.json", '{"model_type": "gpt2"}'), {},
     ),
-    "do not fit: some tensors have another shape": lambda folder: change_config(folder, hidden_size=64),
-    "no tokenizer in there, such as tokenizer.json: save it": without_tokenizer,
-    "tokens, but the model knows only 100: it is that of another model": lambda folder: tiny_llama(
-        vocab_size=100
-    ).save_pretrained(folder),
-}
+    "config and weights do not fit: 18 tensors are missing": (
+        lambda folder: change_config(folder, num_hidden_layers=6), {},
+    ),
+    "do not fit: some tensors have another shape": (lambda folder: change_config(folder, hidden_size=64), {}),
+    "no tokenizer in there, such as tokenizer.json: save it": (without_tokenizer, {}),
+    "tokens, but the model knows only 100: it is that of another model": (
+        lambda folder: tiny_llama(vocab_size=100).save_pretrained(folder), {},
+    ),
+    "is a file; must be a hub id, a folder or a .gguf file": (lambda folder: folder / "config.json", {}),
+    "nowhere': no such folder": (lambda folder: folder / "nowhere", {}),
+    "'./nowhere': no such folder": (lambda folder: "./nowhere", {}),
+    "no such file": (lambda folder: "nowhere.gguf", {}),
+    "device 'tpu': not on this machine; use auto, cpu, cuda, cuda:N, mps or split": (str, {"device": "tpu"}),
+    "compile True: needs a GPU; on a CPU decoding is faster": (str, {"device": "cpu", "compile": True}),
+    "whose rope_type is one of linear, llama3, yarn": (str, scaled({"rope_type": "dynamic", "factor": 4.0})),
+    "model_args rope_scaling 'yarn': must be a dictionary": (str, scaled("yarn")),
+    "factor": (str, scaled({"rope_type": "yarn"})),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("message", DAMAGED)
-def test_a_damaged_folder_is_refused(folder, message):
-    """Guards against unpickling, which runs any code, random weights, and errors of several lines."""
-    DAMAGED[message](folder)
-    assert message in refusal(str(folder))
-
-
-def test_paths_without_a_model_are_refused(tmp_path):
-    """Guards against asking the hub for a path that was mistyped."""
-    (tmp_path / "own.csv").write_text("a,b")
-    assert "is a file; must be a hub id, a folder or a .gguf file" in refusal(str(tmp_path / "own.csv"))
-    assert "no such folder" in refusal(str(tmp_path / "nowhere"))
-    assert "no such folder" in refusal("./nowhere")
-    assert "no such file" in refusal("nowhere.gguf")
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_loaded_is_refused(folder, message):
+    """Guards against unpickling, which runs any code, random weights, errors of several lines or without what
+    is allowed, a rotation that depends on the length of a sequence, and asking the hub for a mistyped path.
+    """
+    change, options = REFUSED[message]
+    assert message in refusal(str(change(folder) or folder), **options)
 
 
 def hub_error(kind, status=404):

@@ -18,8 +18,11 @@ from conftest import (
 )
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from self_speculation import fuse, self_speculative_generate
+from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
+from self_speculation.passes.unsupported_hooks import difference
 
 ADAPTIVE = {"custom_generate": self_speculative_generate, "generation_strategy": "adaptive"}
 
@@ -89,6 +92,22 @@ def test_hooks_on_all_modules_are_refused():
         handle.remove()
 
 
+class Adapter(nn.Linear):
+    """Another class in the place of a Linear, such as an adapter or a quantised layer."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class DoublingNorm(LlamaRMSNorm):
+    """A norm of another family, with the same attributes."""
+
+    __module__ = "transformers.models.gemma.modeling_gemma"
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
 def wrapped_layer(model):
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda hidden: 3 * type(mlp).forward(mlp, hidden)
@@ -117,6 +136,9 @@ def two_hooks_that_move(model):
 
 FOLLOWED = {
     "hooked layer": lambda m: m.model.layers[2].register_forward_hook(lambda module, inputs, output: -output),
+    "hook before a layer": lambda m: m.model.layers[2].mlp.register_forward_pre_hook(lambda _, x: (-x[0],)),
+    "adapter": lambda m: setattr(m.model.layers[1].mlp.down_proj, "__class__", Adapter),
+    "another norm": lambda m: setattr(m.model.layers[1].input_layernorm, "__class__", DoublingNorm),
     "wrapped layer": wrapped_layer,
     "hooked embedding and head": hooked_embedding_and_head,
     "two devices": two_devices,
@@ -131,11 +153,15 @@ FOLLOWED = {
 @pytest.mark.parametrize("change", FOLLOWED)
 @pytest.mark.parametrize("fused", [False, True])
 def test_code_in_layers_is_followed(change, fused):
-    """Guards against a layer's hook that is ignored, and against refusing a model that accelerate placed."""
+    """Guards against a layer's hook, adapter or norm that is ignored, against refusing a model that
+    accelerate placed, and against all layers of transformers since one of them is.
+    """
     model = own_llama()
     FOLLOWED[change](model)
     if fused:
         fuse(model)
+        are_plain = [difference(model, layer) is None for layer in model.model.layers]
+        assert [isinstance(layer, FusedLayer) for layer in FusedRunner(model).layers] == are_plain
     with torch.compiler.set_stance("force_eager"):  # compiling takes seconds
         expected = transformers_generate(model, PROMPT, 9)
     for options in ({}, LAYERS, {"generation_strategy": "adaptive"}):
