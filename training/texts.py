@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,11 +16,12 @@ from zlib import crc32
 
 import torch
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data import DataError, load_from_hub, one_line, read_files
+from data import DataError, cell, load_from_hub, one_line, rows_of
 from self_speculation.config import default_model
 from self_speculation.devices import round_up
 from training.flags import TrainingDataArguments
@@ -55,26 +57,39 @@ def _is_in_part(row: dict[str, str], share: float, held_out: bool) -> bool:
 
 def _read(args: TrainingDataArguments) -> Dataset:
     """All rows, with the columns to learn."""
-    try:
-        if args.data_path is not None:
-            rows = read_files(_files(args.data_path))
-        elif args.data == "python_stdlib":
-            rows = read_files(standard_library())
-        else:
+    if args.data_path is None and args.data != "python_stdlib":
+        try:
             rows = load_from_hub(args.data, split="train")
-    except DataError:
-        raise
-    except Exception as error:  # the hub's errors have no common base
-        raise DataError(f"--data {args.data}: {one_line(error)}") from error
-    if {"prompt", "response"} <= set(rows.column_names):  # they come before any other
-        return rows.select_columns(["prompt", "response"])
-    if (column := args.text_column) not in rows.column_names and rows.column_names != ["text"]:
+        except Exception as error:  # the hub's errors have no common base
+            raise DataError(f"--data {args.data}: {one_line(error)}") from error
+        columns = _columns(args, rows.column_names)
+        return rows.select_columns([*columns]).rename_columns(columns)
+    paths = standard_library() if args.data_path is None else _files(args.data_path)
+    columns = _columns(args, [*next(rows_of(paths[0]))])
+    # `datasets` keeps the table until a file changes.
+    files = [(path, path.stat().st_mtime_ns) for path in paths]
+    try:
+        return Dataset.from_generator(_texts_of, gen_kwargs={"files": files, "columns": columns})
+    except DatasetGenerationError as error:
+        raise DataError(one_line(error.__cause__ or error)) from error
+
+
+def _texts_of(files: list[tuple[Path, int]], columns: dict[str, str]) -> Iterator[dict[str, str]]:
+    for path, _ in files:
+        for row in rows_of(path):
+            yield {ours: cell(f"{path}: column {name!r}", row.get(name)) for name, ours in columns.items()}
+
+
+def _columns(args: TrainingDataArguments, names: Sequence[str]) -> dict[str, str]:
+    """The columns to learn, and their names here."""
+    if {"prompt", "response"} <= {*names}:  # they come before any other
+        return {"prompt": "prompt", "response": "response"}
+    if (column := args.text_column) not in names and names != ["text"]:
         raise DataError(
-            f"--text_column {column}: not in the data, which has {', '.join(rows.column_names)}; must be one "
-            "of these, or the data must have prompt and response"
+            f"--text_column {column}: not in the data, which has {', '.join(names)}; must be one of these, "
+            "or the data must have prompt and response"
         )
-    name = column if column in rows.column_names else "text"  # a file of text has no other
-    return rows.select_columns([name]).rename_columns({name: "text"})
+    return {column if column in names else "text": "text"}  # a file of text has no other
 
 
 def _files(pattern: str) -> list[Path]:
