@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import inspect
-import itertools
 import json
 import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -27,6 +25,7 @@ from self_speculation.config import (
     check_template_kwargs,
     check_types,
     default_model,
+    field_texts,
     why_no_model,
 )
 
@@ -42,8 +41,8 @@ _FIRST = """
 # Fields of LoadingOptions that are no flags: --model_args has the first, and only programs need the second.
 _NO_FLAGS = ("trust_remote_code", "fuse")
 
-# Fields of GenerationConfig that are no flags of scripts that measure.
-NOT_MEASURED = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+# Fields of GenerationConfig that are flags of few scripts.
+SELDOM = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "reuse_cache")
 
 # Flags of llama.cpp, transformers and vLLM: what does the same here, or why nothing has to.
 _FOREIGN = {
@@ -70,19 +69,16 @@ _FOREIGN = {
     "trust_remote_code": "--model_args trust_remote_code=True",
     "load_in_4bit load_in_8bit": "--quantization",
     "fa flash_attn mlock no_mmap": "nothing has to be set for that",
+    "fuse": "only in Python, by LoadingOptions(fuse=False)",
 }
 
 
 @dataclass(frozen=True)
-class _ModelName:  # a base class, so that --help lists this flag first
-    model: str | None = None
-    """Hub id, folder or .gguf file; without it, the bundled model (train.py: a new one)."""
-
-
-@dataclass(frozen=True)
-class ModelArguments(LoadingOptions, _ModelName):
+class ModelArguments(LoadingOptions):
     """Which model to load, how, and onto which device."""
 
+    model: str | None = None
+    """Hub id, folder or .gguf file; without it, the bundled model (train.py: a new one)."""
     model_args: str | None = None  # type: ignore[assignment]  # `loading_options` has the parsed ones
     """JSON or k=v,k=v passed to from_pretrained; v may be a dictionary. trust_remote_code=True executes code
     from the model's repository: trust it as you trust its author."""
@@ -94,6 +90,7 @@ class ModelArguments(LoadingOptions, _ModelName):
     def __post_init__(self) -> None:
         check(self, "seed", 0 <= self.seed < 2**32, f"must be between 0 and {2**32 - 1}")
         at_least(self, 1, "threads")
+        check(self, "model", self.model != "", "must be a hub id, a folder or a .gguf file")
         is_adapter = (Path(self.model or "").expanduser() / "adapter_config.json").is_file()
         if self.model and not is_adapter and (why := why_no_model(self.model)):
             raise ValueError(f"model {self.model!r}: {why}")
@@ -174,6 +171,14 @@ class BatchArguments:
         at_least(self, 1, "batch_size")
 
 
+@dataclass(frozen=True)
+class RunArguments(BatchArguments):
+    """How to work through examples."""
+
+    resume: str | None = None
+    """Folder of an interrupted run to continue."""
+
+
 def parse(
     description: str,
     *groups: type,
@@ -186,7 +191,7 @@ def parse(
     Bad usage ends the program with status 2 and one line that names the flag, the value and what is allowed.
     """
     names = {field.name for group in groups for field in fields(group)} - {*without, *_NO_FLAGS}
-    args = _normalize(args, names)
+    args = sys.argv[1:] if args is None else [*args]
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--FLAG VALUE ...]", description=description.strip(), add_help=False,
         allow_abbrev=False, exit_on_error=False, argument_default=SUPPRESS,
@@ -196,26 +201,30 @@ def parse(
     shows_all = wants_help is None or args[wants_help + 1 : wants_help + 2] == ["all"]
     for group in groups:
         _add_flags(parser, group, names, shows_all)
+    flags = parser._option_string_actions
+    flags |= {flag.replace("_", "-"): action for flag, action in flags.items()}  # as in the paper's scripts
     if wants_help is not None:
         print(parser.format_help(), end="")
         print("" if shows_all else "\n--help all lists all flags.\n", end="")
         sys.exit(0)
     try:
-        earlier = _earlier_arguments(args) if "resume" in names else {}
+        given, unknown = parser.parse_known_args(args)
+        earlier = _earlier_arguments(given.resume) if "resume" in given else {}
         for group in groups:  # an earlier version may have written it
             check_types(group, earlier)
-        given, unknown = parser.parse_known_args(args)
         values = earlier | vars(given)
         found = [
             group(**{each.name: values[each.name] for each in fields(group) if each.name in values})
             for group in groups
         ]
     except argparse.ArgumentError as error:
-        refuse(str(error))
+        dashed = [value for flag, value in pairwise(args) if flag == error.argument_name and value[:1] == "-"]
+        hint = f"; a value that begins with - is written {error.argument_name}={dashed[0]}" if dashed else ""
+        refuse(f"{error}{hint}")
     except ValueError as error:  # a dataclass refuses its own value; the message starts with the field
         refuse(f"--{error}")
     if unknown:
-        hint = _hint(unknown[0], parser._option_string_actions)
+        hint = _hint(unknown[0], [f"--{name}" for name in names])
         refuse(f"unknown argument {unknown[0]!r}; {hint}--help all lists the flags")
     return tuple(found)
 
@@ -223,8 +232,8 @@ def parse(
 def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[str], shows_all: bool) -> None:
     """Add a flag for each field; without `shows_all`, --help has those of `_FIRST` only."""
     section = parser.add_argument_group((group.__doc__ or "").split(".")[0])
-    types, texts = get_type_hints(group), _texts(group)
-    for each in fields(group):
+    types, texts = get_type_hints(group), field_texts(group)
+    for each in sorted(fields(group), key=lambda each: each.name != "model"):  # it is the first one
         if each.name not in names:
             continue
         kind = types[each.name]
@@ -237,7 +246,8 @@ def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[s
             options = {"choices": get_args(kind)}
         elif kind is bool:
             options = {"type": _truth, "nargs": "?", "const": True, "metavar": "True|False"}
-            parser.add_argument(f"--no{each.name}", dest=each.name, action="store_false", help=SUPPRESS)
+            no_value = {"type": _no_value, "nargs": "?", "const": False, "help": SUPPRESS}
+            parser.add_argument(f"--no{each.name}", f"--no_{each.name}", dest=each.name, **no_value)
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper(), **each.metadata.get("flag", {})}
         default = "" if each.default is None else f" (default: {each.default})"
@@ -247,23 +257,14 @@ def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[s
         )
 
 
-@cache
-def _texts(group: type) -> dict[str, str]:
-    """The text below each field of a dataclass."""
-    found = {}
-    for kind in reversed(group.__mro__[:-1]):
-        (definition,) = ast.parse(inspect.getsource(kind)).body
-        assert isinstance(definition, ast.ClassDef)
-        for field, text in itertools.pairwise(definition.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
-    return found
-
-
 def _truth(text: str) -> bool:
     if (word := text.lower()) not in (allowed := ("true", "yes", "1", "false", "no", "0")):
         raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
     return word in allowed[:3]
+
+
+def _no_value(text: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(f"takes no value, not {text!r}")
 
 
 def _hint(unknown: str, flags: Collection[str]) -> str:
@@ -279,13 +280,10 @@ def _hint(unknown: str, flags: Collection[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-def _earlier_arguments(args: Sequence[str]) -> dict[str, Any]:
-    """The arguments of the run that --resume names, if it is given; raises ValueError if it has none."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--resume", nargs="?")
-    folder = parser.parse_known_args(args)[0].resume
+def _earlier_arguments(folder: str) -> dict[str, Any]:
+    """The arguments of the run in a folder; raises ValueError if there is none."""
     try:
-        return {} if folder is None else {**read_run(folder)["arguments"], "resume": None}
+        return read_run(folder)["arguments"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"resume {folder}: no run.json of a run in there") from error
 
@@ -297,25 +295,14 @@ def read_run(folder: str) -> dict[str, Any]:
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:
     """The fields of a dataclass that the command line names, even with their default values."""
+    flags = {_underscored(arg) for arg in (sys.argv[1:] if args is None else args)}
     names = {field.name for field in fields(group)}
-    flags = {arg.partition("=")[0] for arg in _normalize(args, names)}
-    return {name for name in names if {f"--{name}", f"--no{name}"} & flags}
+    return {name for name in names if {f"--{name}", f"--no{name}", f"--no_{name}"} & flags}
 
 
-def _normalize(args: Sequence[str] | None, names: Collection[str]) -> list[str]:
-    """Turn `--max-steps` into `--max_steps` and `--no_sample` into `--nosample`, which the paper's scripts
-    also accept.
-    """
-    normalized = []
-    for arg in sys.argv[1:] if args is None else args:
-        flag, equals, value = arg.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in names:
-            arg = f"--{name}{equals}{value}"
-        elif flag.startswith("--no") and name.removeprefix("no_") in names:
-            arg = f"--no{name.removeprefix('no_')}{equals}{value}"
-        normalized.append(arg)
-    return normalized
+def _underscored(arg: str) -> str:
+    """The flag of an argument with underscores, without a value."""
+    return arg.partition("=")[0].replace("-", "_").replace("__", "--", 1)
 
 
 def refuse(message: str, status: int = 2) -> NoReturn:

@@ -9,16 +9,13 @@ Results are written to a folder in --output_dir as they come; --resume FOLDER co
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import runs.early  # noqa: F401
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from arguments import NOT_MEASURED, BatchArguments, GenerationConfig, ModelArguments, parse, refuse
+from arguments import SELDOM, GenerationConfig, ModelArguments, RunArguments, parse, refuse
 from data import DataArguments
 from runs.failures import check_writable
 from runs.flags import validate
@@ -26,7 +23,7 @@ from runs.program import run
 
 
 @dataclass(frozen=True)
-class MeasurementArguments:
+class MeasurementArguments(RunArguments):
     """What to measure and record."""
 
     compare: bool = False
@@ -36,19 +33,15 @@ class MeasurementArguments:
     a second file beside it."""
     text_quality: bool = False
     """Also compare answers with reference answers: ROUGE, BLEU, exact match and edit distance."""
-    resume: str | None = None
-    """Folder of an interrupted run to continue."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments)
-    model_args, config, data_args, args, batch = parse(
-        __doc__ or "", *groups, args=argv, without=NOT_MEASURED
-    )
+    groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments)
+    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv, without=SELDOM)
     if args.answer_file is not None:
         if data_args.dataset != "spec_bench":
             refuse(f"--answer_file {args.answer_file}: is a format of spec_bench, not of {data_args.dataset}")
-        if batch.batch_size > 1:
+        if args.batch_size > 1:
             refuse(f"--answer_file {args.answer_file}: needs --batch_size 1, it has the time of each answer")
         path = Path(args.answer_file).expanduser()
         check_writable("answer_file", path.parent)
@@ -64,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     make = partial(
         Benchmark, compare=args.compare, answer_file=args.answer_file, text_quality=args.text_quality
     )
-    return run_experiment("benchmark", make, model_args, config, data_args, args, batch)
+    return run_experiment("benchmark", make, model_args, config, data_args, args)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ strategy. All other flags of lm_eval: python -m measures.harness_model run --mod
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import runs.early  # noqa: F401
-
 import re
 import zlib
 from collections.abc import Sequence
@@ -21,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from arguments import (
-    NOT_MEASURED,
+    SELDOM,
     GenerationConfig,
     ModelArguments,
     at_least,
@@ -100,7 +97,7 @@ class EvalArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, EvalArguments)
-    model_args, config, args = parse(__doc__ or "", *groups, args=argv, without=NOT_MEASURED)
+    model_args, config, args = parse(__doc__ or "", *groups, args=argv, without={*SELDOM} - {"reuse_cache"})
     if not args.tasks:
         refuse("--tasks: needs names of tasks, such as python_functions with --include_path eval_tasks")
     validate(model_args, config)

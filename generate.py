@@ -9,9 +9,6 @@ The answer goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import runs.early  # noqa: F401
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,10 +42,11 @@ class GenerateArguments(TemplateArguments):
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, GenerateArguments)
-    model_args, config, args = parse(__doc__ or "", *groups, args=argv, without=("reuse_cache",))
+    without = ("reuse_cache", "frequency_penalty", "presence_penalty")
+    model_args, config, args = parse(__doc__ or "", *groups, args=argv, without=without)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
-    validate(model_args, config, chat=args.chat)
+    validate(model_args, config, args.chat)
     if args.prediction and not config.looks_up:
         refuse("--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0")
     prediction = _read("prediction", args.prediction)

@@ -8,9 +8,6 @@ The flags are defaults for what requests leave out.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import runs.early  # noqa: F401
-
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
-from arguments import BatchArguments, GenerationConfig, ModelArguments, parse, refuse
+from arguments import SELDOM, BatchArguments, GenerationConfig, ModelArguments, parse, refuse
 from runs import ranks
 from runs.flags import validate
 from runs.program import on_signals, run
@@ -32,8 +29,8 @@ _SWITCH_INTERVAL = 5e-4  # seconds that another thread may keep the engine's wai
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments)
-    unused = ("output_dir", "reuse_cache", "frequency_penalty", "presence_penalty")
-    model_args, config, batch, args = parse(__doc__ or "", *groups, args=argv, without=unused)
+    without = ("output_dir", *SELDOM)
+    model_args, config, batch, args = parse(__doc__ or "", *groups, args=argv, without=without)
     config = replace(config, reuse_cache=True)
     if not ranks.is_first():
         return 2  # the first one says why

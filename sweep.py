@@ -10,9 +10,6 @@ measured. The last line has the flags of the fastest one. --mode measured measur
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import runs.early  # noqa: F401
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +17,10 @@ from functools import partial
 from typing import Literal
 
 from arguments import (
-    NOT_MEASURED,
-    BatchArguments,
+    SELDOM,
     GenerationConfig,
     ModelArguments,
+    RunArguments,
     at_least,
     check,
     given_flags,
@@ -33,10 +30,11 @@ from arguments import (
 from data import DataArguments
 from runs.flags import validate
 from runs.program import run
+from runs.status import print_status
 
 
 @dataclass(frozen=True)
-class SweepArguments:
+class SweepArguments(RunArguments):
     """Exit layers, draft lengths, and how they are timed."""
 
     mode: Literal["counted", "measured"] = "counted"
@@ -55,10 +53,9 @@ class SweepArguments:
     """Last draft length."""
     num_speculations_step: int = 1
     """Step between draft lengths."""
-    resume: str | None = None
-    """Folder of an interrupted sweep to continue."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for axis in ("exit_layer", "num_speculations"):
             first, last = (getattr(self, f"{axis}_{end}") for end in ("first", "last"))
             at_least(self, 1, f"{axis}_first", f"{axis}_step")
@@ -74,28 +71,24 @@ class SweepArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments, BatchArguments)
-    model_args, config, data_args, args, batch = parse(
-        __doc__ or "", *groups, args=argv, without=NOT_MEASURED
-    )
-    validate(model_args, config, data_args.chat, of_grid=True)
-
-    from measures.sweeping import Counted, Measured
-    from runs.examples import run_experiment
-    from runs.startup import read_config
-    from runs.status import print_status
-    from self_speculation.drafts.registry import is_replayable
-
+    groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments)
+    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv, without=SELDOM)
     if args.mode == "counted" and not config.greedy:
         print_status("--mode counted decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
-    first = {"exit_layer": args.exit_layer_first, "num_speculations": args.num_speculations_first}
-    cell = {"generation_strategy": "self_speculative", **first}
+    cell = {"generation_strategy": "self_speculative", "exit_layer": 1, "num_speculations": 1}
     for name in sorted(given_flags(argv, GenerationConfig) & cell.keys()):
         if (value := getattr(config, name)) != "self_speculative":
             cells = "cells are self_speculative, on the grid of the flags of sweeps"
             print_status(f"--{name} {value}: not used; {cells}")
     config = dataclasses.replace(config, **cell)
+    validate(model_args, config, data_args.chat)
+
+    from measures.sweeping import Counted, Measured
+    from runs.examples import run_experiment
+    from runs.startup import read_config
+    from self_speculation.drafts.registry import is_replayable
+
     if args.mode == "counted" and not is_replayable(config):
         refuse("--mode counted: needs drafts of layers and of one length; use --mode measured")
     num_layers, is_copy = read_config(model_args).num_hidden_layers, config.draft_weights != "exact"
@@ -109,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
     grid = [(layer, k) for layer in exit_layers for k in lengths]
     make = partial(Measured if args.mode == "measured" else Counted, grid=grid)
-    return run_experiment("sweep", make, model_args, config, data_args, args, batch)
+    return run_experiment("sweep", make, model_args, config, data_args, args)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,6 @@ same arguments, and with a higher --num_steps also a finished one.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import runs.early  # noqa: F401
-
 import importlib.util
 import os
 from collections.abc import Sequence

@@ -26,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,16 @@ import pandas
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import ModelArguments, at_least, check, parse, refuse
+from arguments import ModelArguments, at_least, check, parse
 from benchmarks.bars import bars
-from data import DATASETS, DataError, kind_of
-from runs import ranks
+from data import DATASETS
 from runs.description import Record, describe, machine
-from runs.failures import Failed, check_writable
+from runs.failures import check_writable
 from runs.program import run
 from runs.records import Run
 from runs.startup import read_config
+from runs.status import print_status
+from runs.work import Work, work_off
 
 PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))
 PUBLISHED["row"] = [
@@ -66,15 +68,12 @@ class PaperArguments:
     max_steps: int | None = None
     """New tokens at most; without it, as published."""
     data_path: str | None = None
-    """Folder of local data: a file or a folder for each dataset, such as xsum_summarization.jsonl. The hub is
-    not asked for data then."""
+    """Folder of local data: a .jsonl file or a folder for each dataset, by its name."""
     resume: str | None = None
     """Folder of an interrupted run to continue."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_samples", "max_steps")
-        is_folder = self.data_path is None or Path(self.data_path).expanduser().is_dir()
-        check(self, "data_path", is_folder, "must be a folder, with a file or a folder for each dataset")
         names = ", ".join(pandas.unique(PUBLISHED[["model", "dataset"]].to_numpy().ravel()))
         check(self, "rows", not self.chosen().empty, f"must be a part of one of {names}")
 
@@ -83,39 +82,79 @@ class PaperArguments:
         return PUBLISHED[[not self.rows or any(part in name for part in self.rows) for name in named]]
 
 
+@dataclass
+class Paper(Work):
+    """Runs of benchmark.py, one for each row of the table."""
+
+    model_args: ModelArguments
+    args: PaperArguments
+
+    unit, batch_size = "row", 1
+
+    def __post_init__(self) -> None:
+        self.rows = rows = self.args.chosen().reset_index(drop=True)
+        k, share = rows["num_speculations"], rows["exit_layer"] / rows["layers"]
+        rows["formula"] = (1 + k * rows["acceptance"]) / (1 + k * share)
+        depth = read_config(self.model_args).num_hidden_layers if self.model_args.model else rows["layers"]
+        rows["exit"] = (share * depth).round().clip(lower=1).astype(int)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [*self.rows["row"]]
+
+    def is_done(self, record: Record) -> bool:
+        return "not_measured" not in record
+
+    def measure(self, index: int) -> Record:
+        print_status(f"{self.names[index]} ...")
+        flags = _flags(self.rows.loc[index], self.model_args, self.args)
+        record = _measured(flags, self.run.folder / f"row{index}")
+        if not self.is_done(record):
+            print_status(f"  not measured: {record['not_measured']}")
+        return record
+
+    def conclude(self, records: list[Record]) -> int:
+        """Write, draw and print the table. The exit status is 1 if no row is measured."""
+        table = self.rows.join(pandas.DataFrame(records).set_index("index"))
+        table = table.reindex(columns=[*dict.fromkeys((*table, *_COLUMNS, "not_measured"))])
+        table = table.astype(dict.fromkeys(list(_COLUMNS)[3:], float))
+        machines = dict.fromkeys(record["machine"] for record in records if self.is_done(record))
+        self.run.replace("paper.csv", table.to_csv(index=False))
+        self.run.finish(records, {})
+        names = table["row"] + ", exit " + table["exit_layer"].astype(str)
+        table.index = names + ", k " + table["num_speculations"].astype(str)
+        title, here, color = "; ".join(machines), "measured here", "C2"
+        if self.model_args.model:
+            name, color = Path(self.model_args.model).name, "silver"
+            here = f"a rehearsal with {name} in place of the checkpoints, by the column exit"
+            title = f"REHEARSAL with {name}, which is none of the published checkpoints\n{title}"
+            table.index += " (rehearsed at exit " + table["exit"].astype(str) + ")"
+        drawn = [
+            table.assign(by="published", value=table["speedup"], low=None, high=None),
+            table.assign(by="by the formula", value=table["formula"], low=None, high=None),
+            table.assign(by=here, value=table["measured_speedup"]),
+        ]
+        label = "speed-up over decoding without drafts"
+        bars(pandas.concat(drawn), label, title, self.run.folder / "paper", colors=("C0", "C1", color))
+        print(f"{title}\n* {here}\n")
+        shown = table.rename(columns=_COLUMNS)[[*_COLUMNS.values()]]
+        print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
+        for name, at, why in table[["row", "exit", "not_measured"]].dropna().to_numpy():
+            print(f"\nnot measured: {name}, exit {at}: {why}")
+        print(f"\n{self.run.folder}/: run.json, records.jsonl, paper.csv, paper.png")
+        return 0 if machines else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     model_args, args = parse(__doc__ or "", ModelArguments, PaperArguments, args=argv)
-    rows = args.chosen().assign(exit=lambda rows: rows["exit_layer"])
-    if model_args.model:
-        share = rows["exit_layer"] / rows["layers"]
-        rows["exit"] = (share * read_config(model_args).num_hidden_layers).round().clip(lower=1).astype(int)
-    description = describe("paper", (model_args, args))
     check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
-    try:
-        paper = Run.open(model_args.output_dir, args.resume, description)
-        missing: dict[int, str] = {}
-        try:
-            with ranks.process_group():  # SIGTERM ends the program of a row, too
-                for number in rows.index.difference(list(paper.records())):
-                    print(f"{rows['row'][number]} ...", file=sys.stderr)
-                    try:
-                        flags = _flags(rows.loc[number], model_args, args)
-                        found = _measured(flags, paper.folder / f"row{number}")
-                        paper.append({"index": number, **found})
-                    except DataError as error:
-                        missing[number] = str(error)
-                        print(f"  not measured: {error}", file=sys.stderr)
-        except KeyboardInterrupt:
-            paper.write_status("interrupted")
-            print(f"interrupted; go on with --resume {paper.folder}", file=sys.stderr)
-            return 130
-        return _conclude(paper, rows, missing, model_args.model)
-    except Failed as error:
-        refuse(str(error))
+    description = describe("paper", (model_args, args))
+    open_run = partial(Run.open, model_args.output_dir, args.resume, description)
+    return work_off(Paper(model_args, args), open_run)
 
 
 def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments) -> dict[str, Any]:
-    """The flags of benchmark.py for a row, but for its --output_dir. Raises DataError without local data."""
+    """The flags of benchmark.py for a row, but for its --output_dir."""
     given = {each.name: getattr(model_args, each.name) for each in fields(model_args)}
     changed = {each.name for each in fields(model_args) if given[each.name] != each.default} - {"output_dir"}
     flags = {
@@ -125,24 +164,14 @@ def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments)
         "max_steps": args.max_steps or row["max_steps"], "num_samples": args.num_samples,
         "sample": False, "compare": True, "text_quality": True,
     }  # fmt: skip
-    if args.data_path is not None:
-        flags["data_path"] = _local(Path(args.data_path).expanduser(), row["dataset"])
+    if args.data_path is not None and not isinstance(DATASETS[row["dataset"]].source, Path):
+        path = Path(args.data_path) / row["dataset"]
+        flags["data_path"] = path if path.expanduser().is_dir() else path.with_suffix(".jsonl")
     return {name: value for name, value in flags.items() if not pandas.isna(value)}
 
 
-def _local(folder: Path, dataset: str) -> Path | None:
-    """The file or folder of a dataset; None for one that is not from the hub. Raises DataError."""
-    paths = [path for path in folder.iterdir() if path.name.partition(".")[0] == dataset]
-    found = [path for path in paths if kind_of(path) != "text" or (path.is_dir() and path.name == dataset)]
-    if len(found) == 1:
-        return found[0]
-    if not found and isinstance(DATASETS[dataset].source, Path):
-        return None
-    raise DataError(f"--data_path {folder}: must hold one file or folder {dataset}, found {len(found)}")
-
-
 def _measured(flags: dict[str, Any], folder: Path) -> Record:
-    """The figures of a row; goes on with what is in `folder`. Raises DataError if there are none."""
+    """The figures of a row, or why there are none; goes on with what is in `folder`."""
     # A program that was killed early has left a folder without run.json.
     begun = next(folder.glob("benchmark_*/run.json"), None)
     given = {**flags, "output_dir": folder} if begun is None else {"resume": begun.parent}
@@ -153,7 +182,7 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record:
         raise KeyboardInterrupt
     if ended.returncode != 0:
         lines = ended.stderr.splitlines() or [f"benchmark.py ended with status {ended.returncode}"]
-        raise DataError(lines[-1].removeprefix("benchmark.py: error: "))
+        return {"not_measured": lines[-1].removeprefix("benchmark.py: error: ")}
     (done,) = folder.glob("benchmark_*/run.json")
     report = json.loads(done.read_text("utf-8"))
     metrics, compared = report["metrics"], report["metrics"]["comparison"]
@@ -168,43 +197,6 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record:
         "examples": metrics["num_examples"], "identical_outputs": compared["identical_outputs"],
         **metrics["text"], "machine": machine(report),
     }  # fmt: skip
-
-
-def _conclude(paper: Run, rows: pandas.DataFrame, missing: dict[int, str], rehearsed: str | None) -> int:
-    """Write, draw and print the table. The exit status is 1 if no row is measured."""
-    kept = [record for _, record in sorted(paper.records().items())]
-    records = [record for record in kept if record["index"] in rows.index]
-    k = rows["num_speculations"]
-    rows["formula"] = (1 + k * rows["acceptance"]) / (1 + k * rows["exit_layer"] / rows["layers"])
-    found = pandas.DataFrame(records or {name: [] for name in ("index", *_COLUMNS) if name not in rows})
-    table = rows.join(found.set_index("index"))
-    table["not_measured"] = pandas.Series(missing, dtype=str)
-    table = table.astype(dict.fromkeys(list(_COLUMNS)[3:], float))
-    paper.replace("paper.csv", table.to_csv(index=False))
-    paper.finish(kept, {"not_measured": {rows["row"][number]: why for number, why in missing.items()}})
-    measured, color = "measured here", "C2"
-    title = "; ".join(dict.fromkeys(record["machine"] for record in records))
-    table.index = table["row"] + ", exit " + table["exit_layer"].astype(str) + ", k " + k.astype(str)
-    drawn_title = title
-    if rehearsed:
-        name, color = Path(rehearsed).name, "silver"
-        measured = f"a rehearsal with {name} in place of the checkpoints, by the column exit"
-        drawn_title = f"REHEARSAL with {name}, which is none of the published checkpoints\n{title}"
-        table.index += " (rehearsed at exit " + table["exit"].astype(str) + ")"
-    drawn = [
-        table.assign(by="published", value=table["speedup"], low=None, high=None),
-        table.assign(by="by the formula", value=table["formula"], low=None, high=None),
-        table.assign(by=measured, value=table["measured_speedup"]),
-    ]
-    label = "speed-up over decoding without drafts"
-    bars(pandas.concat(drawn), label, drawn_title, paper.folder / "paper", colors=("C0", "C1", color))
-    print(f"{title}\n* {measured}\n")
-    table = table.rename(columns=_COLUMNS)[[*_COLUMNS.values()]]
-    print(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
-    for number, why in missing.items():
-        print(f"\nnot measured: {rows['row'][number]}, exit {rows['exit'][number]}: {why}")
-    print(f"\n{paper.folder}/: run.json, records.jsonl, paper.csv, paper.png")
-    return 0 if records else 1
 
 
 if __name__ == "__main__":

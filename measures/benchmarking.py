@@ -10,7 +10,7 @@ from typing import Any
 from measures import metrics, spec_bench
 from measures.plots import paired_ratios
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
-from runs.description import Record, counted, had_fewer_threads, heading, note
+from runs.description import Record, counted, heading, note
 from runs.examples import Experiment
 from runs.records import Run
 from runs.startup import autoregressive
@@ -20,7 +20,6 @@ from self_speculation.families import context_length
 
 _NAMES = {"": "this strategy", BASELINE: "without drafts"}
 _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
-_BUSY = "other programs used the processors, decoding had fewer threads: a quiet machine is faster"
 
 
 @dataclass
@@ -57,9 +56,9 @@ class Benchmark(Experiment):
                 record = {"prompt": example.prompt, "reference": example.reference, **record}
             yield index, record
 
-    def conclude(self, run: Run, records: list[Record]) -> int:
+    def report(self, run: Run, records: list[Record]) -> int:
         summary, title = self._summary(records), heading(run.description)
-        summary["remarks"] = self._remarks(summary, records, had_fewer_threads(run.description))
+        summary["remarks"] = self._remarks(summary, records)
         lines = [title, "", *_table(summary)]
         if self.answer_file is not None:
             self._write_answers(run, records, Path(self.answer_file).expanduser().absolute())
@@ -91,11 +90,9 @@ class Benchmark(Experiment):
         summary["text"] = metrics.text_quality(*texts) if has_references else {}
         return summary
 
-    def _remarks(self, summary: Record, records: list[Record], is_busy: bool) -> list[str]:
+    def _remarks(self, summary: Record, records: list[Record]) -> list[str]:
         """Warnings about the figures."""
         found = remarks(summary["comparison"], _unit(summary)) if self.compare else []
-        if is_busy:
-            found.append(_BUSY)
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
             found.append("adaptive decoding made no drafts: none was expected to be faster")
         pairs = zip(self.examples, records, strict=True)

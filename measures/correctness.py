@@ -112,7 +112,7 @@ class CompareIds(Experiment):
             record["other_bits"] = sum(mine != plain for mine, plain in pairs)
         return record
 
-    def conclude(self, run: Run, records: list[Record]) -> int:
+    def report(self, run: Run, records: list[Record]) -> int:
         outputs = [(record["index"], output) for record in records for output in record["outputs"]]
         found = [(index, output["nth"], d) for index, output in outputs for d in output["differences"]]
         near_ties = sum(d["near_tie"] for *_, d in found)

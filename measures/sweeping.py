@@ -118,19 +118,16 @@ class Sweep(Experiment):
 class Measured(Sweep):
     """Measures every cell; a record is a cell."""
 
-    unit = "cells"
+    unit = "cell"
 
     @property
-    def num_records(self) -> int:
-        return len(self.grid)
-
-    def name(self, index: int) -> str:
-        return _name(self.grid[index])
+    def names(self) -> Sequence[str]:
+        return [*map(_name, self.grid)]
 
     def measure(self, index: int) -> Record:
         return self.measure_cell(self.grid[index])
 
-    def conclude(self, run: Run, records: list[Record]) -> int:
+    def report(self, run: Run, records: list[Record]) -> int:
         return self.show(run, records, records)
 
 
@@ -166,7 +163,7 @@ class Counted(Sweep):
         room = context_length(model.config) - len(prompt)
         return {"tokens": tokens, "matches": matches, "max_tokens": min(self.config.max_steps, room)}
 
-    def conclude(self, run: Run, records: list[Record]) -> int:
+    def report(self, run: Run, records: list[Record]) -> int:
         rows = {cell: _counts(cell, [_replayed(record, cell) for record in records]) for cell in self.grid}
         for cell in self._fastest(rows):
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
@@ -104,18 +104,13 @@ def fewest_threads(records: Iterable[Record], most: int) -> int:
     return min([most, *used])
 
 
-def had_fewer_threads(run: Mapping[str, Any]) -> bool:
-    """Whether other programs used processors meanwhile."""
-    return run.get("threads_used", run["threads"]) < run["threads"]
-
-
 def machine(run: Record) -> str:
     """Number format, GPU or processor with threads, and number of ranks."""
     same = run["computed_in"] == run["dtype"]
     dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
     threads = counted(run["threads"], "thread")
-    if had_fewer_threads(run):
-        threads = f"down to {run['threads_used']} of {threads}"
+    if (used := run.get("threads_used", run["threads"])) < run["threads"]:
+        threads = f"down to {used} of {threads}"
     where = f"{run['processor']}, {threads}" if run["device"] == "cpu" else run["device"]
     return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}"
 

@@ -13,17 +13,9 @@ from runs import ranks
 _CHATS = "such as --model HuggingFaceTB/SmolLM2-135M-Instruct; `make chat` brings a small one along"
 
 
-def validate(
-    model_args: ModelArguments,
-    config: GenerationConfig,
-    chat: bool = False,
-    of_grid: bool = False,
-) -> None:
-    """End the program in one line if the flags do not fit each other or the model's files.
-
-    Args:
-        chat: prompts need the tokenizer's chat template.
-        of_grid: the script sets exit layer and draft length.
+def validate(model_args: ModelArguments, config: GenerationConfig, chat: bool = False) -> None:
+    """End the program in one line if the flags do not fit each other or the model's files; with `chat`, a
+    tokenizer needs a chat template.
     """
     is_split = model_args.device == "split"
     if is_split and ranks.num_processes() > 1:
@@ -36,20 +28,17 @@ def validate(
             several = " ".join(re.findall(r"\w+", word))
             refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
     folder = Path(model_args.model_name).expanduser()
-    if not of_grid:
-        layers = _read(folder / "config.json").get("num_hidden_layers")
-        try:
-            config.check_drafts()
-            if isinstance(layers, int) and not model_args.model_args:
-                config.check_depth(layers)
-        except ValueError as error:
-            is_missing = str(error).startswith(("exit_layer:", "num_speculations:"))
-            refuse(f"--{error}{'; sweep.py finds exit layer and length' if is_missing else ''}")
-        for idle in config.idle_fields():
-            add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
-            refuse(
-                f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}"
-            )
+    layers = _read(folder / "config.json").get("num_hidden_layers")
+    try:
+        config.check_drafts()
+        if isinstance(layers, int) and not model_args.model_args:
+            config.check_depth(layers)
+    except ValueError as error:
+        is_missing = str(error).startswith(("exit_layer:", "num_speculations:"))
+        refuse(f"--{error}{'; sweep.py finds exit layer and length' if is_missing else ''}")
+    for idle in config.idle_fields():
+        add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
+        refuse(f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}")
     if not folder.exists():
         from self_speculation.loading.sources import LoadingError, check_hub  # takes a moment
 

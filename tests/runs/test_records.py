@@ -4,7 +4,6 @@ strategy, settings and machine, in lines that fit a terminal.
 
 import dataclasses
 import errno
-import io
 import subprocess
 from unittest.mock import Mock
 
@@ -31,19 +30,6 @@ def test_two_runs_that_begin_together_have_folders_of_their_own(tmp_path):
     """Guards against a run that writes into the folder of another one."""
     folders = {Run.open(str(tmp_path), None, DESCRIPTION).folder for _ in range(3)}
     assert len(folders) == 3
-
-
-def test_a_file_that_takes_a_part(run, monkeypatch):
-    """Guards against a record that a disk has taken half of, and nobody notices."""
-
-    class Slow(io.FileIO):
-        def write(self, data):
-            return super().write(data[:3])
-
-    monkeypatch.setattr("runs.records.open", lambda path, mode, buffering: Slow(path, mode), raising=False)
-    run.append({"index": 0, "text": "whole"})
-    run.append({"index": 1})
-    assert run.records() == {0: {"index": 0, "text": "whole"}, 1: {"index": 1}}
 
 
 def test_a_full_disk_keeps_what_is_written(run, monkeypatch):

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import inspect
 import io
-import json
 import shlex
 from typing import get_type_hints
 
@@ -187,22 +186,3 @@ def test_any_setting_works_or_is_refused(strategy, **values):
     else:
         assert len(output) <= min(values["max_steps"], 256 - 4 * 61)
         assert EOS not in output
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        ("mode", "predicted", "must be one of counted, measured"),
-        ("threads", "two", "must be an integer or None"),
-        ("model_args", {"a": 1}, "must be a text or None"),
-    ],
-)
-def test_a_run_to_resume_may_be_of_another_version(tmp_path, capsys, name, value, allowed):
-    """Guards against a mode that is gone being taken for another one, and a traceback for a type that has
-    changed.
-    """
-    (tmp_path / "run.json").write_text(json.dumps({"arguments": {name: value}}))
-    with pytest.raises(SystemExit) as ended:
-        parse("test", ModelArguments, SweepArguments, args=["--resume", str(tmp_path)])
-    assert ended.value.code == 2
-    assert f"--{name} {value!r}: {allowed}" in capsys.readouterr().err

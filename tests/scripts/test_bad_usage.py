@@ -14,6 +14,7 @@ import generate
 import serve
 import sweep
 import train
+from benchmarks import paper
 
 HUGE = str(10**30)
 SPECULATIVE = "--generation_strategy self_speculative"
@@ -21,7 +22,7 @@ TASK = "--tasks python_functions"
 OF_FEWER_BITS = f"{SPECULATIVE} --exit_layer 2 --num_speculations 3 --draft_weights int4 --quantization int8"
 NO_COPIES = "--draft_weights int4: not with --quantization int8"
 
-MISTAKES = {
+REFUSALS = {
     benchmark: {
         "--max_steps 0": "--max_steps 0: must be at least 1",
         "--num_samples 0": "--num_samples 0: must be at least 1",
@@ -51,7 +52,7 @@ MISTAKES = {
         "--data_path /nowhere.jsonl": "--data_path '/nowhere.jsonl': no such file or folder",
         "--data_path /proc/self/mem": "--data_path '/proc/self/mem': must be a .jsonl",
         "--dataset top_v2 --prompt_field x": "--prompt_field 'x': is for custom_jsonl, top_v2 has columns of",
-        "--model ''": "--model '': ",
+        "--model ''": "--model '': must be a hub id, a folder or a .gguf file",
         "--output_dir /proc/nowhere": "--output_dir /proc/nowhere: cannot be created (",
         "--output_dir /proc": "--output_dir /proc: cannot be written (",
         "--dataset human_eval": "; --dataset human_eval needs prompt, canonical_solution, "
@@ -63,9 +64,7 @@ MISTAKES = {
         "--dataset spec_bench --answer_file .": "--answer_file .: is a folder, must be a file",
         "--resume /dev/null": "--resume /dev/null: no run.json of a run in there",
     },
-    correctness: {
-        "--samples_per_prompt 0": "--samples_per_prompt 0: must be at least 1",
-    },
+    correctness: {},
     sweep: {
         "--exit_layer_first 4 --exit_layer_last 3": "--exit_layer_first 4: beyond --exit_layer_last 3",
         "--exit_layer_first 9": "--exit_layer_first 9: must be between 1 and 3",
@@ -89,6 +88,10 @@ MISTAKES = {
         "--compile --device split": "--compile True: not with --quantization or --device split",
         "--device tpu --model_args x=1": "(with --model_args 'x=1')",
         "--prompt": "argument --prompt: expected one argument",
+        "--prompt -x": "expected one argument; a value that begins with - is written --prompt=-x",
+        "--nosample=False": "--no_sample: takes no value, not 'False'",
+        "--nosample False": "--no_sample: takes no value, not 'False'",
+        "--fuse False": "unknown argument '--fuse'; only in Python, by LoadingOptions(fuse=False)",
         "--stop_words": "argument --stop_words: expected at least one argument",
         "--prompt \udcff": "the prompt is not valid UTF-8",
     },
@@ -112,6 +115,9 @@ MISTAKES = {
         "--api_key ''": "--api_key '': must not be empty",
         "--num_speculations 3": "--num_speculations 3: autoregressive decoding drafts nothing",
     },
+    paper: {
+        "--rows gpt-4": "--rows ['gpt-4']: must be a part of one of facebook/layerskip-llama2-7B, cnn_dm",
+    },
     train: {
         "--layer_dropout 1.5": "--layer_dropout 1.5: must be between 0 and 1",
         "--exits 1 3": "--exits [1, 3]: must be between 1 and 2",
@@ -128,15 +134,15 @@ MISTAKES = {
     },
 }
 for script in (benchmark, correctness, sweep, generate, eval_script, serve):
-    MISTAKES[script][f"{TASK if script is eval_script else ''} {OF_FEWER_BITS}"] = NO_COPIES
+    REFUSALS[script][f"{TASK if script is eval_script else ''} {OF_FEWER_BITS}"] = NO_COPIES
 IN_PARTS = f"{SPECULATIVE} --exit_layer 2 --num_speculations 3 --draft_weights int4 --device split"
-MISTAKES[generate][IN_PARTS] = "--draft_weights int4: not with --device split"
+REFUSALS[generate][IN_PARTS] = "--draft_weights int4: not with --device split"
 
 
 @pytest.mark.usefixtures("few_files_are_read")
 @pytest.mark.parametrize(
     ("script", "flags", "says"),
-    [(script, *mistake) for script, mistakes in MISTAKES.items() for mistake in mistakes.items()],
+    [(script, *refusal) for script, refusals in REFUSALS.items() for refusal in refusals.items()],
 )
 def test_bad_usage_is_refused_before_weights_are_read(
     script, flags, says, common, tmp_path, monkeypatch, capsys
@@ -147,6 +153,7 @@ def test_bad_usage_is_refused_before_weights_are_read(
         generate: [*common[:2], "--prompt", "def"],
         eval_script: [*common[:4], *PYTHON_FUNCTIONS[:2]],
         serve: [],
+        paper: common[:4],
         train: [*SMALL_TRAINING, *common[2:4], "--data_path", "no/such/*.txt"],
     }.get(script, common)
     line = refused(script.main, [*own, *shlex.split(flags.replace("MODEL", common[1]))], capsys)

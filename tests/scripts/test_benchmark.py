@@ -80,7 +80,6 @@ def test_figures_say_what_they_are(common, tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     said = " ".join(output.split())
     assert ", autoregressive by the early exit at layer 2 alone, not by the full model, " in said
-    assert "note: other programs used the processors, decoding had fewer threads: " in said
     assert ", down to 1 of 2 threads, 1 rank" in said  # that of pictures, too
     assert about(only_run(tmp_path))["threads_used"] == 1
     assert not any(words in output for words in ("acceptance", "rouge"))
@@ -95,14 +94,6 @@ def test_examples_draw_their_own_samples(common, tmp_path):
     path = write_rows(tmp_path / "same.jsonl", [{"prompt": "def", "response": ""}] * 3)
     assert benchmark.main([*common, "--data_path", path, "--temperature", "5"]) == 0
     assert len(set(map(tuple, records_of(only_run(tmp_path))["tokens"]))) == 3
-
-
-def test_shared_beginnings_of_prompts_are_read_once(common, tmp_path):
-    """Guards against shots that every prompt reads again, and a first prompt that the warm-up has read."""
-    assert benchmark.main([*common, "--n_shot", "2", "--reuse_cache", "True"]) == 0
-    first, *others = sorted(records_of(only_run(tmp_path))["num_cached_tokens"])
-    assert first == 0
-    assert min(others) >= 20  # of some 40
 
 
 def test_prompts_go_through_the_chat_template(common, model_folder, tmp_path, monkeypatch):
@@ -195,7 +186,8 @@ def test_correctness_catches_a_wrong_accept_rule(common, rule, batch_size, sampl
 @needs_operators
 def test_correctness_counts_positions_with_other_bits(common, monkeypatch, capsys):
     """Guards against a count that is always 0."""
-    args = [*common, *SPECULATION, "--samples_per_prompt", "1", "--temperature", "1"]
+    monkeypatch.setattr(correctness, "_SAMPLED", 1)
+    args = [*common, *SPECULATION, "--temperature", "1"]
     assert correctness.main(args) == 0
     assert re.search(r"\n0 of \d+ positions .*\npassed: 10 of ", capsys.readouterr().out)
     target = self_speculation_generator.target_logits

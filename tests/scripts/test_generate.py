@@ -190,28 +190,25 @@ def test_slow_work_before_the_first_token_is_named(said, monkeypatch):
         assert re.search(line, stderr, re.MULTILINE)
 
 
-def test_a_reader_that_leaves_is_not_an_error(model_folder):
-    """As `generate.py | true`. Guards against a traceback for each line that nobody reads."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with tempfile.TemporaryFile() as errors:
+@pytest.mark.parametrize("ending", ["the reader leaves", "the disk is full"])
+def test_an_output_that_cannot_be_written(ending, model_folder):
+    """As `generate.py | true`, which is no error. Guards against tracebacks: of the failure, and of Python
+    that writes the rest at its end.
+    """
+    is_full = ending == "the disk is full"
+    reader, writer = (None, "/dev/full") if is_full else os.pipe()
+    with tempfile.TemporaryFile() as errors, open(writer, "wb") as output:
+        if reader is not None:
+            os.close(reader)
         args = ["--model", model_folder, "--prompt", "def", *GREEDY]
-        script = forks.Fork(ROOT / "generate.py", *args, stdout=writer, stderr=errors.fileno())
-        os.close(writer)
-        assert script.wait() == 128 + signal.SIGPIPE
+        script = forks.Fork(ROOT / "generate.py", *args, stdout=output.fileno(), stderr=errors.fileno())
+        assert script.wait() == (1 if is_full else 128 + signal.SIGPIPE)
         said = forks.read(errors)
+    if is_full:
+        assert said.endswith("error: the output cannot be written (No space left on device)\n")
+        assert said.count("\n") == 1
     assert "Traceback" not in said
     assert "BrokenPipe" not in said
-
-
-def test_a_full_disk_is_one_line(model_folder):
-    """Guards against tracebacks: of the failure, and of Python that writes the rest at its end."""
-    with tempfile.TemporaryFile() as errors, open("/dev/full", "wb") as full:
-        args = ["--model", model_folder, "--prompt", "def", *GREEDY]
-        script = forks.Fork(ROOT / "generate.py", *args, stdout=full.fileno(), stderr=errors.fileno())
-        assert script.wait() == 1
-        (line,) = forks.read(errors).splitlines()
-    assert line.endswith("error: the output cannot be written (No space left on device)")
 
 
 def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):

@@ -7,13 +7,17 @@ import json
 import os
 import re
 import signal
+import tempfile
+import time
 from typing import NamedTuple
 
 import forks
+import psutil
 import pytest
 from conftest import ROOT
 from helpers import (
     SPECULATION,
+    TORCHRUN,
     about,
     no_pictures,
     only_run,
@@ -43,7 +47,7 @@ CASES = {
     # Sampled: an example must not depend on earlier ones of its process.
     "benchmark": Case(benchmark, [*SPECULATION, "--no_repeat_ngram_size", "3"]),
     "batches": Case(benchmark, [*SPECULATION, "--batch_size", "3"], resumed=("--batch_size", "2")),
-    "correctness": Case(correctness, [*SPECULATION, "--samples_per_prompt", "1", "--batch_size", "3"]),
+    "correctness": Case(correctness, [*SPECULATION, "--batch_size", "3"]),
     "sweep": Case(sweep, [*GRID, "--num_samples", "3", "--batch_size", "3"], "cells"),
 }
 UNBROKEN = {}
@@ -81,7 +85,7 @@ def outcome(folder):
 
 ENDINGS = {  # exit status, status in run.json, error
     "Ctrl-C": (130, "interrupted", KeyboardInterrupt()),
-    "full disk": (1, "running", OSError(errno.ENOSPC, "No space left on device")),
+    "full disk": (1, "failed", OSError(errno.ENOSPC, "No space left on device")),
     "kill": (-signal.SIGKILL, "running", None),
 }
 
@@ -168,8 +172,33 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
     assert "rank 1 broke" in result.stderr
 
 
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, tmp_path):
+    """By the real torchrun. Guards against a rank 0 that waits for ever, or that does not name --resume."""
+    args = [ROOT / "benchmark.py", *small_run(endless_folder, tmp_path, 10, 400)]
+    with tempfile.TemporaryFile() as said:
+        run = forks.Fork(TORCHRUN, "--nproc_per_node", 2, *args, stderr=said.fileno())
+        try:
+            while not list(tmp_path.glob("logs/*/records.jsonl")):
+                time.sleep(0.1)
+                assert run.poll() is None, forks.read(said)
+            ranks = psutil.Process(run.pid).children()
+            (victim,) = (process for process in ranks if process.environ().get("RANK") == "1")
+            victim.kill()
+            assert run.wait() == 1
+        finally:
+            run.end()
+        errors = forks.read(said)
+    ended, kept = "(another rank is gone|interrupted)", r"[1-9]\d* of 10 examples are kept"
+    assert re.search(rf"{ended}; {kept}, go on with --resume \S+", errors), errors
+    (path,) = tmp_path.glob("logs/*/records.jsonl")
+    assert path.read_text()
+
+
 def test_a_resumed_run_keeps_its_arguments(common, tmp_path, capsys):
-    """Guards against a run continued with other settings, on another device or by another script."""
+    """Guards against a run continued with other settings, on another device or by another script, and of an
+    earlier version: against a traceback, and a value that is gone and taken for another one.
+    """
     flags = [*common, *CASES["sweep"].flags]
     assert sweep.main(flags) == 0
     folder = only_run(tmp_path)
@@ -184,6 +213,14 @@ def test_a_resumed_run_keeps_its_arguments(common, tmp_path, capsys):
     for content in ("{}", "[]", "{"):
         (folder / "run.json").write_text(content)
         assert "no run.json of a run in there" in refused(sweep.main, [resume], capsys)
-    del run["arguments"]["n_shot"]  # of a version without this flag
+    arguments = run["arguments"]
+    for name, value, allowed in (
+        ("mode", "predicted", "must be one of counted, measured"),
+        ("threads", "two", "must be an integer or None"),
+        ("model_args", {"a": 1}, "must be a text or None"),
+    ):
+        (folder / "run.json").write_text(json.dumps({**run, "arguments": arguments | {name: value}}))
+        assert f"--{name} {value!r}: {allowed}" in refused(sweep.main, [resume], capsys)
+    del arguments["n_shot"]  # of a version without this flag
     (folder / "run.json").write_text(json.dumps(run))
     assert sweep.main([*flags, resume, "--output_dir", str(tmp_path)]) == 0

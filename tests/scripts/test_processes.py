@@ -12,7 +12,7 @@ import forks
 import pytest
 from conftest import ROOT
 from helpers import PYTHON_FUNCTIONS, SMALL_TRAINING, torchrun
-from test_layout import HEAVY, SCRIPTS
+from test_layout import HEAVY
 
 SHORT = ["--max_steps", "4", "--sample", "False"]
 COMMANDS = {  # flags for little work, and what the standard output holds once
@@ -45,17 +45,15 @@ def test_a_cache_that_cannot_be_written(model_folder):
     assert "Traceback" not in run.stderr
 
 
-# Before a script begins, which each arranges for itself, and after.
-@pytest.mark.parametrize(("name", "library"), [*((name, "tqdm") for name in SCRIPTS), ("generate", "torch")])
-def test_ctrl_c_during_imports(name, library, tmp_path):
+def test_ctrl_c_during_imports(tmp_path):
     """Guards against a traceback in the first seconds, and a library that turns Ctrl-C into an error."""
-    (tmp_path / f"{library}.py").write_text(
+    (tmp_path / "torch.py").write_text(
         "import os, signal, time\n"
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    raise ImportError('half of a library')\n"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    run = subprocess.run([sys.executable, ROOT / f"{name}.py"], capture_output=True, env=env)
+    run = subprocess.run([sys.executable, ROOT / "generate.py"], capture_output=True, env=env)
     assert (run.returncode, run.stderr) == (130, b"interrupted\n")
 
 
@@ -65,10 +63,10 @@ BAD_USAGE = [
     "serve --generation_strategy self_speculative --num_speculations 2",
     "benchmark --generation_strategy self_speculative --exit_layer 2",
     "correctness --sample False --exit_layer 2",
+    "benchmark --data_path nofile.jsonl",
     "generate --exit_layer 99",
     "generate --chat",
     "generate --model nosuchmodel",
-    "benchmark --data_path nofile.jsonl",
     "eval",
     "sweep --exit_layer_step 0",
     "train --layer_dropout 1.5",
