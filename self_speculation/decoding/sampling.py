@@ -30,12 +30,12 @@ _LIKELY = 128
 
 def argmax(scores: Tensor) -> Tensor:
     """[..., V] -> [...] the id of the largest score, as `Tensor.argmax`. NaN is larger than any number."""
-    return torch.as_tensor(scores.numpy().argmax(-1)) if _is_for_numpy(scores) else scores.argmax(-1)
+    return torch.as_tensor(scores.detach().numpy().argmax(-1)) if _is_for_numpy(scores) else scores.argmax(-1)
 
 
 def amax(scores: Tensor) -> Tensor:
     """[..., V] -> [...] the largest score, or NaN if one is NaN."""
-    return torch.as_tensor(scores.numpy().max(-1)) if _is_for_numpy(scores) else scores.amax(-1)
+    return torch.as_tensor(scores.detach().numpy().max(-1)) if _is_for_numpy(scores) else scores.amax(-1)
 
 
 def _is_for_numpy(scores: Tensor) -> bool:
