@@ -111,8 +111,7 @@ class HuggingfaceLlamaGenerator:
             prompts: read one by one, as slots become free.
 
         Yields:
-            The index of a finished prompt, and its result or its error. Only the prefill time is the
-            request's own; the other times are shared with the batch.
+            The index of a finished prompt, and its result or its error. Times are shared with the batch.
 
         Raises:
             ValueError: batch_size below 1, or an exit layer that the model does not have.

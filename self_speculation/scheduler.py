@@ -28,7 +28,7 @@ from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.families import check_supported, context_length, described_context
 from self_speculation.generation_strategy import GenerationStrategy
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, PassRange, forward_early
+from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, PassRange, forward_pieces
 from self_speculation.passes.prefix_cache import PrefixCache, cache_key, kept_caches
 from self_speculation.passes.runners import make_runner
 from self_speculation.passes.unsupported_hooks import check_followed
@@ -36,6 +36,9 @@ from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
 
 Key = TypeVar("Key")
+
+# Most tokens of a pass over several prompts on a CPU, which reads weights in the time of fewer.
+_TOGETHER_ON_CPU = 64
 
 
 class Decoding(NamedTuple):
@@ -95,7 +98,7 @@ class Scheduler(Generic[Key]):
     """Admits requests and does rounds for the sequences in flight.
 
     Row i of `batch`, row i of the KV cache and slot i of its `PrefixCache` are one sequence's. Only
-    `pop_finished` and `_prefill_chunk` change rows, in all three.
+    `_prefill` and `_remove_finished` change rows, in all three.
 
     If a request is invalid, or its processors, criteria or streamer raise, the error is its result and the
     other requests go on. An error in a pass over several rows is raised. Change
@@ -104,8 +107,8 @@ class Scheduler(Generic[Key]):
     Args:
         batch_size: the most sequences at a time.
         token_budget: tokens of a step (as in Sarathi-Serve, arXiv 2403.02310). A decoding row counts as one,
-            whatever it drafts; waiting prompts are prefilled in chunks of the rest, in turn, at least one
-            token; in every other step, prompts that fit go first. None: a prompt is prefilled at once.
+            whatever it drafts; pieces of waiting prompts fill the rest, in turn, at least one token; in every
+            other step, prompts that fit go first. None: prompts are prefilled as a whole.
 
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
@@ -133,6 +136,7 @@ class Scheduler(Generic[Key]):
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
         self._device = model.get_input_embeddings().weight.device
+        self._most_together = _TOGETHER_ON_CPU if self._device.type == "cpu" else PREFILL_CHUNK
         self._own_arithmetic = partial(own_arithmetic, self._device)
         longest, self._depth = 0, model.config.num_hidden_layers
         if strategy.has_drafts:
@@ -181,7 +185,7 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
-        """Queue a request. Without a token budget, and with a free slot, its prompt is prefilled at once."""
+        """Queue a request."""
         started = time.perf_counter() - self._setup_time
         self._setup_time = 0.0
         config, has_drafts = self._model.config, self._strategy.has_drafts
@@ -195,8 +199,6 @@ class Scheduler(Generic[Key]):
             self._finished.append((key, error))
         else:
             self._waiting.append(sequence)
-        if self._token_budget == math.inf:
-            self._prefill_waiting()
 
     @torch.inference_mode()
     def cancel(self, keys: Container[Key]) -> None:
@@ -209,26 +211,24 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Do one round for all sequences, unless one has finished and waits to be popped. Then prefill in any
-        case.
-        """
-        if self.batch and all(sequence.remaining for sequence in self.batch.sequences):
+        """Prefill waiting prompts, as far as the budget allows, and do one round for all sequences."""
+        self._remove_finished()
+        self._short_first = not self._short_first
+        left = max(1, self._token_budget - len(self.batch))
+        while left > 0 and (chosen := self._next_pass(left)):
+            adjust_threads(self._model)
+            with self._own_arithmetic():
+                left -= self._prefill(*chosen)
+            self._remove_finished()
+        if self.batch:
             self._decode()
-        self._prefill_waiting()
 
     @torch.inference_mode()
     def pop_finished(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:
-        """Remove the finished sequences from the batch; returns their keys and results."""
-        self._drop_cancelled()
-        rows = [row for row, sequence in enumerate(self.batch.sequences) if not sequence.remaining]
-        for row in reversed(rows):
-            sequence = self.batch.remove(row)
-            self._ensure_prepared().slots.release(sequence)
-            self._finished.append((sequence.key, sequence.result()))
-        if self.batch or self._waiting:
-            if rows:
-                self._ensure_prepared().cache.buffers.limit = self._longest_possible()
-        elif self._prepared is not None:  # leave the cache to the next scheduler; the weights may change
+        """The keys and results of the requests that have finished."""
+        self._remove_finished()
+        if self._prepared is not None and not (self.batch or self._waiting):
+            # Leave the cache to the next scheduler; the weights may change.
             if self._prepared.slots.key is not None:
                 kept_caches(self._model).append(self._prepared.slots)
             self._prepared = None
@@ -248,61 +248,72 @@ class Scheduler(Generic[Key]):
             if len(self.batch) > 1:
                 raise
 
-    def _prefill_waiting(self) -> None:
-        """Prefill waiting prompts, a chunk each, with what decoding leaves of the budget."""
-        self._short_first = not self._short_first
-        if not self._waiting:
-            return
-        left = self._token_budget
-        if self.batch:
-            left = max(1, left - len(self.batch))
-        while left > 0 and (sequence := self._next_prompt(left)) is not None:
-            adjust_threads(self._model)
-            try:
-                with self._own_arithmetic():
-                    left -= self._prefill_chunk(sequence, int(min(left, PREFILL_CHUNK)))
-            except Exception as error:
-                sequence.error = error
-                self._drop_waiting(sequence)
-
-    def _next_prompt(self, left: float) -> Sequence | None:
-        self._drop_cancelled()
-        ready = [each for each in self._waiting if each.slot is not None]
-        if len(self.batch) + len(ready) < self._batch_size:
-            ready = [*self._waiting]
-        short = [each for each in ready if len(each.prompt) - each.num_computed <= left]
-        return next(iter(short if short and self._short_first else ready), None)
-
-    def _prefill_chunk(self, sequence: Sequence, num_tokens: int) -> int:
-        """Prefill up to so many tokens of a waiting sequence; returns their number. The last ones add it to
-        the batch.
-        """
-        decoding = self._ensure_prepared()
-        if sequence.slot is None:
-            decoding.cache.reserve(len(sequence.prompt), self._longest_possible())
-            decoding.slots.acquire(sequence)
-        cache = decoding.slots.prompt_view(sequence)
-        tokens = sequence.history()[:, sequence.num_computed :][:, :num_tokens]
-        is_last = sequence.num_computed + tokens.shape[1] == len(sequence.prompt)
-        logits = forward_early(decoding.runner, cache, tokens, decoding.depth, int(is_last)).logits
-        sequence.num_computed += tokens.shape[1]
-        if is_last:
-            decoding.slots.join(sequence)  # without a row of the batch, `release` undoes it
-            self.batch.add(sequence, logits[0])
-        self._waiting.remove(sequence)
-        if not is_last:
-            self._waiting.append(sequence)
-        return tokens.shape[1]
-
-    def _drop_cancelled(self) -> None:
+    def _remove_finished(self) -> None:
         for sequence in [waiting for waiting in self._waiting if not waiting.remaining]:
-            self._drop_waiting(sequence)
+            self._waiting.remove(sequence)
+            self._finish(sequence)
+        rows = [row for row, sequence in enumerate(self.batch.sequences) if not sequence.remaining]
+        for row in reversed(rows):
+            self._finish(self.batch.remove(row))
+        if rows and (self.batch or self._waiting):
+            self._ensure_prepared().cache.buffers.limit = self._longest(self._waiting)
 
-    def _drop_waiting(self, sequence: Sequence) -> None:
+    def _finish(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self._ensure_prepared().slots.release(sequence)
-        self._waiting.remove(sequence)
         self._finished.append((sequence.key, sequence.result()))
+
+    def _next_pass(self, left: float) -> tuple[list[Sequence], int] | None:
+        """The prompts that are read in one pass, and the most tokens of each: the first one in turn, and what
+        fits beside it. Shorter pieces are padded, by at most a quarter of the pass.
+        """
+        new = [sequence for sequence in self._waiting if sequence.slot is None]
+        num_free = self._batch_size - len(self.batch) - (len(self._waiting) - len(new))
+        for sequence in new[:num_free]:
+            with sequence.failing_alone():
+                self._ensure_prepared().slots.acquire(sequence)
+        ready = [sequence for sequence in self._waiting if sequence.slot is not None]
+        if self._short_first:
+            ready.sort(key=lambda sequence: _num_unread(sequence) > left)
+        chosen, width, num_tokens = list[Sequence](), 0, 0
+        for sequence in ready:
+            own = int(min(_num_unread(sequence), left, PREFILL_CHUNK))
+            together, wider, more = [*chosen, sequence], max(width, own), num_tokens + own
+            size, end = len(together) * wider, wider + max(each.num_computed for each in together)
+            fits = size <= min(left, self._most_together, more * 4 / 3) and end <= self._longest(together)
+            if fits or not chosen:
+                chosen, width, num_tokens = together, wider, more
+        return (chosen, width) if chosen else None
+
+    def _prefill(self, sequences: list[Sequence], width: int) -> int:
+        """Read up to `width` tokens of each of these prompts in one pass, or one by one if that fails. Those
+        that end join the batch; the others go to the end of the queue. Returns the tokens of the pass.
+        """
+        decoding = self._ensure_prepared()
+        pieces = [each.prompt[each.num_computed :][:width] for each in sequences]
+        ended = [row for row, each in enumerate(sequences) if _num_unread(each) <= width]
+        try:
+            decoding.cache.reserve(max(len(each.prompt) for each in sequences), self._longest(sequences))
+            cache = decoding.slots.prompt_view(sequences)
+            logits = forward_pieces(decoding.runner, cache, pieces, decoding.depth, ended)
+        except Exception as error:
+            if len(sequences) > 1:
+                return sum(self._prefill([sequence], width) for sequence in sequences)
+            sequences[0].error = error
+            return width
+        for sequence, piece in zip(sequences, pieces, strict=True):
+            sequence.num_computed += len(piece)
+            self._waiting.remove(sequence)
+            self._waiting.append(sequence)
+        for sequence, own in zip((sequences[row] for row in ended), logits, strict=True):
+            try:
+                decoding.slots.join(sequence)
+                self.batch.add(sequence, own)
+            except Exception as error:
+                sequence.error = error
+                self._finish(sequence)
+            self._waiting.remove(sequence)  # until now, callbacks may cancel it
+        return width * len(sequences)
 
     def _ensure_prepared(self) -> Decoding:
         """Prepare for the model's current weights, unless that is done."""
@@ -327,7 +338,12 @@ class Scheduler(Generic[Key]):
                     return kept
         return PrefixCache(runner.new_cache(1, 1, self._batch_size), self._batch_size, key)
 
-    def _longest_possible(self) -> int:
-        """The most positions that any sequence can reach."""
-        sequences = (*self.batch.sequences, *self._waiting)
+    def _longest(self, waiting: Iterable[Sequence]) -> int:
+        """The most positions that a row, or one of these sequences, can reach."""
+        sequences = (*self.batch.sequences, *waiting)
         return max(sequence.max_length for sequence in sequences) + self.batch.longest_draft
+
+
+def _num_unread(sequence: Sequence) -> int:
+    """Tokens of a prompt that are not in the cache."""
+    return len(sequence.prompt) - sequence.num_computed

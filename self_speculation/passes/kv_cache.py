@@ -216,11 +216,11 @@ class KVCache:
         """Drop positions appended since the last `rollback` or `set_rows`."""
         self._appended = [self._committed] * len(self._appended)
 
-    def prompt_view(self, slot: int, length: int = 0) -> KVCache:
-        """A view of one slot, to prefill it after its first `length` positions."""
+    def prompt_view(self, slot: int, lengths: Sequence[int] = (0,)) -> KVCache:
+        """A view of this slot and those after it, to prefill them after so many positions of each."""
         view = copy.copy(self)
         view.first_slot, view.is_prompt = slot, True
-        view.set_rows([length])
+        view.set_rows(lengths)
         return view
 
     def add_row(self, length: int) -> None:
@@ -254,12 +254,14 @@ class KVCache:
 
 class ScatteredCache:
     """Writes keys and values at positions [B, T] to the buffers of layers, for a pass that masks row by row.
-    Attention reads `length` positions, S.
+    Attention reads `length` positions, S. Row 0 is in `first_slot`.
     """
 
-    def __init__(self, buffers: Mapping[int, Pair], positions: Tensor, length: int) -> None:
+    def __init__(
+        self, buffers: Mapping[int, Pair], positions: Tensor, length: int, first_slot: int = 0
+    ) -> None:
         self._buffers, self.positions, self.length = buffers, positions, length
-        self.num_rows = len(positions)
+        self.num_rows, self._first_slot = len(positions), first_slot
         # Of row, head and position: [B, 1, 1], [kv_heads], [B, T, 1].
         self._index: tuple[Tensor, ...] = ()
 
@@ -271,9 +273,11 @@ class ScatteredCache:
         (rows, width), (_, heads, _, size) = self.positions.shape, pair[0].shape
         if not self._index:
             all_rows, all_heads = (torch.arange(n, device=self.positions.device) for n in (rows, heads))
-            self._index = (all_rows[:, None, None], all_heads, self.positions[:, :, None])
+            slots = all_rows[:, None, None] + self._first_slot
+            self._index = (slots, all_heads, self.positions[:, :, None])
         index = tuple(part.to(keys.device) for part in self._index)  # layers may be on several devices
         for buffer, new in zip(pair, (keys, values), strict=True):
             buffer.index_put_(index, new.view(rows, width, heads, size))
-        all_keys, all_values = (buffer[:rows, :, : self.length] for buffer in pair)
+        first = self._first_slot
+        all_keys, all_values = (buffer[first : first + rows, :, : self.length] for buffer in pair)
         return all_keys, all_values

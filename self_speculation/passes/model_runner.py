@@ -24,6 +24,7 @@ from self_speculation.families import AttentionType, attention_types, check_supp
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
 from self_speculation.passes.kv_cache import ALIGNMENT, Buffers, KVCache, ScatteredCache
 from self_speculation.passes.layers import Head, Layer, Parts, PlainHead, PlainLayer
+from self_speculation.transfers import on_device
 
 # Most positions of one pass over a prompt: they bound its memory.
 PREFILL_CHUNK = 1024
@@ -125,7 +126,7 @@ class ModelRunner:
             positions = cache.positions(first, width, self.device)
             cache.extend(first, last, width)
             num_keys = round_up(max(lengths) + width, ALIGNMENT)
-            way = ScatteredCache(cache.buffers.of_layers, positions, num_keys)
+            way = ScatteredCache(cache.buffers.of_layers, positions, num_keys, cache.first_slot)
         make = partial(AttentionContext, self.tables, way, min(lengths), width)
         return run_through(self.typed_layers(first, last), make, hidden)
 
@@ -187,6 +188,21 @@ def forward_early(
     """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
     _check_runner(runner)
     return runner.run(cache, input_ids, 0, exit_layer, num_logits)
+
+
+def forward_pieces(
+    runner: ModelRunner, cache: KVCache, pieces: Sequence[list[int]], exit_layer: int, ended: Sequence[int]
+) -> Tensor:
+    """Layers 0..exit_layer-1 over new tokens of each row, in one pass; logits [n, 1, V] after the last token
+    of those rows that have `ended`. Shorter pieces are padded, also in the cache.
+    """
+    width = max(map(len, pieces))
+    # A token of the row, which is as finite as it is: masks do not stop NaN.
+    padded = [id_ for piece in pieces for id_ in (*piece, *piece[-1:] * (width - len(piece)))]
+    tokens = on_device(padded, runner.device).view(-1, width)
+    hidden = runner.run(cache, tokens, 0, exit_layer, 0).hidden
+    last = [hidden[row, len(pieces[row]) - 1 :][:1] for row in ended]  # of each, [1, H]
+    return runner.logits(torch.stack(last), 1) if last else hidden[:0]
 
 
 def forward_remainder(

@@ -68,24 +68,31 @@ class PrefixCache:
         sequence.num_computed = sequence.num_cached = free[slot].shared(prompt)
         self._put(sequence, slot)
 
-    def prompt_view(self, sequence: CacheUser) -> KVCache:
-        """The sequence's slot, to go on with its prompt."""
-        assert sequence.slot is not None
-        return self.cache.prompt_view(sequence.slot, sequence.num_computed)
+    def prompt_view(self, sequences: Sequence[CacheUser]) -> KVCache:
+        """The slots of these sequences, to go on with their prompts. They are moved if they are not side by
+        side.
+        """
+        slots, first = [sequence.slot for sequence in sequences], self.cache.num_rows
+        if slots[0] is not None and slots == [*range(slots[0], slots[0] + len(slots))]:
+            first = slots[0]
+        for slot, sequence in enumerate(sequences, first):
+            self._move(sequence, slot)
+        return self.cache.prompt_view(first, [sequence.num_computed for sequence in sequences])
 
     def join(self, sequence: CacheUser) -> None:
-        """Make a sequence the next row, once its prompt is read. Swap its slot with slot B, where the row
-        belongs.
-        """
-        slot, row = sequence.slot, self.cache.num_rows
-        assert slot is not None
-        other = self._holders[row]
-        if other is not sequence:
-            its_length = len(other.ids) if isinstance(other, _Prefix) else other.num_computed
-            self.cache.swap(slot, row, max(its_length, sequence.num_computed))
-            self._put(other, slot)
-            self._put(sequence, row)
+        """Make a sequence the next row, in slot B, once its prompt is read."""
+        self._move(sequence, self.cache.num_rows)
         self.cache.add_row(sequence.num_computed)
+
+    def _move(self, sequence: CacheUser, slot: int) -> None:
+        """Swap the slot of a sequence whose prompt is being read with another one, of no row."""
+        own, other = sequence.slot, self._holders[slot]
+        assert own is not None
+        if own != slot:
+            its_length = len(other.ids) if isinstance(other, _Prefix) else other.num_computed
+            self.cache.swap(own, slot, max(its_length, sequence.num_computed))
+            self._put(other, own)
+            self._put(sequence, slot)
 
     def release(self, sequence: CacheUser) -> None:
         """Free a sequence's slot; its keys and values become a prefix, unless it failed or is not a row. The

@@ -430,7 +430,7 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     is_long = GenerationConfig(sample=False, max_steps=60)
     scheduler.add_request("is long", Request([7], config=is_long))
     cache, capacities, ended = scheduler._ensure_prepared().cache, set(), {}
-    while scheduler.batch:
+    while scheduler.has_requests:
         scheduler.step()
         capacities.add(cache.buffers.capacity)
         ended |= scheduler.pop_finished()

@@ -1,12 +1,21 @@
-"""Chunked prefill: a long prompt shares its steps with sequences that decode, and changes no output."""
+"""Prefill: pieces of prompts share steps and passes with others, and change no output."""
+
+import functools
 
 import pytest
 import torch
-from conftest import drained, ids_of, own_llama, scheduler_of, tiny_llama
+from conftest import assert_close, drained, ids_of, own_llama, scheduler_of, tiny_llama
+from helpers import watch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import self_speculation.scheduler
 from self_speculation import Request
+from self_speculation.passes.in_place_runner import InPlaceRunner
+from self_speculation.weights.kernels import cpu_operators
 
 LONG = [3 + i * 7 % 40 for i in range(45)]
+TEXT = [3 + i * i % 43 for i in range(200)]
 
 
 def add(scheduler, prompts):
@@ -29,7 +38,7 @@ def test_a_long_prompt_does_not_hold_up_others(budget, left):
     while len(scheduler.batch) < 2 and scheduler.batch.sequences[0].remaining:
         scheduler.step()
         lengths.append(len(scheduler.batch.sequences[0].tokens))
-    assert lengths == list(range(2, 2 + len(lengths)))  # a token in each step
+    assert lengths == list(range(3, 3 + len(lengths)))  # a token in each step
     assert len(lengths) == -(-len(LONG) // left)  # the first sequence's token counts
 
 
@@ -67,3 +76,104 @@ def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
     results = drained(scheduler)
     for key, prompt in {"long": LONG, "short": [8, 2]}.items():
         assert results[key].predicted_tokens == ids_of(model, prompt, max_steps=12)
+
+
+def read(scheduler, prompts, cancelled=None):
+    """Logits after each prompt, and results by key.
+
+    cancelled: a step and the key of a request.
+    """
+    seen, results, step = {}, {}, 0
+    for key, prompt in prompts.items():
+        keep = functools.partial(lambda key, _, scores: seen.setdefault(key, scores.clone()), key)
+        scheduler.add_request(key, Request(prompt, keep))
+    while scheduler.has_requests:
+        if cancelled and cancelled[0] == step:
+            scheduler.cancel({cancelled[1]})
+        scheduler.step()
+        results |= scheduler.pop_finished()
+        step += 1
+    assert {key for key in results if key not in seen} <= {cancelled and cancelled[1]}
+    return seen, results
+
+
+@functools.cache
+def read_alone(fused, prompt):
+    alone = scheduler_of(tiny_llama(fused=fused), 1, max_steps=2)
+    seen, results = read(alone, {0: [*prompt]})
+    return seen[0], results[0]
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 30) | st.integers(20, 90), min_size=2, max_size=7),
+    kept=st.integers(0, 40),
+    budget=st.sampled_from([None, 1, 9, 40, 64]),
+    most=st.sampled_from([24, 64, 1024]),
+    batch_size=st.integers(2, 5),
+    cancelled=st.none() | st.tuples(st.integers(0, 5), st.integers(0, 6)),
+    fused=st.booleans(),
+)
+def test_prompts_read_together_are_those_alone(lengths, kept, budget, most, batch_size, cancelled, fused):
+    """Guards against padding that a row reads, logits of padding, and a slot of another prompt: where a row
+    is cancelled, where others begin after a kept prefix, and where a prompt is longer than the budget.
+    """
+    scheduler = scheduler_of(tiny_llama(fused=fused), batch_size, budget, max_steps=2, reuse_cache=True)
+    scheduler._most_together = most
+    read(scheduler, {"kept": TEXT[: kept + 1]})
+    starts = [TEXT[:kept], TEXT[50:53]]
+    prompts = {key: [*starts[key % 2], *TEXT[60 + 3 * key :][:length]] for key, length in enumerate(lengths)}
+    logits, results = read(scheduler, prompts, cancelled)
+    assert any(result.num_cached_tokens >= kept for result in results.values())
+    is_exact = fused and cpu_operators().variant is not None
+    for key, own in logits.items():
+        expected, result = read_alone(fused, tuple(prompts[key]))
+        assert torch.equal(own, expected) if is_exact else assert_close(own, expected) is None
+        if results[key].stop_reason != "cancelled":
+            assert results[key].predicted_tokens == result.predicted_tokens
+
+
+@pytest.mark.parametrize(
+    ("most", "budget", "lengths", "passes"),
+    [
+        (64, None, [8] * 8, [(8, 8)]),
+        (64, 64, [16] * 8, [(4, 16)]),
+        (64, None, [16] * 8, [(4, 16)] * 2),
+        (64, None, [3, 16, 4, 14, 20, 3], [(3, 4), (3, 20)]),
+        (64, None, [20, 90, 19, 80], [(2, 20), (1, 90), (1, 80)]),
+        (1024, None, [128] * 8, [(8, 128)]),
+        (1024, None, [101, 128, 110, 90, 115, 100, 121, 107], [(8, 128)]),
+        (1024, 300, [101, 128, 110, 90], [(2, 128), (1, 44)]),
+    ],
+)
+def test_a_pass_reads_many_prompts(most, budget, lengths, passes, monkeypatch):
+    """Guards against weights that are read eight times for eight prompts, and padding that takes more time
+    than it saves.
+    """
+    scheduler = scheduler_of(tiny_llama(fused=most == 64), 8, budget, max_steps=3)
+    scheduler._most_together = most
+    ran = watch(monkeypatch, InPlaceRunner, "run")
+    for key, length in enumerate(lengths):
+        scheduler.add_request(key, Request(TEXT[:length]))
+    scheduler.step()
+    assert [(*tokens.shape,) for (_, cache, tokens, *_), _ in ran if cache.is_prompt] == passes
+
+
+def test_an_error_in_a_pass_is_that_of_one_prompt(monkeypatch):
+    """Guards against an error that ends all prompts of a pass."""
+    forward = self_speculation.scheduler.forward_pieces
+
+    def out_of_memory(runner, cache, pieces, *others):
+        if any(49 in piece for piece in pieces):
+            raise MemoryError
+        return forward(runner, cache, pieces, *others)
+
+    monkeypatch.setattr("self_speculation.scheduler.forward_pieces", out_of_memory)
+    prompts = {0: [5, 9, 4], 1: [5, 49, 4], 2: [7, 7]}
+    scheduler = scheduler_of(tiny_llama(), 3)
+    for key, prompt in prompts.items():
+        scheduler.add_request(key, Request(prompt))
+    results = drained(scheduler)
+    assert isinstance(results.pop(1), MemoryError)
+    for key, result in results.items():
+        assert result.predicted_tokens == ids_of(tiny_llama(), prompts[key], max_steps=12)
