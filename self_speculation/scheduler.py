@@ -101,7 +101,7 @@ class Scheduler(Generic[Key]):
     `_prefill` and `_remove_finished` change rows, in all three.
 
     If a request is invalid, or its processors, criteria or streamer raise, the error is its result and the
-    other requests go on. An error in a pass over several rows is raised. Change
+    other requests go on. An error in a round of several rows is raised. Change
     weights only while there are no requests, and not between construction and the first one.
 
     Args:
@@ -283,14 +283,15 @@ class Scheduler(Generic[Key]):
             fits = size <= min(left, self._most_together, more * 4 / 3) and end <= self._longest(together)
             if fits or not chosen:
                 chosen, width, num_tokens = together, wider, more
-        return (chosen, width) if chosen else None
+        # In the order of slots, which need not be moved if they are side by side.
+        return (sorted(chosen, key=lambda each: each.slot or 0), width) if chosen else None
 
     def _prefill(self, sequences: list[Sequence], width: int) -> int:
         """Read up to `width` tokens of each of these prompts in one pass, or one by one if that fails. Those
         that end join the batch; the others go to the end of the queue. Returns the tokens of the pass.
         """
         decoding = self._ensure_prepared()
-        pieces = [each.prompt[each.num_computed :][:width] for each in sequences]
+        pieces = [each.prompt[each.num_computed : each.num_computed + width] for each in sequences]
         ended = [row for row, each in enumerate(sequences) if _num_unread(each) <= width]
         try:
             decoding.cache.reserve(max(len(each.prompt) for each in sequences), self._longest(sequences))

@@ -19,9 +19,16 @@ TEXT = [3 + i * i % 43 for i in range(200)]
 
 
 def add(scheduler, prompts):
-    """Request each prompt by its key."""
+    """Request each prompt by its key; returns what will be the logits after it."""
+    seen = {}
+
+    def keep(key, _, scores):
+        seen.setdefault(key, scores.clone())
+        return scores
+
     for key, prompt in prompts.items():
-        scheduler.add_request(key, Request(prompt, seed=0))
+        scheduler.add_request(key, Request(prompt, functools.partial(keep, key)))
+    return seen
 
 
 @pytest.mark.parametrize(("budget", "left"), [(8, 7), (1, 1)])
@@ -54,10 +61,6 @@ def test_prompts_are_read_in_turn():
         scheduler.step()
         joined += [sequence.key for sequence in scheduler.batch.sequences[before:]]
     assert joined == ["short", "third", "long"]
-    scheduler = scheduler_of(tiny_llama(), 4, 16)
-    add(scheduler, dict(enumerate([[8, 2], [5, 9, 4], [6] * 9, [7]])))
-    scheduler.step()
-    assert len(scheduler.batch) == 4
 
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
@@ -78,30 +81,10 @@ def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
         assert results[key].predicted_tokens == ids_of(model, prompt, max_steps=12)
 
 
-def read(scheduler, prompts, cancelled=None):
-    """Logits after each prompt, and results by key.
-
-    cancelled: a step and the key of a request.
-    """
-    seen, results, step = {}, {}, 0
-    for key, prompt in prompts.items():
-        keep = functools.partial(lambda key, _, scores: seen.setdefault(key, scores.clone()), key)
-        scheduler.add_request(key, Request(prompt, keep))
-    while scheduler.has_requests:
-        if cancelled and cancelled[0] == step:
-            scheduler.cancel({cancelled[1]})
-        scheduler.step()
-        results |= scheduler.pop_finished()
-        step += 1
-    assert {key for key in results if key not in seen} <= {cancelled and cancelled[1]}
-    return seen, results
-
-
 @functools.cache
 def read_alone(fused, prompt):
     alone = scheduler_of(tiny_llama(fused=fused), 1, max_steps=2)
-    seen, results = read(alone, {0: [*prompt]})
-    return seen[0], results[0]
+    return add(alone, {0: [*prompt]}), drained(alone)
 
 
 @settings(max_examples=60)
@@ -120,17 +103,24 @@ def test_prompts_read_together_are_those_alone(lengths, kept, budget, most, batc
     """
     scheduler = scheduler_of(tiny_llama(fused=fused), batch_size, budget, max_steps=2, reuse_cache=True)
     scheduler._most_together = most
-    read(scheduler, {"kept": TEXT[: kept + 1]})
-    starts = [TEXT[:kept], TEXT[50:53]]
-    prompts = {key: [*starts[key % 2], *TEXT[60 + 3 * key :][:length]] for key, length in enumerate(lengths)}
-    logits, results = read(scheduler, prompts, cancelled)
-    assert any(result.num_cached_tokens >= kept for result in results.values())
+    add(scheduler, {"kept": TEXT[: kept + 1]})
+    drained(scheduler)
+    starts, (step, ends) = [TEXT[:kept], TEXT[50:53]], cancelled or (0, None)
+    prompts = {i: [*starts[i % 2], *TEXT[60 + 3 * i :][:length]] for i, length in enumerate(lengths)}
+    logits, results = add(scheduler, prompts), {}
+    for _ in range(step):
+        scheduler.step()
+        results |= scheduler.pop_finished()
+    scheduler.cancel({ends})
+    results |= drained(scheduler)
+    assert ends == 0 or results[0].num_cached_tokens >= kept
     is_exact = fused and cpu_operators().variant is not None
-    for key, own in logits.items():
-        expected, result = read_alone(fused, tuple(prompts[key]))
-        assert torch.equal(own, expected) if is_exact else assert_close(own, expected) is None
-        if results[key].stop_reason != "cancelled":
-            assert results[key].predicted_tokens == result.predicted_tokens
+    for key, result in results.items():
+        alone, expected = (found[0] for found in read_alone(fused, tuple(prompts[key])))
+        if result.stop_reason != "cancelled":
+            assert result.predicted_tokens == expected.predicted_tokens
+            assert torch.equal(logits[key], alone) if is_exact else assert_close(logits[key], alone) is None
+    assert results.keys() == prompts.keys()
 
 
 @pytest.mark.parametrize(
@@ -153,8 +143,7 @@ def test_a_pass_reads_many_prompts(most, budget, lengths, passes, monkeypatch):
     scheduler = scheduler_of(tiny_llama(fused=most == 64), 8, budget, max_steps=3)
     scheduler._most_together = most
     ran = watch(monkeypatch, InPlaceRunner, "run")
-    for key, length in enumerate(lengths):
-        scheduler.add_request(key, Request(TEXT[:length]))
+    add(scheduler, {number: TEXT[:length] for number, length in enumerate(lengths)})
     scheduler.step()
     assert [(*tokens.shape,) for (_, cache, tokens, *_), _ in ran if cache.is_prompt] == passes
 
@@ -169,10 +158,8 @@ def test_an_error_in_a_pass_is_that_of_one_prompt(monkeypatch):
         return forward(runner, cache, pieces, *others)
 
     monkeypatch.setattr("self_speculation.scheduler.forward_pieces", out_of_memory)
-    prompts = {0: [5, 9, 4], 1: [5, 49, 4], 2: [7, 7]}
-    scheduler = scheduler_of(tiny_llama(), 3)
-    for key, prompt in prompts.items():
-        scheduler.add_request(key, Request(prompt))
+    scheduler, prompts = scheduler_of(tiny_llama(), 3), {0: [5, 9, 4], 1: [5, 49, 4], 2: [7, 7]}
+    add(scheduler, prompts)
     results = drained(scheduler)
     assert isinstance(results.pop(1), MemoryError)
     for key, result in results.items():

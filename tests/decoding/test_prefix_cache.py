@@ -76,8 +76,7 @@ def test_the_slot_with_the_longest_prefix_is_taken():
 
     other, third = STORY[::-1], [40] * 6
     assert cached(STORY, other, third) == [0, 0, 0]
-    assert cached([*third, 9], [*STORY, 9]) == [6, 12]
-    assert cached([*other, 9]) == [12]
+    assert [cached([*prompt, 9]) for prompt in (STORY, third, other)] == [[12], [6], [12]]
     assert cached([*other, 9]) == [12]  # the last token's logits are needed
     assert cached([41, 42]) == [0]  # takes the least recently used slot: the story's
     assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]

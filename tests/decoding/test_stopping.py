@@ -66,16 +66,6 @@ def test_an_output_reads_on_from_the_end_of_its_prompt(name, request, monkeypatc
     assert max(read) < 80 < len(ids)
 
 
-def test_cut_and_settled_text(byte_tokenizer):
-    """Guards against text after the earliest word, and against a shown beginning of a word."""
-    words = OutputReader(byte_tokenizer, ["Human:", "\n\n"])
-    assert [words.cut(text) for text in ("a\n\nb Human:", "Human:", "Hum")] == ["a", "", "Hum"]
-    texts = {"I am Hum": "I am ", "line\n": "line", "Humid": "Humid"}
-    assert [words.settled(text) for text in texts] == [*texts.values()]
-    assert OutputReader(byte_tokenizer, ["aab"]).settled("xaa") == "x"  # two beginnings
-    assert OutputReader(byte_tokenizer, []).settled("Hum") == "Hum"
-
-
 @pytest.fixture
 def answer(byte_tokenizer, text_model):
     def generate_text(prompt, tokenizer=byte_tokenizer, **config):

@@ -16,6 +16,7 @@ import sweep
 from runs import program
 from runs.conversation import Conversation
 from runs.failures import reason
+from self_speculation import scheduler
 from self_speculation.decoding.batch import Batch
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.scheduler import Scheduler
@@ -154,17 +155,16 @@ def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
     dataset, tmp_path, monkeypatch, capsys
 ):
     """Guards against a NaN that ends the batch, or that is blamed on the example at its place in there."""
-    run, prompts = ModelRunner.run, []
+    forward, prompts = scheduler.forward_pieces, []
 
-    def damaged(self, cache, inputs, first, last, num_logits, **kwargs):
-        result = run(self, cache, inputs, first, last, num_logits, **kwargs)
-        if inputs.shape[1] > 4 and first == 0 and num_logits:  # a prompt's pass
+    def damaged(*args):
+        for logits in (of_prompts := forward(*args)):
             prompts.append(1)
             if len(prompts) == 2 + 3:  # two warm up
-                result.logits.fill_(torch.nan)
-        return result
+                logits.fill_(torch.nan)
+        return of_prompts
 
-    monkeypatch.setattr(ModelRunner, "run", damaged)
+    monkeypatch.setattr(scheduler, "forward_pieces", damaged)
     assert benchmark.main([*dataset, "--batch_size", "2"]) == 1
     line = last_line(capsys)
     said = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"

@@ -29,10 +29,10 @@ def engine(text_model, byte_tokenizer):
     engine.stop()
 
 
-def submit(engine, prompts, timeout=600, **request):
+def submit(engine, prompts):
     """Submit a job per prompt; returns the jobs and a queue for each result."""
     results = [queue.Queue() for _ in prompts]
-    jobs = [Job(Request(p, **request), to.put, timeout) for p, to in zip(prompts, results, strict=True)]
+    jobs = [Job(Request(prompt), to.put, 600) for prompt, to in zip(prompts, results, strict=True)]
     engine.submit(jobs)
     return jobs, results
 
@@ -65,17 +65,6 @@ def test_no_request_waits_for_a_capture(longest, byte_tokenizer, graphs, monkeyp
 
 def failing(*_, **__):
     raise ArithmeticError("a criterion fails")
-
-
-def test_a_job_that_fails_fails_alone(engine, text_model):
-    """Six jobs in four slots. Guards against an error that ends its neighbours, or the thread."""
-    _, first = submit(engine, PROMPTS[:2])
-    _, broken = submit(engine, PROMPTS[:1], stopping_criteria=failing)
-    _, too_long = submit(engine, [[5] * 256])  # as many as the context has
-    _, last = submit(engine, PROMPTS[2:])
-    assert kinds(broken + too_long) == [ArithmeticError, ValueError]
-    check(text_model, PROMPTS, first + last)
-    check(text_model, PROMPTS[:1], submit(engine, PROMPTS[:1])[1])
 
 
 def test_the_queue_is_bounded_and_takes_all_or_none(engine, monkeypatch):

@@ -1,6 +1,4 @@
-"""Guided answers, tools, predictions and penalties on the bundled model, over HTTP and by the clients that
-people have: openai, LangChain, LiteLLM.
-"""
+"""Guided answers, tools, predictions and penalties on the bundled model, over HTTP and by OpenAI's client."""
 
 import contextlib
 import itertools
@@ -29,7 +27,6 @@ SCHEMA = {
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 ANY_JSON = {"structured_outputs": {"json": {}}}
-CLIENTS = "needs requirements-clients.txt"
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.tool_calls %} <tool_call>{% endif %}\n"
     "{% endfor %}"
@@ -237,68 +234,3 @@ def test_penalties_and_biases(served):
     banned = dict.fromkeys(map(str, tokenizer.encode(plain, add_special_tokens=False)), -100)
     assert content(served, max_tokens=20, logit_bias=banned) != plain
     assert "must be by token ids below" in refused(served, CHAT, messages=HELLO, logit_bias={"999999": 1})
-
-
-@pytest.fixture
-def langchain(served):
-    library = pytest.importorskip("langchain_openai", reason=CLIENTS)
-    return library.ChatOpenAI(
-        base_url=f"{served.url}/v1", api_key="none", model="tiny", temperature=0, max_retries=0,
-        max_tokens=200, timeout=60,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_langchain(langchain, served):
-    """Guards against chunks that it cannot add up, usage that it does not find, and references within the
-    schema of a tool, which start in that schema.
-    """
-    text = content(served, max_tokens=200)
-    answer = langchain.invoke("Hello")
-    assert answer.content == text
-    *chunks, last = langchain.stream("Hello", stream_usage=True)
-    assert "".join(chunk.content for chunk in [*chunks, last]) == text
-    assert len(chunks) > 3
-    used = next(chunk.usage_metadata for chunk in [*chunks, last] if chunk.usage_metadata)
-    assert used["output_tokens"] == answer.usage_metadata["output_tokens"] <= 200
-    assert [each.content for each in langchain.batch(["Hello"] * 3)] == [text] * 3
-    for method in ("json_schema", "function_calling"):
-        structured = langchain.with_structured_output(Trip, method=method, strict=True)
-        assert isinstance(structured.invoke("Hello"), Trip)
-
-
-@pytest.mark.slow
-def test_langchain_calls_tools(langchain):
-    """Guards against chunks of a call that it cannot add up. The answer to a call goes back to the model."""
-    messages = pytest.importorskip("langchain_core.messages")
-    caller = langchain.bind_tools([WEATHER], tool_choice="required")
-    answer = caller.invoke("Hello")
-    first, *others = caller.stream("Hello")
-    streamed = sum(others, first)
-    assert [call["args"] for call in streamed.tool_calls] == [call["args"] for call in answer.tool_calls]
-    [call] = answer.tool_calls
-    assert call["name"] == "weather"
-    assert call["args"].keys() == SCHEMA["properties"].keys()
-    result = messages.ToolMessage("sunny", tool_call_id=call["id"])
-    conversation = [messages.HumanMessage("Hello"), answer, result]
-    assert langchain.bind_tools([WEATHER]).invoke(conversation).content
-
-
-@pytest.mark.slow
-def test_litellm(served, monkeypatch):
-    """Guards against a prompt that is too long for the context and not an error that programs act on."""
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it asks a site otherwise
-    litellm = pytest.importorskip("litellm", reason=CLIENTS)
-    request = {
-        "model": "openai/tiny", "api_base": f"{served.url}/v1", "api_key": "none", "temperature": 0,
-        "max_tokens": 60, "num_retries": 0,
-    }  # fmt: skip
-    text = content(served, max_tokens=60)
-    answer = litellm.completion(messages=HELLO, **request)
-    assert answer.choices[0].message.content == text
-    chunks = list(litellm.completion(messages=HELLO, stream=True, **request))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
-    long = [{"role": "user", "content": "x y z " * 5000}]
-    for stream in (False, True):
-        with pytest.raises(litellm.exceptions.ContextWindowExceededError):
-            list(litellm.completion(messages=long, stream=stream, **request))

@@ -243,10 +243,11 @@ def test_markdown(page, size):
     assert page.locator("td").last.evaluate("cell => getComputedStyle(cell).textAlign").endswith("right")
     assert "monospace" in page.locator("code").last.evaluate("code => getComputedStyle(code).fontFamily")
     assert len(page.evaluate("drafted")) > 20
-    page.get_by_role("button", name="Copy").first.click()
-    expect(page.locator(".copy").first).to_have_text("Copied")
-    assert page.evaluate("navigator.clipboard.readText()") == CODE
-    expect(page.locator(".copy").first).to_have_text("Copy")
+    if size == 1:  # its word comes back in 1.5 seconds
+        page.get_by_role("button", name="Copy").first.click()
+        expect(page.locator(".copy").first).to_have_text("Copied")
+        assert page.evaluate("navigator.clipboard.readText()") == CODE
+        expect(page.locator(".copy").first).to_have_text("Copy")
 
 
 def test_thinking_is_folded_away(page, sent):

@@ -51,12 +51,6 @@ def test_neutral_values_are_accepted(name):
         assert named <= {"continuous_usage_stats"}
 
 
-def test_an_answer_that_ignores_its_end_has_a_least_length():
-    """Guards against programs that measure servers and get an error: they send both."""
-    for name in ("min_tokens", "min_new_tokens"):
-        assert chat(**{name: 9}, max_tokens=9, ignore_eos=True) == chat(max_tokens=9, ignore_eos=True)
-
-
 # What real programs send besides, and no answer depends on.
 IGNORED = [
     "background_tasks", "cache_salt", "chat_id", "context", "dry_base", "encoder_repetition_penalty",
@@ -66,23 +60,30 @@ IGNORED = [
 ]  # fmt: skip
 
 
-def test_unknown_fields_are_ignored_and_named():
-    """Guards against programs that get an error for a field that is meant for another server, and against a
-    field that nobody hears of.
+SCHEMA = {"name": "answer", "strict": True, "description": "x", "schema": {}}
+PART = {"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "same", "named"),
+    [
+        ({**dict.fromkeys(IGNORED, "x"), "min_tokens": 0, "lora": []}, {}, IGNORED),
+        ({"messages": [{**HELLO[0], "id": "7", "timestamp": 1, "prefix": False}]}, {}, ["id", "timestamp"]),
+        ({"messages": [{"role": "user", "name": "Eve", "content": [PART]}]}, {}, ["name"]),
+        ({"response_format": {"type": "json_schema", "json_schema": SCHEMA}}, None, []),
+        # Programs that measure servers send both.
+        ({"min_tokens": 9, "max_tokens": 9, "ignore_eos": True}, {"max_tokens": 9, "ignore_eos": True}, []),
+        ({"min_new_tokens": 9, "ignore_eos": True}, {"ignore_eos": True}, []),
+    ],
+)
+def test_fields_without_an_effect_are_named(fields, same, named):
+    """Guards against programs that get an error for a field that is meant for another server, a field that
+    nobody hears of, and a line about fields that OpenAI requires.
     """
-    message = {**HELLO[0], "id": "7", "timestamp": 1, "prefix": False}
-    request = {"messages": [message], **dict.fromkeys(IGNORED, "x"), "min_tokens": 0, "lora": []}
-    named = set()
-    assert ChatRequest.model_validate(request, context=named) == chat()
-    assert named == {*IGNORED, "id", "timestamp"}
-
-
-def test_a_schema_of_clients_has_no_unknown_fields():
-    """Guards against a line about fields that OpenAI requires."""
-    schema, named = {"name": "answer", "strict": True, "description": "x", "schema": {}}, set()
-    given = {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": schema}}
-    ChatRequest.model_validate(given, context=named)
-    assert not named
+    ignored = set()
+    request = ChatRequest.model_validate({"messages": HELLO, **fields}, context=ignored)
+    assert same is None or request == chat(**same)
+    assert ignored == {*named}
 
 
 def test_unknown_fields_are_few():
@@ -93,20 +94,46 @@ def test_unknown_fields_are_few():
     ChatRequest.model_validate({"messages": messages[:1] * 4}, context=set())
 
 
-def test_fields_of_earlier_answers_are_ignored():
-    """Guards against the second turn of a chat that fails, since clients return what a model has said."""
-    part = {"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}
-    assert ChatRequest(messages=[{"role": "user", "name": "Eve", "content": [part]}]) == chat()
-    answer = {
-        "tool_calls": [], "annotations": [{"type": "url_citation"}], "refusal": "No.", "audio": None,
-        "reasoning": "", "reasoning_details": [{"text": "Hm."}], "function_call": None,
-        "thinking_blocks": [{"thinking": "Hm."}], "provider_specific_fields": {"refusal": None}, "images": [],
-    }  # fmt: skip
-    for content in ({}, {"content": None}, {"content": ""}):
-        [message] = ChatRequest(messages=[{"role": "assistant", **answer, **content}]).messages
-        assert message.for_template == {"role": "assistant", "content": ""}
-    [message] = ChatRequest(messages=[{"role": "user", "content": None}]).messages
-    assert message.for_template == {"role": "user", "content": ""}
+def calling(arguments):
+    function = {"name": "weather", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"id": "x", "type": "function", "function": function}]}
+
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+EMPTY_ANSWER = {"role": "assistant", "content": ""}
+# What clients return of an answer.
+ANSWER = {
+    "role": "assistant", "tool_calls": [], "annotations": [{"type": "url_citation"}], "refusal": "No.",
+    "audio": None, "reasoning": "", "reasoning_details": [{"text": "Hm."}], "function_call": None,
+    "thinking_blocks": [{"thinking": "Hm."}], "provider_specific_fields": {"refusal": None}, "images": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("message", "templated"),
+    [
+        (ANSWER, EMPTY_ANSWER),
+        ({**ANSWER, "content": None}, EMPTY_ANSWER),
+        ({"role": "user", "content": None}, {"role": "user", "content": ""}),
+        ({"role": "developer", "content": PARTS}, {"role": "system", "content": "a\nb"}),
+        (calling('{"city": "Rome"}'), {**calling({"city": "Rome"}), "content": ""}),
+        (calling(""), {**calling({}), "content": ""}),  # of a function without parameters
+        *(
+            ({**EMPTY_ANSWER, **given}, {**EMPTY_ANSWER, "reasoning_content": "a"})
+            for given in (
+                {"reasoning": "a"},
+                {"reasoning_content": "a"},
+                {"reasoning": "a", "reasoning_content": "a"},
+            )
+        ),
+        ({**EMPTY_ANSWER, "reasoning": "", "reasoning_content": None}, EMPTY_ANSWER),
+    ],
+)
+def test_what_a_template_gets_of_a_message(message, templated):
+    """Guards against the second turn of a chat that fails, since clients return what a model has said.
+    Guards against arguments in quotes, roles that templates do not know, and thinking that is lost.
+    """
+    assert ChatRequest(messages=[message]).messages[0].for_template == templated
 
 
 def test_languages_of_answers():
@@ -125,36 +152,12 @@ def test_languages_of_answers():
             assert "cannot be combined with" in refused(ChatRequest, messages=HELLO, **given, **other)[1]
 
 
-PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-
-
-def test_what_a_whole_answer_says():
-    """Guards against thinking that a client does not want, and a call that looks complete at the limit."""
+def test_a_call_at_the_limit():
+    """Guards against a call that looks complete."""
     call, tools = '{"name": "f", "arguments": {}}', [{"function": {"name": "f"}}]
     for stop_reason, finish_reason in (("eos", "tool_calls"), ("max_steps", "length")):
         choice = chat(tools=tools).choice(0, Delta(call), None, stop_reason)
         assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (1, finish_reason)
-    for given, shown in (
-        ({}, True),
-        ({"include_reasoning": False}, False),
-    ):
-        assert ("reasoning" in chat(**given).choice(0, Delta("4", thinking="2 + 2"))["message"]) == shown
-
-
-def test_a_template_gets_the_arguments_of_calls():
-    """Guards against arguments in quotes, and against roles that templates do not know."""
-    function = {"name": "weather", "arguments": '{"city": "Rome"}'}
-    calls = [{"id": "x", "type": "function", "index": 0, "function": function}]
-    messages = [{"role": "developer", "content": PARTS}, {"role": "assistant", "tool_calls": calls}]
-    first, second = ChatRequest(messages=messages).messages
-    assert first.for_template == {"role": "system", "content": "a\nb"}
-    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
-    assert second.for_template["tool_calls"] == [{"id": "x", **call}]
-    function["arguments"] = ""  # of a function without parameters
-    [_, second] = ChatRequest(messages=messages).messages
-    assert second.for_template["tool_calls"][0]["function"]["arguments"] == {}
-    function["arguments"] = "{"
-    assert refused(ChatRequest, messages=messages)[0] == "messages.1.tool_calls.0.function.arguments"
 
 
 def test_parts_of_a_prediction_are_one_text():
@@ -213,6 +216,7 @@ FAULTS = [
     ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs.json", ""),
     ({"structured_outputs": {"json_object": True, "regex": "x"}}, "structured_outputs", "must have one of"),
     ({"messages": [{"content": "x"}]}, "messages.0.role", ""),
+    ({"messages": [calling("{")]}, "messages.0.tool_calls.0.function.arguments", ""),
     *(({"tool_choice": choice}, "tool_choice", "") for choice in ("maybe", "any")),
     ({"top_logprobs": 1}, "top_logprobs", "is for logprobs true"),
     ({"stream_drafts": True}, "stream_drafts", "is for stream true"),

@@ -7,15 +7,14 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from servers import CHAT, GREEDY, HELLO, Served, chunks, post
 from thinkers import QWEN3, R1, SMOLLM3, TAGS, Teller, thinking_tokenizer
 
-from serving.protocol import ChatRequest
-
 NAMES = ["reasoning_content", "reasoning"]
 THOUGHT = "Hm, {a\n\nnaïve 日本"
 TEXT = f"{TAGS[0]}\n{THOUGHT}\n{TAGS[1]}\n\n"
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["Rome", "Oslo"]}}}
 STOP = {"type": "function", "function": {"name": "stop", "parameters": {"enum": [{}]}}}
 STRICT = {"type": "function", "function": {**STOP["function"], "strict": True}}
-CALL = {"tools": [STOP], "tool_choice": "required", "max_tokens": 120}
+NO_TOOLS, ONE, LOGPROBS = {"tools": []}, {"parallel_tool_calls": False}, {"logprobs": True}
+MESSAGE = ["content", *NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -57,34 +56,6 @@ def answered(served, text=f"{TEXT}So be it.</s>", **request):
     return choice, answer["usage"], parts
 
 
-@pytest.mark.parametrize("guided", [{}, {"response_format": SCHEMA}, CALL])
-def test_thinking_comes_before_the_answer(served, guided):
-    """Whole and streamed, by both names. Guards against tags in either, an answer that is not guided, a call
-    that is looked for in the thinking, and thinking that waits for the end of a call.
-    """
-    rest = '<tool_call>\n{"name": "stop", "arguments": {}}' if "tools" in guided else "So be it.</s>"
-    text = TEXT if "response_format" in guided else TEXT + rest
-    whole, usage, streamed_parts = answered(served, text, **guided)
-    message, plain = whole["message"], answered(served, text, **guided, drafts=False)[0]["message"]
-    assert [plain[name] for name in ["content", *NAMES]] == [message[name] for name in ["content", *NAMES]]
-    assert [message[name] for name in NAMES] == [THOUGHT] * 2
-    if "response_format" in guided:
-        assert json.loads(message["content"]) in SCHEMA["json_schema"]["schema"]["enum"]
-    if "tools" in guided:
-        assert message["content"] is None
-        assert message["tool_calls"][0]["function"] == {"name": "stop", "arguments": "{}"}
-    num_thinking = len(served.generator.encode(TEXT, special_tokens=False)) - 2  # without the line breaks
-    assert usage["completion_tokens_details"]["reasoning_tokens"] == num_thinking < usage["completion_tokens"]
-    with_drafts = {"messages": HELLO, "max_tokens": 60, **guided, "stream_drafts": True}
-    for parts, pending in ((streamed_parts, False), (streamed(served, **with_drafts), True)):
-        thoughts = [part for part in parts if part["delta"].keys() & {*NAMES}]
-        assert all(part["delta"].keys() == {*NAMES} for part in thoughts)
-        assert parts[: len(thoughts)] == thoughts or pending  # drafts may have no text yet
-        assert len(thoughts) > 3
-        said = [joined(parts, name) for name in ("content", *NAMES)]
-        assert said == [message["content"] or "", *[THOUGHT] * 2]
-
-
 def called(name="stop", arguments="{}"):
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
@@ -92,49 +63,53 @@ def called(name="stop", arguments="{}"):
 @pytest.mark.parametrize(
     ("said", "fields", "content", "calls"),
     [
+        ("So be it.</s>", NO_TOOLS, "So be it.", []),
+        ("So be it.</s>", {**NO_TOOLS, "include_reasoning": False}, "So be it.", []),
+        ("", {**NO_TOOLS, "response_format": SCHEMA}, '"', []),
+        (called(), {"tool_choice": "required"}, None, ["{}"]),
         (called(), {"response_format": SCHEMA}, None, ["{}"]),
         ('"Rome"</s>', {"response_format": SCHEMA}, '"Rome"', []),
         ("Stop!</s>", {"response_format": SCHEMA}, '"', []),
         (f"Now.\n{called()}</s>", {"tools": [STRICT]}, None, ["{}"]),
-        (called(arguments="[5]"), {"tools": [STRICT]}, None, ["{}"]),
-        (called(arguments="[5]"), {}, None, ["[5]"]),
+        (called(arguments="[5]"), {"tools": [STRICT], "max_tokens": 110}, None, ["{}"]),
+        (f"{called(arguments='[5]')}</s>", {}, None, ["[5]"]),
         ("Now.</s>", {"tools": [STRICT]}, "Now.", []),
         (f"{called()}\n{called()}</s>", {}, None, ["{}"] * 2),
-        (f"{called()}\n{called()}</s>", {"parallel_tool_calls": False}, None, ["{}"]),
+        (f"{called()}\n{called()}</s>", ONE, None, ["{}"]),
         (f"{called()}\n{called()}</s>", {"tools": [STRICT]}, None, ["{}"] * 2),
-        (f"{called()}\n{called()}</s>", {"tools": [STRICT], "parallel_tool_calls": False}, None, ["{}"]),
+        (f"{called()}\n{called()}</s>", {"tools": [STRICT], **ONE}, None, ["{}"]),
+        ("🙂 yes, Hm, no", {**NO_TOOLS, **LOGPROBS, "stop": "Hm"}, "🙂 yes, ", []),
+        ("🙂 yes, Hm, no", {**NO_TOOLS, **LOGPROBS, "stop": " "}, "🙂", []),
     ],
 )
-def test_calls_where_an_answer_may_have_none(served, said, fields, content, calls):
-    """Guards against tools that a schema for the answer hides, arguments against a strict schema, and a
-    second call that nobody asked for.
+def test_thinking_comes_before_the_answer(served, said, fields, content, calls):
+    """Whole and streamed, by both names, with drafts or without. Guards against tags in either, an answer
+    that is not guided, a call that is looked for in the thinking, and thinking that waits for its end. Guards
+    against tools that a schema for the answer hides, arguments against a strict schema, a second call that
+    nobody asked for, stops in the thinking, and its tokens among those of the content.
     """
-    choice, *_ = answered(served, TEXT + said, **{"tools": [STOP], "max_tokens": 200, **fields})
-    message = choice["message"]
+    fields = {"tools": [STOP], "max_tokens": 200, **fields}
+    choice, usage, undrafted = answered(served, TEXT + said, **fields)
+    message, is_shown = choice["message"], fields.get("include_reasoning", True)
+    plain = answered(served, TEXT + said, **fields, drafts=False)[0]
+    assert [plain["message"].get(name) for name in MESSAGE] == [message.get(name) for name in MESSAGE]
+    assert [message.get(name) for name in NAMES] == [THOUGHT if is_shown else None] * 2
     assert [call["function"]["arguments"] for call in message.get("tool_calls", [])] == calls
     assert (message["content"] or "").startswith(content or "")
-
-
-def test_thinking_that_is_not_asked_for(served):
-    """Guards against fields that a client refused, and tokens that nobody counts."""
-    choice, usage, _ = answered(served, include_reasoning=False)
-    assert not choice["message"].keys() & {*NAMES}
-    assert usage["completion_tokens_details"]["reasoning_tokens"] > 0
-
-
-def test_a_limit_within_the_thinking(served):
-    """Guards against thinking that becomes the answer, and a grammar that begins in it."""
-    for guided in ({}, {"response_format": SCHEMA}):
-        choice, *_ = answered(served, max_tokens=6, **guided)
-        assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "")
-        assert THOUGHT.startswith(choice["message"]["reasoning"])
-
-
-def test_stop_words_and_log_probabilities_are_of_the_answer(served):
-    """Guards against a stop in the thinking, and tokens of it among those of the content."""
-    for stop, said in (("Hm", "🙂 yes, "), (" ", "🙂")):
-        choice, *_ = answered(served, f"{TEXT}🙂 yes, Hm, no", stop=stop, logprobs=True)
-        assert choice["message"]["content"] == b"".join(tokens_of([choice])).decode() == said
+    if "response_format" in fields and not calls:
+        assert json.loads(message["content"]) in SCHEMA["json_schema"]["schema"]["enum"]
+    for each in (choice, plain) if "logprobs" in fields else ():
+        assert b"".join(tokens_of([each])).decode() == each["message"]["content"] == content
+    num_thinking = len(served.generator.encode(TEXT, special_tokens=False)) - 2  # without the line breaks
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == num_thinking < usage["completion_tokens"]
+    drafted = streamed(served, messages=HELLO, **fields, stream_drafts=True)
+    for parts, pending in ((undrafted, False), (drafted, True)):
+        thoughts = [part for part in parts if part["delta"].keys() & {*NAMES}]
+        assert all(part["delta"].keys() == {*NAMES} for part in thoughts)
+        assert parts[: len(thoughts)] == thoughts or pending  # drafts may have no text yet
+        assert len(thoughts) > 3 or not is_shown
+        said = [joined(parts, name) for name in ("content", *NAMES)]
+        assert said == [message["content"] or "", *[THOUGHT * is_shown] * 2]
 
 
 @pytest.mark.parametrize("text", ["<b>yes", "\n yes", "<think", f"\n{TAGS[0]}a{TAGS[1]}yes"])
@@ -144,6 +119,14 @@ def test_log_probabilities_of_an_answer_that_may_begin_a_tag(served, text):
         choice, *_ = answered(served, f"{text}</s>", logprobs=True, drafts=drafts)
         assert b"".join(tokens_of([choice])).decode() == choice["message"]["content"]
         assert choice["message"]["content"] == text.split(TAGS[1])[-1]
+
+
+def test_a_limit_within_the_thinking(served):
+    """Guards against thinking that becomes the answer, and a grammar that begins in it."""
+    for guided in ({}, {"response_format": SCHEMA}):
+        choice, *_ = answered(served, max_tokens=6, **guided)
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "")
+        assert THOUGHT.startswith(choice["message"]["reasoning"])
 
 
 @pytest.mark.parametrize("template", [QWEN3, R1, SMOLLM3])
@@ -175,16 +158,3 @@ def test_requests_and_flags_set_variables_of_the_template(byte_tokenizer, templa
         thought = [*HELLO, {"role": "assistant", "content": "A", "reasoning": "THOUGHT"}, *HELLO]
         assert "THOUGHT" not in prompt(messages=thought)
         assert "THOUGHT" in prompt(messages=thought, chat_template_kwargs={"keep": True})
-
-
-def test_earlier_thinking_goes_to_the_template():
-    """By either name. Guards against null and empty ones."""
-    for fields, expected in (
-        ({"reasoning_content": "a"}, "a"),
-        ({"reasoning": "a"}, "a"),
-        ({"reasoning": "a", "reasoning_content": "a"}, "a"),
-        ({"reasoning": "", "reasoning_content": None}, None),
-    ):
-        [message] = ChatRequest(messages=[{"role": "assistant", "content": "x", **fields}]).messages
-        assert message.for_template.get("reasoning_content") == expected
-        assert "reasoning" not in message.for_template

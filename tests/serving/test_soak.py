@@ -14,26 +14,50 @@ from functools import partial
 import psutil
 import pytest
 import requests
-from conftest import config_of, generator_of
-from servers import Served, chunks, raw_request, tiny_generator, until
+from conftest import generator_of
+from servers import GREEDY, Served, chunks, post, raw_request, tiny_generator, until
 from test_serve import serving
 
 from self_speculation import load_model_and_tokenizer
 from serving.engine import Job
 
-PROMPTS = ["def add(a, b):", "Once upon a time", "class Stop:", "Human: who are you?", "café", "return a + b"]
+TEXTS = ["def add(a, b):", "Once upon a time", "class Stop:", "Human: who are you?", "café", "return a + b"]
+PROMPTS = [*TEXTS, [5, 6, 7], TEXTS[:3], *("x y z " * n for n in (2, 9, 30))]
+OPTIONS = {
+    "n": 2, "stop": ["\n", "an"], "logprobs": 2, "drafts": False, "frequency_penalty": 1.0, "top_k": 4,
+    "structured_outputs": {"regex": "[0-9]{2,5}"}, "prediction": {"type": "content", "content": TEXTS[1]},
+}  # fmt: skip
 LONG = json.dumps({"prompt": "x y " * 500}).encode()
 INVALID = [b"", b"{", b"[]", b'{"prompt": 5}', b'{"prompt": "x", "n": 0}', LONG]
 
 
-def storm(generator, url, number, seed, clients=16, half_way=lambda: None):
-    """Random requests from many clients at once, whose answers must be those of a model alone.
+def random_request(draws):
+    """A request that has one answer: greedy, or by its seed."""
+    request = {"prompt": draws.choice(PROMPTS), "max_tokens": draws.randint(1, 24)}
+    request |= {"temperature": draws.choice([0, 1.0]), "seed": draws.randint(0, 9)}
+    return request | dict(draws.sample(sorted(OPTIONS.items()), draws.choice([0, 0, 1, 2])))
+
+
+def said(parts):
+    """By choice: text, log-probabilities and why it ended."""
+    found = defaultdict(lambda: ["", [], None])
+    for choice in (choice for part in parts for choice in part["choices"]):
+        own = found[choice["index"]]
+        own[0] += choice["text"]
+        own[1] += (choice["logprobs"] or {}).get("token_logprobs", [])
+        own[2] = choice["finish_reason"]
+    return dict(found)
+
+
+def storm(reference, url, number, seed, clients=16, half_way=lambda: None):
+    """Random requests from many clients at once. Each answer must be that of `reference`, a server in this
+    process, to the request alone, with drafts or without.
 
     Returns the number of requests by outcome. Calls `half_way` after half of them.
     """
-    choose, answers = random.Random(seed), defaultdict(set)
+    draws, answers = random.Random(seed), []
     kinds = ["answer", "stream", "answer", "stream", "gone", "invalid"]
-    chosen = [(choose.choice(kinds), choose.choice(PROMPTS), choose.randint(1, 24)) for _ in range(number)]
+    chosen = [(draws.choice(kinds), random_request(draws), draws.randint(0, 99)) for _ in range(number)]
 
     def send(index):
         if index == number // 2:
@@ -43,15 +67,15 @@ def storm(generator, url, number, seed, clients=16, half_way=lambda: None):
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, ConnectionError):
             return "no connection"
 
-    def outcome(kind, prompt, max_tokens):
-        request = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": kind == "stream"}
+    def outcome(kind, request, chance):
+        request = {**request, "stream": kind == "stream"}
         if kind == "gone":
-            stream = max_tokens % 2 == 0
+            stream = chance % 2 == 0
             with raw_request(url, {**request, "max_tokens": 200, "stream": stream}) as connection:
                 if stream:
                     connection.recv(100)
             return kind
-        body = INVALID[max_tokens % len(INVALID)] if kind == "invalid" else json.dumps(request).encode()
+        body = INVALID[chance % len(INVALID)] if kind == "invalid" else json.dumps(request).encode()
         headers = {"Content-Type": "application/json"}
         response = requests.post(f"{url}/v1/completions", data=body, headers=headers, timeout=120)
         if response.status_code != 200:
@@ -61,23 +85,29 @@ def storm(generator, url, number, seed, clients=16, half_way=lambda: None):
         assert kind != "invalid"
         if kind == "stream" and "data: [DONE]" not in response.text:
             return json.loads(response.text.split("data: ")[-1])["error"]["message"]
-        parts = chunks(response) if kind == "stream" else [response.json()]
-        answers[prompt, max_tokens].add("".join(part["choices"][0]["text"] for part in parts))
+        answers.append((request, said(chunks(response) if kind == "stream" else [response.json()])))
         return kind
 
     with ThreadPoolExecutor(clients) as pool:
         outcomes = Counter(pool.map(send, range(number)))
-    for (prompt, max_steps), texts in answers.items():
-        assert texts == {generator.generate(prompt, config_of(max_steps=max_steps)).decoded_prediction}
+    until(lambda: not reference.num_jobs)
+    for request, answer in answers:
+        alone = {**request, "stream": False, "drafts": not request.get("drafts", True)}
+        expected = said([post(reference, **alone).json()])
+        for choice in expected.values():
+            choice[1] = pytest.approx(choice[1], abs=1e-3)
+        assert answer == expected, request
     return outcomes
 
 
-def test_forty_requests_at_once(text_model, byte_tokenizer):
-    """Guards against jobs that stay in memory, and against races of many clients."""
-    with Served(tiny_generator(text_model, byte_tokenizer), batch_size=3, max_waiting=4) as served:
-        alone = generator_of(byte_tokenizer, text_model)
-        outcomes = storm(alone, served.url, 40, seed=1, clients=12)
+def test_sixty_requests_at_once(text_model, byte_tokenizer):
+    """Guards against jobs that stay in memory, races of many clients, noise, limits, stops, grammars or
+    log-probabilities that requests share, and choices in the order in which they finish.
+    """
+    with Served(tiny_generator(text_model, byte_tokenizer), batch_size=3, max_waiting=15) as served:
+        outcomes = storm(served, served.url, 60, seed=1, clients=9)
         assert {"answer", "stream"} <= set(outcomes) <= {"answer", "stream", "gone", 400, 429}
+        assert outcomes["answer"] + outcomes["stream"] > 25
         until(lambda: not served.num_jobs)
     gc.collect()
     assert [thing for thing in gc.get_objects() if type(thing) is Job] == []
@@ -86,20 +116,21 @@ def test_forty_requests_at_once(text_model, byte_tokenizer):
 @pytest.mark.slow
 def test_a_thousand_requests_a_kill_and_a_signal(model_folder):
     """Guards against memory that grows with requests, lost answers, and a port that stays taken."""
-    flags = ["--model", model_folder, "--exit_layer", "2", "--max_waiting", "8"]
-    with serving(*flags) as (script, _, url):
-        model, tokenizer = load_model_and_tokenizer(str(model_folder))
-        alone = generator_of(tokenizer, model)
-        total = storm(alone, url, 300, seed=1)
-        before = psutil.Process(script.pid).memory_info().rss
-        total += storm(alone, url, 500, seed=2)
-        assert psutil.Process(script.pid).memory_info().rss - before < 30e6
-        assert re.search(r"vllm:num_requests_running{.*} 0.0\n", requests.get(f"{url}/metrics").text)
-    assert set(total) <= {"answer", "stream", "gone", 400, 429}
-    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
-        with serving(*flags, port=url.rpartition(":")[2]) as (script, *_):
-            total += storm(alone, url, 100, int(number), half_way=partial(script.send_signal, number))
-            assert script.wait() == status
+    flags = ["--model", model_folder, "--exit_layer", "2", "--max_waiting", "8", "--sample", "False"]
+    model, tokenizer = load_model_and_tokenizer(str(model_folder))
+    with Served(generator_of(tokenizer, model, GREEDY.generation_strategy)) as reference:
+        with serving(*flags) as (script, _, url):
+            total = storm(reference, url, 300, seed=1)
+            before = psutil.Process(script.pid).memory_info().rss
+            total += storm(reference, url, 500, seed=2)
+            assert psutil.Process(script.pid).memory_info().rss - before < 30e6
+            assert re.search(r"vllm:num_requests_running{.*} 0.0\n", requests.get(f"{url}/metrics").text)
+        assert set(total) <= {"answer", "stream", "gone", 400, 429}
+        for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+            with serving(*flags, port=url.rpartition(":")[2]) as (script, *_):
+                kill = partial(script.send_signal, number)
+                total += storm(reference, url, 100, int(number), half_way=kill)
+                assert script.wait() == status
     assert sum(total.values()) == 1000
     assert total["no connection"]
 
