@@ -103,7 +103,7 @@ def test_prompts_read_together_are_those_alone(lengths, kept, budget, most, batc
     """
     scheduler = scheduler_of(tiny_llama(fused=fused), batch_size, budget, max_steps=2, reuse_cache=True)
     scheduler._most_together = most
-    add(scheduler, {"kept": TEXT[: kept + 1]})
+    add(scheduler, {"other": TEXT[50:54], "kept": TEXT[: kept + 1]})
     drained(scheduler)
     starts, (step, ends) = [TEXT[:kept], TEXT[50:53]], cancelled or (0, None)
     prompts = {i: [*starts[i % 2], *TEXT[60 + 3 * i :][:length]] for i, length in enumerate(lengths)}

@@ -14,7 +14,7 @@ from servers import GREEDY, Served, tiny_generator
 
 CHROMIUM = shutil.which("chromium")
 KEY = "secret"
-MAX_TOKENS = 60
+MAX_TOKENS = 32
 LONGEST = 1024  # prompt and answer together
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
