@@ -24,6 +24,8 @@ class _Shelf(dict[Hashable, tuple[Hashable, Any]]):
         self.lock = RLock()
 
 
+_IN_BUFFERS = ("weight", "bias")  # of `weights.few_bits`
+
 _SHELVES: WeakKeyDictionary[nn.Module, _Shelf] = WeakKeyDictionary()
 
 
@@ -32,9 +34,10 @@ def _shelf(model: nn.Module) -> _Shelf:
 
 
 def weights_key(model: nn.Module) -> Hashable:
-    """Changes when a parameter is replaced, moved or written to: what was made of the model is invalid then.
+    """Changes when a weight is replaced, moved or written to: what was made of the model is invalid then.
 
-    torch counts no writes through `.data`, and none to a parameter that was made in inference mode.
+    Weights are parameters and, in few bits, buffers. torch counts no writes through `.data`, and none to a
+    tensor that was made in inference mode.
     """
     modules = [model]
     for module in modules:  # it grows meanwhile; `parameters` takes four times as long
@@ -42,7 +45,7 @@ def weights_key(model: nn.Module) -> Hashable:
     return tuple(
         (id(each), each.data_ptr(), version(each))
         for module in modules
-        for each in module._parameters.values()
+        for each in (*module._parameters.values(), *map(module._buffers.get, _IN_BUFFERS))
         if each is not None
     )
 
@@ -61,8 +64,11 @@ def cached(
     valid_for: Callable[[T], Hashable] | None,
     make: Callable[[], T],
 ) -> T:
-    """The result of `make`, kept by key while `valid_for(result)` has the value that it had right after it:
-    making may move weights. None: it is valid as long as the model, and `release` keeps it.
+    """The result of `make`, in this call or an earlier one with this key.
+
+    Args:
+        valid_for: the result is made again once `valid_for(result)` has another value than right after
+            `make`, which may move weights. None: it is kept as long as the model, by `release`, too.
     """
     shelf, current = _shelf(model), valid_for or (lambda _: None)
 
