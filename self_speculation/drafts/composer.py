@@ -6,7 +6,6 @@ from collections import abc
 from itertools import chain, takewhile
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
@@ -44,28 +43,27 @@ class DraftComposer:
         self._stopwatch, self._num_graphs = Stopwatch(model.device), 0
 
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft | None:
-        """Draft tokens for each row, see `DraftSource.draft`; None: there are none, and nothing to learn."""
+        """Draft tokens for each row, see `DraftSource.draft`; None: the round is a plain step."""
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         if self._policy is None:
             plan = Plan([*self._sources][-1], max(limits), [*map(bool, matches)], max(limits))
-        elif not any(matches) and self._policy.is_plain(limits):
-            return None
         else:
             self._stopwatch, self._num_graphs = Stopwatch(batch.last.device), num_captures(self._model)
-            plan = self._policy.plan(matches, limits)
+            if (planned := self._policy.plan(matches, limits)) is None:
+                return None
+            plan = planned
         chosen = plan.lookups or [False] * len(batch)
         matches = [match if has else None for match, has in zip(matches, chosen, strict=True)]
-        draft = None
+        draft = Draft([None] * len(batch), batch.last[:, :0], [0] * len(batch))
         if plan.source is not None and not all(matches):
             rows = zip(limits, matches, strict=True)
             own = [0 if match else min(limit, plan.max_drafted) for limit, match in rows]
             draft = self._sources[plan.source].draft(batch, cache, own, self._should_continue)
         if any(matches):
-            copied = _copied(batch, matches, plan.max_lookup)
-            draft = _join(batch, draft, copied) if draft and any(draft.lengths) else copied
+            draft = _with_copies(batch, draft, matches, plan.max_lookup)
         if self._policy:
             self._stopwatch.split()
-        return draft or Draft([None] * len(batch), batch.last[:, :0], [0] * len(batch))
+        return draft
 
     def _look_up(self, sequence: Sequence, limit: int) -> Match | None:
         """The longest match, and at most `limit` tokens to draft, up to one that the model lacks or a grammar
@@ -93,35 +91,27 @@ class DraftComposer:
         yield from dict.fromkeys(chain(*passes, verification))
 
 
-def _copied(batch: Batch, matches: abc.Sequence[Match | None], most: int) -> Draft:
-    """The draft of what was looked up, at most so many tokens. Reads nothing from the device."""
+def _with_copies(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None], most: int) -> Draft:
+    """What was looked up, at most so many tokens, in the rows that have a match; the others keep their draft.
+
+    All layers verify it, since none has processed all rows. Reads nothing from the device.
+    """
     found = [match.ids[:most] if match else [] for match in matches]  # [B]
-    width, lengths = max(map(len, found)), [*map(len, found)]
+    width = max(draft.tokens.shape[1], *map(len, found))
     # Padded with each row's last token, as in `Batch.sample_draft`.
     last = [sequence.ids_from(sequence.length - 1) for sequence in batch.sequences]
     padded = [[*ids, *end * (width - len(ids))] for ids, end in zip(found, last, strict=True)]
-    tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
-    for i in range(width):
-        batch.record_draft(tokens[:, i], i, [i < n for n in lengths], ids=[row[i] for row in padded])
-    sources = [match and match.source for match in matches]
-    return Draft(sources, tokens, lengths, matched=[match.matched if match else 0 for match in matches])
-
-
-def _join(batch: Batch, computed: Draft, copied: Draft) -> Draft:
-    """The copied draft in rows that have one, else the computed one. All layers verify it, since none has
-    processed all rows.
-    """
-    width = max(computed.tokens.shape[1], copied.tokens.shape[1])
-    is_copied = on_device(copied.lengths, batch.last.device).bool()[:, None]  # [B, 1]
-
-    def padded(draft: Draft) -> Tensor:
-        return torch.cat((draft.tokens, batch.last.expand(-1, width - draft.tokens.shape[1])), 1)
-
-    rows = [*enumerate(copied if length else computed for length in copied.lengths)]
+    copied = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
+    for i in range(max(map(len, found))):
+        is_copied = [i < len(ids) for ids in found]
+        batch.record_draft(copied[:, i], i, is_copied, ids=[row[i] for row in padded])
+    has_match = on_device([*map(bool, matches)], batch.last.device).bool()[:, None]  # [B, 1]
+    others = torch.cat((draft.tokens, batch.last.expand(-1, width - draft.tokens.shape[1])), 1)
+    rows = [*enumerate(matches)]
     return Draft(
-        [draft.sources[row] for row, draft in rows],
-        torch.where(is_copied, padded(copied), padded(computed)),
-        [draft.lengths[row] for row, draft in rows],
-        confidences=[draft.confidences[row] if draft.confidences else () for row, draft in rows],
-        matched=[draft.matched[row] if draft.matched else 0 for row, draft in rows],
+        [match.source if match else draft.sources[row] for row, match in rows],
+        copied.where(has_match, others),
+        [len(found[row]) if match else draft.lengths[row] for row, match in rows],
+        confidences=[() if match or not draft.confidences else draft.confidences[row] for row, match in rows],
+        matched=[match.matched if match else 0 for match in matches],
     )

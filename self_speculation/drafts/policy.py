@@ -81,15 +81,15 @@ class AdaptivePolicy:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
         self._plan, self._plain_rate = Plan(), 1.0  # of this round; tokens per second without drafts
-        # A plan without drafts holds until round `_plain_until`, for these rows, this length and these times.
-        self._plain_for: tuple[int, int, PassTimes] | None = None
+        # A plan without drafts holds until a round, for a number of rows, a longest draft and these times.
+        self._plain_in: tuple[int, int, PassTimes] | None = None
         self._plain_until = 0
         # Seconds in this round of a drafted token of each row, and of verifying 0, 1, ... of them.
         self._drafting: dict[str | None, float] = {}
         self._verifying: Sequence[float] = ()
 
-    def plan(self, matches: Sequence[Match | None], limits: Sequence[int]) -> Plan:
-        """Plan one round.
+    def plan(self, matches: Sequence[Match | None], limits: Sequence[int]) -> Plan | None:
+        """Plan one round; None: a plain step, as planned a few rounds ago.
 
         Args:
             matches: [B] drafts that were looked up; None: none.
@@ -98,6 +98,9 @@ class AdaptivePolicy:
         with self._stats.lock:
             stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
             stats.num_rounds += 1
+            situation, until = (num_rows, longest, stats.times), min(self._plain_until, stats.trial_at)
+            if self._plain_in == situation and stats.num_rounds < until and not any(matches):
+                return None
             self._drafting = {None: 0.0}
             self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
             self._verifying = stats.times.verifications(num_rows, longest + 1)
@@ -115,22 +118,11 @@ class AdaptivePolicy:
             if best.max_drafted:
                 stats.used_at[best.source] = stats.num_rounds
             else:
-                self._plain_for = (num_rows, longest, stats.times)
-                self._plain_until = stats.num_rounds + _WAIT
+                self._plain_in, self._plain_until = situation, stats.num_rounds + _WAIT
             self._plan = best
             if longest and stats.num_rounds >= stats.trial_at:
                 self._plan = self._trial(best, [guess > 0.0 for guess in guesses], longest) or best
             return self._plan
-
-    def is_plain(self, limits: Sequence[int]) -> bool:
-        """Whether the last plan holds: no drafts. Nothing was looked up."""
-        with self._stats.lock:
-            stats = self._stats
-            plain_for, until = self._plain_for, min(self._plain_until, stats.trial_at)
-            holds = plain_for == (len(limits), min(max(limits), self._longest), stats.times)
-            holds = holds and stats.num_rounds + 1 < until
-            stats.num_rounds += holds
-            return holds
 
     def should_continue(self, confidences: Confidences) -> list[bool]:
         """[B] whether to draft another token: the rows of a batch end together.

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ADAPTIVE, PROMPT, generate, own_llama, planned, tiny_llama
+from conftest import ADAPTIVE, PROMPT, generate, own_llama, tiny_llama
+from helpers import watch
 
 from self_speculation import model_cache
 from self_speculation.config import LONGEST_DRAFT
@@ -99,7 +100,8 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
     draws, made, seen = random.Random(seed), [], Counter()
     for _ in range(rounds):
         found = [draws.choice([1, 2, 3]) if draws.random() < world.finds else None for _ in range(num_rows)]
-        plan = policy.plan([number and Match("n-grams", number) for number in found], [8] * num_rows)
+        planned = policy.plan([number and Match("n-grams", number) for number in found], [8] * num_rows)
+        plan = planned or Plan()
         chosen = plan.lookups or [False] * num_rows
         sources, matched = ["n-grams" if looks_up else None for looks_up in chosen], [0] * num_rows
         drafted, accepted = [0] * num_rows, [0] * num_rows
@@ -131,7 +133,8 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
         if (plan.source, seen[plan.source]) == stalled:
             scatter = 1000.0 / sum(times)
         seconds = (times[0] * scatter, times[1] * scatter)
-        policy.learn(drafted_by(sources, drafted, confidences, matched), accepted, seconds)
+        if planned is not None:
+            policy.learn(drafted_by(sources, drafted, confidences, matched), accepted, seconds)
         made.append(Round(plan.source, plan, sum(accepted) + num_rows, sum(times)))
     return made
 
@@ -293,25 +296,26 @@ def test_a_round_without_drafts_is_a_plain_step(sampling, monkeypatch):
     """Guards against a plan and a verification in each round, which take 8 % of a small model's, and against
     rounds that are not counted.
     """
-    model, planned, plan = tiny_llama(agreement="never"), [], AdaptivePolicy.plan
+    model = tiny_llama(agreement="never")
     forget_what_was_learnt(model)
     monkeypatch.setattr(TextDrafts, "find", lambda *_: None)
-    monkeypatch.setattr(AdaptivePolicy, "plan", lambda *given: planned.append(1) or plan(*given))
-    found = generate(model, PROMPT, max_steps=200, eos=(), **sampling, **ADAPTIVE)
+    plans = watch(monkeypatch, AdaptivePolicy, "plan")
+    shared = {"max_steps": 200, "eos": (), "seed": 0, **sampling}
+    found = generate(model, PROMPT, **shared, **ADAPTIVE)
     rounds = found.draft_stats.rounds
     assert sum(n * kind.emitted for kind, n in rounds.items()) == found.num_decode_tokens == 199
-    assert 0 < len(planned) < rounds.total() / 4
-    if not sampling["sample"]:
-        assert found.predicted_tokens == generate(model, PROMPT, max_steps=200, eos=()).predicted_tokens
+    assert rounds.total() == len(plans)
+    assert 0 < sum(plan is not None for _, plan in plans) < len(plans) / 4
+    assert found.predicted_tokens == generate(model, PROMPT, **shared).predicted_tokens
 
 
-def test_what_is_looked_up_is_planned_while_a_plan_without_drafts_holds(monkeypatch):
+def test_what_is_looked_up_is_planned_while_a_plan_without_drafts_holds():
     """Guards against n-grams that wait until it is time to plan layers again."""
-    plan = planned(lambda sources, matches, limits: Plan(None, 0, [*map(bool, matches)], max(limits)))
-    monkeypatch.setattr(AdaptivePolicy, "plan", plan)
-    monkeypatch.setattr(AdaptivePolicy, "is_plain", lambda *_: True)
-    found = generate(tiny_llama(agreement="loops"), PROMPT, max_steps=40, eos=(), **ADAPTIVE)
-    assert found.drafts_by_source["n-grams"].accepted > 20
+    chooser = policy()
+    play(chooser, World(), 300)
+    while chooser.plan([None], [8]) is not None:
+        pass
+    assert chooser.plan([Match("n-grams", 3)], [8]).lookups == [True]
 
 
 def settled(num_rows=1):

@@ -202,7 +202,6 @@ def test_times_of_rounds_that_capture_are_not_learnt(graphs, monkeypatch):
     capture_decoding(model)
     plan = planned(lambda sources, matches, limits: Plan(sources[0], min(2, *limits), is_trial=True))
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
-    monkeypatch.setattr(AdaptivePolicy, "is_plain", lambda *_: False)
     watch(monkeypatch, AdaptivePolicy, "plan", lambda *_: begun.append(len(graphs.captured)))
     learnt = watch(
         monkeypatch, AdaptivePolicy, "learn", lambda *given: begun.append(len(graphs.captured) - begun.pop())
