@@ -20,9 +20,6 @@ DraftWeights = Literal["exact", "int4"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "int4"]
 
-# The longest n-gram of `prompt_lookup`: longer ones are followed by the same token nearly always.
-_LONGEST_NGRAM = 32
-
 # The longest draft of adaptive decoding.
 LONGEST_DRAFT = 16
 
@@ -33,6 +30,16 @@ SAMPLING_RULES: dict[str, tuple[float, float | None]] = {
     "top_k": (0, None),
     "top_p": (0, 1),
     "min_p": (0, 1),
+}
+
+# Those of other fields of `GenerationConfig`.
+_BOUNDS: dict[str, tuple[float, float | None]] = {
+    "max_steps": (1, None),
+    "no_repeat_ngram_size": (1, None),
+    "prompt_lookup": (0, 32),  # longer n-grams are followed by the same token nearly always
+    "repetition_penalty": (0.01, 100),  # logits do not overflow
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
 }
 
 # Below this, as at 0, decoding is greedy: logits divided by it might overflow fp32.
@@ -104,8 +111,7 @@ def why_no_model(model: str) -> str | None:
     return "no such folder" if is_path else None
 
 
-# Arguments of transformers' `apply_chat_template` that are no variables of templates, and variables that are
-# set here.
+# Arguments of transformers' `apply_chat_template` that are no variables of templates, or that we set.
 _NO_TEMPLATE_KWARGS = {
     "self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
@@ -114,7 +120,7 @@ _NO_TEMPLATE_KWARGS = {
 
 
 def check_template_kwargs(given: Mapping[str, object]) -> Mapping[str, object]:
-    """Return variables for a chat template. Raises ValueError for a name that is none."""
+    """Check variables for a chat template, and return them. Raises ValueError for another name."""
     if wrong := sorted(_NO_TEMPLATE_KWARGS & given.keys()):
         raise ValueError(f"{wrong[0]} is no variable of chat templates")
     return given
@@ -195,20 +201,12 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        layer, length = self.exit_layer, self.num_speculations
-        check(self, "exit_layer", layer == -1 or layer >= 1, "must be -1 (full depth) or at least 1")
-        check(self, "num_speculations", length == -1 or length >= 1, "must be -1 or at least 1")
-        compared = f"must be between 0 (off) and {_LONGEST_NGRAM}"
-        check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _LONGEST_NGRAM, compared)
-        for name, (least, most) in SAMPLING_RULES.items():
-            bounds = f"must be {least} or more" if most is None else f"must be between {least} and {most}"
-            check(self, name, least <= getattr(self, name) <= (math.inf if most is None else most), bounds)
-        is_bounded = 0.01 <= self.repetition_penalty <= 100  # else logits overflow
-        check(self, "repetition_penalty", is_bounded, "must be between 0.01 and 100")
-        for name in ("frequency_penalty", "presence_penalty"):
-            check(self, name, -2 <= getattr(self, name) <= 2, "must be between -2 and 2")
-        for name in ("max_steps", "no_repeat_ngram_size"):
-            check(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1")
+        for name in ("exit_layer", "num_speculations"):
+            check(self, name, (value := getattr(self, name)) == -1 or value >= 1, "must be -1 or at least 1")
+        for name, (least, most) in (SAMPLING_RULES | _BOUNDS).items():
+            allowed = f"must be at least {least}" if most is None else f"must be between {least} and {most}"
+            value, upto = getattr(self, name), math.inf if most is None else most
+            check(self, name, value is None or least <= value <= upto, allowed)
         check(self, "stop_words", all(self.stop_words or []), "must not be empty texts")
         check(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids or []), "must be 0 or more")
 
@@ -271,7 +269,7 @@ class GenerationConfig:
 
 
 class LoadingWarning(UserWarning):
-    """A model is loaded otherwise than expected."""
+    """A model was loaded, but not quite as asked."""
 
 
 @_explain_fields

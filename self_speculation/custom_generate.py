@@ -197,8 +197,10 @@ def _refusals(
     streamer: BaseStreamer | None,
     kwargs: dict,
 ) -> Iterator[tuple[object, str]]:
-    """For each argument that would change the text: whether it is given, and the message. The model sees
-    `seen`, [B, P] booleans.
+    """For each argument that would change the text: whether it is given, and the message.
+
+    Args:
+        seen: [B, P] booleans: the ids that the model sees.
     """
     yield config.num_beams > 1, "num_beams: beam search has no drafts to verify"
     for name in _METHODS:

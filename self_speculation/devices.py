@@ -1,4 +1,4 @@
-"""What is lost and what is free: ranks, devices, memory."""
+"""Lost ranks and devices, free memory, arithmetic of a device."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def round_up(number: int, step: int) -> int:
 
 
 def padded(number: int) -> int:
-    """To the next power of two."""
+    """The least power of two that is not below the number."""
     return 1 << (number - 1).bit_length()

@@ -134,7 +134,7 @@ def experts_per_token(config: PretrainedConfig) -> int | None:
 
 @cache
 def _settings(kind: Callable[..., object]) -> frozenset[str]:
-    """Those of a family. To ask for them takes a third of a millisecond."""
+    """The names of a family's settings. `inspect` takes a third of a millisecond."""
     return frozenset(inspect.signature(kind).parameters)
 
 

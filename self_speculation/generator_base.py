@@ -26,7 +26,7 @@ from self_speculation.results import GenerationResult, GenerationStrategyResult
 from self_speculation.strategies import make_strategy
 
 _sandbox = lru_cache(maxsize=4)(GrammarSandbox)  # generators with one tokenizer share its process
-_PIECE = 50_000  # characters of a prediction that are tokenized at a time
+_CHARACTERS = 20  # that a token of a prediction has on average, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,15 +233,12 @@ class HuggingfaceLlamaGenerator:
             self.sandbox = _sandbox(tokenizer_json(self.tokenizer), size, tuple(self.eos_token_ids))
 
     def encode_prediction(self, text: str, config: GenerationConfig) -> list[int]:
-        """The token ids of a predicted output, at most as many as the context has; none if no draft uses it.
-
-        Tokenizes a piece at a time, since a prediction may be far longer than the context.
-        """
-        ids, start, context = list[int](), 0, context_length(self.model.config)
-        while config.looks_up and start < len(text) and len(ids) < context:
-            ids += self.tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False)
-            start += _PIECE
-        return ids[:context]
+        """The token ids of a predicted output, up to the context's length; none if no draft uses them."""
+        if not config.looks_up:
+            return []
+        context = context_length(self.model.config)
+        # A prediction may be far longer than the context.
+        return self.tokenizer.encode(text[: _CHARACTERS * context], add_special_tokens=False)[:context]
 
     def is_far_too_long(self, prompt: str) -> bool:
         """Whether a text has more characters than the tokens of a context can spell. Tokenizing takes seconds

@@ -66,7 +66,7 @@ class StandardTextStreamer:
         self.begin(OutputReader(tokenizer))
 
     def begin(self, reader: OutputReader) -> None:
-        """Get ready for an answer that `reader` reads, too."""
+        """Begin an answer, whose ids `reader` turns into text."""
         self._reader, self._ids = reader, list[int]()
         self._was_thinking = False  # in what was shown last
         self._screen = _Screen(self._file)
@@ -104,30 +104,22 @@ class StandardTextStreamer:
         self.begin(OutputReader(self._tokenizer))
 
     def _flush(self, finished: bool = False) -> None:
-        """Show what cannot become a stop word."""
+        """Show decided text that cannot become a stop word, and on a terminal the drafts after it."""
         shown = self._visible(self._held, finished)
         self._held = self._held[len(shown) :]
-        self._show(shown)
+        if self._on_terminal:
+            drafts = _cells(self._reader.preview(self._drafts), "draft") if self._drafts else []
+            pending = self._visible([*self._held, *drafts])
+            self._screen.show(_printed(self._parted(shown)), _printed(pending))
+        else:
+            self._file.write(_text(cell for cell in shown if not cell.is_thinking))
+            self._file.flush()
 
     def _visible(self, cells: list[Cell], finished: bool = False) -> list[Cell]:
         """Leave out stop words, the text after them and, unless finished, what may become one."""
         start = sum(cell.is_thinking for cell in cells)
         shown = self._reader.cut(_text(cells[start:]))
         return cells[: start + len(shown if finished else self._reader.settled(shown))]
-
-    def _pending(self) -> list[Cell]:
-        """The drafts to be shown, after decided text that is held back."""
-        if not self._drafts:
-            return []
-        return self._visible([*self._held, *_cells(self._reader.preview(self._drafts), "draft")])
-
-    def _show(self, cells: list[Cell]) -> None:
-        """Print decided cells."""
-        if self._on_terminal:
-            self._screen.show(_printed(self._parted(cells)), _printed(self._pending()))
-        else:
-            self._file.write(_text(cell for cell in cells if not cell.is_thinking))
-            self._file.flush()
 
     def _parted(self, cells: list[Cell]) -> Iterator[Cell]:
         """Decided cells, with an empty line between thinking and answer."""

@@ -31,8 +31,8 @@ class Failure(NamedTuple):
 
 
 class Sequence:
-    """Prompt and output of one request, on the host. Their ids on the device are those of the prompt; of the
-    output, too, if there are processors or criteria; of the draft, too, if there are processors.
+    """Prompt and output of one request, on the host. The device has the ids of the prompt, with processors or
+    criteria those of the output, and with processors those of the draft.
 
     Args:
         request: in token ids. Its own config overrides `config`, that of the batch.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from self_speculation.passes.model_runner import ModelRunner
 
 
-_DECAY = 0.97  # of the weight of all observations, with each new one
+_DECAY = 0.97  # of the weight of earlier observations, with each new one
 
 
 class DecayedMean:

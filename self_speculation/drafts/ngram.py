@@ -62,8 +62,8 @@ class NgramIndex:
 
 
 class _Place:
-    """Where the end of a sequence occurred before in its text: prediction, prompt and output. The output is
-    taken to begin as the prediction does.
+    """Where the end of a sequence occurred before in its text: prediction, prompt and output. At first the
+    output is expected to begin as the prediction does.
 
     A match of the longest n-gram goes on while the output does as the text did, however often the n-gram
     occurs: so the next one of many equal lines is found.
