@@ -34,7 +34,7 @@ _FIRST = """
     model dtype device quantization output_dir max_steps generation_strategy exit_layer num_speculations
     sample temperature top_p stop_words draft_weights prompt chat streamer compare grammar batch_size host
     port api_key dataset data_path num_samples n_shot resume reference tasks num_fewshot limit include_path
-    output_path exit_layer_first exit_layer_last num_speculations_first num_speculations_last data num_steps
+    output_path exit_layer_first exit_layer_last num_speculations_first num_speculations_last num_steps
     learning_rate sequence_length early_exit_scale layer_dropout lora_rank gradient_accumulation
 """
 

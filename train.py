@@ -1,6 +1,6 @@
 """Train by the LayerSkip recipe, layer dropout and early-exit loss: a new model or an existing one.
 
-    python train.py --data python_stdlib --num_steps 3000
+    python train.py --num_steps 3000
     python train.py --model ID --data_path "corpus/*.jsonl"
     torchrun --nproc_per_node 4 train.py --model ID --data_path pairs.jsonl --early_exit_scale 1.0
     accelerate launch --config_file training/fsdp.yaml --num_processes 8 train.py --model ID --dtype bfloat16

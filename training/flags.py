@@ -13,10 +13,9 @@ from arguments import ModelArguments, at_least, check
 class TrainingDataArguments:
     """Training data."""
 
-    data: str = "python_stdlib"
-    """python_stdlib: the sources of the running interpreter; else a dataset of the hub or its folder."""
     data_path: str | None = None
-    """Local files instead, as a glob pattern: .jsonl, .csv or .parquet; any other file is one text."""
+    """Files, as a glob pattern: .jsonl, .csv or .parquet; any other file is one text. Without it, the sources
+    of the running interpreter's standard library."""
     text_column: str = "text"
     """Column of the text; ignored if there are columns prompt and response."""
     eval_fraction: float = 0.05

@@ -221,7 +221,8 @@ def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float
     table = pandas.DataFrame({"exit_layer": range(1, len(columns["loss"]) + 1), **columns})
     run.replace("exits.csv", table.to_csv(index=False))
     asked = run.description["arguments"]
-    title = heading(run.description | {"arguments": asked | {"dataset": asked["data_path"] or asked["data"]}})
+    texts = asked["data_path"] or "the standard library"
+    title = heading(run.description | {"arguments": asked | {"dataset": texts}})
     run.write_status("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")

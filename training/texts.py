@@ -1,4 +1,4 @@
-"""Training data: files or a hub dataset -> texts -> blocks of token ids, and a tokenizer for a new model.
+"""Training data: files -> texts -> blocks of token ids, and a tokenizer for a new model.
 
 The content of a text alone decides whether it is held out, so no text is both learnt and held out.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data import DataError, cell, load_from_hub, one_line, rows_of
+from data import DataError, cell, one_line, rows_of
 from self_speculation.config import default_model
 from self_speculation.devices import round_up
 from training.flags import TrainingDataArguments
@@ -37,7 +37,7 @@ def load_texts(args: TrainingDataArguments) -> tuple[Dataset, Dataset]:
     """(training, evaluation) rows: `text`, or `prompt` and `response`.
 
     Raises:
-        DataError: there are no such files or dataset, or it lacks the columns.
+        DataError: there are no such files, or they lack the columns.
     """
     rows, share = _read(args), args.eval_fraction
     parts = [rows.filter(_is_in_part, fn_kwargs={"share": share, "held_out": out}) for out in (False, True)]
@@ -57,15 +57,17 @@ def _is_in_part(row: dict[str, str], share: float, held_out: bool) -> bool:
 
 def _read(args: TrainingDataArguments) -> Dataset:
     """All rows, with the columns to learn."""
-    if args.data_path is None and args.data != "python_stdlib":
-        try:
-            rows = load_from_hub(args.data, split="train")
-        except Exception as error:  # the hub's errors have no common base
-            raise DataError(f"--data {args.data}: {one_line(error)}") from error
-        columns = _columns(args, rows.column_names)
-        return rows.select_columns([*columns]).rename_columns(columns)
     paths = standard_library() if args.data_path is None else _files(args.data_path)
-    columns = _columns(args, [*next(rows_of(paths[0]))])
+    names, column = [*next(rows_of(paths[0]))], args.text_column
+    if {"prompt", "response"} <= {*names}:  # they come before any other
+        columns = {"prompt": "prompt", "response": "response"}
+    elif column in names or names == ["text"]:  # a file of text has no other
+        columns = {column if column in names else "text": "text"}
+    else:
+        raise DataError(
+            f"--text_column {column}: not in the data, which has {', '.join(names)}; must be one of these, "
+            "or the data must have prompt and response"
+        )
     # `datasets` keeps the table until a file changes.
     files = [(path, path.stat().st_mtime_ns) for path in paths]
     try:
@@ -78,18 +80,6 @@ def _texts_of(files: list[tuple[Path, int]], columns: dict[str, str]) -> Iterato
     for path, _ in files:
         for row in rows_of(path):
             yield {ours: cell(f"{path}: column {name!r}", row.get(name)) for name, ours in columns.items()}
-
-
-def _columns(args: TrainingDataArguments, names: Sequence[str]) -> dict[str, str]:
-    """The columns to learn, and their names here."""
-    if {"prompt", "response"} <= {*names}:  # they come before any other
-        return {"prompt": "prompt", "response": "response"}
-    if (column := args.text_column) not in names and names != ["text"]:
-        raise DataError(
-            f"--text_column {column}: not in the data, which has {', '.join(names)}; must be one of these, "
-            "or the data must have prompt and response"
-        )
-    return {column if column in names else "text": "text"}  # a file of text has no other
 
 
 def _files(pattern: str) -> list[Path]:
