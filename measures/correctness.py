@@ -52,36 +52,38 @@ class CompareIds(Experiment):
         model = self.generator.model
         self._is_in_place = model.device.type == "cpu" and InPlaceRunner(model).is_in_place
 
-    def _request(self, example: Encoded, index: int, nth: int) -> Request:
+    def _request(self, index: int, nth: int) -> Request:
         """The request of the greedy output (0) or of a sampled one (1, 2, ...)."""
         config = self.config if nth else dataclasses.replace(self.config, sample=False)
         criteria = LogitsOfPositions() if self._is_in_place else None
         seed = self.seed + index + (nth << 32)
-        return dataclasses.replace(example.request(seed), config=config, stopping_criteria=criteria)
+        request = self.examples[index].request(seed)
+        return dataclasses.replace(request, config=config, stopping_criteria=criteria)
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         asked = [(index, nth) for index in indices for nth in range(self.num_seeds + 1)]
-        requests = [self._request(self.examples[index], index, nth) for index, nth in asked]
+        requests = [self._request(index, nth) for index, nth in asked]
         found = self.generator.generate_batch(requests, self.config, self.batch_size)
         if is_captured(self.generator.model):  # the reference takes the cache of captured passes
             found = iter([*found])
         outputs: defaultdict[int, list[Record | Exception]] = defaultdict(list)
         for i, result in found:
-            (index, nth), output = asked[i], result
+            index, nth = asked[i]
             try:
-                if not isinstance(result, Exception):
-                    output = self._compared(self.examples[index], index, nth, requests[i], result)
+                outputs[index].append(self._compared(index, nth, requests[i], result))
             except Exception as error:
-                output = error
-            outputs[index].append(output)
+                outputs[index].append(error)
             if len(mine := outputs[index]) == self.num_seeds + 1:
                 errors = [output for output in mine if isinstance(output, Exception)]
                 yield index, errors[0] if errors else {"outputs": sorted(mine, key=lambda o: o["nth"])}
 
     def _compared(
-        self, example: Encoded, index: int, nth: int, request: Request, result: GenerationResult
+        self, index: int, nth: int, request: Request, result: GenerationResult | Exception
     ) -> Record:
-        tokens, other = with_end(result.generation_strategy_result), self._request(example, index, nth)
+        if isinstance(result, Exception):
+            raise result
+        example, other = self.examples[index], self._request(index, nth)
+        tokens = with_end(result.generation_strategy_result)
         generator, config = autoregressive(self.generator, request.config)
         plain = generator.generate(dataclasses.replace(other, config=config), config)
         references = {"decoding without drafts": with_end(plain.generation_strategy_result)}

@@ -22,7 +22,6 @@ from runs.examples import Experiment
 from runs.failures import failed
 from runs.records import Run
 from runs.startup import autoregressive
-from runs.status import log_if_slow
 from self_speculation.decoding.request import config_processors
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.registry import make_drafter
@@ -57,11 +56,6 @@ class Sweep(Experiment):
 
     def __post_init__(self) -> None:
         self._plain: TimedSide = (BASELINE, *autoregressive(self.generator, self.config))
-
-    def warm_up(self) -> None:
-        """Warm up plain decoding; `measure_cell` warms up its cell."""
-        with log_if_slow("warming up"):
-            warm_up([self._plain], self.longest_prompt, self.batch_size)
 
     def measure_cell(self, cell: Cell, title: str | None = None) -> Record:
         """All examples by this cell and by plain decoding, in turn; with a title, a bar at a terminal."""
