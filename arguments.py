@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
 from self_speculation.config import (
@@ -26,6 +26,7 @@ from self_speculation.config import (
     check_types,
     default_model,
     field_texts,
+    field_types,
     why_no_model,
 )
 
@@ -70,6 +71,8 @@ _FOREIGN = {
     "load_in_4bit load_in_8bit": "--quantization",
     "fa flash_attn mlock no_mmap": "nothing has to be set for that",
     "fuse": "only in Python, by LoadingOptions(fuse=False)",
+    "min_p repeat_penalty repetition_penalty frequency_penalty presence_penalty": "requests and "
+    "GenerationConfig have it",
 }
 
 
@@ -232,7 +235,7 @@ def parse(
 def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[str], shows_all: bool) -> None:
     """Add a flag for each field; without `shows_all`, --help has those of `_FIRST` only."""
     section = parser.add_argument_group((group.__doc__ or "").split(".")[0])
-    types, texts = get_type_hints(group), field_texts(group)
+    types, texts = field_types(group), field_texts(group)
     for each in sorted(fields(group), key=lambda each: each.name != "model"):  # it is the first one
         if each.name not in names:
             continue
@@ -246,7 +249,7 @@ def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[s
             options = {"choices": get_args(kind)}
         elif kind is bool:
             options = {"type": _truth, "nargs": "?", "const": True, "metavar": "True|False"}
-            no_value = {"type": _no_value, "nargs": "?", "const": False, "help": SUPPRESS}
+            no_value: dict[str, Any] = {"type": _no_value, "nargs": "?", "const": False, "help": SUPPRESS}
             parser.add_argument(f"--no{each.name}", f"--no_{each.name}", dest=each.name, **no_value)
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper(), **each.metadata.get("flag", {})}
@@ -283,7 +286,7 @@ def _hint(unknown: str, flags: Collection[str]) -> str:
 def _earlier_arguments(folder: str) -> dict[str, Any]:
     """The arguments of the run in a folder; raises ValueError if there is none."""
     try:
-        return read_run(folder)["arguments"]
+        return {**read_run(folder)["arguments"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"resume {folder}: no run.json of a run in there") from error
 
@@ -295,14 +298,10 @@ def read_run(folder: str) -> dict[str, Any]:
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:
     """The fields of a dataclass that the command line names, even with their default values."""
-    flags = {_underscored(arg) for arg in (sys.argv[1:] if args is None else args)}
+    words = sys.argv[1:] if args is None else args
+    flags = {word.partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     names = {field.name for field in fields(group)}
-    return {name for name in names if {f"--{name}", f"--no{name}", f"--no_{name}"} & flags}
-
-
-def _underscored(arg: str) -> str:
-    """The flag of an argument with underscores, without a value."""
-    return arg.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+    return {name for name in names if {f"__{name}", f"__no{name}", f"__no_{name}"} & flags}
 
 
 def refuse(message: str, status: int = 2) -> NoReturn:

@@ -51,7 +51,7 @@ def warm_up(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> N
         # Rows differ in length, as in a real batch. max_steps stays, since it decides the cache's capacity.
         rows = [ids[row % len(ids) :] for row in range(batch_size)]
         requests = [Request(row, stop_checks=lambda new, n=num_tokens: len(new) >= n) for row in rows]
-        endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False)
+        endless = replace(config, stop_words=None, stop_token_ids=None)
         if is_captured(model) and isinstance(strategy, DecodingStrategy):
             scheduler = Scheduler[int](strategy, model, endless, batch_size)
             scheduler.run_every_pass(min(len(prompt) + config.max_steps, context))

@@ -87,7 +87,7 @@ class Conversation:
             kind = SpeculativeTextStreamer if self.streamer == "speculative" else StandardTextStreamer
             streamer = kind(self.generator.tokenizer)
         # The cache holds the history already.
-        config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
+        config = replace(self.config, reuse_cache=self.chat)
         model = self.generator.model
         adjust_threads(model)  # by what others did since the last answer
         with Interrupt() as interrupt, _status_held(streamer is not None and sys.stdout.isatty()):

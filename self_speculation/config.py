@@ -61,7 +61,7 @@ _KINDS: dict[Any, str] = {
 
 def check_types(of: type, values: Mapping[str, Any]) -> None:
     """Raise ValueError unless each of these values of a dataclass's fields is of the field's annotation."""
-    for name, kind in _field_types(of).items():
+    for name, kind in field_types(of).items():
         kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
         if name in values and not any(_is_a(values[name], each) for each in kinds):
             allowed = (_KINDS.get(each) or f"one of {', '.join(get_args(each))}" for each in kinds)
@@ -69,7 +69,8 @@ def check_types(of: type, values: Mapping[str, Any]) -> None:
 
 
 @cache
-def _field_types(kind: Any) -> dict[str, Any]:
+def field_types(kind: Any) -> dict[str, Any]:
+    """The annotation of each field of a dataclass."""
     hints = get_type_hints(kind)
     return {each.name: hints[each.name] for each in fields(kind)}
 

@@ -110,6 +110,7 @@ REFUSALS = {
     serve: {
         "--port 70000": "--port 70000: must be between 0 and 65535",
         "--host nowhere.invalid": "--host nowhere.invalid --port 8000: ",
+        "--min-p 0.1": "unknown argument '--min-p'; requests and GenerationConfig have it; --help all",
         "--max_waiting -1": "--max_waiting -1: must be at least 0",
         "--shutdown_time inf": "--shutdown_time inf: must be 0 or more",
         "--api_key ''": "--api_key '': must not be empty",
