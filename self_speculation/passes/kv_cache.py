@@ -177,12 +177,11 @@ class KVCache:
         """
         rows, start = self.num_rows, self.lengths(layer)[0]
         width = len(keys) // rows
-        pair = self.buffers.with_room(layer, start + width, keys)
-        self._appended[layer] += width
-        slots = slice(self.first_slot, self.first_slot + rows)
-        for buffer, new in zip(pair, (keys, values), strict=True):
-            buffer[slots, :, start : start + width] = new.view(rows, width, *new.shape[1:]).transpose(1, 2)
-        all_keys, all_values = (buffer[slots, :, : start + width] for buffer in pair)
+        slots, end = slice(self.first_slot, self.first_slot + rows), start + width
+        buffers = self.extend(layer, layer + 1, width, keys)
+        for buffer, new in zip(buffers, (keys, values), strict=True):
+            buffer[slots, :, start:end] = new.view(rows, width, *new.shape[1:]).transpose(1, 2)
+        all_keys, all_values = (buffer[slots, :, :end] for buffer in buffers)
         return all_keys, all_values
 
     def extend(self, first: int, last: int, width: int, new_keys: Tensor | None = None) -> list[Tensor]:

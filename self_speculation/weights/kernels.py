@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-
-from self_speculation.config import LoadingWarning
 
 _FOLDER = Path(__file__).with_name("cpp")
 _SOURCES = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
@@ -69,30 +67,23 @@ class CPUOperators(NamedTuple):
 
 @cache
 def cpu_operators() -> CPUOperators:
-    """Load the operators, after building them if need be. Warns if the user's cache cannot hold the file."""
+    """Load the operators, after building them if need be."""
     variant = _best_variant()
     if variant is None:
         return CPUOperators(None, "there are none for this processor")
     with _lock:  # another thread loads what the first one has built
-        kept = _kept(variant)
-        for file in (_FOLDER / _file_name(variant), *kept):
-            with suppress(OSError):
-                _load(file)
-                return CPUOperators(variant)
-        for file in kept:
-            try:
-                _build(variant, file)
-            except (OSError, RuntimeError) as error:
-                why = error
-                if isinstance(error, RuntimeError):
-                    break
-            else:
-                if file != kept[0]:
-                    where = f"{file.parent}; SELF_SPECULATION_CACHE names another folder"
-                    told = f"the operators cannot be kept in {kept[0].parent}: they are kept in {where}"
-                    warnings.warn(told, LoadingWarning, stacklevel=2)
-                return CPUOperators(variant)
-    return CPUOperators(None, f"ours cannot be built: {why}")
+        try:
+            for file in _files(variant):
+                with suppress(OSError):
+                    _load(file)
+                    return CPUOperators(variant)
+            _build(variant, file)
+        except RuntimeError as error:
+            return CPUOperators(None, f"ours cannot be built: {error}")
+        except OSError as error:
+            advice = "SELF_SPECULATION_CACHE names another folder"
+            return CPUOperators(None, f"ours cannot be kept or loaded: {error}; {advice}")
+    return CPUOperators(variant)
 
 
 def operator_activation(module: nn.Module) -> int | None:
@@ -133,15 +124,13 @@ def _file_name(variant: str) -> str:
     return f"layers-{variant}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
 
 
-def _kept(variant: str) -> list[Path]:
-    """The file in the user's cache, and the one in a temporary folder, for a home that cannot be written."""
-    folders = [Path(tempfile.gettempdir()) / f"self-speculation-{os.getuid()}"]
+def _files(variant: str) -> Iterator[Path]:
+    """That of a wheel or an image, and that of the user's cache. Raises RuntimeError if there is no home."""
+    yield _FOLDER / _file_name(variant)
     named = os.environ.get("SELF_SPECULATION_CACHE")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    with suppress(RuntimeError):  # there is no home directory
-        folder = (Path(named) if named else caches / "self-speculation").expanduser()
-        folders.insert(0, folder / "kernels")
-    return [folder / _file_name(variant) for folder in folders]
+    folder = Path(named) if named else caches / "self-speculation"
+    yield folder.expanduser() / "kernels" / _file_name(variant)
 
 
 def _build(variant: str, file: Path) -> None:

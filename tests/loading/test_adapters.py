@@ -86,6 +86,7 @@ def refusal(folder, **options):
     return line
 
 
+@pytest.mark.slow
 def test_models_of_peft(model_folder, tmp_path):
     """Guards against the output of the base model, weights of peft's classes (such layers are not fused
     and have no copies in four bits), and drafts that ignore a tuned prompt.
