@@ -104,16 +104,24 @@ class StandardTextStreamer:
         self.begin(OutputReader(self._tokenizer))
 
     def _flush(self, finished: bool = False) -> None:
-        """Show decided text that cannot become a stop word, and on a terminal the drafts after it."""
+        """Show decided text that cannot become a stop word."""
         shown = self._visible(self._held, finished)
         self._held = self._held[len(shown) :]
+        self._show(shown)
+
+    def _show(self, cells: list[Cell]) -> None:
+        """Show decided cells, and on a terminal the drafts after them. The server has its own way."""
         if self._on_terminal:
-            drafts = _cells(self._reader.preview(self._drafts), "draft") if self._drafts else []
-            pending = self._visible([*self._held, *drafts])
-            self._screen.show(_printed(self._parted(shown)), _printed(pending))
+            self._screen.show(_printed(self._parted(cells)), _printed(self._pending()))
         else:
-            self._file.write(_text(cell for cell in shown if not cell.is_thinking))
+            self._file.write(_text(cell for cell in cells if not cell.is_thinking))
             self._file.flush()
+
+    def _pending(self) -> list[Cell]:
+        """The drafts to be shown, after decided text that is held back."""
+        if not self._drafts:
+            return []
+        return self._visible([*self._held, *_cells(self._reader.preview(self._drafts), "draft")])
 
     def _visible(self, cells: list[Cell], finished: bool = False) -> list[Cell]:
         """Leave out stop words, the text after them and, unless finished, what may become one."""
