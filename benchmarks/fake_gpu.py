@@ -100,7 +100,7 @@ class FakeGPU(TorchDispatchMode):
         """An operator of ours, which launches kernels."""
         self.trace.num_calls += 1
         module = sys.modules["self_speculation.passes.triton_kernels"]
-        own = {kernel: _Kernel(getattr(module, kernel), self) for kernel in _KERNELS}
+        own: dict[str, Any] = {kernel: _Kernel(getattr(module, kernel), self) for kernel in _KERNELS}
         with patch.multiple(module, **own):
             return getattr(module, name)(*args)
 

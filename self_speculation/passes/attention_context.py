@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, context_length
 from self_speculation.model_cache import lock
-from self_speculation.passes.attention import attention_kernel
+from self_speculation.passes.attention import has_flash_attention
 from self_speculation.passes.kv_cache import ALIGNMENT, KVCache, Pair, ScatteredCache
 
 
@@ -32,7 +32,7 @@ class AttentionTables:
         self._size = 0
         self.reserve(1)
         head_dim = next(iter(self._tables.values())).shape[2]
-        self.kernel = attention_kernel(self.device, dtype, head_dim)  # of fused layers
+        self.has_flash = has_flash_attention(self.device, dtype, head_dim)
 
     def reserve(self, num_positions: int) -> None:
         """Have tables of at least so many positions."""
@@ -66,7 +66,7 @@ class AttentionContext:
             key, else a huge negative number; None: no mask is needed. Queries of several heads need a copy
             for each.
         rotary: cos and sin, [1 or B, T, head_dim] each.
-        kernel: FLASH masks the keys after each token itself.
+        by_flash: `flash_attention` computes the pass of fused layers over several tokens, without a mask.
     """
 
     def __init__(
@@ -90,8 +90,7 @@ class AttentionContext:
         else:
             cos_sin = table.index_select(1, positions.flatten()).view(2, self.rows, width, -1)
             first, is_masked = first // ALIGNMENT * ALIGNMENT, True
-        has_kernel = self.is_uniform and (width == 1 or window is None)
-        self.kernel = tables.kernel if has_kernel else tables.kernel.with_mask
+        self.by_flash = tables.has_flash and self.is_uniform and window is None
         cos, sin = cos_sin.unbind()
         self._first_key, self.rotary = first, (cos, sin)
 

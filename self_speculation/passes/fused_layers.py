@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from self_speculation.passes.attention import AttentionKernel, attend
+from self_speculation.passes.attention import flash_attention
 from self_speculation.passes.attention_context import AttentionContext
 from self_speculation.passes.decode_attention import DecodeContext, why_no_kernels
 from self_speculation.passes.kv_cache import KVCache
@@ -120,13 +121,16 @@ class FusedLayer(LlamaLayer):
         Query heads that share keys become more queries of one head: no fast kernel takes grouped heads with
         a mask. In wide passes over rows of one length, each key head of each row is a row of its batch.
         """
-        rows, width, kernel, scale = context.rows, context.width, context.kernel, self.scaling
+        rows, width, scale = context.rows, context.width, self.scaling
         if width == 1:
-            heads = queries.reshape(*keys.shape[:2], self._groups, self.head_dim)
-            return attend(kernel, heads, keys, values, context.mask(self._groups), scale).reshape(rows, -1)
-        if kernel is AttentionKernel.FLASH:  # it takes grouped heads
+            heads, mask = (
+                queries.reshape(*keys.shape[:2], self._groups, self.head_dim),
+                context.mask(self._groups),
+            )
+            return scaled_dot_product_attention(heads, keys, values, mask, scale=scale).reshape(rows, -1)
+        if context.by_flash:  # it takes grouped heads
             heads = queries.view(rows, width, self.num_heads, -1).transpose(1, 2)
-            attended = attend(kernel, heads, keys, values, None, scale, is_causal=True)
+            attended = flash_attention(heads, keys, values, scale)
             return attended.transpose(1, 2).reshape(rows * width, -1)
         # [B, kv_heads, groups, T, head_dim]
         grouped = queries.view(rows, width, self.num_kv_heads, self._groups, -1).permute(0, 2, 3, 1, 4)
@@ -139,7 +143,9 @@ class FusedLayer(LlamaLayer):
             )
         else:
             heads = grouped.reshape(*keys.shape[:2], -1, self.head_dim)
-        attended = attend(kernel, heads, keys, values, mask, scale, is_causal=mask is None)
+        attended = scaled_dot_product_attention(
+            heads, keys, values, mask, is_causal=mask is None, scale=scale
+        )
         return attended.view(grouped.shape).permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
 
 
@@ -176,15 +182,15 @@ class FusedRunner(ModelRunner):
         head_dim = getattr(self.config, "head_dim", None)
         head_dim = head_dim or self.config.hidden_size // self.config.num_attention_heads
         self.key_shape = self.config.num_key_value_heads, head_dim
-        are_fused = [isinstance(layer, FusedLayer) for layer in self.layers]
         if len({*self.devices, self.device}) > 1:
             self.why_no_kernels: str | None = "the model is on several devices"
-        elif not any(are_fused):
+        elif not any(isinstance(layer, FusedLayer) for layer in self.layers):
             self.why_no_kernels = "its layers are not fused"
         else:
             self.why_no_kernels = why_no_kernels(self.device, self.dtype, head_dim)
-        if self.device.type == "cuda" and not all(are_fused):
-            # In this process: these layers call `scaled_dot_product_attention` themselves.
+        if self.device.type == "cuda":
+            # In this process. torch prefers it on Hopper and newer, and it makes a plan, for tens of
+            # milliseconds, for every new number of keys: in decoding, for every token.
             torch.backends.cuda.enable_cudnn_sdp(False)
 
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:

@@ -9,7 +9,6 @@ powers of two, not on each width. A fourth kernel multiplies what the MLP gates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -178,10 +177,6 @@ class Shape(NamedTuple):
     constants: dict[str, int]
     grid: tuple[int, int, int]
 
-    @property
-    def programs(self) -> int:
-        return math.prod(self.grid)
-
 
 def shape_of(rows: int, width: int, heads: int, kv_heads: int, size: int, processors: int) -> Shape:
     """Splits give all processors work."""
@@ -218,24 +213,12 @@ def decode_attention(
     return out
 
 
-@torch.library.register_fake("self_speculation::decode_attention", lib=_LIBRARY)
-def _(qkv: Tensor, *args: object) -> Tensor:
-    keys = args[6]
-    assert isinstance(keys, Tensor)
-    return qkv.new_empty(len(qkv), qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3])
-
-
 def gated(joint: Tensor, is_gelu: bool) -> Tensor:
     """[T, 2 width] gates and what they gate -> [T, width]"""
     width = joint.shape[1] // 2
     out = joint.new_empty(len(joint), width)
     gate[len(joint), -(-width // _BLOCK)](joint, out, width, is_gelu, _BLOCK)
     return out
-
-
-@torch.library.register_fake("self_speculation::gated", lib=_LIBRARY)
-def _(joint: Tensor, is_gelu: bool) -> Tensor:  # noqa: ARG001
-    return joint.new_empty(len(joint), joint.shape[1] // 2)
 
 
 def _on_its_card(launch: Callable[..., Tensor]) -> Callable[..., Tensor]:

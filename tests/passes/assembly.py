@@ -4,6 +4,7 @@ python tests/passes/assembly.py CARD WIDTH HEADS KV_HEADS SIZE ROWS [...]    # 9
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -67,7 +68,6 @@ if __name__ == "__main__":
         numbers = [int(number) for number in case.split(",")]
         for name, built, shape in assembled(*numbers):
             used = resources(built.asm["cubin"])
-            line = {"case": case, "kernel": name, "shared": built.metadata.shared, "programs": shape.programs}
-            print(
-                json.dumps(line | {key.lower(): used[key] for key in ("REG", "STACK", "LOCAL")}), flush=True
-            )
+            line = {"case": case, "kernel": name, "shared": built.metadata.shared}
+            line |= {key.lower(): used[key] for key in ("REG", "STACK", "LOCAL")}
+            print(json.dumps(line | {"programs": math.prod(shape.grid)}), flush=True)

@@ -24,11 +24,12 @@ from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.devices import own_arithmetic
 from self_speculation.loading.loading import resolve_device
 from self_speculation.passes import runners
-from self_speculation.passes.attention import AttentionKernel, attention_kernel
+from self_speculation.passes.attention import flash_attention as attention_of_passes
+from self_speculation.passes.attention import has_flash_attention
 from self_speculation.passes.decode_attention import why_no_kernels
-from self_speculation.passes.fused_layers import _MOST_GROUPED, FusedRunner
+from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.model_runner import PREFILL_CHUNK, forward_early
-from self_speculation.passes.runners import fuse, make_runner
+from self_speculation.passes.runners import fuse
 
 # (heads, heads of keys): shared by none, by some, by all.
 HEADS = [(4, 4), (6, 2), (4, 1)]
@@ -50,31 +51,13 @@ def attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=Fal
     return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def flash_attention(query, key, value, dropout, is_causal, scale):
+def flash_attention(query, key, value, scale):
     """Asks for what the kernel does: query heads may share keys."""
-    assert dropout == 0.0
-    assert query.dtype == key.dtype == value.dtype != torch.float32
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
     assert query.shape[1] % key.shape[1] == 0
     assert key.shape == value.shape
     assert all(tensor.stride(-1) == 1 for tensor in (query, key, value))
-    return torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, dropout, is_causal, scale=scale
-    )
-
-
-def efficient_attention(query, key, value, bias, log_sums, dropout, is_causal, scale):
-    """Asks for what the kernel does, which neither expands nor copies a mask."""
-    assert (dropout, is_causal and bias is not None) == (0.0, False)
-    assert query.dtype == key.dtype == value.dtype != torch.float64
-    assert query.shape[:2] == key.shape[:2]
-    assert key.shape == value.shape
-    assert all(map(is_aligned, (query, key, value)))
-    if bias is not None:
-        assert (bias.dtype, bias.shape) == (query.dtype, (*query.shape[:3], key.shape[2]))
-        assert is_aligned(bias)
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, log_sums, dropout, is_causal, scale=scale
-    )
+    return attention_of_passes(query, key, value, scale)
 
 
 def is_aligned(tensor):
@@ -110,8 +93,8 @@ def gpu(monkeypatch):
     """A fake one, whose attention asks for what that of an H100 does."""
     for name, kernel in {
         "torch.nn.functional.scaled_dot_product_attention": attention,  # of layers of transformers
-        "self_speculation.passes.attention.flash_attention": flash_attention,
-        "self_speculation.passes.attention.efficient_attention": efficient_attention,
+        "self_speculation.passes.fused_layers.scaled_dot_product_attention": attention,
+        "self_speculation.passes.fused_layers.flash_attention": flash_attention,
     }.items():
         monkeypatch.setattr(name, kernel)
     with fake_gpu() as gpu:
@@ -218,79 +201,32 @@ def test_long_prompts(fused, window):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "head_dim", "kernel"),
+    ("device", "capability", "dtype", "head_dim", "has_flash", "why"),
     [
-        (torch.bfloat16, (9, 0), 128, "flash"),
-        (torch.float16, (8, 0), 128, "flash"),
-        (torch.float16, (7, 5), 128, "efficient"),
-        (torch.bfloat16, (7, 5), 128, "any"),
-        (torch.float16, (8, 0), 320, "efficient"),
-        (torch.float16, (8, 0), 60, "any"),
-        (torch.float32, (9, 0), 128, "efficient"),
-        (torch.float64, (9, 0), 128, "any"),
-    ],
-)
-def test_kernel_of_attention(dtype, capability, head_dim, kernel, monkeypatch):
-    """Guards against formats that a kernel does not take."""
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    assert attention_kernel(torch.device(DEVICE), dtype, head_dim).value == kernel
-
-
-@pytest.mark.parametrize(
-    ("device", "capability", "dtype", "head_dim", "why"),
-    [
-        ("cpu", (9, 0), torch.float32, 64, "they are for NVIDIA's cards"),
-        ("cuda", (7, 5), torch.float16, 64, "the card has compute capability 7.5, below 8.0"),
-        ("cuda", (8, 0), torch.float32, 64, "activations are torch.float32, not in 16 bits"),
-        ("cuda", (8, 0), torch.float16, 80, "a head has 80 elements, not one of 64, 96, 128, 256"),
-        ("cuda", (8, 0), torch.float16, 96, None),
+        ("cpu", (9, 0), torch.float32, 64, False, "they are for NVIDIA's cards"),
+        ("cuda", (7, 5), torch.float16, 64, False, "the card has compute capability 7.5, below 8.0"),
+        ("cuda", (8, 0), torch.float32, 64, False, "activations are torch.float32, not in 16 bits"),
+        ("cuda", (8, 0), torch.float16, 80, True, "a head has 80 elements, not one of 64, 96, 128, 256"),
+        ("cuda", (8, 0), torch.float16, 60, False, "a head has 60 elements, not one of 64, 96, 128, 256"),
+        ("cuda", (8, 0), torch.float16, 320, False, "a head has 320 elements, not one of 64, 96, 128, 256"),
+        ("cuda", (9, 0), torch.bfloat16, 96, True, None),
     ],
 )
 @pytest.mark.usefixtures("triton_kernels")
-def test_what_our_kernels_are_for(device, capability, dtype, head_dim, why, monkeypatch):
-    """Guards against a kernel that does not assemble, in the middle of an answer."""
+def test_what_kernels_take(device, capability, dtype, head_dim, has_flash, why, monkeypatch):
+    """Guards against an error in the middle of an answer: a kernel that does not assemble, or refuses."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     assert why_no_kernels.__wrapped__(torch.device(device), dtype, head_dim) == why
+    assert has_flash_attention(torch.device(device), dtype, head_dim) == has_flash
 
 
-@pytest.mark.parametrize(("dtype", "plain"), [(torch.bfloat16, "flash"), (torch.float32, "efficient")])
-def test_operators_of_attention(gpu, dtype, plain):
-    """Guards against cuDNN's attention, which makes a plan for every number of keys and which
-    `scaled_dot_product_attention` may pick, in models that the user has loaded.
-    """
-    masked = "efficient"
-
-    def called(lengths, *widths):
-        """By passes over the prompts of such rows, and of such widths over all rows."""
-        runner = make_runner(model)
-        gpu.trace = Trace()
-        with torch.inference_mode():
-            cache = rows_of(runner, lengths, 1)
-            for width in widths:
-                ids = torch.zeros(len(lengths), width, dtype=torch.long, device=DEVICE)
-                forward_early(runner, cache, ids, 1, num_logits=0)
-        names = [launch.name for launch in gpu.trace.launches]
-        return [name.split("_")[4] for name in names if "scaled_dot_product" in name]
-
-    model = model_of(dtype=dtype, num_layers=1, window=60)  # hides nothing yet
-    assert called([30], 1, 5) == [plain] * 3
-    assert called([65], 1, 5) == [masked, plain, masked]
-    model = model_of(dtype=dtype, num_layers=1)
-    assert called([30], 1, 5, _MOST_GROUPED + 4) == [plain] * 4
-    assert called([30, 30], 1, 5) == [plain] * 4
-    assert called([30, 20], 1, 5, _MOST_GROUPED + 4) == [plain] * 2 + [masked] * 3
-
-
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.usefixtures("gpu")
-def test_cudnn_is_disabled_for_layers_of_transformers(fused, monkeypatch):
-    """Guards against its plans where layers pick their own attention, and against a switch for the whole
-    process where none do.
-    """
+def test_cudnn_is_disabled(monkeypatch):
+    """Guards against cuDNN's attention, which makes a plan for every number of keys."""
     calls = []
     monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", calls.append)
-    FusedRunner(model_of(fused=fused, num_layers=1))
-    assert calls == [False] * (not fused)
+    FusedRunner(model_of(num_layers=1))
+    assert calls == [False]
 
 
 def test_the_same_ids_by_flash_attention(monkeypatch):
@@ -302,16 +238,14 @@ def test_the_same_ids_by_flash_attention(monkeypatch):
     expected = [ids_of(model, prompt, **drafts) for prompt in prompts]
     lengths = []
 
-    def attention(query, key, value, _, is_causal, scale):
+    def attention(query, key, value, scale):
         """What the kernel computes: the last token sees all keys."""
         lengths.append((query.shape[2], key.shape[2]))
-        mask = torch.ones(lengths[-1], dtype=torch.bool)
-        mask = mask.tril(key.shape[2] - query.shape[2]) if is_causal else mask
-        return (scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True),)
+        mask = torch.ones(lengths[-1], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
 
-    flash = AttentionKernel.FLASH
-    monkeypatch.setattr("self_speculation.passes.attention_context.attention_kernel", lambda *_: flash)
-    monkeypatch.setattr("self_speculation.passes.attention.flash_attention", attention)
+    monkeypatch.setattr("self_speculation.passes.attention_context.has_flash_attention", lambda *_: True)
+    monkeypatch.setattr("self_speculation.passes.fused_layers.flash_attention", attention)
     assert [ids_of(model, prompt, **drafts) for prompt in prompts] == expected
     assert {(6, 6), (PREFILL_CHUNK, PREFILL_CHUNK), (37, PREFILL_CHUNK + 37)} < {*lengths}
     assert any(width == 6 and length > 6 for width, length in lengths)  # verifications
