@@ -86,7 +86,6 @@ BAD_SCHEMAS = {
     "invalid": ({"type": "nonsense"}, "nonsense"),
     "1 MB": ({"const": "x" * 1_000_000}, "at most 100000"),
     "depth 500": (nested(250), "recursion limit"),
-    "slow to compile": ({"type": "integer", "multipleOf": 999983}, "more than 1 s or 64 MB to compile"),
     "look-ahead": ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
     "recursion": ({**LOOP, "properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]}, "matches nothing"),
 }
@@ -161,7 +160,8 @@ def test_a_prediction_is_tokenized_once(served, monkeypatch):
     """
     encoded = watch(monkeypatch, served.generator.tokenizer, "encode")
     prediction = {"type": "content", "content": "x = 1\n" * 100_000}
-    for fields, most in (({"n": 3}, 50_000), ({"drafts": False}, 0)):
+    context = served.generator.model.config.max_position_embeddings
+    for fields, most in (({"n": 3}, 20 * context), ({"drafts": False}, 0)):
         encoded.clear()
         post(served, CHAT, messages=HELLO, max_tokens=2, prediction=prediction, **fields)
         assert sum(len(text) for (text,), _ in encoded if text.startswith("x = 1")) == most

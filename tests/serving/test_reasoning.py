@@ -5,7 +5,7 @@ import json
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from servers import CHAT, GREEDY, HELLO, Served, chunks, post
-from thinkers import QWEN3, R1, SMOLLM3, TAGS, Teller, thinking_tokenizer
+from thinkers import SMOLLM3, TAGS, Teller, thinking_tokenizer
 
 NAMES = ["reasoning_content", "reasoning"]
 THOUGHT = "Hm, {a\n\nnaïve 日本"
@@ -69,7 +69,6 @@ def called(name="stop", arguments="{}"):
         (called(), {"tool_choice": "required"}, None, ["{}"]),
         (called(), {"response_format": SCHEMA}, None, ["{}"]),
         ('"Rome"</s>', {"response_format": SCHEMA}, '"Rome"', []),
-        ("Stop!</s>", {"response_format": SCHEMA}, '"', []),
         (f"Now.\n{called()}</s>", {"tools": [STRICT]}, None, ["{}"]),
         (called(arguments="[5]"), {"tools": [STRICT], "max_tokens": 110}, None, ["{}"]),
         (f"{called(arguments='[5]')}</s>", {}, None, ["[5]"]),
@@ -77,7 +76,6 @@ def called(name="stop", arguments="{}"):
         (f"{called()}\n{called()}</s>", {}, None, ["{}"] * 2),
         (f"{called()}\n{called()}</s>", ONE, None, ["{}"]),
         (f"{called()}\n{called()}</s>", {"tools": [STRICT]}, None, ["{}"] * 2),
-        (f"{called()}\n{called()}</s>", {"tools": [STRICT], **ONE}, None, ["{}"]),
         ("🙂 yes, Hm, no", {**NO_TOOLS, **LOGPROBS, "stop": "Hm"}, "🙂 yes, ", []),
         ("🙂 yes, Hm, no", {**NO_TOOLS, **LOGPROBS, "stop": " "}, "🙂", []),
     ],
@@ -129,11 +127,10 @@ def test_a_limit_within_the_thinking(served):
         assert THOUGHT.startswith(choice["message"]["reasoning"])
 
 
-@pytest.mark.parametrize("template", [QWEN3, R1, SMOLLM3])
-def test_requests_and_flags_set_variables_of_the_template(byte_tokenizer, template):
+def test_requests_and_flags_set_variables_of_the_template(byte_tokenizer):
     """Guards against a flag that wins over a request, and efforts that no template gets."""
     seen = []
-    teller = Teller(thinking_tokenizer(byte_tokenizer, template), GREEDY.generation_strategy)
+    teller = Teller(thinking_tokenizer(byte_tokenizer, SMOLLM3), GREEDY.generation_strategy)
     teller.encode = lambda prompt, *args: seen.append(prompt) or Teller.encode(teller, prompt, *args)
     with Served(teller, chat_template_kwargs='{"enable_thinking": false}') as served:
 
@@ -143,17 +140,16 @@ def test_requests_and_flags_set_variables_of_the_template(byte_tokenizer, templa
             return seen[0]
 
         off = prompt()
-        assert off.endswith(f"{TAGS[0]}\n" if template == R1 else f"{TAGS[0]}\n\n{TAGS[1]}\n\n")
+        assert off.endswith(f"{TAGS[0]}\n\n{TAGS[1]}\n\n")
         assert prompt(chat_template_kwargs={"enable_thinking": False, "unknown": {"a": [1]}}) == off
         on = prompt(chat_template_kwargs={"enable_thinking": True})
-        assert on == (off if template == R1 else off.partition(TAGS[0])[0])
-        effort = "effort {}\nassistant:" if template == SMOLLM3 else "assistant:"
+        assert on == off.partition(TAGS[0])[0]
         for name, thinks, request in (
-            ("low", True, {}),
-            ("none", False, {}),
-            ("none", True, {"chat_template_kwargs": {"enable_thinking": True}}),
+            ("low", on, {}),
+            ("none", off, {}),
+            ("none", on, {"chat_template_kwargs": {"enable_thinking": True}}),
         ):
-            expected = (on if thinks else off).replace("assistant:", effort.format(name))
+            expected = thinks.replace("assistant:", f"effort {name}\nassistant:")
             assert prompt(reasoning_effort=name, **request) == expected
         thought = [*HELLO, {"role": "assistant", "content": "A", "reasoning": "THOUGHT"}, *HELLO]
         assert "THOUGHT" not in prompt(messages=thought)

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import signal
-import threading
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -163,42 +162,6 @@ def expensive_body(choose):
         {"stop": [text[: 10**6]], "n": 2, "stream": True},
     ]
     return {"prompt": "def f(x):", "max_tokens": 8, **choose.choice(fields)}
-
-
-@pytest.mark.slow
-def test_expensive_bodies_beside_a_stream():
-    """From six clients, some of which leave at once. Guards against one request that takes the server from
-    everybody: its threads, its memory, its end.
-    """
-    choose = random.Random(1)
-    bodies = [{"prompt": "x", "max_tokens": 8, **guided(schema)} for schema in BAD_SCHEMAS] * 2
-    bodies += [expensive_body(choose) for _ in range(50)]
-    stream = {"prompt": "def parse_header(line):", "max_tokens": 600, "temperature": 0, "stream": True}
-    texts = []
-
-    def stream_on(url, is_over):
-        while not is_over.is_set():
-            parts = chunks(requests.post(f"{url}/v1/completions", json=stream, timeout=300))
-            texts.append("".join(part["choices"][0]["text"] for part in parts))
-
-    def send(index):
-        if index % 5 == 4:
-            with raw_request(url, bodies[index]):
-                return
-        response = requests.post(f"{url}/v1/completions", json=bodies[index], timeout=300)
-        assert response.status_code in (200, 400, 429), response.text[:300]
-
-    with serving("--max_waiting", 64, "--shutdown_time", 10) as (script, _, url):
-        server, is_over = psutil.Process(script.pid), threading.Event()
-        with ThreadPoolExecutor(7) as pool:
-            alone = pool.submit(stream_on, url, is_over)
-            until(lambda: texts)
-            before = server.memory_info().rss
-            list(pool.map(send, range(len(bodies))))
-            is_over.set()
-            alone.result()
-        assert len(set(texts)) == 1
-        assert server.memory_info().rss - before < 100e6
 
 
 @pytest.mark.slow
