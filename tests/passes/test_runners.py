@@ -161,11 +161,12 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
     ways = [{}, LAYERS, drafts]
     strategies = [make_strategy(config_of(**way).generation_strategy) for way in ways]
 
-    def answers():
-        for strategy, way in zip(strategies, ways, strict=True):
+    def answers(order=(0, 1, 2)):
+        for strategy, way in ((strategies[index], ways[index]) for index in order):
             yield answer_of(strategy, model, Request(PROMPT), max_steps=8, reuse_cache=True, **way)
 
-    before = [result.predicted_tokens for result in answers()]
+    # The first way is the last one: it would go on with its keys and values if they were not outdated.
+    before = [result.predicted_tokens for result in answers((2, 1, 0))]
     if graphs:
         assert graphs.replayed
     change(model)
