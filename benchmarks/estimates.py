@@ -193,14 +193,15 @@ def decoding_row(name: str) -> str:
 
 def about_launches(name: str) -> str:
     traced, num_layers = traces(name), MODELS[name].num_hidden_layers
-    plain, eager = traced["plain"], traced["eager"]
+    plain = traced["plain"]
     layers = plain.launches[plain.replays[0]]
     kernels, around = len(layers) // num_layers, len(plain.launches) - len(layers)
     micros = 1e6 / num_layers * sum(launch.num_bytes for launch in layers) / _BANDWIDTH
+    calls, captured = (round(trace.num_calls, -1) for trace in (traced["eager"], traced["round"]))
     return (
         f"A layer of {name} takes {micros:.0f} µs for its bytes and {1e6 * kernels * _KERNEL:.0f} µs for its "
-        f"{kernels} kernels, and a step launches\n{around} more around its graph. A round is "
-        f"{eager.num_calls:,} calls of the host, {traced['round'].num_calls} with `--compile True`."
+        f"{kernels} kernels, and a step launches\n{around} more around its graph. A round is some "
+        f"{calls} calls of the host, {captured} with `--compile True`."
     )
 
 

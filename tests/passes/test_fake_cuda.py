@@ -285,10 +285,10 @@ def test_arithmetic_of_two_threads():
         with own_arithmetic(torch.device("cpu")):
             second = pool.submit(decode)
             began.wait()
-        assert not matmul.allow_bf16_reduced_precision_reduction
+        in_second = matmul.allow_bf16_reduced_precision_reduction
         ends.set()
         second.result()
-        assert matmul.allow_bf16_reduced_precision_reduction
+    assert (in_second, matmul.allow_bf16_reduced_precision_reduction) == (False, True)
 
 
 def test_a_model_loaded_on_a_gpu(model_folder, monkeypatch):
