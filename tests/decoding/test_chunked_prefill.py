@@ -64,10 +64,13 @@ def test_prompts_are_read_in_turn():
 
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
-    """Guards against NaN that the next sequence in this slot reads, beyond its last token."""
+    """Guards against NaN that the next sequence in this slot reads, beyond its last token, and NaN in padding
+    by a token that the row does not have.
+    """
     model = own_llama()
     with torch.no_grad():
-        model.model.embed_tokens.weight[49] = torch.nan
+        model.model.embed_tokens.weight[[0, 49]] = torch.nan
+        model.lm_head.weight[[0, 49]] = 0  # no output has them
     scheduler = scheduler_of(model, 2, 8)
     scheduler.add_request("long", Request(LONG))
     scheduler.step()
@@ -76,8 +79,11 @@ def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
         scheduler.step()
     scheduler.cancel({"nan"})
     scheduler.add_request("short", Request([8, 2]))
-    results = drained(scheduler)
-    for key, prompt in {"long": LONG, "short": [8, 2]}.items():
+    results, together = drained(scheduler), scheduler_of(model, 2)
+    padded = {"nine": LONG[:9], "twelve": LONG[:12]}
+    add(together, padded)
+    results |= drained(together)
+    for key, prompt in {"long": LONG, "short": [8, 2], **padded}.items():
         assert results[key].predicted_tokens == ids_of(model, prompt, max_steps=12)
 
 
