@@ -93,7 +93,7 @@ def play(streamer, rounds, ids):
     streamer.end()
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(["byte_tokenizer", "sentencepiece_tokenizer"]),
     text=st.text(st.sampled_from("ab \n日é🙂\u0301xyz"), max_size=60),

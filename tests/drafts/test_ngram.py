@@ -9,10 +9,8 @@ from conftest import (
     ADAPTIVE,
     LAYERS,
     PROMPT,
-    generate,
     ids_of,
     in_batch,
-    mixed_drafts,
     tiny_llama,
 )
 from hypothesis import given
@@ -129,29 +127,16 @@ def test_examples_of_docstrings():
 
 
 @pytest.mark.usefixtures("equal_rounds")
-@mixed_drafts("prediction")
 @pytest.mark.parametrize("how", [ADAPTIVE, LOOKUP])
-def test_a_predicted_output_changes_no_ids(how):
-    """Whatever is predicted: the answer itself, a variant of it, or something else."""
-    model, shared = tiny_llama(), {"max_steps": 30, "eos": []}
+@pytest.mark.parametrize("wrong", [1, 50, -1, 10**6])
+def test_the_right_part_of_a_prediction_is_accepted(how, wrong):
+    """Guards against a prediction that is given up at its first wrong id, and against an id that the model
+    lacks, which fails the batch, and on a GPU ends the process.
+    """
+    model, shared = tiny_llama(), {"max_steps": 30}
     plain = ids_of(model, **shared)
-    for prediction, least in ((plain, 16), ([*plain[:9], 1, *plain[12:]], 1), ([49] * 40, 0), ([], 0)):
-        result = generate(model, PROMPT, prediction=prediction, **shared, **how)
-        assert result.predicted_tokens == plain
-        counts = result.drafts_by_source.get("prediction")
-        accepted = counts.accepted if counts else 0
-        assert accepted >= least if least else accepted == 0
-
-
-@pytest.mark.usefixtures("equal_rounds")
-@pytest.mark.parametrize("how", [ADAPTIVE, LOOKUP])
-@pytest.mark.parametrize("unknown", [50, -1, 10**6])
-def test_predicted_ids_that_the_model_lacks(how, unknown):
-    """Guards against a prediction that fails the whole batch, and on a GPU ends the process."""
-    model, shared = tiny_llama(), {"max_steps": 12}
-    plain = ids_of(model, **shared)
-    requests = [Request(PROMPT, prediction=[*plain[:5], unknown, *plain[6:]]), Request(PROMPT[:4])]
+    requests = [Request(PROMPT, prediction=[*plain[:9], wrong, *plain[10:]]), Request(PROMPT[:4])]
     found = in_batch(model, requests, 2, **shared, **how)
     assert found[0].predicted_tokens == plain
     assert found[1].predicted_tokens == ids_of(model, PROMPT[:4], **shared)
-    assert found[0].drafts_by_source["prediction"].accepted
+    assert found[0].drafts_by_source["prediction"].accepted > 9
