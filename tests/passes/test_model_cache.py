@@ -13,6 +13,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from self_speculation.model_cache import cached, evict, lock, peek, release, singleton, weights_key
+from self_speculation.weights.few_bits import FewBitsLinear
+
+
+def test_weights_in_few_bits_have_a_key():
+    """Guards against copies and kept prefixes of earlier weights: those in few bits are no parameters."""
+    model = nn.Sequential(*(FewBitsLinear(torch.zeros(34, dtype=torch.uint8), 1, 32) for _ in range(2)))
+    keys = [weights_key(model)]
+    model[0], model[1] = model[1], model[0]
+    keys.append(weights_key(model))
+    model[0].weight.fill_(1)
+    assert len({*keys, weights_key(model)}) == 3
 
 
 @pytest.mark.usefixtures("one_rank")
