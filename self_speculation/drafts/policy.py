@@ -81,9 +81,10 @@ class AdaptivePolicy:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
         self._plan, self._plain_rate = Plan(), 1.0  # of this round; tokens per second without drafts
-        # A plan without drafts holds until a round, for a number of rows, a longest draft and these times.
+        # A plan without drafts holds until a round, for a number of rows, a longest draft, these times, and
+        # matches that are no more likely right than then.
         self._plain_in: tuple[int, int, PassTimes] | None = None
-        self._plain_until = 0
+        self._plain_until, self._plain_guesses = 0, 0.0
         # Seconds in this round of a drafted token of each row, and of verifying 0, 1, ... of them.
         self._drafting: dict[str | None, float] = {}
         self._verifying: Sequence[float] = ()
@@ -99,14 +100,15 @@ class AdaptivePolicy:
             stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
             stats.num_rounds += 1
             situation, until = (num_rows, longest, stats.times), min(self._plain_until, stats.trial_at)
-            if self._plain_in == situation and stats.num_rounds < until and not any(matches):
+            guesses = [self._acceptance(*each[:2]).value if each else 0.0 for each in matches]
+            no_better = self._plain_in == situation and sum(guesses) <= self._plain_guesses
+            if no_better and stats.num_rounds < until:
                 return None
             self._drafting = {None: 0.0}
             self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
             self._verifying = stats.times.verifications(num_rows, longest + 1)
             self._plain_rate = num_rows / self._verifying[0]
             best = Plan(rate=self._plain_rate)
-            guesses = [self._acceptance(*each[:2]).value if each else 0.0 for each in matches]
             for source in self._drafting if longest else ():
                 # Rows have the draft that is more likely right.
                 own = 0.0 if source is None else self._acceptance(source, 0).value
@@ -119,6 +121,7 @@ class AdaptivePolicy:
                 stats.used_at[best.source] = stats.num_rounds
             else:
                 self._plain_in, self._plain_until = situation, stats.num_rounds + _WAIT
+                self._plain_guesses = sum(guesses)
             self._plan = best
             if longest and stats.num_rounds >= stats.trial_at:
                 self._plan = self._trial(best, [guess > 0.0 for guess in guesses], longest) or best
