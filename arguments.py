@@ -3,8 +3,6 @@
 Imports nothing heavy, so a script answers a mistyped flag at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import difflib

@@ -7,8 +7,6 @@
 Results are written to a folder in --output_dir as they come; --resume FOLDER continues an interrupted run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

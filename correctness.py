@@ -7,8 +7,6 @@ compare a batch with its prompts alone. On a CPU with operators the logits are c
 exit status is 1 for a difference that rounding cannot explain.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The seed alone decides examples, order and shots. All values are text. To add a 
 `DATASETS`.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

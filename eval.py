@@ -9,8 +9,6 @@ Log-likelihoods are those of the full model, or of the early exit with --exit_la
 strategy. All other flags of lm_eval: python -m measures.harness_model run --model self_speculative ...
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Sequence

@@ -7,8 +7,6 @@
 The answer goes to standard output, everything else to standard error.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

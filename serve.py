@@ -6,8 +6,6 @@
 The flags are defaults for what requests leave out.
 """
 
-from __future__ import annotations
-
 import socket
 import sys
 from collections.abc import Sequence

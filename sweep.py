@@ -8,8 +8,6 @@ guessed, which gives exact counts of drafted and accepted tokens for every cell.
 measured. The last line has the flags of the fastest one. --mode measured measures all cells, and can sample.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -16,8 +16,6 @@ Ctrl-C and SIGTERM end a training after its step, with a checkpoint. --resume FO
 same arguments, and with a higher --num_steps also a finished one.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The picture of several programs' speeds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 PYTHONPATH=.venv/triton python -m benchmarks.estimates        # the tables of docs/training.md and docs/gpu.md
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple

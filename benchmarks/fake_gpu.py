@@ -4,8 +4,6 @@ Passes run on it as on an H100, so one sees which kernels they launch, what each
 a tensor on the wrong device.
 """
 
-from __future__ import annotations
-
 import inspect
 import random
 import sys

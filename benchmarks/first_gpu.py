@@ -7,8 +7,6 @@ Needs no network, and torch 2.11 or newer. Each step writes a line at once, and 
 the others. The last line is JSON: send it.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import sys

@@ -19,8 +19,6 @@ here: speeds are medians, with the 90 % confidence interval. The CSV of the run 
 of all tokens together, text metrics, numbers of examples and machines.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

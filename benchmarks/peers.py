@@ -1,7 +1,5 @@
 """Other software with the same model, as strategies: `generate` of transformers, and llama.cpp."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import os

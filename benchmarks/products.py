@@ -6,8 +6,6 @@ All products of the layers of Qwen2.5-Coder-0.5B, over random weights in each fo
 process, each weight is cold, and memory's limit is the maximum of a large tensor.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

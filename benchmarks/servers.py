@@ -1,7 +1,5 @@
 """Start a server as a process, and end it with a `with` block."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -23,8 +23,6 @@ first server with the fastest other one for each number of clients: the median o
 The last line is one JSON object.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

@@ -25,8 +25,6 @@ of the slowest tenth; *decode* tokens/s without prefill, *first* ms to the first
 all tokens by all time; *length* the mean accepted length.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

@@ -6,8 +6,6 @@ Its early exit agrees with it about as often as those of the published LayerSkip
 ties its head to its embedding; here they are two.) The tokenizer is that of the bundled model.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import sys

@@ -1,7 +1,5 @@
 """Prompts of eight kinds, from workloads.json and HumanEval (code)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -7,8 +7,6 @@ the second one is being written, in the right half with unverified drafts. Use a
 has both speeds as one JSON object.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -8,8 +8,6 @@ the last line, the comparison. The terminal is wider than any line; lines of the
 between words. The last line of this script's own output is one JSON object.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

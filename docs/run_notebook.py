@@ -5,8 +5,6 @@
 Needs no Jupyter. Cells are plain Python: text is what they print, pictures are what pyplot has drawn.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

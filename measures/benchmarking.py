@@ -1,7 +1,5 @@
 """The work of benchmark.py: decode examples, then print one table of speed, drafts and text quality."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

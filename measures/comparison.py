@@ -1,7 +1,5 @@
 """Compare two generations, and check whether rounding explains their difference."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

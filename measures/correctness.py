@@ -1,7 +1,5 @@
 """The work of correctness.py: compare ids and logits with drafts and without."""
 
-from __future__ import annotations
-
 import dataclasses
 import zlib
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """One evaluation by lm_eval, with a model that generates by a strategy of this library."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict
 from typing import Any

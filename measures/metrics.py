@@ -1,7 +1,5 @@
 """Speed, drafts, speed-up and texts of a run's records."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Pictures of results, as PNG and PDF."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Answers in the format of Spec-Bench (github.com/hemingkx/Spec-Bench)."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Along a fixed greedy output, exit layer E drafts, after any accepted prefix, the
 output as input. So the list of output tokens that E guesses decides every round, for every draft length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

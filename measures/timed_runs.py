@@ -1,7 +1,5 @@
 """Timed generation of examples by one strategy, or by several in turn, and the warm-up before it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

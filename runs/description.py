@@ -1,7 +1,5 @@
 """What a run is: its arguments, versions, model and machine, and the heading above its table that says so."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import textwrap

@@ -1,7 +1,5 @@
 """Examples as token ids, and a script's work on them."""
 
-from __future__ import annotations
-
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence

@@ -3,8 +3,6 @@
 Light: `runs.program` imports it before a script reads its flags.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Flags of several groups that cannot work together. Does not import torch."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

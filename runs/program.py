@@ -3,8 +3,6 @@
 Light: a script imports it before it reads its flags.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import gc
 import itertools

@@ -1,7 +1,5 @@
 """Load the model that the flags name."""
 
-from __future__ import annotations
-
 import gc
 import io
 import sys

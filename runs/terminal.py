@@ -1,7 +1,5 @@
 """A conversation at a terminal: prompts, commands and keys."""
 
-from __future__ import annotations
-
 import re
 import sys
 import termios

@@ -1,7 +1,5 @@
 """One loop of work: a record for each index, exactly once, over ranks, errors and interruptions."""
 
-from __future__ import annotations
-
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence

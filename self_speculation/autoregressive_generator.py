@@ -1,7 +1,5 @@
 """Autoregressive decoding: one pass per token, at full depth or up to an exit layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from self_speculation.config import GenerationStrategyName

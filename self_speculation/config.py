@@ -1,7 +1,5 @@
 """Settings of generation and of loading. Imports nothing heavy: scripts check flags without torch."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import math

@@ -8,8 +8,6 @@ draft length. An argument that would change the text raises an error that names 
 drafts, such as `assistant_model` and `prompt_lookup_num_tokens`, are ignored: they do not change the text.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """Lost ranks and devices, free memory, arithmetic of a device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock

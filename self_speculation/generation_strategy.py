@@ -1,7 +1,5 @@
 """The interface of strategies: token ids in, token ids out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """The generator: text in, text out."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

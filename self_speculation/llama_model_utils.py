@@ -3,8 +3,6 @@
 `docs/moving.md` says which have no counterpart, and what to use in their place.
 """
 
-from __future__ import annotations
-
 from transformers import Cache
 
 from self_speculation.decoding.sampling import decode_next_token, top_k_top_p_filtering

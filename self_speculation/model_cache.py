@@ -2,8 +2,6 @@
 It is freed with the model, so it must not refer to the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from threading import RLock

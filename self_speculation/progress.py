@@ -1,7 +1,5 @@
 """Progress of long work on a model's weights. Scripts show it; the library shows nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 

@@ -3,8 +3,6 @@
 A strategy does one round for all sequences in flight; `Scheduler` does everything else.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

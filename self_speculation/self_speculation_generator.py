@@ -6,8 +6,6 @@ which the draft kept (the paper's exit query cache): no layer processes a token 
 a copy of the layers, or of several sources for different rows are verified by all layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

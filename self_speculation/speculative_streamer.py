@@ -4,8 +4,6 @@ They draw what an `OutputReader` reads; the generator hands them that of the req
 tokens is shown with its last byte. Text that may become a stop word is held back.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

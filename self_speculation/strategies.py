@@ -1,7 +1,5 @@
 """Strategies by name."""
 
-from __future__ import annotations
-
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
 from self_speculation.scheduler import DecodingStrategy
 from self_speculation.self_speculation_generator import (

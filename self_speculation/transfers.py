@@ -1,7 +1,5 @@
 """Numbers between host and device. A read waits for all queued work of a GPU, so there are few reads."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One request, from its body to its answer: prompts, a job of the engine for each choice, and their text."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """The HTTP server: who may send requests, its paths, its errors, and the way of a request to its answer."""
 
-from __future__ import annotations
-
 import asyncio
 import codecs
 import hmac

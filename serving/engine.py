@@ -6,8 +6,6 @@ OpenMP; with more of them than cores, a pass takes twice as long.
 Knows nothing of HTTP or text.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

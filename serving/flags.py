@@ -1,7 +1,5 @@
 """The flags of serve.py besides those of model and generation. Imports nothing heavy."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass

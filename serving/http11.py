@@ -1,7 +1,5 @@
 """HTTP/1.1 to the letter, where a proxy and a lenient server could disagree about where a request ends."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import resource

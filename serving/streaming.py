@@ -1,7 +1,5 @@
 """Passes on new text, pending drafts and log-probabilities while a request decodes."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import re

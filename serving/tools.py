@@ -4,8 +4,6 @@ A chat template tells the format of calls: `<tool_call>` tags around a JSON obje
 object alone (Llama 3).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

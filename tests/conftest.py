@@ -1,7 +1,5 @@
 """Models and tokenizers that need no download: random tiny Llamas, tokenizers trained on a few sentences."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

@@ -6,8 +6,6 @@ kernel, and OMP_NUM_THREADS is 1. Tests of imports, and of variables that are re
 HF_HOME, use `subprocess` instead.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import fcntl

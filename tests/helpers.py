@@ -1,7 +1,5 @@
 """What tests of several scripts share: small data, the folder that a run left, and its records."""
 
-from __future__ import annotations
-
 import json
 
 import forks

@@ -1,7 +1,5 @@
 """Models that think: templates like those of known families, tags of every kind, outputs that are told."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from dataclasses import replace

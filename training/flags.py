@@ -1,7 +1,5 @@
 """The flags of train.py besides those of the model. Imports nothing heavy: a mistyped flag fails at once."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Flags of train.py -> a new Llama, a LoRA adapter, and the settings of transformers' Trainer."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import fields
 from pathlib import Path

@@ -4,8 +4,6 @@ The logits of all exits, [exits, B, T, V], would be the largest tensor in memory
 chunk, and the backward pass computes them again.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Progress bar and log.csv of a training, and its end by a signal."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

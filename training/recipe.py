@@ -4,8 +4,6 @@ Elhoushi et al. (arXiv 2404.16710), sections 4.1 and 4.2. Layers are numbered fr
 output of layer E-1. This module knows nothing of models, data or optimizers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

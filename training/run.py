@@ -1,7 +1,5 @@
 """One training: flags of train.py -> a run's folder with log, checkpoints, scores of exits and the model."""
 
-from __future__ import annotations
-
 import math
 import sys
 from contextlib import suppress

@@ -3,8 +3,6 @@
 The content of a text alone decides whether it is held out, so no text is both learnt and held out.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import sysconfig

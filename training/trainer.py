@@ -6,8 +6,6 @@ a resumption change nothing.
 Private parts of transformers 5.24's Trainer: this overrides `_save_checkpoint` and `_get_grad_norm`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -4,8 +4,6 @@ Rows share passes only. Each sequence has its own history, processors, seed, sto
 no other row changes its tokens. Knows nothing of layers or caches.
 """
 
-from __future__ import annotations
-
 from collections import abc
 from functools import cached_property
 

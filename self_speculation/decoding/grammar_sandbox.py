@@ -8,8 +8,6 @@ This file is also the program of that process. It needs llguidance alone, so the
 tokenizer.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

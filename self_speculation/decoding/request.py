@@ -1,7 +1,5 @@
 """A prompt and its own settings: what changes its logits, and what ends its output."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """One request in flight: its ids, stop conditions, logits processors, seed, streamer and times."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import abc

@@ -1,7 +1,5 @@
 """Drafts of a round: each row has the draft of one source, as a policy plans."""
 
-from __future__ import annotations
-
 from collections import abc
 from itertools import chain, takewhile
 

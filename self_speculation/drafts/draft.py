@@ -3,8 +3,6 @@
 The output is exact for any draft: verification accepts the tokens that are the target's.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import abc
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Drafts by the first layers of the model, or by a copy of them in fewer bits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -2,8 +2,6 @@
 in the prompt or in the output, and the tokens that followed them there are the draft.
 """
 
-from __future__ import annotations
-
 from collections import abc
 from weakref import WeakKeyDictionary
 

@@ -1,7 +1,5 @@
 """The draft sources. A new source is a class, an entry here, and fields of `GenerationConfig`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Configs of models in `.gguf` files. Does not know weights, except factors of rotations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ transformers reads these files by gguf's reader, which makes numpy views of each
 13 s for a vocabulary of 150,000, several times over. Only the tokenizer needs them.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import os

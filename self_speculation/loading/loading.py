@@ -3,8 +3,6 @@
 No code from a model repository runs unless asked for, and no pickle is read: weights are safetensors or GGUF.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import warnings

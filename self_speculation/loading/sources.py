@@ -1,7 +1,5 @@
 """Where a model is (on the hub, in a folder, a `.gguf` file, a LoRA folder), and errors of reading it."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Iterator

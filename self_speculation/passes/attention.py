@@ -3,8 +3,6 @@
 `scaled_dot_product_attention`, which computes all others, aligns a causal mask to the first token and key.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

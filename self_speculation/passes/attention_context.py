@@ -1,7 +1,5 @@
 """One pass of a `ModelRunner`: rotation and masks of its tokens, and the cache that it appends to."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

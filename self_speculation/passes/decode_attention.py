@@ -1,7 +1,5 @@
 """When fused layers decode by the kernels of a card, and what a pass hands to these."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from functools import cache

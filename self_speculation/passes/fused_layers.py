@@ -2,8 +2,6 @@
 same input lie side by side in memory. They decode by our kernels where a card has them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

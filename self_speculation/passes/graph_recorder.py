@@ -1,7 +1,5 @@
 """Captures functions as CUDA graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from threading import Lock
 from weakref import WeakKeyDictionary

@@ -7,8 +7,6 @@ Nothing is made of the weights, so what decodes is always the weights of now. Ac
 format weights have.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple

@@ -2,8 +2,6 @@
 A prompt with a known prefix is not read again.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Hashable, Sequence

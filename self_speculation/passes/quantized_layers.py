@@ -2,8 +2,6 @@
 which rounds the model itself. Each copy is kept with the parts of the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

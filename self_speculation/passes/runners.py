@@ -1,7 +1,5 @@
 """Which runner a model decodes by, as callers have set it."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

@@ -7,8 +7,6 @@ nothing is written for it, and its output is 0. Row i is slot i of the cache. Wh
 powers of two, not on each width. A fourth kernel multiplies what the MLP gates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple

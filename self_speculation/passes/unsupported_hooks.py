@@ -5,8 +5,6 @@ layers is refused. Hooks on a layer, adapters in it and layers of other classes 
 stays that of transformers, and has no copy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -5,8 +5,6 @@ cpp/few_bits.h has the formats. Inputs are rounded to eight bits, 32 at a time, 
 are float32. The bits of a token do not depend on the pass, so prompts, drafts and verifications agree.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, MutableMapping
 from typing import Any

@@ -5,8 +5,6 @@ image have it built. Without a compiler, or on another kind of processor, torch 
 take four bytes each then.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

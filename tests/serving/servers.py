@@ -1,7 +1,5 @@
 """Servers in threads of the test's process, over tiny models; engines that a test can hold."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json
