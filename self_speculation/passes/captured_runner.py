@@ -172,9 +172,6 @@ class CapturedPasses:
         """The replay of a pass over `inputs[rows, width]`. If one fails, all are captured anew."""
         key = (runner.copies, first, last, rows, width)
         if key not in self.replays:
-            copies = {copied for copies, *_ in self.replays for copied in copies}
-            if any(copied() is None for copied in copies):  # one was replaced, and its graphs are large
-                self._drop_replays()
             if (rows, width) not in self.inputs:
                 states = self._tables.like.new_empty(rows, width, runner.config.hidden_size)
                 self.inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)

@@ -29,7 +29,6 @@ from self_speculation.weights.int4_linear import (
     has_kernel,
     int4_copy,
 )
-from self_speculation.weights.kernels import cpu_operators
 
 # Tokens that the size of inputs is learnt from.
 _TOKENS_TO_LEARN = 16
@@ -65,15 +64,14 @@ def why_no_copies(model: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def quantize(model: PreTrainedModel, bits: int) -> None:
-    """Round the weights of a model on a CPU in place, to four or eight bits; its head to eight.
+    """Round the weights of a model on a CPU in place, to four or eight bits, for our operators; its head to
+    eight.
 
     Raises:
-        ValueError: layers or head with hooks, adapters or quantised weights, or experts; no operators; inputs
-            that are not finite, which weigh errors of four bits.
+        ValueError: layers or head with hooks, adapters or quantised weights, or experts; inputs that are not
+            finite, which weigh errors of four bits.
     """
-    title, operators = f"quantization int{bits}", cpu_operators()
-    if operators.variant is None:
-        raise ValueError(f"{title}: there are no operators ({operators.why_not}), which it needs")
+    title = f"quantization int{bits}"
     if experts_per_token(model.config) is not None:
         raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
     runner, head = InPlaceRunner(model), model.get_output_embeddings()

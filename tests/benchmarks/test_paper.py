@@ -3,13 +3,12 @@
 import io
 import json
 import re
-import signal
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 
 import pandas
 import pytest
-from helpers import about, only_run, watch
+from helpers import only_run, watch
 
 import benchmark
 from benchmarks import paper
@@ -111,25 +110,3 @@ def test_ctrl_c_in_a_row_is_continued_there(started, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         paper._measured({}, begun.parent)
     assert started == [["--resume", str(begun)]]
-
-
-def test_sigterm_ends_the_program_of_a_row(rehearsal, tmp_path, monkeypatch, capsys):
-    """Guards against a row that goes on without its table."""
-    rows, communicate = [], subprocess.Popen.communicate
-
-    def sigterm_meanwhile(process, *args, **kwargs):
-        if process.args[1].endswith("benchmark.py"):
-            rows.append(process)
-            signal.raise_signal(signal.SIGTERM)
-        return communicate(process, *args, **kwargs)
-
-    monkeypatch.setattr(subprocess.Popen, "communicate", sigterm_meanwhile)
-    previous = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the default would end the parent alone"))
-    try:
-        assert paper.main(rehearsal(["human_eval"])) == 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    assert [row.returncode for row in rows] == [-signal.SIGKILL]
-    assert about(only_run(tmp_path))["status"] == "interrupted"
-    kept = "0 of 2 rows are kept"
-    assert f"interrupted; {kept}, go on with --resume {only_run(tmp_path)}" in capsys.readouterr().err

@@ -3,9 +3,11 @@
 import pytest
 from conftest import PROMPT, config_of, generate, in_batch, mixed_drafts, tiny_llama
 from helpers import watch
+from test_llama_model_utils import mixture
 
 from self_speculation import Request
 from self_speculation.drafts.composer import DraftComposer
+from self_speculation.drafts.costs import draft_ratio
 from self_speculation.drafts.layers import LayerDrafts
 
 
@@ -66,3 +68,12 @@ def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, end_b
     assert (ahead.predicted_tokens, ahead.draft_stats) == (waiting.predicted_tokens, waiting.draft_stats)
     # Besides the last rounds, which have no room for more, some ended early.
     assert ahead.num_drafted < 5 * ahead.num_verifications - sum(range(5))
+
+
+def test_drafts_of_a_mixture_read_some_of_its_experts():
+    """Guards against drafts that seem to read all experts, and so nothing for the head."""
+    model = mixture("mixtral", num_local_experts=8)
+    layer, head = model.model.layers[0], model.lm_head.weight.nbytes
+    experts = sum(weight.nbytes for weight in layer.mlp.experts.parameters())
+    read = sum(weight.nbytes for weight in layer.parameters()) - 0.75 * experts
+    assert draft_ratio(model, 1, "exact") == pytest.approx((read + head) / (4 * read + head))

@@ -1,7 +1,6 @@
 """A LoRA folder as --model: loading merges it into its base model, or refuses it in one line."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from helpers import error_line
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.loading.loading import load_config
+
+LORA = '{"peft_type": "LORA", "base_model_name_or_path": "%s"}'
 
 # `make test` installs peft there: in the environment it would slow down every other test.
 LIBRARIES = Path(sys.prefix) / "lora"
@@ -72,9 +73,8 @@ run(generate.main)
 @pytest.fixture
 def folder(tmp_path):
     """A LoRA folder by its config; these tests read no weights."""
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text(LORA % (tmp_path / "base"))
+    (tmp_path / "adapter_model.safetensors").touch()
     return tmp_path
 
 
@@ -104,13 +104,10 @@ def test_models_of_peft(model_folder, tmp_path):
         ("{", "its adapter_config.json is damaged"),
         ('{"peft_type": "LORA"}', "its adapter_config.json is damaged"),
         (
-            '{"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "x"}',
+            LORA.replace("LORA", "PROMPT_TUNING") % "x",
             "is an adapter of type PROMPT_TUNING; only LORA can be merged",
         ),
-        (
-            '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}',
-            "is a LoRA adapter of a/b: pip install peft, which merges it",
-        ),
+        (LORA % "a/b", "is a LoRA adapter of a/b: pip install peft, which merges it"),
         (None, "no adapter_model.safetensors; other formats are not read (pickles can run code)"),
     ],
 )
@@ -126,11 +123,11 @@ def test_adapters_that_cannot_be_merged_are_refused(folder, config, says, monkey
     assert says in refusal(folder)
 
 
-@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"device": "split"}])
-def test_flags_that_exclude_an_adapter_are_refused(folder, options, monkeypatch):
+def test_flags_that_exclude_an_adapter_are_refused(folder, monkeypatch):
     """Guards against an adapter that is merged into quantised or sharded weights."""
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "peft" or find(name))
-    ((name, value),) = options.items()
-    assert refusal(folder, **options).startswith(f"{name} {value}: not with a LoRA adapter; merge it")
+    for name, value in (("quantization", "int8"), ("device", "split")):
+        says = f"{name} {value}: not with a LoRA adapter; merge it"
+        assert refusal(folder, **{name: value}).startswith(says)
     assert refusal(folder) == f"model '{folder / 'base'}': no such folder"

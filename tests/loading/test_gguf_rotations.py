@@ -8,18 +8,7 @@ import torch
 from conftest import assert_close, own_llama
 from helpers import error_line
 from test_gguf import write
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from test_llama_model_utils import family
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.families import context_length
@@ -61,62 +50,49 @@ def llama3_divisors(head_dim):
     return divisors
 
 
-def tiny(config_class, model_class, rope, **settings):
-    torch.manual_seed(0)
-    config = config_class(
-        **{
-            "vocab_size": 400, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-            "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-            "rope_parameters": rope, **settings,
-        }
-    )  # fmt: skip
-    return model_class(config).eval()
-
-
-LLAMA, QWEN2 = (LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)
+# Family, rotation, other settings, and the keys and tensors that a file has of them.
 CASES = {
     "llama3": (
-        *LLAMA, LLAMA3, {"head_dim": 16}, {"rope.scaling.original_context_length": 64},
+        "llama", LLAMA3, {}, {"rope.scaling.original_context_length": 64},
         {"rope_freqs.weight": llama3_divisors(16)},
     ),
     "linear": (
-        *LLAMA, {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}, {"head_dim": 16},
+        "llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}, {},
         {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {},
     ),
     "linear, old key": (
-        *LLAMA, {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}, {"head_dim": 16},
+        "llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}, {},
         {"rope.scale_linear": 4.0}, {},
     ),
     "none": (
-        *LLAMA, {"rope_type": "default", "rope_theta": 10000.0}, {"head_dim": 16},
+        "llama", {"rope_type": "default", "rope_theta": 10000.0}, {},
         {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {},
     ),
-    "yarn": (*QWEN2, YARN, {"max_position_embeddings": 512}, YARN_KEYS, {}),
+    "yarn": ("qwen2", YARN, {"max_position_embeddings": 512}, YARN_KEYS, {}),
     "yarn, all keys": (
-        *QWEN2, {**YARN, "attention_factor": 0.75, "beta_fast": 16.0, "beta_slow": 0.5},
+        "qwen2", {**YARN, "attention_factor": 0.75, "beta_fast": 16.0, "beta_slow": 0.5},
         {"max_position_embeddings": 512},
         {**YARN_KEYS, "rope.scaling.yarn_attn_factor": 0.75, "rope.scaling.yarn_beta_fast": 16.0,
          "rope.scaling.yarn_beta_slow": 0.5}, {},
     ),
     "longrope, a part of each head": (
-        Phi3Config, Phi3ForCausalLM, LONGROPE, {"original_max_position_embeddings": 256}, LONGROPE_KEYS,
+        "phi3", LONGROPE, {"original_max_position_embeddings": 256}, LONGROPE_KEYS,
         {"rope_factors_short.weight": SHORT, "rope_factors_long.weight": LONG},
     ),
     "by layer type": (
-        Gemma3TextConfig, Gemma3ForCausalLM,
+        "gemma3_text",
         {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
          WINDOWS: {"rope_type": "default", "rope_theta": 10000.0}},
         GEMMA, {**GEMMA_KEYS, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, {},
     ),
     "another base in windows": (
-        Gemma3TextConfig, Gemma3ForCausalLM,
+        "gemma3_text",
         {FULL: {"rope_type": "default", "rope_theta": 1e6},
          WINDOWS: {"rope_type": "default", "rope_theta": 500.0}},
         GEMMA, {**GEMMA_KEYS, "rope.freq_base_swa": 500.0}, {},
     ),
     "size of heads": (
-        Qwen3Config, Qwen3ForCausalLM, {"rope_type": "default", "rope_theta": 10000.0}, {"head_dim": 24},
+        "qwen3", {"rope_type": "default", "rope_theta": 10000.0}, {"head_dim": 24},
         {"attention.key_length": 24, "attention.value_length": 24}, {},
     ),
 }  # fmt: skip
@@ -127,9 +103,10 @@ def in_file(byte_tokenizer, tmp_path):
     """Writes the model of a case; returns it, the file, and the model that is read from the file."""
 
     def write_and_read(case):
-        config_class, model_class, rope, settings, keys, tensors = CASES[case]
-        model = tiny(config_class, model_class, rope, **settings, vocab_size=len(byte_tokenizer))
-        file = str(tmp_path / "x.gguf")
+        kind, rope, settings, keys, tensors = CASES[case]
+        shape = {"vocab_size": len(byte_tokenizer), "hidden_size": 64, "head_dim": 16, "num_hidden_layers": 3}
+        shape |= {"max_position_embeddings": 1024, "rope_parameters": rope}
+        model, file = family(kind, **{**shape, **settings}).float(), str(tmp_path / "x.gguf")
         write(file, model, byte_tokenizer, keys=keys, tensors=tensors)
         return model, file, load_model_and_tokenizer(file, LoadingOptions(dtype="float32"))[0]
 

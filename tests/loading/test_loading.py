@@ -1,5 +1,6 @@
 """Loading a model, and the one line that explains why it cannot be loaded."""
 
+import copy
 import importlib
 import json
 import os
@@ -9,17 +10,29 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import PROMPT, assert_close, generate, generator_of, in_batch, tiny_llama, transformers_generate
+from conftest import (
+    PROMPT,
+    assert_close,
+    generate,
+    generator_of,
+    in_batch,
+    needs_operators,
+    tiny_llama,
+    transformers_generate,
+)
 from helpers import error_line
 from huggingface_hub import errors
 from safetensors.torch import load_file
 
+from arguments import ModelArguments
+from runs.startup import load_generator
 from self_speculation import GenerationConfig, LoadingError, LoadingOptions, Request, load_model_and_tokenizer
 from self_speculation.config import default_model
 from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_dtype
 from self_speculation.loading.sources import hub_answers
 from self_speculation.passes.in_place_runner import InPlaceRunner
+from self_speculation.passes.runners import activation_dtype
 from self_speculation.weights.kernels import cpu_operators
 
 
@@ -47,9 +60,40 @@ def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model)
     assert InPlaceRunner(model).is_in_place == (cpu_operators().variant is not None)
     model, _ = load_model_and_tokenizer(str(model_folder), LoadingOptions(fuse=False))
     assert not InPlaceRunner(model).is_in_place
-    options = LoadingOptions({"attn_implementation": "eager"}, dtype="bfloat16")
-    model, _ = load_model_and_tokenizer(str(model_folder), options)
-    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
+
+
+@needs_operators
+@pytest.mark.parametrize(
+    ("saved", "options", "weights", "activations"),
+    [
+        ("bfloat16", {}, "bfloat16", "float32"),
+        ("float16", {}, "float16", "float32"),
+        ("float32", {}, "float32", "float32"),
+        ("float32", {"dtype": "bfloat16"}, "bfloat16", "float32"),
+        ("bfloat16", {"dtype": "float32"}, "float32", "float32"),
+        ("float32", {"model_args": {"dtype": "float16"}}, "float16", "float32"),
+        ("bfloat16", {"fuse": False}, "float32", "float32"),
+    ],
+)
+def test_auto_keeps_16_bits_of_the_checkpoint(saved, options, weights, activations, folder, text_model):
+    """Guards against a format that was not asked for."""
+    copy.deepcopy(text_model).to(getattr(torch, saved)).save_pretrained(folder)
+    model, _ = load_model_and_tokenizer(str(folder), LoadingOptions(device="cpu", **options))
+    assert (model.dtype, activation_dtype(model)) == (getattr(torch, weights), getattr(torch, activations))
+
+
+@needs_operators
+def test_a_checkpoint_that_operators_do_not_have_is_loaded_in_float32(folder, text_model, capsys):
+    """Guards against the output of another model, and against a change of format without a warning, such as
+    one that vanishes together with the progress of loading.
+    """
+    copy.deepcopy(text_model).bfloat16().save_pretrained(folder)
+    arguments = ModelArguments(model=str(folder), device="cpu", model_args="attn_implementation=eager")
+    model = load_generator(arguments, GenerationConfig()).model
+    assert model.dtype == activation_dtype(model) == torch.float32
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "in float32" in line]
+    assert line.startswith("warning: model ")
+    assert "since a layer is not one that our operators have" in line
 
 
 def test_half_is_a_format_that_the_device_computes_in(monkeypatch):

@@ -4,7 +4,6 @@ What only a GPU can do wrong is seen without one: a tensor on the wrong device, 
 kernels reject or copy, attention that falls back to scores in memory, and kernels that are not needed.
 """
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,10 +14,10 @@ import torch
 from conftest import COPY, PROMPT, WAYS, config_of, generate, ids_of, own_llama
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
+from transformers import LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
 
-from benchmarks.fake_gpu import DEVICE, Trace, fake_gpu, fake_model, is_there, tensors_of
-from self_speculation import LoadingOptions, Request, Sampler, load_model_and_tokenizer, make_strategy
+from benchmarks.fake_gpu import DEVICE, fake_gpu, fake_model, is_there, tensors_of
+from self_speculation import Request, make_strategy
 from self_speculation.decoding import grammar
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.devices import own_arithmetic
@@ -28,11 +27,9 @@ from self_speculation.passes.attention import flash_attention as attention_of_pa
 from self_speculation.passes.attention import has_flash_attention
 from self_speculation.passes.decode_attention import why_no_kernels
 from self_speculation.passes.fused_layers import FusedRunner
-from self_speculation.passes.model_runner import PREFILL_CHUNK, forward_early
+from self_speculation.passes.model_runner import PREFILL_CHUNK
 from self_speculation.passes.runners import fuse
 
-# (heads, heads of keys): shared by none, by some, by all.
-HEADS = [(4, 4), (6, 2), (4, 1)]
 # Calls that read a tensor on the host, or give results whose shape depends on values.
 READING = {"item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
 
@@ -101,57 +98,52 @@ def gpu(monkeypatch):
         yield gpu
 
 
-def model_of(heads=(6, 2), fused=True, num_layers=2, dtype=torch.bfloat16, window=None, head_dim=8):
+def model_of(heads=(6, 2), fused=True, window=None, head_dim=8):
     """Our kernels take heads of 64, and not those of 8."""
     size = {
-        "vocab_size": 64, "hidden_size": 8 * heads[0], "intermediate_size": 96,
-        "num_hidden_layers": num_layers, "num_attention_heads": heads[0], "head_dim": head_dim,
-        "num_key_value_heads": heads[1], "max_position_embeddings": 4096,
+        "vocab_size": 64, "hidden_size": 8 * heads[0], "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": heads[0], "head_dim": head_dim, "num_key_value_heads": heads[1],
+        "max_position_embeddings": 4096,
     }  # fmt: skip
-    settings = MistralConfig(**size, sliding_window=window) if window else LlamaConfig(**size)
-    model = fake_model(settings, dtype)
+    model = fake_model(MistralConfig(**size, sliding_window=window) if window else LlamaConfig(**size))
     if fused:
-        assert fuse(model) == num_layers
+        assert fuse(model) == 2
     return model
 
 
 # By a model of two layers.
 PATHS = {name: {**way, "exit_layer": 1} if way.get("exit_layer") == 2 else way for name, way in WAYS.items()}
 PATHS |= {"copy": {**COPY, "exit_layer": 2}, "early exit": {"exit_layer": 1}}
-
-
-@pytest.mark.usefixtures("triton_kernels", "gpu")
-@pytest.mark.parametrize(("path", "captured"), [("plain", True), ("layers", True), ("adaptive", False)])
-def test_every_path_by_our_kernels(path, captured):
-    """Guards against a tensor made on the CPU, and waits for the card, where our kernels attend."""
-    every_path(path, captured, head_dim=64)
+BY_OUR_KERNELS = {"head_dim": 64}
 
 
 @pytest.mark.parametrize(
-    ("path", "heads", "fused", "window"),
+    ("path", "captured", "model"),
     [
-        ("plain", HEADS[1], True, None),
-        ("adaptive", HEADS[1], True, None),
-        ("copy", HEADS[0], True, None),
-        ("layers", HEADS[2], True, None),
-        *(("layers", HEADS[1], fused, 5) for fused in (True, False)),
+        ("plain", True, BY_OUR_KERNELS),
+        ("layers", True, BY_OUR_KERNELS),
+        ("adaptive", False, BY_OUR_KERNELS),
+        ("plain", False, {}),
+        ("adaptive", False, {}),
+        ("copy", False, {"heads": (4, 4)}),
+        ("layers", False, {"heads": (4, 1)}),
+        ("layers", False, {"window": 5}),
+        ("layers", False, {"window": 5, "fused": False}),
         *(
-            pytest.param(path, HEADS[1], fused, None, marks=pytest.mark.slow)
+            pytest.param(path, False, {"fused": fused}, marks=pytest.mark.slow)
             for path in PATHS
             for fused in (True, False)
             if fused or "copy" not in path
         ),
     ],
+    ids=str,
 )
-@pytest.mark.usefixtures("gpu")
-def test_every_path(path, heads, fused, window):
-    """Guards against a tensor made on the CPU, waits for a card, and attention that only a CPU is good at."""
-    every_path(path, heads=heads, fused=fused, window=window)
+@pytest.mark.usefixtures("triton_kernels", "gpu")
+def test_every_path(path, captured, model):
+    """Guards against a tensor made on the CPU, waits for the card, and attention that only a CPU is good at.
 
-
-def every_path(path, captured=False, **model):
-    """Rows that differ in length and settings, end, make room for others, and take what others have left.
-    The last ones show drafts and look at them, as a grammar does.
+    Rows differ in length and settings, end, make room for others, and take what others have left. The last
+    ones show drafts and look at them, as a grammar does.
     """
     config = config_of(sample=True, max_steps=6, reuse_cache=True, **PATHS[path])
     own = [{"max_steps": 3}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"sample": False}]
@@ -179,25 +171,18 @@ def test_guided_decoding(byte_tokenizer):
     grammar._byte_biases.cache_clear()
 
 
-def rows_of(runner, lengths, depth):
-    """A cache with rows of such lengths, whose first layers have read their prompts."""
-    cache = runner.new_cache(30, max(lengths) + 70, len(lengths))
-    cache.set_rows([])
-    for row, length in enumerate(lengths):
-        prompt = torch.zeros(1, length, dtype=torch.long, device=DEVICE)
-        forward_early(runner, cache.prompt_view(row), prompt, depth, num_logits=0)
-        cache.add_row(length)
-    return cache
-
-
 @pytest.mark.parametrize("window", [None, 1000])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.usefixtures("gpu")
-def test_long_prompts(fused, window):
-    """Guards against scores in memory where a later chunk or a window needs a mask."""
+def test_long_prompts(fused, window, monkeypatch):
+    """Guards against scores in memory where a later chunk or a window needs a mask, and against cuDNN's
+    attention, which makes a plan for every number of keys.
+    """
+    monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", (enable := Mock()))
     model = model_of(fused=fused, window=window)
     for length in (PREFILL_CHUNK + 1, PREFILL_CHUNK + 37):
         generate(model, [5] * length, max_steps=2, eos=[])
+    enable.assert_called_with(False)
 
 
 @pytest.mark.parametrize(
@@ -218,15 +203,6 @@ def test_what_kernels_take(device, capability, dtype, head_dim, has_flash, why, 
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     assert why_no_kernels.__wrapped__(torch.device(device), dtype, head_dim) == why
     assert has_flash_attention(torch.device(device), dtype, head_dim) == has_flash
-
-
-@pytest.mark.usefixtures("gpu")
-def test_cudnn_is_disabled(monkeypatch):
-    """Guards against cuDNN's attention, which makes a plan for every number of keys."""
-    calls = []
-    monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", calls.append)
-    FusedRunner(model_of(num_layers=1))
-    assert calls == [False]
 
 
 def test_the_same_ids_by_flash_attention(monkeypatch):
@@ -251,56 +227,22 @@ def test_the_same_ids_by_flash_attention(monkeypatch):
     assert any(width == 6 and length > 6 for width, length in lengths)  # verifications
 
 
-@pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize(("lengths", "width"), [([30], 1), ([30, 20, 7], 30)])
-def test_launches_of_a_layer(gpu, lengths, width):
-    """Guards against masks, copies and another kernel for each layer, also where rows differ in length: there
-    are norm, qkv, attention, output, norm, gate and up, gated, down.
-    """
-    runner, numbers = FusedRunner(model_of(head_dim=64)), []
-    with torch.inference_mode(), Waits():
-        cache = rows_of(runner, lengths, 2)
-        for depth in (1, 2):
-            cache.set_rows(lengths)
-            gpu.trace = Trace()
-            ids = torch.zeros(len(lengths), width, dtype=torch.long, device=DEVICE)
-            forward_early(runner, cache, ids, depth)
-            numbers.append(len(gpu.trace.launches))
-    assert numbers[1] - numbers[0] == 10
-
-
 def test_arithmetic_of_two_threads():
     """Guards against sums in fewer bits in a thread that decodes on, and against others than the caller's
     when none does.
     """
-    matmul, began, ends = torch.backends.cuda.matmul, threading.Event(), threading.Event()
+    matmul, cpu = torch.backends.cuda.matmul, torch.device("cpu")
+    first, second = own_arithmetic(cpu), own_arithmetic(cpu)
 
-    def decode():
-        with own_arithmetic(torch.device("cpu")):
-            began.set()
-            ends.wait()
+    def changed(change, *args):
+        change(*args)
+        return not matmul.allow_bf16_reduced_precision_reduction
 
-    assert matmul.allow_bf16_reduced_precision_reduction
-    with ThreadPoolExecutor(1) as pool:
-        with own_arithmetic(torch.device("cpu")):
-            second = pool.submit(decode)
-            began.wait()
-        in_second = matmul.allow_bf16_reduced_precision_reduction
-        ends.set()
-        second.result()
-    assert (in_second, matmul.allow_bf16_reduced_precision_reduction) == (False, True)
-
-
-def test_a_model_loaded_on_a_gpu(model_folder, monkeypatch):
-    """Guards against work that goes to the first GPU instead."""
-    chosen, load = [], AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr("self_speculation.loading.loading.resolve_device", torch.device)
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *args, device_map, **kwargs: load(*args, **kwargs)
-    )
-    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    load_model_and_tokenizer(str(model_folder), LoadingOptions(device="cuda:1"))
-    assert chosen == [torch.device("cuda:1")]
+    with ThreadPoolExecutor(1) as other:
+        steps = [changed(first.__enter__), other.submit(changed, second.__enter__).result()]
+        steps.append(changed(first.__exit__, None, None, None))
+        steps.append(other.submit(changed, second.__exit__, None, None, None).result())
+    assert steps == [True, True, True, False]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
@@ -309,14 +251,3 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch):
     monkeypatch.setattr("os.path.exists", "/proc/driver/nvidia".__eq__)
     with pytest.warns(UserWarning, match="does not see this machine's NVIDIA GPU .* driver 580"):
         resolve_device("auto")
-
-
-@pytest.mark.parametrize("top_k", [0, 20])
-def test_what_sampling_sorts(top_k, gpu):
-    """Guards against a vocabulary that is searched before it is sorted, and against a read: a GPU does not
-    look whether the most likely ids are enough.
-    """
-    with Waits():
-        keys = torch.zeros(1, dtype=torch.long, device=DEVICE)
-        Sampler(top_k=top_k, top_p=0.9)(torch.empty(1, 1000, device=DEVICE), keys)
-    assert [launch.name for launch in gpu.trace.launches if launch.name in ("sort", "topk")] == ["sort"]

@@ -43,39 +43,33 @@ class Part:
 
 
 def test_it_is_kept_while_it_is_valid():
-    """Guards against a part that is made again, one of before a change, and one of another model."""
+    """Guards against a part that is made again, also since making it has moved weights, one of before a
+    change, and one of another model.
+    """
     model, other = nn.Linear(1, 1), nn.Linear(1, 1)
 
-    def current():
-        return cached(model, "key", lambda _: tuple(model.weight.shape), Part)
+    def made_by(make):
+        return cached(model, "key", lambda _: tuple(model.weight.shape), make)
 
-    part = current()
-    assert current() is peek(model, "key") is part
-    assert cached(model, "another key", None, Part) is not part
-    assert cached(other, "key", None, Part) is not part
-    model.weight = nn.Parameter(model.weight[None])
-    assert peek(model, "key") is part
-    changed = current()
-    assert current() is changed is not part
-    evict(model, "key")
-    assert peek(model, "key") is None
-    assert current() is not changed
-
-
-def test_making_may_change_the_model():
-    """Guards against a part that is made twice, since making it has moved weights."""
-    model = nn.Linear(1, 1)
-
-    def make():
+    def moves():
         model.weight = nn.Parameter(model.weight[None])
         return Part()
 
-    parts = {cached(model, "key", lambda _: tuple(model.weight.shape), make) for _ in range(2)}
-    assert len(parts) == 1
+    part = made_by(moves)
+    assert made_by(Part) is peek(model, "key") is part
+    assert cached(model, "another key", None, Part) is not part
+    assert cached(other, "key", None, Part) is not part
+    model.weight = nn.Parameter(model.weight[None])
+    changed = made_by(Part)
+    assert made_by(Part) is changed is not part
+    evict(model, "key")
+    assert peek(model, "key") is None
 
 
-def test_it_is_freed_before_the_next_one_is_made_and_with_its_model():
-    """Guards against twice the memory, and against memory of a model that is gone."""
+def test_it_is_freed():
+    """Guards against twice the memory, memory that stays after `release` or with a model that is gone, and
+    settings that go.
+    """
     model = nn.Linear(1, 1)
     part = weakref.ref(cached(model, "key", lambda _: 1, Part))
 
@@ -84,19 +78,14 @@ def test_it_is_freed_before_the_next_one_is_made_and_with_its_model():
         return Part()
 
     part = weakref.ref(cached(model, "key", lambda _: 2, make))
-    assert part() is not None
-    del model
-    gc.collect()
-    assert part() is None
-
-
-def test_what_is_released():
-    """Guards against memory that stays, and against settings that go."""
-    model = nn.Linear(1, 1)
-    part, setting = weakref.ref(cached(model, "key", lambda _: 1, Part)), singleton(model, Part)
+    setting = singleton(model, Part)
     release(model)
     assert part() is None
     assert singleton(model, Part) is setting
+    setting = weakref.ref(setting)
+    del model
+    gc.collect()
+    assert setting() is None
 
 
 def test_threads_make_it_once():

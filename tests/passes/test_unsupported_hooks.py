@@ -12,6 +12,7 @@ from conftest import (
     LAYERS,
     PROMPT,
     generate,
+    needs_operators,
     own_llama,
     tiny_llama,
     transformers_generate,
@@ -22,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from self_speculation import fuse, self_speculative_generate
 from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
+from self_speculation.passes.runners import activation_dtype
 from self_speculation.passes.unsupported_hooks import difference
 
 ADAPTIVE = {"custom_generate": self_speculative_generate, "generation_strategy": "adaptive"}
@@ -147,6 +149,8 @@ FOLLOWED = {
     "two hooks that move": two_hooks_that_move,
     "compiled": lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager")),
     "subclass": lambda m: setattr(m, "__class__", type("Subclass", (LlamaForCausalLM,), {})),
+    "activation of no operator": lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.Mish()),
+    "activation with weights": lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.PReLU()),
 }
 
 
@@ -169,11 +173,13 @@ def test_code_in_layers_is_followed(change, fused):
     assert transformers_generate(model, PROMPT, 9, **ADAPTIVE) == expected
 
 
-@pytest.mark.parametrize("activation", ["mish", "prelu"])
-def test_layers_with_an_activation_that_no_operator_has_are_not_fused(activation):
-    """Guards against a pass that is refused in the middle of a request, also where it has weights."""
-    model = own_llama(hidden_act=activation)
-    assert fuse(model) == 0
-    assert generate(model, PROMPT, max_steps=9, eos=[EOS]).predicted_tokens == transformers_generate(
-        model, PROMPT, 9
-    )
+@needs_operators
+def test_a_hooked_model_computes_in_16_bits():
+    """Guards against layers in 16 bits that get states in float32, and against a hook that is ignored."""
+    model = own_llama().bfloat16()
+    assert (fuse(model), activation_dtype(model)) == (4, torch.float32)
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert (fuse(model), activation_dtype(model)) == (0, torch.bfloat16)
+    assert len(generate(model, PROMPT, max_steps=5, eos=[]).predicted_tokens) == 5
+    handle.remove()
+    assert (fuse(model), activation_dtype(model)) == (4, torch.float32)

@@ -66,21 +66,9 @@ void products(const char* name, ScalarType type, int64_t columns, bool in_bfloat
   }
 }
 
-// Bits of two pairs in bfloat16, of a sum, and of what it becomes.
-void pairs() {
-  const uint32_t some[] = {0x3f803f80, 0x40403f01, 0xbf813eff, 0x00800001, 0x80ff007f, 0x1f80a07f, 0x00000000, 0x4b7f3f83};
-  const uint32_t of_sums[] = {0x00000000, 0x3f800001, 0xbf7fffff, 0x00400000, 0x00800000, 0x807fffff, 0x4b000001, 0x33ffffff};
-  for (uint32_t a : some)
-    for (uint32_t b : some)
-      for (uint32_t sum : of_sums) {
-        const Floats found = accumulate(Ints{} + int32_t(a), Ints{} + int32_t(b), splat(std::bit_cast<float>(sum)));
-        for (uint32_t bits : {a, b, sum, std::bit_cast<uint32_t>(found[LANES - 1])}) std::printf("pair %u\n", bits);
-      }
-}
 }  // namespace
 
 int main() {
-  pairs();
   for (int64_t columns : {33, 64, 150}) {
     products<float>("float", ScalarType::Float, columns);
     products<Half>("half", ScalarType::Half, columns);

@@ -25,7 +25,6 @@ from arguments import GenerationConfig, ModelArguments
 from runs.startup import load_generator
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.loading import gguf_files
-from self_speculation.passes import quantized_layers
 from self_speculation.passes.model_runner import forward
 from self_speculation.passes.quantized_layers import quantize
 from self_speculation.passes.runners import fuse, make_runner
@@ -38,7 +37,6 @@ from self_speculation.weights.few_bits import (
     num_parameters,
 )
 from self_speculation.weights.int4_linear import four_bits
-from self_speculation.weights.kernels import CPUOperators
 
 pytestmark = needs_operators
 
@@ -207,17 +205,13 @@ def test_a_file_is_read_in_its_own_bits(kind, tied, byte_tokenizer, tmp_path):
         assert (logits - model(ids).logits).norm() < 0.08 * logits.norm()
 
 
-@pytest.mark.parametrize(
-    "others",
-    [
-        {},
-        {"attn_v": "F16"},
-        {"attn_q": "F32"},
-        {"ffn_gate": "BF16"},
-        {"blk.0.": "F16"},
-        {"ffn_up": "F32", "attn_k": "Q5_0"},
-    ],
-)
+OTHERS = [
+    {}, {"attn_v": "F16"}, {"attn_q": "F32"}, {"ffn_gate": "BF16"}, {"blk.0.": "F16"},
+    {"ffn_up": "F32", "attn_k": "Q5_0"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("others", OTHERS)
 def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
     """Guards against a file with biases, or one that llama.cpp keeps partly in 16 bits, that does not decode
     by the operators.
@@ -243,21 +237,15 @@ def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
 
 
 def test_a_format_without_an_operator_is_named(byte_tokenizer, tmp_path, monkeypatch):
-    """Guards against a file that loads in four times its size in silence, and one that is read in two
-    ways.
-    """
+    """Guards against a file that loads in four times its size in silence, or that is read in two ways."""
     monkeypatch.setattr(gguf_files, "FORMATS", {2: "Q4_0"})
-    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
+    model, kinds = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64), gguf.GGMLQuantizationType
     sizes = [weight.numel() for weight in model.state_dict().values() if weight.dim() > 1]
-    share = 1 - 4 * 3 * 64 * 32 / sum(sizes)
-    kinds = gguf.GGMLQuantizationType
+    share = f"{1 - 4 * 3 * 64 * 32 / sum(sizes):.0%} of its weights are in Q8_0, which no operator here has"
     write(tmp_path / "x.gguf", model, byte_tokenizer, kinds.Q8_0, True, {"ffn": kinds.Q4_0})
-    with pytest.warns(
-        UserWarning, match=f"{share:.0%} of its weights are in Q8_0, which no operator here has"
-    ):
+    with pytest.warns(UserWarning, match=share):
         loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"))
-    assert loaded.dtype == torch.float16
-    assert not formats_of(loaded)
+    assert (loaded.dtype, formats_of(loaded)) == (torch.float16, "")
 
 
 def test_what_a_file_in_few_bits_lacks_is_named(byte_tokenizer, tmp_path):
@@ -289,23 +277,14 @@ def test_weights_are_rounded(family, bits, error):
     assert (logits - exact(ids).logits).norm() < 10 * error * logits.norm()
 
 
-@pytest.mark.parametrize("is_fused", [False, True])
-def test_a_rounded_model_may_be_converted(is_fused):
+def test_a_rounded_model_may_be_converted():
     """Guards against norms in 64 bits that are handed to an operator, which has none."""
     model = own_llama()
     quantize(model, 8)
-    if is_fused:
-        fuse(model)
+    fuse(model)
     expected = generate(model, [5, 9, 4]).predicted_tokens
     for dtype in (torch.float64, torch.float32):
         assert generate(model.to(dtype), [5, 9, 4]).predicted_tokens == expected
-
-
-def test_no_operators_no_rounding(monkeypatch):
-    """Guards against an operator that is called before it is built."""
-    monkeypatch.setattr(quantized_layers, "cpu_operators", lambda: CPUOperators(None, "no compiler"))
-    line = error_line(ValueError, quantize, own_llama(), 8)
-    assert line == "quantization int8: there are no operators (no compiler), which it needs"
 
 
 @pytest.mark.parametrize(("bits", "takes"), [(4, 5.8), (8, 9.5)])  # padded
