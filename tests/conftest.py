@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
@@ -49,6 +50,7 @@ from self_speculation.weights.kernels import cpu_operators
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.freeze()  # full collections, of which accelerate makes many, do not look at the libraries
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 

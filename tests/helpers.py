@@ -5,7 +5,6 @@ import json
 import forks
 import pandas
 import pytest
-import torch.distributed.run
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 PYTHON_FUNCTIONS = ["--include_path", str(forks.ROOT / "eval_tasks"), "--tasks", "python_functions"]
@@ -15,10 +14,13 @@ SMALL_TRAINING = [
     "--sequence_length", "32", "--batch_size", "4", "--seed", "1", "--warmup_steps", "2",
     "--learning_rate", "3e-3", "--eval_fraction", "0.2", "--device", "cpu",
 ]  # fmt: skip
-TORCHRUN = torch.distributed.run.__file__
 # What a record says of the clock, and of who else was there when it was taken.
 TIMES = [f"{side}{time}_time" for side in ("", "autoregressive_") for time in ("prefill", "decode", "wall")]
 TIMES += ["batch_size", "window", "rank", "threads", "autoregressive_threads"]
+
+
+class Killed(BaseException):
+    """SIGKILL, as far as files show it: no code of the product handles it."""
 
 
 def write_rows(path, rows):
@@ -57,11 +59,6 @@ def untimed(folder):
     """The records of a run without what a clock said."""
     frame = pandas.read_json(folder / "records.jsonl", lines=True)
     return frame.drop(columns=[name for name in TIMES if name in frame]).to_dict("records")
-
-
-def torchrun(ranks, script, *args):
-    """By the launcher itself, which starts a new process for each rank. Cheaper: forks.run_ranks."""
-    return forks.run(TORCHRUN, "--nproc_per_node", ranks, script, *args)
 
 
 def write_program(folder, code):

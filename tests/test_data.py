@@ -67,25 +67,6 @@ def in_order(dataset, path=None, **kwargs):
     return load(dataset, path, random_shuffle=False, **kwargs)
 
 
-KINDS = ["jsonl", "jsonl.gz", "parquet", "csv", "csv.gz"]
-WITH_LISTS = ("chat_format", "spec_bench")
-FILES = [*((dataset, "parquet") for dataset in WITH_LISTS), *(("custom_jsonl", kind) for kind in KINDS[1:])]
-
-
-@pytest.mark.parametrize(("dataset", "kind"), [*((dataset, "jsonl") for dataset in ROWS), *FILES])
-def test_local_files_of_every_kind(dataset, kind, tmp_path):
-    """Guards against a file format that is read otherwise than the others, and turns that a prompt lacks."""
-    assert set(ROWS) == set(DATASETS)
-    examples = in_order(dataset, write(tmp_path / f"data.{kind}", ROWS[dataset]))
-    assert (examples[0].prompt, examples[0].reference) == FIRST[dataset]
-    assert len(examples) == (18 if dataset == "chat_format" else 9)
-    if dataset == "chat_format":
-        second = "USER: hi 0\nPARSER: [A]\nUSER: more\nPARSER:"
-        assert (examples[1].prompt, examples[1].reference) == (second, "[B]")
-    later = ("more",) if dataset == "spec_bench" else ()
-    assert {example.later_turns for example in examples} == {later}
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """Stands in for the hub, which has these splits; returns what it is asked for."""
@@ -100,24 +81,32 @@ def hub(monkeypatch):
     return has
 
 
-@pytest.mark.parametrize(
-    ("dataset", "place"),
-    [
-        ("cnn_dm_summarization", ("abisee/cnn_dailymail", "3.0.0")),
-        ("cnn_dm_lm", ("abisee/cnn_dailymail", "3.0.0")),
-        ("xsum_summarization", ("EdinburghNLP/xsum",)),
-        ("top_v2", ("WillHeld/top_v2",)),
-    ],
-)
-def test_a_dataset_comes_from_its_place_on_the_hub(dataset, place, hub):
-    """Guards against another repository or split than the paper's."""
-    asked = hub(test=ROWS[dataset], train=ROWS[dataset])
-    examples = in_order(dataset)
+PLACES = {
+    "cnn_dm_summarization": ("abisee/cnn_dailymail", "3.0.0"),
+    "cnn_dm_lm": ("abisee/cnn_dailymail", "3.0.0"),
+    "xsum_summarization": ("EdinburghNLP/xsum",),
+    "top_v2": ("WillHeld/top_v2",),
+}
+KINDS = [("custom_jsonl", kind) for kind in ("jsonl.gz", "parquet", "csv", "csv.gz")]
+KINDS += [(dataset, "jsonl") for dataset in DATASETS] + [(dataset, "hub") for dataset in PLACES]
+
+
+@pytest.mark.parametrize(("dataset", "kind"), [*KINDS, ("chat_format", "parquet"), ("spec_bench", "parquet")])
+def test_a_dataset_from_every_place(dataset, kind, hub, tmp_path):
+    """Guards against a file format that is read otherwise than the others, turns that a prompt lacks, and
+    another repository or split than the paper's.
+    """
+    asked = hub(test=ROWS[dataset])
+    path = None if kind == "hub" else write(tmp_path / f"data.{kind}", ROWS[dataset])
+    examples = in_order(dataset, path)
+    assert asked == ([(PLACES[dataset], "test")] if kind == "hub" else [])
     assert (examples[0].prompt, examples[0].reference) == FIRST[dataset]
-    assert asked == [(place, "test")]
-    if dataset != "cnn_dm_lm":
-        assert "summary" in in_order(dataset, n_shot=2)[0].prompt or dataset == "top_v2"
-        assert asked[-1] == (place, "train")
+    assert len(examples) == (18 if dataset == "chat_format" else 9)
+    if dataset == "chat_format":
+        second = "USER: hi 0\nPARSER: [A]\nUSER: more\nPARSER:"
+        assert (examples[1].prompt, examples[1].reference) == (second, "[B]")
+    later = ("more",) if dataset == "spec_bench" else ()
+    assert {example.later_turns for example in examples} == {later}
 
 
 def test_a_hub_that_does_not_answer_is_named(monkeypatch):
@@ -146,28 +135,19 @@ def test_order_and_shots_depend_on_the_seed_alone(tmp_path):
     assert example.prompt == "<ask 0 say 0\n\nask 1>"
 
 
-def test_shots_come_from_the_training_split_of_a_folder(tmp_path, monkeypatch):
-    """Guards against shots from the test split, in a home folder too."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write(tmp_path / "test.jsonl", ROWS["cnn_dm_summarization"])
-    write(tmp_path / "train.csv", [{"article": "old", "highlights": "known"}])
-    for path in (str(tmp_path), "~"):
-        examples = in_order("cnn_dm_summarization", path, n_shot=1)
-        assert examples[0].prompt == "Article: old\nSummary: known\n\nArticle: article 0\nSummary:"
-        assert len(examples) == 9
-
-
 @pytest.mark.parametrize("place", ["folder", "hub"])
-def test_only_the_shots_that_are_needed_become_examples(place, hub, tmp_path, monkeypatch):
-    """Guards against gigabytes of examples of which three are used, and shots in another order."""
+def test_shots_come_from_the_training_split(place, hub, tmp_path, monkeypatch):
+    """Guards against shots from the test split or in another order, in a home folder too, and gigabytes of
+    examples of which three are used.
+    """
     rows = [{"document": f"text {i}", "summary": f"summary {i}"} for i in range(500)]
     splits = {"train": rows, "test": rows[:2]}
+    monkeypatch.setenv("HOME", str(tmp_path))
     for split, part in splits.items():
         write(tmp_path / f"{split}.jsonl", part)
     hub(**splits)
     made = watch(monkeypatch, data, "Example")
-    path = str(tmp_path) if place == "folder" else None
-    (example,) = load("xsum_summarization", path, n_shot=3, num_samples=1)
+    (example,) = load("xsum_summarization", "~" if place == "folder" else None, n_shot=3, num_samples=1)
     assert len(made) == 3 + 2 + 1  # shots, the test split, and the one that is asked for
     numbers = random.Random("shots 42").sample(range(500), 500)[:3]
     assert re.findall(r"summary (\d+)", example.prompt) == [str(number) for number in numbers]
@@ -191,38 +171,32 @@ def test_a_dataset_that_is_a_script_on_the_hub(tmp_path, monkeypatch):
     assert in_order("xsum_summarization")[0].prompt == FIRST["xsum_summarization"][0]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "prompt"),
-    [
-        ("a.csv", 'prompt,response\r\n"a\r\nb","c\nd"\r\n', "a\nb"),
-        ("a.jsonl", '{"prompt": "a\\r\\nb", "response": "c\\nd"}\r\n', "a\r\nb"),
-    ],
-)
-def test_files_of_windows(name, content, prompt, tmp_path):
+def test_files_of_windows(tmp_path):
     """Guards against line breaks of the file in texts, line breaks that a text loses, and a byte order mark
     in the name of the first column.
     """
-    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
-    (example,) = in_order("custom_jsonl", str(tmp_path / name))
-    assert (example.prompt, example.reference) == (prompt, "c\nd")
+    for name, content, prompt in (
+        ("a.csv", 'prompt,response\r\n"a\r\nb","c\nd"\r\n', "a\nb"),
+        ("a.jsonl", '{"prompt": "a\\r\\nb", "response": "c\\nd"}\r\n', "a\r\nb"),
+    ):
+        (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+        (example,) = in_order("custom_jsonl", str(tmp_path / name))
+        assert (example.prompt, example.reference) == (prompt, "c\nd")
 
 
 def test_human_eval_is_the_real_one():
     """Guards against a stand-in for the published problems, and shots that lose the indentation of code."""
-    examples = in_order("human_eval")
-    assert (len(examples), "def has_close_elements(" in examples[0].prompt) == (164, True)
-    shot = in_order("human_eval", n_shot=1)[0].prompt
-    assert shot.startswith("from typing import List")
-    assert '    """\n    for idx, elem in enumerate(numbers):\n' in shot
+    first, *others = in_order("human_eval", n_shot=1)
+    assert first.prompt.startswith("from typing import List")
+    assert '    """\n    for idx, elem in enumerate(numbers):\n' in first.prompt
+    assert len(others) == 162
 
 
 def test_a_template_keeps_its_other_braces(tmp_path):
-    """Guards against `str.format`, which fails on them."""
-    path = write(tmp_path / "a.jsonl", [{"prompt": "{x} {message}", "response": "r"}])
-    (example,) = load("custom_jsonl", path, template='{"q": "{message}", {y}}')
-    assert example.prompt == '{"q": "{x} {message}", {y}}'
-    path = write(tmp_path / "b.jsonl", ROWS["spec_bench"])
-    assert load("spec_bench", path, template="<{message}>")[0].later_turns == ("<more>",)
+    """Guards against `str.format`, which fails on them, and later turns without the template."""
+    path = write(tmp_path / "a.jsonl", ROWS["spec_bench"])
+    example, *_ = in_order("spec_bench", path, template='{"q": "{message}", {y}}')
+    assert (example.prompt, *example.later_turns) == ('{"q": "ask 0", {y}}', '{"q": "more", {y}}')
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -245,28 +219,22 @@ def test_values_stay_text(kind, tmp_path):
     [
         ("a.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": \n', "a.jsonl: line 2 is no JSON: "),
         ("a.jsonl", b'{"prompt": "", "answer": ""}\n', "no column 'response'; found: prompt, answer; "),
-        ("a.jsonl", b"\n[1]\n", "a.jsonl: line 2 must be a JSON object"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl: line 1 is no JSON: maximum recursion depth"),
+        ("a.jsonl", b"\n[1]\n", "a.jsonl: line 2 must be a JSON object"),
         ("a.jsonl", b'{"prompt": null, "response": ""}', "row 1: column 'prompt' must be text, not None"),
         ("a.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": []}', "row 2: column 'prompt' must be"),
         ("a.jsonl", b'{"prompt": "caf\xe9"}', "line 1 is no JSON: 'utf-8' codec can't decode byte"),
         ("a.jsonl", b'{"prompt": "a\\ud800", "response": ""}', "has half of a surrogate pair"),
-        ("a.jsonl", b"\n \n", "a.jsonl: has no rows"),
         ("a.csv", b"prompt,response\n", "a.csv: has no rows"),
         ("a.csv", b"prompt,response\n\nx,y\na,b,c\n", "a.csv: line 4 has 3 values, line 1 has 2"),
-        ("a.csv", b"prompt,response\nx\n", "a.csv: line 2 has 1 values, line 1 has 2"),
         ("a.csv", b"prompt,response,prompt\nx,y,z\n", "a.csv: there are two columns 'prompt'"),
         ("a.csv", b'prompt,response\nx,"y\n', "a.csv: unexpected end of data"),
         ("a.parquet", b"no", "a.parquet: "),
         ("a.jsonl.gz", b"no", "a.jsonl.gz: Not a gzipped file"),
-        ("a.xml", b"", "must be a .jsonl, .csv or .parquet file"),
-        ("test.csv", None, "no such file or folder"),
         (".", None, "must hold one file test"),
         ("chat.jsonl", b'{"data": [{"role": "USER"}]}', "row 1: column 'data' must be a list of turns"),
-        ("chat.jsonl", b'{"data": "hi"}', "row 1: column 'data' must be a list of turns"),
         ("spec.jsonl", b'{"question_id": [1], "category": "", "turns": ["b"]}', "must be text, not list"),
         ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": []}', "'turns' must be a list of texts"),
-        ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": ["\\udfff"]}', "surrogate"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_in_one_line_with_its_place(name, content, message, tmp_path):
@@ -283,9 +251,5 @@ def test_columns_of_other_names(tmp_path):
     fields = {"prompt_field": "turns", "response_field": "data"}
     (example,) = load("custom_jsonl", path, **fields)
     assert (example.prompt, example.reference, example.later_turns) == ("2 + 2?", "4", ())
-    with pytest.raises(
-        DataError, match=r"no column 'x'; found: turns, data, task_id; .* in --prompt_field and"
-    ):
+    with pytest.raises(DataError, match=r"no column 'x'; found: turns, data, task_id; .* in --prompt_field"):
         load("custom_jsonl", path, **{**fields, "prompt_field": "x"})
-    with pytest.raises(ValueError, match=r"^dataset 'custom_jsonl': needs --data_path$"):
-        load("custom_jsonl")

@@ -44,36 +44,29 @@ def stats(*rounds):
     return found
 
 
-def test_draft_stats_count_the_output():
-    """Guards against counts of tokens after the end of the output."""
-    # The first output ends in the accepted tokens.
-    found = stats(("a", 4, 3, 2), ("b", 2, 0, 1), ("b", 2, 2, 3))
-    assert (found.num_verifications, found.mean_accepted_length) == (3, 2)
-    assert found.drafted_by_position == (3, 3, 1, 1)
-    assert found.accepted_by_position == (2, 2, 0, 0)
-    assert found.acceptance_rate == 4 / 8
-    nothing = DraftStats()
-    assert nothing.acceptance_rate is nothing.mean_accepted_length is None
-
-
 def test_draft_stats_of_answers_are_added():
-    """Guards against means of rates, counts without names, and sums that depend on the order."""
-    first, second = stats(("n-grams", 2, 2, 3)), stats(("exit 2", 4, 1, 2), ("n-grams", 1, 0, 1))
+    """Guards against means of rates, counts of tokens after the end of the output, counts without names, and
+    sums that depend on the order.
+    """
+    first, second = stats(("n-grams", 2, 2, 3)), stats(("exit 2", 4, 3, 2), ("n-grams", 1, 0, 1))
     records = [{"drafts": json.loads(json.dumps(each.to_rows()))} for each in (first, second)]
     assert metrics.draft_stats(records) == first + second == second + first
+    assert (first + second).drafted_by_position == (3, 2, 1, 1)
     assert metrics.acceptance(records) == {
-        "acceptance_rate": 3 / 7,
-        "acceptance_rate_mean": (2 / 2 + 1 / 5) / 2,
+        "acceptance_rate": 4 / 7,
+        "acceptance_rate_mean": (2 / 2 + 2 / 5) / 2,
         "mean_accepted_length": 6 / 3,
-        "rounds_by_accepted": [2 / 3, 1 / 3, 0, 0],
+        "rounds_by_accepted": [2 / 3, 2 / 3, 0, 0],
         "num_drafted": 7,
-        "num_accepted": 3,
+        "num_accepted": 4,
         "num_verifications": 3,
-        "drafts_by_source": {
-            "exit 2": {"rounds": 1, "drafted": 4, "accepted": 1},
+        "drafts_by_source": {  # an output ends in the accepted tokens of the first
+            "exit 2": {"rounds": 1, "drafted": 4, "accepted": 2},
             "n-grams": {"rounds": 2, "drafted": 3, "accepted": 2},
         },
     }
+    nothing = DraftStats()
+    assert nothing.acceptance_rate is nothing.mean_accepted_length is None
 
 
 def compared(ours, theirs, num_tokens=(100,), baseline_tokens=None, **fields):
@@ -103,19 +96,13 @@ def test_speedup_is_the_median_ratio_of_rates():
     assert (result["decode_speedup"], result["identical_outputs"]) == (1.5, 0)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "remarks"),
-    [
-        ([1.0] * 8, [1.3] * 8, []),
-        ([1.0] * 4, [1.3] * 4, ["do not tell which strategy is faster: there are fewer than five"]),
-        ([1.0] * 6, [1.3, 0.8, 1.2, 0.9, 1.3, 0.7], ["1.00 is in the 90 % confidence interval"]),
-    ],
-)
-def test_few_or_contrary_windows_are_remarked_on(ours, theirs, remarks):
+def test_few_or_contrary_windows_are_remarked_on():
     """Guards against a gain that the examples do not show."""
-    _, said = compared(ours, theirs)
-    assert len(said) == len(remarks)
-    assert all(end in line for line, end in zip(said, remarks, strict=True))
+    assert compared([1.0] * 8, [1.3] * 8)[1] == []
+    (said,) = compared([1.0] * 4, [1.3] * 4)[1]
+    assert said.endswith("do not tell which strategy is faster: there are fewer than five")
+    (said,) = compared([1.0] * 6, [1.3, 0.8, 1.2, 0.9, 1.3, 0.7])[1]
+    assert said.endswith("1.00 is in the 90 % confidence interval")
 
 
 def test_empty_answers_are_not_compared():
@@ -132,7 +119,6 @@ def test_empty_answers_are_not_compared():
 def test_text_quality():
     """Guards against references and predictions that change places, and sums in place of means."""
     quality = metrics.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
-    assert quality["exact_match"] == 0.5
+    assert (quality["exact_match"], quality["edit_distance"]) == (0.5, 1.0)  # one space, one letter
     assert quality["rouge1"] == pytest.approx(0.5)
-    assert quality["edit_distance"] == 1.0  # one space, one letter
     assert 0 < quality["bleu"] <= 100

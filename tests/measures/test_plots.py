@@ -24,22 +24,19 @@ def texts(parts):
 def test_paired_ratios(drawn, tmp_path, interval):
     """Guards against intervals of two sides that overlap though one won each pair, and a gain of a few."""
     plots.paired_ratios(numpy.array([1.3, 0.9, 1.2]), interval, "speed-up", "a title", tmp_path / "ratios")
-    (figure,) = drawn
-    (axes,) = figure.axes
+    (axes,) = drawn[0].axes
     (points,) = (each for each in axes.collections if len(each.get_offsets()) == 3)
     assert points.get_offsets().tolist() == [[0.9, 1], [1.2, 2], [1.3, 3]]
     worse, *better = points.get_facecolors().tolist()
     assert worse != better[0] == better[1]
-    assert sorted(line.get_xdata()[0] for line in axes.lines) == [1.0, 1.2]
-    (said,) = [text for legend in figure.legends for text in texts(legend.texts)]
-    assert said.startswith("median 1.20")
-    assert said.endswith("; above 1 in 2 of 3")
-    assert ("90 % confidence interval 1.10-1.40" in said) == (interval is not None)
+    (said,) = [text for legend in drawn[0].legends for text in texts(legend.texts)]
+    between = ", 90 % confidence interval 1.10-1.40" if interval else ""
+    assert said == f"median 1.20{between}; above 1 in 2 of 3"
 
 
-def test_heat_maps_have_title_units_and_the_figures_of_the_table(drawn, tmp_path):
+def test_heat_maps_have_the_figures_of_the_table(drawn, tmp_path):
     """Guards against a heading that is cut at the edges, cells with other figures than the table, and a frame
-    without a meaning or around another figure than it names.
+    around another cell than it names.
     """
     row = {"exit_layer": 3, "num_speculations": 2, "speedup": 1.234, "acceptance_rate": 0.567}
     other = {**row, "num_speculations": 4, "speedup": None, "mean_accepted_length": 3.0}
@@ -49,13 +46,7 @@ def test_heat_maps_have_title_units_and_the_figures_of_the_table(drawn, tmp_path
     figure.canvas.draw()
     title = figure._suptitle.get_window_extent()
     assert 0 <= title.x0 < title.x1 <= figure.bbox.width
-    assert [axes.get_title().partition(" (")[0] for axes in figure.axes] == [
-        "mean accepted length",
-        "acceptance rate",
-    ]
-    assert [text for legend in figure.legends for text in texts(legend.texts)] == ["best measured speed-up"]
     assert [texts(axes.texts) for axes in figure.axes] == [["2.00\nx 1.23", "3.00"], ["57%"] * 2]
-    frames = [[patch.get_xy() for patch in axes.patches] for axes in figure.axes]
-    assert frames == [[(-0.48, -0.46)]] * 2  # around the first cell, which is not the fastest
     for axes in figure.axes:
+        assert [patch.get_xy() for patch in axes.patches] == [(-0.48, -0.46)]  # the first cell's
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("draft length [tokens]", "exit layer")

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 from conftest import EOS, config_of, generator_of
@@ -15,39 +16,24 @@ from runs.conversation import Conversation
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
 
 
-@pytest.fixture
-def turns(byte_tokenizer, text_model, monkeypatch):
-    """Has a conversation by a template; returns prompt and result of each turn."""
-
-    def converse(template, *prompts):
-        monkeypatch.setattr(byte_tokenizer, "chat_template", template)
-        tokenizer, special = copy.deepcopy(byte_tokenizer), [("<s>", byte_tokenizer.bos_token_id)]
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=special)
-        generator = generator_of(tokenizer, text_model)
-        config = config_of(max_steps=12, stop_token_ids=[EOS])
-        talk = Conversation(generator, config, "none", chat=True)
-        seen = watch(monkeypatch, generator, "generate")
-        for prompt in prompts:
-            talk.answer(prompt)
-        return [(request.ids, result.generation_strategy_result) for (request, _), result in seen]
-
-    return converse
-
-
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | upper")])
-def test_a_turn_reads_what_the_template_changes(turns, byte_tokenizer, template):
+def test_a_turn_reads_what_the_template_changes(template, byte_tokenizer, text_model, monkeypatch):
     """Guards against tokens of an answer that the template rewrites, special tokens before those of the
     template, and a turn that reads the whole conversation.
     """
-    (first, wrote), (second, took) = turns(template, "Who are you?", "And who am I?")
-    messages = [
-        {"role": "user", "content": "Who are you?"},
-        {"role": "assistant", "content": byte_tokenizer.decode(wrote.predicted_tokens)},
-        {"role": "user", "content": "And who am I?"},
-    ]
-    text = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert second == byte_tokenizer.encode(text, add_special_tokens=False)
-    assert template != TEMPLATE or took.num_cached_tokens > len(first) // 2
+    tokenizer, special = copy.deepcopy(byte_tokenizer), [("<s>", byte_tokenizer.bos_token_id)]
+    tokenizer.chat_template = template
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=special)
+    generator = generator_of(tokenizer, text_model)
+    talk = Conversation(generator, config_of(max_steps=12, stop_token_ids=[EOS]), "none", chat=True)
+    seen = watch(monkeypatch, generator, "generate")
+    for prompt in ("Who are you?", "And who am I?"):
+        talk.answer(prompt)
+    (((first, _), _), ((second, _), result)) = seen
+    text = tokenizer.apply_chat_template(talk._messages[:3], add_generation_prompt=True, tokenize=False)
+    assert second.ids == tokenizer.encode(text, add_special_tokens=False)
+    num_cached = result.generation_strategy_result.num_cached_tokens
+    assert template != TEMPLATE or num_cached > len(first.ids) // 2
 
 
 def test_commands_of_a_conversation(byte_tokenizer, tmp_path):
@@ -56,17 +42,20 @@ def test_commands_of_a_conversation(byte_tokenizer, tmp_path):
     """
     teller = Teller(thinking_tokenizer(byte_tokenizer, QWEN3), text="u</s>")
     talk, file = Conversation(teller, config_of(), "none", chat=True), tmp_path / "talk.json"
-    assert talk.obey("system", "Be brief.") == "the system prompt is set"
+
+    def prompt():
+        return teller.tokenizer.decode(talk._encoded("And I?")[0])
+
+    talk.obey("system", "Be brief.")
     talk.answer("Who?")
-    assert teller.tokenizer.decode(talk._encoded("And I?")[0]).startswith("system: Be brief.\nuser: Who?\n")
+    assert prompt().startswith("system: Be brief.\nuser: Who?\n")
     assert talk.obey("save", str(file)) == f"the conversation is in {file}"
     said = [("system", "Be brief."), ("user", "Who?"), ("assistant", "u")]
     assert json.loads(file.read_text()) == [{"role": role, "content": text} for role, text in said]
     assert talk.obey("save", str(file)) == f"/save {file}: cannot be written (File exists)"
-    assert talk.obey("save", "") == "/save: needs the name of a new file"
-    assert talk.obey("clear", "") == "the conversation is forgotten"
-    assert talk.obey("system", "") == "there is no system prompt now"
-    assert teller.tokenizer.decode(talk._encoded("And I?")[0]) == "user: And I?\nassistant: "
+    talk.obey("clear", "")
+    talk.obey("system", "")
+    assert prompt() == "user: And I?\nassistant: "
     alone = Conversation(teller, config_of(), "none")
     assert alone.obey("system", "x") == "/system: needs --chat True, a prompt alone has no roles"
 
@@ -86,3 +75,25 @@ def test_earlier_thinking_comes_back_if_the_template_asks(byte_tokenizer, capsys
     answer = f"{block if keeps else ''}u"
     assert teller.tokenizer.decode(ids) == f"user: Who?\nassistant: {answer}\nuser: And I?\nassistant: "
     assert not thinking.has_begun
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        ([99, 19, 42, 22], "42.0 tokens/s, without drafts 20.0: 2.10 times as fast (1.90-2.20)"),
+        ([99, 9.7, 20.2, 10.4], "20.2 tokens/s, without drafts 20.0: turns do not agree which is faster"),
+        ([0] * 4, "answers of one token, nothing to compare"),
+    ],
+)
+def test_a_comparison_needs_turns_that_agree(ours, verdict, monkeypatch):
+    """Guards against the verdict of one turn or of the warm-up, speeds that contradict their ratio, and a
+    speed of decoding nothing.
+    """
+
+    def generator(speeds):
+        results = [Mock(**{"generation_strategy_result.decode_tokens_per_second": each}) for each in speeds]
+        return Mock(generate=Mock(side_effect=results))
+
+    monkeypatch.setattr("runs.conversation.autoregressive", lambda *_: (generator([10, 10, 20, 10]), None))
+    talk = Conversation(generator(ours), None)
+    assert talk._comparison(None).startswith(f"without streaming: {verdict}")

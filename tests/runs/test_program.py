@@ -13,6 +13,7 @@ from conftest import ROOT
 from arguments import GenerationConfig, ModelArguments
 from runs import status
 from runs.conversation import _status_held
+from runs.program import run
 from runs.startup import load_generator
 from self_speculation.model_cache import peek
 from self_speculation.threads import ThreadGovernor, most_threads
@@ -37,62 +38,20 @@ lock.acquire()
 """
 
 
-def ended(code):
-    """A process of this code."""
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=forks.HANGS
-    )
-
-
 def test_a_process_that_hangs_ends():
     """Guards against handlers that wait for the main thread, threads that are waited for, and a watch that
     waits for the interpreter.
     """
-    stuck = ended(STUCK)
-    assert stuck.stdout == "1\n2\n"
-    assert stuck.returncode == 1
-    assert "in act" in stuck.stderr
+    command = [sys.executable, "-c", STUCK]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=forks.HANGS)
+    assert (ended.returncode, ended.stdout, "in act" in ended.stderr) == (1, "1\n2\n", True)
 
 
-UNWATCHED = """
-import faulthandler, os, signal, threading
-from runs.program import on_signals
-
-def fails(seconds, exit):
-    raise RuntimeError("unable to start watchdog thread")
-
-faulthandler.dump_traceback_later = fails
-ended = threading.Event()
-on_signals(lambda count: ended.set(), 1.0)
-os.kill(os.getpid(), signal.SIGTERM)
-assert ended.wait(60)
-"""
-
-
-def test_a_signal_counts_without_a_watch():
-    """Under `ulimit -v` its thread cannot start. Guards against a SIGTERM that is ignored for ever."""
-    assert ended(UNWATCHED).returncode == 0
-
-
-WORKS = """
-import os, signal, time
-from runs.program import run
-
-def work():
-    try:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
-    finally:
-        print("kept")
-
-run(work)
-"""
-
-
-def test_ctrl_c_in_the_work_of_a_script():
-    """Guards against an end without a chance to keep what was done; test_processes.py is about imports."""
-    worked = ended(WORKS)
-    assert (worked.returncode, worked.stdout, worked.stderr) == (130, "kept\n", "interrupted\n")
+def test_an_output_that_is_closed(monkeypatch):
+    """As `generate.py >&-`. Guards against a traceback of what asks whether it is a terminal."""
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(SystemExit, match="0"):
+        run(lambda: print("an answer", file=sys.stdout) or 0)
 
 
 RANK = "import time, runs.program as p; p.run(lambda: print(1, flush=True) or time.sleep(60) or print(2))"
@@ -112,43 +71,23 @@ def test_ranks_end_with_a_killed_torchrun():
 @pytest.mark.parametrize("threads", [None, 3])
 def test_threads_are_fixed_or_follow_other_programs(threads, model_folder):
     """Guards against --threads that is not used, or that the governor changes again."""
+    model_args = ModelArguments(model=str(model_folder), threads=threads)
     try:
-        model = load_generator(
-            ModelArguments(model=str(model_folder), threads=threads), GenerationConfig()
-        ).model
+        model = load_generator(model_args, GenerationConfig()).model
         assert most_threads(model) == torch.get_num_threads() == (threads or 1)
         assert (peek(model, ThreadGovernor) is None) == (threads is not None)
     finally:
         torch.set_num_threads(1)
 
 
-def test_bars_are_for_terminals_and_long_work(capsys, monkeypatch):
-    """Guards against a flash of a bar for small models, and control characters in a log file."""
-
-    def shown(seconds, on_terminal):
-        monkeypatch.setattr(status, "_SECONDS_WITHOUT_BAR", seconds)
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
-        with status.work_bar("packing weights", 5_000_000, "B") as advance:
-            for _ in range(5):
-                advance(1_000_000)
-        return capsys.readouterr().err
-
-    assert "packing weights:   0%|" in shown(0.0, on_terminal=True)
-    assert shown(forks.HANGS, on_terminal=True) == ""
-    assert shown(0.0, on_terminal=False) == ""
-
-
 def test_others_are_told_of_once_and_not_in_the_middle_of_an_answer(capsys):
     """Guards against a slow program that says nothing, one that says it again and again, and a line in a
     text that grows on the same terminal.
     """
-    governor, another = (Mock(others=1.26, num_processors=2, num_threads=1, most=2) for _ in range(2))
+    governor = Mock(others=1.26, num_processors=2, num_threads=1, most=2)
     with _status_held(True):
         status.tell_of_fewer_threads(governor)
         status.tell_of_fewer_threads(governor)
         assert capsys.readouterr().err == ""
     said = "other programs use 1.3 of 2 processors: decoding is slower, with 1 of 2 threads while they do\n"
     assert capsys.readouterr().err == said
-    with _status_held(False):
-        status.tell_of_fewer_threads(another)
-        assert capsys.readouterr().err == said

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
-from helpers import about, only_run, refused
+from helpers import about, refused
 
 import benchmark
 from arguments import BatchArguments, GenerationConfig, ModelArguments
@@ -28,8 +28,7 @@ def run(tmp_path):
 
 def test_two_runs_that_begin_together_have_folders_of_their_own(tmp_path):
     """Guards against a run that writes into the folder of another one."""
-    folders = {Run.open(str(tmp_path), None, DESCRIPTION).folder for _ in range(3)}
-    assert len(folders) == 3
+    assert len({Run.open(str(tmp_path), None, DESCRIPTION).folder for _ in range(3)}) == 3
 
 
 def test_a_full_disk_keeps_what_is_written(run, monkeypatch):
@@ -57,14 +56,11 @@ def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_refused_before_anything_is_loaded(common, tmp_path, capsys, monkeypatch):
     """Guards against minutes of loading before the error."""
-    assert benchmark.main(common) == 0
-    folder = only_run(tmp_path)
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("runs.failures.os.fsync", Mock(side_effect=full))
     monkeypatch.setattr("runs.examples.load_examples", lambda *_: pytest.fail("data are read"))
-    for flag, path in (("--output_dir", folder.parent), ("--resume", folder)):
-        line = refused(benchmark.main, [*common, flag, str(path)], capsys)
-        assert line.endswith(f"{flag} {path}: cannot be written (No space left on device)")
+    line = refused(benchmark.main, common, capsys)
+    assert line.endswith(f"--output_dir {tmp_path}/logs: cannot be written (No space left on device)")
 
 
 MACHINE = {
@@ -78,26 +74,17 @@ def run_of(*groups, **facts):
     return {**MACHINE, **facts, "arguments": arguments}
 
 
-def test_settings_other_than_defaults_are_named():
-    """Guards against figures whose settings nobody knows, a column of the table in its heading, and a format
-    that reads like a contradiction.
+def test_a_heading_names_settings_and_machine(tmp_path):
+    """Guards against figures whose settings nobody knows, a column of the table in its heading, the host's
+    threads beside a GPU, a path where a name is enough, and a line that a terminal or a picture cuts.
     """
     config = GenerationConfig(exit_layer=3, temperature=0)
     groups = (ModelArguments(fuse=False), config, DataArguments(n_shot=2, num_samples=5), BatchArguments(8))
     named, by = heading(run_of(*groups), left_out=("exit_layer",)).splitlines()
     assert named == "a/b, fuse False, human_eval, n_shot 2, autoregressive, temperature 0"
     assert by == "weights in bfloat16, products in float32, a processor, 2 threads, 1 rank, batch size 8"
-
-
-def test_machines(tmp_path):
-    """Guards against the host's threads beside a GPU, and a path where a name is enough."""
     (tmp_path / "tiny").mkdir()
     facts = {"device": "a GPU", "computed_in": "bfloat16", "model": str(tmp_path / "tiny"), "num_ranks": 2}
     assert heading(run_of(DataArguments(), **facts)) == "tiny, human_eval\nbfloat16, a GPU, 2 ranks"
-
-
-def test_long_values_are_wrapped():
-    """Guards against a line that a terminal or a picture cuts."""
-    groups = (ModelArguments(model_args="a=" + "x/" * 99), DataArguments(template="{message} " * 30))
-    said = heading(run_of(*groups, GenerationConfig()))
-    assert max(map(len, said.splitlines())) <= 100
+    long = (ModelArguments(model_args="a=" + "x/" * 99), DataArguments(template="{message} " * 30), config)
+    assert max(map(len, heading(run_of(*long)).splitlines())) <= 100

@@ -19,7 +19,6 @@ from measures.comparison import find_difference
 from runs.description import heading
 from self_speculation import HuggingfaceLlamaGenerator, Sampler
 from self_speculation.decoding.sampling import gumbel_noise, leading_matches, noise_key
-from self_speculation.weights.kernels import cpu_operators
 
 
 def key(seed):
@@ -30,39 +29,32 @@ SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
 
 
 @pytest.fixture
-def with_pictures(model_folder, tmp_path):
-    return [*small_run(model_folder, tmp_path, 5, 12), "--template", "def {message}"]
-
-
-@pytest.fixture
-def common(with_pictures, monkeypatch):
+def common(model_folder, tmp_path, monkeypatch):
     no_pictures(monkeypatch)
-    return with_pictures
+    return [*small_run(model_folder, tmp_path, 5, 12), "--template", "def {message}"]
 
 
 def records_of(folder):
     return pandas.read_json(folder / "records.jsonl", lines=True)
 
 
-def test_benchmark_writes_files_that_others_can_read(with_pictures, tmp_path, capsys):
+def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, capsys):
     """Guards against a run without its machine, records out of order, and a table that lacks a figure."""
     flags = ["--compare", "True", "--text_quality", "True", *SPECULATION, "--sample", "False"]
-    assert benchmark.main([*with_pictures, *flags]) == 0
+    assert benchmark.main([*small_run(model_folder, tmp_path, 5, 12), *flags]) == 0
     run, records = about(only_run(tmp_path)), records_of(only_run(tmp_path))
     facts = {"libraries", "device", "dtype", "threads", "num_layers", "processor"}
     assert facts | {"num_ranks", "version", "commit"} <= run.keys()
     assert (run["status"], run["arguments"]["exit_layer"]) == ("finished", 2)
     assert run["began"] <= run["ended"]
     assert records["index"].tolist() == [0, 1, 2, 3, 4]
-    assert records["prompt"].str.startswith("def add").all()
+    assert records["prompt"].str.startswith("add").all()
     metrics = run["metrics"]
     assert metrics["comparison"]["identical_outputs"] == 5
     assert metrics["speed"]["num_tokens"] == records["num_tokens"].sum()
-    qualities = {"rouge1", "rouge2", "rougeL", "bleu", "exact_match", "edit_distance"}
-    assert metrics["text"].keys() == qualities
+    assert {"rouge1", "bleu", "exact_match", "edit_distance"} <= metrics["text"].keys()
     table = capsys.readouterr().out
     assert table.startswith(f"{heading(run)}\n\n5 examples ")
-    assert all(len(line) <= 100 for line in table.splitlines() if "run.json" not in line)
     speeds = {"tokens/s, all tokens by wall time", "tokens/s, decode, median answer", "ms to first token"}
     ratios = {"speed-up, median of examples", "speed-up, decode", "acceptance rate"}
     assert all(name in table for name in speeds | ratios)
@@ -71,22 +63,14 @@ def test_benchmark_writes_files_that_others_can_read(with_pictures, tmp_path, ca
 
 def test_figures_say_what_they_are(common, tmp_path, monkeypatch, capsys):
     """Guards against the speed of the first layers that is taken for the model's, or that of a busy machine
-    for a quiet one's, an acceptance rate without drafts, the quality of texts that nobody asked for, the
-    middle half of one example, and "1 examples".
+    for a quiet one's, an acceptance rate without drafts, and the quality of texts that nobody asked for.
     """
     monkeypatch.setattr("runs.description.most_threads", lambda model: 2)  # examples end with one thread
     assert benchmark.main([*common, "--exit_layer", "2"]) == 0
-    assert "acceptance" not in about(only_run(tmp_path))["metrics"]
-    output = capsys.readouterr().out
-    said = " ".join(output.split())
-    assert ", autoregressive by the early exit at layer 2 alone, not by the full model, " in said
-    assert ", down to 1 of 2 threads, 1 rank" in said  # that of pictures, too
-    assert about(only_run(tmp_path))["threads_used"] == 1
-    assert not any(words in output for words in ("acceptance", "rouge"))
-    assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--num_samples", "1"]) == 0
-    output = capsys.readouterr().out
-    assert "\n1 example " in output
-    assert "middle half" not in output
+    output, run = capsys.readouterr().out, about(only_run(tmp_path))
+    assert " by the early exit at layer 2 alone, not by the full model, " in " ".join(output.split())
+    assert ", down to 1 of 2 threads, 1 rank" in " ".join(output.split())  # that of pictures, too
+    assert (run["threads_used"], "acceptance" in run["metrics"], run["metrics"]["text"]) == (1, False, {})
 
 
 def test_examples_draw_their_own_samples(common, tmp_path):
@@ -143,11 +127,9 @@ def test_every_source_of_drafts(flags, common, tmp_path, capsys):
     args = [*common, "--sample", "False", *flags]
     assert correctness.main([*args, "--reference", "transformers"]) == 0
     output, report = capsys.readouterr().out, about(only_run(tmp_path))
-    assert output.splitlines()[-1].startswith("passed: 5 of 5 outputs identical, 0 near-ties, 0 differences")
     assert output.startswith(f"{heading(report)}\n")
-    counts = {"examples": 5, "outputs": 5, "identical": 5, "near_ties": 0, "differences": 0}
-    assert counts.items() <= report["metrics"].items()
-    assert report["operators"] == str(cpu_operators())
+    assert "\npassed: 5 of 5 outputs identical, 0 near-ties, 0 differences" in output
+    assert {"outputs": 5, "identical": 5, "differences": 0}.items() <= report["metrics"].items()
     other = ["--output_dir", str(tmp_path / "benchmark" / "logs")]
     assert benchmark.main([*args, "--compare", "True", *other]) == 0
     metrics = about(only_run(tmp_path / "benchmark"))["metrics"]
@@ -170,16 +152,14 @@ def mixes_rows_up(drafted, tokens, lengths):
     return accepted
 
 
-@pytest.mark.parametrize("sample", ["True", "False"])
 @pytest.mark.parametrize(("rule", "batch_size"), [(accepts_everything, "1"), (mixes_rows_up, "3")])
-def test_correctness_catches_a_wrong_accept_rule(common, rule, batch_size, sample, monkeypatch, capsys):
+def test_correctness_catches_a_wrong_accept_rule(common, rule, batch_size, monkeypatch, capsys):
     """Guards against a comparison that always passes, or that decodes both sides alone or both in a batch."""
     monkeypatch.setattr(self_speculation_generator, "leading_matches", rule)
-    args = [*common, *SPECULATION, "--sample", sample, "--batch_size", batch_size]
-    assert correctness.main(args) == 1
+    assert correctness.main([*common, *SPECULATION, "--batch_size", batch_size]) == 1
     output = capsys.readouterr().out
-    kinds = {line.split(", ")[1] for line in output.splitlines() if line.endswith(": DIFFERENCE")}
-    assert kinds >= ({"greedy", "sample 1", "sample 2"} if sample == "True" else {"greedy"})
+    found = {line.split(", ")[1] for line in output.splitlines() if line.endswith(": DIFFERENCE")}
+    assert found >= {"greedy", "sample 1", "sample 2"}
     assert "\nFAILED: " in output
 
 
@@ -197,20 +177,14 @@ def test_correctness_counts_positions_with_other_bits(common, monkeypatch, capsy
     assert re.search(r"\n[1-9]\d* of \d+ positions .*\nFAILED: 10 of ", capsys.readouterr().out)
 
 
-def test_correctness_compares_batches_without_drafts(common, capsys):
-    """Guards against --batch_size that needs drafts."""
-    assert correctness.main([*common, "--batch_size", "3", "--sample", "False"]) == 0
-    output = capsys.readouterr().out
-    assert output.splitlines()[-1].startswith("passed: 5 of 5 outputs identical")
-    assert "batch size 3\n" in output
-
-
 def test_sides_take_turns_by_windows(model_folder, tmp_path, monkeypatch, capsys):
-    """Guards against a side that always goes first, and a ratio of examples whose times overlap."""
+    """Guards against a side that always goes first, a ratio of examples whose times overlap, and --batch_size
+    that needs drafts to be compared.
+    """
     sides = watch(monkeypatch, timed_runs, "_measured")
     monkeypatch.setattr(timed_runs, "_BATCHES_IN_TURN", 1)
-    args = [*small_run(model_folder, tmp_path, 8, 16), "--compare", "True", "--sample", "False", *SPECULATION]
-    assert benchmark.main([*args, "--batch_size", "2"]) == 0
+    args = [*small_run(model_folder, tmp_path, 8, 16), "--sample", "False", "--batch_size", "2"]
+    assert benchmark.main([*args, "--compare", "True", *SPECULATION]) == 0
     turns = [prefix for ((prefix, *_), *_), _ in sides]
     assert turns == ["autoregressive_", "", "", "autoregressive_"] * 2  # 4 windows of two
     metrics, records = about(only_run(tmp_path))["metrics"], records_of(only_run(tmp_path))
@@ -219,8 +193,9 @@ def test_sides_take_turns_by_windows(model_folder, tmp_path, monkeypatch, capsys
     assert (compared["speedup_windows"], compared["identical_outputs"]) == (4, 8)
     assert compared["decode_speedup"] is None  # times overlap
     assert set(records["window"]) == {0, 2, 4, 6}
-    table = capsys.readouterr().out
-    assert all(f in table for f in ("middle half of windows", "decode, beside other rows", "batch size 2\n"))
+    assert "decode, beside other rows" in capsys.readouterr().out
+    assert correctness.main(args) == 0
+    assert "\npassed: 8 of 8 outputs identical" in capsys.readouterr().out
 
 
 def test_near_ties_are_told_from_differences(text_model):

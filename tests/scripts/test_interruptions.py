@@ -4,20 +4,20 @@ batches. All scripts that work through examples keep this contract.
 
 import errno
 import json
-import os
 import re
-import signal
 import tempfile
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 import forks
 import psutil
 import pytest
+import torch.distributed.run
 from conftest import ROOT
 from helpers import (
     SPECULATION,
-    TORCHRUN,
+    Killed,
     about,
     no_pictures,
     only_run,
@@ -31,7 +31,6 @@ import benchmark
 import correctness
 import sweep
 from runs import records
-from runs.records import _write as write_record
 
 GRID = ["--sample", "False", "--exit_layer_last", "2", "--num_speculations_last", "3", "--mode", "measured"]
 
@@ -51,6 +50,8 @@ CASES = {
     "sweep": Case(sweep, [*GRID, "--num_samples", "3", "--batch_size", "3"], "cells"),
 }
 UNBROKEN = {}
+# Fields of a measured cell that come from a clock.
+TIMED = ("time", "speedup", "speed", "per_second")
 
 
 @pytest.fixture
@@ -73,38 +74,17 @@ def unbroken(common, tmp_path):
     return of
 
 
-# Fields of a measured cell that come from a clock.
-TIMED = ("time", "speedup", "speed", "per_second")
-
-
 def outcome(folder):
     """Records without times, in the order of their indices."""
     rows = sorted(untimed(folder), key=lambda record: record["index"])
     return [{k: v for k, v in row.items() if not any(word in k for word in TIMED)} for row in rows]
 
 
-ENDINGS = {  # exit status, status in run.json, error
-    "Ctrl-C": (130, "interrupted", KeyboardInterrupt()),
-    "full disk": (1, "failed", OSError(errno.ENOSPC, "No space left on device")),
-    "kill": (-signal.SIGKILL, "running", None),
+ENDINGS = {  # error, exit status, status in run.json
+    "Ctrl-C": (KeyboardInterrupt, 130, "interrupted"),
+    "full disk": (OSError(errno.ENOSPC, "No space left on device"), 1, "failed"),
+    "kill": (Killed, None, "running"),
 }
-
-
-def end_early(ending):
-    """Writes half of the third record, and ends."""
-
-    def patched(path, mode, text):
-        if path.name == "records.jsonl" and path.exists() and path.read_text().count("\n") == 2:
-            write_record(path, mode, text[:9])
-            if ending == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise ENDINGS[ending][2]
-        write_record(path, mode, text)
-
-    records._write = patched
-
-
-KILL = "from test_interruptions import benchmark, end_early; end_early('kill'); benchmark.main()"
 
 
 @pytest.mark.parametrize(
@@ -112,27 +92,29 @@ KILL = "from test_interruptions import benchmark, end_early; end_early('kill'); 
 )
 def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path, monkeypatch, capsys):
     """Guards against records that are lost, made twice or read by half, and a --resume that needs flags."""
-    monkeypatch.setattr(records, "_write", write_record)
-    case, (exit_status, status, _) = CASES[name], ENDINGS[ending]
-    expected = unbroken(name)
+    case, (error, exit_status, status), write = CASES[name], ENDINGS[ending], records._write
+    expected, ended = unbroken(name), None
+
+    def fails(path, mode, text):
+        """Write half of the third record."""
+        if path.name == "records.jsonl" and path.exists() and path.read_text().count("\n") == 2:
+            write(path, mode, text[:9])
+            raise error
+        write(path, mode, text)
+
     capsys.readouterr()
-    if ending == "kill":  # needs a process
-        ended = run_program(1, tmp_path, KILL, *common, *case.flags).returncode
-    else:
-        end_early(ending)
+    with monkeypatch.context() as patch, suppress(Killed):
+        patch.setattr(records, "_write", fails)
         ended = case.script.main([*common, *case.flags])
-    assert ended == exit_status
     folder = only_run(tmp_path)
+    assert (ended, about(folder)["status"]) == (exit_status, status)
+    said = capsys.readouterr().err
     if ending != "kill":
-        said = capsys.readouterr().err.splitlines()[-1]
         assert ("No space left on device" if ending == "full disk" else "interrupted") in said
-        assert said.endswith(f"; 2 of 6 {case.unit} are kept, go on with --resume {folder}")
-    assert about(folder)["status"] == status
+        assert said.endswith(f"; 2 of 6 {case.unit} are kept, go on with --resume {folder}\n")
     began = "2020-02-02T02:02:02+00:00"
     (folder / "run.json").write_text(json.dumps({**about(folder), "began": began}))
     kept = (folder / "records.jsonl").read_text().splitlines()[:2]
-    records._write = write_record
-    capsys.readouterr()
     assert case.script.main(["--resume", str(folder), *case.resumed]) == 0
     said = capsys.readouterr()
     assert "not used" not in said.err  # of flags that nobody gave
@@ -152,11 +134,7 @@ def test_ranks_give_the_records_of_one(name, ranks, common, unbroken, tmp_path):
     result = forks.run_ranks(ranks, ROOT / f"{script.__name__}.py", *common, *flags)
     assert result.returncode == 0, result.stderr
     assert outcome(only_run(tmp_path)) == expected
-    heading = rf", {ranks} ranks, batch size \d+$"
-    assert len(re.findall(heading, result.stdout, re.MULTILINE)) == 1  # one rank prints
-    if script is benchmark:  # the pace of all ranks, and not of the first one
-        speed = about(only_run(tmp_path))["metrics"]["speed"]["tokens_per_second"]
-        assert f"tokens/s, {ranks} ranks together{speed:>26.2f}" in result.stdout
+    assert result.stdout.count(f", {ranks} ranks, batch size ") == 1  # one rank prints
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
@@ -173,11 +151,14 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, tmp_path):
-    """By the real torchrun. Guards against a rank 0 that waits for ever, or that does not name --resume."""
+def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, tmp_path, monkeypatch):
+    """By the real torchrun. Guards against a rank 0 that waits for ever, or that does not name --resume, and
+    a local model that needs the hub's cache.
+    """
+    monkeypatch.setenv("HF_HOME", "/proc/nowhere")
     args = [ROOT / "benchmark.py", *small_run(endless_folder, tmp_path, 10, 400)]
     with tempfile.TemporaryFile() as said:
-        run = forks.Fork(TORCHRUN, "--nproc_per_node", 2, *args, stderr=said.fileno())
+        run = forks.Fork(torch.distributed.run.__file__, "--nproc_per_node", 2, *args, stderr=said.fileno())
         try:
             while not list(tmp_path.glob("logs/*/records.jsonl")):
                 time.sleep(0.1)
@@ -203,24 +184,19 @@ def test_a_resumed_run_keeps_its_arguments(common, tmp_path, capsys):
     assert sweep.main(flags) == 0
     folder = only_run(tmp_path)
     resume, run = f"--resume={folder}", about(folder)
-    for name, was, now in (("max_steps", 12, 9), ("chat", False, True), ("batch_size", 3, 2)):
-        said = f"that run had --{name} {was}, this one has {now}"
-        assert said in refused(sweep.main, [resume, f"--{name}", str(now)], capsys)
-    assert "is of sweep.py, go on with that" in refused(correctness.main, [resume], capsys)
-    for fact in ("device", "dtype"):
-        (folder / "run.json").write_text(json.dumps({**run, fact: "other"}))
-        assert f"that run had {fact} 'other', this one has" in refused(sweep.main, [resume], capsys)
-    for content in ("{}", "[]", "{"):
-        (folder / "run.json").write_text(content)
-        assert "no run.json of a run in there" in refused(sweep.main, [resume], capsys)
-    arguments = run["arguments"]
-    for name, value, allowed in (
-        ("mode", "predicted", "must be one of counted, measured"),
-        ("threads", "two", "must be an integer or None"),
-        ("model_args", {"a": 1}, "must be a text or None"),
-    ):
-        (folder / "run.json").write_text(json.dumps({**run, "arguments": arguments | {name: value}}))
-        assert f"--{name} {value!r}: {allowed}" in refused(sweep.main, [resume], capsys)
-    del arguments["n_shot"]  # of a version without this flag
+
+    def says(script=sweep, *words, run=run):
+        (folder / "run.json").write_text(run if isinstance(run, str) else json.dumps(run))
+        return refused(script.main, [resume, *words], capsys)
+
+    for name, was, now in (("max_steps", 12, 9), ("batch_size", 3, 2)):
+        assert f"that run had --{name} {was}, this one has {now}" in says(sweep, f"--{name}", str(now))
+    assert "is of sweep.py, go on with that" in says(correctness)
+    assert "that run had device 'other', this one has" in says(run={**run, "device": "other"})
+    for damaged in ("[]", "{"):
+        assert "no run.json of a run in there" in says(run=damaged)
+    old = {**run, "arguments": run["arguments"] | {"threads": "two"}}
+    assert "--threads 'two': must be an integer or None" in says(run=old)
+    del run["arguments"]["n_shot"]  # of a version without this flag
     (folder / "run.json").write_text(json.dumps(run))
     assert sweep.main([*flags, resume, "--output_dir", str(tmp_path)]) == 0

@@ -39,12 +39,9 @@ def test_answers_and_turns_of_spec_bench(asked, tmp_path, monkeypatch):
     drafted, plain = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
     assert [row["question_id"] for row in drafted] == [81, 82, 161, 241]
     assert {row["question_id"]: row["category"] for row in plain} == {n: kind for n, kind, _ in QUESTIONS}
-    fields = {"index", "turns", "decoding_steps", "new_tokens", "wall_time", "accept_lengths"}
     for row, other in zip(drafted, plain, strict=True):
         (choice,), (expected,) = row["choices"], other["choices"]
-        assert choice.keys() == expected.keys() == fields
-        assert choice["turns"] == expected["turns"]
-        assert choice["new_tokens"] == expected["new_tokens"]
+        assert [choice[n] for n in ("turns", "new_tokens")] == [expected[n] for n in ("turns", "new_tokens")]
         assert min(choice["wall_time"]) > 0
         assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])
         assert sum(choice["accept_lengths"]) == len(expected["accept_lengths"])  # all but the first tokens

@@ -16,28 +16,14 @@ import yaml
 from conftest import ROOT, assert_close
 from helpers import only_run, write_rows
 from safetensors.torch import load_file
-from test_train import (
-    GENERATE,
-    arguments,
-    assert_learns,
-    assert_similar,
-    log,
-    program,
-    run,
-    weights,
-)
+from test_train import GENERATE, arguments, assert_learns, assert_similar, log, program, run, weights
 from transformers import AutoModelForCausalLM
 
 import train
 
-SHARDED = {  # as `accelerate launch` sets them
-    "ACCELERATE_USE_FSDP": "true",
-    **{
-        name.upper(): value if isinstance(value, str) else str(value).lower()
-        for name, value in yaml.safe_load((ROOT / "training" / "fsdp.yaml").read_text())[
-            "fsdp_config"
-        ].items()
-    },
+FSDP = yaml.safe_load((ROOT / "training" / "fsdp.yaml").read_text())["fsdp_config"]
+SHARDED = {"ACCELERATE_USE_FSDP": "true"} | {  # as `accelerate launch` sets them
+    name.upper(): value if isinstance(value, str) else str(value).lower() for name, value in FSDP.items()
 }
 SHARDS = '"torch.distributed.checkpoint:FileSystemWriter"'
 NO_SPACE = 'OSError(28, "No space left on device")'
@@ -59,12 +45,10 @@ def test_an_event_at_one_rank_ends_all(patch, env, status, message, tmp_path, te
     """Guards against ranks that wait for one another, and that fail with errors of their own."""
     command = arguments(tmp_path, texts, "--batch_size", "2")
     ended = forks.run_ranks(2, program(tmp_path, patch), *command, env=env)
-    if status is None:
-        assert ended.returncode != 0
-        assert ended.stderr == message
+    if status is None:  # one rank alone says why
+        assert (ended.returncode != 0, ended.stderr) == (True, message)
     else:
-        assert ended.returncode == status, ended.stderr
-        assert message in ended.stderr
+        assert (ended.returncode, message in ended.stderr) == (status, True), ended.stderr
 
 
 DROPPING = ["--layer_dropout", "0.7", "--exit_loss", "distill", "--rotation", "2"]
@@ -156,7 +140,7 @@ def test_two_ranks_learn_what_one_does(env, tmp_path):
     often do.
     """
     rows = [{"prompt": f"what is {i} ", "response": "x" * (1 + 7 * (i % 4)) + str(i)} for i in range(60)]
-    flags = [*arguments(tmp_path, write_rows(tmp_path / "pairs.jsonl", rows)), *DROPPING, "--num_steps", "6"]
+    flags = [*arguments(tmp_path, write_rows(tmp_path / "pairs.jsonl", rows)), *DROPPING, "--num_steps", "4"]
     shared = ["--batch_size", "1", "--gradient_accumulation", "2"]
     outputs = [["--output_dir", str(tmp_path / name / "logs")] for name in ("one", "two")]
     assert train.main([*flags, *outputs[0]]) == 0

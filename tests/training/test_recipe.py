@@ -7,7 +7,7 @@ from unittest.mock import patch
 import numpy
 import pytest
 import torch
-from conftest import assert_close, tiny_llama
+from conftest import assert_close, own_llama, tiny_llama
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
@@ -17,16 +17,10 @@ from training.recipe import IGNORED
 ALL = recipe.loss_weights([1, 2, 3], 4, 0.2, equal=False)
 
 
-def early_exit_loss(model, ids, labels, weights=ALL, **more):
+def by_head(compute, model):
+    """The head computes this."""
     head = model.get_output_embeddings()
-    with patch.object(head, "forward", partial(losses.exit_losses, head)):
-        return trainer.early_exit_loss(model, ids, labels, weights, **more)["loss"]
-
-
-def exit_scores(model, ids, labels):
-    head = model.get_output_embeddings()
-    with patch.object(head, "forward", partial(losses.exit_scores, head)):
-        return trainer.exit_scores(model, ids, labels)
+    return patch.object(head, "forward", partial(compute, head))
 
 
 def test_dropout_rises_with_depth_and_over_the_training():
@@ -154,23 +148,21 @@ def test_loss_and_gradients_are_those_of_samples_one_by_one():
     another exit, and against a layer without a gradient where all samples skip it: with sharded weights,
     other ranks would wait for it forever.
     """
-    model = tiny_llama()
-    model.train()
+    model = own_llama().train()
     ids, labels = batch()
     kept = numpy.array([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=bool)
     sizes = []
-    with torch.nn.modules.module.register_module_forward_hook(
-        lambda module, _, output: sizes.append(len(output)) if module in set(model.model.layers) else None
-    ):
-        loss = early_exit_loss(model, ids, labels, kept=kept)
-    expected = loss_one_by_one(model, ids, labels, kept)
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, _, output: sizes.append(len(output)))
+    with by_head(losses.exit_losses, model):
+        loss = trainer.early_exit_loss(model, ids, labels, ALL, kept)["loss"]
     assert sizes == [3, 2, 1, 3]  # the third layer runs on one sample, without effect
+    expected = loss_one_by_one(model, ids, labels, kept)
     assert_close(loss, expected)
     parameters = list(model.parameters())
     theirs = torch.autograd.grad(expected, parameters, allow_unused=True)
     for mine, other in zip(torch.autograd.grad(loss, parameters), theirs, strict=True):
         assert_close(mine, torch.zeros_like(mine) if other is None else other)
-    model.eval()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -178,7 +170,8 @@ def test_scores_count_labels_only(attention):
     """Guards against scores of ignored labels or of the last position, and a mask that is not causal."""
     model = tiny_llama(attn_implementation=attention)
     ids, labels = batch()
-    scores = exit_scores(model, ids, labels).sum(0)  # [L, 4]
+    with by_head(losses.exit_scores, model):
+        scores = trainer.exit_scores(model, ids, labels).sum(0)  # [L, 4]
     assert scores[:, 3].tolist() == [3 * 6 - 2] * 4
     assert scores[-1, 2] == 3 * 6 - 2  # the last layer agrees with itself
     assert_close(scores[-1, 0] / scores[-1, 3], model(ids, labels=labels).loss)
