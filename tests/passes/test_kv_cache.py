@@ -1,17 +1,14 @@
-"""Keys and values: appended in place, rolled back by count."""
+"""Memory of keys and values. Ids of test_batch.py and test_prefix_cache.py show what rows hold."""
 
-import itertools
 from contextlib import nullcontext
 from weakref import ref
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from self_speculation.passes.kv_cache import Buffers, KVCache, ScatteredCache
+from self_speculation.passes.kv_cache import Buffers, KVCache
 
 CPU = torch.device("cpu")
 
@@ -28,22 +25,6 @@ def append(cache, numbers, layer=0):
 
 def contents(view):
     return view[0, 0, :, 0].tolist()
-
-
-def test_layers_grow_and_roll_back_alike():
-    """Guards against buffers that are made anew at each call, and layers that grow where others have."""
-    cache = KVCache(Buffers([CPU] * 2))
-    first, _ = append(cache, range(3))
-    append(cache, range(5), 1)
-    append(cache, [3, 4])
-    cache.rollback(2)
-    keys, values = append(cache, range(7, 12))
-    assert contents(keys) == contents(values) == [0, 1, 2, 7, 8, 9, 10, 11]
-    assert keys.data_ptr() == first.data_ptr()
-    append(cache, [12])
-    keys, _ = append(cache, [5], 1)  # where only the other layer has grown
-    assert contents(keys) == [0, 1, 2, 5]
-    assert cache.buffers.capacity == 16
 
 
 def test_a_cache_on_a_gpu_has_all_positions_at_once(monkeypatch):
@@ -74,55 +55,6 @@ def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     refused = pytest.raises(MemoryError, match="1 times 8 positions") if any(missing) else nullcontext()
     with refused:
         append(KVCache(Buffers(devices)), [0])
-
-
-@given(data=st.data(), num_slots=st.integers(1, 4))
-@settings(max_examples=50)
-def test_rows_hold_what_was_written_to_them(data, num_slots):
-    """Guards against rows that take another one's place with its contents or its length, and against a
-    roll back, an append or a swap that reaches a neighbour's slot.
-    """
-    cache, rows, free, numbers = KVCache(Buffers([CPU], num_slots)), [], {}, itertools.count(1)
-    cache.set_rows([])
-
-    def new(number):
-        return [next(numbers) for _ in range(number)]
-
-    for _ in range(data.draw(st.integers(4, 16))):
-        what = data.draw(st.sampled_from(["prompt", "prompt", "append", "roll back", "remove"]))
-        if what == "prompt" and len(rows) < num_slots:
-            ids, row = new(data.draw(st.integers(1, 5))), len(rows)
-            slot = data.draw(st.integers(row, num_slots - 1))
-            cache.prompt_view(slot).append(*pair([ids]), 0)
-            free[slot], free[row] = free.get(row, []), []
-            cache.swap(slot, row, max(len(ids), len(free[slot])))
-            cache.add_row(len(ids))
-            rows.append(ids)
-        elif what == "append" and rows:
-            width = data.draw(st.integers(1, 3))
-            added = [new(width) for _ in rows]
-            if cache.is_uniform:
-                cache.append(*pair(added), 0)
-            else:
-                positions = cache.positions(0, width, CPU)
-                cache.extend(0, 1, width)
-                ScatteredCache(cache.buffers.of_layers, positions, 0).append(*pair(added), 0)
-            rows = [row + more for row, more in zip(rows, added, strict=True)]
-        elif what == "roll back" and rows:
-            dropped = [data.draw(st.integers(0, min(3, len(row)))) for row in rows]
-            cache.rollback(dropped)
-            rows = [row[: len(row) - number] for row, number in zip(rows, dropped, strict=True)]
-        elif what == "remove" and rows:
-            row = data.draw(st.integers(0, len(rows) - 1))
-            cache.remove_row(row)
-            rows[row], rows[-1] = rows[-1], rows[row]
-            removed = rows.pop()
-            free[len(rows)] = removed
-        assert cache.lengths() == list(map(len, rows))
-        for slot, ids in (*enumerate(rows), *free.items()):
-            if ids:
-                keys, values = cache.buffers.of_layers[0]
-                assert keys[slot, 0, : len(ids), 0].tolist() == values[slot, 1, : len(ids), 1].tolist() == ids
 
 
 class OutOfMemory(TorchDispatchMode):

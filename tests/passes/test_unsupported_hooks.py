@@ -33,40 +33,36 @@ def other(*_args, **_kwargs):
     pytest.fail("it was called")
 
 
-class OtherForward(LlamaForCausalLM):
-    forward = other
-
-
-class OtherInputs(LlamaForCausalLM):
-    prepare_inputs_for_generation = other
-
-
 class OtherHook(ModelHook):
     pre_forward = other
 
 
+def with_own(model, **functions):
+    model.__class__ = type("Own", (LlamaForCausalLM,), functions)
+
+
+def with_hooks(model, *hooks):
+    for hook in hooks:
+        add_hook_to_module(model, hook, append=True)
+
+
 def replaced_and_hooked(model):
     model.forward = MethodType(other, model)
-    add_hook_to_module(model, AlignDevicesHook("cpu"))
-
-
-def two_hooks(model):
-    add_hook_to_module(model, AlignDevicesHook("cpu"))
-    add_hook_to_module(model, OtherHook(), append=True)
+    with_hooks(model, AlignDevicesHook("cpu"))
 
 
 OTHER = "other of test_unsupported_hooks"
 REFUSED = [
     (lambda m: setattr(m.model, "forward", MethodType(other, m.model)), f"LlamaModel has {OTHER} instead of"),
     (replaced_and_hooked, f"LlamaForCausalLM has {OTHER} instead of its forward"),
-    (two_hooks, "LlamaForCausalLM has OtherHook of test_unsupported_hooks instead of its forward"),
-    (lambda m: setattr(m, "__class__", OtherForward), f"OtherForward has a forward of its own, {OTHER}"),
-    (lambda m: setattr(m, "__class__", OtherInputs), f"inputs are made by {OTHER}, as for prompt tuning"),
-    (lambda m: m.model.register_forward_hook(other), f"LlamaModel has the hook {OTHER}"),
     (
-        lambda m: m.register_forward_pre_hook(other, with_kwargs=True),
-        f"the hook {OTHER}, which would be passed over: layers are run one by one",
+        lambda m: with_hooks(m, AlignDevicesHook("cpu"), OtherHook()),
+        "LlamaForCausalLM has OtherHook of test_",
     ),
+    (lambda m: with_own(m, forward=other), f"Own has a forward of its own, {OTHER}"),
+    (lambda m: with_own(m, prepare_inputs_for_generation=other), f"its inputs are made by {OTHER}"),
+    (lambda m: m.model.register_forward_hook(other), f"LlamaModel has the hook {OTHER}"),
+    (lambda m: m.register_forward_pre_hook(other, with_kwargs=True), f"hook {OTHER}, which would be passed"),
 ]
 
 
@@ -110,11 +106,6 @@ class DoublingNorm(LlamaRMSNorm):
         return 2 * super().forward(hidden)
 
 
-def wrapped_layer(model):
-    mlp = model.model.layers[1].mlp
-    mlp.forward = lambda hidden: 3 * type(mlp).forward(mlp, hidden)
-
-
 def hooked_embedding_and_head(model):
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output * 2)
     model.lm_head.register_forward_hook(lambda module, inputs, output: -output)
@@ -126,29 +117,22 @@ def two_devices(model):
 
 
 def removed_hook(model):
-    add_hook_to_module(model, AlignDevicesHook("cpu"))
+    with_hooks(model, AlignDevicesHook("cpu"))
     remove_hook_from_module(model)
     assert "forward" in vars(model)
 
 
-def two_hooks_that_move(model):
-    for _ in range(2):
-        add_hook_to_module(model, AlignDevicesHook("cpu"), append=True)
-
-
 FOLLOWED = {
-    "hooked layer": lambda m: m.model.layers[2].register_forward_hook(lambda module, inputs, output: -output),
     "hook before a layer": lambda m: m.model.layers[2].mlp.register_forward_pre_hook(lambda _, x: (-x[0],)),
     "adapter": lambda m: setattr(m.model.layers[1].mlp.down_proj, "__class__", Adapter),
     "another norm": lambda m: setattr(m.model.layers[1].input_layernorm, "__class__", DoublingNorm),
-    "wrapped layer": wrapped_layer,
     "hooked embedding and head": hooked_embedding_and_head,
     "two devices": two_devices,
     "offloaded layer": lambda m: cpu_offload(m.model.layers[2], torch.device("cpu")),
     "removed hook": removed_hook,
-    "two hooks that move": two_hooks_that_move,
+    "two hooks that move": lambda m: with_hooks(m, AlignDevicesHook("cpu"), AlignDevicesHook("cpu")),
     "compiled": lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager")),
-    "subclass": lambda m: setattr(m, "__class__", type("Subclass", (LlamaForCausalLM,), {})),
+    "subclass": with_own,
     "activation of no operator": lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.Mish()),
     "activation with weights": lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.PReLU()),
 }
