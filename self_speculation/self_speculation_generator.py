@@ -80,10 +80,8 @@ def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draf
     k, layer = draft.tokens.shape[1], draft.exit_layer
     inputs = torch.cat((batch.last, draft.tokens), 1) if k else batch.last  # [B, k+1] ids
     if layer:  # the first layers drafted
-        states = draft.exit_hidden
-        if len(states) == k:  # the last column has no state yet
-            states = [*states, forward_early(runner, cache, inputs[:, -1:], layer, num_logits=0).hidden]
-        inputs = torch.cat(states, dim=1)  # [B, k+1, H]
+        last = forward_early(runner, cache, inputs[:, -1:], layer, num_logits=0).hidden
+        inputs = torch.cat([*draft.exit_hidden, last], dim=1)  # [B, k+1, H]
     else:
         cache.rollback_draft()
     logits = runner.run(cache, inputs, layer, len(runner.layers), k + 1).logits

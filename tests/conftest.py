@@ -254,9 +254,7 @@ def random_plans(seed):
         source = draws.choice([None, *sorted(sources)])
         if source is None and not any(lookups):
             return Plan()
-        length, looked_up = (draws.randint(1, max(limits)) for _ in range(2))
-        # The draft of a trial has the given length.
-        return Plan(source, length, lookups, looked_up, is_trial=draws.choice([True, False]))
+        return Plan(source, draws.randint(1, max(limits)), lookups, is_trial=draws.choice([True, False]))
 
     return patch.object(AdaptivePolicy, "plan", planned(choose))
 

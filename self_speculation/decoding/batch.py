@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.sampling import Sampled, Sampler, amax, joint_sampler
+from self_speculation.decoding.sampling import Sampler, amax, joint_sampler
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.transfers import AsyncRead, Known, on_device
 
@@ -82,14 +82,9 @@ class Batch:
         return self.sampler(logits, self.noise_keys(logits.shape[1]))
 
     def sample_draft(
-        self,
-        logits: Tensor,
-        position: int,
-        is_drafting: abc.Sequence[bool],
-        keys: Tensor | None,
-        needs_confidence: bool,
-    ) -> Sampled:
-        """Sample the draft token at position 0, 1, ... from logits [B, V].
+        self, logits: Tensor, position: int, is_drafting: abc.Sequence[bool], keys: Tensor | None
+    ) -> Tensor:
+        """Sample the draft tokens [B] at position 0, 1, ... from logits [B, V].
 
         Non-drafting rows [B] repeat `last`, so cached padding stays finite: masks do not stop NaN.
 
@@ -98,24 +93,22 @@ class Batch:
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
         keys = None if keys is None else keys[:, position]
-        tokens, confidence = self.sampler.draft(logits, keys, needs_confidence)
-        if not all(is_drafting):
-            tokens = tokens.where(on_device(is_drafting, logits.device).bool(), self.last[:, 0])
-        return Sampled(tokens, confidence)
+        tokens = self.sampler.draft(logits, keys)
+        if all(is_drafting):
+            return tokens
+        return tokens.where(on_device(is_drafting, logits.device).bool(), self.last[:, 0])
 
     def record_draft(
         self,
         tokens: Tensor,
         position: int,
         is_drafting: abc.Sequence[bool],
-        confidence: Tensor | None = None,
         ids: abc.Sequence[int] | None = None,
-    ) -> AsyncRead | Known | None:
+    ) -> None:
         """Write drafted tokens [B] into the histories, and stream them where drafts are shown: at once, or on
         a GPU when `show_drafts` is called.
 
-        Reads from the device: one if a grammar follows the draft, drafts are shown, or a confidence [B] is
-        given, by which drafts end; else none. Returns that read: tokens, then confidences.
+        Reads from the device: one if a grammar follows the draft or drafts are shown, else none.
 
         Args:
             ids: the tokens, of a source that knows them on the host; they are not read.
@@ -123,14 +116,12 @@ class Batch:
         drafting = [row for row, drafts in enumerate(is_drafting) if drafts]
         reading: AsyncRead | Known | None = None if ids is None else Known(ids)
         # A draft may go on after an end id. The rest is not shown.
-        is_read = confidence is not None or any(self.sequences[row].reads_draft for row in drafting)
-        if reading is None and is_read:
-            reading = AsyncRead([tokens] if confidence is None else [tokens, confidence])
+        if reading is None and any(self.sequences[row].reads_draft for row in drafting):
+            reading = AsyncRead([tokens])
         for row in drafting:
             self.sequences[row].write_drafted(tokens, row, position, reading)
         if not reads_late(tokens.device):
             self.show_drafts()
-        return reading
 
     def show_drafts(self) -> None:
         """Stream the drafted tokens that are not shown yet."""

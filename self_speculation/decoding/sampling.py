@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,14 +110,6 @@ def top_k_top_p_filtering(
     return rows.reshape(logits.shape)
 
 
-class Sampled(NamedTuple):
-    """Drafted tokens."""
-
-    tokens: Tensor  # [B]
-    # [B] by how much they lead, between 0 and 1: the softmax of logits + noise. None: not asked for.
-    confidence: Tensor | None
-
-
 @dataclass(frozen=True)
 class Sampler:
     """Turns logits into tokens: greedy, or by `SAMPLING_RULES`. By default no rule changes probabilities.
@@ -155,24 +146,15 @@ class Sampler:
             tokens = argmax(_noise_of_all(row_keys, rows.shape[1]).add_(rows))
         return tokens.view(keys.shape)
 
-    def draft(self, logits: Tensor, keys: Tensor | None, needs_confidence: bool = False) -> Sampled:
+    def draft(self, logits: Tensor, keys: Tensor | None) -> Tensor:
         """Sample drafted tokens [B] of logits [B, V]; where rules filter, among the `_LIKELY` most likely."""
-        scores, ids = logits.float(), None
-        if not self.greedy:
-            assert keys is not None
-            if self._filters:
-                likely, ids = scores.topk(min(_LIKELY, logits.shape[-1]))
-                kept = self.keep((likely / self.temperature).softmax(-1))
-                scores = gumbel_noise(keys, ids).add_(kept.log())
-            else:
-                scores = _noise_of_all(keys, logits.shape[-1]).add_(scores / self.temperature)
-        tokens = argmax(scores)
-        if ids is not None:
-            tokens = ids.gather(-1, tokens[:, None])[:, 0]
-        if not needs_confidence:
-            return Sampled(tokens, None)
-        # NaN where processors forbid every token.
-        return Sampled(tokens, amax(scores.softmax(-1)).nan_to_num_(0.0))
+        if self.greedy or not self._filters:
+            return self(logits, keys)
+        assert keys is not None
+        likely, ids = logits.float().topk(min(_LIKELY, logits.shape[-1]))
+        kept = self.keep((likely / self.temperature).softmax(-1))
+        best = argmax(gumbel_noise(keys, ids).add_(kept.log()))
+        return ids.gather(-1, best[:, None])[:, 0]
 
     def keep(self, likely: Tensor) -> Tensor:
         """[..., m] probabilities in descending order -> the same, with 0 in the place of those that the rules
@@ -235,21 +217,17 @@ class SamplerOfRows(Sampler):
         self._rows = {sampler: on_device(own, device) for sampler, own in rows.items()}
 
     def __call__(self, logits: Tensor, keys: Tensor | None) -> Tensor:
+        return self._each(Sampler.__call__, logits, keys)
+
+    def draft(self, logits: Tensor, keys: Tensor | None) -> Tensor:
+        return self._each(Sampler.draft, logits, keys)
+
+    def _each(self, sample: Callable[..., Tensor], logits: Tensor, keys: Tensor | None) -> Tensor:
         assert keys is not None
         tokens = torch.empty_like(keys)
         for sampler, rows in self._rows.items():
-            tokens.index_copy_(0, rows, sampler(logits[rows], keys[rows]))
+            tokens.index_copy_(0, rows, sample(sampler, logits[rows], keys[rows]))
         return tokens
-
-    def draft(self, logits: Tensor, keys: Tensor | None, needs_confidence: bool = False) -> Sampled:
-        assert keys is not None
-        tokens, confidence = torch.empty_like(keys), torch.empty(keys.shape, device=keys.device)
-        for sampler, rows in self._rows.items():
-            drafted = sampler.draft(logits[rows], keys[rows], needs_confidence)
-            tokens.index_copy_(0, rows, drafted.tokens)
-            if drafted.confidence is not None:
-                confidence.index_copy_(0, rows, drafted.confidence)
-        return Sampled(tokens, confidence if needs_confidence else None)
 
 
 def joint_sampler(samplers: Sequence[Sampler], device: torch.device) -> Sampler:

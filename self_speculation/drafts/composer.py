@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, ShouldContinue
+from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes.captured_runner import num_captures
 from self_speculation.passes.kv_cache import KVCache
@@ -37,14 +37,13 @@ class DraftComposer:
         self._model, self._policy, self._vocab_size = model, policy, model.config.vocab_size
         self._sources = {source.name: source for source in sources if isinstance(source, DraftSource)}
         self._lookups = [source for source in sources if isinstance(source, LookupDrafts)]
-        self._should_continue: ShouldContinue | None = policy.should_continue if policy else None
         self._stopwatch, self._num_graphs = Stopwatch(model.device), 0
 
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft | None:
         """Draft tokens for each row, see `DraftSource.draft`; None: the round is a plain step."""
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         if self._policy is None:
-            plan = Plan([*self._sources][-1], max(limits), [*map(bool, matches)], max(limits))
+            plan = Plan([*self._sources][-1], max(limits), [*map(bool, matches)])
         else:
             self._stopwatch, self._num_graphs = Stopwatch(batch.last.device), num_captures(self._model)
             if (planned := self._policy.plan(matches, limits)) is None:
@@ -56,9 +55,9 @@ class DraftComposer:
         if plan.source is not None and not all(matches):
             rows = zip(limits, matches, strict=True)
             own = [0 if match else min(limit, plan.max_drafted) for limit, match in rows]
-            draft = self._sources[plan.source].draft(batch, cache, own, self._should_continue)
+            draft = self._sources[plan.source].draft(batch, cache, own)
         if any(matches):
-            draft = _with_copies(batch, draft, matches, plan.max_lookup)
+            draft = _with_copies(batch, draft, matches, plan.max_drafted)
         if self._policy:
             self._stopwatch.split()
         return draft
@@ -110,6 +109,5 @@ def _with_copies(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None]
         [match.source if match else draft.sources[row] for row, match in rows],
         copied.where(has_match, others),
         [len(found[row]) if match else draft.lengths[row] for row, match in rows],
-        confidences=[() if match or not draft.confidences else draft.confidences[row] for row, match in rows],
         matched=[match.matched if match else 0 for match in matches],
     )

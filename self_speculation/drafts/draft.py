@@ -16,9 +16,6 @@ from self_speculation.decoding.sequence import Sequence
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange
 
-Confidences = abc.Sequence[abc.Sequence[float]]  # [B][k] of drafted tokens, see `Sampled`
-ShouldContinue = Callable[[Confidences], abc.Sequence[bool]]  # [B] whether to draft another token
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -45,9 +42,8 @@ class Draft:
     tokens: Tensor  # [B, k]
     lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
     exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
-    # States [B, 1, H] of the last token and the drafted ones: k if the last drafted one has not run, or k+1.
+    # k states [B, 1, H] of the last token and the drafted ones, but for the last of these.
     exit_hidden: list[Tensor] = field(default_factory=list)
-    confidences: Confidences = ()  # empty unless drafts end by them
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams
 
 
@@ -58,20 +54,13 @@ class DraftSource(ABC):
     arm: Arm
 
     @abstractmethod
-    def draft(
-        self,
-        batch: Batch,
-        cache: KVCache,
-        limits: abc.Sequence[int],
-        should_continue: ShouldContinue | None,
-    ) -> Draft:
+    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
         """Draft tokens for each row.
 
         Layers that draft may append to the cache. If `Draft.exit_layer` is 0, that is rolled back.
 
         Args:
             limits: [B] the most tokens of each row.
-            should_continue: is asked after each token that layers draft; None: drafts have the most tokens.
         """
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
-from self_speculation.drafts.draft import Arm, Draft, DraftSource, ShouldContinue
+from self_speculation.drafts.draft import Arm, Draft, DraftSource
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange, forward_early
 
@@ -15,9 +15,7 @@ from self_speculation.passes.model_runner import ModelRunner, PassRange, forward
 class LayerDrafts(DraftSource):
     """The first layers draft: each pass gives one token to every row whose draft has not ended.
 
-    Reads from the device: one per B tokens if drafts end by confidence, are shown or follow a grammar;
-    otherwise none. If the model's own layers draft, a GPU begins the next pass before that read arrives. If
-    the draft ends there, the pass is not lost: verification needs the last token's exit state anyway.
+    Reads from the device: one per B tokens if drafts are shown or follow a grammar; otherwise none.
 
     Args:
         drafter: runs the model's layers, or a copy of them.
@@ -41,49 +39,25 @@ class LayerDrafts(DraftSource):
         self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
         if not self._keeps_cache and not is_whole:
             self.name += " of a 4-bit copy"
-        self._runs_ahead = self._keeps_cache and drafter.device.type == "cuda"
 
-    def draft(
-        self,
-        batch: Batch,
-        cache: KVCache,
-        limits: Sequence[int],
-        should_continue: ShouldContinue | None,
-    ) -> Draft:
+    def draft(self, batch: Batch, cache: KVCache, limits: Sequence[int]) -> Draft:
+        keys, ids = batch.noise_keys(max(limits)), batch.last
         drafted: list[Tensor] = []  # [B, 1] each
         exit_hidden: list[Tensor] = []
-        confidences: list[list[float]] = [[] for _ in limits]
-
-        def run(ids: Tensor) -> Tensor:  # [B, 1] -> [B, V]
+        for position in range(max(limits)):
             early = forward_early(self.drafter, cache, ids, self.exit_layer)
             exit_hidden.append(early.hidden)
-            return early.logits[:, 0]
-
-        keys, needs_confidence = batch.noise_keys(max(limits)), should_continue is not None
-        ids, logits = batch.last, None
-        while (position := len(drafted)) < max(limits):
             is_drafting = [position < limit for limit in limits]
-            logits = run(ids) if logits is None else logits
-            tokens, confidence = batch.sample_draft(logits, position, is_drafting, keys, needs_confidence)
-            reading = batch.record_draft(tokens, position, is_drafting, confidence)
-            ids, logits = tokens[:, None], None
+            tokens = batch.sample_draft(early.logits[:, 0], position, is_drafting, keys)
+            batch.record_draft(tokens, position, is_drafting)
+            ids = tokens[:, None]
             drafted.append(ids)
-            if should_continue is None or reading is None:
-                continue
-            if self._runs_ahead and position + 1 < max(limits):
-                logits = run(ids)
-            _, latest = reading.wait()
-            for row, drafts in enumerate(is_drafting):
-                confidences[row] += [latest[row]] * drafts
-            pairs = zip(limits, should_continue(confidences), strict=True)
-            limits = [limit if more else min(limit, position + 1) for limit, more in pairs]
         return Draft(
             [self.name] * len(limits),
             torch.cat([batch.last[:, :0], *drafted], 1),
             limits,
             self.exit_layer if self._keeps_cache else 0,
             exit_hidden if self._keeps_cache else [],
-            confidences,
         )
 
     def passes(self, runner: ModelRunner, longest: int) -> Iterator[PassRange]:

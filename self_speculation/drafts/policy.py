@@ -6,13 +6,12 @@ nothing of models or tokens.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from operator import mul
 from threading import RLock
 from typing import Any, NamedTuple
 
 from self_speculation.drafts.costs import DecayedMean, PassTimes
-from self_speculation.drafts.draft import Arm, Confidences, Draft, Match
+from self_speculation.drafts.draft import Arm, Draft, Match
 
 _WAIT, _LONGEST_WAIT = 8, 128  # rounds between two trials
 
@@ -23,7 +22,6 @@ class Plan(NamedTuple):
     source: str | None = None  # for the other rows; None: no draft
     max_drafted: int = 0  # the most tokens of a row
     lookups: Sequence[bool] = ()  # [B] whether a row has the draft that was looked up; empty: none has
-    max_lookup: int = 0  # the most tokens of these
     rate: float = 1.0  # expected tokens of all rows per second
     is_trial: bool = False
 
@@ -42,8 +40,6 @@ class ArmStats:
     num_rounds: int = 0
     # By source and matched tokens.
     acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
-    # By source: observed rejections over those that the probabilities of drafted tokens predict.
-    overconfidence: dict[str, DecayedMean] = field(default_factory=dict)
     used_at: dict[str | None, int] = field(default_factory=dict)  # the last round of each source
     trial_at: int = _WAIT  # the round of the next trial
     wait: int = _WAIT
@@ -59,8 +55,7 @@ class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
     At growing intervals, the source that was used longest ago has a trial, if a draft of it that is accepted
-    as a whole would be faster than plain steps. A draft ends when another token would cost more than it is
-    expected to save.
+    as a whole would be faster than plain steps.
 
     Args:
         arms: by name of the source.
@@ -104,7 +99,7 @@ class AdaptivePolicy:
                 return None
             self._drafting = {None: 0.0}
             self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
-            self._verifying = stats.times.verifications(num_rows, longest + 1)
+            self._verifying = stats.times.verifications(num_rows, longest)
             self._plain_rate = num_rows / self._verifying[0]
             best = Plan(rate=self._plain_rate)
             for source in self._drafting if longest else ():
@@ -125,23 +120,6 @@ class AdaptivePolicy:
                 self._plan = self._trial(best, [guess > 0.0 for guess in guesses], longest) or best
             return self._plan
 
-    def should_continue(self, confidences: Confidences) -> list[bool]:
-        """[B] whether to draft another token: the rows of a batch end together.
-
-        Args:
-            confidences: [B] probabilities of the tokens drafted so far.
-        """
-        with self._stats.lock:
-            plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
-            if plan.is_trial:
-                return [width < plan.max_drafted] * num_rows
-            assert plan.source is not None, "nothing drafts"
-            doubt = self._overconfidence(plan.source).value
-            accepted = sum(prod(max(0.0, 1.0 - doubt * (1.0 - c)) for c in row) for row in confidences if row)
-            more = self._drafting[plan.source] + self._verifying[width + 1] - self._verifying[width]
-            gain = accepted * self._acceptance(plan.source, 0).value
-            return [gain > more * max(plan.rate, self._plain_rate)] * num_rows
-
     def learn(self, draft: Draft, accepted: Sequence[int], seconds: tuple[float, float] | None) -> None:
         """Learn from the outcome of a round.
 
@@ -158,13 +136,8 @@ class AdaptivePolicy:
                 if source is None:
                     continue
                 matched = draft.matched[row] if draft.matched else 0
-                probabilities = draft.confidences[row] if draft.confidences else ()
                 for i in range(min(accepted[row] + 1, drafted[row])):
-                    is_right = i < accepted[row]
-                    self._acceptance(source, matched).add(float(is_right))
-                    if probabilities:
-                        doubt = max(1e-3, 1.0 - probabilities[i])
-                        self._overconfidence(source).add((not is_right) / doubt, weight=doubt)
+                    self._acceptance(source, matched).add(float(i < accepted[row]))
             if seconds is None:
                 return
             times, num_rows, (draft_seconds, verify_seconds) = stats.times, len(drafted), seconds
@@ -187,7 +160,7 @@ class AdaptivePolicy:
             if self._best_length(name, chances, longest).rate > self._MARGIN * self._plain_rate:
                 stats.wait = min(2 * stats.wait, _LONGEST_WAIT)
                 stats.trial_at = stats.num_rounds + stats.wait
-                return Plan(name, 1, lookups, 1, is_trial=True)
+                return Plan(name, 1, lookups, is_trial=True)
         stats.trial_at = stats.num_rounds + _WAIT
         return None
 
@@ -203,7 +176,7 @@ class AdaptivePolicy:
             tokens += more
             rate = tokens / (draft_step * k + self._verifying[k])
             if rate > best.rate:
-                best = Plan(name, longest, (), k, rate)
+                best = Plan(name, k, rate=rate)
             arrives = [*map(mul, arrives, chances)]  # that k + 1 tokens of a row are accepted
         return best
 
@@ -212,6 +185,3 @@ class AdaptivePolicy:
         arm = self._arms[name]
         key, known = (name, min(matched, len(arm.priors) - 1)), self._stats.acceptance
         return known.get(key) or known.setdefault(key, DecayedMean(arm.priors[key[1]], arm.weight))
-
-    def _overconfidence(self, name: str) -> DecayedMean:
-        return self._stats.overconfidence.setdefault(name, DecayedMean(1.0, weight=0.5))

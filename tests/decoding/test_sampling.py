@@ -301,13 +301,6 @@ def test_logits_without_a_distribution(drafts, value, other, first):
     assert set(tokens[first - 2 :]) == {7 if value > 0 else 0}
 
 
-def test_no_confidence_without_a_distribution():
-    """Guards against NaN in statistics of drafts, where all ids are forbidden."""
-    nothing = torch.full((1, 5), -torch.inf)
-    sampler = Sampler(sample=False)
-    assert sampler.draft(nothing, None, needs_confidence=True).confidence.tolist() == [0.0]
-
-
 def test_the_penalties_of_openai():
     """Guards against another formula than logit - count * frequency - (count > 0) * presence, and against
     counts of the prompt.

@@ -39,7 +39,7 @@ class Always(DraftSource):
     def __init__(self, context):
         self._token = context.config.always
 
-    def draft(self, batch, cache, limits, should_continue):  # noqa: ARG002
+    def draft(self, batch, cache, limits):  # noqa: ARG002
         Always.made += 1
         tokens = torch.full((len(batch), max(limits)), self._token)
         for i in range(max(limits)):
