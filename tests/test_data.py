@@ -93,9 +93,7 @@ KINDS += [(dataset, "jsonl") for dataset in DATASETS] + [(dataset, "hub") for da
 
 @pytest.mark.parametrize(("dataset", "kind"), [*KINDS, ("chat_format", "parquet"), ("spec_bench", "parquet")])
 def test_a_dataset_from_every_place(dataset, kind, hub, tmp_path):
-    """Guards against a file format that is read otherwise than the others, turns that a prompt lacks, and
-    another repository or split than the paper's.
-    """
+    """Guards against a format that is read otherwise than the others, and another split than the paper's."""
     asked = hub(test=ROWS[dataset])
     path = None if kind == "hub" else write(tmp_path / f"data.{kind}", ROWS[dataset])
     examples = in_order(dataset, path)
@@ -137,9 +135,7 @@ def test_order_and_shots_depend_on_the_seed_alone(tmp_path):
 
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_shots_come_from_the_training_split(place, hub, tmp_path, monkeypatch):
-    """Guards against shots from the test split or in another order, in a home folder too, and gigabytes of
-    examples of which three are used.
-    """
+    """Guards against shots of the test split or in another order, and gigabytes read for three of them."""
     rows = [{"document": f"text {i}", "summary": f"summary {i}"} for i in range(500)]
     splits = {"train": rows, "test": rows[:2]}
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -172,9 +168,7 @@ def test_a_dataset_that_is_a_script_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_files_of_windows(tmp_path):
-    """Guards against line breaks of the file in texts, line breaks that a text loses, and a byte order mark
-    in the name of the first column.
-    """
+    """Guards against line breaks that are lost or added, and a byte order mark in the first column's name."""
     for name, content, prompt in (
         ("a.csv", 'prompt,response\r\n"a\r\nb","c\nd"\r\n', "a\nb"),
         ("a.jsonl", '{"prompt": "a\\r\\nb", "response": "c\\nd"}\r\n', "a\r\nb"),
@@ -201,9 +195,7 @@ def test_a_template_keeps_its_other_braces(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_values_stay_text(kind, tmp_path):
-    """Guards against type inference, which makes these a number, a missing value and a date, and which fails
-    where a column that nobody needs changes its type.
-    """
+    """Guards against type inference: a number, a missing value, a date, and columns that nobody needs."""
     for texts in (["0123", "NA", "2020-01-01", "null", ""], ["2020-01-01"] * 3):
         rows = [{"prompt": text, "response": "1.50"} for text in texts]
         examples = in_order("custom_jsonl", write(tmp_path / f"a.{kind}", rows))

@@ -1,4 +1,4 @@
-"""Imports point down and have no circle. test_processes.py has what is loaded before flags are read."""
+"""Imports point down and have no circle. test_bad_usage.py has what is loaded before flags are read."""
 
 import ast
 from graphlib import TopologicalSorter

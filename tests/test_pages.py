@@ -96,9 +96,7 @@ def without_docker(command, folder):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_every_command_works_as_printed(page, checkout):
-    """Guards against a command that fails. Later commands of a page use files of earlier ones. There is no
-    network: the only model of the hub that pages name is a local folder here.
-    """
+    """Guards against a command that fails. Later commands of a page use files of earlier ones."""
     address = "http://127.0.0.1:8000"
     with ExitStack() as server:
         for command in commands(page):
@@ -187,9 +185,7 @@ def test_every_program_that_a_page_names_is_there(page):
 
 
 def test_pages_and_the_makefile_name_flags_and_values_of_scripts():
-    """Guards against a removed flag or choice, in the examples of --help too, without running the command.
-    Commands in `sh` blocks need programs or data that are not here.
-    """
+    """Guards against a removed flag or choice, also in --help and where a command cannot run here."""
     make = ["make", "--dry-run", "demo", "chat", "serve"]
     shown = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     found = re.findall(r".*(?:generate|serve)\.py.*", shown.replace("\\\n", " "))

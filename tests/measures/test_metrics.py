@@ -45,9 +45,7 @@ def stats(*rounds):
 
 
 def test_draft_stats_of_answers_are_added():
-    """Guards against means of rates, counts of tokens after the end of the output, counts without names, and
-    sums that depend on the order.
-    """
+    """Guards against means of rates, tokens after an output's end, and sums that depend on the order."""
     first, second = stats(("n-grams", 2, 2, 3)), stats(("exit 2", 4, 3, 2), ("n-grams", 1, 0, 1))
     records = [{"drafts": json.loads(json.dumps(each.to_rows()))} for each in (first, second)]
     assert metrics.draft_stats(records) == first + second == second + first

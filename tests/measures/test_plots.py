@@ -35,9 +35,7 @@ def test_paired_ratios(drawn, tmp_path, interval):
 
 
 def test_heat_maps_have_the_figures_of_the_table(drawn, tmp_path):
-    """Guards against a heading that is cut at the edges, cells with other figures than the table, and a frame
-    around another cell than it names.
-    """
+    """Guards against a cut heading, other figures than the table's, and a frame around another cell."""
     row = {"exit_layer": 3, "num_speculations": 2, "speedup": 1.234, "acceptance_rate": 0.567}
     other = {**row, "num_speculations": 4, "speedup": None, "mean_accepted_length": 3.0}
     table = pandas.DataFrame([{**row, "mean_accepted_length": 2.0}, other])

@@ -18,9 +18,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}a
 
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | upper")])
 def test_a_turn_reads_what_the_template_changes(template, byte_tokenizer, text_model, monkeypatch):
-    """Guards against tokens of an answer that the template rewrites, special tokens before those of the
-    template, and a turn that reads the whole conversation.
-    """
+    """Guards against special tokens before the template's, and a turn that reads what was read."""
     tokenizer, special = copy.deepcopy(byte_tokenizer), [("<s>", byte_tokenizer.bos_token_id)]
     tokenizer.chat_template = template
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=special)
@@ -37,9 +35,7 @@ def test_a_turn_reads_what_the_template_changes(template, byte_tokenizer, text_m
 
 
 def test_commands_of_a_conversation(byte_tokenizer, tmp_path):
-    """Guards against a history that cannot be left, kept or begun by a system prompt, and a file that is
-    replaced.
-    """
+    """Guards against a history that cannot be left or kept, and a file that is replaced."""
     teller = Teller(thinking_tokenizer(byte_tokenizer, QWEN3), text="u</s>")
     talk, file = Conversation(teller, config_of(), "none", chat=True), tmp_path / "talk.json"
 
@@ -86,9 +82,7 @@ def test_earlier_thinking_comes_back_if_the_template_asks(byte_tokenizer, capsys
     ],
 )
 def test_a_comparison_needs_turns_that_agree(ours, verdict, monkeypatch):
-    """Guards against the verdict of one turn or of the warm-up, speeds that contradict their ratio, and a
-    speed of decoding nothing.
-    """
+    """Guards against the verdict of one turn or of the warm-up, and speeds that contradict their ratio."""
 
     def generator(speeds):
         results = [Mock(**{"generation_strategy_result.decode_tokens_per_second": each}) for each in speeds]

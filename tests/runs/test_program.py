@@ -39,9 +39,7 @@ lock.acquire()
 
 
 def test_a_process_that_hangs_ends():
-    """Guards against handlers that wait for the main thread, threads that are waited for, and a watch that
-    waits for the interpreter.
-    """
+    """Guards against handlers, or a watch, that wait for the main thread or the interpreter."""
     command = [sys.executable, "-c", STUCK]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=forks.HANGS)
     assert (ended.returncode, ended.stdout, "in act" in ended.stderr) == (1, "1\n2\n", True)
@@ -52,6 +50,18 @@ def test_an_output_that_is_closed(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     with pytest.raises(SystemExit, match="0"):
         run(lambda: print("an answer", file=sys.stdout) or 0)
+
+
+def test_ctrl_c_during_imports(tmp_path):
+    """Guards against a traceback in the first seconds, and a library that turns Ctrl-C into an error."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('half of a library')\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, ROOT / "generate.py"], capture_output=True, env=env)
+    assert (run.returncode, run.stderr) == (130, b"interrupted\n")
 
 
 RANK = "import time, runs.program as p; p.run(lambda: print(1, flush=True) or time.sleep(60) or print(2))"
@@ -81,9 +91,7 @@ def test_threads_are_fixed_or_follow_other_programs(threads, model_folder):
 
 
 def test_others_are_told_of_once_and_not_in_the_middle_of_an_answer(capsys):
-    """Guards against a slow program that says nothing, one that says it again and again, and a line in a
-    text that grows on the same terminal.
-    """
+    """Guards against a slow program that says nothing, or says it twice or in the middle of an answer."""
     governor = Mock(others=1.26, num_processors=2, num_threads=1, most=2)
     with _status_held(True):
         status.tell_of_fewer_threads(governor)

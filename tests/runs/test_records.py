@@ -1,6 +1,4 @@
-"""The folder of a run: records survive, and a resumed run is the same run. Its heading names model, data,
-strategy, settings and machine, in lines that fit a terminal.
-"""
+"""The folder of a run survives what ends it; its heading names model, data, settings and machine."""
 
 import dataclasses
 import errno
@@ -75,9 +73,7 @@ def run_of(*groups, **facts):
 
 
 def test_a_heading_names_settings_and_machine(tmp_path):
-    """Guards against figures whose settings nobody knows, a column of the table in its heading, the host's
-    threads beside a GPU, a path where a name is enough, and a line that a terminal or a picture cuts.
-    """
+    """Guards against figures of unknown settings, a GPU with the host's threads, and a line that is cut."""
     config = GenerationConfig(exit_layer=3, temperature=0)
     groups = (ModelArguments(fuse=False), config, DataArguments(n_shot=2, num_samples=5), BatchArguments(8))
     named, by = heading(run_of(*groups), left_out=("exit_layer",)).splitlines()

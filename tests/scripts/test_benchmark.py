@@ -1,5 +1,6 @@
 """benchmark.py and correctness.py: files, tables and verdicts."""
 
+import json
 import re
 import shutil
 from functools import partial
@@ -62,9 +63,7 @@ def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, cap
 
 
 def test_figures_say_what_they_are(common, tmp_path, monkeypatch, capsys):
-    """Guards against the speed of the first layers that is taken for the model's, or that of a busy machine
-    for a quiet one's, an acceptance rate without drafts, and the quality of texts that nobody asked for.
-    """
+    """Guards against figures of an early exit or a busy machine that do not say so."""
     monkeypatch.setattr("runs.description.most_threads", lambda model: 2)  # examples end with one thread
     assert benchmark.main([*common, "--exit_layer", "2"]) == 0
     output, run = capsys.readouterr().out, about(only_run(tmp_path))
@@ -81,9 +80,7 @@ def test_examples_draw_their_own_samples(common, tmp_path):
 
 
 def test_prompts_go_through_the_chat_template(common, model_folder, tmp_path, monkeypatch):
-    """Guards against a prompt without the template, special tokens that the template has already, and
-    variables that it does not get.
-    """
+    """Guards against a prompt without the template or its variables, and special tokens twice."""
     shutil.copytree(model_folder, tmp_path / "chat")
     (tmp_path / "chat" / "chat_template.jinja").write_text("{{ x }}, {{ y }}: {{ messages[0].content }}")
     model = ["--model", str(tmp_path / "chat"), "--chat", "--chat_template_kwargs"]
@@ -178,9 +175,7 @@ def test_correctness_counts_positions_with_other_bits(common, monkeypatch, capsy
 
 
 def test_sides_take_turns_by_windows(model_folder, tmp_path, monkeypatch, capsys):
-    """Guards against a side that always goes first, a ratio of examples whose times overlap, and --batch_size
-    that needs drafts to be compared.
-    """
+    """Guards against a side that always goes first, ratios of times that overlap, and needless drafts."""
     sides = watch(monkeypatch, timed_runs, "_measured")
     monkeypatch.setattr(timed_runs, "_BATCHES_IN_TURN", 1)
     args = [*small_run(model_folder, tmp_path, 8, 16), "--sample", "False", "--batch_size", "2"]
@@ -235,3 +230,54 @@ def test_near_ties_of_samples(text_model):
         return scores.index_fill(1, torch.tensor([other]), float(scores[0, one] + noise[0] - noise[1]))
 
     assert compare(processors=[tie])["near_tie"]
+
+
+QUESTIONS = [
+    (241, "summarization", ["Summarize: he has"]),
+    (82, "writing", ["a letter", "shorter"]),
+    (81, "stem", ["why", "how"]),
+    (161, "translation", ["one"]),
+]
+
+
+@pytest.fixture
+def asked(common, tmp_path):
+    """Flags of a script over four questions."""
+    names = ("question_id", "category", "turns")
+    rows = [dict(zip(names, row, strict=True)) for row in QUESTIONS]
+    path = write_rows(tmp_path / "question.jsonl", rows)
+    flags = ["--dataset", "spec_bench", "--data_path", path, "--template", "{message}", "--sample", "False"]
+    return [*common, "--generation_strategy", "self_speculative", *SPECULATION, *flags]
+
+
+def test_answers_and_turns_of_spec_bench(asked, tmp_path, monkeypatch):
+    """Guards against files that its speed.py cannot read, and turns that do not see those before."""
+    seen = watch(monkeypatch, HuggingfaceLlamaGenerator, "encode")
+    file = tmp_path / "answers" / "adaptive.jsonl"
+    assert benchmark.main([*asked, "--compare", "True", "--answer_file", str(file)]) == 0
+    paths = (file, file.with_stem("adaptive-autoregressive"))
+    drafted, plain = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
+    assert [row["question_id"] for row in drafted] == [81, 82, 161, 241]
+    assert {row["question_id"]: row["category"] for row in plain} == {n: kind for n, kind, _ in QUESTIONS}
+    for row, other in zip(drafted, plain, strict=True):
+        (choice,), (expected,) = row["choices"], other["choices"]
+        assert [choice[n] for n in ("turns", "new_tokens")] == [expected[n] for n in ("turns", "new_tokens")]
+        assert min(choice["wall_time"]) > 0
+        assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])
+        assert sum(choice["accept_lengths"]) == len(expected["accept_lengths"])  # all but the first tokens
+    (first, _), (answer, _) = QUESTIONS[2][2], drafted[0]["choices"][0]["turns"]
+    history = f"user: {first}\nassistant: {answer}\nuser: how\nassistant:"
+    assert history in [prompt for (_, prompt, *_), _ in seen]
+    speed = about(only_run(tmp_path))["metrics"]["speed"]
+    for figure, name in (("num_tokens", "new_tokens"), ("total_time", "wall_time")):
+        assert speed[figure] == pytest.approx(sum(sum(row["choices"][0][name]) for row in drafted))
+
+
+def test_turns_without_room_are_counted(asked, tmp_path, capsys):
+    """Guards against an error in the middle of a run, and a question that loses a turn without a word."""
+    row = {"question_id": 1, "category": "stem", "turns": ["why", "x" * 300]}
+    write_rows(tmp_path / "question.jsonl", [row])
+    assert benchmark.main(asked) == 0
+    assert "no room for the later turns of 1 conversation\n" in capsys.readouterr().out
+    assert correctness.main(asked) == 0
+    assert "correctness.py asks the first turn of each conversation only" in capsys.readouterr().err

@@ -146,9 +146,7 @@ def test_two_ranks_score_as_one(arguments, evaluated, tmp_path):
 
 
 def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
-    """Guards against one task's settings in another one, flags that are ignored or overridden, and samples of
-    a document that are all alike.
-    """
+    """Guards against settings of another task, flags that are overridden, and samples that are all alike."""
     limits = set()
 
     def note(_, context, max_length, **__):
@@ -205,16 +203,21 @@ def test_flags_about_prompts_and_metrics_reach_the_harness(evaluated):
     assert "exact_match,none" not in found.results["functions"]
 
 
-REFUSED = [
-    ("python_lines,beams", [], "beams asks for num_beams=4: supported are do_sample, "),
-    ("functions", ["--max_steps", "256"], "functions asks for max_steps 256: must be below the model"),
-]
-
-
-@pytest.mark.parametrize(("tasks", "flags", "message"), REFUSED)
-def test_a_task_that_cannot_run_is_refused_by_name(tasks, flags, message, arguments, capsys):
-    """Guards against settings that are ignored, and a traceback after other tasks."""
-    assert message in refused(eval_script.main, arguments(tasks, *flags), capsys)
+def test_what_cannot_run_is_refused_by_name(arguments, model_folder, capsys):
+    """Guards against settings that are ignored, and a traceback out of the harness or after other tasks."""
+    for tasks, flags, message in (
+        ("python_lines,beams", [], "beams asks for num_beams=4: supported are do_sample, "),
+        ("functions", ["--max_steps", "256"], "functions asks for max_steps 256: must be below the model"),
+    ):
+        assert message in refused(eval_script.main, arguments(tasks, *flags), capsys)
+    for settings, message in (
+        ({"layer": 2}, "--model_args GenerationConfig.__init__() got an unexpected keyword argument 'layer'"),
+        ({"top_p": 0.5}, "--model_args top_p: a setting of tasks, use --gen_kwargs"),
+        ({"exit_layer": "2"}, "--model_args exit_layer '2': must be an integer"),
+        ({"generation_strategy": "self_speculative"}, "--exit_layer: self_speculative needs one"),
+    ):
+        make = functools.partial(SelfSpeculativeLM, str(model_folder), **settings)
+        assert message in refused(lambda _, make=make: make(), [], capsys)
 
 
 def test_mistakes_of_the_program_are_not_explained_away(arguments, monkeypatch):
@@ -235,18 +238,6 @@ def test_the_harness_own_command_knows_the_model(model_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "|python_functions|" in done.stdout
     assert Written(tmp_path).config["model"] == "self_speculative"
-
-
-def test_arguments_of_the_model_are_refused_by_name(model_folder, capsys):
-    """Guards against an argument that is ignored, and a traceback out of the harness."""
-    for settings, message in (
-        ({"layer": 2}, "--model_args GenerationConfig.__init__() got an unexpected keyword argument 'layer'"),
-        ({"top_p": 0.5}, "--model_args top_p: a setting of tasks, use --gen_kwargs"),
-        ({"exit_layer": "2"}, "--model_args exit_layer '2': must be an integer"),
-        ({"generation_strategy": "self_speculative"}, "--exit_layer: self_speculative needs one"),
-    ):
-        make = functools.partial(SelfSpeculativeLM, **settings)
-        assert message in refused(lambda args, make=make: make(*args), [str(model_folder)], capsys)
 
 
 @needs_operators

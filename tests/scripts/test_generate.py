@@ -7,7 +7,7 @@ import re
 import signal
 import tempfile
 import termios
-from typing import NamedTuple
+from subprocess import CompletedProcess
 from unittest.mock import Mock
 
 import forks
@@ -22,12 +22,6 @@ import generate
 GREEDY = ["--sample", "False", "--max_steps", "20"]
 
 
-class Said(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def said(model_folder, capsys, monkeypatch):
     """Status and output of the script for a pipe; `piped` None: standard input is closed."""
@@ -39,7 +33,7 @@ def said(model_folder, capsys, monkeypatch):
             status = generate.main(["--model", str(model_folder), *args])
         except SystemExit as end:
             status = end.code
-        return Said(status, *capsys.readouterr())
+        return CompletedProcess(args, status, *capsys.readouterr())
 
     return call
 
@@ -86,9 +80,7 @@ def talk(model_folder):
 
 @pytest.mark.parametrize("streamer", ["standard", "none", "speculative"])
 def test_every_strategy_and_streamer_prints_the_same_answer(said, streamer):
-    """Guards against escape codes or statistics on standard output, stop words in an answer, and an answer of
-    the first layers that is taken for the model's.
-    """
+    """Guards against statistics or a stop word on standard output, and an early exit that does not say so."""
     plain = said("--prompt", "def add", *GREEDY)
     assert (plain.returncode, len(plain.stdout) > 20) == (0, True)
     assert not re.search("acceptance|early exit", plain.stderr)
@@ -122,9 +114,7 @@ def test_ctrl_c_ends_a_comparison(said, monkeypatch):
     ],
 )
 def test_prompts_that_mean_the_same(flags, piped, prompt, said):
-    """Guards against a prompt for each line of a pipe, or one of all lines without a word, and a command
-    outside of conversations.
-    """
+    """Guards against a prompt for each line of a pipe, and a command outside of conversations."""
     expected, found = said("--prompt", prompt, *GREEDY), said(*flags, *GREEDY, piped=piped)
     assert expected.stdout.strip()
     assert (found.returncode, found.stdout) == (0, expected.stdout)
@@ -159,9 +149,7 @@ def test_slow_work_before_the_first_token_is_named(said, monkeypatch):
 
 @pytest.mark.parametrize("is_full", [False, True], ids=["the reader leaves", "the disk is full"])
 def test_an_output_that_cannot_be_written(is_full, model_folder):
-    """As `generate.py | true`, which is no error. Guards against tracebacks: of the failure, and of Python
-    that writes the rest at its end.
-    """
+    """Guards against tracebacks, of Python at its end, too. As `generate.py | true`, which is no error."""
     reader, writer = (None, "/dev/full") if is_full else os.pipe()
     with tempfile.TemporaryFile() as errors, open(writer, "wb") as output:
         if reader is not None:
@@ -175,9 +163,7 @@ def test_an_output_that_cannot_be_written(is_full, model_folder):
 
 
 def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):
-    """Guards against errors that end a conversation, a slash that is always a command, and text that is lost
-    while the model loads or answers.
-    """
+    """Guards against errors that end it, a slash that is always a command, and keys that are lost."""
     child = talk("--chat", "True", *GREEDY, *SPECULATION, "--streamer", "speculative")
     child.send("hi\rsame breath\r")  # while it loads
     child.expect("Enter sends it")

@@ -1,14 +1,12 @@
-"""After Ctrl-C, a full disk or a kill, --resume gives the records of an unbroken run; so do several ranks and
-batches. All scripts that work through examples keep this contract.
-"""
+"""After an interruption --resume gives the records of an unbroken run; so do ranks and batches."""
 
 import errno
+import functools
 import json
 import re
 import tempfile
 import time
 from contextlib import suppress
-from typing import NamedTuple
 
 import forks
 import psutil
@@ -35,21 +33,13 @@ from runs import records
 GRID = ["--sample", "False", "--exit_layer_last", "2", "--num_speculations_last", "3", "--mode", "measured"]
 
 
-class Case(NamedTuple):
-    script: object
-    flags: list[str]
-    unit: str = "examples"
-    resumed: tuple[str, ...] = ()  # flags that --resume may change
-
-
 CASES = {
     # Sampled: an example must not depend on earlier ones of its process.
-    "benchmark": Case(benchmark, [*SPECULATION, "--no_repeat_ngram_size", "3"]),
-    "batches": Case(benchmark, [*SPECULATION, "--batch_size", "3"], resumed=("--batch_size", "2")),
-    "correctness": Case(correctness, [*SPECULATION, "--batch_size", "3"]),
-    "sweep": Case(sweep, [*GRID, "--num_samples", "3", "--batch_size", "3"], "cells"),
+    "benchmark": (benchmark, [*SPECULATION, "--no_repeat_ngram_size", "3"]),
+    "batches": (benchmark, [*SPECULATION, "--batch_size", "3"]),
+    "correctness": (correctness, [*SPECULATION, "--batch_size", "3"]),
+    "sweep": (sweep, [*GRID, "--num_samples", "3", "--batch_size", "3"]),
 }
-UNBROKEN = {}
 # Fields of a measured cell that come from a clock.
 TIMED = ("time", "speedup", "speed", "per_second")
 
@@ -60,16 +50,15 @@ def common(model_folder, tmp_path, monkeypatch):
     return small_run(model_folder, tmp_path, 6, 12)
 
 
-@pytest.fixture
-def unbroken(common, tmp_path):
-    """The records of a case in a single run at batch size 1, made once."""
+@pytest.fixture(scope="module")
+def unbroken(model_folder, tmp_path_factory):
+    """The records of a case in a single run at batch size 1."""
 
+    @functools.cache
     def of(name):
-        if name not in UNBROKEN:
-            one = ["--batch_size", "1", "--output_dir", str(tmp_path / "one" / "logs")]
-            assert CASES[name].script.main([*common, *CASES[name].flags, *one]) == 0
-            UNBROKEN[name] = outcome(only_run(tmp_path / "one"))
-        return UNBROKEN[name]
+        (script, flags), folder = CASES[name], tmp_path_factory.mktemp(name)
+        assert script.main([*small_run(model_folder, folder, 6, 12), *flags, "--batch_size", "1"]) == 0
+        return outcome(only_run(folder))
 
     return of
 
@@ -92,7 +81,7 @@ ENDINGS = {  # error, exit status, status in run.json
 )
 def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path, monkeypatch, capsys):
     """Guards against records that are lost, made twice or read by half, and a --resume that needs flags."""
-    case, (error, exit_status, status), write = CASES[name], ENDINGS[ending], records._write
+    (script, flags), (error, exit_status, status), write = CASES[name], ENDINGS[ending], records._write
     expected, ended = unbroken(name), None
 
     def fails(path, mode, text):
@@ -105,17 +94,19 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
     capsys.readouterr()
     with monkeypatch.context() as patch, suppress(Killed):
         patch.setattr(records, "_write", fails)
-        ended = case.script.main([*common, *case.flags])
+        ended = script.main([*common, *flags])
     folder = only_run(tmp_path)
     assert (ended, about(folder)["status"]) == (exit_status, status)
     said = capsys.readouterr().err
     if ending != "kill":
         assert ("No space left on device" if ending == "full disk" else "interrupted") in said
-        assert said.endswith(f"; 2 of 6 {case.unit} are kept, go on with --resume {folder}\n")
+        unit = "cells" if script is sweep else "examples"
+        assert said.endswith(f"; 2 of 6 {unit} are kept, go on with --resume {folder}\n")
     began = "2020-02-02T02:02:02+00:00"
     (folder / "run.json").write_text(json.dumps({**about(folder), "began": began}))
     kept = (folder / "records.jsonl").read_text().splitlines()[:2]
-    assert case.script.main(["--resume", str(folder), *case.resumed]) == 0
+    other_size = ["--batch_size", "2"] if name == "batches" else []
+    assert script.main(["--resume", str(folder), *other_size]) == 0
     said = capsys.readouterr()
     assert "not used" not in said.err  # of flags that nobody gave
     assert ("6 examples, batches of 2, 3" in said.out) == (name == "batches")
@@ -129,8 +120,7 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
 )
 def test_ranks_give_the_records_of_one(name, ranks, common, unbroken, tmp_path):
     """Guards against draws that depend on the rank, and examples that are done twice or not at all."""
-    script, flags, *_ = CASES[name]
-    expected = unbroken(name)
+    (script, flags), expected = CASES[name], unbroken(name)
     result = forks.run_ranks(ranks, ROOT / f"{script.__name__}.py", *common, *flags)
     assert result.returncode == 0, result.stderr
     assert outcome(only_run(tmp_path)) == expected
@@ -152,9 +142,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, tmp_path, monkeypatch):
-    """By the real torchrun. Guards against a rank 0 that waits for ever, or that does not name --resume, and
-    a local model that needs the hub's cache.
-    """
+    """By the real torchrun. Guards against a rank 0 that waits, and a model that needs the hub's cache."""
     monkeypatch.setenv("HF_HOME", "/proc/nowhere")
     args = [ROOT / "benchmark.py", *small_run(endless_folder, tmp_path, 10, 400)]
     with tempfile.TemporaryFile() as said:
@@ -177,10 +165,8 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, tm
 
 
 def test_a_resumed_run_keeps_its_arguments(common, tmp_path, capsys):
-    """Guards against a run continued with other settings, on another device or by another script, and of an
-    earlier version: against a traceback, and a value that is gone and taken for another one.
-    """
-    flags = [*common, *CASES["sweep"].flags]
+    """Guards against a run continued with other settings, and against tracebacks for an older version's."""
+    flags = [*common, *CASES["sweep"][1]]
     assert sweep.main(flags) == 0
     folder = only_run(tmp_path)
     resume, run = f"--resume={folder}", about(folder)

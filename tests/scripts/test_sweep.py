@@ -55,9 +55,7 @@ def test_counts_are_the_measured_ones(common, tmp_path, extra):
 
 
 def test_pictures_table_and_flags(common, tmp_path, capsys):
-    """Guards against a table without model and machine, cells that were not measured among those that were,
-    flags of another cell than the best one, and flags that are ignored without a word.
-    """
+    """Guards against counted cells among measured ones, flags of another cell, and flags that are ignored."""
     grid = ["--exit_layer_last", "99", "--num_speculations_last", "3", "--batch_size", "2"]
     assert sweep.main([*common, *grid, "--exit_layer", "2", "--generation_strategy", "adaptive"]) == 0
     folder = only_run(tmp_path)
@@ -96,9 +94,7 @@ def test_the_cells_that_should_be_fastest_are_measured(common, monkeypatch):
 @pytest.mark.parametrize("slower", [True, False])
 @pytest.mark.usefixtures("no_drawing")
 def test_the_frame_and_the_last_lines_are_of_one_cell(slower, common, tmp_path, monkeypatch, capsys):
-    """Guards against a frame around another cell than the last line's, flags of a cell that is slower without
-    a word, a cell of few prompts that looks certain, and threads that the measured cells did not have.
-    """
+    """Guards against a frame around another cell, and a slow or uncertain one that does not say so."""
     drawn = watch(monkeypatch, sweeping, "heat_maps")
     monkeypatch.setattr(sweeping.metrics, "ratios", lambda *_: numpy.array([0.5 if slower else 2.0]))
     monkeypatch.setattr("runs.description.most_threads", lambda model: 2)  # cells are measured with one

@@ -56,9 +56,7 @@ DROPPING = ["--layer_dropout", "0.7", "--exit_loss", "distill", "--rotation", "2
 
 @pytest.mark.slow
 def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_folder):
-    """Guards against shards that only the same number of ranks can read: one of two ranks is killed, four
-    ranks resume, with activation checkpointing, and match a run of one process.
-    """
+    """Guards against shards that only the same number of ranks can read."""
     more = [*DROPPING, "--model", str(model_folder)]
     whole = run(tmp_path / "one", texts, *more)
     shared = [*arguments(tmp_path, texts, *more), "--gradient_checkpointing"]
@@ -93,9 +91,7 @@ def with_peft(ranks, program, *args):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
-    """Guards against an adapter that a resumption loses, against checkpoints with the weights of the model,
-    and against a merge that changes head, norms or logits.
-    """
+    """Guards against an adapter that a resumption loses, and a merge that changes head, norms or logits."""
     more = ["--model", str(model_folder), "--lora_rank", "4", "--exit_loss", "distill"]
     more += ["--num_steps", "20", "--learning_rate", "3e-2"]
     if ranks > 1:
@@ -135,10 +131,7 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     "env", [pytest.param({}, marks=pytest.mark.slow, id="data"), pytest.param(SHARDED, id="fsdp")]
 )
 def test_two_ranks_learn_what_one_does(env, tmp_path):
-    """Guards against drops that depend on the number of ranks, a mean of the means of passes with padding,
-    and a rank that waits forever since another one skips a layer: at this dropout, all samples of a rank
-    often do.
-    """
+    """Guards against drops by rank, a mean of means, and a rank that waits where another skips a layer."""
     rows = [{"prompt": f"what is {i} ", "response": "x" * (1 + 7 * (i % 4)) + str(i)} for i in range(60)]
     flags = [*arguments(tmp_path, write_rows(tmp_path / "pairs.jsonl", rows)), *DROPPING, "--num_steps", "4"]
     shared = ["--batch_size", "1", "--gradient_accumulation", "2"]

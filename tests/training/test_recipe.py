@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy
 import pytest
@@ -94,13 +94,7 @@ def test_chunks_change_nothing(distill, bias, monkeypatch):
 )
 def test_the_gradient_of_the_head_is_summed_in_fp32_on_a_gpu(device, dtype, monkeypatch):
     """Guards against a sum over chunks and exits in 16 bits, which is torch's default there."""
-    seen = []
-
-    def loss(states, weight, labels, *, options, **_):
-        assert weight.dtype == states.dtype
-        seen.append((options.acc_policy, options.acc_dtype))
-        return torch.zeros(len(labels), device=device)
-
+    loss = Mock(side_effect=lambda states, weight, labels, **_: torch.zeros(len(labels), device=device))
     monkeypatch.setattr(functional, "linear_cross_entropy", loss)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     with FakeTensorMode():
@@ -108,7 +102,10 @@ def test_the_gradient_of_the_head_is_summed_in_fp32_on_a_gpu(device, dtype, monk
         states, labels = (torch.empty(*size, device=device, dtype=dtype) for size in ((2, 5, 8), (5,)))
         losses.exit_losses(head, states, labels)
     narrow_on_gpu = device == "cuda:0" and dtype == torch.bfloat16
-    assert {*seen} == {("balanced", torch.float32) if narrow_on_gpu else ("auto", None)}
+    for (_, weight, _), more in loss.call_args_list:
+        assert weight.dtype == dtype
+        in_fp32 = (more["options"].acc_policy, more["options"].acc_dtype) == ("balanced", torch.float32)
+        assert in_fp32 == narrow_on_gpu
 
 
 def test_drops_follow_the_rate_and_depend_on_seed_and_step_only():

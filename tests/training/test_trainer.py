@@ -56,9 +56,7 @@ def test_epochs_and_evaluations(trainer):
     ],
 )
 def test_steps_that_are_not_finite_end_the_training(settings, factor, bad, noticed, kept, trainer, tmp_path):
-    """Guards against a model of nan, and against a checkpoint of it: the loss of the bad step is finite, and
-    a checkpoint may come before a log row.
-    """
+    """Guards against a model or a checkpoint of nan; the loss of the bad step is finite."""
     made = trainer(**settings)
     made.model.model.norm.weight.register_hook(
         lambda grad: grad * float(factor) if made.state.global_step == bad - 1 else grad
