@@ -80,7 +80,7 @@ def arguments(model_folder, task_folder, tmp_path):
     def of(tasks, *flags, model=model_folder, to="logs"):
         return [
             "--model", str(model), "--tasks", tasks, "--include_path", str(task_folder),
-            "--output_path", str(tmp_path / to), "--device", "cpu", *flags,
+            "--output_path", str(tmp_path / to), "--device", "cpu", "--bootstrap_iters", "0", *flags,
         ]  # fmt: skip
 
     return of
