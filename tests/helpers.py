@@ -14,9 +14,6 @@ SMALL_TRAINING = [
     "--sequence_length", "32", "--batch_size", "4", "--seed", "1", "--warmup_steps", "2",
     "--learning_rate", "3e-3", "--eval_fraction", "0.2", "--device", "cpu",
 ]  # fmt: skip
-# What a record says of the clock, and of who else was there when it was taken.
-TIMES = [f"{side}{time}_time" for side in ("", "autoregressive_") for time in ("prefill", "decode", "wall")]
-TIMES += ["batch_size", "window", "rank", "threads", "autoregressive_threads"]
 
 
 class Killed(BaseException):
@@ -55,10 +52,8 @@ def only_run(tmp_path):
     return folder
 
 
-def untimed(folder):
-    """The records of a run without what a clock said."""
-    frame = pandas.read_json(folder / "records.jsonl", lines=True)
-    return frame.drop(columns=[name for name in TIMES if name in frame]).to_dict("records")
+def records_of(folder):
+    return pandas.read_json(folder / "records.jsonl", lines=True)
 
 
 def write_program(folder, code):

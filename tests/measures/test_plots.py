@@ -25,7 +25,7 @@ def test_paired_ratios(drawn, tmp_path, interval):
     """Guards against intervals of two sides that overlap though one won each pair, and a gain of a few."""
     plots.paired_ratios(numpy.array([1.3, 0.9, 1.2]), interval, "speed-up", "a title", tmp_path / "ratios")
     (axes,) = drawn[0].axes
-    (points,) = (each for each in axes.collections if len(each.get_offsets()) == 3)
+    points = axes.collections[0]
     assert points.get_offsets().tolist() == [[0.9, 1], [1.2, 2], [1.3, 3]]
     worse, *better = points.get_facecolors().tolist()
     assert worse != better[0] == better[1]

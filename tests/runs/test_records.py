@@ -44,10 +44,8 @@ def test_a_full_disk_keeps_what_is_written(run, monkeypatch):
 
 def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):
     """Guards against figures of unknown code, and a copy without git that cannot run."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    commit = describe("test", [])["commit"]
-    assert (commit or "").removesuffix("-dirty") == head
+    head = subprocess.check_output(["git", "-C", ROOT, "rev-parse", "HEAD"], text=True).strip()
+    assert (describe("test", [])["commit"] or "").removesuffix("-dirty") == head
     monkeypatch.setattr("runs.description.__file__", str(tmp_path / "runs" / "records.py"))
     assert describe("test", [])["commit"] is None
 

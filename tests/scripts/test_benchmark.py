@@ -5,11 +5,10 @@ import re
 import shutil
 from functools import partial
 
-import pandas
 import pytest
 import torch
 from conftest import needs_operators
-from helpers import about, no_pictures, only_run, refused, small_run, untimed, watch, write_rows
+from helpers import about, no_pictures, only_run, records_of, refused, small_run, watch, write_rows
 
 import benchmark
 import correctness
@@ -33,10 +32,6 @@ SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
 def common(model_folder, tmp_path, monkeypatch):
     no_pictures(monkeypatch)
     return [*small_run(model_folder, tmp_path, 5, 12), "--template", "def {message}"]
-
-
-def records_of(folder):
-    return pandas.read_json(folder / "records.jsonl", lines=True)
 
 
 def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, capsys):
@@ -104,7 +99,7 @@ def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, c
     args = [*common, "--data_path", write_rows(tmp_path / "long.jsonl", rows)]
     assert benchmark.main(args) == 0
     assert "left out 2 of 4 examples: prompts of more than 255 tokens" in capsys.readouterr().err
-    assert len(untimed(only_run(tmp_path))) == 2
+    assert len(records_of(only_run(tmp_path))) == 2
     shots = ["--n_shot", "2", "--random_shuffle", "False"]
     assert "--n_shot 2: with solved examples every prompt has more than the 255 tokens" in refused(
         benchmark.main, [*args, *shots], capsys

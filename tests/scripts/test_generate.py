@@ -138,15 +138,6 @@ def test_input_that_is_no_prompt_is_refused(piped, message, said):
     assert message in result.stderr
 
 
-def test_slow_work_before_the_first_token_is_named(said, monkeypatch):
-    """Guards against seconds in which nothing seems to happen, and a line about work that takes no time."""
-    for silence, is_named in ((0.0, True), (forks.HANGS, False)):
-        monkeypatch.setattr("runs.status._SILENCE", silence)
-        stderr = said("--prompt", "def", *GREEDY, *SPECULATION, "--draft_weights", "int4").stderr
-        assert bool(re.search(r"preparing the layers that draft took \d+ s", stderr)) == is_named
-        assert re.search(r"(?m)^weights made for drafts take \d\.\d\d GiB$", stderr)
-
-
 @pytest.mark.parametrize("is_full", [False, True], ids=["the reader leaves", "the disk is full"])
 def test_an_output_that_cannot_be_written(is_full, model_folder):
     """Guards against tracebacks, of Python at its end, too. As `generate.py | true`, which is no error."""

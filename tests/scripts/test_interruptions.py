@@ -19,10 +19,10 @@ from helpers import (
     about,
     no_pictures,
     only_run,
+    records_of,
     refused,
     run_program,
     small_run,
-    untimed,
 )
 
 import benchmark
@@ -40,8 +40,8 @@ CASES = {
     "correctness": (correctness, [*SPECULATION, "--batch_size", "3"]),
     "sweep": (sweep, [*GRID, "--num_samples", "3", "--batch_size", "3"]),
 }
-# Fields of a measured cell that come from a clock.
-TIMED = ("time", "speedup", "speed", "per_second")
+# Parts of the names of fields that come from a clock, or say who else was there.
+UNSTABLE = ("time", "speedup", "per_second", "batch_size", "window", "rank", "threads")
 
 
 @pytest.fixture
@@ -64,9 +64,9 @@ def unbroken(model_folder, tmp_path_factory):
 
 
 def outcome(folder):
-    """Records without times, in the order of their indices."""
-    rows = sorted(untimed(folder), key=lambda record: record["index"])
-    return [{k: v for k, v in row.items() if not any(word in k for word in TIMED)} for row in rows]
+    """What records hold apart from times, in the order of their indices."""
+    table = records_of(folder).sort_values("index")
+    return table[[name for name in table if not any(word in name for word in UNSTABLE)]].to_dict("records")
 
 
 ENDINGS = {  # error, exit status, status in run.json
@@ -124,6 +124,9 @@ def test_ranks_give_the_records_of_one(name, ranks, common, unbroken, tmp_path):
     result = forks.run_ranks(ranks, ROOT / f"{script.__name__}.py", *common, *flags)
     assert result.returncode == 0, result.stderr
     assert outcome(only_run(tmp_path)) == expected
+    if script is benchmark:
+        records = records_of(only_run(tmp_path))
+        assert records["rank"].tolist() == [index % ranks for index in records["index"]]
     assert result.stdout.count(f", {ranks} ranks, batch size ") == 1  # one rank prints
 
 
