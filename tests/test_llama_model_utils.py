@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import assert_close, generate, tiny_llama
+from conftest import ADAPTIVE, assert_close, generate, ids_of, tiny_llama, transformers_generate
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from self_speculation.families import (
@@ -141,6 +141,24 @@ def compare_pieces(runner, ids, expected):
 def test_family(model_type):
     """Guards against support for a family that scales embeddings, caps logits or has other arguments."""
     pieces_match_the_whole(family(model_type))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_family_with_windows(model_type, attention):
+    """Guards against positions out of the window in chunks of prompts, drafts, verifications and training."""
+    pieces_match_the_whole(windowed(model_type, attention))
+
+
+def test_settings_of_another_family():
+    """Guards against a window, or experts, of a config whose family has none: a Llama that was converted
+    from Mistral or Mixtral keeps their settings, and its own `forward` ignores them.
+    """
+    kept = {"sliding_window": WINDOW, "layer_types": ["sliding_attention"] * 4, "num_experts_per_tok": 2}
+    model, prompt = family("llama", **kept), [5 + 7 * i % 50 for i in range(40)]
+    pieces_match_the_whole(model)
+    expected = transformers_generate(model, prompt, eos=-1, use_cache=False)
+    assert ids_of(model, prompt, **ADAPTIVE) == expected
 
 
 @pytest.mark.parametrize(

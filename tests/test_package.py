@@ -38,14 +38,6 @@ def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
     assert 0 < float(acceptance) <= 1
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.skipif(not (ROOT / "build/oldest/test").exists(), reason="`make oldest` makes the environment")
-def test_decoding_with_the_oldest_versions():
-    """Guards against a call that torch 2.11 does not know: many a GPU has no newer one."""
-    subprocess.run(["make", "oldest"], cwd=ROOT, check=True)
-
-
 def test_the_citation_has_the_version():
     """Guards against a citation of another release."""
     assert f"\nversion: {self_speculation.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -76,7 +76,7 @@ MODELS = {
     "eight bits": lambda: rounded(8),
     "olmo2": lambda: family("olmo2").float(),
     "experts in some layers": lambda: mixture("qwen3_moe", mlp_only_layers=[1]),
-    # In all layers, in some, in layers of transformers. test_sliding_windows.py has passes of each family.
+    # In all layers, in some, in layers of transformers. test_llama_model_utils.py has passes of each family.
     **{f"{kind} with windows": partial(narrow, kind) for kind in ("mistral", "gemma3_text", "olmo3")},
     "mixtral": partial(mixture, "mixtral"),
 }

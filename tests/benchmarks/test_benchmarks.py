@@ -16,7 +16,6 @@ from transformers import AutoConfig, LlamaConfig
 import generate as generate_script
 from arguments import ModelArguments
 from benchmarks import serving, side_by_side, synthetic
-from benchmarks.bars import bars
 from benchmarks.peers import (
     TRANSFORMERS,
     TransformersStrategy,
@@ -25,12 +24,7 @@ from benchmarks.peers import (
     in_each_format,
     plain_copy,
 )
-from self_speculation import (
-    GenerationConfig,
-    Request,
-    default_model,
-    make_strategy,
-)
+from self_speculation import GenerationConfig, Request, default_model, make_strategy
 
 OURS = ["without drafts", "self-speculative", "4-bit copy", "adaptive"]
 
@@ -93,28 +87,7 @@ def test_side_by_side(measured, monkeypatch, capsys):
     drawn = side_by_side.bars.call_args.args
     assert list(drawn[0].index) == [f"{row['side']}, batch {row['batch_size']}" for row in rows]
     assert ", down to 1 of 2 threads, 1 rank" in " ".join(drawn[2].split())
-    output = capsys.readouterr().out
-    assert output.count("note: other programs used the processors: down to 1 of 2 threads\n") == 2
-    assert output.splitlines()[-1].split()[0] == "adaptive"
-
-
-def test_bars(monkeypatch):
-    """Guards against a bar that hides another of its name, other software in the colors of this program, and
-    a line around another value.
-    """
-    none = (None, None)
-    rows = [("plain", "ours", 1.0, *none), ("fast", "ours", 2.0, 1.5, 4.0), ("fast", "theirs", 1.5, *none)]
-    table = pandas.DataFrame(rows, columns=["name", "by", "value", "low", "high"]).set_index("name")
-    monkeypatch.setattr("benchmarks.bars.save", (drawn := Mock()))
-    bars(table, "tokens/s", "a title", Path("bars"), line=1.0)
-    (axes,) = drawn.call_args.args[0].axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["plain", "fast"]
-    places = [(bar.get_y(), bar.get_height(), bar.get_width()) for bar in axes.patches]
-    assert places == [pytest.approx((y, 0.4, value)) for y, value in ((-0.4, 1.0), (0.6, 2.0), (1.0, 1.5))]
-    ours, fast, theirs = (bar.get_facecolor() for bar in axes.patches)
-    assert ours == fast != theirs
-    ends = [path[:, 0].tolist() for lines in axes.collections for path in lines.get_segments()]
-    assert ends == [[1.0, 1.0], [1.5, 4.0], [1.5, 1.5]]
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "adaptive"
 
 
 def test_transformers_has_its_best_format(monkeypatch):

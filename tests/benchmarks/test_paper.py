@@ -61,23 +61,18 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     settings = ("--max_steps", 4, "--data_path", data, "--dtype", "float32")
     assert paper.main(rehearsal(["7B xsum", "llama3-8B"], *settings)) == 0
     folder = only_run(tmp_path)
-    output = capsys.readouterr().out
-    assert "in place of the checkpoints, by the column exit" in output
     why = f"--data_path '{data}/cnn_dm_summarization.jsonl': no such file or folder"
-    assert why in output.partition("not measured: llama3-8B cnn_dm")[2]
+    assert why in capsys.readouterr().out.partition("not measured: llama3-8B cnn_dm")[2]
     table = pandas.read_csv(folder / "paper.csv").set_index("row")
     measured, missing = table.loc["llama2-7B xsum"], table.loc["llama3-8B cnn_dm"]
     assert measured["formula"] == pytest.approx((1 + 12 * 0.546) / (1 + 12 * 8 / 32))
     assert (measured["exit"], measured["examples"]) == (1, 1)
     assert measured["measured_speedup"] > 0 < measured["mean_accepted_length"]
     assert "--data_path" in missing["not_measured"]
-    assert (folder / "paper.png").stat().st_size > 10_000
-
     flags = dict(zip(started[0][::2], started[0][1::2], strict=True))
     asked = {"--dataset": "xsum_summarization", "--n_shot": "0", "--num_speculations": "12"}
     asked |= {"--sample": "False", "--max_steps": "4", "--dtype": "float32"}
     assert asked.items() <= flags.items()
-    assert "--output_dir" in flags
     (((table, _, title, _), _),) = drawn
     assert re.match(r"REHEARSAL with \S+, which is none of the published checkpoints\n", title)
     assert table.index[0] == "llama2-7B xsum, exit 8, k 12 (rehearsed at exit 1)"
@@ -89,16 +84,6 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     assert "not measured: " not in capsys.readouterr().out
     rows = [*map(json.loads, (folder / "records.jsonl").open())]
     assert [(row["index"], row["examples"]) for row in rows] == [(0, 1), (1, 1)]
-
-
-def test_nothing_is_measured(started, rehearsal, tmp_path, capsys):
-    """Guards against a traceback where neither checkpoints nor data are at hand."""
-    (tmp_path / "cnn_dm_summarization.jsonl").write_text("damaged")
-    assert paper.main(rehearsal(["cnn_dm"], "--data_path", tmp_path)) == 1
-    table = pandas.read_csv(only_run(tmp_path) / "paper.csv")
-    assert len(table) == len(started) == 8
-    assert table["not_measured"].notna().all()
-    assert capsys.readouterr().out.count("not measured: ") == 8
 
 
 def test_ctrl_c_in_a_row_is_continued_there(started, tmp_path, monkeypatch):

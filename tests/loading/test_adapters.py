@@ -98,36 +98,35 @@ def test_models_of_peft(model_folder, tmp_path):
     assert "4 tokens in" in result.stderr
 
 
+SPLIT, INT8 = {"device": "split"}, {"quantization": "int8"}
+
+
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "options", "says"),
     [
-        ("{", "its adapter_config.json is damaged"),
-        ('{"peft_type": "LORA"}', "its adapter_config.json is damaged"),
-        (
-            LORA.replace("LORA", "PROMPT_TUNING") % "x",
-            "is an adapter of type PROMPT_TUNING; only LORA can be merged",
-        ),
-        (LORA % "a/b", "is a LoRA adapter of a/b: pip install peft, which merges it"),
-        (None, "no adapter_model.safetensors; other formats are not read (pickles can run code)"),
+        ("{", {}, "its adapter_config.json is damaged"),
+        ('{"peft_type": "LORA"}', {}, "its adapter_config.json is damaged"),
+        (LORA.replace("LORA", "IA3") % "x", {}, "is an adapter of type IA3; only LORA can be merged"),
+        (LORA % "a/b", {}, "is a LoRA adapter of a/b: pip install peft, which merges it"),
+        (LORA % "a/b", INT8, "quantization int8: not with a LoRA adapter; merge it"),
+        (LORA % "a/b", SPLIT, "device split: not with a LoRA adapter; merge it"),
+        (None, {}, "no adapter_model.safetensors; other formats are not read (pickles can run code)"),
     ],
 )
-def test_adapters_that_cannot_be_merged_are_refused(folder, config, says, monkeypatch):
-    """Guards against an error about a missing config.json, against tracebacks from inside peft, and against
-    pickles, which peft reads.
+def test_adapters_that_cannot_be_merged_are_refused(config, options, says, folder, monkeypatch):
+    """Guards against an error about a missing config.json, tracebacks from inside peft, pickles, which peft
+    reads, and an adapter that is merged into quantised or sharded weights.
     """
     monkeypatch.setattr("self_speculation.loading.sources.importlib.util.find_spec", lambda name: None)
     if config is None:
         (folder / "adapter_model.safetensors").unlink()
     else:
         (folder / "adapter_config.json").write_text(config)
-    assert says in refusal(folder)
+    assert says in refusal(folder, **options)
 
 
-def test_flags_that_exclude_an_adapter_are_refused(folder, monkeypatch):
-    """Guards against an adapter that is merged into quantised or sharded weights."""
+def test_a_base_model_that_is_not_there_is_named(folder, monkeypatch):
+    """Guards against the adapter's name in its place."""
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "peft" or find(name))
-    for name, value in (("quantization", "int8"), ("device", "split")):
-        says = f"{name} {value}: not with a LoRA adapter; merge it"
-        assert refusal(folder, **{name: value}).startswith(says)
     assert refusal(folder) == f"model '{folder / 'base'}': no such folder"

@@ -17,6 +17,8 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64, "rope_theta": 500000.0,
 }  # fmt: skip
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
 YARN_KEYS = {
     "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128,
@@ -56,18 +58,9 @@ CASES = {
         "llama", LLAMA3, {}, {"rope.scaling.original_context_length": 64},
         {"rope_freqs.weight": llama3_divisors(16)},
     ),
-    "linear": (
-        "llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}, {},
-        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {},
-    ),
-    "linear, old key": (
-        "llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}, {},
-        {"rope.scale_linear": 4.0}, {},
-    ),
-    "none": (
-        "llama", {"rope_type": "default", "rope_theta": 10000.0}, {},
-        {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {},
-    ),
+    "linear": ("llama", LINEAR, {}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {}),
+    "linear, old key": ("llama", LINEAR, {}, {"rope.scale_linear": 4.0}, {}),
+    "none": ("llama", DEFAULT, {}, {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}),
     "yarn": ("qwen2", YARN, {"max_position_embeddings": 512}, YARN_KEYS, {}),
     "yarn, all keys": (
         "qwen2", {**YARN, "attention_factor": 0.75, "beta_fast": 16.0, "beta_slow": 0.5},
@@ -81,18 +74,16 @@ CASES = {
     ),
     "by layer type": (
         "gemma3_text",
-        {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-         WINDOWS: {"rope_type": "default", "rope_theta": 10000.0}},
+        {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, WINDOWS: DEFAULT},
         GEMMA, {**GEMMA_KEYS, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, {},
     ),
     "another base in windows": (
         "gemma3_text",
-        {FULL: {"rope_type": "default", "rope_theta": 1e6},
-         WINDOWS: {"rope_type": "default", "rope_theta": 500.0}},
+        {FULL: {**DEFAULT, "rope_theta": 1e6}, WINDOWS: {**DEFAULT, "rope_theta": 500.0}},
         GEMMA, {**GEMMA_KEYS, "rope.freq_base_swa": 500.0}, {},
     ),
     "size of heads": (
-        "qwen3", {"rope_type": "default", "rope_theta": 10000.0}, {"head_dim": 24},
+        "qwen3", DEFAULT, {"head_dim": 24},
         {"attention.key_length": 24, "attention.value_length": 24}, {},
     ),
 }  # fmt: skip

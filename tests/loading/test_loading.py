@@ -13,8 +13,8 @@ import torch
 from conftest import (
     PROMPT,
     assert_close,
-    generate,
     generator_of,
+    ids_of,
     in_batch,
     needs_operators,
     tiny_llama,
@@ -134,25 +134,22 @@ def without_tokenizer(folder):
 
 def test_rope_scaling_as_model_cards_write_it(folder):
     """Guards against a base that is forgotten, and against a context that stays as short as it was."""
-    settings = json.loads((folder / "config.json").read_text())
+    settings, prompt = json.loads((folder / "config.json").read_text()), [5 + 7 * i % 50 for i in range(300)]
     del settings["rope_parameters"]
-    scaling = {"type": "yarn", "factor": 4.0}
-    results = []
-    for in_config, model_args in (({}, {"rope_scaling": scaling}), ({"rope_scaling": scaling}, {})):
+    scaling = {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+    for in_config, model_args in (({}, scaling), (scaling, {})):
         (folder / "config.json").write_text(json.dumps({**settings, "rope_theta": 5e5, **in_config}))
         options = LoadingOptions({"attn_implementation": "sdpa", **model_args}, dtype="float32")
         model, _ = load_model_and_tokenizer(str(folder), options)
         assert (model.config.rope_parameters["rope_theta"], context_length(model.config)) == (5e5, 1024)
-        prompt = [5 + 7 * i % 50 for i in range(300)]
-        results.append(generate(model, prompt, max_steps=8).predicted_tokens)
-        assert results[-1] == transformers_generate(model, prompt, 8)
-    assert results[0] == results[1]
+        assert ids_of(model, prompt, max_steps=8) == transformers_generate(model, prompt, 8, -1)
 
 
 def scaled(scaling):
     return {"model_args": {"rope_scaling": scaling}}
 
 
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 # By their messages: what is done to a folder, or another path, and options.
 REFUSED = {
     "no safetensors weights": (pickled, {}),
@@ -179,13 +176,17 @@ REFUSED = {
     "whose rope_type is one of linear, llama3, yarn": (str, scaled({"rope_type": "dynamic", "factor": 4.0})),
     "model_args rope_scaling 'yarn': must be a dictionary": (str, scaled("yarn")),
     "factor": (str, scaled({"rope_type": "yarn"})),
+    "are quantised already": (
+        lambda folder: change_config(folder, quantization_config=NF4), {"quantization": "int8"},
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_loaded_is_refused(folder, message):
     """Guards against unpickling, which runs any code, random weights, errors of several lines or without what
-    is allowed, a rotation that depends on the length of a sequence, and asking the hub for a mistyped path.
+    is allowed, a rotation that depends on the length of a sequence, asking the hub for a mistyped path, and a
+    flag that transformers ignores with a warning.
     """
     change, options = REFUSED[message]
     assert message in refusal(str(change(folder) or folder), **options)
@@ -292,6 +293,6 @@ def test_a_split_model_with_layers_on_disk_gives_the_same_ids(text_model, model_
     requests = [Request(PROMPT), Request(PROMPT[:3])]
     for case in ({"exit_layer": 2}, {"exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3}):
         ours, whole = (in_batch(each, requests, 2, max_steps=10, **case) for each in (model, text_model))
-        assert {i: result.predicted_tokens for i, result in ours.items()} == {
-            i: result.predicted_tokens for i, result in whole.items()
-        }
+        assert [ours[row].predicted_tokens for row in range(2)] == [
+            whole[row].predicted_tokens for row in range(2)
+        ]

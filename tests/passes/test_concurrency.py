@@ -62,23 +62,15 @@ def test_statistics_change_for_one_thread_at_a_time():
     assert not met
 
 
-@pytest.fixture
-def switches_often():
-    """Threads take turns after a tenth of a millisecond."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    yield
-    sys.setswitchinterval(interval)
-
-
 @pytest.mark.timeout(0)  # STRESS_SECONDS says how long
 @pytest.mark.slow
-@pytest.mark.usefixtures("switches_often")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_answers_are_those_of_the_current_weights(dtype):
+def test_answers_are_those_of_the_current_weights(dtype, request):
     """Guards against layers over weights that no parameter has any more, what is made twice or half made, and
     statistics that change while they are read.
     """
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-4)  # seconds
     draws, end, num_rounds = random.Random(time.time()), time.monotonic() + SECONDS / 2, 0
     together = threading.Barrier(NUM_THREADS)
 

@@ -4,8 +4,8 @@ What only a GPU can do wrong is seen without one: a tensor on the wrong device, 
 kernels reject or copy, attention that falls back to scores in memory, and kernels that are not needed.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -29,6 +29,7 @@ from self_speculation.passes.decode_attention import why_no_kernels
 from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.model_runner import PREFILL_CHUNK
 from self_speculation.passes.runners import fuse
+from self_speculation.weights.int4_linear import has_kernel
 
 # Calls that read a tensor on the host, or give results whose shape depends on values.
 READING = {"item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
@@ -185,24 +186,31 @@ def test_long_prompts(fused, window, monkeypatch):
     enable.assert_called_with(False)
 
 
+NO_SIZE = "elements, not one of 64, 96, 128, 256"
+
+
 @pytest.mark.parametrize(
-    ("device", "capability", "dtype", "head_dim", "has_flash", "why"),
+    ("device", "capability", "dtype", "head_dim", "has_copies", "has_flash", "why"),
     [
-        ("cpu", (9, 0), torch.float32, 64, False, "they are for NVIDIA's cards"),
-        ("cuda", (7, 5), torch.float16, 64, False, "the card has compute capability 7.5, below 8.0"),
-        ("cuda", (8, 0), torch.float32, 64, False, "activations are torch.float32, not in 16 bits"),
-        ("cuda", (8, 0), torch.float16, 80, True, "a head has 80 elements, not one of 64, 96, 128, 256"),
-        ("cuda", (8, 0), torch.float16, 60, False, "a head has 60 elements, not one of 64, 96, 128, 256"),
-        ("cuda", (8, 0), torch.float16, 320, False, "a head has 320 elements, not one of 64, 96, 128, 256"),
-        ("cuda", (9, 0), torch.bfloat16, 96, True, None),
+        ("cpu", None, torch.float32, 64, True, False, "they are for NVIDIA's cards"),
+        ("cpu", None, torch.float64, 64, False, False, "they are for NVIDIA's cards"),
+        ("mps", None, torch.float16, 64, False, False, "they are for NVIDIA's cards"),
+        ("cuda", (7, 5), torch.float16, 64, False, False, "the card has compute capability 7.5, below 8.0"),
+        ("cuda", (8, 0), torch.float32, 64, True, False, "activations are torch.float32, not in 16 bits"),
+        ("cuda", (8, 0), torch.float16, 80, True, True, f"a head has 80 {NO_SIZE}"),
+        ("cuda", (8, 0), torch.float16, 60, True, False, f"a head has 60 {NO_SIZE}"),
+        ("cuda", (8, 0), torch.float16, 320, True, False, f"a head has 320 {NO_SIZE}"),
+        ("cuda", (9, 0), torch.bfloat16, 96, True, True, None),
     ],
 )
 @pytest.mark.usefixtures("triton_kernels")
-def test_what_kernels_take(device, capability, dtype, head_dim, has_flash, why, monkeypatch):
+def test_what_kernels_take(device, capability, dtype, head_dim, has_copies, has_flash, why, monkeypatch):
     """Guards against an error in the middle of an answer: a kernel that does not assemble, or refuses."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    assert why_no_kernels.__wrapped__(torch.device(device), dtype, head_dim) == why
-    assert has_flash_attention(torch.device(device), dtype, head_dim) == has_flash
+    device = torch.device(device)
+    assert why_no_kernels.__wrapped__(device, dtype, head_dim) == why
+    assert has_flash_attention(device, dtype, head_dim) == has_flash
+    assert has_kernel(device, dtype) == has_copies
 
 
 def test_the_same_ids_by_flash_attention(monkeypatch):
@@ -231,18 +239,12 @@ def test_arithmetic_of_two_threads():
     """Guards against sums in fewer bits in a thread that decodes on, and against others than the caller's
     when none does.
     """
-    matmul, cpu = torch.backends.cuda.matmul, torch.device("cpu")
-    first, second = own_arithmetic(cpu), own_arithmetic(cpu)
-
-    def changed(change, *args):
-        change(*args)
-        return not matmul.allow_bf16_reduced_precision_reduction
-
-    with ThreadPoolExecutor(1) as other:
-        steps = [changed(first.__enter__), other.submit(changed, second.__enter__).result()]
-        steps.append(changed(first.__exit__, None, None, None))
-        steps.append(other.submit(changed, second.__exit__, None, None, None).result())
-    assert steps == [True, True, True, False]
+    first, second = (own_arithmetic(torch.device("cpu")) for _ in range(2))
+    ends, found = [partial(each.__exit__, None, None, None) for each in (first, second)], []
+    for change in (first.__enter__, second.__enter__, *ends):
+        change()
+        found.append(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+    assert found == [False, False, False, True]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")

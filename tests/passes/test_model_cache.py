@@ -3,7 +3,6 @@
 import copy
 import gc
 import threading
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
-from self_speculation.model_cache import cached, evict, lock, peek, release, singleton, weights_key
+from self_speculation.model_cache import cached, evict, peek, release, singleton, weights_key
 from self_speculation.weights.few_bits import FewBitsLinear
 
 
@@ -89,25 +88,20 @@ def test_it_is_freed():
 
 
 def test_threads_make_it_once():
-    """Guards against two parts of one model of which one is lost."""
-    model, both_ask = nn.Linear(1, 1), threading.Barrier(2)
+    """Guards against two parts of one model of which one is lost, and against decoding that waits while
+    another thread makes copies for seconds.
+    """
+    model, is_made, goes_on = nn.Linear(1, 1), threading.Event(), threading.Event()
+    kept = cached(model, "kept", None, Part)
 
     def make():
-        time.sleep(0.1)  # meanwhile the other one asks
+        is_made.set()
+        assert goes_on.wait(10)
         return Part()
 
-    def ask():
-        both_ask.wait(10)
-        return cached(model, "key", None, make)
-
-    with ThreadPoolExecutor(2) as threads:
-        first, second = (threads.submit(ask) for _ in range(2))
-        assert first.result(10) is second.result(10)
-
-
-def test_reading_does_not_wait_for_making():
-    """Guards against decoding that waits while another thread makes copies for seconds."""
-    model = nn.Linear(1, 1)
-    part = cached(model, "key", None, Part)
-    with ThreadPoolExecutor(1) as threads, lock(model):
-        assert threads.submit(cached, model, "key", None, Part).result(10) is part
+    with ThreadPoolExecutor(3) as threads:
+        parts = [threads.submit(cached, model, "key", None, make) for _ in range(2)]
+        assert is_made.wait(10)
+        assert threads.submit(cached, model, "kept", None, Part).result(5) is kept
+        goes_on.set()
+        assert parts[0].result(10) is parts[1].result(10)

@@ -6,15 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import (
-    COPY,
-    PROMPT,
-    assert_close,
-    generate,
-    needs_operators,
-    own_llama,
-    transformers_generate,
-)
+from conftest import COPY, PROMPT, assert_close, generate, needs_operators, own_llama, transformers_generate
 from helpers import SPECULATION, refused, watch
 from test_llama_model_utils import family, is_dense
 from torch import nn

@@ -74,24 +74,14 @@ def test_kernels_compute_attention(seed, interpreter, monkeypatch):
 
 # Card, tokens, heads, heads of keys, size of a head, rows: those of 7B, 8B, 1B, Gemma and Phi.
 MODELS = {
-    "7B": (32, 32, 128),
-    "8B": (32, 8, 128),
-    "1B": (32, 8, 64),
-    "gemma": (4, 1, 256),
-    "phi": (32, 32, 96),
-}
+    "7B": (32, 32, 128), "8B": (32, 8, 128), "1B": (32, 8, 64), "gemma": (4, 1, 256), "phi": (32, 32, 96),
+}  # fmt: skip
 FEW = [(90, 1, "7B", 1), (80, 8, "8B", 1), (86, 16, "1B", 1), (89, 8, "gemma", 1)]
-MANY = [
-    (card, n, name, rows)
-    for card in (80, 86, 89, 90)
-    for n in (1, 4, 64)
-    for name in MODELS
-    for rows in (1, 8)
-]
+MANY = itertools.product((80, 86, 89, 90), (1, 4, 64), MODELS, (1, 8))
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a program may have
 
 
-@pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("cases", [FEW, pytest.param([*MANY], marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_kernels_assemble(cases):
     """Guards against what only the compiler refuses, registers that spill, more shared memory than a card
@@ -101,9 +91,8 @@ def test_kernels_assemble(cases):
     paths = os.pathsep.join([str(ROOT), str(TRITON), *sys.path])
     env = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
     program = Path(__file__).parent / "assembly.py"
-    ran = subprocess.run(
-        [sys.executable, program, *given], env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, program, *given]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     kernels = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len(kernels) == 4 * len(cases)

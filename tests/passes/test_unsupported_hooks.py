@@ -5,7 +5,7 @@ from types import MethodType
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import (
     EOS,
@@ -128,7 +128,6 @@ FOLLOWED = {
     "another norm": lambda m: setattr(m.model.layers[1].input_layernorm, "__class__", DoublingNorm),
     "hooked embedding and head": hooked_embedding_and_head,
     "two devices": two_devices,
-    "offloaded layer": lambda m: cpu_offload(m.model.layers[2], torch.device("cpu")),
     "removed hook": removed_hook,
     "two hooks that move": lambda m: with_hooks(m, AlignDevicesHook("cpu"), AlignDevicesHook("cpu")),
     "compiled": lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager")),
