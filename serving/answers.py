@@ -1,31 +1,29 @@
 """One request, from its body to its answer: prompts, a job of the engine for each choice, and their text."""
 
 import asyncio
-import hashlib
 import itertools
 import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
+from threading import Event
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-import self_speculation
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator, Request
-from self_speculation.decoding.grammar import GrammarError
 from self_speculation.decoding.texts import Thinking
 from self_speculation.families import context_length
-from serving.engine import Engine, Job, RequestTimeout
+from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.flags import ServeArguments
-from serving.metrics import FinishedRequest, Metrics, figures
+from serving.metrics import FinishedRequest, figures
 from serving.protocol import ChatRequest, CompletionRequest
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
 
@@ -41,12 +39,6 @@ class ServedModel:
     config: GenerationConfig
     args: ServeArguments
     name: str
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells clients that the same seed may give another answer than before."""
-        backend = (self_speculation.__version__, self.name, self.generator.model.dtype, self.config)
-        return f"fp_{hashlib.sha256(repr(backend).encode()).hexdigest()[:10]}"
 
     def check_name(self, name: str) -> None:
         """Raises APIError if a client means another model."""
@@ -70,33 +62,28 @@ class Answer:
     invalid request, and take a while for a long one.
     """
 
-    def __init__(self, served: ServedModel, metrics: Metrics, origin: str) -> None:
-        self._served, self._generator = served, served.generator
-        self._metrics, self._origin = metrics, origin
+    def __init__(self, served: ServedModel, origin: str) -> None:
+        self._served, self._generator, self._origin = served, served.generator, origin
         self._arrival_time, self._loop = time.perf_counter(), asyncio.get_running_loop()
         # Of a choice: its index, and a `Delta`, its result or its error.
         self._events = asyncio.Queue[tuple[int, Delta | GenerationStrategyResult | Exception]]()
-        self._choices, self._is_cancelled = list[_Choice](), False
-        self.is_submitted = False  # then the engine says how its jobs end
+        self._choices, self._is_cancelled = list[_Choice](), Event()  # that the client is gone
 
-    def parse(self, kind: type[ChatRequest | CompletionRequest], body: bytes) -> None:
-        """Read, check and tokenize the request."""
+    def parse(self, kind: type[ChatRequest | CompletionRequest], body: bytes) -> set[str]:
+        """Read, check and tokenize the request; returns names of its fields that are ignored."""
         generator, ignored = self._generator, set[str]()
         self.request = request = kind.model_validate_json(body, context=ignored)
-        self._metrics.name_ignored(ignored)
         self._check()
         if isinstance(request, ChatRequest):
             prompts = [self._encode_chat(request)]
         else:
             prompts = [Request(self._encode(prompt, "prompt")) for prompt in request.prompt]
         config, bias = request.generation_config(self._served.config), dict(request.logit_bias)
-        if request.ignore_eos:
+        grammar = request.grammar(generator.tokenizer)
+        if request.ignore_eos and grammar is None:
             bias |= dict.fromkeys(generator.eos_token_ids, -math.inf)
-        predicted = None
-        if request.prediction and request.drafts:
-            predicted = generator.encode_prediction(request.prediction.content, config)
-        with self._naming_field():
-            grammar = request.grammar(generator.tokenizer)
+        given = request.prediction
+        predicted = generator.encode_prediction(given.content, config) if given else None
         self.is_guided = grammar is not None
         shared = {"config": config, "logit_bias": bias, "drafts": request.drafts}
         shared |= {"prediction": predicted, "grammar": grammar}
@@ -105,42 +92,33 @@ class Answer:
             replace(prompt, **shared, seed=(seed + nth) % _SEEDS)
             for prompt, nth in itertools.product(prompts, range(request.n))
         ]
+        return ignored
 
     def submit(self) -> None:
         """Compile the grammar, and submit a job for each choice."""
-        request, generator, engine = self.request, self._generator, self._served.engine
-        max_time = self._served.args.max_time
-        if time.perf_counter() > self._arrival_time + max_time:  # it has waited for the compiler
-            raise RequestTimeout(f"no answer after {max_time:g} seconds")
-        engine.check_room(len(self._given))
+        request, generator, served = self.request, self._generator, self._served
+        max_time = served.args.max_time
         for index, given in enumerate(self._given):
             # Nothing of a job leads to this object: finished ones are freed at once.
             streamer, logprobs, emit = None, None, partial(_emit, self._loop, self._events, index)
             if request.stream:
                 kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
                 streamer = kind(generator.tokenizer, emit)
-            with self._naming_field():
-                prepared = generator.tokenize(replace(given, streamer=streamer), self._served.config)
+            prepared = generator.tokenize(replace(given, streamer=streamer), served.config)
             if request.num_top_logprobs is not None:
                 logprobs = LogprobCollector(generator.tokenizer, request.num_top_logprobs, prepared.reader)
                 prepared = replace(prepared, stopping_criteria=logprobs)
-            job = Job(prepared, emit, max_time, self._arrival_time, origin=self._origin)
+            job = Job(prepared, emit, self._is_cancelled, max_time, self._arrival_time, origin=self._origin)
             self._choices.append(_Choice(index, job, logprobs))
-        if not self._is_cancelled:
-            engine.submit([choice.job for choice in self._choices])
-            self.is_submitted = True
-        if self._is_cancelled:  # meanwhile
-            self.cancel()
+        served.engine.submit([choice.job for choice in self._choices])
 
     def cancel(self) -> None:
         """The client is gone, also during `submit`, or has the whole answer."""
-        self._is_cancelled = True
-        for choice in self._choices:
-            choice.job.is_cancelled = True
+        self._is_cancelled.set()
 
     def parts(self) -> AsyncGenerator[str]:
         """The choices as one JSON object, or as server-sent events."""
-        head = self.request.head(self._served.name, self._served.fingerprint)
+        head = self.request.head(self._served.name)
         return self._chunks(head) if self.request.stream else self._whole(head)
 
     async def _whole(self, head: dict[str, Any]) -> AsyncGenerator[str]:
@@ -150,25 +128,17 @@ class Answer:
         yield json.dumps({**head, "choices": choices, **self._figures()})
 
     async def _chunks(self, head: dict[str, Any]) -> AsyncGenerator[str]:
-        """An error after the first event is the last one."""
         begun, has_usage = set[int](), self.request.stream_options.include_usage
 
         def chunk(choices: list[dict[str, Any]], **figures: Any) -> str:
             figures = {"usage": None, **figures} if has_usage else {}
-            return _server_sent({**head, "choices": choices, **figures})
+            return server_sent({**head, "choices": choices, **figures})
 
-        try:
-            async for choice, delta in self._deltas():
-                if choice.index not in begun:
-                    begun.add(choice.index)
-                    if isinstance(self.request, ChatRequest):
-                        yield chunk([self.request.first_choice(choice.index)])
-                yield chunk([self._format(choice, delta)])
-        except Exception as exception:
-            if not begun:
-                raise
-            yield _server_sent(self._metrics.count_error(exception, self._origin).body)
-            return
+        async for choice, delta in self._deltas():
+            if isinstance(self.request, ChatRequest) and choice.index not in begun:
+                yield chunk([self.request.first_choice(choice.index)])
+            begun.add(choice.index)
+            yield chunk([self._format(choice, delta)])
         if has_usage:
             yield chunk([], **self._figures())
         yield "data: [DONE]\n\n"
@@ -182,8 +152,7 @@ class Answer:
             index, event = await self._events.get()
             choice = self._choices[index]
             if isinstance(event, Exception):
-                with self._naming_field():
-                    raise event
+                raise event
             if isinstance(event, Delta):
                 if request.streams_text or event.thinking:  # other text comes at the end
                     yield choice, event
@@ -193,7 +162,7 @@ class Answer:
             if not request.streams_text:
                 whole = choice.job.request.finish(event)
                 delta = Delta(whole.decoded_prediction, thinking="" if request.stream else whole.thinking)
-            choice.finished = FinishedRequest.of(choice.job, event)
+            choice.finished = FinishedRequest(choice.job, event)
             yield choice, delta
 
     def _format(self, choice: _Choice, delta: Delta) -> dict[str, Any]:
@@ -207,26 +176,12 @@ class Answer:
     def _figures(self) -> dict[str, Any]:
         return figures([each.finished for each in self._choices if each.finished], self.request.n)
 
-    @contextmanager
-    def _naming_field(self) -> Iterator[None]:
-        """Errors of a grammar name the field that it is made from."""
-        try:
-            yield
-        except GrammarError as error:
-            name = self.request.guided_by
-            raise APIError(f"{name}: {error}", param=name) from error
-
     def _check(self) -> None:
         request, served = self.request, self._served
         served.check_name(request.model or served.name)
-        limit = served.args.max_tokens
-        if limit is not None and (request.max_new_tokens or 0) > limit:
-            message = f"max_tokens {request.max_new_tokens}: must be at most {limit}"
-            raise APIError(message, param="max_tokens")
         num_prompts = 1 if isinstance(request, ChatRequest) else len(request.prompt)
         if num_prompts * request.n > (limit := served.engine.max_jobs):
-            message = f"n {request.n}, for {num_prompts} prompts: must be at most {limit} answers together"
-            raise APIError(message, param="n")
+            raise APIError.at("n", request.n, f"must be at most {limit} answers together, for all prompts")
         size = self._generator.model.config.vocab_size
         if any(id_ >= size for id_ in request.logit_bias):
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
@@ -238,14 +193,8 @@ class Answer:
             raise APIError("messages: the model has no chat template, use /v1/completions", param="messages")
         messages = [message.for_template for message in request.messages]
         kwargs = {**args.template_kwargs, **request.template_kwargs}
-        render = partial(generator.render_chat, messages, kwargs, tools=request.tools_for_template or None)
-        try:
-            prompt = render()
-            thinking = Thinking.of(generator.tokenizer, prompt)
-            if args.sanitize_control_tokens and not generator.is_far_too_long(prompt):
-                prompt = render(tokenize=True, sanitize_control_tokens=True, return_dict=False)  # ids
-        except ValueError as error:
-            raise APIError(f"messages: {error}", param="messages") from error
+        prompt = generator.render_chat(messages, kwargs, tools=request.tools_for_template or None)
+        thinking = Thinking.of(generator.tokenizer, prompt)
         # The template adds special tokens.
         return Request(self._encode(prompt, "messages", special_tokens=False), thinking=thinking)
 
@@ -267,29 +216,27 @@ class AnswerResponse(StreamingResponse):
     """
 
     def __init__(self, answer: Answer, submit: Callable[[Answer], Awaitable[None]]) -> None:
-        self._answer, self._submit = answer, submit
-        self._parts, self._has_begun = answer.parts(), False
+        self._answer, self._submit, self._is_whole = answer, submit, False
         media_type = "text/event-stream" if answer.request.stream else "application/json"
-        super().__init__(self._parts, headers={"Cache-Control": "no-cache"}, media_type=media_type)
+        super().__init__((), media_type=media_type)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._answer.cancel()
-        if not (self._has_begun or self._answer.is_submitted):
+        if not self._is_whole:
             raise ClientDisconnect("the client has disconnected")
 
     async def stream_response(self, send: Send) -> None:
         await self._submit(self._answer)
-        async for part in self._parts:
-            body = part.encode()
-            if not self._has_begun:
-                if not self._answer.request.stream:  # it is the only part
-                    self.headers["Content-Length"] = str(len(body))
+        has_begun = False
+        async for part in self._answer.parts():
+            if not has_begun:
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            self._has_begun = True
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            has_begun = True
+            await send({"type": "http.response.body", "body": part.encode(), "more_body": True})
+        self._is_whole = True
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -298,5 +245,6 @@ def _emit(loop: asyncio.AbstractEventLoop, events: asyncio.Queue, index: int, ev
         loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
 
-def _server_sent(content: Any) -> str:
+def server_sent(content: Any) -> str:
+    """An event of a stream."""
     return f"data: {json.dumps(content)}\n\n"

@@ -4,7 +4,6 @@ import asyncio
 import codecs
 import hmac
 import os
-import re
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -13,23 +12,32 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, Router
+from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from self_speculation.families import context_length
-from serving.answers import Answer, AnswerResponse, ServedModel
-from serving.engine import QueueFull, ServerShutdown
+from serving.answers import Answer, AnswerResponse, ServedModel, server_sent
+from serving.engine import QueueFull
 from serving.errors import APIError
 from serving.metrics import Metrics
 from serving.protocol import ChatRequest, CompletionRequest
 
-_FILES = ("page.css", "page.js", "markdown-it.umd.min.js")
-_PAGE_FILES = {"/": "page.html"} | {f"/{name}": name for name in _FILES}
-_PUBLIC_PATHS = (*_PAGE_FILES, "/health")  # need no key
-_PAGE_HEADERS = {
+_PAGE = Path(__file__).with_name("page")
+_PUBLIC_PATHS = {"/", "/health", *(f"/{file.name}" for file in _PAGE.iterdir())}  # need no key
+_ALL_HEADERS = {
+    "Content-Security-Policy": (  # nothing comes from elsewhere, whatever a model writes
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+}
+_HEADERS = {
     "Content-Security-Policy": (  # nothing comes from elsewhere, whatever a model writes
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -39,13 +47,10 @@ _PAGE_HEADERS = {
 }
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
-    408: {"Connection": "close"},
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
 }
-_HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]+)?")  # with a port
 _LONGEST_ID = 200  # characters of a client's x-request-id
-_BODY_SECONDS = 60  # until a body must have come
 
 
 class App:
@@ -73,47 +78,41 @@ class App:
             Route("/completions", partial(self._respond, CompletionRequest), methods=["POST"]),
         ]
         routes = [
-            *(Route(path, self._page) for path in _PAGE_FILES),
             Route("/health", self._health),
             Route("/metrics", self._exposition),
             Mount("/v1", routes=api),
             *api,
+            Mount("/", StaticFiles(directory=_PAGE, html=True)),
         ]
-        self._router, self._hosts = Router(routes), allowed_hosts(address, args.host)
+        self._router = TrustedHostMiddleware(Router(routes), allowed_hosts(address, args.host), False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check the key, answer errors, and add x-request-id to each response."""
+        """Check the key, answer errors, and add headers to each response."""
         if scope["type"] != "http":
             await self._router(scope, receive, send)
             return
         http, has_begun = HTTPRequest(scope), False
-        request_id = http.headers.get("x-request-id", "")
-        if not 0 < len(request_id) <= _LONGEST_ID:
-            request_id = uuid.uuid4().hex
+        request_id = http.headers.get("x-request-id", "")[:_LONGEST_ID] or uuid.uuid4().hex
         http.state.id = request_id
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message).update({**_ALL_HEADERS, "x-request-id": request_id})
             await send(message)
 
         scope["app"] = self  # so the router raises its errors
         try:
-            check_host(scope, self._hosts)
             check_key(scope, self._key)
-            await self._router(scope, receive, send_with_id)
-        except Exception as exception:
-            if has_begun:
-                raise
+            await self._router(scope, receive, send_with_headers)
+        except (Exception, asyncio.CancelledError) as exception:  # uvicorn cancels what is late at the end
             error = self._metrics.count_error(exception, _origin(http))
+            if has_begun:  # a stream, of which this is the last event
+                await send({"type": "http.response.body", "body": server_sent(error.body).encode()})
+                return
             headers = getattr(exception, "headers", None) or _HEADERS.get(error.status)
-            await JSONResponse(error.body, error.status, headers)(scope, receive, send_with_id)
-
-    async def _page(self, http: HTTPRequest) -> Response:
-        file = Path(__file__).with_name(_PAGE_FILES[http.scope["path"]])
-        return FileResponse(file, headers=_PAGE_HEADERS)
+            await JSONResponse(error.body, error.status, headers)(scope, receive, send_with_headers)
 
     async def _health(self, _: HTTPRequest) -> Response:
         if self._engine.accepts_jobs:
@@ -132,8 +131,8 @@ class App:
 
     async def _respond(self, kind: type[ChatRequest | CompletionRequest], http: HTTPRequest) -> Response:
         body = await _read_body(http, self._served.args.max_body)
-        answer = Answer(self._served, self._metrics, _origin(http))
-        await asyncio.to_thread(answer.parse, kind, body)
+        answer = Answer(self._served, _origin(http))
+        self._metrics.name_ignored(await asyncio.to_thread(answer.parse, kind, body))
         return AnswerResponse(answer, self._submit)
 
     async def _submit(self, answer: Answer) -> None:
@@ -152,28 +151,20 @@ def check_key(scope: Scope, key: str | None) -> None:
     if key is None or scope["path"] in _PUBLIC_PATHS:
         return
     given = [value for name, value in scope["headers"] if name == b"authorization"]
-    if len(given) > 1:
-        raise APIError(f"Authorization: must be one header, not {len(given)}")
     scheme, _, word = b"".join(given).partition(b" ")
     # Headers are bytes; a key may hold non-ASCII characters or bytes that are no characters.
     if scheme.lower() != b"bearer" or not hmac.compare_digest(word.strip(), os.fsencode(key)):
         raise APIError("Authorization: must be Bearer and the API key", 401, code="invalid_api_key")
 
 
-def allowed_hosts(address: str, host: str) -> frozenset[str] | None:
-    """The names of a server at an address that only this machine reaches, `host` among them; None: any."""
+def allowed_hosts(address: str, host: str) -> list[str]:
+    """The names of a server at an address that only this machine reaches, `host` among them; else any. A site
+    can point its own name at this machine (DNS rebinding).
+    """
     if not ip_address(address).is_loopback:
-        return None
-    own = {name for each in filter(None, (address, host.lower())) for name in (each, f"[{each}]")}
-    return frozenset({"localhost", "127.0.0.1", "[::1]"} | own)
-
-
-def check_host(scope: Scope, allowed: frozenset[str] | None) -> None:
-    """Raises APIError for another Host: a site can point its own name at this machine (DNS rebinding)."""
-    given = Headers(scope=scope).get("host", "")
-    found = _HOST.fullmatch(given)
-    if allowed is not None and (found is None or found[1].lower() not in allowed):
-        raise APIError(f"Host {given[:60]!r}: must be localhost, or the address or --host of this server")
+        return ["*"]
+    own = [name for each in filter(None, (address, host)) for name in (each, f"[{each}]")]
+    return ["localhost", "127.0.0.1", "[::1]", *own]
 
 
 async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
@@ -182,16 +173,10 @@ async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
     body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            async for part in http.stream():
-                body += part
-                if len(body) > max_bytes:
-                    raise APIError(f"the request has more than {max_bytes} bytes", 413)
-    except TimeoutError:
-        raise APIError(f"the body has not come within {_BODY_SECONDS} seconds", 408) from None
-    except asyncio.CancelledError:  # by uvicorn, whose patience at the end is over
-        raise ServerShutdown("the server shuts down") from None
+    async for part in http.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise APIError(f"the request has more than {max_bytes} bytes", 413)
     return bytes(body.removeprefix(codecs.BOM_UTF8))  # of some clients on Windows
 
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from threading import Condition
+from threading import Condition, Event
 
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
 from self_speculation.devices import is_lost_device
@@ -47,10 +47,10 @@ class Job:
 
     request: TokenizedRequest
     on_finish: Callable[[GenerationStrategyResult | Exception], None]  # called by the engine's thread, once
+    is_cancelled: Event = field(default_factory=Event)  # of all jobs of a client's request
     timeout: float = math.inf  # seconds from arrival to end
     arrival_time: float = field(default_factory=time.perf_counter)
     admission_time: float = math.nan
-    is_cancelled: bool = False  # set by any thread
     origin: str = ""  # of whose request, for a log
 
 
@@ -77,8 +77,8 @@ class Engine:
         self._num_positions = batch_size * longest
         self.waiting: deque[Job] = deque()
         self.in_flight: list[Job] = []
-        # Called by the engine's thread: with a job, its result if it was admitted, and why it was aborted;
-        # with the rows of a round, and seconds since the one before.
+        # Called by the engine's thread: with a job that was admitted, its result and why it was aborted; with
+        # the rows of a round, and seconds since the one before.
         self.on_end: Callable[..., None] = lambda *_: None
         self.on_round: Callable[..., None] = lambda *_: None
         self._round_ended = math.nan
@@ -103,16 +103,12 @@ class Engine:
             ServerShutdown: the engine accepts no more jobs.
         """
         with self._changed:
-            self.check_room(len(jobs))
+            if not self.accepts_jobs:
+                raise ServerShutdown("the server shuts down")
+            if len(self.waiting) + len(self.in_flight) + len(jobs) > self.max_jobs:
+                raise QueueFull(f"{len(self.waiting)} requests wait already: try again later")
             self.waiting.extend(jobs)
             self._changed.notify()
-
-    def check_room(self, num_jobs: int) -> None:
-        """Raises ServerShutdown, or QueueFull if the queue has no room for so many jobs."""
-        if not self.accepts_jobs:
-            raise ServerShutdown("the server shuts down")
-        if len(self.waiting) + len(self.in_flight) + num_jobs > self.max_jobs:
-            raise QueueFull(f"{len(self.waiting)} requests wait already: try again later")
 
     def shut_down(self, seconds: float) -> None:
         """Accept no more jobs, abort those that do not finish in time, and let `run` return."""
@@ -148,17 +144,17 @@ class Engine:
 
     def _step(self) -> None:
         """Abort and admit jobs, run one step of the scheduler, finish jobs."""
-        aborted = {job: error for job in self.in_flight if (error := self._abort_error(job))}
         with self._changed:
-            dropped = {job: error for job in self.waiting if (error := self._abort_error(job))}
+            jobs = [*self.in_flight, *self.waiting]
+            aborted = {job: error for job in jobs if (error := self._abort_error(job))}
+            dropped = [job for job in self.waiting if job in aborted]
             for job in dropped:
                 self.waiting.remove(job)
             room = min(self._batch_size - len(self.in_flight), len(self.waiting))
             admitted = [self.waiting.popleft() for _ in range(room)]
             self.in_flight += admitted
-        for job, error in dropped.items():
-            _call(self.on_end, job, None, error)
-            _call(job.on_finish, error)
+        for job in dropped:
+            _call(job.on_finish, aborted[job])
         self._scheduler.cancel(aborted)
         for job in admitted:
             job.admission_time = time.perf_counter()
@@ -180,7 +176,7 @@ class Engine:
 
     def _abort_error(self, job: Job) -> Exception | None:
         now = time.perf_counter()
-        if job.is_cancelled:
+        if job.is_cancelled.is_set():
             return ClientDisconnected("the client has disconnected")
         if now > job.arrival_time + job.timeout:
             return RequestTimeout(f"no answer after {job.timeout:g} seconds")

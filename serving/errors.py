@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
+from asyncio import CancelledError
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,11 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from runs.failures import reason
-from serving.engine import ClientDisconnected, QueueFull, RequestTimeout, ServerShutdown
+from self_speculation.decoding.grammar_sandbox import GrammarError
+from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 
 _log = logging.getLogger(__name__)
-_STATUS = {QueueFull: 429, ClientDisconnect: 499, ClientDisconnected: 499}
-_STATUS |= {ServerShutdown: 503, ChildProcessError: 503, RequestTimeout: 504}  # the child tries grammars
+_STATUS = {QueueFull: 429, ClientDisconnect: 499, ServerShutdown: 503, RequestTimeout: 504}
+_STATUS |= {CancelledError: 503, ChildProcessError: 503}  # by the end of the server; that tries grammars
 _PATHS = "/, /health, /metrics, /v1/models, /v1/completions and, for /v1/responses too, /v1/chat/completions"
 
 
@@ -27,26 +29,29 @@ class APIError(Exception):
         self.status, self.param, self.code = status, param, code
 
     @classmethod
-    def of(cls, error: Exception) -> APIError:
+    def at(cls, param: str, value: Any, problem: str) -> APIError:
+        """The error of a field's value."""
+        return cls(f"{param} {reprlib.repr(value):.60}: {problem}", param=param)
+
+    @classmethod
+    def of(cls, error: BaseException) -> APIError:
         """Turn any error into the one that the client gets."""
         if isinstance(error, APIError):
             return error
         if isinstance(error, HTTPException):
-            is_lost = error.status_code == 404
-            return cls(
-                f"no such path: this server has {_PATHS}" if is_lost else error.detail, error.status_code
-            )
+            return cls(f"{error.detail}: this server has {_PATHS}", error.status_code)
         if type(error) in _STATUS:
             return cls(str(error), _STATUS[type(error)])
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
-            path = [part for part in first["loc"] if part != "[key]"]  # pydantic's mark of a bad key
-            param = ".".join(map(str, path))[:100] or None
-            is_shown = first["type"] not in ("missing", "json_invalid")
-            value = f" {reprlib.repr(first['input']):.60}" if is_shown else ""
-            return cls(
-                f"{param or 'the body'}{value}: {first['msg'].removeprefix('Value error, ')}", param=param
-            )
+            problem = first["msg"].removeprefix("Value error, ")
+            # Others are pydantic's marks, such as that of a bad key.
+            path = ".".join(part for part in map(str, first["loc"]) if "[" not in part)[:100]
+            if path and first["type"] != "missing":
+                return cls.at(path, first["input"], problem)
+            return cls(f"{path or 'the body'}: {problem}", param=path or None)
+        if isinstance(error, GrammarError):
+            return cls(f"response_format, structured_outputs or tools: {error}")
         if isinstance(error, ValueError):  # the scheduler raises it for an invalid request
             return cls(str(error))
         if (why := reason(error, less="a shorter prompt or less max_tokens")) is None:

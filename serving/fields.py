@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from difflib import get_close_matches
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from llguidance import regex_to_lark
@@ -19,7 +18,6 @@ from pydantic import (
     ConfigDict,
     Field,
     Json,
-    PlainValidator,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -27,10 +25,10 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )  # fmt: skip
-from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
 from self_speculation.config import check_template_kwargs
 from self_speculation.decoding.grammar import json_rule
+from serving.errors import APIError
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -57,15 +55,15 @@ _INSTEAD = {
     "top_p or min_p": "mirostat top_a typical_p xtc_probability",
 }
 _REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
-# Values that ask for nothing, where these are not null, false, 0 and what is empty.
+# Values that ask for nothing, where these are not false, 0 and what is empty.
 _NEUTRAL: dict[str, Any] = {"best_of": 1, "length_penalty": 1, "modalities": ["text"], "num_beams": 1}
 _NEUTRAL |= {"repeat_penalty": 1, "truncate_prompt_tokens": -1, "typical_p": 1}
-_ON_BY_DEFAULT = {"add_generation_prompt", "do_sample", "enable_thinking", "skip_special_tokens", "think"}
+_NEUTRAL |= dict.fromkeys(("add_generation_prompt", "do_sample", "skip_special_tokens"), True)
+_NEUTRAL |= dict.fromkeys(("enable_thinking", "think"), True)
 _LIKE = 0.88  # the least likeness of a misspelt name
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
 # first fault.
 MAX_ITEMS = 2048  # of a list
-_MAX_CHAT = 4096  # messages, and their parts and calls, together
 _MAX_FIELDS = 100  # of an object
 
 
@@ -87,28 +85,21 @@ class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
             raise ValueError(f"must have at most {_MAX_FIELDS} unknown fields together")
         for name in unknown:
             if why := _why_refused(name, given, known):
-                error = PydanticCustomError("unknown_field", "{why}", {"why": why})
-                details = InitErrorDetails(type=error, loc=(name,), input=given[name])
-                raise ValidationError.from_exception_data(cls.__name__, [details])
+                raise APIError.at(name, given[name], why)
         ignored.update(unknown - _REFUSED.keys())
         return given
 
 
 def _why_refused(name: str, given: dict[str, Any], known: set[str]) -> str | None:
-    value, instead = given[name], _REFUSED.get(name)
-    if instead is None:
+    if name not in _REFUSED:
         near = get_close_matches(name[:50], known, 1, cutoff=_LIKE)
         return f"there is no such field, did you mean {near[0]}?" if near else None
-    if name in _ON_BY_DEFAULT:
-        is_neutral = value is True
-    else:  # an answer that ignores its end is as long as it may be
-        is_neutral = not value or value == _NEUTRAL.get(name)
-        is_neutral |= name.startswith("min_") and given.get("ignore_eos") is True
-    return (
-        None
-        if is_neutral
-        else f"this server does not have it, {f'use {instead}' if instead else 'leave it out'}"
-    )
+    value, instead = given[name], _REFUSED[name]
+    is_neutral = value == _NEUTRAL[name] if name in _NEUTRAL else not value
+    # An answer that ignores its end is as long as it may be.
+    if is_neutral or (name.startswith("min_") and given.get("ignore_eos") is True):
+        return None
+    return f"this server does not have it, {f'use {instead}' if instead else 'leave it out'}"
 
 
 def _as_list(given: Any) -> Any:
@@ -140,19 +131,16 @@ class _TextPart(Fields):
 _parts = TypeAdapter(Annotated[list[_TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)])
 
 
-def _joined(given: Any, *, between: str = "\n") -> str:
-    if isinstance(given, str):
-        return given
-    return between.join(part.text for part in _parts.validate_python(given))
+def _joined(given: Any) -> Any:
+    return given if isinstance(given, str) else "\n".join(part.text for part in _parts.validate_python(given))
 
 
 _Text = Annotated[str, BeforeValidator(_joined)]
-_Verbatim = Annotated[str, BeforeValidator(partial(_joined, between=""))]  # parts of one text
 
 
 class Prediction(Fields):
     type: Literal["content"]
-    content: _Verbatim
+    content: str
 
 
 class _Called(Fields):
@@ -170,7 +158,7 @@ class _ToolCall(Fields):
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Text = ""
-    tool_calls: list[_ToolCall] = []
+    tool_calls: list[_ToolCall] = Field([], max_length=MAX_ITEMS)
     tool_call_id: str | None = None
     reasoning_content: str = ""  # of an earlier answer, as the next one
     reasoning: str = ""
@@ -184,17 +172,7 @@ class Message(Fields):
         return {name: value for name, value in message.items() if value or name == "content"}
 
 
-def _check_size(given: Any) -> Any:
-    if isinstance(given, list):
-        fields = [each[name] for each in given if isinstance(each, dict) for name in _LISTS & each.keys()]
-        number = len(given) + sum(len(field) for field in fields if isinstance(field, list))
-        if number > _MAX_CHAT:
-            raise ValueError(f"must be at most {_MAX_CHAT} messages, parts and calls together, not {number}")
-    return given
-
-
-_LISTS = {"content", "tool_calls"}
-Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_check_size)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class _Function(Fields):
@@ -216,18 +194,7 @@ class Tool(Fields):
         }
 
 
-_Choice = Literal["none", "auto", "required"]
-_choice = TypeAdapter(_Choice)
-
-
-def _as_tool_choice(given: Any) -> Any:
-    if isinstance(given, dict):
-        return Tool.model_validate(given)
-    return _choice.validate_python(given)
-
-
-# The errors of a union name its types.
-ToolChoice = Annotated[_Choice | Tool, PlainValidator(_as_tool_choice)]
+ToolChoice = Literal["none", "auto", "required"] | Tool
 
 
 class _JSONSchema(Fields):
@@ -248,57 +215,49 @@ class ResponseFormat(Fields):
         return self
 
     @property
-    def rule(self) -> str:
-        """The language of the answer in Lark. Raises GrammarError if the schema is too large."""
-        return json_rule(self.json_schema.json_schema if self.json_schema else {"type": "object"})
-
-
-def _as_object(given: Any) -> Any:
-    return from_json(given) if isinstance(given, str) else given
+    def rules(self) -> list[str]:
+        """Languages of the answer, in Lark. Raises GrammarError if a schema is too large."""
+        if self.type == "text":
+            return []
+        return [json_rule(self.json_schema.json_schema if self.json_schema else {"type": "object"})]
 
 
 TemplateKwargs = Annotated[
     dict[str, Any], Field(max_length=_MAX_FIELDS), AfterValidator(check_template_kwargs)
 ]
 
-Schema = Annotated[dict[str, Any], BeforeValidator(_as_object)]
-Texts = Annotated[list[str], Field(max_length=MAX_ITEMS)]
-
 
 class StructuredOutputs(Fields):
     """Of vLLM, one of its fields at a time."""
 
-    json_schema: Schema | None = Field(default=None, alias="json")
+    json_schema: dict[str, Any] | None = Field(None, alias="json")
     json_object: bool = False
     regex: str | None = None
-    choice: Texts = []
-
-    @model_validator(mode="after")
-    def _check_number(self) -> StructuredOutputs:
-        given = (self.json_schema is not None, self.json_object, self.regex is not None, bool(self.choice))
-        if sum(given) > 1:
-            raise ValueError("must have one of json, json_object, regex and choice")
-        return self
+    choice: list[str] = Field([], max_length=MAX_ITEMS)
 
     @property
-    def rule(self) -> str:
+    def rules(self) -> list[str]:
         """See `ResponseFormat`."""
-        if self.choice:
-            return " | ".join(map(json.dumps, self.choice))
+        schemas = [self.json_schema] * (self.json_schema is not None) + [
+            {"type": "object"}
+        ] * self.json_object
+        rules = [json_rule(schema) for schema in schemas]
         if self.regex is not None:
-            return f"/{regex_to_lark(self.regex)}/"
-        return json_rule({"type": "object"} if self.json_schema is None else self.json_schema)
+            rules.append(f"/{regex_to_lark(self.regex)}/")
+        if self.choice:
+            rules.append(" | ".join(map(json.dumps, self.choice)))
+        return rules
 
 
 def _as_prompts(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     is_list = isinstance(given, list) and given and not isinstance(given[0], int)
-    if is_list and len(given) > MAX_ITEMS:
-        raise ValueError(f"must be at most {MAX_ITEMS} prompts, not {len(given)}")
     try:
         return validate(given if is_list else [given])
     except ValidationError:
-        raise ValueError("must be a text, or token ids, or a list of either") from None
+        raise ValueError(
+            f"must be a text, or token ids, or a list of at most {MAX_ITEMS} of either"
+        ) from None
 
 
 _Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
-Prompts = Annotated[list[str | _Ids], Field(fail_fast=True), WrapValidator(_as_prompts)]
+Prompts = Annotated[list[str | _Ids], Field(max_length=MAX_ITEMS, fail_fast=True), WrapValidator(_as_prompts)]

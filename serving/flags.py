@@ -24,14 +24,8 @@ class ServeArguments(TemplateArguments):
     """Most requests that wait for a slot among --batch_size; further requests get status 429."""
     max_time: float = 600.0
     """Seconds from a request's arrival until it is aborted with status 504."""
-    max_tokens: int | None = None
-    """Most new tokens that a request may ask for; default: as many as the context has room for. A request
-    that asks for no number gets --max_steps."""
     max_body: int = 4_000_000
     """Most bytes of a request body."""
-    sanitize_control_tokens: bool = False
-    """Read control tokens in chat messages, such as <|im_end|>, as plain text. Without it a message can end
-    itself and start another one in the system's role."""
     log_requests: bool = False
     """Print a line for each answer and error: its path and x-request-id, how it ended, tokens and times."""
     shutdown_time: float = 30.0
@@ -44,7 +38,7 @@ class ServeArguments(TemplateArguments):
         check(self, "api_key", self.api_key != "", "must not be empty")
         at_least(self, 0, "max_waiting", "max_time")
         check(self, "shutdown_time", 0 <= self.shutdown_time < math.inf, "must be 0 or more")
-        at_least(self, 1, "max_tokens", "max_body")
+        at_least(self, 1, "max_body")
 
     @property
     def key(self) -> str | None:

@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from runs.status import print_status
 from self_speculation import GenerationStrategyResult
 from self_speculation.results import DraftStats, SourceCounts
-from serving.engine import ClientDisconnected, Engine, Job
+from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.protocol import FINISH_REASONS
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
-_TOKENS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
+_TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)  # seconds
+_SIZES = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # tokens
 _LONGEST_LINE = 200  # characters
 _MOST_NAMES = 200  # of ignored fields, since clients could fill the log with them
 
 
-class FinishedRequest(NamedTuple):
-    """An answer, and its times in seconds."""
+class FinishedRequest:
+    """The result of a job, and its times in seconds."""
 
-    result: GenerationStrategyResult
-    drafts: DraftStats
-    num_tokens: int  # generated ones, an end id included
-    num_reasoning: int  # those of the thinking
-    queue_time: float  # from arrival to admission
-    time_to_first_token: float  # from arrival on
-    latency: float  # from arrival to the end
-
-    @classmethod
-    def of(cls, job: Job, result: GenerationStrategyResult) -> FinishedRequest:
-        num_tokens = len(result.predicted_tokens) + (result.end_token_id is not None)
-        queue_time = job.admission_time - job.arrival_time
-        first = queue_time + result.prefill_time
-        counts = (result.draft_stats or DraftStats(), num_tokens, job.request.reader.num_thinking)
-        return cls(result, *counts, queue_time, first, first + result.decode_time)
+    def __init__(self, job: Job, result: GenerationStrategyResult) -> None:
+        self.result, self.drafts = result, result.draft_stats or DraftStats()
+        self.num_tokens = len(result.predicted_tokens) + (result.end_token_id is not None)
+        self.num_reasoning = job.request.reader.num_thinking
+        self.queue_time = job.admission_time - job.arrival_time
+        self.time_to_first_token = self.queue_time + result.prefill_time
+        self.time_per_token = result.decode_time / max(1, self.num_tokens - 1)
+        self.latency = self.time_to_first_token + result.decode_time
 
     def __str__(self) -> str:
         return (
@@ -51,54 +42,63 @@ class FinishedRequest(NamedTuple):
         )
 
 
+# vLLM's names of what is counted, what they mean, and the number of a finished request.
+_COUNTED: tuple[tuple[str, str, Callable[[FinishedRequest], float]], ...] = (
+    ("prompt_tokens", "Tokens of prompts", lambda each: each.result.num_prompt_tokens),
+    ("prefix_cache_queries", "Tokens of prompts", lambda each: each.result.num_prompt_tokens),
+    ("prefix_cache_hits", "Those in the cache", lambda each: each.result.num_cached_tokens),
+    ("generation_tokens", "Generated tokens", lambda each: each.num_tokens),
+    ("spec_decode_num_drafts", "Drafts", lambda each: sum(each.drafts.drafted_by_position[:1])),
+    ("spec_decode_num_draft_tokens", "Drafted tokens", lambda each: each.drafts.num_drafted),
+    ("spec_decode_num_accepted_tokens", "Accepted ones", lambda each: each.drafts.num_accepted),
+)
+# The same of what is observed of requests that have a token.
+_OBSERVED: tuple[tuple[str, str, Callable[[FinishedRequest], float]], ...] = (
+    ("request_prompt_tokens", "Of a prompt", lambda each: each.result.num_prompt_tokens),
+    ("request_generation_tokens", "Of an answer", lambda each: each.num_tokens),
+    ("request_queue_time_seconds", "From arrival to a slot in the batch", lambda each: each.queue_time),
+    ("request_prefill_time_seconds", "From there to a token", lambda each: each.result.prefill_time),
+    ("request_decode_time_seconds", "From there to the end", lambda each: each.result.decode_time),
+    ("time_to_first_token_seconds", "From arrival to a token", lambda each: each.time_to_first_token),
+    ("request_time_per_output_token_seconds", "Between two tokens", lambda each: each.time_per_token),
+    ("e2e_request_latency_seconds", "From arrival to the end", lambda each: each.latency),
+)
+
+
 class Metrics:
-    """Counters of one server, in a registry of its own. Those that vLLM has too bear its names alone, which
-    dashboards know. Lines on standard error name fields that are ignored and, with `log_requests`, say how
-    each request ended.
+    """Counters of one server, in a registry of its own, by vLLM's names, which dashboards know. Lines on
+    standard error name fields that are ignored and, with `log_requests`, say how each request ended.
     """
 
     def __init__(self, engine: Engine, model: str, log_requests: bool) -> None:
-        self.registry, self._labels = CollectorRegistry(), (model, "0")
+        self.registry, self._labels = CollectorRegistry(), {"model_name": model, "engine": "0"}
         self._log_requests, self._ignored = log_requests, set[str]()
-        counter = partial(Counter, namespace="self_speculation", registry=self.registry)
-        self._refused = counter("refused", "Requests without an answer by HTTP status", ["status"])
-        self._cached_tokens = counter("cached_prompt_tokens", "Tokens of prompts found in the cache")
-        self._drafted = counter("drafted_tokens", "Drafted tokens by draft source", ["source"])
-        self._accepted = counter("accepted_tokens", "Accepted draft tokens by draft source", ["source"])
+        about = "Requests without an answer by HTTP status"
+        self._refused = Counter("self_speculation_refused", about, ["status"], registry=self.registry)
+        for name, about, value in (
+            ("num_requests_waiting", "Requests in the queue", lambda: len(engine.waiting)),
+            ("num_requests_running", "Requests in the batch", lambda: len(engine.in_flight)),
+            ("kv_cache_usage_perc", "Keys and values in use, 1: all", lambda: engine.cache_usage),
+        ):
+            self._vllm(Gauge, name, about).labels(**self._labels).set_function(value)
+        self._finished = self._vllm(Counter, "request_success", "Answers by their end", "finished_reason")
+        about = "Accepted draft tokens by position"
+        self._per_position = self._vllm(Counter, "spec_decode_num_accepted_tokens_per_pos", about, "position")
+        self._between = self._observed("inter_token_latency_seconds", "Between two rounds of a request")
+        self._counters = [
+            (self._vllm(Counter, name, about).labels(**self._labels), value)
+            for name, about, value in _COUNTED
+        ]
+        self._histograms = [(self._observed(name, about), value) for name, about, value in _OBSERVED]
 
-        def vllm(kind: Any, name: str, about: str, *labels: str, **options: Any) -> Any:
-            names = ["model_name", "engine", *labels]
-            metric = kind(f"vllm:{name}", about, names, registry=self.registry, **options)
-            return metric if labels else metric.labels(*self._labels)
+    def _vllm(self, kind: Any, name: str, about: str, *labels: str, **options: Any) -> Any:
+        return kind(f"vllm:{name}", about, [*self._labels, *labels], registry=self.registry, **options)
 
-        vllm(Gauge, "num_requests_waiting", "Requests in the queue").set_function(lambda: len(engine.waiting))
-        vllm(Gauge, "num_requests_running", "Requests in the batch").set_function(
-            lambda: len(engine.in_flight)
-        )
-        vllm(Gauge, "kv_cache_usage_perc", "Keys and values in use, 1: all").set_function(
-            lambda: engine.cache_usage
-        )
-        self._finished = vllm(Counter, "request_success", "Answers by their end", "finished_reason")
-        self._prompt_tokens = vllm(Counter, "prompt_tokens", "Tokens of prompts")
-        self._tokens = vllm(Counter, "generation_tokens", "Generated tokens")
-        sizes = partial(vllm, Histogram, buckets=_TOKENS)
-        self._prompt_size = sizes("request_prompt_tokens", "Tokens of a prompt")
-        self._size = sizes("request_generation_tokens", "Generated tokens of a request")
-        times = partial(vllm, Histogram, buckets=_SECONDS)
-        self._between = times("inter_token_latency_seconds", "Between two rounds of a request")
-        self._per_token = times("request_time_per_output_token_seconds", "Decode time by tokens of a request")
-        self._queue = times("request_queue_time_seconds", "From arrival to a slot in the batch")
-        self._first_token = times("time_to_first_token_seconds", "From arrival to the first token")
-        self._prefill = times("request_prefill_time_seconds", "From a slot in the batch to the first token")
-        self._decoding = times("request_decode_time_seconds", "From the first token to the last")
-        self._latency = times("e2e_request_latency_seconds", "From arrival to the end")
-        self._num_drafts = vllm(Counter, "spec_decode_num_drafts", "Drafts")
-        self._num_drafted = vllm(Counter, "spec_decode_num_draft_tokens", "Drafted tokens")
-        self._num_accepted = vllm(Counter, "spec_decode_num_accepted_tokens", "Accepted draft tokens")
-        by_position = "spec_decode_num_accepted_tokens_per_pos"
-        self._accepted_per_pos = vllm(Counter, by_position, "Accepted draft tokens by position", "position")
+    def _observed(self, name: str, about: str) -> Any:
+        buckets = _TIMES if name.endswith("seconds") else _SIZES
+        return self._vllm(Histogram, name, about, buckets=buckets).labels(**self._labels)
 
-    def count_error(self, error: Exception, origin: str) -> APIError:
+    def count_error(self, error: BaseException, origin: str) -> APIError:
         """Count any error of a request; returns the one that the client gets."""
         found = APIError.of(error)
         self._refused.labels(str(found.status)).inc()
@@ -109,59 +109,35 @@ class Metrics:
         for _ in range(num_rows):
             self._between.observe(seconds)
 
-    def count(self, job: Job, result: GenerationStrategyResult | None, error: Exception | None) -> None:
-        """Count a job that ends, in the engine's thread. Nobody else counts that its client is gone, and all
-        other errors reach `count_error`.
-        """
-        if result is None:
-            if isinstance(error, ClientDisconnected):
-                self.count_error(error, job.origin)
-            return
-        finished = FinishedRequest.of(job, result)
-        drafts = finished.drafts
-        if error is None or isinstance(error, ClientDisconnected):
+    def count(self, job: Job, result: GenerationStrategyResult, error: Exception | None) -> None:
+        """Count a job that was in the batch, in the engine's thread. `count_error` counts its error."""
+        finished = FinishedRequest(job, result)
+        if error is None:
             self._log(job.origin, finished)
-            self._finished.labels(*self._labels, FINISH_REASONS[result.stop_reason or "cancelled"]).inc()
-        self._prompt_tokens.inc(result.num_prompt_tokens)
-        self._prompt_size.observe(result.num_prompt_tokens)
-        self._size.observe(finished.num_tokens)
-        self._cached_tokens.inc(result.num_cached_tokens)
-        self._tokens.inc(finished.num_tokens)
-        for source, counts in drafts.by_source.items():
-            self._drafted.labels(source).inc(counts.drafted)
-            self._accepted.labels(source).inc(counts.accepted)
-        self._num_drafts.inc(_num_drafts(drafts))
-        self._num_drafted.inc(drafts.num_drafted)
-        self._num_accepted.inc(drafts.num_accepted)
-        for position, accepted in enumerate(drafts.accepted_by_position):
-            self._accepted_per_pos.labels(*self._labels, str(position)).inc(accepted)
-        self._queue.observe(finished.queue_time)
-        self._latency.observe(finished.latency)
-        if finished.num_tokens:  # a request can be cancelled before its first token
-            self._first_token.observe(finished.time_to_first_token)
-            self._prefill.observe(result.prefill_time)
-            self._decoding.observe(result.decode_time)
-        if finished.num_tokens > 1:
-            self._per_token.observe(result.decode_time / (finished.num_tokens - 1))
-
-    def _log(self, origin: str, line: object) -> None:
-        if self._log_requests:  # in ASCII, since clients could write anything
-            self._print(ascii(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {origin}: {line}")[1:-1])
-
-    def _print(self, line: str) -> None:
-        is_short = len(line) <= _LONGEST_LINE
-        print_status(line if is_short else f"{line[: _LONGEST_LINE - 3]}...")
+            reason = FINISH_REASONS[str(result.stop_reason)]
+            self._finished.labels(**self._labels, finished_reason=reason).inc()
+        for counter, value in self._counters:
+            counter.inc(value(finished))
+        for position, accepted in enumerate(finished.drafts.accepted_by_position):
+            self._per_position.labels(**self._labels, position=str(position)).inc(accepted)
+        for histogram, value in self._histograms if finished.num_tokens else ():
+            histogram.observe(value(finished))
 
     def name_ignored(self, names: set[str]) -> None:
         """Print the name of each field once."""
-        room = _MOST_NAMES - len(self._ignored)
-        if new := sorted({ascii(name[:50]) for name in names} - self._ignored)[:room]:
+        if len(self._ignored) < _MOST_NAMES and (new := sorted(names - self._ignored)):
             self._ignored.update(new)
-            self._print(f"requests have fields that this server ignores: {', '.join(new)}")
+            _print(f"requests have fields that this server ignores: {', '.join(new)}")
+
+    def _log(self, origin: str, line: object) -> None:
+        if self._log_requests:
+            _print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {origin}: {line}")
 
 
-def _num_drafts(drafts: DraftStats) -> int:
-    return sum(drafts.drafted_by_position[:1])
+def _print(line: str) -> None:
+    """In ASCII, since clients could write anything."""
+    line = ascii(line)[1:-1]
+    print_status(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 3]}...")
 
 
 def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
@@ -173,8 +149,6 @@ def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
     decoded = sum(result.num_decode_tokens for result in results)
     drafts = sum((each.drafts for each in finished), DraftStats())
     predicted = drafts.by_source.get("prediction", SourceCounts(0, 0, 0))
-    # [j]: drafts of which at least j tokens were accepted.
-    accepted_at_least = [_num_drafts(drafts), *drafts.accepted_by_position]
     return {
         "usage": {
             "prompt_tokens": prompt,
@@ -196,7 +170,6 @@ def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
                 "acceptance_rate": drafts.acceptance_rate,
                 "mean_accepted_length": drafts.mean_accepted_length,
                 "by_source": {name: counts._asdict() for name, counts in drafts.by_source.items()},
-                "acceptance_histogram": [a - b for a, b in pairwise([*accepted_at_least, 0])],
             },
         },
     }

@@ -8,20 +8,17 @@ import uuid
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.config import GenerationConfig
-from self_speculation.decoding.grammar import Grammar
+from self_speculation.decoding.grammar import Grammar, GrammarError
 from serving import fields
 from serving.errors import APIError
 from serving.streaming import Delta, TokenLogprob
 from serving.tools import call_grammar, find_calls
 
 FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
-FINISH_REASONS["cancelled"] = "abort"  # as vLLM counts it; its client is gone
-# Fields that have no effect unless another one is true.
-_NEEDED = {"stream_drafts": "stream", "top_logprobs": "logprobs"}
 _REASONING = ("reasoning_content", "reasoning")  # DeepSeek's name, which vLLM had as well; vLLM's name now
 
 
@@ -61,22 +58,6 @@ class BaseRequest(fields.Fields, ABC):
         """The lower one of two limits; None: the server's default."""
         return min(filter(None, (self.max_tokens, self.max_completion_tokens)), default=None)
 
-    @model_validator(mode="after")
-    def _check_combinations(self) -> BaseRequest:
-        exclusive = [*self.guides, *["ignore_eos"] * self.ignore_eos]
-        if len(exclusive) > 1:
-            raise APIError(f"{exclusive[1]}: cannot be combined with {exclusive[0]}", param=exclusive[1])
-        for name, needed in _NEEDED.items():
-            if getattr(self, name, None) and not getattr(self, needed):
-                raise APIError(f"{name}: is for {needed} true", param=name)
-        return self
-
-    @property
-    def guides(self) -> dict[str, fields.ResponseFormat | fields.StructuredOutputs]:
-        """The fields that limit the language of the answer: one, or none."""
-        guides = {name: getattr(self, name) for name in ("response_format", "structured_outputs")}
-        return {name: guide for name, guide in guides.items() if guide != type(guide)()}
-
     def generation_config(self, default: GenerationConfig) -> GenerationConfig:
         """Replace what the request sets."""
         given: dict[str, Any] = {
@@ -92,16 +73,14 @@ class BaseRequest(fields.Fields, ABC):
 
     @property
     def rule(self) -> str | None:
-        """The language of the answer in Lark; None: any text."""
-        return next((guide.rule for guide in self.guides.values()), None)
-
-    @property
-    def guided_by(self) -> str:
-        """The fields that `grammar` is made of."""
-        return " and ".join(self.guides)
+        """The language of the answer in Lark; None: any text. Raises GrammarError for a schema too large."""
+        rules = [*self.response_format.rules, *self.structured_outputs.rules]
+        if len(rules) > 1:
+            raise GrammarError("must be one of them, with one of json, json_object, regex and choice")
+        return rules[0] if rules else None
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002
-        """The language of all output. Raises GrammarError for an invalid schema."""
+        """The language of all output; None: any. Raises GrammarError for an invalid schema."""
         return Grammar.lark(f"start: {rule}") if (rule := self.rule) else None
 
     @property
@@ -109,19 +88,13 @@ class BaseRequest(fields.Fields, ABC):
         """Whether text is sent as it comes."""
         return self.stream
 
-    @property
-    @abstractmethod
-    def num_top_logprobs(self) -> int | None:
-        """Number of likely tokens to return at each position; None: return no log-probabilities."""
-
-    def head(self, model: str, fingerprint: str) -> dict[str, Any]:
+    def head(self, model: str) -> dict[str, Any]:
         """The first fields of an answer, or of each chunk of a stream."""
         return {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "object": self.chunk_name if self.stream else self.object_name,
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": fingerprint,
         }
 
     def choice(
@@ -169,6 +142,7 @@ class ChatRequest(BaseRequest):
 
     @property
     def num_top_logprobs(self) -> int | None:
+        """Number of likely tokens to return at each position; None: return no log-probabilities."""
         return self.top_logprobs if self.logprobs else None
 
     @property
@@ -188,28 +162,15 @@ class ChatRequest(BaseRequest):
         found = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
         return {**found, **self.chat_template_kwargs}
 
-    @property
-    def _guides_calls(self) -> bool:
-        """Whether the answer must be a call, calls follow their schemas, or other answers follow one."""
-        if self.tool_choice != "auto":
-            return self.tool_choice != "none"
-        return any(tool.function.strict or self.guides for tool in self.tools)
-
-    @property
-    def guided_by(self) -> str:
-        return " and ".join([*self.guides, *["tools"] * self._guides_calls])
-
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
-        tools, choice = self.tools_for_template, self.tool_choice
+        """That of a call if there must be one, or else of a call or an answer, if either has a schema."""
+        tools, choice, rule = self.tools_for_template, self.tool_choice, self.rule
         if tools and "tools" not in (tokenizer.chat_template or ""):
             raise APIError("tools: the chat template of this model knows no tools", param="tools")
-        if not self._guides_calls:
+        if choice == "auto" and tools and (rule or any(tool.function.strict for tool in self.tools)):
+            return call_grammar(tools, tokenizer, answer=rule or "", several=self.parallel_tool_calls)
+        if choice in ("none", "auto"):
             return super().grammar(tokenizer)
-        others = [*["ignore_eos"] * self.ignore_eos, *[*self.guides] * (choice != "auto")]
-        if others:
-            raise APIError(f"tools: cannot be combined with {others[0]}", param="tools")
-        if choice == "auto":
-            return call_grammar(tools, tokenizer, answer=self.rule or "", several=self.parallel_tool_calls)
         name = choice.function.name if isinstance(choice, fields.Tool) else None
         if not any(name in (None, tool["function"]["name"]) for tool in tools):
             raise APIError("tool_choice: names no tool of this request", param="tool_choice")
@@ -255,6 +216,7 @@ class CompletionRequest(BaseRequest):
 
     @property
     def num_top_logprobs(self) -> int | None:
+        """See `ChatRequest`."""
         return self.logprobs
 
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:  # noqa: ARG002

@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.texts import OutputReader, decode
+from self_speculation.decoding.texts import OutputReader
 from self_speculation.speculative_streamer import Cell
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # of byte-level vocabularies
 _MIN_LOGPROB = -9999.0  # JSON has no infinity
-_CONTEXT = 8  # tokens that are decoded before a token, because its text depends on them
 
 
 class Delta(NamedTuple):
@@ -62,7 +61,7 @@ class DraftDeltaStreamer(DeltaStreamer, SpeculativeTextStreamer):
 
 class TokenLogprob(NamedTuple):
     """A token of an answer, and the most likely ones at its place in descending order: each has its text as
-    `token`, which of a part of a character is U+FFFD or empty, its `bytes` and its `logprob`.
+    `token`, with U+FFFD for a part of a character, its `bytes` and its `logprob`.
     """
 
     chosen: dict[str, Any]
@@ -96,14 +95,13 @@ class LogprobCollector:
         if self._reader is not None and not self._reader.in_answer:
             self._clear()  # tokens of the opening tag
             return False
-        *before, id_ = history[0, -_CONTEXT:].tolist()
+        id_ = int(history[0, -1])
         logprobs = scores[0].float().log_softmax(-1).clamp(min=_MIN_LOGPROB)
         highest = logprobs.topk(min(self._num_top, len(logprobs)))
-        prefix = decode(self._tokenizer, before)
 
         def entry(id_: int, logprob: float) -> dict[str, Any]:
-            text = decode(self._tokenizer, [*before, id_])[len(prefix) :]
-            return {"token": text, "logprob": logprob, "bytes": list(self._bytes(id_, text))}
+            content = self._bytes(id_)
+            return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
 
         chosen = entry(id_, float(logprobs[id_]))
         top = list(map(entry, highest.indices.tolist(), highest.values.tolist()))
@@ -111,14 +109,15 @@ class LogprobCollector:
         self._num_chars += len(self._utf8.decode(bytes(chosen["bytes"])))
         return False
 
-    def _bytes(self, id_: int, text: str) -> bytes:
+    def _bytes(self, id_: int) -> bytes:
         """The UTF-8 bytes of a token, which may be part of a character."""
         token = self._tokenizer.convert_ids_to_tokens(id_) or ""
-        if match := _BYTE_TOKEN.fullmatch(token):
-            return bytes.fromhex(match[1])
-        if self._is_byte_level and id_ not in self._added_ids:
+        if id_ in self._added_ids:
+            return token.encode()
+        if self._is_byte_level:
             return bytes(_BYTES[char] for char in token)
-        return text.encode()
+        match = _BYTE_TOKEN.fullmatch(token)
+        return bytes.fromhex(match[1]) if match else token.replace("\u2581", " ").encode()  # of SentencePiece
 
     def take(self, num_chars: int, is_whole: bool = False) -> list[TokenLogprob]:
         """Remove and return the tokens that begin in the next characters of the answer, or all."""

@@ -51,10 +51,9 @@ class Served:
         self.generator, self.config, self.args = generator, config, ServeArguments(**args)
         self.engine = Running(generator, config, batch_size, self.args.max_waiting)
         served = ServedModel(generator, self.engine, config, self.args, "tiny")
-        app = App(served, self.args.host)
-        self._server = uvicorn.Server(
-            uvicorn.Config(app, self.args.host, 0, http=StrictProtocol, log_config=None)
-        )
+        self.app = App(served, self.args.host)
+        config = uvicorn.Config(self.app, self.args.host, 0, http=StrictProtocol, log_config=None)
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self):

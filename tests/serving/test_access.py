@@ -2,16 +2,12 @@
 
 import asyncio
 import threading
-from types import SimpleNamespace
 
-import openai
-import pytest
 import requests
 from helpers import watch
 from servers import Served, post, send, tiny_generator
 
-from serving.app import _read_body, allowed_hosts, check_host, check_key
-from serving.engine import ServerShutdown
+from serving.app import allowed_hosts, check_key
 from serving.errors import APIError
 from serving.flags import ServeArguments
 from serving.protocol import CompletionRequest
@@ -26,27 +22,19 @@ def status(key=None, path="/v1/models", *authorization):
     return None
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "::1"])
-def test_a_loopback_address_rejects_other_names(address):
+def test_a_loopback_address_rejects_other_names(served):
     """Another site can point its name here. Guards against a check at 127.0.0.1 alone, and against a check
     that rejects the server's own address.
     """
-
-    def refused(address, name, host=""):
-        try:
-            check_host({"headers": [(b"host", name.encode())]}, allowed_hosts(address, host))
-        except APIError as error:
-            return error.status == 400
-        return False
-
-    shown = f"[{address}]" if ":" in address else address
-    own = ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]", "[::1]:8000", shown, f"{shown}:1"]
+    own = ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]", "[::1]:8000"]
     others = ["elsewhere:8000", "10.0.0.1", "localhost.elsewhere", "127.0.0.1.elsewhere", "", "[::2]"]
     others += ["127.0.0.1:8000/health?", "localhost:x", "localhost/", "a@localhost"]
-    assert {refused(address, name) for name in own} == {False}
-    assert {refused(address, name) for name in others} == {True}
-    assert not refused(address, "mine:8000", "mine")
-    assert {refused("0.0.0.0", name) for name in others} == {False}
+    for names, status in ((own, 200), (others, 400)):
+        found = [requests.get(f"{served.url}/health", headers={"Host": name}) for name in names]
+        assert {response.status_code for response in found} == {status}
+    assert {"127.0.0.2", "mine"} <= {*allowed_hosts("127.0.0.2", "mine")}
+    assert "[::1]" in allowed_hosts("::1", "")
+    assert allowed_hosts("0.0.0.0", "mine") == ["*"]
 
 
 def test_only_the_key_opens_a_server(monkeypatch):
@@ -60,7 +48,7 @@ def test_only_the_key_opens_a_server(monkeypatch):
         for scheme in (b"Bearer ", b"bearer ", b"BEARER  "):
             assert status("sésame\udcff", "/x", scheme + key) == expected
     assert status("sesame", "/x", b"Basic sesame") == 401
-    assert status("sesame", "/x", b"Bearer x", b"Bearer sesame") == 400
+    assert status("sesame", "/x", b"Bearer x", b"Bearer sesame") == 401
     monkeypatch.setenv("SELF_SPECULATION_API_KEY", "sesame")
     assert ServeArguments().key == "sesame"
 
@@ -75,9 +63,7 @@ def test_headers_and_methods_that_clients_expect(served, monkeypatch):
     ids = {requests.get(f"{served.url}/health").headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2
     long = requests.get(f"{served.url}/health", headers={"X-Request-Id": "x" * 60_000})
-    assert len(long.headers["x-request-id"]) == 32
-    foreign = requests.get(f"{served.url}/health", headers={"Host": "elsewhere"})
-    assert (foreign.status_code, foreign.json()["error"]["message"][:16]) == (400, "Host 'elsewhere'")
+    assert len(long.headers["x-request-id"]) == 200
     missing = requests.post(f"{served.url}/v1/responses", json={}).json()["error"]["message"]
     assert "for /v1/responses too, /v1/chat/completions" in missing
     monkeypatch.setattr("serving.app.generate_latest", lambda _: 1 / 0)
@@ -92,22 +78,24 @@ def test_headers_and_methods_that_clients_expect(served, monkeypatch):
         assert (response.status_code, "application/json" in response.text) == (400, True)
 
 
-def test_a_body_that_has_not_come_at_the_end_of_the_server():
+def test_a_request_that_waits_at_the_end_of_the_server(served):
     """Guards against a traceback and status 500: uvicorn cancels what reads the body."""
 
-    async def stream():
-        yield b"{"
+    async def receive():
         raise asyncio.CancelledError
 
-    http = SimpleNamespace(headers={"content-type": "application/json"}, stream=stream)
-    with pytest.raises(ServerShutdown):
-        asyncio.run(_read_body(http, 100))
+    async def send(message):
+        sent.append(message)
+
+    sent, headers = [], [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/completions", "headers": headers, "state": {}}
+    asyncio.run(served.app(scope, receive, send))
+    assert sent[0]["status"] == 503
 
 
 def test_limits_and_key(text_model, byte_tokenizer):
     """Guards against a body that is read before the key is checked, and against a body without a length."""
-    args = {"api_key": "sesame", "max_body": 1000, "max_tokens": 10}
-    with Served(tiny_generator(text_model, byte_tokenizer), **args) as served:
+    with Served(tiny_generator(text_model, byte_tokenizer), api_key="sesame", max_body=1000) as served:
         assert len(served.client.completions.create(model="tiny", prompt="x", max_tokens=10).choices) == 1
         for path in ("v1/completions", "v1/models", "metrics"):
             response = requests.get(f"{served.url}/{path}", headers={"Authorization": "Bearer sesam"})
@@ -115,13 +103,10 @@ def test_limits_and_key(text_model, byte_tokenizer):
             assert response.headers["WWW-Authenticate"] == "Bearer"
         for path in ("health", "", "page.css", "page.js", "markdown-it.umd.min.js"):
             response = requests.get(f"{served.url}/{path}")
-            assert response.status_code == 200
-            policy = response.headers.get("Content-Security-Policy", "")
-            assert policy.startswith("default-src 'none'; ") == (path != "health")
+            policy = response.headers["Content-Security-Policy"]
+            assert (response.status_code, policy[:20]) == (200, "default-src 'none'; ")
             assert "unsafe" not in policy
-            assert (response.headers.get("X-Content-Type-Options") == "nosniff") == (path != "health")
-        with pytest.raises(openai.BadRequestError, match="max_tokens 11: must be at most 10"):
-            served.client.completions.create(model="tiny", prompt="x", max_tokens=11)
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
         for content in (b"x" * 2000, iter([b"x" * 600] * 4)):  # with a length, and in chunks
             response = send(served, content, Authorization="Bearer sesame")
             assert (response.status_code, "1000 bytes" in response.text) == (413, True)

@@ -288,27 +288,20 @@ def test_a_long_answer(page):
 
 @pytest.mark.parametrize("width", [360, 1100])
 def test_phones_and_desktops(page, width):
-    """Guards against buttons in several rows, a page that is wider than its window, and colours without a
-    legend.
-    """
+    """Guards against a page that is wider than its window, and colours without a legend."""
     page.set_viewport_size({"width": width, "height": 700})
     models = {"data": [{"id": "a-model-with-a-long-name" * 3}]}
     page.route("**/models", lambda route: route.fulfill(json=models))
     page.reload()
     expect(page.get_by_role("heading", level=1)).to_have_text(re.compile("a-model"))
-    expect(page.get_by_role("heading", level=2)).to_be_visible()
     answer_with(page, in_pieces(MARKDOWN + "x" * 300, 1000))
     page.locator(".examples button").first.click()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
-    expect(page.locator(".empty")).to_be_hidden()
     assert page.locator(".question").inner_text() == "Give me three tips for sleeping better."
     expect(page.locator(".legend")).to_be_visible()
     page.get_by_role("button", name="Settings").click()
-    boxes = [part.bounding_box() for part in page.locator("header > :not(.legend):visible").all()]
-    middles = [box["y"] + box["height"] / 2 for box in boxes]
-    assert max(middles) - min(middles) < 4
-    others = page.locator(".legend, #settings > :visible, form > :visible, .answer > :visible")
-    boxes += [part.bounding_box() for part in others.all()]
+    parts = page.locator("header > :visible, #settings > :visible, form > :visible, .answer > :visible")
+    boxes = [part.bounding_box() for part in parts.all()]
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
     assert page.evaluate("document.querySelector('main').scrollWidth") <= width
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from servers import HELLO
 
 from self_speculation import GenerationConfig
-from self_speculation.decoding.grammar import Grammar
+from self_speculation.decoding.grammar import Grammar, GrammarError
 from serving.errors import APIError
 from serving.protocol import ChatRequest, CompletionRequest
 from serving.streaming import Delta
@@ -29,7 +29,7 @@ def refused(kind, **request):
 
 # Values that clients send by default, and that ask for nothing.
 NEUTRAL = {
-    "best_of": [1, 0], "chat_template_kwargs": [{}, {"enable_thinking": False}], "do_sample": [True],
+    "best_of": [1], "chat_template_kwargs": [{}, {"enable_thinking": False}], "do_sample": [True],
     "continue_final_message": [False], "include_reasoning": [False, True], "length_penalty": [1.0],
     "logit_bias": [{}], "modalities": [["text"]], "parallel_tool_calls": [True, False], "repeat_penalty": [1],
     "reasoning_effort": ["none", "low", "high", "max"], "repetition_penalty": [1], "stop_token_ids": [[]],
@@ -47,19 +47,12 @@ def test_neutral_values_are_accepted(name):
         request = ChatRequest.model_validate({"messages": HELLO, name: value}, context=named)
         assert request.generation_config(GenerationConfig()) == GenerationConfig()
         assert request.grammar(None) is None
-        assert not any((request.logit_bias, request.ignore_eos, request.tools_for_template))
+        assert not any((request.logit_bias, request.tools_for_template))
         assert named <= {"continuous_usage_stats"}
 
 
 # What real programs send besides, and no answer depends on.
-IGNORED = [
-    "background_tasks", "cache_salt", "chat_id", "context", "dry_base", "encoder_repetition_penalty",
-    "extra_body", "include_obfuscation", "keep_alive", "metadata", "mirostat_eta", "num_ctx", "params",
-    "priority", "prompt_cache_key", "provider", "repeat_last_n", "request_id", "service_tier", "store",
-    "tool_ids", "top_n", "transforms", "user", "verbosity", "xtc_threshold",
-]  # fmt: skip
-
-
+IGNORED = ["cache_salt", "dry_base", "extra_body", "keep_alive", "mirostat_eta", "num_ctx", "top_n", "user"]
 SCHEMA = {"name": "answer", "strict": True, "description": "x", "schema": {}}
 PART = {"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}
 
@@ -136,20 +129,27 @@ def test_what_a_template_gets_of_a_message(message, templated):
     assert ChatRequest(messages=[message]).messages[0].for_template == templated
 
 
-def test_languages_of_answers():
+JSON = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("given", "grammar"),
+    [
+        ({"json": JSON}, Grammar.json_schema(JSON)),
+        ({"json_object": True}, Grammar.json_schema(JSON)),
+        ({"regex": "[0-9]+"}, Grammar.regex("[0-9]+")),
+        ({"choice": ["a", "b"]}, Grammar.lark('start: "a" | "b"')),
+    ],
+)
+def test_languages_of_answers(given, grammar):
     """Guards against a field that is accepted and does something else, and one that undoes another."""
-    schema = {"type": "object"}
-    for name, value, grammar in (
-        ("json", schema, Grammar.json_schema(schema)),
-        ("json", json.dumps(schema), Grammar.json_schema(schema)),
-        ("json_object", True, Grammar.json_schema(schema)),
-        ("regex", "[0-9]+", Grammar.regex("[0-9]+")),
-        ("choice", ["a", "b"], Grammar.lark('start: "a" | "b"')),
+    assert chat(structured_outputs=given).grammar(None) == grammar
+    for more in (
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": given | {"regex": "x", "choice": ["y"]}},
     ):
-        given = {"structured_outputs": {name: value}}
-        assert chat(**given).grammar(None) == grammar
-        for other in ({"response_format": {"type": "json_object"}}, {"ignore_eos": True}):
-            assert "cannot be combined with" in refused(ChatRequest, messages=HELLO, **given, **other)[1]
+        with pytest.raises(GrammarError, match="must be one of them"):
+            chat(**{"structured_outputs": given, **more}).grammar(None)
 
 
 def test_a_call_at_the_limit():
@@ -160,25 +160,17 @@ def test_a_call_at_the_limit():
         assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (1, finish_reason)
 
 
-def test_parts_of_a_prediction_are_one_text():
-    """Guards against lines that break where a client has cut a file in parts."""
-    assert chat(prediction={"type": "content", "content": PARTS}).prediction.content == "ab"
-
-
-EMPTY = {"role": "user", "content": ""}
 LONG = [{"type": "text", "text": ""}] * 9_000
-CALL = {"function": {"name": "f", "arguments": "{}"}}
-LEAVE = "this server does not have it, leave it out"
+LEAVE = ": this server does not have it, leave it out"
 # Fields that would change the answer -> what to use instead.
 INSTEAD = {
-    "add_generation_prompt": (False, "chat_template_kwargs"), "allowed_token_ids": ([5], "logit_bias"),
-    "ban_eos_token": (True, "ignore_eos and max_tokens"), "do_sample": (False, "temperature"),
-    "ebnf": ("x", "structured_outputs with json, regex or choice"), "random_seed": (1, "seed"),
-    "enable_thinking": (False, "chat_template_kwargs"), "functions": ([{"name": "f"}], "tools"),
-    "format": ("json", "response_format with a json_schema"), "max_output_tokens": (5, "max_tokens"),
-    "guided_json": ({"a": 1}, "structured_outputs with json"), "min_new_tokens": (5, "ignore_eos and max"),
-    "n_predict": (5, "max_tokens"), "no_repeat_ngram_size": (3, "repetition_penalty"),
-    "prompt_logprobs": (1, "logprobs"), "reasoning": ({"effort": "low"}, "reasoning_effort"),
+    "add_generation_prompt": (False, "chat_template_kwargs"), "ban_eos_token": (True, "ignore_eos and max"),
+    "do_sample": (False, "temperature"), "ebnf": ("x", "structured_outputs with json, regex or choice"),
+    "enable_thinking": (False, "chat_template_kwargs"), "format": ("json", "response_format with a json"),
+    "functions": ([{"name": "f"}], "tools"), "guided_json": ({"a": 1}, "structured_outputs with json"),
+    "max_output_tokens": (5, "max_tokens"), "min_new_tokens": (5, "ignore_eos and max_tokens"),
+    "no_repeat_ngram_size": (3, "repetition_penalty"), "prompt_logprobs": (1, "logprobs"),
+    "random_seed": (1, "seed"), "reasoning": ({"effort": "low"}, "reasoning_effort"),
     "repeat_penalty": (1.1, "repetition_penalty"), "stop_sequences": (["x"], "stop"),
     "system": ("x", "messages"), "typical_p": (0.5, "top_p or min_p"), "web_search_options": (1, "tools"),
 }  # fmt: skip
@@ -188,57 +180,37 @@ FAULTS = [
         ({name: value}, name, f": this server does not have it, use {use}")
         for name, (value, use) in INSTEAD.items()
     ),
-    *(({name: 2}, name, f" 2: {LEAVE}") for name in ("best_of", "length_penalty", "lora", "num_beams")),
+    ({"num_beams": 2}, "num_beams", f" 2{LEAVE}"),
     ({"modalities": ["audio"]}, "modalities", LEAVE),
     ({"skip_special_tokens": False}, "skip_special_tokens", LEAVE),
-    ({"messages": [{**HELLO[0], "prefix": True}]}, "messages.0.prefix", LEAVE),
-    (
-        {"structured_outputs": {"structural_tag": "x"}},
-        "structured_outputs.structural_tag",
-        "with json, regex",
-    ),
-    (
-        {"response_format": {"type": "json_object", "schema": {"a": 1}}},
-        "response_format.schema",
-        "use response_format",
-    ),
+    ({"messages": [{**HELLO[0], "prefix": True}]}, "prefix", LEAVE),
+    ({"response_format": {"type": "json_object", "schema": {"a": 1}}}, "schema", "use response_format"),
+    ({"tool_choice": {"functions": {"name": "f"}}}, "functions", "use tools"),
     ({"temprature": 1}, "temprature", " 1: there is no such field, did you mean temperature?"),
-    ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "mean include_usage?"),
-    ({"tool_choice": {"functions": {"name": "f"}}}, "tool_choice.functions", "use tools"),
+    ({"stream_options": {"include_usages": True}}, "include_usages", "mean include_usage?"),
     (
-        {"messages": [{**EMPTY, "content": [{"type": "image_url"}]}]},
+        {"messages": [{**HELLO[0], "content": [{"type": "image_url"}]}]},
         "messages.0.content.0.type",
         "reads text only",
     ),
     ({"chat_template_kwargs": {f"x{i}": 0 for i in range(101)}}, "chat_template_kwargs", "at most 100 items"),
     ({"chat_template_kwargs": "enable_thinking=false"}, "chat_template_kwargs", "should be an object"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "no variable of chat"),
-    ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs.json", ""),
-    ({"structured_outputs": {"json_object": True, "regex": "x"}}, "structured_outputs", "must have one of"),
-    ({"messages": [{"content": "x"}]}, "messages.0.role", ""),
+    ({"messages": [{"content": "x"}]}, "messages.0.role", "required"),
     ({"messages": [calling("{")]}, "messages.0.tool_calls.0.function.arguments", ""),
-    *(({"tool_choice": choice}, "tool_choice", "") for choice in ("maybe", "any")),
-    ({"top_logprobs": 1}, "top_logprobs", "is for logprobs true"),
-    ({"stream_drafts": True}, "stream_drafts", "is for stream true"),
+    ({"tool_choice": "any"}, "tool_choice", "should be 'none', 'auto' or 'required'"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "belongs to"),
-    ({"temperature": float("nan")}, "temperature", ""),
-    ({"temperature": "0.5"}, "temperature", ""),
-    ({"frequency_penalty": 3}, "frequency_penalty", ""),
-    ({"reasoning_effort": "banana"}, "reasoning_effort", ""),
-    ({"n": 0}, "n", ""),
-    ({"repetition_penalty": 1e-300}, "repetition_penalty", ""),  # infinite logits
-    ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens", ""),
-    ({"max_tokens": -1}, "max_tokens", ""),
+    ({"temperature": float("nan")}, "temperature", "finite"),
+    ({"temperature": "0.5"}, "temperature", "number"),
+    ({"reasoning_effort": "banana"}, "reasoning_effort", "'none', "),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty", "0.01"),  # infinite logits
+    ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens", "1"),
     ({"stop": [""]}, "stop.0", ""),
-    ({"stop": ["x"] * 129}, "stop", ""),
-    ({"messages": [{**EMPTY, "content": "\ud800"}]}, None, ""),
-    ({"logit_bias": {"-1": 1}}, "logit_bias.-1", ""),
+    ({"messages": [{**HELLO[0], "content": "\ud800"}]}, None, ""),
     ({"logit_bias": {"5_0": 1}}, "logit_bias.5_0", ""),
-    ({"messages": [{**EMPTY, "content": 5}]}, "messages.0.content", ""),
-    ({"messages": [EMPTY] * 9_000}, "messages", "at most 4096 messages, parts and calls together, not 9000"),
-    ({"messages": [{**EMPTY, "content": LONG}]}, "messages", "not 9001"),
-    ({"messages": [{"role": "assistant", "tool_calls": [CALL] * 2_000}] * 3}, "messages", "not 6003"),
-    ({"messages": [{}] * 4_000}, "messages.0.role", "required"),
+    ({"messages": HELLO * 9_000}, "messages", "at most 2048 items"),
+    ({"messages": [{**HELLO[0], "content": LONG}]}, "messages.0.content", "at most 2048 items"),
+    ({"messages": [{}] * 2_000}, "messages.0.role", "required"),
     ({f"x{i}": 0 for i in range(9_000)}, None, "at most 100 unknown fields"),
 ]
 
@@ -256,9 +228,9 @@ def test_an_error_names_its_place_and_what_to_use_instead(fields, param, says):
 @pytest.mark.parametrize("prompt", [{}, [["a"]], [1, "a"], [[]], ["a", 1], [True], 5, ["a", None]])
 def test_a_prompt_is_text_or_ids(prompt):
     """Guards against an error for each type of the union."""
-    message = "must be a text, or token ids, or a list of either"
+    message = "must be a text, or token ids, or a list of at most 2048 of either"
     assert refused(CompletionRequest, prompt=prompt) == ("prompt", f"prompt {prompt!r}: {message}")
-    assert "at most 2048 prompts, not 9000" in refused(CompletionRequest, prompt=[""] * 9_000)[1][:200]
+    assert message in refused(CompletionRequest, prompt=[""] * 9_000)[1][:200]
     assert message in refused(CompletionRequest, prompt=[1] * 9_000 + [True] * 9_000)[1][:200]
     for one in ("a", "", [5, 6]):
         assert CompletionRequest(prompt=one).prompt == [one]
