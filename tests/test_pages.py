@@ -78,10 +78,10 @@ def run(command, folder, language="bash"):
 def without_docker(command, folder):
     """What a container runs, with the paths outside. To build an image leaves the files that it gets."""
     if command.startswith("docker build"):
-        assert f" AS {command.split()[3]}\n" in (folder / "Dockerfile").read_text()
-        lines = [line[1:] for line in (folder / ".dockerignore").read_text().split() if line[0] == "!"]
+        assert f" AS {command.split()[3]}\n" in (ROOT / "Dockerfile").read_text()
+        lines = [line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"]
         kept = {path for line in lines for path in folder.glob(re.sub(r"/\*\*$", "/**/*", line))}
-        for path in {*folder.rglob("*")} - kept - {folder / "Dockerfile"}:
+        for path in {*folder.rglob("*")} - kept:
             if path.is_file() and not {".venv", ".git", "facebook"} & {*path.relative_to(folder).parts}:
                 path.unlink()
         return "true"

@@ -28,7 +28,6 @@ NO_COPIES = "--draft_weights int4: not with --quantization int8"
 REFUSALS = {
     benchmark: {
         "--max_steps 0": "--max_steps 0: must be at least 1",
-        "--batch_size 0": "--batch_size 0: must be at least 1",
         "--ctx_size 9": "the context is the model's own, and memory grows with the text; --help all",
         "--max_step 3": "unknown argument '--max_step'; did you mean --max_steps?",
         "--stop_words ''": "--stop_words ['']: must not be empty texts",
@@ -40,7 +39,6 @@ REFUSALS = {
         "--chat_template_kwargs a=1": "--chat_template_kwargs 'a=1': needs --chat True",
         "--chat --chat_template_kwargs {a": "--chat_template_kwargs '{a': must be a JSON object or k=v,k=v",
         "--chat --chat_template_kwargs tokenize=1": "tokenize is no variable of chat templates",
-        "--n_shot -1": "--n_shot -1: must be at least 0",
         "--n_shot 1 --dataset cnn_dm_lm": "--n_shot 1: cnn_dm_lm takes no shots",
         "--dataset x": "choose from 'cnn_dm_summarization', 'xsum_summarization', 'cnn_dm_lm'",
         "--template x": "--template 'x': must contain {message}",
@@ -98,7 +96,6 @@ REFUSALS = {
         "--port 70000": "--port 70000: must be between 0 and 65535",
         "--host nowhere.invalid": "--host nowhere.invalid --port 8000: ",
         "--min-p 0.1": "unknown argument '--min-p'; requests and GenerationConfig have it; --help all",
-        "--max_waiting -1": "--max_waiting -1: must be at least 0",
         "--shutdown_time inf": "--shutdown_time inf: must be 0 or more",
         "--api_key ''": "--api_key '': must not be empty",
     },

@@ -100,10 +100,8 @@ def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, c
     assert benchmark.main(args) == 0
     assert "left out 2 of 4 examples: prompts of more than 255 tokens" in capsys.readouterr().err
     assert len(records_of(only_run(tmp_path))) == 2
-    shots = ["--n_shot", "2", "--random_shuffle", "False"]
-    assert "--n_shot 2: with solved examples every prompt has more than the 255 tokens" in refused(
-        benchmark.main, [*args, *shots], capsys
-    )
+    said = refused(benchmark.main, [*args, "--n_shot", "2", "--random_shuffle", "False"], capsys)
+    assert "--n_shot 2: with solved examples every prompt has more than the 255 tokens" in said
 
 
 @pytest.mark.parametrize(
@@ -126,12 +124,9 @@ def test_every_source_of_drafts(flags, common, tmp_path, capsys):
     assert benchmark.main([*args, "--compare", "True", *other]) == 0
     metrics = about(only_run(tmp_path / "benchmark"))["metrics"]
     assert metrics["comparison"]["identical_outputs"] == 5
-    sources = metrics["acceptance"]["drafts_by_source"]
-    assert sum(counts["rounds"] for counts in sources.values()) == metrics["acceptance"]["num_verifications"]
-    # On a busy machine no draft of adaptive decoding may pay.
-    drafted = metrics["acceptance"]["num_drafted"] > 0
-    assert (": accepted" in capsys.readouterr().out) == drafted
-    assert drafted or "adaptive" in flags
+    drafts = metrics["acceptance"]
+    assert sum(each["rounds"] for each in drafts["drafts_by_source"].values()) == drafts["num_verifications"]
+    assert drafts["num_drafted"] > 0 or "adaptive" in flags  # on a busy machine none may pay
 
 
 def accepts_everything(drafted, tokens, lengths):  # noqa: ARG001
@@ -228,19 +223,16 @@ def test_near_ties_of_samples(text_model):
 
 
 QUESTIONS = [
-    (241, "summarization", ["Summarize: he has"]),
-    (82, "writing", ["a letter", "shorter"]),
-    (81, "stem", ["why", "how"]),
-    (161, "translation", ["one"]),
+    {"question_id": 241, "category": "summarization", "turns": ["Summarize: he has"]},
+    {"question_id": 82, "category": "writing", "turns": ["a letter", "shorter"]},
+    {"question_id": 81, "category": "stem", "turns": ["why", "how"]},
 ]
 
 
 @pytest.fixture
 def asked(common, tmp_path):
-    """Flags of a script over four questions."""
-    names = ("question_id", "category", "turns")
-    rows = [dict(zip(names, row, strict=True)) for row in QUESTIONS]
-    path = write_rows(tmp_path / "question.jsonl", rows)
+    """Flags of a script over these questions."""
+    path = write_rows(tmp_path / "question.jsonl", QUESTIONS)
     flags = ["--dataset", "spec_bench", "--data_path", path, "--template", "{message}", "--sample", "False"]
     return [*common, "--generation_strategy", "self_speculative", *SPECULATION, *flags]
 
@@ -252,16 +244,16 @@ def test_answers_and_turns_of_spec_bench(asked, tmp_path, monkeypatch):
     assert benchmark.main([*asked, "--compare", "True", "--answer_file", str(file)]) == 0
     paths = (file, file.with_stem("adaptive-autoregressive"))
     drafted, plain = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
-    assert [row["question_id"] for row in drafted] == [81, 82, 161, 241]
-    assert {row["question_id"]: row["category"] for row in plain} == {n: kind for n, kind, _ in QUESTIONS}
+    assert [row["question_id"] for row in drafted] == [81, 82, 241]
+    assert [row["category"] for row in plain] == ["stem", "writing", "summarization"]
     for row, other in zip(drafted, plain, strict=True):
         (choice,), (expected,) = row["choices"], other["choices"]
         assert [choice[n] for n in ("turns", "new_tokens")] == [expected[n] for n in ("turns", "new_tokens")]
         assert min(choice["wall_time"]) > 0
         assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])
         assert sum(choice["accept_lengths"]) == len(expected["accept_lengths"])  # all but the first tokens
-    (first, _), (answer, _) = QUESTIONS[2][2], drafted[0]["choices"][0]["turns"]
-    history = f"user: {first}\nassistant: {answer}\nuser: how\nassistant:"
+    answer, _ = drafted[0]["choices"][0]["turns"]
+    history = f"user: why\nassistant: {answer}\nuser: how\nassistant:"
     assert history in [prompt for (_, prompt, *_), _ in seen]
     speed = about(only_run(tmp_path))["metrics"]["speed"]
     for figure, name in (("num_tokens", "new_tokens"), ("total_time", "wall_time")):
@@ -270,8 +262,7 @@ def test_answers_and_turns_of_spec_bench(asked, tmp_path, monkeypatch):
 
 def test_turns_without_room_are_counted(asked, tmp_path, capsys):
     """Guards against an error in the middle of a run, and a question that loses a turn without a word."""
-    row = {"question_id": 1, "category": "stem", "turns": ["why", "x" * 300]}
-    write_rows(tmp_path / "question.jsonl", [row])
+    write_rows(tmp_path / "question.jsonl", [QUESTIONS[2] | {"turns": ["why", "x" * 300]}])
     assert benchmark.main(asked) == 0
     assert "no room for the later turns of 1 conversation\n" in capsys.readouterr().out
     assert correctness.main(asked) == 0

@@ -31,6 +31,7 @@ torchrun correctness.py --model facebook/layerskip-llama2-7B --dataset human_eva
     --sample False --output_dir ./logs
 """
 COMMAND_LINES = [shlex.split(command) for command in COMMANDS.strip().splitlines()]
+
 ROWS = {  # of datasets on the hub, and the config that is asked for
     ("abisee/cnn_dailymail", "3.0.0"): [{"article": "A man. " * n, "highlights": "A man."} for n in (3, 5)],
     ("openai/gsm8k", "main"): [{"question": f"1 + {n}?", "answer": f"#### {1 + n}"} for n in range(12)],

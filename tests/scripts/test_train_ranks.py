@@ -67,9 +67,6 @@ def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_fold
     assert (folder / "checkpoint-8" / "pytorch_model_fsdp_0").is_dir()
     unsharded = forks.run(ROOT / "train.py", "--resume", folder)
     assert (unsharded.returncode, "trained with FSDP, start it with FSDP" in unsharded.stderr) == (2, True)
-    wrong = ranks(4, ROOT / "train.py", "--resume", folder)
-    assert wrong.returncode == 2
-    assert "a step of that run has 4 samples, this one's 8: ranks, --batch_size and" in wrong.stderr
     result = ranks(4, ROOT / "train.py", "--resume", folder, "--batch_size", "1")
     assert result.returncode == 0, result.stderr
     assert_similar(folder, whole)
