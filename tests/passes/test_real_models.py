@@ -26,14 +26,17 @@ def load(dtype):
     return model, [tokenizer.encode(problem["prompt"]) for problem in read_problems().values()][:20]
 
 
-def compare(model, exact, prompts, eos=-1, **settings):
+def compare(model, exact, prompts, ways, eos=-1, max_steps=64):
     """Alone and in a batch, outputs are those of transformers but for near-ties."""
-    together = in_batch(model, [Request(prompt, eos_token_ids=[eos]) for prompt in prompts], 5, **settings)
-    for index, prompt in enumerate(prompts):
-        expected = transformers_generate(exact, prompt, settings["max_steps"], eos=eos)
-        for output in (ids_of(model, prompt, eos=(eos,), **settings), together[index].predicted_tokens):
-            difference = find_difference(exact, prompt, expected, output)
-            assert difference is None or difference["near_tie"], difference
+    expected = [transformers_generate(exact, prompt, max_steps, eos=eos) for prompt in prompts]
+    requests = [Request(prompt, eos_token_ids=[eos]) for prompt in prompts]
+    for way in ways:
+        together = in_batch(model, requests, 5, max_steps=max_steps, **way)
+        for row, prompt in enumerate(prompts):
+            alone = ids_of(model, prompt, eos=(eos,), max_steps=max_steps, **way)
+            for output in (alone, together[row].predicted_tokens):
+                difference = find_difference(exact, prompt, expected[row], output)
+                assert difference is None or difference["near_tie"], difference
 
 
 def test_twenty_prompts():
@@ -41,9 +44,8 @@ def test_twenty_prompts():
     does not explain it. Weights are in 16 bits, activations in float32.
     """
     model, prompts = load("float16")
-    exact = copy.deepcopy(model).float()
-    for drafts in ({}, {"exit_layer": 10, "num_speculations": 4}, {"exit_layer": 28, "num_speculations": 4}):
-        compare(model, exact, prompts, max_steps=64, **drafts)
+    ways = [{}, *({"exit_layer": exit_layer, "num_speculations": 4} for exit_layer in (10, 20, 28))]
+    compare(model, copy.deepcopy(model).float(), prompts, ways)
 
 
 @needs_operators
@@ -64,5 +66,5 @@ def test_code_beyond_the_window():
     window, layers = model.config.sliding_window, {"exit_layer": 9, "num_speculations": 4}
     ids = tokenizer.encode("".join(problem["prompt"] for problem in read_problems().values()))
     prompts = [ids[: window - 30], ids[: 2 * window + 70]]  # one passes the window while it decodes
-    for drafts in ({}, layers, {**layers, "prompt_lookup": 2}, ADAPTIVE):
-        compare(model, model, prompts, eos=1, max_steps=60, **drafts)
+    ways = [{}, layers, {**layers, "prompt_lookup": 2}, ADAPTIVE]
+    compare(model, model, prompts, ways, eos=1, max_steps=60)
