@@ -4,10 +4,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import forks
 import pytest
-from conftest import ROOT
-from helpers import error_line
+from helpers import error_line, run_program
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.loading.loading import load_config
@@ -18,14 +16,13 @@ LORA = '{"peft_type": "LORA", "base_model_name_or_path": "%s"}'
 LIBRARIES = Path(sys.prefix) / "lora"
 
 PROGRAM = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(LIBRARIES)!r}]
+import sys; sys.path.append({str(LIBRARIES)!r})
 import torch
+from conftest import ids_of
+from helpers import error_line
 from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from self_speculation import (
-    GenerationConfig, load_model_and_tokenizer, make_strategy, self_speculative_generate
-)
+from self_speculation import load_model_and_tokenizer, self_speculative_generate
 from runs.program import run
 import generate
 base, folder = sys.argv[1:]
@@ -35,26 +32,19 @@ def fresh():
     return AutoModelForCausalLM.from_pretrained(base)
 def answer(model, **how):
     return model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, **how).tolist()
-def of_strategy(model):
-    config = GenerationConfig(sample=False, max_steps=8)
-    return make_strategy("autoregressive").generate_token_ids(model, ids[0].tolist(), [2], config)
-def refusal(call, *args, **kwargs):
-    try:
-        call(*args, **kwargs)
-    except ValueError as error:
-        return str(error)
 
 # Not initialised to zero: such an adapter changes nothing.
 lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 adapted = get_peft_model(fresh(), lora).eval()
 assert answer(adapted, **ours) == answer(adapted)
-assert "pass model.merge_and_unload(), or model.get_base_model()" in refusal(of_strategy, adapted)
-text = of_strategy(adapted.get_base_model()).predicted_tokens
+says = error_line(ValueError, ids_of, adapted)
+assert "pass model.merge_and_unload(), or model.get_base_model()" in says
+text = ids_of(adapted.get_base_model(), ids[0].tolist(), eos=(2,), max_steps=8)
 assert ids[0].tolist() + text == answer(adapted)[0][:4 + len(text)]
 for kind in (PromptTuningConfig, PromptEncoderConfig):
     tuned = get_peft_model(fresh(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
-    assert "as for prompt tuning" in refusal(answer, tuned, **ours)
-    assert "prompt tuning is not followed" in refusal(of_strategy, tuned)
+    assert "as for prompt tuning" in error_line(ValueError, answer, tuned, **ours)
+    assert "prompt tuning is not followed" in error_line(ValueError, ids_of, tuned)
 
 adapted.save_pretrained(folder)
 merged, tokenizer = load_model_and_tokenizer(folder)
@@ -91,9 +81,7 @@ def test_models_of_peft(model_folder, tmp_path):
     """Guards against the output of the base model, weights of peft's classes (such layers are not fused
     and have no copies in four bits), and drafts that ignore a tuned prompt.
     """
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    result = forks.run(program, model_folder, tmp_path / "adapter")
+    result = run_program(1, tmp_path, PROGRAM, model_folder, tmp_path / "adapter")
     assert result.returncode == 0, result.stderr
     assert "4 tokens in" in result.stderr
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -206,11 +207,11 @@ def hub_error(kind, status=404):
 )
 def test_errors_of_the_hub_become_advice(kind, advice, monkeypatch):
     """Guards against transformers' OSErrors of several lines around an error of the hub."""
-
-    def answer(*_, **__):
-        raise OSError("several\nlines") from hub_error(kind)
-
-    monkeypatch.setattr("self_speculation.loading.loading.AutoConfig.from_pretrained", answer)
+    error = OSError("several\nlines")
+    error.__cause__ = hub_error(kind)
+    monkeypatch.setattr(
+        "self_speculation.loading.loading.AutoConfig.from_pretrained", Mock(side_effect=error)
+    )
     assert advice in refusal("a/b")
 
 
@@ -238,11 +239,8 @@ def test_without_a_network(model_folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("error", "answers"), [(404, True), (401, True), (503, False), (None, False)])
 def test_the_hub_answers_if_it_is_up(error, answers, monkeypatch):
     """Guards against a missing or private model that counts as a missing network."""
-
-    def ask(*_, **__):
-        raise ConnectionError if error is None else hub_error(errors.HfHubHTTPError, error)
-
-    monkeypatch.setattr("self_speculation.loading.sources.get_hf_file_metadata", ask)
+    raised = ConnectionError if error is None else hub_error(errors.HfHubHTTPError, error)
+    monkeypatch.setattr("self_speculation.loading.sources.get_hf_file_metadata", Mock(side_effect=raised))
     assert hub_answers("a/b") == answers
 
 

@@ -13,14 +13,10 @@ from self_speculation.passes.kv_cache import Buffers, KVCache
 CPU = torch.device("cpu")
 
 
-def pair(rows):
-    """Keys and values [B * T, heads, head_dim] of positions with these numbers, row by row."""
-    both = torch.tensor(rows, dtype=torch.float32).flatten()[:, None, None].expand(-1, 2, 3)
-    return both, both
-
-
 def append(cache, numbers, layer=0):
-    return cache.append(*pair([[*numbers]]), layer)
+    """Keys and values [T, heads, head_dim] of one row, which are the numbers of its positions."""
+    both = torch.tensor([*numbers], dtype=torch.float32)[:, None, None].expand(-1, 2, 3)
+    return cache.append(both, both, layer)
 
 
 def contents(view):

@@ -78,16 +78,11 @@ def test_code_around_all_layers_is_refused(change, message):
             decodes(model)
 
 
-def test_hooks_on_all_modules_are_refused():
+def test_hooks_on_all_modules_are_refused(request):
     """Guards against a hook that runs for layers but not for the model."""
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
-        with pytest.raises(
-            ValueError, match=r"all modules have the hook .*<lambda> of test_unsupported_hooks"
-        ):
-            generate(tiny_llama(), PROMPT, max_steps=4)
-    finally:
-        handle.remove()
+    request.addfinalizer(nn.modules.module.register_module_forward_hook(lambda *_: None).remove)
+    with pytest.raises(ValueError, match=r"all modules have the hook .*<lambda> of test_unsupported_hooks"):
+        generate(tiny_llama(), PROMPT, max_steps=4)
 
 
 class Adapter(nn.Linear):
