@@ -34,15 +34,8 @@ def started(monkeypatch):
     return flags
 
 
-@pytest.fixture
-def rehearsal(endless_folder, tmp_path):
-    """Flags of these rows with a tiny model."""
-    shared = ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs")]
-    return lambda rows, *more: [*shared, "--rows", *rows, *map(str, more)]
-
-
 def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
-    started, rehearsal, tmp_path, monkeypatch, capsys
+    started, endless_folder, tmp_path, monkeypatch, capsys
 ):
     """Guards against a row by other settings than the published ones, a missing dataset that ends the others,
     rows that are measured twice or lost, a rehearsal that looks like a measurement or a failed reproduction,
@@ -58,8 +51,9 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     data = tmp_path / "data"
     data.mkdir()
     (data / "xsum_summarization.jsonl").write_text(json.dumps({"document": "a", "summary": "b"}) + "\n")
-    settings = ("--max_steps", 4, "--data_path", data, "--dtype", "float32")
-    assert paper.main(rehearsal(["7B xsum", "llama3-8B"], *settings)) == 0
+    flags = ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs"), "--data_path", str(data)]
+    flags += ["--rows", "7B xsum", "llama3-8B", "--max_steps", "4", "--dtype", "float32"]
+    assert paper.main(flags) == 0
     folder = only_run(tmp_path)
     why = f"--data_path '{data}/cnn_dm_summarization.jsonl': no such file or folder"
     assert why in capsys.readouterr().out.partition("not measured: llama3-8B cnn_dm")[2]

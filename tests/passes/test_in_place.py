@@ -79,15 +79,9 @@ def transposed():
     return model
 
 
-MODELS = {
-    **{name: partial(own_llama, **shape) for name, shape in SHAPES.items()},
-    **{
-        name: partial(windowed, name, max_position_embeddings=2048, hidden_size=48)
-        for name in LLAMA_LAYOUT[1:]
-    },
-    "pruned": pruned,
-    "transposed": transposed,
-}
+MODELS = {name: partial(own_llama, **shape) for name, shape in SHAPES.items()}
+MODELS |= {kind: partial(windowed, kind, **SHAPES["long"], hidden_size=48) for kind in LLAMA_LAYOUT[1:]}
+MODELS |= {"pruned": pruned, "transposed": transposed}
 
 
 def model_of(name, dtype=torch.float32):

@@ -82,11 +82,7 @@ CANNOT = {
     "others": ("others", None, "others can write"),
     "no home": ("~nobody at all", None, "home directory"),
     "no compiler": (None, "", "compiler, install Debian's package g++"),
-    "error": (
-        None,
-        "echo 'x.cpp:1: fatal error: torch/library.h' >&2; exit 1",
-        "compiler: x.cpp:1: fatal err",
-    ),
+    "error": (None, "echo 'x.cpp:1: fatal error: no header' >&2; exit 1", "compiler: x.cpp:1: fatal err"),
     "half": (None, ENDS + "echo half > $2; exit 3", "compiler: it fails"),
     "other file": (None, ENDS + "echo nothing > $2", "not a library"),
     "no file": (None, "exit 0", "No such file"),
