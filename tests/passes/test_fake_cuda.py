@@ -11,7 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import COPY, PROMPT, WAYS, config_of, generate, ids_of, own_llama
+from conftest import COPY, PROMPT, WAYS, config_of, generate, ids_of
+from test_llama_model_utils import windowed
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
@@ -214,8 +215,11 @@ def test_what_kernels_take(device, capability, dtype, head_dim, has_copies, has_
 
 
 def test_the_same_ids_by_flash_attention(monkeypatch):
-    """Guards against heads in another order, and against a mask that is missing or aligned otherwise."""
-    model = own_llama(fused=True, num_attention_heads=6, hidden_size=48, max_position_embeddings=2048)
+    """Guards against heads in another order, and against a mask that is missing or aligned otherwise, also
+    where other layers have windows.
+    """
+    model = windowed("qwen2", num_attention_heads=6, hidden_size=48, max_position_embeddings=2048).float()
+    fuse(model)
     drafts = {"exit_layer": 2, "num_speculations": 5, "max_steps": 12}
     prompts = [PROMPT, [5 + i % 40 for i in range(PREFILL_CHUNK + 37)]]
     monkeypatch.setattr("self_speculation.scheduler.make_runner", FusedRunner)
