@@ -19,18 +19,14 @@ from runs.records import Run
 DESCRIPTION = {"script": "test", "arguments": {"seed": 1}}
 
 
-@pytest.fixture
-def run(tmp_path):
-    return Run.open(str(tmp_path), None, DESCRIPTION)
-
-
 def test_two_runs_that_begin_together_have_folders_of_their_own(tmp_path):
     """Guards against a run that writes into the folder of another one."""
     assert len({Run.open(str(tmp_path), None, DESCRIPTION).folder for _ in range(3)}) == 3
 
 
-def test_a_full_disk_keeps_what_is_written(run, monkeypatch):
+def test_a_full_disk_keeps_what_is_written(tmp_path, monkeypatch):
     """Guards against records that a power cut loses, a run.json that is cut short, and partial files."""
+    run = Run.open(str(tmp_path), None, DESCRIPTION)
     run.append({"index": 0})
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr("runs.records.os.fsync", full)
@@ -44,7 +40,8 @@ def test_a_full_disk_keeps_what_is_written(run, monkeypatch):
 
 def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):
     """Guards against figures of unknown code, and a copy without git that cannot run."""
-    head = subprocess.check_output(["git", "-C", ROOT, "rev-parse", "HEAD"], text=True).strip()
+    git = ["git", "-C", ROOT, "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     assert (describe("test", [])["commit"] or "").removesuffix("-dirty") == head
     monkeypatch.setattr("runs.description.__file__", str(tmp_path / "runs" / "records.py"))
     assert describe("test", [])["commit"] is None

@@ -16,15 +16,15 @@ from sweep import SweepArguments
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
 
 
-@pytest.fixture
-def common(model_folder, tmp_path):
+def arguments(model_folder, tmp_path):
     grid = ["--exit_layer_last", "3", "--num_speculations_last", "4", "--sample", "False"]
     return [*small_run(model_folder, tmp_path, 3, 24), *grid]
 
 
 @pytest.fixture
-def no_drawing(monkeypatch):
+def common(model_folder, tmp_path, monkeypatch):
     no_pictures(monkeypatch)
+    return arguments(model_folder, tmp_path)
 
 
 def table(tmp_path):
@@ -40,7 +40,6 @@ def table(tmp_path):
         ["--stop_token_ids", *map(str, range(30, 60))],
     ],
 )
-@pytest.mark.usefixtures("no_drawing")
 def test_counts_are_the_measured_ones(common, tmp_path, extra):
     """Guards against a replay that drafts, accepts or ends otherwise than decoding does."""
     common += ["--num_speculations_step", "3", *extra]
@@ -54,10 +53,11 @@ def test_counts_are_the_measured_ones(common, tmp_path, extra):
     assert (measured[timed] > 0).all(axis=None)
 
 
-def test_pictures_table_and_flags(common, tmp_path, capsys):
+def test_pictures_table_and_flags(model_folder, tmp_path, capsys):
     """Guards against counted cells among measured ones, flags of another cell, and flags that are ignored."""
     grid = ["--exit_layer_last", "99", "--num_speculations_last", "3", "--batch_size", "2"]
-    assert sweep.main([*common, *grid, "--exit_layer", "2", "--generation_strategy", "adaptive"]) == 0
+    unused = ["--exit_layer", "2", "--generation_strategy", "adaptive"]
+    assert sweep.main([*arguments(model_folder, tmp_path), *grid, *unused]) == 0
     folder = only_run(tmp_path)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     run, (output, said) = about(folder), capsys.readouterr()
@@ -92,7 +92,6 @@ def test_the_cells_that_should_be_fastest_are_measured(common, monkeypatch):
 
 
 @pytest.mark.parametrize("slower", [True, False])
-@pytest.mark.usefixtures("no_drawing")
 def test_the_frame_and_the_last_lines_are_of_one_cell(slower, common, tmp_path, monkeypatch, capsys):
     """Guards against a frame around another cell, and a slow or uncertain one that does not say so."""
     drawn = watch(monkeypatch, sweeping, "heat_maps")
@@ -110,7 +109,6 @@ def test_the_frame_and_the_last_lines_are_of_one_cell(slower, common, tmp_path, 
     assert " ".join(output.split()).count(said) == 1
 
 
-@pytest.mark.usefixtures("no_drawing")
 def test_a_measured_sweep_of_empty_answers(common, tmp_path, capsys):
     """Guards against statistics of nothing: every id ends an answer."""
     assert sweep.main([*common, "--mode", "measured", "--stop_token_ids", *map(str, range(400))]) == 0
@@ -118,7 +116,6 @@ def test_a_measured_sweep_of_empty_answers(common, tmp_path, capsys):
     assert about(only_run(tmp_path))["metrics"]["best"] is None
 
 
-@pytest.mark.usefixtures("no_drawing")
 def test_copies_may_use_all_layers(common, tmp_path, capsys):
     """Guards against flags of a best cell without the copy that it drafts with."""
     drafts = ["--draft_weights", "int4"]
