@@ -103,39 +103,33 @@ def test_ctrl_c_ends_a_comparison(said, monkeypatch):
     assert result.stderr.endswith("\n  without streaming: interrupted\n")
 
 
-@pytest.mark.parametrize(
-    ("flags", "piped", "prompt"),
-    [
+def test_prompts_that_mean_the_same(said):
+    """Guards against a prompt for each line of a pipe, and a command outside of conversations."""
+    for flags, piped, prompt in (
         ([], b"a\nb\n", "a\nb"),
         ([], b"/exit\n", "/exit"),
         (["--prompt", ""], b"def", "<s>"),
         (["--prompt", "def f():\r\n    pass\r\n"], b"", "def f():\n    pass\n"),
         (["--prompt", "hi", "--chat", "True"], b"", "user: hi\nassistant:"),
-    ],
-)
-def test_prompts_that_mean_the_same(flags, piped, prompt, said):
-    """Guards against a prompt for each line of a pipe, and a command outside of conversations."""
-    expected, found = said("--prompt", prompt, *GREEDY), said(*flags, *GREEDY, piped=piped)
-    assert expected.stdout.strip()
-    assert (found.returncode, found.stdout) == (0, expected.stdout)
-    assert ("standard input is one prompt of 2 lines\n" in found.stderr) == (piped == b"a\nb\n")
+    ):
+        expected, found = said("--prompt", prompt, *GREEDY), said(*flags, *GREEDY, piped=piped)
+        assert expected.stdout.strip()
+        assert (found.returncode, found.stdout) == (0, expected.stdout)
+        assert ("standard input is one prompt of 2 lines\n" in found.stderr) == (piped == b"a\nb\n")
 
 
-@pytest.mark.parametrize(
-    ("piped", "message"),
-    [
+def test_input_that_is_no_prompt_is_refused(said):
+    """Guards against an answer to nothing, and a traceback if standard input is closed or is no text."""
+    for piped, message in (
         (b"", 'the prompt is empty: standard input has no text; --prompt "" stands for'),
         (b"\n", "the prompt is empty"),
         (None, "the prompt is empty"),
         (b"\xff\xfe", "not valid UTF-8"),
         (b"x " * 400, "leaves no room in the model's context of 256"),
-    ],
-)
-def test_input_that_is_no_prompt_is_refused(piped, message, said):
-    """Guards against an answer to nothing, and a traceback if standard input is closed or is no text."""
-    result = said(piped=piped)
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert message in result.stderr
+    ):
+        result = said(piped=piped)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert message in result.stderr
 
 
 @pytest.mark.parametrize("is_full", [False, True], ids=["the reader leaves", "the disk is full"])

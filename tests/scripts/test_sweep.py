@@ -117,17 +117,13 @@ def test_a_measured_sweep_of_empty_answers(common, tmp_path, capsys):
 
 
 def test_copies_may_use_all_layers(common, tmp_path, capsys):
-    """Guards against flags of a best cell without the copy that it drafts with."""
+    """Guards against flags of a best cell without its copy, and a grid that ends before the best exit."""
     drafts = ["--draft_weights", "int4"]
     assert sweep.main([*common, *drafts, "--exit_layer_last", "9"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(" ".join(drafts))
     by_exit = table(tmp_path)["acceptance_rate"].groupby("exit_layer")
     assert [*by_exit.groups] == [1, 2, 3, 4]
     assert by_exit.min()[4] > by_exit.max()[1]
-
-
-def test_all_layers_of_a_copy_are_in_the_grid_by_default():
-    """Guards against a grid that ends before the best exit of a model without early exits."""
     assert SweepArguments().exit_layers(30, of_copy=True) == [*range(1, 16), 30]
     assert SweepArguments().exit_layers(29, of_copy=False) == [*range(1, 16)]
     assert SweepArguments(exit_layer_last=2).exit_layers(30, of_copy=True) == [1, 2]

@@ -1,8 +1,7 @@
 """Files and datasets -> texts -> blocks."""
 
 import datasets
-import pytest
-from helpers import write_rows
+from helpers import error_line, write_rows
 
 from data import DataError
 from training.flags import TrainingDataArguments
@@ -33,25 +32,21 @@ def test_texts_are_rows_or_whole_files(tmp_path):
     assert sorted(map(tuple, map(dict.values, pairs))) == sorted(("ask", text) for text in texts)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("none*", "no such files"),
-        ("a.jsonl", "--text_column text: not in the data, which has content"),
-        ("[ac].*", "c.txt: column 'content' must be text, not NoneType"),
-        ("", 'is a folder; name its files, such as ".*/\\*\\*/\\*.jsonl"'),
-        ("d.jsonl", "d.jsonl: column 'text' must be text, not NoneType"),
-        ("c.txt", "leaves nothing of 1 texts for"),
-    ],
-)
-def test_errors_of_files(name, message, tmp_path):
+def test_errors_of_files(tmp_path):
     """Guards against tracebacks of `datasets`, and against messages without the file."""
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
     (tmp_path / "c.txt").write_text("x")
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
-    with pytest.raises(DataError, match=message) as error:
-        load_texts(arguments(tmp_path / name, text_column="content" if "c" in name else "text"))
-    assert "\n" not in str(error.value)
+    for name, message in (
+        ("none*", "no such files"),
+        ("a.jsonl", "--text_column text: not in the data, which has content"),
+        ("[ac].*", "c.txt: column 'content' must be text, not NoneType"),
+        ("", "is a folder; name its files, such as "),
+        ("d.jsonl", "d.jsonl: column 'text' must be text, not NoneType"),
+        ("c.txt", "leaves nothing of 1 texts for"),
+    ):
+        args = arguments(tmp_path / name, text_column="content" if "c" in name else "text")
+        assert message in error_line(DataError, load_texts, args)
 
 
 def test_texts_are_tokenised_once_until_a_file_changes(tmp_path):
