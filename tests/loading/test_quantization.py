@@ -8,8 +8,8 @@ from pathlib import Path
 
 import forks
 import pytest
-from conftest import ROOT, needs_operators
-from helpers import error_line
+from conftest import needs_operators
+from helpers import error_line, write_program
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.loading import loading
@@ -18,17 +18,15 @@ from self_speculation.weights.kernels import CPUOperators
 # `make test` installs the libraries there: in the environment they would slow down every other test.
 LIBRARIES = Path(sys.prefix) / "quantization"
 
-PROGRAM = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+PROGRAM = """
 import json
 from conftest import ADAPTIVE, generate
-from self_speculation import LoadingOptions, load_model_and_tokenizer
-from self_speculation.config import default_model
+from self_speculation import LoadingOptions, default_model, load_model_and_tokenizer
 found = []
 for quantization in ("none", "int8", "int4"):
     model, tokenizer = load_model_and_tokenizer(default_model(), LoadingOptions(quantization=quantization))
     prompt, kind = tokenizer.encode("def parse("), type(model.model.layers[0].mlp.up_proj.weight)
-    ways = ({{}}, {{"exit_layer": 3, "num_speculations": 3}}, ADAPTIVE)
+    ways = ({}, {"exit_layer": 3, "num_speculations": 3}, ADAPTIVE)
     ids = [generate(model, prompt, max_steps=24, **way).predicted_tokens for way in ways]
     found.append((kind.__name__, ids))
 print(json.dumps(found))
@@ -37,13 +35,13 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [pytest.param(True, marks=needs_operators), False])
-def test_strategies_agree_on_a_quantised_model(own):
+def test_strategies_agree_on_a_quantised_model(own, tmp_path):
     """Guards against weights that were not quantised, and against quantisers such as LLM.int8, where the
     result of a token depends on the other tokens of its pass.
     """
     env = {**os.environ, "PYTHONPATH": str(LIBRARIES)}
     env |= {} if own else {"ATEN_CPU_CAPABILITY": "default"}  # there are no operators for it
-    command = [sys.executable, "-c", PROGRAM]
+    command = [sys.executable, write_program(tmp_path, PROGRAM)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=forks.HANGS, env=env)
     assert run.returncode == 0, run.stderr
     kinds, answers = zip(*json.loads(run.stdout.splitlines()[-1]), strict=True)

@@ -9,17 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import (
-    LAYERS,
-    PROMPT,
-    ROOT,
-    WAYS,
-    answer_of,
-    assert_close,
-    config_of,
-    needs_operators,
-    own_llama,
-)
+from conftest import PROMPT, ROOT, WAYS, answer_of, assert_close, config_of, needs_operators, own_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_llama_model_utils import windowed
@@ -203,7 +193,7 @@ def test_logits_of_all_ways_are_equal():
         return found
 
     plain = seen()
-    for way in (WAYS["layers"], WAYS["copy"], {**LAYERS, "num_speculations": 9}):
+    for way in (WAYS["layers"], WAYS["copy"], {**WAYS["layers"], "num_speculations": 9}):
         found = seen(**way)
         assert len(found) > len(plain) > 20  # drafted texts, and those of the answers
         for text, (scores,) in plain.items():
