@@ -1,9 +1,7 @@
-"""Scripts as processes of their own, without the seconds that each takes to import everything.
+"""Scripts as processes of their own, forked from one that has imported everything: an import takes seconds.
 
-Python's fork server imports the heavy libraries once and forks a child for each script, which runs as
-`__main__`. Forking is safe since the server has no threads: numerical libraries start theirs with their first
-kernel, and OMP_NUM_THREADS is 1. Tests of imports, and of variables that are read during imports such as
-HF_HOME, use `subprocess` instead.
+Forking is safe since that process has no threads: numerical libraries start theirs with their first kernel.
+Tests of imports, and of variables that are read during imports such as HF_HOME, use `subprocess` instead.
 """
 
 import atexit
@@ -37,15 +35,9 @@ SERVER.set_forkserver_preload(HEAVY)
 
 
 class Fork:
-    """A running script."""
+    """A running script. Streams are file descriptors; `terminal`: stdin's Ctrl-C reaches the script."""
 
     def __init__(self, script, *args, stdin=None, stdout=None, stderr=None, env=None, terminal=False):
-        """
-        Args:
-            stdin, stdout, stderr: file descriptors; None: /dev/null.
-            env: variables beside those of this process.
-            terminal: the standard input is a terminal, whose Ctrl-C reaches the child.
-        """
         args = [str(script), *map(str, args)]
         with open(os.devnull, "r+b") as null:
             numbers = [null.fileno() if stream is None else stream for stream in (stdin, stdout, stderr)]
@@ -90,7 +82,9 @@ def run_ranks(ranks, script, *args, env=None):
             started.append(Fork(script, *args, stdout=stdout.fileno(), stderr=stderr.fileno(), env=own))
             stack.callback(started[-1].end)
         status = wait_for_all(started)
-        return subprocess.CompletedProcess([script, *args], status, read(stdout), read(stderr))
+        done = subprocess.CompletedProcess([script, *args], status, read(stdout), read(stderr))
+        print(done.stderr)  # a test that fails shows it
+        return done
 
 
 run = functools.partial(run_ranks, 1)

@@ -36,17 +36,12 @@ def test_speed_is_total_tokens_over_wall_time():
     assert (two_ranks["total_time"], two_ranks["tokens_per_second"]) == (12.0, 8 / 12)
 
 
-def stats(*rounds):
-    """Of rounds: source, drafted, accepted and emitted tokens."""
-    found = DraftStats()
-    for each in rounds:
-        found.add(*each)
-    return found
-
-
 def test_draft_stats_of_answers_are_added():
     """Guards against means of rates, tokens after an output's end, and sums that depend on the order."""
-    first, second = stats(("n-grams", 2, 2, 3)), stats(("exit 2", 4, 3, 2), ("n-grams", 1, 0, 1))
+    first, second = DraftStats(), DraftStats()
+    first.add("n-grams", drafted=2, accepted=2, emitted=3)
+    second.add("exit 2", drafted=4, accepted=3, emitted=2)  # the output ends in the accepted tokens
+    second.add("n-grams", drafted=1, accepted=0, emitted=1)
     records = [{"drafts": json.loads(json.dumps(each.to_rows()))} for each in (first, second)]
     assert metrics.draft_stats(records) == first + second == second + first
     assert (first + second).drafted_by_position == (3, 2, 1, 1)
@@ -58,7 +53,7 @@ def test_draft_stats_of_answers_are_added():
         "num_drafted": 7,
         "num_accepted": 4,
         "num_verifications": 3,
-        "drafts_by_source": {  # an output ends in the accepted tokens of the first
+        "drafts_by_source": {
             "exit 2": {"rounds": 1, "drafted": 4, "accepted": 2},
             "n-grams": {"rounds": 2, "drafted": 3, "accepted": 2},
         },

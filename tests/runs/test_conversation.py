@@ -73,21 +73,18 @@ def test_earlier_thinking_comes_back_if_the_template_asks(byte_tokenizer, capsys
     assert not thinking.has_begun
 
 
-@pytest.mark.parametrize(
-    ("ours", "verdict"),
-    [
-        ([99, 19, 42, 22], "42.0 tokens/s, without drafts 20.0: 2.10 times as fast (1.90-2.20)"),
-        ([99, 9.7, 20.2, 10.4], "20.2 tokens/s, without drafts 20.0: turns do not agree which is faster"),
-        ([0] * 4, "answers of one token, nothing to compare"),
-    ],
-)
-def test_a_comparison_needs_turns_that_agree(ours, verdict, monkeypatch):
+def test_a_comparison_needs_turns_that_agree(monkeypatch):
     """Guards against the verdict of one turn or of the warm-up, and speeds that contradict their ratio."""
 
-    def generator(speeds):
+    def generator(*speeds):
         results = [Mock(**{"generation_strategy_result.decode_tokens_per_second": each}) for each in speeds]
         return Mock(generate=Mock(side_effect=results))
 
-    monkeypatch.setattr("runs.conversation.autoregressive", lambda *_: (generator([10, 10, 20, 10]), None))
-    talk = Conversation(generator(ours), None)
-    assert talk._comparison(None).startswith(f"without streaming: {verdict}")
+    monkeypatch.setattr("runs.conversation.autoregressive", lambda *_: (generator(10, 10, 20, 10), None))
+    for ours, verdict in (
+        ([99, 19, 42, 22], "42.0 tokens/s, without drafts 20.0: 2.10 times as fast (1.90-2.20)"),
+        ([99, 9.7, 20.2, 10.4], "20.2 tokens/s, without drafts 20.0: turns do not agree which is faster"),
+        ([0] * 4, "answers of one token, nothing to compare"),
+    ):
+        said = Conversation(generator(*ours), None)._comparison(None)
+        assert said.startswith(f"without streaming: {verdict}")

@@ -20,11 +20,6 @@ from runs.description import heading
 from self_speculation import HuggingfaceLlamaGenerator, Sampler
 from self_speculation.decoding.sampling import gumbel_noise, leading_matches, noise_key
 
-
-def key(seed):
-    return torch.tensor([noise_key(seed, 0)])
-
-
 SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
 
 
@@ -187,8 +182,7 @@ def test_near_ties_are_told_from_differences(text_model):
     """Guards against a real difference that is excused as rounding, and rounding that fails a run."""
     prompt = [5, 6, 7]
     logits = text_model(torch.tensor([prompt])).logits[0, -1]
-    best, second = logits.topk(2).indices.tolist()
-    worst = int(logits.argmin())
+    best, second, *_, worst = logits.argsort(descending=True).tolist()
     wide = find_difference(text_model, prompt, [best, 9], [second, 9])
     assert (wide["position"], wide["best_tokens"], wide["near_tie"]) == (0, [best, second], False)
 
@@ -209,14 +203,14 @@ def test_near_ties_of_samples(text_model):
     """Guards against a token at the edge of the nucleus, or behind by a bit, that fails a run on a GPU."""
     prompt, sampler = [5, 6, 7], Sampler(temperature=0.7, top_p=0.9)
     logits = text_model(torch.tensor([prompt])).logits[:, -1]
-    seeds = {int(sampler(logits, key(seed))): seed for seed in range(99)}
-    (one, seed), (other, _), *_ = seeds.items()
+    keys = [torch.tensor([noise_key(seed, 0)]) for seed in range(99)]
+    (one, seed), (other, _), *_ = {int(sampler(logits, key)): seed for seed, key in enumerate(keys)}.items()
     compare = partial(find_difference, text_model, prompt, [one], [other], sampler=sampler, seed=seed)
     assert not compare()["near_tie"]
 
     def tie(_, scores):
         """The two ids have the same logit + noise."""
-        noise = sampler.temperature * gumbel_noise(key(seed), torch.tensor([[one, other]]))[0]
+        noise = sampler.temperature * gumbel_noise(keys[seed], torch.tensor([[one, other]]))[0]
         return scores.index_fill(1, torch.tensor([other]), float(scores[0, one] + noise[0] - noise[1]))
 
     assert compare(processors=[tie])["near_tie"]

@@ -25,7 +25,6 @@ from self_speculation import fuse
 from self_speculation.scheduler import Scheduler
 
 ALL = "functions,python_lines,python_text"
-ANSWERED = [0, 2, 3, 4, 5]
 
 pytestmark = pytest.mark.usefixtures("few_files_are_read")
 
@@ -63,16 +62,14 @@ class Written:
         (path,) = folder.glob("*/results_*.json")
         saved = json.loads(path.read_text())
         self.results, self.config = saved["results"], saved["config"]
+        scores = [(task, *score) for task, of in self.results.items() for score in of.items()]
+        self.scores = {(task, name): value for task, name, value in scores if isinstance(value, float)}
         self.answers, self.prompts = {}, {}  # of each task, by document
         for path in folder.glob("*/samples_*.jsonl"):
             frame = pandas.read_json(path, lines=True).sort_values("doc_id")
             task = path.name.split("_")[1]
             self.answers[task] = frame["resps"].tolist()
             self.prompts[task] = [each["gen_args_0"]["arg_0"] for each in frame["arguments"]]
-
-    def scores(self, *tasks):
-        found = {(task, name): value for task in tasks for name, value in self.results[task].items()}
-        return {key: value for key, value in found.items() if not isinstance(value, str)}
 
 
 @pytest.fixture
@@ -103,12 +100,13 @@ def test_scores_are_those_of_the_harness(evaluated, model_folder, task_folder, t
     common = {"task_manager": TaskManager(include_path=str(task_folder), include_defaults=False)}
     common["bootstrap_iters"] = 0
     # It cannot answer an empty prompt, the second one, where the tokenizer adds nothing to it.
-    functions = simple_evaluate(model, tasks=["functions"], samples={"functions": ANSWERED}, **common)
-    functions = functions["samples"]["functions"]
+    answered = [0, 2, 3, 4, 5]
+    functions = simple_evaluate(model, tasks=["functions"], samples={"functions": answered}, **common)
     rest = simple_evaluate(model, tasks=["python_lines", "python_text"], **common)
     capsys.readouterr()
     ours = evaluated(ALL, *SPECULATION, "--batch_size", "2")
-    assert [ours.answers["functions"][i] for i in ANSWERED] == [sample["resps"] for sample in functions]
+    theirs = [sample["resps"] for sample in functions["samples"]["functions"]]
+    assert [ours.answers["functions"][i] for i in answered] == theirs
     for task, metric in (("python_lines", "acc,none"), ("python_text", "byte_perplexity,none")):
         assert ours.results[task][metric] == pytest.approx(rest["results"][task][metric], rel=1e-5)
     said = capsys.readouterr().out
@@ -122,8 +120,7 @@ def test_an_early_exit_scores_as_the_first_layers_alone(model_folder, evaluated,
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "cut")
     cut, early = evaluated(ALL, model=tmp_path / "cut", to="first"), evaluated(ALL, "--exit_layer", "2")
     assert early.answers["functions"] == cut.answers["functions"]
-    own, theirs = (each.scores("python_lines", "python_text") for each in (early, cut))
-    assert own == pytest.approx(theirs, rel=1e-5)
+    assert early.scores == pytest.approx(cut.scores, rel=1e-5)
     assert early.config["model_args"]["exit_layer"] == 2
 
 
@@ -141,7 +138,7 @@ def test_two_ranks_score_as_one(arguments, evaluated, tmp_path):
     assert ran.returncode == 0, ran.stderr
     two = Written(tmp_path / "logs")
     assert all(one.answers[task] == two.answers[task] for task in ("functions", "sampled"))
-    assert one.scores(*tasks.split(",")) == pytest.approx(two.scores(*tasks.split(",")))
+    assert one.scores == pytest.approx(two.scores)
     assert ran.stdout.count("results are in") == 1
 
 

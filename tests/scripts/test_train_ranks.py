@@ -67,14 +67,12 @@ def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_fold
     assert (folder / "checkpoint-8" / "pytorch_model_fsdp_0").is_dir()
     unsharded = forks.run(ROOT / "train.py", "--resume", folder)
     assert (unsharded.returncode, "trained with FSDP, start it with FSDP" in unsharded.stderr) == (2, True)
-    result = ranks(4, ROOT / "train.py", "--resume", folder, "--batch_size", "1")
-    assert result.returncode == 0, result.stderr
+    ranks(4, ROOT / "train.py", "--resume", folder, "--batch_size", "1").check_returncode()
     assert_similar(folder, whole)
     shutil.rmtree(folder / "model")  # killed during the last evaluation
-    again = ranks(4, ROOT / "train.py", "--resume", folder)
-    assert again.returncode == 0, again.stderr
+    ranks(4, ROOT / "train.py", "--resume", folder).check_returncode()
     assert_similar(folder, whole)
-    assert forks.run(ROOT / "generate.py", "--model", folder / "model", *GENERATE).returncode == 0
+    forks.run(ROOT / "generate.py", "--model", folder / "model", *GENERATE).check_returncode()
 
 
 def with_peft(ranks, program, *args):
@@ -134,6 +132,5 @@ def test_two_ranks_learn_what_one_does(env, tmp_path):
     shared = ["--batch_size", "1", "--gradient_accumulation", "2"]
     outputs = [["--output_dir", str(tmp_path / name / "logs")] for name in ("one", "two")]
     assert train.main([*flags, *outputs[0]]) == 0
-    result = forks.run_ranks(2, ROOT / "train.py", *flags, *shared, *outputs[1], env=env)
-    assert result.returncode == 0, result.stderr
+    forks.run_ranks(2, ROOT / "train.py", *flags, *shared, *outputs[1], env=env).check_returncode()
     assert_similar(only_run(tmp_path / "two"), only_run(tmp_path / "one"))
