@@ -73,7 +73,6 @@ class App:
         }
         api = [
             Route("/models", self._models),
-            Route("/models/{name:path}", self._model),
             Route("/chat/completions", partial(self._respond, ChatRequest), methods=["POST"]),
             Route("/completions", partial(self._respond, CompletionRequest), methods=["POST"]),
         ]
@@ -93,7 +92,7 @@ class App:
             return
         http, has_begun = HTTPRequest(scope), False
         request_id = http.headers.get("x-request-id", "")[:_LONGEST_ID] or uuid.uuid4().hex
-        http.state.id = request_id
+        http.state.origin = f"{http.method} {http.scope['path']} {request_id}"
 
         async def send_with_headers(message: Message) -> None:
             nonlocal has_begun
@@ -107,7 +106,7 @@ class App:
             check_key(scope, self._key)
             await self._router(scope, receive, send_with_headers)
         except (Exception, asyncio.CancelledError) as exception:  # uvicorn cancels what is late at the end
-            error = self._metrics.count_error(exception, _origin(http))
+            error = self._metrics.count_error(exception, http.state.origin)
             if has_begun:  # a stream, of which this is the last event
                 await send({"type": "http.response.body", "body": server_sent(error.body).encode()})
                 return
@@ -125,13 +124,9 @@ class App:
     async def _models(self, _: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_entry]})
 
-    async def _model(self, http: HTTPRequest) -> Response:
-        self._served.check_name(http.path_params["name"])
-        return JSONResponse(self._model_entry)
-
     async def _respond(self, kind: type[ChatRequest | CompletionRequest], http: HTTPRequest) -> Response:
         body = await _read_body(http, self._served.args.max_body)
-        answer = Answer(self._served, _origin(http))
+        answer = Answer(self._served, http.state.origin)
         self._metrics.name_ignored(await asyncio.to_thread(answer.parse, kind, body))
         return AnswerResponse(answer, self._submit)
 
@@ -178,7 +173,3 @@ async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise APIError(f"the request has more than {max_bytes} bytes", 413)
     return bytes(body.removeprefix(codecs.BOM_UTF8))  # of some clients on Windows
-
-
-def _origin(http: HTTPRequest) -> str:
-    return f"{http.method} {http.scope['path']} {http.state.id}"

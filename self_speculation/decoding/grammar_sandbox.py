@@ -1,8 +1,8 @@
 """Grammars are tried in a process of their own before this one compiles them.
 
 A grammar of 40 characters can take minutes and gigabytes to compile, whatever limits llguidance is given. The
-process forks for each grammar, and the kernel ends the fork beyond a second of processor time or 64 MB. What
-passes costs about as much again where it is compiled to be used. Later masks keep to `LIMITS`: 0.1 s each.
+kernel ends the process beyond a second of processor time or 64 MB. What passes costs about as much again
+where it is compiled to be used. Later masks keep to `LIMITS`: 0.1 s each.
 
 This file is also the program of that process. It needs llguidance alone, so the process has 20 MB and the
 tokenizer.
@@ -46,7 +46,7 @@ def grammar_error(problem: str) -> GrammarError:
 
 class GrammarSandbox:
     """Tries grammars, one at a time, from any thread. Its process starts with the first grammar, and again
-    after it was killed.
+    after it was ended.
 
     Args:
         tokenizer: arguments of `llguidance.LLTokenizer`; without any, grammars are only parsed.
@@ -69,21 +69,22 @@ class GrammarSandbox:
         """The problem of a grammar, or an empty text."""
         for _ in range(2):  # somebody may have killed the process since
             with self._lock:
-                answer = b""
+                answer, status = b"", 0
                 try:
                     with suppress(BrokenPipeError):
                         process = self._start()
                         _send(process, definition)
                         assert process.stdout is not None
-                        if not wait([process.stdout.fileno()], _PATIENCE):
-                            break
-                        if answer := process.stdout.readline():
-                            return json.loads(answer)
+                        if wait([process.stdout.fileno()], _PATIENCE):
+                            answer = process.stdout.readline()
                 finally:  # also after Ctrl-C: the next grammar would get this one's answer
-                    if not answer and self._process and self._process.returncode is None:
-                        with suppress(ProcessLookupError):
-                            os.killpg(self._process.pid, signal.SIGKILL)
-                        self._process.wait()
+                    if not answer and self._process is not None:
+                        self._process.kill()
+                        status = self._process.wait()
+            if answer:
+                return json.loads(answer)
+            if status != -signal.SIGKILL:  # by its limits
+                return _TOO_MUCH
         raise ChildProcessError("the process that tries grammars was ended, or does not answer: try again")
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -94,6 +95,7 @@ class GrammarSandbox:
                 [sys.executable, __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # an allocator that aborts says so
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C is for this process
             )
@@ -110,23 +112,16 @@ def _send(process: subprocess.Popen[bytes], content: Any) -> None:
 def _serve() -> None:
     """Read the arguments of a tokenizer, then grammars, as lines of JSON; write the problem of each."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # if the parent was killed, end without a word
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     arguments = json.loads(sys.stdin.readline())
     tokenizer = llguidance.LLTokenizer(*arguments) if arguments else None
     for line in sys.stdin:
-        if (fork := os.fork()) == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # an allocator that aborts says so
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            limit = psutil.Process().memory_info().vms + _MEMORY
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            signal.setitimer(signal.ITIMER_PROF, _SECONDS)
-            problem = _problem(json.loads(line), tokenizer)
-            signal.setitimer(signal.ITIMER_PROF, 0)  # to be ended now would be a second answer
-            _answer(problem)
-            os._exit(0)
-        if (status := os.waitpid(fork, 0)[1]) == signal.SIGKILL:  # not by these limits
-            break
-        if status:
-            _answer(_TOO_MUCH)
+        limit = psutil.Process().memory_info().vms + _MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+        problem = _problem(json.loads(line), tokenizer)
+        signal.setitimer(signal.ITIMER_PROF, 0)  # to be ended now would be a second answer
+        _answer(problem)
 
 
 def _problem(definition: str, tokenizer: llguidance.LLTokenizer | None) -> str:

@@ -31,17 +31,17 @@ def sandbox(monkeypatch):
 
 @pytest.mark.parametrize("definition", [SLOW, ENDLESS], ids=["slow", "endless"])
 def test_what_takes_too_much_is_refused(sandbox, definition, monkeypatch):
-    """Guards against a grammar that takes the whole machine, and against one that is tried again. The next
-    one has the same process.
+    """Guards against a grammar that takes the whole machine, one that is tried again, and one that ends the
+    next.
     """
-    sandbox.check(DIGITS)
-    process, tried = sandbox._process, watch(monkeypatch, grammar_sandbox, "_send")
+    tried = watch(monkeypatch, sandbox, "_start")
     for _ in range(2):
         with pytest.raises(GrammarError, match="takes more than 1 s or 64 MB to compile"):
             sandbox.check(definition)
     assert len(tried) == 1
+    sandbox.check(DIGITS)
     sandbox.check(Grammar.regex("[a-z]+").definition)
-    assert sandbox._process is process
+    assert tried[1][1] is tried[2][1]
 
 
 def test_a_killed_process_starts_again(sandbox):
@@ -61,16 +61,12 @@ def test_a_killed_process_starts_again(sandbox):
 
 
 def test_a_process_that_does_nothing_is_ended(sandbox, monkeypatch):
-    """Guards against waiting for ever or twice, and against a refusal that is kept."""
-    sandbox.check(DIGITS)
-    first = sandbox._process
-    other = Grammar.regex("[a-z]+").definition
+    """Guards against waiting for ever, and against a refusal that is kept."""
     with monkeypatch.context() as patch:
         patch.setattr(grammar_sandbox, "_PATIENCE", 0)
         with pytest.raises(ChildProcessError, match="does not answer"):
-            sandbox.check(other)
-    assert sandbox._process is first
-    sandbox.check(other)
+            sandbox.check(DIGITS)
+    sandbox.check(DIGITS)
 
 
 def test_an_interrupted_check_has_no_answer(sandbox, monkeypatch):

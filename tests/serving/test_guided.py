@@ -1,11 +1,9 @@
 """Guided answers, tools, predictions and penalties on the bundled model, over HTTP and by OpenAI's client."""
 
 import contextlib
-import itertools
 import json
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Literal
 
 import jsonschema
@@ -26,7 +24,6 @@ SCHEMA = {
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
-ANY_JSON = {"structured_outputs": {"json": {}}}
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.tool_calls %} <tool_call>{% endif %}\n"
     "{% endfor %}"
@@ -110,25 +107,21 @@ def test_bad_schemas(served, schema, is_tool, says):
 @pytest.mark.parametrize("choice", ["required", NAMED])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_and_its_result(served, choice, stream):
-    """They go back to the model; with `auto` it may answer in words. Guards against fields of an answer
-    that the server itself rejects.
+    """They go back to the model; with `auto` it may answer in words. Guards against fields of an answer that
+    the server itself rejects.
     """
     request = {"model": "tiny", "messages": HELLO, "tools": [WEATHER], "tool_choice": choice}
     answer = served.client.chat.completions.create(**request, stream=stream)
-    if stream:
-        *_, last = chunks = list(answer)
-        [message] = [chunk.choices[0].delta for chunk in chunks if chunk.choices[0].delta.tool_calls]
-        message.role = "assistant"
-    else:
-        [last] = [answer]
-        message = answer.choices[0].message
-    assert last.choices[0].finish_reason == "tool_calls"
+    choices = [each.choices[0] for each in (answer if stream else [answer])]
+    messages = [choice.delta if stream else choice.message for choice in choices]
+    [message] = [message for message in messages if message.tool_calls]
+    message.role = "assistant"
+    assert choices[-1].finish_reason == "tool_calls"
     [call] = message.tool_calls
     assert call.function.name == "weather"
     assert ("index" in call.model_dump()) == stream  # other servers reject a message that has it
     jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
-    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
-    messages = [*HELLO, message.model_dump(), result]
+    messages = [*HELLO, message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
     answer = post(served, CHAT, messages=messages, tools=[WEATHER], max_tokens=8).json()["choices"][0]
     assert answer["message"]["content"]
     assert answer["finish_reason"] == "length"
@@ -161,45 +154,31 @@ def test_a_prediction_is_tokenized_once(served, monkeypatch):
     assert lengths == [20 * served.generator.model.config.max_position_embeddings]
 
 
-def test_grammars_wait_in_turn(served, monkeypatch):
-    """Guards against compilers that take all threads of the server, also for clients that are gone, and a job
-    of one that left while its grammar was compiled.
+def test_grammars_wait_in_turn(text_model, byte_tokenizer, monkeypatch):
+    """Guards against compilers that take all threads of the server, also for clients that are gone, a job of
+    one that left while its grammar was compiled, more requests that wait than --max_waiting allows, and a
+    server that refuses all grammars after some.
     """
-    go_on, began, submitted = threading.Event(), [], watch(monkeypatch, served.engine, "submit")
+    go_on, began = threading.Event(), []
     watch(monkeypatch, grammar, "_matcher", lambda *args: began.append(args) or go_on.wait())
-    given = {"prompt": "x", "max_tokens": 2, "response_format": {"type": "json_object"}}
-    with contextlib.ExitStack() as gone:
-        try:
-            for _ in range(40):
-                gone.enter_context(raw_request(served.url, given))
-            until(lambda: began)
-            assert post(served, prompt="x", max_tokens=2).status_code == 200
-            gone.close()
-            until(lambda: 'status="499"} 40.0' in requests.get(f"{served.url}/metrics").text)
-        finally:
-            go_on.set()
-    assert post(served, **given).status_code == 200
+    given = {"prompt": "x", "max_tokens": 2, "structured_outputs": {"json": {}}}
+    with Served(tiny_generator(text_model, byte_tokenizer), batch_size=1, max_waiting=9) as served:
+        submitted = watch(monkeypatch, served.engine, "submit")
+        with contextlib.ExitStack() as gone:
+            try:
+                for _ in range(10):
+                    gone.enter_context(raw_request(served.url, given))
+                until(served.app._turns.locked)
+                assert post(served, **given).status_code == 429
+                assert post(served, prompt="x", max_tokens=2).status_code == 200
+                gone.close()
+                until(lambda: 'status="499"} 10.0' in requests.get(f"{served.url}/metrics").text)
+            finally:
+                go_on.set()
+        assert post(served, **given).status_code == 200
     assert len(began) < 5
     *left, _ = [job for ((job,),), _ in submitted if job.request.grammar]
     assert all(job.is_cancelled.is_set() for job in left)
-
-
-def test_waiting_grammars_have_a_limit(text_model, byte_tokenizer, monkeypatch):
-    """Guards against more requests that wait for a grammar than --max_waiting allows, and against a server
-    that refuses all grammars after some.
-    """
-    go_on, given = threading.Event(), {"prompt": "x", "max_tokens": 2, **ANY_JSON}
-    watch(monkeypatch, grammar, "_matcher", lambda *args: go_on.wait())
-    generator = tiny_generator(text_model, byte_tokenizer)
-    with Served(generator, batch_size=1, max_waiting=1) as served, ThreadPoolExecutor() as clients:
-        answers = [clients.submit(post, served, **given) for _ in range(4)]
-        try:
-            first = [*itertools.islice(as_completed(answers, timeout=20), 2)]
-        finally:
-            go_on.set()
-        assert [answer.result().status_code for answer in first] == [429, 429]
-        assert sorted(answer.result().status_code for answer in answers) == [200, 200, 429, 429]
-        assert [post(served, **given).status_code for _ in range(3)] == [200] * 3
 
 
 def test_a_process_for_grammars_that_is_killed(served, monkeypatch):

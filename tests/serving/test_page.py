@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import EOS, tiny_llama
 from playwright.sync_api import expect, sync_playwright
-from servers import GREEDY, Served, tiny_generator
+from servers import GREEDY, Served, held, tiny_generator
 
 CHROMIUM = shutil.which("chromium")
 KEY = "secret"
@@ -30,14 +30,6 @@ WATCH = """() => {
       window.removed += [...removedNodes].filter(({tagName}) => ["P", "DIV"].includes(tagName)).length;
   }).observe(document.body, {subtree: true, childList: true, characterData: true});
 }"""
-# Presses the button within the first piece of text, whatever the speed of this machine is.
-STOP_AT_ONCE = """() => new MutationObserver((_, observer) => {
-  const answer = document.querySelector(".answer")?.cloneNode(true);
-  answer?.querySelector(".pending")?.remove();
-  if (!answer?.textContent) return;
-  observer.disconnect();
-  document.getElementById("stop").click();
-}).observe(document.getElementById("log"), {subtree: true, childList: true})"""
 # The answer at that place, and a text as Markdown that is rendered at once: tags and words.
 SHOWN = """([index, text]) => {
   const answer = document.querySelectorAll(".answer")[index].cloneNode(true);
@@ -331,8 +323,13 @@ def test_stop_and_drafts_off(page, sent, server):
     """Guards against an answer that goes on, one that the conversation forgets, and a comparison with drafts
     that only aren't shown.
     """
-    page.evaluate(STOP_AT_ONCE)
-    ask(page, "who are you?")
+    with held(server.engine, num_steps=5) as at_rest:
+        page.get_by_role("textbox").fill("who are you?")
+        page.keyboard.press("Enter")
+        assert at_rest.wait(60)
+        expect(page.locator(".answer")).not_to_be_empty()
+        page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
     said = page.evaluate("turns[0].text")
     check_shown(page, 0, said)
     assert said

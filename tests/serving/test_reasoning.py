@@ -66,7 +66,7 @@ def called(name="stop", arguments="{}"):
         ("So be it.</s>", NO_TOOLS, "So be it.", []),
         ("So be it.</s>", {**NO_TOOLS, "include_reasoning": False}, "So be it.", []),
         ("", {**NO_TOOLS, "response_format": SCHEMA}, '"', []),
-        (called(), {"tool_choice": "required"}, None, ["{}"]),
+        (called(), {"tool_choice": "required", "response_format": SCHEMA, "ignore_eos": True}, None, ["{}"]),
         (called(), {"response_format": SCHEMA}, None, ["{}"]),
         ('"Rome"</s>', {"response_format": SCHEMA}, '"Rome"', []),
         (f"Now.\n{called()}</s>", {"tools": [STRICT]}, None, ["{}"]),

@@ -17,7 +17,6 @@ from openai import OpenAI
 from servers import raw_request
 
 import serve
-from self_speculation.config import default_model
 
 FLAGS = [
     "--generation_strategy", "self_speculative", "--exit_layer", "3", "--num_speculations", "3",
@@ -103,23 +102,3 @@ def test_a_port_that_is_taken(capsys, monkeypatch):
         port = server.getsockname()[1]
         line = refused(serve.main, ["--port", str(port)], capsys)
     assert f"error: --host 127.0.0.1 --port {port}: Address already in use" in line
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_files_are_read")
-def test_lm_eval_is_a_client():
-    """Guards against rejected requests of the harness: lists of ids, many stop words, a seed."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    with serving() as (_, name, url):
-        server = {"model": name, "base_url": f"{url}/v1/completions", "tokenizer": default_model()}
-        scored = lm_eval.simple_evaluate(
-            model="local-completions",
-            model_args={**server, "num_concurrent": 4},
-            tasks=["python_functions"],
-            limit=6,
-            task_manager=TaskManager(include_path=str(ROOT / "eval_tasks"), include_defaults=False),
-        )
-    assert len(scored["samples"]["python_functions"]) == 6
-    assert all(sample["resps"][0][0] for sample in scored["samples"]["python_functions"])

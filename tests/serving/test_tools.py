@@ -34,8 +34,6 @@ TAG_NAMES = ["<tool_call>", "</tool_call>"]
 FAMILIES = {
     "Qwen": ("byte_tokenizer", ["<|im_end|>"], TAG_NAMES),
     "Hermes": ("byte_tokenizer", ["<|im_end|>", *TAG_NAMES], []),
-    "SmolLM2": ("byte_tokenizer", ["<|im_end|>"], []),
-    "Llama 3": ("byte_tokenizer", ["<|python_tag|>", "<|eot_id|>"], []),
     "Llama 2": ("sentencepiece_tokenizer", [], []),
 }
 
