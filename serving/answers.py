@@ -167,7 +167,7 @@ class Answer:
 
     def _format(self, choice: _Choice, delta: Delta) -> dict[str, Any]:
         """Format new text: that of a chunk, or the whole answer."""
-        logprobs, stop_reason = None, choice.finished and choice.finished.result.stop_reason
+        logprobs, stop_reason = None, choice.finished.result.stop_reason if choice.finished else None
         if choice.logprobs:
             # The tokens of a stop word are not part of the answer.
             logprobs = choice.logprobs.take(len(delta.text), stop_reason not in (None, "stop_word"))

@@ -38,14 +38,6 @@ _ALL_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _HEADERS = {
-    "Content-Security-Policy": (  # nothing comes from elsewhere, whatever a model writes
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "Cache-Control": "no-cache",
-    "X-Content-Type-Options": "nosniff",
-}
-_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},

@@ -16,8 +16,14 @@ from self_speculation.decoding.grammar_sandbox import GrammarError
 from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 
 _log = logging.getLogger(__name__)
-_STATUS = {QueueFull: 429, ClientDisconnect: 499, ServerShutdown: 503, RequestTimeout: 504}
-_STATUS |= {CancelledError: 503, ChildProcessError: 503}  # by the end of the server; that tries grammars
+_STATUS: dict[type[BaseException], int] = {
+    QueueFull: 429,
+    ClientDisconnect: 499,
+    ServerShutdown: 503,
+    CancelledError: 503,  # at the end of the server
+    ChildProcessError: 503,  # that tries grammars
+    RequestTimeout: 504,
+}
 _PATHS = "/, /health, /metrics, /v1/models, /v1/completions and, for /v1/responses too, /v1/chat/completions"
 
 

@@ -230,10 +230,10 @@ TemplateKwargs = Annotated[
 class StructuredOutputs(Fields):
     """Of vLLM, one of its fields at a time."""
 
-    json_schema: dict[str, Any] | None = Field(None, alias="json")
+    json_schema: dict[str, Any] | None = Field(default=None, alias="json")
     json_object: bool = False
     regex: str | None = None
-    choice: list[str] = Field([], max_length=MAX_ITEMS)
+    choice: list[str] = Field(default=[], max_length=MAX_ITEMS)
 
     @property
     def rules(self) -> list[str]:
