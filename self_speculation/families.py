@@ -71,6 +71,12 @@ def check_supported(config: PretrainedConfig) -> None:
             raise ValueError(f"{name} {value!r} of a {config.model_type} model is not supported, only none")
 
 
+def key_shape(config: PretrainedConfig) -> tuple[int, int]:
+    """kv_heads and head_dim"""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, head_dim
+
+
 def context_length(config: PretrainedConfig) -> int:
     """Positions of the model, for prompt and output together."""
     rope, positions = _scaled_rotation(config), config.max_position_embeddings

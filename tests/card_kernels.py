@@ -17,7 +17,7 @@ def decode_attention(
         q, k = (_normed(*each, epsilon, is_centred) for each in ((q, query_norm), (k, key_norm)))
     angles = [table.float()[positions.clamp(min=0)][:, :, None] for table in (cos, sin)]
     q, k = _rotated(q, *angles), _rotated(k, *angles)
-    out, tokens = torch.zeros(q.shape), (positions >= 0).nonzero().tolist()
+    out, tokens = torch.zeros_like(q, dtype=torch.float32), (positions >= 0).nonzero().tolist()
     for row, token in tokens:
         at = positions[row, token]
         keys[row, :, at], values[row, :, at] = k[row, token], v[row, token]

@@ -124,7 +124,7 @@ def stand_in(monkeypatch):
     own_capture = CapturedPasses.capture
 
     def seen_capture(passes, runner, first, last, *shape):
-        is_new = (runner.copies, first, last, *shape) not in passes.replays
+        is_new = (runner.is_copy, first, last, *shape) not in passes.replays
         replay = own_capture(passes, runner, first, last, *shape)
         seen.captured += [(last - first, *shape)] * is_new
 

@@ -18,7 +18,6 @@ from self_speculation.families import (
 from self_speculation.llama_model_utils import crop_past_key_values
 from self_speculation.passes.full_forward import hidden_after_each_layer
 from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
-from self_speculation.passes.kv_cache import Buffers, KVCache
 from self_speculation.passes.model_runner import (
     PREFILL_CHUNK,
     ModelRunner,
@@ -262,17 +261,12 @@ def test_a_cache_of_transformers_is_cropped_to_a_length(length):
         assert_close(following, model(torch.cat([ids[:, :kept], ids[:, :1]], 1)).logits[:, -1:])
 
 
-@pytest.mark.parametrize(
-    "new_cache",
-    [lambda runner: KVCache(Buffers([torch.device("cpu")] * 4)), lambda runner: runner.new_cache(1, 1)],
-    ids=["not reserved", "outgrown"],
-)
-def test_a_cache_grows_beyond_what_was_reserved(new_cache):
+def test_a_cache_grows_beyond_what_was_reserved():
     """Guards against rotations for as many positions as a number can count, and for too few."""
     model, ids = tiny_llama(), torch.tensor([[5, 9, 4] * 20])
     with torch.inference_mode():
         runner = ModelRunner(model)
-        cache = new_cache(runner)
+        cache = runner.new_cache(1, 1)
         for piece in ids.split(7, 1):
             logits = forward(runner, cache, piece).logits
         assert_close(logits, model(ids).logits[:, -1:])

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, context_length
 from self_speculation.model_cache import lock
-from self_speculation.passes.attention import has_flash_attention
-from self_speculation.passes.kv_cache import ALIGNMENT, KVCache, Pair, ScatteredCache
+from self_speculation.passes.kv_cache import ALIGNMENT, KVCache, Pair
 
 
 class AttentionTables:
@@ -29,8 +28,6 @@ class AttentionTables:
         self._tables = dict.fromkeys(kinds, self.like.new_empty(2, 0, 0))
         self._size = 0
         self.reserve(1)
-        head_dim = next(iter(self._tables.values())).shape[2]
-        self.has_flash = has_flash_attention(self.device, dtype, head_dim)
 
     def reserve(self, num_positions: int) -> None:
         """Have tables of at least so many positions."""
@@ -56,61 +53,49 @@ class AttentionContext:
     """A pass over T new positions of each of B rows, in layers of one `AttentionType`.
 
     Args:
-        cache: with rows of one length, or positions of rows that differ in length.
-        start: the length of all rows, or at most the first new position of each.
+        first: the first layer of the pass.
 
     Attributes:
-        mask: number of copies -> [1 or B, 1, copies * T, S], added to the scores: 0 where a position sees a
-            key, else a huge negative number; None: no mask is needed. Queries of several heads need a copy
-            for each.
         rotary: cos and sin, [1 or B, T, head_dim] each.
-        by_flash: `flash_attention` computes the pass of fused layers over several tokens, without a mask.
+        sees_all: each token sees all positions of its row up to its own, and rows have one length.
     """
 
     def __init__(
-        self,
-        tables: AttentionTables,
-        cache: KVCache | ScatteredCache,
-        start: int,
-        width: int,
-        kind: AttentionType,
+        self, tables: AttentionTables, cache: KVCache, first: int, width: int, kind: AttentionType
     ) -> None:
-        positions = None if isinstance(cache, KVCache) else cache.positions  # [B, T]
-        self.cache, self.rows, self.width = cache, cache.num_rows, width
-        self.is_uniform, window = positions is None, kind.window
-        end = start + width if isinstance(cache, KVCache) else cache.length
-        first = 0 if window is None else max(0, start + 1 - window)  # no token sees an earlier key
+        lengths, self.cache, self.rows, self.width = cache.lengths(first), cache, cache.num_rows, width
+        start, end = self._range = min(lengths), max(lengths) + width
+        self._tables, self._window, self._positions = tables, kind.window, None
+        self._first_key = 0 if kind.window is None else max(0, start + 1 - kind.window)  # that a token sees
+        self.sees_all = cache.is_uniform and (kind.window is None or end <= kind.window)
         table = tables.cos_sin(kind.rotation, end)
-        if positions is None:
+        if cache.is_uniform:
             cos_sin = table[:, None, start:end]
-            window = window if window is not None and end > window else None
-            is_masked = width > 1 and not (start == 0 and window is None and tables.is_sdpa)
         else:
-            cos_sin = table.index_select(1, positions.flatten()).view(2, self.rows, width, -1)
-            first, is_masked = first // ALIGNMENT * ALIGNMENT, True
-        self.by_flash = tables.has_flash and self.is_uniform and window is None
-        cos, sin = cos_sin.unbind()
-        self._first_key, self.rotary = first, (cos, sin)
+            self._positions = cache.positions(first, width, tables.device)
+            cos_sin = table.index_select(1, self._positions.flatten()).view(2, self.rows, width, -1)
+        self.rotary = cos_sin.unbind()
 
-        @functools.cache
-        def mask(copies: int) -> Tensor | None:
-            if not is_masked:
-                return None
-            own = positions
-            if own is None:
-                own = torch.arange(start, end, device=tables.device)[None]
-            # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
-            keys = torch.arange(first, first + round_up(end - first, ALIGNMENT), device=tables.device)
-            by_row = causal_mask(own[:, None], keys, window, tables.dtype)
-            return by_row.repeat(1, 1, copies, 1)[..., : end - first]
-
-        self.mask = mask
+    @functools.cached_property
+    def mask(self) -> Tensor | None:
+        """[1 or B, 1, T, S], added to the scores: 0 where a position sees a key, else a huge negative number.
+        None: tokens see all keys or, if there are several, those up to their own.
+        """
+        (start, end), tables, own = self._range, self._tables, self._positions
+        is_causal = self.sees_all and start == 0 and tables.is_sdpa
+        if own is None and (self.width == 1 or is_causal):
+            return None
+        own = torch.arange(start, end, device=tables.device)[None] if own is None else own
+        num_keys = end - self._first_key
+        # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
+        keys = torch.arange(
+            self._first_key, self._first_key + round_up(num_keys, ALIGNMENT), device=own.device
+        )
+        return causal_mask(own[:, None], keys, self._window, tables.dtype)[..., :num_keys]
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
         """Append to the cache; returns all keys and values that a token sees, see `KVCache.append`."""
-        all_keys, all_values = self.cache.append(keys, values, layer)
-        if not self._first_key:
-            return all_keys, all_values
+        all_keys, all_values = self.cache.append(keys, values, layer, self._positions)
         return all_keys[:, :, self._first_key :], all_values[:, :, self._first_key :]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:

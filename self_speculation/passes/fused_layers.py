@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from self_speculation.passes.attention import flash_attention
 from self_speculation.passes.attention_context import AttentionContext
 from self_speculation.passes.decode_attention import DecodeContext, why_no_kernels
 from self_speculation.passes.kv_cache import KVCache
@@ -19,9 +18,6 @@ from self_speculation.passes.layers import Head, Layer, LlamaLayer, Parts, RMSNo
 from self_speculation.passes.model_runner import ModelRunner, run_through
 from self_speculation.passes.unsupported_hooks import difference
 from self_speculation.weights.kernels import GELU_TANH, SILU
-
-# Queries of a group become queries of one head in passes over up to so many tokens.
-_MOST_GROUPED = 16
 
 
 class JointLinear:
@@ -73,7 +69,8 @@ class FusedLayer(LlamaLayer):
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
         attention, mlp = layer.self_attn, layer.mlp
-        self._groups = attention.num_key_value_groups
+        weight = attention.q_proj.weight
+        self._has_flash = has_flash_attention(weight.device, weight.dtype, self.head_dim)
         self._num_rotated = self.num_heads + self.num_kv_heads
         self.products = (
             JointLinear(attention.q_proj, attention.k_proj, attention.v_proj),
@@ -114,37 +111,35 @@ class FusedLayer(LlamaLayer):
         return self._attend(queries, all_keys, all_values, context)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
-        """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
-
-        Query heads that share keys become more queries of one head: no fast kernel takes grouped heads with
-        a mask. In wide passes over rows of one length, each key head of each row is a row of its batch.
-        """
+        """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim]."""
         rows, width, scale = context.rows, context.width, self.scaling
-        if width == 1:
-            heads, mask = (
-                queries.reshape(*keys.shape[:2], self._groups, self.head_dim),
-                context.mask(self._groups),
-            )
-            return scaled_dot_product_attention(heads, keys, values, mask, scale=scale).reshape(rows, -1)
-        if context.by_flash:  # it takes grouped heads
-            heads = queries.view(rows, width, self.num_heads, -1).transpose(1, 2)
+        heads = queries.view(rows, width, self.num_heads, -1).transpose(1, 2)
+        if self._has_flash and context.sees_all:
             attended = flash_attention(heads, keys, values, scale)
-            return attended.transpose(1, 2).reshape(rows * width, -1)
-        # [B, kv_heads, groups, T, head_dim]
-        grouped = queries.view(rows, width, self.num_kv_heads, self._groups, -1).permute(0, 2, 3, 1, 4)
-        is_wide = width > _MOST_GROUPED and context.is_uniform
-        mask = context.mask(1 if is_wide else self._groups)
-        if is_wide or mask is None:
-            heads = grouped.flatten(0, 1)
-            keys, values = (
-                shared.flatten(0, 1)[:, None].expand(-1, self._groups, -1, -1) for shared in (keys, values)
-            )
-        else:
-            heads = grouped.reshape(*keys.shape[:2], -1, self.head_dim)
-        attended = scaled_dot_product_attention(
-            heads, keys, values, mask, is_causal=mask is None, scale=scale
-        )
-        return attended.view(grouped.shape).permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
+        else:  # no fast kernel takes grouped heads with a mask
+            groups, mask = self.num_heads // self.num_kv_heads, context.mask
+            keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
+            is_causal = mask is None and width > 1
+            attended = scaled_dot_product_attention(heads, keys, values, mask, 0.0, is_causal, scale=scale)
+        return attended.transpose(1, 2).reshape(rows * width, -1)
+
+
+def has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's flash attention can be called here."""
+    # AMD's aligns its causal mask to the first token and key.
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    takes_heads = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    return takes_heads and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """[B, heads, T, head_dim] queries of the last T of S positions over [B, kv_heads, S, head_dim] keys and
+    values: a token sees all positions up to its own. `scaled_dot_product_attention` needs a mask for that,
+    since it aligns its own to the first token and key.
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention.default
+    return attend(queries, keys, values, 0.0, True, scale=scale)[0]
 
 
 def _add(hidden: Tensor, product: Any, x: Tensor, norm: RMSNorm | None) -> Tensor:
@@ -169,7 +164,6 @@ class FusedRunner(ModelRunner):
     """Runs layers one by one.
 
     Attributes:
-        key_shape: [kv_heads, head_dim]
         why_no_kernels: see `decode_attention.why_no_kernels`.
     """
 
@@ -177,9 +171,7 @@ class FusedRunner(ModelRunner):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        head_dim = getattr(self.config, "head_dim", None)
-        head_dim = head_dim or self.config.hidden_size // self.config.num_attention_heads
-        self.key_shape = self.config.num_key_value_heads, head_dim
+        _, head_dim = self.key_shape
         if len({*self.devices, self.device}) > 1:
             self.why_no_kernels: str | None = "the model is on several devices"
         elif not any(isinstance(layer, FusedLayer) for layer in self.layers):
@@ -196,7 +188,7 @@ class FusedRunner(ModelRunner):
             return super().run_layers(cache, hidden, first, last)
         width, lengths = hidden.shape[1], cache.lengths(first)
         positions = cache.positions(first, width, self.device)
-        cache.extend(first, last, width, hidden.new_empty(0, *self.key_shape))
+        cache.extend(first, last, width)
         self.tables.reserve(max(lengths) + width)
         make = partial(DecodeContext, self.tables, cache.buffers.of_layers, positions)
         return run_through(self.typed_layers(first, last), make, hidden)

@@ -112,16 +112,17 @@ class InPlaceRunner(ModelRunner):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._groups: dict[tuple[int, int], list[_Group]] = {}
+        self._groups = dict[tuple[int, int], list[_Group]]()
 
     @property
     def is_in_place(self) -> bool:
         """Whether the operator has all layers."""
         return all(isinstance(layer, InPlaceLayer) for layer in self.layers)
 
-    def _replace(self, layers: Sequence[Layer], head: Head) -> None:
-        super()._replace(layers, head)
-        self._groups = {}
+    def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:
+        other: Any = super().with_layers(layers, head)
+        other._groups = {}
+        return other
 
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         if (first, last) not in self._groups:  # the operator sees that a parameter has other memory
@@ -140,14 +141,13 @@ class InPlaceRunner(ModelRunner):
         states, layer = hidden.reshape(rows * width, size).contiguous(), group.layers[0]
         lengths = cache.lengths(layer.index)
         num_positions = max(lengths) + width
-        new_keys = states.new_empty(0, layer.num_kv_heads, layer.head_dim)
         torch.ops.self_speculation.run_layers.default(
             states,
             torch.tensor(lengths),
             cache.first_slot,
             cache.is_prompt,
             group.owner,
-            cache.extend(layer.index, layer.index + len(group.layers), width, new_keys),
+            cache.extend(layer.index, layer.index + len(group.layers), width),
             [self.tables.cos_sin(rotation, num_positions) for rotation in group.rotations],
         )
         return states.view(rows, width, size)

@@ -1,15 +1,11 @@
-"""The KV cache of the sequences in flight: allocate, append, roll back by count.
-
-Keys and values come in two ways: `KVCache.append` writes to rows of one length, and the caller of
-`KVCache.extend` writes by position.
-"""
+"""The KV cache of the sequences in flight: allocate, append, roll back by count."""
 
 from __future__ import annotations
 
 import copy
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +13,13 @@ from torch import Tensor
 from self_speculation.devices import free_memory, round_up
 from self_speculation.transfers import on_device
 
-# Attention kernels need masks, and so lengths, in multiples of so many positions.
+# Capacities are multiples of it, and so are rows of masks: attention kernels want them aligned.
 ALIGNMENT = 8
 
 # On a CPU a new cache has room for the prompt, and for this many positions divided by the number of slots.
-# On a GPU it has room for all that its requests can reach, or takes this share of the free memory.
-_FIRST_ALLOCATION, _SHARE = 1024, 0.9
+# On a GPU it has room for all that its requests can reach, or takes this share of the free memory: prompts,
+# graphs and sampling need the rest.
+_FIRST_ALLOCATION, _SHARE = 1024, 0.8
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 
@@ -31,83 +28,76 @@ class Buffers:
     """Keys and values by layer, each [slots, kv_heads, capacity, head_dim], of layers that have run.
 
     Args:
-        devices: [L] of each layer's weights.
+        devices: [L] of each layer.
+        shape: kv_heads and head_dim.
         num_slots: the most rows at a time.
     """
 
-    def __init__(self, devices: Sequence[torch.device], num_slots: int = 1) -> None:
-        self.num_layers, self.num_slots, self.capacity = len(devices), num_slots, ALIGNMENT
-        self._devices = devices
+    def __init__(
+        self, devices: Sequence[torch.device], shape: tuple[int, int], dtype: torch.dtype, num_slots: int = 1
+    ) -> None:
+        self.num_layers, self.num_slots, self.capacity = len(devices), num_slots, 0
+        self._devices, (self._kv_heads, self._head_dim), self._dtype = devices, shape, dtype
+        self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
         self.limit = sys.maxsize  # the most positions that a row can reach
-        self.least = 0  # positions of the latest prompt: without room for all of it, none is read
         self.of_layers: dict[int, Pair] = {}
-        self._fitting = 0  # a capacity that fits in memory
-
-    @property
-    def is_on_gpu(self) -> bool:
-        return any(device.type not in ("cpu", "meta") for device in self._devices)
+        self.num_caches = 0  # the last one has the buffers
 
     def all(self) -> Iterator[Tensor]:
         return (part for pair in self.of_layers.values() for part in pair)
 
-    def with_room(self, layer: int, end: int, new_keys: Tensor | None = None) -> Pair:
-        """The buffers of a layer, grown to at least `end` positions.
-
-        Args:
-            new_keys: [any, kv_heads, head_dim], of a layer that may run for the first time.
+    def reserve(self, num_positions: int, least: int) -> None:
+        """Have a capacity of so many positions, or of as many as fit in memory.
 
         Raises:
-            MemoryError: the buffers of all layers do not fit.
+            MemoryError: `least` positions do not fit, in all layers.
         """
+        if num_positions > self.capacity:
+            self.capacity = self._fit(round_up(num_positions, ALIGNMENT), round_up(least, ALIGNMENT))
+
+    def with_room(self, layer: int, end: int) -> Pair:
+        """The buffers of a layer, grown to at least `end` positions. Raises MemoryError as `reserve`."""
+        if end > self.capacity:
+            self.reserve(max(end, min(2 * self.capacity, self.limit)), end)
         old = self.of_layers.get(layer)
         if old is not None and end <= old[0].shape[2]:
             return old
-        like = new_keys if old is None else old[0]  # [.., kv_heads, .., head_dim]
-        assert like is not None  # a pass by position follows one over a prompt
-        if self.capacity < end:
-            self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
+        shape = self.num_slots, self._kv_heads, self.capacity, self._head_dim
+        like = {"dtype": self._dtype, "device": self._devices[layer]}
         try:
-            if self._fitting < self.capacity:
-                self.capacity = self._fitting = self._fit(like, max(end, self.least))
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
-            shape = (self.num_slots, like.shape[1], self.capacity, like.shape[-1])
-            larger = (like.new_zeros(shape), like.new_zeros(shape))
+            larger = torch.zeros(shape, **like), torch.zeros(shape, **like)
         except (MemoryError, RuntimeError):  # a shorter sequence may still fit
             has_all = len(self.of_layers) == self.num_layers
-            self._fitting = min(part.shape[2] for part in self.all()) if has_all else 0
-            self.capacity = self._fitting or ALIGNMENT
+            self.capacity = min(part.shape[2] for part in self.all()) if has_all else 0
             raise
         for new, part in zip(larger, old or (), strict=False):
             new[:, :, : part.shape[2]] = part
         self.of_layers[layer] = larger
         return larger
 
-    def _fit(self, like: Tensor, end: int) -> int:
-        """The capacity, or as much of it as fits. Raises MemoryError if `end` positions do not."""
-        # Offloaded layers, on "meta", run on the first layer's device.
-        devices = [like.device if device.type == "meta" else device for device in self._devices]
-        capacity, end = self.capacity, round_up(end, ALIGNMENT)
-        for device, num_layers in Counter(devices).items():
-            position = 2 * num_layers * like.shape[1] * like.shape[-1] * like.itemsize
-            pairs = (pair for layer, pair in self.of_layers.items() if devices[layer] == device)
-            taken = sum(part.nbytes for pair in pairs for part in pair)
-            free, row = taken + free_memory(device), end * position
+    def _fit(self, wanted: int, least: int) -> int:
+        """So many positions, or as many as fit. Raises MemoryError if `least` do not."""
+        for device, num_layers in Counter(self._devices).items():
+            position = 2 * num_layers * self._kv_heads * self._head_dim * self._dtype.itemsize  # of a slot
+            taken = sum(part.nbytes for part in self.all() if part.device == device)
+            free, row = taken + free_memory(device), least * position
             if free < self.num_slots * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
                 raise MemoryError(
-                    f"{self.num_slots} times {end} positions of keys and values take "
+                    f"{self.num_slots} times {least} positions of keys and values take "
                     f"{self.num_slots * row / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free{fitting}"
                 )
             most = int(_SHARE * free) // (self.num_slots * position) // ALIGNMENT * ALIGNMENT
-            capacity = min(capacity, max(end, most))
-        return capacity
+            wanted = min(wanted, max(least, most))
+        return wanted
 
 
 class KVCache:
     """Keys and values of every layer, for the rows of a batch. At first there is one row, empty.
 
-    The buffers of a layer are allocated when it first runs, with the device and dtype of its keys. Appending
-    writes in place, and rolling back moves a position. Buffers that are too small double, up to a limit.
+    The buffers of a layer are allocated when it first runs. Appending writes in place, and rolling back moves
+    a position. Buffers that are too small double, up to a limit.
 
     A pass appends equally many positions to each row, so length(row, layer) = appended[layer] - missing[row].
     A row misses the positions that were rolled back, and those by which it was shorter than the longest row.
@@ -118,7 +108,8 @@ class KVCache:
     first_slot: int  # of row 0
 
     def __init__(self, buffers: Buffers) -> None:
-        self.buffers, self.first_slot = buffers, 0
+        buffers.num_caches += 1
+        self.buffers, self.first_slot, self._number = buffers, 0, buffers.num_caches
         self.set_rows([0])
 
     def set_rows(self, lengths: Sequence[int]) -> None:
@@ -139,17 +130,27 @@ class KVCache:
         Args:
             prompt_length: positions of its prompt.
             num_positions: the most that it or one in flight can reach, prompt included.
+
+        Raises:
+            MemoryError: the prompt does not fit.
+            RuntimeError: see `check`.
         """
-        first = num_positions
-        if not self.buffers.is_on_gpu:
-            first = min(first, prompt_length + _FIRST_ALLOCATION // self.buffers.num_slots)
-        self.buffers.capacity = max(self.buffers.capacity, round_up(first, ALIGNMENT))
-        self.buffers.limit, self.buffers.least = num_positions, prompt_length
+        self.check()
+        wanted, self.buffers.limit = num_positions, num_positions
+        if self.buffers.grows:
+            wanted = min(wanted, prompt_length + _FIRST_ALLOCATION // self.buffers.num_slots)
+        self.buffers.reserve(wanted, prompt_length)
 
     @property
     def is_valid(self) -> bool:
-        """Whether no other cache has the buffers."""
-        return True
+        """Whether no later cache has the buffers."""
+        return self._number == self.buffers.num_caches
+
+    def check(self) -> None:
+        """Raises RuntimeError if a later cache has the buffers: captured passes have one cache."""
+        if not self.is_valid:
+            why = "another generation has this one's cache; let one end before the next begins"
+            raise RuntimeError(f"compile True: {why}")
 
     @property
     def is_uniform(self) -> bool:
@@ -166,35 +167,36 @@ class KVCache:
         start = self._appended[layer]
         return torch.arange(start, start + width, device=device) - self._missing_on_device
 
-    def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
-        """Append T positions to each of B rows of one length.
+    def append(self, keys: Tensor, values: Tensor, layer: int, positions: Tensor | None = None) -> Pair:
+        """Append T positions to each of B rows.
 
         Args:
             keys, values: [B * T, kv_heads, head_dim], row by row.
+            positions: [B, T], see `positions`; None: rows have one length.
 
         Returns:
-            Views of all keys and values of the layer, [B, kv_heads, S, head_dim].
+            Views of the layer's keys and values, [B, kv_heads, S, head_dim], up to those of the longest row.
         """
-        rows, start = self.num_rows, self.lengths(layer)[0]
+        rows, slots = self.num_rows, slice(self.first_slot, self.first_slot + self.num_rows)
         width = len(keys) // rows
-        slots, end = slice(self.first_slot, self.first_slot + rows), start + width
-        buffers = self.extend(layer, layer + 1, width, keys)
-        for buffer, new in zip(buffers, (keys, values), strict=True):
-            buffer[slots, :, start:end] = new.view(rows, width, *new.shape[1:]).transpose(1, 2)
-        all_keys, all_values = (buffer[slots, :, :end] for buffer in buffers)
-        return all_keys, all_values
+        end = max(self.lengths(layer)) + width
+        all_keys, all_values = (buffer[slots] for buffer in self.extend(layer, layer + 1, width))
+        for own, new in ((all_keys, keys), (all_values, values)):
+            by_row = new.view(rows, width, *new.shape[1:])
+            if positions is None:
+                own[:, :, end - width : end] = by_row.transpose(1, 2)
+            else:  # layers may be on several devices
+                own[torch.arange(rows, device=own.device)[:, None], :, positions.to(own.device)] = by_row
+        return all_keys[:, :, :end], all_values[:, :, :end]
 
-    def extend(self, first: int, last: int, width: int, new_keys: Tensor | None = None) -> list[Tensor]:
+    def extend(self, first: int, last: int, width: int) -> list[Tensor]:
         """Add T positions to each row in layers first..last-1. The caller writes them.
-
-        Args:
-            new_keys: [any, kv_heads, head_dim], of layers that may run for the first time.
 
         Returns:
             Keys and values of these layers, all slots, with room for the new positions.
         """
         end = max(self.lengths(first)) + width
-        pairs = [self.buffers.with_room(layer, end, new_keys) for layer in range(first, last)]
+        pairs = [self.buffers.with_room(layer, end) for layer in range(first, last)]
         self._appended[first:last] = [n + width for n in self._appended[first:last]]
         return [part for pair in pairs for part in pair]
 
@@ -249,34 +251,3 @@ class KVCache:
             one, another = bits[slot], bits[other]
             for target, source in ((one, another), (another, one), (one, another)):
                 target.bitwise_xor_(source)
-
-
-class ScatteredCache:
-    """Writes keys and values at positions [B, T] to the buffers of layers, for a pass that masks row by row.
-    Attention reads `length` positions, S. Row 0 is in `first_slot`.
-    """
-
-    def __init__(
-        self, buffers: Mapping[int, Pair], positions: Tensor, length: int, first_slot: int = 0
-    ) -> None:
-        self._buffers, self.positions, self.length = buffers, positions, length
-        self.num_rows, self._first_slot = len(positions), first_slot
-        # Of row, head and position: [B, 1, 1], [kv_heads], [B, T, 1].
-        self._index: tuple[Tensor, ...] = ()
-
-    def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
-        """As `KVCache.append`. Returns views [B, kv_heads, S, head_dim], of which a mask selects those of
-        each row.
-        """
-        pair = self._buffers[layer]
-        (rows, width), (_, heads, _, size) = self.positions.shape, pair[0].shape
-        if not self._index:
-            all_rows, all_heads = (torch.arange(n, device=self.positions.device) for n in (rows, heads))
-            slots = all_rows[:, None, None] + self._first_slot
-            self._index = (slots, all_heads, self.positions[:, :, None])
-        index = tuple(part.to(keys.device) for part in self._index)  # layers may be on several devices
-        for buffer, new in zip(pair, (keys, values), strict=True):
-            buffer.index_put_(index, new.view(rows, width, heads, size))
-        first = self._first_slot
-        all_keys, all_values = (buffer[first : first + rows, :, : self.length] for buffer in pair)
-        return all_keys, all_values

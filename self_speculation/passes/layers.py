@@ -73,7 +73,7 @@ class PlainLayer(Layer):
         """[B * T, H] -> [B * T, H]; appends keys and values to the cache of the pass."""
         return self.module(
             hidden.view(context.rows, context.width, -1),
-            attention_mask=context.mask(1),
+            attention_mask=context.mask,
             position_embeddings=context.rotary,
             cache=context,  # for its `update`
             use_cache=True,

@@ -19,10 +19,9 @@ from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from self_speculation.config import check_kind
-from self_speculation.devices import round_up
-from self_speculation.families import AttentionType, attention_types, check_supported
+from self_speculation.families import AttentionType, attention_types, check_supported, key_shape
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
-from self_speculation.passes.kv_cache import ALIGNMENT, Buffers, KVCache, ScatteredCache
+from self_speculation.passes.kv_cache import Buffers, KVCache
 from self_speculation.passes.layers import Head, Layer, Parts, PlainHead, PlainLayer
 from self_speculation.transfers import on_device
 
@@ -48,9 +47,13 @@ class ModelRunner:
         parts: what is made of the model; the runner is valid while the model has it.
         dtype: of activations, keys, values and logits.
         device: of ids and logits.
+        devices: [L] of each layer.
+        key_shape: kv_heads and head_dim.
+        is_copy: it has other layers than the model.
     """
 
     parts_kind: type[Parts] = Parts
+    is_copy = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model.config)
@@ -61,10 +64,12 @@ class ModelRunner:
         self.layers: Sequence[Layer] = [own.get(layer) or PlainLayer(layer) for layer in base.layers]
         self.head: Head = own.get(head) or PlainHead(base.norm, head)
         self.attention_types = attention_types(self.config)  # [L]
-        self.devices = [next(layer.parameters()).device for layer in base.layers]
         self._embed = base.embed_tokens
         self.tables = AttentionTables(model, self.dtype)
-        self.device = self.tables.device
+        self.device, self.key_shape = self.tables.device, key_shape(self.config)
+        devices = (next(layer.parameters()).device for layer in base.layers)
+        # Offloaded layers, on "meta", run where the first ones do.
+        self.devices = [self.device if device.type == "meta" else device for device in devices]
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
         """A cache of one empty row for all layers.
@@ -73,18 +78,16 @@ class ModelRunner:
             prompt_length, num_positions: see `KVCache.reserve`.
             num_slots: the most rows at a time.
         """
-        cache = KVCache(Buffers(self.devices[: len(self.layers)], num_slots))
+        devices = self.devices[: len(self.layers)]
+        cache = KVCache(Buffers(devices, self.key_shape, self.dtype, num_slots))
         cache.reserve(prompt_length, num_positions)
         return cache
 
     def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:
         """A runner of the same kind with other layers and another head."""
         other = copy.copy(self)
-        other._replace(layers, head)
+        other.layers, other.head, other.is_copy = layers, head, True
         return other
-
-    def _replace(self, layers: Sequence[Layer], head: Head) -> None:
-        self.layers, self.head = layers, head
 
     def run(
         self,
@@ -120,14 +123,7 @@ class ModelRunner:
         """
         if first == last:
             return hidden
-        width, lengths = hidden.shape[1], cache.lengths(first)
-        way: KVCache | ScatteredCache = cache
-        if not cache.is_uniform:
-            positions = cache.positions(first, width, self.device)
-            cache.extend(first, last, width)
-            num_keys = round_up(max(lengths) + width, ALIGNMENT)
-            way = ScatteredCache(cache.buffers.of_layers, positions, num_keys, cache.first_slot)
-        make = partial(AttentionContext, self.tables, way, min(lengths), width)
+        make = partial(AttentionContext, self.tables, cache, first, hidden.shape[1])
         return run_through(self.typed_layers(first, last), make, hidden)
 
     def typed_layers(self, first: int, last: int) -> list[tuple[Any, AttentionType]]:

@@ -18,16 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
 
 from benchmarks.fake_gpu import DEVICE, fake_gpu, fake_model, is_there, tensors_of
-from self_speculation import Request, make_strategy
+from self_speculation import Request, make_strategy, release
 from self_speculation.decoding import grammar
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.devices import own_arithmetic
 from self_speculation.loading.loading import resolve_device
 from self_speculation.passes import runners
-from self_speculation.passes.attention import flash_attention as attention_of_passes
-from self_speculation.passes.attention import has_flash_attention
 from self_speculation.passes.decode_attention import why_no_kernels
-from self_speculation.passes.fused_layers import FusedRunner
+from self_speculation.passes.fused_layers import FusedRunner, has_flash_attention
+from self_speculation.passes.fused_layers import flash_attention as attention_of_passes
 from self_speculation.passes.model_runner import PREFILL_CHUNK
 from self_speculation.passes.runners import fuse
 from self_speculation.weights.int4_linear import has_kernel
@@ -232,7 +231,8 @@ def test_the_same_ids_by_flash_attention(monkeypatch):
         mask = torch.ones(lengths[-1], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
         return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
 
-    monkeypatch.setattr("self_speculation.passes.attention_context.has_flash_attention", lambda *_: True)
+    monkeypatch.setattr("self_speculation.passes.fused_layers.has_flash_attention", lambda *_: True)
+    release(model)
     monkeypatch.setattr("self_speculation.passes.fused_layers.flash_attention", attention)
     assert [ids_of(model, prompt, **drafts) for prompt in prompts] == expected
     assert {(6, 6), (PREFILL_CHUNK, PREFILL_CHUNK), (37, PREFILL_CHUNK + 37)} < {*lengths}

@@ -23,19 +23,20 @@ def contents(view):
     return view[0, 0, :, 0].tolist()
 
 
+def cache_of(*devices, **slots):
+    return KVCache(Buffers(devices, (2, 3), torch.float32, **slots))
+
+
 def test_a_cache_on_a_gpu_has_all_positions_at_once(monkeypatch):
     """Guards against buffers that grow, by a copy of each, while a request streams; and against a limit that
     does not fit, of a request that will be shorter.
     """
-    cache = KVCache(Buffers([torch.device("cuda")]))
-    cache.reserve(30, 1500)
-    assert cache.buffers.capacity == 1504
-    cache = KVCache(Buffers([CPU]))
-    cache.reserve(8, 1000)
     position = 2 * 2 * 3 * 4  # bytes
-    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda *_: 500 * position)
-    append(cache, range(8))
-    assert cache.buffers.capacity == 448  # nine tenths, in whole steps
+    for free, capacity in ((10_000, 1504), (500, 400)):  # four fifths
+        monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _, n=free: n * position)
+        cache = cache_of(torch.device("cuda"))
+        cache.reserve(30, 1500)
+        assert cache.buffers.capacity == capacity
 
 
 @pytest.mark.parametrize("missing", [(0, 0), (0, 1), (1, 0)])
@@ -43,14 +44,13 @@ def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     """Guards against a model over several GPUs whose cache is refused because it does not fit the first one,
     and against one that is found too large in the middle of a pass.
     """
-    devices = CPU, torch.device("cuda:1"), torch.device("meta")
+    devices = CPU, torch.device("cuda:1"), CPU
     layer = 2 * 2 * 8 * 3 * 4  # bytes: keys and values of 2 heads, 8 positions, 3 numbers
-    # The last layer's weights are loaded when it runs, on the first one's device.
     free = {devices[0]: 2 * layer - missing[0], devices[1]: layer - missing[1]}
     monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda device: free[device])
     refused = pytest.raises(MemoryError, match="1 times 8 positions") if any(missing) else nullcontext()
     with refused:
-        append(KVCache(Buffers(devices)), [0])
+        cache_of(*devices).reserve(1, 1)
 
 
 class OutOfMemory(TorchDispatchMode):
@@ -73,7 +73,7 @@ class OutOfMemory(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_are_swapped_without_memory(dtype):
     """Guards against two slots that are exchanged in some layers only, and against bits that change."""
-    cache = KVCache(Buffers([CPU] * 3, num_slots=3))
+    cache = cache_of(*[CPU] * 3, num_slots=3)
     buffers = [(torch.randn(3, 2, 8, 3, dtype=dtype), torch.randn(3, 2, 8, 3, dtype=dtype)) for _ in range(3)]
     cache.buffers.of_layers = dict(enumerate(buffers))
     parts = [part for pair in buffers for part in pair]
@@ -93,7 +93,7 @@ def test_growing_without_memory_keeps_what_is_there(left):
     """Guards against lost positions, and against a capacity that is not there, so that shorter sequences fail
     as well.
     """
-    cache = KVCache(Buffers([CPU] * 2))
+    cache = cache_of(*[CPU] * 2)
     for layer in range(2):
         append(cache, range(8), layer)
     cache.reserve(1000, 2000)  # of another sequence
@@ -112,7 +112,7 @@ def test_growing_without_memory_keeps_what_is_there(left):
 
 def test_buffers_grow_one_after_another(monkeypatch):
     """Guards against twice the memory: lists of buffers would keep the smaller ones."""
-    cache, alive, grow = KVCache(Buffers([CPU] * 4)), [], Buffers.with_room
+    cache, alive, grow = cache_of(*[CPU] * 4), [], Buffers.with_room
     for layer in range(4):
         append(cache, range(8), layer)
     cache.extend(0, 4, 0)
