@@ -37,13 +37,6 @@ def validate(model_args: ModelArguments, config: GenerationConfig, chat: bool = 
     for idle in config.idle_fields():
         add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
         refuse(f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}")
-    if not folder.exists():
-        from self_speculation.loading.sources import LoadingError, check_hub  # takes a moment
-
-        try:
-            check_hub(model_args.model_name, model_args.from_pretrained_args().get("revision"))
-        except LoadingError as error:
-            refuse(f"--{error}")
     tokenizer = _read(folder / "tokenizer_config.json")
     if chat and tokenizer and "chat_template" not in tokenizer and not any(folder.glob("*chat_template*")):
         which = "the bundled model continues Python and" if not model_args.model else "the model's tokenizer"

@@ -94,8 +94,7 @@ def load_generator(
         with log_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
         if config.is_adaptive and config.draft_weights != "exact" and (few := why_no_copies(model)):
-            unused = f"not used, {few}; --dtype float16 has copies"
-            print_status(f"--draft_weights {config.draft_weights}: {unused}")
+            print_status(f"--draft_weights {config.draft_weights}: not used, {few}")
         if copies := bytes_made(model):
             print_status(f"weights made for drafts take {copies / 2**30:.2f} GiB")
     except (LoadingError, ValueError) as error:

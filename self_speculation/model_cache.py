@@ -14,12 +14,12 @@ from torch import nn
 T = TypeVar("T")
 
 
-class _Shelf(dict[Hashable, tuple[Hashable, Any]]):
-    """What is kept with one model: by key, what it is valid for, and itself."""
+class _Shelf:
+    """Of one model, by key: settings and statistics; what is made of it, after what that is valid for."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.lock = RLock()
+        self.lock, self.kept = RLock(), dict[Hashable, Any]()
+        self.made = dict[Hashable, tuple[Hashable, Any]]()
 
 
 _IN_BUFFERS = ("weight", "bias")  # of `weights.few_bits`
@@ -56,46 +56,36 @@ def version(weight: torch.Tensor) -> int | None:
         return None
 
 
-def cached(
-    model: nn.Module,
-    key: Hashable,
-    valid_for: Callable[[T], Hashable] | None,
-    make: Callable[[], T],
-) -> T:
+def kept(model: nn.Module) -> dict[Any, Any]:
+    """What was set or learnt, by key, as long as the model is there."""
+    return _shelf(model).kept
+
+
+def cached(model: nn.Module, key: Hashable, valid_for: Callable[[T], Hashable], make: Callable[[], T]) -> T:
     """The result of `make`, in this call or an earlier one with this key.
 
     Args:
         valid_for: the result is made again once `valid_for(result)` has another value than right after
-            `make`, which may move weights. None: it is kept as long as the model, by `release`, too.
+            `make`, which may move weights.
     """
-    shelf, current = _shelf(model), valid_for or (lambda _: None)
+    shelf = _shelf(model)
 
     def find() -> tuple[Hashable, T] | None:
-        kept = shelf.get(key)
-        return kept if kept is not None and kept[0] == current(kept[1]) else None
+        made = shelf.made.get(key)
+        return made if made is not None and made[0] == valid_for(made[1]) else None
 
     if (found := find()) is None:
         with shelf.lock:
             if (found := find()) is None:  # no other thread has made it meanwhile
-                shelf.pop(key, None)  # free its memory first
+                shelf.made.pop(key, None)  # free its memory first
                 result = make()
-                found = shelf[key] = current(result), result
+                found = shelf.made[key] = valid_for(result), result
     return found[1]
 
 
-def singleton(model: nn.Module, kind: Callable[[], T]) -> T:
-    """The one object of this class that is kept with a model, as long as the model."""
-    return cached(model, kind, None, kind)
-
-
 def peek(model: nn.Module, key: Hashable) -> Any:
-    """What is kept by key, valid or not; None: nothing."""
-    return _shelf(model).get(key, (None, None))[1]
-
-
-def evict(model: nn.Module, key: Hashable) -> None:
-    """Drop what is kept by key, if anything."""
-    _shelf(model).pop(key, None)
+    """What is made, by key, valid or not; None: nothing."""
+    return _shelf(model).made.get(key, (None, None))[1]
 
 
 def release(model: nn.Module) -> None:
@@ -103,9 +93,7 @@ def release(model: nn.Module) -> None:
     After `model.to("cpu")` they would hold the weights on the GPU. What was set or learnt stays, and the next
     generation makes the rest again. Call it while nothing is generated.
     """
-    for key, (valid_for, _) in [*_shelf(model).items()]:
-        if valid_for is not None:
-            evict(model, key)
+    _shelf(model).made.clear()
 
 
 def lock(model: nn.Module) -> AbstractContextManager[bool]:

@@ -16,7 +16,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from self_speculation.model_cache import cached, evict, peek
+from self_speculation.model_cache import kept
 
 
 class _Reading(NamedTuple):
@@ -91,20 +91,18 @@ def govern_threads(model: PreTrainedModel, governor: ThreadGovernor | None) -> N
 
     The number is that of the whole process, so the library does this only for callers who ask for it.
     """
-    evict(model, ThreadGovernor)
-    if governor is not None:
-        cached(model, ThreadGovernor, None, lambda: governor)
+    kept(model)[ThreadGovernor] = governor
 
 
 def most_threads(model: PreTrainedModel) -> int:
     """The number of threads that compute while other programs leave the processors alone."""
-    governor = peek(model, ThreadGovernor)
+    governor = kept(model).get(ThreadGovernor)
     return torch.get_num_threads() if governor is None else governor.most
 
 
 def adjust_threads(model: PreTrainedModel) -> None:
     """Adjust the number of threads, if the model has a governor."""
-    if (governor := peek(model, ThreadGovernor)) is not None:
+    if (governor := kept(model).get(ThreadGovernor)) is not None:
         governor.adjust()
 
 

@@ -15,10 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fake_gpu import storage, tensors_of
-from self_speculation.model_cache import singleton
+from self_speculation.model_cache import kept
 from self_speculation.passes import graph_recorder
 from self_speculation.passes.captured_runner import CapturedPasses
-from self_speculation.passes.layers import Settings
 
 
 class CaptureError(Exception):
@@ -107,7 +106,7 @@ def capture(graph, pool, stream, capture_error_mode):
 
 def decode_eagerly(model):
     """From now on nothing is captured for this model."""
-    singleton(model, Settings).is_captured = False
+    kept(model)["is_captured"] = False
 
 
 def stand_in(monkeypatch):

@@ -15,7 +15,7 @@ from self_speculation.drafts.draft import Arm, DraftSource, LookupDrafts
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import TextDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
-from self_speculation.model_cache import cached, evict
+from self_speculation.model_cache import kept
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.quantized_layers import quantized, why_no_copies
 from self_speculation.passes.runners import is_captured
@@ -127,13 +127,13 @@ def _stats(context: DraftContext) -> ArmStats:
         (context.draft_weights, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
-    learnt: dict[Hashable, ArmStats] = cached(model, ArmStats, None, dict)
+    learnt: dict[Hashable, ArmStats] = kept(model).setdefault(ArmStats, {})
     return learnt.setdefault(key, ArmStats(relative_pass_cost(runner), torch.get_num_threads))
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:
     """Drop the statistics of adaptive decoding, as in a new process."""
-    evict(model, ArmStats)
+    kept(model).pop(ArmStats, None)
 
 
 def draft_flags() -> tuple[str, ...]:

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -41,20 +40,6 @@ def hub_answers(repo: str, kind: Literal["model", "dataset"] = "model") -> bool:
     except Exception:  # without a network, each version of the hub's client raises its own
         return False
     return True
-
-
-def check_hub(model: str, revision: str | None = None) -> None:
-    """Raise LoadingError if a model is neither in the local cache nor on the hub; does not import torch."""
-    try:
-        if try_to_load_from_cache(model, "config.json", revision=revision) is None:
-            url = hf_hub_url(model, "config.json", revision=revision)
-            get_hf_file_metadata(url, timeout=_HUB_TIMEOUT)
-    except EntryNotFoundError:
-        return  # the repository is there
-    except Exception as error:
-        is_known = isinstance(error, HfHubHTTPError | HFValidationError | OfflineModeIsEnabled)
-        why = _advice(model, error) if is_known else _UNREACHABLE
-        raise LoadingError(f"model {model!r}: {why}") from error
 
 
 def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.families import LLAMA_LAYOUT
-from self_speculation.model_cache import cached, singleton, version, weights_key
+from self_speculation.model_cache import cached, kept, version, weights_key
 from self_speculation.passes.attention_context import AttentionContext
 from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.kernels import operator_activation
@@ -140,14 +139,6 @@ class LlamaLayer(Layer):
         }
 
 
-@dataclass
-class Settings:
-    """How a model decodes, as callers have set it."""
-
-    is_fused: bool = False
-    is_captured: bool = False
-
-
 class Parts:
     """What is made of a model, valid for one `weights_key`; nothing, for a runner of transformers' layers.
 
@@ -163,7 +154,7 @@ class Parts:
         self.own, self.copies, self.dtype = dict[nn.Module, Any](), dict[Hashable, Any](), model.dtype
         self.counts_writes = all(version(parameter) is not None for parameter in model.parameters())
         is_known = config.model_type in LLAMA_LAYOUT and config._attn_implementation == "sdpa"
-        if is_known and singleton(model, Settings).is_fused:
+        if is_known and kept(model).get("is_fused"):
             # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
             with torch.inference_mode(False), torch.no_grad():
                 self.replace(model)
@@ -174,4 +165,8 @@ class Parts:
     @classmethod
     def of(cls: type[T], model: PreTrainedModel) -> T:
         """Those of the model's current weights. A model has one kind at a time."""
-        return cached(model, Parts, lambda kept: (type(kept) is cls, weights_key(model)), lambda: cls(model))
+
+        def valid_for(parts: Parts) -> Hashable:
+            return type(parts) is cls, weights_key(model)
+
+        return cached(model, Parts, valid_for, lambda: cls(model))

@@ -45,21 +45,17 @@ _INT4_ON_A_GPU = 2.0 * 95 / 187
 
 
 def copy_bytes_per_weight(model: PreTrainedModel) -> float:
-    """Bytes of each weight of a copy, or those that memory reads in the time of its product.
-
-    Raises ValueError if there are no kernels for copies.
-    """
-    if not has_kernel(model.device, model.dtype):
-        raise ValueError(
-            f"draft_weights int4: there are no kernels for it with {model.dtype} on {model.device}"
-        )
+    """Bytes of each weight of a copy, or those that memory reads in the time of its product."""
     return BYTES_PER_WEIGHT if model.device.type == "cpu" else _INT4_ON_A_GPU
 
 
 def why_no_copies(model: PreTrainedModel) -> str | None:
-    """None, if copies in four bits take clearly fewer bytes than the model's own layers."""
+    """None, if copies in four bits can be made, and take clearly fewer bytes than the model's own layers."""
+    if not has_kernel(model.device, model.dtype):
+        return f"there are no kernels for it with {model.dtype} on {model.device}"
     bits = 8 * mean_bytes_per_weight(model.base_model.layers[0])
-    return None if bits >= _FEWEST_BITS else f"the model's weights take {bits:.1f} bits already"
+    few = f"the model's weights take {bits:.1f} bits already; with dtype float16 it has copies"
+    return None if bits >= _FEWEST_BITS else few
 
 
 @torch.no_grad()
@@ -112,9 +108,8 @@ def quantized(runner: ModelRunner, num_layers: int) -> ModelRunner:
     """
     check_family("int4", runner.config)
     if (why := why_no_copies(runner.model)) is not None:
-        raise ValueError(f"draft_weights int4: {why}; it must be exact, or the dtype float16")
+        raise ValueError(f"draft_weights int4: {why}")
     _check_plain(runner, num_layers, "draft_weights int4")
-    copy_bytes_per_weight(runner.model)  # raises ValueError without kernels
     layers, head, copies = runner.layers[:num_layers], runner.head, runner.int4_copies
     with lock(runner.model):
         products = [*(product for layer in layers for product in layer.products), head.product]

@@ -6,11 +6,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from self_speculation.families import LLAMA_LAYOUT, check_supported
-from self_speculation.model_cache import evict, lock, peek, release, singleton
-from self_speculation.passes.captured_runner import CapturedPasses, CapturedRunner
+from self_speculation.model_cache import kept, lock, peek, release
+from self_speculation.passes.captured_runner import CapturedRunner
 from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.layers import Parts, Settings
+from self_speculation.passes.layers import Parts
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.unsupported_hooks import check_followed
 
@@ -50,7 +50,7 @@ def fuse(model: PreTrainedModel) -> int:
     check_followed(model)
     check_supported(model.config)
     with lock(model):
-        singleton(model, Settings).is_fused = True
+        kept(model)["is_fused"] = True
         release(model)
         own = _eager_kind(model).parts_kind.of(model).own
     return sum(layer in own for layer in model.base_model.layers)
@@ -79,8 +79,7 @@ def capture_decoding(model: PreTrainedModel) -> None:
     if (why := FusedRunner(model).why_no_kernels) is not None:
         warnings.warn(f"compile True: passes are not captured, since {why}", stacklevel=2)
     else:
-        singleton(model, Settings).is_captured = True
-    evict(model, CapturedPasses)
+        kept(model)["is_captured"] = True
 
 
 def check_can_be_captured(config: PretrainedConfig) -> None:
@@ -95,4 +94,4 @@ def check_can_be_captured(config: PretrainedConfig) -> None:
 
 
 def is_captured(model: PreTrainedModel) -> bool:
-    return singleton(model, Settings).is_captured
+    return kept(model).get("is_captured", False)

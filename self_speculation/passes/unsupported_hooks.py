@@ -8,17 +8,12 @@ stays that of transformers, and has no copy.
 from collections.abc import Iterator
 from typing import Any
 
-from accelerate.hooks import AlignDevicesHook, CpuOffload
 from torch import nn
-from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.kernels import operator_activation
-
-# Hooks of accelerate that only move inputs, outputs and weights between devices.
-_MOVING = (AlignDevicesHook, CpuOffload)
 
 # Modules of plain layers that are not those of their family.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -35,8 +30,6 @@ def check_followed(model: PreTrainedModel) -> None:
                 " prompt tuning is not followed"
             )
         raise ValueError(f"model: must be one of transformers, not a {kind}")
-    if (model.tp_size or 1) > 1:
-        raise ValueError("model: several processes share its layers; device_map, or one process, is followed")
     for cause in _around_layers(model):
         raise ValueError(f"model: {cause}, which would be passed over: layers are run one by one")
 
@@ -59,21 +52,15 @@ def _around_layers(model: PreTrainedModel) -> Iterator[str]:
             yield f"{kind.__name__} has {_name(replacement)} instead of its forward"
         if not _is_transformers_own(kind.forward):
             yield f"{kind.__name__} has a forward of its own, {_name(kind.forward)}"
-    for hooks in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks):
-        for hook in hooks.values():
-            yield f"all modules have the hook {_name(hook)}"
     if not _is_transformers_own(prepares := model.prepare_inputs_for_generation):
         yield f"its inputs are made by {_name(prepares)}, as for prompt tuning"
 
 
 def _replacement(module: nn.Module) -> object:
-    """What replaces `forward`, apart from hooks of accelerate that only move tensors; None: nothing."""
+    """What replaces `forward`, apart from hooks of accelerate, which move tensors; None: nothing."""
     replacement = replaced_forward(module)
-    if getattr(getattr(replacement, "func", None), "__module__", "") != "accelerate.hooks":
-        return replacement
-    hook: Any = vars(module)["_hf_hook"]
-    others = [each for each in getattr(hook, "hooks", (hook,)) if type(each) not in _MOVING]
-    return others[0] if others else replaced_forward(module, "_old_forward")
+    is_moving = getattr(getattr(replacement, "func", None), "__module__", "") == "accelerate.hooks"
+    return replaced_forward(module, "_old_forward") if is_moving else replacement
 
 
 def _is_transformers_own(function: object) -> bool:
@@ -95,11 +82,8 @@ def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
         kind = type(module)
         if kind not in _PLAIN and not kind.__module__.startswith((family, *_ACTIVATIONS)):
             return f"{name or 'it'} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
-        if kind.__module__.startswith(_ACTIVATIONS):
-            if [*module.parameters()]:
-                return f"{name or 'it'} is a {kind.__name__}, an activation with weights"
-            if model.device.type == "cpu" and operator_activation(module) is None:
-                return f"{name or 'it'} is a {kind.__name__}, an activation that no operator has"
+        if kind.__module__.startswith(_ACTIVATIONS) and operator_activation(module) is None:
+            return f"{name or 'it'} is a {kind.__name__}, an activation that no operator has"
         if module._forward_hooks or module._forward_pre_hooks or replaced_forward(module):
             return f"{name or 'it'} has a hook or another forward"
     weights = [weight for root in roots for weight in root.parameters()]
@@ -110,4 +94,4 @@ def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
     (device, *others) = {weight.device for weight in (*weights, *in_few_bits)}
     if others or device.type == "meta" or len({weight.dtype for weight in weights}) > 1:
         return "its weights differ in dtype or device, or are offloaded"
-    return f"its weights are in few bits on {device}" if in_few_bits and device.type != "cpu" else None
+    return None

@@ -4,8 +4,8 @@
 part of those two. Scale and middle minimise the error of the product, for inputs as large as the model's own.
 Other groups and roundings are in docs/tried.md.
 
-On a CPU a copy is a `FewBitsLinear`, which our operator multiplies by. torch's kernels, on a GPU and
-where ours cannot be built, take and return bfloat16.
+On a CPU a copy is a `FewBitsLinear`, which our operator multiplies by. torch's kernel, on a GPU, takes and
+returns bfloat16.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.kernels import cpu_operators
 
 # Elements of a weight that are quantised at a time, about. Each piece is some 200 kernels on a GPU and takes
-# 50 bytes per element; on a CPU intermediate results stay in the processor's cache.
-_AT_A_TIME, _AT_A_TIME_ON_CPU = 2**24, 2**18
+# 50 bytes per element.
+_AT_A_TIME = 2**24
 
 # Elements of a row that share a scale and a middle.
 _GROUP = 32
@@ -45,7 +45,7 @@ def int4_copy(product: Any, squares: Tensor | None = None) -> FewBitsLinear | In
     weight = product.dequantized() if isinstance(product, FewBitsLinear) else product.weight.detach()
     bias = None if product.bias is None else product.bias.detach()
     squares = torch.ones(weight.shape[1], device=weight.device) if squares is None else squares
-    if weight.device.type != "cpu" or cpu_operators().variant is None:
+    if weight.device.type != "cpu":
         return Int4Linear(weight, bias, squares)
     bias = None if bias is None else bias.float()
     return FewBitsLinear(four_bits(weight, squares), product.out_features, product.in_features, bias)
@@ -59,8 +59,11 @@ def copy_bytes(product: Any) -> int:
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for copies of weights of this dtype on this device."""
-    is_new = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return (is_new or device.type == "cpu") and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    if device.type == "cpu":
+        return cpu_operators().variant is not None
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Int4Linear(nn.Module):
@@ -68,19 +71,16 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, squares: Tensor) -> None:
         super().__init__()
-        counts, ops = _shares(squares), torch.ops.aten
-        is_on_cpu = weight.device.type == "cpu"
-        self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
+        counts = _shares(squares)
         self.out_features, self.in_features = weight.shape
         self.num_bytes, self._padding = copy_bytes(self), -weight.shape[1] % _GROUP
         self.bias = None if bias is None else bias.bfloat16()
         parts, scales = [], []
         # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
-        blocks = (_AT_A_TIME_ON_CPU if is_on_cpu else _AT_A_TIME) // weight.shape[1] // 64
-        for rows in weight.split(max(1, blocks) * 64):
+        for rows in weight.split(max(1, _AT_A_TIME // weight.shape[1] // 64) * 64):
             padded = pad(rows, (0, self._padding, 0, -len(rows) % _BLOCK_OF_ROWS))
             steps, scale = in_four_bits(padded, counts)
-            parts.append(ops._convert_weight_to_int4pack_for_cpu(steps, 1) if is_on_cpu else _packed(steps))
+            parts.append(_packed(steps))
             scales.append(scale)
         # Steps as kernels take them; scales and middles [groups of a row, out, 2].
         self._steps, self._scales = torch.cat(parts), torch.cat(scales, 1)
@@ -88,7 +88,7 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inputs = x.flatten(0, -2).bfloat16()
         inputs = pad(inputs, (0, self._padding)) if self._padding else inputs
-        product = self._kernel(inputs, self._steps, _GROUP, self._scales)
+        product = torch.ops.aten._weight_int4pack_mm(inputs, self._steps, _GROUP, self._scales)
         if product.shape[1] != self.out_features:
             product = product[:, : self.out_features].contiguous()
         product = product if self.bias is None else product.add_(self.bias)
@@ -137,7 +137,7 @@ def _shares(squares: Tensor) -> Tensor:
 
 
 def _packed(steps: Tensor) -> Tensor:
-    """For a GPU: [n, in] -> [n / 8, in / (16 t), 32, t / 2] of int32, t the largest of 2, 4, 8 that fits."""
+    """[n, in] -> [n / 8, in / (16 t), 32, t / 2] of int32, t the largest of 2, 4, 8 that fits."""
     tiles = next(t for t in (8, 4, 2) if steps.shape[1] % (16 * t) == 0)
     pairs = (steps[:, ::2] << 4 | steps[:, 1::2]).to(torch.uint8)
     return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)

@@ -317,12 +317,12 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
         result = generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
         assert {*result.drafts_by_source} <= {"none", "n-grams", "exit 1"}
         assert sum(counts.rounds for counts in result.drafts_by_source.values()) == result.num_verifications
-    (learnt,) = model_cache.peek(model, ArmStats).values()
+    (learnt,) = model_cache.kept(model)[ArmStats].values()
     assert {*learnt.used_at} <= {None, "exit 1"}
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that an n-gram matched
-    assert model_cache.peek(other, ArmStats) is None
+    assert ArmStats not in model_cache.kept(other)
     generate(model, PROMPT, "adaptive", max_steps=20, eos=[], sample=True)
-    assert len(model_cache.peek(model, ArmStats)) == 2  # sampled tokens have another acceptance
+    assert len(model_cache.kept(model)[ArmStats]) == 2  # sampled tokens have another acceptance
 
 
 def head_in_layers(model):

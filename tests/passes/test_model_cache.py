@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
-from self_speculation.model_cache import cached, evict, peek, release, singleton, weights_key
+from self_speculation.model_cache import cached, kept, peek, release, weights_key
 from self_speculation.weights.few_bits import FewBitsLinear
 
 
@@ -56,13 +56,11 @@ def test_it_is_kept_while_it_is_valid():
 
     part = made_by(moves)
     assert made_by(Part) is peek(model, "key") is part
-    assert cached(model, "another key", None, Part) is not part
-    assert cached(other, "key", None, Part) is not part
+    assert cached(model, "another key", bool, Part) is not part
+    assert cached(other, "key", bool, Part) is not part
     model.weight = nn.Parameter(model.weight[None])
     changed = made_by(Part)
     assert made_by(Part) is changed is not part
-    evict(model, "key")
-    assert peek(model, "key") is None
 
 
 def test_it_is_freed():
@@ -77,10 +75,10 @@ def test_it_is_freed():
         return Part()
 
     part = weakref.ref(cached(model, "key", lambda _: 2, make))
-    setting = singleton(model, Part)
+    setting = kept(model).setdefault(Part, Part())
     release(model)
     assert part() is None
-    assert singleton(model, Part) is setting
+    assert kept(model)[Part] is setting
     setting = weakref.ref(setting)
     del model
     gc.collect()
@@ -92,7 +90,7 @@ def test_threads_make_it_once():
     another thread makes copies for seconds.
     """
     model, is_made, goes_on = nn.Linear(1, 1), threading.Event(), threading.Event()
-    kept = cached(model, "kept", None, Part)
+    part = cached(model, "kept", bool, Part)
 
     def make():
         is_made.set()
@@ -100,8 +98,8 @@ def test_threads_make_it_once():
         return Part()
 
     with ThreadPoolExecutor(3) as threads:
-        parts = [threads.submit(cached, model, "key", None, make) for _ in range(2)]
+        parts = [threads.submit(cached, model, "key", bool, make) for _ in range(2)]
         assert is_made.wait(10)
-        assert threads.submit(cached, model, "kept", None, Part).result(5) is kept
+        assert threads.submit(cached, model, "kept", bool, Part).result(5) is part
         goes_on.set()
         assert parts[0].result(10) is parts[1].result(10)

@@ -15,7 +15,7 @@ from runs import status
 from runs.conversation import _status_held
 from runs.program import run
 from runs.startup import load_generator
-from self_speculation.model_cache import peek
+from self_speculation.model_cache import kept
 from self_speculation.threads import ThreadGovernor, most_threads
 
 # The main thread waits in C, as for a lock; the last thread never gives the interpreter away once it begins.
@@ -85,7 +85,7 @@ def test_threads_are_fixed_or_follow_other_programs(threads, model_folder):
     try:
         model = load_generator(model_args, GenerationConfig()).model
         assert most_threads(model) == torch.get_num_threads() == (threads or 1)
-        assert (peek(model, ThreadGovernor) is None) == (threads is not None)
+        assert (ThreadGovernor not in kept(model)) == (threads is not None)
     finally:
         torch.set_num_threads(1)
 

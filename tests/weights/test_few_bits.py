@@ -264,7 +264,7 @@ def test_a_copy_of_what_is_in_few_bits_is_refused(bits, takes, model_folder, cap
     assert "--draft_weights int4: not used, the model's weights take " in said
     line = error_line(ValueError, generate, model, [5, 9, 4], **LAYERS, draft_weights="int4")
     few = f"the model's weights take {takes} bits already"
-    assert line == f"draft_weights int4: {few}; it must be exact, or the dtype float16"
+    assert line == f"draft_weights int4: {few}; with dtype float16 it has copies"
 
 
 def test_sizes_of_inputs_are_in_float32(byte_tokenizer, tmp_path):

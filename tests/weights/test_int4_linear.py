@@ -1,5 +1,7 @@
 """Weights in four bits: rounding by torch and by the operator, and products by torch's kernel."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import assert_close, needs_operators
@@ -8,8 +10,7 @@ from torch.nn.functional import pad
 
 from self_speculation.weights import int4_linear
 from self_speculation.weights.few_bits import FewBitsLinear
-from self_speculation.weights.int4_linear import in_four_bits, int4_copy
-from self_speculation.weights.kernels import CPUOperators
+from self_speculation.weights.int4_linear import Int4Linear, in_four_bits
 
 # Some have whole blocks of rows and groups of columns, others have not.
 SHAPES = [(64, 32), (2128, 96), (50, 48), (2100, 576), (40, 100), (17, 33)]
@@ -29,10 +30,15 @@ def test_a_kernel_of_torch_multiplies_by_what_was_packed(shape, monkeypatch):
     """Guards against steps, scales or middles in another order than the kernel's, against errors where a
     large weight is packed in parts, and against padding that counts.
     """
-    monkeypatch.setattr(int4_linear, "cpu_operators", lambda: CPUOperators(None))
+    ops, squares = torch.ops.aten, torch.ones(shape[1])
+    monkeypatch.setattr(ops, "_weight_int4pack_mm", ops._weight_int4pack_mm_for_cpu)
+    packed = partial(ops._convert_weight_to_int4pack_for_cpu, innerKTiles=1)
+    monkeypatch.setattr(int4_linear, "_packed", packed)
+    monkeypatch.setattr(int4_linear, "_AT_A_TIME", 2**18)
     torch.manual_seed(0)
     linear = nn.Linear(*reversed(shape)).requires_grad_(False)
-    copied, approximate = int4_copy(linear), rounded(linear.weight)
+    copied = Int4Linear(linear.weight, linear.bias, squares)
+    approximate = rounded(linear.weight)
     assert (approximate - linear.weight).norm() < 0.13 * linear.weight.norm()
     for width in (1, 2, 5, 17):
         x = torch.randn(width, shape[1]).bfloat16().float()
