@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName, check_kind
 from self_speculation.decoding.batch import Batch
+from self_speculation.decoding.prefix_cache import PrefixCache, cache_key, kept_caches
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.devices import own_arithmetic
@@ -27,7 +28,6 @@ from self_speculation.families import check_supported, context_length, described
 from self_speculation.generation_strategy import GenerationStrategy
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, PassRange, forward_pieces
-from self_speculation.passes.prefix_cache import PrefixCache, cache_key, kept_caches
 from self_speculation.passes.runners import make_runner
 from self_speculation.passes.unsupported_hooks import check_followed
 from self_speculation.results import GenerationStrategyResult

@@ -27,7 +27,7 @@ LIBRARY = {
     "weights": {"config", *BASE},
     "passes": {"config", "transfers", "weights", "threads", *BASE},
     "loading": {"config", "passes", "weights", *BASE},
-    "decoding": {"config", "results", "transfers"},
+    "decoding": {"config", "results", "transfers", "passes", "model_cache"},
     "drafts": {"config", "transfers", "weights", "passes", "decoding", *BASE},
 }
 

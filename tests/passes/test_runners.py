@@ -25,11 +25,11 @@ from cuda_graphs import decode_eagerly
 from torch import nn
 
 from self_speculation import Request, make_strategy, release
+from self_speculation.decoding.prefix_cache import kept_caches
 from self_speculation.model_cache import peek
 from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
 from self_speculation.passes.in_place_runner import InPlaceRunner
 from self_speculation.passes.layers import Parts
-from self_speculation.passes.prefix_cache import kept_caches
 from self_speculation.passes.runners import capture_decoding, fuse
 
 

@@ -13,7 +13,7 @@ from helpers import watch
 from servers import GREEDY, Running, held, tiny_generator, until
 
 from self_speculation import GenerationStrategyResult, Request
-from self_speculation.passes.prefix_cache import kept_caches
+from self_speculation.decoding.prefix_cache import kept_caches
 from self_speculation.passes.runners import capture_decoding
 from self_speculation.scheduler import Scheduler
 from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown

@@ -3,39 +3,25 @@ A prompt with a known prefix is not read again.
 """
 
 import itertools
-from collections import deque
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+from collections import abc, deque
+from collections.abc import Hashable
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
+from self_speculation.decoding.sequence import Sequence
 from self_speculation.model_cache import cached
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner
 
 
-class CacheUser(Protocol):
-    """A sequence that needs a slot, such as `decoding.sequence.Sequence`."""
-
-    prompt: list[int]
-    slot: int | None
-    num_cached: int  # tokens of the prompt that were in its slot already
-    num_computed: int  # tokens of the prompt that are in its slot, until it is a row
-    error: Exception | None
-    is_damaged: bool  # its keys and values may be NaN
-
-    @property
-    def ids(self) -> Sequence[int]:
-        """Of the prompt and the output."""
-
-
 class _Prefix(NamedTuple):
     """What a free slot holds."""
 
-    ids: Sequence[int] = ()
+    ids: abc.Sequence[int] = ()
     age: int = 0  # the number of the answer that left it: higher is younger
 
-    def shared(self, prompt: Sequence[int]) -> int:
+    def shared(self, prompt: abc.Sequence[int]) -> int:
         """Length of the longest common prefix."""
         pairs = enumerate(zip(self.ids, prompt, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(prompt)))
@@ -52,10 +38,10 @@ class PrefixCache:
     def __init__(self, cache: KVCache, num_slots: int, key: Hashable = None) -> None:
         self.cache, self.key = cache, key
         cache.set_rows([])
-        self._holders: list[CacheUser | _Prefix] = [_Prefix()] * num_slots
+        self._holders: list[Sequence | _Prefix] = [_Prefix()] * num_slots
         self._answers = itertools.count(1)
 
-    def acquire(self, sequence: CacheUser) -> None:
+    def acquire(self, sequence: Sequence) -> None:
         """Give a sequence the free slot with the longest prefix of its prompt, the oldest one of equals.
 
         The last token of a prompt is never found: its logits are needed.
@@ -66,7 +52,7 @@ class PrefixCache:
         sequence.num_computed = sequence.num_cached = free[slot].shared(prompt)
         self._put(sequence, slot)
 
-    def prompt_view(self, sequences: Sequence[CacheUser]) -> KVCache:
+    def prompt_view(self, sequences: abc.Sequence[Sequence]) -> KVCache:
         """The slots of these sequences, to go on with their prompts. They are moved if they are not side by
         side.
         """
@@ -77,12 +63,12 @@ class PrefixCache:
             self._move(sequence, slot)
         return self.cache.prompt_view(first, [sequence.num_computed for sequence in sequences])
 
-    def join(self, sequence: CacheUser) -> None:
+    def join(self, sequence: Sequence) -> None:
         """Make a sequence the next row, in slot B, once its prompt is read."""
         self._move(sequence, self.cache.num_rows)
         self.cache.add_row(sequence.num_computed)
 
-    def _move(self, sequence: CacheUser, slot: int) -> None:
+    def _move(self, sequence: Sequence, slot: int) -> None:
         """Swap the slot of a sequence whose prompt is being read with another one, of no row."""
         own, other = sequence.slot, self._holders[slot]
         assert own is not None
@@ -92,7 +78,7 @@ class PrefixCache:
             self._put(other, own)
             self._put(sequence, slot)
 
-    def release(self, sequence: CacheUser) -> None:
+    def release(self, sequence: Sequence) -> None:
         """Free a sequence's slot; its keys and values become a prefix, unless it failed or is not a row. The
         last row moves to the place of a row.
         """
@@ -118,7 +104,7 @@ class PrefixCache:
         self.key = None
         self._holders = [_Prefix() if isinstance(held, _Prefix) else held for held in self._holders]
 
-    def _put(self, holder: CacheUser | _Prefix, slot: int) -> None:
+    def _put(self, holder: Sequence | _Prefix, slot: int) -> None:
         self._holders[slot] = holder
         if not isinstance(holder, _Prefix):
             holder.slot = slot
