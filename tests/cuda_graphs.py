@@ -6,7 +6,6 @@ one workspace, which is freed when one of them fails or is destroyed. A failed c
 current one. A process captures one graph at a time. What else a capture refuses is seen on the fake GPU.
 """
 
-import itertools
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fake_gpu import storage, tensors_of
 from self_speculation.model_cache import kept
-from self_speculation.passes import graph_recorder
 from self_speculation.passes.captured_runner import CapturedPasses
 
 
@@ -113,10 +111,8 @@ def stand_in(monkeypatch):
     """CUDA graphs as above. Returns what was captured and replayed: (layers, rows, width)."""
     STREAMS.all = [Stream()]
     seen = SimpleNamespace(captured=[], replayed=[])
-    pool = itertools.cycle([Stream(), Stream()])  # torch has 32
-    monkeypatch.setattr(graph_recorder, "_NUM_STREAMS", 2)
     graphs = {"graph_pool_handle": object, "CUDAGraph": Graph, "graph": capture}
-    graphs |= {"Stream": lambda device: next(pool)}
+    graphs |= {"Stream": lambda device: Stream()}
     graphs |= {"current_stream": lambda device: STREAMS.all[-1], "stream": on_stream}
     for name, own in graphs.items():
         monkeypatch.setattr(f"torch.cuda.{name}", own)

@@ -113,7 +113,6 @@ class CapturedPasses(Buffers):
         """
         # By whether a copy runs, first and last layer, rows and width.
         self.replays = dict[tuple[bool, int, int, int, int], Replay]()
-        self._recorder: GraphRecorder | None = None  # frees its stream first
         self._recorder = GraphRecorder(self._tables.device)
 
     def reserve(self, num_positions: int, least: int) -> None:
@@ -136,7 +135,6 @@ class CapturedPasses(Buffers):
             states.zero_()
             positions.fill_(-1)
             layers = runner.typed_layers(first, last)
-            assert self._recorder is not None
             try:
                 self.replays[key] = self._recorder(partial(self._run, layers, states, positions))
             except BaseException:

@@ -7,9 +7,8 @@ Nothing is made of the weights, so what decodes is always the weights of now. Ac
 format weights have.
 """
 
-import itertools
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.layers import Head, Layer, LlamaLayer, Parts, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.unsupported_hooks import difference
-from self_speculation.weights.few_bits import project, weights_of
+from self_speculation.weights.few_bits import NONE, project
 from self_speculation.weights.kernels import cpu_operators
 
 # The most tokens of a pass: a core's cache has the inputs of so many.
@@ -44,22 +43,20 @@ class InPlaceLayer(LlamaLayer):
 
     def tensors(self) -> list[Tensor]:
         """All that the operator reads, in its order."""
-        norms = [norm.weight for norm in self.norms.values() if norm is not None]
-        return norms + [tensor for product in self.products for tensor in weights_of(product)]
+        parts = [norm and norm.weight for norm in self.norms.values()]
+        for product in self.products:
+            parts += [product.weight, product.bias]
+        return [NONE if part is None else part for part in parts]
 
-    def description(self, window: int | None, rotation: int) -> tuple[list[int | None], list[float]]:
+    def description(self, window: int | None, rotation: int) -> tuple[list[int], list[float]]:
         """What the operator is told of it, see `Layer` of cpp/layers.cpp.
 
         Args:
             rotation: the number of its tables.
         """
-        options = [product.bias is not None for product in self.products]
-        options += [self.norms[name] is not None for name in ("query", "attended", "output")]
-        options += [self.norms["input"].is_centred]
-        has = sum(is_there << bit for bit, is_there in enumerate(options))
-        sizes = [self.num_heads, self.num_kv_heads, self.width]
+        sizes = [self.num_heads, self.num_kv_heads, self.width, window or 0, rotation]
         epsilons = [norm.epsilon if norm else 0.0 for norm in self.norms.values()]
-        return [has, *sizes, window or 0, rotation, self.activation], [self.scaling, *epsilons]
+        return [*sizes, self.activation, self.norms["input"].is_centred], [self.scaling, *epsilons]
 
 
 class InPlaceHead(Head):
@@ -72,102 +69,73 @@ class InPlaceHead(Head):
 
 
 class InPlaceParts(Parts):
-    """Plain layers and a plain head are the operator's. A model in 16 bits is so as a whole or not at all:
-    layers of transformers would compute in 16 bits.
+    """The operator has all layers and the head of a model, or none: bits of a token would depend on the pass.
+    If it has none of a model in 16 bits, layers of transformers compute in 16 bits.
     """
 
     def replace(self, model: PreTrainedModel) -> None:
         if cpu_operators().variant is None or model.dtype == torch.float64:
             return
         base, head = model.base_model, model.get_output_embeddings()
-        layers = [layer for layer in base.layers if difference(model, layer) is None]
-        has_plain_head = difference(model, base.norm, head) is None
-        if model.dtype.itemsize == 2:
-            embed = base.embed_tokens  # `ModelRunner.embed` scales by itself
-            is_as_built = not hasattr(embed, "scalar_embed_scale") or difference(model, embed) is None
-            if not (len(layers) == len(base.layers) and has_plain_head and is_as_built):
-                return
-            self.dtype = torch.float32
+        roots = [*([layer] for layer in base.layers), [base.norm, head]]
+        if model.dtype.itemsize == 2 and hasattr(base.embed_tokens, "scalar_embed_scale"):
+            roots.append([base.embed_tokens])  # `ModelRunner.embed` scales by itself
+        if any(difference(model, *modules) is not None for modules in roots):
+            return
+        self.dtype = torch.float32
         for weight in model.parameters():
             if weight.stride()[-1:] > (1,):  # it lies transposed
                 weight.data = weight.data.contiguous()
-        self.own = {layer: InPlaceLayer(layer) for layer in layers}
-        if has_plain_head:
-            self.own[head] = InPlaceHead(RMSNorm(base.norm), head)
-
-
-class _Group(NamedTuple):
-    """Consecutive layers of one shape, as the operator has them."""
-
-    first: int  # layer of the runner
-    layers: Sequence[InPlaceLayer]
-    owner: Tensor  # of what the operator knows of them
-    rotations: list[str | None]
+        self.own = {layer: InPlaceLayer(layer) for layer in base.layers}
+        self.own[head] = InPlaceHead(RMSNorm(base.norm), head)
 
 
 class InPlaceRunner(ModelRunner):
-    """Runs plain layers by the operator, and others one by one."""
+    """Runs layers by the operator, if it has them."""
 
     parts_kind = InPlaceParts
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._groups = dict[tuple[int, int], list[_Group]]()
+        # By first and last layer: the owner of what the operator knows of them, and their kinds of rotation.
+        self._ranges = dict[tuple[int, int], tuple[Tensor, list[str | None]]]()
 
     @property
     def is_in_place(self) -> bool:
         """Whether the operator has all layers."""
-        return all(isinstance(layer, InPlaceLayer) for layer in self.layers)
+        return isinstance(self.layers[0], InPlaceLayer)
 
     def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:
         other: Any = super().with_layers(layers, head)
-        other._groups = {}
+        other._ranges = {}
         return other
 
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        if (first, last) not in self._groups:  # the operator sees that a parameter has other memory
-            self._groups[first, last] = [*self._grouped(first, last)]
-        for group in self._groups[first, last]:
-            hidden = super().run_layers(cache, hidden, first, group.first)
-            hidden = self._run_group(cache, hidden, group)
-            first = group.first + len(group.layers)
-        return super().run_layers(cache, hidden, first, last)
-
-    def _run_group(self, cache: KVCache, hidden: Tensor, group: _Group) -> Tensor:
+        if not self.is_in_place or first == last:
+            return super().run_layers(cache, hidden, first, last)
         rows, width, size = hidden.shape
         if width > (most := max(1, _PIECE // rows)):
             pieces = hidden.tensor_split(-(-width // most), 1)  # of nearly equal size
-            return torch.cat([self._run_group(cache, piece, group) for piece in pieces], 1)
-        states, layer = hidden.reshape(rows * width, size).contiguous(), group.layers[0]
-        lengths = cache.lengths(layer.index)
-        num_positions = max(lengths) + width
+            return torch.cat([self.run_layers(cache, piece, first, last) for piece in pieces], 1)
+        if (first, last) not in self._ranges:  # the operator sees that a parameter has other memory
+            self._ranges[first, last] = self._described(first, last)
+        owner, rotations = self._ranges[first, last]
+        states, lengths = hidden.reshape(rows * width, size).contiguous(), cache.lengths(first)
         torch.ops.self_speculation.run_layers.default(
             states,
             torch.tensor(lengths),
             cache.first_slot,
             cache.is_prompt,
-            group.owner,
-            cache.extend(layer.index, layer.index + len(group.layers), width),
-            [self.tables.cos_sin(rotation, num_positions) for rotation in group.rotations],
+            owner,
+            cache.extend(first, last, width),
+            [self.tables.cos_sin(rotation, max(lengths) + width) for rotation in rotations],
         )
         return states.view(rows, width, size)
 
-    def _grouped(self, first: int, last: int) -> Iterator[_Group]:
-        """Layers first..last-1 that the operator has."""
-        numbers = [n for n in range(first, last) if isinstance(self.layers[n], InPlaceLayer)]
-
-        def key(number: int) -> Hashable:
-            layer: Any = self.layers[number]
-            shape = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.width
-            # The cache has the keys of a layer by its own index.
-            return number - numbers.index(number), number - layer.index, shape
-
-        for _, group in itertools.groupby(numbers, key):
-            yield self._make_group(*group)
-
-    def _make_group(self, *numbers: int) -> _Group:
-        layers: Any = [self.layers[number] for number in numbers]
-        kinds = [self.attention_types[number] for number in numbers]
+    def _described(self, first: int, last: int) -> tuple[Tensor, list[str | None]]:
+        """Layers first..last-1 as the operator has them."""
+        layers: Any = self.layers[first:last]
+        kinds = self.attention_types[first:last]
         rotations = [*dict.fromkeys(kind.rotation for kind in kinds)]
         told = [
             layer.description(kind.window, rotations.index(kind.rotation))
@@ -181,4 +149,4 @@ class InPlaceRunner(ModelRunner):
             self.config.hidden_size,
             layers[0].head_dim,
         )
-        return _Group(numbers[0], layers, owner, rotations)
+        return owner, rotations

@@ -34,8 +34,8 @@ def fuse(model: PreTrainedModel) -> int:
     the weights where they lie. On a GPU layers are fused, and weights of the same input lie side by side.
 
     Plain layers of Llama's layout with sdpa attention are replaced; quantised, offloaded, hooked and
-    adapter-wrapped modules are not. On a CPU a model in 16 bits is replaced as a whole or not at all, and its
-    output is that of a float32 model.
+    adapter-wrapped modules are not. On a CPU a model is replaced as a whole or not at all, and its output is
+    that of a float32 model.
 
     Call it again after a change that `weights_key` does not see: a write through `.data`, a hook, another
     `forward`, activation, buffer or number. What was made of the model is then made anew. For a model

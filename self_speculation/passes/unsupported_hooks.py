@@ -2,7 +2,7 @@
 
 `ModelRunner` runs layers one by one and never calls the `forward` of the whole model, so code around all
 layers is refused. Hooks on a layer, adapters in it and layers of other classes are followed: such a layer
-stays that of transformers, and has no copy.
+stays that of transformers, on a CPU all layers of the model do, and has no copy.
 """
 
 from collections.abc import Iterator

@@ -21,6 +21,7 @@ FORMATS = {
 }  # fmt: skip
 _Q8_0 = 8
 _GROUP = 32  # columns that share a size
+NONE = torch.empty(0)  # in the place of a norm or a bias, for the operator
 _AT_A_TIME = 2**22  # elements that are rounded: intermediate results are small
 
 
@@ -87,11 +88,6 @@ class FewBitsEmbedding(_FewBits):
         return rows if self.scale is None else rows * self.scale
 
 
-def weights_of(product: Any) -> list[Tensor]:
-    """Weight and bias, if there is one, of an `nn.Linear` or a `FewBitsLinear`, for the operator."""
-    return [product.weight] if product.bias is None else [product.weight, product.bias]
-
-
 def project(x: Tensor, product: Any, norm: Any = None) -> Tensor:
     """x W^T + b, or norm(x) W^T + b, in float32: [T, in] -> [T, out].
 
@@ -99,10 +95,10 @@ def project(x: Tensor, product: Any, norm: Any = None) -> Tensor:
         product: has W and b.
         norm: an `RMSNorm`.
     """
-    of_norm = ([], 0.0, False) if norm is None else ([norm.weight], norm.epsilon, norm.is_centred)
-    weights = weights_of(product)
+    of_norm = (NONE, 0.0, False) if norm is None else (norm.weight, norm.epsilon, norm.is_centred)
+    bias = NONE if product.bias is None else product.bias
     return torch.ops.self_speculation.project.default(
-        x.float().contiguous(), *of_norm, weights, len(weights) == 2, product.out_features
+        x.float().contiguous(), *of_norm, product.weight, bias, product.out_features
     )
 
 
@@ -112,8 +108,8 @@ def eight_bits(weight: Tensor) -> Tensor:
     for part in weight.split(max(1, _AT_A_TIME // weight.shape[1])):
         groups = pad(part, (0, -part.shape[1] % _GROUP)).float().unflatten(1, (-1, _GROUP))
         sizes = (groups.abs().amax(2, keepdim=True) / 127).half()
-        steps = (groups / sizes.float().clamp(min=1e-30)).round_().clamp_(-127, 127).to(torch.int8)
-        rows.append(torch.cat((sizes.view(torch.uint8), steps.view(torch.uint8)), 2).flatten(1))
+        levels = (groups / sizes.float().clamp(min=1e-30)).round_().clamp_(-127, 127).to(torch.int8)
+        rows.append(torch.cat((sizes.view(torch.uint8), levels.view(torch.uint8)), 2).flatten(1))
     columns = -(-weight.shape[1] // _GROUP) * _GROUP
     return torch.ops.self_speculation.weight_of_file(torch.cat(rows), _Q8_0, columns)
 

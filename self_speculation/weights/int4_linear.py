@@ -1,7 +1,7 @@
 """x W^T over a copy of W in four bits, for drafts.
 
-32 elements of a row share a scale and a middle. Each element is one of 16 steps, and takes five bits with its
-part of those two. Scale and middle minimise the error of the product, for inputs as large as the model's own.
+32 elements of a row share a scale and a middle. Each element is one of 16 levels: five bits, with its
+part of those two. Scale and middle minimise the error of the product, for inputs as large as the model's.
 Other groups and roundings are in docs/tried.md.
 
 On a CPU a copy is a `FewBitsLinear`, which our operator multiplies by. torch's kernel, on a GPU, takes and
@@ -79,16 +79,16 @@ class Int4Linear(nn.Module):
         # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
         for rows in weight.split(max(1, _AT_A_TIME // weight.shape[1] // 64) * 64):
             padded = pad(rows, (0, self._padding, 0, -len(rows) % _BLOCK_OF_ROWS))
-            steps, scale = in_four_bits(padded, counts)
-            parts.append(_packed(steps))
+            levels, scale = in_four_bits(padded, counts)
+            parts.append(_packed(levels))
             scales.append(scale)
-        # Steps as kernels take them; scales and middles [groups of a row, out, 2].
-        self._steps, self._scales = torch.cat(parts), torch.cat(scales, 1)
+        # Levels as kernels take them; scales and middles [groups of a row, out, 2].
+        self._levels, self._scales = torch.cat(parts), torch.cat(scales, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x.flatten(0, -2).bfloat16()
         inputs = pad(inputs, (0, self._padding)) if self._padding else inputs
-        product = torch.ops.aten._weight_int4pack_mm(inputs, self._steps, _GROUP, self._scales)
+        product = torch.ops.aten._weight_int4pack_mm(inputs, self._levels, _GROUP, self._scales)
         if product.shape[1] != self.out_features:
             product = product[:, : self.out_features].contiguous()
         product = product if self.bias is None else product.add_(self.bias)
@@ -102,30 +102,30 @@ def four_bits(weight: Tensor, squares: Tensor) -> Tensor:
 
 
 def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, in] and `_shares` of inputs -> steps [n, in] of int32 from 0 to 15, and for each group
-    [groups of a row, n, 2] the size of a step and the value of step 8. `int4_round` does the same on a CPU.
+    """[n, in] and `_shares` of inputs -> levels [n, in] of int32 from 0 to 15, and for each group
+    [groups of a row, n, 2] the scale and the value of level 8. `int4_round` does the same on a CPU.
     """
     groups = rows.float().unflatten(1, (-1, _GROUP))  # [n, groups of a row, elements]
     least, largest = groups.aminmax(dim=2, keepdim=True)
     mean, fits = (groups * counts).sum(2, keepdim=True), []
     for share in _SHARES_OF_RANGE:
         scale = ((largest - least) * share / 15).clamp(min=1e-12)
-        steps = _steps(groups, scale, (least + largest + scale) / 2)
-        weighted = steps * counts
-        mean_step = weighted.sum(2, keepdim=True)
-        variance = ((weighted * steps).sum(2, keepdim=True) - mean_step.square()).clamp(min=1e-12)
-        covariance = (weighted * groups).sum(2, keepdim=True) - mean_step * mean
-        # Least squares for these steps lower the weighted error by covariance^2 / variance.
-        fits.append((covariance.square() / variance, covariance / variance, mean_step))
-    gains, scales, mean_steps = map(torch.stack, zip(*fits, strict=True))
+        levels = _levels(groups, scale, (least + largest + scale) / 2)
+        weighted = levels * counts
+        mean_level = weighted.sum(2, keepdim=True)
+        variance = ((weighted * levels).sum(2, keepdim=True) - mean_level.square()).clamp(min=1e-12)
+        covariance = (weighted * groups).sum(2, keepdim=True) - mean_level * mean
+        # Least squares for these levels lower the weighted error by covariance^2 / variance.
+        fits.append((covariance.square() / variance, covariance / variance, mean_level))
+    gains, scales, mean_levels = map(torch.stack, zip(*fits, strict=True))
     best = gains.argmax(0, keepdim=True)
-    scales, mean_steps = scales.gather(0, best)[0], mean_steps.gather(0, best)[0]
-    numbers = torch.cat((scales.clamp(min=1e-12), mean - scales * mean_steps), 2).to(torch.bfloat16)
-    steps = _steps(groups, *numbers.float().split(1, 2)) + 8
-    return steps.to(torch.int32).flatten(1), numbers.transpose(0, 1).contiguous()
+    scales, mean_levels = scales.gather(0, best)[0], mean_levels.gather(0, best)[0]
+    numbers = torch.cat((scales.clamp(min=1e-12), mean - scales * mean_levels), 2).to(torch.bfloat16)
+    levels = _levels(groups, *numbers.float().split(1, 2)) + 8
+    return levels.to(torch.int32).flatten(1), numbers.transpose(0, 1).contiguous()
 
 
-def _steps(groups: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
+def _levels(groups: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
     return ((groups - middles) * (1 / scales)).round_().clamp_(-8, 7)
 
 
@@ -136,8 +136,8 @@ def _shares(squares: Tensor) -> Tensor:
     return counts / counts.sum(1, keepdim=True)
 
 
-def _packed(steps: Tensor) -> Tensor:
+def _packed(levels: Tensor) -> Tensor:
     """[n, in] -> [n / 8, in / (16 t), 32, t / 2] of int32, t the largest of 2, 4, 8 that fits."""
-    tiles = next(t for t in (8, 4, 2) if steps.shape[1] % (16 * t) == 0)
-    pairs = (steps[:, ::2] << 4 | steps[:, 1::2]).to(torch.uint8)
+    tiles = next(t for t in (8, 4, 2) if levels.shape[1] % (16 * t) == 0)
+    pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)
     return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)

@@ -29,7 +29,7 @@ Inputs rounded(Floats* memory, const std::vector<float>& x, int64_t tokens, int6
   return inputs;
 }
 
-// A block of 16 rows as a file has them, of arbitrary steps.
+// A block of 16 rows as a file has them, of arbitrary levels.
 void few_bits(const Format& format) {
   constexpr int64_t columns = 512, groups = columns / GROUP;
   const int64_t row_bytes = columns / (format.has_super ? SUPER : GROUP) * format.in_file;

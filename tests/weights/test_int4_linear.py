@@ -20,14 +20,14 @@ def rounded(weight, squares=None):
     """The numbers that torch rounds a weight to."""
     shape, padding = weight.shape, (0, -weight.shape[1] % 32)
     squares = torch.ones(shape[1]) if squares is None else squares
-    steps, numbers = in_four_bits(pad(weight, padding), int4_linear._shares(squares))
+    levels, numbers = in_four_bits(pad(weight, padding), int4_linear._shares(squares))
     scales, middles = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
-    return ((steps - 8) * scales + middles)[:, : shape[1]]
+    return ((levels - 8) * scales + middles)[:, : shape[1]]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_kernel_of_torch_multiplies_by_what_was_packed(shape, monkeypatch):
-    """Guards against steps, scales or middles in another order than the kernel's, against errors where a
+    """Guards against levels, scales or middles in another order than the kernel's, against errors where a
     large weight is packed in parts, and against padding that counts.
     """
     ops, squares = torch.ops.aten, torch.ones(shape[1])
@@ -49,7 +49,7 @@ def test_a_kernel_of_torch_multiplies_by_what_was_packed(shape, monkeypatch):
 
 def test_columns_of_large_inputs_are_closest():
     """Guards against a rounding that ignores which inputs are large: those make the error of the output; and
-    against a range that always includes zero: a group of positive weights needs all 16 steps.
+    against a range that always includes zero: a group of positive weights needs all 16 levels.
     """
     weight = torch.linspace(3.0, 4.0, 32)[None]
     assert (rounded(weight) - weight).abs().max() < 0.6 / 15 + 4 * 2**-8
@@ -77,7 +77,7 @@ def test_the_operator_rounds_as_torch_does(shape, dtype):
 
 
 def test_the_layout_of_a_gpu(monkeypatch):
-    """Guards against swapped steps (the first of a pair is the upper half of a byte) and against tiles that
+    """Guards against swapped levels (the first of a pair is the upper half of a byte) and against tiles that
     do not divide the input size.
     """
     monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda *given: given)

@@ -1,10 +1,10 @@
-// Attention of new positions over the keys and values of their row. Keys are taken by chunks at fixed positions, and
-// chunks in one order: the bits of a token do not depend on what is beside it.
+// Attention of new positions over the keys and values of their row. Keys are taken KEYS at a time, at fixed positions and in
+// one order: the bits of a token do not depend on what is beside it.
 #pragma once
 #include "vectors.h"
 
 namespace {
-constexpr int64_t CHUNK = 64;  // keys whose scores are computed before their values are added
+constexpr int64_t KEYS = 64;  // keys whose scores are computed before their values are added
 constexpr int64_t SPAN = 512;   // keys of one piece of work
 
 // Attention of one query over some keys, not divided by `sum`.
@@ -39,9 +39,9 @@ void rotate(const float* x, const float* cosines, const float* sines, int64_t d,
 // The most queries at a time, whose sums are in registers; queries whose scores are made before values are added, so that
 // keys and values stay in the first cache.
 constexpr int64_t MOST_QUERIES = LANES == 16 ? 4 : 3, BATCH = 24;
-typedef float Scores[CHUNK + LANES];
+typedef float Scores[KEYS + LANES];
 
-// Q queries [Q, d] times the keys [first, last) of a chunk [CHUNK, d]. WHOLE: vectors have all d numbers, without a rest.
+// Q queries [Q, d] times the keys [first, last) of [KEYS, d]. WHOLE: vectors have all d numbers, without a rest.
 template <int Q, bool WHOLE>
 void score(const float* queries, int64_t d, const float* keys, int64_t first, int64_t last, Scores* scores) {
   for (int64_t key = first; key < last; key += 4) {
@@ -88,7 +88,7 @@ Attended weigh(float* scores, int64_t first, int64_t last) {
   return {largest, lane_sum(sum), nullptr};
 }
 
-// Values [CHUNK, d] of the keys [first, last) by their weights, added to what Q queries have: `own` of it, `its` of these.
+// Values [KEYS, d] of the keys [first, last) by their weights, added to what Q queries have: `own` of it, `its` of these.
 template <int Q, bool WHOLE>
 void add_values(const Scores* weights, int64_t d, const float* values, int64_t first, int64_t last, const float* own,
                 const float* its, Attended* attended) {
@@ -122,9 +122,9 @@ void add_values(const Scores* weights, int64_t d, const float* values, int64_t f
     }
 }
 
-// Queries [n, d] over the keys [first, last) of a chunk.
+// Queries [n, d] over the keys [first, last) of [KEYS, d].
 template <bool WHOLE>
-void attend_to_chunk(const float* queries, int64_t n, int64_t d, const float* keys, const float* values, int64_t first,
+void attend_to_keys(const float* queries, int64_t n, int64_t d, const float* keys, const float* values, int64_t first,
                      int64_t last, Attended* attended) {
   alignas(64) Scores scores[BATCH];
   float own[BATCH], its[BATCH];
@@ -137,8 +137,8 @@ void attend_to_chunk(const float* queries, int64_t n, int64_t d, const float* ke
     };
     all([&]<int Q>(int64_t i) { score<Q, WHOLE>(queries + i * d, d, keys, first, last, scores + i); });
     for (int64_t i = 0; i < some; i++) {
-      const Attended of_chunk = weigh(scores[i], first, last);
-      attended[i].scale(of_chunk, own[i], its[i]);
+      const Attended these = weigh(scores[i], first, last);
+      attended[i].scale(these, own[i], its[i]);
     }
     all([&]<int Q>(int64_t i) { add_values<Q, WHOLE>(scores + i, d, values, first, last, own + i, its + i, attended + i); });
   }
@@ -149,14 +149,14 @@ void attend_to_chunk(const float* queries, int64_t n, int64_t d, const float* ke
 void attend_to_span(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
                     const float* keys, const float* values, int64_t key, Attended* attended) {
   for (int64_t i = 0; i < tokens * heads; i++) attended[i].clear(d);
-  for (int64_t chunk = key; chunk < key + SPAN && chunk < start + tokens; chunk += CHUNK) {
-    const bool is_past = !window && chunk + CHUNK <= start + 1;  // all tokens see all of it
+  for (int64_t from = key; from < key + SPAN && from < start + tokens; from += KEYS) {
+    const bool is_past = !window && from + KEYS <= start + 1;  // all tokens see all of these
     for (int64_t t = 0; t < tokens; t += is_past ? tokens : 1) {
-      int64_t last = std::min(CHUNK, start + t + 1 - chunk);
-      int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - chunk) : 0;
+      int64_t last = std::min(KEYS, start + t + 1 - from);
+      int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - from) : 0;
       if (first >= last) continue;
-      auto* attend = d % LANES == 0 ? attend_to_chunk<true> : attend_to_chunk<false>;
-      attend(queries + t * heads * d, (is_past ? tokens : 1) * heads, d, keys + chunk * d, values + chunk * d, first, last,
+      auto* attend = d % LANES == 0 ? attend_to_keys<true> : attend_to_keys<false>;
+      attend(queries + t * heads * d, (is_past ? tokens : 1) * heads, d, keys + from * d, values + from * d, first, last,
              attended + t * heads);
     }
   }

@@ -8,12 +8,12 @@
 //              with `has_super`, scales of 256 columns (`before` bytes) precede each 8 cells
 //   a cell     | 16 sizes | 16 middles | low: 4 parts of 64 bytes | high: bits - 4 parts of 64 bytes |
 //
-// Scales are the sizes of a step of 16 rows and, if the format has them, their middles. A number is
-// (step - offset) * size + middle. In a part, bytes 4 r to 4 r + 3 are those of row r:
-//   low   byte 4 r + j of part i has the lower 4 bits of two steps: of column 8 i + j in its lower half, of column
+// Scales are the sizes of 16 rows, from one level to the next, and, if the format has them, their middles. A number is
+// (level - offset) * size + middle. In a part, bytes 4 r to 4 r + 3 are those of row r:
+//   low   byte 4 r + j of part i has the lower 4 bits of two levels: of column 8 i + j in its lower half, of column
 //         8 i + 4 + j in its upper half;
 //   high  byte 4 r + j of part i has the upper bits of columns 4 v + j, for 8 / (bits - 4) numbers v, in their order.
-// Steps of 8 bits have 8 parts of 64 in the place of both: byte 4 r + j of part v is that of column 4 v + j.
+// Levels of 8 bits have 8 parts of 64 in the place of both: byte 4 r + j of part v is that of column 4 v + j.
 #pragma once
 #include "vectors.h"
 
@@ -24,7 +24,7 @@ constexpr int64_t BYTES_AHEAD = 4096;
 struct Format {
   int code;                    // ggml's number; 0: our own, of copies and of models that are rounded here
   int64_t in_file;             // bytes of 32 columns in a file or, with `has_super`, of 256
-  int bits, group;             // of a step; columns that share a size
+  int bits, group;             // of a level; columns that share a size
   bool has_middle, has_super;  // super: sizes are bytes, times a number for 256 columns, which is before their cells
   float offset;
 
@@ -58,10 +58,10 @@ const Format& format_of(int64_t code) {
   STD_TORCH_CHECK(false, "weight: there is no format ", code);
 }
 
-// Of LANES rows: sizes of a step, and middles.
+// Of LANES rows.
 struct Scales {
   Floats sizes = {}, middles = {};
-  Floats zeros(const Format& format) const { return fma(sizes, splat(-format.offset), middles); }  // values of step 0
+  Floats zeros(const Format& format) const { return fma(sizes, splat(-format.offset), middles); }  // values of level 0
 };
 // Those at the beginning of a cell or, if the format has them there, of 256 columns.
 template <size_t I>
@@ -82,29 +82,29 @@ INLINE Scales scales_of(const Scales& of_super, const uint8_t* cell, int64_t hal
 // Inputs of products in eight bits by groups of 32.
 struct RoundedInputs {
   int64_t tokens, groups;
-  int8_t* steps;  // [groups, T, 32] from -127 to 127
-  float* sizes;   // [groups, T] of a step
-  float* sums;    // [groups, T, 3] of the group's halves, and of the group
+  int8_t* levels;  // [groups, T, 32] from -127 to 127
+  float* sizes;    // [groups, T] from one level to the next
+  float* sums;     // [groups, T, 3] of the group's halves, and of the group
 
   // In memory for T * groups * 32 floats.
   RoundedInputs(Floats* memory, int64_t tokens, int64_t groups)
-      : tokens(tokens), groups(groups), steps(reinterpret_cast<int8_t*>(memory)),
-        sizes(reinterpret_cast<float*>(steps + tokens * groups * GROUP)), sums(sizes + tokens * groups) {}
-  // The numbers [groups * 32] of a token. An infinity makes steps of 0 and a size of infinity, whose product is NaN. NaN
+      : tokens(tokens), groups(groups), levels(reinterpret_cast<int8_t*>(memory)),
+        sizes(reinterpret_cast<float*>(levels + tokens * groups * GROUP)), sums(sizes + tokens * groups) {}
+  // The numbers [groups * 32] of a token. An infinity makes levels of 0 and a size of infinity, whose product is NaN. NaN
   // makes a size of NaN.
   void round(int64_t token, const float* numbers) const {
     for (int64_t g = 0; g < groups; g++) {
       const float* values = numbers + g * GROUP;
       int32_t largest = 0, halves[2] = {};  // absolute values are in the order of their bits, NaN last
       for (int j = 0; j < GROUP; j++) largest = std::max(largest, std::bit_cast<int32_t>(values[j]) & 0x7fffffff);
-      float range = std::bit_cast<float>(largest), per_step = range > 1e-30f ? 127.0f / range : 0.0f;
+      float range = std::bit_cast<float>(largest), per_level = range > 1e-30f ? 127.0f / range : 0.0f;
       int64_t at = g * tokens + token;
-      int8_t* of_group = &steps[at * GROUP];
+      int8_t* of_group = &levels[at * GROUP];
       for (int half = 0; half < 2; half++)
         for (int j = half * 16; j < half * 16 + 16; j++) {
           constexpr float nearest = 0x1.8p23f;  // a sum with it has no fraction
-          int32_t step = std::bit_cast<int32_t>(values[j] * per_step + nearest) - std::bit_cast<int32_t>(nearest);
-          halves[half] += of_group[j] = int8_t(step);
+          int32_t level = std::bit_cast<int32_t>(values[j] * per_level + nearest) - std::bit_cast<int32_t>(nearest);
+          halves[half] += of_group[j] = int8_t(level);
         }
       sizes[at] = range / 127.0f;
       for (int half = 0; half < 2; half++) sums[at * 3 + half] = sizes[at] * float(halves[half]);
@@ -113,28 +113,28 @@ struct RoundedInputs {
   }
 };
 
-// The steps of LANES rows of columns 8 i to 8 i + 7, by four columns. `low` is that of the first row. If a product does
+// The levels of LANES rows of columns 8 i to 8 i + 7, by four columns. `low` is that of the first row. If a product does
 // not take eight bits, `upper` gets the upper four.
 template <int HIGH>
-INLINE void steps_of(const uint8_t* low, int i, Bytes* steps, Bytes* upper) {
+INLINE void levels_of(const uint8_t* low, int i, Bytes* levels, Bytes* upper) {
   typedef uint16_t Pairs VECTOR(4);  // there are no shifts of bytes
   if constexpr (HIGH == 4) {
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
-      steps[j] = load<Bytes>(low + (2 * i + j) * 64);
-      if (!TAKES_EIGHT_BITS) upper[j] = (Bytes)((Pairs)steps[j] >> 4) & 15, steps[j] &= 15;
+      levels[j] = load<Bytes>(low + (2 * i + j) * 64);
+      if (!TAKES_EIGHT_BITS) upper[j] = (Bytes)((Pairs)levels[j] >> 4) & 15, levels[j] &= 15;
     }
     return;
   }
   Bytes both = load<Bytes>(low + i * 64);
-  steps[0] = both & 15, steps[1] = (Bytes)((Pairs)both >> 4) & 15;
+  levels[0] = both & 15, levels[1] = (Bytes)((Pairs)both >> 4) & 15;
   if constexpr (HIGH == 1 || HIGH == 2) {
     constexpr int of_byte = 8 / HIGH;
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
       const int v = 2 * i + j, up = 4 - HIGH * (v % of_byte);
       Pairs bits = (Pairs)load<Bytes>(low + LOW + v / of_byte * 64);
-      steps[j] |= (Bytes)(up >= 0 ? bits << up : bits >> -up) & uint8_t(((1 << HIGH) - 1) << 4);
+      levels[j] |= (Bytes)(up >= 0 ? bits << up : bits >> -up) & uint8_t(((1 << HIGH) - 1) << 4);
     }
   }
 }
@@ -161,7 +161,7 @@ class Cell {
       }
       if constexpr (KEEPS) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) steps_of<HIGH>(low_ + part * LANES * 4, i, &kept_[part][2 * i], nullptr);
+        for (int i = 0; i < 4; i++) levels_of<HIGH>(low_ + part * LANES * 4, i, &kept_[part][2 * i], nullptr);
       }
     }
   }
@@ -178,7 +178,7 @@ class Cell {
   static constexpr int HIGH = FORMAT.bits - 4, PARTS = BLOCK / LANES;
   static constexpr bool HALVES = FORMAT.group < GROUP;               // which have scales of their own
   static constexpr bool SPLITS = HIGH == 4 && !TAKES_EIGHT_BITS;     // into lower and upper four bits
-  static constexpr bool KEEPS = HIGH == 1 || HIGH == 2;              // steps, since to put them together takes long
+  static constexpr bool KEEPS = HIGH == 1 || HIGH == 2;              // levels, since to put them together takes long
   static constexpr int EXACT = HIGH == 2 ? 1 : HIGH == 1 || HALVES ? 2 : 4;  // times eight columns that `dot` adds up
 
   template <int N, int P>
@@ -186,20 +186,20 @@ class Cell {
     Ints some[N][P] = {}, uppers[N][P] = {}, whole[N][P] = {};
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      Bytes steps[P][2], upper[P][2];
+      Bytes levels[P][2], upper[P][2];
 #pragma GCC unroll 2
       for (int p = 0; p < P; p++) {
-        if constexpr (KEEPS) std::copy_n(&kept_[first + p][2 * i], 2, steps[p]);
-        else steps_of<HIGH>(low_ + (first + p) * LANES * 4, i, steps[p], upper[p]);
+        if constexpr (KEEPS) std::copy_n(&kept_[first + p][2 * i], 2, levels[p]);
+        else levels_of<HIGH>(low_ + (first + p) * LANES * 4, i, levels[p], upper[p]);
       }
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) {
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
-          const int32_t four = load<int32_t>(x.steps + (at + n) * GROUP + 8 * i + 4 * j);
+          const int32_t four = load<int32_t>(x.levels + (at + n) * GROUP + 8 * i + 4 * j);
 #pragma GCC unroll 2
           for (int p = 0; p < P; p++) {
-            some[n][p] = dot(some[n][p], steps[p][j], four), keep_order(some[n][p]);
+            some[n][p] = dot(some[n][p], levels[p][j], four), keep_order(some[n][p]);
             if (SPLITS) uppers[n][p] = dot(uppers[n][p], upper[p][j], four), keep_order(uppers[n][p]);
           }
         }
@@ -267,9 +267,9 @@ void products_of_block(const Format& format, const uint8_t* block, const Rounded
   });
 }
 
-// Writes the steps [32] of a row into its cell.
-void put_steps(const uint8_t* steps, int64_t row, int high_bits, uint8_t* low) {
-  auto word = [&](int v) { return load<uint32_t>(steps + 4 * v); };
+// Writes the levels [32] of a row into its cell.
+void put_levels(const uint8_t* levels, int64_t row, int high_bits, uint8_t* low) {
+  auto word = [&](int v) { return load<uint32_t>(levels + 4 * v); };
   auto add = [&](uint8_t* to, uint32_t bits) {
     bits |= load<uint32_t>(to + row * 4);
     std::memcpy(to + row * 4, &bits, 4);
@@ -288,7 +288,7 @@ void put_steps(const uint8_t* steps, int64_t row, int high_bits, uint8_t* low) {
 
 // 32 columns of a row, as a file has them. ggml's layouts are described in its quants.
 struct FileGroup {
-  uint8_t steps[GROUP];
+  uint8_t levels[GROUP];
   const uint8_t *size, *middle;      // two bytes each, of the group, or of 256 columns
   uint8_t sizes[2] = {}, middles[2] = {};  // of halves
 };
@@ -296,9 +296,9 @@ FileGroup group_in_file(const Format& format, const uint8_t* row, int64_t group)
   FileGroup to;
   const int64_t g = group % 8, n = g / 4, l = g % 4;
   const uint8_t* at = row + (format.has_super ? group / 8 : group) * format.in_file;
-  auto all = [&](auto f) { for (int j = 0; j < GROUP; j++) to.steps[j] = uint8_t(f(j)); };
+  auto all = [&](auto f) { for (int j = 0; j < GROUP; j++) to.levels[j] = uint8_t(f(j)); };
   auto nibble = [](const uint8_t* low, int j) { return low[j % 16] >> j / 16 * 4 & 15; };
-  constexpr int8_t steps_of_iq4[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+  constexpr int8_t levels_of_iq4[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
   to.size = at, to.middle = at + 2;
   switch (format.code) {
     case 2: all([&](int j) { return nibble(at + 2, j); }); break;
@@ -336,9 +336,9 @@ FileGroup group_in_file(const Format& format, const uint8_t* row, int64_t group)
       all([&](int j) { return (at[64 * n + l % 2 * 32 + j] >> l / 2 * 4 & 15) | (at[128 + 32 * n + j] >> 2 * l & 3) << 4; });
       for (int half = 0; half < 2; half++) to.sizes[half] = at[192 + 2 * g + half];
       break;
-    case 20: all([&](int j) { return steps_of_iq4[nibble(at + 2, j)] + 128; }); break;
+    case 20: all([&](int j) { return levels_of_iq4[nibble(at + 2, j)] + 128; }); break;
     case 23:
-      all([&](int j) { return steps_of_iq4[nibble(at + 8 + 16 * g, j)] + 128; });
+      all([&](int j) { return levels_of_iq4[nibble(at + 8 + 16 * g, j)] + 128; });
       to.sizes[0] = uint8_t(((at[4 + g / 2] >> g % 2 * 4 & 15) | (load<uint16_t>(at + 2) >> 2 * g & 3) << 4) - 32);
   }
   return to;
@@ -363,7 +363,7 @@ void rearrange(const Format& format, const uint8_t* raw, int64_t row_bytes, int6
       }
       if (begins) std::memcpy(numbers + 2 * r, group.size, 2);
       if (begins && format.has_middle) std::memcpy(numbers + 2 * BLOCK + 2 * r, group.middle, 2);
-      put_steps(group.steps, r, format.bits - 4, cell + format.scales());
+      put_levels(group.levels, r, format.bits - 4, cell + format.scales());
     }
 }
 
@@ -404,8 +404,6 @@ Tensor weight_of_file(const Tensor& from, int64_t code, int64_t columns) {
 Tensor rows_of_weight(const Tensor& weight, const Tensor& ids, int64_t rows, int64_t columns) {
   const auto* bytes = static_cast<const uint8_t*>(weight.const_data_ptr());
   const Format& format = format_of(bytes[0]);
-  STD_TORCH_CHECK(weight.numel() == format.size(rows, columns) && weight.is_contiguous() &&
-                      ids.scalar_type() == ScalarType::Long && ids.is_contiguous(), "weight, ids: not those of a weight in few bits");
   const auto* wanted = static_cast<const int64_t*>(ids.const_data_ptr());
   const int64_t n = ids.numel(), groups = round_up(columns, GROUP) / GROUP;
   Tensor numbers = empty({n, columns}, aoti_torch_dtype_float32());
@@ -424,13 +422,13 @@ Tensor rows_of_weight(const Tensor& weight, const Tensor& ids, int64_t rows, int
           Scales halves[2];
           for (int half = 0; half < 2; half++)
             halves[half] = scales_of<I>(of_super, block, format.group == GROUP ? 0 : half, r - lane);
-          Bytes steps[8], upper[8] = {};
+          Bytes levels[8], upper[8] = {};
           const uint8_t* low = block + format.scales() + (r - lane) * 4;
-          for (int i = 0; i < 4; i++) steps_of<format.bits - 4>(low, i, &steps[2 * i], &upper[2 * i]);
+          for (int i = 0; i < 4; i++) levels_of<format.bits - 4>(low, i, &levels[2 * i], &upper[2 * i]);
           for (int64_t j = 0; j < std::min(GROUP, columns - g * GROUP); j++) {
             const Scales& scales = halves[j / 16];
-            float step = float(steps[j / 4][lane * 4 + j % 4] + upper[j / 4][lane * 4 + j % 4] * 16);
-            to[i * columns + g * GROUP + j] = (step - format.offset) * scales.sizes[lane] + scales.middles[lane];
+            float level = float(levels[j / 4][lane * 4 + j % 4] + upper[j / 4][lane * 4 + j % 4] * 16);
+            to[i * columns + g * GROUP + j] = (level - format.offset) * scales.sizes[lane] + scales.middles[lane];
           }
           block += format.cell();
         }

@@ -1,9 +1,9 @@
-// The rounding of W, as `in_four_bits` of int4_linear.py does it.
+// Rounds W to four bits, as `in_four_bits` of int4_linear.py does.
 #pragma once
 #include "weights.h"
 
 namespace {
-// Rounds one group of `LANES` rows as `in_four_bits` of int4_linear.py does: elements [32, LANES], counts [32].
+// One group of LANES rows: elements [32, LANES], counts [32].
 void round_group(const Floats* elements, const float* counts, uint8_t* low, uint16_t* scales) {
   Floats least = elements[0], largest = elements[0], mean = {};
   for (int j = 0; j < GROUP; j++) {
@@ -14,36 +14,36 @@ void round_group(const Floats* elements, const float* counts, uint8_t* low, uint
     Ints bits = (Ints)x;
     return (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff);
   };
-  auto step = [](Floats element, Floats per_scale, Floats middle) {
+  auto level = [](Floats element, Floats per_scale, Floats middle) {
     const Floats lowest = splat(-8.0f), highest = splat(7.0f), nearest = splat(0x1.8p23f);
-    Floats steps = (element - middle) * per_scale;
-    steps = steps > lowest ? steps : lowest, steps = steps < highest ? steps : highest;
-    return steps + nearest - nearest;
+    Floats levels = (element - middle) * per_scale;
+    levels = levels > lowest ? levels : lowest, levels = levels < highest ? levels : highest;
+    return levels + nearest - nearest;
   };
   const Floats smallest = splat(1e-12f);
   Floats best_gain = splat(-1.0f), scale = smallest, middle = mean;  // of a NaN
   for (float share : {1.0f, 0.9f, 0.8f}) {
-    Floats tried = (largest - least) * share / 15.0f, mean_step = {}, square = {}, product = {};
+    Floats tried = (largest - least) * share / 15.0f, mean_level = {}, square = {}, product = {};
     tried = tried > smallest ? tried : smallest;
     Floats per_scale = 1.0f / tried, tried_middle = (least + largest + tried) / 2.0f;
     for (int j = 0; j < GROUP; j++) {
-      Floats steps = step(elements[j], per_scale, tried_middle), weighted = steps * counts[j];
-      mean_step += weighted, square += weighted * steps, product += weighted * elements[j];
+      Floats levels = level(elements[j], per_scale, tried_middle), weighted = levels * counts[j];
+      mean_level += weighted, square += weighted * levels, product += weighted * elements[j];
     }
-    Floats variance = square - mean_step * mean_step, covariance = product - mean_step * mean;
+    Floats variance = square - mean_level * mean_level, covariance = product - mean_level * mean;
     variance = variance > smallest ? variance : smallest;
     Floats gain = covariance * covariance / variance, fitted = covariance / variance;
     Ints better = gain > best_gain;
     best_gain = better ? gain : best_gain;
-    scale = better ? fitted : scale, middle = better ? mean - fitted * mean_step : middle;
+    scale = better ? fitted : scale, middle = better ? mean - fitted * mean_level : middle;
   }
   scale = rounded(scale > smallest ? scale : smallest), middle = rounded(middle);
   Floats per_scale = 1.0f / scale;
-  for (int j = 0; j < GROUP; j += 8) {  // eight steps of each row are a word, those of four columns side by side
+  for (int j = 0; j < GROUP; j += 8) {  // eight levels of each row are a word, those of four columns side by side
     Ints words = {};
     for (int i = 0; i < 8; i++) {
-      Ints steps = __builtin_convertvector(step(elements[j + i], per_scale, middle), Ints) + 8;
-      words |= steps << (i % 4 * 8 + i / 4 * 4);
+      Ints levels = __builtin_convertvector(level(elements[j + i], per_scale, middle), Ints) + 8;
+      words |= levels << (i % 4 * 8 + i / 4 * 4);
     }
     std::memcpy(low + j / 8 * 64, &words, sizeof(words));
   }
@@ -81,10 +81,7 @@ void round_rows(const Number* numbers, int64_t rows, int64_t columns, const floa
 
 // On the caller's thread: int4_linear.py rounds several weights at a time.
 Tensor int4_round(const Tensor& from, const Tensor& counts) {
-  STD_TORCH_CHECK(from.dim() == 2 && from.is_contiguous(), "weight: not a matrix in one piece");
   int64_t rows = from.size(0), columns = from.size(1);
-  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Float && counts.is_contiguous() && counts.numel() == round_up(columns, GROUP),
-                  "counts: not one float32 for each column");
   Tensor weight = new_weight(FORMATS[0], rows, columns);
   auto* blocks = static_cast<uint8_t*>(weight.mutable_data_ptr()) + HEADER;
   auto* of_columns = static_cast<const float*>(counts.const_data_ptr());

@@ -148,32 +148,24 @@ Floats activate(Activation kind, Floats x) {
   return x;
 }
 
-// What `FusedLayer.description` says of a layer, and its weights.
-enum Has : int64_t { QUERY_BIAS = 1, KEY_BIAS = 2, VALUE_BIAS = 4, OUT_BIAS = 8, GATE_BIAS = 16, UP_BIAS = 32,
-                     DOWN_BIAS = 64, HEAD_NORMS = 128, ATTENDED_NORM = 256, OUTPUT_NORM = 512, CENTRED_NORMS = 1024 };
+// What `InPlaceLayer.description` says of a layer, and its `tensors`: six norms, and seven weights with their biases.
+constexpr int64_t NUMBERS = 7, TENSORS = 20;
 
 struct Layer {
-  int64_t has, heads, kv_heads, width, window, rotation;
+  int64_t heads, kv_heads, width, window, rotation;
   Activation activation;
   float scaling;
   Norm input_norm, query_norm, key_norm, attended_norm, mlp_norm, output_norm;
   Weight query, key, value, out, gate, up, down;
 
-  Layer(const Tensor*& next, const int64_t* numbers, const double* factors, int64_t hidden, int64_t d)
-      : has(numbers[0]), heads(numbers[1]), kv_heads(numbers[2]), width(numbers[3]), window(numbers[4]),
-        rotation(numbers[5]), activation(Activation(numbers[6])), scaling(float(factors[0])),
-        input_norm(norm(next, hidden, factors[1], true)), query_norm(norm(next, d, factors[2], has & HEAD_NORMS)),
-        key_norm(norm(next, d, factors[3], has & HEAD_NORMS)),
-        attended_norm(norm(next, hidden, factors[4], has & ATTENDED_NORM)),
-        mlp_norm(norm(next, hidden, factors[5], true)), output_norm(norm(next, hidden, factors[6], has & OUTPUT_NORM)),
-        query(next, heads * d, hidden, has & QUERY_BIAS), key(next, kv_heads * d, hidden, has & KEY_BIAS),
-        value(next, kv_heads * d, hidden, has & VALUE_BIAS), out(next, hidden, heads * d, has & OUT_BIAS),
-        gate(next, width, hidden, has & GATE_BIAS), up(next, width, hidden, has & UP_BIAS),
-        down(next, hidden, width, has & DOWN_BIAS) {}
-
-  Norm norm(const Tensor*& next, int64_t size, double epsilon, bool is_there) const {
-    return is_there ? Norm(*next++, size, epsilon, has & CENTRED_NORMS) : Norm();
-  }
+  Layer(const Tensor* of, const int64_t* numbers, const double* factors, int64_t hidden, int64_t d)
+      : heads(numbers[0]), kv_heads(numbers[1]), width(numbers[2]), window(numbers[3]), rotation(numbers[4]),
+        activation(Activation(numbers[5])), scaling(float(factors[0])), input_norm(of[0], hidden, factors[1], numbers[6]),
+        query_norm(of[1], d, factors[2], numbers[6]), key_norm(of[2], d, factors[3], numbers[6]),
+        attended_norm(of[3], hidden, factors[4], numbers[6]), mlp_norm(of[4], hidden, factors[5], numbers[6]),
+        output_norm(of[5], hidden, factors[6], numbers[6]), query(of + 6, heads * d, hidden), key(of + 8, kv_heads * d, hidden),
+        value(of + 10, kv_heads * d, hidden), out(of + 12, hidden, heads * d), gate(of + 14, width, hidden),
+        up(of + 16, width, hidden), down(of + 18, hidden, width) {}
 };
 
 // Products of queries, keys, values, gates and what they gate may be two phases each, if weights differ in type.
@@ -188,7 +180,7 @@ class Pass {
       : layers_(layers), caches_(caches), rotations_(rotations), states_(states), starts_(starts), tokens_(tokens),
         rows_(rows), width_(tokens / rows), hidden_(hidden), first_slot_(first_slot), in_bfloat16_(in_bfloat16), d_(caches[0].size(3)),
         heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), together_(heads_ / kv_heads_),
-        joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(layers[0].width),
+        joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(std::ranges::max(layers, {}, &Layer::width).width),
         spans_(spans_of(*std::max_element(starts, starts + rows))), threads_(torch::stable::get_num_threads()),
         phases_(new Phase[layers.size() * MOST_PHASES]), finished_(new std::atomic<int64_t>[layers.size() * rows * kv_heads_]()),
         projected_(new float[tokens * joint_]), attended_(new float[tokens * heads_ * d_]),
@@ -209,7 +201,7 @@ class Pass {
         phase++->run(rows_ * kv_heads_ * spans_, [] {}, [&](int64_t piece) { attend(index, piece); });
         add(products, phase, layer.out, attended_.get(), heads_ * d_, layer.attended_norm);
         activate_gates(products, phase, layer);
-        add(products, phase, layer.down, gates_.get(), mlp_width_, layer.output_norm);
+        add(products, phase, layer.down, gates_.get(), layer.width, layer.output_norm);
       }
     });
   }
@@ -274,7 +266,7 @@ class Pass {
   // act(x W_gate^T) * x W_up^T, of the normed states
   void activate_gates(const Products& products, Phase*& phase, const Layer& layer) {
     auto multiply = [&](const Weight& weight, std::unique_ptr<float[]>& to, const Inputs& x, int64_t first, int64_t last) {
-      weight.multiply(first, last, x, [&](int64_t t, int64_t row, float number) { to[t * mlp_width_ + row] = number; });
+      weight.multiply(first, last, x, [&](int64_t t, int64_t row, float number) { to[t * layer.width + row] = number; });
     };
     bool is_one_type = Products::of_one_type({&layer.gate, &layer.up});
     if (!is_one_type)
@@ -286,7 +278,7 @@ class Pass {
       multiply(layer.up, ups_, x, first, last);
       for (int64_t t = 0; t < tokens_; t++)
         for (int64_t j = first; j < last; j += LANES) {
-          float *gates = &gates_[t * mlp_width_ + j], *ups = &ups_[t * mlp_width_ + j];
+          float *gates = &gates_[t * layer.width + j], *ups = &ups_[t * layer.width + j];
           int64_t n = std::min(LANES, last - j);
           store(activate(layer.activation, widen(gates, n)) * widen(ups, n), gates, n);
         }
@@ -319,7 +311,7 @@ class Pass {
   int64_t tokens_, rows_, width_, hidden_, first_slot_;
   bool in_bfloat16_;
   int64_t d_, heads_, kv_heads_, together_, joint_;
-  int64_t mlp_width_, spans_, threads_;
+  int64_t mlp_width_, spans_, threads_;  // mlp_width_: the most
   std::unique_ptr<Phase[]> phases_;
   std::unique_ptr<std::atomic<int64_t>[]> finished_;  // spans of a head, by layer, row and head
   std::unique_ptr<float[]> projected_, attended_, gates_, ups_, added_, sums_;
@@ -328,14 +320,9 @@ class Pass {
   std::unique_ptr<Floats[]> inputs_;  // of a product, if there are many tokens
 };
 
-float* matrix(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.is_contiguous(), name, ": no float32 matrix");
-  return static_cast<float*>(x.mutable_data_ptr());
-}
-
 // A range of layers. Each pass reads anew where the weights are, and their shapes and formats.
 struct Layers {
-  // `numbers` and `factors` are those of `FusedLayer.description`. `hidden`: columns of a state; `d`: of a head.
+  // [L, NUMBERS] each, of `InPlaceLayer.description`, and [L * TENSORS]. `hidden`: columns of a state; `d`: of a head.
   Tensor numbers, factors;
   std::vector<Tensor> weights;
   int64_t hidden, d;
@@ -343,32 +330,17 @@ struct Layers {
   std::vector<Layer> now() const {
     std::vector<Layer> layers;
     layers.reserve(numbers.size(0));
-    const Tensor* next = weights.data();
     auto* of_layers = static_cast<const int64_t*>(numbers.const_data_ptr());
     auto* of_floats = static_cast<const double*>(factors.const_data_ptr());
-    for (int64_t i = 0; i < numbers.size(0); i++) {
-      const int64_t* own = of_layers + 7 * i;
-      STD_TORCH_CHECK(std::equal(own + 1, own + 4, of_layers + 1) && own[1] % own[2] == 0 && own[5] >= 0 && own[6] >= SILU &&
-                          own[6] <= RELU_SQUARED,
-                      "numbers: not those of layers of one shape");
-      // Two norms and seven weights, and what its options add: a norm of queries comes with one of keys.
-      int64_t needed = 9 + std::popcount(uint64_t(own[0] & 0x3ff)) + (own[0] >> 7 & 1);
-      STD_TORCH_CHECK(weights.data() + weights.size() - next >= needed, "weights: fewer than the layers have");
-      layers.emplace_back(next, own, of_floats + 7 * i, hidden, d);
-    }
-    STD_TORCH_CHECK(next == weights.data() + weights.size(), "weights: not as many as the layers have");
+    for (int64_t i = 0; i < numbers.size(0); i++)
+      layers.emplace_back(&weights[TENSORS * i], of_layers + NUMBERS * i, of_floats + NUMBERS * i, hidden, d);
     return layers;
   }
 };
 
 // Makes a tensor that owns the description of some layers.
 Tensor make_layers(const Tensor& numbers, const Tensor& factors, std::vector<Tensor> weights, int64_t hidden, int64_t d) {
-  STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Long && factors.scalar_type() == ScalarType::Double &&
-                      numbers.is_contiguous() && factors.is_contiguous() && numbers.size(1) == 7 && factors.size(1) == 7 &&
-                      numbers.size(0) == factors.size(0) && numbers.size(0) > 0,
-                  "numbers, factors: not those of layers");
   auto layers = std::make_unique<Layers>(Layers{numbers, factors, std::move(weights), hidden, d});
-  layers->now();  // refuses what they are not made of
   const int64_t size = sizeof(Layers), stride = 1;
   Tensor owner = torch::stable::from_blob(layers.get(), {&size, 1}, {&stride, 1}, numbers.device(), ScalarType::Byte,
                                           [](void* of) { delete static_cast<Layers*>(of); });
@@ -380,43 +352,23 @@ Tensor make_layers(const Tensor& numbers, const Tensor& factors, std::vector<Ten
 // to it for weights in bfloat16: by their kind, so that no way to read a prompt changes a bit.
 void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, bool is_prompt, const Tensor& owner,
                 std::vector<Tensor> caches, std::vector<Tensor> rotations) {
-  float* states = matrix(hidden, "hidden");
-  STD_TORCH_CHECK(owner.numel() == sizeof(Layers) && owner.scalar_type() == ScalarType::Byte, "owner: has no layers");
-  auto& described = *static_cast<const Layers*>(owner.const_data_ptr());
-  const std::vector<Layer> layers = described.now();
-  int64_t tokens = hidden.size(0), size = hidden.size(1), rows = starts.numel(), number = layers.size();
-  STD_TORCH_CHECK(size == described.hidden && starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && rows > 0 &&
-                      tokens % rows == 0 && int64_t(caches.size()) == 2 * number && tokens > 0,
-                  "hidden, starts, caches: not those of a pass over ", number, " layers");
-  auto* of_rows = static_cast<const int64_t*>(starts.const_data_ptr());
-  int64_t slots = caches[0].size(0), d = described.d;
-  int64_t end = *std::max_element(of_rows, of_rows + rows) + tokens / rows;
-  for (const Tensor& cache : caches)
-    STD_TORCH_CHECK(cache.dim() == 4 && cache.scalar_type() == ScalarType::Float && cache.is_contiguous() &&
-                        cache.size(1) == layers[0].kv_heads && cache.size(3) == d && d % 2 == 0 &&
-                        first_slot + rows <= cache.size(0) && cache.size(0) == slots && end <= cache.size(2),
-                    "caches: no buffers of ", end, " positions for ", rows, " rows");
-  for (const Layer& layer : layers)
-    STD_TORCH_CHECK(layer.rotation < int64_t(rotations.size()), "rotations: fewer than the layers have");
-  for (const Tensor& table : rotations)
-    STD_TORCH_CHECK(table.dim() == 3 && table.scalar_type() == ScalarType::Float && table.is_contiguous() &&
-                        table.size(0) == 2 && table.size(1) >= end && table.size(2) == d,
-                    "rotations: no tables of ", end, " positions and ", d, " columns");
-  Pass(layers, states, tokens, size, caches, rotations, of_rows, rows, first_slot, is_prompt && HAS_PAIRS).run();
+  const std::vector<Layer> layers = static_cast<const Layers*>(owner.const_data_ptr())->now();
+  Pass(layers, static_cast<float*>(hidden.mutable_data_ptr()), hidden.size(0), hidden.size(1), caches, rotations,
+       static_cast<const int64_t*>(starts.const_data_ptr()), starts.numel(), first_slot, is_prompt && HAS_PAIRS)
+      .run();
 }
 
 // Tokens of a product at a time: a core's cache has the inputs of so many.
 constexpr int64_t MOST_AT_A_TIME = 64;
 
-// x W^T + b, or norm(x) W^T + b: [T, in] -> [T, rows]. `weight` is a weight as those of layers; `norm` one tensor or none.
-Tensor project(const Tensor& x, std::vector<Tensor> norm, double epsilon, bool is_centred, std::vector<Tensor> weight,
-               bool has_bias, int64_t rows) {
-  const float* from = matrix(x, "x");
+// x W^T + b, or norm(x) W^T + b: [T, in] -> [T, rows]. Without a norm or a bias these tensors are empty.
+Tensor project(const Tensor& x, const Tensor& norm, double epsilon, bool is_centred, const Tensor& weight, const Tensor& bias,
+               int64_t rows) {
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
   int64_t tokens = x.size(0), columns = x.size(1), threads = torch::stable::get_num_threads();
-  const Tensor* next = weight.data();
-  STD_TORCH_CHECK(weight.size() == 1 + size_t(has_bias), "weight: not as many tensors as it has");
-  Weight w(next, rows, columns, has_bias);
-  Norm normed = norm.empty() ? Norm() : Norm(norm[0], columns, epsilon, is_centred);
+  const Tensor parts[] = {weight, bias};
+  const Weight w(parts, rows, columns);
+  const Norm normed(norm, columns, epsilon, is_centred);
   Tensor out = empty({tokens, rows}, aoti_torch_dtype_float32());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   const int64_t most = MOST_AT_A_TIME;
@@ -441,15 +393,12 @@ Tensor project(const Tensor& x, std::vector<Tensor> norm, double epsilon, bool i
 }  // namespace
 
 STABLE_TORCH_LIBRARY(self_speculation, library) {
-  library.def(
-      "make_layers(Tensor numbers, Tensor factors, Tensor[] weights, int hidden, int d) -> Tensor");
+  library.def("make_layers(Tensor numbers, Tensor factors, Tensor[] weights, int hidden, int d) -> Tensor");
   library.def(
       "run_layers(Tensor(a!) hidden, Tensor starts, int first_slot, bool is_prompt, Tensor owner, Tensor[] caches,"
-      " Tensor[] rotations)"
-      " -> ()");
+      " Tensor[] rotations) -> ()");
   library.def(
-      "project(Tensor x, Tensor[] norm, float epsilon, bool is_centred, Tensor[] weight, bool has_bias, int rows)"
-      " -> Tensor");
+      "project(Tensor x, Tensor norm, float epsilon, bool is_centred, Tensor weight, Tensor bias, int rows) -> Tensor");
   library.def("int4_round(Tensor weight, Tensor counts) -> Tensor");
   library.def("weight_of_file(Tensor rows, int code, int columns) -> Tensor");
   library.def("rows_of_weight(Tensor weight, Tensor ids, int rows, int columns) -> Tensor");

@@ -50,20 +50,20 @@ Floats splat(float x) { return x - Floats{}; }
 std::unique_ptr<Floats[]> aligned(int64_t number) {
   return std::unique_ptr<Floats[]>(new Floats[(number + LANES - 1) / LANES]);
 }
-int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+int64_t round_up(int64_t number, int64_t level) { return (number + level - 1) / level * level; }
 
 // Numbers in the format of a weight or a norm, LANES of them.
 Floats widen(const float* from) { return load<Floats>(from); }
 Floats widen(const BFloat16* from) { return (Floats)(__builtin_convertvector(load<Shorts>(from), Ints) << 16); }
 #ifdef __AVX512VNNI__
-constexpr bool TAKES_EIGHT_BITS = true;  // `dot` takes steps above 127
+constexpr bool TAKES_EIGHT_BITS = true;  // `dot` takes levels above 127
 Floats widen(const Half* from) { return _mm512_cvtph_ps(load<__m256i>(from)); }
 Floats widen(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-// Sums of four steps times four inputs, in each lane. `total` follows up to 8 of them if steps have 4 bits, 4 of them if
+// Sums of four levels times four inputs, in each lane. `total` follows up to 8 of them if levels have 4 bits, 4 of them if
 // they have 5, 2 if they have 6.
-Ints dot(Ints sums, Bytes steps, int32_t x) {
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)steps, _mm512_set1_epi32(x));
+Ints dot(Ints sums, Bytes levels, int32_t x) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)levels, _mm512_set1_epi32(x));
 }
 Ints total(Ints sums) { return sums; }
 __m256 half_of(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
@@ -73,8 +73,8 @@ Floats widen(const Half* from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
 Floats widen(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 // Two sums of 16 bits for each lane, of 16 products of 15 * 127, 8 of 31 * 127, or 4 of 63 * 127.
-Ints dot(Ints sums, Bytes steps, int32_t x) {
-  return (Ints)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)steps, _mm256_set1_epi32(x)));
+Ints dot(Ints sums, Bytes levels, int32_t x) {
+  return (Ints)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)levels, _mm256_set1_epi32(x)));
 }
 Ints total(Ints sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
 __m256 half_of(Floats x) { return x; }
@@ -92,15 +92,15 @@ Floats fma(Floats a, Floats b, Floats c) {
   for (int i = 0; i < LANES; i++) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return a;
 }
-Ints dot(Ints sums, Bytes steps, int32_t x) {
+Ints dot(Ints sums, Bytes levels, int32_t x) {
 #ifdef __ARM_FEATURE_DOTPROD
   int32x4_t parts[LANES / 4];
   std::memcpy(parts, &sums, sizeof(parts));
   for (int64_t i = 0; i < LANES / 4; i++)
-    parts[i] = vdotq_s32(parts[i], load<int8x16_t>((char*)&steps + 16 * i), vreinterpretq_s8_s32(vdupq_n_s32(x)));
+    parts[i] = vdotq_s32(parts[i], load<int8x16_t>((char*)&levels + 16 * i), vreinterpretq_s8_s32(vdupq_n_s32(x)));
   return load<Ints>(parts);
 #else
-  for (int j = 0; j < 4; j++) sums += ((Ints)steps >> 8 * j & 255) * int32_t(int8_t(x >> 8 * j));
+  for (int j = 0; j < 4; j++) sums += ((Ints)levels >> 8 * j & 255) * int32_t(int8_t(x >> 8 * j));
   return sums;
 #endif
 }

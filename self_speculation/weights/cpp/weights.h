@@ -7,9 +7,9 @@ namespace {
 constexpr int64_t ROWS = 32;                          // of a weight in floating point that are multiplied at a time
 constexpr int64_t MOST_TOKENS = LANES == 16 ? 8 : 6;  // at a time: twice as many sums are in registers
 constexpr int64_t MOST_OF_PAIRS = 6;                  // the same of tokens in bfloat16, with four rows
-constexpr int64_t STEP = 2 * LANES;                   // columns at a time
+constexpr int64_t COLUMNS = 2 * LANES;                // at a time
 
-// The first or the second vector of a step's columns; of bfloat16, even columns and odd ones.
+// The first or the second vector of COLUMNS columns; of bfloat16, even columns and odd ones.
 template <bool SECOND, class Number>
 Floats columns_of(const Number* from) {
   return widen(from + SECOND * LANES);
@@ -22,8 +22,8 @@ Floats columns_of(const BFloat16* from) {
 
 // Inputs of products with weights of a type, in memory for T * stride floats, with zeros after the columns: by parts of up
 // to MOST_TOKENS tokens, [stride / LANES, tokens of the part, LANES] in the order of `columns_of`; for weights in few
-// bits, rounded. As pairs, for weights in bfloat16, they are in bfloat16 and in the order of columns: [stride / STEP, tokens
-// of the part, STEP].
+// bits, rounded. As pairs, for weights in bfloat16, they are in bfloat16 and in the order of columns: [stride / COLUMNS, tokens
+// of the part, COLUMNS].
 struct Inputs {
   int64_t tokens, columns, stride;
   ScalarType type;
@@ -48,13 +48,13 @@ struct Inputs {
     if (type == ScalarType::Byte) return rounded.round(t, in_order);
     int64_t part = ((t + 1) * parts - 1) / tokens, first = first_of(part), n = first_of(part + 1) - first;
     if (as_pairs) {
-      auto* to = reinterpret_cast<BFloat16*>(numbers) + first * stride + (t - first) * STEP;
-      for (int64_t k = 0; k < stride; k += STEP)
-        for (int64_t i = 0; i < STEP; i++) to[k * n + i] = BFloat16(in_order[k + i]);
+      auto* to = reinterpret_cast<BFloat16*>(numbers) + first * stride + (t - first) * COLUMNS;
+      for (int64_t k = 0; k < stride; k += COLUMNS)
+        for (int64_t i = 0; i < COLUMNS; i++) to[k * n + i] = BFloat16(in_order[k + i]);
       return;
     }
     int64_t apart = type == ScalarType::BFloat16 ? 2 : 1, second = apart == 2 ? 1 : LANES;
-    for (int64_t k = 0; k < stride; k += STEP)
+    for (int64_t k = 0; k < stride; k += COLUMNS)
       for (int64_t i = 0; i < LANES; i++) {
         float* to = numbers + first * stride + k * n + (t - first) * LANES + i;
         to[0] = in_order[k + apart * i], to[n * LANES] = in_order[k + apart * i + second];
@@ -88,15 +88,15 @@ __attribute__((noinline)) void tile(const Number* w, const Number* ahead, int64_
     half.template operator()<false>(w, row);
     if constexpr (!AS_PAIRS) half.template operator()<true>(w, row);
   };
-  for (int64_t k = 0; k < columns / STEP * STEP; k += STEP, x += STEP * T / (1 + AS_PAIRS)) {
+  for (int64_t k = 0; k < columns / COLUMNS * COLUMNS; k += COLUMNS, x += COLUMNS * T / (1 + AS_PAIRS)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) __builtin_prefetch(ahead + r * row * apart + k, 0, 2);
     both(w + k, row * apart);
   }
-  if (int64_t rest = columns % STEP) {  // what follows the last column may be no memory of this process
-    Number last[R * STEP] = {};
-    for (int r = 0; r < R; r++) std::memcpy(last + r * STEP, w + r * row * apart + columns - rest, rest * sizeof(Number));
-    both(last, STEP);
+  if (int64_t rest = columns % COLUMNS) {  // what follows the last column may be no memory of this process
+    Number last[R * COLUMNS] = {};
+    for (int r = 0; r < R; r++) std::memcpy(last + r * COLUMNS, w + r * row * apart + columns - rest, rest * sizeof(Number));
+    both(last, COLUMNS);
   }
 #pragma GCC unroll 24
   for (int i = 0; i < R * T; i++) sums[i / R * ROWS + i % R * apart] = own[i];
@@ -108,7 +108,7 @@ template <class Number>
 void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, float* out) {
   std::unique_ptr<Floats[]> sums(new Floats[x.tokens * ROWS]());
   int64_t most = std::max<int64_t>(1024, 6144 / x.tokens), blocks = (x.columns + most - 1) / most;
-  int64_t width = round_up((x.columns + blocks - 1) / blocks, STEP);
+  int64_t width = round_up((x.columns + blocks - 1) / blocks, COLUMNS);
   for (int64_t from = 0; from < x.columns; from += width) {
     const Number *own = w + from, *next = from + width < x.columns ? own + width : w + ROWS * row;
     for (int64_t part = 0; part < x.parts; part++) {
@@ -150,9 +150,9 @@ struct Weight {
   ScalarType bias_type = ScalarType::Float;
   const void* bias = nullptr;
 
-  // The next tensors are the weight's: its numbers, and a bias if there is one.
-  Weight(const Tensor*& next, int64_t rows, int64_t columns, bool has_bias) : rows(rows), columns(columns) {
-    const Tensor& weight = *next++;
+  // Of two tensors: its numbers, and a bias or an empty one.
+  Weight(const Tensor* of, int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+    const Tensor &weight = of[0], &added = of[1];
     type = weight.scalar_type(), numbers = weight.const_data_ptr();
     if (type == ScalarType::Byte) {
       STD_TORCH_CHECK(weight.numel() > HEADER && weight.is_cpu(), "weight: empty, or not in the memory of the CPU");
@@ -164,8 +164,7 @@ struct Weight {
                       "weight: no matrix of ", rows, " times ", columns, " in float32, float16 or bfloat16");
       row = weight.stride(0);
     }
-    if (has_bias) {
-      const Tensor& added = *next++;
+    if (added.numel()) {
       STD_TORCH_CHECK(added.numel() == rows && added.is_contiguous() && is_read(added), "bias: not of ", rows, " rows, or in no format of a bias");
       bias = added.const_data_ptr(), bias_type = added.scalar_type();
     }
@@ -199,13 +198,14 @@ struct Weight {
 // A root mean square norm.
 struct Norm {
   ScalarType type = ScalarType::Float;
-  const void* weight = nullptr;  // none: no norm
+  const void* weight = nullptr;  // none: no norm, of an empty tensor
   int64_t size = 0;
   float epsilon = 0.0f, offset = 0.0f;  // the weight is a factor with the offset added
 
-  Norm() = default;
   Norm(const Tensor& from, int64_t size, double epsilon, bool is_centred)
-      : type(from.scalar_type()), weight(from.const_data_ptr()), size(size), epsilon(epsilon), offset(is_centred) {
+      : size(size), epsilon(epsilon), offset(is_centred) {
+    if (!from.numel()) return;
+    type = from.scalar_type(), weight = from.const_data_ptr();
     STD_TORCH_CHECK(from.numel() == size && from.is_contiguous() && is_read(from), "norm: not of ", size, " columns, or in no format of a norm");
   }
   void operator()(const float* x, float* normed) const {
