@@ -30,9 +30,8 @@ from runs.program import run
 from self_speculation import GenerationConfig, LoadingOptions, Request, default_model, make_strategy
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.loading.loading import load_model_and_tokenizer
-from self_speculation.passes.captured_runner import num_captures
+from self_speculation.passes.captured_runner import GraphRecorder, num_captures
 from self_speculation.passes.fused_layers import FusedRunner
-from self_speculation.passes.graph_recorder import GraphRecorder
 from self_speculation.passes.runners import capture_decoding, fuse
 from self_speculation.scheduler import Scheduler
 

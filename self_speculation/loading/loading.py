@@ -65,14 +65,12 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     """`auto` is the checkpoint's own dtype, or float32 on a CPU; `half` is bfloat16 where the device computes
-    it, else float16. Raises LoadingError if it is not computed on this device.
+    it, else float16; a CPU computes or emulates it.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if name != "half":
         return getattr(torch, name)
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise LoadingError("dtype 'half': this processor does not compute in bfloat16; use float32")
     if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(False)):
         return torch.bfloat16
     return torch.float16

@@ -9,8 +9,9 @@ All captured passes of a model share one cache. It serves one generation at a ti
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,15 +22,15 @@ from self_speculation.devices import padded, round_up
 from self_speculation.families import AttentionType
 from self_speculation.model_cache import cached, lock, peek
 from self_speculation.passes.attention_context import AttentionTables
-from self_speculation.passes.decode_attention import DecodeContext
-from self_speculation.passes.fused_layers import FusedRunner
-from self_speculation.passes.graph_recorder import GraphRecorder, Replay
+from self_speculation.passes.fused_layers import DecodeContext, FusedRunner
 from self_speculation.passes.kv_cache import Buffers, KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange, run_through
 from self_speculation.progress import progress
 
-# The cache grows by so many positions, and passes over more tokens of a row are eager.
-_STEP, _WIDEST = 1024, 64
+_STEP = 1024  # positions by which the cache grows
+_LOCK = Lock()  # torch captures one graph at a time in a process
+
+Replay = Callable[[], None]
 
 
 def num_captures(model: PreTrainedModel) -> int:
@@ -39,8 +40,8 @@ def num_captures(model: PreTrainedModel) -> int:
 
 
 class CapturedRunner(FusedRunner):
-    """Replays passes over the buffers of `CapturedPasses`, except prompts, and passes that are wide or by
-    layers of transformers.
+    """Replays passes over the buffers of `CapturedPasses`, except prompts, and passes by layers of
+    transformers.
     """
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
@@ -60,7 +61,7 @@ class CapturedRunner(FusedRunner):
         if not isinstance(passes, CapturedPasses):
             return super().run_layers(cache, hidden, first, last)
         cache.check()
-        if width > _WIDEST or not self.decodes_by_kernels(cache, self.layers[first:last]):
+        if not self.decodes_by_kernels(cache, self.layers[first:last]):
             return super().run_layers(cache, hidden, first, last)
         shape, new_positions = (padded(num_rows), padded(width)), cache.positions(first, width, self.device)
         cache.extend(first, last, width)
@@ -83,7 +84,7 @@ class CapturedRunner(FusedRunner):
             (runner, first, last, rows, width)
             for runner, first, last, widest in passes
             for rows in _powers(num_rows)
-            for width in _powers(min(widest, _WIDEST))
+            for width in _powers(widest)
         ]
         with progress("capturing passes", len(shapes), "passes") as advance:
             for shape in shapes:
@@ -146,3 +147,30 @@ class CapturedPasses(Buffers):
         """The pass that is captured."""
         make = partial(DecodeContext, self._tables, self.of_layers, positions)
         states.copy_(run_through(layers, make, states))  # fused layers work in place: then nothing is copied
+
+
+class GraphRecorder:
+    """Captures functions on one side stream and in one memory pool.
+
+    The functions leave nothing in the pool that another one reads, so graphs may be replayed in any order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # one of 32, which torch hands out in turn
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], None]) -> Replay:
+        """Run it once, for kernels and workspaces that are made on first use; then capture it."""
+        outer, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
+        with _LOCK:
+            self._stream.wait_stream(outer)
+            try:
+                # If a capture fails, `torch.cuda.graph` leaves its stream the current one. This ends it.
+                with torch.cuda.stream(self._stream):
+                    run()
+                    # Other threads, such as a server's, may use the device meanwhile.
+                    with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                        run()
+            finally:
+                outer.wait_stream(self._stream)
+        return graph.replay

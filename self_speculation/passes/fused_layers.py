@@ -2,8 +2,9 @@
 same input lie side by side in memory. They decode by our kernels where a card has them.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,13 +12,57 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from self_speculation.passes.attention_context import AttentionContext
-from self_speculation.passes.decode_attention import DecodeContext, why_no_kernels
-from self_speculation.passes.kv_cache import KVCache
+from self_speculation.families import AttentionType
+from self_speculation.passes.attention_context import AttentionContext, AttentionTables
+from self_speculation.passes.kv_cache import KVCache, Pair
 from self_speculation.passes.layers import Head, Layer, LlamaLayer, Parts, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner, run_through
 from self_speculation.passes.unsupported_hooks import difference
-from self_speculation.weights.kernels import GELU_TANH, SILU
+
+_SIZES = (64, 96, 128, 256)  # of a head, that our kernels take
+
+
+@cache
+def why_no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None: triton_kernels.py computes attention while this device decodes."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "they are for NVIDIA's cards"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"the card has compute capability {'.'.join(map(str, capability))}, below 8.0"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"activations are {dtype}, not in 16 bits"
+    if head_dim not in _SIZES:
+        return f"a head has {head_dim} elements, not one of {', '.join(map(str, _SIZES))}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    importlib.import_module("self_speculation.passes.triton_kernels")
+    return None
+
+
+class DecodeContext:
+    """As `AttentionContext`, for a pass by kernels: fused layers call `attend`.
+
+    Args:
+        buffers: keys and values by layer; row i of the pass is slot i.
+        positions: [B, T] of the tokens; -1: padding.
+    """
+
+    def __init__(
+        self, tables: AttentionTables, buffers: Mapping[int, Pair], positions: Tensor, kind: AttentionType
+    ) -> None:
+        self._buffers, self._positions, self._window = buffers, positions, kind.window
+        self._cos, self._sin = tables.cos_sin(kind.rotation, 1).unbind()
+
+    def attend(
+        self, qkv: Tensor, layer: int, query_norm: RMSNorm | None, key_norm: RMSNorm | None, scale: float
+    ) -> Tensor:
+        """[B * T, (heads + 2 kv_heads) * head_dim], overwritten -> [B * T, heads * head_dim]"""
+        norms: tuple[Tensor | None, Tensor | None, float, bool] = None, None, 0.0, False
+        if query_norm is not None and key_norm is not None:
+            norms = query_norm.weight, key_norm.weight, query_norm.epsilon, query_norm.is_centred
+        return torch.ops.self_speculation.decode_attention.default(
+            qkv, *norms, self._cos, self._sin, *self._buffers[layer], self._positions, scale, self._window
+        )
 
 
 class JointLinear:
@@ -90,8 +135,8 @@ class FusedLayer(LlamaLayer):
             attended = self._attended(joint, context)
         hidden = _add(hidden, out, attended, norms["attended"])
         joint = gate_up(norms["mlp"](hidden))
-        if isinstance(context, DecodeContext) and self.activation in (SILU, GELU_TANH):
-            product = torch.ops.self_speculation.gated.default(joint, self.activation == GELU_TANH)
+        if isinstance(context, DecodeContext) and self.is_gelu is not None:
+            product = torch.ops.self_speculation.gated.default(joint, self.is_gelu)
         else:
             gate, up = joint.split_with_sizes((self.width, self.width), 1)
             product = self._activate(gate).mul_(up)
@@ -164,7 +209,7 @@ class FusedRunner(ModelRunner):
     """Runs layers one by one.
 
     Attributes:
-        why_no_kernels: see `decode_attention.why_no_kernels`.
+        why_no_kernels: None: its layers decode by our kernels.
     """
 
     parts_kind = FusedParts

@@ -48,7 +48,7 @@ class InPlaceLayer(LlamaLayer):
             parts += [product.weight, product.bias]
         return [NONE if part is None else part for part in parts]
 
-    def description(self, window: int | None, rotation: int) -> tuple[list[int], list[float]]:
+    def description(self, window: int | None, rotation: int) -> tuple[list[Any], list[float]]:
         """What the operator is told of it, see `Layer` of cpp/layers.cpp.
 
         Args:
@@ -56,7 +56,7 @@ class InPlaceLayer(LlamaLayer):
         """
         sizes = [self.num_heads, self.num_kv_heads, self.width, window or 0, rotation]
         epsilons = [norm.epsilon if norm else 0.0 for norm in self.norms.values()]
-        return [*sizes, self.activation, self.norms["input"].is_centred], [self.scaling, *epsilons]
+        return [*sizes, self.is_gelu, self.norms["input"].is_centred], [self.scaling, *epsilons]
 
 
 class InPlaceHead(Head):
@@ -82,11 +82,14 @@ class InPlaceParts(Parts):
             roots.append([base.embed_tokens])  # `ModelRunner.embed` scales by itself
         if any(difference(model, *modules) is not None for modules in roots):
             return
+        layers = [InPlaceLayer(layer) for layer in base.layers]
+        if any(layer.is_gelu is None for layer in layers):
+            return
         self.dtype = torch.float32
         for weight in model.parameters():
             if weight.stride()[-1:] > (1,):  # it lies transposed
                 weight.data = weight.data.contiguous()
-        self.own = {layer: InPlaceLayer(layer) for layer in base.layers}
+        self.own = dict(zip(base.layers, layers, strict=True))
         self.own[head] = InPlaceHead(RMSNorm(base.norm), head)
 
 

@@ -20,7 +20,6 @@ from self_speculation.families import LLAMA_LAYOUT
 from self_speculation.model_cache import cached, kept, version, weights_key
 from self_speculation.passes.attention_context import AttentionContext
 from self_speculation.weights.few_bits import FewBitsLinear
-from self_speculation.weights.kernels import operator_activation
 
 T = TypeVar("T", bound="Parts")
 
@@ -113,6 +112,14 @@ class RMSNorm:
         return torch.rms_norm(hidden, weight.shape, weight, self.epsilon)
 
 
+def _is_gelu(activation: nn.Module) -> bool | None:
+    """True: GELU by tanh; False: SiLU; None: another activation, which no kernel of ours has."""
+    name = f"{type(activation).__name__} {getattr(activation, 'approximate', '')}".strip()
+    if name in ("SiLUActivation", "SiLU"):
+        return False
+    return True if name in ("GELUTanh", "NewGELUActivation", "GELU tanh") else None
+
+
 class LlamaLayer(Layer):
     """Shapes, norms and products of a decoder layer of Llama's layout. Subclasses compute it."""
 
@@ -122,7 +129,7 @@ class LlamaLayer(Layer):
         self.num_heads, self.num_kv_heads = (
             projection.out_features // self.head_dim for projection in (attention.q_proj, attention.k_proj)
         )
-        self.width, self.activation = mlp.gate_proj.out_features, operator_activation(mlp.act_fn)
+        self.width, self.is_gelu = mlp.gate_proj.out_features, _is_gelu(mlp.act_fn)
         # Some families norm the results of attention and MLP, too: there this name is that of attention's.
         before_mlp, after = getattr(layer, "pre_feedforward_layernorm", None), layer.post_attention_layernorm
         norms = {

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from self_speculation.weights.few_bits import FewBitsLinear
-from self_speculation.weights.kernels import operator_activation
 
 # Modules of plain layers that are not those of their family.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -82,8 +81,6 @@ def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
         kind = type(module)
         if kind not in _PLAIN and not kind.__module__.startswith((family, *_ACTIVATIONS)):
             return f"{name or 'it'} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
-        if kind.__module__.startswith(_ACTIVATIONS) and operator_activation(module) is None:
-            return f"{name or 'it'} is a {kind.__name__}, an activation that no operator has"
         if module._forward_hooks or module._forward_pre_hooks or replaced_forward(module):
             return f"{name or 'it'} has a hook or another forward"
     weights = [weight for root in roots for weight in root.parameters()]

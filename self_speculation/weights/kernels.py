@@ -20,7 +20,6 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 _FOLDER = Path(__file__).with_name("cpp")
 _SOURCES = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
@@ -39,13 +38,6 @@ VARIANTS = {
     "AVX2": _AVX2,
     "ARM": ("-march=armv8.2-a+fp16+dotprod",),
 }
-
-# The operators' number for each activation that they have, by the name of its class.
-SILU, GELU_TANH = 0, 1
-OPERATOR_ACTIVATIONS = {
-    "SiLUActivation": SILU, "SiLU": SILU, "GELUTanh": GELU_TANH, "NewGELUActivation": GELU_TANH,
-    "GELU tanh": GELU_TANH, "GELUActivation": 2, "GELU none": 2, "ReLU": 3, "ReLUSquaredActivation": 4,
-}  # fmt: skip
 
 # Seconds after which a compiler counts as broken; it takes 10 to 20 on a quiet machine.
 _PATIENCE = 300.0
@@ -82,11 +74,6 @@ def cpu_operators() -> CPUOperators:
             advice = "SELF_SPECULATION_CACHE names another folder"
             return CPUOperators(None, f"ours cannot be kept or loaded: {error}; {advice}")
     return CPUOperators(variant)
-
-
-def operator_activation(module: nn.Module) -> int | None:
-    """The operators' number for an activation; None: they do not have it."""
-    return OPERATOR_ACTIVATIONS.get(f"{type(module).__name__} {getattr(module, 'approximate', '')}".strip())
 
 
 def build_into(folder: Path) -> None:

@@ -24,8 +24,7 @@ from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.devices import own_arithmetic
 from self_speculation.loading.loading import resolve_device
 from self_speculation.passes import runners
-from self_speculation.passes.decode_attention import why_no_kernels
-from self_speculation.passes.fused_layers import FusedRunner, has_flash_attention
+from self_speculation.passes.fused_layers import FusedRunner, has_flash_attention, why_no_kernels
 from self_speculation.passes.fused_layers import flash_attention as attention_of_passes
 from self_speculation.passes.model_runner import PREFILL_CHUNK
 from self_speculation.passes.runners import fuse

@@ -32,9 +32,7 @@ SHAPES = {
     "odd": {**ODD, "head_dim": 10},
     "one head": {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32},
     "biases": {"attention_bias": True, "mlp_bias": True},
-    "gelu": {"hidden_act": "gelu"},
     "gelu_pytorch_tanh": {"hidden_act": "gelu_pytorch_tanh"},
-    "relu2": {"hidden_act": "relu2"},
     "long": {"max_position_embeddings": 2048},
 }
 

@@ -82,7 +82,7 @@ def another_norm(model):
 
 def another_activation(model):
     for layer in model.model.layers:
-        layer.mlp.act_fn = nn.GELU()
+        layer.mlp.act_fn = nn.GELU(approximate="tanh")
 
 
 def scaled(model):

@@ -130,22 +130,10 @@ void on_all_threads(int64_t threads, const F& f) {
   });
 }
 
-enum Activation : int64_t { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED };
-
-Floats activate(Activation kind, Floats x) {
-  switch (kind) {
-    case SILU: return x / (1.0f + exponential(-x));
-    case GELU_TANH: {
-      Floats inner = 0.7978845608f * (x + 0.044715f * x * x * x);  // (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))
-      return x / (1.0f + exponential(-2.0f * inner));
-    }
-    case GELU:
-      for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.7071067812f));
-      return x;
-    case RELU: return x < 0.0f ? Floats{} : x;
-    case RELU_SQUARED: return x < 0.0f ? Floats{} : x * x;
-  }
-  return x;
+// GELU by tanh, x (1 + tanh(y)) / 2 = x / (1 + exp(-2 y)), or SiLU.
+Floats activate(bool is_gelu, Floats x) {
+  Floats inner = is_gelu ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
+  return x / (1.0f + exponential(-inner));
 }
 
 // What `InPlaceLayer.description` says of a layer, and its `tensors`: six norms, and seven weights with their biases.
@@ -153,14 +141,14 @@ constexpr int64_t NUMBERS = 7, TENSORS = 20;
 
 struct Layer {
   int64_t heads, kv_heads, width, window, rotation;
-  Activation activation;
+  bool is_gelu;
   float scaling;
   Norm input_norm, query_norm, key_norm, attended_norm, mlp_norm, output_norm;
   Weight query, key, value, out, gate, up, down;
 
   Layer(const Tensor* of, const int64_t* numbers, const double* factors, int64_t hidden, int64_t d)
       : heads(numbers[0]), kv_heads(numbers[1]), width(numbers[2]), window(numbers[3]), rotation(numbers[4]),
-        activation(Activation(numbers[5])), scaling(float(factors[0])), input_norm(of[0], hidden, factors[1], numbers[6]),
+        is_gelu(numbers[5]), scaling(float(factors[0])), input_norm(of[0], hidden, factors[1], numbers[6]),
         query_norm(of[1], d, factors[2], numbers[6]), key_norm(of[2], d, factors[3], numbers[6]),
         attended_norm(of[3], hidden, factors[4], numbers[6]), mlp_norm(of[4], hidden, factors[5], numbers[6]),
         output_norm(of[5], hidden, factors[6], numbers[6]), query(of + 6, heads * d, hidden), key(of + 8, kv_heads * d, hidden),
@@ -280,7 +268,7 @@ class Pass {
         for (int64_t j = first; j < last; j += LANES) {
           float *gates = &gates_[t * layer.width + j], *ups = &ups_[t * layer.width + j];
           int64_t n = std::min(LANES, last - j);
-          store(activate(layer.activation, widen(gates, n)) * widen(ups, n), gates, n);
+          store(activate(layer.is_gelu, widen(gates, n)) * widen(ups, n), gates, n);
         }
     });
   }
