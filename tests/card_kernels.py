@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def decode_attention(
@@ -47,14 +48,22 @@ def gated(joint, is_gelu):
     return active * others
 
 
+def flash_attention(queries, keys, values, scale):
+    """The last token sees all keys."""
+    width, length = queries.shape[2], keys.shape[2]
+    mask = torch.ones(width, length, dtype=torch.bool).tril(length - width)
+    return scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True)
+
+
 @contextmanager
 def on_cpu(decode_attention, gated):
-    """Fused layers decode by these operators."""
+    """Fused layers decode by these operators, and read prompts by flash attention."""
     library = torch.library.Library("self_speculation", "IMPL")
     library.impl("decode_attention", decode_attention, "CPU")
     library.impl("gated", gated, "CPU")
     try:
-        with patch("self_speculation.passes.fused_layers.why_no_kernels", lambda *_: None):
+        of_layers = {"why_no_kernels": lambda *_: None, "flash_attention": flash_attention}
+        with patch.multiple("self_speculation.passes.fused_layers", **of_layers):
             yield
     finally:
         library._destroy()

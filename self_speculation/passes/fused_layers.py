@@ -24,7 +24,9 @@ _SIZES = (64, 96, 128, 256)  # of a head, that our kernels take
 
 @cache
 def why_no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """None: triton_kernels.py computes attention while this device decodes."""
+    """None: triton_kernels.py computes attention while this device decodes, torch's flash attention that of
+    prompts.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return "they are for NVIDIA's cards"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
@@ -115,7 +117,7 @@ class FusedLayer(LlamaLayer):
         super().__init__(layer)
         attention, mlp = layer.self_attn, layer.mlp
         weight = attention.q_proj.weight
-        self._has_flash = has_flash_attention(weight.device, weight.dtype, self.head_dim)
+        self._has_flash = why_no_kernels(weight.device, weight.dtype, self.head_dim) is None
         self._num_rotated = self.num_heads + self.num_kv_heads
         self.products = (
             JointLinear(attention.q_proj, attention.k_proj, attention.v_proj),
@@ -167,15 +169,6 @@ class FusedLayer(LlamaLayer):
             is_causal = mask is None and width > 1
             attended = scaled_dot_product_attention(heads, keys, values, mask, 0.0, is_causal, scale=scale)
         return attended.transpose(1, 2).reshape(rows * width, -1)
-
-
-def has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether torch's flash attention can be called here."""
-    # AMD's aligns its causal mask to the first token and key.
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    takes_heads = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-    return takes_heads and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

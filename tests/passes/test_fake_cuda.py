@@ -11,21 +11,19 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import COPY, PROMPT, WAYS, config_of, generate, ids_of
-from test_llama_model_utils import windowed
-from torch.nn.functional import scaled_dot_product_attention
+from conftest import COPY, WAYS, config_of, generate
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
 
 from benchmarks.fake_gpu import DEVICE, fake_gpu, fake_model, is_there, tensors_of
-from self_speculation import Request, make_strategy, release
+from self_speculation import Request, make_strategy
 from self_speculation.decoding import grammar
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.devices import own_arithmetic
 from self_speculation.loading.loading import resolve_device
 from self_speculation.passes import runners
-from self_speculation.passes.fused_layers import FusedRunner, has_flash_attention, why_no_kernels
 from self_speculation.passes.fused_layers import flash_attention as attention_of_passes
+from self_speculation.passes.fused_layers import why_no_kernels
 from self_speculation.passes.model_runner import PREFILL_CHUNK
 from self_speculation.passes.runners import fuse
 from self_speculation.weights.int4_linear import has_kernel
@@ -189,53 +187,26 @@ NO_SIZE = "elements, not one of 64, 96, 128, 256"
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "dtype", "head_dim", "has_copies", "has_flash", "why"),
+    ("device", "capability", "dtype", "head_dim", "has_copies", "why"),
     [
-        ("cpu", None, torch.float32, 64, True, False, "they are for NVIDIA's cards"),
-        ("cpu", None, torch.float64, 64, False, False, "they are for NVIDIA's cards"),
-        ("mps", None, torch.float16, 64, False, False, "they are for NVIDIA's cards"),
-        ("cuda", (7, 5), torch.float16, 64, False, False, "the card has compute capability 7.5, below 8.0"),
-        ("cuda", (8, 0), torch.float32, 64, True, False, "activations are torch.float32, not in 16 bits"),
-        ("cuda", (8, 0), torch.float16, 80, True, True, f"a head has 80 {NO_SIZE}"),
-        ("cuda", (8, 0), torch.float16, 60, True, False, f"a head has 60 {NO_SIZE}"),
-        ("cuda", (8, 0), torch.float16, 320, True, False, f"a head has 320 {NO_SIZE}"),
-        ("cuda", (9, 0), torch.bfloat16, 96, True, True, None),
+        ("cpu", None, torch.float32, 64, cpu_operators().variant is not None, "they are for NVIDIA's cards"),
+        ("cpu", None, torch.float64, 64, False, "they are for NVIDIA's cards"),
+        ("mps", None, torch.float16, 64, False, "they are for NVIDIA's cards"),
+        ("cuda", (7, 5), torch.float16, 64, False, "the card has compute capability 7.5, below 8.0"),
+        ("cuda", (8, 0), torch.float32, 64, True, "activations are torch.float32, not in 16 bits"),
+        ("cuda", (8, 0), torch.float16, 80, True, f"a head has 80 {NO_SIZE}"),
+        ("cuda", (8, 0), torch.float16, 60, True, f"a head has 60 {NO_SIZE}"),
+        ("cuda", (8, 0), torch.float16, 320, True, f"a head has 320 {NO_SIZE}"),
+        ("cuda", (9, 0), torch.bfloat16, 96, True, None),
     ],
 )
 @pytest.mark.usefixtures("triton_kernels")
-def test_what_kernels_take(device, capability, dtype, head_dim, has_copies, has_flash, why, monkeypatch):
+def test_what_kernels_take(device, capability, dtype, head_dim, has_copies, why, monkeypatch):
     """Guards against an error in the middle of an answer: a kernel that does not assemble, or refuses."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     device = torch.device(device)
     assert why_no_kernels.__wrapped__(device, dtype, head_dim) == why
-    assert has_flash_attention(device, dtype, head_dim) == has_flash
     assert has_kernel(device, dtype) == has_copies
-
-
-def test_the_same_ids_by_flash_attention(monkeypatch):
-    """Guards against heads in another order, and against a mask that is missing or aligned otherwise, also
-    where other layers have windows.
-    """
-    model = windowed("qwen2", num_attention_heads=6, hidden_size=48, max_position_embeddings=2048).float()
-    fuse(model)
-    drafts = {"exit_layer": 2, "num_speculations": 5, "max_steps": 12}
-    prompts = [PROMPT, [5 + i % 40 for i in range(PREFILL_CHUNK + 37)]]
-    monkeypatch.setattr("self_speculation.scheduler.make_runner", FusedRunner)
-    expected = [ids_of(model, prompt, **drafts) for prompt in prompts]
-    lengths = []
-
-    def attention(query, key, value, scale):
-        """What the kernel computes: the last token sees all keys."""
-        lengths.append((query.shape[2], key.shape[2]))
-        mask = torch.ones(lengths[-1], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
-        return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
-
-    monkeypatch.setattr("self_speculation.passes.fused_layers.has_flash_attention", lambda *_: True)
-    release(model)
-    monkeypatch.setattr("self_speculation.passes.fused_layers.flash_attention", attention)
-    assert [ids_of(model, prompt, **drafts) for prompt in prompts] == expected
-    assert {(6, 6), (PREFILL_CHUNK, PREFILL_CHUNK), (37, PREFILL_CHUNK + 37)} < {*lengths}
-    assert any(width == 6 and length > 6 for width, length in lengths)  # verifications
 
 
 def test_arithmetic_of_two_threads():
