@@ -27,6 +27,7 @@ from self_speculation.passes.fused_layers import why_no_kernels
 from self_speculation.passes.model_runner import PREFILL_CHUNK
 from self_speculation.passes.runners import fuse
 from self_speculation.weights.int4_linear import has_kernel
+from self_speculation.weights.kernels import cpu_operators
 
 # Calls that read a tensor on the host, or give results whose shape depends on values.
 READING = {"item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
