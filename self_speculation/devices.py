@@ -1,15 +1,8 @@
-"""Lost ranks and devices, free memory, arithmetic of a device."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock
+"""Lost ranks and devices, free memory, powers of two."""
 
 import psutil
 import torch
 import torch.distributed as dist
-
-# Whether products of bfloat16 could be summed in fewer bits when each thread began.
-_LOCK, _WAS_ON = Lock(), list[bool]()
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -28,21 +21,6 @@ def free_memory(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available
-
-
-@contextmanager
-def own_arithmetic(device: torch.device) -> Iterator[None]:
-    """Disable the caller's autocast; GPUs sum products of bfloat16 in float32 while any thread is in here."""
-    matmul = torch.backends.cuda.matmul
-    with torch.autocast(device.type, enabled=False):
-        with _LOCK:
-            _WAS_ON.append(matmul.allow_bf16_reduced_precision_reduction)
-            matmul.allow_bf16_reduced_precision_reduction = False
-        try:
-            yield
-        finally:
-            with _LOCK:  # the first thread found the caller's, the others found it off
-                matmul.allow_bf16_reduced_precision_reduction = _WAS_ON.pop()
 
 
 def round_up(number: int, step: int) -> int:

@@ -22,7 +22,6 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.prefix_cache import PrefixCache, cache_key, kept_caches
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.devices import own_arithmetic
 from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.families import check_supported, context_length, described_context
 from self_speculation.generation_strategy import GenerationStrategy
@@ -135,7 +134,7 @@ class Scheduler(Generic[Key]):
         self._token_budget = math.inf if token_budget is None else token_budget
         self._device = model.get_input_embeddings().weight.device
         self._most_together = _TOGETHER_ON_CPU if self._device.type == "cpu" else PREFILL_CHUNK
-        self._own_arithmetic = partial(own_arithmetic, self._device)
+        self._without_autocast = partial(torch.autocast, self._device.type, enabled=False)
         longest, self._depth = 0, model.config.num_hidden_layers
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
@@ -177,7 +176,7 @@ class Scheduler(Generic[Key]):
         positions, or of `longest` if they fit in memory. A request that outgrows it ends all captured passes.
         """
         decoding, most = self._ensure_prepared(), num_positions + self.batch.longest_draft
-        with self._own_arithmetic():
+        with self._without_autocast():
             passes = self._strategy.passes(decoding)
             decoding.runner.capture(decoding.cache, passes, self._batch_size, most, longest)
 
@@ -215,7 +214,7 @@ class Scheduler(Generic[Key]):
         left = max(1, self._token_budget - len(self.batch))
         while left > 0 and (chosen := self._next_pass(left)):
             adjust_threads(self._model)
-            with self._own_arithmetic():
+            with self._without_autocast():
                 left -= self._prefill(*chosen)
             self._remove_finished()
         if self.batch:
@@ -237,7 +236,7 @@ class Scheduler(Generic[Key]):
         decoding = self._ensure_prepared()
         adjust_threads(self._model)
         try:
-            with self._own_arithmetic():
+            with self._without_autocast():
                 self._strategy.decode_round(decoding)
         except Exception as error:
             decoding.slots.discard_prefixes()
@@ -317,7 +316,7 @@ class Scheduler(Generic[Key]):
     def _ensure_prepared(self) -> Decoding:
         """Prepare for the model's current weights, unless that is done."""
         if self._prepared is None:
-            with self._own_arithmetic():
+            with self._without_autocast():
                 runner = make_runner(self._model)
                 slots = self._make_slots(runner)
                 composer = None

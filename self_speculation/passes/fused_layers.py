@@ -220,6 +220,8 @@ class FusedRunner(ModelRunner):
             # In this process. torch prefers it on Hopper and newer, and it makes a plan, for tens of
             # milliseconds, for every new number of keys: in decoding, for every token.
             torch.backends.cuda.enable_cudnn_sdp(False)
+            # Products of bfloat16 are summed in float32: near-ties are fewer.
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         if not self.decodes_by_kernels(cache, self.layers[first:last]):

@@ -5,7 +5,6 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 """
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -19,7 +18,6 @@ from benchmarks.fake_gpu import DEVICE, fake_gpu, fake_model, is_there, tensors_
 from self_speculation import Request, make_strategy
 from self_speculation.decoding import grammar
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
-from self_speculation.devices import own_arithmetic
 from self_speculation.loading.loading import resolve_device
 from self_speculation.passes import runners
 from self_speculation.passes.fused_layers import flash_attention as attention_of_passes
@@ -174,14 +172,17 @@ def test_guided_decoding(byte_tokenizer):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.usefixtures("gpu")
 def test_long_prompts(fused, window, monkeypatch):
-    """Guards against scores in memory where a later chunk or a window needs a mask, and against cuDNN's
-    attention, which makes a plan for every number of keys.
+    """Guards against scores in memory where a later chunk or a window needs a mask, against cuDNN's
+    attention, which makes a plan for every number of keys, and against sums in fewer bits.
     """
+    matmul, sums = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
     monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", (enable := Mock()))
+    monkeypatch.setattr(matmul, sums, True)
     model = model_of(fused=fused, window=window)
     for length in (PREFILL_CHUNK + 1, PREFILL_CHUNK + 37):
         generate(model, [5] * length, max_steps=2, eos=[])
     enable.assert_called_with(False)
+    assert not getattr(matmul, sums)
 
 
 NO_SIZE = "elements, not one of 64, 96, 128, 256"
@@ -208,18 +209,6 @@ def test_what_kernels_take(device, capability, dtype, head_dim, has_copies, why,
     device = torch.device(device)
     assert why_no_kernels.__wrapped__(device, dtype, head_dim) == why
     assert has_kernel(device, dtype) == has_copies
-
-
-def test_arithmetic_of_two_threads():
-    """Guards against sums in fewer bits in a thread that decodes on, and against others than the caller's
-    when none does.
-    """
-    first, second = (own_arithmetic(torch.device("cpu")) for _ in range(2))
-    ends, found = [partial(each.__exit__, None, None, None) for each in (first, second)], []
-    for change in (first.__enter__, second.__enter__, *ends):
-        change()
-        found.append(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
-    assert found == [False, False, False, True]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
