@@ -50,7 +50,7 @@ class Phase {
 // Rows of several weights as pieces of work. They are long, since fetching ahead starts anew with each.
 class Pieces {
  public:
-  Pieces(std::initializer_list<const Weight*> weights, int64_t threads) : weights_(weights) {
+  Pieces(std::span<const Weight* const> weights, int64_t threads) : weights_(weights) {
     for (const Weight* weight : weights_) blocks_ += round_up(weight->rows, BLOCK) / BLOCK;
     size_ = std::max<int64_t>(1, (blocks_ + 2 * threads - 1) / (2 * threads));
   }
@@ -69,7 +69,7 @@ class Pieces {
   }
 
  private:
-  std::vector<const Weight*> weights_;
+  std::span<const Weight* const> weights_;
   int64_t blocks_ = 0, size_;
 };
 
@@ -87,36 +87,26 @@ class Products {
     return tokens > MADE_ALONE ? aligned(tokens * Inputs::stride_of(columns)) : nullptr;
   }
 
-  // x is what `fill(token, to)` writes, then f(x, index of the weight, first row, last row) for all rows: two phases, or
-  // two for each weight if they differ in type, since inputs are made for one.
+  // x is what `fill(token, to)` writes, then f(x, index of the weight, first row, last row) for all rows: two phases, and two
+  // more where the next weight has another type, since inputs are made for one.
   template <class Fill, class F>
-  void run(Phase*& phase, std::initializer_list<const Weight*> weights, const Fill& fill, const F& f) const {
-    size_t index = 0;
-    if (of_one_type(weights)) return run_together(phase, weights, fill, f);
-    for (const Weight* weight : weights) {
-      run_together(phase, {weight}, fill, [&](const Inputs& x, size_t, int64_t first, int64_t last) { f(x, index, first, last); });
-      index++;
+  void run(Phase*& phase, std::vector<const Weight*> weights, const Fill& fill, const F& f) const {
+    for (size_t begin = 0, end = 0; begin < weights.size(); begin = end) {
+      const Weight& weight = *weights[begin];
+      while (end < weights.size() && weights[end]->type == weight.type) end++;
+      const Inputs x(shared_ ? shared_ : own_.get(), tokens_, weight.columns, weight.type, in_bfloat16_);
+      auto put = [&](int64_t t) { x.put(t, fill, reinterpret_cast<float*>(in_order_.get())); };
+      auto put_all = [&] { for (int64_t t = 0; t < tokens_; t++) put(t); };
+      if (shared_) phase->run(tokens_, [] {}, put);
+      phase++;
+      const Pieces pieces({&weights[begin], end - begin}, threads_);
+      phase++->run(pieces.number(), [&] { if (!shared_) put_all(); }, [&](int64_t piece) {
+        pieces.of(piece, [&](size_t i, int64_t first, int64_t last) { f(x, begin + i, first, last); });
+      });
     }
-  }
-  static bool of_one_type(std::initializer_list<const Weight*> weights) {
-    return std::all_of(weights.begin(), weights.end(), [&](auto* weight) { return weight->type == (*weights.begin())->type; });
   }
 
  private:
-  template <class Fill, class F>
-  void run_together(Phase*& phase, std::initializer_list<const Weight*> weights, const Fill& fill, const F& f) const {
-    const Weight& weight = **weights.begin();
-    Inputs x(shared_ ? shared_ : own_.get(), tokens_, weight.columns, weight.type, in_bfloat16_);
-    auto put = [&](int64_t t) { x.put(t, fill, reinterpret_cast<float*>(in_order_.get())); };
-    auto put_all = [&] { for (int64_t t = 0; t < tokens_; t++) put(t); };
-    if (shared_) phase->run(tokens_, [] {}, put);
-    phase++;
-    Pieces pieces(weights, threads_);
-    phase++->run(pieces.number(), [&] { if (!shared_) put_all(); }, [&](int64_t piece) {
-      pieces.of(piece, [&](size_t i, int64_t first, int64_t last) { f(x, i, first, last); });
-    });
-  }
-
   int64_t tokens_, threads_;
   bool in_bfloat16_;
   Floats* shared_;
@@ -256,7 +246,7 @@ class Pass {
     auto multiply = [&](const Weight& weight, std::unique_ptr<float[]>& to, const Inputs& x, int64_t first, int64_t last) {
       weight.multiply(first, last, x, [&](int64_t t, int64_t row, float number) { to[t * layer.width + row] = number; });
     };
-    bool is_one_type = Products::of_one_type({&layer.gate, &layer.up});
+    const bool is_one_type = layer.gate.type == layer.up.type;
     if (!is_one_type)
       products.run(phase, {&layer.gate}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
         multiply(layer.gate, gates_, x, first, last);
