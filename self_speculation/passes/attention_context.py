@@ -65,7 +65,8 @@ class AttentionContext:
     ) -> None:
         lengths, self.cache, self.rows, self.width = cache.lengths(first), cache, cache.num_rows, width
         start, end = self._range = min(lengths), max(lengths) + width
-        self._tables, self._window, self._positions = tables, kind.window, None
+        self._tables, self._window = tables, kind.window
+        self._positions: Tensor | None = None  # [B, T]; None: rows have one length
         self._first_key = 0 if kind.window is None else max(0, start + 1 - kind.window)  # that a token sees
         self.sees_all = cache.is_uniform and (kind.window is None or end <= kind.window)
         table = tables.cos_sin(kind.rotation, end)

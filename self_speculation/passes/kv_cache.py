@@ -63,18 +63,18 @@ class Buffers:
         if old is not None and end <= old[0].shape[2]:
             return old
         shape = self.num_slots, self._kv_heads, self.capacity, self._head_dim
-        like = {"dtype": self._dtype, "device": self._devices[layer]}
+        dtype, device = self._dtype, self._devices[layer]
         try:
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
-            larger = torch.zeros(shape, **like), torch.zeros(shape, **like)
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         except (MemoryError, RuntimeError):  # a shorter sequence may still fit
             has_all = len(self.of_layers) == self.num_layers
             self.capacity = min(part.shape[2] for part in self.all()) if has_all else 0
             raise
-        for new, part in zip(larger, old or (), strict=False):
+        for new, part in zip((keys, values), old or (), strict=False):
             new[:, :, : part.shape[2]] = part
-        self.of_layers[layer] = larger
-        return larger
+        self.of_layers[layer] = keys, values
+        return keys, values
 
     def _fit(self, wanted: int, least: int) -> int:
         """So many positions, or as many as fit. Raises MemoryError if `least` do not."""

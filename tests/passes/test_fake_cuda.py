@@ -175,14 +175,13 @@ def test_long_prompts(fused, window, monkeypatch):
     """Guards against scores in memory where a later chunk or a window needs a mask, against cuDNN's
     attention, which makes a plan for every number of keys, and against sums in fewer bits.
     """
-    matmul, sums = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
     monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", (enable := Mock()))
-    monkeypatch.setattr(matmul, sums, True)
+    monkeypatch.setattr("torch.backends.cuda.matmul", (matmul := Mock()))
     model = model_of(fused=fused, window=window)
     for length in (PREFILL_CHUNK + 1, PREFILL_CHUNK + 37):
         generate(model, [5] * length, max_steps=2, eos=[])
     enable.assert_called_with(False)
-    assert not getattr(matmul, sums)
+    assert matmul.allow_bf16_reduced_precision_reduction is False
 
 
 NO_SIZE = "elements, not one of 64, 96, 128, 256"
