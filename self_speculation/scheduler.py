@@ -252,8 +252,6 @@ class Scheduler(Generic[Key]):
         rows = [row for row, sequence in enumerate(self.batch.sequences) if not sequence.remaining]
         for row in reversed(rows):
             self._finish(self.batch.remove(row))
-        if rows and (self.batch or self._waiting):
-            self._ensure_prepared().cache.buffers.limit = self._longest(self._waiting)
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.slot is not None:

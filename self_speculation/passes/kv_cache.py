@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -39,7 +38,6 @@ class Buffers:
         self.num_layers, self.num_slots, self.capacity = len(devices), num_slots, 0
         self._devices, (self._kv_heads, self._head_dim), self._dtype = devices, shape, dtype
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
-        self.limit = sys.maxsize  # the most positions that a row can reach
         self.of_layers: dict[int, Pair] = {}
         self.num_caches = 0  # the last one has the buffers
 
@@ -58,7 +56,7 @@ class Buffers:
     def with_room(self, layer: int, end: int) -> Pair:
         """The buffers of a layer, grown to at least `end` positions. Raises MemoryError as `reserve`."""
         if end > self.capacity:
-            self.reserve(max(end, min(2 * self.capacity, self.limit)), end)
+            self.reserve(end + end // 4, end)
         old = self.of_layers.get(layer)
         if old is not None and end <= old[0].shape[2]:
             return old
@@ -97,7 +95,7 @@ class KVCache:
     """Keys and values of every layer, for the rows of a batch. At first there is one row, empty.
 
     The buffers of a layer are allocated when it first runs. Appending writes in place, and rolling back moves
-    a position. Buffers that are too small double, up to a limit.
+    a position. Buffers that are too small grow by a quarter.
 
     A pass appends equally many positions to each row, so length(row, layer) = appended[layer] - missing[row].
     A row misses the positions that were rolled back, and those by which it was shorter than the longest row.
@@ -136,7 +134,7 @@ class KVCache:
             RuntimeError: see `check`.
         """
         self.check()
-        wanted, self.buffers.limit = num_positions, num_positions
+        wanted = num_positions
         if self.buffers.grows:
             wanted = min(wanted, prompt_length + _FIRST_ALLOCATION // self.buffers.num_slots)
         self.buffers.reserve(wanted, prompt_length)

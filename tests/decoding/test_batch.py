@@ -420,24 +420,6 @@ def test_a_callback_may_cancel(callback, budget, drafts):
     assert scheduler.num_free_slots == 3
 
 
-def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
-    """Guards against a cache that doubles beyond the longest possible sequence, or beyond that of a finished
-    row.
-    """
-    monkeypatch.setattr("self_speculation.passes.kv_cache._FIRST_ALLOCATION", 32)
-    scheduler = scheduler_of(tiny_llama(), 2, max_steps=200)
-    scheduler.add_request("ends early", Request([3], stop_checks=ends_at(9)))
-    is_long = GenerationConfig(sample=False, max_steps=60)
-    scheduler.add_request("is long", Request([7], config=is_long))
-    cache, capacities, ended = scheduler._ensure_prepared().cache, set(), {}
-    while scheduler.has_requests:
-        scheduler.step()
-        capacities.add(cache.buffers.capacity)
-        ended |= scheduler.pop_finished()
-    assert capacities == {24, 48, 64}
-    assert [len(result.predicted_tokens) for result in ended.values()] == [9, 60]
-
-
 def test_times_of_setup_and_idleness(monkeypatch):
     """Guards against idle time in a prefill time, and against a setup that counts for each request."""
     passed, setup, idle, ticks = [0.0], 1e6, 1e9, count()
