@@ -123,5 +123,5 @@ def test_buffers_grow_one_after_another(monkeypatch):
         return grow(*args)
 
     monkeypatch.setattr(Buffers, "with_room", with_room)
-    cache.extend(0, 4, 8)
+    cache.extend(0, 4, 16)
     assert alive == [8, 6, 4, 2]
