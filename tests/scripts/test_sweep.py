@@ -37,7 +37,7 @@ def table(tmp_path):
     [
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--no_repeat_ngram_size", "2"], marks=pytest.mark.slow),
-        ["--stop_token_ids", *map(str, range(30, 60))],
+        ["--stop_token_ids", *map(str, range(30, 45))],  # some answers end, others are cut
     ],
 )
 def test_counts_are_the_measured_ones(common, tmp_path, extra):
