@@ -188,15 +188,3 @@ def test_a_process_for_grammars_that_is_killed(served, monkeypatch):
     monkeypatch.setattr(sandbox, "_start", lambda: (process := start(), process.kill(), process.wait())[0])
     answer = post(served, prompt="x", structured_outputs={"regex": "never compiled"})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-
-
-def test_penalties_and_biases(served):
-    """Guards against fields without an effect, and ids that the model does not have."""
-    plain, tokenizer = content(served, max_tokens=20), served.generator.tokenizer
-    for fields in ({"frequency_penalty": 2}, {"presence_penalty": 2}, {"repetition_penalty": 2.0}):
-        assert content(served, max_tokens=20, **fields) != plain
-    (id_,) = tokenizer.encode("x", add_special_tokens=False)
-    assert set(content(served, max_tokens=20, logit_bias={str(id_): 100})) == {"x"}
-    banned = dict.fromkeys(map(str, tokenizer.encode(plain, add_special_tokens=False)), -100)
-    assert content(served, max_tokens=20, logit_bias=banned) != plain
-    assert "must be by token ids below" in refused(served, CHAT, messages=HELLO, logit_bias={"999999": 1})

@@ -25,8 +25,9 @@ from serving.protocol import FINISH_REASONS
 
 TEXTS = ["def add(a, b):", "Once upon a time", "class Stop:", "Human: who are you?", "café", "return a + b"]
 PROMPTS = [*TEXTS, [5, 6, 7], TEXTS[:3], *("x y z " * n for n in (2, 9, 30))]
-OPTIONS = {
-    "n": 2, "stop": ["\n", "an"], "logprobs": 2, "drafts": False, "frequency_penalty": 1.0, "top_k": 4,
+PENALTIES = {"frequency_penalty": 1.0, "presence_penalty": 1.0, "repetition_penalty": 2.0}
+OPTIONS = PENALTIES | {
+    "n": 2, "stop": ["\n", "an"], "logprobs": 2, "drafts": False, "top_k": 4,
     "structured_outputs": {"regex": "[0-9]{2,5}"}, "prediction": {"type": "content", "content": TEXTS[1]},
 }  # fmt: skip
 LONG = json.dumps({"prompt": "x y " * 500}).encode()
@@ -53,7 +54,7 @@ def expected(generator, request):
     """The same by the library, each prompt alone and without drafts."""
     prompts, found = request["prompt"], []
     prompts = prompts if isinstance(prompts, list) and isinstance(prompts[0], str) else [prompts]
-    own = {name: request[name] for name in ("temperature", "top_k", "frequency_penalty") if name in request}
+    own = {name: request[name] for name in ("temperature", "top_k", *PENALTIES) if name in request}
     own |= {"sample": request["temperature"] > 0, "stop_words": request.get("stop")}
     config = config_of(max_steps=request["max_tokens"], **own)
     regex = request.get("structured_outputs", {}).get("regex")
@@ -98,8 +99,7 @@ def storm(model, tokenizer, served, number, seed, clients=16):
 
 def test_sixty_requests_at_once(text_model, byte_tokenizer):
     """Guards against jobs that stay in memory, races of many clients, noise, limits, stops, penalties or
-    grammars that requests share, fields without an effect, one seed for all choices, and choices in the order
-    in which they finish.
+    grammars that requests share, fields without an effect, and one seed for all choices.
     """
     generator = tiny_generator(text_model, byte_tokenizer)
     with Served(generator, batch_size=3, max_waiting=15) as served:
