@@ -181,10 +181,7 @@ class RunArguments(BatchArguments):
 
 
 def parse(
-    description: str,
-    *groups: type,
-    args: Sequence[str] | None = None,
-    without: Collection[str] = (),
+    description: str, *groups: type, args: Sequence[str] | None = None, without: Collection[str] = ()
 ) -> tuple[Any, ...]:
     """Parse one instance of each dataclass in `groups` from the command line.
 
@@ -247,8 +244,10 @@ def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[s
             options = {"choices": get_args(kind)}
         elif kind is bool:
             options = {"type": _truth, "nargs": "?", "const": True, "metavar": "True|False"}
-            no_value: dict[str, Any] = {"type": _no_value, "nargs": "?", "const": False, "help": SUPPRESS}
-            parser.add_argument(f"--no{each.name}", f"--no_{each.name}", dest=each.name, **no_value)
+            negated = (f"--no{each.name}", f"--no_{each.name}")
+            parser.add_argument(
+                *negated, dest=each.name, action="store_false", default=SUPPRESS, help=SUPPRESS
+            )
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper(), **each.metadata.get("flag", {})}
         default = "" if each.default is None else f" (default: {each.default})"
@@ -262,10 +261,6 @@ def _truth(text: str) -> bool:
     if (word := text.lower()) not in (allowed := ("true", "yes", "1", "false", "no", "0")):
         raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
     return word in allowed[:3]
-
-
-def _no_value(text: str) -> NoReturn:
-    raise argparse.ArgumentTypeError(f"takes no value, not {text!r}")
 
 
 def _hint(unknown: str, flags: Collection[str]) -> str:

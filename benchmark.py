@@ -1,4 +1,4 @@
-"""Speed and text quality of a strategy over a dataset.
+"""Speed of a strategy over a dataset, and the drafts that are accepted.
 
     python benchmark.py --dataset human_eval --num_samples 20 --max_steps 128 --sample False
     python benchmark.py --compare True --exit_layer 8 --num_speculations 4 --sample False
@@ -10,7 +10,6 @@ Results are written to a folder in --output_dir as they come; --resume FOLDER co
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from arguments import SELDOM, GenerationConfig, ModelArguments, RunArguments, parse, refuse
@@ -29,8 +28,6 @@ class MeasurementArguments(RunArguments):
     answer_file: str | None = None
     """Also write the answers to spec_bench in its own format; with --compare True, those without drafts to
     a second file beside it."""
-    text_quality: bool = False
-    """Also compare answers with reference answers: ROUGE, BLEU, exact match and edit distance."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,21 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse(f"--answer_file {args.answer_file}: is a format of spec_bench, not of {data_args.dataset}")
         if args.batch_size > 1:
             refuse(f"--answer_file {args.answer_file}: needs --batch_size 1, it has the time of each answer")
-        path = Path(args.answer_file).expanduser()
-        check_writable("answer_file", path.parent)
-        if path.is_dir():
-            refuse(f"--answer_file {path}: is a folder, must be a file")
+        check_writable("answer_file", Path(args.answer_file).expanduser().parent)
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    validate(model_args, config, data_args.chat)
+    validate(model_args, config)
 
     from measures.benchmarking import Benchmark
     from runs.examples import run_experiment
 
-    make = partial(
-        Benchmark, compare=args.compare, answer_file=args.answer_file, text_quality=args.text_quality
-    )
-    return run_experiment("benchmark", make, model_args, config, data_args, args)
+    own = {"compare": args.compare, "answer_file": args.answer_file}
+    return run_experiment("benchmark", Benchmark, model_args, config, data_args, args, **own)
 
 
 if __name__ == "__main__":

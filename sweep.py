@@ -11,7 +11,6 @@ measured. The last line has the flags of the fastest one. --mode measured measur
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from arguments import (
@@ -41,8 +40,8 @@ class SweepArguments(RunArguments):
     exit_layer_first: int = 1
     """First exit layer of the grid."""
     exit_layer_last: int = 15
-    """Last exit layer; at most the model's last but one. With --draft_weights at most its last, which is in
-    the grid if this flag is left out."""
+    """Last exit layer; at most the model's last but one. With --draft_weights its last one is in the grid,
+    too."""
     exit_layer_step: int = 1
     """Step between exit layers."""
     num_speculations_first: int = 1
@@ -59,14 +58,6 @@ class SweepArguments(RunArguments):
             at_least(self, 1, f"{axis}_first", f"{axis}_step")
             check(self, f"{axis}_first", first <= last, f"beyond --{axis}_last {last}, the grid is empty")
 
-    def exit_layers(self, last: int, of_copy: bool) -> list[int]:
-        """The exit layers of the grid, of which `last` is the last one that can draft."""
-        layers = [*range(self.exit_layer_first, min(self.exit_layer_last, last) + 1, self.exit_layer_step)]
-        # A copy of all layers guesses best: without --exit_layer_last it is in the grid.
-        if of_copy and layers and last not in layers and self.exit_layer_last == type(self).exit_layer_last:
-            layers.append(last)
-        return layers
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments)
@@ -74,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.mode == "counted" and not config.greedy:
         print_status("--mode counted decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
+    if config.generation_strategy == "adaptive":
+        refuse("--generation_strategy adaptive: cells are self_speculative, leave it out")
+    if unused := sorted(given_flags(argv, GenerationConfig) & {"exit_layer", "num_speculations"}):
+        print_status(f"--{' and --'.join(unused)}: not used, cells are on the grid of the flags of sweeps")
     cell = {"generation_strategy": "self_speculative", "exit_layer": 1, "num_speculations": 1}
-    for name in sorted(given_flags(argv, GenerationConfig) & cell.keys()):
-        if (value := getattr(config, name)) != "self_speculative":
-            cells = "cells are self_speculative, on the grid of the flags of sweeps"
-            print_status(f"--{name} {value}: not used; {cells}")
     config = dataclasses.replace(config, **cell)
-    validate(model_args, config, data_args.chat)
+    validate(model_args, config)
 
     from measures.sweeping import Counted, Measured
     from runs.examples import run_experiment
@@ -91,16 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse("--mode counted: needs drafts of layers and of one length; use --mode measured")
     num_layers, is_copy = read_config(model_args).num_hidden_layers, config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1
-    exit_layers = args.exit_layers(last, is_copy)
-    if not exit_layers:
+    if args.exit_layer_first > last:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
+    exit_layers = [*range(args.exit_layer_first, min(args.exit_layer_last, last) + 1, args.exit_layer_step)]
+    if is_copy and last not in exit_layers:
+        exit_layers.append(last)  # a copy of all layers guesses best
     if args.exit_layer_last > last:
         cut = f"cut to {last}, the model has {num_layers} layers"
         print_status(f"--exit_layer_last {args.exit_layer_last}: {cut}")
     lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
     grid = [(layer, k) for layer in exit_layers for k in lengths]
-    make = partial(Measured if args.mode == "measured" else Counted, grid=grid)
-    return run_experiment("sweep", make, model_args, config, data_args, args)
+    make = Measured if args.mode == "measured" else Counted
+    return run_experiment("sweep", make, model_args, config, data_args, args, grid=grid)
 
 
 if __name__ == "__main__":

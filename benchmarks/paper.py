@@ -16,7 +16,7 @@ The columns: *acc* accepted / drafted tokens, as published the mean of examples;
 decoding without drafts; *formula* the speed-up by the published acceptance, (1 + k acc) / (1 + k exit /
 layers); *len* the mean accepted length; *tok/s* those of whole answers. The columns with a star are measured
 here: speeds are medians, with the 90 % confidence interval. The CSV of the run also has the acceptance rate
-of all tokens together, text metrics, numbers of examples and machines.
+of all tokens together, numbers of examples and machines.
 """
 
 import json
@@ -24,7 +24,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,15 @@ import pandas
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import ModelArguments, at_least, check, parse
+from arguments import ModelArguments, at_least, check, parse, refuse
 from benchmarks.bars import bars
 from data import DATASETS
 from runs.description import Record, describe, machine
-from runs.failures import check_writable
+from runs.failures import Failed, check_writable
 from runs.program import run
 from runs.records import Run
 from runs.startup import read_config
 from runs.status import print_status
-from runs.work import Work, work_off
 
 PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))
 PUBLISHED["row"] = [
@@ -80,75 +78,68 @@ class PaperArguments:
         return PUBLISHED[[not self.rows or any(part in name for part in self.rows) for name in named]]
 
 
-@dataclass
-class Paper(Work):
-    """Runs of benchmark.py, one for each row of the table."""
-
-    model_args: ModelArguments
-    args: PaperArguments
-
-    unit, batch_size = "row", 1
-
-    def __post_init__(self) -> None:
-        self.rows = rows = self.args.chosen().reset_index(drop=True)
-        k, share = rows["num_speculations"], rows["exit_layer"] / rows["layers"]
-        rows["formula"] = (1 + k * rows["acceptance"]) / (1 + k * share)
-        depth = read_config(self.model_args).num_hidden_layers if self.model_args.model else rows["layers"]
-        rows["exit"] = (share * depth).round().clip(lower=1).astype(int)
-
-    @property
-    def names(self) -> Sequence[str]:
-        return [*self.rows["row"]]
-
-    def is_done(self, record: Record) -> bool:
-        return "not_measured" not in record
-
-    def measure(self, index: int) -> Record:
-        print_status(f"{self.names[index]} ...")
-        flags = _flags(self.rows.loc[index], self.model_args, self.args)
-        record = _measured(flags, self.run.folder / f"row{index}")
-        if not self.is_done(record):
-            print_status(f"  not measured: {record['not_measured']}")
-        return record
-
-    def conclude(self, records: list[Record]) -> int:
-        """Write, draw and print the table. The exit status is 1 if no row is measured."""
-        table = self.rows.join(pandas.DataFrame(records).set_index("index"))
-        table = table.reindex(columns=[*dict.fromkeys((*table, *_COLUMNS, "not_measured"))])
-        table = table.astype(dict.fromkeys(list(_COLUMNS)[3:], float))
-        machines = dict.fromkeys(record["machine"] for record in records if self.is_done(record))
-        self.run.replace("paper.csv", table.to_csv(index=False))
-        self.run.finish(records, {})
-        names = table["row"] + ", exit " + table["exit_layer"].astype(str)
-        table.index = names + ", k " + table["num_speculations"].astype(str)
-        title, here, color = "; ".join(machines), "measured here", "C2"
-        if self.model_args.model:
-            name, color = Path(self.model_args.model).name, "silver"
-            here = f"a rehearsal with {name} in place of the checkpoints, by the column exit"
-            title = f"REHEARSAL with {name}, which is none of the published checkpoints\n{title}"
-            table.index += " (rehearsed at exit " + table["exit"].astype(str) + ")"
-        drawn = [
-            table.assign(by="published", value=table["speedup"], low=None, high=None),
-            table.assign(by="by the formula", value=table["formula"], low=None, high=None),
-            table.assign(by=here, value=table["measured_speedup"]),
-        ]
-        label = "speed-up over decoding without drafts"
-        bars(pandas.concat(drawn), label, title, self.run.folder / "paper", colors=("C0", "C1", color))
-        print(f"{title}\n* {here}\n")
-        shown = table.rename(columns=_COLUMNS)[[*_COLUMNS.values()]]
-        print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
-        for name, at, why in table[["row", "exit", "not_measured"]].dropna().to_numpy():
-            print(f"\nnot measured: {name}, exit {at}: {why}")
-        print(f"\n{self.run.folder}/: run.json, records.jsonl, paper.csv, paper.png")
-        return 0 if machines else 1
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     model_args, args = parse(__doc__ or "", ModelArguments, PaperArguments, args=argv)
     check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
-    description = describe("paper", (model_args, args))
-    open_run = partial(Run.open, model_args.output_dir, args.resume, description)
-    return work_off(Paper(model_args, args), open_run)
+    rows = _rows(model_args, args)
+    try:
+        run = Run.open(model_args.output_dir, args.resume, describe("paper", (model_args, args)))
+    except Failed as error:
+        refuse(str(error))
+    records = []
+    try:
+        for index, row in rows.iterrows():
+            print_status(f"{row['row']} ...")
+            records.append(_measured(_flags(row, model_args, args), run.folder / f"row{index}"))
+            if "not_measured" in records[-1]:
+                print_status(f"  not measured: {records[-1]['not_measured']}")
+    except KeyboardInterrupt:
+        run.write_status("interrupted")
+        print_status(f"interrupted, go on with --resume {run.folder}")
+        return 130
+    return _show(run, rows, records, model_args)
+
+
+def _rows(model_args: ModelArguments, args: PaperArguments) -> pandas.DataFrame:
+    """The chosen rows, with the exits to measure and the speed-ups by the formula."""
+    rows = args.chosen().reset_index(drop=True)
+    k, share = rows["num_speculations"], rows["exit_layer"] / rows["layers"]
+    rows["formula"] = (1 + k * rows["acceptance"]) / (1 + k * share)
+    depth = read_config(model_args).num_hidden_layers if model_args.model else rows["layers"]
+    rows["exit"] = (share * depth).round().clip(lower=1).astype(int)
+    return rows
+
+
+def _show(run: Run, rows: pandas.DataFrame, records: list[Record], model_args: ModelArguments) -> int:
+    """Write, draw and print the table. The exit status is 1 if no row is measured."""
+    table = rows.join(pandas.DataFrame(records))
+    table = table.reindex(columns=[*dict.fromkeys((*table, *_COLUMNS, "not_measured"))])
+    table = table.astype(dict.fromkeys(list(_COLUMNS)[3:], float))
+    machines = dict.fromkeys(record["machine"] for record in records if "machine" in record)
+    run.replace("paper.csv", table.to_csv(index=False))
+    run.write_status("finished")
+    names = table["row"] + ", exit " + table["exit_layer"].astype(str)
+    table.index = names + ", k " + table["num_speculations"].astype(str)
+    title, here, color = "; ".join(machines), "measured here", "C2"
+    if model_args.model:
+        name, color = Path(model_args.model).name, "silver"
+        here = f"a rehearsal with {name} in place of the checkpoints, by the column exit"
+        title = f"REHEARSAL with {name}, which is none of the published checkpoints\n{title}"
+        table.index += " (rehearsed at exit " + table["exit"].astype(str) + ")"
+    drawn = [
+        table.assign(by="published", value=table["speedup"], low=None, high=None),
+        table.assign(by="by the formula", value=table["formula"], low=None, high=None),
+        table.assign(by=here, value=table["measured_speedup"]),
+    ]
+    label = "speed-up over decoding without drafts"
+    bars(pandas.concat(drawn), label, title, run.folder / "paper", colors=("C0", "C1", color))
+    print(f"{title}\n* {here}\n")
+    shown = table.rename(columns=_COLUMNS)[[*_COLUMNS.values()]]
+    print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
+    for name, at, why in table[["row", "exit", "not_measured"]].dropna().to_numpy():
+        print(f"\nnot measured: {name}, exit {at}: {why}")
+    print(f"\n{run.folder}/: run.json, paper.csv, paper.png")
+    return 0 if machines else 1
 
 
 def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments) -> dict[str, Any]:
@@ -160,7 +151,7 @@ def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments)
         "n_shot": row["n_shot"], "generation_strategy": "self_speculative", "exit_layer": row["exit"],
         "num_speculations": row["num_speculations"],
         "max_steps": args.max_steps or row["max_steps"], "num_samples": args.num_samples,
-        "sample": False, "compare": True, "text_quality": True,
+        "sample": False, "compare": True,
     }  # fmt: skip
     if args.data_path is not None and not isinstance(DATASETS[row["dataset"]].source, Path):
         path = Path(args.data_path) / row["dataset"]
@@ -172,6 +163,8 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record:
     """The figures of a row, or why there are none; goes on with what is in `folder`."""
     # A program that was killed early has left a folder without run.json.
     begun = next(folder.glob("benchmark_*/run.json"), None)
+    if begun is not None and (report := json.loads(begun.read_text("utf-8")))["status"] == "finished":
+        return _figures(report)
     given = {**flags, "output_dir": folder} if begun is None else {"resume": begun.parent}
     command = [sys.executable, str(Path(__file__).parent.parent / "benchmark.py")]
     command += [word for name, value in given.items() for word in (f"--{name}", str(value))]
@@ -182,7 +175,10 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record:
         lines = ended.stderr.splitlines() or [f"benchmark.py ended with status {ended.returncode}"]
         return {"not_measured": lines[-1].removeprefix("benchmark.py: error: ")}
     (done,) = folder.glob("benchmark_*/run.json")
-    report = json.loads(done.read_text("utf-8"))
+    return _figures(json.loads(done.read_text("utf-8")))
+
+
+def _figures(report: Record) -> Record:
     metrics, compared = report["metrics"], report["metrics"]["comparison"]
     low, high = compared["speedup_interval"] or (None, None)
     return {
@@ -191,9 +187,8 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record:
         "mean_accepted_length": metrics["acceptance"]["mean_accepted_length"],
         "measured_speedup": compared["speedup"], "low": low, "high": high,
         "measured_tokens_per_second": metrics["speed"]["tokens_per_second_median"],
-        "decode_speedup": compared["decode_speedup"],
         "examples": metrics["num_examples"], "identical_outputs": compared["identical_outputs"],
-        **metrics["text"], "machine": machine(report),
+        "machine": machine(report),
     }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ from benchmarks.workloads import NAMES, workloads
 from data import one_line
 from measures import metrics
 from measures.timed_runs import TimedSide, measure_all, warm_up
-from runs.description import Record, counted, describe, describe_model, fewest_threads, heading, note
+from runs.description import Record, counted, describe, describe_model, fewest_threads, heading
 from runs.program import run
 from runs.startup import load_generator
 from self_speculation import HuggingfaceLlamaGenerator, Request, make_strategy
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             records = measure(sides, prompts, size, args.rounds, model_args.seed)
             most = about["threads"]
             if (used := fewest_threads(itertools.chain(*records.values()), most)) < most:
-                print(note(f"other programs used the processors: down to {used} of {most} threads"))
+                print(f"note: other programs used the processors: down to {used} of {most} threads")
             about["threads_used"] = min(used, about.get("threads_used", used))
             rows += figures(records, {"picking": picking, "batch_size": size}, sides)
     if args.save is not None:

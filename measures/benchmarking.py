@@ -1,14 +1,17 @@
-"""The work of benchmark.py: decode examples, then print one table of speed, drafts and text quality."""
+"""The work of benchmark.py: decode examples, then print one table of speed and drafts."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
 from measures import metrics, spec_bench
 from measures.plots import paired_ratios
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
-from runs.description import Record, counted, heading, note
+from runs.description import Record, counted, heading
 from runs.examples import Experiment
 from runs.records import Run
 from runs.startup import autoregressive
@@ -16,83 +19,90 @@ from runs.status import log_if_slow
 from self_speculation import Request
 from self_speculation.families import context_length
 
+# Fields of a record that add up over the turns of a conversation.
+_ADD_UP = ("prediction", "tokens", "num_tokens", "wall_time", "num_decode_tokens", "prefill_time", "drafts")
 _NAMES = {"": "this strategy", BASELINE: "without drafts"}
-_TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
 
 
 @dataclass
 class Benchmark(Experiment):
-    """Decodes examples, and sums up speed, acceptance and text quality."""
+    """Decodes examples, and sums up speed and acceptance."""
 
     compare: bool
     answer_file: str | None
-    text_quality: bool
 
     def __post_init__(self) -> None:
+        self._unit = "examples" if self.batch_size == 1 else "windows"  # of medians
         self._sides: list[TimedSide] = [("", self.generator, self.config)]
         if self.compare:
             self._sides.append((BASELINE, *autoregressive(self.generator, self.config)))
 
-    def warm_up(self) -> None:
+    def _warm_up(self) -> None:
+        """Run every pass that will be timed."""
         with log_if_slow("warming up"):
-            prompt = self.longest_prompt
+            prompt = max((example.ids for example in self.examples), key=len)
             # Later turns read the answers to earlier ones.
             earlier = max(len(example.later_turns) for example in self.examples) * self.config.max_steps
             warm_up(self._sides, [*prompt, *prompt[:1] * earlier], self.batch_size)
 
-    def next_turn(self, index: int, answers: Sequence[str]) -> Request | None:
-        """The next turn of a conversation; None if there is none, or no room for it in the context."""
-        request = self.examples[index].next_turn(answers, self.seed + index)
-        room = context_length(self.generator.model.config)
-        return request if request is not None and len(request.ids) < room else None
-
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        requests = self.requests(indices)
-        for index, record in measure_examples(self._sides, requests, self.batch_size, self.next_turn):
-            example = self.examples[index]
-            if not isinstance(record, Exception):
-                record = {"prompt": example.prompt, "reference": example.reference, **record}
-            yield index, record
+        if indices:
+            self._warm_up()
+        requests = {index: self.request(index) for index in indices}
+        turns = defaultdict[int, list[Record]](list)
+        while requests:  # each time those of the next turn of conversations
+            found, requests = measure_examples(self._sides, requests, self.batch_size), {}
+            for index, turn in found:
+                if isinstance(turn, Exception):
+                    yield index, turn
+                    continue
+                turns[index].append(turn)
+                if (request := self._next_turn(index, turns[index])) is not None:
+                    requests[index] = request
+                else:
+                    about = {name: getattr(self.examples[index], name) for name in ("prompt", "reference")}
+                    yield index, {**about, **_joined(turns[index])}
+
+    def _next_turn(self, index: int, turns: Sequence[Record]) -> Request | None:
+        """The next turn of a conversation; None if there is none, or no room for it in the context."""
+        example = self.examples[index]
+        if len(turns) > len(example.later_turns):
+            return None
+        ids, thinking = example.encode([turn["prediction"] for turn in turns])
+        room = context_length(self.generator.model.config)
+        return replace(self.request(index), prompt=ids, thinking=thinking) if len(ids) < room else None
 
     def report(self, run: Run, records: list[Record]) -> int:
         summary, title = self._summary(records), heading(run.description)
         summary["remarks"] = self._remarks(summary, records)
-        lines = [title, "", *_table(summary)]
+        lines = [title, "", *_table(summary, self._unit)]
         if self.answer_file is not None:
             self._write_answers(run, records, Path(self.answer_file).expanduser().absolute())
         if self.compare and len(ratios := metrics.ratios(records, "", BASELINE)):
-            unit, interval = _unit(summary)[:-1], summary["comparison"]["speedup_interval"]
-            label = f"speed-up over decoding without drafts: a point for each {unit}"
+            label = f"speed-up over decoding without drafts: a point for each {self._unit[:-1]}"
+            interval = summary["comparison"]["speedup_interval"]
             paired_ratios(ratios, interval, label, title, run.folder / "benchmark")
         run.finish(records, summary)
-        print("\n".join([*lines, *(f"\n{note(remark)}" for remark in summary["remarks"])]))
+        print("\n".join([*lines, *(f"\nnote: {remark}" for remark in summary["remarks"])]))
         print(f"\n{run.listing()}")
         return 0
 
     def _summary(self, records: list[Record]) -> Record:
         """The figures of `run.json`."""
-        summary: Record = {
-            "num_examples": len(records),
-            "batch_sizes": sorted({record["batch_size"] for record in records}),
-            "num_ranks": len({record["rank"] for record in records}),
-            "remarks": [],
-        }
+        summary: Record = {"num_examples": len(records), "remarks": []}
         for prefix, *_ in self._sides:
             summary[f"{prefix}speed"] = metrics.speed(records, prefix)
         if "drafts" in records[0]:
             summary["acceptance"] = metrics.acceptance(records)
         if self.compare:
             summary["comparison"] = metrics.speedup(records, BASELINE)
-        texts = [[record[of] for record in records] for of in ("prediction", "reference")]
-        has_references = self.text_quality and any(texts[1])
-        summary["text"] = metrics.text_quality(*texts) if has_references else {}
         return summary
 
     def _remarks(self, summary: Record, records: list[Record]) -> list[str]:
         """Warnings about the figures."""
-        found = remarks(summary["comparison"], _unit(summary)) if self.compare else []
-        if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
-            found.append("adaptive decoding made no drafts: none was expected to be faster")
+        found = []
+        if self.compare:
+            found += metrics.undecided(summary["comparison"]["speedup_interval"], self._unit)
         pairs = zip(self.examples, records, strict=True)
         if cut := sum(len(record.get("turns", "1")) <= len(example.later_turns) for example, record in pairs):
             found.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
@@ -107,77 +117,47 @@ class Benchmark(Experiment):
             run.replace(str(name), spec_bench.answers(rows, records, model_id, prefix))
 
 
-def remarks(compared: Record, unit: str) -> list[str]:
-    """Warnings about a speed-up of `metrics.speedup` that may be noise; `unit` names its windows."""
-    median, totals, interval = (compared[f"speedup{of}"] for of in ("", "_of_totals", "_interval"))
-    if median is None:
-        return ["there is nothing to compare: no example has an answer by both strategies"]
-    found = metrics.undecided(interval, unit)
-    if max(median / totals, totals / median) > _TOTALS_DISAGREE:
-        found.append(f"a few slow or long {unit} dominate the speed-up of totals")
-    return found
+def _joined(turns: Sequence[Record]) -> Record:
+    """The record of a conversation; one of several turns has their records as `turns`."""
+    if len(turns) == 1:
+        return turns[0]
+    names = [name for name in turns[0] if name.removeprefix(BASELINE) in _ADD_UP]
+    sums = {name: reduce(add, (turn[name] for turn in turns)) for name in names}
+    return {**turns[-1], **sums, "turns": turns}
 
 
-def _unit(summary: Record) -> str:
-    return "examples" if summary["batch_sizes"] == [1] else "windows"
-
-
-def _table(summary: Record) -> list[str]:
-    """The summary in lines of 68 columns, with a column of figures for each strategy."""
+def _table(summary: Record, unit: str) -> list[str]:
+    """The summary in lines of 68 columns, with a column of figures for each strategy; `unit`: of medians."""
     sides = {prefix: summary[f"{prefix}speed"] for prefix in _NAMES if f"{prefix}speed" in summary}
-    title, sizes = counted(summary["num_examples"], "example"), summary["batch_sizes"]
-    if len(sizes) > 1:  # of a resumed run; the heading has its last one
-        title += f", batches of {', '.join(map(str, sizes))}"
-    lines = [_line(title, *(_NAMES[prefix] for prefix in sides))]
+    examples = summary["num_examples"]
+    lines = [_line(counted(examples, "example"), *(_NAMES[prefix] for prefix in sides))]
     if compared := summary.get("comparison"):
-        lines += _comparison(compared, summary["num_examples"], _unit(summary))
-    several = summary["num_ranks"] > 1
-    by_whom = f"{summary['num_ranks']} ranks together" if several else "all tokens by wall time"
-    alone = "median answer" if _unit(summary) == "examples" else "beside other rows"
-    for name, key, style in (
-        (f"tokens/s, {by_whom}", "tokens_per_second", ".2f"),
-        (f"  median of {_unit(summary)}" + ", of one rank" * several, "tokens_per_second_median", ".2f"),
-        (f"tokens/s, decode, {alone}", "decode_tokens_per_second_median", ".2f"),
-        ("ms to first token, median", "time_to_first_token_ms", ".1f"),
-        ("seconds" + ", the slowest rank" * several, "total_time", ".1f"),
-        ("tokens", "num_tokens", "d"),
-        ("empty answers", "empty_answers", "d"),
+        lines.append(_line(f"speed-up, median of {unit}", compared["speedup"]))
+        if compared["speedup_windows"] > 1:
+            low, _, high = compared["speedup_quartiles"]
+            lines.append(_line(f"  middle half of {unit}", f"{low:.2f}-{high:.2f}"))
+        lines.append(_line("  faster on", f"{compared['speedup_faster']} of {compared['speedup_windows']}"))
+        lines.append(_line("identical outputs", f"{compared['identical_outputs']} of {examples}"))
+    for name, key in (
+        ("tokens/s, all tokens by wall time", "tokens_per_second"),
+        (f"  median of {unit}", "tokens_per_second_median"),
+        ("tokens/s, decode, median answer", "decode_tokens_per_second_median"),
+        ("ms to first token, median", "time_to_first_token_ms"),
     ):
-        lines.append(_line(name, *(speed[key] for speed in sides.values()), style=style))
+        lines.append(_line(name, *(speed[key] for speed in sides.values())))
     if accepted := summary.get("acceptance"):
-        lines += _drafts(accepted)
-    return lines + [_line(name.replace("_", " "), value) for name, value in summary["text"].items()]
+        lines.append(_line("acceptance rate", accepted["acceptance_rate"], style=".1%"))
+        lines.append(_line("  mean of examples", accepted["acceptance_rate_mean"], style=".1%"))
+        lines.append(_line("mean accepted length", accepted["mean_accepted_length"]))
+        for source, counts in accepted["drafts_by_source"].items():
+            if counts["drafted"]:
+                name = f"  {source}, {counted(counts['rounds'], 'round')}: accepted"
+                lines.append(_line(name, f"{counts['accepted']} of {counts['drafted']}"))
+            else:
+                lines.append(_line("  rounds without drafts", str(counts["rounds"])))
+    return lines
 
 
 def _line(name: str, *values: Any, style: str = ".2f") -> str:
     shown = ("-" if v is None else v if isinstance(v, str) else format(v, style) for v in values)
     return f"{name:<36}" + "".join(f"{value:>16}" for value in shown)
-
-
-def _comparison(compared: Record, num_examples: int, unit: str) -> list[str]:
-    lines = [_line(f"speed-up, median of {unit}", compared["speedup"])]
-    if compared["speedup_windows"] > 1:
-        low, _, high = compared["speedup_quartiles"]
-        lines.append(_line(f"  middle half of {unit}", f"{low:.2f}-{high:.2f}"))
-    lines.append(_line("  faster on", f"{compared['speedup_faster']} of {compared['speedup_windows']}"))
-    lines.append(_line("  of totals", compared["speedup_of_totals"]))
-    if unit == "examples":
-        lines.append(_line("speed-up, decode, median", compared["decode_speedup"]))
-    return [*lines, _line("identical outputs", f"{compared['identical_outputs']} of {num_examples}")]
-
-
-def _drafts(accepted: Record) -> list[str]:
-    shares = " ".join(f"{share:.0%}" for share in accepted["rounds_by_accepted"][:8])
-    lines = [
-        _line("acceptance rate", accepted["acceptance_rate"], style=".1%"),
-        _line("  mean of examples", accepted["acceptance_rate_mean"], style=".1%"),
-        _line("mean accepted length", accepted["mean_accepted_length"]),
-        f"{'  rounds that accept 1, 2, ... tokens':<36} {shares:>15}",
-    ]
-    for source, counts in accepted["drafts_by_source"].items():
-        if counts["drafted"]:
-            name = f"  {source}, {counted(counts['rounds'], 'round')}: accepted"
-            lines.append(_line(name, f"{counts['accepted']} of {counts['drafted']}"))
-        else:
-            lines.append(_line("  rounds without drafts", str(counts["rounds"])))
-    return lines

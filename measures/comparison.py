@@ -35,11 +35,11 @@ def find_difference(
     sampler: Sampler = Sampler(sample=False),  # noqa: B008  # it is frozen
     seed: int = 0,
 ) -> Record | None:
-    """The first position where two outputs differ, and the full model's logits there; None if they are equal.
+    """The first position where two outputs differ, and how far apart the tokens are; None if they are equal.
 
-    Sampled logits are those divided by the temperature, plus noise. `gap` is the best logit minus that of the
-    worse of the two tokens; None: one output has ended, or a token is forbidden. In a near-tie each token is
-    the sampler's if its logit is larger by at most `bound`, which rounding explains.
+    `gap` is the full model's best logit minus that of the worse of the two tokens; None: one output has
+    ended, or a token is forbidden. Sampled logits are divided by the temperature, plus noise. In a near-tie
+    each token is the sampler's if its logit is larger by at most `bound`, which rounding explains.
 
     Args:
         first, second: output ids with the end id.
@@ -66,12 +66,9 @@ def find_difference(
     if not sampler.greedy:
         ids = torch.arange(logits.shape[1], device=model.device)
         scores = scores / sampler.temperature + gumbel_noise(keys, ids[None])[0]
-    best_logits, best_tokens = (best.tolist() for best in scores.topk(2))
-    gap = best_logits[0] - float(scores[chosen].min()) if len(chosen) == 2 else math.inf
+    gap = float(scores.max() - scores[chosen].min()) if len(chosen) == 2 else math.inf
     return {
         "position": position,
-        "best_tokens": best_tokens,
-        "best_logits": best_logits,
         "gap": gap if math.isfinite(gap) else None,
         "bound": bound,
         "near_tie": is_near,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import zlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,47 +39,49 @@ class LogitsOfPositions:
 @dataclass
 class CompareIds(Experiment):
     """Each prompt has a greedy output and sampled ones. Ids must be equal with drafts and without, up to
-    near-ties. Where passes are in place, the logits must be equal, too, to the bit.
+    near-ties. Where passes are in place, the logits must be equal, too, to the bit. A record is an output.
     """
 
     reference: str
     num_seeds: int  # sampled outputs of each prompt
 
+    unit = "output"
+
     def __post_init__(self) -> None:
         model = self.generator.model
         self._is_in_place = model.device.type == "cpu" and InPlaceRunner(model).is_in_place
 
-    def _request(self, index: int, nth: int) -> Request:
-        """The request of the greedy output (0) or of a sampled one (1, 2, ...)."""
+    @property
+    def names(self) -> Sequence[str]:
+        return [name for name in super().names for _ in range(self.num_seeds + 1)]
+
+    def _request(self, index: int) -> Request:
+        """The request of an output: of each example the greedy one first, then the sampled ones."""
+        of_example, nth = divmod(index, self.num_seeds + 1)
         config = self.config if nth else dataclasses.replace(self.config, sample=False)
         criteria = LogitsOfPositions() if self._is_in_place else None
-        seed = self.seed + index + (nth << 32)
-        request = self.examples[index].request(seed)
-        return dataclasses.replace(request, config=config, stopping_criteria=criteria)
+        seed = self.seed + of_example + (nth << 32)
+        request = self.request(of_example)
+        return dataclasses.replace(request, seed=seed, config=config, stopping_criteria=criteria)
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        asked = [(index, nth) for index in indices for nth in range(self.num_seeds + 1)]
-        requests = [self._request(index, nth) for index, nth in asked]
+        requests = [self._request(index) for index in indices]
         found = self.generator.generate_batch(requests, self.config, self.batch_size)
         if is_captured(self.generator.model):  # the reference takes the cache of captured passes
             found = iter([*found])
-        outputs: defaultdict[int, list[Record | Exception]] = defaultdict(list)
         for i, result in found:
-            index, nth = asked[i]
+            record: Record | Exception
             try:
-                outputs[index].append(self._compared(index, nth, requests[i], result))
+                record = self._compared(indices[i], requests[i], result)
             except Exception as error:
-                outputs[index].append(error)
-            if len(mine := outputs[index]) == self.num_seeds + 1:
-                errors = [output for output in mine if isinstance(output, Exception)]
-                yield index, errors[0] if errors else {"outputs": sorted(mine, key=lambda o: o["nth"])}
+                record = error
+            yield indices[i], record
 
-    def _compared(
-        self, index: int, nth: int, request: Request, result: GenerationResult | Exception
-    ) -> Record:
+    def _compared(self, index: int, request: Request, result: GenerationResult | Exception) -> Record:
         if isinstance(result, Exception):
             raise result
-        example, other = self.examples[index], self._request(index, nth)
+        of_example, nth = divmod(index, self.num_seeds + 1)
+        example, other = self.examples[of_example], self._request(index)
         tokens = with_end(result.generation_strategy_result)
         generator, config = autoregressive(self.generator, request.config)
         plain = generator.generate(dataclasses.replace(other, config=config), config)
@@ -101,37 +102,34 @@ class CompareIds(Experiment):
             )
             if found is not None:
                 shown = slice(found["position"], found["position"] + 12)
-                differences.append({
-                    "reference": name, **found,
-                    "tokens": tokens[shown], "text": decode(tokens[shown]),
-                    "reference_tokens": reference[shown], "reference_text": decode(reference[shown]),
-                })  # fmt: skip
-        record = {"nth": nth, "num_tokens": len(tokens), "differences": differences}
+                texts = {"text": decode(tokens[shown]), "reference_text": decode(reference[shown])}
+                differences.append({"reference": name, **found, **texts})
+        record = {"example": of_example, "sample": nth, "num_tokens": len(tokens), "differences": differences}
         if self._is_in_place:
             pairs = zip(request.stopping_criteria.checksums, other.stopping_criteria.checksums, strict=False)
             record["other_bits"] = sum(mine != plain for mine, plain in pairs)
         return record
 
     def report(self, run: Run, records: list[Record]) -> int:
-        outputs = [(record["index"], output) for record in records for output in record["outputs"]]
-        found = [(index, output["nth"], d) for index, output in outputs for d in output["differences"]]
-        near_ties = sum(d["near_tie"] for *_, d in found)
-        real, identical = len(found) - near_ties, sum(not output["differences"] for _, output in outputs)
-        positions = sum(output["num_tokens"] for _, output in outputs)
-        other_bits = sum(output["other_bits"] for _, output in outputs) if self._is_in_place else None
+        found = [(record, d) for record in records for d in record["differences"]]
+        near_ties = sum(d["near_tie"] for _, d in found)
+        real, identical = len(found) - near_ties, sum(not record["differences"] for record in records)
+        positions = sum(record["num_tokens"] for record in records)
+        other_bits = sum(record["other_bits"] for record in records) if self._is_in_place else None
         run.finish(records, {
-            "examples": len(records), "outputs": len(outputs), "identical": identical, "near_ties": near_ties,
-            "differences": real, "positions": positions, "positions_with_other_bits": other_bits,
+            "examples": len(self.examples), "outputs": len(records), "identical": identical,
+            "near_ties": near_ties, "differences": real, "positions": positions,
+            "positions_with_other_bits": other_bits,
         })  # fmt: skip
         print(heading(run.description))
         name = self.config.generation_strategy.replace("_", "-")
         name += f", batches of {self.batch_size}" if self.batch_size > 1 else ""
-        for index, nth, d in found:
+        for record, d in found:
+            kind = f"sample {record['sample']}" if record["sample"] else "greedy"
             print(
-                f"example {index}, {f'sample {nth}' if nth else 'greedy'}, token {d['position']}, "
+                f"example {record['example']}, {kind}, token {d['position']}, "
                 f"against {d['reference']}: {'near-tie' if d['near_tie'] else 'DIFFERENCE'}\n"
-                f"  best logits {d['best_logits'][0]:.6g} and {d['best_logits'][1]:.6g}, "
-                f"gap {d['gap'] or 0:.3g}, bound {d['bound']:.3g}\n"
+                f"  gap of logits {d['gap'] or 0:.3g}, bound {d['bound']:.3g}\n"
                 f"  {name}: {d['text']!r}\n  {d['reference']}: {d['reference_text']!r}"
             )
         print(f"report: {run.folder}/run.json, records.jsonl")
@@ -140,7 +138,7 @@ class CompareIds(Experiment):
         failed = bool(real or other_bits)
         verdict = "FAILED" if failed else "passed"
         print(
-            f"{verdict}: {identical} of {counted(len(outputs), 'output')} identical, "
+            f"{verdict}: {identical} of {counted(len(records), 'output')} identical, "
             f"{counted(near_ties, 'near-tie')}, {counted(real, 'difference')} that rounding does not explain"
         )
         return int(failed)

@@ -1,6 +1,6 @@
-"""The model of lm-evaluation-harness that decodes by a strategy of this library, `--model self_speculative`.
+"""Evaluations by lm-evaluation-harness, with a model that decodes by a strategy of this library.
 
-As the harness's own command line, with all of its flags:
+`evaluate` is the work of eval.py. As the harness's own command line, with all of its flags:
 
     python -m measures.harness_model run --model self_speculative --tasks gsm8k \\
         --model_args pretrained=ID,generation_strategy=self_speculative,exit_layer=8,num_speculations=6
@@ -12,26 +12,33 @@ weights with fp32 activations.
 from __future__ import annotations
 
 import logging
+import sys
 import zlib
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+import lm_eval.tasks
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from lm_eval.api.instance import Instance
+from lm_eval import simple_evaluate
 from lm_eval.api.registry import register_model
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import make_table, setup_logging
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from arguments import GenerationConfig, ModelArguments, refuse
+from data import one_line
 from runs import ranks
+from runs.failures import reason
 from runs.flags import validate
 from runs.startup import load_generator
+from runs.status import print_status
 from self_speculation import Request, Sampler
-from self_speculation.config import SAMPLING_RULES, check
+from self_speculation.config import SAMPLING_RULES
 from self_speculation.families import context_length
 from self_speculation.passes.model_runner import forward_early
 from self_speculation.passes.runners import activation_dtype, eager_runner
@@ -44,6 +51,8 @@ TASK_SETTINGS = {
 }  # fmt: skip
 # The harness has four names for the number of tokens, and a beam of one is greedy.
 _SUPPORTED = {*TASK_SETTINGS.values(), "max_new_tokens", "max_tokens", "max_completion_tokens", "num_beams"}
+# Flags that `simple_evaluate` does not take.
+_OURS = ("tasks", "include_path", "output_path", "verbosity")
 # Sampling rules without a value, as in transformers' `generate`.
 _DEFAULTS = {**asdict(Sampler()), "top_k": 50}
 
@@ -134,15 +143,6 @@ class SelfSpeculativeLM(HFLM):
             self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[patience])
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
-    @classmethod
-    def create_from_arg_obj(
-        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
-    ) -> SelfSpeculativeLM:
-        """As the command line makes it, whose device is cuda:0 if nobody names one: then it is auto."""
-        given = additional_config or {}
-        own = {name: value for name, value in given.items() if (name, value) != ("device", "cuda:0")}
-        return super().create_from_arg_obj(arg_dict, own)
-
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
@@ -156,21 +156,6 @@ class SelfSpeculativeLM(HFLM):
         cache.set_rows([0] * rows)
         with torch.inference_mode():
             return forward_early(runner, cache, inps, self._own_depth, width).logits
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A completion of each request, by its own generation arguments.
-
-        Raises:
-            UnsupportedError: names the task and the argument, before anything is generated.
-        """
-        for request in requests:
-            try:
-                config = request_config(request.args[1], self._settings, None)
-                fits = config.max_steps < self.max_length
-                check(config, "max_steps", fits, f"must be below the model's {self.max_length} positions")
-            except ValueError as error:
-                raise UnsupportedError(f"{request.task_name} asks for {error}") from error
-        return super().generate_until(requests, disable_tqdm)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **gen_kwargs: Any) -> Tensor:
         """[B, T] ids, padded on the left -> [B, T + n] with completions, padded on the right."""
@@ -194,7 +179,62 @@ class SelfSpeculativeLM(HFLM):
         return torch.cat([context, padded], 1).long()
 
 
+def evaluate(settings: dict[str, Any], args: Any, gen_kwargs: dict[str, Any]) -> int:
+    """Evaluate, print tables and save results; the exit status.
+
+    Args:
+        settings: arguments of `SelfSpeculativeLM`.
+        args: an `EvalArguments`.
+        gen_kwargs: override settings of tasks.
+    """
+    setup_logging(args.verbosity)
+    tasks = lm_eval.tasks.TaskManager(include_path=args.include_path)
+    for name in args.tasks:
+        if not tasks.match_tasks([name]):
+            own = "; tasks of this program need --include_path eval_tasks" * (not args.include_path)
+            refuse(f"--tasks {name}: lm_eval has no such task{own}")
+    try:
+        request_config(gen_kwargs, GenerationConfig(), None)
+    except UnsupportedError as error:
+        refuse(f"--gen_kwargs {error}")
+    tracker = EvaluationTracker(output_path=args.output_path)
+    model = SelfSpeculativeLM(**settings, batch_size=args.batch_size)
+    theirs = {name: value for name, value in asdict(args).items() if name not in _OURS}
+    kept = "; the same command goes on with what --use_cache kept" if args.use_cache else ""
+    try:
+        results = simple_evaluate(
+            model,
+            model_args=settings,
+            tasks=tasks.match_tasks(args.tasks),
+            evaluation_tracker=tracker,
+            task_manager=tasks,
+            **{**theirs, "gen_kwargs": gen_kwargs or None},
+        )
+    except KeyboardInterrupt:
+        print_status(f"\ninterrupted{kept}")
+        return 130
+    except Exception as error:
+        if (why := reason(error, batch_size=model.batch_size)) is not None:
+            print(f"\n{why}{kept}", file=sys.stderr)
+            return 1
+        if model.has_begun and not isinstance(error, UnsupportedError):
+            raise
+        refuse(f"lm_eval: {one_line(error)}")  # tasks or data sets
+    if results is not None:  # at rank 0
+        samples = results.pop("samples", {})
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for name, own in samples.items():
+            tracker.save_results_samples(task_name=name, samples=own)
+        print(make_table(results))
+        if results.get("groups"):
+            print(make_table(results, "groups"))
+        print(f"results are in {args.output_path}")
+    return 0
+
+
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
+    if "run" in sys.argv and not any(word.startswith("--device") for word in sys.argv):
+        sys.argv += ["--device", "auto"]  # the harness would take cuda:0
     cli_evaluate()

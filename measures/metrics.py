@@ -1,4 +1,4 @@
-"""Speed, drafts, speed-up and texts of a run's records."""
+"""Speed, drafts and speed-up of a run's records."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,20 +18,19 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     `tokens_per_second_median` is over windows; a stall does not move it. `decode_tokens_per_second_median` is
     over completions: in a batch, of one row.
     """
-    own = [without_prefix(record, prefix) for record in records]
-    num_tokens = [each["num_tokens"] for each in own]
+    turns = [turn for record in records for turn in record.get("turns", [record])]
+    own = [without_prefix(turn, prefix) for turn in turns]
+    num_tokens = sum(each["num_tokens"] for each in own)
     decode = [each["num_decode_tokens"] / each["decode_time"] for each in own if each["num_decode_tokens"]]
-    first = [turn["prefill_time"] for each in own for turn in each.get("turns", [each])]
     total_time = float(_sums(records, "rank", prefix, "wall_time").max())
     return {
-        "tokens_per_second": sum(num_tokens) / total_time,
+        "tokens_per_second": num_tokens / total_time,
         "tokens_per_second_median": float(numpy.median(rates(records, prefix))),
         "decode_tokens_per_second_median": statistics.median(decode) if decode else None,
-        "time_to_first_token_ms": 1000 * statistics.median(first),
+        "time_to_first_token_ms": 1000 * statistics.median(each["prefill_time"] for each in own),
         "total_time": total_time,
-        "time_per_token": total_time / sum(num_tokens) if any(num_tokens) else None,
-        "num_tokens": sum(num_tokens),
-        "empty_answers": num_tokens.count(0),
+        "time_per_token": total_time / num_tokens if num_tokens else None,
+        "num_tokens": num_tokens,
     }
 
 
@@ -40,25 +39,15 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
 
     Both answer a window one right after the other, so a busy machine slows down both. Sampled outputs differ
     in length, so times alone do not compare. Windows without tokens are left out. `speedup_interval` is the
-    90 % confidence interval of the median. `decode_speedup` leaves out the first token of each completion; it
-    is None for batches. `baseline` is the prefix of the other strategy's fields.
+    90 % confidence interval of the median. `baseline` is the prefix of the other strategy's fields.
     """
-    speedups, decode = (ratios(records, "", baseline, each) for each in (False, True))
-    ours, theirs = (_sums(records, "window", prefix, "num_tokens", "wall_time") for prefix in ("", baseline))
-    both = (ours[0] > 0) & (theirs[0] > 0)
-    totals = None
-    if both.any():
-        tokens, seconds = ours[:, both].sum(1) / theirs[:, both].sum(1)
-        totals = float(tokens / seconds)
-    is_single = all(record["batch_size"] == 1 for record in records)
+    speedups = ratios(records, "", baseline)
     return {
         "speedup": float(numpy.median(speedups)) if len(speedups) else None,
         "speedup_quartiles": numpy.percentile(speedups, (25, 50, 75)).tolist() if len(speedups) else [],
         "speedup_interval": median_interval(speedups),
-        "speedup_of_totals": totals,
         "speedup_faster": int((speedups > 1).sum()),
         "speedup_windows": len(speedups),
-        "decode_speedup": float(numpy.median(decode)) if len(decode) and is_single else None,
         "identical_outputs": sum(record["tokens"] == record[f"{baseline}tokens"] for record in records),
     }
 
@@ -93,15 +82,13 @@ def ratios(records: Sequence[Record], prefix: str, baseline: str, decode: bool =
 
 def draft_stats(records: Sequence[Record], prefix: str = "") -> DraftStats:
     """The sum over all records; a strategy without drafts has none."""
-    rows = (record.get(f"{prefix}drafts", ()) for record in records)
-    return sum(map(DraftStats.from_rows, rows), DraftStats())
+    return DraftStats.from_rows(row for record in records for row in record.get(f"{prefix}drafts", ()))
 
 
 def acceptance(records: Sequence[Record]) -> Record:
     """Counts of all drafts as JSON.
 
     `acceptance_rate` is that of all tokens, `acceptance_rate_mean` the mean over examples with drafts.
-    `rounds_by_accepted[i]` is the share of all rounds that accepted more than i tokens.
     """
     stats = draft_stats(records)
     rates = [rate for record in records if (rate := draft_stats([record]).acceptance_rate) is not None]
@@ -109,7 +96,6 @@ def acceptance(records: Sequence[Record]) -> Record:
         "acceptance_rate": stats.acceptance_rate,
         "acceptance_rate_mean": statistics.mean(rates) if rates else None,
         "mean_accepted_length": stats.mean_accepted_length,
-        "rounds_by_accepted": [n / stats.num_verifications for n in stats.accepted_by_position],
         "num_drafted": stats.num_drafted,
         "num_accepted": stats.num_accepted,
         "num_verifications": stats.num_verifications,
@@ -131,20 +117,3 @@ def undecided(interval: Sequence[float] | None, unit: str) -> list[str]:
         return []
     why = "there are fewer than five" if interval is None else "1.00 is in the 90 % confidence interval"
     return [f"these {unit} do not tell which strategy is faster: {why}"]
-
-
-def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Record:
-    """Means over all examples: ROUGE F1, exact match, edit distance in characters; BLEU over the corpus."""
-    import sacrebleu  # takes a second with those below
-    from rapidfuzz.distance import Levenshtein
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    pairs = list(zip(predictions, references, strict=True))
-    rouge = [scorer.score(reference, prediction) for prediction, reference in pairs]
-    return {
-        **{name: statistics.mean(score[name].fmeasure for score in rouge) for name in rouge[0]},
-        "bleu": sacrebleu.corpus_bleu(list(predictions), [list(references)]).score,
-        "exact_match": statistics.mean(one.strip() == other.strip() for one, other in pairs),
-        "edit_distance": statistics.mean(Levenshtein.distance(*pair) for pair in pairs),
-    }

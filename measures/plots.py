@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -16,15 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 SMALL = 9  # a line of 100 characters fits above two panels
-_FRAME: dict[str, Any] = {"fill": False, "color": "gold", "linewidth": 3}
 
 
-def heat_maps(table: pandas.DataFrame, framed: tuple[int, int], title: str, path: Path) -> None:
+def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
     """Draw how much of the drafts is accepted, over exit layer and draft length; measured speed-ups stand in
     their cells.
 
     Args:
-        framed: exit layer and draft length of the cell with the best measured speed-up.
         path: without suffix.
     """
     rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
@@ -43,14 +40,10 @@ def heat_maps(table: pandas.DataFrame, framed: tuple[int, int], title: str, path
         axes.set_title(label, fontsize=10)
         for (row, column), number in numpy.ndenumerate(grid):
             cell, text = (grid.index[row], grid.columns[column]), form.format(number)
-            if cell == framed:
-                axes.add_patch(pyplot.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, **_FRAME))
             if name == length and pandas.notna(speedups[cell]):
                 text += f"\nx {speedups[cell]:.2f}"
             color = "white" if norm(number) < 0.6 else "black"  # the colours of large values are bright
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
-    frame = pyplot.Rectangle((0, 0), 1, 1, label="best measured speed-up", **_FRAME)
-    figure.legend(handles=[frame], loc="outside lower right", fontsize=SMALL)
     save(figure, title, path)
 
 

@@ -20,8 +20,8 @@ def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, pr
     pairs = zip(rows, records, strict=True)
     # Numbers by value, and any other ids.
     for row, record in sorted(pairs, key=lambda pair: (len(pair[0]["question_id"]), pair[0]["question_id"])):
-        own, id_ = metrics.without_prefix(record, prefix), row["question_id"]
-        turns = own.get("turns") or [own]
+        id_ = row["question_id"]
+        turns = [metrics.without_prefix(turn, prefix) for turn in record.get("turns", [record])]
         accepted = [_accept_lengths(turn) for turn in turns]
         choice: dict[str, Any] = {
             "index": 0,

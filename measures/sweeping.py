@@ -15,9 +15,8 @@ from measures import metrics
 from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.timed_runs import BASELINE, TimedSide, measure_all, warm_up
-from runs.description import Record, counted, fewest_threads, heading, note
+from runs.description import Record, counted, fewest_threads, heading
 from runs.examples import Experiment
-from runs.failures import failed
 from runs.records import Run
 from runs.startup import autoregressive
 from self_speculation.decoding.request import config_processors
@@ -42,7 +41,6 @@ HEADINGS = {
     "speedup_low": "from", "speedup_high": "to",
 }  # fmt: skip
 
-_ROWS_SHOWN = 20
 _MEASURED = 3  # of the counted cells
 
 
@@ -59,8 +57,8 @@ class Sweep(Experiment):
         """All examples by this cell and by plain decoding, in turn; with a title, a bar at a terminal."""
         config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1])
         sides = [("", self.generator, config), self._plain]
-        warm_up(sides, self.longest_prompt, self.batch_size)
-        requests = self.requests(range(len(self.examples)))
+        warm_up(sides, max((example.ids for example in self.examples), key=len), self.batch_size)
+        requests = {index: self.request(index) for index in range(len(self.examples))}
         records = measure_all(sides, requests, self.batch_size, title)
         compared = metrics.speedup(records, BASELINE)
         low, high = compared["speedup_interval"] or (None, None)
@@ -88,16 +86,15 @@ class Sweep(Experiment):
         run.finish(records, {"best": best})
         title = heading(about, left_out=("exit_layer", "num_speculations"))
         answered = f"{counted(len(self.examples), 'prompt')}, whole answers with prefill"
-        heat_maps(table, (first["exit_layer"], first["num_speculations"]), f"{title}\n{answered}",
-                  run.folder / "sweep")  # fmt: skip
+        heat_maps(table, f"{title}\n{answered}", run.folder / "sweep")
         print(f"{title}\n\n{answered}; medians, from and to are the 90 % confidence interval")
-        shown = measured.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)
+        shown = measured[[*HEADINGS]].rename(columns=HEADINGS)
         print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
         if (rest := len(table) - len(shown)) > 0:
             print(f"{counted(rest, 'other cell')}: counts in sweep.csv and sweep.png")
         interval = first["speedup_low"], first["speedup_high"]
         for remark in metrics.undecided(None if pandas.isna(interval[0]) else interval, "prompts"):
-            print(f"\n{note(remark)}")
+            print(f"\nnote: {remark}")
         print(f"\n{run.listing()}")
         if best.pop("speedup") < 1:
             print("no measured cell is faster than decoding without drafts; the nearest:")
@@ -133,7 +130,7 @@ class Counted(Sweep):
         """One output, and for every exit layer of the grid a string of 1 (guessed right) and 0."""
         _, plain, config = self._plain
         prompt = self.examples[index].ids
-        result = plain.generate(self.examples[index].request(), config).generation_strategy_result
+        result = plain.generate(self.request(index), config).generation_strategy_result
         tokens = with_end(result)
         model = self.generator.model
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)
@@ -158,10 +155,7 @@ class Counted(Sweep):
     def report(self, run: Run, records: list[Record]) -> int:
         rows = {cell: _counts(cell, [_replayed(record, cell) for record in records]) for cell in self.grid}
         for cell in self._fastest(rows):
-            try:
-                rows[cell] |= self.measure_cell(cell, _name(cell))
-            except Exception as error:
-                raise failed(_name(cell), error, self.batch_size) from error
+            rows[cell] |= self.measure_cell(cell, _name(cell))
         return self.show(run, records, [*rows.values()])
 
     def _fastest(self, rows: Mapping[Cell, Record]) -> list[Cell]:

@@ -1,14 +1,13 @@
 """Timed generation of examples by one strategy, or by several in turn, and the warm-up before it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
 import torch
 from tqdm import tqdm
 
-from measures.metrics import draft_stats
 from runs import ranks
 from runs.description import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
@@ -24,14 +23,11 @@ _BATCHES_IN_TURN = 4
 # Rounds of a warm-up.
 _RUNS = 3
 
-# Fields of a strategy's result that a record copies, and that add up over the turns of a conversation.
-_ADD_UP = ("num_prompt_tokens", "num_cached_tokens", "num_decode_tokens", "prefill_time", "decode_time")
+# Fields of a strategy's result that a record copies.
+_COPIED = ("num_prompt_tokens", "num_cached_tokens", "num_decode_tokens", "prefill_time", "decode_time")
 
 # A strategy that is compared: the prefix of its fields in a record, its generator and its settings.
 TimedSide = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
-
-# The index of a request and the answers so far -> the next turn of the conversation, or None.
-NextTurn = Callable[[int, Sequence[str]], Request | None]
 
 
 def warm_up(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> None:
@@ -59,10 +55,7 @@ def warm_up(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> N
 
 
 def measure_examples(
-    sides: Sequence[TimedSide],
-    requests: Mapping[int, Request],
-    batch_size: int,
-    next_turn: NextTurn = lambda *_: None,
+    sides: Sequence[TimedSide], requests: Mapping[int, Request], batch_size: int
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Time each request by each side.
 
@@ -72,9 +65,8 @@ def measure_examples(
     Yields:
         The index of a request, and its record or the error of a side. A side's fields have its prefix. Times
         are in seconds. `wall_time` is the time since the side's previous completion: wall times of a batch
-        add up, while its decode times overlap. A conversation of several turns also has them as `turns`, and
-        its own counts and times are their sums. `window` is the index of the window's first request.
-        `threads` is the number at the end of the completion.
+        add up, while its decode times overlap. `window` is the index of the window's first request. `threads`
+        is the number at the end of the completion.
     """
     size = 1
     if batch_size > 1:  # a single side never drains its batch
@@ -86,7 +78,7 @@ def measure_examples(
         shared = {"batch_size": batch_size, "window": next(iter(window)), "rank": ranks.rank()}
         measured: dict[int, Record | Exception] = dict.fromkeys(window, shared)
         for side in [*others, last]:
-            for index, fields in _measured(side, window, batch_size, next_turn):
+            for index, fields in _measured(side, window, batch_size):
                 before = measured[index]
                 if not isinstance(before, Exception):
                     measured[index] = fields if isinstance(fields, Exception) else {**before, **fields}
@@ -108,52 +100,26 @@ def measure_all(
 
 
 def _measured(
-    side: TimedSide, window: Mapping[int, Request], batch_size: int, next_turn: NextTurn
+    side: TimedSide, window: Mapping[int, Request], batch_size: int
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Index and prefixed fields of each completion of one side."""
     prefix, generator, config = side
-    turns: dict[int, list[Record]] = {index: [] for index in window}
-    while window:
-        indices, following = list(window), dict[int, Request]()
+    indices, started = list(window), time.perf_counter()
+    for i, result in generator.generate_batch(window.values(), config, batch_size):
+        if isinstance(result, Exception):
+            yield indices[i], result
+            continue
+        took = result.generation_strategy_result
+        fields = {
+            "prediction": result.decoded_prediction,
+            "tokens": took.predicted_tokens,
+            "num_tokens": result.num_tokens_generated,
+            "stop_reason": took.stop_reason,
+            **{name: getattr(took, name) for name in _COPIED},
+            "drafts": took.draft_stats and took.draft_stats.to_rows(),
+            "wall_time": time.perf_counter() - started,
+            "threads": torch.get_num_threads(),
+        }
+        yield indices[i], {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
+        # The caller's work on a completion is not part of the next one's time.
         started = time.perf_counter()
-        for i, result in generator.generate_batch(window.values(), config, batch_size):
-            index = indices[i]
-            if isinstance(result, Exception):
-                yield index, result
-                continue
-            took = result.generation_strategy_result
-            fields = {
-                "prediction": result.decoded_prediction,
-                "tokens": took.predicted_tokens,
-                "num_tokens": result.num_tokens_generated,
-                "stop_reason": took.stop_reason,
-                **{name: getattr(took, name) for name in _ADD_UP},
-                "drafts": took.draft_stats and took.draft_stats.to_rows(),
-                "wall_time": time.perf_counter() - started,
-                "threads": torch.get_num_threads(),
-            }
-            own = turns[index]
-            own.append({name: value for name, value in fields.items() if value is not None})
-            if (request := next_turn(index, [turn["prediction"] for turn in own])) is not None:
-                following[index] = request
-            else:
-                yield index, {f"{prefix}{name}": value for name, value in _together(own).items()}
-            # The caller's work on a completion is not part of the next one's time.
-            started = time.perf_counter()
-        window = following
-
-
-def _together(turns: Sequence[Record]) -> Record:
-    """The fields of a conversation."""
-    if len(turns) == 1:
-        return turns[0]
-    joined = {
-        **turns[-1],
-        "prediction": "\n\n".join(turn["prediction"] for turn in turns),
-        "tokens": [token for turn in turns for token in turn["tokens"]],
-        **{name: sum(turn[name] for turn in turns) for name in ("num_tokens", "wall_time", *_ADD_UP)},
-        "turns": turns,
-    }
-    if "drafts" in joined:
-        joined["drafts"] = draft_stats(turns).to_rows()
-    return joined

@@ -5,20 +5,20 @@ Answers go to standard output, everything else to standard error.
 
 from __future__ import annotations
 
-import io
-import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from threading import Event
 from typing import Any
+
+from llguidance import LLMatcher
 
 from arguments import refuse
 from runs.description import counted, early_exit_alone
 from runs.startup import autoregressive, encode_chat
-from runs.status import log_if_slow, print_status, work_bar
+from runs.status import print_status, work_bar
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -28,33 +28,20 @@ from self_speculation import (
     StandardTextStreamer,
 )
 from self_speculation.decoding.grammar import Grammar
-from self_speculation.decoding.grammar_sandbox import GrammarSandbox
+from self_speculation.decoding.grammar_sandbox import LIMITS, grammar_error
 from self_speculation.decoding.texts import Thinking
 from self_speculation.threads import adjust_threads
 
 _TURNS = 3  # of a comparison: a single one would show the noise of the machine
 
-_HELP = """/help         lists commands and keys
-/clear        forgets the conversation
-/system TEXT  tells the model who it is, from now on; without a text, no longer
-/save FILE    writes the conversation as JSON
-/exit         leaves
-Enter         sends the prompt; one that is typed during an answer comes next
-Alt-Enter     begins a new line, as a backslash at the end and Enter do
-Ctrl-C        stops an answer
-Ctrl-D        leaves"""
-
 
 def read_grammar(name: str, text: str) -> Grammar:
-    """The grammar of --grammar, whose file has this text; raises ValueError if it is invalid."""
+    """The grammar of --grammar, whose file has this text; raises ValueError if it cannot be parsed."""
     is_json = name == "json" or name.endswith(".json")
     grammar = Grammar.json_schema(text) if is_json else Grammar.lark(text)
-    try:
-        GrammarSandbox().check(grammar.definition)
-    except ValueError as error:
-        if is_json:
-            raise
-        raise ValueError(f"read as Lark, as all files but .json are: {error}") from error
+    if problem := LLMatcher.validate_grammar(grammar.definition, limits=LIMITS):
+        how = "" if is_json else "read as Lark, as all files but .json are: "
+        raise ValueError(f"{how}{grammar_error(problem)}")
     return grammar
 
 
@@ -70,8 +57,8 @@ class Conversation:
     grammar: Grammar | None = None
     prediction: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    _messages: list[dict[str, str]] = field(default_factory=list, init=False)
-    _system: list[dict[str, str]] = field(default_factory=list, init=False)  # one message, or none
+    system: str = ""  # who the model is; an empty text: no such message
+    messages: list[dict[str, str]] = field(default_factory=list, init=False)
 
     def answer(self, prompt: str) -> bool:
         """Print the answer and its statistics; False if Ctrl-C ended it.
@@ -90,64 +77,43 @@ class Conversation:
         config = replace(self.config, reuse_cache=self.chat)
         model = self.generator.model
         adjust_threads(model)  # by what others did since the last answer
-        with Interrupt() as interrupt, _status_held(streamer is not None and sys.stdout.isatty()):
-            shown = replace(request, stopping_criteria=[interrupt], streamer=streamer)
+        with ctrl_c() as pressed:
+            shown = replace(request, stopping_criteria=[lambda *_: pressed.is_set()], streamer=streamer)
             result = self.generator.generate(shown, config)
+        interrupted = result.generation_strategy_result.stop_reason == "stopping_criteria"
         if streamer is None:
             print(result.decoded_prediction)
-        self._messages.append({"role": "user", "content": prompt})
-        self._messages.append({"role": "assistant", "content": result.decoded_prediction})
+        self.messages.append({"role": "user", "content": prompt})
+        self.messages.append({"role": "assistant", "content": result.decoded_prediction})
         if result.num_thinking_tokens:  # whether the model sees it again is up to the template
-            self._messages[-1]["reasoning_content"] = result.thinking
-        print_status(_statistics(result, self.config, interrupt.met))
+            self.messages[-1]["reasoning_content"] = result.thinking
+        print_status(_statistics(result, self.config))
         if legend := getattr(streamer, "legend", ""):
             print_status(f"  {legend}")
-        if self.compare and not interrupt.met:
+        if self.compare and not interrupted:
             try:
                 compared = self._comparison(request)
                 print_status(f"  {compared}")
             except KeyboardInterrupt:  # the conversation goes on
                 print_status("\n  without streaming: interrupted")
                 return False
-        return not interrupt.met
+        return not interrupted
 
     def _encoded(self, prompt: str) -> tuple[list[int], Thinking | None]:
         """The prompt's token ids; with --chat, those of the whole conversation, and how the answer thinks."""
         if not self.chat:
             return self.generator.encode(prompt), None
-        messages = [*self._system, *self._messages, {"role": "user", "content": prompt}]
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
         return encode_chat(self.generator, messages, self.template_kwargs)
-
-    def obey(self, command: str, text: str) -> str:
-        """Follow a command; what to say."""
-        if command == "help":
-            return _HELP
-        if command == "clear":
-            self._messages = []
-            return "the conversation is forgotten"
-        if command == "system":
-            if not self.chat:
-                return "/system: needs --chat True, a prompt alone has no roles"
-            self._system = [{"role": "system", "content": text}] if text else []
-            return "the system prompt is set" if text else "there is no system prompt now"
-        if command != "save":
-            return f"/{command}: no such command, there are /help, /clear, /system, /save, /exit"
-        if not text:
-            return "/save: needs the name of a new file"
-        messages = json.dumps([*self._system, *self._messages], indent=2, ensure_ascii=False)
-        try:
-            with open(Path(text).expanduser(), "x", encoding="utf-8") as file:  # replaces none
-                file.write(f"{messages}\n")
-        except OSError as error:
-            return f"/save {text}: cannot be written ({error.strerror})"
-        return f"the conversation is in {text}"
 
     def _comparison(self, request: Request) -> str:
         """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""
         sides = [(self.generator, self.config), autoregressive(self.generator, self.config)]
 
         what, number = "comparing with decoding without drafts", (1 + _TURNS) * len(sides)
-        with log_if_slow(f"{what}, without streaming"), work_bar(what, number, "answer") as advance:
+        with work_bar(what, number, "answer") as advance:
 
             def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
                 took = generator.generate(request, config).generation_strategy_result
@@ -167,25 +133,20 @@ class Conversation:
         return f"without streaming: {speeds}: {verdict} ({low:.2f}-{high:.2f})"
 
 
-class Interrupt:
-    """A stopping criterion that Ctrl-C meets; a second Ctrl-C ends the program at once."""
+@contextmanager
+def ctrl_c() -> Iterator[Event]:
+    """Set the event at Ctrl-C in this block; a second Ctrl-C ends the program at once."""
+    event = Event()
 
-    _pressed = met = False
+    def press(*_: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, previous)
 
-    def __enter__(self) -> Interrupt:
-        self._previous = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _press(self, *_: Any) -> None:
-        self._pressed = True
-        signal.signal(signal.SIGINT, self._previous)
-
-    def __call__(self, *_: Any) -> bool:
-        self.met = self._pressed
-        return self.met
+    previous = signal.signal(signal.SIGINT, press)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def one_prompt(given: str | None) -> str:
@@ -207,21 +168,11 @@ def one_prompt(given: str | None) -> str:
     return prompt
 
 
-@contextmanager
-def _status_held(is_held: bool) -> Iterator[None]:
-    """If `is_held`, print status lines after this block, in which an answer grows on the same terminal."""
-    lines = io.StringIO()
-    try:
-        with redirect_stderr(lines) if is_held else nullcontext():
-            yield
-    finally:
-        print(lines.getvalue(), end="", file=sys.stderr, flush=True)
-
-
-def _statistics(result: GenerationResult, config: GenerationConfig, interrupted: bool) -> str:
+def _statistics(result: GenerationResult, config: GenerationConfig) -> str:
     """Lines with the number of tokens, the speed, and the acceptance of drafts."""
     took = result.generation_strategy_result
-    ended = "interrupted" if interrupted else f"stopped by {took.stop_reason}"
+    is_interrupted = took.stop_reason == "stopping_criteria"
+    ended = "interrupted" if is_interrupted else f"stopped by {took.stop_reason}"
     alone = early_exit_alone(vars(config))
     whose = f"; {alone}" if alone else ""
     thought = f", {result.num_thinking_tokens} of them thinking," if result.num_thinking_tokens else ""

@@ -120,11 +120,6 @@ def early_exit_alone(asked: Record) -> str:
     return f"by the early exit at layer {asked['exit_layer']} alone, not by the full model"
 
 
-def note(remark: str) -> str:
-    """A remark below a table, in 80 columns."""
-    return textwrap.fill(f"note: {remark}", 80, subsequent_indent="  ", break_on_hyphens=False)
-
-
 def counted(number: int, what: str) -> str:
     """Such as "1 round" or "2 rounds"."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,51 +1,45 @@
-"""Examples as token ids, and a script's work on them."""
+"""A script's work on examples: a record for each, exactly once, over ranks, errors and interruptions."""
 
 import itertools
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+from tqdm import tqdm
 
 from arguments import GenerationConfig, ModelArguments, RunArguments, refuse
 from data import DataArguments, DataError, Example, load_examples
-from runs.description import Record, describe, describe_model, fewest_threads
-from runs.failures import Failed, check_writable
+from runs import ranks
+from runs.description import Record, counted, describe, describe_model, fewest_threads
+from runs.failures import Failed, check_writable, reason
 from runs.records import Run, check_same_run
 from runs.startup import encode_chat, load_generator
 from runs.status import print_status
-from runs.work import Work, work_off
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.texts import Thinking
+from self_speculation.devices import is_lost_rank
 from self_speculation.families import context_length
-
-# Prompts of a conversation and their answers in turn, up to a prompt -> all ids, and how its answer thinks.
-Encode = Callable[[Sequence[str]], tuple[list[int], Thinking | None]]
 
 
 @dataclass(frozen=True)
 class Encoded(Example):
-    """An example that fits into the model's context."""
+    """An example that fits into the model's context.
 
-    ids: list[int]  # the prompt's, with --chat True in the chat template
+    Attributes:
+        encode: answers so far -> the ids of all earlier turns and the next one, and how its answer thinks.
+    """
+
+    ids: list[int]  # the first prompt's, with --chat True in the chat template
     thinking: Thinking | None  # of the answer, with --chat True
-    encode: Encode
-
-    def request(self, seed: int | None = None) -> Request:
-        """The request of this example; without a seed, of random draws that differ from call to call."""
-        return Request(self.ids, seed=seed, thinking=self.thinking)
-
-    def next_turn(self, answers: Sequence[str], seed: int) -> Request | None:
-        """The turn after these answers, or None."""
-        if len(answers) > len(self.later_turns):
-            return None
-        asked = [self.prompt, *self.later_turns[: len(answers)]]
-        earlier = zip(asked, answers, strict=False)  # the last prompt has no answer yet
-        ids, thinking = self.encode([*itertools.chain(*earlier), asked[-1]])
-        return Request(ids, seed=seed, thinking=thinking)
+    encode: Callable[[Sequence[str]], tuple[list[int], Thinking | None]]
 
 
 @dataclass
-class Experiment(Work):
+class Experiment(ABC):
     """Work on examples; a record is that of an example, unless a subclass says otherwise."""
 
     generator: HuggingfaceLlamaGenerator
@@ -54,30 +48,37 @@ class Experiment(Work):
     seed: int  # of example 0; example i has seed + i
     batch_size: int
 
+    unit = "example"
+
     @property
     def names(self) -> Sequence[str]:
+        """What each record is about, for messages."""
         return [f"example {index}" for index in range(len(self.examples))]
 
-    @property
-    def longest_prompt(self) -> list[int]:
-        """The prompt to warm up with."""
-        return max((example.ids for example in self.examples), key=len)
+    def request(self, index: int) -> Request:
+        """The request of an example, with a seed of its own."""
+        example = self.examples[index]
+        return Request(example.ids, seed=self.seed + index, thinking=example.thinking)
 
-    def warm_up(self) -> None:
-        """Run every pass that will be timed."""
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
+        """Yield index and record, or error, of each index, in any order.
 
-    def requests(self, indices: Iterable[int]) -> dict[int, Request]:
-        """The requests of these examples, by index, each with its own seed."""
-        return {index: self.examples[index].request(self.seed + index) for index in indices}
+        A record depends on index and flags alone, except for its times.
+        """
+        for index in indices:
+            try:
+                record: Record | Exception = self.measure(index)
+            except Exception as error:
+                record = error
+            yield index, record
 
-    def conclude(self, records: list[Record]) -> int:
-        about = self.run.description
-        about["threads_used"] = fewest_threads(records, about["threads"])
-        return self.report(self.run, records)
+    def measure(self, index: int) -> Record:
+        """The record of an index, for work that makes one after the other."""
+        raise NotImplementedError
 
     @abstractmethod
     def report(self, run: Run, records: list[Record]) -> int:
-        """Finish the run and print its figures; the exit status."""
+        """Finish the run with all records in order, and print its figures; the exit status."""
 
 
 def run_experiment(
@@ -87,11 +88,12 @@ def run_experiment(
     config: GenerationConfig,
     data_args: DataArguments,
     args: RunArguments,
+    **own: Any,
 ) -> int:
     """Load the model and the examples that fit it, and do the work on them; the exit status.
 
     Args:
-        make: called with the first fields of an `Experiment`.
+        make: called with the fields of an `Experiment`, and `own` ones.
         args: the script's own arguments.
     """
     check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
@@ -107,9 +109,8 @@ def run_experiment(
     fitting = _examples_that_fit(generator, examples, data_args)
     if script != "benchmark" and any(example.later_turns for example in fitting):
         print_status(f"{script}.py asks the first turn of each conversation only")
-    experiment = make(generator, config, fitting, model_args.seed, args.batch_size)
-    experiment.warm_up()
-    return work_off(experiment, partial(Run.open, model_args.output_dir, args.resume, description))
+    experiment = make(generator, config, fitting, model_args.seed, args.batch_size, **own)
+    return _work_off(experiment, partial(Run.open, model_args.output_dir, args.resume, description))
 
 
 def _examples_that_fit(
@@ -120,15 +121,18 @@ def _examples_that_fit(
     # Turns of a conversation need the template, where there is one.
     chat = data_args.chat or (data_args.dataset == "spec_bench" and generator.tokenizer.chat_template)
 
-    def encode(said: Sequence[str]) -> tuple[list[int], Thinking | None]:
+    def encode(example: Example, answers: Sequence[str] = ()) -> tuple[list[int], Thinking | None]:
+        asked = [example.prompt, *example.later_turns[: len(answers)]]
+        earlier = zip(asked, answers, strict=False)  # the last prompt has no answer yet
+        said = [*itertools.chain(*earlier), asked[-1]]
         if not chat:  # a blank line after each answer
             return generator.encode("".join(text + "\n\n" * (i % 2) for i, text in enumerate(said))), None
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
         return encode_chat(generator, messages, data_args.template_kwargs)
 
     def encoded(example: Example) -> Encoded:
-        ids, thinking = encode([example.prompt])
-        return Encoded(**vars(example), ids=ids, thinking=thinking, encode=encode)
+        ids, thinking = encode(example)
+        return Encoded(**vars(example), ids=ids, thinking=thinking, encode=partial(encode, example))
 
     try:
         short = (example for example in examples if not generator.is_far_too_long(example.prompt))
@@ -141,3 +145,64 @@ def _examples_that_fit(
     if left_out := len(examples) - len(fitting):
         print_status(f"left out {left_out} of {len(examples)} examples: prompts of more than {room} tokens")
     return fitting
+
+
+def _work_off(experiment: Experiment, open_run: Callable[[], Run]) -> int:
+    """Make the missing records of a run, each rank its share, and let rank 0 conclude.
+
+    Every record is kept. The exit status is that of the conclusion, 130 after Ctrl-C or SIGTERM, or 1 if
+    records are missing; `status` in `run.json` is then `interrupted` or `failed`.
+    """
+    with ranks.process_group():
+        try:
+            run = ranks.share(open_run)
+        except Failed as error:
+            refuse(str(error))
+        kept = ranks.share(run.records)
+        number = len(experiment.names)
+        missing = [index for index in range(number) if index not in kept]
+        try:
+            _make_records(experiment, run, missing[ranks.rank() :: ranks.num_processes()])
+            ranks.barrier()
+            if not ranks.is_first():
+                return 0
+            complete = run.records()
+            records = [complete[index] for index in range(number)]
+            run.description["threads_used"] = fewest_threads(records, run.description["threads"])
+            return experiment.report(run, records)
+        except (Exception, KeyboardInterrupt) as error:
+            is_stopped = isinstance(error, KeyboardInterrupt)
+            if ranks.is_first():
+                with suppress(Failed):
+                    run.write_status("interrupted" if is_stopped else "failed")
+            why = reason(error, batch_size=experiment.batch_size)
+            if not (why or is_stopped or is_lost_rank(error)):
+                raise
+            if why or ranks.is_first():
+                why = why or ("interrupted" if is_stopped else "another rank is gone")
+                kept_ones = (
+                    f"{len(run.records())} of {counted(len(experiment.names), experiment.unit)} are kept"
+                )
+                print(f"{why}; {kept_ones}, go on with --resume {run.folder}", file=sys.stderr)
+            return 130 if is_stopped else 1
+
+
+def _make_records(experiment: Experiment, run: Run, indices: Sequence[int]) -> None:
+    """Write the records of this rank's indices.
+
+    Raises:
+        Failed: the first error, after all other records are written.
+    """
+    wrong = []
+    hidden = None if ranks.is_first() else True  # None: unless at a terminal
+    with tqdm(total=len(indices), desc=f"{experiment.unit}s", disable=hidden) as bar:
+        for index, record in experiment.records(indices):
+            if isinstance(record, Exception):
+                if (why := reason(record, batch_size=experiment.batch_size)) is None:
+                    raise record
+                wrong.append(f"{experiment.names[index]}: {why}")
+                continue
+            run.append({"index": index, **record})
+            bar.update()
+    if wrong:
+        raise Failed(wrong[0])

@@ -4,7 +4,6 @@ Light: `runs.program` imports it before a script reads its flags.
 """
 
 import errno
-import os
 import tempfile
 from pathlib import Path
 
@@ -42,27 +41,11 @@ def reason(error: BaseException, less: str = LESS, batch_size: int = 1) -> str |
     return None
 
 
-def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
-    """Turn an error in the work on `what` into a `Failed`; raise the error itself if it is a mistake of the
-    program.
-    """
-    if (why := reason(error, batch_size=batch_size)) is None:
-        raise error
-    return Failed(f"{what}: {why}")
-
-
 def check_writable(flag: str, folder: str | Path) -> None:
-    """End the program with one line, before anything is loaded, if a folder cannot be made or a small file in
-    it cannot be written.
-    """
+    """Make a folder; end the program with one line, before anything is loaded, if no file can be in it."""
     path = Path(folder).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(bytes(2**16))  # more than a file system keeps beside the name of a file
-            file.flush()
-            os.fsync(file.fileno())
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        # mkdir below /proc reports ENOENT.
-        deed = "written" if os.path.isdir(path) else "created"
-        refuse(f"--{flag} {folder}: cannot be {deed} ({error.strerror})")
+        refuse(f"--{flag} {folder}: cannot be written ({error.strerror})")

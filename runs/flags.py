@@ -2,19 +2,15 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
 
-_CHATS = "such as --model HuggingFaceTB/SmolLM2-135M-Instruct; `make chat` brings a small one along"
 
-
-def validate(model_args: ModelArguments, config: GenerationConfig, chat: bool = False) -> None:
-    """End the program in one line if the flags do not fit each other or the model's files; with `chat`, a
-    tokenizer needs a chat template.
-    """
+def validate(model_args: ModelArguments, config: GenerationConfig) -> None:
+    """End the program in one line if the flags do not fit each other or the model's files."""
     is_split = model_args.device == "split"
     if is_split and ranks.num_processes() > 1:
         refuse("--device split: is one process; start it without torchrun")
@@ -26,7 +22,9 @@ def validate(model_args: ModelArguments, config: GenerationConfig, chat: bool = 
             several = " ".join(re.findall(r"\w+", word))
             refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
     folder = Path(model_args.model_name).expanduser()
-    layers = _read(folder / "config.json").get("num_hidden_layers")
+    layers = None
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        layers = json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"]
     try:
         config.check_drafts()
         if isinstance(layers, int) and not model_args.model_args:
@@ -37,16 +35,3 @@ def validate(model_args: ModelArguments, config: GenerationConfig, chat: bool = 
     for idle in config.idle_fields():
         add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
         refuse(f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}")
-    tokenizer = _read(folder / "tokenizer_config.json")
-    if chat and tokenizer and "chat_template" not in tokenizer and not any(folder.glob("*chat_template*")):
-        which = "the bundled model continues Python and" if not model_args.model else "the model's tokenizer"
-        refuse(f"--chat True: {which} has no chat template; name a model that has one, {_CHATS}")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -3,29 +3,21 @@
 Each has a copy of the model and does a share of the work.
 """
 
-from __future__ import annotations
-
-import ctypes
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:  # flags are read before torch is imported
-    import torch.distributed as dist
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # ranks may finish hours apart; a rank that dies is noticed at once
 
-_PR_SET_PDEATHSIG = 1
-
 # The last barrier holds tensors of earlier exchanges. Without this reference, a gloo thread could free them
 # and wait for the interpreter's lock, which the main thread may hold while it waits for that thread.
-_last_barrier: dist.Work | None = None
+_last_barrier: Any = None
 
 
 def num_processes() -> int:
@@ -41,12 +33,6 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this process prints."""
     return rank() == 0
-
-
-def end_with_torchrun() -> None:
-    """On Linux, get SIGTERM when torchrun is killed, which then cannot send it."""
-    if num_processes() > 1 and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Load the model that the flags name."""
 
+import functools
 import gc
 import io
 import sys
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs.failures import reason
-from runs.status import log_if_slow, print_status, tell_of_fewer_threads
+from runs.status import log_if_slow, print_status
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.config import LoadingWarning
 from self_speculation.decoding.texts import Thinking
@@ -55,9 +56,7 @@ def read_config(model_args: ModelArguments) -> PretrainedConfig:
 
 
 def load_generator(
-    model_args: ModelArguments,
-    config: GenerationConfig,
-    chat: bool = False,
+    model_args: ModelArguments, config: GenerationConfig, chat: bool = False
 ) -> HuggingfaceLlamaGenerator:
     """Load --model and make the strategy of --generation_strategy.
 
@@ -107,6 +106,15 @@ def load_generator(
     gc.freeze()  # all present objects live to the end
     gc.enable()
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
+
+
+@functools.cache  # once for each governor
+def tell_of_fewer_threads(governor: ThreadGovernor) -> None:
+    """Say that other programs use processors, and what follows; a `ThreadGovernor` calls it."""
+    used = f"other programs use {governor.others:.1f} of {governor.num_processors} processors"
+    threads = f"{governor.num_threads} of {governor.most} threads"
+    # An answer may be growing on the same terminal.
+    print_status(f"\n{used}: decoding is slower, with {threads} while they do")
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:

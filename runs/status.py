@@ -1,21 +1,14 @@
 """Progress at a terminal, and lines about slow work."""
 
-from __future__ import annotations
-
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Timer
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from runs import ranks
-
-if TYPE_CHECKING:  # it imports torch
-    from self_speculation.threads import ThreadGovernor
 
 _SILENCE = 1.0  # seconds before a line names the work
 _SECONDS_WITHOUT_BAR = 2.0
@@ -52,11 +45,3 @@ def print_status(line: str) -> None:
     if ranks.is_first():
         with suppress(OSError):  # a full disk, a closed pipe
             print(line, file=sys.stderr, flush=True)
-
-
-@functools.cache  # once for each governor
-def tell_of_fewer_threads(governor: ThreadGovernor) -> None:
-    """Say that other programs use processors, and what follows; a `ThreadGovernor` calls it."""
-    used = f"other programs use {governor.others:.1f} of {governor.num_processors} processors"
-    threads = f"{governor.num_threads} of {governor.most} threads"
-    print_status(f"{used}: decoding is slower, with {threads} while they do")

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from runs.conversation import Conversation
 from runs.failures import reason
 from runs.status import print_status
 
-_COMMAND = re.compile(r"\s*/(?:(system|save)\b\s*(.*?)|(\w*))\s*", re.DOTALL)
+_COMMAND = re.compile(r"\s*/(?:(system)\b\s*(.*?)|(\w*))\s*", re.DOTALL)
+
+_WELCOME = """Enter sends a prompt, Ctrl-C stops an answer. /clear forgets the conversation,
+/system TEXT tells the model who it is, from now on; /exit or Ctrl-D leaves."""
 
 
 @contextmanager
@@ -31,23 +33,23 @@ def _unechoed() -> Iterator[None]:
 
 def converse(talk: Conversation) -> int:
     """Answer prompts from the terminal until /exit or Ctrl-D; the exit status."""
-    session = _session()
-    print_status("Type a prompt, Enter sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.")
+    session: PromptSession[str] = PromptSession(output=create_output(always_prefer_tty=True))
+    print_status(_WELCOME)
     while True:
         try:
-            # What was typed meanwhile is a prompt, too.
-            prompt = session.prompt(">>> ", prompt_continuation="... ")
+            prompt = session.prompt(">>> ")  # what was typed meanwhile is one, too
         except KeyboardInterrupt:  # Ctrl-C
             if not session.default_buffer.text:
                 print_status("/exit or Ctrl-D leaves")
             continue
         except EOFError:  # Ctrl-D without text
             return 0
-        last_line = prompt.strip().rpartition("\n")[2].strip()
-        if last_line == "/exit":  # even after other lines
+        if prompt.strip() == "/exit":
             return 0
+        if not prompt.strip():
+            continue
         if found := _COMMAND.fullmatch(prompt):
-            print_status(talk.obey(found[1] or found[3], found[2] or ""))
+            print_status(obey(talk, found[1] or found[3], found[2] or ""))
             continue
         try:
             with _unechoed():
@@ -60,21 +62,14 @@ def converse(talk: Conversation) -> int:
             print_status(f"\nerror: {why}")  # in the middle of an answer
 
 
-def _session() -> PromptSession[str]:
-    """A session that reads prompts; bracketed paste keeps pasted lines together."""
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.text.endswith("\\") and buffer.document.is_cursor_at_the_end:
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        elif buffer.text.strip():
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return PromptSession(multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True))
+def obey(talk: Conversation, command: str, text: str) -> str:
+    """Follow a command; what to say."""
+    if command == "clear":
+        talk.messages.clear()
+        return "the conversation is forgotten"
+    if command == "system":
+        if not talk.chat:
+            return "/system: needs --chat True, a prompt alone has no roles"
+        talk.system = text
+        return "the system prompt is set" if text else "there is no system prompt now"
+    return f"/{command}: no such command, there are /clear, /system, /exit"

@@ -40,9 +40,11 @@ class DraftStats:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> DraftStats:
-        """The inverse of `to_rows`."""
-        counts = ((DraftRound(*(row[name] for name in DraftRound._fields)), row["rounds"]) for row in rows)
-        return cls(Counter(dict(counts)))
+        """The inverse of `to_rows`; rows of several answers add up."""
+        stats = cls()
+        for row in rows:
+            stats.rounds[DraftRound(*(row[name] for name in DraftRound._fields))] += row["rounds"]
+        return stats
 
     def to_rows(self) -> list[dict[str, Any]]:
         """For JSON: each kind of round, and how many `rounds` there were of it."""

@@ -83,7 +83,6 @@ def trainer_settings(
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_sharded()}},
         report_to="none", disable_tqdm=False, log_level_replica="error",
     )  # fmt: skip
-    settings._n_gpu = min(settings.n_gpu, 1)  # torchrun drives several GPUs, not DataParallel
     if is_sharded() and device.type == "cpu":
         # accelerate shards over GPUs only. torch shards over CPU ranks, too.
         settings.distributed_state.distributed_type = DistributedType.MULTI_GPU

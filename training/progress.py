@@ -67,7 +67,4 @@ class Progress(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
         if "eval_loss" in logs:
-            exits = sum(key.startswith("eval_loss_exit_") for key in logs)
-            shown = sorted({exits * part // 8 for part in (1, 2, 4, 8)} - {0})
-            losses = ", ".join(f"exit {exit} {logs[f'eval_loss_exit_{exit}']:.3f}" for exit in shown)
-            self.training_bar.write(f"step {state.global_step}: held-out loss {losses}")
+            self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f}")

@@ -15,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from arguments import ModelArguments, refuse
-from data import DataError
 from runs import ranks
 from runs.description import Record, describe, describe_model, heading
 from runs.failures import Failed, check_writable
@@ -27,13 +26,7 @@ from self_speculation.loading.sources import adapted_model
 from training import from_flags
 from training.flags import Flags, is_sharded
 from training.progress import Progress, Stop
-from training.texts import (
-    load_texts,
-    padded,
-    to_blocks,
-    tokenizer_from_json,
-    train_tokenizer,
-)
+from training.texts import load_texts, padded, to_blocks, tokenizer_from_json, train_tokenizer
 from training.trainer import EXIT_SCORES, EarlyExitTrainer, newest_checkpoint, plain
 
 _EVAL_SAMPLES = 64  # of an evaluation during the training
@@ -65,9 +58,7 @@ def train(flags: Flags) -> int:
         reason = "interrupted"
     except KeyboardInterrupt:
         reason, stop.status = "interrupted", max(stop.status, 130)
-    except FloatingPointError as error:
-        reason, stop.status = f"{error}: begin anew with a lower --learning_rate", 1
-    except (DataError, Failed, SafetensorError, OSError) as error:
+    except (FloatingPointError, Failed, SafetensorError, OSError) as error:
         reason, stop.status = str(error), 1
         if ranks.rank() != 0:  # the first one may have no error, and wait for this one
             refuse(reason, stop.status)
@@ -112,8 +103,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     facts = describe_model(model_args.model or "a new Llama", model, device)
     facts["computed_in"] = computed_in
     if args.lora_rank:
-        assert model_args.model is not None
-        model = from_flags.adapted(model, model_args.model, args.lora_rank)
+        model = from_flags.adapted(model, model_args.model_name, args.lora_rank)
     with state.local_main_process_first():
         training, evaluation = (to_blocks(part, tokenizer, length, seed) for part in texts)
     # Not earlier, so that Ctrl-C leaves no empty folder.
@@ -152,8 +142,6 @@ def _read_config(model_args: ModelArguments, sequence_length: int) -> Pretrained
     config = load_config(model_args.model, model_args.loading_options())
     if sequence_length > (most := context_length(config)):
         raise ValueError(f"sequence_length {sequence_length}: must be at most {most}, the model's context")
-    if config.num_hidden_layers < 2:
-        raise ValueError(f"model {model_args.model}: has no layer to exit from before the last")
     return config
 
 
@@ -193,20 +181,13 @@ def _new_tokenizer(resume: str | None, texts: datasets.Dataset, vocabulary_size:
 
 def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load --model on the CPU, in fp32 or, below an adapter, in --dtype."""
-    model_args, rank = flags.model, flags.optimization.lora_rank
-    assert model_args.model is not None
-    if rank and adapted_model(model_args.model) is not None:
-        raise ValueError(
-            f"lora_rank {rank}: --model {model_args.model} is an adapter, and one on top of it would be of "
-            "no use without it; take the model that has it merged"
-        )
+    model_args, rank, name = flags.model, flags.optimization.lora_rank, flags.model.model_name
+    if rank and adapted_model(name) is not None:
+        raise ValueError(f"lora_rank {rank}: --model {name} is an adapter, take the merged model")
     options = model_args.loading_options(
-        dtype=model_args.dtype if rank else "float32",
-        device="cpu",
-        fuse=False,
-        compile=False,
+        dtype=model_args.dtype if rank else "float32", device="cpu", fuse=False, compile=False
     )
-    model, tokenizer = load_model_and_tokenizer(model_args.model, options, config)
+    model, tokenizer = load_model_and_tokenizer(name, options, config)
     return model.requires_grad_(), tokenizer  # a merged adapter leaves frozen weights
 
 
@@ -224,8 +205,7 @@ def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float
     run.write_status("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")
-    written = ("model", "adapter", "exits.csv", "log.csv", "run.json")
-    print(f"\n{run.folder}/: {', '.join(name for name in written if (run.folder / name).exists())}")
+    print(f"\n{run.listing()}")
 
 
 def _save_model(trainer: EarlyExitTrainer, folder: Path) -> None:

@@ -3,7 +3,8 @@
 The seed, the step and the place of a sample in the step decide which layers it skips. The number of ranks and
 a resumption change nothing.
 
-Private parts of transformers 5.24's Trainer: this overrides `_save_checkpoint` and `_get_grad_norm`.
+Private parts of transformers 5.24's Trainer: this overrides `_save_checkpoint` and
+`_maybe_log_save_evaluate`.
 """
 
 import json
@@ -99,32 +100,25 @@ def plain(model: nn.Module) -> PreTrainedModel:
 class EarlyExitTrainer(Trainer):
     """A Trainer for the recipe, which evaluates every exit.
 
-    Batches have `input_ids` and `labels`, padded on the right.
+    Batches have `input_ids` and `labels`, padded on the right. Not for `torch_compile`: what surrounds the
+    layers differs from step to step.
 
     Args:
         model: of a supported family, with or without an adapter of peft.
 
     Raises:
-        ValueError: the model is not supported or has no such exit, or `args` ask for what does not go with
-            layers that differ from step to step.
+        ValueError: the model is not supported or has no such exit.
     """
-
-    data_collator: Callable[[list[Any]], dict[str, Any]]
 
     def __init__(
         self, model: nn.Module, settings: RecipeArguments, args: TrainingArguments, **kwargs: Any
     ) -> None:
         check_supported(plain(model).config)
-        if args.n_gpu > 1:
-            raise ValueError(f"{args.n_gpu} GPUs in one process: start one process for each, by torchrun")
-        if args.torch_compile:
-            raise ValueError("torch_compile: what surrounds the layers differs from step to step")
+        args._n_gpu = min(args.n_gpu, 1)  # torchrun drives several GPUs, not DataParallel
         self._settings = settings
         self._exits = settings.exit_layers(plain(model).config.num_hidden_layers)
-        self._grad_norm = torch.zeros(())  # of the last step; on the device
         super().__init__(model=model, args=args, compute_metrics=_metrics_of_exits, **kwargs)
         self.model_accepts_loss_kwargs = True
-        self.data_collator = partial(_padded_right, self.data_collator)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_step = 0
@@ -175,26 +169,23 @@ class EarlyExitTrainer(Trainer):
         with in_model, in_head, autocast:
             yield
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        self._grad_norm = torch.as_tensor(super()._get_grad_norm(*args, **kwargs))
-        return self._grad_norm
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.control.should_log |= self.control.should_save  # `log` checks what would be saved
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        self._check_finite(logs.get("loss", 0.0))
-        super().log(logs, *args, **kwargs)
-
-    def _check_finite(self, loss: float = 0.0) -> None:
-        """Raises FloatingPointError if this mean over all ranks, or the gradient of the last step, is not
+        """Raises FloatingPointError if the mean loss over all ranks, or the gradient of the last step, is not
         finite. After a gradient that is not, no later one is.
         """
-        norm = getattr(self._grad_norm, "full_tensor", lambda: self._grad_norm)()  # of shards
         # fp16 skips a step whose gradient is not finite.
-        if not (math.isfinite(loss) and (self.args.fp16 or math.isfinite(norm))):
-            raise FloatingPointError(f"loss or gradient is not finite at step {self.state.global_step}")
+        checked = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
+        if not all(math.isfinite(logs.get(name, 0.0)) for name in checked):
+            where = f"loss or gradient is not finite at step {self.state.global_step}"
+            raise FloatingPointError(f"{where}: begin anew with a lower learning rate")
+        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Raises Failed if this rank cannot write, and of shards on every rank."""
-        self._check_finite()
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         try:
             super()._save_checkpoint(model, trial)
@@ -222,11 +213,3 @@ def _metrics_of_exits(scores: EvalPrediction) -> dict[str, float]:
     return metrics | {
         f"{name}_exit_{exit}": value for name, found in by_exit.items() for exit, value in enumerate(found, 1)
     }
-
-
-def _padded_right(collate: Callable, rows: list[Any]) -> dict[str, Any]:
-    """Raises ValueError for a batch that is padded on the left: its tokens would attend to the padding."""
-    batch = collate(rows)
-    if "attention_mask" in batch and not batch["attention_mask"][:, 0].all():
-        raise ValueError('a batch is padded on the left: set padding_side = "right" of its tokenizer')
-    return batch

@@ -138,7 +138,8 @@ def load_model_and_tokenizer(
         in_file = header if where == source else None
         tokenizer = _load_tokenizer(model, config, where, in_file, kwargs)
         if chat and not tokenizer.chat_template:
-            raise LoadingError("chat True: the model's tokenizer has no chat template")
+            such = "instruction models have one, such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            raise LoadingError(f"chat True: the model's tokenizer has no chat template; {such}")
         bits = _bits(options.quantization, device, config, base)
         own = _own_dtype(options, device, header, config) if adapted is None else None
         in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}

@@ -35,16 +35,15 @@ def test_paired_ratios(drawn, tmp_path, interval):
 
 
 def test_heat_maps_have_the_figures_of_the_table(drawn, tmp_path):
-    """Guards against a cut heading, other figures than the table's, and a frame around another cell."""
+    """Guards against a cut heading, and other figures than the table's."""
     row = {"exit_layer": 3, "num_speculations": 2, "speedup": 1.234, "acceptance_rate": 0.567}
     other = {**row, "num_speculations": 4, "speedup": None, "mean_accepted_length": 3.0}
     table = pandas.DataFrame([{**row, "mean_accepted_length": 2.0}, other])
-    plots.heat_maps(table, (3, 2), "x" * 100 + "\n" + "y" * 100, tmp_path / "sweep")
+    plots.heat_maps(table, "x" * 100 + "\n" + "y" * 100, tmp_path / "sweep")
     (figure,) = drawn
     figure.canvas.draw()
     title = figure._suptitle.get_window_extent()
     assert 0 <= title.x0 < title.x1 <= figure.bbox.width
     assert [texts(axes.texts) for axes in figure.axes] == [["2.00\nx 1.23", "3.00"], ["57%"] * 2]
     for axes in figure.axes:
-        assert [patch.get_xy() for patch in axes.patches] == [(-0.48, -0.46)]  # the first cell's
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("draft length [tokens]", "exit layer")

@@ -1,7 +1,6 @@
 """A conversation reads only what is new of each turn."""
 
 import copy
-import json
 import re
 from unittest.mock import Mock
 
@@ -12,6 +11,7 @@ from thinkers import QWEN3, TAGS, Teller, thinking_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from runs.conversation import Conversation
+from runs.terminal import obey
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
 
@@ -28,32 +28,28 @@ def test_a_turn_reads_what_the_template_changes(template, byte_tokenizer, text_m
     for prompt in ("Who are you?", "And who am I?"):
         talk.answer(prompt)
     (((first, _), _), ((second, _), result)) = seen
-    text = tokenizer.apply_chat_template(talk._messages[:3], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(talk.messages[:3], add_generation_prompt=True, tokenize=False)
     assert second.ids == tokenizer.encode(text, add_special_tokens=False)
     num_cached = result.generation_strategy_result.num_cached_tokens
     assert template != TEMPLATE or num_cached > len(first.ids) // 2
 
 
-def test_commands_of_a_conversation(byte_tokenizer, tmp_path):
-    """Guards against a history that cannot be left or kept, and a file that is replaced."""
+def test_commands_of_a_conversation(byte_tokenizer):
+    """Guards against a history that cannot be left, or begun by a system prompt."""
     teller = Teller(thinking_tokenizer(byte_tokenizer, QWEN3), text="u</s>")
-    talk, file = Conversation(teller, config_of(), "none", chat=True), tmp_path / "talk.json"
+    talk = Conversation(teller, config_of(), "none", chat=True)
 
     def prompt():
         return teller.tokenizer.decode(talk._encoded("And I?")[0])
 
-    talk.obey("system", "Be brief.")
+    obey(talk, "system", "Be brief.")
     talk.answer("Who?")
     assert prompt().startswith("system: Be brief.\nuser: Who?\n")
-    assert talk.obey("save", str(file)) == f"the conversation is in {file}"
-    said = [("system", "Be brief."), ("user", "Who?"), ("assistant", "u")]
-    assert json.loads(file.read_text()) == [{"role": role, "content": text} for role, text in said]
-    assert talk.obey("save", str(file)) == f"/save {file}: cannot be written (File exists)"
-    talk.obey("clear", "")
-    talk.obey("system", "")
+    obey(talk, "clear", "")
+    obey(talk, "system", "")
     assert prompt() == "user: And I?\nassistant: "
     alone = Conversation(teller, config_of(), "none")
-    assert alone.obey("system", "x") == "/system: needs --chat True, a prompt alone has no roles"
+    assert obey(alone, "system", "x") == "/system: needs --chat True, a prompt alone has no roles"
 
 
 @pytest.mark.parametrize(("kwargs", "keeps"), [({}, False), ({"keep": True}, True)])

@@ -31,7 +31,7 @@ def common(model_folder, tmp_path, monkeypatch):
 
 def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, capsys):
     """Guards against a run without its machine, records out of order, and a table that lacks a figure."""
-    flags = ["--compare", "True", "--text_quality", "True", *SPECULATION, "--sample", "False"]
+    flags = ["--compare", "True", *SPECULATION, "--sample", "False"]
     assert benchmark.main([*small_run(model_folder, tmp_path, 5, 12), *flags]) == 0
     run, records = about(only_run(tmp_path)), records_of(only_run(tmp_path))
     facts = {"libraries", "device", "dtype", "threads", "num_layers", "processor"}
@@ -43,11 +43,10 @@ def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, cap
     metrics = run["metrics"]
     assert metrics["comparison"]["identical_outputs"] == 5
     assert metrics["speed"]["num_tokens"] == records["num_tokens"].sum()
-    assert {"rouge1", "bleu", "exact_match", "edit_distance"} <= metrics["text"].keys()
     table = capsys.readouterr().out
     assert table.startswith(f"{heading(run)}\n\n5 examples ")
     speeds = {"tokens/s, all tokens by wall time", "tokens/s, decode, median answer", "ms to first token"}
-    ratios = {"speed-up, median of examples", "speed-up, decode", "acceptance rate"}
+    ratios = {"speed-up, median of examples", "middle half of examples", "acceptance rate"}
     assert all(name in table for name in speeds | ratios)
     assert (only_run(tmp_path) / "benchmark.png").stat().st_size > 10_000
 
@@ -59,7 +58,7 @@ def test_figures_say_what_they_are(common, tmp_path, monkeypatch, capsys):
     output, run = capsys.readouterr().out, about(only_run(tmp_path))
     assert " by the early exit at layer 2 alone, not by the full model, " in " ".join(output.split())
     assert ", down to 1 of 2 threads, 1 rank" in " ".join(output.split())  # that of pictures, too
-    assert (run["threads_used"], "acceptance" in run["metrics"], run["metrics"]["text"]) == (1, False, {})
+    assert (run["threads_used"], "acceptance" in run["metrics"]) == (1, False)
 
 
 def test_examples_draw_their_own_samples(common, tmp_path):
@@ -171,9 +170,7 @@ def test_sides_take_turns_by_windows(model_folder, tmp_path, monkeypatch, capsys
     compared = metrics["comparison"]
     assert metrics["speed"]["total_time"] == pytest.approx(records["wall_time"].sum())
     assert (compared["speedup_windows"], compared["identical_outputs"]) == (4, 8)
-    assert compared["decode_speedup"] is None  # times overlap
     assert set(records["window"]) == {0, 2, 4, 6}
-    assert "decode, beside other rows" in capsys.readouterr().out
     assert correctness.main(args) == 0
     assert "\npassed: 8 of 8 outputs identical" in capsys.readouterr().out
 
@@ -184,7 +181,7 @@ def test_near_ties_are_told_from_differences(text_model):
     logits = text_model(torch.tensor([prompt])).logits[0, -1]
     best, second, *_, worst = logits.argsort(descending=True).tolist()
     wide = find_difference(text_model, prompt, [best, 9], [second, 9])
-    assert (wide["position"], wide["best_tokens"], wide["near_tie"]) == (0, [best, second], False)
+    assert (wide["position"], wide["near_tie"]) == (0, False)
 
     def level(_, scores, roundings=1):
         """Makes the two best logits all but equal."""

@@ -151,7 +151,7 @@ def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):
     """Guards against errors that end it, a slash that is always a command, and keys that are lost."""
     child = talk("--chat", "True", *GREEDY, *SPECULATION, "--streamer", "speculative")
     child.send("hi\rsame breath\r")  # while it loads
-    child.expect("Enter sends it")
+    child.expect("Enter sends a prompt")
     sizes = []
     for _ in range(2):
         child.expect(r"for (\d+) tokens")
@@ -162,23 +162,20 @@ def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):
     for keys, answer in (
         ("\x03", "/exit or Ctrl-D leaves"),
         ("x " * 300 + "\r", "error: the prompt has .* leaves no room"),
-        ("/help\r", "/exit +leaves"),
-        ("/leave\r", "/leave: no such command, there are /help, /clear, /system, /save, /exit"),
+        ("/leave\r", "/leave: no such command, there are /clear, /system, /exit"),
         ("/exit of this function:\r", "20 tokens in"),
     ):
         child.sends(keys)
         child.expect(answer)
-    assert child.ends_well("def\\\r/exit\r")  # even after other lines
+    assert child.ends_well("/exit\r")
     assert "tokens in" not in child.before
 
 
 def test_keys_of_a_prompt(talk, byte_tokenizer):
-    """Guards against a prompt of several lines that is sent after the first, and a backslash that stays."""
+    """Guards against a pasted prompt that is sent after its first line, and an answer to nothing."""
     child = talk(*GREEDY)
     for keys, prompt in (
         ("abcdef\r", "abcdef"),
-        ("ab\x1b\rcd\x1b\ref\r", "ab\ncd\nef"),  # Alt-Enter
-        ("ab\\\rcd\\\ref\r", "ab\ncd\nef"),  # a backslash at the end
         ("\x1b[200~ab\rcd\ref\x1b[201~\r", "ab\ncd\nef"),  # pasted, as terminals tell it
         ("\r \r\x7fabcdef\r", "abcdef"),  # Enter where there is nothing to send
     ):

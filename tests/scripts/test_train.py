@@ -216,7 +216,7 @@ def test_continual_pretraining(tmp_path, texts, model_folder):
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, texts, capsys):
     """Guards against a row of the log that leaves such losses out, which is the trainer's default."""
     assert train.main(arguments(tmp_path, texts, "--learning_rate", "1e30", "--warmup_steps", "0")) == 1
-    message = r"\nloss or gradient is not finite at step [234]: begin anew with a lower --learning_rate; no "
+    message = r"\nloss or gradient is not finite at step [234]: begin anew with a lower learning rate; no "
     assert re.search(message, capsys.readouterr().err)
 
 

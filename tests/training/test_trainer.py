@@ -8,18 +8,16 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset
-from transformers import LlamaConfig, TrainingArguments, default_data_collator
+from transformers import LlamaConfig, TrainingArguments
 
 from training.flags import RecipeArguments
 from training.texts import padded
 from training.trainer import EarlyExitTrainer
 
-pad = partial(padded, 0, 8)
-
 
 @pytest.fixture
 def trainer(tmp_path):
-    def make(model=None, recipe=None, collator=pad, **more):
+    def make(model=None, recipe=None, **more):
         torch.manual_seed(0)
         rows = [torch.randint(3, 50, (8,)).tolist() for _ in range(24)]
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
@@ -27,7 +25,7 @@ def trainer(tmp_path):
         args = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, report_to="none", **more)
         return EarlyExitTrainer(
             copy.deepcopy(model or tiny_llama()), recipe or RecipeArguments(), args, train_dataset=data,
-            eval_dataset=data, data_collator=collator,
+            eval_dataset=data, data_collator=partial(padded, 0, 8),
         )  # fmt: skip
 
     return make
@@ -61,24 +59,16 @@ def test_steps_that_are_not_finite_end_the_training(settings, factor, bad, notic
     made.model.model.norm.weight.register_hook(
         lambda grad: grad * float(factor) if made.state.global_step == bad - 1 else grad
     )
-    with pytest.raises(FloatingPointError, match=rf"^loss or gradient is not finite at step {noticed}$"):
+    with pytest.raises(FloatingPointError, match=rf"^loss or gradient is not finite at step {noticed}:"):
         made.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == kept
 
 
 def test_what_it_refuses(trainer):
-    """Guards against tokens that attend to padding, which many tokenizers have on the left by default, and
-    against another loss than the model's: gemma2 caps its logits, the losses here do not.
-    """
+    """Guards against another loss than the model's: gemma2 caps its logits, the losses here do not."""
     for change, message in (
         ({"recipe": RecipeArguments(exits=[9])}, "exits .9.: must be between 1 and 3"),
-        ({"torch_compile": True}, "torch_compile: what surrounds the layers differs"),
         ({"model": SimpleNamespace(config=LlamaConfig(model_type="gemma2"))}, "'gemma2' is not supported"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(**change)
-    made = trainer(collator=default_data_collator)
-    rows = [{"input_ids": [0, 5], "labels": [5, 5], "attention_mask": [0, 1]}] * 4
-    made.train_dataset = Dataset.from_list(rows)
-    with pytest.raises(ValueError, match='set padding_side = "right"'):
-        made.train()
