@@ -28,6 +28,12 @@ def strategy(ids=(5, 9, 4), config=CONFIG):
     return make_strategy("autoregressive").generate_token_ids(tiny_llama(), ids, [2], config)
 
 
+def speculate(exit_layer, num_speculations=2, name="self_speculative", **others):
+    """The strategy object overrides the name in the config."""
+    config = GenerationConfig(exit_layer=exit_layer, num_speculations=num_speculations, **others)
+    return lambda _: make_strategy(name).generate_token_ids(tiny_llama(), [5], [], config)
+
+
 def gpt2():
     return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
 
@@ -73,6 +79,9 @@ REFUSALS = {
     "batch_size: must be a int, not str": lambda tokenizer: (
         list(generator(tokenizer).generate_batch(["def"], CONFIG, "2"))
     ),
+    "batch_size 0: must be at least 1": lambda tokenizer: (
+        list(generator(tokenizer).generate_batch(["def"], CONFIG, 0))
+    ),
     "the prompt must be a list of token ids, since a strategy has no tokenizer": lambda _: strategy("def"),
     "generation_config: must be a GenerationConfig, not NoneType": lambda _: strategy(config=None),
     "model: must be one of transformers, not a Linear": lambda _: fuse(torch.nn.Linear(2, 2)),
@@ -80,6 +89,13 @@ REFUSALS = {
     "runner: must be a ModelRunner, as docs/moving.md shows, not LlamaForCausalLM": lambda _: (
         forward_early(own_llama(), torch.tensor([[5]]), None, 2, None)
     ),
+    "exit_layer 4: must be between 1 and 3, the model has 4 layers; with draft_weights int4": speculate(4),
+    "exit_layer 5: must be between 1 and 4": speculate(5, draft_weights="int4"),
+    "exit_layer 4: must be between 1 and 3, the model has 4 layers; -1 is full depth": (
+        speculate(4, -1, "autoregressive")
+    ),
+    "exit_layer: self_speculative needs one between 1 and the last but one layer": speculate(-1),
+    "num_speculations: self_speculative needs at least 1": speculate(2, -1),
 }  # fmt: skip
 
 
@@ -101,6 +117,7 @@ def test_what_is_taken(byte_tokenizer):
     )
     assert len(strategy(torch.tensor([5, 9]), config).predicted_tokens) <= 4
     assert generator(byte_tokenizer).generate([5, 9], config).num_tokens_generated <= 4
+    assert list(generator(byte_tokenizer).generate_batch([], config)) == []
 
 
 def test_the_strategy_is_the_config_s(byte_tokenizer):

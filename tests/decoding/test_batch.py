@@ -1,6 +1,5 @@
 """Batches: the output of a sequence does not depend on other sequences."""
 
-from collections import deque
 from contextlib import nullcontext
 from itertools import count
 from operator import length_hint
@@ -8,9 +7,7 @@ from operator import length_hint
 import pytest
 import torch
 from conftest import (
-    ADAPTIVE,
     LAYERS,
-    Recorder,
     drained,
     generator_of,
     ids_of,
@@ -21,9 +18,6 @@ from conftest import (
     tiny_llama,
 )
 from helpers import watch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from transformers import MaxLengthCriteria
 
 import self_speculation
 from self_speculation import GenerationConfig, Request, make_strategy
@@ -33,59 +27,8 @@ from self_speculation.passes.kv_cache import KVCache
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
 
 
-def together(model, requests, batch_size, budget=None, cancelled=None, **config):
-    """Results by index. With a budget all requests are added before the first step.
-
-    cancelled: a step and the index of a request.
-    """
-    scheduler = scheduler_of(model, batch_size, budget, **config)
-    waiting, results, ended = deque(enumerate(requests)), {}, {}
-    for step in count():
-        while waiting and (budget or scheduler.num_free_slots):
-            scheduler.add_request(*waiting.popleft())
-        if cancelled and cancelled[0] == step:
-            scheduler.cancel({cancelled[1]})
-            rows = scheduler.batch.sequences
-            ended = {row.key: [*row.tokens] for row in rows if row.stop_reason == "cancelled"}
-        scheduler.step()
-        results |= scheduler.pop_finished()
-        if not (waiting or scheduler.has_requests):
-            assert scheduler.num_free_slots == batch_size
-            assert all(results[key].predicted_tokens == tokens for key, tokens in ended.items())
-            return results
-
-
 def tokens_alone(model, prompts, **config):
     return [ids_of(model, prompt, **config) for prompt in prompts]
-
-
-DRAFTS = st.one_of(
-    st.just(ADAPTIVE),
-    st.just({}),
-    st.fixed_dictionaries({"exit_layer": st.integers(1, 3)}),
-    st.fixed_dictionaries(
-        {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(1, 20)},
-        optional={
-            "prompt_lookup": st.integers(1, 3),
-            "draft_weights": st.just("int4"),
-        },
-    ),
-)
-
-
-OWN = st.fixed_dictionaries(
-    {"max_steps": st.integers(1, 24)},
-    optional={
-        "sample": st.booleans(),
-        "temperature": st.sampled_from([0.5, 1.3]),
-        "top_k": st.sampled_from([1, 5]),
-        "top_p": st.sampled_from([0.5, 1.0]),
-        "repetition_penalty": st.sampled_from([0.7, 1.5]),
-        "no_repeat_ngram_size": st.just(1),
-        "stop_token_ids": st.lists(st.integers(2, 49), max_size=6),
-    },
-)
-TEXT = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
 
 
 def raises_from(length):
@@ -99,123 +42,6 @@ def raises_from(length):
     return process
 
 
-def fails_from(length):
-    """A stopping criterion that raises where a history has so many ids, and is never met before."""
-    process = raises_from(length)
-    return lambda ids, logits: process(ids, logits) is None
-
-
-def meddles(how, part):
-    """A processor that, after some histories, raises, returns NaN or leaves one token."""
-
-    def process(ids, logits):
-        chance = int(ids.sum())
-        if chance % 7 != part:
-            return logits
-        if how == "raises":
-            raise KeyError(how)
-        if how == "NaN":
-            return logits * torch.nan
-        return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([chance % 50]), 1.0)
-
-    return process
-
-
-MEDDLES = st.builds(meddles, st.sampled_from(["raises", "NaN", "one"]), st.integers(0, 6))
-CRITERIA = st.builds(MaxLengthCriteria, st.integers(2, 20)) | st.builds(fails_from, st.integers(2, 16))
-ROW = st.fixed_dictionaries(
-    {
-        "prompt": st.lists(st.integers(3, 40), min_size=1, max_size=12)
-        | st.integers(4, 12).map(lambda n: TEXT[:n]),
-        "own": st.none() | OWN,
-        "processors": st.just([]) | st.just([]) | st.lists(MEDDLES, max_size=2),
-        "criterion": st.none() | st.none() | CRITERIA,
-        "puts": st.sampled_from([99, 99, 99, 0, 1, 5]),  # of the streamer, before it raises
-        "drafts": st.sampled_from([True, True, False]),
-    }
-)
-NGRAMS = {
-    "rows": [
-        {"prompt": PROMPTS[2], "own": None, "processors": [], "criterion": None, "puts": 99, "drafts": True}
-    ],
-    "batch_size": 1, "budget": None, "config": {"max_steps": 24, "reuse_cache": False},
-    "drafts": {**LAYERS, "prompt_lookup": 1}, "ends": [], "fused": False, "context": 256, "late": False,
-    "cancelled": None,
-}  # fmt: skip
-
-
-@mixed_drafts("n-grams")
-@given(
-    rows=st.lists(ROW, min_size=1, max_size=7),
-    batch_size=st.integers(1, 5),
-    budget=st.sampled_from([None, None, 1, 4, 9]),
-    config=st.fixed_dictionaries({"max_steps": st.integers(1, 24), "reuse_cache": st.booleans()}),
-    drafts=DRAFTS,
-    ends=st.lists(st.integers(2, 49), max_size=6),
-    sample=st.booleans(),
-    agreement=st.sampled_from(["sometimes", "always", "never", "loops"]),
-    fused=st.booleans(),
-    context=st.sampled_from([20, 256]),
-    late=st.booleans(),
-    cancelled=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 6)),
-)
-@example(**NGRAMS, sample=False, agreement="loops")  # accepted
-@example(**NGRAMS, sample=True, agreement="sometimes")  # rejected
-@settings(max_examples=120)
-def test_every_row_is_as_if_alone(
-    rows, batch_size, budget, config, drafts, ends, sample, agreement, fused, context, late, cancelled
-):
-    """Guards against slots, masks, lengths, noise, settings, processors or stop conditions of other rows,
-    against a row at the end of its context that shortens others, against a chunk of a prompt at a wrong
-    position, and against a cached prefix that another row overwrites. Rows are replaced in every order, and
-    one is cancelled: guards against keys that stay behind, and a token that it still gets, or others lose. On
-    a GPU tokens are read late: guards against a pass too many that shows.
-
-    Rows fail: guards against an error that reaches another row, also that of a streamer, against a drafted
-    token that ends or changes an output because processors raise or change logits there, against an output
-    that goes on where draft and target are both NaN, and against a streamer that does not show all tokens
-    before an error.
-    """
-    model = tiny_llama(agreement=agreement, fused=fused, max_position_embeddings=context)
-    config |= {"sample": sample}
-
-    def request(index, puts):
-        row = rows[index]
-        own = row["own"] and GenerationConfig(**row["own"])
-        calls = row["processors"], row["criterion"], Recorder(puts)
-        return Request(
-            row["prompt"], *calls, seed=index, eos_token_ids=ends, config=own, drafts=row["drafts"]
-        )
-
-    requests = [request(index, row["puts"]) for index, row in enumerate(rows)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "reads_late", lambda device: late)
-        results = together(model, requests, batch_size, budget, cancelled, **config, **drafts)
-    assert sorted(results) == list(range(len(requests)))
-    for index, mine in results.items():
-        own = requests[index]
-        if own.streamer.has_raised:
-            assert isinstance(mine, KeyError)
-            continue
-        plainly = [{}] if drafts.keys() & {"num_speculations", "generation_strategy"} else []
-        for how in (drafts, *plainly):
-            other = request(index, puts=99)
-            alone, decided = in_batch(model, [other], 1, **config, **how)[0], other.streamer.decided
-            if not isinstance(mine, Exception) and mine.stop_reason == "cancelled":
-                assert cancelled[1] == index
-                assert own.streamer.decided == mine.predicted_tokens == decided[: len(mine.predicted_tokens)]
-                continue
-            assert (own.streamer.decided, own.streamer.drafts) == (decided, [])
-            assert type(mine) is type(alone)
-            if isinstance(mine, Exception):
-                continue
-            assert mine.predicted_tokens == decided
-            assert (mine.stop_reason, mine.end_token_id) == (alone.stop_reason, alone.end_token_id)
-            assert own.drafts or not mine.num_drafted
-            if how == drafts != ADAPTIVE:
-                assert mine.draft_stats == alone.draft_stats
-
-
 def nan_from(length):
     """A processor that returns NaN where a history has so many ids."""
     return lambda ids, logits: logits * torch.nan if ids.shape[1] >= length else logits
@@ -227,9 +53,7 @@ THREE = {**LAYERS, "num_speculations": 3}
 
 @pytest.mark.parametrize(("drafts", "late"), [({}, False), ({}, True), (THREE, False)])
 @pytest.mark.parametrize(
-    "broken",
-    [Request([4, 49, *[5] * 30]), Request([4, 6], nan_from(6)), Request([4, 49, *[5] * 30], raises_from(1))],
-    ids=["prompt", "later", "prompt, after an error"],
+    "broken", [Request([4, 49, *[5] * 30]), Request([4, 49, *[5] * 30], raises_from(1))], ids=["NaN", "error"]
 )
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_nan_stays_in_its_row(batch_size, broken, drafts, late, monkeypatch):
@@ -246,23 +70,6 @@ def test_nan_stays_in_its_row(batch_size, broken, drafts, late, monkeypatch):
     assert str(got.pop(1)).startswith(("the model's logits are not numbers", "'its own'"))
     found = [got[index].predicted_tokens for index in sorted(got)]
     assert found == tokens_alone(model, PROMPTS[:4], max_steps=9, **drafts)
-
-
-@pytest.mark.parametrize("drafts", [{"generation_strategy": "autoregressive", "exit_layer": -1}, THREE])
-def test_rows_do_not_see_beyond_their_end(drafts):
-    """Guards against a mask that huge keys outweigh."""
-    prompts = [PROMPTS[1], PROMPTS[4]]
-    scheduler = scheduler_of(model := tiny_llama(), 2, max_steps=9, **drafts)
-    for row, prompt in enumerate(prompts):
-        scheduler.add_request(row, Request(prompt))
-    with torch.inference_mode():
-        for part in scheduler._prepared.cache.buffers.all():
-            for row, prompt in enumerate(prompts):
-                part[row, :, len(prompt) :] = 1e6 * torch.randn_like(part[row, :, len(prompt) :]).sign()
-    got = drained(scheduler)
-    assert [got[row].predicted_tokens for row in range(2)] == tokens_alone(
-        model, prompts, max_steps=9, **drafts
-    )
 
 
 def ends_at(length):
@@ -305,13 +112,6 @@ def test_an_invalid_prompt_is_its_own_result(wrong, why, generator):
         assert isinstance(got.pop(4), ValueError)
         for index, answer in got.items():
             assert answer.decoded_prediction == generator.generate(prompts[index], config).decoded_prediction
-
-
-def test_no_rows(generator):
-    """Guards against an endless loop."""
-    assert list(generator.generate_batch([], GenerationConfig(), batch_size=2)) == []
-    with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
-        next(generator.generate_batch(["x"], GenerationConfig(), batch_size=0))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
@@ -431,14 +231,3 @@ def test_times_of_setup_and_idleness(monkeypatch):
         scheduler.add_request(key, Request(PROMPTS[0]))
     first, second = (result.prefill_time for _, result in sorted(drained(scheduler).items()))
     assert 0 < second < setup < first < idle
-
-
-def test_batches_that_are_taken_from_in_turn():
-    """Guards against generations that share a cache. Captured ones do, see test_captured_runner.py."""
-    model, strategy = tiny_llama(), make_strategy("autoregressive")
-    config = GenerationConfig(sample=False, max_steps=12)
-    requests = [Request(prompt) for prompt in PROMPTS]
-    solo = dict(enumerate(tokens_alone(model, PROMPTS, max_steps=12)))
-    both = [strategy.generate_batch(model, requests, config, batch_size=2) for _ in range(2)]
-    for results in zip(*both, strict=True):
-        assert all(result.predicted_tokens == solo[index] for index, result in results)

@@ -4,15 +4,12 @@ import functools
 
 import pytest
 import torch
-from conftest import assert_close, drained, ids_of, own_llama, scheduler_of, tiny_llama
+from conftest import drained, ids_of, own_llama, scheduler_of, tiny_llama
 from helpers import watch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import self_speculation.scheduler
 from self_speculation import Request
 from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.weights.kernels import cpu_operators
 
 LONG = [3 + i * 7 % 40 for i in range(45)]
 TEXT = [3 + i * i % 43 for i in range(200)]
@@ -85,48 +82,6 @@ def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
     results |= drained(together)
     for key, prompt in {"long": LONG, "short": [8, 2], **padded}.items():
         assert results[key].predicted_tokens == ids_of(model, prompt, max_steps=12)
-
-
-@functools.cache
-def read_alone(fused, prompt):
-    alone = scheduler_of(tiny_llama(fused=fused), 1, max_steps=2)
-    return add(alone, {0: [*prompt]}), drained(alone)
-
-
-@settings(max_examples=60)
-@given(
-    lengths=st.lists(st.integers(1, 30) | st.integers(20, 90), min_size=2, max_size=7),
-    kept=st.integers(0, 40),
-    budget=st.sampled_from([None, 1, 9, 40, 64]),
-    most=st.sampled_from([24, 64, 1024]),
-    batch_size=st.integers(2, 5),
-    cancelled=st.none() | st.tuples(st.integers(0, 5), st.integers(0, 6)),
-    fused=st.booleans(),
-)
-def test_prompts_read_together_are_those_alone(lengths, kept, budget, most, batch_size, cancelled, fused):
-    """Guards against padding that a row reads, logits of padding, and a slot of another prompt: where a row
-    is cancelled, where others begin after a kept prefix, and where a prompt is longer than the budget.
-    """
-    scheduler = scheduler_of(tiny_llama(fused=fused), batch_size, budget, max_steps=2, reuse_cache=True)
-    scheduler._most_together = most
-    add(scheduler, {"other": TEXT[50:54], "kept": TEXT[: kept + 1]})
-    drained(scheduler)
-    starts, (step, ends) = [TEXT[:kept], TEXT[50:53]], cancelled or (0, None)
-    prompts = {i: [*starts[i % 2], *TEXT[60 + 3 * i :][:length]] for i, length in enumerate(lengths)}
-    logits, results = add(scheduler, prompts), {}
-    for _ in range(step):
-        scheduler.step()
-        results |= scheduler.pop_finished()
-    scheduler.cancel({ends})
-    results |= drained(scheduler)
-    assert ends == 0 or results[0].num_cached_tokens >= kept
-    is_exact = fused and cpu_operators().variant is not None
-    for key, result in results.items():
-        alone, expected = (found[0] for found in read_alone(fused, tuple(prompts[key])))
-        if result.stop_reason != "cancelled":
-            assert result.predicted_tokens == expected.predicted_tokens
-            assert torch.equal(logits[key], alone) if is_exact else assert_close(logits[key], alone) is None
-    assert results.keys() == prompts.keys()
 
 
 @pytest.mark.parametrize(

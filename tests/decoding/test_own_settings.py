@@ -1,4 +1,4 @@
-"""Samplers of one batch, and errors of one request. Batches of both are in test_batch.py."""
+"""Errors of one request. Batches are in test_same_answers.py."""
 
 from unittest.mock import Mock
 

@@ -5,21 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import (
-    LAYERS,
-    answer_of,
-    card_llama,
-    config_of,
-    drained,
-    generate,
-    mixed_drafts,
-    own_llama,
-    scheduler_of,
-    tiny_llama,
-)
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_batch import DRAFTS, ends_at, nan_from, raises_from
+from conftest import LAYERS, answer_of, card_llama, drained, generate, own_llama, scheduler_of, tiny_llama
+from test_batch import ends_at, nan_from, raises_from
 
 from self_speculation import Request, make_strategy
 from self_speculation.passes.runners import capture_decoding, fuse
@@ -30,36 +17,6 @@ STORY = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
 def fresh(model, prompt, **config):
     """The result without a cache of earlier requests."""
     return generate(model, prompt, **{"max_steps": 12, **config})
-
-
-@mixed_drafts()
-@given(
-    turns=st.lists(st.lists(st.integers(3, 40), min_size=1, max_size=9), min_size=2, max_size=6),
-    forgets=st.lists(st.none() | st.integers(0, 30), min_size=6, max_size=6),
-    batch_size=st.integers(1, 3),
-    drafts=DRAFTS,
-    max_steps=st.integers(1, 12),
-    agreement=st.sampled_from(["sometimes", "always", "never"]),
-    fused=st.booleans(),
-)
-@settings(max_examples=25)
-def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, agreement, fused):
-    """Guards against keys of rejected drafts, of tokens after the end, of layers that did not run, or of
-    another history, where the cached prefix ends.
-
-    forgets: length of the history that the next turn keeps, as a template drops old messages.
-    """
-    model = tiny_llama(agreement=agreement, fused=fused)
-    settings = {"max_steps": max_steps, **drafts}
-    strategy = make_strategy(config_of(**settings).generation_strategy)
-    history: list[int] = []
-    for turn, cut in zip(turns, forgets, strict=False):
-        history = [*history[:cut], *turn]
-        kept = answer_of(strategy, model, history, batch_size, reuse_cache=True, **settings)
-        read = fresh(model, history, **settings)
-        assert (kept.predicted_tokens, kept.stop_reason) == (read.predicted_tokens, read.stop_reason)
-        assert (read.num_cached_tokens, kept.num_prompt_tokens) == (0, len(history))
-        history += kept.predicted_tokens
 
 
 def test_the_slot_with_the_longest_prefix_is_taken():

@@ -7,15 +7,7 @@ import hypothesis
 import numpy
 import pytest
 import torch
-from conftest import (
-    LAYERS,
-    PROMPT,
-    assert_close,
-    generate,
-    ids_of,
-    in_batch,
-    tiny_llama,
-)
+from conftest import LAYERS, PROMPT, assert_close, generate, ids_of, in_batch, tiny_llama
 from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 from transformers import MinPLogitsWarper
@@ -178,20 +170,6 @@ def test_accepted_tokens_are_the_targets():
     drafted = torch.tensor([[1, 2], [1, 5], [1, 2], [1, 2]])
     assert leading_matches(drafted, tokens, [2, 2, 1, 2]).tolist() == [2, 1, 1, 0]
     assert leading_matches(drafted[:, :0], tokens[:, :1], [0] * 4).tolist() == [0] * 4
-
-
-@pytest.mark.parametrize("rules", FILTERS, ids=str)
-def test_a_text_is_made_of_the_models_logits_and_the_seeds_noise(rules):
-    """Guards against a position that is not counted from the start of the output, or a filter that is applied
-    twice or never. The logits are transformers'.
-    """
-    model, history = tiny_llama(vocab_size=300), [*PROMPT]
-    found = ids_of(model, seed=5, sample=True, **{"top_p": 1.0, **rules}, **LAYERS)
-    for position, token in enumerate(found):
-        with torch.inference_mode():
-            logits = model(torch.tensor([history])).logits[:, -1]
-        assert by_definition(logits, torch.tensor([noise_key(5, position)]), **rules).item() == token
-        history.append(token)
 
 
 def test_drafts_of_likely_ids_are_accepted():

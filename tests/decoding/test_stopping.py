@@ -4,18 +4,7 @@ import copy
 from contextlib import nullcontext
 
 import pytest
-from conftest import (
-    LAYERS,
-    config_of,
-    generator_of,
-    ids_of,
-    mixed_drafts,
-    tiny_llama,
-    transformers_generate,
-)
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
+from conftest import LAYERS, config_of, generator_of, mixed_drafts, transformers_generate
 
 from self_speculation import GenerationConfig, Request
 from self_speculation.decoding import texts
@@ -27,27 +16,6 @@ def first_stop(tokenizer, words, ids):
     return next(
         (n for n in range(1, len(ids) + 1) if any(word in decode(tokenizer, ids[:n]) for word in words)), None
     )
-
-
-TEXT = "x y z " * 30 + "日本語" * 9 + "Once there was a man. Human: café 日本語 🙂🙃\n\nclass a"
-WORDS = ["\ufffd", "Human:", "an. Hu", " man", "é", "本語", "🙃", "\n\n", "a"]
-
-
-@pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    ids=st.none() | st.lists(st.integers(3, 300), max_size=40),
-    word=st.sampled_from(WORDS) | st.text("aeo n.", min_size=1, max_size=3),
-)
-def test_words_are_found_at_the_first_token_whose_text_has_them(name, request, ids, word):
-    """Guards against a window that is too short, or begins inside a character, and misses a word, and against
-    a word that is found in broken characters.
-    """
-    tokenizer = request.getfixturevalue(name)
-    ids = tokenizer.encode(TEXT) if ids is None else ids
-    found = OutputReader(tokenizer, [word])
-    stop = next((n for n in range(1, len(ids) + 1) if found(ids[:n])), None)
-    assert stop == first_stop(tokenizer, [word], ids)
 
 
 @pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
@@ -138,23 +106,6 @@ def test_empty_prompts_and_rates(answer, text_model, byte_tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         generator.generate("", GenerationConfig())
-
-
-def test_one_callable_or_a_list(extra):
-    """Guards against `'function' object is not iterable`, and against a call of transformers' lists."""
-    processor, criterion = SuppressTokensLogitsProcessor([7, 9]), lambda ids, scores: ids.shape[1] >= 9
-    one, lists, theirs = (
-        ids_of(tiny_llama(), [5, 6, 7], logits_processors=processors, stopping_criteria=criteria, **extra)
-        for processors, criteria in (
-            (processor, criterion),
-            ([processor], [criterion]),
-            (LogitsProcessorList([processor]), StoppingCriteriaList([criterion])),
-        )
-    )
-    assert one == lists == theirs
-    assert len(one) == 6
-    free = ids_of(tiny_llama(), [5, 6, 7], **extra)
-    assert ids_of(tiny_llama(), [5, 6, 7], eos=free[4], **extra) == free[: free.index(free[4])]
 
 
 def test_a_long_word_is_compared_with_the_text_alone(byte_tokenizer):

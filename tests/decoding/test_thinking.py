@@ -39,7 +39,7 @@ def separated(thinking, text):
     return thought.strip("\n"), answer.lstrip("\n")
 
 
-PIECES = ["<", "</thi", "nk>", *TAGS, "\n", " ", "a b", "xy", "é", "日🙂", "🙃"]
+PIECES = ["<", "</thi", "nk>", *TAGS, "\n", " ", "a b", "xy", "é", "日🙂", "🙃", "x y z " * 9]
 LONG = [*TEXTS, "  x", "日本語日本語です"] * 20
 
 
@@ -47,7 +47,9 @@ LONG = [*TEXTS, "  x", "日本語日本語です"] * 20
 @settings(max_examples=60)
 @given(
     pieces=st.lists(st.sampled_from(PIECES), max_size=20),
-    words=st.sampled_from([[], ["xy"], ["\n\n", "b"], ["🙂", "never"], ["nk>"], ["xyxya"]]),
+    words=st.sampled_from(
+        [[], ["xy"], ["\n\n", "b"], ["🙂", "never"], ["nk>"], ["xyxya"], ["é"], ["\n<", "日"]]
+    ),
     cut=st.integers(0, 3),
     has_begun=st.booleans(),
 )

@@ -3,16 +3,8 @@
 import doctest
 from unittest.mock import Mock
 
-import pytest
 import torch
-from conftest import (
-    ADAPTIVE,
-    LAYERS,
-    PROMPT,
-    ids_of,
-    in_batch,
-    tiny_llama,
-)
+from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,14 +13,6 @@ from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts import ngram
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.ngram import NgramIndex, TextDrafts
-
-LOOKUP = {**LAYERS, "prompt_lookup": 2}
-
-
-@pytest.fixture
-def equal_rounds(monkeypatch):
-    """Each round takes a second, whatever the machine does: adaptive decoding drafts what is looked up."""
-    monkeypatch.setattr("self_speculation.transfers.Stopwatch.stop", lambda _: (0.0, 1.0))
 
 
 def by_scanning(ids, longest, num_tokens):
@@ -124,19 +108,3 @@ def test_examples_of_docstrings():
     found = doctest.testmod(ngram)
     assert found.attempted
     assert not found.failed
-
-
-@pytest.mark.usefixtures("equal_rounds")
-@pytest.mark.parametrize("how", [ADAPTIVE, LOOKUP])
-@pytest.mark.parametrize("wrong", [1, 50, -1, 10**6])
-def test_the_right_part_of_a_prediction_is_accepted(how, wrong):
-    """Guards against a prediction that is given up at its first wrong id, and against an id that the model
-    lacks, which fails the batch, and on a GPU ends the process.
-    """
-    model, shared = tiny_llama(), {"max_steps": 30}
-    plain = ids_of(model, **shared)
-    requests = [Request(PROMPT, prediction=[*plain[:9], wrong, *plain[10:]]), Request(PROMPT[:4])]
-    found = in_batch(model, requests, 2, **shared, **how)
-    assert found[0].predicted_tokens == plain
-    assert found[1].predicted_tokens == ids_of(model, PROMPT[:4], **shared)
-    assert found[0].drafts_by_source["prediction"].accepted > 9

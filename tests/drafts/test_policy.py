@@ -155,14 +155,6 @@ def test_a_source_that_has_become_good_is_noticed(good, bad_rounds):
     assert mostly(play(chooser, World({good: 0.95}), 2 * bad_rounds, seed=1)[-100:]) == good
 
 
-def test_a_model_that_has_changed_its_ways_is_noticed():
-    """Guards against statistics that outweigh the answer at hand."""
-    learnt = stats()
-    play(policy(learnt), World({"exit 2": 0.95, "exit 4": 0.95}), 1200)
-    changed = play(policy(learnt), World({"exit 4": 0.95}), 100)
-    assert mostly(changed[50:]) == "exit 4"
-
-
 @pytest.mark.parametrize(
     "worlds", [pytest.param(24, id="few"), pytest.param(400, id="many", marks=pytest.mark.slow)]
 )
@@ -272,8 +264,7 @@ def test_a_trial_of_layers_has_no_ngrams():
     assert any(plan.lookups == [True, False] for plan in plans)
 
 
-@pytest.mark.parametrize("sampling", [{"sample": False}, {"sample": True, "temperature": 0.9}])
-def test_a_round_without_drafts_is_a_plain_step(sampling, monkeypatch):
+def test_a_round_without_drafts_is_a_plain_step(monkeypatch):
     """Guards against a plan and a verification in each round, which take 8 % of a small model's, and against
     rounds that are not counted.
     """
@@ -281,7 +272,7 @@ def test_a_round_without_drafts_is_a_plain_step(sampling, monkeypatch):
     forget_what_was_learnt(model)
     monkeypatch.setattr(TextDrafts, "find", lambda *_: None)
     plans = watch(monkeypatch, AdaptivePolicy, "plan")
-    shared = {"max_steps": 200, "eos": (), "seed": 0, **sampling}
+    shared = {"max_steps": 200, "eos": (), "seed": 0, "sample": True, "temperature": 0.9}
     found = generate(model, PROMPT, **shared, **ADAPTIVE)
     rounds = found.draft_stats.rounds
     assert sum(n * kind.emitted for kind, n in rounds.items()) == found.num_decode_tokens == 199
