@@ -1,6 +1,5 @@
 """`self_speculative_generate` returns the ids that `generate` of transformers returns."""
 
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -10,7 +9,6 @@ from helpers import watch
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
-    LogitsProcessor,
     MaxLengthCriteria,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
@@ -34,28 +32,12 @@ def rounds(monkeypatch):
     return seen
 
 
-class AddsAtPadding(LogitsProcessor):
-    """A caller's own processor whose result depends on the padding."""
-
-    def __call__(self, input_ids, scores):
-        scores[:, 7] += 9.0 * input_ids.eq(0).any(-1)
-        return scores
-
-
-class AddsByRow(LogitsProcessor):
-    """A caller's own processor that holds data of each row."""
-
-    def __call__(self, input_ids, scores):  # noqa: ARG002
-        return scores + torch.arange(3)[:, None]
-
-
-def ends_by_last_id(ids, scores, **_):
-    assert scores is None  # as in `generate`
+def ends_by_last_id(ids, *_, **__):
     return (ids[:, -1] % 5 == 0) & (ids.shape[1] > 8)
 
 
-def only_even_ones(row, ids):
-    return list(range(row % 2, 50, 2)) if len(ids) % 3 else list(range(50))
+def only_even_ones(_, ids):
+    return list(range(0, 50, 2)) if len(ids) % 3 else list(range(50))
 
 
 ONE = {"do_sample": True, "top_k": 1}  # one token can be drawn
@@ -70,7 +52,7 @@ COMPARED = [
     {"stopping_criteria": [EosTokenCriteria(11), MaxLengthCriteria(12)], "eos_token_id": 30},
     {"stopping_criteria": [MaxLengthCriteria(0)]},
     {"stopping_criteria": [MaxLengthCriteria(15), MaxLengthCriteria(9)]},
-    {"stopping_criteria": [ends_by_last_id]},
+    {"stopping_criteria": [ends_by_last_id], "eos_token_id": None},
     {"stopping_criteria": [lambda ids, scores, **_: ids.shape[1] >= 9]},
     {"max_time": 1000.0},
     {"repetition_penalty": 1.7},
@@ -83,8 +65,10 @@ COMPARED = [
     {"suppress_tokens": [4, 8]},
     {"begin_suppress_tokens": list(range(10, 50))},
     {"watermarking_config": WatermarkingConfig(bias=6.0, seeding_scheme="selfhash", context_width=8)},
-    {"logits_processor": [AddsAtPadding()]},
-    {**ONE, "temperature": 0.5, "num_return_sequences": 3},
+    {**ONE, "temperature": 0.5},
+    {"encoder_repetition_penalty": 1.7},
+    {"encoder_no_repeat_ngram_size": 1},
+    {"prefix_allowed_tokens_fn": only_even_ones},
     {**ONE, "top_p": 0.9, "min_p": 0.1, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3},
     {**ONE, "top_h": 0.4},
     {**ONE, "typical_p": 0.5},
@@ -93,39 +77,17 @@ COMPARED = [
     {"cache_implementation": "static", "max_cache_len": 64, "disable_compile": True},
     {"prefill_chunk_size": 2, "num_beams": 1, "low_memory": True, "output_scores": True},
 ]  # fmt: skip
-BY_ROW = [
-    {"encoder_repetition_penalty": 1.7},
-    {"encoder_no_repeat_ngram_size": 1},
-    {"prefix_allowed_tokens_fn": only_even_ones},
-    {"stopping_criteria": [ends_by_last_id], "eos_token_id": None},
-]
-PADDED = torch.tensor([[0, 0, 5, 9, 4, 7], [8, 3, 11, 7, 7, 3], [0, 0, 0, 0, 5, 4]])
 
 
 @pytest.mark.parametrize("options", COMPARED, ids=lambda options: "-".join(options))
 def test_ids_are_those_of_generate(options, rounds):
-    """Guards against an argument without effect, padding that the model reads as text, padding that
-    processors and criteria do not see, and rows that end at different lengths.
-    """
+    """Guards against an argument without effect, or applied twice."""
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **options}
-    model, batch = tiny_llama(), {"inputs": PADDED, "attention_mask": PADDED.ne(0).long()}
-    theirs, ours = (model.generate(**batch, **options, **own) for own in ({}, SPECULATION))
+    theirs, ours = (tiny_llama().generate(PROMPT, **options, **own) for own in ({}, SPECULATION))
     if options.get("return_dict_in_generate"):
         theirs, ours = theirs.sequences, ours.sequences
     assert ours.tolist() == theirs.tolist()
-    assert rounds or theirs.shape[1] == PADDED.shape[1] + 1
-
-
-@pytest.mark.parametrize("options", BY_ROW, ids=lambda options: "-".join(options))
-def test_arguments_that_hold_data_of_rows_take_one_row(options):
-    """Guards against a row that gets the data of another one, and a refusal where there is one row."""
-    name, model = next(iter(options)), tiny_llama()
-    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **options}
-    theirs, ours = (model.generate(PROMPT, **options, **own) for own in ({}, SPECULATION))
-    assert ours.tolist() == theirs.tolist()
-    assert theirs.tolist() != model.generate(PROMPT, do_sample=False, max_new_tokens=12).tolist()
-    with pytest.raises(ValueError, match=f"self_speculative_generate: {name}: "):
-        model.generate(PADDED, attention_mask=PADDED.ne(0).long(), **options, **SPECULATION)
+    assert rounds or theirs.shape[1] == PROMPT.shape[1] + 1
 
 
 SYNTH_ID = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])
@@ -139,16 +101,14 @@ REFUSED = [
     ({"guidance_scale": 1.5}, "guidance_scale: its logits processor keeps a state"),
     ({"watermarking_config": SYNTH_ID}, r"watermarking_config \("),
     ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: is not computed"),
-    ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, "attention_mask: padding must be on the left"),
-    ({"position_ids": torch.arange(6)[None] + 2}, "position_ids: must be those that follow"),
+    ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}, "attention_mask: one prompt needs no padding"),
+    ({"position_ids": torch.arange(6)[None] + 2}, "position_ids: must be those from 0"),
+    ({"do_sample": True, "num_return_sequences": 3}, "takes one prompt, not 3"),
     ({"labels": PROMPT}, "labels: does not reach the model"),
     ({"cache": DynamicCache()}, "cache: is neither read nor filled"),
     ({"exit_layer": 4}, "exit_layer 4: must be between 1 and 3"),
     ({"num_speculations": -1}, "num_speculations: self_speculative needs at least 1"),
     ({"inputs": None, "inputs_embeds": torch.zeros(1, 6, 32)}, "inputs_embeds: prompts must be token ids"),
-    ({"inputs": PADDED, "streamer": SimpleNamespace(put=lambda ids: None)}, "streamer: takes one row, not 3"),
-    ({"logits_processor": [AddsByRow()]}, "AddsByRow holds data of other rows than it is given"),
-    ({"stopping_criteria": [lambda *_: torch.zeros(3)]}, "<lambda> holds data of other"),
 ]  # fmt: skip
 
 
@@ -163,9 +123,7 @@ def test_arguments_that_would_change_the_ids_are_refused(options, message, monke
 
 def test_every_field_of_the_config_is_compared_refused_or_irrelevant():
     """Guards against a field of a later transformers that no test covers."""
-    tried = {name for options in [*COMPARED, *BY_ROW] for name in options} | {
-        n for o, _ in REFUSED for n in o
-    }
+    tried = {name for options in [*COMPARED, *(options for options, _ in REFUSED)] for name in options}
     tried |= {*SPECULATION, "output_logits", "output_attentions", "output_hidden_states"}
     of_beams = {"early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups"}
     of_drafts = {
@@ -224,51 +182,44 @@ def test_the_streamer_is_read_from_the_frame_of_generate():
     assert caught.call_args.kwargs.get("streamer") is None
 
 
-def test_each_row_ends_with_its_own_context():
-    """Guards against a batch that ends when its longest row does."""
-    model, options = tiny_llama(), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    batch = {"inputs": PADDED, "attention_mask": PADDED.ne(0).long()}
-    expected = model.generate(**batch, max_new_tokens=8, **options)
-    expected[1, 10:], expected[0, 12:] = 0, 0
-    small = tiny_llama(max_position_embeddings=10)
-    with pytest.warns(UserWarning, match="row [012] ends with the model's context"):
-        new = small.generate(**batch, max_new_tokens=20, **options, **SPECULATION)
-    assert new.tolist() == expected.tolist()
+def test_an_output_ends_with_the_context():
+    """Guards against positions that the model does not have, and an end without a word."""
+    model, options = tiny_llama(max_position_embeddings=10), {"do_sample": False, "eos_token_id": None}
+    expected = model.generate(PROMPT, max_new_tokens=4, **options)
+    with pytest.warns(UserWarning, match="ends with the model's context"):
+        assert (
+            model.generate(PROMPT, max_new_tokens=20, **options, **SPECULATION).tolist() == expected.tolist()
+        )
 
 
-@pytest.mark.parametrize("drafts", [{}, {"generation_strategy": "adaptive"}])
+@pytest.mark.parametrize("drafts", [SPECULATION, {"generation_strategy": "adaptive"}])
 def test_sampled_ids_are_those_of_the_strategies(drafts):
-    """Guards against settings that are applied twice or never, and against rows with the same noise."""
+    """Guards against settings that are applied twice or never."""
     rules, options = {"temperature": 0.7, "top_k": 3}, {"do_sample": True, "max_new_tokens": 12, "top_p": 1.0}
     torch.manual_seed(0)
-    seeds = [int(torch.randint(2**63 - 1, ())) for _ in range(4)]
-    requests = [Request(PROMPT[0].tolist(), seed=seed, eos_token_ids=[2]) for seed in seeds]
-    plain = in_batch(tiny_llama(), requests, 1, sample=True, top_p=1.0, max_steps=12, **rules)
+    request = Request(PROMPT[0].tolist(), seed=int(torch.randint(2**63 - 1, ())), eos_token_ids=[2])
+    plain = in_batch(tiny_llama(), [request], 1, sample=True, top_p=1.0, max_steps=12, **rules)[0]
     torch.manual_seed(0)
-    drafts = {"custom_generate": self_speculative_generate, **drafts} if drafts else SPECULATION
-    found = tiny_llama().generate(PROMPT.expand(4, -1), **options, **rules, **drafts)
-    for row, ids in enumerate(found[:, PROMPT.shape[1] :].tolist()):
-        length = len(plain[row].predicted_tokens)
-        assert ids[:length] == plain[row].predicted_tokens
+    drafts = {"custom_generate": self_speculative_generate, **drafts}
+    found = tiny_llama().generate(PROMPT, **options, **rules, **drafts)[0, PROMPT.shape[1] :].tolist()
+    assert found[: len(plain.predicted_tokens)] == plain.predicted_tokens
 
 
-@pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
-def test_assistant_early_exit_and_num_assistant_tokens(batch, rounds):
+def test_assistant_early_exit_and_num_assistant_tokens(rounds):
     """Guards against transformers' own names for exit layer and draft length that are refused, have no effect
     or override ours.
     """
-    model, options = tiny_llama(), {"attention_mask": batch.ne(0).long(), "pad_token_id": 0}
-    options |= {"do_sample": False, "max_new_tokens": 12}
-    plain = model.generate(batch, **options).tolist()
+    model, options = tiny_llama(), {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    plain = model.generate(PROMPT, **options).tolist()
     options |= {"custom_generate": self_speculative_generate, "num_assistant_tokens": 3}
     options["assistant_early_exit"] = 9
     with pytest.raises(ValueError, match="exit_layer 9: must be between 1 and 3"):
-        model.generate(batch, **options)
+        model.generate(PROMPT, **options)
     for own, longest in (({"assistant_early_exit": 1}, 3), ({"exit_layer": 2, "num_speculations": 2}, 2)):
         rounds.clear()
-        assert model.generate(batch, **{**options, **own}).tolist() == plain
+        assert model.generate(PROMPT, **{**options, **own}).tolist() == plain
         assert max(rounds) == longest
-    assert model.generate(batch, **options, generation_strategy="adaptive").tolist() == plain
+    assert model.generate(PROMPT, **options, generation_strategy="adaptive").tolist() == plain
 
 
 def test_in_a_pipeline(model_folder, rounds):
