@@ -129,7 +129,7 @@ def test_whole_answers(kind, is_captured, way, interpreter, monkeypatch):  # noq
         shape = {"num_hidden_layers": 2, "head_dim": 64, "sliding_window": WINDOW, "layer_types": TYPES}
         model = family("gemma3_text", **shape).float()
         fuse(model)
-    requests = [Request([5, 9, 4, 7, *[3] * length]) for length in (1, 70, 2)]
+    requests = [Request([5, 9, 4, *(3 + 7 * i % 40 for i in range(length))]) for length in (2, 71, 3)]
     want = [ids_of(model, request.prompt, max_steps=5) for request in requests]
     if is_captured:
         graphs = cuda_graphs.stand_in(monkeypatch)
