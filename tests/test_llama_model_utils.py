@@ -111,6 +111,7 @@ def compare_pieces(runner, ids, expected):
     model = runner.model
     with torch.inference_mode():
         again_by_transformers = model(ids).logits
+        whole = forward(runner, runner.new_cache(12, 12), ids, 12).logits
         cache = runner.new_cache(prompt_length=6, num_positions=12)
         prompt = torch.cat(
             [forward(runner, cache, part, 3).logits for part in ids[:, :6].split(3, 1)], 1
@@ -128,6 +129,7 @@ def compare_pieces(runner, ids, expected):
         trained_on = model.lm_head(model.model.norm(trained_on))
     for logits, positions in (
         (again_by_transformers, slice(None)),
+        (whole, slice(None)),
         (torch.cat([prompt, verified], 1), slice(10)),
         (again, slice(8, None)),
         (trained_on, slice(None)),
@@ -145,7 +147,9 @@ def test_family(model_type):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", WINDOWED)
 def test_family_with_windows(model_type, attention):
-    """Guards against positions out of the window in chunks of prompts, drafts, verifications and training."""
+    """Guards against positions out of the window in prompts and their chunks, drafts, verifications and
+    training.
+    """
     pieces_match_the_whole(windowed(model_type, attention))
 
 

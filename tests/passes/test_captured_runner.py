@@ -12,6 +12,7 @@ from conftest import (
     ADAPTIVE,
     PROMPT,
     WAYS,
+    assert_close,
     card_llama,
     config_of,
     drained,
@@ -23,12 +24,14 @@ from conftest import (
 )
 from cuda_graphs import decode_eagerly
 from helpers import watch
-from test_llama_model_utils import family
+from test_llama_model_utils import family, windowed
 
 from self_speculation import Request
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes import captured_runner, runners
-from self_speculation.passes.runners import capture_decoding, make_runner
+from self_speculation.passes.fused_layers import FusedRunner
+from self_speculation.passes.model_runner import forward
+from self_speculation.passes.runners import capture_decoding, fuse, make_runner
 
 
 def test_one_graph_serves_all_lengths(graphs):
@@ -243,3 +246,15 @@ def test_passes_that_cannot_be_captured_are_eager(fused, why):
     with pytest.warns(UserWarning, match=f"compile True: passes are not captured, since {why}"):
         capture_decoding(model)
     assert ids_of(model) == expected
+
+
+@pytest.mark.usefixtures("graphs")
+def test_prompts_see_their_window():
+    """Guards against flash attention, which sees all positions, in layers with windows beside others."""
+    model, ids = windowed("qwen2").float(), torch.arange(3, 15)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        fuse(model)
+        cache = FusedRunner(model).new_cache(12, 12)
+        cache.is_prompt = True
+        assert_close(forward(FusedRunner(model), cache, ids, 12).logits, expected)

@@ -17,8 +17,9 @@ from self_speculation.families import FAMILIES
 from self_speculation.passes import quantized_layers
 from self_speculation.passes.quantized_layers import quantized
 from self_speculation.passes.runners import bytes_made, fuse, make_runner
+from self_speculation.weights import int4_linear
 from self_speculation.weights.int4_linear import copy_bytes, int4_copy
-from self_speculation.weights.kernels import cpu_operators
+from self_speculation.weights.kernels import CPUOperators, cpu_operators
 
 
 @needs_operators
@@ -43,7 +44,7 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
     model = own_llama(3, fused=True)
     runner = make_runner(model)
     with monkeypatch.context() as without:
-        without.setattr(quantized_layers, "has_kernel", lambda *_: False)
+        without.setattr(int4_linear, "cpu_operators", lambda: CPUOperators(None))
         with pytest.raises(ValueError, match="draft_weights int4: there are no kernels for it with torch"):
             quantized(runner, 2)
     products = [product for layer in runner.layers[:2] for product in layer.products]
