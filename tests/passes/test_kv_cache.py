@@ -1,4 +1,4 @@
-"""Memory of keys and values. Ids of test_batch.py and test_prefix_cache.py show what rows hold."""
+"""Memory of keys and values. Ids of test_same_answers.py show what rows hold."""
 
 from contextlib import nullcontext
 from weakref import ref
