@@ -28,6 +28,8 @@ class MeasurementArguments(RunArguments):
     answer_file: str | None = None
     """Also write the answers to spec_bench in its own format; with --compare True, those without drafts to
     a second file beside it."""
+    text_quality: bool = False
+    """Also compare answers with reference answers: ROUGE, BLEU, exact match and edit distance."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from measures.benchmarking import Benchmark
     from runs.examples import run_experiment
 
-    own = {"compare": args.compare, "answer_file": args.answer_file}
+    own = {name: getattr(args, name) for name in ("compare", "answer_file", "text_quality")}
     return run_experiment("benchmark", Benchmark, model_args, config, data_args, args, **own)
 
 

@@ -1,4 +1,4 @@
-"""The work of benchmark.py: decode examples, then print one table of speed and drafts."""
+"""The work of benchmark.py: decode examples, then print one table of speed, drafts and text quality."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,10 +26,11 @@ _NAMES = {"": "this strategy", BASELINE: "without drafts"}
 
 @dataclass
 class Benchmark(Experiment):
-    """Decodes examples, and sums up speed and acceptance."""
+    """Decodes examples, and sums up speed, acceptance and text quality."""
 
     compare: bool
     answer_file: str | None
+    text_quality: bool
 
     def __post_init__(self) -> None:
         self._unit = "examples" if self.batch_size == 1 else "windows"  # of medians
@@ -96,6 +97,9 @@ class Benchmark(Experiment):
             summary["acceptance"] = metrics.acceptance(records)
         if self.compare:
             summary["comparison"] = metrics.speedup(records, BASELINE)
+        if self.text_quality and any(record["reference"] for record in records):
+            texts = ([record[of] for record in records] for of in ("prediction", "reference"))
+            summary["text"] = metrics.text_quality(*texts)
         return summary
 
     def _remarks(self, summary: Record, records: list[Record]) -> list[str]:
@@ -155,7 +159,7 @@ def _table(summary: Record, unit: str) -> list[str]:
                 lines.append(_line(name, f"{counts['accepted']} of {counts['drafted']}"))
             else:
                 lines.append(_line("  rounds without drafts", str(counts["rounds"])))
-    return lines
+    return lines + [_line(name.replace("_", " "), value) for name, value in summary.get("text", {}).items()]
 
 
 def _line(name: str, *values: Any, style: str = ".2f") -> str:

@@ -1,4 +1,4 @@
-"""Speed, drafts and speed-up of a run's records."""
+"""Speed, drafts, speed-up and texts of a run's records."""
 
 import statistics
 from collections.abc import Sequence
@@ -117,3 +117,20 @@ def undecided(interval: Sequence[float] | None, unit: str) -> list[str]:
         return []
     why = "there are fewer than five" if interval is None else "1.00 is in the 90 % confidence interval"
     return [f"these {unit} do not tell which strategy is faster: {why}"]
+
+
+def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Record:
+    """Means over all examples: ROUGE F1, exact match, edit distance in characters; BLEU over the corpus."""
+    import sacrebleu  # takes a second with those below
+    from rapidfuzz.distance import Levenshtein
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    pairs = list(zip(predictions, references, strict=True))
+    rouge = [scorer.score(reference, prediction) for prediction, reference in pairs]
+    return {
+        **{name: statistics.mean(score[name].fmeasure for score in rouge) for name in rouge[0]},
+        "bleu": sacrebleu.corpus_bleu(list(predictions), [list(references)]).score,
+        "exact_match": statistics.mean(one.strip() == other.strip() for one, other in pairs),
+        "edit_distance": statistics.mean(Levenshtein.distance(*pair) for pair in pairs),
+    }

@@ -97,3 +97,11 @@ def test_empty_answers_are_not_compared():
     assert (result["speedup"], result["speedup_windows"]) == (2.0, 1)
     result = compared([1.0], [2.0], [0])
     assert (result["speedup"], result["speedup_interval"], result["speedup_quartiles"]) == (None, None, [])
+
+
+def test_text_quality():
+    """Guards against references and predictions that change places, and sums in place of means."""
+    quality = metrics.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
+    assert (quality["exact_match"], quality["edit_distance"]) == (0.5, 1.0)  # one space, one letter
+    assert quality["rouge1"] == pytest.approx(0.5)
+    assert 0 < quality["bleu"] <= 100

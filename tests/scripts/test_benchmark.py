@@ -31,7 +31,7 @@ def common(model_folder, tmp_path, monkeypatch):
 
 def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, capsys):
     """Guards against a run without its machine, records out of order, and a table that lacks a figure."""
-    flags = ["--compare", "True", *SPECULATION, "--sample", "False"]
+    flags = ["--compare", "True", "--text_quality", "True", *SPECULATION, "--sample", "False"]
     assert benchmark.main([*small_run(model_folder, tmp_path, 5, 12), *flags]) == 0
     run, records = about(only_run(tmp_path)), records_of(only_run(tmp_path))
     facts = {"libraries", "device", "dtype", "threads", "num_layers", "processor"}
@@ -43,6 +43,7 @@ def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, cap
     metrics = run["metrics"]
     assert metrics["comparison"]["identical_outputs"] == 5
     assert metrics["speed"]["num_tokens"] == records["num_tokens"].sum()
+    assert {"rouge1", "bleu", "exact_match", "edit_distance"} <= metrics["text"].keys()
     table = capsys.readouterr().out
     assert table.startswith(f"{heading(run)}\n\n5 examples ")
     speeds = {"tokens/s, all tokens by wall time", "tokens/s, decode, median answer", "ms to first token"}
