@@ -56,10 +56,11 @@ _INSTEAD = {
 }
 _REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
 # Values that ask for nothing, where these are not false, 0 and what is empty.
-_NEUTRAL: dict[str, Any] = {"best_of": 1, "length_penalty": 1, "modalities": ["text"], "num_beams": 1}
-_NEUTRAL |= {"repeat_penalty": 1, "truncate_prompt_tokens": -1, "typical_p": 1}
-_NEUTRAL |= dict.fromkeys(("add_generation_prompt", "do_sample", "skip_special_tokens"), True)
-_NEUTRAL |= dict.fromkeys(("enable_thinking", "think"), True)
+_NEUTRAL: dict[str, Any] = {
+    "add_generation_prompt": True, "best_of": 1, "do_sample": True, "enable_thinking": True, "think": True,
+    "length_penalty": 1, "modalities": ["text"], "num_beams": 1, "repeat_penalty": 1, "typical_p": 1,
+    "skip_special_tokens": True, "truncate_prompt_tokens": -1,
+}  # fmt: skip
 _LIKE = 0.88  # the least likeness of a misspelt name
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
 # first fault.

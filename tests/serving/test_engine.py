@@ -40,13 +40,6 @@ def kinds(results):
     return [type(result.get(timeout=60)) for result in results]
 
 
-def check(model, prompts, results):
-    """The results are those of each prompt alone."""
-    for prompt, result in zip(prompts, results, strict=True):
-        alone = generate(model, prompt, eos=[], max_steps=GREEDY.max_steps)
-        assert result.get(timeout=60).predicted_tokens == alone.predicted_tokens
-
-
 @pytest.mark.parametrize("longest", [[5, 6, 7], [5, 6] * 150])
 def test_no_request_waits_for_a_capture(longest, byte_tokenizer, graphs, monkeypatch):
     """Guards against streams that stand still while a pass for one more row is captured, or while all are
@@ -141,7 +134,9 @@ def test_an_idle_engine_gives_back_memory_of_long_prompts(text_model, byte_token
     until(lambda: shrunk)  # once each time that the engine is idle
     for prompt, num_kept in (([5] * 80, 1), ([5] * 200, 0), ([5] * 9, 1)):
         shrunk.clear()
-        check(model, [prompt], submit(engine, [prompt])[1])
+        [result] = submit(engine, [prompt])[1]
+        alone = generate(model, prompt, eos=[], max_steps=GREEDY.max_steps)
+        assert result.get(timeout=60).predicted_tokens == alone.predicted_tokens
         until(lambda: shrunk)
         assert len(kept_caches(model)) == num_kept
     assert engine.stop()
