@@ -21,7 +21,7 @@ from runs.failures import Failed
 
 # Arguments that may differ when a run is resumed; `train.py` compares the samples of a step itself.
 _MAY_DIFFER = {
-    "resume", "output_dir", "threads", "batch_size", "answer_file",
+    "resume", "output_dir", "threads", "batch_size", "answer_file", "text_quality",
     "gradient_accumulation", "gradient_checkpointing",
 }  # fmt: skip
 
