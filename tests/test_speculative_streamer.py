@@ -162,6 +162,16 @@ def wrapped(text, width):
     return shown.removesuffix("\n")
 
 
+def test_a_draft_that_is_taller_than_the_terminal_waits(byte_tokenizer):
+    """Guards against drafted rows that push decided ones off the screen, and cannot be erased."""
+    terminal = Terminal(10, 5)
+    streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
+    streamer.put(byte_tokenizer.encode("zero\none two th"))
+    for id_ in byte_tokenizer.encode("\n" * 9):
+        streamer.put([id_], is_draft=True)
+    assert terminal.shown() == "zero\none two th"
+
+
 @pytest.mark.parametrize("kind", ["added", "spelled"])
 def test_thinking_is_dim_and_not_in_a_file(byte_tokenizer, kind):
     """Guards against tags on the screen, drafted ones too, thinking in a pipe, and words that hide it."""
