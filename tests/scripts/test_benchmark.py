@@ -16,6 +16,7 @@ import generate
 import self_speculation.self_speculation_generator as self_speculation_generator
 from measures import timed_runs
 from measures.comparison import find_difference
+from measures.correctness import CompareIds
 from runs.description import heading
 from self_speculation import HuggingfaceLlamaGenerator, Sampler
 from self_speculation.decoding.sampling import gumbel_noise, leading_matches, noise_key
@@ -138,10 +139,12 @@ def mixes_rows_up(drafted, tokens, lengths):
 def test_correctness_catches_a_wrong_accept_rule(common, rule, batch_size, monkeypatch, capsys):
     """Guards against a comparison that always passes, or that decodes both sides alone or both in a batch."""
     monkeypatch.setattr(self_speculation_generator, "leading_matches", rule)
+    requests = watch(monkeypatch, CompareIds, "_request")
     assert correctness.main([*common, *SPECULATION, "--batch_size", batch_size]) == 1
     output = capsys.readouterr().out
     found = {line.split(", ")[1] for line in output.splitlines() if line.endswith(": DIFFERENCE")}
     assert found >= {"greedy", "sample 1", "sample 2"}
+    assert len({request.seed for _, request in requests}) == 5 * 4  # of each example and sample its own
     assert "\nFAILED: " in output
 
 
