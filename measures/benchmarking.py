@@ -75,7 +75,6 @@ class Benchmark(Experiment):
 
     def report(self, run: Run, records: list[Record]) -> int:
         summary, title = self._summary(records), heading(run.description)
-        summary["remarks"] = self._remarks(summary, records)
         lines = [title, "", *_table(summary, self._unit)]
         if self.answer_file is not None:
             self._write_answers(run, records, Path(self.answer_file).expanduser().absolute())
@@ -89,28 +88,23 @@ class Benchmark(Experiment):
         return 0
 
     def _summary(self, records: list[Record]) -> Record:
-        """The figures of `run.json`."""
-        summary: Record = {"num_examples": len(records), "remarks": []}
+        """The figures of `run.json`, and warnings about them."""
+        remarks: list[str] = []
+        summary: Record = {"num_examples": len(records), "remarks": remarks}
         for prefix, *_ in self._sides:
             summary[f"{prefix}speed"] = metrics.speed(records, prefix)
         if "drafts" in records[0]:
             summary["acceptance"] = metrics.acceptance(records)
         if self.compare:
-            summary["comparison"] = metrics.speedup(records, BASELINE)
+            summary["comparison"] = compared = metrics.speedup(records, BASELINE)
+            remarks += metrics.undecided(compared["speedup_interval"], self._unit)
         if self.text_quality and any(record["reference"] for record in records):
             texts = ([record[of] for record in records] for of in ("prediction", "reference"))
             summary["text"] = metrics.text_quality(*texts)
-        return summary
-
-    def _remarks(self, summary: Record, records: list[Record]) -> list[str]:
-        """Warnings about the figures."""
-        found = []
-        if self.compare:
-            found += metrics.undecided(summary["comparison"]["speedup_interval"], self._unit)
         pairs = zip(self.examples, records, strict=True)
         if cut := sum(len(record.get("turns", "1")) <= len(example.later_turns) for example, record in pairs):
-            found.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
-        return found
+            remarks.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
+        return summary
 
     def _write_answers(self, run: Run, records: list[Record], path: Path) -> None:
         """Write the answers of each strategy in the format of Spec-Bench."""
