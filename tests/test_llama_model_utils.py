@@ -263,14 +263,3 @@ def test_a_cache_of_transformers_is_cropped_to_a_length(length):
         assert cache.get_seq_length() == kept
         following = model(ids[:, :1], cache=cache).logits
         assert_close(following, model(torch.cat([ids[:, :kept], ids[:, :1]], 1)).logits[:, -1:])
-
-
-def test_a_cache_grows_beyond_what_was_reserved():
-    """Guards against rotations for as many positions as a number can count, and for too few."""
-    model, ids = tiny_llama(), torch.tensor([[5, 9, 4] * 20])
-    with torch.inference_mode():
-        runner = ModelRunner(model)
-        cache = runner.new_cache(1, 1)
-        for piece in ids.split(7, 1):
-            logits = forward(runner, cache, piece).logits
-        assert_close(logits, model(ids).logits[:, -1:])

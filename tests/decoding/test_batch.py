@@ -1,8 +1,9 @@
-"""Batches: the output of a sequence does not depend on other sequences."""
+"""Batches: slots, memory, errors and callbacks of sequences. Answers are in test_same_answers.py."""
 
 from contextlib import nullcontext
 from itertools import count
 from operator import length_hint
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from helpers import watch
 import self_speculation
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding import batch
+from self_speculation.decoding.sequence import Sequence
 from self_speculation.passes.kv_cache import KVCache
 
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
@@ -231,3 +233,32 @@ def test_times_of_setup_and_idleness(monkeypatch):
         scheduler.add_request(key, Request(PROMPTS[0]))
     first, second = (result.prefill_time for _, result in sorted(drained(scheduler).items()))
     assert 0 < second < setup < first < idle
+
+
+def test_the_first_error_of_a_round_counts():
+    """Guards against a NaN behind it, which adds tokens that nothing has judged, against an error of the
+    streamer that takes its place, and against NaN in the slot that later rounds make forget.
+    """
+    streamer = Mock(spec=["put", "end"], end=Mock(side_effect=ValueError))
+    request = Request([5, 6], raises_from(3), streamer=streamer)
+    sequence = Sequence(request, GenerationConfig(max_steps=9), 99, torch.device("cpu"))
+    logits = sequence.process(torch.zeros(3, 50), 0, 3)
+    sequence.check([0.0, 0.0, torch.nan])
+    sequence.commit([7, 8, 9], logits)
+    assert (sequence.tokens, type(sequence.result())) == ([7], KeyError)
+    sequence.check([0.0])
+    assert sequence.is_damaged
+
+
+def test_an_error_of_a_draft_alone_does_not_count():
+    """Guards against an error for logits of an early exit, in a round whose verification has none."""
+
+    def process(_, logits):
+        if logits.any():
+            raise KeyError
+        return logits
+
+    sequence = Sequence(Request([5, 6], process), GenerationConfig(max_steps=9), 99, torch.device("cpu"))
+    sequence.process(torch.ones(1, 50), 0, 1)
+    sequence.commit([7, 8], sequence.process(torch.zeros(2, 50), 0, 2), num_drafted=1)
+    assert (sequence.tokens, sequence.error) == ([7, 8], None)

@@ -22,7 +22,6 @@ from self_speculation.decoding.sampling import (
     argmax,
     decode_next_token,
     gumbel_noise,
-    leading_matches,
     noise_key,
     top_k_top_p_filtering,
 )
@@ -162,14 +161,6 @@ def test_a_row_is_decided_by_itself(seed, scales, top_p):
     for row, alone in enumerate(logits.split(1)):
         assert tokens[row] == sampler(alone, keys[row, None])
     assert tokens.equal(sampler._sample_likely(logits.softmax(-1), keys, is_partial=False))
-
-
-def test_accepted_tokens_are_the_targets():
-    """Guards against padding that is accepted: its logits are not processed."""
-    tokens = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [5, 2, 3]])
-    drafted = torch.tensor([[1, 2], [1, 5], [1, 2], [1, 2]])
-    assert leading_matches(drafted, tokens, [2, 2, 1, 2]).tolist() == [2, 1, 1, 0]
-    assert leading_matches(drafted[:, :0], tokens[:, :1], [0] * 4).tolist() == [0] * 4
 
 
 def test_drafts_of_likely_ids_are_accepted():

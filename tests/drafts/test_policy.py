@@ -155,6 +155,14 @@ def test_a_source_that_has_become_good_is_noticed(good, bad_rounds):
     assert mostly(play(chooser, World({good: 0.95}), 2 * bad_rounds, seed=1)[-100:]) == good
 
 
+def test_a_model_that_has_changed_its_ways_is_noticed():
+    """Guards against statistics that outweigh the answer at hand."""
+    learnt = stats()
+    play(policy(learnt), World({"exit 2": 0.95, "exit 4": 0.95}), 1200)
+    changed = play(policy(learnt), World({"exit 4": 0.95}), 100)
+    assert mostly(changed[50:]) == "exit 4"
+
+
 @pytest.mark.parametrize(
     "worlds", [pytest.param(24, id="few"), pytest.param(400, id="many", marks=pytest.mark.slow)]
 )
