@@ -118,12 +118,18 @@ class CapturedPasses(Buffers):
 
     def reserve(self, num_positions: int, least: int) -> None:
         """Make buffers of so many positions, or as many as fit. Larger ones end all captured passes."""
-        if num_positions > self.capacity:
+        before = self.capacity
+        if num_positions > before:
             super().reserve(round_up(num_positions, _STEP), least)
-            self._drop_replays()
-            self._tables.reserve(self.capacity)
-            for layer in range(self.num_layers):
-                self.with_room(layer, self.capacity)
+        if self.capacity > before:
+            try:
+                self._drop_replays()
+                self._tables.reserve(self.capacity)
+                for layer in range(self.num_layers):
+                    self.with_room(layer, self.capacity)
+            except BaseException:  # no layer may grow once a pass is captured
+                self.capacity = self.capacity_of_all
+                raise
 
     def capture(self, runner: ModelRunner, first: int, last: int, rows: int, width: int) -> Replay:
         """The replay of a pass over `inputs[rows, width]`. If one fails, all are captured anew."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -36,7 +37,7 @@ class Buffers:
         self, devices: Sequence[torch.device], shape: tuple[int, int], dtype: torch.dtype, num_slots: int = 1
     ) -> None:
         self.num_layers, self.num_slots, self.capacity = len(devices), num_slots, 0
-        self._devices, (self._kv_heads, self._head_dim), self._dtype = devices, shape, dtype
+        self._devices, self.shape, self.dtype = devices, shape, dtype
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
         self.of_layers: dict[int, Pair] = {}
         self.num_caches = 0  # the last one has the buffers
@@ -51,7 +52,8 @@ class Buffers:
             MemoryError: `least` positions do not fit, in all layers.
         """
         if num_positions > self.capacity:
-            self.capacity = self._fit(round_up(num_positions, ALIGNMENT), round_up(least, ALIGNMENT))
+            fitting = self._fit(round_up(num_positions, ALIGNMENT), round_up(least, ALIGNMENT))
+            self.capacity = max(fitting, self.capacity_of_all)
 
     def with_room(self, layer: int, end: int) -> Pair:
         """The buffers of a layer, grown to at least `end` positions. Raises MemoryError as `reserve`."""
@@ -60,24 +62,29 @@ class Buffers:
         old = self.of_layers.get(layer)
         if old is not None and end <= old[0].shape[2]:
             return old
-        shape = self.num_slots, self._kv_heads, self.capacity, self._head_dim
-        dtype, device = self._dtype, self._devices[layer]
+        kv_heads, head_dim = self.shape
+        shape, device = (self.num_slots, kv_heads, self.capacity, head_dim), self._devices[layer]
         try:
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
-            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            keys, values = (torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(2))
         except (MemoryError, RuntimeError):  # a shorter sequence may still fit
-            has_all = len(self.of_layers) == self.num_layers
-            self.capacity = min(part.shape[2] for part in self.all()) if has_all else 0
+            self.capacity = self.capacity_of_all
             raise
         for new, part in zip((keys, values), old or (), strict=False):
             new[:, :, : part.shape[2]] = part
         self.of_layers[layer] = keys, values
         return keys, values
 
+    @property
+    def capacity_of_all(self) -> int:
+        """What the buffers of all layers have now; 0: some have not run."""
+        has_all = len(self.of_layers) == self.num_layers
+        return min(part.shape[2] for part in self.all()) if has_all else 0
+
     def _fit(self, wanted: int, least: int) -> int:
         """So many positions, or as many as fit. Raises MemoryError if `least` do not."""
         for device, num_layers in Counter(self._devices).items():
-            position = 2 * num_layers * self._kv_heads * self._head_dim * self._dtype.itemsize  # of a slot
+            position = 2 * num_layers * math.prod(self.shape) * self.dtype.itemsize  # of a slot
             taken = sum(part.nbytes for part in self.all() if part.device == device)
             free, row = taken + free_memory(device), least * position
             if free < self.num_slots * row:

@@ -170,7 +170,7 @@ class PassRange(NamedTuple):
 
 def forward(runner: ModelRunner, cache: KVCache, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
     """All layers over T new tokens [B, T]; logits for the last `num_logits` of them."""
-    _check_runner(runner)
+    _check(runner, cache)
     return forward_early(runner, cache, input_ids, len(runner.layers), num_logits)
 
 
@@ -182,7 +182,7 @@ def forward_early(
     num_logits: int = 1,
 ) -> ForwardResult:
     """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
-    _check_runner(runner)
+    _check(runner, cache)
     return runner.run(cache, input_ids, 0, exit_layer, num_logits)
 
 
@@ -205,10 +205,18 @@ def forward_remainder(
     runner: ModelRunner, cache: KVCache, exit_hidden: Tensor, exit_layer: int
 ) -> ForwardResult:
     """Layers exit_layer..L-1 over the exit hidden states [B, T, H] of T tokens; logits for all of them."""
-    _check_runner(runner)
-    return runner.run(cache, exit_hidden.clone(), exit_layer, len(runner.layers), exit_hidden.shape[1])
+    _check(runner, cache)
+    return runner.run(
+        cache, exit_hidden.to(runner.dtype, copy=True), exit_layer, len(runner.layers), exit_hidden.shape[1]
+    )
 
 
-def _check_runner(runner: ModelRunner) -> None:
-    """Raises ValueError for a model, which these functions take in the paper's code."""
+def _check(runner: ModelRunner, cache: KVCache) -> None:
+    """Raises ValueError for a model, which these functions take in the paper's code, and for a cache that the
+    runner's operators would write beyond.
+    """
     check_kind("runner", runner, ModelRunner, ", as docs/moving.md shows")
+    buffers = cache.buffers
+    if (buffers.shape, buffers.dtype) != (runner.key_shape, runner.dtype):
+        what = f"keys {buffers.shape} in {buffers.dtype}, the runner {runner.key_shape} in {runner.dtype}"
+        raise ValueError(f"cache: has {what}; take one of runner.new_cache")

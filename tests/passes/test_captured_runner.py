@@ -118,7 +118,7 @@ def test_the_end_of_the_context(monkeypatch):
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("fails", ["before", "capture", "growth"])
+@pytest.mark.parametrize("fails", ["before", "capture", "growth", "tables"])
 def test_an_error_in_a_capture(fails, monkeypatch):
     """Guards against replays of earlier passes, whose workspace the failed graph has freed, a stream that
     stays the current one, and layers whose cache is shorter than that of others.
@@ -150,10 +150,13 @@ def test_an_error_in_a_capture(fails, monkeypatch):
     outer = torch.cuda.current_stream(model.device)
     scheduler.add_request(0, Request(PROMPT))
     with monkeypatch.context() as broken:
-        if fails == "growth":
-            fail_after(3, torch, "zeros")  # of one layer, and the keys of the next
+        if fails in ("growth", "tables"):
+            buffers = scheduler._ensure_prepared().cache.buffers
+            # Of one layer, and the keys of the next.
+            fail_after(*((3, torch, "zeros") if fails == "growth" else (0, buffers._tables, "reserve")))
             scheduler.add_request(1, Request(prompts[3]))
             scheduler.step()
+            assert buffers.capacity == min(part.shape[2] for part in buffers.all())
         else:
             fail_after(fails == "capture", captured_runner.CapturedPasses, "_run")
             scheduler.add_request(1, Request(prompts[1]))
@@ -162,7 +165,7 @@ def test_an_error_in_a_capture(fails, monkeypatch):
     assert torch.cuda.current_stream(model.device) is outer
     first, second = answers()
     assert isinstance(second, torch.OutOfMemoryError)
-    assert first is second if fails != "growth" else first == expected[0]
+    assert first is second if fails in ("before", "capture") else first == expected[0]
     assert answers(0) == expected[:1]
     assert answers(1, 2) == expected[1:3]
     assert answers(3) == expected[3:]
@@ -208,8 +211,9 @@ def test_times_of_rounds_that_capture_are_not_learnt(graphs, monkeypatch):
 
 @pytest.mark.usefixtures("graphs")
 def test_the_context_is_reserved_where_it_fits(monkeypatch):
-    """Guards against a long request that ends all captured passes, and against a cache that leaves their
-    graphs or sampling no room: keys and values of 8,192 positions take 17 MB in two slots.
+    """Guards against a long request that ends all captured passes, also without memory for more, and against
+    a cache that leaves their graphs or sampling no room: keys and values of 8,192 positions take 17 MB in two
+    slots.
     """
     capacities = []
     for free in (3e6, 15e6, 25e6):
@@ -218,7 +222,12 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
         capture_decoding(model)
         scheduler = scheduler_of(model, 2, max_steps=4)
         scheduler.run_every_pass(100, longest=8192)
-        keys, _ = scheduler._ensure_prepared().cache.buffers.of_layers[0]
+        cache = scheduler._ensure_prepared().cache
+        monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _: 0)
+        cache.reserve(10, 9000)
+        assert cache.buffers.replays
+        keys, _ = cache.buffers.of_layers[0]
+        assert keys.shape[2] == cache.buffers.capacity
         capacities.append(keys.shape[2])
     assert capacities == [1984, 6672, 8192]
 

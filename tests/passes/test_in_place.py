@@ -19,9 +19,9 @@ from torch import nn
 from self_speculation import Request, make_strategy
 from self_speculation.families import LLAMA_LAYOUT
 from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.model_runner import ModelRunner, forward
+from self_speculation.passes.model_runner import ModelRunner, forward, forward_early, forward_remainder
 from self_speculation.passes.quantized_layers import quantize
-from self_speculation.passes.runners import bytes_made, fuse
+from self_speculation.passes.runners import bytes_made, fuse, make_runner
 from self_speculation.weights import kernels
 
 pytestmark = needs_operators
@@ -265,6 +265,20 @@ def test_a_weight_of_another_shape_is_refused_until_the_old_one_is_back():
             logits_of(runner, ids)
     up.data = kept
     assert torch.equal(logits_of(runner, ids), expected)
+
+
+@needs_operators
+def test_a_cache_in_another_dtype_is_refused():
+    """Guards against an operator that writes beyond buffers, and reads states in 16 bits as float32."""
+    model, ids = own_llama().to(torch.bfloat16), torch.tensor([PROMPT])
+    early = make_runner(model).new_cache(8, 8)
+    fuse(model)
+    runner = make_runner(model)
+    with pytest.raises(ValueError, match=r"cache: has keys .* in torch.bfloat16, the runner .*float32"):
+        forward(runner, early, ids)
+    cache = runner.new_cache(8, 8)
+    exit_hidden = forward_early(runner, cache, ids, 2).hidden
+    assert forward_remainder(runner, cache, exit_hidden.bfloat16(), 2).logits.isfinite().all()
 
 
 def test_layers_with_buffers_of_several_sizes_decode():
