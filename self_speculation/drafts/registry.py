@@ -96,6 +96,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
 
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
     weights, num_layers = context.draft_weights, len(context.runner.layers)
+    drafter = context.drafter  # first: without kernels for copies, there are no costs of them
     grows = relative_pass_cost(context.runner, weights)
 
     def draft_step(layer: int) -> Callable[[int], float]:
@@ -106,7 +107,7 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
         arm = Arm(draft_step(layer), weight=1.0)  # one good trial is enough
         if is_whole := layer == num_layers:
             arm = replace(arm, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
-        yield LayerDrafts(context.drafter, layer, weights, arm, is_whole)
+        yield LayerDrafts(drafter, layer, weights, arm, is_whole)
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:

@@ -6,13 +6,24 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import COPY, PROMPT, assert_close, generate, needs_operators, own_llama, transformers_generate
+from conftest import (
+    COPY,
+    LAYERS,
+    PROMPT,
+    assert_close,
+    config_of,
+    generate,
+    needs_operators,
+    own_llama,
+    transformers_generate,
+)
 from helpers import SPECULATION, refused, watch
 from test_llama_model_utils import family, is_dense
 from torch import nn
 
 import benchmark
-from self_speculation import progress
+from self_speculation import make_strategy, progress
+from self_speculation.drafts import costs
 from self_speculation.families import FAMILIES
 from self_speculation.passes import quantized_layers
 from self_speculation.passes.quantized_layers import quantized
@@ -44,9 +55,11 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
     model = own_llama(3, fused=True)
     runner = make_runner(model)
     with monkeypatch.context() as without:
-        without.setattr(int4_linear, "cpu_operators", lambda: CPUOperators(None))
+        for module in (int4_linear, costs):
+            without.setattr(module, "cpu_operators", lambda: CPUOperators(None))
+        config = config_of(**LAYERS, draft_weights="int4")
         with pytest.raises(ValueError, match="draft_weights int4: there are no kernels for it with torch"):
-            quantized(runner, 2)
+            make_strategy("self_speculative").prepare(model, config)
     products = [product for layer in runner.layers[:2] for product in layer.products]
     needed = sum(map(copy_bytes, [*products, runner.head.product]))
     free = needed - 1
