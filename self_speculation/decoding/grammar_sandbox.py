@@ -115,9 +115,10 @@ def _serve() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     arguments = json.loads(sys.stdin.readline())
     tokenizer = llguidance.LLTokenizer(*arguments) if arguments else None
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]  # `ulimit -v`, or -1
     for line in sys.stdin:
         limit = psutil.Process().memory_info().vms + _MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (limit if most < 0 else min(limit, most), most))
         signal.setitimer(signal.ITIMER_PROF, _SECONDS)
         problem = _problem(json.loads(line), tokenizer)
         signal.setitimer(signal.ITIMER_PROF, 0)  # to be ended now would be a second answer

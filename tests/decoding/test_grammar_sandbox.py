@@ -80,9 +80,12 @@ def test_an_interrupted_check_has_no_answer(sandbox, monkeypatch):
 
 
 def test_each_grammar_has_one_answer():
-    """Guards against a process that is ended while it answers, so that the next grammar is blamed."""
+    """Guards against a process that is ended while it answers, so that the next grammar is blamed, and one
+    that fails below `ulimit -v`.
+    """
     program = (
-        "import time, grammar_sandbox as sandbox\n"
+        "import resource, time, grammar_sandbox as sandbox\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))\n"
         "answer, sandbox._SECONDS = sandbox._answer, 0.1\n"
         "def and_work(problem):\n"
         "    answer(problem)\n"
