@@ -1,6 +1,6 @@
 """The work of benchmark.py: decode examples, then print one table of speed, drafts and text quality."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -49,20 +49,18 @@ class Benchmark(Experiment):
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         if indices:
             self._warm_up()
-        requests = {index: self.request(index) for index in indices}
+        requests = deque((index, self.request(index)) for index in indices)
         turns = defaultdict[int, list[Record]](list)
-        while requests:  # each time those of the next turn of conversations
-            found, requests = measure_examples(self._sides, requests, self.batch_size), {}
-            for index, turn in found:
-                if isinstance(turn, Exception):
-                    yield index, turn
-                    continue
-                turns[index].append(turn)
-                if (request := self._next_turn(index, turns[index])) is not None:
-                    requests[index] = request
-                else:
-                    about = {name: getattr(self.examples[index], name) for name in ("prompt", "reference")}
-                    yield index, {**about, **_joined(turns[index])}
+        for index, turn in measure_examples(self._sides, requests, self.batch_size):
+            if isinstance(turn, Exception):
+                yield index, turn
+                continue
+            turns[index].append(turn)
+            if (request := self._next_turn(index, turns[index])) is not None:
+                requests.appendleft((index, request))  # a conversation ends before the next one begins
+            else:
+                about = {name: getattr(self.examples[index], name) for name in ("prompt", "reference")}
+                yield index, {**about, **_joined(turns[index])}
 
     def _next_turn(self, index: int, turns: Sequence[Record]) -> Request | None:
         """The next turn of a conversation; None if there is none, or no room for it in the context."""

@@ -1,9 +1,10 @@
 """Timed generation of examples by one strategy, or by several in turn, and the warm-up before it."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import count
 
 import torch
 from tqdm import tqdm
@@ -55,12 +56,15 @@ def warm_up(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> N
 
 
 def measure_examples(
-    sides: Sequence[TimedSide], requests: Mapping[int, Request], batch_size: int
+    sides: Sequence[TimedSide], requests: deque[tuple[int, Request]], batch_size: int
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Time each request by each side.
 
     Sides alternate, and take turns in going first: after each request, or for batches after each window of a
     few batches. A completion depends on prompt and seed alone.
+
+    Args:
+        requests: with their indices. They are taken from the left, where the caller may put more.
 
     Yields:
         The index of a request, and its record or the error of a side. A side's fields have its prefix. Times
@@ -70,9 +74,11 @@ def measure_examples(
     """
     size = 1
     if batch_size > 1:  # a single side never drains its batch
-        size = _BATCHES_IN_TURN * batch_size if len(sides) > 1 else max(1, len(requests))
-    left = iter(requests.items())
-    for number, window in enumerate(iter(lambda: dict(islice(left, size)), {})):
+        size = _BATCHES_IN_TURN * batch_size if len(sides) > 1 else len(requests)
+    for number in count():
+        window = dict(requests.popleft() for _ in range(min(size, len(requests))))
+        if not window:
+            return
         first = (number + 1) % len(sides)
         *others, last = [*sides[first:], *sides[:first]]
         shared = {"batch_size": batch_size, "window": next(iter(window)), "rank": ranks.rank()}
@@ -91,7 +97,7 @@ def measure_all(
 ) -> list[Record]:
     """All records of `measure_examples`; raises the first error. With a title, a bar at a terminal."""
     records, hidden = [], None if title else True
-    found = measure_examples(sides, requests, batch_size)
+    found = measure_examples(sides, deque(requests.items()), batch_size)
     for _, record in tqdm(found, title, len(requests), leave=False, disable=hidden):
         if isinstance(record, Exception):
             raise record

@@ -1,5 +1,7 @@
 """Timings: every pass is warmed up, and every second is in a figure."""
 
+from collections import deque
+
 import pytest
 from conftest import LAYERS, card_llama, config_of, generate, generator_of, tiny_llama
 from helpers import watch
@@ -38,7 +40,7 @@ def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, 
     model = tiny_llama(vocab_size=len(byte_tokenizer))
     settings = config_of(max_steps=24, **config)
     generator = generator_of(byte_tokenizer, model, settings.generation_strategy)
-    requests = {index: Request([5, 9, 4, 7, index]) for index in range(3)}
+    requests = deque((index, Request([5, 9, 4, 7, index])) for index in range(3))
     records = [record for _, record in measure_examples([("", generator, settings)], requests, batch_size)]
     assert now[0] > 20
     assert sum(record["wall_time"] for record in records) == now[0]

@@ -18,6 +18,7 @@ from measures import timed_runs
 from measures.comparison import find_difference
 from measures.correctness import CompareIds
 from runs.description import heading
+from runs.records import Run
 from self_speculation import HuggingfaceLlamaGenerator, Sampler
 from self_speculation.decoding.sampling import gumbel_noise, leading_matches, noise_key
 
@@ -233,8 +234,13 @@ def asked(common, tmp_path):
 
 
 def test_answers_and_turns_of_spec_bench(asked, tmp_path, monkeypatch):
-    """Guards against files that its speed.py cannot read, and turns that do not see those before."""
+    """Guards against files that its speed.py cannot read, turns that do not see those before, and answers
+    that are kept only after other conversations have begun.
+    """
     seen = watch(monkeypatch, HuggingfaceLlamaGenerator, "encode")
+    order = []
+    watch(monkeypatch, timed_runs, "_measured", lambda _, window, *__: order.extend(window))
+    watch(monkeypatch, Run, "append", lambda *_: order.append("kept"))
     file = tmp_path / "answers" / "adaptive.jsonl"
     assert benchmark.main([*asked, "--compare", "True", "--answer_file", str(file)]) == 0
     paths = (file, file.with_stem("adaptive-autoregressive"))
@@ -248,6 +254,8 @@ def test_answers_and_turns_of_spec_bench(asked, tmp_path, monkeypatch):
         assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])
         assert sum(choice["accept_lengths"]) == len(expected["accept_lengths"])  # all but the first tokens
     answer, _ = drafted[0]["choices"][0]["turns"]
+    between = " ".join(map(str, order)).split("kept")
+    assert [len({*indices.split()}) for indices in between] == [1, 1, 1, 0]
     history = f"user: why\nassistant: {answer}\nuser: how\nassistant:"
     assert history in [prompt for (_, prompt, *_), _ in seen]
     speed = about(only_run(tmp_path))["metrics"]["speed"]
