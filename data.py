@@ -307,6 +307,9 @@ def _json_rows(lines: Iterable[bytes]) -> Iterator[Row]:
 def _csv_rows(file: Iterable[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(file, strict=True)
+    names = rows.fieldnames or ()
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"there are two columns {twice[0]!r}")
     for row in rows:
         if None in row or None in row.values():
             raise DataError(f"line {rows.line_num} has another number of values than line 1")

@@ -52,6 +52,9 @@ def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
     # Loading makes many objects and no garbage, and collections would take a second. `load_generator` enables
     # the collector again.
     gc.disable()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         with shown_by(work_bar):
             status = main()

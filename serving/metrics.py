@@ -18,7 +18,8 @@ from serving.protocol import FINISH_REASONS
 _TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)  # seconds
 _SIZES = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # tokens
 _LONGEST_LINE = 200  # characters
-_MOST_NAMES = 200  # of ignored fields, since clients could fill the log with them
+_MOST_NAMES = 200  # of ignored fields, since clients could fill the log and the memory with them
+_LONGEST_NAME = 50  # characters that are kept
 
 
 class FinishedRequest:
@@ -125,7 +126,8 @@ class Metrics:
 
     def name_ignored(self, names: set[str]) -> None:
         """Print the name of each field once."""
-        if len(self._ignored) < _MOST_NAMES and (new := sorted(names - self._ignored)):
+        new = sorted({name[:_LONGEST_NAME] for name in names} - self._ignored)
+        if new and len(self._ignored) < _MOST_NAMES:
             self._ignored.update(new)
             _print(f"requests have fields that this server ignores: {', '.join(new)}")
 

@@ -198,6 +198,7 @@ def test_values_stay_text(kind, tmp_path):
         ("a.jsonl", b'{"prompt": "a\\ud800", "response": ""}', "has half of a surrogate pair"),
         ("a.csv", b"prompt,response\n", "a.csv: has no rows"),
         ("a.csv", b"prompt,response\n\nx,y\na,b,c\n", "a.csv: line 4 has another number of values"),
+        ("a.csv", b"prompt,prompt,response\nx,y,z\n", "a.csv: there are two columns 'prompt'"),
         ("a.csv", b"prompt,response\nx\n", "a.csv: line 2 has another number of values"),
         ("a.csv", b'prompt,response\nx,"y\n', "a.csv: unexpected end of data"),
         ("a.parquet", b"no", "a.parquet: "),

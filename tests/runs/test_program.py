@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 from arguments import GenerationConfig, ModelArguments
+from runs.program import run
 from runs.startup import load_generator, tell_of_fewer_threads
 from self_speculation.model_cache import kept
 from self_speculation.threads import ThreadGovernor, most_threads
@@ -40,6 +41,17 @@ def test_a_process_that_hangs_ends():
     command = [sys.executable, "-c", STUCK]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=forks.HANGS)
     assert (ended.returncode, ended.stdout, "in act" in ended.stderr) == (1, "1\n2\n", True)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_an_output_that_is_closed(name, monkeypatch, capsys):
+    """As `generate.py >&-` and `2>&-`. Guards against a traceback of what asks whether it is a terminal, and
+    status lines in the answer.
+    """
+    monkeypatch.setattr(f"sys.{name}", None)
+    with pytest.raises(SystemExit, match="0"):
+        run(lambda: print("a line", file=getattr(sys, name)) or 0)
+    assert capsys.readouterr().out == ""
 
 
 def test_ctrl_c_during_imports(tmp_path):
