@@ -13,19 +13,25 @@ _END = -1
 
 
 class NgramIndex:
-    """Maps every n-gram to the position after its last occurrence. A token is added in constant time.
+    """The text of a sequence (prediction, prompt and output), and where its end occurred before.
+
+    Maps every n-gram to the position after its last occurrence; those of the prediction keep their positions.
+    A token is added in constant time. A match of the longest n-gram goes on while the output does as the text
+    did, however often the n-gram occurs: so the next one of many equal lines is found.
 
     Args:
-        lengths: values of n, in descending order.
-        preferred: the beginning of the text. Its n-grams keep their positions when they occur again later.
+        prediction: the output is expected to begin as it does.
+        longest: tokens of the longest n-gram. Two must match, unless it is 1: after one it is chance.
     """
 
-    def __init__(self, lengths: abc.Sequence[int], preferred: abc.Sequence[int] = ()) -> None:
-        self._lengths, self.num_preferred = lengths, 0
+    def __init__(self, prediction: abc.Sequence[int], longest: int) -> None:
         self.ids: list[int] = []
+        self._least, self._num_predicted = min(2, longest), 0
+        self._lengths = range(longest, self._least - 1, -1)
         self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token that followed it
-        self.extend(preferred)
-        self.num_preferred = len(preferred)
+        self.extend([*prediction, _END] if prediction else [])
+        self._num_predicted = len(self.ids)
+        self._matched, self._position = self._least if prediction else 0, 0
 
     def extend(self, ids: abc.Iterable[int]) -> None:
         """Append tokens to the text."""
@@ -35,76 +41,49 @@ class NgramIndex:
             for n in self._lengths:
                 if n <= position:
                     ngram = tuple(self.ids[position - n :])
-                    if self._followed_at.get(ngram, position) >= self.num_preferred:
+                    if self._followed_at.get(ngram, position) >= self._num_predicted:
                         self._followed_at[ngram] = position
             self.ids.append(token)
 
-    def locate(self, end: abc.Sequence[int]) -> tuple[int, int]:
-        """n of the longest n-gram at this end that the text has, and the position after it; (0, 0): none.
-
-        >>> index = NgramIndex([3, 2, 1])
-        >>> index.extend([7, 1, 2, 3, 9, 1, 2])
-        >>> index.locate([1, 2]), index.follow(3, 6)
-        ((2, 3), [3, 9, 1, 2, 3, 9])
+    def locate(self) -> tuple[int, int]:
+        """n of the longest n-gram at the end that the text has before, and the position after it there;
+        (0, 0): none.
         """
         for n in self._lengths:
-            position = self._followed_at.get(tuple(end[-n:])) if n <= len(end) else None
-            if position is not None:
+            if (position := self._followed_at.get(tuple(self.ids[-n:]))) is not None:
                 return n, position
         return 0, 0
 
-    def follow(self, position: int, num_tokens: int) -> list[int]:
-        """The tokens from a position on. At the end of the text they repeat from there."""
-        period = len(self.ids) - position
-        return [self.ids[position + i % period] for i in range(num_tokens)]
-
-
-class _Place:
-    """Where the end of a sequence occurred before in its text: prediction, prompt and output. At first the
-    output is expected to begin as the prediction does.
-
-    A match of the longest n-gram goes on while the output does as the text did, however often the n-gram
-    occurs: so the next one of many equal lines is found.
-    """
-
-    def __init__(self, prediction: abc.Sequence[int], longest: int) -> None:
-        self._longest, self._least = longest, min(2, longest)
-        self._index = NgramIndex(
-            range(longest, self._least - 1, -1), [*prediction, _END] if prediction else []
-        )
-        self._matched, self._position = self._least if prediction else 0, 0
-
     def find(self, sequence: Sequence, k: int) -> Match | None:
-        """Move on with the new tokens of a sequence, and look up what follows."""
-        ids, start, num_predicted = self._index.ids, len(self._index.ids), self._index.num_preferred
-        self._index.extend(sequence.ids_from(start - num_predicted))
+        """Move on with the new tokens of the sequence, and look up what follows. At the end of the text the
+        tokens repeat from the match.
+        """
+        ids, start, num_predicted = self.ids, len(self.ids), self._num_predicted
+        self.extend(sequence.ids_from(start - num_predicted))
         for position in range(max(start, num_predicted + len(sequence.prompt)), len(ids)):
             goes_on = self._matched and ids[self._position] == ids[position]
             self._matched, self._position = self._matched + 1 if goes_on else 0, self._position + 1
-        matched, position = self._index.locate(ids[max(num_predicted, len(ids) - self._longest) :])
+        matched, position = self.locate()
         if matched > self._matched:
             self._matched, self._position = matched, position
         if self._matched < self._least:
             return None
         name = "prediction" if self._position < num_predicted else "n-grams"
-        return Match(name, self._matched, self._index.follow(self._position, k))
+        period = len(ids) - self._position
+        return Match(name, self._matched, [ids[self._position + i % period] for i in range(k)])
 
 
 class TextDrafts(LookupDrafts):
-    """What followed the end of a sequence where it occurred in its prediction, its prompt or its output.
-
-    Args:
-        longest: tokens of the longest n-gram. Two must match, unless it is 1: after one it is chance.
-    """
+    """What followed the end of a sequence where it occurred before; `longest`: see `NgramIndex`."""
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
-        self._places: WeakKeyDictionary[Sequence, _Place] = WeakKeyDictionary()
+        self._indices: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
         priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
         self.arms = {"prediction": Arm(priors=priors), "n-grams": Arm(priors=priors)}
 
     def find(self, sequence: Sequence, k: int) -> Match | None:
-        place = self._places.get(sequence)
-        if place is None:
-            place = self._places[sequence] = _Place(sequence.prediction, self._longest)
-        return place.find(sequence, k)
+        index = self._indices.get(sequence)
+        if index is None:
+            index = self._indices[sequence] = NgramIndex(sequence.prediction, self._longest)
+        return index.find(sequence, k)
