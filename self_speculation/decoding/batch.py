@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.sampling import Sampler, amax, joint_sampler
+from self_speculation.decoding.sampling import JointSampler, amax
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.transfers import AsyncRead, Known, on_device
 
@@ -39,9 +39,9 @@ class Batch:
         return len(self.sequences)
 
     @cached_property
-    def sampler(self) -> Sampler:
+    def sampler(self) -> JointSampler:
         """Of all rows; valid until a row is added or removed."""
-        return joint_sampler([sequence.sampler for sequence in self.sequences], self.last.device)
+        return JointSampler([sequence.sampler for sequence in self.sequences], self.last.device)
 
     def draft_limits(self) -> list[int]:
         """[B] the most tokens to draft for each row."""
@@ -93,7 +93,7 @@ class Batch:
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
         keys = None if keys is None else keys[:, position]
-        tokens = self.sampler.draft(logits, keys)
+        tokens = self.sampler(logits, keys, is_draft=True)
         if all(is_drafting):
             return tokens
         return tokens.where(on_device(is_drafting, logits.device).bool(), self.last[:, 0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -134,27 +134,25 @@ class Sampler:
     def _filters(self) -> bool:
         return bool(self.top_k or self.top_p < 1 or self.min_p)
 
-    def __call__(self, logits: Tensor, keys: Tensor | None) -> Tensor:
-        """The tokens [...] of positions with logits [..., V] and keys [...] of noise (None when greedy)."""
+    def __call__(self, logits: Tensor, keys: Tensor | None, is_draft: bool = False) -> Tensor:
+        """The tokens [...] of positions with logits [..., V] and keys [...] of noise (None when greedy).
+
+        Args:
+            is_draft: where rules filter, sample among the `_LIKELY` most likely.
+        """
         if self.greedy:
             return argmax(logits)
         assert keys is not None
-        rows, row_keys = logits.reshape(-1, logits.shape[-1]).float() / self.temperature, keys.flatten()
-        if self._filters:
-            tokens = self._sample_likely(rows.softmax(-1), row_keys, is_partial=rows.device.type == "cpu")
+        rows, row_keys = logits.reshape(-1, logits.shape[-1]).float(), keys.flatten()
+        if not self._filters:
+            tokens = argmax(_noise_of_all(row_keys, rows.shape[1]).add_(rows / self.temperature))
+        elif is_draft:
+            likely, ids = rows.topk(min(_LIKELY, rows.shape[1]))
+            tokens = _pick(self.keep((likely / self.temperature).softmax(-1)), ids, row_keys)
         else:
-            tokens = argmax(_noise_of_all(row_keys, rows.shape[1]).add_(rows))
+            probabilities = (rows / self.temperature).softmax(-1)
+            tokens = self._sample_likely(probabilities, row_keys, is_partial=rows.device.type == "cpu")
         return tokens.view(keys.shape)
-
-    def draft(self, logits: Tensor, keys: Tensor | None) -> Tensor:
-        """Sample drafted tokens [B] of logits [B, V]; where rules filter, among the `_LIKELY` most likely."""
-        if self.greedy or not self._filters:
-            return self(logits, keys)
-        assert keys is not None
-        likely, ids = logits.float().topk(min(_LIKELY, logits.shape[-1]))
-        kept = self.keep((likely / self.temperature).softmax(-1))
-        best = argmax(gumbel_noise(keys, ids).add_(kept.log()))
-        return ids.gather(-1, best[:, None])[:, 0]
 
     def keep(self, likely: Tensor) -> Tensor:
         """[..., m] probabilities in descending order -> the same, with 0 in the place of those that the rules
@@ -194,47 +192,41 @@ class Sampler:
             unsure = (last > after).logical_not().nonzero()[:, 0]
             if len(unsure) == len(keys):
                 return self._sample_likely(probabilities, keys, is_partial=False)
-        if kept.device.type == "cpu":  # noise for no others
-            most = max(1, int(kept.count_nonzero(-1).max()))
-            kept, ids = kept[:, :most].contiguous(), ids[:, :most]
-        scores = kept.log().add_(gumbel_noise(keys, ids))
-        tokens = ids.gather(-1, argmax(scores)[:, None])[:, 0]
+        tokens = _pick(kept, ids, keys)
         if len(unsure):
             tokens[unsure] = self._sample_likely(probabilities[unsure], keys[unsure], is_partial=False)
         return tokens
 
 
-class SamplerOfRows(Sampler):
+def _pick(kept: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
+    """[n] of ids [n, m], one with each key, by their probabilities in descending order; 0: never."""
+    if kept.device.type == "cpu":  # noise for no others
+        most = max(1, int(kept.count_nonzero(-1).max()))
+        kept, ids = kept[:, :most].contiguous(), ids[:, :most]
+    best = argmax(kept.log().add_(gumbel_noise(keys, ids)))
+    return ids.gather(-1, best[:, None])[:, 0]
+
+
+class JointSampler:
     """Samples each row of logits [B, ..., V] with its own sampler. Rows with equal samplers go together."""
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # settings are those of the rows
-
     def __init__(self, samplers: Sequence[Sampler], device: torch.device) -> None:
-        super().__init__()
         rows: defaultdict[Sampler, list[int]] = defaultdict(list)
         for row, sampler in enumerate(samplers):
             rows[Sampler(False) if sampler.greedy else sampler].append(row)
+        self.greedy = all(sampler.greedy for sampler in rows)
         self._rows = {sampler: on_device(own, device) for sampler, own in rows.items()}
 
-    def __call__(self, logits: Tensor, keys: Tensor | None) -> Tensor:
-        return self._each(Sampler.__call__, logits, keys)
-
-    def draft(self, logits: Tensor, keys: Tensor | None) -> Tensor:
-        return self._each(Sampler.draft, logits, keys)
-
-    def _each(self, sample: Callable[..., Tensor], logits: Tensor, keys: Tensor | None) -> Tensor:
+    def __call__(self, logits: Tensor, keys: Tensor | None, is_draft: bool = False) -> Tensor:
+        """See `Sampler`."""
+        first, *others = self._rows
+        if not others:
+            return first(logits, keys, is_draft)
         assert keys is not None
         tokens = torch.empty_like(keys)
         for sampler, rows in self._rows.items():
-            tokens.index_copy_(0, rows, sample(sampler, logits[rows], keys[rows]))
+            tokens.index_copy_(0, rows, sampler(logits[rows], keys[rows], is_draft))
         return tokens
-
-
-def joint_sampler(samplers: Sequence[Sampler], device: torch.device) -> Sampler:
-    """One sampler for all rows."""
-    first = samplers[0]
-    alike = all(sampler == first or (sampler.greedy and first.greedy) for sampler in samplers)
-    return first if alike else SamplerOfRows(samplers, device)
 
 
 def leading_matches(drafted: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
