@@ -89,12 +89,10 @@ def context_length(config: PretrainedConfig) -> int:
     return positions
 
 
-def described_context(config: PretrainedConfig) -> str:
-    """The context in words, for errors."""
-    number = context_length(config)
-    if number >= config.max_position_embeddings:
-        return f"{number} tokens"
-    return f"{number} tokens (rope_type longrope is supported within its original context only)"
+def no_room(length: str, config: PretrainedConfig) -> str:
+    """The message for a prompt that leaves no position for an output."""
+    context = f"the model's context of {context_length(config)} tokens"
+    return f"the prompt has {length} and leaves no room in {context}"
 
 
 def scale_rotation(config: PretrainedConfig, scaling: Any) -> None:

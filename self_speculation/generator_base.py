@@ -18,7 +18,7 @@ from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.request import Callables, Request, as_list, token_ids
 from self_speculation.decoding.texts import OutputReader
-from self_speculation.families import context_length, described_context
+from self_speculation.families import context_length, no_room
 from self_speculation.generation_strategy import GenerationStrategy, single_result
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 from self_speculation.strategies import make_strategy
@@ -190,10 +190,7 @@ class HuggingfaceLlamaGenerator:
             allowed = "must be a text or a list of token ids; generate_batch takes several prompts"
             ids = token_ids(prompt, allowed)
         elif self.is_far_too_long(prompt):
-            raise ValueError(
-                f"the prompt has {len(prompt)} characters and leaves no room in the model's context of "
-                f"{described_context(self.model.config)}"
-            )
+            raise ValueError(no_room(f"{len(prompt)} characters", self.model.config))
         else:
             ids = self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
         starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)

@@ -5,7 +5,6 @@ A strategy does one round for all sequences in flight; `Scheduler` does everythi
 
 import itertools
 import math
-import time
 from abc import ABC, abstractmethod
 from collections import abc, deque
 from collections.abc import Container, Hashable, Iterable, Iterator
@@ -23,7 +22,7 @@ from self_speculation.decoding.prefix_cache import PrefixCache, cache_key, kept_
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.registry import DraftContext, make_composer
-from self_speculation.families import check_supported, context_length, described_context
+from self_speculation.families import check_supported, context_length, no_room
 from self_speculation.generation_strategy import GenerationStrategy
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, PassRange, forward_pieces
@@ -104,8 +103,8 @@ class Scheduler(Generic[Key]):
     Args:
         batch_size: the most sequences at a time.
         token_budget: tokens of a step (as in Sarathi-Serve, arXiv 2403.02310). A decoding row counts as one,
-            whatever it drafts; pieces of waiting prompts fill the rest, in turn, at least one token; in every
-            other step, prompts that fit go first. None: prompts are prefilled as a whole.
+            whatever it drafts; pieces of waiting prompts fill the rest, in turn, at least one token. None:
+            prompts are prefilled as a whole.
 
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
@@ -120,7 +119,6 @@ class Scheduler(Generic[Key]):
         batch_size: int,
         token_budget: int | None = None,
     ) -> None:
-        began = time.perf_counter()
         check_kind("generation_config", config, GenerationConfig)
         check_kind("batch_size", batch_size, int)
         if batch_size < 1:
@@ -142,11 +140,9 @@ class Scheduler(Generic[Key]):
             self._depth = config.exit_layer
         self.batch = Batch(self._device, longest)
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
-        self._short_first = False
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
         self._prepared: Decoding | None = None  # None: idle, the weights may change
         self._ensure_prepared()
-        self._setup_time = time.perf_counter() - began  # counts as the first request's
 
     @property
     def has_requests(self) -> bool:
@@ -183,15 +179,12 @@ class Scheduler(Generic[Key]):
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
         """Queue a request."""
-        started = time.perf_counter() - self._setup_time
-        self._setup_time = 0.0
         config, has_drafts = self._model.config, self._strategy.has_drafts
         try:
             context, length = context_length(config), len(request.ids)
             if length >= context:
-                room = f"leaves no room in the model's context of {described_context(config)}"
-                raise ValueError(f"the prompt has {length} tokens and {room}")
-            sequence = Sequence(request, self._config, context, self._device, key, has_drafts, started)
+                raise ValueError(no_room(f"{length} tokens", config))
+            sequence = Sequence(request, self._config, context, self._device, key, has_drafts)
         except Exception as error:
             self._finished.append((key, error))
         else:
@@ -210,7 +203,6 @@ class Scheduler(Generic[Key]):
     def step(self) -> None:
         """Prefill waiting prompts, as far as the budget allows, and do one round for all sequences."""
         self._remove_finished()
-        self._short_first = not self._short_first
         left = max(1, self._token_budget - len(self.batch))
         while left > 0 and (chosen := self._next_pass(left)):
             adjust_threads(self._model)
@@ -268,8 +260,6 @@ class Scheduler(Generic[Key]):
             with sequence.failing_alone():
                 self._ensure_prepared().slots.acquire(sequence)
         ready = [sequence for sequence in self._waiting if sequence.slot is not None]
-        if self._short_first:
-            ready.sort(key=lambda sequence: _num_unread(sequence) > left)
         chosen, width, num_tokens = list[Sequence](), 0, 0
         for sequence in ready:
             own = int(min(_num_unread(sequence), left, PREFILL_CHUNK))

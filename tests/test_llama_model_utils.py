@@ -201,7 +201,7 @@ def test_longrope_ends_at_its_original_context():
     )
     assert context_length(model.config) == 32
     pieces_match_the_whole(model)
-    with pytest.raises(ValueError, match=r"context of 32 tokens .rope_type longrope is supported within"):
+    with pytest.raises(ValueError, match="context of 32 tokens"):
         generate(model, [5] * 32)
 
 

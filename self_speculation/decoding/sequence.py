@@ -36,7 +36,6 @@ class Sequence:
         request: in token ids. Its own config overrides `config`, that of the batch.
         context: the most tokens of prompt and output, more than the prompt has.
         has_drafts: whether to count drafts.
-        started: `time.perf_counter` at its start; None: now.
 
     Raises ValueError for a prompt without tokens.
     """
@@ -49,9 +48,8 @@ class Sequence:
         device: torch.device,
         key: Any = None,
         has_drafts: bool = False,
-        started: float | None = None,
     ) -> None:
-        self._started = time.perf_counter() if started is None else started
+        self._started = time.perf_counter()
         self._first_token_at: float | None = None
         self.key, self._request, self.prompt = key, request, request.ids
         if not self.prompt:

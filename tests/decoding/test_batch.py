@@ -1,7 +1,6 @@
 """Batches: slots, memory, errors and callbacks of sequences. Answers are in test_same_answers.py."""
 
 from contextlib import nullcontext
-from itertools import count
 from operator import length_hint
 from unittest.mock import Mock
 
@@ -18,9 +17,7 @@ from conftest import (
     scheduler_of,
     tiny_llama,
 )
-from helpers import watch
 
-import self_speculation
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding import batch
 from self_speculation.decoding.sequence import Sequence
@@ -220,19 +217,6 @@ def test_a_callback_may_cancel(callback, budget, drafts):
     assert found["stays"].predicted_tokens == expected["stays"]
     assert found["cancels"].predicted_tokens == expected["cancels"][:1]
     assert scheduler.num_free_slots == 3
-
-
-def test_times_of_setup_and_idleness(monkeypatch):
-    """Guards against idle time in a prefill time, and against a setup that counts for each request."""
-    passed, setup, idle, ticks = [0.0], 1e6, 1e9, count()
-    monkeypatch.setattr("time.perf_counter", lambda: sum(passed) + next(ticks))  # no clock of the machine
-    watch(monkeypatch, self_speculation.scheduler, "make_runner", lambda _: passed.append(setup))
-    scheduler = scheduler_of(tiny_llama(), batch_size=2)
-    passed.append(idle)
-    for key in (0, 1):
-        scheduler.add_request(key, Request(PROMPTS[0]))
-    first, second = (result.prefill_time for _, result in sorted(drained(scheduler).items()))
-    assert 0 < second < setup < first < idle
 
 
 def test_the_first_error_of_a_round_counts():
