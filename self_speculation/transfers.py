@@ -1,6 +1,5 @@
 """Numbers between host and device. A read waits for all queued work of a GPU, so there are few reads."""
 
-import itertools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -39,8 +38,7 @@ class AsyncRead:
         if self._numbers is None:
             if self._copied is not None:
                 self._copied.synchronize()
-            values = iter(self._values.tolist())
-            self._numbers = [list(itertools.islice(values, size)) for size in self._sizes]
+            self._numbers = [part.tolist() for part in self._values.split(self._sizes)]
         return self._numbers
 
 

@@ -49,7 +49,7 @@ class GrammarSandbox:
     after it was ended.
 
     Args:
-        tokenizer: arguments of `llguidance.LLTokenizer`; without any, grammars are only parsed.
+        tokenizer: arguments of `llguidance.LLTokenizer`.
     """
 
     def __init__(self, *tokenizer: Any) -> None:
@@ -113,24 +113,17 @@ def _serve() -> None:
     """Read the arguments of a tokenizer, then grammars, as lines of JSON; write the problem of each."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # if the parent was killed, end without a word
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    arguments = json.loads(sys.stdin.readline())
-    tokenizer = llguidance.LLTokenizer(*arguments) if arguments else None
+    tokenizer = llguidance.LLTokenizer(*json.loads(sys.stdin.readline()))
     most = resource.getrlimit(resource.RLIMIT_AS)[1]  # `ulimit -v`, or -1
     for line in sys.stdin:
         limit = psutil.Process().memory_info().vms + _MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit if most < 0 else min(limit, most), most))
         signal.setitimer(signal.ITIMER_PROF, _SECONDS)
-        problem = _problem(json.loads(line), tokenizer)
+        matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0, limits=LIMITS)
+        matcher.compute_bitmask()
+        problem = matcher.get_error()
         signal.setitimer(signal.ITIMER_PROF, 0)  # to be ended now would be a second answer
         _answer(problem)
-
-
-def _problem(definition: str, tokenizer: llguidance.LLTokenizer | None) -> str:
-    if tokenizer is None:
-        return llguidance.LLMatcher.validate_grammar(definition, limits=LIMITS)
-    matcher = llguidance.LLMatcher(tokenizer, definition, log_level=0, limits=LIMITS)
-    matcher.compute_bitmask()
-    return matcher.get_error()
 
 
 def _answer(problem: str) -> None:

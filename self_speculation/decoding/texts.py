@@ -121,11 +121,8 @@ def _tags(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """Those that the tokenizer's config names, or that its chat template writes or removes."""
     given = getattr(tokenizer, "response_template", None) or {}
     for name in ("reasoning_content", "thinking", "reasoning"):
-        try:
-            field = given.get("fields", {}).get(name, {})
-            begin, end = field.get("open"), field.get("close")
-        except AttributeError as error:
-            raise ValueError("response_template of the tokenizer: its fields must be objects") from error
+        field = given.get("fields", {}).get(name, {})
+        begin, end = field.get("open"), field.get("close")
         if isinstance(begin, str) and isinstance(end, str):
             return begin, end
     template = str(tokenizer.chat_template or "")
