@@ -21,7 +21,7 @@ from runs.records import Run
 from runs.startup import autoregressive
 from self_speculation.decoding.request import config_processors
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
-from self_speculation.drafts.registry import make_drafter
+from self_speculation.drafts.registry import DraftContext
 from self_speculation.families import context_length
 from self_speculation.passes.runners import eager_runner
 from self_speculation.results import DraftStats
@@ -138,7 +138,7 @@ class Counted(Sweep):
         runner = eager_runner(model)
         cache = runner.new_cache(ids.shape[1], ids.shape[1])
         exit_layers = sorted({layer for layer, _ in self.grid})
-        drafter = make_drafter(runner, self.config, exit_layers[-1])
+        drafter = DraftContext(runner, replace(self.config, exit_layer=exit_layers[-1])).drafter
         processors = LogitsProcessorList(config_processors(self.config, len(prompt)))
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0

@@ -183,12 +183,12 @@ def _statistics(result: GenerationResult, config: GenerationConfig) -> str:
         (f"decode {took.decode_tokens_per_second:.1f} tokens/s, " if took.num_decode_tokens else "")
         + f"prefill {took.prefill_time * 1000:.0f} ms for {read}{cached}",
     ]
-    if took.num_drafted:
+    if (drafts := took.draft_stats) and drafts.num_drafted:
         lines.append(
-            f"acceptance rate {took.acceptance_rate:.1%} ({took.num_accepted} of {took.num_drafted}), "
-            f"mean accepted length {took.mean_accepted_length:.2f}"
+            f"acceptance rate {took.acceptance_rate:.1%} ({drafts.num_accepted} of {drafts.num_drafted}), "
+            f"mean accepted length {drafts.mean_accepted_length:.2f}"
         )
-        sources = took.drafts_by_source or {}
+        sources = drafts.by_source
         if len(sources) > 1 or config.generation_strategy == "adaptive" or config.draft_weights != "exact":
             lines += [
                 f"  {source}: {accepted} of {drafted} in {counted(rounds, 'round')}"

@@ -63,6 +63,11 @@ class DraftStats:
         return self.rounds.total()
 
     @property
+    def num_drafts(self) -> int:
+        """Rounds with drafts."""
+        return sum(n for kind, n in self.rounds.items() if kind.drafted)
+
+    @property
     def num_drafted(self) -> int:
         return sum(n * kind.drafted for kind, n in self.rounds.items())
 
@@ -82,14 +87,10 @@ class DraftStats:
         return emitted / self.num_verifications if self.rounds else None
 
     @property
-    def drafted_by_position(self) -> tuple[int, ...]:
-        """[i]: rounds that drafted an i-th token."""
-        return self._by_position("drafted")
-
-    @property
-    def accepted_by_position(self) -> tuple[int, ...]:
-        """[i]: rounds with an accepted i-th token in the output."""
-        return self._by_position("in_output")
+    def accepted_by_position(self) -> list[int]:
+        """[i]: rounds with an accepted i-th token in the output, up to the longest draft."""
+        longest = max((kind.drafted for kind in self.rounds), default=0)
+        return [sum(n for kind, n in self.rounds.items() if kind.in_output > i) for i in range(longest)]
 
     @property
     def by_source(self) -> dict[str, SourceCounts]:
@@ -101,19 +102,10 @@ class DraftStats:
             totals[kind.source] = SourceCounts(*map(sum, zip(known, more, strict=True)))
         return totals
 
-    def _by_position(self, reached: str) -> tuple[int, ...]:
-        longest, kinds = max((kind.drafted for kind in self.rounds), default=0), self.rounds.items()
-        return tuple(sum(n for kind, n in kinds if getattr(kind, reached) > i) for i in range(longest))
-
-
-def _draft_count(name: str) -> property:
-    """A count of `draft_stats`; None without drafts."""
-    return property(lambda result: result.draft_stats and getattr(result.draft_stats, name))
-
 
 @dataclass(frozen=True)
 class GenerationStrategyResult:
-    """Output, counts and times of a strategy; counts of drafts are None when autoregressive."""
+    """Output, counts and times of a strategy."""
 
     predicted_tokens: list[int]  # without the end id
     acceptance_rate: float | None = None  # accepted / drafted tokens; None without drafts
@@ -124,15 +116,7 @@ class GenerationStrategyResult:
     num_decode_tokens: int = 0  # tokens after the first one, with the end id
     prefill_time: float = 0.0  # seconds until the first token
     decode_time: float = 0.0  # seconds for all later tokens
-    draft_stats: DraftStats | None = None
-
-    num_verifications = _draft_count("num_verifications")
-    num_drafted = _draft_count("num_drafted")
-    num_accepted = _draft_count("num_accepted")
-    mean_accepted_length = _draft_count("mean_accepted_length")
-    drafted_by_position = _draft_count("drafted_by_position")
-    accepted_by_position = _draft_count("accepted_by_position")
-    drafts_by_source = _draft_count("by_source")
+    draft_stats: DraftStats | None = None  # None when autoregressive
 
     @property
     def decode_tokens_per_second(self) -> float:

@@ -5,7 +5,6 @@ tokens is shown with its last byte. Text that may become a stop word is held bac
 """
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,9 +25,6 @@ _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 _PRINTED = {code: chr(0x2400 + code) for code in range(0x20)}  # pictures of control characters
 _PRINTED |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd") | {9: "    ", 10: "\n", 13: ""}
 
-# Kinds of characters that stay together: a word (a), a wide one (w) or a space, each with its accents (z).
-_WORDS = re.compile("a[az]*|[w ]z*|\n|z")
-
 
 class Cell(NamedTuple):
     """One character."""
@@ -39,8 +35,7 @@ class Cell(NamedTuple):
 
 
 class StandardTextStreamer:
-    """Prints committed text. On a terminal thinking is dim, and the edge divides no word; a file gets the
-    answer alone.
+    """Prints committed text. On a terminal thinking is dim; a file gets the answer alone.
 
     Args:
         tokenizer: the model's, for answers that no generator reads.
@@ -186,11 +181,10 @@ def _printed(cells: Iterable[Cell]) -> list[Cell]:
 
 
 class _Screen:
-    """Decided text on a terminal, and drafts after it that can be replaced. A word that the edge would divide
-    begins a row.
+    """Decided text on a terminal, and drafts after it that can be replaced.
 
     To erase drafts, the cursor goes back to the row in which the decided text ends, and draws this row again:
-    a draft may move its last word or be an accent on it.
+    a draft may be an accent on its last character.
     """
 
     def __init__(self, file: TextIO) -> None:
@@ -225,26 +219,16 @@ class _Screen:
 
 
 def _rows(cells: list[Cell], width: int) -> list[list[Cell]]:
-    """Rows of a terminal, with line breaks before words and in place of spaces. The terminal itself divides a
-    word that is longer than a row.
-    """
+    """Rows of a terminal, which begins one after a line break and where a character would pass its edge."""
     rows, column = [list[Cell]()], 0
-    columns = [max(0, wcwidth(cell.char)) for cell in cells]
-    kinds = (
-        cell.char if cell.char in " \n" else "zaw"[size] for cell, size in zip(cells, columns, strict=True)
-    )
-    for match in _WORDS.finditer("".join(kinds)):
-        (start, end), kind = match.span(), match[0][0]
-        is_divided = column > 0 and column + sum(columns[start:end]) > width
-        if kind == "\n" or (is_divided and kind in "a "):
-            rows[-1].append(cells[start]._replace(char="\n"))
+    for cell in cells:
+        size = max(0, wcwidth(cell.char))
+        if column + size > width:
             rows.append([])
             column = 0
-            start += kind != "a"
-        for cell, size in zip(cells[start:end], columns[start:end], strict=True):
-            if column + size > width:
-                rows.append([])
-                column = 0
-            rows[-1].append(cell)
-            column += size
+        rows[-1].append(cell)
+        column += size
+        if cell.char == "\n":
+            rows.append([])
+            column = 0
     return rows

@@ -49,7 +49,7 @@ _COUNTED: tuple[tuple[str, str, Callable[[FinishedRequest], float]], ...] = (
     ("prefix_cache_queries", "Tokens of prompts", lambda each: each.result.num_prompt_tokens),
     ("prefix_cache_hits", "Those in the cache", lambda each: each.result.num_cached_tokens),
     ("generation_tokens", "Generated tokens", lambda each: each.num_tokens),
-    ("spec_decode_num_drafts", "Drafts", lambda each: sum(each.drafts.drafted_by_position[:1])),
+    ("spec_decode_num_drafts", "Drafts", lambda each: each.drafts.num_drafts),
     ("spec_decode_num_draft_tokens", "Drafted tokens", lambda each: each.drafts.num_drafted),
     ("spec_decode_num_accepted_tokens", "Accepted ones", lambda each: each.drafts.num_accepted),
 )

@@ -12,26 +12,26 @@ from self_speculation.scheduler import Scheduler
 
 
 @pytest.mark.parametrize(
-    ("agreement", "rounds", "drafted", "accepted"),
-    [("never", 15, (14, 13, 12, 11), (0, 0, 0, 0)), ("always", 3, (3, 3, 3, 3), (3, 3, 3, 3))],
+    ("agreement", "rounds", "num_drafted", "accepted"),
+    [("never", 15, 50, [0, 0, 0, 0]), ("always", 3, 12, [3, 3, 3, 3])],
 )
-def test_counts_of_drafts(agreement, rounds, drafted, accepted):
+def test_counts_of_drafts(agreement, rounds, num_drafted, accepted):
     """Guards against miscounted drafts, and against drafts beyond the length limit: of 16 tokens one comes
     from the prompt and the others from rounds of 1 or 5.
     """
     drafts = {"exit_layer": 2, "num_speculations": 4, "max_steps": 16}
     result = generate(tiny_llama(agreement=agreement), PROMPT, eos=[], **drafts)
-    assert (result.num_verifications, result.mean_accepted_length) == (rounds, 15 / rounds)
-    assert (result.drafted_by_position, result.accepted_by_position) == (drafted, accepted)
-    assert (result.num_drafted, result.num_accepted) == (sum(drafted), sum(accepted))
-    assert result.acceptance_rate == sum(accepted) / sum(drafted)
+    drafts = result.draft_stats
+    assert (drafts.num_verifications, drafts.mean_accepted_length) == (rounds, 15 / rounds)
+    assert (drafts.num_drafted, drafts.num_accepted) == (num_drafted, sum(accepted))
+    assert drafts.accepted_by_position == accepted
+    assert result.acceptance_rate == sum(accepted) / num_drafted
 
 
 def test_autoregressive_results():
     """Guards against zeros that read as rejected drafts, and against a rate that counts the first token."""
     result = generate(tiny_llama(), PROMPT, max_steps=30, eos=[])
-    assert result.acceptance_rate is result.num_drafted is result.num_accepted is None
-    assert result.num_verifications is result.mean_accepted_length is result.drafted_by_position is None
+    assert result.acceptance_rate is result.draft_stats is None
     assert result.prefill_time > 0
     assert result.num_decode_tokens == 29
     assert result.decode_tokens_per_second == pytest.approx(29 / result.decode_time)
@@ -44,7 +44,7 @@ def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
     end = next(i for i in range(2, 5) if ids[i] not in ids[:i])
     result = generate(model, PROMPT, max_steps=9, eos=[ids[end]], exit_layer=2, num_speculations=8)
     assert result.predicted_tokens == ids[:end]
-    assert (result.num_verifications, result.num_accepted) == (1, end)
+    assert (result.draft_stats.num_verifications, result.draft_stats.num_accepted) == (1, end)
     assert result.num_decode_tokens == end
 
 
@@ -103,4 +103,5 @@ def test_a_processor_runs_once_per_row_of_logits():
     processor, model = Mock(spec=[], side_effect=lambda ids, logits: logits), tiny_llama(agreement="always")
     drafts = {"exit_layer": 2, "num_speculations": 3, "max_steps": 9, "eos": []}
     result = generate(model, PROMPT, logits_processors=[processor], **drafts)
-    assert processor.call_count == 1 + 2 * result.num_drafted + result.num_verifications
+    drafts = result.draft_stats
+    assert processor.call_count == 1 + 2 * drafts.num_drafted + drafts.num_verifications

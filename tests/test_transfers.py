@@ -24,7 +24,7 @@ def reads(monkeypatch):
 
 
 def drafted_by_layers(result):
-    drafts = (result.drafts_by_source or {}).items()
+    drafts = result.draft_stats.by_source.items() if result.draft_stats else ()
     return sum(counts.drafted for name, counts in drafts if name.startswith("exit"))
 
 
@@ -49,10 +49,10 @@ def test_one_read_a_round_and_at_most_one_for_a_drafted_token(config, reads_draf
     """
     with random_plans(0):
         result = generate(tiny_llama(num_layers=8, fused=True), PROMPT, max_steps=60, eos=[], **config)
-    rounds = result.num_verifications or 59
+    rounds = result.draft_stats.num_verifications if result.draft_stats else 59
     assert len(reads) == 1 + rounds + reads_drafts * drafted_by_layers(result)
     if config is ADAPTIVE:
-        assert {*result.drafts_by_source} == {"none", "exit 1", "exit 2", "exit 3", "n-grams"}
+        assert {*result.draft_stats.by_source} == {"none", "exit 1", "exit 2", "exit 3", "n-grams"}
 
 
 @pytest.mark.parametrize("more", [None, {}, {"streamer": Mock()}, {"prompt_lookup": 3}])
@@ -63,7 +63,7 @@ def test_a_grammar_reads_each_drafted_token_once(bundled, more, reads):
     processor = GrammarProcessor(Grammar.regex("[0-9, ]+"), tokenizer, model.config.vocab_size, [0])
     drafts = {} if more is None else {"exit_layer": 3, "num_speculations": 4, **more}
     result = generate(model, ids, max_steps=30, eos=[], logits_processors=[processor], **drafts)
-    rounds = result.num_verifications if drafts else 29
+    rounds = result.draft_stats.num_verifications if drafts else 29
     assert len(reads) == 1 + rounds + drafted_by_layers(result)
 
 

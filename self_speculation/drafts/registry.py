@@ -67,11 +67,6 @@ class DraftContext:
         return quantized(self.runner, self.exit_layers[-1])
 
 
-def make_drafter(runner: ModelRunner, config: GenerationConfig, num_layers: int) -> ModelRunner:
-    """See `DraftContext.drafter`."""
-    return DraftContext(runner, replace(config, exit_layer=num_layers)).drafter
-
-
 class SourceEntry(NamedTuple):
     """A kind of drafts."""
 
@@ -130,11 +125,6 @@ def _stats(context: DraftContext) -> ArmStats:
     )
     learnt: dict[Hashable, ArmStats] = kept(model).setdefault(ArmStats, {})
     return learnt.setdefault(key, ArmStats(relative_pass_cost(runner), torch.get_num_threads))
-
-
-def forget_what_was_learnt(model: PreTrainedModel) -> None:
-    """Drop the statistics of adaptive decoding, as in a new process."""
-    kept(model).pop(ArmStats, None)
 
 
 def draft_flags() -> tuple[str, ...]:

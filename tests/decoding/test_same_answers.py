@@ -246,7 +246,7 @@ def compare(name, way, draws):
         if not isinstance(result, Exception):
             assert result.predicted_tokens == alone.decided
             assert result.end_token_id == results[row].end_token_id
-            assert request.drafts or not result.num_drafted
+            assert request.drafts or not (result.draft_stats and result.draft_stats.num_drafted)
             assert not drafted or result.draft_stats == drafted[row].draft_stats
     return sum(result.num_cached_tokens for result in found.values() if not isinstance(result, Exception))
 

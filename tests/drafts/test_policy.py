@@ -19,7 +19,6 @@ from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.draft import Arm, Draft, Match
 from self_speculation.drafts.ngram import TextDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, Plan
-from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.weights.kernels import CPUOperators
 
@@ -277,7 +276,7 @@ def test_a_round_without_drafts_is_a_plain_step(monkeypatch):
     rounds that are not counted.
     """
     model = tiny_llama(agreement="never")
-    forget_what_was_learnt(model)
+    model_cache.kept(model).pop(ArmStats, None)
     monkeypatch.setattr(TextDrafts, "find", lambda *_: None)
     plans = watch(monkeypatch, AdaptivePolicy, "plan")
     shared = {"max_steps": 200, "eos": (), "seed": 0, "sample": True, "temperature": 0.9}
@@ -314,8 +313,9 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
     model, other = (own_llama(fused=True) for _ in range(2))
     for seed in range(6):
         result = generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
-        assert {*result.drafts_by_source} <= {"none", "n-grams", "exit 1"}
-        assert sum(counts.rounds for counts in result.drafts_by_source.values()) == result.num_verifications
+        drafts = result.draft_stats
+        assert {*drafts.by_source} <= {"none", "n-grams", "exit 1"}
+        assert sum(counts.rounds for counts in drafts.by_source.values()) == drafts.num_verifications
     (learnt,) = model_cache.kept(model)[ArmStats].values()
     assert {*learnt.used_at} <= {None, "exit 1"}
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that an n-gram matched

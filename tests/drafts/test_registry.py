@@ -110,7 +110,7 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     monkeypatch.setattr(conftest, "GenerationConfig", WithAlways)
     result = conftest.generate(tiny_llama(), PROMPT, "adaptive", max_steps=9, eos=[], always=9)
-    assert "always" in result.drafts_by_source
+    assert "always" in result.draft_stats.by_source
 
 
 class Echo(LookupDrafts):
@@ -129,4 +129,4 @@ def test_a_source_that_matches_more_than_its_priors(strategy, monkeypatch):
     monkeypatch.setattr(registry, "SOURCES", [*registry.SOURCES, kind])
     exits = {} if strategy == "adaptive" else {"exit_layer": 1, "num_speculations": 2}
     result = conftest.generate(tiny_llama(), PROMPT, strategy, max_steps=9, eos=[], **exits)
-    assert "echo" in result.drafts_by_source
+    assert "echo" in result.draft_stats.by_source

@@ -43,7 +43,7 @@ def test_draft_stats_of_answers_are_added():
     second.add("n-grams", drafted=1, accepted=0, emitted=1)
     records = [{"drafts": json.loads(json.dumps(each.to_rows()))} for each in (first, second)]
     assert metrics.draft_stats(records) == first + second == second + first
-    assert (first + second).drafted_by_position == (3, 2, 1, 1)
+    assert (first + second).accepted_by_position == [2, 2, 0, 0]
     assert metrics.acceptance(records) == {
         "acceptance_rate": 4 / 7,
         "acceptance_rate_mean": (2 / 2 + 2 / 5) / 2,

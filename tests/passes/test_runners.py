@@ -147,8 +147,8 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
     assert after == [transformers_generate(model, PROMPT, 8, -1)] * 3
     assert (after == before) == (change in (nn.Module.double, replaced_and_put_back))
     decode_eagerly(model)
-    drafted = [result.accepted_by_position for result in answers()]
-    assert [result.accepted_by_position for result in found] == drafted
+    drafted = [result.draft_stats for result in answers()]
+    assert [result.draft_stats for result in found] == drafted
 
 
 def test_each_request_of_a_batch_uses_current_weights(model):
