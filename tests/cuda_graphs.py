@@ -6,6 +6,7 @@ one workspace, which is freed when one of them fails or is destroyed. A failed c
 current one. A process captures one graph at a time. What else a capture refuses is seen on the fake GPU.
 """
 
+import itertools
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fake_gpu import storage, tensors_of
 from self_speculation.model_cache import kept
+from self_speculation.passes import captured_runner
 from self_speculation.passes.captured_runner import CapturedPasses
 
 
@@ -111,8 +113,10 @@ def stand_in(monkeypatch):
     """CUDA graphs as above. Returns what was captured and replayed: (layers, rows, width)."""
     STREAMS.all = [Stream()]
     seen = SimpleNamespace(captured=[], replayed=[])
+    pool = itertools.cycle([Stream(), Stream()])  # torch has 32
+    monkeypatch.setattr(captured_runner, "_NUM_STREAMS", 2)
     graphs = {"graph_pool_handle": object, "CUDAGraph": Graph, "graph": capture}
-    graphs |= {"Stream": lambda device: Stream()}
+    graphs |= {"Stream": lambda device: next(pool)}
     graphs |= {"current_stream": lambda device: STREAMS.all[-1], "stream": on_stream}
     for name, own in graphs.items():
         monkeypatch.setattr(f"torch.cuda.{name}", own)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ from self_speculation.progress import progress
 
 _STEP = 1024  # positions by which the cache grows
 _LOCK = Lock()  # torch captures one graph at a time in a process
+
+# torch hands out so many streams of a device in turn. These are the streams of recorders and their graphs.
+_NUM_STREAMS = 32
+_STREAMS: WeakKeyDictionary[object, torch.cuda.Stream] = WeakKeyDictionary()
 
 Replay = Callable[[], None]
 
@@ -114,6 +119,7 @@ class CapturedPasses(Buffers):
         """
         # By whether a copy runs, first and last layer, rows and width.
         self.replays = dict[tuple[bool, int, int, int, int], Replay]()
+        vars(self).pop("_recorder", None)  # its stream is free now
         self._recorder = GraphRecorder(self._tables.device)
 
     def reserve(self, num_positions: int, least: int) -> None:
@@ -159,16 +165,24 @@ class GraphRecorder:
     """Captures functions on one side stream and in one memory pool.
 
     The functions leave nothing in the pool that another one reads, so graphs may be replayed in any order.
+    Raises RuntimeError if all streams have graphs.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # one of 32, which torch hands out in turn
+        with _LOCK:
+            taken = {*_STREAMS.values()}
+            streams = (torch.cuda.Stream(device) for _ in range(_NUM_STREAMS))
+            stream = next((each for each in streams if each not in taken), None)
+            if stream is None:
+                raise RuntimeError(f"compile True: at most {_NUM_STREAMS} models of a process are captured")
+            self._stream = _STREAMS[self] = stream
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Replay:
         """Run it once, for kernels and workspaces that are made on first use; then capture it."""
         outer, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
         with _LOCK:
+            _STREAMS[graph] = self._stream
             self._stream.wait_stream(outer)
             try:
                 # If a capture fails, `torch.cuda.graph` leaves its stream the current one. This ends it.
