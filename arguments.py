@@ -62,12 +62,13 @@ _FOREIGN = {
     "grammar_file json_schema j json_schema_file guided_json": "--grammar",
     "md model_draft draft_model": "--draft_weights int4: the model drafts for itself",
     "draft draft_n draft_max num_speculative_tokens": "--num_speculations",
-    "np parallel max_num_seqs b ub": "--batch_size",
+    "np parallel max_num_seqs": "--batch_size",
     "a alias served_model_name": "--served_name",
     "torch_dtype": "--dtype",
     "trust_remote_code": "--model_args trust_remote_code=True",
     "load_in_4bit load_in_8bit": "--quantization",
-    "fa flash_attn mlock no_mmap": "nothing has to be set for that",
+    "fa flash_attn b ub ubatch_size ctk ctv cache_type_k cache_type_v mlock no_mmap": "nothing has to be set "
+    "for that",
     "fuse": "only in Python, by LoadingOptions(fuse=False)",
     "min_p repeat_penalty repetition_penalty frequency_penalty presence_penalty": "requests and "
     "GenerationConfig have it",

@@ -212,7 +212,7 @@ class ResponseFormat(Fields):
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema: belongs to the type json_schema")
+            raise ValueError("the type json_schema needs the field json_schema, other types have none")
         return self
 
     @property

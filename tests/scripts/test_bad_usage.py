@@ -96,6 +96,8 @@ REFUSALS = {
         "--port 70000": "--port 70000: must be between 0 and 65535",
         "--host nowhere.invalid": "--host nowhere.invalid --port 8000: ",
         "--min-p 0.1": "unknown argument '--min-p'; requests and GenerationConfig have it; --help all",
+        "-ub 512": "unknown argument '-ub'; nothing has to be set for that; --help all",
+        "-ctk q8_0": "unknown argument '-ctk'; nothing has to be set for that; --help all",
         "--shutdown_time inf": "--shutdown_time inf: must be 0 or more",
         "--api_key ''": "--api_key '': must not be empty",
     },

@@ -190,7 +190,7 @@ FAULTS = [
     ({"messages": [{"content": "x"}]}, "messages.0.role", "required"),
     ({"messages": [calling("{")]}, "messages.0.tool_calls.0.function.arguments", ""),
     ({"tool_choice": "any"}, "tool_choice", "should be 'none', 'auto' or 'required'"),
-    ({"response_format": {"type": "json_schema"}}, "response_format", "belongs to"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "needs the field json_schema"),
     ({"temperature": float("nan")}, "temperature", "finite"),
     ({"temperature": "0.5"}, "temperature", "number"),
     ({"reasoning_effort": "banana"}, "reasoning_effort", "'none', "),
