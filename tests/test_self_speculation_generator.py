@@ -12,10 +12,10 @@ from self_speculation.scheduler import Scheduler
 
 
 @pytest.mark.parametrize(
-    ("agreement", "rounds", "num_drafted", "accepted"),
-    [("never", 15, 50, [0, 0, 0, 0]), ("always", 3, 12, [3, 3, 3, 3])],
+    ("agreement", "rounds", "drafted", "accepted"),
+    [("never", 15, (14, 50), [0, 0, 0, 0]), ("always", 3, (3, 12), [3, 3, 3, 3])],
 )
-def test_counts_of_drafts(agreement, rounds, num_drafted, accepted):
+def test_counts_of_drafts(agreement, rounds, drafted, accepted):
     """Guards against miscounted drafts, and against drafts beyond the length limit: of 16 tokens one comes
     from the prompt and the others from rounds of 1 or 5.
     """
@@ -23,9 +23,9 @@ def test_counts_of_drafts(agreement, rounds, num_drafted, accepted):
     result = generate(tiny_llama(agreement=agreement), PROMPT, eos=[], **drafts)
     drafts = result.draft_stats
     assert (drafts.num_verifications, drafts.mean_accepted_length) == (rounds, 15 / rounds)
-    assert (drafts.num_drafted, drafts.num_accepted) == (num_drafted, sum(accepted))
-    assert drafts.accepted_by_position == accepted
-    assert result.acceptance_rate == sum(accepted) / num_drafted
+    assert (drafts.num_drafts, drafts.num_drafted) == drafted
+    assert (drafts.num_accepted, drafts.accepted_by_position) == (sum(accepted), accepted)
+    assert result.acceptance_rate == sum(accepted) / drafts.num_drafted
 
 
 def test_autoregressive_results():
