@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse(f"--answer_file {args.answer_file}: is a format of spec_bench, not of {data_args.dataset}")
         if args.batch_size > 1:
             refuse(f"--answer_file {args.answer_file}: needs --batch_size 1, it has the time of each answer")
-        check_writable("answer_file", Path(args.answer_file).expanduser().parent)
+        path = Path(args.answer_file).expanduser()
+        check_writable("answer_file", path.parent)
+        if path.is_dir():
+            refuse(f"--answer_file {args.answer_file}: is a folder, must be a file")
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     validate(model_args, config)

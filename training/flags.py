@@ -52,7 +52,9 @@ class RecipeArguments:
         at_least(self, 1, "rotation")
 
     def exit_layers(self, num_layers: int) -> list[int]:
-        """The exits that learn; raises ValueError if the model lacks one of them."""
+        """The exits that learn; raises ValueError if the model lacks one of them, or has one layer."""
+        if num_layers < 2:
+            raise ValueError("model: has no layer to exit from before the last")
         if self.early_exit_scale == 0:
             return []
         exits = self.exits or range(1, num_layers)

@@ -55,6 +55,7 @@ REFUSALS = {
         "--dataset spec_bench": "; --dataset spec_bench needs question_id, category, turns",
         "--answer_file x": "--answer_file x: is a format of spec_bench, not of custom_jsonl",
         "--dataset spec_bench --answer_file x --batch_size 2": "--answer_file x: needs --batch_size 1",
+        "--dataset spec_bench --answer_file .": "--answer_file .: is a folder, must be a file",
         "--resume /dev/null": "--resume /dev/null: no run.json of a run in there",
     },
     correctness: {},

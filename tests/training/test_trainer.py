@@ -65,9 +65,12 @@ def test_steps_that_are_not_finite_end_the_training(settings, factor, bad, notic
 
 
 def test_what_it_refuses(trainer):
-    """Guards against another loss than the model's: gemma2 caps its logits, the losses here do not."""
+    """Guards against another loss than the model's: gemma2 caps its logits, the losses here do not; and
+    against weights of losses that are divided by 0.
+    """
     for change, message in (
         ({"recipe": RecipeArguments(exits=[9])}, "exits .9.: must be between 1 and 3"),
+        ({"model": tiny_llama(1)}, "model: has no layer to exit from before the last"),
         ({"model": SimpleNamespace(config=LlamaConfig(model_type="gemma2"))}, "'gemma2' is not supported"),
     ):
         with pytest.raises(ValueError, match=message):
