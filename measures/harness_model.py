@@ -22,6 +22,7 @@ import lm_eval.tasks
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
@@ -38,7 +39,7 @@ from runs.flags import validate
 from runs.startup import load_generator
 from runs.status import print_status
 from self_speculation import Request, Sampler
-from self_speculation.config import SAMPLING_RULES
+from self_speculation.config import SAMPLING_RULES, check
 from self_speculation.families import context_length
 from self_speculation.passes.model_runner import forward_early
 from self_speculation.passes.runners import activation_dtype, eager_runner
@@ -156,6 +157,21 @@ class SelfSpeculativeLM(HFLM):
         cache.set_rows([0] * rows)
         with torch.inference_mode():
             return forward_early(runner, cache, inps, self._own_depth, width).logits
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """A completion of each request, by its own generation arguments.
+
+        Raises:
+            UnsupportedError: names the task and the argument, before anything is generated.
+        """
+        for request in requests:
+            try:
+                config = request_config(request.args[1], self._settings, None)
+                fits = config.max_steps < self.max_length
+                check(config, "max_steps", fits, f"must be below the model's {self.max_length} positions")
+            except ValueError as error:
+                raise UnsupportedError(f"{request.task_name} asks for {error}") from error
+        return super().generate_until(requests, disable_tqdm)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **gen_kwargs: Any) -> Tensor:
         """[B, T] ids, padded on the left -> [B, T + n] with completions, padded on the right."""
