@@ -46,7 +46,8 @@ class Run:
         else:
             earlier = check_same_run(resume, description)
             run = cls(Path(resume).expanduser(), description | {"began": earlier.get("began")})
-            run._replace_records(run.records().values())  # without a line that was cut
+            if (run.folder / "records.jsonl").exists():  # a training has none
+                run._replace_records(run.records().values())  # without a line that was cut
         run.write_status("running")
         return run
 

@@ -179,7 +179,9 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
 
 
 def test_resume_keeps_the_recipe_and_may_add_steps(tmp_path, texts, capsys, monkeypatch):
-    """Guards against a run that changes in the middle, and a new number of steps that is forgotten."""
+    """Guards against a run that changes in the middle, a new number of steps that is forgotten, and an empty
+    file of records.
+    """
     folder = run(tmp_path, texts)
     for flags, message in (
         (["--rotation", "3"], "that run had --rotation 8, this one has 3"),
@@ -201,6 +203,7 @@ def test_resume_keeps_the_recipe_and_may_add_steps(tmp_path, texts, capsys, monk
     assert train.main(["--resume", str(folder), *more_passes]) == 0
     assert seen == [*range(12, 18), *(step for step in range(16, 20) for _ in range(2))]
     assert (about(folder)["status"], about(folder)["arguments"]["num_steps"]) == ("finished", 20)
+    assert not (folder / "records.jsonl").exists()
 
 
 def test_continual_pretraining(tmp_path, texts, model_folder):
