@@ -60,17 +60,6 @@ def test_prompts_are_read_in_turn():
     assert joined == ["short", "third", "long"]
 
 
-def test_a_prompt_that_fits_goes_first_in_every_other_step():
-    """Guards against a short prompt that waits until all long ones before it have had their turn."""
-    scheduler = scheduler_of(tiny_llama(), 5, 8, max_steps=60)
-    scheduler.add_request("running", Request([5, 9, 4, 7, 7, 3]))
-    scheduler.step()
-    add(scheduler, {"first": LONG, "second": LONG[1:], "third": LONG[2:], "short": [8, 2]})
-    for _ in range(2):
-        scheduler.step()
-    assert [sequence.key for sequence in scheduler.batch.sequences] == ["running", "short"]
-
-
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
     """Guards against NaN that the next sequence in this slot reads, beyond its last token, and NaN in padding
     by a token that the row does not have.
