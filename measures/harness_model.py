@@ -230,7 +230,8 @@ def evaluate(settings: dict[str, Any], args: Any, gen_kwargs: dict[str, Any]) ->
         print_status(f"\ninterrupted{kept}")
         return 130
     except Exception as error:
-        if (why := reason(error, batch_size=model.batch_size)) is not None:
+        size = model.batch_size if isinstance(model.batch_size, int) else model.max_batch_size  # not auto
+        if (why := reason(error, batch_size=size)) is not None:
             print(f"\n{why}{kept}", file=sys.stderr)
             return 1
         if model.has_begun and not isinstance(error, UnsupportedError):

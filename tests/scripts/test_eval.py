@@ -203,7 +203,7 @@ def test_flags_about_prompts_and_metrics_reach_the_harness(evaluated):
 def test_what_cannot_run_is_refused_by_name(arguments, model_folder, capsys):
     """Guards against settings that are ignored, and a traceback out of the harness or after other tasks."""
     for tasks, flags, message in (
-        ("python_lines,beams", [], "beams asks for num_beams=4: supported are do_sample, "),
+        ("python_lines,beams", ["--batch_size", "auto"], "beams asks for num_beams=4: supported are "),
         ("python_lines,functions", ["--max_steps", "256"], "functions asks for max_steps 256: must be below"),
     ):
         assert message in refused(eval_script.main, arguments(tasks, *flags), capsys)
