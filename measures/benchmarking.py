@@ -88,7 +88,8 @@ class Benchmark(Experiment):
     def _summary(self, records: list[Record]) -> Record:
         """The figures of `run.json`, and warnings about them."""
         remarks: list[str] = []
-        summary: Record = {"num_examples": len(records), "remarks": remarks}
+        sizes = sorted({record["batch_size"] for record in records})  # of a resumed run, several
+        summary: Record = {"num_examples": len(records), "batch_sizes": sizes, "remarks": remarks}
         for prefix, *_ in self._sides:
             summary[f"{prefix}speed"] = metrics.speed(records, prefix)
         if "drafts" in records[0]:
@@ -126,7 +127,10 @@ def _table(summary: Record, unit: str) -> list[str]:
     """The summary in lines of 68 columns, with a column of figures for each strategy; `unit`: of medians."""
     sides = {prefix: summary[f"{prefix}speed"] for prefix in _NAMES if f"{prefix}speed" in summary}
     examples = summary["num_examples"]
-    lines = [_line(counted(examples, "example"), *(_NAMES[prefix] for prefix in sides))]
+    title, sizes = counted(examples, "example"), summary["batch_sizes"]
+    if len(sizes) > 1:  # the heading has the last one
+        title += f", batches of {', '.join(map(str, sizes))}"
+    lines = [_line(title, *(_NAMES[prefix] for prefix in sides))]
     if compared := summary.get("comparison"):
         lines.append(_line(f"speed-up, median of {unit}", compared["speedup"]))
         if compared["speedup_windows"] > 1:

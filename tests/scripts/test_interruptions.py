@@ -80,7 +80,9 @@ ENDINGS = {  # error, exit status, status in run.json
     ("name", "ending"), [("sweep", "Ctrl-C"), ("batches", "full disk"), ("benchmark", "kill")]
 )
 def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path, monkeypatch, capsys):
-    """Guards against records that are lost, made twice or read by half, and a --resume that needs flags."""
+    """Guards against records that are lost, made twice or read by half, a --resume that needs flags, and
+    figures of batches of several sizes that do not say so.
+    """
     (script, flags), (error, exit_status, status), write = CASES[name], ENDINGS[ending], records._write
     expected, ended = unbroken(name), None
 
@@ -109,6 +111,7 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
     assert script.main(["--resume", str(folder), *other_size]) == 0
     said = capsys.readouterr()
     assert "not used" not in said.err  # of flags that nobody gave
+    assert ("6 examples, batches of 2, 3" in said.out) == (name == "batches")
     assert outcome(folder) == expected
     assert set(kept) <= set((folder / "records.jsonl").read_text().splitlines())
     assert (about(folder)["status"], about(folder)["began"]) == ("finished", began)
