@@ -83,7 +83,7 @@ class GrammarSandbox:
                         status = self._process.wait()
             if answer:
                 return json.loads(answer)
-            if status != -signal.SIGKILL:  # by its limits
+            if status < 0 and status != -signal.SIGKILL:  # by its limits; above 0: it could not begin
                 return _TOO_MUCH
         raise ChildProcessError("the process that tries grammars was ended, or does not answer: try again")
 
@@ -119,9 +119,12 @@ def _serve() -> None:
         limit = psutil.Process().memory_info().vms + _MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit if most < 0 else min(limit, most), most))
         signal.setitimer(signal.ITIMER_PROF, _SECONDS)
-        matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0, limits=LIMITS)
-        matcher.compute_bitmask()
-        problem = matcher.get_error()
+        try:
+            matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0, limits=LIMITS)
+            matcher.compute_bitmask()
+            problem = matcher.get_error()
+        except BaseException:  # no memory, or a panic
+            os.abort()  # as an allocator does
         signal.setitimer(signal.ITIMER_PROF, 0)  # to be ended now would be a second answer
         _answer(problem)
 

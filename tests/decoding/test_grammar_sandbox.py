@@ -61,12 +61,16 @@ def test_a_killed_process_starts_again(sandbox):
 
 
 def test_a_process_that_does_nothing_is_ended(sandbox, monkeypatch):
-    """Guards against waiting for ever, and against a refusal that is kept."""
+    """Guards against waiting for ever, against a refusal that is kept, and against a grammar that is blamed
+    for a process that cannot begin.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(grammar_sandbox, "_PATIENCE", 0)
         with pytest.raises(ChildProcessError, match="does not answer"):
             sandbox.check(DIGITS)
     sandbox.check(DIGITS)
+    with pytest.raises(ChildProcessError, match="was ended"):
+        GrammarSandbox("no tokenizer").check(DIGITS)
 
 
 def test_an_interrupted_check_has_no_answer(sandbox, monkeypatch):
