@@ -8,11 +8,16 @@ stays that of transformers, on a CPU all layers of the model do, and has no copy
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate.hooks import AlignDevicesHook, CpuOffload
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from self_speculation.weights.few_bits import FewBitsLinear
+
+# Hooks of accelerate that only move inputs, outputs and weights between devices.
+_MOVING = (AlignDevicesHook, CpuOffload)
 
 # Modules of plain layers that are not those of their family.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -51,15 +56,23 @@ def _around_layers(model: PreTrainedModel) -> Iterator[str]:
             yield f"{kind.__name__} has {_name(replacement)} instead of its forward"
         if not _is_transformers_own(kind.forward):
             yield f"{kind.__name__} has a forward of its own, {_name(kind.forward)}"
+    for hook in (
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_forward_hooks.values(),
+    ):
+        yield f"all modules have the hook {_name(hook)}"
     if not _is_transformers_own(prepares := model.prepare_inputs_for_generation):
         yield f"its inputs are made by {_name(prepares)}, as for prompt tuning"
 
 
 def _replacement(module: nn.Module) -> object:
-    """What replaces `forward`, apart from hooks of accelerate, which move tensors; None: nothing."""
+    """What replaces `forward`, apart from hooks of accelerate that only move tensors; None: nothing."""
     replacement = replaced_forward(module)
-    is_moving = getattr(getattr(replacement, "func", None), "__module__", "") == "accelerate.hooks"
-    return replaced_forward(module, "_old_forward") if is_moving else replacement
+    if getattr(getattr(replacement, "func", None), "__module__", "") != "accelerate.hooks":
+        return replacement
+    hook: Any = vars(module)["_hf_hook"]
+    others = [each for each in getattr(hook, "hooks", (hook,)) if type(each) not in _MOVING]
+    return others[0] if others else replaced_forward(module, "_old_forward")
 
 
 def _is_transformers_own(function: object) -> bool:

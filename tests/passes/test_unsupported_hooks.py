@@ -6,7 +6,7 @@ from types import MethodType
 import pytest
 import torch
 from accelerate import dispatch_model
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import (
     EOS,
     LAYERS,
@@ -46,8 +46,16 @@ def replaced_and_hooked(model):
     with_hooks(model, AlignDevicesHook("cpu"))
 
 
+class OtherHook(ModelHook):
+    pre_forward = other
+
+
 OTHER = "other of test_unsupported_hooks"
 REFUSED = [
+    (
+        lambda m: with_hooks(m, AlignDevicesHook("cpu"), OtherHook()),
+        "LlamaForCausalLM has OtherHook of test_",
+    ),
     (lambda m: setattr(m.model, "forward", MethodType(other, m.model)), f"LlamaModel has {OTHER} instead of"),
     (replaced_and_hooked, f"LlamaForCausalLM has {OTHER} instead of its forward"),
     (lambda m: with_own(m, forward=other), f"Own has a forward of its own, {OTHER}"),
@@ -67,6 +75,18 @@ def test_code_around_all_layers_is_refused(change, message):
     for decodes in (partial(generate, prompt=PROMPT, max_steps=4), fuse):
         with pytest.raises(ValueError, match=message):
             decodes(model)
+
+
+def test_hooks_on_all_modules_are_refused():
+    """Guards against a hook that runs for layers but not for the model."""
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(
+            ValueError, match=r"all modules have the hook .*<lambda> of test_unsupported_hooks"
+        ):
+            generate(own_llama(), PROMPT, max_steps=4)
+    finally:
+        handle.remove()
 
 
 class Adapter(nn.Linear):
