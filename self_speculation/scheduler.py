@@ -33,7 +33,7 @@ from self_speculation.threads import adjust_threads
 
 Key = TypeVar("Key")
 
-# Most tokens of a pass over several prompts on a CPU, which reads weights in the time of fewer.
+# On a CPU, the most tokens of a pass over several prompts: with more, arithmetic takes longer than reading.
 _TOGETHER_ON_CPU = 64
 
 

@@ -42,7 +42,7 @@ class Draft:
     tokens: Tensor  # [B, k]
     lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
     exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
-    # k states [B, 1, H] of the last token and the drafted ones, but for the last of these.
+    # k states [B, 1, H] at the exit layer: of the last token, and of the drafted ones but the last.
     exit_hidden: list[Tensor] = field(default_factory=list)
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams
 

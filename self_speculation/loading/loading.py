@@ -213,8 +213,8 @@ def _placed(model: PreTrainedModel, place: str) -> PreTrainedModel:
 def _own_dtype(
     options: LoadingOptions, device: torch.device, header: Header | None, config: PretrainedConfig
 ) -> torch.dtype | None:
-    """The format that operators read weights in, as their file has them; uint8: few bits; None: another dtype
-    was asked for, or it is that of the device.
+    """The format that operators read weights in, as their file has them; uint8: few bits. None: weights get
+    the dtype that was asked for, or that of the device.
     """
     is_asked_for = options.dtype != "auto" or "dtype" in options.model_args
     if is_asked_for or not options.fuse or options.device == "split" or not _has_operators(device):

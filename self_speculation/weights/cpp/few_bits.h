@@ -8,7 +8,8 @@
 //              with `has_super`, scales of 256 columns (`before` bytes) precede each 8 cells
 //   a cell     | 16 sizes | 16 middles | low: 4 parts of 64 bytes | high: bits - 4 parts of 64 bytes |
 //
-// Scales are the sizes of 16 rows, from one level to the next, and, if the format has them, their middles. A number is
+// A size is the distance of two levels, a middle is what level `offset` stands for; some formats have no middles. Where 16
+// columns share them, those of the first half of the cell precede those of the second half. A number is
 // (level - offset) * size + middle. In a part, bytes 4 r to 4 r + 3 are those of row r:
 //   low   byte 4 r + j of part i has the lower 4 bits of two levels: of column 8 i + j in its lower half, of column
 //         8 i + 4 + j in its upper half;

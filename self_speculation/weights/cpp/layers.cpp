@@ -1,7 +1,7 @@
 // Passes on a CPU: a range of layers, or one product, as one operator, over weights where they lie.
 // kernels.py builds this file; in_place_runner.py calls it.
 //
-// One parallel region serves all layers. A thread that the machine takes away holds up one piece, and one thread alone finishes.
+// One parallel region serves all layers. If the machine takes a thread away, one piece waits for it; others are done meanwhile.
 #include <sched.h>
 
 #include <atomic>
