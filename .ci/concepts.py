@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 901, "classes": 173, "parameters": 1969}
+LIMITS = {"functions": 902, "classes": 173, "parameters": 1970}
 
 
 def count() -> dict[str, int]:

@@ -7,6 +7,7 @@ object alone (Llama 3).
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from self_speculation.decoding.grammar import Grammar, json_rule
 from self_speculation.decoding.texts import Tag
 
-_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_BEGIN = re.compile(r"<tool_call>\s*")
+_END = re.compile(r"\s*</tool_call>")
+_decoder = json.JSONDecoder()
 
 
 def call_grammar(
@@ -71,13 +74,26 @@ def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     """
     names = [tool["function"]["name"] for tool in tools]
     calls = []
-    for part in _TAGGED.findall(text) or [text]:
-        try:
-            call = json.loads(part)
-        except (ValueError, RecursionError):
-            return []
+    for call in _objects(text):
         if not isinstance(call, dict) or call.get("name") not in names:
             return []
         arguments = call.get("arguments", call.get("parameters", {}))
         calls.append({"name": call["name"], "arguments": json.dumps(arguments)})
     return calls
+
+
+def _objects(text: str) -> list[Any]:
+    """The JSON that an answer is, or that it has between tags; empty if anything else is between tags. An
+    unfinished part at the end does not count. JSON tells where it ends: its strings may hold tags.
+    """
+    with suppress(ValueError, RecursionError):
+        return [json.loads(text)]
+    found, position = list[Any](), 0
+    with suppress(ValueError, RecursionError):
+        while (begin := _BEGIN.search(text, position)) and _END.search(text, begin.end()):
+            content, position = _decoder.raw_decode(text, begin.end())
+            if not _END.match(text, position):
+                return []
+            found.append(content)
+        return found
+    return []

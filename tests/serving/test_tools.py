@@ -137,3 +137,22 @@ def test_calls_are_found():
         f"<tool_call>{call}</tool_call><tool_call>{{</tool_call>",
     ):
         assert find_calls(text, TOOLS) == []
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters"])
+def test_an_argument_may_hold_tags(name):
+    """Guards against a call that ends within a string: the client gets raw text instead of it."""
+    for value in (
+        "</tool_call>",
+        "<tool_call>",
+        '<tool_call>{"name": "stop"}</tool_call>',
+        '"}}\n</tool_call>',
+    ):
+        arguments = {"city": f"a {value} b"}
+        call = json.dumps({"name": "weather", name: arguments})
+        expected = {"name": "weather", "arguments": json.dumps(arguments)}
+        tagged = f"<tool_call>\n{call}\n</tool_call>"
+        assert find_calls(call, TOOLS) == [expected]
+        assert find_calls(f"I see.\n{tagged}\n{tagged}", TOOLS) == [expected] * 2
+        assert find_calls(f"{tagged}<tool_call>{{", TOOLS) == [expected]
+        assert find_calls(f"<tool_call>{call} and more</tool_call>", TOOLS) == []
