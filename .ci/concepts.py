@@ -1,7 +1,7 @@
 """Count what a reader has to learn: functions, classes and parameters of the product.
 
-A change that needs more raises a limit and says in its message why the new concepts are worth it; a change that
-needs fewer lowers the limit. Lines are not counted.
+A change that needs more raises a limit and says in its message why the new concepts are worth it; a change
+that needs fewer lowers the limit. Lines are not counted.
 """
 
 import ast
