@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 902, "classes": 173, "parameters": 1970}
+LIMITS = {"functions": 903, "classes": 173, "parameters": 1975}
 
 
 def count() -> dict[str, int]:

@@ -57,22 +57,23 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
         batch.sample_and_commit(logits[:, 0])
         batch.commit_unread()  # the next round looks for these tokens
         return
-    logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
+    logits, hidden = target_logits(runner, cache, batch, draft)  # [B, k+1, V], [B, k+1, H]
     tokens = batch.sample(logits)  # [B, k+1], the target's own, by the noise of their positions
     accepted = leading_matches(draft.tokens, tokens, draft.lengths)  # [B]
     read = AsyncRead([amax(logits), tokens, accepted])
     batch.show_drafts()  # a GPU verifies meanwhile
     largest, ids, num_accepted = read.wait()
     batch.check(largest)  # for NaN
-    composer.learn(draft, counts := [*map(int, num_accepted)])
+    composer.learn(draft, counts := [*map(int, num_accepted)], hidden)
     k = draft.tokens.shape[1]
     cache.rollback([k - count for count in counts])
     rows = [[*map(int, ids[row * (k + 1) :][: count + 1])] for row, count in enumerate(counts)]
     batch.commit(rows, tokens.gather(1, accepted[:, None]), logits, draft.lengths, draft.sources)
 
 
-def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> Tensor:
-    """[B, k+1, V] processed logits of the full model: [:, i] for drafted token i, [:, k] for the token after.
+def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> tuple[Tensor, Tensor]:
+    """[B, k+1, V] processed logits of the full model: [:, i] for drafted token i, [:, k] for the token after;
+    and [B, k+1, H] the states that they follow from, after the last layer.
 
     The layers that did not draft run once, over all k+1 tokens. The layers that drafted still miss the last
     drafted token, so they run over it. Drops what a draft has cached that verification cannot use.
@@ -84,5 +85,6 @@ def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draf
         inputs = torch.cat([*draft.exit_hidden, last], dim=1)  # [B, k+1, H]
     else:
         cache.rollback_draft()
-    logits = runner.run(cache, inputs, layer, len(runner.layers), k + 1).logits
-    return batch.process(logits, counts=[length + 1 for length in draft.lengths])
+    result = runner.run(cache, inputs, layer, len(runner.layers), k + 1)
+    logits = batch.process(result.logits, counts=[length + 1 for length in draft.lengths])
+    return logits, result.hidden

@@ -4,6 +4,7 @@ from collections import abc
 from itertools import chain, takewhile
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
@@ -73,13 +74,15 @@ class DraftComposer:
         ids = sequence.allowed([*takewhile(lambda id_: 0 <= id_ < self._vocab_size, best.ids)])
         return best._replace(ids=ids) if ids else None
 
-    def learn(self, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
-        """Learn from the outcome of the last draft; num_accepted: [B]."""
+    def learn(self, draft: Draft, num_accepted: abc.Sequence[int], hidden: Tensor) -> None:
+        """Learn from the outcome of the last draft, see `DraftSource.learn`."""
         if self._policy:
             seconds = self._stopwatch.stop()
             # A round that captures a pass takes ten times as long.
             is_typical = num_captures(self._model) == self._num_graphs
             self._policy.learn(draft, num_accepted, seconds if is_typical else None)
+        for source in self._sources.values():
+            source.learn(draft, num_accepted, hidden)
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""

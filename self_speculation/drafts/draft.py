@@ -63,6 +63,19 @@ class DraftSource(ABC):
             limits: [B] the most tokens of each row.
         """
 
+    def learn(  # noqa: B027
+        self, draft: Draft, accepted: abc.Sequence[int], hidden: Tensor
+    ) -> None:
+        """Learn from the outcome of a round; by default nothing. Every source sees all verified drafts.
+
+        Args:
+            draft: of all rows; `draft.sources` has the source of each.
+            accepted: [B] tokens of each row.
+            hidden: [B, k+1, H] the states that verification has computed, after the last layer and before the
+                norm, of each row's last token and of the drafted ones. [row, : accepted[row] + 1] are those
+                of the output; the next token follows from the last of them. On the device.
+        """
+
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
         yield PassRange(runner, 0, len(runner.layers), longest + 1)

@@ -5,7 +5,7 @@ import dataclasses
 import conftest
 import pytest
 import torch
-from conftest import EOS, PROMPT, planned, tiny_llama
+from conftest import EOS, PROMPT, WAYS, drained, mixed_drafts, planned, scheduler_of, tiny_llama
 from helpers import custom_data, refused
 
 import benchmark
@@ -16,8 +16,10 @@ import sweep
 from measures import harness_model
 from self_speculation import custom_generate
 from self_speculation.config import GenerationConfig
+from self_speculation.decoding.request import Request
 from self_speculation.drafts import registry
 from self_speculation.drafts.draft import Arm, Draft, DraftSource, LookupDrafts, Match
+from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
 SCRIPTS = {
@@ -130,3 +132,26 @@ def test_a_source_that_matches_more_than_its_priors(strategy, monkeypatch):
     exits = {} if strategy == "adaptive" else {"exit_layer": 1, "num_speculations": 2}
     result = conftest.generate(tiny_llama(), PROMPT, strategy, max_steps=9, eos=[], **exits)
     assert "echo" in result.draft_stats.by_source
+
+
+@pytest.mark.parametrize("way", ["layers", "n-grams"])
+def test_a_source_learns_from_every_verification(way, monkeypatch):
+    """Guards against outcomes that do not arrive, and against states of rejected or of other tokens."""
+    model, followed = tiny_llama(fused=True), {0: [], 1: []}
+
+    def learn(source, draft, accepted, hidden):  # noqa: ARG001
+        assert hidden.shape[:2] == (len(draft.sources), draft.tokens.shape[1] + 1)
+        for row, count in enumerate(accepted) if len(accepted) == 2 else ():  # rows are in order
+            logits = model.lm_head(model.model.norm(hidden[row, : count + 1]))
+            followed[row] += logits.argmax(-1).tolist()
+
+    monkeypatch.setattr(LayerDrafts, "learn", learn)
+    scheduler = scheduler_of(model, 2, **WAYS[way], max_steps=16)
+    for key, prompt in enumerate((PROMPT, [*PROMPT, 8, 8])):
+        scheduler.add_request(key, Request(prompt))
+    with mixed_drafts("exit 2"):
+        results = drained(scheduler)
+    for row, tokens in followed.items():
+        output = results[row].predicted_tokens[1:]  # the prompt gives the first one
+        assert len(tokens) > 4
+        assert tokens[: len(output)] == output[: len(tokens)]

@@ -158,7 +158,12 @@ def test_correctness_counts_positions_with_other_bits(common, monkeypatch, capsy
     assert re.search(r"\n0 of \d+ positions .*\npassed: 10 of ", capsys.readouterr().out)
     target = self_speculation_generator.target_logits
     bit = 1 + torch.finfo(torch.float32).eps
-    monkeypatch.setattr(self_speculation_generator, "target_logits", lambda *args: bit * target(*args))
+
+    def other(*args):
+        logits, hidden = target(*args)
+        return bit * logits, hidden
+
+    monkeypatch.setattr(self_speculation_generator, "target_logits", other)
     assert correctness.main(args) == 1
     assert re.search(r"\n[1-9]\d* of \d+ positions .*\nFAILED: 10 of ", capsys.readouterr().out)
 
