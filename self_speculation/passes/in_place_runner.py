@@ -126,8 +126,7 @@ class InPlaceRunner(ModelRunner):
         states, lengths = hidden.reshape(rows * width, size).contiguous(), cache.lengths(first)
         torch.ops.self_speculation.run_layers.default(
             states,
-            torch.tensor(lengths),
-            cache.first_slot,
+            torch.tensor([(slot, start, width) for slot, start in enumerate(lengths, cache.first_slot)]),
             cache.is_prompt,
             owner,
             cache.extend(first, last, width),

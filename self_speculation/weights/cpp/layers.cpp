@@ -149,24 +149,30 @@ struct Layer {
 // Products of queries, keys, values, gates and what they gate may be two phases each, if weights differ in type.
 constexpr int64_t MOST_PHASES = 17;
 
-// New positions of some rows, through a range of layers that differ in nothing but their numbers.
+// New tokens of a row of the batch. Those of the next row follow them in all that has one row for each token.
+struct Row {
+  int64_t slot, start, tokens;  // of the cache; positions before the pass; at least one
+
+  int64_t num_spans() const { return (start + tokens + SPAN - 1) / SPAN; }
+};
+
+// New tokens of some rows, through a range of layers that differ in nothing but their numbers.
 class Pass {
  public:
   Pass(std::span<const Layer> layers, float* states, int64_t tokens, int64_t hidden, const std::vector<Tensor>& caches,
-       const std::vector<Tensor>& rotations, const int64_t* starts, int64_t rows, int64_t first_slot,
-       bool in_bfloat16)
-      : layers_(layers), caches_(caches), rotations_(rotations), states_(states), starts_(starts), tokens_(tokens),
-        rows_(rows), width_(tokens / rows), hidden_(hidden), first_slot_(first_slot), in_bfloat16_(in_bfloat16), d_(caches[0].size(3)),
+       const std::vector<Tensor>& rotations, std::span<const Row> rows, bool in_bfloat16)
+      : layers_(layers), caches_(caches), rotations_(rotations), states_(states), rows_(rows), tokens_(tokens),
+        hidden_(hidden), in_bfloat16_(in_bfloat16), d_(caches[0].size(3)),
         heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), together_(heads_ / kv_heads_),
         joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(std::ranges::max(layers, {}, &Layer::width).width),
-        spans_(spans_of(*std::max_element(starts, starts + rows))), threads_(torch::stable::get_num_threads()),
-        phases_(new Phase[layers.size() * MOST_PHASES]), finished_(new std::atomic<int64_t>[layers.size() * rows * kv_heads_]()),
+        spans_(std::ranges::max(rows, {}, &Row::num_spans).num_spans()), threads_(torch::stable::get_num_threads()),
+        phases_(new Phase[layers.size() * MOST_PHASES]), finished_(new std::atomic<int64_t>[layers.size() * rows.size() * kv_heads_]()),
         projected_(new float[tokens * joint_]), attended_(new float[tokens * heads_ * d_]),
         gates_(new float[tokens * mlp_width_]), ups_(new float[tokens * mlp_width_]), added_(new float[tokens * hidden]),
-        sums_(new float[rows * kv_heads_ * spans_ * of_group() * d_]),
-        parts_(new Attended[rows * kv_heads_ * spans_ * of_group()]), widest_(std::max({hidden, heads_ * d_, mlp_width_})),
+        sums_(new float[tokens * heads_ * spans_ * d_]), parts_(new Attended[tokens * heads_ * spans_]), widest_(std::max({hidden, heads_ * d_, mlp_width_})),
         inputs_(Products::memory(tokens, widest_)) {
-    for (int64_t i = 0; i < rows * kv_heads_ * spans_ * of_group(); i++) parts_[i].values = &sums_[i * d_];
+    for (int64_t i = 0; i < tokens * heads_ * spans_; i++) parts_[i].values = &sums_[i * d_];
+    for (int64_t first = 0; const Row& row : rows) first_tokens_.push_back(first), first += row.tokens;
   }
 
   void run() {
@@ -176,7 +182,7 @@ class Pass {
       for (size_t index = 0; index < layers_.size(); index++) {
         const Layer& layer = layers_[index];
         project(products, phase, layer);
-        phase++->run(rows_ * kv_heads_ * spans_, [] {}, [&](int64_t piece) { attend(index, piece); });
+        phase++->run(int64_t(rows_.size()) * kv_heads_ * spans_, [] {}, [&](int64_t piece) { attend(index, piece); });
         add(products, phase, layer.out, attended_.get(), heads_ * d_, layer.attended_norm);
         activate_gates(products, phase, layer);
         add(products, phase, layer.down, gates_.get(), layer.width, layer.output_norm);
@@ -185,9 +191,6 @@ class Pass {
   }
 
  private:
-  int64_t of_group() const { return width_ * together_; }  // queries that share keys
-  int64_t spans_of(int64_t start) const { return (start + width_ + SPAN - 1) / SPAN; }
-
   auto normed(const Norm& norm) const {
     return [&, this](int64_t t, float* to) { norm(states_ + t * hidden_, to); };
   }
@@ -206,37 +209,39 @@ class Pass {
   // only one to read them.
   void attend(size_t index, int64_t piece) {
     const Layer& layer = layers_[index];
-    int64_t span = piece % spans_, of_row = piece / spans_, head = of_row % kv_heads_, row = of_row / kv_heads_;
-    int64_t start = starts_[row], number = spans_of(start), key = span * SPAN, slot = first_slot_ + row;
+    int64_t span = piece % spans_, of_row = piece / spans_, head = of_row % kv_heads_;
+    const Row& row = rows_[of_row / kv_heads_];
+    int64_t first = first_tokens_[of_row / kv_heads_], number = row.num_spans(), key = span * SPAN;
     if (span >= number) return;
+    int64_t of_group = row.tokens * together_;  // queries that share keys
     auto cached = [&](size_t which) {
       const Tensor& cache = caches_[2 * index + which];
-      return static_cast<float*>(cache.mutable_data_ptr()) + (slot * kv_heads_ + head) * cache.size(2) * d_;
+      return static_cast<float*>(cache.mutable_data_ptr()) + (row.slot * kv_heads_ + head) * cache.size(2) * d_;
     };
     float *keys = cached(0), *values = cached(1);
     auto* cosines = static_cast<const float*>(rotations_[layer.rotation].const_data_ptr());
     const float* sines = cosines + rotations_[layer.rotation].size(1) * d_;
-    std::unique_ptr<float[]> queries(new float[of_group() * d_]), normed(new float[d_]);
+    std::unique_ptr<float[]> queries(new float[of_group * d_]), normed(new float[d_]);
     auto turn = [&](const float* x, const Norm& norm, int64_t position, float factor, float* to) {
       if (norm.weight) norm(x, normed.get()), x = normed.get();
       rotate(x, cosines + position * d_, sines + position * d_, d_, factor, to);
     };
-    for (int64_t t = 0; t < width_; t++) {
-      const float* joint = &projected_[(row * width_ + t) * joint_];
-      int64_t position = start + t;
+    for (int64_t t = 0; t < row.tokens; t++) {
+      const float* joint = &projected_[(first + t) * joint_];
+      int64_t position = row.start + t;
       for (int64_t i = 0; i < together_; i++)
         turn(joint + (head * together_ + i) * d_, layer.query_norm, position, layer.scaling, &queries[(t * together_ + i) * d_]);
       if (position / SPAN != span) continue;
       turn(joint + (heads_ + head) * d_, layer.key_norm, position, 1.0f, keys + position * d_);
       std::copy_n(joint + (heads_ + kv_heads_ + head) * d_, d_, values + position * d_);
     }
-    Attended* of_head = &parts_[of_row * spans_ * of_group()];
-    attend_to_span(queries.get(), width_, together_, d_, start, layer.window, keys, values, key, of_head + span * of_group());
-    if (finished_[index * rows_ * kv_heads_ + of_row].fetch_add(1, std::memory_order_acq_rel) + 1 < number) return;
-    for (int64_t i = 0; i < of_group(); i++) {  // the last one to finish adds up all spans, in their order
+    Attended* of_head = &parts_[(first * heads_ + head * of_group) * spans_];
+    attend_to_span(queries.get(), row.tokens, together_, d_, row.start, layer.window, keys, values, key, of_head + span * of_group);
+    if (finished_[index * rows_.size() * kv_heads_ + of_row].fetch_add(1, std::memory_order_acq_rel) + 1 < number) return;
+    for (int64_t i = 0; i < of_group; i++) {  // the last one to finish adds up all spans, in their order
       Attended& whole = of_head[i];
-      for (int64_t other = 1; other < number; other++) whole.add(of_head[other * of_group() + i], d_);
-      float* to = &attended_[(row * width_ + i / together_) * heads_ * d_ + (head * together_ + i % together_) * d_];
+      for (int64_t other = 1; other < number; other++) whole.add(of_head[other * of_group + i], d_);
+      float* to = &attended_[(first + i / together_) * heads_ * d_ + (head * together_ + i % together_) * d_];
       for (int64_t j = 0; j < d_; j++) to[j] = whole.values[j] / whole.sum;
     }
   }
@@ -284,16 +289,17 @@ class Pass {
 
   std::span<const Layer> layers_;
   const std::vector<Tensor>&caches_, &rotations_;
-  float* states_;          // [tokens, hidden]
-  const int64_t* starts_;  // [rows] positions before the pass
-  int64_t tokens_, rows_, width_, hidden_, first_slot_;
+  float* states_;  // [tokens, hidden]
+  std::span<const Row> rows_;
+  std::vector<int64_t> first_tokens_;  // [rows] of all tokens
+  int64_t tokens_, hidden_;
   bool in_bfloat16_;
   int64_t d_, heads_, kv_heads_, together_, joint_;
   int64_t mlp_width_, spans_, threads_;  // mlp_width_: the most
   std::unique_ptr<Phase[]> phases_;
   std::unique_ptr<std::atomic<int64_t>[]> finished_;  // spans of a head, by layer, row and head
   std::unique_ptr<float[]> projected_, attended_, gates_, ups_, added_, sums_;
-  std::unique_ptr<Attended[]> parts_;  // [rows, kv_heads, spans, width * together]
+  std::unique_ptr<Attended[]> parts_;  // by row: [kv_heads, spans, tokens of the row * together]
   int64_t widest_;
   std::unique_ptr<Floats[]> inputs_;  // of a product, if there are many tokens
 };
@@ -326,13 +332,13 @@ Tensor make_layers(const Tensor& numbers, const Tensor& factors, std::vector<Ten
   return owner;
 }
 
-// Layers over T new positions of each of B rows. Where the processor multiplies in bfloat16, tokens of a prompt are rounded
-// to it for weights in bfloat16: by their kind, so that no way to read a prompt changes a bit.
-void run_layers(const Tensor& hidden, const Tensor& starts, int64_t first_slot, bool is_prompt, const Tensor& owner,
-                std::vector<Tensor> caches, std::vector<Tensor> rotations) {
+// Layers over T new tokens of some rows, [B, 3] as `Row` has them. Where the processor multiplies in bfloat16, tokens of a
+// prompt are rounded to it for weights in bfloat16: by their kind, so that no way to read a prompt changes a bit.
+void run_layers(const Tensor& hidden, const Tensor& rows, bool is_prompt, const Tensor& owner, std::vector<Tensor> caches,
+                std::vector<Tensor> rotations) {
   const std::vector<Layer> layers = static_cast<const Layers*>(owner.const_data_ptr())->now();
   Pass(layers, static_cast<float*>(hidden.mutable_data_ptr()), hidden.size(0), hidden.size(1), caches, rotations,
-       static_cast<const int64_t*>(starts.const_data_ptr()), starts.numel(), first_slot, is_prompt && HAS_PAIRS)
+       {static_cast<const Row*>(rows.const_data_ptr()), size_t(rows.size(0))}, is_prompt && HAS_PAIRS)
       .run();
 }
 
@@ -373,8 +379,7 @@ Tensor project(const Tensor& x, const Tensor& norm, double epsilon, bool is_cent
 STABLE_TORCH_LIBRARY(self_speculation, library) {
   library.def("make_layers(Tensor numbers, Tensor factors, Tensor[] weights, int hidden, int d) -> Tensor");
   library.def(
-      "run_layers(Tensor(a!) hidden, Tensor starts, int first_slot, bool is_prompt, Tensor owner, Tensor[] caches,"
-      " Tensor[] rotations) -> ()");
+      "run_layers(Tensor(a!) hidden, Tensor rows, bool is_prompt, Tensor owner, Tensor[] caches, Tensor[] rotations) -> ()");
   library.def(
       "project(Tensor x, Tensor norm, float epsilon, bool is_centred, Tensor weight, Tensor bias, int rows) -> Tensor");
   library.def("int4_round(Tensor weight, Tensor counts) -> Tensor");
