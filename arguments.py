@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+import self_speculation
 from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
 from self_speculation.config import (
     LoadingOptions,
@@ -201,6 +202,8 @@ def parse(
     shows_all = wants_help is None or args[wants_help + 1 : wants_help + 2] == ["all"]
     for group in groups:
         _add_flags(parser, group, names, shows_all)
+    version = f"%(prog)s {self_speculation.__version__}"
+    parser.add_argument("--version", action="version", version=version, help="Print the version.")
     flags = parser._option_string_actions
     flags |= {flag.replace("_", "-"): action for flag, action in flags.items()}  # as in the paper's scripts
     if wants_help is not None:

@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 903, "classes": 173, "parameters": 1975}
+LIMITS = {"functions": 910, "classes": 173, "parameters": 1980}
 
 
 def count() -> dict[str, int]:

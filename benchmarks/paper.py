@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_status(f"  not measured: {records[-1]['not_measured']}")
     except KeyboardInterrupt:
         run.write_status("interrupted")
-        print_status(f"interrupted, go on with --resume {run.folder}")
+        print_status(f"interrupted, go on with {run.resume_command}")
         return 130
     return _show(run, rows, records, model_args)
 

@@ -183,7 +183,7 @@ def _work_off(experiment: Experiment, open_run: Callable[[], Run]) -> int:
                 kept_ones = (
                     f"{len(run.records())} of {counted(len(experiment.names), experiment.unit)} are kept"
                 )
-                print(f"{why}; {kept_ones}, go on with --resume {run.folder}", file=sys.stderr)
+                print(f"{why}; {kept_ones}, go on with {run.resume_command}", file=sys.stderr)
             return 130 if is_stopped else 1
 
 

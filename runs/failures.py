@@ -44,6 +44,8 @@ def reason(error: BaseException, less: str = LESS, batch_size: int = 1) -> str |
 def check_writable(flag: str, folder: str | Path) -> None:
     """Make a folder; end the program with one line, before anything is loaded, if no file can be in it."""
     path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        refuse(f"--{flag} {folder}: is not a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,6 +83,17 @@ class Run:
         ended = {} if status == "running" else {"ended": now()}
         content = {**self.description, "status": status, **ended, **more}
         self.replace("run.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        python = Path(sys.executable)
+        if python.is_relative_to(here := Path.cwd()):
+            python = python.relative_to(here)
+        program = [str(python)]
+        if (ranks := self.description["num_ranks"]) > 1:
+            program = [str(python.with_name("torchrun")), "--nproc_per_node", str(ranks)]
+        return shlex.join([*program, sys.argv[0], "--resume", str(self.folder)])
 
     def listing(self) -> str:
         """The folder and its files, in one line."""

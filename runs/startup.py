@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from arguments import GenerationConfig, ModelArguments, refuse
+from runs.description import counted
 from runs.failures import reason
 from runs.status import log_if_slow, print_status
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
@@ -64,9 +65,7 @@ def load_generator(
     also a tokenizer without a chat template.
     """
     logging.set_verbosity_error()
-    if model_args.threads is not None:
-        torch.set_num_threads(model_args.threads)
-    governor = ThreadGovernor(on_fewer=tell_of_fewer_threads)  # before loading: it sees who else is there
+    governor = set_threads(model_args.threads)  # before loading: it sees who else is there
     model_config = read_config(model_args)
     options = model_args.loading_options()
     try:
@@ -106,6 +105,17 @@ def load_generator(
     gc.freeze()  # all present objects live to the end
     gc.enable()
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
+
+
+def set_threads(number: int | None) -> ThreadGovernor:
+    """Set the number of --threads; None leaves it. The governor's number is at most this one."""
+    if number is not None:
+        torch.set_num_threads(number)
+    governor = ThreadGovernor(on_fewer=tell_of_fewer_threads)
+    if number is not None and number > (there := governor.num_processors):
+        why = "more threads than processors wait for each other"
+        print_status(f"warning: --threads {number}: there are {counted(there, 'processor')}, {why}")
+    return governor
 
 
 @functools.cache  # once for each governor

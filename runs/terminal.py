@@ -1,5 +1,6 @@
 """A conversation at a terminal: prompts, commands and keys."""
 
+import difflib
 import re
 import sys
 import termios
@@ -13,7 +14,9 @@ from runs.conversation import Conversation
 from runs.failures import reason
 from runs.status import print_status
 
-_COMMAND = re.compile(r"\s*/(?:(system)\b\s*(.*?)|(\w*))\s*", re.DOTALL)
+_COMMANDS = ("clear", "system", "exit")
+# A path such as /etc/hosts is none.
+_COMMAND = re.compile(r"\s*/(?P<name>[^\s/]*)(?:\s+(?P<text>.*?))?\s*", re.DOTALL)
 
 _WELCOME = """Enter sends a prompt, Ctrl-C stops an answer. /clear forgets the conversation,
 /system TEXT tells the model who it is, from now on; /exit or Ctrl-D leaves."""
@@ -48,8 +51,8 @@ def converse(talk: Conversation) -> int:
             return 0
         if not prompt.strip():
             continue
-        if found := _COMMAND.fullmatch(prompt):
-            print_status(obey(talk, found[1] or found[3], found[2] or ""))
+        if (said := obey(talk, prompt)) is not None:
+            print_status(said)
             continue
         try:
             with _unechoed():
@@ -62,14 +65,24 @@ def converse(talk: Conversation) -> int:
             print_status(f"\nerror: {why}")  # in the middle of an answer
 
 
-def obey(talk: Conversation, command: str, text: str) -> str:
-    """Follow a command; what to say."""
-    if command == "clear":
-        talk.messages.clear()
-        return "the conversation is forgotten"
-    if command == "system":
+def obey(talk: Conversation, prompt: str) -> str | None:
+    """Follow a command; what to say. None: the prompt is for the model."""
+    if (found := _COMMAND.fullmatch(prompt)) is None:
+        return None
+    name = found["name"]
+    text = found["text"] or ""
+    if name == "system":
         if not talk.chat:
             return "/system: needs --chat True, a prompt alone has no roles"
         talk.system = text
         return "the system prompt is set" if text else "there is no system prompt now"
-    return f"/{command}: no such command, there are /clear, /system, /exit"
+    if name in _COMMANDS and text:
+        return f"/{name}: takes no text; a prompt for the model has no / before it"
+    if name == "clear":
+        talk.messages.clear()
+        return "the conversation is forgotten"
+    near = difflib.get_close_matches(name.lower(), _COMMANDS, 1)
+    if not near and (text or not re.fullmatch(r"\w*", name)):
+        return None
+    hint = f"did you mean /{near[0]}? " if near else ""
+    return f"/{name}: no such command; {hint}there are /clear, /system TEXT, /exit"

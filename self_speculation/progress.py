@@ -19,6 +19,11 @@ def shown_by(bar: Bar) -> Iterator[None]:
         _bars.pop()
 
 
+def is_shown() -> bool:
+    """Whether somebody shows progress."""
+    return bool(_bars)
+
+
 def progress(title: str, size: int, unit: str = "B") -> AbstractContextManager[Callable[[int], object]]:
     """A context that gives a function to call with what was done since its last call."""
-    return _bars[-1](title, size, unit) if _bars and size else nullcontext(lambda done: None)
+    return _bars[-1](title, size, unit) if is_shown() and size else nullcontext(lambda done: None)

@@ -190,7 +190,7 @@ class _Screen:
     def __init__(self, file: TextIO) -> None:
         self._file, self._is_colored = file, "NO_COLOR" not in os.environ
         self._kept: list[Cell] = []  # decided text from the start of a row on
-        self._drawn: list[Cell] = []  # it and the drafts, with line breaks
+        self._drawn: list[Cell] = []  # it and the drafts, as printed
         self._num_below = 0  # rows below the first one of these
 
     def show(self, decided: list[Cell], drafts: list[Cell]) -> None:
@@ -202,7 +202,8 @@ class _Screen:
         last = max((i for i, row in enumerate(kept) if row and wcwidth(row[0].char)), default=0)
         while drafts and len(rows := _rows([*cells, *drafts], width)) - last >= height:
             drafts, rows = drafts[:-1], kept  # lost rows cannot be erased
-        drawn, unchanged = [*chain(*rows)], len(self._drawn)
+        drawn = _drawn(rows, width)
+        unchanged = len(self._drawn)
         if drawn[:unchanged] != self._drawn:
             unchanged = 0
             up = f"\x1b[{self._num_below}A" if self._num_below else ""
@@ -210,7 +211,8 @@ class _Screen:
         for (style, is_thinking), run in groupby(drawn[unchanged:], key=itemgetter(1, 2)):
             self._file.write(self.colored(_text(run), style, is_thinking))
         self._file.flush()
-        self._kept, self._drawn = ([*chain(*each[last:])] for each in (kept, rows))
+        self._kept = [*chain(*kept[last:])]
+        self._drawn = _drawn(rows[last:], width)
         self._num_below = len(rows) - 1 - last
 
     def colored(self, text: str, style: str, is_thinking: bool = False) -> str:
@@ -219,16 +221,52 @@ class _Screen:
 
 
 def _rows(cells: list[Cell], width: int) -> list[list[Cell]]:
-    """Rows of a terminal, which begins one after a line break and where a character would pass its edge."""
-    rows, column = [list[Cell]()], 0
+    """Rows of a terminal. One begins after a line break, and with a word that would pass the edge; a word
+    that is longer than a row breaks there. Spaces stay in the row before, even beyond the edge.
+    """
+    rows = [list[Cell]()]
+    column = 0
     for cell in cells:
-        size = max(0, wcwidth(cell.char))
-        if column + size > width:
-            rows.append([])
-            column = 0
+        size = _width(cell)
+        if size and column and column + size > width and cell.char != " ":
+            word = _last_word(rows[-1]) if size == 1 else []
+            if column == sum(map(_width, word)):  # it fills the row
+                word = []
+            del rows[-1][len(rows[-1]) - len(word) :]
+            rows.append(word)
+            column = sum(map(_width, word))
         rows[-1].append(cell)
         column += size
         if cell.char == "\n":
             rows.append([])
             column = 0
     return rows
+
+
+def _last_word(row: list[Cell]) -> list[Cell]:
+    """The cells after the last one that a row may end with: a space, or a wide character with its accents."""
+    start = len(row)
+    while start and row[start - 1].char != " " and _width(row[start - 1]) < 2:
+        start -= 1
+    while start < len(row) and _width(row[start]) == 0:
+        start += 1
+    return row[start:]
+
+
+def _drawn(rows: list[list[Cell]], width: int) -> list[Cell]:
+    """What to print so that a terminal shows these rows: it goes on in the next row after the last column."""
+    drawn = []
+    for row in rows:
+        room = width
+        for cell in row:
+            room -= _width(cell)
+            if room >= 0 or cell.char == "\n":
+                drawn.append(cell)
+        if row is not rows[-1] and row[-1].char != "\n":
+            drawn += [Cell(" ", "target")] * room
+    return drawn
+
+
+def _width(cell: Cell) -> int:
+    """Columns of a cell."""
+    return max(0, wcwidth(cell.char))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections import defaultdict
 from functools import partial
 from unittest.mock import patch
@@ -70,6 +71,30 @@ class Terminal(io.StringIO):
         return found
 
 
+def wrapped(text, width):
+    """The text with a line break before each word that would pass the edge, and without spaces beyond it."""
+    lines = []
+    for line in text.split("\n"):
+        rows, column = [""], 0
+        for part in re.findall(r" \u0301*|[日🙂]\u0301*|(?:(?![ 日🙂]).)+", line):
+            size = sum(map(wcwidth, part))
+            if part[0] == " ":
+                rows[-1] += part if column < width else ""
+                column += size
+                continue
+            if column and column + size > width:
+                rows.append("")
+                column = 0
+            for char in part:
+                if column and wcwidth(char) and column + wcwidth(char) > width:
+                    rows.append("")
+                    column = 0
+                rows[-1] += char
+                column += wcwidth(char)
+        lines += rows
+    return "\n".join(lines)
+
+
 def streamer_of(tokenizer, kind, file, stop_words=(), thinks=False):
     """A streamer whose answers end at stop words, and may think."""
     streamer = kind(tokenizer, file)
@@ -110,8 +135,8 @@ def play(streamer, rounds, ids, check=lambda number: None):
 )
 def test_a_terminal_shows_the_answer_and_right_drafts(request, name, text, rounds, size, stop_words):
     """Guards against parts of drafts that remain, after wrapped lines, wide and combining characters,
-    newlines or the end of the screen, and parts of a character or of a stop word and the text after it,
-    drafted or not.
+    newlines or the end of the screen, parts of a character or of a stop word and the text after it, drafted
+    or not, and words that are cut at the edge.
     """
     tokenizer = request.getfixturevalue(name)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -119,9 +144,9 @@ def test_a_terminal_shows_the_answer_and_right_drafts(request, name, text, round
     reader = OutputReader(tokenizer, stop_words)
 
     def printed(text):
-        """What a terminal shows of a text that is written at once."""
+        """What a terminal shows of a text that is written at once, with lines that break at words."""
         terminal = Terminal(*size)
-        terminal.write(text)
+        terminal.write(wrapped(text, size[0]))
         return terminal.shown()
 
     def check(number):

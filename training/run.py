@@ -19,6 +19,7 @@ from runs import ranks
 from runs.description import Record, describe, describe_model, heading
 from runs.failures import Failed, check_writable
 from runs.records import Run, check_same_run
+from runs.startup import set_threads
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_device
@@ -34,8 +35,7 @@ _EVAL_SAMPLES = 64  # of an evaluation during the training
 
 def train(flags: Flags) -> int:
     """Train, print the scores of all exits and save the model; return the exit status."""
-    if flags.model.threads is not None:
-        torch.set_num_threads(flags.model.threads)
+    set_threads(flags.model.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of saving
     datasets.disable_progress_bars()
@@ -69,7 +69,7 @@ def train(flags: Flags) -> int:
             run.write_status("interrupted" if stop.status > 1 else "failed")
         step, _ = newest_checkpoint(run.folder)
         kept = f"step {step} is kept" if step else "no checkpoint was written yet"
-        go_on = f", go on with --resume {run.folder}" if step or stop.status > 1 else ""
+        go_on = f", go on with {run.resume_command}" if step or stop.status > 1 else ""
         print(f"{reason}; {kept}{go_on}", file=sys.stderr)
     return stop.status
 

@@ -6,6 +6,8 @@ No code from a model repository runs unless asked for, and no pickle is read: we
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers import (
     TorchAoConfig,
     set_seed,
 )
+from transformers.utils import logging
 
 from self_speculation.config import (
     LoadingOptions,
@@ -37,6 +40,7 @@ from self_speculation.loading.gguf_files import Header, format_of_matrices, load
 from self_speculation.loading.sources import LoadingError, adapted_model, explained, locate
 from self_speculation.passes.quantized_layers import quantize
 from self_speculation.passes.runners import activation_dtype, capture_decoding, check_can_be_captured, fuse
+from self_speculation.progress import is_shown
 from self_speculation.weights.kernels import cpu_operators
 
 
@@ -129,7 +133,7 @@ def load_model_and_tokenizer(
     adapted = adapted_model(model, options)
     base = adapted or model
     source, kwargs = locate(base, options.trust_remote_code)
-    with explained(model):
+    with explained(model), _bars_of_scripts():
         header = _header(base)
         if header is not None and dtype == "auto":
             dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype of their own
@@ -185,6 +189,19 @@ def load_model_and_tokenizer(
     if options.compile:
         capture_decoding(loaded)
     return loaded, tokenizer
+
+
+@contextmanager
+def _bars_of_scripts() -> Iterator[None]:
+    """Transformers shows its progress in this context only if a script shows ours."""
+    hides = not is_shown() and logging.is_progress_bar_enabled()
+    if hides:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hides:
+            logging.enable_progress_bar()
 
 
 def _load_tokenizer(

@@ -5,12 +5,14 @@ import importlib
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from conftest import (
     PROMPT,
     assert_close,
@@ -34,6 +36,7 @@ from self_speculation.loading.loading import load_config, resolve_dtype
 from self_speculation.loading.sources import hub_answers
 from self_speculation.passes.in_place_runner import InPlaceRunner
 from self_speculation.passes.runners import activation_dtype
+from self_speculation.progress import shown_by
 from self_speculation.weights.kernels import cpu_operators
 
 
@@ -61,6 +64,18 @@ def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model)
     assert InPlaceRunner(model).is_in_place == (cpu_operators().variant is not None)
     model, _ = load_model_and_tokenizer(str(model_folder), LoadingOptions(fuse=False))
     assert not InPlaceRunner(model).is_in_place
+
+
+@pytest.mark.parametrize("shows", [False, True])
+def test_loading_prints_nothing_unless_a_script_shows_progress(shows, model_folder, capsys):
+    """Guards against a bar of transformers in a library that prints nothing, or against none in a script."""
+    transformers.utils.logging.enable_progress_bar()  # train.py turns it off
+    with shown_by(lambda *_: nullcontext(print)) if shows else nullcontext():
+        load_model_and_tokenizer(str(model_folder))
+    said = capsys.readouterr()
+    assert (said.out, "Loading weights" in said.err) == ("", shows)
+    assert shows or not said.err
+    assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 @needs_operators

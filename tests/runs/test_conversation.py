@@ -42,14 +42,35 @@ def test_commands_of_a_conversation(byte_tokenizer):
     def prompt():
         return teller.tokenizer.decode(talk._encoded("And I?")[0])
 
-    obey(talk, "system", "Be brief.")
+    obey(talk, "/system  Be brief. ")
     talk.answer("Who?")
     assert prompt().startswith("system: Be brief.\nuser: Who?\n")
-    obey(talk, "clear", "")
-    obey(talk, "system", "")
+    obey(talk, " /clear")
+    obey(talk, "/system")
     assert prompt() == "user: And I?\nassistant: "
     alone = Conversation(teller, config_of(), "none")
-    assert obey(alone, "system", "x") == "/system: needs --chat True, a prompt alone has no roles"
+    assert obey(alone, "/system x") == "/system: needs --chat True, a prompt alone has no roles"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("/help", "/help: no such command; there are /clear, /system TEXT, /exit"),
+        ("/sytem Be brief.\nAnd kind.", "/sytem: no such command; did you mean /system? there are"),
+        ("/system: Be brief.", "/system:: no such command; did you mean /system? there are"),
+        ("/Clear", "/Clear: no such command; did you mean /clear? there are"),
+        ("/exit now", "/exit: takes no text"),
+        ("/clear it", "/clear: takes no text"),
+        ("/etc/hosts", None),
+        ("/etc is what?", None),
+        ("/* C */ int main", None),
+        ("// a comment", None),
+        ("system?", None),
+    ],
+)
+def test_what_looks_like_a_command_is_not_asked(prompt, said):
+    """Guards against a command with a typing error that the model answers, and a path that it does not."""
+    assert (obey(Conversation(None, None, chat=True), prompt) or "None").startswith(str(said))
 
 
 @pytest.mark.parametrize(("kwargs", "keeps"), [({}, False), ({"keep": True}, True)])

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from arguments import GenerationConfig, ModelArguments
 from runs.program import run
-from runs.startup import load_generator, tell_of_fewer_threads
+from runs.startup import load_generator, set_threads, tell_of_fewer_threads
 from self_speculation.model_cache import kept
 from self_speculation.threads import ThreadGovernor, most_threads
 
@@ -76,6 +76,17 @@ def test_threads_are_fixed_or_follow_other_programs(threads, model_folder):
         assert (ThreadGovernor not in kept(model)) == (threads is not None)
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("number", "warns"), [(2, False), (3, True), (None, False)])
+def test_more_threads_than_processors_are_warned_of(number, warns, monkeypatch, capsys):
+    """Guards against a prompt that takes thirty times as long without a word."""
+    monkeypatch.setattr("self_speculation.threads._processors", lambda _: [0, 1])
+    try:
+        set_threads(number)
+    finally:
+        torch.set_num_threads(1)
+    assert ("warning: --threads 3: there are 2 processors, more " in capsys.readouterr().err) == warns
 
 
 def test_others_are_told_of_once(capsys):

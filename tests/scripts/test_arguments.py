@@ -11,6 +11,7 @@ from conftest import EOS, generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import self_speculation
 from arguments import GenerationConfig, ModelArguments, given_flags, parse
 from benchmark import MeasurementArguments
 from correctness import CorrectnessArguments
@@ -78,6 +79,13 @@ def test_help_is_short_and_help_all_has_every_flag_with_its_default(capsys):
             assert f"--{field.name} " in text
             assert field.default is None or f"(default: {field.default})" in text
     assert "None" not in text
+
+
+def test_the_version_of_a_script(capsys):
+    """Guards against a report that cannot say what it is about."""
+    with pytest.raises(SystemExit, match="0"):
+        parse("test", *GROUPS, args=["--version"])
+    assert capsys.readouterr().out.split()[1:] == [self_speculation.__version__]
 
 
 ODD_NUMBERS = st.sampled_from([10**30, -(10**30), "1e400", "0x10", "\u0661"])

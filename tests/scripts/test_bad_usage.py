@@ -50,6 +50,7 @@ REFUSALS = {
         "--model ''": "--model '': must be a hub id, a folder or a .gguf file",
         "--output_dir /proc/nowhere": "--output_dir /proc/nowhere: cannot be written (",
         "--output_dir /proc": "--output_dir /proc: cannot be written (",
+        "--output_dir /dev/full": "--output_dir /dev/full: is not a folder",
         "--dataset human_eval": "; --dataset human_eval needs prompt, canonical_solution, "
         "while columns prompt and response need --dataset custom_jsonl",
         "--dataset spec_bench": "; --dataset spec_bench needs question_id, category, turns",

@@ -4,9 +4,12 @@ import errno
 import functools
 import json
 import re
+import shlex
+import sys
 import tempfile
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import forks
 import psutil
@@ -103,7 +106,11 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
     if ending != "kill":
         assert ("No space left on device" if ending == "full disk" else "interrupted") in said
         unit = "cells" if script is sweep else "examples"
-        assert said.endswith(f"; 2 of 6 {unit} are kept, go on with --resume {folder}\n")
+        _, kept, command = said.rpartition(f"; 2 of 6 {unit} are kept, go on with ")
+        program, *words = shlex.split(command)
+        assert kept
+        assert Path(program).samefile(sys.executable)
+        assert words == [sys.argv[0], "--resume", str(folder)]
     began = "2020-02-02T02:02:02+00:00"
     (folder / "run.json").write_text(json.dumps({**about(folder), "began": began}))
     kept = (folder / "records.jsonl").read_text().splitlines()[:2]
@@ -164,7 +171,9 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, tm
             run.end()
         errors = forks.read(said)
     ended, kept = "(another rank is gone|interrupted)", r"[1-9]\d* of 10 examples are kept"
-    assert re.search(rf"{ended}; {kept}, go on with --resume \S+", errors), errors
+    assert re.search(
+        rf"{ended}; {kept}, go on with \S+/torchrun --nproc_per_node 2 \S+/benchmark.py --resume \S+", errors
+    ), errors
     (path,) = tmp_path.glob("logs/*/records.jsonl")
     assert path.read_text()
 

@@ -298,6 +298,14 @@ def test_phones_and_desktops(page, width):
     assert page.evaluate("document.querySelector('main').scrollWidth") <= width
 
 
+def test_the_first_page_begins_below_its_header(page):
+    """Guards against a small window that opens at the end of the text."""
+    page.set_viewport_size({"width": 400, "height": 400})
+    header = page.locator("header").bounding_box()
+    heading = page.get_by_role("heading", level=2).bounding_box()
+    assert heading["y"] >= header["y"] + header["height"]
+
+
 def test_settings(page, sent):
     """Guards against settings that are not sent or that a reload loses, and empty ones that are sent."""
     answer_with(page, in_pieces("An answer.", 1000))
