@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 910, "classes": 173, "parameters": 1980}
+LIMITS = {"functions": 937, "classes": 187, "parameters": 2028}
 
 
 def count() -> dict[str, int]:

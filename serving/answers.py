@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 import math
 import secrets
 import time
@@ -25,8 +24,10 @@ from serving.errors import APIError
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, figures
 from serving.protocol import ChatRequest, CompletionRequest
+from serving.responses import ResponsesRequest
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
 
+RequestKind = type[ChatRequest | CompletionRequest | ResponsesRequest]
 _SEEDS = 2**63
 
 
@@ -69,15 +70,18 @@ class Answer:
         self._events = asyncio.Queue[tuple[int, Delta | GenerationStrategyResult | Exception]]()
         self._choices, self._is_cancelled = list[_Choice](), Event()  # that the client is gone
 
-    def parse(self, kind: type[ChatRequest | CompletionRequest], body: bytes) -> set[str]:
+    def parse(self, kind: RequestKind, body: bytes) -> set[str]:
         """Read, check and tokenize the request; returns names of its fields that are ignored."""
         generator, ignored = self._generator, set[str]()
-        self.request = request = kind.model_validate_json(body, context=ignored)
+        given_request = kind.model_validate_json(body, context=ignored)
+        self._writer = given_request.writer(self._served.name)
+        request = given_request.chat if isinstance(given_request, ResponsesRequest) else given_request
+        self.request, prompt_field = request, given_request.prompt_field
         self._check()
         if isinstance(request, ChatRequest):
-            prompts = [self._encode_chat(request)]
+            prompts = [self._encode_chat(request, prompt_field)]
         else:
-            prompts = [Request(self._encode(prompt, "prompt")) for prompt in request.prompt]
+            prompts = [Request(self._encode(prompt, prompt_field)) for prompt in request.prompt]
         config, bias = request.generation_config(self._served.config), dict(request.logit_bias)
         grammar = request.grammar(generator.tokenizer)
         if request.ignore_eos and grammar is None:
@@ -116,32 +120,12 @@ class Answer:
         """The client is gone, also during `submit`, or has the whole answer."""
         self._is_cancelled.set()
 
-    def parts(self) -> AsyncGenerator[str]:
-        """The choices as one JSON object, or as server-sent events."""
-        head = self.request.head(self._served.name)
-        return self._chunks(head) if self.request.stream else self._whole(head)
-
-    async def _whole(self, head: dict[str, Any]) -> AsyncGenerator[str]:
-        choices = [dict[str, Any]()] * len(self._choices)
+    async def parts(self) -> AsyncGenerator[str]:
+        """The answer as one JSON object, or as server-sent events."""
         async for choice, delta in self._deltas():
-            choices[choice.index] = self._format(choice, delta)
-        yield json.dumps({**head, "choices": choices, **self._figures()})
-
-    async def _chunks(self, head: dict[str, Any]) -> AsyncGenerator[str]:
-        begun, has_usage = set[int](), self.request.stream_options.include_usage
-
-        def chunk(choices: list[dict[str, Any]], **figures: Any) -> str:
-            figures = {"usage": None, **figures} if has_usage else {}
-            return server_sent({**head, "choices": choices, **figures})
-
-        async for choice, delta in self._deltas():
-            if isinstance(self.request, ChatRequest) and choice.index not in begun:
-                yield chunk([self.request.first_choice(choice.index)])
-            begun.add(choice.index)
-            yield chunk([self._format(choice, delta)])
-        if has_usage:
-            yield chunk([], **self._figures())
-        yield "data: [DONE]\n\n"
+            if part := self._writer.add(self._format(choice, delta)):
+                yield part
+        yield self._writer.end(self._figures())
 
     async def _deltas(self) -> AsyncGenerator[tuple[_Choice, Delta]]:
         """New text of the choices until all finish. A choice that finishes has `finished`, and all its text
@@ -186,17 +170,17 @@ class Answer:
         if any(id_ >= size for id_ in request.logit_bias):
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
 
-    def _encode_chat(self, request: ChatRequest) -> Request:
+    def _encode_chat(self, request: ChatRequest, param: str) -> Request:
         """The prompt by the chat template, and how the answer thinks."""
         generator, args = self._generator, self._served.args
         if not generator.tokenizer.chat_template:
-            raise APIError("messages: the model has no chat template, use /v1/completions", param="messages")
+            raise APIError(f"{param}: the model has no chat template, use /v1/completions", param=param)
         messages = [message.for_template for message in request.messages]
         kwargs = {**args.template_kwargs, **request.template_kwargs}
         prompt = generator.render_chat(messages, kwargs, tools=request.tools_for_template or None)
         thinking = Thinking.of(generator.tokenizer, prompt)
         # The template adds special tokens.
-        return Request(self._encode(prompt, "messages", special_tokens=False), thinking=thinking)
+        return Request(self._encode(prompt, param, special_tokens=False), thinking=thinking)
 
     def _encode(self, prompt: str | list[int], param: str, special_tokens: bool = True) -> list[int]:
         generator = self._generator
@@ -243,8 +227,3 @@ class AnswerResponse(StreamingResponse):
 def _emit(loop: asyncio.AbstractEventLoop, events: asyncio.Queue, index: int, event: object) -> None:
     with suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(events.put_nowait, (index, event))
-
-
-def server_sent(content: Any) -> str:
-    """An event of a stream."""
-    return f"data: {json.dumps(content)}\n\n"

@@ -21,11 +21,12 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from self_speculation.families import context_length
-from serving.answers import Answer, AnswerResponse, ServedModel, server_sent
+from serving.answers import Answer, AnswerResponse, RequestKind, ServedModel
 from serving.engine import QueueFull
 from serving.errors import APIError
 from serving.metrics import Metrics
-from serving.protocol import ChatRequest, CompletionRequest
+from serving.protocol import ChatRequest, CompletionRequest, server_sent
+from serving.responses import ResponsesRequest
 
 _PAGE = Path(__file__).with_name("page")
 _PUBLIC_PATHS = {"/", "/health", *(f"/{file.name}" for file in _PAGE.iterdir())}  # need no key
@@ -67,6 +68,7 @@ class App:
             Route("/models", self._models),
             Route("/chat/completions", partial(self._respond, ChatRequest), methods=["POST"]),
             Route("/completions", partial(self._respond, CompletionRequest), methods=["POST"]),
+            Route("/responses", partial(self._respond, ResponsesRequest), methods=["POST"]),
         ]
         routes = [
             Route("/health", self._health),
@@ -100,7 +102,7 @@ class App:
         except (Exception, asyncio.CancelledError) as exception:  # uvicorn cancels what is late at the end
             error = self._metrics.count_error(exception, http.state.origin)
             if has_begun:  # a stream, of which this is the last event
-                await send({"type": "http.response.body", "body": server_sent(error.body).encode()})
+                await send({"type": "http.response.body", "body": server_sent(error.event).encode()})
                 return
             headers = getattr(exception, "headers", None) or _HEADERS.get(error.status)
             await JSONResponse(error.body, error.status, headers)(scope, receive, send_with_headers)
@@ -116,7 +118,7 @@ class App:
     async def _models(self, _: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_entry]})
 
-    async def _respond(self, kind: type[ChatRequest | CompletionRequest], http: HTTPRequest) -> Response:
+    async def _respond(self, kind: RequestKind, http: HTTPRequest) -> Response:
         body = await _read_body(http, self._served.args.max_body)
         answer = Answer(self._served, http.state.origin)
         self._metrics.name_ignored(await asyncio.to_thread(answer.parse, kind, body))

@@ -24,7 +24,7 @@ _STATUS: dict[type[BaseException], int] = {
     ChildProcessError: 503,  # that tries grammars
     RequestTimeout: 504,
 }
-_PATHS = "/, /health, /metrics, /v1/models, /v1/completions and, for /v1/responses too, /v1/chat/completions"
+_PATHS = "/, /health, /metrics, /v1/models, /v1/completions, /v1/chat/completions and /v1/responses"
 
 
 class APIError(Exception):
@@ -69,3 +69,8 @@ class APIError(Exception):
         """The JSON that a client gets."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def event(self) -> dict[str, Any]:
+        """The last event of a stream: `body`, and what the Responses API has in its place."""
+        return {**self.body, "type": "error", "message": str(self), "param": self.param, "code": self.code}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from llguidance import regex_to_lark
 from pydantic import (
@@ -54,12 +54,12 @@ _INSTEAD = {
     "tools": "functions web_search_options",
     "top_p or min_p": "mirostat top_a typical_p xtc_probability",
 }
-_REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
+REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
 # Values that ask for nothing, where these are not false, 0 and what is empty.
 _NEUTRAL: dict[str, Any] = {
     "add_generation_prompt": True, "best_of": 1, "do_sample": True, "enable_thinking": True, "think": True,
     "length_penalty": 1, "modalities": ["text"], "num_beams": 1, "repeat_penalty": 1, "typical_p": 1,
-    "skip_special_tokens": True, "truncate_prompt_tokens": -1,
+    "skip_special_tokens": True, "truncate_prompt_tokens": -1, "n": 1, "truncation": "disabled",
 }  # fmt: skip
 _LIKE = 0.88  # the least likeness of a misspelt name
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
@@ -72,6 +72,7 @@ class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
     """Drops fields that are null or unknown. The names of the latter join the context, which is a set."""
 
     model_config = ConfigDict(frozen=True)
+    refused: ClassVar[dict[str, str]] = REFUSED  # what to use instead
 
     @model_validator(mode="before")
     @classmethod
@@ -85,17 +86,17 @@ class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
         if len(unknown) + len(ignored) > _MAX_FIELDS:  # each is compared with the known ones
             raise ValueError(f"must have at most {_MAX_FIELDS} unknown fields together")
         for name in unknown:
-            if why := _why_refused(name, given, known):
+            if why := _why_refused(name, given, known, cls.refused):
                 raise APIError.at(name, given[name], why)
-        ignored.update(unknown - _REFUSED.keys())
+        ignored.update(unknown - cls.refused.keys())
         return given
 
 
-def _why_refused(name: str, given: dict[str, Any], known: set[str]) -> str | None:
-    if name not in _REFUSED:
+def _why_refused(name: str, given: dict[str, Any], known: set[str], refused: dict[str, str]) -> str | None:
+    if name not in refused:
         near = get_close_matches(name[:50], known, 1, cutoff=_LIKE)
         return f"there is no such field, did you mean {near[0]}?" if near else None
-    value, instead = given[name], _REFUSED[name]
+    value, instead = given[name], refused[name]
     is_neutral = value == _NEUTRAL[name] if name in _NEUTRAL else not value
     # An answer that ignores its end is as long as it may be.
     if is_neutral or (name.startswith("min_") and given.get("ignore_eos") is True):
@@ -119,7 +120,7 @@ class StreamOptions(Fields):
 
 
 def _check_kind(given: Any) -> Any:
-    if given != "text":
+    if given not in ("text", "input_text", "output_text", "reasoning_text", "summary_text"):
         raise ValueError("this model reads text only")
     return given
 
@@ -136,7 +137,7 @@ def _joined(given: Any) -> Any:
     return given if isinstance(given, str) else "\n".join(part.text for part in _parts.validate_python(given))
 
 
-_Text = Annotated[str, BeforeValidator(_joined)]
+Text = Annotated[str, BeforeValidator(_joined)]
 
 
 class Prediction(Fields):
@@ -144,22 +145,22 @@ class Prediction(Fields):
     content: str
 
 
-class _Called(Fields):
+class Called(Fields):
     name: str
     # Some clients send no text for a function without parameters.
     arguments: Annotated[Json[Any], BeforeValidator(lambda given: "{}" if given == "" else given)]
 
 
-class _ToolCall(Fields):
+class ToolCall(Fields):
     id: str | None = None
     type: Literal["function"] = "function"
-    function: _Called
+    function: Called
 
 
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Text = ""
-    tool_calls: list[_ToolCall] = Field([], max_length=MAX_ITEMS)
+    content: Text = ""
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_ITEMS)
     tool_call_id: str | None = None
     reasoning_content: str = ""  # of an earlier answer, as the next one
     reasoning: str = ""
@@ -176,7 +177,7 @@ class Message(Fields):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
-class _Function(Fields):
+class Function(Fields):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -185,7 +186,7 @@ class _Function(Fields):
 
 class Tool(Fields):
     type: Literal["function"] = "function"
-    function: _Function
+    function: Function
 
     @property
     def for_template(self) -> dict[str, Any]:
@@ -198,7 +199,7 @@ class Tool(Fields):
 ToolChoice = Literal["none", "auto", "required"] | Tool
 
 
-class _JSONSchema(Fields):
+class JSONSchema(Fields):
     json_schema: dict[str, Any] = Field(alias="schema")
     name: Any = None  # for people
     description: Any = None
@@ -207,7 +208,7 @@ class _JSONSchema(Fields):
 
 class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema"] = "text"
-    json_schema: _JSONSchema | None = None
+    json_schema: JSONSchema | None = None
 
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -22,16 +23,10 @@ FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "co
 _REASONING = ("reasoning_content", "reasoning")  # DeepSeek's name, which vLLM had as well; vLLM's name now
 
 
-class BaseRequest(fields.Fields, ABC):
-    """The fields that both kinds of requests share. `drafts` and `stream_drafts` are this server's own."""
-
-    object_name: ClassVar[str]
-    chunk_name: ClassVar[str]
-    id_prefix: ClassVar[str]
+class SharedFields(fields.Fields):
+    """The fields that all kinds of requests share. `drafts` and `stream_drafts` are this server's own."""
 
     model: str | None = None
-    max_tokens: fields.Limit = None
-    max_completion_tokens: fields.Limit = None
     temperature: float | None = Field(None, ge=0, le=2)  # as in OpenAI's
     top_k: int | None = Field(None, ge=-1)  # -1: off, as in vLLM
     top_p: float | None = Field(None, ge=0, le=1)
@@ -40,17 +35,29 @@ class BaseRequest(fields.Fields, ABC):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: fields.LogitBias = Field({})
-    response_format: fields.ResponseFormat = fields.ResponseFormat()
     structured_outputs: fields.StructuredOutputs = fields.StructuredOutputs()
     prediction: fields.Prediction | None = None
     stop: fields.Words | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=fields.MAX_ITEMS)
     ignore_eos: bool = False
     seed: int | None = None
-    n: int = Field(1, ge=1, le=128)
     stream: bool = False
-    stream_options: fields.StreamOptions = fields.StreamOptions()
     drafts: bool = True
+
+
+class BaseRequest(SharedFields, ABC):
+    """A request for choices."""
+
+    object_name: ClassVar[str]
+    chunk_name: ClassVar[str]
+    id_prefix: ClassVar[str]
+    prompt_field: ClassVar[str]
+
+    max_tokens: fields.Limit = None
+    max_completion_tokens: fields.Limit = None
+    response_format: fields.ResponseFormat = fields.ResponseFormat()
+    n: int = Field(1, ge=1, le=128)
+    stream_options: fields.StreamOptions = fields.StreamOptions()
     stream_drafts: bool = False
 
     @property
@@ -88,7 +95,11 @@ class BaseRequest(fields.Fields, ABC):
         """Whether text is sent as it comes."""
         return self.stream
 
-    def head(self, model: str) -> dict[str, Any]:
+    def writer(self, model: str) -> ChoicesWriter:
+        """What writes the answer."""
+        return ChoicesWriter(self, self._head(model))
+
+    def _head(self, model: str) -> dict[str, Any]:
         """The first fields of an answer, or of each chunk of a stream."""
         return {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
@@ -116,6 +127,10 @@ class BaseRequest(fields.Fields, ABC):
             choice["draft"] = {"accepted": delta.accepted, "pending": delta.pending}
         return choice
 
+    def first_choice(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002
+        """The choice of a stream before those with new text, if there is one."""
+        return None
+
     @abstractmethod
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]: ...
 
@@ -128,6 +143,7 @@ class ChatRequest(BaseRequest):
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
+    prompt_field = "messages"
     id_prefix = "chatcmpl"
 
     messages: fields.Messages
@@ -177,7 +193,7 @@ class ChatRequest(BaseRequest):
         return call_grammar(tools, tokenizer, name)
 
     def first_choice(self, index: int) -> dict[str, Any]:
-        """The choice of a stream before those with new text."""
+        """See `BaseRequest`."""
         return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
 
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
@@ -209,6 +225,7 @@ class CompletionRequest(BaseRequest):
 
     object_name = "text_completion"
     chunk_name = "text_completion"
+    prompt_field = "prompt"
     id_prefix = "cmpl"
 
     prompt: fields.Prompts
@@ -232,3 +249,37 @@ class CompletionRequest(BaseRequest):
             ],
             "text_offset": [token.offset for token in tokens],
         }
+
+
+class ChoicesWriter:
+    """Writes choices as chunks of a stream, or as one JSON object at the end."""
+
+    def __init__(self, request: BaseRequest, head: dict[str, Any]) -> None:
+        self._request, self._head = request, head
+        self._choices = dict[int, dict[str, Any]]()  # the last one of each index
+        self._has_usage = request.stream_options.include_usage
+
+    def add(self, choice: dict[str, Any]) -> str:
+        """Add new text of a choice, or the whole choice."""
+        index = choice["index"]
+        first = None if index in self._choices else self._request.first_choice(index)
+        self._choices[index] = choice
+        if not self._request.stream:
+            return ""
+        return "".join(self._chunk([each]) for each in (first, choice) if each)
+
+    def end(self, figures: dict[str, Any]) -> str:
+        """End the answer, with `usage` and `metrics`."""
+        if not self._request.stream:
+            choices = [self._choices[index] for index in sorted(self._choices)]
+            return json.dumps({**self._head, "choices": choices, **figures})
+        return (self._chunk([], **figures) if self._has_usage else "") + "data: [DONE]\n\n"
+
+    def _chunk(self, choices: list[dict[str, Any]], **figures: Any) -> str:
+        figures = {"usage": None, **figures} if self._has_usage else {}
+        return server_sent({**self._head, "choices": choices, **figures})
+
+
+def server_sent(content: dict[str, Any]) -> str:
+    """An event of a stream."""
+    return f"data: {json.dumps(content)}\n\n"

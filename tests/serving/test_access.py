@@ -64,8 +64,8 @@ def test_headers_and_methods_that_clients_expect(served, monkeypatch):
     assert len(ids) == 2
     long = requests.get(f"{served.url}/health", headers={"X-Request-Id": "x" * 60_000})
     assert len(long.headers["x-request-id"]) == 200
-    missing = requests.post(f"{served.url}/v1/responses", json={}).json()["error"]["message"]
-    assert "for /v1/responses too, /v1/chat/completions" in missing
+    missing = requests.post(f"{served.url}/v1/answers", json={}).json()["error"]["message"]
+    assert "/v1/chat/completions and /v1/responses" in missing
     monkeypatch.setattr("serving.app.generate_latest", lambda _: 1 / 0)
     named = {"X-Request-Id": "mine", "Origin": "http://elsewhere"}
     for path, status, kind in (("v1/x", 404, "invalid_request_error"), ("metrics", 500, "server_error")):

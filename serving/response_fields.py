@@ -1,0 +1,145 @@
+"""The fields of the Responses API, each with the same for a chat."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from serving import fields
+
+# More that the Responses API has, or that it has by another name.
+REFUSED = {
+    **fields.REFUSED,
+    **dict.fromkeys(("background", "conversation", "prompt", "store", "truncation"), ""),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
+    **dict.fromkeys(("messages", "previous_response_id"), "input with all items so far"),
+    "logprobs": "include with message.output_text.logprobs, and top_logprobs",
+    "n": "",
+    "reasoning_effort": "reasoning with effort",
+    "response_format": "text with format",
+    "stream_drafts": "",
+}
+
+
+class _Item(fields.Fields):
+    """An item of the Responses API's input; an earlier answer had some of them."""
+
+    id: Any = None
+    status: Any = None
+
+
+class InputMessage(_Item):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: fields.Text
+
+    @property
+    def for_chat(self) -> dict[str, Any]:
+        """Fields of a chat's message."""
+        return {"role": self.role, "content": self.content}
+
+
+class FunctionCall(_Item, fields.Called):
+    type: Literal["function_call"]
+    call_id: str
+
+    @property
+    def for_chat(self) -> dict[str, Any]:
+        """See `InputMessage`."""
+        function = fields.Called.model_construct(name=self.name, arguments=self.arguments)
+        return {
+            "role": "assistant",
+            "tool_calls": [fields.ToolCall.model_construct(id=self.call_id, function=function)],
+        }
+
+
+class FunctionOutput(_Item):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: fields.Text
+
+    @property
+    def for_chat(self) -> dict[str, Any]:
+        """See `InputMessage`."""
+        return {"role": "tool", "content": self.output, "tool_call_id": self.call_id}
+
+
+class ReasoningItem(_Item):
+    type: Literal["reasoning"]
+    content: fields.Text = ""
+    summary: fields.Text = ""  # of another server
+    encrypted_content: Any = None
+
+    @property
+    def for_chat(self) -> dict[str, Any]:
+        """See `InputMessage`."""
+        return {"role": "assistant", "reasoning_content": self.content or self.summary}
+
+
+def _item_kind(given: Any) -> str | None:
+    return f"[{given.get('type') or 'message'}]" if isinstance(given, dict) else None
+
+
+# Errors do not name tags in brackets.
+_AnyItem = Annotated[
+    Annotated[InputMessage, Tag("[message]")]
+    | Annotated[FunctionCall, Tag("[function_call]")]
+    | Annotated[FunctionOutput, Tag("[function_call_output]")]
+    | Annotated[ReasoningItem, Tag("[reasoning]")],
+    Discriminator(
+        _item_kind,
+        custom_error_type="item",
+        custom_error_message="must be a message, function_call, function_call_output or reasoning",
+    ),
+]
+Items = Annotated[
+    list[_AnyItem],
+    Field(min_length=1, max_length=fields.MAX_ITEMS, fail_fast=True),
+    BeforeValidator(lambda given: [{"role": "user", "content": given}] if isinstance(given, str) else given),
+]
+
+
+class NamedFunction(fields.Fields):
+    """The choice of a tool in the Responses API."""
+
+    type: Literal["function"]
+    name: str
+
+    @property
+    def for_chat(self) -> fields.Tool:
+        """The same in a chat."""
+        given = self.model_dump(exclude_unset=True, exclude={"type"})
+        return fields.Tool.model_construct(function=fields.Function.model_construct(**given))
+
+
+class FunctionTool(fields.Function, NamedFunction):
+    """A tool of the Responses API. The type is checked first, since tools of other types have no name."""
+
+
+class TextFormat(fields.Fields):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None  # the schema is followed in any case
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("the type json_schema needs the field schema, other types have none")
+        return self
+
+    @property
+    def for_chat(self) -> fields.ResponseFormat:
+        """The same in a chat."""
+        schema = self.json_schema and fields.JSONSchema.model_construct(json_schema=self.json_schema)
+        return fields.ResponseFormat.model_construct(type=self.type, json_schema=schema)
+
+
+class TextConfig(fields.Fields):
+    format: TextFormat = TextFormat()
+
+
+class Reasoning(fields.Fields):
+    effort: fields.Effort | None = None

@@ -1,0 +1,226 @@
+"""OpenAI's Responses API, by way of a chat: its requests become those of a chat, and a chat's choice becomes
+the items of a response. Nothing is stored between requests.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import time
+import uuid
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from serving import fields, response_fields
+from serving.protocol import ChatRequest, SharedFields, server_sent
+
+_LOGPROBS = "message.output_text.logprobs"  # a value of `include`
+_ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+# What an item with text begins as, and its only part.
+_TEXT_ITEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "message": (
+        {"role": "assistant", "content": []},
+        {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+    ),
+    "reasoning": ({"summary": [], "content": []}, {"type": "reasoning_text", "text": ""}),
+}
+# Fields of a request that its response repeats.
+_REPEATED = {
+    "instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "reasoning", "temperature",
+    "text", "tool_choice", "tools", "top_logprobs", "top_p",
+}  # fmt: skip
+
+
+class ResponsesRequest(SharedFields):
+    """A request for a response."""
+
+    refused = response_fields.REFUSED
+    prompt_field: ClassVar[str] = "input"
+
+    input: response_fields.Items
+    instructions: str | None = None
+    max_output_tokens: fields.Limit = None
+    tools: list[response_fields.FunctionTool] = Field([], max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | response_fields.NamedFunction = "auto"
+    parallel_tool_calls: bool = True
+    text: response_fields.TextConfig = response_fields.TextConfig()
+    reasoning: response_fields.Reasoning = response_fields.Reasoning()
+    chat_template_kwargs: fields.TemplateKwargs = Field({})
+    include: list[str] = Field([], max_length=fields.MAX_ITEMS)
+    top_logprobs: int = Field(0, ge=0, le=20)
+    metadata: dict[str, Any] = Field({})
+
+    @property
+    def chat(self) -> ChatRequest:
+        """The request of a chat that asks for the same."""
+        choice = self.tool_choice
+        return ChatRequest.model_construct(
+            **{name: getattr(self, name) for name in SharedFields.model_fields},
+            messages=self._messages(),
+            max_tokens=self.max_output_tokens,
+            tools=[tool.for_chat for tool in self.tools],
+            tool_choice=choice if isinstance(choice, str) else choice.for_chat,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=self.text.format.for_chat,
+            reasoning_effort=self.reasoning.effort,
+            chat_template_kwargs=self.chat_template_kwargs,
+            logprobs=_LOGPROBS in self.include or self.top_logprobs > 0,
+            top_logprobs=self.top_logprobs,
+        )
+
+    def _messages(self) -> list[fields.Message]:
+        """The messages of a chat. Reasoning, text and calls of one turn are one message of the assistant."""
+        messages = list[dict[str, Any]]()
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
+        for item in self.input:
+            message, last = item.for_chat, messages[-1] if messages else {}
+            is_after_reasoning = "content" in message and last.keys() == {"role", "reasoning_content"}
+            is_same_turn = "tool_calls" in message or is_after_reasoning
+            if message["role"] == last.get("role") == "assistant" and is_same_turn:
+                calls = [*last.get("tool_calls", []), *message.get("tool_calls", [])]
+                messages[-1] = {**last, **message, "tool_calls": calls}
+            else:
+                messages.append(message)
+        return [fields.Message.model_construct(**message) for message in messages]
+
+    def writer(self, model: str) -> ResponseWriter:
+        """What writes the answer."""
+        response = {
+            "id": f"resp_{uuid.uuid4().hex}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "model": model,
+            "output": [],
+            "usage": None,
+            "error": None,
+            "incomplete_details": None,
+            "background": False,
+            "previous_response_id": None,
+            "store": False,
+            "truncation": "disabled",
+            **self.model_dump(include=_REPEATED, by_alias=True),
+        }
+        return ResponseWriter(response, self.stream)
+
+
+class ResponseWriter:
+    """Writes a chat's choice as events of a response, or as the response at the end."""
+
+    def __init__(self, response: dict[str, Any], stream: bool) -> None:
+        self._response, self._stream = response, stream
+        self._output: list[dict[str, Any]] = response["output"]  # only the last item is unfinished
+        self._numbers, self._events = itertools.count(), list[str]()  # these are not sent yet
+        self._is_begun, self._is_cut = False, False
+
+    def add(self, choice: dict[str, Any]) -> str:
+        """Add new text of the choice, or the whole choice."""
+        if not self._is_begun:
+            self._is_begun = True
+            self._event("response.created", response=self._response)
+            self._event("response.in_progress", response=self._response)
+        message = choice["delta"] if "delta" in choice else choice["message"]
+        logprobs = choice["logprobs"]["content"] if choice["logprobs"] else []
+        if text := message.get("reasoning_content"):
+            self._add_text("reasoning", text, [])
+        if (text := message.get("content")) or logprobs:
+            self._add_text("message", text or "", logprobs)
+        for call in message.get("tool_calls", ()):
+            self._add_call(call)
+        self._is_cut = choice["finish_reason"] == "length"
+        return self._take()
+
+    def end(self, figures: dict[str, Any]) -> str:
+        """End the answer, with `usage` and `metrics`."""
+        if not self._output:
+            self._add_text("message", "", [])
+        status = "incomplete" if self._is_cut else "completed"
+        self._end_item(status)
+        details = {"reason": "max_output_tokens"} if self._is_cut else None
+        usage, response = _usage(figures["usage"]), self._response
+        response |= {"status": status, "incomplete_details": details, **figures, "usage": usage}
+        self._event(f"response.{status}", response=response)
+        return self._take() if self._stream else json.dumps(response)
+
+    def _add_text(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> None:
+        """Add text to a message or to reasoning."""
+        if not self._output or self._output[-1]["type"] != kind:
+            item, part = _TEXT_ITEMS[kind]
+            self._begin_item({"type": kind, **copy.deepcopy(item)})
+            self._output[-1]["content"].append(copy.deepcopy(part))
+            self._part_event("response.content_part.added", part=part)
+        part = self._output[-1]["content"][0]
+        part["text"] += text
+        more = {}
+        if kind == "message":
+            part["logprobs"] += logprobs
+            more = {"logprobs": logprobs}
+        if text or logprobs:
+            self._part_event(f"response.{part['type']}.delta", delta=text, **more)
+
+    def _add_call(self, call: dict[str, Any]) -> None:
+        """Add a call, or, if it has no id, more arguments of the last one."""
+        function = call["function"]
+        if "id" in call:
+            names = {"call_id": call["id"], "name": function["name"]}
+            self._begin_item({"type": "function_call", **names, "arguments": ""})
+        self._output[-1]["arguments"] += function["arguments"]
+        self._item_event("response.function_call_arguments.delta", delta=function["arguments"])
+
+    def _begin_item(self, item: dict[str, Any]) -> None:
+        self._end_item("completed")
+        item_id = f"{_ID_PREFIXES[item['type']]}_{uuid.uuid4().hex}"
+        self._output.append({"id": item_id, "status": "in_progress", **item})
+        self._item_event("response.output_item.added", item=self._output[-1])
+
+    def _end_item(self, status: str) -> None:
+        """End the last item, if there is one."""
+        if not self._output:
+            return
+        item = self._output[-1]
+        item["status"] = status
+        if item["type"] == "function_call":
+            ended = {"name": item["name"], "arguments": item["arguments"]}
+            self._item_event("response.function_call_arguments.done", **ended)
+        else:
+            (part,) = item["content"]
+            ended = {name: part[name] for name in ("text", "logprobs") if name in part}
+            self._part_event(f"response.{part['type']}.done", **ended)
+            self._part_event("response.content_part.done", part=part)
+        self._item_event("response.output_item.done", item=item)
+
+    def _part_event(self, kind: str, **content: Any) -> None:
+        self._item_event(kind, content_index=0, **content)
+
+    def _item_event(self, kind: str, **content: Any) -> None:
+        """An event of the last item."""
+        place = {"output_index": len(self._output) - 1}
+        if "item" not in content:
+            place |= {"item_id": self._output[-1]["id"]}
+        self._event(kind, **place, **content)
+
+    def _event(self, kind: str, **content: Any) -> None:
+        if self._stream:
+            event = {"type": kind, "sequence_number": next(self._numbers), **content}
+            self._events.append(f"event: {kind}\n{server_sent(event)}")
+
+    def _take(self) -> str:
+        """Remove and return the events so far."""
+        events = "".join(self._events)
+        self._events.clear()
+        return events
+
+
+def _usage(usage: dict[str, Any]) -> dict[str, Any]:
+    """`usage` of a chat by the names of a response."""
+    num_prompt, num_cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": num_prompt,
+        "input_tokens_details": {"cached_tokens": num_cached, "cache_write_tokens": num_prompt - num_cached},
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": usage["completion_tokens_details"]["reasoning_tokens"]},
+        "total_tokens": usage["total_tokens"],
+    }
