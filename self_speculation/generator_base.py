@@ -42,7 +42,7 @@ class TokenizedRequest(Request):
         num_tokens = len(result.predicted_tokens)
         return GenerationResult(
             generation_strategy_result=result,
-            decoded_prediction=reader.cut(reader.answer),
+            decoded_prediction=reader.answer[: reader.num_settled()],
             num_tokens_generated=num_tokens,
             total_time=total_time,
             time_per_token=total_time / max(num_tokens, 1),

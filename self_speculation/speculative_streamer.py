@@ -64,6 +64,7 @@ class StandardTextStreamer:
         self._was_thinking = False  # in what was shown last
         self._screen = _Screen(self._file)
         self._held: list[Cell] = []  # decided, but is a stop word or may become one
+        self._num_shown = 0  # characters of the answer
         self._drafts: list[int] = []
         self._verified: list[int] = []  # deleted drafts; the next decided ids are compared with them
 
@@ -91,15 +92,16 @@ class StandardTextStreamer:
         """Show the text that is held back, end the line, and get ready for the next answer."""
         self._drafts = []
         self._held += _cells(self._reader.end(self._ids), "target")
-        self._flush(finished=True)
+        self._flush()
         self._file.write(self._end_with)
         self._file.flush()
         self.begin(OutputReader(self._tokenizer))
 
-    def _flush(self, finished: bool = False) -> None:
+    def _flush(self) -> None:
         """Show decided text that cannot become a stop word."""
-        shown = self._visible(self._held, finished)
+        shown = self._visible([])
         self._held = self._held[len(shown) :]
+        self._num_shown += sum(not cell.is_thinking for cell in shown)
         self._show(shown)
 
     def _show(self, cells: list[Cell]) -> None:
@@ -114,13 +116,16 @@ class StandardTextStreamer:
         """The drafts to be shown, after decided text that is held back."""
         if not self._drafts:
             return []
-        return self._visible([*self._held, *_cells(self._reader.preview(self._drafts), "draft")])
+        return self._visible(_cells(self._reader.preview(self._drafts), "draft"))
 
-    def _visible(self, cells: list[Cell], finished: bool = False) -> list[Cell]:
-        """Leave out stop words, the text after them and, unless finished, what may become one."""
-        start = sum(cell.is_thinking for cell in cells)
-        shown = self._reader.cut(_text(cells[start:]))
-        return cells[: start + len(shown if finished else self._reader.settled(shown))]
+    def _visible(self, drafts: list[Cell]) -> list[Cell]:
+        """The text that is held back and drafts after it, without stop words, the text after them and, until
+        the end, what may become one.
+        """
+        cells = [*self._held, *drafts]
+        num_thinking = sum(cell.is_thinking for cell in cells)
+        more = _text(cell for cell in drafts if not cell.is_thinking)
+        return cells[: num_thinking + self._reader.num_settled(more) - self._num_shown]
 
     def _parted(self, cells: list[Cell]) -> Iterator[Cell]:
         """Decided cells, with an empty line between thinking and answer."""

@@ -112,7 +112,8 @@ Limit = Annotated[int | None, Field(ge=1)]
 Penalty = Annotated[float | None, Field(ge=0.01, le=100)]
 _Id = Annotated[str, Field(pattern="^[0-9]{1,9}$"), AfterValidator(int)]  # a key
 LogitBias = Annotated[dict[_Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
-Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=128), BeforeValidator(_as_list)]
+_Word = Annotated[str, Field(min_length=1, max_length=256)]
+Words = Annotated[list[_Word], Field(max_length=128), BeforeValidator(_as_list)]
 
 
 class StreamOptions(Fields):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 _CONTEXT = 8  # runs of ids that are decoded before a new token, since its text depends on them
 _OF_PROMPT = 32  # ids of a prompt, of which that is the last run
+_BYTES = 4  # of a character, at most
+_MOST_WAITING = 32  # ids that complete no character; so many are bytes of none
 # Opening and closing tags that templates write without naming them in the tokenizer's config.
 _TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 
@@ -30,17 +33,24 @@ def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids:
     return decode(tokenizer, [*before, *ids])[len(decode(tokenizer, before)) :]
 
 
-def _num_begun(text: str, words: Iterable[str]) -> int:
-    """How many characters at the end of a text may begin a word."""
-    lengths = ((n, word) for word in words for n in range(1, min(len(word), len(text) + 1)))
-    return max((n for n, word in lengths if text.endswith(word[:n])), default=0)
+def _num_begun(text: str, words: Sequence[str]) -> int:
+    """How many characters at the end of a text that has none of these sorted words may begin one."""
+    longest = max(map(len, words), default=0)
+    first_characters = {word[:1] for word in words}
+    for start in range(max(0, len(text) - longest + 1), len(text)):
+        if text[start] in first_characters:
+            end = text[start:]
+            following = bisect_left(words, end)
+            if following < len(words) and words[following].startswith(end):
+                return len(end)
+    return 0
 
 
 class Detokenizer:
     """Token ids -> text, token by token.
 
-    Ids of an incomplete character wait. Decoding starts at the start of a character: some decoders replace
-    all bytes of a run if one character in it is incomplete.
+    Ids of an incomplete character wait, unless they are too many for one. Decoding starts at the start of a
+    character: some decoders replace all bytes of a run if one character in it is incomplete.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
@@ -55,10 +65,17 @@ class Detokenizer:
         """The characters that this token completes."""
         self._waiting.append(id_)
         text = self.rest()
+        left = list[int]()
+        num_pieces = _CONTEXT
         if not text or text.endswith("\ufffd"):
-            return ""
-        self._pieces = [*self._pieces, self._waiting][-_CONTEXT:]
-        self._waiting = []
+            if len(self._waiting) < _MOST_WAITING:
+                return ""
+            left = self._waiting[-_BYTES:]
+            self._waiting = self._waiting[:-_BYTES]
+            text = self.rest()
+            num_pieces = 1  # this one is long
+        self._pieces = [*self._pieces, self._waiting][-num_pieces:]
+        self._waiting = left
         return text
 
     @property
@@ -204,10 +221,13 @@ class OutputReader:
         prompt: Sequence[int] = (),
         thinking: Thinking | None = None,
     ) -> None:
-        self.words, self._may_think = tuple(words), thinking is not None
+        self.words, self._may_think = tuple(sorted(words)), thinking is not None
+        self._longest = max(map(len, self.words), default=1)  # characters of a word
         self._text, self._splitter = Detokenizer(tokenizer, prompt), Splitter(thinking)
         self.parts: list[list[Part]] = []  # of each token that was read: what it settles
         self.thinking = self.answer = ""
+        self._end = ""  # the last characters of the answer, in which a word may begin
+        self._stop: int | None = None  # where the first word begins in the answer
         self._rest: list[Part] | None = None  # what the end settles; None: it has not come
         self._num_before = 0  # tokens before the answer
 
@@ -215,10 +235,9 @@ class OutputReader:
         """Whether an output that grows contains a stop word."""
         if self.words or not self.answer:  # else nobody needs the text yet
             self.read(output)
-        text = self.answer
-        if self._text.is_waiting and not self._may_think:  # a stop word may be part of a character
-            text += self._text.rest()
-        return any(word in text for word in self.words)
+        # A word may be part of a character.
+        waiting = "" if self._may_think or not self._text.is_waiting else self._text.rest()
+        return self._find_stop(waiting) is not None
 
     def read(self, output: Sequence[int]) -> None:
         """Read the tokens of an output that it has not read yet."""
@@ -253,17 +272,30 @@ class OutputReader:
             return True
         return bool(self.answer) or (self._text.is_waiting and self._splitter.in_answer)
 
-    def cut(self, text: str) -> str:
-        """The text before the first stop word."""
-        return text[: min((i for word in self.words if (i := text.find(word)) >= 0), default=len(text))]
+    def num_settled(self, more: str = "") -> int:
+        """How many characters of the answer, and of more text after it, come before the first stop word and,
+        until the output has ended, cannot become one. It takes time for new text alone.
+        """
+        if (stop := self._find_stop(more)) is not None:
+            return stop
+        num_begun = _num_begun(self._end + more, self.words) if self._rest is None else 0
+        return len(self.answer) + len(more) - num_begun
 
-    def settled(self, text: str) -> str:
-        """The text without an end that may become a stop word."""
-        return text[: len(text) - _num_begun(text, self.words)]
+    def _find_stop(self, more: str) -> int | None:
+        """Where the first stop word begins in the answer and more text after it."""
+        if self._stop is not None or not more:
+            return self._stop
+        text, known = self._end + more, len(self._end)
+        new_ends = range(known + 1, len(text) + 1)
+        ends = [end for end in new_ends if text.endswith(self.words, 0, end)]  # of all words at once
+        starts = [end - len(word) for end in ends for word in self.words if text.endswith(word, 0, end)]
+        return len(self.answer) - known + min(starts) if starts else None
 
     def _append(self, parts: list[Part]) -> None:
         for text, is_thinking in parts:
             if is_thinking:
                 self.thinking += text
             else:
+                self._stop = self._find_stop(text)
                 self.answer += text
+                self._end = (self._end + text)[-self._longest :]

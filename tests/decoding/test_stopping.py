@@ -1,12 +1,14 @@
 """Stop words, at any token boundary, and end ids."""
 
 import copy
+import io
 from contextlib import nullcontext
 
 import pytest
 from conftest import LAYERS, config_of, generator_of, mixed_drafts, transformers_generate
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from self_speculation import GenerationConfig, Request
+from self_speculation import GenerationConfig, Request, StandardTextStreamer
 from self_speculation.decoding import texts
 from self_speculation.decoding.texts import Detokenizer, OutputReader, decode
 
@@ -118,6 +120,59 @@ def test_a_long_word_is_compared_with_the_text_alone(byte_tokenizer):
             Word.parts += 1
             return super().__getitem__(part)
 
-    word = Word("end" * 100_000)
-    assert OutputReader(byte_tokenizer, [word]).settled("the end") == "the "
+    reader = OutputReader(byte_tokenizer, [Word("end" * 100_000)])
+    reader.read(byte_tokenizer.encode("the end", add_special_tokens=False))
+    assert reader.num_settled() == len("the ")
     assert Word.parts <= len("the end")
+
+
+def test_a_token_costs_time_by_its_text_alone(byte_tokenizer, monkeypatch):
+    """Guards against a search of the whole answer, or of all that stop words hold back, at each token: with
+    many long words one client held up all others.
+    """
+
+    class Answer(str):
+        searched = 0
+
+        def __add__(self, text):
+            return Answer(super().__add__(text))
+
+        def __contains__(self, word):
+            Answer.searched += len(self)
+            return super().__contains__(word)
+
+        def find(self, *args):
+            Answer.searched += len(self)
+            return super().find(*args)
+
+    sizes = []
+    num_begun = texts._num_begun
+    monkeypatch.setattr(texts, "_num_begun", lambda *args: (sizes.append(len(args[0])), num_begun(*args))[1])
+    words = [*("a" * 40 + end for end in "bcd"), "ab"]
+    reader, output = (
+        OutputReader(byte_tokenizer, words),
+        byte_tokenizer.encode("a" * 3000, add_special_tokens=False),
+    )
+    reader.answer = Answer()
+    streamer = StandardTextStreamer(byte_tokenizer, io.StringIO())
+    streamer.begin(reader)
+    for n, id_ in enumerate(output):
+        assert not reader(output[: n + 1])
+        streamer.put([id_])
+        assert reader.num_settled() == max(0, n + 1 - 40)
+    assert Answer.searched == 0
+    assert max(sizes) <= 41
+    assert reader([*output, *byte_tokenizer.encode("b", add_special_tokens=False)])
+    assert reader.num_settled() == 2960
+
+
+@pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
+def test_bytes_of_no_character_do_not_wait_for_ever(name, request, monkeypatch):
+    """Guards against a run of them that is decoded as a whole at each token."""
+    tokenizer, read = request.getfixturevalue(name), []
+    byte = tokenizer.convert_tokens_to_ids("<0xE9>" if name.startswith("sent") else bytes_to_unicode()[0xE9])
+    ids = [byte] * 1000 + tokenizer.encode("é", add_special_tokens=False)
+    monkeypatch.setattr(texts, "decode", lambda *args: (read.append(len(args[1])), decode(*args))[1])
+    detokenizer = Detokenizer(tokenizer, [])
+    assert "".join(map(detokenizer.add, ids)) + detokenizer.rest() == decode(tokenizer, ids)
+    assert max(read) < 100

@@ -197,6 +197,7 @@ FAULTS = [
     ({"repetition_penalty": 1e-300}, "repetition_penalty", "0.01"),  # infinite logits
     ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens", "1"),
     ({"stop": [""]}, "stop.0", ""),
+    ({"stop": ["x", "x" * 257]}, "stop.1", "at most 256 characters"),
     ({"messages": [{**HELLO[0], "content": "\ud800"}]}, None, ""),
     ({"logit_bias": {"5_0": 1}}, "logit_bias.5_0", ""),
     ({"messages": HELLO * 9_000}, "messages", "at most 2048 items"),

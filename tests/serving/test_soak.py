@@ -134,7 +134,7 @@ SCHEMAS = [
 EXPENSIVE = [
     *({"structured_outputs": {"json": schema}} for schema in SCHEMAS),
     {"prediction": {"type": "content", "content": "x = 1\n" * 400_000}, "n": 8},
-    {"stop": ["def f():" * 100_000], "n": 2, "stream": True},
+    {"stop": ["def f():" * 32] * 128, "n": 2, "stream": True},
 ]
 
 
