@@ -2,11 +2,12 @@
 It is freed with the model, so it must not refer to the model.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -31,29 +32,58 @@ def _shelf(model: nn.Module) -> _Shelf:
     return _SHELVES.setdefault(model, _Shelf())  # all threads get the same one
 
 
-def weights_key(model: nn.Module) -> Hashable:
+@dataclass(frozen=True)
+class WeightsKey:
+    """Equal: the weights are the same tensors, over the same memory, without a counted write between.
+
+    A weight that is replaced twice may get id and address of before. A weak reference that is kept is of one
+    object for ever.
+    """
+
+    values: tuple[int | None, ...]
+    refs: Sequence[ref[Any]] = field(compare=False)
+
+
+def weights_key(model: nn.Module) -> WeightsKey:
     """Changes when a weight is replaced, moved or written to: what was made of the model is invalid then.
 
-    Weights are parameters and, in few bits, buffers. torch counts no writes through `.data`, and none to a
-    tensor that was made in inference mode.
+    torch counts no writes through `.data`, and none to a tensor that was made in inference mode.
     """
-    modules = [model]
-    for module in modules:  # it grows meanwhile; `parameters` takes four times as long
-        modules.extend(child for child in module._modules.values() if child is not None)
-    return tuple(
-        (id(each), each.data_ptr(), version(each))
-        for module in modules
-        for each in (*module._parameters.values(), *map(module._buffers.get, _IN_BUFFERS))
-        if each is not None
-    )
+    weights = _weights(model)
+    # torch swaps the contents of tensors that wrap others, when they move, unless they have weak references.
+    wrappers = {kind for kind in {*map(type, weights)} if hasattr(kind, "__tensor_flatten__")}
+    # Python has one such reference of an object at a time.
+    refs: list[ref[Any]] = [ref(weight) for weight in weights if type(weight) not in wrappers]
+    refs += [ref(weight.untyped_storage()) for weight in weights]
+    ids = map(id, (*weights, *refs))
+    addresses = [weight.data_ptr() for weight in weights]
+    return WeightsKey((*ids, *addresses, *map(version, weights)), refs)
+
+
+def counts_writes(model: nn.Module) -> bool:
+    """Whether torch counts writes to all weights."""
+    return None not in map(version, _weights(model))
 
 
 def version(weight: torch.Tensor) -> int | None:
     """The number of writes that torch has counted; None: it was made in inference mode, which counts none."""
     try:
-        return weight._version
-    except RuntimeError:
+        return None if weight.is_inference() else weight._version
+    except RuntimeError:  # a parameter over such a tensor may be none itself
         return None
+
+
+def _weights(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters and, in few bits, buffers; one that is shared comes several times."""
+    modules = [model]
+    for module in modules:  # it grows meanwhile; `modules` and `parameters` take three times as long
+        modules += [child for child in module._modules.values() if child is not None]
+    weights: list[torch.Tensor | None] = []
+    for module in modules:
+        weights += module._parameters.values()
+        if module._buffers:
+            weights += map(module._buffers.get, _IN_BUFFERS)
+    return [weight for weight in weights if weight is not None]
 
 
 def kept(model: nn.Module) -> dict[Any, Any]:

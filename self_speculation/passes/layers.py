@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.families import LLAMA_LAYOUT
-from self_speculation.model_cache import cached, kept, version, weights_key
+from self_speculation.model_cache import cached, counts_writes, kept, weights_key
 from self_speculation.passes.attention_context import AttentionContext
 from self_speculation.weights.few_bits import FewBitsLinear
 
@@ -159,7 +159,7 @@ class Parts:
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
         self.own, self.copies, self.dtype = dict[nn.Module, Any](), dict[Hashable, Any](), model.dtype
-        self.counts_writes = all(version(parameter) is not None for parameter in model.parameters())
+        self.counts_writes = counts_writes(model)
         is_known = config.model_type in LLAMA_LAYOUT and config._attn_implementation == "sdpa"
         if is_known and kept(model).get("is_fused"):
             # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
-from self_speculation.model_cache import cached, kept, peek, release, weights_key
+from self_speculation.model_cache import cached, counts_writes, kept, peek, release, weights_key
 from self_speculation.weights.few_bits import FewBitsLinear
 
 
@@ -33,8 +33,57 @@ def test_weights_without_versions_or_memory_have_a_key(model):
     assert weights_key(made) == weights_key(made)
     head, mesh = model.lm_head, init_device_mesh("cpu", (1,))
     head.weight = nn.Parameter(DTensor.from_local(head.weight.data, mesh, [Replicate()]))
-    assert weights_key(model) == weights_key(model)
-    assert weights_key(model.to("meta")) == weights_key(model)
+    key = weights_key(model)
+    assert key == weights_key(model)
+    # torch moves no tensor that wraps others and has a weak reference.
+    assert key != weights_key(model.to("meta")) == weights_key(model)
+
+
+def rewrapped(module, _):
+    module.weight = nn.Parameter(module.weight.data)
+
+
+def replaced(module, memory):
+    module.weight = nn.Parameter(torch.from_numpy(memory))
+
+
+def replaced_data(module, memory):
+    module.weight.data = torch.zeros(1)
+    module.weight.data = torch.from_numpy(memory)
+
+
+@pytest.mark.parametrize("replace", [rewrapped, replaced, replaced_data])
+def test_a_key_never_recurs(replace):
+    """Guards against kept prefixes, copies and joint weights of before: id, address and version of a weight
+    that is replaced twice are those of before.
+    """
+    module, memory = nn.Linear(3, 3), torch.zeros(3, 3).numpy()
+    replaced(module, memory)
+
+    def recurring():
+        return id(module.weight), module.weight.data_ptr(), module.weight._version
+
+    def recurs():
+        replace(module, memory)
+        replace(module, memory)
+        return recurring() == before
+
+    before, key = recurring(), weights_key(module)
+    assert any(recurs() for _ in range(100))
+    assert weights_key(module) == weights_key(module) != key
+
+
+def test_writes_to_weights_made_in_inference_mode_are_not_counted():
+    """Guards against kept prefixes of before a write: a parameter that is made, outside, of a tensor that was
+    made in inference mode has the version 0 for ever, and weights in few bits are buffers.
+    """
+    with torch.inference_mode():
+        made, in_few_bits = torch.zeros(1, 1), torch.zeros(34, dtype=torch.uint8)
+    module = nn.Linear(1, 1, bias=False)
+    assert counts_writes(module)
+    module.weight = nn.Parameter(made, requires_grad=False)
+    assert not counts_writes(module)
+    assert not counts_writes(FewBitsLinear(in_few_bits, 1, 32))
 
 
 class Part:
