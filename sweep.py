@@ -4,8 +4,9 @@
     python sweep.py --mode measured --num_samples 10 --max_steps 64 --num_speculations_step 2
 
 Each example is generated once, greedily. One more pass over it tells what every exit layer would have
-guessed, which gives exact counts of drafted and accepted tokens for every cell. Then three cells are
-measured. The last line has the flags of the fastest one. --mode measured measures all cells, and can sample.
+guessed, which gives exact counts of drafted and accepted tokens for every cell. Every other prompt chooses
+three cells by these, and the other prompts measure them. The last line has the flags of the fastest one, if
+the prompts can tell. --mode measured measures all cells, and can sample.
 """
 
 import dataclasses

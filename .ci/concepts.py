@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 939, "classes": 188, "parameters": 2028}
+LIMITS = {"functions": 941, "classes": 188, "parameters": 2032}
 
 
 def count() -> dict[str, int]:

@@ -22,6 +22,9 @@ from self_speculation.families import context_length
 # Fields of a record that add up over the turns of a conversation.
 _ADD_UP = ("prediction", "tokens", "num_tokens", "wall_time", "num_decode_tokens", "prefill_time", "drafts")
 _NAMES = {"": "this strategy", BASELINE: "without drafts"}
+_ABOUT_SPEEDUPS = """The speed-up is the median over {unit} of the ratio of tokens/s of whole answers.
+Other lines have other ratios: in sums long answers count more, a median of each
+side is not of pairs, and decoding leaves out the first token with its prompt."""
 
 
 @dataclass
@@ -81,6 +84,8 @@ class Benchmark(Experiment):
             interval = summary["comparison"]["speedup_interval"]
             paired_ratios(ratios, interval, label, title, run.folder / "benchmark")
         run.finish(records, summary)
+        if self.compare:
+            lines += ["", _ABOUT_SPEEDUPS.format(unit=self._unit)]
         print("\n".join([*lines, *(f"\nnote: {remark}" for remark in summary["remarks"])]))
         print(f"\n{run.listing()}")
         return 0

@@ -1,5 +1,8 @@
 """The work of sweep.py. A cell is an exit layer and a draft length.
 
+Every other prompt chooses three cells, and the remaining ones tell how fast they are: the best of many
+measured speed-ups is partly luck.
+
 Along a fixed greedy output, exit layer E drafts, after any accepted prefix, the argmax of its logits with the
 output as input. So the list of output tokens that E guesses decides every round, for every draft length.
 """
@@ -32,7 +35,7 @@ COLUMNS = [
     "exit_layer", "num_speculations", "draft_weights", "num_verifications", "num_drafted", "num_accepted",
     "acceptance_rate", "acceptance_rate_mean", "mean_accepted_length", "speedup", "speedup_low",
     "speedup_high", "tokens_per_second", "tokens_per_second_median", "total_time", "time_per_token",
-    "num_tokens",
+    "num_tokens", "measured",
 ]  # fmt: skip
 
 HEADINGS = {
@@ -41,7 +44,7 @@ HEADINGS = {
     "speedup_low": "from", "speedup_high": "to",
 }  # fmt: skip
 
-_MEASURED = 3  # of the counted cells
+_CHOSEN = 3  # cells
 
 
 @dataclass
@@ -53,26 +56,34 @@ class Sweep(Experiment):
     def __post_init__(self) -> None:
         self._plain: TimedSide = (BASELINE, *autoregressive(self.generator, self.config))
 
-    def measure_cell(self, cell: Cell, title: str | None = None) -> Record:
-        """All examples by this cell and by plain decoding, in turn; with a title, a bar at a terminal."""
+    @property
+    def halves(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The indices of the examples that choose cells, and of those that confirm them; a single one does
+        both.
+        """
+        every = range(len(self.examples))
+        return every[::2], every[1::2] or every
+
+    def timed(self, cell: Cell, indices: Sequence[int], title: str | None = None) -> list[Record]:
+        """Records of examples by this cell and by plain decoding, in turn; with a title, a bar at a
+        terminal.
+        """
         config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1])
         sides = [("", self.generator, config), self._plain]
         warm_up(sides, max((example.ids for example in self.examples), key=len), self.batch_size)
-        requests = {index: self.request(index) for index in range(len(self.examples))}
-        records = measure_all(sides, requests, self.batch_size, title)
-        compared = metrics.speedup(records, BASELINE)
-        low, high = compared["speedup_interval"] or (None, None)
-        return {
-            **_counts(cell, records), **metrics.speed(records),
-            "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
-            "threads": fewest_threads(records, torch.get_num_threads()),
-        }  # fmt: skip
+        requests = {index: self.request(index) for index in indices}
+        return measure_all(sides, requests, self.batch_size, title)
 
-    def show(self, run: Run, records: list[Record], rows: Sequence[Record]) -> int:
-        """Write table and pictures; print the measured cells, and the flags of the best one."""
+    def show(self, run: Run, records: list[Record], rows: Mapping[Cell, Record], chosen: list[Cell]) -> int:
+        """Write table and pictures; print the measured cells, and the flags of the best one that was
+        chosen.
+        """
         about = run.description
-        about["threads_used"] = fewest_threads(rows, about["threads_used"])
-        table = pandas.DataFrame([{"draft_weights": self.config.draft_weights, **row} for row in rows])
+        about["threads_used"] = fewest_threads(rows.values(), about["threads_used"])
+        table = pandas.DataFrame(
+            {"draft_weights": self.config.draft_weights, **row, "measured": "speedup" in row}
+            for row in rows.values()
+        )
         table = table.reindex(columns=COLUMNS).sort_values(COLUMNS[:2])
         table = table.astype(dict.fromkeys(("speedup", "speedup_low", "speedup_high"), float))
         run.replace("sweep.csv", table.to_csv(index=False))
@@ -81,21 +92,26 @@ class Sweep(Experiment):
             run.finish(records, {"best": None})
             print(f"no answers to compare: all are empty\n\n{run.listing()}")
             return 0
+        is_chosen = pandas.MultiIndex.from_frame(measured[COLUMNS[:2]]).isin(chosen)
+        measured = pandas.concat([measured[is_chosen], measured[~is_chosen]])
         first = measured.astype(object).iloc[0]
         best = first[["exit_layer", "num_speculations", "speedup"]].to_dict()
-        run.finish(records, {"best": best})
+        interval = first["speedup_low"], first["speedup_high"]
+        remarks = metrics.undecided(None if pandas.isna(interval[0]) else interval, "prompts")
+        run.finish(records, {"best": None if remarks else best})
         title = heading(about, left_out=("exit_layer", "num_speculations"))
-        answered = f"{counted(len(self.examples), 'prompt')}, whole answers with prefill"
+        choosing, confirming = (counted(len(half), "prompt") for half in self.halves)
+        answered = f"cells chosen on {choosing}, measured on {confirming}: whole answers with prefill"
         heat_maps(table, f"{title}\n{answered}", run.folder / "sweep")
-        print(f"{title}\n\n{answered}; medians, from and to are the 90 % confidence interval")
+        print(f"{title}\n\n{answered};\nmedians, from and to are the 90 % confidence interval")
         shown = measured[[*HEADINGS]].rename(columns=HEADINGS)
         print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
         if (rest := len(table) - len(shown)) > 0:
             print(f"{counted(rest, 'other cell')}: counts in sweep.csv and sweep.png")
-        interval = first["speedup_low"], first["speedup_high"]
-        for remark in metrics.undecided(None if pandas.isna(interval[0]) else interval, "prompts"):
-            print(f"\nnote: {remark}")
         print(f"\n{run.listing()}")
+        if remarks:
+            print(f"no cell is recommended: {remarks[0]}; take more, by --num_samples")
+            return 0
         if best.pop("speedup") < 1:
             print("no measured cell is faster than decoding without drafts; the nearest:")
         flags = {"generation_strategy": self.config.generation_strategy, **best}
@@ -114,10 +130,15 @@ class Measured(Sweep):
         return [*map(_name, self.grid)]
 
     def measure(self, index: int) -> Record:
-        return self.measure_cell(self.grid[index])
+        cell = self.grid[index]
+        choosing, confirming = (self.timed(cell, half) for half in self.halves)
+        counts = _counts(cell, [*choosing, *confirming])
+        return {**counts, **_speeds(confirming), "speedup_of_choice": _speeds(choosing)["speedup"]}
 
     def report(self, run: Run, records: list[Record]) -> int:
-        return self.show(run, records, records)
+        rows = dict(zip(self.grid, records, strict=True))
+        chosen = sorted(self.grid, key=lambda cell: rows[cell]["speedup_of_choice"] or 0.0, reverse=True)
+        return self.show(run, records, rows, chosen[:_CHOSEN])
 
 
 class Counted(Sweep):
@@ -153,10 +174,15 @@ class Counted(Sweep):
         return {"tokens": tokens, "matches": matches, "max_tokens": min(self.config.max_steps, room)}
 
     def report(self, run: Run, records: list[Record]) -> int:
-        rows = {cell: _counts(cell, [_replayed(record, cell) for record in records]) for cell in self.grid}
-        for cell in self._fastest(rows):
-            rows[cell] |= self.measure_cell(cell, _name(cell))
-        return self.show(run, records, [*rows.values()])
+        rows, choosing = {}, {}
+        for cell in self.grid:
+            replayed = [_replayed(record, cell) for record in records]
+            rows[cell] = _counts(cell, replayed)
+            choosing[cell] = _counts(cell, [replayed[index] for index in self.halves[0]])
+        chosen = self._fastest(choosing)
+        for cell in chosen:
+            rows[cell] |= _speeds(self.timed(cell, self.halves[1], _name(cell)))
+        return self.show(run, records, rows, chosen)
 
     def _fastest(self, rows: Mapping[Cell, Record]) -> list[Cell]:
         """The cells with the most tokens per time, by the costs that adaptive decoding begins with."""
@@ -168,12 +194,23 @@ class Counted(Sweep):
             draft = k * draft_ratio(model, exit_layer, weights) * cost(size)
             return (rows[cell]["mean_accepted_length"] or 0.0) / (draft + cost(size * (1 + k)))
 
-        return sorted((cell for cell in rows if speed(cell)), key=speed, reverse=True)[:_MEASURED]
+        return sorted((cell for cell in rows if speed(cell)), key=speed, reverse=True)[:_CHOSEN]
 
 
 def _counts(cell: Cell, records: Sequence[Record]) -> Record:
     """What a cell drafted and accepted, by its records."""
     return {"exit_layer": cell[0], "num_speculations": cell[1], **metrics.acceptance(records)}
+
+
+def _speeds(records: Sequence[Record]) -> Record:
+    """Speed and speed-up of records of `Sweep.timed`."""
+    compared = metrics.speedup(records, BASELINE)
+    low, high = compared["speedup_interval"] or (None, None)
+    return {
+        **metrics.speed(records),
+        "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
+        "threads": fewest_threads(records, torch.get_num_threads()),
+    }  # fmt: skip
 
 
 def _replayed(record: Record, cell: Cell) -> Record:

@@ -51,6 +51,7 @@ def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, cap
     speeds = {"tokens/s, all tokens by wall time", "tokens/s, decode, median answer", "ms to first token"}
     ratios = {"speed-up, median of examples", "middle half of examples", "acceptance rate"}
     assert all(name in table for name in speeds | ratios)
+    assert "The speed-up is the median over examples of the ratio of tokens/s of whole answers." in table
     assert (only_run(tmp_path) / "benchmark.png").stat().st_size > 10_000
 
 

@@ -49,11 +49,14 @@ def test_counts_are_the_measured_ones(common, tmp_path, extra):
     pandas.testing.assert_frame_equal(counts[COUNTS], measured[COUNTS])
     timed = ["speedup", "total_time", "tokens_per_second_median"]
     assert (counts[timed] > 0).sum().tolist() == [3] * 3
+    assert counts["measured"].tolist() == counts["speedup"].notna().tolist()
     assert (measured[timed] > 0).all(axis=None)
+    assert measured["measured"].all()
 
 
-def test_pictures_table_and_flags(model_folder, tmp_path, capsys):
+def test_pictures_table_and_flags(model_folder, tmp_path, monkeypatch, capsys):
     """Guards against counted cells among measured ones, flags of another cell, and flags that are ignored."""
+    monkeypatch.setattr(sweeping.metrics, "ratios", lambda *_: numpy.array([2.0] * 5))
     grid = ["--exit_layer_last", "99", "--num_speculations_last", "3", "--batch_size", "2"]
     assert sweep.main([*arguments(model_folder, tmp_path), *grid, "--exit_layer", "2"]) == 0
     folder = only_run(tmp_path)
@@ -61,7 +64,10 @@ def test_pictures_table_and_flags(model_folder, tmp_path, capsys):
     run, (output, said) = about(folder), capsys.readouterr()
     assert "--exit_layer: not used, " in said
     assert "--exit_layer_last 99: cut to 3, the model has 4 layers" in said
-    assert output.startswith(f"{heading(run, ('exit_layer', 'num_speculations'))}\n\n3 prompts, ")
+    assert output.startswith(
+        f"{heading(run, ('exit_layer', 'num_speculations'))}\n\ncells chosen on 2 prompts, "
+    )
+    assert "measured on 1 prompt: " in output
     assert f"\n{folder}/: records.jsonl, run.json, sweep.csv, sweep.pdf, sweep.png\n" in output
     assert len(re.findall(r"^ +\d +\d +0\.", output, re.MULTILINE)) == 3
     assert "\n6 other cells: counts in sweep.csv and sweep.png\n" in output
@@ -76,7 +82,8 @@ def test_pictures_table_and_flags(model_folder, tmp_path, capsys):
 def test_the_cells_that_should_be_fastest_are_measured(common, monkeypatch):
     """Guards against exits that are right but cost more than earlier ones, or that are early but wrong."""
     measured = []
-    monkeypatch.setattr(Counted, "measure_cell", lambda _, cell, __: measured.append(cell) or {})
+    monkeypatch.setattr(Counted, "timed", lambda _, cell, *__: measured.append(cell) or [])
+    monkeypatch.setattr(sweeping, "_speeds", lambda _: {})
 
     def chosen(guesses):
         monkeypatch.setattr(Counted, "measure", lambda *_: guesses | {"tokens": [1] * 20, "max_tokens": 99})
@@ -88,20 +95,42 @@ def test_the_cells_that_should_be_fastest_are_measured(common, monkeypatch):
     assert chosen({"matches": dict.fromkeys("123", always)}) == {1}
 
 
-@pytest.mark.parametrize("slower", [True, False])
-def test_the_last_lines_say_what_a_sweep_found(slower, common, monkeypatch, capsys):
+def test_prompts_choose_cells_or_confirm_them(common, monkeypatch, capsys):
+    """Guards against the luckiest of many cells, measured by the prompts that chose it."""
+    asked = {"counted": [], "measured": []}
+    speedups = iter([9.0, 1.0, 3.0, 2.0, 2.0, 3.0, 8.0, 1.1, 1.0, 9.0])  # of both halves, cell by cell
+    for mode, halves in asked.items():
+        with monkeypatch.context() as patch:
+            watch(
+                patch, Counted.__mro__[1], "timed", lambda _, cell, half, *__, to=halves: to.append([*half])
+            )
+            if mode == "measured":
+                patch.setattr(sweeping.metrics, "ratios", lambda *_: numpy.array([next(speedups)] * 5))
+            grid = ["--exit_layer_last", "1", "--num_speculations_last", "5", "--mode", mode]
+            assert sweep.main([*common, *grid, "--num_samples", "5"]) == 0
+    assert asked == {"counted": [[1, 3]] * 3, "measured": [[0, 2, 4], [1, 3]] * 5}
+    output = capsys.readouterr().out
+    assert output.endswith("--exit_layer 1 --num_speculations 2\n")  # 3.00 on the other half, not 9.00
+
+
+@pytest.mark.parametrize(("speedup", "number"), [(0.5, 5), (2.0, 5), (2.0, 4)])
+def test_the_last_lines_say_what_a_sweep_found(speedup, number, common, tmp_path, monkeypatch, capsys):
     """Guards against a slow or uncertain best cell that does not say so, and a busy machine."""
     drawn = watch(monkeypatch, sweeping, "heat_maps")
-    monkeypatch.setattr(sweeping.metrics, "ratios", lambda *_: numpy.array([0.5 if slower else 2.0]))
+    monkeypatch.setattr(sweeping.metrics, "ratios", lambda *_: numpy.array([speedup] * number))
     monkeypatch.setattr("runs.description.most_threads", lambda model: 2)  # cells are measured with one
     assert sweep.main([*common, "--num_samples", "1"]) == 0
     (((_, title, _), _),) = drawn
     assert ", down to 1 of 2 threads, " in title
-    output = capsys.readouterr().out
+    *_, before, last = capsys.readouterr().out.splitlines()
     said = "no measured cell is faster than decoding without drafts; the nearest:"
-    assert (output.splitlines()[-2] == said) == slower
-    said = "note: these prompts do not tell which strategy is faster: there are fewer than five"
-    assert " ".join(output.split()).count(said) == 1
+    assert (before == said) == (speedup < 1)
+    if number < 5:
+        why = "these prompts do not tell which strategy is faster: there are fewer than five"
+        assert last == f"no cell is recommended: {why}; take more, by --num_samples"
+        assert about(only_run(tmp_path))["metrics"]["best"] is None
+    else:
+        assert last.startswith("--generation_strategy self_speculative --exit_layer ")
 
 
 def test_a_measured_sweep_of_empty_answers(common, tmp_path, capsys):
@@ -111,8 +140,9 @@ def test_a_measured_sweep_of_empty_answers(common, tmp_path, capsys):
     assert about(only_run(tmp_path))["metrics"]["best"] is None
 
 
-def test_copies_may_use_all_layers(common, tmp_path, capsys):
+def test_copies_may_use_all_layers(common, tmp_path, monkeypatch, capsys):
     """Guards against flags of a best cell without its copy, and a grid that ends before the best exit."""
+    monkeypatch.setattr(sweeping.metrics, "ratios", lambda *_: numpy.array([2.0] * 5))
     drafts = ["--draft_weights", "int4"]
     assert sweep.main([*common, *drafts, "--exit_layer_last", "2"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(" ".join(drafts))
