@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
+from self_speculation import model_cache
 from self_speculation.model_cache import cached, counts_writes, kept, peek, release, weights_key
 from self_speculation.weights.few_bits import FewBitsLinear
 
@@ -48,28 +49,19 @@ def replaced(module, memory):
 
 
 def replaced_data(module, memory):
-    module.weight.data = torch.zeros(1)
     module.weight.data = torch.from_numpy(memory)
 
 
 @pytest.mark.parametrize("replace", [rewrapped, replaced, replaced_data])
-def test_a_key_never_recurs(replace):
-    """Guards against kept prefixes, copies and joint weights of before: id, address and version of a weight
-    that is replaced twice are those of before.
+def test_a_key_never_recurs(replace, monkeypatch):
+    """Guards against kept prefixes, copies and joint weights of before: a weight that is replaced twice may
+    get id, address and version of before. Here all tensors have one id.
     """
+    monkeypatch.setattr(model_cache, "id", lambda it: 0 if torch.is_tensor(it) else id(it), raising=False)
     module, memory = nn.Linear(3, 3), torch.zeros(3, 3).numpy()
     replaced(module, memory)
-
-    def recurring():
-        return id(module.weight), module.weight.data_ptr(), module.weight._version
-
-    def recurs():
-        replace(module, memory)
-        replace(module, memory)
-        return recurring() == before
-
-    before, key = recurring(), weights_key(module)
-    assert any(recurs() for _ in range(100))
+    key = weights_key(module)
+    replace(module, memory)
     assert weights_key(module) == weights_key(module) != key
 
 
