@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 941, "classes": 188, "parameters": 2032}
+LIMITS = {"functions": 950, "classes": 190, "parameters": 2050}
 
 
 def count() -> dict[str, int]:

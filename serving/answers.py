@@ -23,7 +23,7 @@ from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, figures
-from serving.protocol import ChatRequest, CompletionRequest
+from serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.responses import ResponsesRequest
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
 
@@ -98,6 +98,25 @@ class Answer:
         ]
         return ignored
 
+    def convert(
+        self, kind: type[TokenizeRequest | DetokenizeRequest], body: bytes, ignored: set[str]
+    ) -> dict[str, Any]:
+        """Convert text to token ids, or back; `ignored` gets names of the request's ignored fields."""
+        generator, context = self._generator, context_length(self._generator.model.config)
+        request = kind.model_validate_json(body, context=ignored)
+        self._served.check_name(request.model or self._served.name)
+        if isinstance(request, DetokenizeRequest):
+            if (number := len(request.tokens)) > context:
+                raise APIError(f"tokens: must have at most {context} ids, not {number}", param="tokens")
+            ids = generator.encode(request.tokens)  # it checks them
+            return {"prompt": generator.tokenizer.decode(ids)}
+        if request.prompt is None:
+            ids = self._encode_chat(request.chat, "messages", request.add_special_tokens or False).prompt
+        else:
+            ids = self._encode(request.prompt, "prompt", request.add_special_tokens is not False)
+        texts = generator.tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None
+        return {"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": texts}
+
     def submit(self) -> None:
         """Compile the grammar, and submit a job for each choice."""
         request, generator, served = self.request, self._generator, self._served
@@ -170,17 +189,28 @@ class Answer:
         if any(id_ >= size for id_ in request.logit_bias):
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
 
-    def _encode_chat(self, request: ChatRequest, param: str) -> Request:
-        """The prompt by the chat template, and how the answer thinks."""
+    def _encode_chat(self, request: ChatRequest, param: str, special_tokens: bool = False) -> Request:
+        """The prompt by the chat template, which adds special tokens, and how the answer thinks."""
         generator, args = self._generator, self._served.args
         if not generator.tokenizer.chat_template:
             raise APIError(f"{param}: the model has no chat template, use /v1/completions", param=param)
         messages = [message.for_template for message in request.messages]
         kwargs = {**args.template_kwargs, **request.template_kwargs}
-        prompt = generator.render_chat(messages, kwargs, tools=request.tools_for_template or None)
+        ending = {
+            "add_generation_prompt": request.begins_message,
+            "continue_final_message": request.continue_final_message,
+        }
+        try:
+            prompt = generator.render_chat(
+                messages, kwargs, tools=request.tools_for_template or None, **ending
+            )
+        except ValueError as error:
+            if not request.continue_final_message:
+                raise
+            problem = f"the chat template cannot continue this message: {error!s:.80}"
+            raise APIError.at("continue_final_message", True, problem) from error
         thinking = Thinking.of(generator.tokenizer, prompt)
-        # The template adds special tokens.
-        return Request(self._encode(prompt, param, special_tokens=False), thinking=thinking)
+        return Request(self._encode(prompt, param, special_tokens), thinking=thinking)
 
     def _encode(self, prompt: str | list[int], param: str, special_tokens: bool = True) -> list[int]:
         generator = self._generator

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
@@ -23,9 +24,15 @@ from starlette.types import Message, Receive, Scope, Send
 from self_speculation.families import context_length
 from serving.answers import Answer, AnswerResponse, RequestKind, ServedModel
 from serving.engine import QueueFull
-from serving.errors import APIError
+from serving.errors import APIError, unrouted
 from serving.metrics import Metrics
-from serving.protocol import ChatRequest, CompletionRequest, server_sent
+from serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    server_sent,
+)  # fmt: skip
 from serving.responses import ResponsesRequest
 
 _PAGE = Path(__file__).with_name("page")
@@ -66,9 +73,12 @@ class App:
         }
         api = [
             Route("/models", self._models),
+            Route("/models/{name:path}", self._model),
             Route("/chat/completions", partial(self._respond, ChatRequest), methods=["POST"]),
             Route("/completions", partial(self._respond, CompletionRequest), methods=["POST"]),
             Route("/responses", partial(self._respond, ResponsesRequest), methods=["POST"]),
+            Route("/tokenize", partial(self._convert, TokenizeRequest), methods=["POST"]),
+            Route("/detokenize", partial(self._convert, DetokenizeRequest), methods=["POST"]),
         ]
         routes = [
             Route("/health", self._health),
@@ -100,11 +110,16 @@ class App:
             check_key(scope, self._key)
             await self._router(scope, receive, send_with_headers)
         except (Exception, asyncio.CancelledError) as exception:  # uvicorn cancels what is late at the end
+            headers = getattr(exception, "headers", None)
+            if isinstance(exception, HTTPException):
+                if isinstance(scope.get("endpoint"), StaticFiles) and scope["path"] not in _PUBLIC_PATHS:
+                    exception = HTTPException(404)  # whatever the method is
+                exception = unrouted(exception, http.method, scope["path"])
             error = self._metrics.count_error(exception, http.state.origin)
             if has_begun:  # a stream, of which this is the last event
                 await send({"type": "http.response.body", "body": server_sent(error.event).encode()})
                 return
-            headers = getattr(exception, "headers", None) or _HEADERS.get(error.status)
+            headers = headers or _HEADERS.get(error.status)
             await JSONResponse(error.body, error.status, headers)(scope, receive, send_with_headers)
 
     async def _health(self, _: HTTPRequest) -> Response:
@@ -117,6 +132,18 @@ class App:
 
     async def _models(self, _: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_entry]})
+
+    async def _model(self, http: HTTPRequest) -> Response:
+        self._served.check_name(http.path_params["name"])
+        return JSONResponse(self._model_entry)
+
+    async def _convert(self, kind: type[TokenizeRequest | DetokenizeRequest], http: HTTPRequest) -> Response:
+        """Convert text to token ids, or back."""
+        body = await _read_body(http, self._served.args.max_body)
+        answer, ignored = Answer(self._served, http.state.origin), set[str]()
+        content = await asyncio.to_thread(answer.convert, kind, body, ignored)
+        self._metrics.name_ignored(ignored)
+        return JSONResponse(content)
 
     async def _respond(self, kind: RequestKind, http: HTTPRequest) -> Response:
         body = await _read_body(http, self._served.args.max_body)

@@ -24,7 +24,32 @@ _STATUS: dict[type[BaseException], int] = {
     ChildProcessError: 503,  # that tries grammars
     RequestTimeout: 504,
 }
-_PATHS = "/, /health, /metrics, /v1/models, /v1/completions, /v1/chat/completions and /v1/responses"
+_PATHS = """
+    / /health /metrics /v1/models /v1/completions /v1/chat/completions /v1/responses /tokenize /detokenize
+"""
+# What pydantic finds wrong, by its names.
+_PROBLEMS = {
+    "missing": "is required",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "must not be empty",
+    "too_long": "must have at most {max_length} items",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
+    "json_invalid": "must be JSON: {error}",
+    "json_type": "must be a text that is JSON",
+}
 
 
 class APIError(Exception):
@@ -44,13 +69,12 @@ class APIError(Exception):
         """Turn any error into the one that the client gets."""
         if isinstance(error, APIError):
             return error
-        if isinstance(error, HTTPException):
-            return cls(f"{error.detail}: this server has {_PATHS}", error.status_code)
         if type(error) in _STATUS:
             return cls(str(error), _STATUS[type(error)])
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
-            problem = first["msg"].removeprefix("Value error, ")
+            message = _PROBLEMS.get(first["type"], first["msg"].removeprefix("Value error, "))
+            problem = message.format(**first.get("ctx", {}))
             # Others are pydantic's marks, such as that of a bad key.
             path = ".".join(part for part in map(str, first["loc"]) if "[" not in part)[:100]
             if path and first["type"] != "missing":
@@ -74,3 +98,13 @@ class APIError(Exception):
     def event(self) -> dict[str, Any]:
         """The last event of a stream: `body`, and what the Responses API has in its place."""
         return {**self.body, "type": "error", "message": str(self), "param": self.param, "code": self.code}
+
+
+def unrouted(error: HTTPException, method: str, path: str) -> APIError:
+    """The error of a path or a method that the server does not have."""
+    place, allowed = f"{method} {path[:100]}", (error.headers or {}).get("Allow")
+    if error.status_code == 405 and allowed:
+        return APIError(f"{place}: the method must be {' or '.join(sorted(allowed.split(', ')))}", 405)
+    if error.status_code == 404:
+        return APIError(f"{place}: there is no such path; there are {', '.join(_PATHS.split())}", 404)
+    return APIError(f"{place}: {error.detail}", error.status_code)

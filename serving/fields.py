@@ -135,6 +135,8 @@ _parts = TypeAdapter(Annotated[list[_TextPart], Field(max_length=MAX_ITEMS, fail
 
 
 def _joined(given: Any) -> Any:
+    if not isinstance(given, str | list):
+        raise ValueError("must be a text or a list of parts")
     return given if isinstance(given, str) else "\n".join(part.text for part in _parts.validate_python(given))
 
 
@@ -262,5 +264,5 @@ def _as_prompts(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         ) from None
 
 
-_Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
-Prompts = Annotated[list[str | _Ids], Field(max_length=MAX_ITEMS, fail_fast=True), WrapValidator(_as_prompts)]
+Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Prompts = Annotated[list[str | Ids], Field(max_length=MAX_ITEMS, fail_fast=True), WrapValidator(_as_prompts)]

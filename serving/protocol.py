@@ -9,7 +9,7 @@ import uuid
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.config import GenerationConfig
@@ -20,6 +20,8 @@ from serving.streaming import Delta, TokenLogprob
 from serving.tools import call_grammar, find_calls
 
 FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
+# Fields that `TokenizeRequest` has, too.
+_OF_CHATS = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 _REASONING = ("reasoning_content", "reasoning")  # DeepSeek's name, which vLLM had as well; vLLM's name now
 
 
@@ -147,6 +149,8 @@ class ChatRequest(BaseRequest):
     id_prefix = "chatcmpl"
 
     messages: fields.Messages
+    add_generation_prompt: bool | None = None  # of vLLM
+    continue_final_message: bool = False  # of vLLM
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     tools: list[fields.Tool] = Field([], max_length=128)
@@ -155,6 +159,21 @@ class ChatRequest(BaseRequest):
     chat_template_kwargs: fields.TemplateKwargs = Field({})
     reasoning_effort: fields.Effort | None = None
     include_reasoning: bool = True  # of vLLM
+
+    @model_validator(mode="after")
+    def _check_final_message(self) -> ChatRequest:
+        name, value = "continue_final_message", self.continue_final_message
+        if value and self.add_generation_prompt:
+            raise APIError.at(name, value, "not with add_generation_prompt, which begins another message")
+        if value and self.messages[-1].role != "assistant":
+            raise APIError.at(name, value, "the last message must be the assistant's")
+        return self
+
+    @property
+    def begins_message(self) -> bool:
+        """Whether the prompt ends with the beginning of a new message of the assistant."""
+        given = self.add_generation_prompt
+        return not self.continue_final_message if given is None else given
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -249,6 +268,38 @@ class CompletionRequest(BaseRequest):
             ],
             "text_offset": [token.offset for token in tokens],
         }
+
+
+class TokenizeRequest(fields.Fields):
+    """A request for the token ids of a text or of a chat's prompt, as in vLLM."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: fields.Messages | None = None
+    add_special_tokens: bool | None = None  # default: to a text
+    return_token_strs: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    tools: list[fields.Tool] = Field([], max_length=128)
+    chat_template_kwargs: fields.TemplateKwargs = Field({})
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise APIError("prompt, messages: must be one of them", param="prompt")
+        return self
+
+    @property
+    def chat(self) -> ChatRequest:
+        """The chat with these messages."""
+        return ChatRequest(**{name: getattr(self, name) for name in _OF_CHATS})
+
+
+class DetokenizeRequest(fields.Fields):
+    """A request for the text of token ids, as in vLLM."""
+
+    model: str | None = None
+    tokens: fields.Ids
 
 
 class ChoicesWriter:

@@ -81,6 +81,12 @@ def _item_kind(given: Any) -> str | None:
     return f"[{given.get('type') or 'message'}]" if isinstance(given, dict) else None
 
 
+def _as_items(given: Any) -> Any:
+    if not isinstance(given, str | list):
+        raise ValueError("must be a text or a list of items")
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
 # Errors do not name tags in brackets.
 _AnyItem = Annotated[
     Annotated[InputMessage, Tag("[message]")]
@@ -96,7 +102,7 @@ _AnyItem = Annotated[
 Items = Annotated[
     list[_AnyItem],
     Field(min_length=1, max_length=fields.MAX_ITEMS, fail_fast=True),
-    BeforeValidator(lambda given: [{"role": "user", "content": given}] if isinstance(given, str) else given),
+    BeforeValidator(_as_items),
 ]
 
 

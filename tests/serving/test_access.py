@@ -64,8 +64,16 @@ def test_headers_and_methods_that_clients_expect(served, monkeypatch):
     assert len(ids) == 2
     long = requests.get(f"{served.url}/health", headers={"X-Request-Id": "x" * 60_000})
     assert len(long.headers["x-request-id"]) == 200
-    missing = requests.post(f"{served.url}/v1/answers", json={}).json()["error"]["message"]
-    assert "/v1/chat/completions and /v1/responses" in missing
+    for method, path, status, says in (
+        ("POST", "/v1/answers", 404, "there is no such path; there are /, /health, "),
+        ("POST", "/answers", 404, "there is no such path"),
+        ("GET", "/v1/", 404, "there is no such path"),
+        ("GET", "/v1/completions", 405, "the method must be POST"),
+        ("DELETE", "/health", 405, "the method must be GET or HEAD"),
+    ):
+        found = requests.request(method, f"{served.url}{path}", json={})
+        message = found.json()["error"]["message"]
+        assert (found.status_code, message.startswith(f"{method} {path}: {says}")) == (status, True), message
     monkeypatch.setattr("serving.app.generate_latest", lambda _: 1 / 0)
     named = {"X-Request-Id": "mine", "Origin": "http://elsewhere"}
     for path, status, kind in (("v1/x", 404, "invalid_request_error"), ("metrics", 500, "server_error")):

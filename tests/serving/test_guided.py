@@ -88,7 +88,7 @@ GUIDE = "response_format, structured_outputs or tools: "
     [
         ({"type": "nonsense"}, False, f"{GUIDE}.*nonsense"),
         ({"const": "x" * 1_000_000}, True, f"{GUIDE}.*at most 100000"),
-        (nested(250), False, "the body: Invalid JSON: recursion limit"),
+        (nested(250), False, "the body: must be JSON: recursion limit"),
         ({"type": "string", "pattern": "(?=a)b"}, True, f"{GUIDE}.*look-ahead"),
         (LOOP, False, f"{GUIDE}.*matches nothing"),
     ],

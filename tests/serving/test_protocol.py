@@ -159,7 +159,7 @@ LONG = [{"type": "text", "text": ""}] * 9_000
 LEAVE = ": this server does not have it, leave it out"
 # Fields that would change the answer -> what to use instead.
 INSTEAD = {
-    "add_generation_prompt": (False, "chat_template_kwargs"), "do_sample": (False, "temperature"),
+    "enable_thinking": (False, "chat_template_kwargs"), "do_sample": (False, "temperature"),
     "ebnf": ("x", "structured_outputs with json, regex or choice"), "functions": ([{"name": "f"}], "tools"),
     "max_output_tokens": (5, "max_tokens"), "min_new_tokens": (5, "ignore_eos and max_tokens"),
     "prompt_logprobs": (1, "logprobs"), "random_seed": (1, "seed"), "system": ("x", "messages"),
@@ -185,18 +185,31 @@ FAULTS = [
         "reads text only",
     ),
     ({"chat_template_kwargs": {f"x{i}": 0 for i in range(101)}}, "chat_template_kwargs", "at most 100 items"),
-    ({"chat_template_kwargs": "enable_thinking=false"}, "chat_template_kwargs", "should be an object"),
+    ({"chat_template_kwargs": "enable_thinking=false"}, "chat_template_kwargs", "must be an object"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "no variable of chat"),
     ({"messages": [{"content": "x"}]}, "messages.0.role", "required"),
     ({"messages": [calling("{")]}, "messages.0.tool_calls.0.function.arguments", ""),
-    ({"tool_choice": "any"}, "tool_choice", "should be 'none', 'auto' or 'required'"),
+    ({"tool_choice": "any"}, "tool_choice", "must be 'none', 'auto' or 'required'"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "needs the field json_schema"),
     ({"temperature": float("nan")}, "temperature", "finite"),
     ({"temperature": "0.5"}, "temperature", "number"),
     ({"reasoning_effort": "banana"}, "reasoning_effort", "'none', "),
     ({"repetition_penalty": 1e-300}, "repetition_penalty", "0.01"),  # infinite logits
     ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens", "1"),
-    ({"stop": [""]}, "stop.0", ""),
+    ({"stop": [""]}, "stop.0", "must not be empty"),
+    ({"messages": []}, "messages", "messages []: must not be empty"),
+    (
+        {"messages": [{**HELLO[0], "content": 5}]},
+        "messages.0.content",
+        "5: must be a text or a list of parts",
+    ),
+    ({"seed": 1.5}, "seed", "seed 1.5: must be a whole number"),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+        "not with add_generation_prompt",
+    ),
+    ({"continue_final_message": True}, "continue_final_message", "the last message must be the assistant's"),
     ({"stop": ["x", "x" * 257]}, "stop.1", "at most 256 characters"),
     ({"messages": [{**HELLO[0], "content": "\ud800"}]}, None, ""),
     ({"logit_bias": {"5_0": 1}}, "logit_bias.5_0", ""),

@@ -221,7 +221,7 @@ def test_a_conversation_becomes_that_of_a_chat():
             "input.0.content.0.type",
             "text only",
         ),
-        ({"input": []}, "input", "at least 1"),
+        ({"input": []}, "input", "must not be empty"),
         ({"input": "x" * 5000}, "input", "context length"),
         ({"reasoning": {"effort": "banana"}}, "reasoning.effort", "'none', "),
         ({"tool_choice": "required"}, "tool_choice", "names no tool"),

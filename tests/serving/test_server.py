@@ -14,7 +14,20 @@ import torch
 from conftest import generate
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from servers import CHAT, HELLO, Served, chunks, held, post, raw_request, refused, send, tiny_generator, until
+from servers import (
+    CHAT,
+    HELLO,
+    TEMPLATE,
+    Served,
+    chunks,
+    held,
+    post,
+    raw_request,
+    refused,
+    send,
+    tiny_generator,
+    until,
+)
 from tokenizers.processors import TemplateProcessing
 
 from self_speculation import GenerationStrategyResult
@@ -268,8 +281,8 @@ TOO_LONG = "maximum context length is 256 tokens"
             None,
             "response_format, structured_outputs",
         ),
-        (b"{", None, "Invalid JSON: EOF"),
-        (b"[1]", None, "should be an object"),
+        (b"{", None, "the body: must be JSON: EOF"),
+        (b"[1]", None, "the body: must be an object"),
         (b"[" * 100_000, None, ""),
         (b'{"\\ud800": 1}', None, ""),
         (b'{"prompt": [99999]}', None, "the prompt has the token id 99999"),
@@ -376,3 +389,61 @@ def test_a_failure_in_a_stream_is_its_last_event(served, monkeypatch):
     with pytest.raises(openai.APIError, match="out of memory; less takes a shorter prompt"):
         list(stream)
     assert post(served, prompt="x").status_code == 200
+
+
+def test_one_model_is_found_by_its_name(served):
+    """Guards against clients that look for their model at its own path."""
+    assert served.client.models.retrieve("tiny") == served.client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="model 'a/b': this server has 'tiny'"):
+        served.client.models.retrieve("a/b")
+
+
+def test_text_to_token_ids_and_back(served):
+    """As in vLLM. Guards against other ids than those of prompts: special tokens, a template, tools."""
+
+    def converted(path, **request):
+        response = requests.post(f"{served.url}/{path}", json=request, timeout=60)
+        return response.json() if response.ok else response.json()["error"]["message"]
+
+    generator = served.generator
+    text = converted("tokenize", prompt="caf\u00e9 x", return_token_strs=True)
+    ids = generator.encode("caf\u00e9 x")
+    strings = generator.tokenizer.convert_ids_to_tokens(ids)
+    assert text == {"count": len(ids), "max_model_len": 256, "tokens": ids, "token_strs": strings}
+    bare = converted("v1/tokenize", prompt="x", add_special_tokens=False)
+    assert bare["tokens"] == generator.encode("x", special_tokens=False)
+    chat = converted("tokenize", messages=HELLO, model="tiny")
+    rendered = "user: Hello\nassistant:"
+    assert (chat["tokens"], chat["token_strs"]) == (generator.encode(rendered, special_tokens=False), None)
+    assert post(served, CHAT, messages=HELLO, max_tokens=1).json()["usage"]["prompt_tokens"] == chat["count"]
+    assert converted("detokenize", tokens=chat["tokens"]) == {"prompt": rendered}
+    assert "must be one of them" in converted("tokenize")
+    assert "this server has 'tiny'" in converted("tokenize", prompt="x", model="large")
+    assert "at most 256 ids" in converted("detokenize", tokens=[5] * 257)
+    assert "the token id 99999" in converted("detokenize", tokens=[99999])
+    assert TOO_LONG in converted("tokenize", prompt="x y " * 1000)
+
+
+def test_the_last_message_can_be_continued(served, monkeypatch):
+    """Guards against the beginning of another message before the continuation, and a text that is lost."""
+    begun = [*HELLO, {"role": "assistant", "content": "The capital"}]
+    request = {"messages": begun, "max_tokens": 9, "continue_final_message": True}
+    template = TEMPLATE.replace("assistant:", "{% if add_generation_prompt %}assistant:{% endif %}")
+    monkeypatch.setattr(served.generator.tokenizer, "chat_template", template)
+    prompts = []
+    encode = type(served.generator).encode
+    monkeypatch.setattr(
+        served.generator,
+        "encode",
+        lambda text, *args: prompts.append(text) or encode(served.generator, text, *args),
+    )
+    whole = post(served, CHAT, **request).json()["choices"][0]["message"]["content"]
+    assert prompts[0] == "user: Hello\nassistant: The capital"
+    ids = encode(served.generator, prompts[0], special_tokens=False)
+    assert whole == served.expected(ids, max_steps=9)
+    parts = streamed(served, CHAT, **request, add_generation_prompt=False)
+    assert "".join(part["delta"]["content"] for part in parts) == whole
+    post(served, CHAT, messages=begun, max_tokens=1, add_generation_prompt=False)
+    assert "user: Hello\nassistant: The capital\n" in prompts
+    monkeypatch.setattr(served.generator.tokenizer, "chat_template", "{{ messages[0].content }}{# content #}")
+    assert "the chat template cannot continue" in refused(served, CHAT, **request)
