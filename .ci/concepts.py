@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 950, "classes": 190, "parameters": 2050}
+LIMITS = {"functions": 951, "classes": 190, "parameters": 2053}
 
 
 def count() -> dict[str, int]:

@@ -79,17 +79,21 @@ class PrefixCache:
             self._put(sequence, slot)
 
     def release(self, sequence: Sequence) -> None:
-        """Free a sequence's slot; its keys and values become a prefix, unless it failed or is not a row. The
-        last row moves to the place of a row.
+        """Free a sequence's slot. Its keys and values become a prefix unless it failed, also those of a
+        prompt that is read in part. The last row moves to the place of a row.
         """
         slot, sequence.slot, cache = sequence.slot, None, self.cache
         if not cache.is_valid:
             return
         assert slot is not None
-        is_row, left = slot < cache.num_rows, _Prefix()
-        if is_row and not (sequence.error or sequence.is_damaged or self.key is None):
-            left = _Prefix(sequence.ids[: cache.lengths()[slot]], next(self._answers))
-        if sequence.is_damaged or not is_row:
+        left = _Prefix()
+        is_row = slot < cache.num_rows
+        length = cache.lengths()[slot] if is_row else sequence.num_computed
+        # Logits of a row are numbers. A prompt that is read in part has had none.
+        is_damaged = sequence.is_damaged or not (is_row or cache.is_finite(slot, length))
+        if not (sequence.error or is_damaged or self.key is None):
+            left = _Prefix(sequence.ids[:length], next(self._answers))
+        if is_damaged or (sequence.error and not is_row):
             cache.clear_slot(slot)
         if is_row:
             last = cache.num_rows - 1

@@ -18,7 +18,7 @@ from self_speculation.results import DraftStats, GenerationStrategyResult, StopR
 from self_speculation.transfers import AsyncRead, Known, on_device
 
 _NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
-_NO_DISTRIBUTION = "cannot sample: the largest logit is infinite; do logits processors forbid every token?"
+_NO_TOKEN = "no token can be picked: the largest logit is infinite; do logits processors forbid every token?"
 
 
 class Failure(NamedTuple):
@@ -106,8 +106,9 @@ class Sequence:
         self.is_damaged = self.is_damaged or any(map(math.isnan, largest))
         end = None if self._failure is None else self._failure.position
         for position, number in enumerate(largest[:end]):
-            if math.isnan(number) or (math.isinf(number) and not self.sampler.greedy):
-                why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
+            # Of several infinite ones greedy decoding takes the first.
+            if math.isnan(number) or number == -math.inf or (number == math.inf and not self.sampler.greedy):
+                why = _NOT_A_NUMBER if math.isnan(number) else _NO_TOKEN
                 self._failure = Failure(position, FloatingPointError(why))
                 break
 

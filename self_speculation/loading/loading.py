@@ -43,6 +43,10 @@ from self_speculation.passes.runners import activation_dtype, capture_decoding, 
 from self_speculation.progress import is_shown
 from self_speculation.weights.kernels import cpu_operators
 
+# Where `load_config` has found models, by name and `trust_remote_code`: loading weights does not ask a hub
+# that is down again.
+_LOCATED = dict[tuple[str, bool], tuple[str, dict[str, Any]]]()
+
 
 def resolve_device(name: str = "auto") -> torch.device:
     """`cuda` is the GPU of this rank; `auto` is that GPU if there is one, else the CPU; `split` begins there.
@@ -85,7 +89,7 @@ def load_config(model: str | os.PathLike[str], options: LoadingOptions | None = 
     options = LoadingOptions() if options is None else options
     check_kind("options", options, LoadingOptions)
     model = adapted_model(os.fspath(model), options) or os.fspath(model)
-    source, kwargs = locate(model, options.trust_remote_code)
+    source, kwargs = _LOCATED[model, options.trust_remote_code] = locate(model, options.trust_remote_code)
     with explained(model):
         header = _header(model)  # refuses a file that is cut short
         scaling = (given := {**options.model_args}).pop("rope_scaling", None)
@@ -132,7 +136,8 @@ def load_model_and_tokenizer(
         check_can_be_captured(config)
     adapted = adapted_model(model, options)
     base = adapted or model
-    source, kwargs = locate(base, options.trust_remote_code)
+    located = _LOCATED.pop((base, options.trust_remote_code), None)
+    source, kwargs = located or locate(base, options.trust_remote_code)
     with explained(model), _bars_of_scripts():
         header = _header(base)
         if header is not None and dtype == "auto":

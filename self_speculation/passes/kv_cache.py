@@ -240,6 +240,10 @@ class KVCache:
         lengths[row] = lengths[last]
         self.set_rows(lengths[:-1])
 
+    def is_finite(self, slot: int, length: int) -> bool:
+        """Whether the first positions of a slot are, in all layers."""
+        return all(bool(buffer[slot, :, :length].isfinite().all()) for buffer in self.buffers.all())
+
     def clear_slot(self, slot: int) -> None:
         """Fill it with zeros: it may hold NaN, and a mask does not keep NaN out."""
         for buffer in self.buffers.all():

@@ -60,7 +60,8 @@ def test_prompts_are_read_in_turn():
     assert joined == ["short", "third", "long"]
 
 
-def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
+@pytest.mark.parametrize("reuse_cache", [False, True])
+def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot(reuse_cache):
     """Guards against NaN that the next sequence in this slot reads, beyond its last token, and NaN in padding
     by a token that the row does not have.
     """
@@ -68,7 +69,7 @@ def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
     with torch.no_grad():
         model.model.embed_tokens.weight[[0, 49]] = torch.nan
         model.lm_head.weight[[0, 49]] = 0  # no output has them
-    scheduler = scheduler_of(model, 2, 8)
+    scheduler = scheduler_of(model, 2, 8, reuse_cache=reuse_cache)
     scheduler.add_request("long", Request(LONG))
     scheduler.step()
     scheduler.add_request("nan", Request([49] * 30))

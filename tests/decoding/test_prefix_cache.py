@@ -39,6 +39,21 @@ def test_the_slot_with_the_longest_prefix_is_taken():
     assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]
 
 
+def test_a_cancelled_prompt_leaves_what_is_read_of_it():
+    """Guards against a prompt that is read again after a client has left and come back."""
+    model = tiny_llama()
+    scheduler = scheduler_of(model, 2, 4, max_steps=5, reuse_cache=True)
+    scheduler.add_request("left", Request(STORY))
+    for _ in range(2):
+        scheduler.step()
+    scheduler.cancel({"left"})
+    assert drained(scheduler)["left"].stop_reason == "cancelled"
+    scheduler.add_request("back", Request([*STORY, 9]))
+    result = drained(scheduler)["back"]
+    assert result.num_cached_tokens == 8
+    assert result.predicted_tokens == fresh(model, [*STORY, 9], eos=(), max_steps=5).predicted_tokens
+
+
 @pytest.mark.parametrize("first", [STORY, [40, 41]])
 def test_a_kept_prefix_survives_a_shorter_prompt(first):
     """Guards against a swap of slots that cuts the longer one, whichever comes first."""

@@ -227,8 +227,8 @@ def test_errors_of_the_hub_become_advice(kind, advice, monkeypatch):
 
 
 def test_without_a_network(model_folder, tmp_path, monkeypatch, capsys):
-    """Guards against half a minute of attempts, each with its raw error, before the one line, and against a
-    check of the network that refuses models of the local cache.
+    """Guards against half a minute of attempts, each with its raw error, before the one line, against a check
+    of the network that refuses models of the local cache, and against a second check of seconds.
     """
     constants = huggingface_hub.constants
     address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, "http://127.0.0.1:9")
@@ -242,7 +242,12 @@ def test_without_a_network(model_folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(model_folder, tmp_path / "models--a--b" / "snapshots" / "0")
     (tmp_path / "models--a--b" / "refs").mkdir()
     (tmp_path / "models--a--b" / "refs" / "main").write_text("0")
+    asked = Mock(side_effect=hub_answers)
+    monkeypatch.setattr("self_speculation.loading.sources.hub_answers", asked)
     model, tokenizer = load_model_and_tokenizer("a/b")
+    asked.assert_called_once()
+    load_model_and_tokenizer("a/b", config=load_config("a/b"))
+    assert asked.call_count == 2
     assert model.config.num_hidden_layers == 4
     assert tokenizer.encode("def")
 
