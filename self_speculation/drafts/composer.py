@@ -25,8 +25,11 @@ class DraftComposer:
     Args:
         sources: those of layers share a head. A row takes the longest match of the lookups; at a tie, that of
             the source listed first.
-        policy: plans rounds and learns from them; None: a row without a match has a draft of the last source
-            that computes, and all drafts are as long as the limits.
+        policy: plans rounds and learns from them; None: a row without a match has a draft of the source that
+            computes, and all drafts are as long as the limits.
+
+    Raises:
+        ValueError: several sources compute, and there is no policy.
     """
 
     def __init__(
@@ -36,15 +39,20 @@ class DraftComposer:
         policy: AdaptivePolicy | None,
     ) -> None:
         self._model, self._policy, self._vocab_size = model, policy, model.config.vocab_size
-        self._sources = {source.name: source for source in sources if isinstance(source, DraftSource)}
+        computing = [source for source in sources if isinstance(source, DraftSource)]
+        self._sources = {source.name: source for source in computing}
         self._lookups = [source for source in sources if isinstance(source, LookupDrafts)]
+        if policy is None and len(computing) > 1:
+            names = ", ".join(source.name for source in computing)
+            why = f"one source computes drafts, not {names}; adaptive picks among several"
+            raise ValueError(f"generation_strategy self_speculative: {why}")
         self._stopwatch, self._num_graphs = Stopwatch(model.device), 0
 
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft | None:
         """Draft tokens for each row, see `DraftSource.draft`; None: the round is a plain step."""
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         if self._policy is None:
-            plan = Plan([*self._sources][-1], max(limits), [*map(bool, matches)])
+            plan = Plan(next(iter(self._sources), None), max(limits), [*map(bool, matches)])
         else:
             self._stopwatch, self._num_graphs = Stopwatch(batch.last.device), num_captures(self._model)
             if (planned := self._policy.plan(matches, limits)) is None:

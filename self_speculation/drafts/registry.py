@@ -79,7 +79,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
     """The sources that the config asks for.
 
     Raises:
-        ValueError: layers or head cannot be copied.
+        ValueError: layers or head cannot be copied, or several sources compute and nothing picks one.
     """
     config, arms = context.config, dict[str, Arm]()
     sources = [each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)]
@@ -135,4 +135,4 @@ def draft_flags() -> tuple[str, ...]:
 
 def is_replayable(config: GenerationConfig) -> bool:
     """Whether a replay can follow the drafts: they come from one exit and have one length."""
-    return [kind for kind in SOURCES if kind.asked_for(config)] == SOURCES[:1]
+    return [kind.make for kind in SOURCES if kind.asked_for(config)] == [_layers]

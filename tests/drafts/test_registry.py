@@ -14,7 +14,7 @@ import eval
 import generate
 import sweep
 from measures import harness_model
-from self_speculation import custom_generate
+from self_speculation import custom_generate, make_strategy
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request
 from self_speculation.drafts import registry
@@ -57,13 +57,17 @@ class WithAlways(GenerationConfig):
     """Guess this token."""
 
 
+def asks(config):
+    return getattr(config, "always", None) is not None
+
+
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    kind = registry.SourceEntry(
-        asked_for=lambda config: getattr(config, "always", None) is not None,
-        make=lambda context: [Always(context)],
-    )
-    monkeypatch.setattr(registry, "SOURCES", [*registry.SOURCES, kind])
+    """It takes the place of exits, but not in adaptive decoding."""
+    exits, *lookups = registry.SOURCES
+    exits = exits._replace(asked_for=lambda config: config.is_adaptive or not asks(config))
+    kind = registry.SourceEntry(asked_for=asks, make=lambda context: [Always(context)])
+    monkeypatch.setattr(registry, "SOURCES", [exits, *lookups, kind])
     monkeypatch.setattr(registry, "GenerationConfig", WithAlways)
     monkeypatch.setattr(Always, "made", 0)
     for module in (*SCRIPTS, harness_model):
@@ -102,6 +106,15 @@ def test_generate_of_transformers_hands_its_flag_on(monkeypatch):
     assert torch.equal(drafted, model.generate(ids, **shared))
 
 
+def test_two_sources_that_compute_need_a_policy(text_model):
+    """Guards against the last one, which silently took the place of exits."""
+    registry.SOURCES[0] = registry.SOURCES[0]._replace(asked_for=lambda config: True)
+    config = WithAlways(generation_strategy="self_speculative", exit_layer=1, num_speculations=2, always=9)
+    with pytest.raises(ValueError, match="one source computes drafts, not exit 1, always; adaptive picks"):
+        make_strategy("self_speculative").prepare(text_model, config)
+    make_strategy("adaptive").prepare(text_model, dataclasses.replace(config, generation_strategy="adaptive"))
+
+
 def test_adaptive_decoding_chooses_among_it(monkeypatch):
     """The plans are given: whether it pays is the policy's to learn."""
 
@@ -132,6 +145,16 @@ def test_a_source_that_matches_more_than_its_priors(strategy, monkeypatch):
     exits = {} if strategy == "adaptive" else {"exit_layer": 1, "num_speculations": 2}
     result = conftest.generate(tiny_llama(), PROMPT, strategy, max_steps=9, eos=[], **exits)
     assert "echo" in result.draft_stats.by_source
+
+
+def test_a_source_that_looks_up_drafts_without_layers(monkeypatch):
+    """Guards against an IndexError where no source computes."""
+    kind = registry.SourceEntry(lambda config: True, lambda context: [Echo()])
+    monkeypatch.setattr(registry, "SOURCES", [kind])
+    shared = {"max_steps": 9, "eos": []}
+    result = conftest.generate(tiny_llama(), PROMPT, exit_layer=1, num_speculations=2, **shared)
+    assert "echo" in result.draft_stats.by_source
+    assert result.predicted_tokens == conftest.generate(tiny_llama(), PROMPT, **shared).predicted_tokens
 
 
 @pytest.mark.parametrize("way", ["layers", "n-grams"])
