@@ -113,10 +113,12 @@ def test_every_command_works_as_printed(page, checkout):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_every_example_in_python_runs(page, checkout):
-    """Guards against an example that fails or warns."""
+    """Guards against an example that fails or warns, and output right below one that it does not print."""
     result = run("".join(blocks(page, "python")), checkout, "python")
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
+    shown = re.findall(r"```python\n[^`]*```\n\n```text\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert not shown or result.stdout == "".join(shown)
 
 
 @pytest.mark.parametrize("page", ALL)
