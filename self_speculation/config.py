@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
-from functools import cache
+from difflib import get_close_matches
+from functools import cache, wraps
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
@@ -142,6 +143,23 @@ def field_texts(kind: type) -> dict[str, str]:
     return found
 
 
+def _refuse_unknown_fields(kind: type) -> type:
+    """Have `__init__` of a dataclass name an unknown field, and the one that is meant."""
+    make: Any = kind.__init__  # type: ignore[misc]
+
+    @wraps(make)
+    def checked(self: object, *args: Any, **given: Any) -> None:
+        known = [each.name for each in fields(type(self))]  # type: ignore[arg-type]
+        for name in given.keys() - known:
+            near = get_close_matches(name, known, 1)
+            meant = f"; did you mean {near[0]}?" if near else f": it has {', '.join(known)}"
+            raise TypeError(f"{name}: {type(self).__name__} has no such field{meant}")
+        make(self, *args, **given)
+
+    kind.__init__ = checked  # type: ignore[misc]
+    return kind
+
+
 def _explain_fields(kind: type) -> type:
     """Append the texts below the fields of a class to its docstring, for `help`."""
     with suppress(OSError):  # there is no source
@@ -151,6 +169,7 @@ def _explain_fields(kind: type) -> type:
 
 
 @_explain_fields
+@_refuse_unknown_fields
 @dataclass(frozen=True)
 class GenerationConfig:
     """How to generate.
@@ -272,6 +291,7 @@ class LoadingWarning(UserWarning):
 
 
 @_explain_fields
+@_refuse_unknown_fields
 @dataclass(frozen=True)
 class LoadingOptions:
     """How to load a model, and onto which device.

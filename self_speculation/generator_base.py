@@ -115,7 +115,7 @@ class HuggingfaceLlamaGenerator:
             ValueError: batch_size below 1, or an exit layer that the model does not have.
         """
         check_kind("generation_config", generation_config, GenerationConfig)
-        if isinstance(prompts, str | bytes | Mapping | Request):
+        if isinstance(prompts, str | bytes | Mapping | Request) or not isinstance(prompts, Iterable):
             raise ValueError("prompts: must be a list of prompts; generate takes a single one")
         began = time.perf_counter()  # the first answer's time includes the setup
         begun: list[tuple[int, TokenizedRequest]] = []  # in the order of the strategy

@@ -1,5 +1,7 @@
 """The library refuses wrong kinds of arguments in one line that says what is allowed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import own_llama, tiny_llama
@@ -9,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from self_speculation import (
     GenerationConfig,
     HuggingfaceLlamaGenerator,
+    LoadingError,
     LoadingOptions,
     Request,
     fuse,
@@ -16,6 +19,7 @@ from self_speculation import (
     make_strategy,
 )
 from self_speculation.llama_model_utils import forward_early
+from self_speculation.loading.loading import load_config
 
 CONFIG = GenerationConfig(max_steps=4)
 
@@ -59,6 +63,17 @@ REFUSALS = {
     "model_args 'a=b': must be a dictionary": lambda _: LoadingOptions(model_args="a=b"),
     "seed None: must be an integer": lambda _: LoadingOptions(seed=None),
     "fuse 'no': must be True or False": lambda _: LoadingOptions(fuse="no"),
+    "max_step: GenerationConfig has no such field; did you mean max_steps?": lambda _: (
+        GenerationConfig(max_step=3)
+    ),
+    "top_z: GenerationConfig has no such field; did you mean top_p?": lambda _: replace(CONFIG, top_z=3),
+    "colour: LoadingOptions has no such field: it has model_args, ": lambda _: LoadingOptions(colour=3),
+    "model None: must be a hub id, a folder or a .gguf file": lambda _: load_model_and_tokenizer(None),
+    "model 3: must be a hub id, a folder or a .gguf file": lambda _: load_config(3),
+    "streamer: must have put(ids) and end(), not int": lambda tokenizer: (
+        generator(tokenizer).generate("def", CONFIG, streamer=3)
+    ),
+    "logits_processors: must be a function or a list of them, not int": lambda _: Request([5], 3),
     "options: must be a LoadingOptions, not dict": lambda _: load_model_and_tokenizer("x", {"dtype": "half"}),
     "config: must be a GenerationConfig, not dict": lambda _: Request([5], config={"max_steps": 3}),
     "tokenizer: must be a PreTrainedTokenizerBase, not LlamaForCausalLM": lambda tokenizer: (
@@ -75,6 +90,9 @@ REFUSALS = {
     ),
     "prompts: must be a list of prompts; generate takes a single one": lambda tokenizer: (
         list(generator(tokenizer).generate_batch("def", CONFIG))
+    ),
+    "prompts: must be a list of prompts;": lambda tokenizer: (
+        list(generator(tokenizer).generate_batch(None, CONFIG))
     ),
     "batch_size: must be a int, not str": lambda tokenizer: (
         list(generator(tokenizer).generate_batch(["def"], CONFIG, "2"))
@@ -102,7 +120,7 @@ REFUSALS = {
 @pytest.mark.parametrize("line", REFUSALS)
 def test_what_is_refused(line, byte_tokenizer):
     """Guards against arguments that mean something else, and against errors that name insides."""
-    assert error_line(ValueError, REFUSALS[line], byte_tokenizer).startswith(line)
+    assert error_line((ValueError, TypeError, LoadingError), REFUSALS[line], byte_tokenizer).startswith(line)
 
 
 def test_what_is_taken(byte_tokenizer):

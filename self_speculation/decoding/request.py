@@ -62,6 +62,13 @@ class Request:
     def __post_init__(self) -> None:
         if self.config is not None:
             check_kind("config", self.config, GenerationConfig)
+        streamer = self.streamer
+        if not (streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end"))):
+            raise ValueError(f"streamer: must have put(ids) and end(), not {type(streamer).__name__}")
+        for name in ("logits_processors", "stopping_criteria", "stop_checks"):
+            value = getattr(self, name)
+            if not (value is None or callable(value) or isinstance(value, Iterable)):
+                raise ValueError(f"{name}: must be a function or a list of them, not {type(value).__name__}")
 
     @property
     def ids(self) -> list[int]:

@@ -37,7 +37,7 @@ from self_speculation.config import (
 from self_speculation.families import LLAMA_LAYOUT, check_supported, experts_per_token, scale_rotation
 from self_speculation.loading.gguf_config import config_of
 from self_speculation.loading.gguf_files import Header, format_of_matrices, load_file
-from self_speculation.loading.sources import LoadingError, adapted_model, explained, locate
+from self_speculation.loading.sources import LoadingError, adapted_model, explained, locate, path_of
 from self_speculation.passes.quantized_layers import quantize
 from self_speculation.passes.runners import activation_dtype, capture_decoding, check_can_be_captured, fuse
 from self_speculation.progress import is_shown
@@ -88,7 +88,8 @@ def load_config(model: str | os.PathLike[str], options: LoadingOptions | None = 
     """The config of a supported model; arguments and errors as `load_model_and_tokenizer`."""
     options = LoadingOptions() if options is None else options
     check_kind("options", options, LoadingOptions)
-    model = adapted_model(os.fspath(model), options) or os.fspath(model)
+    model = path_of(model)
+    model = adapted_model(model, options) or model
     source, kwargs = _LOCATED[model, options.trust_remote_code] = locate(model, options.trust_remote_code)
     with explained(model):
         header = _header(model)  # refuses a file that is cut short
@@ -122,7 +123,8 @@ def load_model_and_tokenizer(
     Raises:
         LoadingError
     """
-    model, options = os.fspath(model), LoadingOptions() if options is None else options
+    model = path_of(model)
+    options = LoadingOptions() if options is None else options
     check_kind("options", options, LoadingOptions)
     set_seed(options.seed)
     device = resolve_device(options.device)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,13 @@ def hub_answers(repo: str, kind: Literal["model", "dataset"] = "model") -> bool:
     except Exception:  # without a network, each version of the hub's client raises its own
         return False
     return True
+
+
+def path_of(model: object) -> str:
+    """The name of a model, as a text. Raises LoadingError if it is none."""
+    if not isinstance(model, str | os.PathLike):
+        raise LoadingError(f"model {model!r}: must be a hub id, a folder or a .gguf file")
+    return os.fspath(model)
 
 
 def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
