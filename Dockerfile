@@ -45,7 +45,7 @@ VOLUME ["/cache", "/app/logs"]
 CMD ["python", "generate.py", "--help"]
 
 FROM base AS cuda
-# train.py --compile True needs a compiler and Python's headers.
+# Triton needs a compiler and Python's headers for the kernels of --compile True.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev \

@@ -320,7 +320,7 @@ class LoadingOptions:
     """Decode by fewer and faster kernels over the same weights; False: by transformers' layers."""
     compile: bool = False
     """On a GPU, capture the decoding passes as CUDA graphs: this takes some seconds and then less time per
-    token. train.py: compile the layers (torch.compile)."""
+    token."""
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))

@@ -19,7 +19,9 @@ import pytest
 from conftest import ROOT
 from test_llama_model_utils import is_dense
 
+from arguments import GenerationConfig, ModelArguments, RunArguments, field_texts
 from benchmarks.servers import started
+from data import DataArguments
 from self_speculation.config import default_model
 from self_speculation.families import FAMILIES, LLAMA_LAYOUT
 
@@ -197,6 +199,75 @@ def test_pages_and_the_makefile_name_flags_and_values_of_scripts():
         for at, word in enumerate(words):
             if word.endswith(".py") and "tests" not in word and (ROOT / word).is_file():
                 check_flags(words[at + 1 :], usage(word), command)
+
+
+PROGRAMS_WITH_FLAGS = [
+    "generate.py", "benchmark.py", "sweep.py", "correctness.py", "eval.py", "train.py", "serve.py",
+    *(f"benchmarks/{name}.py" for name in ("side_by_side", "serving", "paper", "products", "synthetic")),
+]  # fmt: skip
+# Of llama.cpp, docker, torchrun, accelerate and the hub's client.
+FOREIGN_FLAGS = {
+    "api-key", "draft-max", "grammar-file", "min-p", "mlock", "no-mmap", "repeat-penalty", "temp", "top-k",
+    "top-p", "gpus", "ipc", "network", "shm-size", "stop-timeout", "user", "shutdown-timeout",
+    "fsdp_offload_params", "num_machines", "local-dir",
+}  # fmt: skip
+# Of other libraries and of the paper's code base.
+FOREIGN_NAMES = {
+    "HF_TOKEN_PATH", "OPENAI_BASE_URL", "ChatOpenAI", "TextIteratorStreamer", "use_responses_api",
+    "exit_query_cache", "get_valid_dataset_formats", "process_cli_arguments", "single_step_speculation",
+    "_expand_mask", "_make_causal_mask", "_prepare_decoder_attention_mask",
+}  # fmt: skip
+OF_NOW = [page for page in [*PAGES, *CARDS] if page != "CHANGELOG.md"]  # that one has names of earlier times
+
+
+def spans(page):
+    """What stands between backticks in the running text of a page, and the comments of the Dockerfile."""
+    text = (ROOT / page).read_text()
+    if page == "Dockerfile":
+        return re.findall("^#.*", text, re.MULTILINE)
+    return re.findall("`([^`]+)`", re.sub("^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+@cache
+def flags_of(program):
+    return {"nosample", "no_sample", *re.findall(r"--(\w+)", usage(program))}
+
+
+@pytest.mark.parametrize("page", [*OF_NOW, "Dockerfile"])
+def test_flags_in_the_text_of_pages_exist(page):
+    """Guards against a removed flag that a page recommends, and a flag of another script."""
+    for span in spans(page):
+        words = re.findall(r"[\w/]+\.py", span)
+        named = [program for program in PROGRAMS_WITH_FLAGS if program in words]
+        known = FOREIGN_FLAGS.union(*map(flags_of, named or PROGRAMS_WITH_FLAGS))
+        assert {*re.findall(r"(?<![\w-])--([\w-]+)", span)} <= known, span
+
+
+def test_help_sends_nobody_to_a_script_without_the_flag():
+    """Guards against a text of a flag about a script that has lost it."""
+    for group in (ModelArguments, GenerationConfig, DataArguments, RunArguments):
+        for flag, text in field_texts(group).items():
+            for script in re.findall(r"\b\w+\.py", text):
+                assert flag in flags_of(script), (flag, script)
+
+
+@cache
+def source(pattern="*"):
+    """All files that git tracks in this repository, but pages."""
+    listing = ["git", "ls-files", pattern, ":!*.md", ":!checkpoints", ":!*.ipynb", ":!tests/test_pages.py"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return "\n".join((ROOT / name).read_text(errors="ignore") for name in names)
+
+
+@pytest.mark.parametrize("page", OF_NOW)
+def test_names_in_the_text_of_pages_exist(page):
+    """Guards against a function or a field that was renamed, and one that moved to another file."""
+    known = FOREIGN_NAMES | {path.stem for path in PROGRAMS} | {*re.findall(r"\w+", source())}
+    words = {word for span in spans(page) for word in re.findall(r"(?<![\w./-])[A-Za-z_]\w*(?![\w-])", span)}
+    words = {word for word in words if not word.endswith("_")}  # such as a prefix of names
+    assert {word for word in words if "_" in word[1:] or re.search("[a-z][A-Z]", word)} <= known
+    for name, file in re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.\w+)`", (ROOT / page).read_text()):
+        assert name in source(f"*{file}"), (name, file)
 
 
 def check_flags(words, text, command):
