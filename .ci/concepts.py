@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 954, "classes": 190, "parameters": 2056}
+LIMITS = {"functions": 955, "classes": 190, "parameters": 2056}
 
 
 def count() -> dict[str, int]:

@@ -45,13 +45,19 @@ def on_signals(act: Callable[[int], None], seconds: float) -> None:
     Thread(target=wait, name="signals", daemon=True).start()
 
 
+def enable_collector() -> None:
+    """Collect garbage from now on. Until a model is there `run` does not: loading makes many objects and no
+    garbage, and collections would take a second.
+    """
+    gc.freeze()  # all present objects live to the end
+    gc.enable()
+
+
 def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
     """Run `main` and end the program with its status, or with one line after Ctrl-C or a known failure;
     `less`: ways to use less memory.
     """
-    # Loading makes many objects and no garbage, and collections would take a second. `load_generator` enables
-    # the collector again.
-    gc.disable()
+    gc.disable()  # until `enable_collector`
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

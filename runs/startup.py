@@ -1,7 +1,6 @@
 """Load the model that the flags name."""
 
 import functools
-import gc
 import io
 import sys
 import warnings
@@ -17,6 +16,7 @@ from transformers.utils import logging
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs.description import counted
 from runs.failures import reason
+from runs.program import enable_collector
 from runs.status import log_if_slow, print_status
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.config import LoadingWarning
@@ -102,8 +102,7 @@ def load_generator(
     if model_args.threads is None and model.device.type == "cpu":
         govern_threads(model, governor)
         adjust_threads(model)
-    gc.freeze()  # all present objects live to the end
-    gc.enable()
+    enable_collector()
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
 
 

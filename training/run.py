@@ -18,6 +18,7 @@ from arguments import ModelArguments, refuse
 from runs import ranks
 from runs.description import Record, describe, describe_model, heading
 from runs.failures import Failed, check_writable
+from runs.program import enable_collector
 from runs.records import Run, check_same_run
 from runs.startup import set_threads
 from self_speculation import LoadingError, load_model_and_tokenizer
@@ -45,6 +46,7 @@ def train(flags: Flags) -> int:
         refuse(str(error) if str(error).startswith("--") else f"--{error}")
     except OSError as error:  # of the cache of datasets
         refuse(f"{error.filename or datasets.config.HF_DATASETS_CACHE}: {error.strerror}", status=1)
+    enable_collector()
     trainer.add_callback(Progress(run))
     trainer.add_callback(stop := Stop())
     _, checkpoint = newest_checkpoint(run.folder)

@@ -1,5 +1,6 @@
 """train.py as its users run it, on models of a few thousand parameters."""
 
+import gc
 import os
 import re
 import signal
@@ -221,6 +222,19 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, texts, capsys):
     assert train.main(arguments(tmp_path, texts, "--learning_rate", "1e30", "--warmup_steps", "0")) == 1
     message = r"\nloss or gradient is not finite at step [234]: begin anew with a lower learning rate; no "
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_garbage_is_collected_while_a_model_learns(tmp_path, texts, monkeypatch):
+    """Guards against memory that grows with each step: a script begins without Python's collector."""
+    is_enabled = []
+    at_step(1, lambda: is_enabled.append(gc.isenabled()))(monkeypatch)
+    gc.disable()
+    try:
+        run(tmp_path, texts, "--num_steps", "2")
+    finally:
+        gc.unfreeze()
+        gc.enable()
+    assert is_enabled == [True]
 
 
 def test_an_older_torch_is_refused_at_once(capsys, monkeypatch):
