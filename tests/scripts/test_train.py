@@ -230,7 +230,7 @@ def test_garbage_is_collected_while_a_model_learns(tmp_path, texts, monkeypatch)
     at_step(1, lambda: is_enabled.append(gc.isenabled()))(monkeypatch)
     gc.disable()
     try:
-        run(tmp_path, texts, "--num_steps", "2")
+        run(tmp_path, texts, "--num_steps", "4")
     finally:
         gc.unfreeze()
         gc.enable()
