@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 955, "classes": 190, "parameters": 2056}
+LIMITS = {"functions": 964, "classes": 191, "parameters": 2075}
 
 
 def count() -> dict[str, int]:

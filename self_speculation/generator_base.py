@@ -25,6 +25,7 @@ from self_speculation.strategies import make_strategy
 
 _sandbox = lru_cache(maxsize=4)(GrammarSandbox)  # generators with one tokenizer share its process
 _CHARACTERS = 20  # that a token of a prediction has on average, at most
+_USUAL = 8  # characters of a token: with more on average, a text is strange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,10 +237,14 @@ class HuggingfaceLlamaGenerator:
         return self.tokenizer.encode(text[: _CHARACTERS * context], add_special_tokens=False)[:context]
 
     def is_far_too_long(self, prompt: str) -> bool:
-        """Whether a text has more characters than the tokens of a context can spell. Tokenizing takes seconds
-        for a million of them.
+        """Whether a text certainly has more tokens than the context: all of them could not spell it, or its
+        start has more already. Tokenizing takes seconds for a million characters.
         """
-        return len(prompt) > context_length(self.model.config) * self._longest_token
+        context, longest = context_length(self.model.config), self._longest_token
+        if len(prompt) <= context * _USUAL or len(prompt) > context * longest:
+            return len(prompt) > context * longest
+        start = self.tokenizer.encode(prompt[: context * _USUAL], add_special_tokens=False)
+        return len(start) > context + longest  # the last token may be cut into so many
 
     @cached_property
     def _longest_token(self) -> int:

@@ -17,6 +17,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator, Request
+from self_speculation.decoding.grammar import short_json
 from self_speculation.decoding.texts import Thinking
 from self_speculation.families import context_length
 from serving.engine import Engine, Job
@@ -29,6 +30,7 @@ from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobC
 
 RequestKind = type[ChatRequest | CompletionRequest | ResponsesRequest]
 _SEEDS = 2**63
+_TOOL_CHARACTERS = 8  # of tools as JSON, for each token of a context, at most
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,10 @@ class Answer:
         generator, args = self._generator, self._served.args
         if not generator.tokenizer.chat_template:
             raise APIError(f"{param}: the model has no chat template, use /v1/completions", param=param)
+        tools, most = request.tools_for_template, _TOOL_CHARACTERS * context_length(generator.model.config)
+        if short_json(tools, most) is None:
+            message = f"tools: have more than the {most} characters that fit into this model's context"
+            raise APIError(message, param="tools", code="context_length_exceeded")
         messages = [message.for_template for message in request.messages]
         kwargs = {**args.template_kwargs, **request.template_kwargs}
         ending = {
@@ -201,9 +207,7 @@ class Answer:
             "continue_final_message": request.continue_final_message,
         }
         try:
-            prompt = generator.render_chat(
-                messages, kwargs, tools=request.tools_for_template or None, **ending
-            )
+            prompt = generator.render_chat(messages, kwargs, tools=tools or None, **ending)
         except ValueError as error:
             if not request.continue_final_message:
                 raise

@@ -6,7 +6,7 @@ import hmac
 import os
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, Router
@@ -23,8 +24,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from self_speculation.families import context_length
 from serving.answers import Answer, AnswerResponse, RequestKind, ServedModel
-from serving.engine import QueueFull
 from serving.errors import APIError, unrouted
+from serving.fair_queue import FairQueue, Result
 from serving.metrics import Metrics
 from serving.protocol import (
     ChatRequest,
@@ -60,8 +61,8 @@ class App:
         args, model = served.args, served.generator.model
         self._served, self._engine, self._key = served, served.engine, args.key
         self._metrics = Metrics(served.engine, served.name, args.log_requests)
-        self._compiler = ThreadPoolExecutor(1)  # of grammars, since other requests need threads, too
-        self._turns = asyncio.Semaphore(self._engine.max_jobs)
+        self._parsing = FairQueue("bodies", served.engine.max_jobs)
+        self._compiling = FairQueue("grammars", served.engine.max_jobs)
         served.engine.on_end, served.engine.on_round = self._metrics.count, self._metrics.count_round
         served.generator.use_sandbox()
         self._model_entry = {
@@ -116,6 +117,7 @@ class App:
                     exception = HTTPException(404)  # whatever the method is
                 exception = unrouted(exception, http.method, scope["path"])
             error = self._metrics.count_error(exception, http.state.origin)
+            exception.with_traceback(None)  # its frames would keep the body until Python looks for cycles
             if has_begun:  # a stream, of which this is the last event
                 await send({"type": "http.response.body", "body": server_sent(error.event).encode()})
                 return
@@ -139,26 +141,33 @@ class App:
 
     async def _convert(self, kind: type[TokenizeRequest | DetokenizeRequest], http: HTTPRequest) -> Response:
         """Convert text to token ids, or back."""
-        body = await _read_body(http, self._served.args.max_body)
         answer, ignored = Answer(self._served, http.state.origin), set[str]()
-        content = await asyncio.to_thread(answer.convert, kind, body, ignored)
+        content = await self._parse(http, lambda body: answer.convert(kind, body, ignored))
         self._metrics.name_ignored(ignored)
         return JSONResponse(content)
 
     async def _respond(self, kind: RequestKind, http: HTTPRequest) -> Response:
-        body = await _read_body(http, self._served.args.max_body)
         answer = Answer(self._served, http.state.origin)
-        self._metrics.name_ignored(await asyncio.to_thread(answer.parse, kind, body))
-        return AnswerResponse(answer, self._submit)
+        self._metrics.name_ignored(await self._parse(http, partial(answer.parse, kind)))
+        return AnswerResponse(answer, partial(self._submit, _address(http)))
 
-    async def _submit(self, answer: Answer) -> None:
-        if not answer.is_guided:
-            await asyncio.to_thread(answer.submit)
-        elif self._turns.locked():
-            raise QueueFull(f"{self._engine.max_jobs} grammars wait already: try again later")
+    async def _parse(self, http: HTTPRequest, work: Callable[[bytes], Result]) -> Result:
+        """The result of work on the body, in turn. It does not begin for a client that has left."""
+        body = await _read_body(http, self._served.args.max_body)
+        parsing = asyncio.create_task(self._parsing.run(_address(http), partial(work, body)))
+        leaving = asyncio.create_task(_disconnect(http))
+        await asyncio.wait({parsing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not parsing.done():
+            parsing.cancel()
+            raise ClientDisconnect("the client has disconnected")
+        return parsing.result()
+
+    async def _submit(self, client: str, answer: Answer) -> None:
+        if answer.is_guided:
+            await self._compiling.run(client, answer.submit)
         else:
-            async with self._turns:
-                await asyncio.get_running_loop().run_in_executor(self._compiler, answer.submit)
+            await asyncio.to_thread(answer.submit)
 
 
 def check_key(scope: Scope, key: str | None) -> None:
@@ -181,6 +190,17 @@ def allowed_hosts(address: str, host: str) -> list[str]:
         return ["*"]
     own = [name for each in filter(None, (address, host)) for name in (each, f"[{each}]")]
     return ["localhost", "127.0.0.1", "[::1]", *own]
+
+
+def _address(http: HTTPRequest) -> str:
+    """The client's."""
+    return http.client.host if http.client else ""
+
+
+async def _disconnect(http: HTTPRequest) -> None:
+    """Wait until the client of a request whose body has ended disconnects."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:

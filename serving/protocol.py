@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -184,7 +185,7 @@ class ChatRequest(BaseRequest):
     def streams_text(self) -> bool:
         return self.stream and not self.tools_for_template  # it may be a call
 
-    @property
+    @cached_property
     def tools_for_template(self) -> list[dict[str, Any]]:
         """The tools that the model may call."""
         none = self.tool_choice == "none"

@@ -85,12 +85,26 @@ def json_rule(schema: Any) -> str:
     if not isinstance(schema, Mapping):
         raise GrammarError("a JSON schema must be an object")
     try:
-        text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
-        if len(text) > _MAX_SCHEMA:
-            raise GrammarError(f"the schema has {len(text)} characters, at most {_MAX_SCHEMA} are allowed")
+        text = short_json({**schema, "x-guidance": _JSON_OPTIONS}, _MAX_SCHEMA)
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
+    if text is None:
+        raise GrammarError(f"the schema has too many characters, at most {_MAX_SCHEMA} are allowed")
     return f"%json {text}"
+
+
+def short_json(value: Any, most: int) -> str | None:
+    """The JSON of a value; None if it has more characters than `most`. It is encoded up to there, and without
+    C, which would hold up all threads.
+    """
+    parts, size = list[str](), 0
+    # A check for circles would keep the value, in a circle of functions.
+    for part in json.JSONEncoder(check_circular=False).iterencode(value):
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            return None
+    return "".join(parts)
 
 
 def _ids(ids: Iterable[int]) -> str:

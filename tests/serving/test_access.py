@@ -1,12 +1,16 @@
 """Who may send requests, and how."""
 
 import asyncio
+import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import requests
 from helpers import watch
-from servers import Served, post, send, tiny_generator
+from servers import CHAT, HELLO, Served, post, raw_request, refused, send, tiny_generator, until
 
+from self_speculation.families import context_length
+from serving.answers import Answer
 from serving.app import allowed_hosts, check_key
 from serving.errors import APIError
 from serving.flags import ServeArguments
@@ -129,4 +133,52 @@ def test_a_long_request_blocks_no_other(served, monkeypatch):
         watch(monkeypatch, owner, name, lambda *_, **__: threads.append(threading.current_thread().name))
     assert post(served, prompt="x").status_code == 200
     assert len(threads) >= 3
-    assert all(name.startswith("asyncio_") for name in threads)  # asyncio's name of a worker
+    assert all(name.startswith(("bodies_", "asyncio_")) for name in threads)  # names of workers
+
+
+def test_what_cannot_fit_is_measured_only(served, monkeypatch):
+    """Guards against seconds and gigabytes for a body whose prompt or tools no context can hold."""
+    lengths, rendered = [], watch(monkeypatch, served.generator.tokenizer, "apply_chat_template")
+    encode = served.generator.tokenizer.encode
+    monkeypatch.setattr(
+        served.generator.tokenizer,
+        "encode",
+        lambda text, **how: (lengths.append(len(text)), encode(text, **how))[1],
+    )
+    monkeypatch.setitem(vars(served.generator), "_longest_token", 100)
+    context = context_length(served.generator.model.config)
+    for size in (20 * context, 500 * context):
+        message = refused(served, prompt="1 a" * (size // 3))
+        assert f"maximum context length is {context} tokens" in message
+    properties = {f"property_{i}": {"type": "string"} for i in range(20_000)}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
+    assert f"more than the {8 * context} characters" in refused(served, CHAT, messages=HELLO, tools=[tool])
+    assert max(lengths) <= 8 * context
+    assert not rendered
+
+
+def test_bodies_wait_in_a_queue_that_is_bounded(text_model, byte_tokenizer, monkeypatch):
+    """Guards against bodies that are parsed for clients that have left, and more at once than two."""
+    go_on, began = threading.Event(), []
+    parse = Answer.parse
+    monkeypatch.setattr(Answer, "parse", lambda *args: (began.append(args), go_on.wait(60), parse(*args))[2])
+    request = {"prompt": "x", "max_tokens": 2}
+    with (
+        Served(tiny_generator(text_model, byte_tokenizer), batch_size=1, max_waiting=4) as served,
+        contextlib.ExitStack() as gone,
+        ThreadPoolExecutor(2) as others,
+    ):
+        try:
+            for n in range(7):
+                gone.enter_context(raw_request(served.url, request))
+                until(lambda n=n: len(began) == min(n + 1, 2))
+            until(lambda: post(served, **request).status_code == 429)
+            gone.close()
+            until(lambda: 'status="499"} 7.0' in requests.get(f"{served.url}/metrics").text)
+            answers = [others.submit(post, served, **request) for _ in range(2)]
+            until(lambda: all(each.running() for each in answers))
+            assert len(began) == 2
+        finally:
+            go_on.set()
+        assert [each.result().status_code for each in answers] == [200, 200]
+    assert len(began) == 4
