@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 964, "classes": 191, "parameters": 2075}
+LIMITS = {"functions": 965, "classes": 191, "parameters": 2076}
 
 
 def count() -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Builds and loads this library's operators for a CPU, cpp/layers.cpp.
 
 The file is built once, by the compiler that is there, and kept in the user's cache; an installed wheel and an
-image have it built. Without a compiler, or on another kind of processor, torch computes the products: weights
-take four bytes each then.
+image have it built. A process that cannot keep it builds one for itself. Without a compiler, or on another
+kind of processor, torch computes the products: weights take four bytes each then.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -20,6 +21,8 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
+
+from self_speculation.config import LoadingWarning
 
 _FOLDER = Path(__file__).with_name("cpp")
 _SOURCES = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
@@ -63,17 +66,33 @@ def cpu_operators() -> CPUOperators:
         return CPUOperators(None, "there are none for this processor")
     with _lock:  # another thread loads what the first one has built
         try:
-            for file in _files(variant):
-                with suppress(OSError):
-                    _load(file)
-                    return CPUOperators(variant)
-            _build(variant, file)
+            _load_or_build(variant)
         except RuntimeError as error:
             return CPUOperators(None, f"ours cannot be built: {error}")
         except OSError as error:
             advice = "SELF_SPECULATION_CACHE names another folder"
             return CPUOperators(None, f"ours cannot be kept or loaded: {error}; {advice}")
     return CPUOperators(variant)
+
+
+def _load_or_build(variant: str) -> None:
+    """Load a file, or build and keep one; where none can be kept, build one for this process.
+
+    Raises:
+        RuntimeError: it cannot be built.
+        OSError: it cannot be loaded, not even from a temporary folder.
+    """
+    try:
+        for file in _files(variant):
+            with suppress(OSError):
+                return _load(file)
+        _build(variant, file)
+    except OSError as error:
+        with tempfile.TemporaryDirectory(prefix="self-speculation-") as folder:  # of this user alone
+            _build(variant, Path(folder) / _file_name(variant))
+        why = f"operators: built for this process alone, since they cannot be kept: {error}"
+        advice = "SELF_SPECULATION_CACHE names another folder"
+        warnings.warn(f"{why}; {advice}", LoadingWarning, stacklevel=3)
 
 
 def build_into(folder: Path) -> None:
@@ -110,12 +129,16 @@ def _file_name(variant: str) -> str:
 
 
 def _files(variant: str) -> Iterator[Path]:
-    """That of a wheel or an image, and that of the user's cache. Raises RuntimeError if there is no home."""
+    """That of a wheel or an image, and that of the user's cache. Raises OSError if there is no home."""
     yield _FOLDER / _file_name(variant)
     named = os.environ.get("SELF_SPECULATION_CACHE")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     folder = Path(named) if named else caches / "self-speculation"
-    yield folder.expanduser() / "kernels" / _file_name(variant)
+    try:
+        folder = folder.expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
+    yield folder / "kernels" / _file_name(variant)
 
 
 def _build(variant: str, file: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from self_speculation.config import LoadingWarning
 from self_speculation.weights import kernels
 from self_speculation.weights.kernels import cpu_operators
 
@@ -77,42 +78,60 @@ def test_another_source_has_another_file(builds, tmp_path, monkeypatch):
 
 ENDS = 'while [ "$1" != -o ]; do shift; done; '
 CANNOT = {
-    # SELF_SPECULATION_CACHE, what a compiler does ("": there is none), and what is said
-    "nowhere": ("/proc/nowhere", None, "No such file"),
-    "others": ("others", None, "others can write"),
-    "no home": ("~nobody at all", None, "home directory"),
-    "no compiler": (None, "", "compiler, install Debian's package g++"),
-    "error": (None, "echo 'x.cpp:1: fatal error: no header' >&2; exit 1", "compiler: x.cpp:1: fatal err"),
-    "half": (None, ENDS + "echo half > $2; exit 3", "compiler: it fails"),
-    "other file": (None, ENDS + "echo nothing > $2", "not a library"),
-    "no file": (None, "exit 0", "No such file"),
+    # What a compiler does ("": there is none), and what is said.
+    "no compiler": ("", "compiler, install Debian's package g++"),
+    "error": ("echo 'x.cpp:1: fatal error: no header' >&2; exit 1", "compiler: x.cpp:1: fatal err"),
+    "half": (ENDS + "echo half > $2; exit 3", "compiler: it fails"),
+    "other file": (ENDS + "echo nothing > $2", "not a library"),
+    "no file": ("exit 0", "No such file"),
 }
 
 
 @pytest.mark.parametrize("case", CANNOT)
-def test_operators_that_cannot_be_built(builds, case, monkeypatch, tmp_path):
-    """Guards against a traceback, code in a folder that others can write, half a file, an operator that is
-    not there, and a user who does not know how to name another folder.
+def test_operators_that_cannot_be_built(builds, case):
+    """Guards against a traceback, half a file, an operator that is not there, and a user who does not know
+    how to name another folder.
     """
-    (file, compiler, loaded), (cache, script, why) = builds, CANNOT[case]
-    if script == "":
-        compiler.unlink()
-    elif script:
+    (file, compiler, loaded), (script, why) = builds, CANNOT[case]
+    if script:
         compiler.write_text(f"#!/bin/sh\n{script}")
-    if cache == "others":
-        cache = str(tmp_path / cache)
-        (tmp_path / "others/kernels").mkdir(parents=True)
-        (tmp_path / "others/kernels").chmod(0o777)
-    if cache:
-        monkeypatch.setenv("SELF_SPECULATION_CACHE", cache)
+    else:
+        compiler.unlink()
     kernel = load()
     assert kernel.variant is None
     assert why in kernel.why_not
     assert str(kernel).startswith("torch (")
     names_folder = kernel.why_not.endswith("; SELF_SPECULATION_CACHE names another folder")
-    assert names_folder == (case in ("nowhere", "others", "other file", "no file"))
+    assert names_folder == (case in ("other file", "no file"))
     assert not loaded
     assert case == "other file" or not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("cache", "why"),
+    [
+        ("/proc/nowhere", "No such file"),
+        ("~nobody at all", "home directory"),
+        ("others", "others can write"),
+    ],
+)
+def test_operators_that_cannot_be_kept(cache, why, builds, monkeypatch, tmp_path):
+    """Guards against decoding at a seventh of the speed, against code in a folder that others can write, and
+    against a compiler at each start that nobody is told of.
+    """
+    _, _, loaded = builds
+    if cache == "others":
+        cache = str(tmp_path / cache)
+        (tmp_path / "others/kernels").mkdir(parents=True)
+        (tmp_path / "others/kernels").chmod(0o777)
+    monkeypatch.setenv("SELF_SPECULATION_CACHE", cache)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with pytest.warns(LoadingWarning, match=f"{why}.*; SELF_SPECULATION_CACHE names another folder"):
+        assert load().variant
+    (file,) = loaded
+    assert file.parent.parent == tmp_path / "temporary"
+    assert not file.parent.exists()
 
 
 def test_other_processors_have_none(monkeypatch):
