@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 965, "classes": 191, "parameters": 2076}
+LIMITS = {"functions": 967, "classes": 191, "parameters": 2078}
 
 
 def count() -> dict[str, int]:

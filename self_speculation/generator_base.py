@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from queue import LifoQueue
 from typing import Any
 
 from jinja2 import TemplateError
@@ -23,9 +24,17 @@ from self_speculation.generation_strategy import GenerationStrategy, single_resu
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 from self_speculation.strategies import make_strategy
 
-_sandbox = lru_cache(maxsize=4)(GrammarSandbox)  # generators with one tokenizer share its process
 _CHARACTERS = 20  # that a token of a prediction has on average, at most
 _USUAL = 8  # characters of a token: with more on average, a text is strange
+
+
+@lru_cache(maxsize=4)
+def _sandboxes(*tokenizer: Any) -> LifoQueue[GrammarSandbox]:
+    """Generators with one tokenizer share two, of which the second one starts when the first one is busy."""
+    sandboxes = LifoQueue[GrammarSandbox]()
+    for _ in range(2):
+        sandboxes.put(GrammarSandbox(*tokenizer))
+    return sandboxes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +71,7 @@ class HuggingfaceLlamaGenerator:
         generation_strategy: None: that of each call's config, as `make_strategy` makes it.
     """
 
-    sandbox: GrammarSandbox | None = None  # see `use_sandbox`
+    sandboxes: LifoQueue[GrammarSandbox] | None = None  # those that are free, see `use_sandbox`
 
     def __init__(
         self,
@@ -167,8 +176,12 @@ class HuggingfaceLlamaGenerator:
             if request.thinking is not None:
                 all_ends = [*ends, *(config.stop_token_ids or [])]
                 grammar = grammar.after(request.thinking, self.tokenizer.added_tokens_decoder, all_ends)
-            if self.sandbox is not None:
-                self.sandbox.check(grammar.definition)
+            if self.sandboxes is not None:
+                sandbox = self.sandboxes.get()
+                try:
+                    sandbox.check(grammar.definition)
+                finally:
+                    self.sandboxes.put(sandbox)
             size = self.model.config.vocab_size
             processors += [GrammarProcessor(grammar, self.tokenizer, size, ends)]
         prediction = request.prediction
@@ -223,10 +236,10 @@ class HuggingfaceLlamaGenerator:
             raise ValueError(f"the chat template fails: {error}") from error
 
     def use_sandbox(self) -> None:
-        """From now on try each grammar in a process of its own first, see `GrammarSandbox`."""
+        """From now on try each grammar in a process of its own first, see `GrammarSandbox`, two at a time."""
         if isinstance(self.tokenizer, PreTrainedTokenizerFast):  # others can have no grammar
             size = self.model.config.vocab_size
-            self.sandbox = _sandbox(tokenizer_json(self.tokenizer), size, tuple(self.eos_token_ids))
+            self.sandboxes = _sandboxes(tokenizer_json(self.tokenizer), size, tuple(self.eos_token_ids))
 
     def encode_prediction(self, text: str, config: GenerationConfig) -> list[int]:
         """The token ids of a predicted output, up to the context's length; none if no draft uses them."""

@@ -23,11 +23,12 @@ from pydantic import (
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )  # fmt: skip
 
 from self_speculation.config import check_template_kwargs
-from self_speculation.decoding.grammar import json_rule
+from self_speculation.decoding.grammar import MAX_CHARACTERS, json_rule
 from serving.errors import APIError
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -237,8 +238,15 @@ class StructuredOutputs(Fields):
 
     json_schema: dict[str, Any] | None = Field(default=None, alias="json")
     json_object: bool = False
-    regex: str | None = None
+    regex: str | None = Field(default=None, max_length=MAX_CHARACTERS)
     choice: list[str] = Field(default=[], max_length=MAX_ITEMS)
+
+    @field_validator("choice")
+    @classmethod
+    def _check_choice(cls, given: list[str]) -> list[str]:
+        if sum(map(len, given)) > MAX_CHARACTERS:
+            raise ValueError(f"must have at most {MAX_CHARACTERS} characters together")
+        return given
 
     @property
     def rules(self) -> list[str]:

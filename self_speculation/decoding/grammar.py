@@ -32,7 +32,7 @@ _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 # Otherwise the tokenizer chooses the tokens of a text without alternatives. It may read an added token in
 # it, or normalize it, and the matcher does not take such tokens.
 _OPTIONS = '%llguidance {"no_forcing": true}'
-_MAX_SCHEMA = 100_000  # characters of its JSON
+MAX_CHARACTERS = 100_000  # of a schema as JSON, an expression, or choices together
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ def json_rule(schema: Any) -> str:
     if not isinstance(schema, Mapping):
         raise GrammarError("a JSON schema must be an object")
     try:
-        text = short_json({**schema, "x-guidance": _JSON_OPTIONS}, _MAX_SCHEMA)
+        text = short_json({**schema, "x-guidance": _JSON_OPTIONS}, MAX_CHARACTERS)
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
     if text is None:
-        raise GrammarError(f"the schema has too many characters, at most {_MAX_SCHEMA} are allowed")
+        raise GrammarError(f"the schema has too many characters, at most {MAX_CHARACTERS} are allowed")
     return f"%json {text}"
 
 

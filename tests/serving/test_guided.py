@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import jsonschema
@@ -15,6 +16,7 @@ from helpers import watch
 from servers import CHAT, HELLO, Served, post, raw_request, refused, tiny_generator, until
 
 from self_speculation.decoding import grammar
+from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 
 SCHEMA = {
     "type": "object",
@@ -182,9 +184,26 @@ def test_grammars_wait_in_turn(text_model, byte_tokenizer, monkeypatch):
     assert all(job.is_cancelled.is_set() for job in left)
 
 
+def test_two_grammars_are_tried_at_once(text_model, byte_tokenizer, monkeypatch):
+    """Guards against one slow grammar that all guided requests wait for."""
+    together = threading.Barrier(2, timeout=60)
+    problems = []
+
+    def check(_, definition):
+        problems.append(definition)
+        together.wait()
+
+    monkeypatch.setattr(GrammarSandbox, "check", check)
+    with Served(tiny_generator(text_model, byte_tokenizer)) as served, ThreadPoolExecutor(2) as clients:
+        given = [{"prompt": "x", "max_tokens": 2, "structured_outputs": {"choice": [word]}} for word in "ab"]
+        answers = clients.map(lambda request: post(served, **request).status_code, given)
+        assert [*answers] == [200, 200]
+    assert len(problems) == 2
+
+
 def test_a_process_for_grammars_that_is_killed(served, monkeypatch):
     """Guards against a schema that is blamed for what somebody did to the server."""
-    sandbox = served.generator.sandbox
+    sandbox = served.generator.sandboxes.queue[-1]
     start = sandbox._start
     monkeypatch.setattr(sandbox, "_start", lambda: (process := start(), process.kill(), process.wait())[0])
     answer = post(served, prompt="x", structured_outputs={"regex": "never compiled"})

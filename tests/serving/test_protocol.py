@@ -210,6 +210,16 @@ FAULTS = [
         "not with add_generation_prompt",
     ),
     ({"continue_final_message": True}, "continue_final_message", "the last message must be the assistant's"),
+    (
+        {"structured_outputs": {"regex": "x" * 100_001}},
+        "structured_outputs.regex",
+        "at most 100000 characters",
+    ),
+    (
+        {"structured_outputs": {"choice": ["x" * 1_000] * 101}},
+        "structured_outputs.choice",
+        "at most 100000 characters together",
+    ),
     ({"stop": ["x", "x" * 257]}, "stop.1", "at most 256 characters"),
     ({"messages": [{**HELLO[0], "content": "\ud800"}]}, None, ""),
     ({"logit_bias": {"5_0": 1}}, "logit_bias.5_0", ""),
