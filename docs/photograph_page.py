@@ -25,16 +25,8 @@ GAP = 4  # pixels between the halves
 # A fixed strategy: adaptive decoding depends on the load of the machine.
 DEFAULT_ARGUMENTS = [
     *("--generation_strategy", "self_speculative", "--exit_layer", "30", "--num_speculations", "5"),
-    *(
-        "--dtype",
-        "float16",
-        "--draft_weights",
-        "int4",
-        "--sample",
-        "False",
-        "--served_name",
-        "SmolLM2-135M-Instruct",
-    ),
+    *("--dtype", "float16", "--draft_weights", "int4", "--sample", "False"),
+    *("--served_name", "SmolLM2-135M-Instruct"),
 ]
 QUESTIONS = ["Explain in one paragraph how rainbows form.", "Give me three tips for sleeping better."]
 # Replace the page with a copy, so that later tokens do not show.

@@ -30,18 +30,8 @@ BACKGROUND = "#1d2026"
 SHADES = 21  # of each colour, from that of the background on: letters have soft edges
 # The demo of the Makefile.
 DEFAULT_ARGUMENTS = [
-    *(
-        "--dtype",
-        "float16",
-        "--chat",
-        "True",
-        "--sample",
-        "False",
-        "--max_steps",
-        "120",
-        "--streamer",
-        "speculative",
-    ),
+    *("--dtype", "float16", "--chat", "True", "--sample", "False", "--max_steps", "120"),
+    *("--streamer", "speculative"),
     *("--generation_strategy", "adaptive", "--draft_weights", "int4", "--compare", "True"),
     *("--prompt", "Give me three tips for sleeping better."),
 ]

@@ -14,8 +14,9 @@ from __future__ import annotations
 import logging
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, fields, replace
+from itertools import chain
 from typing import Any
 
 import lm_eval.tasks
@@ -33,7 +34,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from arguments import GenerationConfig, ModelArguments, refuse
 from data import one_line
+from measures import metrics
+from measures.timed_runs import measure_examples
 from runs import ranks
+from runs.description import Record, counted
 from runs.failures import reason
 from runs.flags import validate
 from runs.startup import load_generator
@@ -95,7 +99,7 @@ class SelfSpeculativeLM(HFLM):
     """Log-likelihoods and completions for the harness.
 
     A sampled completion depends on the seed, on its prompt, and on how often that was asked before.
-    `has_begun` is True from the first pass on.
+    `has_begun` is True from the first pass on. `records` has the times and drafts of each completion.
 
     Args:
         pretrained: hub id, folder or .gguf file; None: the bundled model.
@@ -124,6 +128,7 @@ class SelfSpeculativeLM(HFLM):
         self._generator = load_generator(model_args, config)
         self._settings, self._seed = config, model_args.seed
         self._asked, self.has_begun = Counter[tuple[int, ...]](), False
+        self.records: list[Record] = []
         model = self._generator.model
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
         # transformers' layers would round fp32 activations to 16 bits.
@@ -180,17 +185,20 @@ class SelfSpeculativeLM(HFLM):
         mask = gen_kwargs.pop("attention_mask").bool()
         gen_kwargs |= {"until": stop, "max_gen_toks": max_length - context.shape[1]}
         config = request_config(gen_kwargs, self._settings, self.model.generation_config)
-        requests = []
-        for row, used in zip(context, mask, strict=True):
+        requests = {}
+        began = len(self.records)
+        for index, (row, used) in enumerate(zip(context, mask, strict=True), began):
             ids = row[used].tolist() or [self.prefix_token_id]
             seed = self._seed + zlib.crc32(f"{ids} {self._asked[tuple(ids)]}".encode())
             self._asked[tuple(ids)] += 1
-            requests.append(Request(ids, seed=seed))
+            requests[index] = Request(ids, seed=seed)
         outputs = [context.new_empty(0)] * len(requests)
-        for index, result in self._generator.generate_batch(requests, config, len(requests)):
-            if isinstance(result, Exception):
-                raise result
-            outputs[index] = context.new_tensor(result.generation_strategy_result.predicted_tokens)
+        side = ("", self._generator, config)
+        for index, record in measure_examples([side], deque(requests.items()), len(requests)):
+            if isinstance(record, Exception):
+                raise record
+            outputs[index - began] = context.new_tensor(record["tokens"])
+            self.records.append({k: v for k, v in record.items() if k not in ("tokens", "prediction")})
         padded = pad_sequence(outputs, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return torch.cat([context, padded], 1).long()
 
@@ -237,7 +245,10 @@ def evaluate(settings: dict[str, Any], args: Any, gen_kwargs: dict[str, Any]) ->
         if model.has_begun and not isinstance(error, UnsupportedError):
             raise
         refuse(f"lm_eval: {one_line(error)}")  # tasks or data sets
+    records = model.gather_object(model.records)
     if results is not None:  # at rank 0
+        generated = _generated([*chain(*records)])
+        results["generation"] = generated
         samples = results.pop("samples", {})
         tracker.save_results_aggregated(results=results, samples=samples)
         for name, own in samples.items():
@@ -245,8 +256,31 @@ def evaluate(settings: dict[str, Any], args: Any, gen_kwargs: dict[str, Any]) ->
         print(make_table(results))
         if results.get("groups"):
             print(make_table(results, "groups"))
+        if generated is not None:
+            print(_shown(generated))
         print(f"results are in {args.output_path}")
     return 0
+
+
+def _generated(records: list[Record]) -> Record | None:
+    """Speed and drafts of all completions, as in `run.json` of benchmark.py; None: no task has any."""
+    if not records:
+        return None
+    drafts = {"acceptance": metrics.acceptance(records)} if "drafts" in records[0] else {}
+    return {"num_answers": len(records), "speed": metrics.speed(records), **drafts}
+
+
+def _shown(generated: Record) -> str:
+    """Lines about completions."""
+    speed = generated["speed"]
+    answers = counted(generated["num_answers"], "answer")
+    tokens = f"{counted(speed['num_tokens'], 'token')} in {speed['total_time']:.1f} s"
+    lines = [f"{answers}, {tokens}: {speed['tokens_per_second']:.2f} tokens/s by wall time, first passes too"]
+    if (drafts := generated.get("acceptance", {})).get("num_drafted"):
+        each = f"mean of answers {drafts['acceptance_rate_mean']:.1%}"
+        length = f"mean accepted length {drafts['mean_accepted_length']:.2f}"
+        lines.append(f"acceptance rate {drafts['acceptance_rate']:.1%}, {each}, {length}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

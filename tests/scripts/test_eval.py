@@ -62,6 +62,7 @@ class Written:
         (path,) = folder.glob("*/results_*.json")
         saved = json.loads(path.read_text())
         self.results, self.config = saved["results"], saved["config"]
+        self.generation = saved["generation"]
         scores = [(task, *score) for task, of in self.results.items() for score in of.items()]
         self.scores = {(task, name): value for task, name, value in scores if isinstance(value, float)}
         self.answers, self.prompts = {}, {}  # of each task, by document
@@ -111,6 +112,21 @@ def test_scores_are_those_of_the_harness(evaluated, model_folder, task_folder, t
         assert ours.results[task][metric] == pytest.approx(rest["results"][task][metric], rel=1e-5)
     said = capsys.readouterr().out
     assert ("|functions " in said, said.endswith(f"results are in {tmp_path / 'logs'}\n")) == (True, True)
+    speed, drafts = ours.generation["speed"], ours.generation["acceptance"]
+    assert (ours.generation["num_answers"], drafts["num_drafted"] > drafts["num_accepted"] > 0) == (6, True)
+    assert f"\n6 answers, {speed['num_tokens']} tokens in {speed['total_time']:.1f} s: " in said
+    assert (
+        f"{speed['tokens_per_second']:.2f} tokens/s by wall time, first passes too\nacceptance rate " in said
+    )
+    assert f"mean accepted length {drafts['mean_accepted_length']:.2f}\n" in said
+
+
+def test_only_answers_have_a_speed(evaluated, capsys):
+    """Guards against figures of nothing, and drafts of decoding that has none."""
+    assert evaluated("python_lines").generation is None
+    assert " tokens/s " not in capsys.readouterr().out
+    assert {*evaluated("functions", to="plain").generation} == {"num_answers", "speed"}
+    assert "acceptance" not in capsys.readouterr().out
 
 
 def test_an_early_exit_scores_as_the_first_layers_alone(model_folder, evaluated, tmp_path):
@@ -208,7 +224,7 @@ def test_what_cannot_run_is_refused_by_name(arguments, model_folder, capsys):
     ):
         assert message in refused(eval_script.main, arguments(tasks, *flags), capsys)
     for settings, message in (
-        ({"layer": 2}, "--model_args GenerationConfig.__init__() got an unexpected keyword argument 'layer'"),
+        ({"layer": 2}, "--model_args layer: GenerationConfig has no such field"),
         ({"top_p": 0.5}, "--model_args top_p: a setting of tasks, use --gen_kwargs"),
         ({"exit_layer": "2"}, "--model_args exit_layer '2': must be an integer"),
         ({"generation_strategy": "self_speculative"}, "--exit_layer: self_speculative needs one"),
