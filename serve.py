@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks.num_processes() > 1:
         refuse("torchrun: serve.py is one process; for a model on several cards: --device split")
     validate(model_args, config)
+    if args.max_answer_tokens is not None and args.max_answer_tokens < config.max_steps:
+        what = f"at least --max_steps ({config.max_steps}), which requests without max_tokens get"
+        refuse(f"--max_answer_tokens {args.max_answer_tokens}: must be {what}")
     try:  # before the model is loaded: clients that connect early wait
         family, *_, place = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(place[:2], family=family)

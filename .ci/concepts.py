@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 967, "classes": 191, "parameters": 2078}
+LIMITS = {"functions": 969, "classes": 191, "parameters": 2080}
 
 
 def count() -> dict[str, int]:

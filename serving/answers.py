@@ -185,8 +185,12 @@ class Answer:
         request, served = self.request, self._served
         served.check_name(request.model or served.name)
         num_prompts = 1 if isinstance(request, ChatRequest) else len(request.prompt)
-        if num_prompts * request.n > (limit := served.engine.max_jobs):
-            raise APIError.at("n", request.n, f"must be at most {limit} answers together, for all prompts")
+        if num_prompts * request.n > (limit := served.engine.max_together):
+            param, number = ("n", request.n) if num_prompts <= limit else ("prompt", num_prompts)
+            raise APIError.at(param, number, f"must be at most {limit} answers together, for all prompts")
+        most, wanted = served.args.max_answer_tokens, request.max_new_tokens
+        if most is not None and wanted is not None and wanted > most:
+            raise APIError.at("max_tokens", wanted, f"must be at most {most} on this server")
         size = self._generator.model.config.vocab_size
         if any(id_ >= size for id_ in request.logit_bias):
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")

@@ -74,6 +74,7 @@ class Engine:
         self._usual = min(longest, _PROMPT + config.max_steps)  # positions of a slot
         self._scheduler.run_every_pass(self._usual, longest)
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
+        self.max_together = max(1, self.max_jobs // 2)  # jobs of one request, which leave room for others
         self._num_positions = batch_size * longest
         self.waiting: deque[Job] = deque()
         self.in_flight: list[Job] = []

@@ -22,6 +22,8 @@ class ServeArguments(TemplateArguments):
     """Name of the model for clients; default: the hub id or the name of the folder or file."""
     max_waiting: int = 64
     """Most requests that wait for a slot among --batch_size; further requests get status 429."""
+    max_answer_tokens: int | None = None
+    """Most tokens of an answer that a request may ask for; default: what the context has room for."""
     max_time: float = 600.0
     """Seconds from a request's arrival until it is aborted with status 504."""
     max_body: int = 4_000_000
@@ -39,6 +41,8 @@ class ServeArguments(TemplateArguments):
         at_least(self, 0, "max_waiting", "max_time")
         check(self, "shutdown_time", 0 <= self.shutdown_time < math.inf, "must be 0 or more")
         at_least(self, 1, "max_body")
+        if self.max_answer_tokens is not None:
+            at_least(self, 1, "max_answer_tokens")
 
     @property
     def key(self) -> str | None:

@@ -59,7 +59,7 @@ class BaseRequest(SharedFields, ABC):
     max_tokens: fields.Limit = None
     max_completion_tokens: fields.Limit = None
     response_format: fields.ResponseFormat = fields.ResponseFormat()
-    n: int = Field(1, ge=1, le=128)
+    n: int = Field(1, ge=1)
     stream_options: fields.StreamOptions = fields.StreamOptions()
     stream_drafts: bool = False
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import requests
 from helpers import watch
-from servers import CHAT, HELLO, Served, post, raw_request, refused, send, tiny_generator, until
+from servers import CHAT, HELLO, Served, held, post, raw_request, refused, send, tiny_generator, until
 
 from self_speculation.families import context_length
 from serving.answers import Answer
@@ -155,6 +155,25 @@ def test_what_cannot_fit_is_measured_only(served, monkeypatch):
     assert f"more than the {8 * context} characters" in refused(served, CHAT, messages=HELLO, tools=[tool])
     assert max(lengths) <= 8 * context
     assert not rendered
+
+
+def test_one_request_leaves_room_in_the_queue(text_model, byte_tokenizer):
+    """Guards against a request of many prompts or choices that fills the queue, so that the next client gets
+    status 429, a limit in the message that is not the one in effect, and answers as long as the context.
+    """
+    with Served(
+        tiny_generator(text_model, byte_tokenizer), batch_size=2, max_waiting=4, max_answer_tokens=5
+    ) as served:
+        for fields, name in (({"prompt": ["x"] * 4}, "prompt 4"), ({"prompt": ["x"] * 2, "n": 2}, "n 2")):
+            assert f"{name}: must be at most 3 answers" in refused(served, max_tokens=2, **fields)
+        with ThreadPoolExecutor(2) as clients, held(served.engine) as at_rest:
+            answers = [clients.submit(post, served, prompt="x", n=3, max_tokens=2) for _ in range(2)]
+            assert at_rest.wait(60)
+            until(lambda: served.num_jobs == 6)
+            assert post(served, prompt="x", max_tokens=2).status_code == 429
+        assert [each.result().status_code for each in answers] == [200, 200]
+        assert "6: must be at most 5" in refused(served, prompt="x", max_tokens=6)
+        assert post(served, prompt="x", max_tokens=5).status_code == 200
 
 
 def test_bodies_wait_in_a_queue_that_is_bounded(text_model, byte_tokenizer, monkeypatch):

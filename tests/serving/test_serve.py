@@ -95,6 +95,13 @@ def test_the_server_is_one_process(device, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_a_limit_below_the_default(capsys, monkeypatch):
+    """Guards against a server whose default it refuses itself."""
+    monkeypatch.setattr("serve.socket", None)
+    line = refused(serve.main, ["--max_answer_tokens", "5"], capsys)
+    assert "--max_answer_tokens 5: must be at least --max_steps (512)" in line
+
+
 def test_a_port_that_is_taken(capsys, monkeypatch):
     """Guards against a model that is loaded before the port is asked for."""
     monkeypatch.setattr("runs.startup.load_generator", None)
