@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 969, "classes": 191, "parameters": 2080}
+LIMITS = {"functions": 971, "classes": 191, "parameters": 2082}
 
 
 def count() -> dict[str, int]:

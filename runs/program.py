@@ -22,8 +22,8 @@ from self_speculation.progress import shown_by
 
 
 def on_signals(act: Callable[[int], None], seconds: float) -> None:
-    """From now on a thread of its own calls `act` at SIGTERM and Ctrl-C, whatever the main thread does; with
-    the number of signals so far.
+    """From now on a thread of its own calls `act` at SIGTERM, Ctrl-C and SIGHUP, whatever the main thread
+    does; with the number of signals so far. SIGHUP stays ignored where it is (`nohup`).
 
     A process that still runs so many seconds after the first one is ended by faulthandler, whose thread does
     not wait for others. It writes where each thread is.
@@ -31,8 +31,9 @@ def on_signals(act: Callable[[int], None], seconds: float) -> None:
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     signal.set_wakeup_fd(sender)  # gets a byte at once; a handler in Python waits for the main thread
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: None)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, lambda *_: None)
 
     def wait() -> None:
         for count in itertools.count(1):

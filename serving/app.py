@@ -208,9 +208,12 @@ async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
     content_type = http.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
+    too_long = APIError(f"the request has more than {max_bytes} bytes", 413)
+    if int(http.headers.get("content-length", 0)) > max_bytes:
+        raise too_long
     body = bytearray()
     async for part in http.stream():
         body += part
         if len(body) > max_bytes:
-            raise APIError(f"the request has more than {max_bytes} bytes", 413)
+            raise too_long
     return bytes(body.removeprefix(codecs.BOM_UTF8))  # of some clients on Windows

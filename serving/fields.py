@@ -61,6 +61,8 @@ _NEUTRAL: dict[str, Any] = {
     "add_generation_prompt": True, "best_of": 1, "do_sample": True, "enable_thinking": True, "think": True,
     "length_penalty": 1, "modalities": ["text"], "num_beams": 1, "repeat_penalty": 1, "typical_p": 1,
     "skip_special_tokens": True, "truncate_prompt_tokens": -1, "n": 1, "truncation": "disabled",
+    # An empty object is a schema for anything, or asks for something.
+    "web_search_options": None, "guided_json": None, "json_schema": None, "schema": None, "format": None,
 }  # fmt: skip
 _LIKE = 0.88  # the least likeness of a misspelt name
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
@@ -182,7 +184,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fa
 
 
 class Function(Fields):
-    name: str
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]  # as in OpenAI's
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool = False

@@ -31,8 +31,8 @@ class ServeArguments(TemplateArguments):
     log_requests: bool = False
     """Print a line for each answer and error: its path and x-request-id, how it ended, tokens and times."""
     shutdown_time: float = 30.0
-    """Seconds after SIGTERM or Ctrl-C in which the server ends, at least 5. Requests that are unfinished 5
-    seconds before are aborted."""
+    """Seconds after SIGTERM, SIGHUP or Ctrl-C in which the server ends, at least 5. Requests that are
+    unfinished 5 seconds before are aborted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,10 +6,16 @@ import resource
 from typing import Any
 
 import h11
+from h11 import _readers
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+# h11 takes any character but a line feed in a chunk's extension. A carriage return ends a line elsewhere.
+_readers.chunk_header_re = re.compile(
+    rb"(?P<chunk_size>[0-9A-Fa-f]{1,20})(?P<chunk_ext>;[\t\x20-\x7e\x80-\xff]*)?[ \t]*\r\n"
+)
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)  # a target with its host
 _SECONDS = 60  # until a connection without a whole request ends
+_PROBE_SECONDS = 0.5  # between interim responses to a client that has closed its side
 _RESERVED = 32  # descriptors for other things
 
 
@@ -66,6 +72,25 @@ class StrictProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()  # it would keep this object
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer a client that closes its side after a whole request; returns whether the connection stays.
+        Before an answer begins, HTTP/1.0 has no way to find out whether the client is there.
+        """
+        if self.is_unfinished or not (self.cycle.response_started or self.scope["http_version"] == "1.1"):
+            return False
+        self.cycle.keep_alive = False
+        self._probe()
+        return True
+
+    def _probe(self) -> None:
+        """Send interim responses until the answer begins. They do no harm, and the machine of a client that
+        is gone resets the connection, so that the second one fails.
+        """
+        if not (self.cycle.response_started or self.transport.is_closing()):
+            interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            self.transport.write(self.conn.send(interim) or b"")
+            self.loop.call_later(_PROBE_SECONDS, self._probe)
 
     @property
     def is_unfinished(self) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import socket
 
 import pytest
+from servers import held, until
 
 from serving.http11 import most_connections
 
@@ -37,12 +38,13 @@ def statuses(address, *parts):
     [
         (HEAD + b"Content-Length: 12\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKED, 400),
         (HEAD + b"transfer-encoding: chunked\r\ncontent-length: 12\r\n\r\n" + CHUNKED, 400),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED.replace(b"2", b"2;a\rb", 1), 400),
         (b"PRI * HTTP/2.0\r\n\r\n", 505),
     ],
 )
 def test_ambiguous_requests_are_refused_and_close(address, request_, status):
-    """Also after a good one, in pieces. Guards against a second request that hides in the first one, and
-    another version of HTTP.
+    """Also after a good one, in pieces. Guards against a second request that hides in the first one, or in
+    what another program takes for the next line, and another version of HTTP.
     """
     assert statuses(address, request_, HEALTH) == [status]
     assert statuses(address, GOOD[:30], GOOD[30:] + request_ + HEALTH) == [200, status]
@@ -60,6 +62,39 @@ def test_ambiguous_requests_are_refused_and_close(address, request_, status):
 def test_a_target_may_name_its_host(address, target, status):
     """Guards against requests by a proxy that get status 404, and another site's name in one."""
     assert statuses(address, HEALTH.replace(b"/health", target)) == [status]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_may_close_its_side_after_a_whole_request(address, stream):
+    """Guards against a half-closed connection that gets no answer."""
+    body = BODY.replace(b"1}", b'9, "stream": true}' if stream else b"9}")
+    request = GOOD.replace(b"Content-Length: %d" % len(BODY), b"Content-Length: %d" % len(body))
+    request = request.replace(BODY, body)
+    answer = b""
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        while part := connection.recv(65536):
+            answer += part
+    assert b"HTTP/1.1 200 OK" in answer
+    assert (b"data: [DONE]" if stream else b'"finish_reason": ') in answer
+
+
+def test_a_client_that_leaves_is_told_from_one_that_has_closed_its_side(address, served):
+    """Guards against answers that nobody waits for, which keep their slots to the end."""
+    body = BODY.replace(b"1}", b"200}")
+    with held(served.engine, num_steps=1) as at_rest:
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert at_rest.wait(60)
+            [job] = served.engine.in_flight
+        until(job.is_cancelled.is_set)
+    until(lambda: not served.num_jobs)
+
+
+def test_a_declared_length_is_refused_before_the_body(address):
+    """Guards against a client that sends gigabytes to be told that they are too many."""
+    assert statuses(address, HEAD + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n")[0] == 413
 
 
 @pytest.mark.parametrize("sent", [b"", HEAD, GOOD + HEAD, SLOW, GOOD + SLOW])

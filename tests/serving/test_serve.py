@@ -65,14 +65,15 @@ def test_a_server_from_its_start_to_its_end():
 
 
 def test_a_second_signal_aborts_long_requests_with_an_error(endless_folder):
-    """Until then /health says 503. Guards against a server that waits for ever, a stream that just stops, and
-    one that refuses connections while it still answers, which looks like a crash.
+    """Until then /health says 503. Guards against SIGHUP that ends all answers, a server that waits for ever,
+    a stream that just stops, and one that refuses connections while it still answers, which looks like a
+    crash.
     """
     with serving("--model", endless_folder, "--shutdown_time", 600) as (script, name, url):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(model=name, prompt="x", max_tokens=90_000, stream=True)
         next(stream)
-        script.send_signal(signal.SIGTERM)
+        script.send_signal(signal.SIGHUP)
         while (health := requests.get(f"{url}/health")).status_code == 200:
             time.sleep(0.01)
         assert (health.status_code, health.json()) == (503, {"status": "shutting down"})
