@@ -30,11 +30,9 @@ from self_speculation.passes.runners import make_runner
 from self_speculation.passes.unsupported_hooks import check_followed
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
+from self_speculation.weights.kernels import cpu_operators
 
 Key = TypeVar("Key")
-
-# On a CPU, the most tokens of a pass over several prompts: with more, arithmetic takes longer than reading.
-_TOGETHER_ON_CPU = 64
 
 
 class Decoding(NamedTuple):
@@ -131,7 +129,7 @@ class Scheduler(Generic[Key]):
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
         self._device = model.get_input_embeddings().weight.device
-        self._most_together = _TOGETHER_ON_CPU if self._device.type == "cpu" else PREFILL_CHUNK
+        self._most_together = cpu_operators().prompt_tokens if self._device.type == "cpu" else PREFILL_CHUNK
         self._without_autocast = partial(torch.autocast, self._device.type, enabled=False)
         longest, self._depth = 0, model.config.num_hidden_layers
         if strategy.has_drafts:

@@ -19,6 +19,7 @@ from self_speculation.devices import is_lost_device
 from self_speculation.families import context_length
 from self_speculation.generator_base import TokenizedRequest
 from self_speculation.scheduler import DecodingStrategy, Scheduler
+from self_speculation.weights.kernels import cpu_operators
 
 _PROMPT = 1024  # tokens of a usual one
 _IDLE_SECONDS = 300  # after which memory for longer ones is given back
@@ -67,7 +68,7 @@ class Engine:
         strategy, model = generator.generation_strategy, generator.model
         assert isinstance(strategy, DecodingStrategy)
         # A chunk of a prompt must not hold up streams for much longer than a round.
-        token_budget = 64 if model.device.type == "cpu" else 512
+        token_budget = min(128, cpu_operators().prompt_tokens) if model.device.type == "cpu" else 512
         self._scheduler: Scheduler[Job] = Scheduler(strategy, model, config, batch_size, token_budget)
         # Longer requests need more graphs, which are captured while others stream.
         longest = context_length(model.config)

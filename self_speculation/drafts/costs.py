@@ -98,7 +98,7 @@ def _costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Sequence[floa
     if model.device.type != "cpu":
         return _COSTS["gpu"]
     variant = cpu_operators().variant or "torch"
-    kind = {"AVX512_BF16": "AVX512_VNNI", "ARM": "AVX2"}.get(variant, variant)
+    kind = {"AMX": "AVX512_VNNI", "AVX512_BF16": "AVX512_VNNI", "ARM": "AVX2"}.get(variant, variant)
     in_few_bits = draft_weights != "exact" or is_in_few_bits(model)
     return _COSTS[f"{kind}, few bits" if in_few_bits else kind]
 

@@ -1,8 +1,8 @@
 """Passes on a CPU: one operator for a range of layers, over weights where they lie.
 
 The bits of a token do not depend on the pass: prompts in any pieces, drafts, verifications, plain steps and
-batches agree exactly. On a processor with AVX512_BF16 tokens of a prompt are another kind than output: they
-are rounded to bfloat16 where they meet a weight in bfloat16, see `KVCache.is_prompt`.
+batches agree exactly. Tokens of a prompt may be another kind than output, see `rounds_prompts`; a pass has
+one kind, `KVCache.is_prompt`.
 Nothing is made of the weights, so what decodes is always the weights of now. Activations are float32 whatever
 format weights have.
 """
@@ -18,16 +18,18 @@ from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.layers import Head, Layer, LlamaLayer, Parts, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.unsupported_hooks import difference
-from self_speculation.weights.few_bits import NONE, project
+from self_speculation.weights.few_bits import NONE, is_in_few_bits, project
 from self_speculation.weights.kernels import cpu_operators
-
-# The most tokens of a pass: a core's cache has the inputs of so many.
-_PIECE = 64
 
 
 def rounds_prompts(model: PreTrainedModel) -> bool:
-    """Whether tokens of a prompt are rounded to bfloat16."""
-    return cpu_operators().variant == "AVX512_BF16" and model.dtype == torch.bfloat16
+    """Whether tokens of a prompt are rounded to bfloat16 where they meet a weight: with AVX512_BF16 one in
+    bfloat16, with tiles (AMX) any that is not in float32.
+    """
+    operators = cpu_operators()
+    if operators.has_tiles:
+        return model.dtype != torch.float32 or is_in_few_bits(model)
+    return operators.variant == "AVX512_BF16" and model.dtype == torch.bfloat16
 
 
 class InPlaceLayer(LlamaLayer):
@@ -117,7 +119,7 @@ class InPlaceRunner(ModelRunner):
         if not self.is_in_place or first == last:
             return super().run_layers(cache, hidden, first, last)
         rows, width, size = hidden.shape
-        if width > (most := max(1, _PIECE // rows)):
+        if width > (most := max(1, cpu_operators().prompt_tokens // rows)):
             pieces = hidden.tensor_split(-(-width // most), 1)  # of nearly equal size
             return torch.cat([self.run_layers(cache, piece, first, last) for piece in pieces], 1)
         if (first, last) not in self._ranges:  # the operator sees that a parameter has other memory

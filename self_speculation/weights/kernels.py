@@ -35,8 +35,10 @@ _OPTIONS = (
 # The compiler's options, by the instructions that the operators use.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_VNNI = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+_AVX512_BF16 = (*_AVX512_VNNI, "-mavx512bf16")
 VARIANTS = {
-    "AVX512_BF16": (*_AVX512_VNNI, "-mavx512bf16"),
+    "AMX": (*_AVX512_BF16, "-DAMX"),
+    "AVX512_BF16": _AVX512_BF16,
     "AVX512_VNNI": _AVX512_VNNI,
     "AVX2": _AVX2,
     "ARM": ("-march=armv8.2-a+fp16+dotprod",),
@@ -53,6 +55,17 @@ class CPUOperators(NamedTuple):
 
     variant: str | None  # of VARIANTS; None: torch
     why_not: str = ""  # why it is torch
+
+    @property
+    def has_tiles(self) -> bool:
+        return self.variant == "AMX"
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The most tokens of a prompt in a pass: a core's cache has the inputs of so many. With tiles
+        arithmetic is fast, so that more tokens have to pay for reading the weights.
+        """
+        return 256 if self.has_tiles else 64
 
     def __str__(self) -> str:
         return f"torch ({self.why_not})" if self.variant is None else f"own operators ({self.variant})"
@@ -117,7 +130,15 @@ def _best_variant() -> str | None:
     has = torch.cpu.get_capabilities() if level == "AVX512" else {}
     if not has.get("avx512_vnni", False):
         return "AVX2"
-    return "AVX512_BF16" if has.get("avx512_bf16", False) else "AVX512_VNNI"
+    if not has.get("avx512_bf16", False):
+        return "AVX512_VNNI"
+    if not has.get("amx_bf16", False):
+        return "AVX512_BF16"
+    if torch.cpu._init_amx():  # asks Linux, for all threads of this process
+        return "AMX"
+    why = "operators: Linux refuses tiles (AMX) to this process, so prompts take longer"
+    warnings.warn(why, LoadingWarning, stacklevel=3)
+    return "AVX512_BF16"
 
 
 def _file_name(variant: str) -> str:

@@ -25,7 +25,10 @@ from self_speculation.passes.runners import bytes_made, fuse, make_runner
 from self_speculation.weights import kernels
 
 pytestmark = needs_operators
-ROUNDS_PROMPTS = kernels.cpu_operators().variant == "AVX512_BF16" or "-DPAIRS" in kernels._OPTIONS
+OPERATORS = kernels.cpu_operators()
+ROUNDED = {torch.bfloat16} if OPERATORS.variant == "AVX512_BF16" or "-DPAIRS" in kernels.VARIANTS["AVX2"] else set()
+if OPERATORS.has_tiles:
+    ROUNDED = {torch.bfloat16, torch.float16}
 
 ODD = {"hidden_size": 36, "intermediate_size": 41, "num_attention_heads": 6, "num_key_value_heads": 3}
 SHAPES = {
@@ -107,7 +110,7 @@ def test_logits_are_those_of_transformers(name, dtype):
                     spoilt(cache)
                 start += width
             found = torch.cat(found, 1)
-            if is_prompt and ROUNDS_PROMPTS and dtype == torch.bfloat16:
+            if is_prompt and dtype in ROUNDED:
                 assert 1e-4 < (found - expected).norm() / expected.norm() < 0.05
             else:
                 assert_close(found, expected, roundings=400)
@@ -199,26 +202,33 @@ def test_logits_of_all_ways_are_equal():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(ROUNDS_PROMPTS, reason="the operators round prompts already")
-def test_prompts_in_bfloat16():
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("variant", "flags"), [("AVX2", "(*kernels._AVX2, '-DPAIRS')"), ("AMX", "('-DTILES',)")]
+)
+def test_prompts_in_bfloat16(variant, flags):
     """Guards against prompts in bfloat16, which few processors multiply, that depend on how they are read."""
     code = (
-        "import sys, pytest; from self_speculation.weights import kernels; kernels._OPTIONS += ('-DPAIRS',);"
+        "import sys, pytest; from self_speculation.weights import kernels;"
+        f"kernels.VARIANTS[{variant!r}] = {flags}; kernels._best_variant = lambda: {variant!r};"
         f"sys.exit(pytest.main(['-n0', '-p', 'no:cacheprovider', {__file__!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-def test_nan_stays_in_its_row():
+@pytest.mark.parametrize("is_prompt", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_in_its_row(dtype, is_prompt):
     """Guards against a broken row that spoils its neighbours, and against NaN that vanishes in a maximum."""
-    model = own_llama(fused=True)
+    model = own_llama().to(dtype)
+    fuse(model)
     runner = InPlaceRunner(model)
     hidden = torch.randn(3, 2, 32)
     with torch.inference_mode():
         cache = runner.new_cache(1, 8, num_slots=3)
         cache.set_rows([0] * 3)
+        cache.is_prompt = is_prompt
         expected = runner.run_layers(cache, hidden.clone(), 0, 4)
         for value in (float("nan"), float("inf")):
             broken = hidden.clone()

@@ -23,9 +23,9 @@ void print(const char* name, const float* numbers, int64_t number) {
 Inputs rounded(Floats* memory, const std::vector<float>& x, int64_t tokens, int64_t columns, ScalarType type,
                bool in_bfloat16 = false) {
   const Inputs inputs(memory, tokens, columns, type, in_bfloat16);
-  std::vector<float> in_order(inputs.stride);
+  std::vector<float> in_order(Inputs::piece_size(columns));
   auto fill = [&](int64_t t, float* to) { std::copy_n(&x[t * columns], columns, to); };
-  for (int64_t t = 0; t < tokens; t++) inputs.put(t, fill, in_order.data());
+  for (int64_t piece = 0; piece < inputs.pieces(); piece++) inputs.make(piece, fill, in_order.data());
   return inputs;
 }
 

@@ -137,7 +137,9 @@ def test_operators_that_cannot_be_kept(cache, why, builds, monkeypatch, tmp_path
 def test_other_processors_have_none(monkeypatch):
     """Guards against instructions that a processor does not have."""
     both = {"avx512_vnni", "avx512_bf16"}
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
     for level, has, variant in (
+        ("AVX512", {*both, "amx_bf16"}, "AMX"),
         ("AVX512", both, "AVX512_BF16"), ("AVX512", {"avx512_vnni"}, "AVX512_VNNI"),
         ("AVX512", {"avx512_bf16"}, "AVX2"), ("AVX2", both, "AVX2"), ("DEFAULT", both, None),
     ):  # fmt: skip
@@ -145,6 +147,17 @@ def test_other_processors_have_none(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: dict.fromkeys(has, True))
         assert kernels._best_variant() == variant
     assert "none for this processor" in load().why_not
+
+
+def test_tiles_that_linux_refuses(monkeypatch):
+    """Guards against a process that ends at its first prompt, since it may not use what the processor has."""
+    has = dict.fromkeys(("avx512_vnni", "avx512_bf16", "amx_bf16"), True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    monkeypatch.setattr(kernels.platform, "machine", lambda: "x86_64")
+    with pytest.warns(LoadingWarning, match="Linux refuses tiles"):
+        assert kernels._best_variant() == "AVX512_BF16"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 from self_speculation.weights import kernels
+from self_speculation.weights.kernels import cpu_operators
 
 FLAGS = {
     "AVX2": ["c++", *kernels.VARIANTS["AVX2"]],
@@ -23,23 +24,43 @@ FLAGS = {
 }
 
 
+DIGEST_OF_TILES = "digest 0c484228ed5c9ff8"  # of a Xeon's
+
+
+def run_program(source, compiler, flags, emulator=()):
+    """Lines that a program over the headers of the operators prints."""
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler, "-std=c++20", "-ffp-contract=off", *flags, "-o", f"{folder}/program"]
+        headers = [ROOT / "self_speculation/weights/cpp", kernels._TORCH / "include"]
+        subprocess.run([*command, ROOT / source, *(f"-I{header}" for header in headers)], check=True)
+        done = subprocess.run([*emulator, f"{folder}/program"], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("flags", [["-DTILES"], kernels.VARIANTS["AMX"]], ids=["plain C++", "processor"])
+def test_tiles(flags):
+    """Guards against tiles in plain C++, by which prompts are tested where there are no tiles, that are not
+    those of a processor in every bit, tokens whose bits depend on others beside them, and NaN that spreads.
+    """
+    if "-DTILES" not in flags and not cpu_operators().has_tiles:
+        pytest.skip("a processor without, or Linux refuses them")
+    assert run_program("tests/weights/tiles.cpp", "c++", ["-O1", *flags]) == [DIGEST_OF_TILES]
+
+
 @cache
 def printed(name):
     """By the name of flags, what operators.cpp prints: kinds and numbers. Each is compiled once."""
     compiler, *flags = FLAGS[name]
-    if not shutil.which(compiler) or (name == "ARM" and not shutil.which("qemu-aarch64")):
-        pytest.skip(f"no {compiler}, or no qemu-aarch64")
+    if name == "ARM" and not shutil.which("qemu-aarch64"):
+        pytest.skip("no qemu-aarch64")
     if name == "AVX512_BF16" and not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("a processor without")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, "-O2", "-std=c++20", "-ffp-contract=off", *flags, "-o", f"{folder}/program"]
-        headers = [ROOT / "self_speculation/weights/cpp", kernels._TORCH / "include"]
-        source = ROOT / "tests/weights/operators.cpp"
-        subprocess.run([*command, source, *(f"-I{folder}" for folder in headers)], check=True)
-        emulator = ["qemu-aarch64"] if name == "ARM" else []
-        result = subprocess.run([*emulator, command[-1]], capture_output=True, text=True, check=True)
-    assert not result.stderr
-    return [line.split() for line in result.stdout.splitlines()]
+    emulator = ["qemu-aarch64"] if name == "ARM" else []
+    lines = run_program("tests/weights/operators.cpp", compiler, ["-O2", *flags], emulator)
+    return [line.split() for line in lines]
 
 
 @pytest.mark.slow

@@ -30,9 +30,23 @@ struct Attended {
 
 // x [d], rotated by the cosines and sines [d] of its position, times a factor.
 void rotate(const float* x, const float* cosines, const float* sines, int64_t d, float factor, float* rotated) {
-  for (int64_t j = 0, half = d / 2; j < half; j++) {
-    rotated[j] = (x[j] * cosines[j] - x[j + half] * sines[j]) * factor;
-    rotated[j + half] = (x[j + half] * cosines[j + half] + x[j] * sines[j + half]) * factor;
+  const int64_t half = d / 2;
+  int64_t j = 0;
+  for (; j + LANES <= half; j += LANES) {
+    const Floats first = load<Floats>(x + j);
+    const Floats second = load<Floats>(x + j + half);
+    auto turned = [&](int64_t at, Floats straight, Floats across) {
+      const Floats number = (straight * load<Floats>(cosines + at) + across * load<Floats>(sines + at)) * factor;
+      std::memcpy(rotated + at, &number, sizeof(number));
+    };
+    turned(j, first, -second);
+    turned(j + half, second, first);
+  }
+  for (; j < half; j++) {
+    const float first = x[j];
+    const float second = x[j + half];
+    rotated[j] = (first * cosines[j] - second * sines[j]) * factor;
+    rotated[j + half] = (second * cosines[j + half] + first * sines[j + half]) * factor;
   }
 }
 

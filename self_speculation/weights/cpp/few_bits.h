@@ -175,6 +175,28 @@ class Cell {
     for (int part = 0; part < PARTS; part += together) add_products<N, together>(x, at, part, sums);
   }
 
+  // Its numbers in bfloat16, [16 pairs of columns, 16 rows, 2]: where a vector has the 16 rows.
+  INLINE void unpack(Ints* to) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      Bytes levels[2];
+      Bytes upper[2] = {};
+      if constexpr (KEEPS) std::copy_n(&kept_[0][2 * i], 2, levels);
+      else levels_of<HIGH>(low_, i, levels, upper);
+      const int half = HALVES ? i / 2 : 0;
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; j++) {
+        if (SPLITS) levels[j] |= upper[j] << 4;
+        auto column = [&](int n) __attribute__((always_inline)) {
+          const Ints level = (Ints)levels[j] >> 8 * n & 255;
+          return fma(__builtin_convertvector(level, Floats), sizes_[half][0], zeros_[half][0]);
+        };
+        to[4 * i + 2 * j] = to_pairs(column(0), column(1));
+        to[4 * i + 2 * j + 1] = to_pairs(column(2), column(3));
+      }
+    }
+  }
+
  private:
   static constexpr int HIGH = FORMAT.bits - 4, PARTS = BLOCK / LANES;
   static constexpr bool HALVES = FORMAT.group < GROUP;               // which have scales of their own

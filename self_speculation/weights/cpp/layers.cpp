@@ -7,8 +7,8 @@
 #include <atomic>
 #include <span>
 
-#include "attention.h"
 #include "int4_rounding.h"
+#include "tile_attention.h"
 #include "weights.h"
 
 namespace {
@@ -47,30 +47,32 @@ class Phase {
   alignas(64) std::atomic<int64_t> done_{0};
 };
 
-// Rows of several weights as pieces of work. They are long, since fetching ahead starts anew with each.
+// Rows of several weights as pieces of work, in units of ROWS. For few tokens they are long, since fetching ahead starts anew
+// with each.
 class Pieces {
  public:
-  Pieces(std::span<const Weight* const> weights, int64_t threads) : weights_(weights) {
-    for (const Weight* weight : weights_) blocks_ += round_up(weight->rows, BLOCK) / BLOCK;
-    size_ = std::max<int64_t>(1, (blocks_ + 2 * threads - 1) / (2 * threads));
+  Pieces(std::span<const Weight* const> weights, int64_t wanted) : weights_(weights) {
+    for (const Weight* weight : weights_) units_ += units_of(*weight);
+    size_ = std::max<int64_t>(1, (units_ + wanted - 1) / wanted);
   }
-  int64_t number() const { return (blocks_ + size_ - 1) / size_; }
+  int64_t number() const { return (units_ + size_ - 1) / size_; }
 
   // Calls f(index of the weight, first row, last row) for the parts of a piece.
   template <class F>
   void of(int64_t piece, const F& f) const {
-    int64_t first = piece * size_, last = std::min(first + size_, blocks_);
+    int64_t first = piece * size_, last = std::min(first + size_, units_);
     for (size_t i = 0; i < weights_.size(); i++) {
-      int64_t blocks = round_up(weights_[i]->rows, BLOCK) / BLOCK;
-      if (first < blocks && last > 0)
-        f(i, std::max<int64_t>(0, first) * BLOCK, std::min(last * BLOCK, weights_[i]->rows));
-      first -= blocks, last -= blocks;
+      const int64_t units = units_of(*weights_[i]);
+      if (first < units && last > 0) f(i, std::max<int64_t>(0, first) * ROWS, std::min(last * ROWS, weights_[i]->rows));
+      first -= units, last -= units;
     }
   }
 
  private:
+  static int64_t units_of(const Weight& weight) { return (weight.rows + ROWS - 1) / ROWS; }
+
   std::span<const Weight* const> weights_;
-  int64_t blocks_ = 0, size_;
+  int64_t units_ = 0, size_;
 };
 
 // Inputs of more tokens are made once, those of fewer by each thread: that is one phase less.
@@ -81,10 +83,10 @@ class Products {
  public:
   // `shared`: memory for all inputs, if they are made once. `in_bfloat16`: inputs of weights in bfloat16 are so.
   Products(int64_t tokens, int64_t columns, int64_t threads, Floats* shared, bool in_bfloat16 = false)
-      : tokens_(tokens), threads_(threads), in_bfloat16_(in_bfloat16), shared_(shared), in_order_(aligned(Inputs::stride_of(columns))),
-        own_(shared ? nullptr : aligned(tokens * Inputs::stride_of(columns))) {}
+      : tokens_(tokens), threads_(threads), in_bfloat16_(in_bfloat16), shared_(shared), in_order_(aligned(Inputs::piece_size(columns))),
+        own_(shared ? nullptr : aligned(Inputs::size(tokens, columns))) {}
   static std::unique_ptr<Floats[]> memory(int64_t tokens, int64_t columns) {
-    return tokens > MADE_ALONE ? aligned(tokens * Inputs::stride_of(columns)) : nullptr;
+    return tokens > MADE_ALONE ? aligned(Inputs::size(tokens, columns)) : nullptr;
   }
 
   // x is what `fill(token, to)` writes, then f(x, index of the weight, first row, last row) for all rows: two phases, and two
@@ -95,15 +97,21 @@ class Products {
       const Weight& weight = *weights[begin];
       while (end < weights.size() && weights[end]->type == weight.type) end++;
       const Inputs x(shared_ ? shared_ : own_.get(), tokens_, weight.columns, weight.type, in_bfloat16_);
-      auto put = [&](int64_t t) { x.put(t, fill, reinterpret_cast<float*>(in_order_.get())); };
-      auto put_all = [&] { for (int64_t t = 0; t < tokens_; t++) put(t); };
-      if (shared_) phase->run(tokens_, [] {}, put);
+      auto make = [&](int64_t piece) { x.make(piece, fill, reinterpret_cast<float*>(in_order_.get())); };
+      auto make_all = [&] { for (int64_t piece = 0; piece < x.pieces(); piece++) make(piece); };
+      if (shared_) phase->run(x.pieces(), [] {}, make);
       phase++;
-      const Pieces pieces({&weights[begin], end - begin}, threads_);
-      phase++->run(pieces.number(), [&] { if (!shared_) put_all(); }, [&](int64_t piece) {
-        pieces.of(piece, [&](size_t i, int64_t first, int64_t last) { f(x, begin + i, first, last); });
-      });
+      auto prepare = [&] { if (!shared_) make_all(); };
+      run_made(phase, {&weights[begin], end - begin}, x, prepare, [&](int64_t i, int64_t first, int64_t last) { f(x, begin + i, first, last); });
     }
+  }
+
+  // f(index of the weight, first row, last row) for all rows of weights of one type: one phase, over inputs that are there once
+  // a thread has called `prepare`.
+  template <class Prepare, class F>
+  void run_made(Phase*& phase, std::span<const Weight* const> weights, const Inputs& x, const Prepare& prepare, const F& f) const {
+    const Pieces pieces(weights, threads_ * (x.in_tiles() ? 8 : 2));
+    phase++->run(pieces.number(), prepare, [&](int64_t piece) { pieces.of(piece, f); });
   }
 
  private:
@@ -114,10 +122,17 @@ class Products {
 };
 
 template <class F>
-void on_all_threads(int64_t threads, const F& f) {
+void on_all_threads(int64_t threads, bool needs_tiles, const F& f) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const tiles::Shaped shaped(needs_tiles);
     for (; first < last; first++) f();
   });
+}
+
+// Without a call, if they are all rows of a unit.
+INLINE void put_numbers(const float* numbers, int64_t n, float* to) {
+  if (n == ROWS) std::memcpy(to, numbers, ROWS * sizeof(float));
+  else std::copy_n(numbers, n, to);
 }
 
 // GELU by tanh, x (1 + tanh(y)) / 2 = x / (1 + exp(-2 y)), or SiLU.
@@ -170,13 +185,14 @@ class Pass {
         projected_(new float[tokens * joint_]), attended_(new float[tokens * heads_ * d_]),
         gates_(new float[tokens * mlp_width_]), ups_(new float[tokens * mlp_width_]), added_(new float[tokens * hidden]),
         sums_(new float[tokens * heads_ * spans_ * d_]), parts_(new Attended[tokens * heads_ * spans_]), widest_(std::max({hidden, heads_ * d_, mlp_width_})),
-        inputs_(Products::memory(tokens, widest_)) {
+        inputs_(Products::memory(tokens, widest_)),
+        activated_(in_bfloat16 && HAS_TILES ? aligned(Inputs::size(tokens, mlp_width_)) : nullptr) {
     for (int64_t i = 0; i < tokens * heads_ * spans_; i++) parts_[i].values = &sums_[i * d_];
     for (int64_t first = 0; const Row& row : rows) first_tokens_.push_back(first), first += row.tokens;
   }
 
   void run() {
-    on_all_threads(threads_, [&] {
+    on_all_threads(threads_, in_bfloat16_, [&] {
       Phase* phase = phases_.get();
       const Products products(tokens_, widest_, threads_, inputs_.get(), in_bfloat16_);
       for (size_t index = 0; index < layers_.size(); index++) {
@@ -185,7 +201,8 @@ class Pass {
         phase++->run(int64_t(rows_.size()) * kv_heads_ * spans_, [] {}, [&](int64_t piece) { attend(index, piece); });
         add(products, phase, layer.out, attended_.get(), heads_ * d_, layer.attended_norm);
         activate_gates(products, phase, layer);
-        add(products, phase, layer.down, gates_.get(), layer.width, layer.output_norm);
+        const Inputs activated = activated_tiles(layer);
+        add(products, phase, layer.down, gates_.get(), layer.width, layer.output_norm, makes_tiles(layer) ? &activated : nullptr);
       }
     });
   }
@@ -201,7 +218,9 @@ class Pass {
     products.run(phase, {weights[0], weights[1], weights[2]}, normed(layer.input_norm),
                  [&](const Inputs& x, size_t i, int64_t first, int64_t last) {
                    float* to = &projected_[columns[i]];
-                   weights[i]->multiply(first, last, x, [&](int64_t t, int64_t row, float number) { to[t * joint_ + row] = number; });
+                   weights[i]->multiply(first, last, x, [&](int64_t t, int64_t row, const float* numbers, int64_t n) {
+                     put_numbers(numbers, n, &to[t * joint_ + row]);
+                   });
                  });
   }
 
@@ -236,7 +255,9 @@ class Pass {
       std::copy_n(joint + (heads_ + kv_heads_ + head) * d_, d_, values + position * d_);
     }
     Attended* of_head = &parts_[(first * heads_ + head * of_group) * spans_];
-    attend_to_span(queries.get(), row.tokens, together_, d_, row.start, layer.window, keys, values, key, of_head + span * of_group);
+    const bool by_tiles = HAS_TILES && in_bfloat16_ && layer.query.type != ScalarType::Float;
+    auto* attend = by_tiles ? attend_to_span_by_tiles : attend_to_span;
+    attend(queries.get(), row.tokens, together_, d_, row.start, layer.window, keys, values, key, of_head + span * of_group);
     if (finished_[index * rows_.size() * kv_heads_ + of_row].fetch_add(1, std::memory_order_acq_rel) + 1 < number) return;
     for (int64_t i = 0; i < of_group; i++) {  // the last one to finish adds up all spans, in their order
       Attended& whole = of_head[i];
@@ -249,9 +270,15 @@ class Pass {
   // act(x W_gate^T) * x W_up^T, of the normed states
   void activate_gates(const Products& products, Phase*& phase, const Layer& layer) {
     auto multiply = [&](const Weight& weight, std::unique_ptr<float[]>& to, const Inputs& x, int64_t first, int64_t last) {
-      weight.multiply(first, last, x, [&](int64_t t, int64_t row, float number) { to[t * layer.width + row] = number; });
+      weight.multiply(first, last, x, [&](int64_t t, int64_t row, const float* numbers, int64_t n) {
+        put_numbers(numbers, n, &to[t * layer.width + row]);
+      });
     };
     const bool is_one_type = layer.gate.type == layer.up.type;
+    if (makes_tiles(layer))
+      return products.run(phase, {&layer.up}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
+        activate_tiles(layer, x, first, last);
+      });
     if (!is_one_type)
       products.run(phase, {&layer.gate}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
         multiply(layer.gate, gates_, x, first, last);
@@ -268,17 +295,49 @@ class Pass {
     });
   }
 
-  // states += norm(x W^T), of x [T, columns]
-  void add(const Products& products, Phase*& phase, const Weight& weight, const float* from, int64_t columns, const Norm& norm) {
+  // Whether the inputs of the last product are made as gates are activated: they are tiles, and so are those of the gates.
+  bool makes_tiles(const Layer& layer) const {
+    return layer.gate.type == layer.up.type && Inputs::by_tiles(layer.up.type, in_bfloat16_) &&
+           Inputs::by_tiles(layer.down.type, in_bfloat16_);
+  }
+  Inputs activated_tiles(const Layer& layer) const {
+    return {activated_.get(), tokens_, layer.width, layer.down.type, in_bfloat16_};
+  }
+
+  // The same as inputs of the last product: 32 rows of the weights are 32 of its columns.
+  void activate_tiles(const Layer& layer, const Inputs& x, int64_t first, int64_t last) {
+    const Inputs activated = activated_tiles(layer);
+    auto gates = Weight::memory_for(tokens_);
+    auto ups = Weight::memory_for(tokens_);
+    for (int64_t at = first; at < last; at += ROWS) {
+      layer.gate.products(at, std::min(ROWS, last - at), x, gates.get());
+      layer.up.products(at, std::min(ROWS, last - at), x, ups.get());
+      for (int64_t part = 0; part < activated.parts; part++)
+        activated.put_tile(at / tiles::COLUMNS, part, [&](int64_t t, int64_t j) {
+          const int64_t from = (part * tiles::ROWS + t) * ROWS + j;
+          return activate(layer.is_gelu, load<Floats>(&gates[from])) * load<Floats>(&ups[from]);
+        });
+    }
+  }
+
+  // states += norm(x W^T), of x [T, columns], or of inputs that are made
+  void add(const Products& products, Phase*& phase, const Weight& weight, const float* from, int64_t columns, const Norm& norm,
+           const Inputs* made = nullptr) {
     float* to = norm.weight ? added_.get() : states_;
     bool is_sum = !norm.weight;
-    products.run(phase, {&weight}, [&](int64_t t, float* row) { std::copy_n(from + t * columns, columns, row); },
-                 [&](const Inputs& x, size_t, int64_t first, int64_t last) {
-                   weight.multiply(first, last, x, [&](int64_t t, int64_t row, float number) {
-                     float& state = to[t * hidden_ + row];
-                     state = is_sum ? state + number : number;
-                   });
-                 });
+    auto multiply = [&](const Inputs& x, int64_t first, int64_t last) {
+      weight.multiply(first, last, x, [&](int64_t t, int64_t row, const float* numbers, int64_t n) {
+        float* states = &to[t * hidden_ + row];
+        if (!is_sum) return put_numbers(numbers, n, states);
+        for (int64_t i = 0; i < n; i++) states[i] += numbers[i];
+      });
+    };
+    const Weight* weights[] = {&weight};
+    if (made)
+      products.run_made(phase, weights, *made, [] {}, [&](size_t, int64_t first, int64_t last) { multiply(*made, first, last); });
+    else
+      products.run(phase, {&weight}, [&](int64_t t, float* row) { std::copy_n(from + t * columns, columns, row); },
+                   [&](const Inputs& x, size_t, int64_t first, int64_t last) { multiply(x, first, last); });
     if (is_sum) return;
     phase++->run(tokens_, [] {}, [&](int64_t t) {
       float *row = &added_[t * hidden_], *state = states_ + t * hidden_;
@@ -301,7 +360,8 @@ class Pass {
   std::unique_ptr<float[]> projected_, attended_, gates_, ups_, added_, sums_;
   std::unique_ptr<Attended[]> parts_;  // by row: [kv_heads, spans, tokens of the row * together]
   int64_t widest_;
-  std::unique_ptr<Floats[]> inputs_;  // of a product, if there are many tokens
+  std::unique_ptr<Floats[]> inputs_;     // of a product, if there are many tokens
+  std::unique_ptr<Floats[]> activated_;  // of the last product, by tiles
 };
 
 // A range of layers. Each pass reads anew where the weights are, and their shapes and formats.
@@ -358,7 +418,7 @@ Tensor project(const Tensor& x, const Tensor& norm, double epsilon, bool is_cent
   const int64_t most = MOST_AT_A_TIME;
   std::unique_ptr<Phase[]> phases(new Phase[2 * (tokens / most + 1)]);
   std::unique_ptr<Floats[]> shared = Products::memory(std::min(most, tokens), columns);
-  on_all_threads(threads, [&] {
+  on_all_threads(threads, false, [&] {
     Phase* phase = phases.get();
     for (int64_t start = 0; start < tokens; start += most) {
       auto fill = [&](int64_t t, float* computed) {
@@ -368,7 +428,9 @@ Tensor project(const Tensor& x, const Tensor& norm, double epsilon, bool is_cent
       };
       Products(std::min(most, tokens - start), columns, threads, shared.get())
           .run(phase, {&w}, fill, [&](const Inputs& x, size_t, int64_t first, int64_t last) {
-            w.multiply(first, last, x, [&](int64_t t, int64_t row, float number) { to[(start + t) * rows + row] = number; });
+            w.multiply(first, last, x, [&](int64_t t, int64_t row, const float* numbers, int64_t n) {
+              put_numbers(numbers, n, &to[(start + t) * rows + row]);
+            });
           });
     }
   });

@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
@@ -27,7 +27,12 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-#if defined(__AVX512VNNI__) || defined(WIDE)  // WIDE: a test on processors without
+// WIDE, PAIRS and TILES are tests, on processors without.
+#ifdef TILES
+#define WIDE
+#define PAIRS
+#endif
+#if defined(__AVX512VNNI__) || defined(WIDE)
 constexpr int64_t LANES = 16;
 #else
 constexpr int64_t LANES = 8;
@@ -126,10 +131,15 @@ Floats accumulate(Floats a, Floats b, Floats sum) {
 
 // Adds, in each lane, products of two numbers in bfloat16, the upper ones first. Both sums are rounded to nearest even, and
 // subnormal numbers are zeros.
-#if defined(__AVX512BF16__) || defined(PAIRS)  // PAIRS: a test on processors without
+#if defined(__AVX512BF16__) || defined(PAIRS)
 constexpr bool HAS_PAIRS = true;
 #else
 constexpr bool HAS_PAIRS = false;
+#endif
+#if defined(AMX) || defined(TILES)
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
 #endif
 #ifdef __AVX512BF16__
 Floats accumulate(Ints a, Ints b, Floats sum) {
@@ -141,6 +151,95 @@ Floats normal(Floats x) { return (Floats)((Ints)x & ((((Ints)x & 0x7f800000) != 
 Floats accumulate(Ints a, Ints b, Floats sum) {
   sum = normal(fma(normal((Floats)(a & int32_t(0xffff0000))), normal((Floats)(b & int32_t(0xffff0000))), normal(sum)));
   return normal(fma(normal((Floats)(a << 16)), normal((Floats)(b << 16)), sum));
+}
+#endif
+
+// Numbers in bfloat16, rounded to nearest even: those of `first` in the lower half, those of `second` in the upper half.
+// As pairs, each lane has a number of both, that of `first` in its lower half.
+#ifdef __AVX512BF16__
+Ints to_bfloat16(Floats first, Floats second) { return (Ints)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+Ints to_pairs(Floats first, Floats second) {
+  const __m512i upper = _mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);
+  const __m512i order = _mm512_or_si512(_mm512_slli_epi32(upper, 16), _mm512_sub_epi32(upper, _mm512_set1_epi32(16)));
+  return (Ints)_mm512_permutexvar_epi16(order, (__m512i)to_bfloat16(first, second));
+}
+#else
+Ints upper_half(Floats x) {  // rounded: as __AVX512BF16__ does, NaN is quiet and subnormal numbers are zeros
+  const Ints bits = (Ints)normal(x);
+  return (x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) & int32_t(0xffff0000);
+}
+Ints to_pairs(Floats first, Floats second) {
+  return (upper_half(first) >> 16 & 0xffff) | upper_half(second);
+}
+Ints to_bfloat16(Floats first, Floats second) {
+  const Ints halves[] = {upper_half(first), upper_half(second)};
+  uint16_t numbers[2 * LANES];
+  for (int64_t i = 0; i < 2 * LANES; i++) numbers[i] = uint16_t(uint32_t(halves[i / LANES][i % LANES]) >> 16);
+  return load<Ints>(numbers);
+}
+#endif
+
+// Whether a lane is not 0.
+bool any(Ints x) {
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
+#else
+  bool is = false;
+  for (int64_t i = 0; i < LANES; i++) is |= x[i] != 0;
+  return is;
+#endif
+}
+
+// Numbers as the sum of two parts in bfloat16, each in the order of `to_bfloat16`. What the parts lack is 2^-17 of a number.
+struct Split {
+  Ints upper, rest;
+
+  Split(Floats first, Floats second) : upper(to_bfloat16(first, second)) {
+    BFloat16 numbers[2 * LANES];
+    std::memcpy(numbers, &upper, sizeof(upper));
+    rest = to_bfloat16(first - widen(numbers), second - widen(numbers + LANES));
+  }
+};
+
+// Transposes [16, LANES] where a vector has 16 numbers.
+#ifdef __AVX512F__
+INLINE void transpose(Ints* rows) {
+  __m512i r[16], s[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = (__m512i)rows[i];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(s[i + j], s[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(s[i + j], s[i + j + 2]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < 16; j += 8) {
+      s[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+      s[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    rows[i] = (Ints)_mm512_shuffle_i32x4(s[i], s[i + 8], 0x88);
+    rows[i + 8] = (Ints)_mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd);
+  }
+}
+#else
+void transpose(Ints* rows) {
+  for (int64_t i = 0; i < LANES; i++)
+    for (int64_t j = 0; j < i; j++) {
+      const int32_t kept = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = kept;
+    }
 }
 #endif
 

@@ -1,13 +1,10 @@
 // x W^T over weights as they lie in memory. Each (row of a weight, token) is one sum along the columns, in one order: its
 // bits do not depend on other tokens, on other rows, or on the number of threads.
 #pragma once
-#include "few_bits.h"
+#include "tile_products.h"
 
 namespace {
-constexpr int64_t ROWS = 32;                          // of a weight in floating point that are multiplied at a time
-constexpr int64_t MOST_TOKENS = LANES == 16 ? 8 : 6;  // at a time: twice as many sums are in registers
-constexpr int64_t MOST_OF_PAIRS = 6;                  // the same of tokens in bfloat16, with four rows
-constexpr int64_t COLUMNS = 2 * LANES;                // at a time
+constexpr int64_t ROWS = 32;  // of a weight in floating point that are multiplied at a time
 
 // The first or the second vector of COLUMNS columns; of bfloat16, even columns and odd ones.
 template <bool SECOND, class Number>
@@ -19,48 +16,6 @@ Floats columns_of(const BFloat16* from) {
   Ints both = load<Ints>(from);
   return (Floats)(SECOND ? both & int32_t(0xffff0000) : both << 16);
 }
-
-// Inputs of products with weights of a type, in memory for T * stride floats, with zeros after the columns: by parts of up
-// to MOST_TOKENS tokens, [stride / LANES, tokens of the part, LANES] in the order of `columns_of`; for weights in few
-// bits, rounded. As pairs, for weights in bfloat16, they are in bfloat16 and in the order of columns: [stride / COLUMNS, tokens
-// of the part, COLUMNS].
-struct Inputs {
-  int64_t tokens, columns, stride;
-  ScalarType type;
-  bool as_pairs;
-  int64_t parts;
-  float* numbers;
-  RoundedInputs rounded;
-
-  Inputs(Floats* memory, int64_t tokens, int64_t columns, ScalarType type, bool in_bfloat16 = false)
-      : tokens(tokens), columns(columns), stride(stride_of(columns)), type(type),
-        as_pairs(in_bfloat16 && type == ScalarType::BFloat16),
-        parts((tokens - 1) / (as_pairs ? MOST_OF_PAIRS : MOST_TOKENS) + 1), numbers(reinterpret_cast<float*>(memory)),
-        rounded(memory, tokens, stride / GROUP) {}
-  static int64_t stride_of(int64_t columns) { return round_up(columns, GROUP); }
-  int64_t first_of(int64_t part) const { return tokens * part / parts; }  // of nearly equal size
-
-  // `fill(token, to)` writes the numbers of a token; `in_order` is memory for them.
-  template <class Fill>
-  void put(int64_t t, const Fill& fill, float* in_order) const {
-    fill(t, in_order);
-    std::fill(in_order + columns, in_order + stride, 0.0f);
-    if (type == ScalarType::Byte) return rounded.round(t, in_order);
-    int64_t part = ((t + 1) * parts - 1) / tokens, first = first_of(part), n = first_of(part + 1) - first;
-    if (as_pairs) {
-      auto* to = reinterpret_cast<BFloat16*>(numbers) + first * stride + (t - first) * COLUMNS;
-      for (int64_t k = 0; k < stride; k += COLUMNS)
-        for (int64_t i = 0; i < COLUMNS; i++) to[k * n + i] = BFloat16(in_order[k + i]);
-      return;
-    }
-    int64_t apart = type == ScalarType::BFloat16 ? 2 : 1, second = apart == 2 ? 1 : LANES;
-    for (int64_t k = 0; k < stride; k += COLUMNS)
-      for (int64_t i = 0; i < LANES; i++) {
-        float* to = numbers + first * stride + k * n + (t - first) * LANES + i;
-        to[0] = in_order[k + apart * i], to[n * LANES] = in_order[k + apart * i + second];
-      }
-  }
-};
 
 // Adds products of R rows, `apart` rows from each other, and T tokens to `sums`, [T, ROWS]. Fetches the same of `ahead`.
 template <int R, int T, class V, class Number>
@@ -117,7 +72,7 @@ void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, 
         auto some = [&]<int R>(int64_t r, int64_t apart) {
           const Number* ahead = r % x.parts == part ? next : own;  // each part fetches some of the next
           const int64_t at = first * x.stride + from * T;
-          tile<R, T, V>(own + r * row, ahead + r * row, row, apart, &x.numbers[x.as_pairs ? at / 2 : at],
+          tile<R, T, V>(own + r * row, ahead + r * row, row, apart, &x.numbers[(x.layout == Layout::pairs) ? at / 2 : at],
                         std::min(width, x.columns - from), &sums[first * ROWS + r]);
         };
         constexpr int R = T <= 2 || std::is_same_v<V, Ints> ? 4 : 2;
@@ -126,7 +81,7 @@ void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, 
       };
       const int64_t number = x.first_of(part + 1) - first;
       if constexpr (std::is_same_v<Number, BFloat16>)
-        if (x.as_pairs) {
+        if ((x.layout == Layout::pairs)) {
           with_count<MOST_OF_PAIRS>(number, [&]<int T>() { tiles.template operator()<T, Ints>(); });
           continue;
         }
@@ -170,28 +125,54 @@ struct Weight {
     }
   }
 
-  // Rows from `first` on of x W^T + b: `put(token, row, number)`. Both ends are multiples of BLOCK, or all rows.
+  // Rows from `first` on of x W^T + b: `put(token, row, numbers, n)` of n rows. Both ends are multiples of ROWS, or all rows.
   template <class Put>
   void multiply(int64_t first, int64_t last, const Inputs& x, const Put& put) const {
-    int64_t unit = format ? BLOCK : ROWS;
-    std::unique_ptr<float[]> products(new float[x.tokens * unit]);
+    auto memory = memory_for(x.tokens);
+    const int64_t unit = unit_of(x);
     last = std::min(last, rows);
     for (int64_t at = first; at < last; at += unit) {
-      int64_t n = std::min(unit, last - at);
-      if (format) {
-        const int64_t of_block = format->to(x.rounded.groups);
-        products_of_block(*format, static_cast<const uint8_t*>(numbers) + HEADER + at / BLOCK * of_block, x.rounded, products.get());
-      } else {
-        with_numbers(type, numbers, [&](auto* w) { products_of_rows(w + at * row, row, n, x, products.get()); });
-      }
-      if (bias)
-        with_numbers(bias_type, bias, [&](auto* b) {
-          for (int64_t t = 0; t < x.tokens; t++)
-            for (int64_t r = 0; r < n; r++) products[t * unit + r] += float(b[at + r]);
-        });
-      for (int64_t t = 0; t < x.tokens; t++)
-        for (int64_t r = 0; r < n; r++) put(t, at + r, products[t * unit + r]);
+      const int64_t n = std::min(unit, last - at);
+      products(at, n, x, memory.get());
+      for (int64_t t = 0; t < x.tokens; t++) put(t, at, &memory[t * unit], n);
     }
+  }
+
+  // Rows that are multiplied at a time.
+  int64_t unit_of(const Inputs& x) const { return format && !x.in_tiles() ? BLOCK : ROWS; }
+  static std::unique_ptr<float[]> memory_for(int64_t tokens) {
+    return std::make_unique_for_overwrite<float[]>(round_up(tokens, tiles::ROWS) * ROWS);
+  }
+
+  // n rows of x W^T + b from row `at` on, [T, unit]. By tiles, what is beyond these tokens and rows is zeros.
+  void products(int64_t at, int64_t n, const Inputs& x, float* to) const {
+    const int64_t unit = unit_of(x);
+    products_of(at, n, x, to);
+    if (!bias) return;
+    with_numbers(bias_type, bias, [&](auto* b) {
+      for (int64_t t = 0; t < x.tokens; t++)
+        for (int64_t r = 0; r < n; r++) to[t * unit + r] += float(b[at + r]);
+    });
+  }
+
+ private:
+  // Products of n rows, [T, ROWS] or, of few bits without tiles, [T, BLOCK].
+  void products_of(int64_t at, int64_t n, const Inputs& x, float* products) const {
+    if (format) {
+      const int64_t of_block = format->to(x.rounded.groups);
+      const auto* block = static_cast<const uint8_t*>(numbers) + HEADER + at / BLOCK * of_block;
+      if constexpr (HAS_TILES)
+        if (x.in_tiles())
+          return with_format(*format, [&]<size_t I>() {
+            products_of_cells_by_tiles<I>(block, (n + BLOCK - 1) / BLOCK, of_block, x, products);
+          });
+      return products_of_block(*format, block, x.rounded, products);
+    }
+    with_numbers(type, numbers, [&]<class Number>(const Number* w) {
+      if constexpr (HAS_TILES && !std::is_same_v<Number, float>)
+        if (x.in_tiles()) return products_by_tiles(RowsInPlace<Number>{w + at * row, row, n, columns}, x, products);
+      products_of_rows(w + at * row, row, n, x, products);
+    });
   }
 };
 

@@ -1,0 +1,97 @@
+// Inputs of products, in the layout that the kernel of a weight reads.
+#pragma once
+#include "few_bits.h"
+#include "tiles.h"
+
+namespace {
+constexpr int64_t MOST_TOKENS = LANES == 16 ? 8 : 6;  // at a time: twice as many sums are in registers
+constexpr int64_t MOST_OF_PAIRS = 6;                  // the same of tokens in bfloat16, with four rows
+constexpr int64_t COLUMNS = 2 * LANES;                // at a time
+
+// How inputs lie in memory, with zeros after the columns:
+enum class Layout {
+  floats,      // by parts of up to MOST_TOKENS tokens, [stride / LANES, tokens of the part, LANES] in the order of `columns_of`
+  pairs,       // the same of up to MOST_OF_PAIRS tokens in bfloat16, [stride / COLUMNS, tokens of the part, COLUMNS]
+  eight_bits,  // as `RoundedInputs`
+  token_rows,  // tiles in bfloat16, [stride / 32, tiles, 16 tokens, 32]
+  pair_rows,   // the same transposed, [stride / 32, tiles, 16 pairs of columns, 16 tokens, 2]
+};
+
+// Inputs of products with weights of a type, in memory of `size` floats.
+struct Inputs {
+  int64_t tokens, columns, stride;
+  Layout layout;
+  bool is_bfloat16;  // weights are: `columns_of` has even columns first
+  int64_t parts;  // of tokens that are multiplied together
+  float* numbers;
+  RoundedInputs rounded;
+
+  Inputs(Floats* memory, int64_t tokens, int64_t columns, ScalarType type, bool in_bfloat16 = false)
+      : tokens(tokens), columns(columns), stride(stride_of(columns)), layout(layout_of(type, in_bfloat16)),
+        is_bfloat16(type == ScalarType::BFloat16), parts((tokens - 1) / most_tokens() + 1), numbers(reinterpret_cast<float*>(memory)), rounded(memory, tokens, stride / GROUP) {}
+  static int64_t stride_of(int64_t columns) { return round_up(columns, GROUP); }
+  static int64_t size(int64_t tokens, int64_t columns) {
+    return round_up(tokens, HAS_TILES ? tiles::ROWS : 1) * stride_of(columns);
+  }
+  static bool by_tiles(ScalarType type, bool in_bfloat16) { return HAS_TILES && in_bfloat16 && type != ScalarType::Float; }
+  static Layout layout_of(ScalarType type, bool in_bfloat16) {
+    if (by_tiles(type, in_bfloat16)) return type == ScalarType::Byte ? Layout::token_rows : Layout::pair_rows;
+    if (type == ScalarType::Byte) return Layout::eight_bits;
+    return in_bfloat16 && type == ScalarType::BFloat16 ? Layout::pairs : Layout::floats;
+  }
+  bool in_tiles() const { return layout == Layout::token_rows || layout == Layout::pair_rows; }
+  int64_t most_tokens() const { return in_tiles() ? tiles::ROWS : layout == Layout::pairs ? MOST_OF_PAIRS : MOST_TOKENS; }
+  int64_t first_of(int64_t part) const { return tokens * part / parts; }  // of nearly equal size
+
+  // Inputs are made in pieces: each is a token or, in tiles, 16 of them.
+  static int64_t piece_size(int64_t columns) { return (HAS_TILES ? tiles::ROWS : 1) * stride_of(columns); }
+  int64_t pieces() const { return in_tiles() ? parts : tokens; }
+
+  // `fill(token, to)` writes the numbers of a token; `in_order` is memory for those of a piece.
+  template <class Fill>
+  void make(int64_t piece, const Fill& fill, float* in_order) const {
+    if (in_tiles()) return make_tiles(piece, fill, in_order);
+    fill(piece, in_order);
+    std::fill(in_order + columns, in_order + stride, 0.0f);
+    if (layout == Layout::eight_bits) return rounded.round(piece, in_order);
+    int64_t part = ((piece + 1) * parts - 1) / tokens, first = first_of(part), n = first_of(part + 1) - first;
+    if (layout == Layout::pairs) {
+      auto* to = reinterpret_cast<BFloat16*>(numbers) + first * stride + (piece - first) * COLUMNS;
+      for (int64_t k = 0; k < stride; k += COLUMNS)
+        for (int64_t i = 0; i < COLUMNS; i++) to[k * n + i] = BFloat16(in_order[k + i]);
+      return;
+    }
+    int64_t apart = is_bfloat16 ? 2 : 1, second = apart == 2 ? 1 : LANES;
+    for (int64_t k = 0; k < stride; k += COLUMNS)
+      for (int64_t i = 0; i < LANES; i++) {
+        float* to = numbers + first * stride + k * n + (piece - first) * LANES + i;
+        to[0] = in_order[k + apart * i], to[n * LANES] = in_order[k + apart * i + second];
+      }
+  }
+
+  // 32 columns of 16 tokens.
+  Ints* tile(int64_t step, int64_t part) const {
+    return reinterpret_cast<Ints*>(numbers) + (part * (stride / tiles::COLUMNS) + step) * tiles::ROWS;
+  }
+  // `numbers(t, j)` are those of the tile's token t, LANES columns from column j of the tile on.
+  template <class Numbers>
+  INLINE void put_tile(int64_t step, int64_t part, const Numbers& numbers) const {
+    Ints* rows = tile(step, part);
+    for (int64_t t = 0; t < tiles::ROWS; t++) rows[t] = to_bfloat16(numbers(t, 0), numbers(t, LANES));
+    if (layout == Layout::pair_rows) transpose(rows);
+  }
+
+ private:
+  template <class Fill>
+  void make_tiles(int64_t part, const Fill& fill, float* in_order) const {
+    const int64_t first = part * tiles::ROWS;
+    for (int64_t t = 0; t < tiles::ROWS; t++) {
+      float* row = in_order + t * stride;
+      if (first + t < tokens) fill(first + t, row);
+      std::fill(row + (first + t < tokens ? columns : 0), row + stride, 0.0f);
+    }
+    for (int64_t step = 0; step < stride / tiles::COLUMNS; step++)
+      put_tile(step, part, [&](int64_t t, int64_t j) { return load<Floats>(in_order + t * stride + step * tiles::COLUMNS + j); });
+  }
+};
+}  // namespace

@@ -1,0 +1,248 @@
+// Attention of a prompt's tokens by tiles, in bfloat16. Scores are [keys, 16 queries], so a lane is a query from the scores to
+// the sums. Keys are taken as in attention.h: KEYS at a time, at fixed positions and in one order.
+#pragma once
+#include "attention.h"
+#include "tiles.h"
+
+namespace {
+constexpr int64_t KEY_TILES = KEYS / tiles::ROWS;
+constexpr int64_t VALUE_TILES = KEYS / tiles::COLUMNS;  // along the keys
+
+// Numbers [j, j + LANES) of a row of d, then zeros.
+Floats row_numbers(const float* row, int64_t j, int64_t d) {
+  if (j + LANES <= d) return load<Floats>(row + j);
+  return j < d ? widen(row + j, d - j) : Floats{};
+}
+
+// KEYS keys and values of a head in bfloat16; those that are not there are zeros.
+class KeyTiles {
+ public:
+  explicit KeyTiles(int64_t d)
+      : d_(d), steps_((d + tiles::COLUMNS - 1) / tiles::COLUMNS), keys_(new Ints[2 * KEYS * steps_]),
+        values_(new Ints[2 * steps_ * VALUE_TILES * tiles::ROWS]) {}
+
+  int64_t steps() const { return steps_; }
+  // 16 keys times 32 columns, as two parts whose sum they are.
+  const Ints* keys(int64_t tile, int64_t step, int64_t part) const {
+    return &keys_[((tile * steps_ + step) * 2 + part) * tiles::ROWS];
+  }
+  const Ints* values(int64_t tile, int64_t of_keys) const { return &values_[(tile * VALUE_TILES + of_keys) * tiles::ROWS]; }
+  // Whether a value is infinite or NaN: it is a zero here, since a weight of 0 times it would be NaN.
+  bool is_spoilt() const { return is_spoilt_; }
+
+  // `number` keys and values [number, d].
+  void pack(const float* keys, const float* values, int64_t number) {
+    for (int64_t key = 0; key < KEYS; key++)
+      for (int64_t step = 0; step < steps_; step++) {
+        auto half = [&](int64_t j) { return key < number ? row_numbers(keys + key * d_, step * tiles::COLUMNS + j, d_) : Floats{}; };
+        const Split split(half(0), half(LANES));
+        const int64_t tile = key / tiles::ROWS;
+        const int64_t row = key % tiles::ROWS;
+        keys_[((tile * steps_ + step) * 2) * tiles::ROWS + row] = split.upper;
+        keys_[((tile * steps_ + step) * 2 + 1) * tiles::ROWS + row] = split.rest;
+      }
+    Ints spoilt = {};
+    for (int64_t tile = 0; tile < 2 * steps_; tile++)
+      for (int64_t of_keys = 0; of_keys < VALUE_TILES; of_keys++) {
+        Ints* rows = &values_[(tile * VALUE_TILES + of_keys) * tiles::ROWS];
+        for (int64_t pair = 0; pair < tiles::ROWS; pair++) {
+          auto finite = [&](int64_t key) {
+            if (key >= number) return Floats{};
+            const Floats value = row_numbers(values + key * d_, tile * LANES, d_);
+            const Ints is_infinite = ((Ints)value & 0x7f800000) == 0x7f800000;
+            spoilt |= is_infinite;
+            return (Floats)((Ints)value & ~is_infinite);
+          };
+          const int64_t key = of_keys * tiles::COLUMNS + 2 * pair;
+          rows[pair] = to_pairs(finite(key), finite(key + 1));
+        }
+        transpose(rows);
+      }
+    is_spoilt_ = any(spoilt);
+  }
+
+ private:
+  int64_t d_, steps_;
+  std::unique_ptr<Ints[]> keys_;    // [KEYS / 16, steps, 2 parts, 16 keys, 32]
+  std::unique_ptr<Ints[]> values_;  // [2 * steps, KEYS / 32, 16 columns, 32 keys]
+  bool is_spoilt_ = false;
+};
+
+// Exponentials of numbers up to 0, to 3e-6: weights in bfloat16 need no more. NaN stays NaN.
+Floats power(Floats x) {
+  const Floats least = splat(-87.0f);
+  const Floats nearest = splat(0x1.8p23f);
+  x = x < least ? least : x;
+  const Floats rounded = fma(x, splat(0x1.715476p0f), nearest);
+  const Floats rest = fma(rounded - nearest, splat(-0x1.62e430p-1f), x);
+  Floats sum = splat(1.0f / 120.0f);
+  for (float factor : {1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) sum = fma(sum, rest, splat(factor));
+  return (Floats)((Ints)sum + ((Ints)rounded << 23));
+}
+
+// Attention of 16 queries, a lane each, over some keys; not divided by `sum`.
+class QueryTile {
+ public:
+  // Up to 16 of `number` queries [number, d], with their positions.
+  QueryTile(const float* queries, int64_t number, int64_t d, const Ints positions, int64_t window)
+      : d_(d), steps_((d + tiles::COLUMNS - 1) / tiles::COLUMNS), positions_(positions),
+        oldest_(positions - int32_t(window ? window : INT32_MAX / 2)), queries_(new Ints[2 * steps_ * tiles::ROWS]),
+        sums_(new Floats[steps_ * tiles::COLUMNS]()) {
+    for (int64_t step = 0; step < steps_; step++) {
+      Ints* upper = &queries_[2 * step * tiles::ROWS];
+      Ints* rest = upper + tiles::ROWS;
+      for (int64_t i = 0; i < tiles::ROWS; i++) {
+        auto half = [&](int64_t j) { return i < number ? row_numbers(queries + i * d, step * tiles::COLUMNS + j, d) : Floats{}; };
+        const Split split(half(0), half(LANES));
+        upper[i] = split.upper;
+        rest[i] = split.rest;
+      }
+      transpose(upper);
+      transpose(rest);
+    }
+  }
+
+  // Adds KEYS keys from position `from` on. Without IS_MASKED all queries see all of them.
+  template <bool IS_MASKED>
+  void add(const KeyTiles& keys, const float* values, int64_t from, int64_t number) {
+    alignas(64) Floats scores[KEYS];
+    alignas(64) Ints weights[KEYS / 2];
+    score(keys, scores);
+    const Floats none = splat(-INFINITY);
+    Floats largest = largest_;
+    for (int64_t key = 0; key < KEYS; key++) {
+      if (IS_MASKED) scores[key] = sees(from + key) ? scores[key] : none;
+      largest = scores[key] > largest ? scores[key] : largest;
+    }
+    const Floats base = IS_MASKED ? (largest > none ? largest : Floats{}) : largest;  // a query may see no key yet
+    Floats sum = {};
+    auto weight = [&](int64_t key) __attribute__((always_inline)) {
+      const Floats relative = power(scores[key] - base);
+      return IS_MASKED ? (scores[key] != none ? relative : Floats{}) : relative;
+    };
+#pragma GCC unroll 4
+    for (int64_t key = 0; key < KEYS; key += 2) {
+      const Ints pair = to_pairs(weight(key), weight(key + 1));
+      sum += (Floats)(pair << 16) + (Floats)(pair & int32_t(0xffff0000));  // rounded, as they meet the values
+      weights[key / 2] = pair;
+    }
+    if (any(largest != largest_)) {
+      const Floats scale = power(largest_ - base);
+      sum_ *= scale;
+      for (int64_t j = 0; j < steps_ * tiles::COLUMNS; j++) sums_[j] *= scale;
+      largest_ = largest;
+    }
+    sum_ += sum;
+    add_values(keys, weights);
+    if (keys.is_spoilt()) spoil(values, from, number);
+  }
+
+  // Writes what `number` queries have.
+  void finish(int64_t number, Attended* attended) {
+    for (int64_t j = 0; j < d_; j += LANES) {
+      Ints rows[tiles::ROWS];
+      std::memcpy(rows, &sums_[j], sizeof(rows));
+      transpose(rows);
+      for (int64_t i = 0; i < number; i++) store((Floats)rows[i], attended[i].values + j, std::min(LANES, d_ - j));
+    }
+    for (int64_t i = 0; i < number; i++) {
+      attended[i].largest = largest_[i];
+      attended[i].sum = sum_[i];
+    }
+  }
+
+ private:
+  Ints sees(int64_t position) const {
+    const Ints at = int32_t(position) - Ints{};
+    return (at <= positions_) & (at > oldest_);
+  }
+
+  void score(const KeyTiles& keys, Floats* scores) const {
+    tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
+    static_assert(KEY_TILES == 4);
+    for (int64_t step = 0; step < steps_; step++) {
+      tiles::load<4>(&queries_[2 * step * tiles::ROWS], 64);
+      tiles::load<5>(&queries_[(2 * step + 1) * tiles::ROWS], 64);
+      auto add = [&]<int C>() __attribute__((always_inline)) {
+        tiles::load<6>(keys.keys(C, step, 0), 64);
+        tiles::dot<C, 6, 4>();
+        tiles::dot<C, 6, 5>();
+        tiles::load<7>(keys.keys(C, step, 1), 64);
+        tiles::dot<C, 7, 4>();
+      };
+      add.template operator()<0>();
+      add.template operator()<1>();
+      add.template operator()<2>();
+      add.template operator()<3>();
+    }
+    tiles::store<0>(scores, 64);
+    tiles::store<1>(scores + tiles::ROWS, 64);
+    tiles::store<2>(scores + 2 * tiles::ROWS, 64);
+    tiles::store<3>(scores + 3 * tiles::ROWS, 64);
+  }
+
+  void add_values(const KeyTiles& keys, const Ints* weights) {
+    tiles::load<6>(weights, 64);
+    tiles::load<7>(weights + tiles::ROWS, 64);
+    static_assert(VALUE_TILES == 2);
+    for (int64_t step = 0; step < steps_; step++) {
+      Floats* first = &sums_[step * tiles::COLUMNS];
+      Floats* second = first + tiles::ROWS;
+      tiles::load<0>(first, 64);
+      tiles::load<4>(keys.values(2 * step, 0), 64);
+      tiles::dot<0, 4, 6>();
+      tiles::load<1>(second, 64);
+      tiles::load<5>(keys.values(2 * step + 1, 0), 64);
+      tiles::dot<1, 5, 6>();
+      tiles::load<4>(keys.values(2 * step, 1), 64);
+      tiles::dot<0, 4, 7>();
+      tiles::load<5>(keys.values(2 * step + 1, 1), 64);
+      tiles::dot<1, 5, 7>();
+      tiles::store<0>(first, 64);
+      tiles::store<1>(second, 64);
+    }
+  }
+
+  // Queries that see an infinite value, or NaN, have NaN there.
+  void spoil(const float* values, int64_t from, int64_t number) {
+    for (int64_t key = 0; key < number; key++)
+      for (int64_t j = 0; j < d_; j++)
+        if (!std::isfinite(values[key * d_ + j])) sums_[j] = sees(from + key) ? splat(NAN) : sums_[j];
+  }
+
+  int64_t d_, steps_;
+  Ints positions_, oldest_;  // a query sees keys up to its position, after the oldest one
+  Floats largest_ = splat(-INFINITY), sum_ = {};
+  std::unique_ptr<Ints[]> queries_;  // [steps, 2 parts, 16 pairs of columns, 16 queries, 2]
+  std::unique_ptr<Floats[]> sums_;   // [columns, 16 queries]
+};
+
+// As `attend_to_span`.
+void attend_to_span_by_tiles(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
+                             const float* keys, const float* values, int64_t key, Attended* attended) {
+  const int64_t number = tokens * heads;
+  const int64_t end = std::min(key + SPAN, start + tokens);
+  std::vector<QueryTile> of_queries;
+  for (int64_t query = 0; query < number; query += tiles::ROWS) {
+    Ints positions;
+    for (int64_t i = 0; i < LANES; i++) positions[i] = int32_t(start + std::min(query + i, number - 1) / heads);
+    of_queries.emplace_back(queries + query * d, number - query, d, positions, window);
+  }
+  KeyTiles packed(d);
+  for (int64_t from = key; from < end; from += KEYS) {
+    const int64_t there = std::min(KEYS, end - from);
+    packed.pack(keys + from * d, values + from * d, there);
+    for (int64_t tile = 0; tile < int64_t(of_queries.size()); tile++) {
+      const int64_t first = start + tile * tiles::ROWS / heads;
+      const int64_t last = start + std::min(tile * tiles::ROWS + tiles::ROWS - 1, number - 1) / heads;
+      const bool is_seen = from <= last && !(window && from + KEYS <= first - window + 1);
+      const bool is_masked = window || from + KEYS - 1 > first;
+      if (!is_seen) continue;
+      auto add = is_masked ? &QueryTile::add<true> : &QueryTile::add<false>;
+      (of_queries[tile].*add)(packed, values + from * d, from, there);
+    }
+  }
+  for (int64_t tile = 0; tile < int64_t(of_queries.size()); tile++)
+    of_queries[tile].finish(std::min(tiles::ROWS, number - tile * tiles::ROWS), attended + tile * tiles::ROWS);
+}
+}  // namespace
