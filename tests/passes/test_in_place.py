@@ -26,7 +26,9 @@ from self_speculation.weights import kernels
 
 pytestmark = needs_operators
 OPERATORS = kernels.cpu_operators()
-ROUNDED = {torch.bfloat16} if OPERATORS.variant == "AVX512_BF16" or "-DPAIRS" in kernels.VARIANTS["AVX2"] else set()
+ROUNDED = (
+    {torch.bfloat16} if OPERATORS.variant == "AVX512_BF16" or "-DPAIRS" in kernels.VARIANTS["AVX2"] else set()
+)
 if OPERATORS.has_tiles:
     ROUNDED = {torch.bfloat16, torch.float16}
 
