@@ -252,6 +252,25 @@ def test_other_architectures_and_attention_are_refused_by_name():
 
 
 @pytest.mark.parametrize("length", [3, 6, 9])
+def test_caches_of_this_library_and_tuples_are_cropped_too(length):
+    """Guards against scripts for the paper's code that roll back by this function and fail."""
+    runner = ModelRunner(tiny_llama())
+    ids = torch.tensor([[5, 9, 4, 7, 7, 3]])
+    kept = min(length, 6)
+    with torch.inference_mode():
+        cache = runner.new_cache(prompt_length=6, num_positions=12)
+        forward(runner, cache, ids)
+        assert crop_past_key_values(cache, length) is cache
+        assert cache.lengths() == [kept]
+        following = forward(runner, cache, ids[:, :1]).logits
+        again = torch.cat([ids[:, :kept], ids[:, :1]], 1)
+        assert_close(following, forward(runner, runner.new_cache(12, 12), again).logits)
+    pairs = [(torch.rand(1, 2, 6, 8), torch.rand(1, 2, 6, 8)) for _ in range(2)]
+    for cropped, whole in zip(crop_past_key_values(pairs, length), pairs, strict=True):
+        assert all(torch.equal(part, of[:, :, :kept]) for part, of in zip(cropped, whole, strict=True))
+
+
+@pytest.mark.parametrize("length", [3, 6, 9])
 def test_a_cache_of_transformers_is_cropped_to_a_length(length):
     """Guards against transformers' own `crop`, whose argument is the number to remove."""
     model, cache = tiny_llama(), DynamicCache()
