@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 971, "classes": 191, "parameters": 2082}
+LIMITS = {"functions": 971, "classes": 190, "parameters": 2086}
 
 
 def count() -> dict[str, int]:

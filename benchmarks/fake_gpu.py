@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from self_speculation import self_speculation_generator
 from self_speculation.transfers import AsyncRead
 
 DEVICE = "cuda:0"
@@ -216,7 +215,7 @@ def _pinned(part: Any) -> Any:
 
 def _stand_ins(gpu: FakeGPU) -> dict[str, object]:
     """In the place of what asks a GPU, by name. Whatever is read from the GPU is drawn."""
-    draws, matches = random.Random(0), self_speculation_generator.leading_matches
+    draws = random.Random(0)
     start_reading, tensor, empty, zeros = AsyncRead.__init__, torch.tensor, torch.empty, torch.zeros
     current = _CurrentDevice()
 
@@ -231,18 +230,10 @@ def _stand_ins(gpu: FakeGPU) -> dict[str, object]:
         start_reading(reading, numbers)
 
     def read(reading: Any) -> list[list[float]]:
-        return [
-            [draws.randint(0, most) for most in part.most]
-            if hasattr(part, "most")
-            else [drawn(part) for _ in range(part.numel())]
-            for part in reading.numbers
-        ]
+        return [[drawn(part) for _ in range(part.numel())] for part in reading.numbers]
 
-    def few_accepted(drafted: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """How many is drawn when they are read."""
-        accepted: Any = matches(drafted, tokens, lengths)
-        accepted.most = lengths
-        return accepted
+    def some_accepted(_: object, __: object, lengths: Sequence[int]) -> list[int]:
+        return [draws.randint(0, length) for length in lengths]
 
     def fake_tensor(data: Any, dtype: Any = None, device: Any = None, pin_memory: bool = False) -> Tensor:
         assert not pin_memory or isinstance(data, list), "Can't pin tensor constructed from numpy"
@@ -271,7 +262,7 @@ def _stand_ins(gpu: FakeGPU) -> dict[str, object]:
         "torch.cuda._maybe_exchange_device": current.exchange,
         "torch.cuda.current_stream": lambda device=None: device,
         "torch.cuda.Event": _Event,
-        f"{package}.self_speculation_generator.leading_matches": few_accepted,
+        f"{package}.self_speculation_generator.leading_matches": some_accepted,
         f"{package}.transfers.AsyncRead.__init__": queue,
         f"{package}.transfers.AsyncRead.wait": read,
         # Fake mode holds on one thread.

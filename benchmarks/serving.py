@@ -4,6 +4,8 @@
         --max_steps 64
     python benchmarks/serving.py --servers http://127.0.0.1:8000 http://127.0.0.1:9000 --clients 1 4 16
     python benchmarks/serving.py --model FILE.gguf --servers here --clients 8 --long_prompt 4000
+    python benchmarks/serving.py --model FILE.gguf --generation_strategy adaptive --servers here \\
+        --clients 1 8 --pairs 5
 
 Each client sends one request after the other and gets a greedy stream. Its pauses are exponentially
 distributed, so requests arrive as a Poisson process. Prompts alternate between chat questions, which need a
@@ -18,7 +20,13 @@ llama.cpp in PATH, on the same .gguf file. A URL names a running server; --model
 *tokens/s* is all text by the time in which at least one request was open; the tokenizer of --model counts the
 tokens of all servers. *first* is the time to the first text in ms at p50 and p95, *between* the time between
 pieces of text, also at its longest. With --long_prompt, each number of clients is measured twice: alone, and
-beside one more client that sends this prompt. Its own answer does not count. The second table compares the
+beside one more client that sends this prompt. Its own answer does not count.
+
+With --pairs, a server answers the same questions with drafts and without ("drafts": false), in turn, that
+many times; every turn finds the same prefixes kept. Its table has the quotient x of a pair's tokens/s, at the
+median, lowest and highest, and how many answers differ.
+
+The second table compares the
 first server with the fastest other one for each number of clients: the median over rounds, and their range.
 The last line is one JSON object.
 """
@@ -47,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
 from benchmarks.servers import SERVE, started
-from benchmarks.workloads import texts
+from benchmarks.workloads import NAMES, texts
 from runs.description import Record, describe, describe_model
 from runs.program import run
 from runs.startup import load_generator
@@ -71,21 +79,23 @@ class ServingArguments:
     wait: float = 0.5
     """Mean pause of a client before a request, in seconds."""
     workloads: list[str] = field(default_factory=lambda: ["chat", "code"])
-    """Kinds of prompts: chat, code."""
+    """Kinds of prompts: chat, code, repeat, translate, summarise, question, maths, retrieve."""
     long_prompt: int = 0
     """Tokens of a prompt that one more client sends in a second measurement; 0: no second measurement."""
+    pairs: int = 0
+    """Measurements with drafts and without, in turn, of each number of clients; 0: none."""
     rounds: int = 2
     """Starts and measurements of each server."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "clients", "questions", "rounds")
-        at_least(self, 0, "long_prompt")
+        at_least(self, 0, "long_prompt", "pairs")
         check(self, "wait", self.wait > 0, "must be above 0")
         known = all(name in ("here", _PEER, _LLAMA) or name.startswith("http") for name in self.servers)
         check(self, "servers", known, f"must be here, {_PEER}, {_LLAMA} or URLs")
         found = _LLAMA not in self.servers or shutil.which(_LLAMA) is not None
         check(self, "servers", found, f"{_LLAMA} is not in PATH")
-        check(self, "workloads", {*self.workloads} <= {"chat", "code"}, "must be among chat, code")
+        check(self, "workloads", {*self.workloads} <= {*NAMES}, f"must be among {', '.join(NAMES)}")
 
     def loads(self) -> list[tuple[int, int]]:
         """(number of clients, tokens of the prompt beside them) of each measurement."""
@@ -101,8 +111,9 @@ def open_seconds(answers: pandas.DataFrame) -> float:
 
 async def measure(
     url: str, model: str | None, max_tokens: int, args: ServingArguments, long_prompt: str
-) -> dict[tuple[int, int], list[Record]]:
-    """Load -> answers of a server, after a warm-up.
+) -> dict[tuple[int, ...], list[Record]]:
+    """Load -> answers of a server, after a warm-up. The load of a turn of a pair: number of clients, of the
+    pair, and whether there are drafts.
 
     Args:
         model: its name; None: the first one that the server lists.
@@ -114,27 +125,30 @@ async def measure(
         model = model or (await connection.models.list()).data[0].id
         settings: Any = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": True}
 
-        async def ask(workload: str, text: str) -> Record:
+        async def ask(workload: str, text: str, drafts: bool) -> Record:
             """An answer, with the times of arrival of its pieces."""
             came, pieces, began = list[float](), list[str](), time.perf_counter()
-            if workload == "chat":
-                messages: Any = [{"role": "user", "content": text}]
-                stream = await connection.chat.completions.create(messages=messages, **settings)
+            how = settings if drafts else settings | {"extra_body": {"drafts": False}}
+            if workload == "code":
+                stream = await connection.completions.create(prompt=text, **how)
             else:
-                stream = await connection.completions.create(prompt=text, **settings)
+                messages: Any = [{"role": "user", "content": text}]
+                stream = await connection.chat.completions.create(messages=messages, **how)
             async for chunk in stream:
                 for choice in chunk.choices:
-                    if piece := choice.delta.content if workload == "chat" else choice.text:
+                    if piece := choice.text if workload == "code" else choice.delta.content:
                         came.append(time.perf_counter())
                         pieces.append(piece)
             return {"began": began, "came": came, "ended": time.perf_counter(), "text": "".join(pieces)}
 
-        async def talk(asked: Sequence[tuple[str, str]], wait: float, seed: int) -> list[Record]:
+        async def talk(
+            asked: Sequence[tuple[str, str]], wait: float, seed: int, drafts: bool = True
+        ) -> list[Record]:
             """One client's requests, one after the other."""
             pause, answers = random.Random(seed), []
             for question in asked:
                 await asyncio.sleep(pause.expovariate(1 / wait))
-                answers.append(await ask(*question))
+                answers.append(await ask(*question, drafts))
             return answers
 
         async def load(clients: int, each: int, wait: float, beside: str = "") -> list[Record]:
@@ -145,10 +159,21 @@ async def measure(
             return [*itertools.chain.from_iterable(answers[:clients])]
 
         await load(max(args.clients), len(args.workloads), wait=0.01)
-        return {
-            (n, beside): await load(n, args.questions, args.wait, long_prompt if beside else "")
-            for n, beside in args.loads()
-        }
+        if not args.pairs:
+            return {
+                (n, beside): await load(n, args.questions, args.wait, long_prompt if beside else "")
+                for n, beside in args.loads()
+            }
+        turns: dict[tuple[int, ...], list[Record]] = {}
+        for clients in args.clients:
+            asked = [[*itertools.islice(questions, args.questions)] for _ in range(clients)]
+            for number in range(args.pairs + 1):  # the first pair is a warm-up
+                for drafts in (True, False) if number % 2 else (False, True):
+                    talks = [talk(own, 0.01, seed, drafts) for seed, own in enumerate(asked)]
+                    answers = itertools.chain.from_iterable(await asyncio.gather(*talks))
+                    turns[clients, number, drafts] = [*answers]
+            del turns[clients, 0, False], turns[clients, 0, True]
+        return turns
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> str:
@@ -212,6 +237,20 @@ def ahead(rows: pandas.DataFrame) -> pandas.Series:
     return pandas.Series({"other": other["server"], "x": numpy.median(x), "low": x.min(), "high": x.max()})
 
 
+def gains(turns: Sequence[Record]) -> pandas.DataFrame:
+    """The speed with drafts over that without, of each number of clients."""
+    sides = pandas.DataFrame(turns).pivot(index=["clients", "pair"], columns="drafts")
+    plain, drafted = (sides.xs(drafts, axis=1, level="drafts") for drafts in (False, True))
+    pairs = pandas.DataFrame({"plain tokens/s": plain["speed"], "x": drafted["speed"] / plain["speed"]})
+    texts_of = zip(plain["texts"], drafted["texts"], strict=True)
+    pairs["differ"] = [sum(a != b for a, b in zip(*both, strict=True)) for both in texts_of]
+    columns = {
+        "pairs": ("x", "size"), "plain tokens/s": ("plain tokens/s", "median"), "x": ("x", "median"),
+        "low": ("x", "min"), "high": ("x", "max"), "differ": ("differ", "sum"),
+    }  # fmt: skip
+    return pairs.groupby("clients").agg(**columns).reset_index()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, ServingArguments)
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
@@ -243,6 +282,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                     given = asyncio.run(measure(f"{address}/v1", called, config.max_steps, args, long_prompt))
                 except openai.OpenAIError as error:
                     refuse(f"--servers {server}: {error}", status=1)
+            if args.pairs:
+                turns = [
+                    {"clients": clients, "pair": pair, "drafts": bool(drafts), "texts": texts_of}
+                    | {
+                        "speed": sum(len(tokenizer.encode(text, **_BARE)) for text in texts_of)
+                        / open_seconds(pandas.DataFrame(answers))
+                    }
+                    for (clients, pair, drafts), answers in given.items()
+                    for texts_of in [[answer["text"] for answer in answers]]
+                ]
+                paired = gains(turns)
+                print(f"round {number + 1}, {server}: with drafts over without")
+                print(paired.to_string(index=False, float_format="{:.2f}".format), flush=True)
+                about.setdefault("pairs", []).append({"server": server, "rows": paired.to_dict("records")})
+                continue
             for (clients, beside), answers in given.items():
                 place = {"clients": clients, "long prompt": beside, "server": server, "round": number}
                 turn = pandas.DataFrame(answers).assign(**place)
@@ -251,6 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 told = f"clients {clients}" + (f" and a prompt of {beside} tokens" if beside else "")
                 speed = f"{turn['tokens'].sum() / open_seconds(turn):.1f} tokens/s"
                 print(f"round {number + 1}, {server}, {told}: {speed}", flush=True)
+    if args.pairs:
+        print(json.dumps(about))
+        return 0
     by_load = ["clients", "long prompt"]
     every = pandas.concat(found).sort_values(by_load, kind="stable")
     rows = every.groupby([*by_load, "server"], sort=False)[every.columns].apply(figures).reset_index()

@@ -162,10 +162,10 @@ class Counted(Sweep):
         drafter = DraftContext(runner, replace(self.config, exit_layer=exit_layers[-1])).drafter
         processors = LogitsProcessorList(config_processors(self.config, len(prompt)))
         matches = {}
-        hidden, done = drafter.embed(ids[:, :-1]), 0
+        hidden, done = drafter.embed(ids[0, :-1]), 0
         for layer in exit_layers:
-            hidden, done = drafter.run_layers(cache, hidden, done, layer), layer
-            logits = drafter.logits(hidden, len(tokens))[0]  # [n, V]
+            hidden, done = drafter.run_layers(cache, hidden, [len(hidden)], done, layer), layer
+            logits = drafter.logits(hidden[-len(tokens) :])  # [n, V]
             if processors:
                 rows = enumerate(logits.float().split(1))
                 logits = torch.cat([processors(ids[:, : len(prompt) + i], row) for i, row in rows])

@@ -18,5 +18,6 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     def decode_round(self, decoding: Decoding) -> None:
         """Reads from the device: one."""
         batch = decoding.batch
-        logits = forward_early(decoding.runner, decoding.cache, batch.last, decoding.depth).logits
+        ids = batch.last[:, None]
+        logits = forward_early(decoding.runner, decoding.cache, ids, decoding.depth).logits
         batch.sample_and_commit(logits[:, 0])

@@ -205,7 +205,7 @@ class Scheduler(Generic[Key]):
         while left > 0 and (chosen := self._next_pass(left)):
             adjust_threads(self._model)
             with self._without_autocast():
-                left -= self._prefill(*chosen)
+                left -= self._prefill(chosen)
             self._remove_finished()
         if self.batch:
             self._decode()
@@ -248,9 +248,9 @@ class Scheduler(Generic[Key]):
             self._ensure_prepared().slots.release(sequence)
         self._finished.append((sequence.key, sequence.result()))
 
-    def _next_pass(self, left: float) -> tuple[list[Sequence], int] | None:
-        """The prompts that are read in one pass, and the most tokens of each: the first one in turn, and what
-        fits beside it. Shorter pieces are padded, by at most a quarter of the pass.
+    def _next_pass(self, left: float) -> list[tuple[Sequence, int]] | None:
+        """The prompts that are read in one pass, with the tokens of each: the first one in turn, and what
+        fits beside it. Where a pass pads shorter pieces, that is at most a quarter of it.
         """
         new = [sequence for sequence in self._waiting if sequence.slot is None]
         num_free = self._batch_size - len(self.batch) - (len(self._waiting) - len(new))
@@ -258,33 +258,36 @@ class Scheduler(Generic[Key]):
             with sequence.failing_alone():
                 self._ensure_prepared().slots.acquire(sequence)
         ready = [sequence for sequence in self._waiting if sequence.slot is not None]
-        chosen, width, num_tokens = list[Sequence](), 0, 0
+        chosen, is_ragged = list[tuple[Sequence, int]](), self._ensure_prepared().runner.is_ragged
         for sequence in ready:
-            own = int(min(_num_unread(sequence), left, PREFILL_CHUNK))
-            together, wider, more = [*chosen, sequence], max(width, own), num_tokens + own
-            size, end = len(together) * wider, wider + max(each.num_computed for each in together)
-            fits = size <= min(left, self._most_together, more * 4 / 3) and end <= self._longest(together)
+            together = [*chosen, (sequence, int(min(_num_unread(sequence), left, PREFILL_CHUNK)))]
+            widths = [width for _, width in together]
+            computed = widths if is_ragged else [max(widths)] * len(widths)
+            ends = (each.num_computed + width for (each, _), width in zip(together, computed, strict=True))
+            most = min(left, self._most_together, sum(widths) * 4 / 3)
+            fits = sum(computed) <= most and max(ends) <= self._longest(each for each, _ in together)
             if fits or not chosen:
-                chosen, width, num_tokens = together, wider, more
+                chosen = together
         # In the order of slots, which need not be moved if they are side by side.
-        return (sorted(chosen, key=lambda each: each.slot or 0), width) if chosen else None
+        return sorted(chosen, key=lambda each: each[0].slot or 0) or None
 
-    def _prefill(self, sequences: list[Sequence], width: int) -> int:
-        """Read up to `width` tokens of each of these prompts in one pass, or one by one if that fails. Those
-        that end join the batch; the others go to the end of the queue. Returns the tokens of the pass.
+    def _prefill(self, chosen: list[tuple[Sequence, int]]) -> int:
+        """Read so many tokens of each of these prompts in one pass, or one by one if that fails. Those that
+        end join the batch; the others go to the end of the queue. Returns the tokens of the pass.
         """
-        decoding = self._ensure_prepared()
-        pieces = [each.prompt[each.num_computed : each.num_computed + width] for each in sequences]
-        ended = [row for row, each in enumerate(sequences) if _num_unread(each) <= width]
+        decoding, sequences = self._ensure_prepared(), [sequence for sequence, _ in chosen]
+        pieces = [each.prompt[each.num_computed : each.num_computed + width] for each, width in chosen]
+        ended = [row for row, (each, width) in enumerate(chosen) if _num_unread(each) <= width]
+        num_tokens = sum(map(len, pieces))
         try:
             decoding.cache.reserve(max(len(each.prompt) for each in sequences), self._longest(sequences))
             cache = decoding.slots.prompt_view(sequences)
             logits = forward_pieces(decoding.runner, cache, pieces, decoding.depth, ended)
         except Exception as error:
-            if len(sequences) > 1:
-                return sum(self._prefill([sequence], width) for sequence in sequences)
+            if len(chosen) > 1:
+                return sum(self._prefill([each]) for each in chosen)
             sequences[0].error = error
-            return width
+            return num_tokens
         for sequence, piece in zip(sequences, pieces, strict=True):
             sequence.num_computed += len(piece)
             self._waiting.remove(sequence)
@@ -297,7 +300,7 @@ class Scheduler(Generic[Key]):
                 sequence.error = error
                 self._finish(sequence)
             self._waiting.remove(sequence)  # until now, callbacks may cancel it
-        return width * len(sequences)
+        return num_tokens
 
     def _ensure_prepared(self) -> Decoding:
         """Prepare for the model's current weights, unless that is done."""

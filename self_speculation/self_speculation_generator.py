@@ -7,23 +7,23 @@ a copy of the layers, or of several sources for different rows are verified by a
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from self_speculation.config import GenerationStrategyName
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import amax, leading_matches
 from self_speculation.drafts.composer import DraftComposer
-from self_speculation.drafts.draft import Draft
+from self_speculation.drafts.draft import Draft, row_by_row
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner, PassRange, forward, forward_early
+from self_speculation.passes.model_runner import ModelRunner, PassRange, forward
 from self_speculation.scheduler import Decoding, DecodingStrategy
-from self_speculation.transfers import AsyncRead
+from self_speculation.transfers import AsyncRead, on_device
 
 
 class SelfSpeculativeGenerationStrategy(DecodingStrategy):
-    """Drafts up to k tokens each round and verifies them in one pass. The output is the full model's."""
+    """Drafts some tokens of each row and verifies all in one pass. The output is the full model's."""
 
     name: GenerationStrategyName = "self_speculative"
     has_drafts = True
@@ -50,41 +50,45 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     Between two rounds the cache holds all tokens of a row but the last. The round reads from the device once,
     besides the reads of the draft source.
     """
-    draft = composer.draft(batch, cache, batch.draft_limits())  # k tokens, k <= K
+    limits = [sequence.draft_limit(batch.longest_draft) for sequence in batch.sequences]  # [B]
+    draft = composer.draft(batch, cache, limits)
     if draft is None:
-        logits = forward(runner, cache, batch.last).logits  # [B, 1, V]
+        logits = forward(runner, cache, batch.last[:, None]).logits  # [B, 1, V]
         cache.rollback(0)  # keeps what it has appended
         batch.sample_and_commit(logits[:, 0])
         batch.commit_unread()  # the next round looks for these tokens
         return
-    logits, hidden = target_logits(runner, cache, batch, draft)  # [B, k+1, V], [B, k+1, H]
-    tokens = batch.sample(logits)  # [B, k+1], the target's own, by the noise of their positions
-    accepted = leading_matches(draft.tokens, tokens, draft.lengths)  # [B]
-    read = AsyncRead([amax(logits), tokens, accepted])
+    widths = draft.widths  # [B], N together
+    logits, hidden = target_logits(runner, cache, batch, draft)  # [N, V], [N, H]
+    tokens = batch.sample(logits, widths)  # [N], the target's own, by the noise of their positions
+    read = AsyncRead([amax(logits), tokens, draft.tokens])
     batch.show_drafts()  # a GPU verifies meanwhile
-    largest, ids, num_accepted = read.wait()
-    batch.check(largest)  # for NaN
-    composer.learn(draft, counts := [*map(int, num_accepted)], hidden)
-    k = draft.tokens.shape[1]
-    cache.rollback([k - count for count in counts])
-    rows = [[*map(int, ids[row * (k + 1) :][: count + 1])] for row, count in enumerate(counts)]
-    batch.commit(rows, tokens.gather(1, accepted[:, None]), logits, draft.lengths, draft.sources)
+    largest, ids, drafted = read.wait()
+    batch.check(largest, widths)  # for NaN
+    accepted = leading_matches(drafted, ids, draft.lengths)  # [B]
+    composer.learn(draft, accepted, hidden.split(widths))
+    cache.rollback([length - number for length, number in zip(draft.lengths, accepted, strict=True)])
+    starts = accumulate(widths[:-1], initial=0)
+    rows = [[*map(int, ids[at : at + number + 1])] for at, number in zip(starts, accepted, strict=True)]
+    last = on_device([row[-1] for row in rows], tokens.device)
+    batch.commit(rows, last, logits.split(widths), draft.lengths, draft.sources)
 
 
 def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> tuple[Tensor, Tensor]:
-    """[B, k+1, V] processed logits of the full model: [:, i] for drafted token i, [:, k] for the token after;
-    and [B, k+1, H] the states that they follow from, after the last layer.
+    """[N, V] processed logits of the full model, row by row: for each drafted token, and for the token after;
+    and [N, H] the states that they follow from, after the last layer.
 
-    The layers that did not draft run once, over all k+1 tokens. The layers that drafted still miss the last
-    drafted token, so they run over it. Drops what a draft has cached that verification cannot use.
+    The layers that did not draft run once, over all tokens. The layers that drafted still miss the last
+    token of each row, so they run over it. Drops what a draft has cached that verification cannot use.
     """
-    k, layer = draft.tokens.shape[1], draft.exit_layer
-    inputs = torch.cat((batch.last, draft.tokens), 1) if k else batch.last  # [B, k+1] ids
-    if layer:  # the first layers drafted
-        last = forward_early(runner, cache, inputs[:, -1:], layer, num_logits=0).hidden
-        inputs = torch.cat([*draft.exit_hidden, last], dim=1)  # [B, k+1, H]
+    layer, ones = draft.exit_layer, [1] * len(batch)
+    inputs = row_by_row((batch.last, ones), (draft.tokens, draft.lengths))  # [N] ids
+    if draft.exit_hidden is not None:  # the first layers drafted
+        ends = on_device([end - 1 for end in accumulate(draft.widths)], inputs.device)
+        missing = runner.run_layers(cache, runner.embed(inputs[ends]), ones, 0, layer)
+        hidden = row_by_row((draft.exit_hidden, draft.lengths), (missing, ones))  # [N, H]
     else:
         cache.rollback_draft()
-    result = runner.run(cache, inputs, layer, len(runner.layers), k + 1)
-    logits = batch.process(result.logits, counts=[length + 1 for length in draft.lengths])
-    return logits, result.hidden
+        hidden = runner.embed(inputs)
+    hidden = runner.run_layers(cache, hidden, draft.widths, layer, len(runner.layers))
+    return batch.process(runner.logits(hidden), draft.widths), hidden

@@ -248,13 +248,15 @@ def random_plans(seed):
     draws = random.Random(seed)
 
     def choose(sources, matches, limits):
-        if not max(limits):
-            return Plan()
-        lookups = [match is not None and draws.choice([True, False]) for match in matches]
-        source = draws.choice([None, *sorted(sources)])
-        if source is None and not any(lookups):
-            return Plan()
-        return Plan(source, draws.randint(1, max(limits)), lookups, is_trial=draws.choice([True, False]))
+        source, most = draws.choice([None, *sorted(sources)]), draws.randint(0, max(limits))
+        plan = Plan([], [], trial=draws.choice([None, draws.randrange(len(limits))]))
+        for match, limit in zip(matches, limits, strict=True):
+            looks_up = match is not None and draws.choice([True, False])
+            length = draws.randint(0, min(most, len(match.ids) if looks_up else limit))
+            length = length if looks_up or source else 0
+            plan.sources.append(None if length == 0 else match.source if looks_up else source)
+            plan.lengths.append(length)
+        return plan
 
     return patch.object(AdaptivePolicy, "plan", planned(choose))
 

@@ -28,7 +28,7 @@ def rounds(monkeypatch):
     """The draft lengths that were verified; empty if transformers' own loop has run."""
     seen = []
     module = self_speculation_generator
-    watch(monkeypatch, module, "leading_matches", lambda draft, *_: seen.append(draft.shape[1]))
+    watch(monkeypatch, module, "leading_matches", lambda *given: seen.extend(given[2]))
     return seen
 
 

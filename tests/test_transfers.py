@@ -108,7 +108,7 @@ def test_drafts_are_shown_while_a_gpu_verifies(late, expected, monkeypatch):
     """
     order, recorder = [], Recorder()
     monkeypatch.setattr(batch, "reads_late", lambda device: late)
-    watch(monkeypatch, ModelRunner, "run", lambda *_, **__: order.append("pass"))
+    watch(monkeypatch, ModelRunner, "run_layers", lambda *_, **__: order.append("pass"))
     watch(monkeypatch, batch.Batch, "check", lambda *_: order.append("read"))
     watch(
         monkeypatch, recorder, "put", lambda *_, is_draft=False: order.append("show" if is_draft else "put")

@@ -10,18 +10,17 @@ Tensors in, tensors out. On a GPU nothing here is read. Each row is computed by 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from self_speculation.config import LEAST_TEMPERATURE, SAMPLING_RULES, GenerationConfig
-from self_speculation.transfers import on_device
 
 # Filters hardly ever keep more ids. A draft has no others; on a CPU they are sorted first.
 _LIKELY = 128
@@ -124,7 +123,8 @@ class Sampler:
 
     @classmethod
     def of(cls, config: GenerationConfig) -> Sampler:
-        return cls(config.sample, **{name: getattr(config, name) for name in SAMPLING_RULES})
+        made = cls(config.sample, **{name: getattr(config, name) for name in SAMPLING_RULES})
+        return cls(False) if made.greedy else made  # greedy ones are equal
 
     @property
     def greedy(self) -> bool:
@@ -207,38 +207,19 @@ def _pick(kept: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
     return ids.gather(-1, best[:, None])[:, 0]
 
 
-class JointSampler:
-    """Samples each row of logits [B, ..., V] with its own sampler. Rows with equal samplers go together."""
-
-    def __init__(self, samplers: Sequence[Sampler], device: torch.device) -> None:
-        rows: defaultdict[Sampler, list[int]] = defaultdict(list)
-        for row, sampler in enumerate(samplers):
-            rows[Sampler(False) if sampler.greedy else sampler].append(row)
-        self.greedy = all(sampler.greedy for sampler in rows)
-        self._rows = {sampler: on_device(own, device) for sampler, own in rows.items()}
-
-    def __call__(self, logits: Tensor, keys: Tensor | None, is_draft: bool = False) -> Tensor:
-        """See `Sampler`."""
-        first, *others = self._rows
-        if not others:
-            return first(logits, keys, is_draft)
-        assert keys is not None
-        tokens = torch.empty_like(keys)
-        for sampler, rows in self._rows.items():
-            tokens.index_copy_(0, rows, sampler(logits[rows], keys[rows], is_draft))
-        return tokens
-
-
-def leading_matches(drafted: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+def leading_matches(drafted: Sequence[float], tokens: Sequence[float], lengths: Sequence[int]) -> list[int]:
     """[B] the accepted tokens of each draft: those before the first one that is not the target's.
 
     Args:
-        drafted: [B, k]; the first `lengths` are the draft, the others are padding.
-        tokens: [B, k + 1] of the target.
+        drafted: ids, row by row; `lengths` [B] of each row.
+        tokens: those of the target, row by row, one more of each row.
     """
-    k = drafted.shape[1]
-    matches = (drafted == tokens[:, :k]).long().cumprod(-1).sum(-1)
-    return matches if min(lengths) == k else torch.minimum(matches, on_device(lengths, tokens.device))
+    accepted, start = [], 0
+    for row, length in enumerate(lengths):
+        pairs = zip(drafted[start : start + length], tokens[start + row :], strict=False)
+        accepted.append(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        start += length
+    return accepted
 
 
 def decode_next_token(

@@ -76,7 +76,7 @@ class Sequence:
         self._shows_drafts = hasattr(request.streamer, "delete")
         self.processors = request.processors(config)
         self._has_grammar = any(hasattr(processor, "masked") for processor in self.processors)
-        # Of each token of this round's draft: a read of a batch, and its row.
+        # Of each token of this round's draft: a read of several tokens, and the index of this one.
         self._drafted: list[tuple[AsyncRead | Known, int]] = []
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(self.prompt)] = on_device(self.prompt, device)
@@ -135,18 +135,18 @@ class Sequence:
         """[1, prompt + output + draft] ids. Only the prompt is valid without processors and criteria."""
         return self._ids[:, : self.length + num_drafted]
 
-    def process(self, logits: Tensor, num_drafted: int, count: int) -> Tensor:
-        """[n, V] logits in fp32, the first `count` of them processed, one row [1, V] at a time.
+    def process(self, logits: Tensor, num_drafted: int) -> Tensor:
+        """[n, V] logits in fp32, processed, one row [1, V] at a time.
 
         Row i follows the history with `num_drafted + i` drafted tokens. Where processors raise, it stays
         unprocessed, and the round has a `Failure`.
         """
         logits = logits.float()
-        if not self.processors or not count:
+        if not (self.processors and len(logits)):
             return logits
         self._failure = None  # of a draft: verification processes its positions again
         processed = logits.clone()  # processors may change what they are given
-        for i, position in enumerate(range(num_drafted, num_drafted + count)):
+        for i, position in enumerate(range(num_drafted, num_drafted + len(logits))):
             drafted = self._drafted_ids(position) if self._has_grammar else []
             scores = logits[i : i + 1]
             try:
@@ -170,22 +170,21 @@ class Sequence:
         return self._has_grammar or self._shows_drafts
 
     def write_drafted(
-        self, tokens: Tensor, row: int, position: int, reading: AsyncRead | Known | None
+        self, tokens: Tensor, position: int, readings: abc.Iterable[tuple[AsyncRead | Known, int]]
     ) -> None:
-        """Write the draft's token at position 0, 1, ... if processors read it.
+        """Write drafted tokens [n] from position 0, 1, ... on if processors read them.
 
         Args:
-            tokens: [B] of a batch, whose `row` this sequence is.
-            reading: of these tokens; None: nobody needs it.
+            readings: of each token, and its index in it; none: nobody needs them.
         """
         if self.processors:
-            self._ids[0, self.length + position] = tokens[row]
-        if reading is not None:
-            self._drafted.append((reading, row))
+            start = self.length + position
+            self._ids[0, start : start + len(tokens)] = tokens
+        self._drafted.extend(readings)
 
     def _drafted_ids(self, count: int | None = None) -> list[int]:
         """The first ids of this round's draft, by the reads that are still to come."""
-        return [int(reading.wait()[0][row]) for reading, row in self._drafted[:count]]
+        return [int(reading.wait()[0][index]) for reading, index in self._drafted[:count]]
 
     def show_draft(self) -> None:
         """Stream what is drafted and not shown yet, up to an end id."""
@@ -215,7 +214,7 @@ class Sequence:
 
         Args:
             tokens: the accepted ones of a draft and one more.
-            logits: [n or more, V] processed; those of the tokens.
+            logits: [n or more, V] processed; those of the tokens first.
             num_drafted: tokens that `source` drafted in this round; None: no verification.
         """
         failure, self._failure = self._failure, None

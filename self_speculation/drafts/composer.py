@@ -3,18 +3,17 @@
 from collections import abc
 from itertools import chain, takewhile
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from self_speculation.decoding.batch import Batch
+from self_speculation.decoding.batch import Batch, reads_late
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match
+from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, row_by_row
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes.captured_runner import num_captures
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange
-from self_speculation.transfers import Stopwatch, on_device
+from self_speculation.transfers import Known, Stopwatch, on_device
 
 
 class DraftComposer:
@@ -52,21 +51,26 @@ class DraftComposer:
         """Draft tokens for each row, see `DraftSource.draft`; None: the round is a plain step."""
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         if self._policy is None:
-            plan = Plan(next(iter(self._sources), None), max(limits), [*map(bool, matches)])
+            computing = next(iter(self._sources), None)
+            each = zip(matches, limits, strict=True)
+            lengths = [len(match.ids) if match else limit if computing else 0 for match, limit in each]
+            plan = Plan([match.source if match else computing for match in matches], lengths)
         else:
             self._stopwatch, self._num_graphs = Stopwatch(batch.last.device), num_captures(self._model)
-            if (planned := self._policy.plan(matches, limits)) is None:
+            if (chosen := self._policy.plan(matches, limits)) is None:
                 return None
-            plan = planned
-        chosen = plan.lookups or [False] * len(batch)
-        matches = [match if has else None for match, has in zip(matches, chosen, strict=True)]
-        draft = Draft([None] * len(batch), batch.last[:, :0], [0] * len(batch))
-        if plan.source is not None and not all(matches):
-            rows = zip(limits, matches, strict=True)
-            own = [0 if match else min(limit, plan.max_drafted) for limit, match in rows]
-            draft = self._sources[plan.source].draft(batch, cache, own)
-        if any(matches):
-            draft = _with_copies(batch, draft, matches, plan.max_drafted)
+            plan = chosen
+        planned = [*zip(plan.sources, plan.lengths, strict=True)]
+        draft = Draft([None] * len(batch), batch.last[:0], [0] * len(batch))
+        for source in self._sources.keys() & {*plan.sources}:  # one at most
+            own = [length if name == source else 0 for name, length in planned]
+            draft = self._sources[source].draft(batch, cache, own)
+        found = [
+            match._replace(ids=match.ids[:length]) if match and match.source == name else None
+            for match, (name, length) in zip(matches, planned, strict=True)
+        ]
+        if any(found):
+            draft = _with_copies(batch, draft, found)
         if self._policy:
             self._stopwatch.split()
         return draft
@@ -82,7 +86,7 @@ class DraftComposer:
         ids = sequence.allowed([*takewhile(lambda id_: 0 <= id_ < self._vocab_size, best.ids)])
         return best._replace(ids=ids) if ids else None
 
-    def learn(self, draft: Draft, num_accepted: abc.Sequence[int], hidden: Tensor) -> None:
+    def learn(self, draft: Draft, num_accepted: abc.Sequence[int], hidden: abc.Sequence[Tensor]) -> None:
         """Learn from the outcome of the last draft, see `DraftSource.learn`."""
         if self._policy:
             seconds = self._stopwatch.stop()
@@ -99,26 +103,22 @@ class DraftComposer:
         yield from dict.fromkeys(chain(*passes, verification))
 
 
-def _with_copies(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None], most: int) -> Draft:
-    """What was looked up, at most so many tokens, in the rows that have a match; the others keep their draft.
+def _with_copies(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None]) -> Draft:
+    """What was looked up in the rows that have a match; the others keep their draft.
 
     All layers verify it, since none has processed all rows. Reads nothing from the device.
     """
-    found = [match.ids[:most] if match else [] for match in matches]  # [B]
-    width = max(draft.tokens.shape[1], *map(len, found))
-    # Padded with each row's last token, as in `Batch.sample_draft`.
-    last = [sequence.ids_from(sequence.length - 1) for sequence in batch.sequences]
-    padded = [[*ids, *end * (width - len(ids))] for ids, end in zip(found, last, strict=True)]
-    copied = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
-    for i in range(max(map(len, found))):
-        is_copied = [i < len(ids) for ids in found]
-        batch.record_draft(copied[:, i], i, is_copied, ids=[row[i] for row in padded])
-    has_match = on_device([*map(bool, matches)], batch.last.device).bool()[:, None]  # [B, 1]
-    others = torch.cat((draft.tokens, batch.last.expand(-1, width - draft.tokens.shape[1])), 1)
+    ids = [[*match.ids] if match else [] for match in matches]  # [B]
+    copied = on_device([id_ for found in ids for id_ in found], batch.last.device)
+    each = zip(batch.sequences, ids, copied.split([*map(len, ids)]), strict=True)
+    for sequence, known, on_gpu in each:
+        sequence.write_drafted(on_gpu, 0, [(Known(known), i) for i in range(len(known))])
+    if not reads_late(copied.device):
+        batch.show_drafts()
     rows = [*enumerate(matches)]
     return Draft(
         [match.source if match else draft.sources[row] for row, match in rows],
-        copied.where(has_match, others),
-        [len(found[row]) if match else draft.lengths[row] for row, match in rows],
+        row_by_row((draft.tokens, draft.lengths), (copied, [*map(len, ids)])),
+        [len(match.ids) if match else draft.lengths[row] for row, match in rows],
         matched=[match.matched if match else 0 for match in matches],
     )

@@ -81,6 +81,7 @@ _COSTS: Mapping[str, Sequence[float]] = {
     "AVX512_VNNI": (1.0, 1.05, 1.2, 1.9, 3.4, 6.6, 13.0),
     "AVX2": (1.0, 1.2, 1.45, 2.5, 4.1, 7.7, 15.4),
     "AVX512_VNNI, few bits": (1.0, 1.1, 1.2, 1.5, 2.8, 5.5, 11.0),
+    "AVX512_VNNI, eight bits": (1.0, 1.06, 1.07, 1.2, 2.0, 3.7, 7.6),  # one scale for a block, no minimum
     "AVX2, few bits": (1.25, 1.35, 1.7, 3.0, 5.6, 11.0, 22.0),
     "torch": (1.0, 1.1, 1.3, 1.6, 2.2, 3.5, 6.0),
     "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # bound by memory
@@ -98,9 +99,18 @@ def _costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Sequence[floa
     if model.device.type != "cpu":
         return _COSTS["gpu"]
     variant = cpu_operators().variant or "torch"
+<<<<<<< HEAD
     kind = {"AMX": "AVX512_VNNI", "AVX512_BF16": "AVX512_VNNI", "ARM": "AVX2"}.get(variant, variant)
     in_few_bits = draft_weights != "exact" or is_in_few_bits(model)
     return _COSTS[f"{kind}, few bits" if in_few_bits else kind]
+=======
+    kind = {"AVX512_BF16": "AVX512_VNNI", "ARM": "AVX2"}.get(variant, variant)
+    if draft_weights == "exact" and not is_in_few_bits(model):
+        return _COSTS[kind]
+    few = _COSTS[f"{kind}, few bits"]
+    in_eight = draft_weights == "exact" and mean_bytes_per_weight(model.base_model.layers[0]) >= 1
+    return _COSTS.get(f"{kind}, eight bits", few) if in_eight else few
+>>>>>>> 0caaa9d8 (A pass on a CPU takes the tokens that there are, and each row drafts as many as pay)
 
 
 class _Line:
@@ -128,8 +138,8 @@ class _Line:
 
 
 class PassTimes:
-    """Seconds of passes, learnt from rounds: a line for each number of rows, and one number for each source's
-    drafted token.
+    """Seconds of passes, learnt from rounds: a line for each number of rows, and a factor for each source's
+    passes that draft.
 
     Both begin as estimates, for which a plain step of one row takes a second.
 
@@ -143,34 +153,49 @@ class PassTimes:
     def __init__(self, relative_pass_cost: Callable[[int], float]) -> None:
         self._pass_cost = relative_pass_cost
         self._lines: dict[int, _Line] = {}  # by rows
-        # By source and rows: measured over estimated.
-        self._draft_steps: defaultdict[tuple[str, int], DecayedMean] = defaultdict(lambda: DecayedMean(1.0))
+        # By source, and rows of the first of its passes: measured over estimated.
+        self._drafts: defaultdict[str, dict[int, DecayedMean]] = defaultdict(dict)
 
-    def verifications(self, num_rows: int, longest: int) -> list[float]:
-        """[k] the time of verifying k drafted tokens of each row, for k up to `longest`."""
+    def passes(self, num_rows: int) -> Callable[[int], float]:
+        """The time of a pass over so many tokens of so many rows, by its tokens."""
         (plain, slope), cost = self._plain_and_slope(num_rows), self._pass_cost
-        own = cost(num_rows)
-        return [plain + slope * (cost(num_rows * (1 + k)) / own - 1.0) for k in range(longest + 1)]
+        fixed, grows = plain - slope, slope / cost(num_rows)
+        return lambda num_tokens: fixed + grows * cost(num_tokens)
 
-    def draft_steps(self, num_rows: int, estimates: Mapping[str, Callable[[int], float]]) -> dict[str, float]:
-        """By source: the time of a drafted token of each row. For the estimates see `Arm.draft_step`."""
+    def draft_passes(
+        self, num_rows: int, estimates: Mapping[str, Callable[[int], float]]
+    ) -> Callable[[str, int], float]:
+        """The time of a pass that drafts for some of `num_rows` rows, by source and their number. For the
+        estimates see `Arm.draft_step`.
+        """
         unit = self._unit(num_rows)
-        return {
-            source: self._draft_steps[source, num_rows].value * unit * estimate(num_rows)
-            for source, estimate in estimates.items()
-        }
+        return lambda source, rows: unit * self._ratio(source, rows) * estimates[source](rows)
 
-    def add_draft(self, source: str, num_rows: int, seconds: float, estimate: Callable[[int], float]) -> None:
-        """Learn the time of a drafted token, see `draft_steps`."""
-        known = self._draft_steps[source, num_rows]
-        known.add(self._bounded(seconds / (self._unit(num_rows) * estimate(num_rows)), known.value))
+    def add_drafts(
+        self,
+        source: str,
+        num_rows: int,
+        passes: Sequence[int],
+        seconds: float,
+        estimate: Callable[[int], float],
+    ) -> None:
+        """Learn the time of the passes of a draft, see `draft_passes`; passes: rows of each in turn."""
+        ratio = seconds / (self._unit(num_rows) * sum(map(estimate, passes)))
+        expected = self._ratio(source, passes[0])
+        known = self._drafts[source].setdefault(passes[0], DecayedMean(expected))
+        known.add(self._bounded(ratio, expected))
 
-    def add_verification(self, num_rows: int, num_drafted: int, seconds: float) -> None:
-        """Learn the time of a verification of so many tokens in each row."""
-        seconds = self._bounded(seconds, self.verifications(num_rows, num_drafted)[-1])
+    def add_verification(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """Learn the time of a verification of so many tokens together."""
+        seconds = self._bounded(seconds, self.passes(num_rows)(num_tokens))
         weight = 1.0 if num_rows in self._lines else 0.1  # the first round may include warm-up
-        excess = self._pass_cost(num_rows * (1 + num_drafted)) / self._pass_cost(num_rows) - 1.0
+        excess = self._pass_cost(num_tokens) / self._pass_cost(num_rows) - 1.0
         self._lines.setdefault(num_rows, _Line()).add(excess, seconds, weight)
+
+    def _ratio(self, source: str, num_rows: int) -> float:
+        """Measured over estimated time of drafts, from the nearest number of rows that was measured."""
+        known = self._drafts[source]
+        return known[min(known, key=lambda rows: abs(rows - num_rows))].value if known else 1.0
 
     def _plain_and_slope(self, num_rows: int) -> tuple[float, float]:
         """Seconds of a plain step of so many rows, and seconds per excess of one: scaled from the nearest

@@ -6,9 +6,10 @@ The output is exact for any draft: verification accepts the tokens that are the 
 from abc import ABC, abstractmethod
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from self_speculation.decoding.batch import Batch
@@ -36,15 +37,32 @@ class Arm:
 
 @dataclass(frozen=True)
 class Draft:
-    """At most k >= 0 tokens for each row, and the hidden states that verification starts from."""
+    """Tokens of each row, some of none, and the hidden states that verification starts from."""
 
     sources: abc.Sequence[str | None]  # [B] names; None: no source
-    tokens: Tensor  # [B, k]
-    lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
+    tokens: Tensor  # [K] of the first row, then of the second one, and so on
+    lengths: abc.Sequence[int]  # [B] tokens of each row, K together
     exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
-    # k states [B, 1, H] at the exit layer: of the last token, and of the drafted ones but the last.
-    exit_hidden: list[Tensor] = field(default_factory=list)
+    # [K, H] at the exit layer, row by row: of the last token of the output, and of all drafted ones but one.
+    exit_hidden: Tensor | None = None
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams
+
+    @property
+    def widths(self) -> list[int]:
+        """[B] tokens that verification processes, N together: one more than are drafted."""
+        return [1 + length for length in self.lengths]
+
+
+def row_by_row(*parts: tuple[Tensor, abc.Sequence[int]]) -> Tensor:
+    """[N, ...] each row's entries of the first part, then of the second one, and so on.
+
+    Args:
+        parts: entries [n, ...] of all rows, in their order, and [B] how many each row has.
+    """
+    if len(parts[0][1]) == 1:
+        return torch.cat([entries for entries, _ in parts])
+    split = [entries.split([*counts]) for entries, counts in parts]
+    return torch.cat([each for of_row in zip(*split, strict=True) for each in of_row])
 
 
 class DraftSource(ABC):
@@ -64,16 +82,17 @@ class DraftSource(ABC):
         """
 
     def learn(  # noqa: B027
-        self, draft: Draft, accepted: abc.Sequence[int], hidden: Tensor
+        self, draft: Draft, accepted: abc.Sequence[int], hidden: abc.Sequence[Tensor]
     ) -> None:
         """Learn from the outcome of a round; by default nothing. Every source sees all verified drafts.
 
         Args:
             draft: of all rows; `draft.sources` has the source of each.
             accepted: [B] tokens of each row.
-            hidden: [B, k+1, H] the states that verification has computed, after the last layer and before the
-                norm, of each row's last token and of the drafted ones. [row, : accepted[row] + 1] are those
-                of the output; the next token follows from the last of them. On the device.
+            hidden: [B] of each row, [1 + length, H] the states that verification has computed, after the last
+                layer and before the norm, of the row's last token and of the drafted ones. The first
+                accepted[row] + 1 are those of the output; the next token follows from the last of them. On
+                the device.
         """
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:

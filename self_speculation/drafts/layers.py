@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
-from self_speculation.drafts.draft import Arm, Draft, DraftSource
+from self_speculation.drafts.draft import Arm, Draft, DraftSource, row_by_row
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner, PassRange, forward_early
+from self_speculation.passes.model_runner import ModelRunner, PassRange
+from self_speculation.transfers import on_device
 
 
 class LayerDrafts(DraftSource):
@@ -41,23 +41,30 @@ class LayerDrafts(DraftSource):
             self.name += " of a 4-bit copy"
 
     def draft(self, batch: Batch, cache: KVCache, limits: Sequence[int]) -> Draft:
-        keys, ids = batch.noise_keys(max(limits)), batch.last
-        drafted: list[Tensor] = []  # [B, 1] each
-        exit_hidden: list[Tensor] = []
-        for position in range(max(limits)):
-            early = forward_early(self.drafter, cache, ids, self.exit_layer)
-            exit_hidden.append(early.hidden)
-            is_drafting = [position < limit for limit in limits]
-            tokens = batch.sample_draft(early.logits[:, 0], position, is_drafting, keys)
-            batch.record_draft(tokens, position, is_drafting)
-            ids = tokens[:, None]
-            drafted.append(ids)
+        columns = [[row for row, limit in enumerate(limits) if i < limit] for i in range(max(limits))]
+        keys = batch.noise_keys((row, i) for i, rows in enumerate(columns) for row in rows)
+        keys_of = [None] * len(columns) if keys is None else keys.split([*map(len, columns)])
+        ids, before = batch.last, [*range(len(batch))]
+        nothing = [0] * len(batch)
+        drafted: list[tuple[Tensor, list[int]]] = [(ids[:0], nothing)]
+        exit_hidden: list[tuple[Tensor, list[int]]] = [(self.drafter.embed(ids[:0]), nothing)]
+        for position, rows in enumerate(columns):
+            if rows != before:
+                ids = ids[on_device([before.index(row) for row in rows], ids.device)]
+            widths = [int(position < limit) for limit in limits]
+            hidden = self.drafter.embed(ids)
+            hidden = self.drafter.run_layers(cache, hidden, widths, 0, self.exit_layer)
+            exit_hidden.append((hidden, widths))
+            ids = batch.sample_draft(self.drafter.logits(hidden), position, rows, keys_of[position])
+            batch.record_draft(ids, position, rows)
+            drafted.append((ids, widths))
+            before = rows
         return Draft(
-            [self.name] * len(limits),
-            torch.cat([batch.last[:, :0], *drafted], 1),
+            [self.name if limit else None for limit in limits],
+            row_by_row(*drafted),
             limits,
             self.exit_layer if self._keeps_cache else 0,
-            exit_hidden if self._keeps_cache else [],
+            row_by_row(*exit_hidden) if self._keeps_cache else None,
         )
 
     def passes(self, runner: ModelRunner, longest: int) -> Iterator[PassRange]:

@@ -1,12 +1,12 @@
-"""Plans each round of adaptive decoding: which source drafts for which row, and the most tokens.
+"""Plans each round of adaptive decoding: which source drafts how many tokens of which row.
 
 `AdaptivePolicy` is a bandit over draft sources: it picks by acceptance so far and the time of passes. Knows
 nothing of models or tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from operator import mul
+from heapq import heapify, heappop, heapreplace
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -15,15 +15,17 @@ from self_speculation.drafts.draft import Arm, Draft, Match
 
 _WAIT, _LONGEST_WAIT = 8, 128  # rounds between two trials
 
+# The most tokens to draft, what was looked up, and the chance that the next token of it is right.
+_Row = tuple[int, Match | None, float]
+
 
 class Plan(NamedTuple):
-    """One round."""
+    """One round. At most one of its sources computes."""
 
-    source: str | None = None  # for the other rows; None: no draft
-    max_drafted: int = 0  # the most tokens of a row
-    lookups: Sequence[bool] = ()  # [B] whether a row has the draft that was looked up; empty: none has
+    sources: list[str | None]  # [B] of each row's draft; None: it has none
+    lengths: list[int]  # [B] tokens of each row
     rate: float = 1.0  # expected tokens of all rows per second
-    is_trial: bool = False
+    trial: int | None = None  # the row whose draft is a trial
 
 
 @dataclass
@@ -43,6 +45,7 @@ class ArmStats:
     used_at: dict[str | None, int] = field(default_factory=dict)  # the last round of each source
     trial_at: int = _WAIT  # the round of the next trial
     wait: int = _WAIT
+    trial_cost: float = 0.0  # of all trials, in plain rounds
     lock: Any = field(default_factory=RLock)
     _times: dict[int, PassTimes] = field(default_factory=dict)  # by number of threads
 
@@ -54,8 +57,12 @@ class ArmStats:
 class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
-    At growing intervals, the source that was used longest ago has a trial, if a draft of it that is accepted
-    as a whole would be faster than plain steps.
+    A round grows by the drafted token that is most likely right, of whichever row, while its chance over its
+    cost beats the tokens per second of the round so far. Costs rise with the tokens of a pass, so the first
+    one that does not is the last one.
+
+    At growing intervals, the source that was used longest ago has a trial, of one token of one row, if drafts
+    of it that are accepted as a whole would be faster than plain steps.
 
     Args:
         arms: by name of the source.
@@ -63,24 +70,24 @@ class AdaptivePolicy:
         stats: of the model. One thread at a time reads or writes them.
     """
 
-    # Expected speed of drafts over that of plain steps, at least: it is an estimate.
-    _MARGIN = 1.03
-    # The share of a round's tokens that another drafted one must add.
-    _TOO_FEW = 0.01
+    # A drafted token's chance over its cost, relative to the round so far, at least: both are estimates.
+    _MARGIN = 1.05
+    # Where tokens cost nothing, such a token still takes time to plan.
+    _LEAST_CHANCE = 0.02
     # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
     _LONGEST_BY_LAYERS = 8
 
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
-        self._plan, self._plain_rate = Plan(), 1.0  # of this round; tokens per second without drafts
-        # A plan without drafts holds until a round, for a number of rows, a longest draft, these times, and
-        # matches that are no more likely right than then.
-        self._plain_in: tuple[int, int, PassTimes] | None = None
-        self._plain_until, self._plain_guesses = 0, 0.0
-        # Seconds in this round of a drafted token of each row, and of verifying 0, 1, ... of them.
-        self._drafting: dict[str | None, float] = {}
-        self._verifying: Sequence[float] = ()
+        self._plan, self._trial_cost = Plan([], []), 0.0  # of this round
+        # A plan without drafts holds until a round, for a number of rows, these times, and matches that are
+        # no more likely right than then.
+        self._plain_in: tuple[int, PassTimes] | None = None
+        self._plain_until, self._plain_guess = 0, 0.0
+        # Seconds in this round of a pass over so many tokens, and of one by a source for so many rows.
+        self._verifying: Callable[[int], float] = float
+        self._drafting: Callable[[str, int], float] = lambda *_: 0.0
 
     def plan(self, matches: Sequence[Match | None], limits: Sequence[int]) -> Plan | None:
         """Plan one round; None: a plain step, as planned a few rounds ago.
@@ -90,34 +97,29 @@ class AdaptivePolicy:
             limits: [B] the most tokens to draft.
         """
         with self._stats.lock:
-            stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
+            stats, num_rows = self._stats, len(limits)
             stats.num_rounds += 1
-            situation, until = (num_rows, longest, stats.times), min(self._plain_until, stats.trial_at)
-            guesses = [self._acceptance(*each[:2]).value if each else 0.0 for each in matches]
-            no_better = self._plain_in == situation and sum(guesses) <= self._plain_guesses
+            situation, until = (num_rows, stats.times), min(self._plain_until, stats.trial_at)
+            guesses = [self._acceptance(*match[:2]).value if match else 0.0 for match in matches]  # [B]
+            no_better = self._plain_in == situation and max(guesses) <= self._plain_guess
             if no_better and stats.num_rounds < until:
                 return None
-            self._drafting = {None: 0.0}
-            self._drafting.update(stats.times.draft_steps(num_rows, self._draft_steps))
-            self._verifying = stats.times.verifications(num_rows, longest)
-            self._plain_rate = num_rows / self._verifying[0]
-            best = Plan(rate=self._plain_rate)
-            for source in self._drafting if longest else ():
-                # Rows have the draft that is more likely right.
-                own = 0.0 if source is None else self._acceptance(source, 0).value
-                pairs = zip(guesses, limits, strict=True)
-                chances = [max(guess, own) if limit else 0.0 for guess, limit in pairs]
-                plan = self._best_length(source, chances, longest)
-                if plan.rate > max(best.rate, self._MARGIN * self._plain_rate):
-                    best = plan._replace(lookups=[guess > own for guess in guesses])
-            if best.max_drafted:
-                stats.used_at[best.source] = stats.num_rounds
-            else:
+            self._verifying = stats.times.passes(num_rows)
+            self._drafting = stats.times.draft_passes(num_rows, self._draft_steps)
+            rows = [*zip(limits, matches, guesses, strict=True)]
+            best = looked_up = self._choose(None, 0.0, rows)
+            for source in self._draft_steps:
+                if (chance := self._acceptance(source, 0).value) > self._LEAST_CHANCE:
+                    plan = self._choose(source, chance, rows)
+                    best = plan if plan.rate > best.rate else best
+            used = {source if source in self._draft_steps else None for source in best.sources if source}
+            stats.used_at |= dict.fromkeys(used, stats.num_rounds)
+            if not used:
                 self._plain_in, self._plain_until = situation, stats.num_rounds + _WAIT
-                self._plain_guesses = sum(guesses)
+                self._plain_guess = max(guesses)
             self._plan = best
-            if longest and stats.num_rounds >= stats.trial_at:
-                self._plan = self._trial(best, [guess > 0.0 for guess in guesses], longest) or best
+            if any(limits) and stats.num_rounds >= stats.trial_at:
+                self._plan = self._trial(used, looked_up, rows) or best
             return self._plan
 
     def learn(self, draft: Draft, accepted: Sequence[int], seconds: tuple[float, float] | None) -> None:
@@ -128,10 +130,13 @@ class AdaptivePolicy:
             seconds: of drafting and of verifying; None: they are not typical.
         """
         with self._stats.lock:
-            stats, plan, drafted = self._stats, self._plan, draft.lengths
-            if plan.is_trial and sum(accepted) == sum(drafted):  # try it again soon
-                stats.wait, stats.trial_at = _WAIT, stats.num_rounds + _WAIT
-                stats.used_at[plan.source] = 0
+            stats, drafted, num_rows = self._stats, draft.lengths, len(draft.lengths)
+            if (row := self._plan.trial) is not None:
+                stats.trial_cost += self._trial_cost - accepted[row] / num_rows
+                if accepted[row] == drafted[row]:  # try it again soon
+                    stats.wait, stats.trial_at = _WAIT, stats.num_rounds + _WAIT
+                    name = draft.sources[row]
+                    stats.used_at[name if name in self._draft_steps else None] = 0
             for row, source in enumerate(draft.sources):
                 if source is None:
                     continue
@@ -140,45 +145,88 @@ class AdaptivePolicy:
                     self._acceptance(source, matched).add(float(i < accepted[row]))
             if seconds is None:
                 return
-            times, num_rows, (draft_seconds, verify_seconds) = stats.times, len(drafted), seconds
-            pairs = zip(drafted, draft.sources, strict=True)
-            own = max((length for length, source in pairs if source == plan.source), default=0)
-            if own and plan.source is not None:
-                times.add_draft(plan.source, num_rows, draft_seconds / own, self._draft_steps[plan.source])
-            times.add_verification(num_rows, max(drafted), verify_seconds)
+            times, (draft_seconds, verify_seconds) = stats.times, seconds
+            for source in self._draft_steps.keys() & {*draft.sources}:
+                of_source = [n for n, name in zip(drafted, draft.sources, strict=True) if name == source]
+                if passes := [sum(length > i for length in of_source) for i in range(max(of_source))]:
+                    times.add_drafts(source, num_rows, passes, draft_seconds, self._draft_steps[source])
+            times.add_verification(num_rows, sum(draft.widths), verify_seconds)
 
-    def _trial(self, best: Plan, is_matched: Sequence[bool], longest: int) -> Plan | None:
-        """A trial, with one token, of the source that was used longest ago, of those that would pay if whole
-        drafts were accepted; None: there are none.
+    def _choose(self, source: str | None, chance: float, rows: Sequence[_Row]) -> Plan:
+        """The best round with the drafts of this source where rows have no better match.
+
+        Args:
+            chance: that a token of the source is right after accepted ones.
         """
-        stats, num_rows = self._stats, len(is_matched)
-        names = [name for name in self._drafting if name != best.source or not best.max_drafted]
+        verifying, num_tokens = self._verifying, len(rows)
+        lengths, depth, reached = [0] * num_tokens, 0, chance
+        limits = [
+            0 if guess > chance else min(limit, self._LONGEST_BY_LAYERS) for limit, _, guess in rows
+        ]  # of the source
+        longest = 0 if source is None else max(limits)
+        # Of each match, minus the chance that its next token is reached and right.
+        matches = [(-guess, row) for row, (limit, _, guess) in enumerate(rows) if guess > chance and limit]
+        heapify(matches)
+        expected, seconds = float(num_tokens), verifying(num_tokens)
+        while matches or depth < longest:
+            # A pass of the source drafts for all its rows, whose chances are equal.
+            by_source = depth < longest and not (matches and -matches[0][0] > reached)
+            more = sum(limit > depth for limit in limits) if by_source else 1
+            chances = reached * more if by_source else -matches[0][0]
+            cost = verifying(num_tokens + more) - verifying(num_tokens)
+            if by_source and source is not None:
+                cost += self._drafting(source, more)
+            too_few = chances < self._LEAST_CHANCE * more
+            if too_few or chances * seconds < self._MARGIN * cost * expected:
+                if not by_source:
+                    break
+                longest = depth  # a token that was looked up costs less
+                continue
+            num_tokens, expected, seconds = num_tokens + more, expected + chances, seconds + cost
+            if by_source:
+                depth, reached = depth + 1, reached * chance
+                continue
+            negative, row = matches[0]
+            _, match, guess = rows[row]
+            lengths[row] += 1
+            if match is not None and lengths[row] < len(match.ids):
+                heapreplace(matches, (negative * guess, row))
+            else:
+                heappop(matches)
+        sources: list[str | None] = [
+            match.source if n and match else None for n, (_, match, _) in zip(lengths, rows, strict=True)
+        ]
+        for row, limit in enumerate(limits):
+            if depth and limit:
+                sources[row], lengths[row] = source, min(limit, depth)
+        return Plan(sources, lengths, expected / seconds)
+
+    def _trial(self, used: Set[str | None], looked_up: Plan, rows: Sequence[_Row]) -> Plan | None:
+        """A trial of the source that was used longest ago, of those that would pay if whole drafts were
+        accepted; None: there are none. Drafts that are looked up go on beside it.
+        """
+        stats, plain = self._stats, self._verifying(len(rows))
+        names = [name for name in (None, *self._draft_steps) if name not in used]
         for name in sorted(names, key=lambda name: stats.used_at.get(name, 0)):
             stats.used_at[name] = stats.num_rounds
-            lookups = is_matched if name is None else ()
-            chances = [*map(float, lookups)] if name is None else [1.0] * num_rows
-            if self._best_length(name, chances, longest).rate > self._MARGIN * self._plain_rate:
-                stats.wait = min(2 * stats.wait, _LONGEST_WAIT)
-                stats.trial_at = stats.num_rounds + stats.wait
-                return Plan(name, 1, lookups, is_trial=True)
+            sure = [(limit, match, float(name is None and match is not None)) for limit, match, _ in rows]
+            if not any(self._choose(name, float(name is not None), sure).lengths):
+                continue
+            stats.wait = min(2 * stats.wait, _LONGEST_WAIT)
+            stats.trial_at = stats.num_rounds + stats.wait
+            # The likeliest match, or the row that has none.
+            order = sorted(
+                (row for row, (limit, *_) in enumerate(rows) if limit), key=lambda row: rows[row][2]
+            )
+            tried = order[-1 if name is None else 0]
+            _, match, _ = rows[tried]
+            drafting = 0.0 if name is None else self._drafting(name, 1)
+            looked_up.sources[tried] = match.source if name is None and match else name
+            looked_up.lengths[tried] = 1
+            self._trial_cost = (drafting + self._verifying(len(rows) + 1)) / plain - 1.0
+            return looked_up._replace(trial=tried)
         stats.trial_at = stats.num_rounds + _WAIT
         return None
-
-    def _best_length(self, name: str | None, chances: Sequence[float], longest: int) -> Plan:
-        """The best round of rows whose drafts have these chances per token."""
-        longest = longest if name is None else min(longest, self._LONGEST_BY_LAYERS)
-        draft_step, tokens, arrives = self._drafting[name], float(len(chances)), chances
-        best = Plan(rate=self._plain_rate)
-        for k in range(1, longest + 1):
-            more = sum(arrives)
-            if more < self._TOO_FEW * tokens:  # nor do longer drafts, and planning takes time
-                break
-            tokens += more
-            rate = tokens / (draft_step * k + self._verifying[k])
-            if rate > best.rate:
-                best = Plan(name, k, rate=rate)
-            arrives = [*map(mul, arrives, chances)]  # that k + 1 tokens of a row are accepted
-        return best
 
     def _acceptance(self, name: str, matched: int) -> DecayedMean:
         """Acceptance of a token after accepted ones."""

@@ -68,9 +68,10 @@ class AttentionContext:
         self._tables, self._window = tables, kind.window
         self._positions: Tensor | None = None  # [B, T]; None: rows have one length
         self._first_key = 0 if kind.window is None else max(0, start + 1 - kind.window)  # that a token sees
-        self.sees_all = cache.is_uniform and (kind.window is None or end <= kind.window)
+        is_uniform = start + width == end
+        self.sees_all = is_uniform and (kind.window is None or end <= kind.window)
         table = tables.cos_sin(kind.rotation, end)
-        if cache.is_uniform:
+        if is_uniform:
             cos_sin = table[:, None, start:end]
         else:
             self._positions = cache.positions(first, width, tables.device)
@@ -95,8 +96,8 @@ class AttentionContext:
         return causal_mask(own[:, None], keys, self._window, tables.dtype)[..., :num_keys]
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
-        """Append to the cache; returns all keys and values that a token sees, see `KVCache.append`."""
-        all_keys, all_values = self.cache.append(keys, values, layer, self._positions)
+        """Append to the cache; returns all keys and values that a token sees, see `KVCache.write`."""
+        all_keys, all_values = self.cache.write(keys, values, layer, self._positions)
         return all_keys[:, :, self._first_key :], all_values[:, :, self._first_key :]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:

@@ -61,15 +61,15 @@ class CapturedRunner(FusedRunner):
         cache.reserve(prompt_length, num_positions)
         return cache
 
-    def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+    def run_rectangle(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         (num_rows, width, _), passes = hidden.shape, cache.buffers
         if not isinstance(passes, CapturedPasses):
-            return super().run_layers(cache, hidden, first, last)
+            return super().run_rectangle(cache, hidden, first, last)
         cache.check()
         if not self.decodes_by_kernels(cache, self.layers[first:last]):
-            return super().run_layers(cache, hidden, first, last)
+            return super().run_rectangle(cache, hidden, first, last)
         shape, new_positions = (padded(num_rows), padded(width)), cache.positions(first, width, self.device)
-        cache.extend(first, last, width)
+        cache.make_room(first, last, [width] * num_rows)
         replay = passes.capture(self, first, last, *shape)
         states, positions = passes.inputs[shape]
         if shape != (num_rows, width):

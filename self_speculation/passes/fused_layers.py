@@ -223,12 +223,12 @@ class FusedRunner(ModelRunner):
             # Products of bfloat16 are summed in float32: near-ties are fewer.
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
-    def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+    def run_rectangle(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         if not self.decodes_by_kernels(cache, self.layers[first:last]):
-            return super().run_layers(cache, hidden, first, last)
+            return super().run_rectangle(cache, hidden, first, last)
         width, lengths = hidden.shape[1], cache.lengths(first)
         positions = cache.positions(first, width, self.device)
-        cache.extend(first, last, width)
+        cache.make_room(first, last, [width] * len(lengths))
         self.tables.reserve(max(lengths) + width)
         make = partial(DecodeContext, self.tables, cache.buffers.of_layers, positions)
         return run_through(self.typed_layers(first, last), make, hidden)

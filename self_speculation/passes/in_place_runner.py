@@ -8,6 +8,7 @@ format weights have.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ class InPlaceRunner(ModelRunner):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
+        self.is_ragged = self.is_in_place
         # By first and last layer: the owner of what the operator knows of them, and their kinds of rotation.
         self._ranges = dict[tuple[int, int], tuple[Tensor, list[str | None]]]()
 
@@ -115,26 +117,45 @@ class InPlaceRunner(ModelRunner):
         other._ranges = {}
         return other
 
-    def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+    def run_layers(
+        self, cache: KVCache, hidden: Tensor, widths: Sequence[int], first: int, last: int
+    ) -> Tensor:
+        """No padding: the operator takes the tokens that there are."""
         if not self.is_in_place or first == last:
+<<<<<<< HEAD
             return super().run_layers(cache, hidden, first, last)
         rows, width, size = hidden.shape
         if width > (most := max(1, cpu_operators().prompt_tokens // rows)):
             pieces = hidden.tensor_split(-(-width // most), 1)  # of nearly equal size
             return torch.cat([self.run_layers(cache, piece, first, last) for piece in pieces], 1)
+=======
+            return super().run_layers(cache, hidden, widths, first, last)
+>>>>>>> 0caaa9d8 (A pass on a CPU takes the tokens that there are, and each row drafts as many as pay)
         if (first, last) not in self._ranges:  # the operator sees that a parameter has other memory
             self._ranges[first, last] = self._described(first, last)
         owner, rotations = self._ranges[first, last]
-        states, lengths = hidden.reshape(rows * width, size).contiguous(), cache.lengths(first)
-        torch.ops.self_speculation.run_layers.default(
-            states,
-            torch.tensor([(slot, start, width) for slot, start in enumerate(lengths, cache.first_slot)]),
-            cache.is_prompt,
-            owner,
-            cache.extend(first, last, width),
-            [self.tables.cos_sin(rotation, max(lengths) + width) for rotation in rotations],
-        )
-        return states.view(rows, width, size)
+        states, begin = hidden.contiguous(), 0
+        ends = [*accumulate(widths)]  # of each row's tokens
+        for piece in states.tensor_split(-(-len(states) // _PIECE)):  # of nearly equal size
+            end = begin + len(piece)
+            parts = [
+                max(0, min(end, row_end) - max(begin, row_end - width))
+                for row_end, width in zip(ends, widths, strict=True)
+            ]
+            of_rows = enumerate(zip(cache.lengths(first), parts, strict=True), cache.first_slot)
+            rows = [(slot, length, part) for slot, (length, part) in of_rows if part]
+            longest = max(length + part for _, length, part in rows)
+            torch.ops.self_speculation.run_layers.default(
+                piece,
+                torch.tensor(rows),
+                cache.is_prompt,
+                owner,
+                cache.make_room(first, last, parts),
+                [self.tables.cos_sin(rotation, longest) for rotation in rotations],
+            )
+            cache.extend(first, last, parts)
+            begin = end
+        return states
 
     def _described(self, first: int, last: int) -> tuple[Tensor, list[str | None]]:
         """Layers first..last-1 as the operator has them."""

@@ -104,9 +104,7 @@ class KVCache:
     The buffers of a layer are allocated when it first runs. Appending writes in place, and rolling back moves
     a position. Buffers that are too small grow by a quarter.
 
-    A pass appends equally many positions to each row, so length(row, layer) = appended[layer] - missing[row].
-    A row misses the positions that were rolled back, and those by which it was shorter than the longest row.
-    The cache is *uniform* while all rows have one length.
+    A pass appends positions to each row, in some layers: as many as the row has new tokens.
     """
 
     is_prompt = False  # the kind of the next tokens: a prompt's, or output
@@ -119,15 +117,15 @@ class KVCache:
 
     def set_rows(self, lengths: Sequence[int]) -> None:
         """Set row lengths; keys and values are already in the slots."""
-        self._committed = max(lengths, default=0)  # positions of every layer after the last round
-        self._appended = [self._committed] * self.buffers.num_layers  # by layer
-        self._missing = [self._committed - length for length in lengths]  # by row
-        self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]
+        self._committed = [*lengths]  # [B] of every layer after the last round
+        self._lengths = [self._committed] * self.buffers.num_layers  # by layer, [B] each
+        # By how much rows are shorter than the longest one, and the same on the device, [B, 1].
+        self._missing: tuple[list[int], Tensor] | None = None
 
     @property
     def num_rows(self) -> int:
         """B: rows that have a sequence."""
-        return len(self._missing)
+        return len(self._committed)
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
         """Make room for a sequence.
@@ -157,23 +155,20 @@ class KVCache:
             why = "another generation has this one's cache; let one end before the next begins"
             raise RuntimeError(f"compile True: {why}")
 
-    @property
-    def is_uniform(self) -> bool:
-        return all(missing == self._missing[0] for missing in self._missing)
-
     def lengths(self, layer: int = 0) -> list[int]:
         """[B] positions of each row in a layer. Layers beyond an early exit never run; the first one does."""
-        return [self._appended[layer] - missing for missing in self._missing]
+        return self._lengths[layer]
 
     def positions(self, layer: int, width: int, device: torch.device) -> Tensor:
         """[B, T] the next T positions of each row in a layer."""
-        if self._missing_on_device is None:
-            self._missing_on_device = on_device(self._missing, device)[:, None]
-        start = self._appended[layer]
-        return torch.arange(start, start + width, device=device) - self._missing_on_device
+        lengths, longest = self.lengths(layer), max(self.lengths(layer))
+        missing = [longest - length for length in lengths]
+        if self._missing is None or self._missing[0] != missing:
+            self._missing = missing, on_device(missing, device)[:, None]
+        return torch.arange(longest, longest + width, device=device) - self._missing[1]
 
-    def append(self, keys: Tensor, values: Tensor, layer: int, positions: Tensor | None = None) -> Pair:
-        """Append T positions to each of B rows.
+    def write(self, keys: Tensor, values: Tensor, layer: int, positions: Tensor | None = None) -> Pair:
+        """Write the next T positions of each of B rows. `extend` makes them positions of the rows.
 
         Args:
             keys, values: [B * T, kv_heads, head_dim], row by row.
@@ -185,7 +180,7 @@ class KVCache:
         rows, slots = self.num_rows, slice(self.first_slot, self.first_slot + self.num_rows)
         width = len(keys) // rows
         end = max(self.lengths(layer)) + width
-        all_keys, all_values = (buffer[slots] for buffer in self.extend(layer, layer + 1, width))
+        all_keys, all_values = (buffer[slots] for buffer in self.make_room(layer, layer + 1, [width] * rows))
         for own, new in ((all_keys, keys), (all_values, values)):
             by_row = new.view(rows, width, *new.shape[1:])
             if positions is None:
@@ -194,33 +189,32 @@ class KVCache:
                 own[torch.arange(rows, device=own.device)[:, None], :, positions.to(own.device)] = by_row
         return all_keys[:, :, :end], all_values[:, :, :end]
 
-    def extend(self, first: int, last: int, width: int) -> list[Tensor]:
-        """Add T positions to each row in layers first..last-1. The caller writes them.
-
-        Returns:
-            Keys and values of these layers, all slots, with room for the new positions.
-        """
-        end = max(self.lengths(first)) + width
+    def make_room(self, first: int, last: int, widths: Sequence[int]) -> list[Tensor]:
+        """Keys and values of layers first..last-1, all slots, with room for new positions [B] of each row."""
+        end = max(map(sum, zip(self.lengths(first), widths, strict=True)))
         pairs = [self.buffers.with_room(layer, end) for layer in range(first, last)]
-        self._appended[first:last] = [n + width for n in self._appended[first:last]]
         return [part for pair in pairs for part in pair]
 
+    def extend(self, first: int, last: int, widths: Sequence[int]) -> None:
+        """Add so many positions to each row, [B], in layers first..last-1, which have them now."""
+        longer = [sum(pair) for pair in zip(self.lengths(first), widths, strict=True)]
+        self._lengths[first:last] = [longer] * (last - first)
+
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
-        """Drop the last positions of every layer.
+        """Drop the last positions of every layer, after all layers have had the same tokens.
 
         Args:
             num_tokens: of all rows, or [B] of each; at most what each layer has.
         """
         dropped = [num_tokens] * self.num_rows if isinstance(num_tokens, int) else num_tokens
-        self._committed = min(self._appended)
-        if any(dropped):
-            self._missing = [sum(pair) for pair in zip(self._missing, dropped, strict=True)]
-            self._missing_on_device = None
-            assert min(dropped) >= 0 <= self._committed - max(self._missing)
+        kept = [length - number for length, number in zip(self.lengths(-1), dropped, strict=True)]
+        assert min(dropped) >= 0 <= min(kept)
+        self._committed = kept
+        self.rollback_draft()
 
     def rollback_draft(self) -> None:
-        """Drop positions appended since the last `rollback` or `set_rows`."""
-        self._appended = [self._committed] * len(self._appended)
+        """Drop positions that were added since the last `rollback` or `set_rows`."""
+        self._lengths = [self._committed] * len(self._lengths)
 
     def prompt_view(self, slot: int, lengths: Sequence[int] = (0,)) -> KVCache:
         """A view of this slot and those after it, to prefill them after so many positions of each."""
@@ -235,7 +229,7 @@ class KVCache:
 
     def remove_row(self, row: int) -> None:
         """Swap the slots of this row and the last one, then shrink."""
-        lengths, last = self.lengths(), self.num_rows - 1
+        lengths, last = [*self.lengths()], self.num_rows - 1
         self.swap(row, last, max(lengths[row], lengths[last]))
         lengths[row] = lengths[last]
         self.set_rows(lengths[:-1])

@@ -10,12 +10,14 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from self_speculation.config import check_kind
@@ -48,12 +50,14 @@ class ModelRunner:
         dtype: of activations, keys, values and logits.
         device: of ids and logits.
         devices: [L] of each layer.
+        is_ragged: its passes compute no padding.
         key_shape: kv_heads and head_dim.
         is_copy: it has other layers than the model.
     """
 
     parts_kind: type[Parts] = Parts
     is_copy = False
+    is_ragged = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model.config)
@@ -89,40 +93,43 @@ class ModelRunner:
         other.layers, other.head, other.is_copy = layers, head, True
         return other
 
-    def run(
-        self,
-        cache: KVCache,
-        inputs: Tensor,
-        first: int,
-        last: int,
-        num_logits: int,
-    ) -> ForwardResult:
-        """Layers first..last-1 over T new positions, norm and head over the last `num_logits` of them.
-
-        Args:
-            inputs: [B, T] ids if `first` is 0, else [B, T, H] the input of layer `first`; may be overwritten.
-        """
-        hidden = self.run_layers(cache, inputs if first else self.embed(inputs), first, last)
-        return ForwardResult(self.logits(hidden, num_logits), hidden)
-
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[B, T] ids -> [B, T, H]"""
+        """[...] ids -> [..., H]"""
         scale = getattr(self._embed, "scalar_embed_scale", None)
         if scale is None or self._embed.weight.dtype in (self.dtype, torch.uint8):
             return self._embed(input_ids).to(self.dtype)
         return embedding(input_ids, self._embed.weight).to(self.dtype) * scale  # not rounded to 16 bits
 
-    def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        """Layers first..last-1 over T new positions.
+    def run_layers(
+        self, cache: KVCache, hidden: Tensor, widths: Sequence[int], first: int, last: int
+    ) -> Tensor:
+        """Layers first..last-1 over N new tokens.
+
+        This one computes a rectangle, as long as the row with the most tokens. Padding is zeros, which are
+        finite: masks do not stop NaN.
 
         Args:
-            hidden: [B, T, H] the input of layer `first`; may be overwritten.
+            hidden: [N, H] the input of layer `first`, of the first row's tokens, then of the second one's,
+                and so on; may be overwritten.
+            widths: [B] new tokens of each row, N together.
 
         Returns:
-            [B, T, H] the output of layer `last - 1`.
+            [N, H] the output of layer `last - 1`.
         """
         if first == last:
             return hidden
+        if min(widths) == max(widths):
+            states = self.run_rectangle(cache, hidden.view(len(widths), -1, hidden.shape[1]), first, last)
+            states = states.flatten(0, 1)
+        else:
+            padded = pad_sequence(hidden.split([*widths]), batch_first=True)
+            states = self.run_rectangle(cache, padded, first, last)
+            states = torch.cat([row[:width] for row, width in zip(states, widths, strict=True)])
+        cache.extend(first, last, widths)
+        return states
+
+    def run_rectangle(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+        """Layers first..last-1, [B, T, H] -> [B, T, H]; writes the next T positions of each row."""
         make = partial(AttentionContext, self.tables, cache, first, hidden.shape[1])
         return run_through(self.typed_layers(first, last), make, hidden)
 
@@ -137,14 +144,9 @@ class ModelRunner:
         `num_positions`, and for `longest` if memory has.
         """
 
-    def logits(self, hidden: Tensor, num_logits: int) -> Tensor:
-        """[B, T, H] -> [B, n, V] for the last n positions."""
-        rows = hidden.shape[0]
-        if num_logits == 0:
-            return hidden.new_empty(rows, 0, 0)
-        states = hidden[:, -num_logits:].flatten(0, 1)
-        # The head may be elsewhere; callers expect the embedding's device.
-        return self.head(states).view(rows, num_logits, -1).to(self.device)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N, V], by norm and head."""
+        return self.head(hidden).to(self.device)  # the head may be elsewhere
 
 
 def run_through(
@@ -170,8 +172,7 @@ class PassRange(NamedTuple):
 
 def forward(runner: ModelRunner, cache: KVCache, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
     """All layers over T new tokens [B, T]; logits for the last `num_logits` of them."""
-    _check(runner, cache)
-    return forward_early(runner, cache, input_ids, len(runner.layers), num_logits)
+    return _forward(runner, cache, input_ids, 0, None, num_logits)
 
 
 def forward_early(
@@ -182,37 +183,36 @@ def forward_early(
     num_logits: int = 1,
 ) -> ForwardResult:
     """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
-    _check(runner, cache)
-    return runner.run(cache, input_ids, 0, exit_layer, num_logits)
+    return _forward(runner, cache, input_ids, 0, exit_layer, num_logits)
 
 
 def forward_pieces(
     runner: ModelRunner, cache: KVCache, pieces: Sequence[list[int]], exit_layer: int, ended: Sequence[int]
 ) -> Tensor:
-    """Layers 0..exit_layer-1 over new tokens of each row, in one pass; logits [n, 1, V] after the last token
-    of those rows that have `ended`. Shorter pieces are padded, also in the cache.
+    """Layers 0..exit_layer-1 over new tokens of each row, in one pass; logits [n, V] after the last token of
+    those rows that have `ended`.
     """
-    width = max(map(len, pieces))
-    # A token of the row, which is as finite as it is: masks do not stop NaN.
-    padded = [id_ for piece in pieces for id_ in (*piece, *piece[-1:] * (width - len(piece)))]
-    tokens = on_device(padded, runner.device).view(-1, width)
-    hidden = runner.run(cache, tokens, 0, exit_layer, 0).hidden
-    last = [hidden[row, len(pieces[row]) - 1 :][:1] for row in ended]  # of each, [1, H]
-    return runner.logits(torch.stack(last), 1) if last else hidden[:0]
+    hidden = runner.embed(on_device([id_ for piece in pieces for id_ in piece], runner.device))
+    hidden = runner.run_layers(cache, hidden, [*map(len, pieces)], 0, exit_layer)
+    ends = [*accumulate(map(len, pieces))]
+    last = [hidden[ends[row] - 1] for row in ended]  # of each, [H]
+    return runner.logits(torch.stack(last)) if last else hidden[:0]
 
 
 def forward_remainder(
     runner: ModelRunner, cache: KVCache, exit_hidden: Tensor, exit_layer: int
 ) -> ForwardResult:
     """Layers exit_layer..L-1 over the exit hidden states [B, T, H] of T tokens; logits for all of them."""
-    _check(runner, cache)
-    return runner.run(
-        cache, exit_hidden.to(runner.dtype, copy=True), exit_layer, len(runner.layers), exit_hidden.shape[1]
-    )
+    return _forward(runner, cache, exit_hidden, exit_layer, None, exit_hidden.shape[1])
 
 
-def _check(runner: ModelRunner, cache: KVCache) -> None:
-    """Raises ValueError for a model, which these functions take in the paper's code, and for a cache that the
+def _forward(
+    runner: ModelRunner, cache: KVCache, inputs: Tensor, first: int, last: int | None, num_logits: int
+) -> ForwardResult:
+    """Layers first..last-1 (None: all after the first) over ids [B, T] or states [B, T, H]; logits for the
+    last `num_logits` tokens.
+
+    Raises ValueError for a model, which these functions take in the paper's code, and for a cache that the
     runner's operators would write beyond.
     """
     check_kind("runner", runner, ModelRunner, ", as docs/moving.md shows")
@@ -220,3 +220,12 @@ def _check(runner: ModelRunner, cache: KVCache) -> None:
     if (buffers.shape, buffers.dtype) != (runner.key_shape, runner.dtype):
         what = f"keys {buffers.shape} in {buffers.dtype}, the runner {runner.key_shape} in {runner.dtype}"
         raise ValueError(f"cache: has {what}; take one of runner.new_cache")
+    rows, width = inputs.shape[:2]
+    hidden = inputs.to(runner.dtype, copy=True) if first else runner.embed(inputs)
+    last = len(runner.layers) if last is None else last
+    hidden = runner.run_layers(cache, hidden.flatten(0, 1), [width] * rows, first, last)
+    hidden = hidden.view(rows, width, -1)
+    if num_logits == 0:
+        return ForwardResult(hidden.new_empty(rows, 0, 0), hidden)
+    logits = runner.logits(hidden[:, -num_logits:].flatten(0, 1))
+    return ForwardResult(logits.view(rows, num_logits, -1), hidden)

@@ -209,3 +209,20 @@ def test_a_random_llama_agrees_as_often_as_wanted(monkeypatch, tmp_path, capsys)
     assert percent == pytest.approx(90, abs=5)
     flags = ["--max_steps", "4", "--prompt", "def", "--sample", "False"]
     assert generate_script.main(["--model", str(tmp_path), *flags]) == 0
+
+
+def test_pairs_of_turns():
+    """Guards against the quotient of medians, which a busy minute decides, and texts of other pairs."""
+    turns = [
+        {"clients": clients, "pair": pair, "drafts": drafts, "speed": speed, "texts": ["a", text]}
+        for clients, pair, drafts, speed, text in (
+            (1, 1, False, 10.0, "b"), (1, 1, True, 12.0, "b"),
+            (1, 2, True, 6.0, "c"), (1, 2, False, 4.0, "b"),
+            (1, 3, True, 1.0, "b"), (1, 3, False, 1.0, "b"), (8, 1, False, 8.0, "b"), (8, 1, True, 4.0, "b"),
+        )
+    ]  # fmt: skip
+    found = serving.gains(turns).to_dict("records")
+    assert [(row["clients"], row["pairs"], row["x"], row["differ"]) for row in found] == [
+        (1, 3, 1.2, 1), (8, 1, 0.5, 0),
+    ]  # fmt: skip
+    assert (found[0]["low"], found[0]["high"], found[0]["plain tokens/s"]) == (1.0, 1.5, 4.0)

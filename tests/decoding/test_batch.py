@@ -226,7 +226,7 @@ def test_the_first_error_of_a_round_counts():
     streamer = Mock(spec=["put", "end"], end=Mock(side_effect=ValueError))
     request = Request([5, 6], raises_from(3), streamer=streamer)
     sequence = Sequence(request, GenerationConfig(max_steps=9), 99, torch.device("cpu"))
-    logits = sequence.process(torch.zeros(3, 50), 0, 3)
+    logits = sequence.process(torch.zeros(3, 50), 0)
     sequence.check([0.0, 0.0, torch.nan])
     sequence.commit([7, 8, 9], logits)
     assert (sequence.tokens, type(sequence.result())) == ([7], KeyError)
@@ -243,6 +243,6 @@ def test_an_error_of_a_draft_alone_does_not_count():
         return logits
 
     sequence = Sequence(Request([5, 6], process), GenerationConfig(max_steps=9), 99, torch.device("cpu"))
-    sequence.process(torch.ones(1, 50), 0, 1)
-    sequence.commit([7, 8], sequence.process(torch.zeros(2, 50), 0, 2), num_drafted=1)
+    sequence.process(torch.ones(1, 50), 0)
+    sequence.commit([7, 8], sequence.process(torch.zeros(2, 50), 0), num_drafted=1)
     assert (sequence.tokens, sequence.error) == ([7, 8], None)

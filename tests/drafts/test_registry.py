@@ -43,10 +43,10 @@ class Always(DraftSource):
 
     def draft(self, batch, cache, limits):  # noqa: ARG002
         Always.made += 1
-        tokens = torch.full((len(batch), max(limits)), self._token)
         for i in range(max(limits)):
-            batch.record_draft(tokens[:, i], i, [i < limit for limit in limits])
-        return Draft(["always"] * len(batch), tokens, limits)
+            rows = [row for row, limit in enumerate(limits) if i < limit]
+            batch.record_draft(torch.full((len(rows),), self._token), i, rows)
+        return Draft(["always"] * len(batch), torch.full((sum(limits),), self._token), limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
 
     def plan(sources, matches, limits):  # noqa: ARG001
         assert {"always", "exit 1"} <= {*sources}
-        return Plan("always", 2) if max(limits) else Plan()
+        return Plan(["always"] * len(limits), [min(2, limit) for limit in limits])
 
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     monkeypatch.setattr(conftest, "GenerationConfig", WithAlways)
@@ -163,9 +163,9 @@ def test_a_source_learns_from_every_verification(way, monkeypatch):
     model, followed = tiny_llama(fused=True), {0: [], 1: []}
 
     def learn(source, draft, accepted, hidden):  # noqa: ARG001
-        assert hidden.shape[:2] == (len(draft.sources), draft.tokens.shape[1] + 1)
+        assert [*map(len, hidden)] == draft.widths
         for row, count in enumerate(accepted) if len(accepted) == 2 else ():  # rows are in order
-            logits = model.lm_head(model.model.norm(hidden[row, : count + 1]))
+            logits = model.lm_head(model.model.norm(hidden[row][: count + 1]))
             followed[row] += logits.argmax(-1).tolist()
 
     monkeypatch.setattr(LayerDrafts, "learn", learn)

@@ -17,17 +17,17 @@ def side(tokenizer, model, settings):
     return "", generator_of(tokenizer, model, settings.generation_strategy), settings
 
 
-@pytest.mark.parametrize(("config", "widths"), [({}, {1: 3}), (LAYERS, {5: 3})])
-def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch, byte_tokenizer):
+@pytest.mark.parametrize(("config", "expected"), [({}, {1: 3}), (LAYERS, {5: 3})])
+def test_a_warm_up_runs_every_width_three_times(config, expected, monkeypatch, byte_tokenizer):
     """Guards against a draft length that is not drafted in full, and a warm-up that is longer than needed."""
-    calls = watch(monkeypatch, ModelRunner, "run")
+    calls = watch(monkeypatch, ModelRunner, "run_layers")
     model = tiny_llama(agreement="always")  # all is accepted: the fewest rounds
     settings = config_of(stop_words=["a"], stop_token_ids=list(range(50)), **config)
     warm_up([side(byte_tokenizer, model, settings)], [5, 9, 4, 7] * 100, 1)
     depth, longest = model.config.num_hidden_layers, config.get("num_speculations", 0)
-    seen = [inputs.shape[1] for (*_, inputs, _, last, _), _ in calls if last == depth]
+    seen = [sum(widths) for (*_, widths, _, last), _ in calls if last == depth]
     assert seen[0] == model.config.max_position_embeddings - (3 * (longest + 1) + 1)  # the prompt, cut
-    assert {width: seen[1:].count(width) for width in seen[1:]} == widths
+    assert {width: seen[1:].count(width) for width in seen[1:]} == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -35,7 +35,7 @@ def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch, byt
 def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, byte_tokenizer, monkeypatch):
     """By a clock that passes of the model move. Guards against passes between answers that no figure has."""
     now = [0.0]
-    watch(monkeypatch, ModelRunner, "run", lambda *_, **__: now.append(now.pop() + 1.0))
+    watch(monkeypatch, ModelRunner, "run_layers", lambda *_, **__: now.append(now.pop() + 1.0))
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     model = tiny_llama(vocab_size=len(byte_tokenizer))
     settings = config_of(max_steps=24, **config)

@@ -198,7 +198,7 @@ def test_times_of_rounds_that_capture_are_not_learnt(graphs, monkeypatch):
     """Guards against drafts that seem ten times as dear since their first pass was captured."""
     model, begun = card_llama(4), []
     capture_decoding(model)
-    plan = planned(lambda sources, matches, limits: Plan(sources[0], min(2, *limits), is_trial=True))
+    plan = planned(lambda sources, matches, limits: Plan([sources[0]], [min(2, *limits)], trial=0))
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
     watch(monkeypatch, AdaptivePolicy, "plan", lambda *_: begun.append(len(graphs.captured)))
     learnt = watch(

@@ -16,7 +16,9 @@ CPU = torch.device("cpu")
 def append(cache, numbers, layer=0):
     """Keys and values [T, heads, head_dim] of one row, which are the numbers of its positions."""
     both = torch.tensor([*numbers], dtype=torch.float32)[:, None, None].expand(-1, 2, 3)
-    return cache.append(both, both, layer)
+    written = cache.write(both, both, layer)
+    cache.extend(layer, layer + 1, [len(both)])
+    return written
 
 
 def contents(view):
@@ -99,11 +101,9 @@ def test_growing_without_memory_keeps_what_is_there(left):
     cache.reserve(1000, 2000)  # of another sequence
     try:
         with OutOfMemory(left):
-            cache.extend(0, 2, 1)
+            cache.make_room(0, 2, [1])
     except torch.OutOfMemoryError:
         assert (cache.buffers.capacity, cache.lengths(0), cache.lengths(1)) == (8, [8], [8])
-    else:
-        cache.rollback([1])
     cache.rollback([4])
     for layer in range(2):
         keys, values = append(cache, range(4, 8), layer)
@@ -115,7 +115,7 @@ def test_buffers_grow_one_after_another(monkeypatch):
     cache, alive, grow = cache_of(*[CPU] * 4), [], Buffers.with_room
     for layer in range(4):
         append(cache, range(8), layer)
-    cache.extend(0, 4, 0)
+    cache.make_room(0, 4, [0])
     before = [*map(ref, cache.buffers.all())]
 
     def with_room(*args):
@@ -123,5 +123,5 @@ def test_buffers_grow_one_after_another(monkeypatch):
         return grow(*args)
 
     monkeypatch.setattr(Buffers, "with_room", with_room)
-    cache.extend(0, 4, 16)
+    cache.make_room(0, 4, [16])
     assert alive == [8, 6, 4, 2]

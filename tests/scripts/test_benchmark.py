@@ -128,12 +128,12 @@ def test_every_source_of_drafts(flags, common, tmp_path, capsys):
 
 
 def accepts_everything(drafted, tokens, lengths):  # noqa: ARG001
-    return torch.tensor(lengths)
+    return [*lengths]
 
 
 def mixes_rows_up(drafted, tokens, lengths):
     accepted = leading_matches(drafted, tokens, lengths)
-    tokens.copy_(tokens.roll(1, 0))
+    tokens.append(tokens.pop(0))
     return accepted
 
 
