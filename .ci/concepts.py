@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 971, "classes": 190, "parameters": 2086}
+LIMITS = {"functions": 973, "classes": 190, "parameters": 2088}
 
 
 def count() -> dict[str, int]:

@@ -99,18 +99,12 @@ def _costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Sequence[floa
     if model.device.type != "cpu":
         return _COSTS["gpu"]
     variant = cpu_operators().variant or "torch"
-<<<<<<< HEAD
     kind = {"AMX": "AVX512_VNNI", "AVX512_BF16": "AVX512_VNNI", "ARM": "AVX2"}.get(variant, variant)
-    in_few_bits = draft_weights != "exact" or is_in_few_bits(model)
-    return _COSTS[f"{kind}, few bits" if in_few_bits else kind]
-=======
-    kind = {"AVX512_BF16": "AVX512_VNNI", "ARM": "AVX2"}.get(variant, variant)
     if draft_weights == "exact" and not is_in_few_bits(model):
         return _COSTS[kind]
     few = _COSTS[f"{kind}, few bits"]
     in_eight = draft_weights == "exact" and mean_bytes_per_weight(model.base_model.layers[0]) >= 1
     return _COSTS.get(f"{kind}, eight bits", few) if in_eight else few
->>>>>>> 0caaa9d8 (A pass on a CPU takes the tokens that there are, and each row drafts as many as pay)
 
 
 class _Line:

@@ -122,21 +122,14 @@ class InPlaceRunner(ModelRunner):
     ) -> Tensor:
         """No padding: the operator takes the tokens that there are."""
         if not self.is_in_place or first == last:
-<<<<<<< HEAD
-            return super().run_layers(cache, hidden, first, last)
-        rows, width, size = hidden.shape
-        if width > (most := max(1, cpu_operators().prompt_tokens // rows)):
-            pieces = hidden.tensor_split(-(-width // most), 1)  # of nearly equal size
-            return torch.cat([self.run_layers(cache, piece, first, last) for piece in pieces], 1)
-=======
             return super().run_layers(cache, hidden, widths, first, last)
->>>>>>> 0caaa9d8 (A pass on a CPU takes the tokens that there are, and each row drafts as many as pay)
         if (first, last) not in self._ranges:  # the operator sees that a parameter has other memory
             self._ranges[first, last] = self._described(first, last)
         owner, rotations = self._ranges[first, last]
         states, begin = hidden.contiguous(), 0
         ends = [*accumulate(widths)]  # of each row's tokens
-        for piece in states.tensor_split(-(-len(states) // _PIECE)):  # of nearly equal size
+        num_pieces = -(-len(states) // cpu_operators().prompt_tokens)
+        for piece in states.tensor_split(num_pieces):  # of nearly equal size
             end = begin + len(piece)
             parts = [
                 max(0, min(end, row_end) - max(begin, row_end - width))

@@ -237,12 +237,8 @@ def test_nan_stays_in_its_row(dtype, is_prompt):
     with torch.inference_mode():
         cache = runner.new_cache(1, 8, num_slots=3)
         cache.set_rows([0] * 3)
-<<<<<<< HEAD
         cache.is_prompt = is_prompt
-        expected = runner.run_layers(cache, hidden.clone(), 0, 4)
-=======
         expected = runner.run_layers(cache, hidden.clone(), widths, 0, 4)
->>>>>>> 0caaa9d8 (A pass on a CPU takes the tokens that there are, and each row drafts as many as pay)
         for value in (float("nan"), float("inf")):
             broken = hidden.clone()
             broken[3, 5] = value  # of the second row
