@@ -214,7 +214,8 @@ FOREIGN_FLAGS = {
 # Of other libraries and of the paper's code base.
 FOREIGN_NAMES = {
     "HF_TOKEN_PATH", "OPENAI_BASE_URL", "ChatOpenAI", "TextIteratorStreamer", "use_responses_api",
-    "create_logits_processors", "create_stopping_criteria", "max_fn", "exit_query_cache", "get_valid_dataset_formats", "process_cli_arguments", "single_step_speculation",
+    "create_logits_processors", "create_stopping_criteria", "max_fn", "exit_query_cache",
+    "get_valid_dataset_formats", "process_cli_arguments", "single_step_speculation",
     "_expand_mask", "_make_causal_mask", "_prepare_decoder_attention_mask",
 }  # fmt: skip
 OF_NOW = [page for page in [*PAGES, *CARDS] if page != "CHANGELOG.md"]  # that one has names of earlier times
