@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 973, "classes": 190, "parameters": 2088}
+LIMITS = {"functions": 975, "classes": 190, "parameters": 2094}
 
 
 def count() -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.nn import Linear, LinearCrossEntropyOptions, functional
 from torch.utils.checkpoint import checkpoint
 
@@ -54,15 +55,18 @@ def exit_losses(head: Linear, states: Tensor, labels: Tensor, distill: bool = Fa
 
 
 @torch.no_grad()
-def exit_scores(head: Linear, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """([N] losses, [N] predicted tokens) of an exit's normed states [N, H]; a loss is 0 without a label."""
-    losses, guesses = [], []
+def exit_scores(head: Linear, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """([N] losses, [N] predicted tokens, [N] entropies) of an exit's normed states [N, H]. A loss is 0
+    without a label.
+    """
+    losses, guesses, entropies = [], [], []
     size = _positions(head)
     for part, targets in zip(states.split(size), labels.split(size), strict=True):
         logits = _at_least_fp32(functional.linear(part, head.weight, head.bias))
         losses.append(functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none"))
         guesses.append(logits.argmax(-1))
-    return torch.cat(losses), torch.cat(guesses)
+        entropies.append(Categorical(logits=logits, validate_args=False).entropy())
+    return torch.cat(losses), torch.cat(guesses), torch.cat(entropies)
 
 
 def _divergences(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:

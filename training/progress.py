@@ -54,6 +54,10 @@ class Progress(ProgressCallback):
         super().__init__()
         self._run = run
 
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        super().on_step_end(args, state, control, **more)
+        control.should_evaluate |= state.global_step == state.max_steps  # to compare with the start
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         if not state.is_world_process_zero:
             return

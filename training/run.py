@@ -28,10 +28,18 @@ from self_speculation.loading.sources import adapted_model
 from training import from_flags
 from training.flags import Flags, is_sharded
 from training.progress import Progress, Stop
-from training.texts import load_texts, padded, to_blocks, tokenizer_from_json, train_tokenizer
+from training.texts import (
+    load_texts,
+    loss_by_frequency,
+    padded,
+    to_blocks,
+    tokenizer_from_json,
+    train_tokenizer,
+)
 from training.trainer import EXIT_SCORES, EarlyExitTrainer, newest_checkpoint, plain
 
 _EVAL_SAMPLES = 64  # of an evaluation during the training
+_COLLAPSED = "agreement then says\nlittle, see docs/training.md#when-all-layers-predict-one-token"
 
 
 def train(flags: Flags) -> int:
@@ -50,11 +58,13 @@ def train(flags: Flags) -> int:
     trainer.add_callback(Progress(run))
     trainer.add_callback(stop := Stop())
     _, checkpoint = newest_checkpoint(run.folder)
+    trainer.args.eval_on_start = checkpoint is None
     try:
         with stop.handle_signals():
             trainer.train(resume_from_checkpoint=checkpoint)
         if not stop.status:
-            _save_and_show(run, trainer, trainer.evaluate(evaluation))
+            by_frequency = loss_by_frequency(evaluation["labels"])
+            _save_and_show(run, trainer, trainer.evaluate(evaluation), by_frequency)
             ranks.barrier()  # no exchange may be under way when the process group is destroyed
             return 0
         reason = "interrupted"
@@ -193,8 +203,12 @@ def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel
     return model.requires_grad_(), tokenizer  # a merged adapter leaves frozen weights
 
 
-def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float]) -> None:
-    """Write the model, its tokenizer and the scores of all exits; print the scores."""
+def _save_and_show(
+    run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float], by_frequency: float
+) -> None:
+    """Write the model, its tokenizer and the scores of all exits; print the scores, and a warning if the last
+    layer has learnt nothing that exits could agree on.
+    """
     _save_model(trainer, run.folder)
     if ranks.rank() != 0:
         return
@@ -206,7 +220,17 @@ def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float
     title = heading(run.description | {"arguments": asked | {"dataset": texts}})
     run.write_status("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
-    print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")
+    loss = metrics["eval_loss"]
+    # Of the same samples: before the first step, after the last one; then of all held-out samples.
+    evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    start = evaluated[0]
+    end = evaluated[-2:][0]
+    print(f"perplexity {math.exp(loss):.2f} at the last layer")
+    alone = f"{by_frequency:.3f} by frequencies of tokens alone"
+    print(f"its loss: {start:.3f} at the start, {end:.3f} now; {alone}")
+    if end > start or loss >= by_frequency:
+        why = "loss rose" if end > start else "predictions are no better than frequencies of tokens"
+        print(f"warning: the last layer's {why}; {_COLLAPSED}")
     print(f"\n{run.listing()}")
 
 

@@ -6,7 +6,8 @@ The content of a text alone decides whether it is held out, so no text is both l
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.distributions import Categorical
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data import DataError, cell, one_line, rows_of
@@ -153,6 +155,12 @@ def _pair_blocks(
             blocks.append([*before, *answer][:length])
             labels.append([*[IGNORED] * len(before), *answer][:length])
     return {"input_ids": blocks, "labels": labels}
+
+
+def loss_by_frequency(labels: Iterable[list[int]]) -> float:
+    """The least mean loss of predictions that do not depend on the text before: the entropy of the labels."""
+    counts = Counter(label for row in labels for label in row[1:] if label != IGNORED)
+    return float(Categorical(probs=torch.tensor([*counts.values()], dtype=torch.float64)).entropy())
 
 
 def padded(pad_token_id: int, at_most: int, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:

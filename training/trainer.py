@@ -32,7 +32,8 @@ from training import losses, recipe
 from training.flags import RecipeArguments
 
 # The scores of each exit in an evaluation. Agreement: how often it predicts the token of the last layer.
-EXIT_SCORES = ("loss", "accuracy", "agreement")
+# Entropy: of its distributions, relative to the last layer's.
+EXIT_SCORES = ("loss", "accuracy", "agreement", "entropy")
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, str | None]:
@@ -77,19 +78,19 @@ def early_exit_loss(
 
 @torch.no_grad()
 def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
-    """[B, L, 4] sums over the labels of a sample, by exit: cross-entropy, correct tokens, tokens that agree
-    with the last layer, number of labels. The model's head computes `losses.exit_scores`.
+    """[B, L, 5] sums over the labels of a sample, by exit: cross-entropy, correct tokens, tokens that agree
+    with the last layer, entropy, number of labels. The model's head computes `losses.exit_scores`.
     """
     targets = labels[:, 1:].flatten()
     found = [
         model.get_output_embeddings()(model.base_model.norm(hidden[:, :-1].flatten(0, 1)), targets)
         for hidden in hidden_after_each_layer(model, input_ids)
     ]
-    by_exit, guesses = (torch.stack(part) for part in zip(*found, strict=True))  # [L, B * (T - 1)]
+    by_exit, guesses, entropies = (torch.stack(part) for part in zip(*found, strict=True))  # [L, B * (T - 1)]
     counted = (targets != recipe.IGNORED).expand_as(guesses)
-    scores = torch.stack([by_exit, guesses == targets, guesses == guesses[-1], counted], dim=-1)
-    scores = scores * counted[..., None]
-    return scores.view(len(scores), len(labels), -1, 4).sum(2).transpose(0, 1)
+    columns = [by_exit, guesses == targets, guesses == guesses[-1], entropies, counted]
+    scores = torch.stack(columns, dim=-1) * counted[..., None]
+    return scores.view(len(scores), len(labels), -1, len(columns)).sum(2).transpose(0, 1)
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
@@ -209,6 +210,7 @@ def _metrics_of_exits(scores: EvalPrediction) -> dict[str, float]:
     """The last layer's loss and accuracy, and EXIT_SCORES of each exit E as `..._exit_E`."""
     *sums, count = scores.predictions.sum(0, dtype=float).T  # each [L]
     by_exit = {name: column / count for name, column in zip(EXIT_SCORES, sums, strict=True)}
+    by_exit["entropy"] = by_exit["entropy"] / by_exit["entropy"][-1]
     metrics = {name: by_exit[name][-1] for name in ("loss", "accuracy")}
     return metrics | {
         f"{name}_exit_{exit}": value for name, found in by_exit.items() for exit, value in enumerate(found, 1)

@@ -100,6 +100,20 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, capsys):
     assert generate.main([*map(str, ["--model", folder / "model", *GENERATE])]) == 0
 
 
+@pytest.mark.parametrize(("more", "why"), [
+    (["--learning_rate", "1e-12"], "predictions are no better than frequencies of tokens"),
+    (["--learning_rate", "30", "--warmup_steps", "0"], "loss rose"),
+])  # fmt: skip
+def test_a_model_whose_exits_agree_on_nothing_is_named(more, why, tmp_path, texts, capsys):
+    """Guards against an agreement of 1.000 that is read as success: all layers may predict one token."""
+    folder = run(tmp_path, texts, "--exit_loss", "distill", *more)
+    printed = capsys.readouterr().out
+    assert f"warning: the last layer's {why}; agreement then says\nlittle, see docs/training.md" in printed
+    assert "perplexity" in printed
+    assert log(folder)["step"].iloc[0] == 0  # what the loss is compared with
+    assert pandas.read_csv(folder / "exits.csv")["entropy"].iloc[-1] == 1
+
+
 def raises(error):
     return Mock(side_effect=error)
 

@@ -82,9 +82,10 @@ def test_chunks_change_nothing(distill, bias, monkeypatch):
         assert_close(found, whole)
         for mine, theirs in zip(torch.autograd.grad((found * weight).sum(), wanted), expected, strict=True):
             assert_close(mine, theirs)
-        scored, guesses = losses.exit_scores(head, states[0], labels)
+        scored, guesses, entropies = losses.exit_scores(head, states[0], labels)
         assert_close(scored, functional.cross_entropy(logits[0], labels, reduction="none"))
         assert torch.equal(guesses, logits[0].argmax(-1))
+        assert_close(entropies, -(logits[0].softmax(-1) * logits[0].log_softmax(-1)).sum(-1))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_scores_count_labels_only(attention):
     model = tiny_llama(attn_implementation=attention)
     ids, labels = batch()
     with by_head(losses.exit_scores, model):
-        scores = trainer.exit_scores(model, ids, labels).sum(0)  # [L, 4]
-    assert scores[:, 3].tolist() == [3 * 6 - 2] * 4
+        scores = trainer.exit_scores(model, ids, labels).sum(0)  # [L, 5]
+    assert scores[:, 4].tolist() == [3 * 6 - 2] * 4
     assert scores[-1, 2] == 3 * 6 - 2  # the last layer agrees with itself
-    assert_close(scores[-1, 0] / scores[-1, 3], model(ids, labels=labels).loss)
+    assert_close(scores[-1, 0] / scores[-1, 4], model(ids, labels=labels).loss)
