@@ -5,13 +5,16 @@ import json
 import re
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pandas
 import pytest
-from helpers import only_run, watch
+from conftest import PROMPT, ROOT, config_of, generate, tiny_llama
+from helpers import only_run, refused, watch
 
 import benchmark
-from benchmarks import paper
+from benchmarks import paper, paper_rounds
+from self_speculation.passes.runners import make_runner
 
 
 @pytest.fixture
@@ -20,12 +23,16 @@ def started(monkeypatch):
     flags, run = [], subprocess.run
 
     def run_here(command, **options):
-        if not command[1].endswith("benchmark.py"):
+        main = {"benchmark.py": benchmark.main, "paper_rounds.py": paper_rounds.main}.get(
+            Path(command[1]).name
+        )
+        if main is None:
             return run(command, **options)
-        flags.append(command[2:])
+        if main is not paper_rounds.main:
+            flags.append(command[2:])
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
             try:
-                status = benchmark.main(command[2:])
+                status = main(command[2:])
             except SystemExit as end:
                 status = end.code
         return subprocess.CompletedProcess(command, status, "", errors.getvalue())
@@ -62,6 +69,11 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     assert measured["formula"] == pytest.approx((1 + 12 * 0.546) / (1 + 12 * 8 / 32))
     assert (measured["exit"], measured["examples"]) == (1, 1)
     assert measured["measured_speedup"] > 0 < measured["mean_accepted_length"]
+    assert measured["least"] == measured["measured_speedup"] == measured["most"]
+    assert 0 <= measured["paper_acceptance"] <= 1
+    assert {"seed", "processor", "memory_gib", "processors", "pinned_to", "load"} <= {
+        *measured.dropna().index
+    }
     assert "--data_path" in missing["not_measured"]
     flags = dict(zip(started[0][::2], started[0][1::2], strict=True))
     asked = {"--dataset": "xsum_summarization", "--n_shot": "0", "--num_speculations": "12"}
@@ -88,3 +100,53 @@ def test_ctrl_c_in_a_row_is_continued_there(started, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         paper._measured({}, begun.parent)
     assert started == [["--resume", str(begun)]]
+
+
+def test_repeats_have_a_spread(monkeypatch, tmp_path):
+    """Guards against one lucky measurement."""
+    speeds = iter([1.2, 1.5, 1.3])
+    monkeypatch.setattr(paper, "_measured", lambda flags, folder: {"measured_speedup": next(speeds)})
+    monkeypatch.setattr(paper, "_finished", lambda *_: {"metrics": {"paper_acceptance": 0.5}})
+    found = paper._repeated({}, tmp_path, 3)
+    assert (found["least"], found["measured_speedup"], found["most"]) == (1.2, 1.3, 1.5)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_beside_others(capsys):
+    """Guards against rows that are silently not measured."""
+    assert "--rows ['human', '9B']: 9B must be a part of" in refused(
+        paper.main, ["--rows", "human", "9B"], capsys
+    )
+
+
+@pytest.mark.parametrize("agreement", ["always", "never", "sometimes"])
+def test_the_rounds_of_the_paper(agreement):
+    """Guards against another output, and counts of another definition: the first token is drafted too, a
+    draft stops at an end id, and the last token has none.
+    """
+    model = tiny_llama(agreement=agreement)
+    plain = generate(model, PROMPT, max_steps=12, eos=()).predicted_tokens
+    config = config_of(exit_layer=2, num_speculations=3, max_steps=12)
+    output, drafted, accepted = paper_rounds.decode(make_runner(model), PROMPT, [], config)
+    assert output == plain
+    assert drafted >= accepted
+    if agreement == "always":
+        assert (drafted, accepted) == (9, 9)  # 3 + 1, 3 + 1, 3 + 1
+        end = plain[1:2]
+        output, drafted, accepted = paper_rounds.decode(make_runner(model), PROMPT, end, config)
+        assert output == plain[: plain.index(*end) + 1]
+        assert drafted == accepted == len(output)
+    elif agreement == "never":
+        assert (drafted, accepted) == (3 * 8 + 3 + 2 + 1, 0)
+
+
+def test_the_page_of_models_cites_published_figures_only():
+    """Guards against a speed-up that the table of published results lacks."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    rows = re.findall(
+        r"^\| \[`(facebook/layerskip-\S+)`\]\S+ \| (\d+) \|.*\| ([^|]+) \|$", page, re.MULTILINE
+    )
+    assert len(rows) == 7
+    for model, layers, figures in rows:
+        known = paper.PUBLISHED[paper.PUBLISHED["model"] == model]
+        assert {*known["layers"]} <= {int(layers)}
+        assert {float(each) for each in re.findall(r"\d\.\d+", figures)} <= {*known["speedup"]}, model
