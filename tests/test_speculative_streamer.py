@@ -20,7 +20,18 @@ from self_speculation.decoding.texts import OutputReader, Thinking
 
 
 class Screen(pyte.Screen):
-    """Corrects pyte at the margin: wide characters wrap as a whole, accents stay on their letter."""
+    """Corrects pyte at the margin: wide characters wrap as a whole, accents stay on their letter. Keeps the
+    rows that leave at the top: a draft below the last row scrolls, too.
+    """
+
+    def __init__(self, *size):
+        self.above = []
+        super().__init__(*size)
+
+    def index(self):
+        if self.cursor.y == self.lines - 1:
+            self.above.append(self.display[0])
+        super().index()
 
     def draw(self, data):
         for char in data:
@@ -60,7 +71,7 @@ class Terminal(io.StringIO):
         return super().write(text)
 
     def shown(self):
-        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
+        return "\n".join(line.rstrip() for line in [*self.screen.above, *self.screen.display]).rstrip()
 
     def colors(self):
         """Colour -> the text of the first line in it."""
