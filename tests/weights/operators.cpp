@@ -1,4 +1,4 @@
-// The parts of the operators that need no torch to run: test_portable.py builds this file for several processors, and
+// What of the operators needs no torch to run: test_portable.py builds this file for several processors, and
 // compares what it prints.
 #include <cstdio>
 
@@ -29,24 +29,26 @@ Inputs rounded(Floats* memory, const std::vector<float>& x, int64_t tokens, int6
   return inputs;
 }
 
-// A block of 16 rows as a file has them, of arbitrary levels.
+// A panel of 16 rows as a file has them, of arbitrary quants.
 void few_bits(const Format& format) {
-  constexpr int64_t columns = 512, groups = columns / GROUP;
-  const int64_t row_bytes = columns / (format.has_super ? SUPER : GROUP) * format.in_file;
-  std::vector<uint8_t> raw(BLOCK * row_bytes), block(format.to(groups));
+  constexpr int64_t columns = 512;
+  constexpr int64_t blocks = columns / BLOCK;
+  const int64_t row_bytes = columns / (format.has_super_blocks ? SUPER_BLOCK : BLOCK) * format.in_file;
+  std::vector<uint8_t> raw(PANEL * row_bytes);
+  std::vector<uint8_t> panel(format.panel_bytes(blocks));
   for (uint8_t& each : raw) each = uint8_t(int(next() * 128));
-  for (int64_t row = 0; row < BLOCK; row++)
-    for (int64_t g = 0; g < groups; g++) {
-      const FileGroup group = group_in_file(format, &raw[row * row_bytes], g);
-      for (const uint8_t* number : {group.size, format.has_middle ? group.middle : group.size})
-        const_cast<uint8_t*>(number)[1] = 0x24;  // some hundredth
+  for (int64_t row = 0; row < PANEL; row++)
+    for (int64_t b = 0; b < blocks; b++) {
+      const FileBlock block = block_in_file(format, &raw[row * row_bytes], b);
+      for (const uint8_t* number : {block.scale, format.has_minimum ? block.minimum : block.scale})
+        const_cast<uint8_t*>(number)[1] = 0x24;  // about a hundredth
     }
-  rearrange(format, raw.data(), row_bytes, 0, BLOCK, groups, block.data());
+  rearrange(format, raw.data(), row_bytes, 0, PANEL, blocks, panel.data());
   for (int64_t tokens : {1, 3, 13}) {
     const std::vector<float> x = random(tokens * columns);
-    std::vector<float> out(tokens * BLOCK);
+    std::vector<float> out(tokens * PANEL);
     auto memory = aligned(tokens * columns);
-    products_of_block(format, block.data(), rounded(memory.get(), x, tokens, columns, ScalarType::Byte).rounded, out.data());
+    panel_products(format, panel.data(), rounded(memory.get(), x, tokens, columns, ScalarType::Byte).rounded, out.data());
     print("few-bits", out.data(), out.size());
   }
 }
@@ -79,13 +81,18 @@ int main() {
     if (format.code) few_bits(format);
   for (int64_t d : {20, 64}) {
     constexpr int64_t tokens = 3, heads = 3, start = 300;
-    std::vector<float> queries = random(tokens * heads * d), keys = random(SPAN * d), values = random(SPAN * d);
+    std::vector<float> queries = random(tokens * heads * d);
+    std::vector<float> keys = random(SPAN * d);
+    std::vector<float> values = random(SPAN * d);
     std::vector<float> memory(tokens * heads * d);
     for (int64_t window : {0, 150}) {
       std::vector<Attended> attended(tokens * heads);
       for (int64_t i = 0; i < tokens * heads; i++) attended[i].values = &memory[i * d];
       attend_to_span(queries.data(), tokens, heads, d, start, window, keys.data(), values.data(), 0, attended.data());
-      for (const Attended& each : attended) print("sum", &each.sum, 1), print("attended", each.values, d);
+      for (const Attended& each : attended) {
+        print("sum", &each.sum, 1);
+        print("attended", each.values, d);
+      }
     }
   }
 }

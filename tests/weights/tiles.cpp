@@ -1,5 +1,5 @@
-// Prints a digest of products of tiles and of attention by them, of all exponents, subnormal numbers, infinities and NaN.
-// test_portable.py builds this file for tiles of a processor and for those in plain C++.
+// Prints a digest of products and attention by tiles, of all exponents, subnormal numbers, infinities and NaN.
+// test_portable.py builds this file for tiles of a processor and for tiles in plain C++.
 #include <cstdio>
 #ifdef AMX
 #include <sys/syscall.h>
@@ -39,7 +39,8 @@ uint16_t bfloat16(int trial) {
 
 void products() {
   for (int trial = 0; trial < 200; trial++) {
-    alignas(64) uint16_t a[16][32], b[16][32];
+    alignas(64) uint16_t a[16][32];
+    alignas(64) uint16_t b[16][32];
     alignas(64) uint32_t c[16][16];
     for (auto* operand : {a, b})
       for (int row = 0; row < 16; row++)
@@ -63,9 +64,9 @@ Inputs made(Floats* memory, const std::vector<float>& x, int64_t tokens, int64_t
   return inputs;
 }
 
-// Each token alone has the bits that it has beside others.
+// Each token alone has the bits that it has beside other tokens.
 template <class Products>
-void tokens_of(const char* name, int64_t columns, ScalarType type, int64_t rows, const Products& products) {
+void multiply(const char* name, int64_t columns, ScalarType type, int64_t rows, const Products& products) {
   for (int64_t tokens : {1, 16, 17, 50}) {
     const std::vector<float> x = numbers(tokens * columns);
     auto memory = aligned(Inputs::size(tokens, columns));
@@ -74,8 +75,8 @@ void tokens_of(const char* name, int64_t columns, ScalarType type, int64_t rows,
     products(made(memory.get(), x, tokens, columns, type), out.get());
     for (int64_t t = 0; t < tokens; t++) add(&out[t * TILE_ROWS], rows);
     for (int64_t t : {int64_t(0), tokens - 1}) {
-      const std::vector<float> own(&x[t * columns], &x[t * columns] + columns);
-      products(made(memory.get(), own, 1, columns, type), alone.get());
+      const std::vector<float> row(&x[t * columns], &x[t * columns] + columns);
+      products(made(memory.get(), row, 1, columns, type), alone.get());
       if (std::memcmp(alone.get(), &out[t * TILE_ROWS], rows * 4)) std::printf("%s: token %d depends on others\n", name, int(t));
     }
   }
@@ -85,7 +86,7 @@ template <class Number>
 void weight(const char* name, ScalarType type, int64_t columns, int64_t rows) {
   std::vector<Number> w;
   for (float each : numbers(rows * columns)) w.push_back(Number(each));
-  tokens_of(name, columns, type, rows, [&](const Inputs& x, float* out) {
+  multiply(name, columns, type, rows, [&](const Inputs& x, float* out) {
     products_by_tiles(RowsInPlace<Number>{w.data(), columns, rows, columns}, x, out);
   });
 }
@@ -93,18 +94,19 @@ void weight(const char* name, ScalarType type, int64_t columns, int64_t rows) {
 template <size_t I>
 void few_bits(int64_t columns) {
   constexpr const Format& format = FORMATS[I];
-  const int64_t groups = columns / GROUP;
-  std::vector<uint8_t> blocks(2 * format.to(groups) + BYTES_AHEAD);
-  for (uint8_t& each : blocks) each = uint8_t(next() % 64);  // scales in 16 bits are small
-  tokens_of("few bits", columns, ScalarType::Byte, 32, [&](const Inputs& x, float* out) {
-    products_of_cells_by_tiles<I>(blocks.data(), 2, format.to(groups), x, out);
+  const int64_t panel_bytes = format.panel_bytes(columns / BLOCK);
+  std::vector<uint8_t> panels(2 * panel_bytes + BYTES_AHEAD);
+  for (uint8_t& each : panels) each = uint8_t(next() % 64);  // scales in 16 bits are small
+  multiply("few bits", columns, ScalarType::Byte, 32, [&](const Inputs& x, float* out) {
+    panel_products_by_tiles<I>(panels.data(), 2, panel_bytes, x, out);
   });
 }
 
 void attention(int64_t d, int64_t start, int64_t window, bool is_spoilt) {
   constexpr int64_t tokens = 21, heads = 3;
   const std::vector<float> queries = numbers(tokens * heads * d);
-  std::vector<float> keys = numbers(SPAN * d), values = numbers(SPAN * d);
+  std::vector<float> keys = numbers(SPAN * d);
+  std::vector<float> values = numbers(SPAN * d);
   if (is_spoilt) {
     keys[(start + 5) * d] = NAN;
     values[(start + 9) * d + 1] = INFINITY;
@@ -119,19 +121,21 @@ void attention(int64_t d, int64_t start, int64_t window, bool is_spoilt) {
     for (const Attended& each : attended) sums.push_back(each.sum);
     return sums;
   };
-  std::vector<float> together, alone;
+  std::vector<float> together;
+  std::vector<float> alone;
   const std::vector<float> sums = attend(0, tokens, together);
   add(together.data(), tokens * heads * d);
   add(sums.data(), tokens * heads);
   for (int64_t t = 0; t < tokens; t++) {
-    const std::vector<float> own = attend(t, 1, alone);
+    const std::vector<float> token_sums = attend(t, 1, alone);
     for (int64_t i = 0; i < heads * d; i++) {
-      const float found = alone[i], expected = together[t * heads * d + i];
+      const float found = alone[i];
+      const float expected = together[t * heads * d + i];
       if (found != expected && !(std::isnan(found) && std::isnan(expected))) std::printf("attention: token %d depends on others\n", int(t));
       if (is_spoilt && t < 5 && !std::isfinite(found)) std::printf("attention: token %d sees NaN of a later one\n", int(t));
     }
     for (int64_t i = 0; i < heads; i++)
-      if (own[i] != sums[t * heads + i] && !std::isnan(own[i])) std::printf("attention: a sum depends on others\n");
+      if (token_sums[i] != sums[t * heads + i] && !std::isnan(token_sums[i])) std::printf("attention: a sum depends on others\n");
   }
 }
 }  // namespace

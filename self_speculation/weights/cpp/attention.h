@@ -4,27 +4,36 @@
 #include "vectors.h"
 
 namespace {
-constexpr int64_t KEYS = 64;  // keys whose scores are computed before their values are added
+constexpr int64_t KEYS = 64;   // keys whose scores are computed before their values are added
 constexpr int64_t SPAN = 512;   // keys of one piece of work
 
-// Attention of one query over some keys, not divided by `sum`.
+// Attention of one query over a range of keys, not divided by `sum`.
 struct Attended {
-  float largest = -INFINITY, sum = 0.0f;  // of scores, and of their exponentials relative to it
-  float* values;                          // [d]
+  float largest = -INFINITY;  // score
+  float sum = 0.0f;           // of exponentials of scores relative to the largest one
+  float* values;              // [d]
 
-  void clear(int64_t d) { largest = -INFINITY, sum = 0.0f, std::fill_n(values, d, 0.0f); }
-
-  // Makes room for others: of the values, `own` are these and `its` the others.
-  void scale(const Attended& other, float& own, float& its) {
-    float both = std::max(largest, other.largest);
-    own = std::exp(largest - both), its = std::exp(other.largest - both);
-    largest = both, sum = own * sum + its * other.sum;
+  void clear(int64_t d) {
+    largest = -INFINITY;
+    sum = 0.0f;
+    std::fill_n(values, d, 0.0f);
   }
-  void add(const Attended& other, int64_t d) {
-    if (other.sum == 0.0f) return;  // no keys
-    float own, its;
-    scale(other, own, its);
-    for (int64_t j = 0; j < d; j++) values[j] = own * values[j] + its * other.values[j];
+
+  // Makes `largest` and `sum` cover the new keys, too. The caller multiplies `values` by `scale_old` and the new values by
+  // `scale_new`, and adds them.
+  void extend(const Attended& added, float& scale_old, float& scale_new) {
+    const float new_largest = std::max(largest, added.largest);
+    scale_old = std::exp(largest - new_largest);
+    scale_new = std::exp(added.largest - new_largest);
+    largest = new_largest;
+    sum = scale_old * sum + scale_new * added.sum;
+  }
+  void add(const Attended& added, int64_t d) {
+    if (added.sum == 0.0f) return;  // no keys
+    float scale_old;
+    float scale_new;
+    extend(added, scale_old, scale_new);
+    for (int64_t j = 0; j < d; j++) values[j] = scale_old * values[j] + scale_new * added.values[j];
   }
 };
 
@@ -50,46 +59,48 @@ void rotate(const float* x, const float* cosines, const float* sines, int64_t d,
   }
 }
 
-// The most queries at a time, whose sums are in registers; queries whose scores are made before values are added, so that
-// keys and values stay in the first cache.
-constexpr int64_t MOST_QUERIES = LANES == 16 ? 4 : 3, BATCH = 24;
+// The most queries at a time: their sums are in registers.
+constexpr int64_t MOST_QUERIES = LANES == 16 ? 4 : 3;
+// Queries whose scores are computed before values are added: keys and values stay in the first cache.
+constexpr int64_t BATCH = 24;
 typedef float Scores[KEYS + LANES];
 
-// Q queries [Q, d] times the keys [first, last) of [KEYS, d]. WHOLE: vectors have all d numbers, without a rest.
-template <int Q, bool WHOLE>
+// Scores of Q queries [Q, d] and the keys [first, last) of [KEYS, d]. IS_MULTIPLE: d is a multiple of LANES.
+template <int Q, bool IS_MULTIPLE>
 void score(const float* queries, int64_t d, const float* keys, int64_t first, int64_t last, Scores* scores) {
   for (int64_t key = first; key < last; key += 4) {
     Floats sums[Q * 4] = {};
-    const float* of_keys[4];
-    for (int i = 0; i < 4; i++) of_keys[i] = keys + std::min(key + i, last - 1) * d;  // a last key stands in
+    const float* key_rows[4];
+    for (int i = 0; i < 4; i++) key_rows[i] = keys + std::min(key + i, last - 1) * d;  // a last key stands in
     int64_t j = 0;
     for (; j + LANES <= d; j += LANES) {
-      Floats of_queries[Q];
+      Floats query[Q];
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; q++) of_queries[q] = load<Floats>(queries + q * d + j);
+      for (int q = 0; q < Q; q++) query[q] = load<Floats>(queries + q * d + j);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        Floats of_key = load<Floats>(of_keys[i] + j);
+        const Floats key_numbers = load<Floats>(key_rows[i] + j);
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) sums[q * 4 + i] = accumulate(of_queries[q], of_key, sums[q * 4 + i]);
+        for (int q = 0; q < Q; q++) sums[q * 4 + i] = accumulate(query[q], key_numbers, sums[q * 4 + i]);
       }
     }
     for (int q = 0; q < Q; q++) {
-      float* four = &scores[q][key];  // those after the last key are written over
+      float* four = &scores[q][key];  // scores after the last key are written over
       lane_sums(sums + q * 4, four);
-      for (int64_t rest = j; !WHOLE && rest < d; rest++)
-        for (int i = 0; i < 4; i++) four[i] += queries[q * d + rest] * of_keys[i][rest];
+      for (int64_t rest = j; !IS_MULTIPLE && rest < d; rest++)
+        for (int i = 0; i < 4; i++) four[i] += queries[q * d + rest] * key_rows[i][rest];
     }
   }
 }
 
-// Scores become their exponentials relative to the largest one; returns it and their sum.
+// Scores become exponentials relative to the largest score. Returns the largest score and the sum of the exponentials.
 Attended weigh(float* scores, int64_t first, int64_t last) {
   std::fill_n(scores + last, LANES, -INFINITY);
-  Floats most = splat(-INFINITY), sum = {};
+  Floats most = splat(-INFINITY);
+  Floats sum = {};
   for (int64_t key = first; key < last; key += LANES) {
-    Floats some = load<Floats>(scores + key);
-    most = some > most ? some : most;
+    const Floats lanes = load<Floats>(scores + key);
+    most = lanes > most ? lanes : most;
   }
   float largest = -INFINITY;
   for (int64_t i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
@@ -102,69 +113,73 @@ Attended weigh(float* scores, int64_t first, int64_t last) {
   return {largest, lane_sum(sum), nullptr};
 }
 
-// Values [KEYS, d] of the keys [first, last) by their weights, added to what Q queries have: `own` of it, `its` of these.
-template <int Q, bool WHOLE>
-void add_values(const Scores* weights, int64_t d, const float* values, int64_t first, int64_t last, const float* own,
-                const float* its, Attended* attended) {
+// Adds the values [KEYS, d] of the keys [first, last), times their weights, to the values of Q queries. The sum of a query has
+// `scale_old` [Q] of the old values and `scale_new` [Q] of the new ones.
+template <int Q, bool IS_MULTIPLE>
+void add_values(const Scores* weights, int64_t d, const float* values, int64_t first, int64_t last, const float* scale_old,
+                const float* scale_new, Attended* attended) {
   auto add = [&]<int N>(int64_t j) {
     Floats sums[Q * N] = {};
     for (int64_t key = first; key < last; key++) {
-      Floats of_key[Q];
+      Floats weight[Q];
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; q++) of_key[q] = splat(weights[q][key]);
+      for (int q = 0; q < Q; q++) weight[q] = splat(weights[q][key]);
 #pragma GCC unroll 4
       for (int i = 0; i < N; i++) {
         Floats value = load<Floats>(values + key * d + j + i * LANES);
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) sums[q * N + i] = accumulate(of_key[q], value, sums[q * N + i]);
+        for (int q = 0; q < Q; q++) sums[q * N + i] = accumulate(weight[q], value, sums[q * N + i]);
       }
     }
     for (int q = 0; q < Q; q++)
       for (int i = 0; i < N; i++) {
         float* to = attended[q].values + j + i * LANES;
-        store(own[q] * load<Floats>(to) + its[q] * sums[q * N + i], to, LANES);
+        store(scale_old[q] * load<Floats>(to) + scale_new[q] * sums[q * N + i], to, LANES);
       }
   };
   int64_t j = 0;
   for (; j + 4 * LANES <= d; j += 4 * LANES) add.template operator()<4>(j);
   for (; j + LANES <= d; j += LANES) add.template operator()<1>(j);
-  for (; !WHOLE && j < d; j++)
+  for (; !IS_MULTIPLE && j < d; j++)
     for (int q = 0; q < Q; q++) {
       float sum = 0.0f;
       for (int64_t key = first; key < last; key++) sum += weights[q][key] * values[key * d + j];
-      attended[q].values[j] = own[q] * attended[q].values[j] + its[q] * sum;
+      attended[q].values[j] = scale_old[q] * attended[q].values[j] + scale_new[q] * sum;
     }
 }
 
 // Queries [n, d] over the keys [first, last) of [KEYS, d].
-template <bool WHOLE>
+template <bool IS_MULTIPLE>
 void attend_to_keys(const float* queries, int64_t n, int64_t d, const float* keys, const float* values, int64_t first,
                      int64_t last, Attended* attended) {
   alignas(64) Scores scores[BATCH];
-  float own[BATCH], its[BATCH];
+  float scale_old[BATCH];
+  float scale_new[BATCH];
   for (; n > 0; queries += BATCH * d, attended += BATCH, n -= BATCH) {
-    const int64_t some = std::min(n, BATCH);
+    const int64_t number = std::min(n, BATCH);
     auto all = [&](const auto& f) {
       int64_t i = 0;
-      for (; i + MOST_QUERIES <= some; i += MOST_QUERIES) f.template operator()<MOST_QUERIES>(i);
-      with_count<MOST_QUERIES - 1>(some - i, [&]<int Q>() { f.template operator()<Q>(i); });
+      for (; i + MOST_QUERIES <= number; i += MOST_QUERIES) f.template operator()<MOST_QUERIES>(i);
+      with_count<MOST_QUERIES - 1>(number - i, [&]<int Q>() { f.template operator()<Q>(i); });
     };
-    all([&]<int Q>(int64_t i) { score<Q, WHOLE>(queries + i * d, d, keys, first, last, scores + i); });
-    for (int64_t i = 0; i < some; i++) {
-      const Attended these = weigh(scores[i], first, last);
-      attended[i].scale(these, own[i], its[i]);
+    all([&]<int Q>(int64_t i) { score<Q, IS_MULTIPLE>(queries + i * d, d, keys, first, last, scores + i); });
+    for (int64_t i = 0; i < number; i++) {
+      const Attended added = weigh(scores[i], first, last);
+      attended[i].extend(added, scale_old[i], scale_new[i]);
     }
-    all([&]<int Q>(int64_t i) { add_values<Q, WHOLE>(scores + i, d, values, first, last, own + i, its + i, attended + i); });
+    all([&]<int Q>(int64_t i) {
+      add_values<Q, IS_MULTIPLE>(scores + i, d, values, first, last, scale_old + i, scale_new + i, attended + i);
+    });
   }
 }
 
 // Queries [T, heads, d] at positions `start` and on over the keys and values [.., d] of a span that begins at `key`. A
-// token sees the keys up to its own, and only `window` of them if that is not 0.
+// token sees the keys up to its position; if `window` is not 0, only the last `window` keys.
 void attend_to_span(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
                     const float* keys, const float* values, int64_t key, Attended* attended) {
   for (int64_t i = 0; i < tokens * heads; i++) attended[i].clear(d);
   for (int64_t from = key; from < key + SPAN && from < start + tokens; from += KEYS) {
-    const bool is_past = !window && from + KEYS <= start + 1;  // all tokens see all of these
+    const bool is_past = !window && from + KEYS <= start + 1;  // all tokens see all keys of the chunk
     for (int64_t t = 0; t < tokens; t += is_past ? tokens : 1) {
       int64_t last = std::min(KEYS, start + t + 1 - from);
       int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - from) : 0;

@@ -3,89 +3,109 @@
 #include "weights.h"
 
 namespace {
-// One group of LANES rows: elements [32, LANES], counts [32].
-void round_group(const Floats* elements, const float* counts, uint8_t* low, uint16_t* scales) {
-  Floats least = elements[0], largest = elements[0], mean = {};
-  for (int j = 0; j < GROUP; j++) {
-    least = elements[j] < least ? elements[j] : least, largest = elements[j] > largest ? elements[j] : largest;
+// Rounds a block of LANES rows: elements [32, LANES], counts [32].
+void round_block(const Floats* elements, const float* counts, uint8_t* low, uint16_t* scales) {
+  Floats least = elements[0];
+  Floats largest = elements[0];
+  Floats mean = {};
+  for (int j = 0; j < BLOCK; j++) {
+    least = elements[j] < least ? elements[j] : least;
+    largest = elements[j] > largest ? elements[j] : largest;
     mean += elements[j] * counts[j];
   }
   auto rounded = [](Floats x) {  // to bfloat16
     Ints bits = (Ints)x;
     return (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff);
   };
-  auto level = [](Floats element, Floats per_scale, Floats middle) {
-    const Floats lowest = splat(-8.0f), highest = splat(7.0f), nearest = splat(0x1.8p23f);
-    Floats levels = (element - middle) * per_scale;
-    levels = levels > lowest ? levels : lowest, levels = levels < highest ? levels : highest;
-    return levels + nearest - nearest;
+  auto quantised = [](Floats element, Floats inverse_scale, Floats zero_point) {
+    const Floats lowest = splat(-8.0f);
+    const Floats highest = splat(7.0f);
+    const Floats nearest = splat(0x1.8p23f);
+    Floats quants = (element - zero_point) * inverse_scale;
+    quants = quants > lowest ? quants : lowest;
+    quants = quants < highest ? quants : highest;
+    return quants + nearest - nearest;
   };
   const Floats smallest = splat(1e-12f);
-  Floats best_gain = splat(-1.0f), scale = smallest, middle = mean;  // of a NaN
+  Floats best_gain = splat(-1.0f);
+  Floats scale = smallest;    // of NaN
+  Floats zero_point = mean;  // of NaN
   for (float share : {1.0f, 0.9f, 0.8f}) {
-    Floats tried = (largest - least) * share / 15.0f, mean_level = {}, square = {}, product = {};
+    Floats tried = (largest - least) * share / 15.0f;
+    Floats mean_quant = {};
+    Floats square = {};
+    Floats product = {};
     tried = tried > smallest ? tried : smallest;
-    Floats per_scale = 1.0f / tried, tried_middle = (least + largest + tried) / 2.0f;
-    for (int j = 0; j < GROUP; j++) {
-      Floats levels = level(elements[j], per_scale, tried_middle), weighted = levels * counts[j];
-      mean_level += weighted, square += weighted * levels, product += weighted * elements[j];
+    const Floats inverse_scale = 1.0f / tried;
+    const Floats tried_zero_point = (least + largest + tried) / 2.0f;
+    for (int j = 0; j < BLOCK; j++) {
+      const Floats quants = quantised(elements[j], inverse_scale, tried_zero_point);
+      const Floats weighted = quants * counts[j];
+      mean_quant += weighted;
+      square += weighted * quants;
+      product += weighted * elements[j];
     }
-    Floats variance = square - mean_level * mean_level, covariance = product - mean_level * mean;
+    Floats variance = square - mean_quant * mean_quant;
+    const Floats covariance = product - mean_quant * mean;
     variance = variance > smallest ? variance : smallest;
-    Floats gain = covariance * covariance / variance, fitted = covariance / variance;
-    Ints better = gain > best_gain;
+    const Floats gain = covariance * covariance / variance;
+    const Floats fitted = covariance / variance;
+    const Ints better = gain > best_gain;
     best_gain = better ? gain : best_gain;
-    scale = better ? fitted : scale, middle = better ? mean - fitted * mean_level : middle;
+    scale = better ? fitted : scale;
+    zero_point = better ? mean - fitted * mean_quant : zero_point;
   }
-  scale = rounded(scale > smallest ? scale : smallest), middle = rounded(middle);
-  Floats per_scale = 1.0f / scale;
-  for (int j = 0; j < GROUP; j += 8) {  // eight levels of each row are a word, those of four columns side by side
+  scale = rounded(scale > smallest ? scale : smallest);
+  zero_point = rounded(zero_point);
+  const Floats inverse_scale = 1.0f / scale;
+  for (int j = 0; j < BLOCK; j += 8) {  // eight quants of each row are a word: four columns side by side, in two halves
     Ints words = {};
     for (int i = 0; i < 8; i++) {
-      Ints levels = __builtin_convertvector(level(elements[j + i], per_scale, middle), Ints) + 8;
-      words |= levels << (i % 4 * 8 + i / 4 * 4);
+      const Ints quants = __builtin_convertvector(quantised(elements[j + i], inverse_scale, zero_point), Ints) + 8;
+      words |= quants << (i % 4 * 8 + i / 4 * 4);
     }
     std::memcpy(low + j / 8 * 64, &words, sizeof(words));
   }
   int64_t number = 0;
-  for (Floats of_group : {scale, middle}) {
-    Shorts bits = __builtin_convertvector((Ints)of_group >> 16, Shorts);
-    std::memcpy(scales + BLOCK * number++, &bits, sizeof(bits));
+  for (const Floats parameter : {scale, zero_point}) {
+    const Shorts bits = __builtin_convertvector((Ints)parameter >> 16, Shorts);
+    std::memcpy(scales + PANEL * number++, &bits, sizeof(bits));
   }
 }
 
 template <class Number>
-void round_rows(const Number* numbers, int64_t rows, int64_t columns, const float* counts, uint8_t* blocks) {
+void round_rows(const Number* numbers, int64_t rows, int64_t columns, const float* counts, uint8_t* panels) {
   const Format& format = FORMATS[0];
-  int64_t groups = (columns + GROUP - 1) / GROUP;
-  for (int64_t first = 0; first < (rows + BLOCK - 1) / BLOCK * BLOCK; first += LANES) {
-    for (int64_t g = 0; g < groups; g++) {
-      alignas(64) float elements[GROUP][LANES] = {};
-      int64_t width = std::min(GROUP, columns - g * GROUP);
+  const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
+  for (int64_t first = 0; first < (rows + PANEL - 1) / PANEL * PANEL; first += LANES) {
+    for (int64_t b = 0; b < blocks; b++) {
+      alignas(64) float elements[BLOCK][LANES] = {};
+      const int64_t width = std::min(BLOCK, columns - b * BLOCK);
       for (int64_t row = 0; row < std::min(LANES, rows - first); row++) {
-        const Number* from = numbers + (first + row) * columns + g * GROUP;
+        const Number* from = numbers + (first + row) * columns + b * BLOCK;
         int64_t j = 0;
         for (; j + LANES <= width; j += LANES) {
-          Floats part = widen(from + j);
-          for (int64_t i = 0; i < LANES; i++) elements[j + i][row] = part[i];
+          const Floats widened = widen(from + j);
+          for (int64_t i = 0; i < LANES; i++) elements[j + i][row] = widened[i];
         }
         for (; j < width; j++) elements[j][row] = float(from[j]);
       }
-      int64_t lane = first % BLOCK;
-      uint8_t* cell = blocks + first / BLOCK * format.to(groups) + format.to(g);
-      round_group(reinterpret_cast<Floats*>(elements), counts + g * GROUP, cell + format.scales() + lane * 4,
-                  reinterpret_cast<uint16_t*>(cell) + lane);
+      const int64_t lane = first % PANEL;
+      uint8_t* block = panels + first / PANEL * format.panel_bytes(blocks) + format.bytes_before(b);
+      round_block(reinterpret_cast<Floats*>(elements), counts + b * BLOCK, block + format.scale_bytes() + lane * 4,
+                  reinterpret_cast<uint16_t*>(block) + lane);
     }
   }
 }
 
 // On the caller's thread: int4_linear.py rounds several weights at a time.
 Tensor int4_round(const Tensor& from, const Tensor& counts) {
-  int64_t rows = from.size(0), columns = from.size(1);
+  const int64_t rows = from.size(0);
+  const int64_t columns = from.size(1);
   Tensor weight = new_weight(FORMATS[0], rows, columns);
-  auto* blocks = static_cast<uint8_t*>(weight.mutable_data_ptr()) + HEADER;
-  auto* of_columns = static_cast<const float*>(counts.const_data_ptr());
-  with_numbers(from.scalar_type(), from.const_data_ptr(), [&](auto* numbers) { round_rows(numbers, rows, columns, of_columns, blocks); });
+  auto* panels = static_cast<uint8_t*>(weight.mutable_data_ptr()) + HEADER;
+  auto* column_counts = static_cast<const float*>(counts.const_data_ptr());
+  with_numbers(from.scalar_type(), from.const_data_ptr(), [&](auto* numbers) { round_rows(numbers, rows, columns, column_counts, panels); });
   return weight;
 }
 }  // namespace

@@ -1,7 +1,7 @@
 // Passes on a CPU: a range of layers, or one product, as one operator, over weights where they lie.
 // kernels.py builds this file; in_place_runner.py calls it.
 //
-// One parallel region serves all layers. If the machine takes a thread away, one piece waits for it; others are done meanwhile.
+// One parallel region serves all layers. If the machine takes a thread away, one piece waits for it; the rest is done meanwhile.
 #include <sched.h>
 
 #include <atomic>
@@ -30,15 +30,18 @@ class Phase {
   // The pieces are `f(0)` to `f(n - 1)`. A thread that gets one calls `prepare` first. Returns once all are done.
   template <class Prepare, class F>
   void run(int64_t n, const Prepare& prepare, const F& f) {
-    int64_t own = 0;
+    int64_t num_done = 0;
     if (next_.load(std::memory_order_relaxed) < n) prepare();
     try {
-      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n;) own++, f(i);
-    } catch (...) {  // no memory: torch raises it once all threads are through, so no other may wait for this piece
-      done_.fetch_add(own, std::memory_order_release);
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n;) {
+        num_done++;
+        f(i);
+      }
+    } catch (...) {  // no memory: torch raises it once all threads are through, so none may wait for this piece
+      done_.fetch_add(num_done, std::memory_order_release);
       throw;
     }
-    if (own) done_.fetch_add(own, std::memory_order_release);
+    if (num_done) done_.fetch_add(num_done, std::memory_order_release);
     for (int spins = 0; done_.load(std::memory_order_acquire) < n;) ++spins < 20000 ? pause() : void(sched_yield());
   }
 
@@ -57,14 +60,16 @@ class Pieces {
   }
   int64_t number() const { return (units_ + size_ - 1) / size_; }
 
-  // Calls f(index of the weight, first row, last row) for the parts of a piece.
+  // Calls f(index of the weight, first row, last row) for each weight with rows in a piece.
   template <class F>
-  void of(int64_t piece, const F& f) const {
-    int64_t first = piece * size_, last = std::min(first + size_, units_);
+  void for_rows(int64_t piece, const F& f) const {
+    int64_t first = piece * size_;
+    int64_t last = std::min(first + size_, units_);
     for (size_t i = 0; i < weights_.size(); i++) {
       const int64_t units = units_of(*weights_[i]);
       if (first < units && last > 0) f(i, std::max<int64_t>(0, first) * ROWS, std::min(last * ROWS, weights_[i]->rows));
-      first -= units, last -= units;
+      first -= units;
+      last -= units;
     }
   }
 
@@ -72,31 +77,32 @@ class Pieces {
   static int64_t units_of(const Weight& weight) { return (weight.rows + ROWS - 1) / ROWS; }
 
   std::span<const Weight* const> weights_;
-  int64_t units_ = 0, size_;
+  int64_t units_ = 0;
+  int64_t size_;  // units of a piece
 };
 
-// Inputs of more tokens are made once, those of fewer by each thread: that is one phase less.
-constexpr int64_t MADE_ALONE = 8;
+// Inputs of more tokens are made once, inputs of fewer tokens by each thread: that is one phase less.
+constexpr int64_t MADE_BY_THREAD = 8;
 
-// A thread's view of products over some tokens.
+// A thread's view of products over the tokens of a pass.
 class Products {
  public:
   // `shared`: memory for all inputs, if they are made once. `in_bfloat16`: inputs of weights in bfloat16 are so.
   Products(int64_t tokens, int64_t columns, int64_t threads, Floats* shared, bool in_bfloat16 = false)
       : tokens_(tokens), threads_(threads), in_bfloat16_(in_bfloat16), shared_(shared), in_order_(aligned(Inputs::piece_size(columns))),
-        own_(shared ? nullptr : aligned(Inputs::size(tokens, columns))) {}
+        thread_inputs_(shared ? nullptr : aligned(Inputs::size(tokens, columns))) {}
   static std::unique_ptr<Floats[]> memory(int64_t tokens, int64_t columns) {
-    return tokens > MADE_ALONE ? aligned(Inputs::size(tokens, columns)) : nullptr;
+    return tokens > MADE_BY_THREAD ? aligned(Inputs::size(tokens, columns)) : nullptr;
   }
 
-  // x is what `fill(token, to)` writes, then f(x, index of the weight, first row, last row) for all rows: two phases, and two
-  // more where the next weight has another type, since inputs are made for one.
+  // x is what `fill(token, to)` writes. Calls f(x, index of the weight, first row, last row) for all rows: two phases, and two
+  // more where the next weight has another type, since inputs are made for one type.
   template <class Fill, class F>
   void run(Phase*& phase, std::vector<const Weight*> weights, const Fill& fill, const F& f) const {
     for (size_t begin = 0, end = 0; begin < weights.size(); begin = end) {
       const Weight& weight = *weights[begin];
       while (end < weights.size() && weights[end]->type == weight.type) end++;
-      const Inputs x(shared_ ? shared_ : own_.get(), tokens_, weight.columns, weight.type, in_bfloat16_);
+      const Inputs x(shared_ ? shared_ : thread_inputs_.get(), tokens_, weight.columns, weight.type, in_bfloat16_);
       auto make = [&](int64_t piece) { x.make(piece, fill, reinterpret_cast<float*>(in_order_.get())); };
       auto make_all = [&] { for (int64_t piece = 0; piece < x.pieces(); piece++) make(piece); };
       if (shared_) phase->run(x.pieces(), [] {}, make);
@@ -106,19 +112,21 @@ class Products {
     }
   }
 
-  // f(index of the weight, first row, last row) for all rows of weights of one type: one phase, over inputs that are there once
-  // a thread has called `prepare`.
+  // Calls f(index of the weight, first row, last row) for all rows of weights of one type: one phase, over inputs that are
+  // there once a thread has called `prepare`.
   template <class Prepare, class F>
   void run_made(Phase*& phase, std::span<const Weight* const> weights, const Inputs& x, const Prepare& prepare, const F& f) const {
     const Pieces pieces(weights, threads_ * (x.in_tiles() ? 8 : 2));
-    phase++->run(pieces.number(), prepare, [&](int64_t piece) { pieces.of(piece, f); });
+    phase++->run(pieces.number(), prepare, [&](int64_t piece) { pieces.for_rows(piece, f); });
   }
 
  private:
-  int64_t tokens_, threads_;
+  int64_t tokens_;
+  int64_t threads_;
   bool in_bfloat16_;
   Floats* shared_;
-  std::unique_ptr<Floats[]> in_order_, own_;
+  std::unique_ptr<Floats[]> in_order_;       // of a piece
+  std::unique_ptr<Floats[]> thread_inputs_;  // unless they are shared
 };
 
 template <class F>
@@ -129,7 +137,7 @@ void on_all_threads(int64_t threads, bool needs_tiles, const F& f) {
   });
 }
 
-// Without a call, if they are all rows of a unit.
+// Copies n numbers; without a call, if they are all rows of a unit.
 INLINE void put_numbers(const float* numbers, int64_t n, float* to) {
   if (n == ROWS) std::memcpy(to, numbers, ROWS * sizeof(float));
   else std::copy_n(numbers, n, to);
@@ -137,58 +145,70 @@ INLINE void put_numbers(const float* numbers, int64_t n, float* to) {
 
 // GELU by tanh, x (1 + tanh(y)) / 2 = x / (1 + exp(-2 y)), or SiLU.
 Floats activate(bool is_gelu, Floats x) {
-  Floats inner = is_gelu ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
+  const Floats inner = is_gelu ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
   return x / (1.0f + exponential(-inner));
 }
 
-// What `InPlaceLayer.description` says of a layer, and its `tensors`: six norms, and seven weights with their biases.
-constexpr int64_t NUMBERS = 7, TENSORS = 20;
+// A layer as `InPlaceLayer.description` has it: so many integers and as many floats.
+constexpr int64_t NUMBERS = 7;
+// `InPlaceLayer.tensors`: six norms, and seven weights with their biases.
+constexpr int64_t TENSORS = 20;
 
 struct Layer {
-  int64_t heads, kv_heads, width, window, rotation;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t width;  // of the MLP
+  int64_t window;
+  int64_t rotation;  // index
   bool is_gelu;
   float scaling;
   Norm input_norm, query_norm, key_norm, attended_norm, mlp_norm, output_norm;
   Weight query, key, value, out, gate, up, down;
 
-  Layer(const Tensor* of, const int64_t* numbers, const double* factors, int64_t hidden, int64_t d)
-      : heads(numbers[0]), kv_heads(numbers[1]), width(numbers[2]), window(numbers[3]), rotation(numbers[4]),
-        is_gelu(numbers[5]), scaling(float(factors[0])), input_norm(of[0], hidden, factors[1], numbers[6]),
-        query_norm(of[1], d, factors[2], numbers[6]), key_norm(of[2], d, factors[3], numbers[6]),
-        attended_norm(of[3], hidden, factors[4], numbers[6]), mlp_norm(of[4], hidden, factors[5], numbers[6]),
-        output_norm(of[5], hidden, factors[6], numbers[6]), query(of + 6, heads * d, hidden), key(of + 8, kv_heads * d, hidden),
-        value(of + 10, kv_heads * d, hidden), out(of + 12, hidden, heads * d), gate(of + 14, width, hidden),
-        up(of + 16, width, hidden), down(of + 18, hidden, width) {}
+  Layer(const Tensor* tensors, const int64_t* integers, const double* floats, int64_t hidden, int64_t d)
+      : heads(integers[0]), kv_heads(integers[1]), width(integers[2]), window(integers[3]), rotation(integers[4]),
+        is_gelu(integers[5]), scaling(float(floats[0])), input_norm(tensors[0], hidden, floats[1], integers[6]),
+        query_norm(tensors[1], d, floats[2], integers[6]), key_norm(tensors[2], d, floats[3], integers[6]),
+        attended_norm(tensors[3], hidden, floats[4], integers[6]), mlp_norm(tensors[4], hidden, floats[5], integers[6]),
+        output_norm(tensors[5], hidden, floats[6], integers[6]), query(tensors + 6, heads * d, hidden),
+        key(tensors + 8, kv_heads * d, hidden), value(tensors + 10, kv_heads * d, hidden), out(tensors + 12, hidden, heads * d),
+        gate(tensors + 14, width, hidden), up(tensors + 16, width, hidden), down(tensors + 18, hidden, width) {}
 };
 
 // Products of queries, keys, values, gates and what they gate may be two phases each, if weights differ in type.
 constexpr int64_t MOST_PHASES = 17;
 
-// New tokens of a row of the batch. Those of the next row follow them in all that has one row for each token.
+// New tokens of a row of the batch. The tokens of the next row follow in all that has one row for each token.
 struct Row {
-  int64_t slot, start, tokens;  // of the cache; positions before the pass; at least one
+  int64_t slot;    // of the cache
+  int64_t start;   // positions before the pass
+  int64_t tokens;  // at least one
 
   int64_t num_spans() const { return (start + tokens + SPAN - 1) / SPAN; }
 };
 
-// New tokens of some rows, through a range of layers that differ in nothing but their numbers.
+// New tokens of a batch's rows, through a range of layers that differ in nothing but their numbers.
 class Pass {
  public:
   Pass(std::span<const Layer> layers, float* states, int64_t tokens, int64_t hidden, const std::vector<Tensor>& caches,
        const std::vector<Tensor>& rotations, std::span<const Row> rows, bool in_bfloat16)
       : layers_(layers), caches_(caches), rotations_(rotations), states_(states), rows_(rows), tokens_(tokens),
         hidden_(hidden), in_bfloat16_(in_bfloat16), d_(caches[0].size(3)),
-        heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), together_(heads_ / kv_heads_),
+        heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), group_size_(heads_ / kv_heads_),
         joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(std::ranges::max(layers, {}, &Layer::width).width),
         spans_(std::ranges::max(rows, {}, &Row::num_spans).num_spans()), threads_(torch::stable::get_num_threads()),
         phases_(new Phase[layers.size() * MOST_PHASES]), finished_(new std::atomic<int64_t>[layers.size() * rows.size() * kv_heads_]()),
         projected_(new float[tokens * joint_]), attended_(new float[tokens * heads_ * d_]),
         gates_(new float[tokens * mlp_width_]), ups_(new float[tokens * mlp_width_]), added_(new float[tokens * hidden]),
-        sums_(new float[tokens * heads_ * spans_ * d_]), parts_(new Attended[tokens * heads_ * spans_]), widest_(std::max({hidden, heads_ * d_, mlp_width_})),
+        span_values_(new float[tokens * heads_ * spans_ * d_]),
+        partial_(new Attended[tokens * heads_ * spans_]), widest_(std::max({hidden, heads_ * d_, mlp_width_})),
         inputs_(Products::memory(tokens, widest_)),
         activated_(in_bfloat16 && HAS_TILES ? aligned(Inputs::size(tokens, mlp_width_)) : nullptr) {
-    for (int64_t i = 0; i < tokens * heads_ * spans_; i++) parts_[i].values = &sums_[i * d_];
-    for (int64_t first = 0; const Row& row : rows) first_tokens_.push_back(first), first += row.tokens;
+    for (int64_t i = 0; i < tokens * heads_ * spans_; i++) partial_[i].values = &span_values_[i * d_];
+    for (int64_t first = 0; const Row& row : rows) {
+      first_tokens_.push_back(first);
+      first += row.tokens;
+    }
   }
 
   void run() {
@@ -228,42 +248,51 @@ class Pass {
   // only one to read them.
   void attend(size_t index, int64_t piece) {
     const Layer& layer = layers_[index];
-    int64_t span = piece % spans_, of_row = piece / spans_, head = of_row % kv_heads_;
-    const Row& row = rows_[of_row / kv_heads_];
-    int64_t first = first_tokens_[of_row / kv_heads_], number = row.num_spans(), key = span * SPAN;
-    if (span >= number) return;
-    int64_t of_group = row.tokens * together_;  // queries that share keys
+    const int64_t span = piece % spans_;
+    const int64_t row_head = piece / spans_;
+    const int64_t head = row_head % kv_heads_;
+    const Row& row = rows_[row_head / kv_heads_];
+    const int64_t first = first_tokens_[row_head / kv_heads_];
+    const int64_t num_spans = row.num_spans();
+    const int64_t key = span * SPAN;
+    if (span >= num_spans) return;
+    const int64_t num_queries = row.tokens * group_size_;  // that share keys
     auto cached = [&](size_t which) {
       const Tensor& cache = caches_[2 * index + which];
       return static_cast<float*>(cache.mutable_data_ptr()) + (row.slot * kv_heads_ + head) * cache.size(2) * d_;
     };
-    float *keys = cached(0), *values = cached(1);
+    float* keys = cached(0);
+    float* values = cached(1);
     auto* cosines = static_cast<const float*>(rotations_[layer.rotation].const_data_ptr());
     const float* sines = cosines + rotations_[layer.rotation].size(1) * d_;
-    std::unique_ptr<float[]> queries(new float[of_group * d_]), normed(new float[d_]);
+    std::unique_ptr<float[]> queries(new float[num_queries * d_]);
+    std::unique_ptr<float[]> normed(new float[d_]);
     auto turn = [&](const float* x, const Norm& norm, int64_t position, float factor, float* to) {
-      if (norm.weight) norm(x, normed.get()), x = normed.get();
+      if (norm.weight) {
+        norm(x, normed.get());
+        x = normed.get();
+      }
       rotate(x, cosines + position * d_, sines + position * d_, d_, factor, to);
     };
     for (int64_t t = 0; t < row.tokens; t++) {
       const float* joint = &projected_[(first + t) * joint_];
-      int64_t position = row.start + t;
-      for (int64_t i = 0; i < together_; i++)
-        turn(joint + (head * together_ + i) * d_, layer.query_norm, position, layer.scaling, &queries[(t * together_ + i) * d_]);
+      const int64_t position = row.start + t;
+      for (int64_t i = 0; i < group_size_; i++)
+        turn(joint + (head * group_size_ + i) * d_, layer.query_norm, position, layer.scaling, &queries[(t * group_size_ + i) * d_]);
       if (position / SPAN != span) continue;
       turn(joint + (heads_ + head) * d_, layer.key_norm, position, 1.0f, keys + position * d_);
       std::copy_n(joint + (heads_ + kv_heads_ + head) * d_, d_, values + position * d_);
     }
-    Attended* of_head = &parts_[(first * heads_ + head * of_group) * spans_];
+    Attended* partial = &partial_[(first * heads_ + head * num_queries) * spans_];
     const bool by_tiles = HAS_TILES && in_bfloat16_ && layer.query.type != ScalarType::Float;
     auto* attend = by_tiles ? attend_to_span_by_tiles : attend_to_span;
-    attend(queries.get(), row.tokens, together_, d_, row.start, layer.window, keys, values, key, of_head + span * of_group);
-    if (finished_[index * rows_.size() * kv_heads_ + of_row].fetch_add(1, std::memory_order_acq_rel) + 1 < number) return;
-    for (int64_t i = 0; i < of_group; i++) {  // the last one to finish adds up all spans, in their order
-      Attended& whole = of_head[i];
-      for (int64_t other = 1; other < number; other++) whole.add(of_head[other * of_group + i], d_);
-      float* to = &attended_[(first + i / together_) * heads_ * d_ + (head * together_ + i % together_) * d_];
-      for (int64_t j = 0; j < d_; j++) to[j] = whole.values[j] / whole.sum;
+    attend(queries.get(), row.tokens, group_size_, d_, row.start, layer.window, keys, values, key, partial + span * num_queries);
+    if (finished_[index * rows_.size() * kv_heads_ + row_head].fetch_add(1, std::memory_order_acq_rel) + 1 < num_spans) return;
+    for (int64_t i = 0; i < num_queries; i++) {  // the last one to finish adds up all spans, in their order
+      Attended& total = partial[i];
+      for (int64_t added = 1; added < num_spans; added++) total.add(partial[added * num_queries + i], d_);
+      float* to = &attended_[(first + i / group_size_) * heads_ * d_ + (head * group_size_ + i % group_size_) * d_];
+      for (int64_t j = 0; j < d_; j++) to[j] = total.values[j] / total.sum;
     }
   }
 
@@ -288,14 +317,15 @@ class Pass {
       multiply(layer.up, ups_, x, first, last);
       for (int64_t t = 0; t < tokens_; t++)
         for (int64_t j = first; j < last; j += LANES) {
-          float *gates = &gates_[t * layer.width + j], *ups = &ups_[t * layer.width + j];
-          int64_t n = std::min(LANES, last - j);
+          float* gates = &gates_[t * layer.width + j];
+          const float* ups = &ups_[t * layer.width + j];
+          const int64_t n = std::min(LANES, last - j);
           store(activate(layer.is_gelu, widen(gates, n)) * widen(ups, n), gates, n);
         }
     });
   }
 
-  // Whether the inputs of the last product are made as gates are activated: they are tiles, and so are those of the gates.
+  // Whether the inputs of the last product are made as gates are activated: inputs of gates and of the last product are tiles.
   bool makes_tiles(const Layer& layer) const {
     return layer.gate.type == layer.up.type && Inputs::by_tiles(layer.up.type, in_bfloat16_) &&
            Inputs::by_tiles(layer.down.type, in_bfloat16_);
@@ -304,7 +334,7 @@ class Pass {
     return {activated_.get(), tokens_, layer.width, layer.down.type, in_bfloat16_};
   }
 
-  // The same as inputs of the last product: 32 rows of the weights are 32 of its columns.
+  // The same as inputs of the last product: 32 rows of gates and ups are 32 of the inputs' columns.
   void activate_tiles(const Layer& layer, const Inputs& x, int64_t first, int64_t last) {
     const Inputs activated = activated_tiles(layer);
     auto gates = Weight::memory_for(tokens_);
@@ -312,9 +342,9 @@ class Pass {
     for (int64_t at = first; at < last; at += ROWS) {
       layer.gate.products(at, std::min(ROWS, last - at), x, gates.get());
       layer.up.products(at, std::min(ROWS, last - at), x, ups.get());
-      for (int64_t part = 0; part < activated.parts; part++)
-        activated.put_tile(at / tiles::COLUMNS, part, [&](int64_t t, int64_t j) {
-          const int64_t from = (part * tiles::ROWS + t) * ROWS + j;
+      for (int64_t token_tile = 0; token_tile < activated.token_tiles; token_tile++)
+        activated.put_tile(at / tiles::COLUMNS, token_tile, [&](int64_t t, int64_t j) {
+          const int64_t from = (token_tile * tiles::ROWS + t) * ROWS + j;
           return activate(layer.is_gelu, load<Floats>(&gates[from])) * load<Floats>(&ups[from]);
         });
     }
@@ -324,7 +354,7 @@ class Pass {
   void add(const Products& products, Phase*& phase, const Weight& weight, const float* from, int64_t columns, const Norm& norm,
            const Inputs* made = nullptr) {
     float* to = norm.weight ? added_.get() : states_;
-    bool is_sum = !norm.weight;
+    const bool is_sum = !norm.weight;
     auto multiply = [&](const Inputs& x, int64_t first, int64_t last) {
       weight.multiply(first, last, x, [&](int64_t t, int64_t row, const float* numbers, int64_t n) {
         float* states = &to[t * hidden_ + row];
@@ -340,25 +370,34 @@ class Pass {
                    [&](const Inputs& x, size_t, int64_t first, int64_t last) { multiply(x, first, last); });
     if (is_sum) return;
     phase++->run(tokens_, [] {}, [&](int64_t t) {
-      float *row = &added_[t * hidden_], *state = states_ + t * hidden_;
+      float* row = &added_[t * hidden_];
+      float* state = states_ + t * hidden_;
       norm(row, row);
       for (int64_t j = 0; j < hidden_; j++) state[j] += row[j];
     });
   }
 
   std::span<const Layer> layers_;
-  const std::vector<Tensor>&caches_, &rotations_;
+  const std::vector<Tensor>& caches_;
+  const std::vector<Tensor>& rotations_;
   float* states_;  // [tokens, hidden]
   std::span<const Row> rows_;
   std::vector<int64_t> first_tokens_;  // [rows] of all tokens
-  int64_t tokens_, hidden_;
+  int64_t tokens_;
+  int64_t hidden_;
   bool in_bfloat16_;
-  int64_t d_, heads_, kv_heads_, together_, joint_;
-  int64_t mlp_width_, spans_, threads_;  // mlp_width_: the most
+  int64_t d_;
+  int64_t heads_;
+  int64_t kv_heads_;
+  int64_t group_size_;  // heads that share keys
+  int64_t joint_;       // numbers of queries, keys and values
+  int64_t mlp_width_;   // the most
+  int64_t spans_;       // the most
+  int64_t threads_;
   std::unique_ptr<Phase[]> phases_;
   std::unique_ptr<std::atomic<int64_t>[]> finished_;  // spans of a head, by layer, row and head
-  std::unique_ptr<float[]> projected_, attended_, gates_, ups_, added_, sums_;
-  std::unique_ptr<Attended[]> parts_;  // by row: [kv_heads, spans, tokens of the row * together]
+  std::unique_ptr<float[]> projected_, attended_, gates_, ups_, added_, span_values_;
+  std::unique_ptr<Attended[]> partial_;  // by row: [kv_heads, spans, tokens of the row * group size]
   int64_t widest_;
   std::unique_ptr<Floats[]> inputs_;     // of a product, if there are many tokens
   std::unique_ptr<Floats[]> activated_;  // of the last product, by tiles
@@ -367,32 +406,35 @@ class Pass {
 // A range of layers. Each pass reads anew where the weights are, and their shapes and formats.
 struct Layers {
   // [L, NUMBERS] each, of `InPlaceLayer.description`, and [L * TENSORS]. `hidden`: columns of a state; `d`: of a head.
-  Tensor numbers, factors;
+  Tensor integers;
+  Tensor floats;
   std::vector<Tensor> weights;
-  int64_t hidden, d;
+  int64_t hidden;
+  int64_t d;
 
   std::vector<Layer> now() const {
     std::vector<Layer> layers;
-    layers.reserve(numbers.size(0));
-    auto* of_layers = static_cast<const int64_t*>(numbers.const_data_ptr());
-    auto* of_floats = static_cast<const double*>(factors.const_data_ptr());
-    for (int64_t i = 0; i < numbers.size(0); i++)
-      layers.emplace_back(&weights[TENSORS * i], of_layers + NUMBERS * i, of_floats + NUMBERS * i, hidden, d);
+    layers.reserve(integers.size(0));
+    auto* all_integers = static_cast<const int64_t*>(integers.const_data_ptr());
+    auto* all_floats = static_cast<const double*>(floats.const_data_ptr());
+    for (int64_t i = 0; i < integers.size(0); i++)
+      layers.emplace_back(&weights[TENSORS * i], all_integers + NUMBERS * i, all_floats + NUMBERS * i, hidden, d);
     return layers;
   }
 };
 
-// Makes a tensor that owns the description of some layers.
-Tensor make_layers(const Tensor& numbers, const Tensor& factors, std::vector<Tensor> weights, int64_t hidden, int64_t d) {
-  auto layers = std::make_unique<Layers>(Layers{numbers, factors, std::move(weights), hidden, d});
-  const int64_t size = sizeof(Layers), stride = 1;
-  Tensor owner = torch::stable::from_blob(layers.get(), {&size, 1}, {&stride, 1}, numbers.device(), ScalarType::Byte,
-                                          [](void* of) { delete static_cast<Layers*>(of); });
+// Makes a tensor that owns the description of a range of layers.
+Tensor make_layers(const Tensor& integers, const Tensor& floats, std::vector<Tensor> weights, int64_t hidden, int64_t d) {
+  auto layers = std::make_unique<Layers>(Layers{integers, floats, std::move(weights), hidden, d});
+  const int64_t size = sizeof(Layers);
+  const int64_t stride = 1;
+  Tensor owner = torch::stable::from_blob(layers.get(), {&size, 1}, {&stride, 1}, integers.device(), ScalarType::Byte,
+                                          [](void* owned) { delete static_cast<Layers*>(owned); });
   layers.release();
   return owner;
 }
 
-// Layers over T new tokens of some rows, [B, 3] as `Row` has them. Where the processor multiplies in bfloat16, tokens of a
+// Runs layers over T new tokens of rows, [B, 3] as `Row` has them. Where the processor multiplies in bfloat16, tokens of a
 // prompt are rounded to it for weights in bfloat16: by their kind, so that no way to read a prompt changes a bit.
 void run_layers(const Tensor& hidden, const Tensor& rows, bool is_prompt, const Tensor& owner, std::vector<Tensor> caches,
                 std::vector<Tensor> rotations) {
@@ -409,9 +451,11 @@ constexpr int64_t MOST_AT_A_TIME = 64;
 Tensor project(const Tensor& x, const Tensor& norm, double epsilon, bool is_centred, const Tensor& weight, const Tensor& bias,
                int64_t rows) {
   const auto* from = static_cast<const float*>(x.const_data_ptr());
-  int64_t tokens = x.size(0), columns = x.size(1), threads = torch::stable::get_num_threads();
-  const Tensor parts[] = {weight, bias};
-  const Weight w(parts, rows, columns);
+  const int64_t tokens = x.size(0);
+  const int64_t columns = x.size(1);
+  const int64_t threads = torch::stable::get_num_threads();
+  const Tensor tensors[] = {weight, bias};
+  const Weight w(tensors, rows, columns);
   const Norm normed(norm, columns, epsilon, is_centred);
   Tensor out = empty({tokens, rows}, aoti_torch_dtype_float32());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
@@ -422,9 +466,9 @@ Tensor project(const Tensor& x, const Tensor& norm, double epsilon, bool is_cent
     Phase* phase = phases.get();
     for (int64_t start = 0; start < tokens; start += most) {
       auto fill = [&](int64_t t, float* computed) {
-        const float* own = from + (start + t) * columns;
-        if (normed.weight) normed(own, computed);
-        else std::copy_n(own, columns, computed);
+        const float* row = from + (start + t) * columns;
+        if (normed.weight) normed(row, computed);
+        else std::copy_n(row, columns, computed);
       };
       Products(std::min(most, tokens - start), columns, threads, shared.get())
           .run(phase, {&w}, fill, [&](const Inputs& x, size_t, int64_t first, int64_t last) {
@@ -439,7 +483,7 @@ Tensor project(const Tensor& x, const Tensor& norm, double epsilon, bool is_cent
 }  // namespace
 
 STABLE_TORCH_LIBRARY(self_speculation, library) {
-  library.def("make_layers(Tensor numbers, Tensor factors, Tensor[] weights, int hidden, int d) -> Tensor");
+  library.def("make_layers(Tensor integers, Tensor floats, Tensor[] weights, int hidden, int d) -> Tensor");
   library.def(
       "run_layers(Tensor(a!) hidden, Tensor rows, bool is_prompt, Tensor owner, Tensor[] caches, Tensor[] rotations) -> ()");
   library.def(

@@ -14,7 +14,7 @@ Floats row_numbers(const float* row, int64_t j, int64_t d) {
   return j < d ? widen(row + j, d - j) : Floats{};
 }
 
-// KEYS keys and values of a head in bfloat16; those that are not there are zeros.
+// KEYS keys and values of a head in bfloat16; missing keys and values are zeros.
 class KeyTiles {
  public:
   explicit KeyTiles(int64_t d)
@@ -22,11 +22,11 @@ class KeyTiles {
         values_(new Ints[2 * steps_ * VALUE_TILES * tiles::ROWS]) {}
 
   int64_t steps() const { return steps_; }
-  // 16 keys times 32 columns, as two parts whose sum they are.
-  const Ints* keys(int64_t tile, int64_t step, int64_t part) const {
-    return &keys_[((tile * steps_ + step) * 2 + part) * tiles::ROWS];
+  // 16 keys times 32 columns, as the sum of two terms.
+  const Ints* keys(int64_t tile, int64_t step, int64_t term) const {
+    return &keys_[((tile * steps_ + step) * 2 + term) * tiles::ROWS];
   }
-  const Ints* values(int64_t tile, int64_t of_keys) const { return &values_[(tile * VALUE_TILES + of_keys) * tiles::ROWS]; }
+  const Ints* values(int64_t tile, int64_t key_tile) const { return &values_[(tile * VALUE_TILES + key_tile) * tiles::ROWS]; }
   // Whether a value is infinite or NaN: it is a zero here, since a weight of 0 times it would be NaN.
   bool is_spoilt() const { return is_spoilt_; }
 
@@ -43,8 +43,8 @@ class KeyTiles {
       }
     Ints spoilt = {};
     for (int64_t tile = 0; tile < 2 * steps_; tile++)
-      for (int64_t of_keys = 0; of_keys < VALUE_TILES; of_keys++) {
-        Ints* rows = &values_[(tile * VALUE_TILES + of_keys) * tiles::ROWS];
+      for (int64_t key_tile = 0; key_tile < VALUE_TILES; key_tile++) {
+        Ints* rows = &values_[(tile * VALUE_TILES + key_tile) * tiles::ROWS];
         for (int64_t pair = 0; pair < tiles::ROWS; pair++) {
           auto finite = [&](int64_t key) {
             if (key >= number) return Floats{};
@@ -53,7 +53,7 @@ class KeyTiles {
             spoilt |= is_infinite;
             return (Floats)((Ints)value & ~is_infinite);
           };
-          const int64_t key = of_keys * tiles::COLUMNS + 2 * pair;
+          const int64_t key = key_tile * tiles::COLUMNS + 2 * pair;
           rows[pair] = to_pairs(finite(key), finite(key + 1));
         }
         transpose(rows);
@@ -62,8 +62,9 @@ class KeyTiles {
   }
 
  private:
-  int64_t d_, steps_;
-  std::unique_ptr<Ints[]> keys_;    // [KEYS / 16, steps, 2 parts, 16 keys, 32]
+  int64_t d_;
+  int64_t steps_;
+  std::unique_ptr<Ints[]> keys_;    // [KEYS / 16, steps, 2 terms, 16 keys, 32]
   std::unique_ptr<Ints[]> values_;  // [2 * steps, KEYS / 32, 16 columns, 32 keys]
   bool is_spoilt_ = false;
 };
@@ -80,7 +81,7 @@ Floats power(Floats x) {
   return (Floats)((Ints)sum + ((Ints)rounded << 23));
 }
 
-// Attention of 16 queries, a lane each, over some keys; not divided by `sum`.
+// Attention of 16 queries, a lane each, over a range of keys; not divided by `sum`.
 class QueryTile {
  public:
   // Up to 16 of `number` queries [number, d], with their positions.
@@ -102,7 +103,7 @@ class QueryTile {
     }
   }
 
-  // Adds KEYS keys from position `from` on. Without IS_MASKED all queries see all of them.
+  // Adds KEYS keys from position `from` on. Without IS_MASKED all queries see all keys.
   template <bool IS_MASKED>
   void add(const KeyTiles& keys, const float* values, int64_t from, int64_t number) {
     alignas(64) Floats scores[KEYS];
@@ -137,7 +138,7 @@ class QueryTile {
     if (keys.is_spoilt()) spoil(values, from, number);
   }
 
-  // Writes what `number` queries have.
+  // Writes the attention of `number` queries.
   void finish(int64_t number, Attended* attended) {
     for (int64_t j = 0; j < d_; j += LANES) {
       Ints rows[tiles::ROWS];
@@ -158,7 +159,10 @@ class QueryTile {
   }
 
   void score(const KeyTiles& keys, Floats* scores) const {
-    tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
+    tiles::zero<0>();
+    tiles::zero<1>();
+    tiles::zero<2>();
+    tiles::zero<3>();
     static_assert(KEY_TILES == 4);
     for (int64_t step = 0; step < steps_; step++) {
       tiles::load<4>(&queries_[2 * step * tiles::ROWS], 64);
@@ -210,10 +214,13 @@ class QueryTile {
         if (!std::isfinite(values[key * d_ + j])) sums_[j] = sees(from + key) ? splat(NAN) : sums_[j];
   }
 
-  int64_t d_, steps_;
-  Ints positions_, oldest_;  // a query sees keys up to its position, after the oldest one
-  Floats largest_ = splat(-INFINITY), sum_ = {};
-  std::unique_ptr<Ints[]> queries_;  // [steps, 2 parts, 16 pairs of columns, 16 queries, 2]
+  int64_t d_;
+  int64_t steps_;
+  Ints positions_;  // a query sees keys up to its position
+  Ints oldest_;     // and after this one
+  Floats largest_ = splat(-INFINITY);
+  Floats sum_ = {};
+  std::unique_ptr<Ints[]> queries_;  // [steps, 2 terms, 16 pairs of columns, 16 queries, 2]
   std::unique_ptr<Floats[]> sums_;   // [columns, 16 queries]
 };
 
@@ -222,27 +229,27 @@ void attend_to_span_by_tiles(const float* queries, int64_t tokens, int64_t heads
                              const float* keys, const float* values, int64_t key, Attended* attended) {
   const int64_t number = tokens * heads;
   const int64_t end = std::min(key + SPAN, start + tokens);
-  std::vector<QueryTile> of_queries;
+  std::vector<QueryTile> query_tiles;
   for (int64_t query = 0; query < number; query += tiles::ROWS) {
     Ints positions;
     for (int64_t i = 0; i < LANES; i++) positions[i] = int32_t(start + std::min(query + i, number - 1) / heads);
-    of_queries.emplace_back(queries + query * d, number - query, d, positions, window);
+    query_tiles.emplace_back(queries + query * d, number - query, d, positions, window);
   }
   KeyTiles packed(d);
   for (int64_t from = key; from < end; from += KEYS) {
-    const int64_t there = std::min(KEYS, end - from);
-    packed.pack(keys + from * d, values + from * d, there);
-    for (int64_t tile = 0; tile < int64_t(of_queries.size()); tile++) {
+    const int64_t num_keys = std::min(KEYS, end - from);
+    packed.pack(keys + from * d, values + from * d, num_keys);
+    for (int64_t tile = 0; tile < int64_t(query_tiles.size()); tile++) {
       const int64_t first = start + tile * tiles::ROWS / heads;
       const int64_t last = start + std::min(tile * tiles::ROWS + tiles::ROWS - 1, number - 1) / heads;
       const bool is_seen = from <= last && !(window && from + KEYS <= first - window + 1);
       const bool is_masked = window || from + KEYS - 1 > first;
       if (!is_seen) continue;
       auto add = is_masked ? &QueryTile::add<true> : &QueryTile::add<false>;
-      (of_queries[tile].*add)(packed, values + from * d, from, there);
+      (query_tiles[tile].*add)(packed, values + from * d, from, num_keys);
     }
   }
-  for (int64_t tile = 0; tile < int64_t(of_queries.size()); tile++)
-    of_queries[tile].finish(std::min(tiles::ROWS, number - tile * tiles::ROWS), attended + tile * tiles::ROWS);
+  for (int64_t tile = 0; tile < int64_t(query_tiles.size()); tile++)
+    query_tiles[tile].finish(std::min(tiles::ROWS, number - tile * tiles::ROWS), attended + tile * tiles::ROWS);
 }
 }  // namespace

@@ -19,7 +19,7 @@ struct alignas(64) Shapes {  // of all eight tiles: fewer rows or bytes take as 
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A thread has the shapes of tiles while this lives: other libraries set their own.
+// A thread has the shapes of tiles while this lives: other libraries set different ones.
 class Shaped {
  public:
   explicit Shaped(bool is_needed) : is_needed_(is_needed) {

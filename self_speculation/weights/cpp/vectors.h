@@ -55,34 +55,34 @@ Floats splat(float x) { return x - Floats{}; }
 std::unique_ptr<Floats[]> aligned(int64_t number) {
   return std::unique_ptr<Floats[]>(new Floats[(number + LANES - 1) / LANES]);
 }
-int64_t round_up(int64_t number, int64_t level) { return (number + level - 1) / level * level; }
+int64_t round_up(int64_t number, int64_t unit) { return (number + unit - 1) / unit * unit; }
 
-// Numbers in the format of a weight or a norm, LANES of them.
+// LANES numbers in the format of a weight or a norm.
 Floats widen(const float* from) { return load<Floats>(from); }
 Floats widen(const BFloat16* from) { return (Floats)(__builtin_convertvector(load<Shorts>(from), Ints) << 16); }
 #ifdef __AVX512VNNI__
-constexpr bool TAKES_EIGHT_BITS = true;  // `dot` takes levels above 127
+constexpr bool TAKES_EIGHT_BITS = true;  // `dot` takes quants above 127
 Floats widen(const Half* from) { return _mm512_cvtph_ps(load<__m256i>(from)); }
 Floats widen(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-// Sums of four levels times four inputs, in each lane. `total` follows up to 8 of them if levels have 4 bits, 4 of them if
-// they have 5, 2 if they have 6.
-Ints dot(Ints sums, Bytes levels, int32_t x) {
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)levels, _mm512_set1_epi32(x));
+// Adds four quants times four inputs, in each lane. `total` follows up to 8 calls for quants of 4 bits, 4 calls for 5 bits and
+// 2 calls for 6 bits.
+Ints dot(Ints sums, Bytes quants, int32_t x) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)quants, _mm512_set1_epi32(x));
 }
 Ints total(Ints sums) { return sums; }
-__m256 half_of(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+__m256 folded(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 #elif defined(__AVX2__)
 constexpr bool TAKES_EIGHT_BITS = false;
 Floats widen(const Half* from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
 Floats widen(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 // Two sums of 16 bits for each lane, of 16 products of 15 * 127, 8 of 31 * 127, or 4 of 63 * 127.
-Ints dot(Ints sums, Bytes levels, int32_t x) {
-  return (Ints)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)levels, _mm256_set1_epi32(x)));
+Ints dot(Ints sums, Bytes quants, int32_t x) {
+  return (Ints)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)quants, _mm256_set1_epi32(x)));
 }
 Ints total(Ints sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
-__m256 half_of(Floats x) { return x; }
+__m256 folded(Floats x) { return x; }
 #else
 constexpr bool TAKES_EIGHT_BITS = false;
 Floats widen(const Half* from) {
@@ -97,22 +97,22 @@ Floats fma(Floats a, Floats b, Floats c) {
   for (int i = 0; i < LANES; i++) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return a;
 }
-Ints dot(Ints sums, Bytes levels, int32_t x) {
+Ints dot(Ints sums, Bytes quants, int32_t x) {
 #ifdef __ARM_FEATURE_DOTPROD
-  int32x4_t parts[LANES / 4];
-  std::memcpy(parts, &sums, sizeof(parts));
+  int32x4_t quarters[LANES / 4];
+  std::memcpy(quarters, &sums, sizeof(quarters));
   for (int64_t i = 0; i < LANES / 4; i++)
-    parts[i] = vdotq_s32(parts[i], load<int8x16_t>((char*)&levels + 16 * i), vreinterpretq_s8_s32(vdupq_n_s32(x)));
-  return load<Ints>(parts);
+    quarters[i] = vdotq_s32(quarters[i], load<int8x16_t>((char*)&quants + 16 * i), vreinterpretq_s8_s32(vdupq_n_s32(x)));
+  return load<Ints>(quarters);
 #else
-  for (int j = 0; j < 4; j++) sums += ((Ints)levels >> 8 * j & 255) * int32_t(int8_t(x >> 8 * j));
+  for (int j = 0; j < 4; j++) sums += ((Ints)quants >> 8 * j & 255) * int32_t(int8_t(x >> 8 * j));
   return sums;
 #endif
 }
 Ints total(Ints sums) { return sums; }
 #endif
 
-// Adds to this sum in the order of the program: GCC would add in trees, whose parts do not fit into registers.
+// Adds to this sum in the order of the program: GCC would add in trees, which do not fit into registers.
 INLINE void keep_order(Ints& sum) {
 #ifdef __AVX2__
   asm("" : "+v"(sum));
@@ -129,8 +129,8 @@ Floats accumulate(Floats a, Floats b, Floats sum) {
 #endif
 }
 
-// Adds, in each lane, products of two numbers in bfloat16, the upper ones first. Both sums are rounded to nearest even, and
-// subnormal numbers are zeros.
+// Adds, in each lane, products of two numbers in bfloat16, the upper ones first. Each of the two sums is rounded to nearest even,
+// and subnormal numbers are zeros.
 #if defined(__AVX512BF16__) || defined(PAIRS)
 constexpr bool HAS_PAIRS = true;
 #else
@@ -154,8 +154,8 @@ Floats accumulate(Ints a, Ints b, Floats sum) {
 }
 #endif
 
-// Numbers in bfloat16, rounded to nearest even: those of `first` in the lower half, those of `second` in the upper half.
-// As pairs, each lane has a number of both, that of `first` in its lower half.
+// Numbers in bfloat16, rounded to nearest even: the lower half has `first`, the upper half has `second`. As pairs, the lower
+// half of each lane has a number of `first`, the upper half one of `second`.
 #ifdef __AVX512BF16__
 Ints to_bfloat16(Floats first, Floats second) { return (Ints)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 Ints to_pairs(Floats first, Floats second) {
@@ -190,9 +190,10 @@ bool any(Ints x) {
 #endif
 }
 
-// Numbers as the sum of two parts in bfloat16, each in the order of `to_bfloat16`. What the parts lack is 2^-17 of a number.
+// Numbers as the sum of two numbers in bfloat16, in the order of `to_bfloat16`. The sum lacks 2^-17 of a number.
 struct Split {
-  Ints upper, rest;
+  Ints upper;
+  Ints rest;
 
   Split(Floats first, Floats second) : upper(to_bfloat16(first, second)) {
     BFloat16 numbers[2 * LANES];
@@ -243,13 +244,13 @@ void transpose(Ints* rows) {
 }
 #endif
 
-// The first n of them, then zeros: what follows may be no memory of this process.
+// The first n numbers, then zeros: what follows may be no memory of this process.
 template <class Number>
 Floats widen(const Number* from, int64_t n) {
   if (n == LANES) return widen(from);
-  Number whole[LANES] = {};
-  std::memcpy(whole, from, n * sizeof(Number));
-  return widen(whole);
+  Number padded[LANES] = {};
+  std::memcpy(padded, from, n * sizeof(Number));
+  return widen(padded);
 }
 void store(Floats numbers, float* to, int64_t n) {
   if (n == LANES) std::memcpy(to, &numbers, sizeof(numbers));
@@ -257,15 +258,16 @@ void store(Floats numbers, float* to, int64_t n) {
 }
 
 // The sums of four vectors, each in the same order.
-void lane_sums(const Floats* of, float* sums) {
+void lane_sums(const Floats* vectors, float* sums) {
 #ifdef __AVX2__
-  __m256 low = _mm256_hadd_ps(half_of(of[0]), half_of(of[1])), high = _mm256_hadd_ps(half_of(of[2]), half_of(of[3]));
-  __m256 both = _mm256_hadd_ps(low, high);
-  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+  const __m256 first = _mm256_hadd_ps(folded(vectors[0]), folded(vectors[1]));
+  const __m256 second = _mm256_hadd_ps(folded(vectors[2]), folded(vectors[3]));
+  const __m256 halves = _mm256_hadd_ps(first, second);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 #else
   for (int i = 0; i < 4; i++) {
     float half[8];
-    for (int j = 0; j < 8; j++) half[j] = LANES == 16 ? of[i][j] + of[i][(j + 8) % LANES] : of[i][j];
+    for (int j = 0; j < 8; j++) half[j] = LANES == 16 ? vectors[i][j] + vectors[i][(j + 8) % LANES] : vectors[i][j];
     sums[i] = (half[0] + half[1]) + (half[2] + half[3]) + ((half[4] + half[5]) + (half[6] + half[7]));
   }
 #endif
@@ -278,10 +280,13 @@ float lane_sum(Floats x) {
 }
 
 Floats exponential(Floats x) {  // to 2e-7; NaN stays NaN
-  const Floats least = splat(-87.0f), most = splat(88.0f), nearest = splat(0x1.8p23f);
+  const Floats least = splat(-87.0f);
+  const Floats most = splat(88.0f);
+  const Floats nearest = splat(0x1.8p23f);
   Floats within = x > least ? x : least;
   within = within < most ? within : most;
-  Floats power = within * 0x1.715476p0f + nearest, rest = fma(power - nearest, splat(-0x1.62e430p-1f), within);
+  const Floats power = within * 0x1.715476p0f + nearest;
+  const Floats rest = fma(power - nearest, splat(-0x1.62e430p-1f), within);
   Floats sum = splat(1.0f / 720.0f);
   for (float factor : {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) sum = fma(sum, rest, splat(factor));
   return x == x ? (Floats)((Ints)sum + (((Ints)power - (Ints)nearest) << 23)) : x;

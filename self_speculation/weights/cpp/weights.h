@@ -1,4 +1,4 @@
-// x W^T over weights as they lie in memory. Each (row of a weight, token) is one sum along the columns, in one order: its
+// x W^T over weights as they lie in memory. Each (row of a weight, token) is one sum along the columns, in one order: the
 // bits do not depend on other tokens, on other rows, or on the number of threads.
 #pragma once
 #include "tile_products.h"
@@ -8,53 +8,53 @@ constexpr int64_t ROWS = 32;  // of a weight in floating point that are multipli
 
 // The first or the second vector of COLUMNS columns; of bfloat16, even columns and odd ones.
 template <bool SECOND, class Number>
-Floats columns_of(const Number* from) {
+Floats half_columns(const Number* from) {
   return widen(from + SECOND * LANES);
 }
 template <bool SECOND>
-Floats columns_of(const BFloat16* from) {
-  Ints both = load<Ints>(from);
-  return (Floats)(SECOND ? both & int32_t(0xffff0000) : both << 16);
+Floats half_columns(const BFloat16* from) {
+  const Ints pairs = load<Ints>(from);
+  return (Floats)(SECOND ? pairs & int32_t(0xffff0000) : pairs << 16);
 }
 
-// Adds products of R rows, `apart` rows from each other, and T tokens to `sums`, [T, ROWS]. Fetches the same of `ahead`.
+// Adds products of R rows, `apart` rows from each other, and T tokens to `sums`, [T, ROWS]. Fetches as much of `ahead`.
 template <int R, int T, class V, class Number>
 __attribute__((noinline)) void tile(const Number* w, const Number* ahead, int64_t row, int64_t apart, const float* x,
                                     int64_t columns, Floats* sums) {
   constexpr bool AS_PAIRS = std::is_same_v<V, Ints>;
-  Floats own[R * T];
+  Floats tile_sums[R * T];
 #pragma GCC unroll 24
-  for (int i = 0; i < R * T; i++) own[i] = sums[i / R * ROWS + i % R * apart];
+  for (int i = 0; i < R * T; i++) tile_sums[i] = sums[i / R * ROWS + i % R * apart];
   auto half = [&]<bool SECOND>(const Number* w, int64_t row) __attribute__((always_inline)) {
-    V of_rows[R];
+    V weights[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      if constexpr (AS_PAIRS) of_rows[r] = load<V>(w + r * row);
-      else of_rows[r] = columns_of<SECOND>(w + r * row);
+      if constexpr (AS_PAIRS) weights[r] = load<V>(w + r * row);
+      else weights[r] = half_columns<SECOND>(w + r * row);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
       V input = load<V>(x + (SECOND * T + t) * LANES);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) own[t * R + r] = accumulate(of_rows[r], input, own[t * R + r]);
+      for (int r = 0; r < R; r++) tile_sums[t * R + r] = accumulate(weights[r], input, tile_sums[t * R + r]);
     }
   };
-  auto both = [&](const Number* w, int64_t row) __attribute__((always_inline)) {
+  auto add_columns = [&](const Number* w, int64_t row) __attribute__((always_inline)) {
     half.template operator()<false>(w, row);
     if constexpr (!AS_PAIRS) half.template operator()<true>(w, row);
   };
   for (int64_t k = 0; k < columns / COLUMNS * COLUMNS; k += COLUMNS, x += COLUMNS * T / (1 + AS_PAIRS)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) __builtin_prefetch(ahead + r * row * apart + k, 0, 2);
-    both(w + k, row * apart);
+    add_columns(w + k, row * apart);
   }
-  if (int64_t rest = columns % COLUMNS) {  // what follows the last column may be no memory of this process
+  if (const int64_t rest = columns % COLUMNS) {  // what follows the last column may be no memory of this process
     Number last[R * COLUMNS] = {};
     for (int r = 0; r < R; r++) std::memcpy(last + r * COLUMNS, w + r * row * apart + columns - rest, rest * sizeof(Number));
-    both(last, COLUMNS);
+    add_columns(last, COLUMNS);
   }
 #pragma GCC unroll 24
-  for (int i = 0; i < R * T; i++) sums[i / R * ROWS + i % R * apart] = own[i];
+  for (int i = 0; i < R * T; i++) sums[i / R * ROWS + i % R * apart] = tile_sums[i];
 }
 
 // Products of `n` rows, up to ROWS, and all tokens, [T, ROWS]. Inputs of as many columns as the first cache holds are
@@ -62,27 +62,29 @@ __attribute__((noinline)) void tile(const Number* w, const Number* ahead, int64_
 template <class Number>
 void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, float* out) {
   std::unique_ptr<Floats[]> sums(new Floats[x.tokens * ROWS]());
-  int64_t most = std::max<int64_t>(1024, 6144 / x.tokens), blocks = (x.columns + most - 1) / most;
-  int64_t width = round_up((x.columns + blocks - 1) / blocks, COLUMNS);
+  const int64_t most_columns = std::max<int64_t>(1024, 6144 / x.tokens);
+  const int64_t chunks = (x.columns + most_columns - 1) / most_columns;
+  const int64_t width = round_up((x.columns + chunks - 1) / chunks, COLUMNS);
   for (int64_t from = 0; from < x.columns; from += width) {
-    const Number *own = w + from, *next = from + width < x.columns ? own + width : w + ROWS * row;
-    for (int64_t part = 0; part < x.parts; part++) {
-      int64_t first = x.first_of(part);
+    const Number* chunk = w + from;
+    const Number* next = from + width < x.columns ? chunk + width : w + ROWS * row;
+    for (int64_t token_tile = 0; token_tile < x.token_tiles; token_tile++) {
+      const int64_t first = x.first_token(token_tile);
       auto tiles = [&]<int T, class V>() {
-        auto some = [&]<int R>(int64_t r, int64_t apart) {
-          const Number* ahead = r % x.parts == part ? next : own;  // each part fetches some of the next
+        auto add_rows = [&]<int R>(int64_t r, int64_t apart) {
+          const Number* ahead = r % x.token_tiles == token_tile ? next : chunk;  // each token tile fetches a share of the next chunk
           const int64_t at = first * x.stride + from * T;
-          tile<R, T, V>(own + r * row, ahead + r * row, row, apart, &x.numbers[(x.layout == Layout::pairs) ? at / 2 : at],
+          tile<R, T, V>(chunk + r * row, ahead + r * row, row, apart, &x.numbers[x.layout == Layout::pairs ? at / 2 : at],
                         std::min(width, x.columns - from), &sums[first * ROWS + r]);
         };
         constexpr int R = T <= 2 || std::is_same_v<V, Ints> ? 4 : 2;
-        for (int64_t r = 0; r < n / R; r++) some.template operator()<R>(r, n / R);
-        for (int64_t r = n / R * R; r < n; r++) some.template operator()<1>(r, 1);
+        for (int64_t r = 0; r < n / R; r++) add_rows.template operator()<R>(r, n / R);
+        for (int64_t r = n / R * R; r < n; r++) add_rows.template operator()<1>(r, 1);
       };
-      const int64_t number = x.first_of(part + 1) - first;
+      const int64_t number = x.first_token(token_tile + 1) - first;
       if constexpr (std::is_same_v<Number, BFloat16>)
-        if ((x.layout == Layout::pairs)) {
-          with_count<MOST_OF_PAIRS>(number, [&]<int T>() { tiles.template operator()<T, Ints>(); });
+        if (x.layout == Layout::pairs) {
+          with_count<MOST_TOKENS_IN_PAIRS>(number, [&]<int T>() { tiles.template operator()<T, Ints>(); });
           continue;
         }
       with_count<MOST_TOKENS>(number, [&]<int T>() { tiles.template operator()<T, Floats>(); });
@@ -91,8 +93,9 @@ void products_of_rows(const Number* w, int64_t row, int64_t n, const Inputs& x, 
   for (int64_t i = 0; i < x.tokens * ROWS; i += 4) lane_sums(&sums[i], out + i);
 }
 
+// Whether a tensor is in a format that products read.
 bool is_read(const Tensor& numbers) {
-  ScalarType type = numbers.scalar_type();
+  const ScalarType type = numbers.scalar_type();
   return numbers.is_cpu() && (type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16);
 }
 
@@ -101,18 +104,22 @@ struct Weight {
   ScalarType type;  // Byte: few bits
   const void* numbers;
   const Format* format = nullptr;  // of few bits
-  int64_t rows, columns, row;  // row: elements from one row to the next
+  int64_t rows;
+  int64_t columns;
+  int64_t row;  // elements from one row to the next
   ScalarType bias_type = ScalarType::Float;
   const void* bias = nullptr;
 
-  // Of two tensors: its numbers, and a bias or an empty one.
-  Weight(const Tensor* of, int64_t rows, int64_t columns) : rows(rows), columns(columns) {
-    const Tensor &weight = of[0], &added = of[1];
-    type = weight.scalar_type(), numbers = weight.const_data_ptr();
+  // Of two tensors: the matrix, and a bias or an empty one.
+  Weight(const Tensor* tensors, int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+    const Tensor& weight = tensors[0];
+    const Tensor& added = tensors[1];
+    type = weight.scalar_type();
+    numbers = weight.const_data_ptr();
     if (type == ScalarType::Byte) {
       STD_TORCH_CHECK(weight.numel() > HEADER && weight.is_cpu(), "weight: empty, or not in the memory of the CPU");
       format = &format_of(*static_cast<const uint8_t*>(numbers));
-      STD_TORCH_CHECK(weight.numel() == format->size(rows, columns) && weight.is_contiguous(), "weight: no matrix of ", rows,
+      STD_TORCH_CHECK(weight.numel() == format->num_bytes(rows, columns) && weight.is_contiguous(), "weight: no matrix of ", rows,
                       " times ", columns, " in few bits");
     } else {
       STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns && weight.stride(1) == 1 && is_read(weight),
@@ -121,7 +128,8 @@ struct Weight {
     }
     if (added.numel()) {
       STD_TORCH_CHECK(added.numel() == rows && added.is_contiguous() && is_read(added), "bias: not of ", rows, " rows, or in no format of a bias");
-      bias = added.const_data_ptr(), bias_type = added.scalar_type();
+      bias = added.const_data_ptr();
+      bias_type = added.scalar_type();
     }
   }
 
@@ -139,12 +147,12 @@ struct Weight {
   }
 
   // Rows that are multiplied at a time.
-  int64_t unit_of(const Inputs& x) const { return format && !x.in_tiles() ? BLOCK : ROWS; }
+  int64_t unit_of(const Inputs& x) const { return format && !x.in_tiles() ? PANEL : ROWS; }
   static std::unique_ptr<float[]> memory_for(int64_t tokens) {
     return std::make_unique_for_overwrite<float[]>(round_up(tokens, tiles::ROWS) * ROWS);
   }
 
-  // n rows of x W^T + b from row `at` on, [T, unit]. By tiles, what is beyond these tokens and rows is zeros.
+  // n rows of x W^T + b from row `at` on, [T, unit]. By tiles, what is beyond the tokens and rows is zeros.
   void products(int64_t at, int64_t n, const Inputs& x, float* to) const {
     const int64_t unit = unit_of(x);
     products_of(at, n, x, to);
@@ -156,17 +164,17 @@ struct Weight {
   }
 
  private:
-  // Products of n rows, [T, ROWS] or, of few bits without tiles, [T, BLOCK].
+  // Products of n rows, [T, ROWS] or, of few bits without tiles, [T, PANEL].
   void products_of(int64_t at, int64_t n, const Inputs& x, float* products) const {
     if (format) {
-      const int64_t of_block = format->to(x.rounded.groups);
-      const auto* block = static_cast<const uint8_t*>(numbers) + HEADER + at / BLOCK * of_block;
+      const int64_t panel_bytes = format->panel_bytes(x.rounded.blocks);
+      const auto* panel = static_cast<const uint8_t*>(numbers) + HEADER + at / PANEL * panel_bytes;
       if constexpr (HAS_TILES)
         if (x.in_tiles())
           return with_format(*format, [&]<size_t I>() {
-            products_of_cells_by_tiles<I>(block, (n + BLOCK - 1) / BLOCK, of_block, x, products);
+            panel_products_by_tiles<I>(panel, (n + PANEL - 1) / PANEL, panel_bytes, x, products);
           });
-      return products_of_block(*format, block, x.rounded, products);
+      return panel_products(*format, panel, x.rounded, products);
     }
     with_numbers(type, numbers, [&]<class Number>(const Number* w) {
       if constexpr (HAS_TILES && !std::is_same_v<Number, float>)
@@ -181,12 +189,14 @@ struct Norm {
   ScalarType type = ScalarType::Float;
   const void* weight = nullptr;  // none: no norm, of an empty tensor
   int64_t size = 0;
-  float epsilon = 0.0f, offset = 0.0f;  // the weight is a factor with the offset added
+  float epsilon = 0.0f;
+  float offset = 0.0f;  // the weight is a factor with the offset added
 
   Norm(const Tensor& from, int64_t size, double epsilon, bool is_centred)
       : size(size), epsilon(epsilon), offset(is_centred) {
     if (!from.numel()) return;
-    type = from.scalar_type(), weight = from.const_data_ptr();
+    type = from.scalar_type();
+    weight = from.const_data_ptr();
     STD_TORCH_CHECK(from.numel() == size && from.is_contiguous() && is_read(from), "norm: not of ", size, " columns, or in no format of a norm");
   }
   void operator()(const float* x, float* normed) const {
@@ -195,7 +205,7 @@ struct Norm {
     for (; j + LANES <= size; j += LANES) squares = fma(load<Floats>(x + j), load<Floats>(x + j), squares);
     float sum = lane_sum(squares);
     for (; j < size; j++) sum += x[j] * x[j];
-    float scale = 1.0f / std::sqrt(sum / float(size) + epsilon);
+    const float scale = 1.0f / std::sqrt(sum / float(size) + epsilon);
     with_numbers(type, weight, [&](auto* factors) {
       for (j = 0; j + LANES <= size; j += LANES) {
         Floats numbers = load<Floats>(x + j) * scale * (widen(factors + j) + offset);
