@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 975, "classes": 190, "parameters": 2094}
+LIMITS = {"functions": 976, "classes": 190, "parameters": 2097}
 
 
 def count() -> dict[str, int]:

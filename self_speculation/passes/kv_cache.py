@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -24,6 +25,19 @@ _FIRST_ALLOCATION, _SHARE = 1024, 0.8
 Pair = tuple[Tensor, Tensor]  # keys and values
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros. On a CPU it takes neither time nor memory until it is written: with both, a step in
+    which all slots grow held up all rows.
+    """
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError("no memory for keys and values") from error
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+
+
 class Buffers:
     """Keys and values by layer, each [slots, kv_heads, capacity, head_dim], of layers that have run.
 
@@ -40,6 +54,7 @@ class Buffers:
         self._devices, self.shape, self.dtype = devices, shape, dtype
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
         self.of_layers: dict[int, Pair] = {}
+        self.num_used = [0] * num_slots  # on a CPU: positions that may have been written; the others are zero
         self.num_caches = 0  # the last one has the buffers
 
     def all(self) -> Iterator[Tensor]:
@@ -66,12 +81,16 @@ class Buffers:
         shape, device = (self.num_slots, kv_heads, self.capacity, head_dim), self._devices[layer]
         try:
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
-            keys, values = (torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(2))
+            keys, values = (zeros(shape, self.dtype, device) for _ in range(2))
         except (MemoryError, RuntimeError):  # a shorter sequence may still fit
             self.capacity = self.capacity_of_all
             raise
         for new, part in zip((keys, values), old or (), strict=False):
-            new[:, :, : part.shape[2]] = part
+            if not self.grows:
+                new[:, :, : part.shape[2]] = part
+                continue
+            for slot, number in enumerate(self.num_used):
+                new[slot, :, : min(number, part.shape[2])] = part[slot, :, :number]
         self.of_layers[layer] = keys, values
         return keys, values
 
@@ -86,6 +105,8 @@ class Buffers:
         for device, num_layers in Counter(self._devices).items():
             position = 2 * num_layers * math.prod(self.shape) * self.dtype.itemsize  # of a slot
             taken = sum(part.nbytes for part in self.all() if part.device == device)
+            if self.grows:  # other positions take no memory yet
+                taken = min(taken, sum(self.num_used) * position)
             free, row = taken + free_memory(device), least * position
             if free < self.num_slots * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
@@ -191,8 +212,11 @@ class KVCache:
 
     def make_room(self, first: int, last: int, widths: Sequence[int]) -> list[Tensor]:
         """Keys and values of layers first..last-1, all slots, with room for new positions [B] of each row."""
-        end = max(map(sum, zip(self.lengths(first), widths, strict=True)))
-        pairs = [self.buffers.with_room(layer, end) for layer in range(first, last)]
+        ends = [sum(pair) for pair in zip(self.lengths(first), widths, strict=True)]
+        pairs = [self.buffers.with_room(layer, max(ends)) for layer in range(first, last)]
+        used = self.buffers.num_used
+        for slot, end in enumerate(ends, self.first_slot):
+            used[slot] = max(used[slot], end)
         return [part for pair in pairs for part in pair]
 
     def extend(self, first: int, last: int, widths: Sequence[int]) -> None:
@@ -240,8 +264,10 @@ class KVCache:
 
     def clear_slot(self, slot: int) -> None:
         """Fill it with zeros: it may hold NaN, and a mask does not keep NaN out."""
+        end = self.buffers.num_used[slot] if self.buffers.grows else None
         for buffer in self.buffers.all():
-            buffer[slot].zero_()
+            buffer[slot, :, :end].zero_()
+        self.buffers.num_used[slot] = 0
 
     def swap(self, slot: int, other: int, length: int) -> None:
         """Exchange the first `length` positions of two slots. It allocates nothing, so memory cannot run out
@@ -249,6 +275,8 @@ class KVCache:
         """
         if slot == other:
             return
+        used = self.buffers.num_used
+        used[slot] = used[other] = max(used[slot], used[other])
         for buffer in self.buffers.all():
             bits = buffer[:, :, :length].view(getattr(torch, f"int{8 * buffer.itemsize}"))
             one, another = bits[slot], bits[other]

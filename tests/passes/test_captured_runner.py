@@ -28,7 +28,7 @@ from test_llama_model_utils import family, windowed
 
 from self_speculation import Request
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
-from self_speculation.passes import captured_runner, runners
+from self_speculation.passes import captured_runner, kv_cache, runners
 from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.model_runner import forward
 from self_speculation.passes.runners import capture_decoding, fuse, make_runner
@@ -153,7 +153,7 @@ def test_an_error_in_a_capture(fails, monkeypatch):
         if fails in ("growth", "tables"):
             buffers = scheduler._ensure_prepared().cache.buffers
             # Of one layer, and the keys of the next.
-            fail_after(*((3, torch, "zeros") if fails == "growth" else (0, buffers._tables, "reserve")))
+            fail_after(*((3, kv_cache, "zeros") if fails == "growth" else (0, buffers._tables, "reserve")))
             scheduler.add_request(1, Request(prompts[3]))
             scheduler.step()
             assert buffers.capacity == min(part.shape[2] for part in buffers.all())

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from self_speculation.passes import kv_cache
 from self_speculation.passes.kv_cache import Buffers, KVCache
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def test_slots_are_swapped_without_memory(dtype):
 
 
 @pytest.mark.parametrize("left", range(5))
-def test_growing_without_memory_keeps_what_is_there(left):
+def test_growing_without_memory_keeps_what_is_there(left, monkeypatch):
     """Guards against lost positions, and against a capacity that is not there, so that shorter sequences fail
     as well.
     """
@@ -99,11 +100,21 @@ def test_growing_without_memory_keeps_what_is_there(left):
     for layer in range(2):
         append(cache, range(8), layer)
     cache.reserve(1000, 2000)  # of another sequence
+    allocated, zeros = [], kv_cache.zeros
+
+    def few_zeros(*args):
+        if len(allocated) == left:
+            raise MemoryError
+        allocated.append(args)
+        return zeros(*args)
+
+    monkeypatch.setattr(kv_cache, "zeros", few_zeros)
     try:
-        with OutOfMemory(left):
-            cache.make_room(0, 2, [1])
-    except torch.OutOfMemoryError:
+        cache.make_room(0, 2, [1])
+    except MemoryError:
+        assert left < 4
         assert (cache.buffers.capacity, cache.lengths(0), cache.lengths(1)) == (8, [8], [8])
+    monkeypatch.undo()
     cache.rollback([4])
     for layer in range(2):
         keys, values = append(cache, range(4, 8), layer)
@@ -125,3 +136,41 @@ def test_buffers_grow_one_after_another(monkeypatch):
     monkeypatch.setattr(Buffers, "with_room", with_room)
     cache.make_room(0, 4, [16])
     assert alive == [8, 6, 4, 2]
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that operations write."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.__name__.partition(".")[0] in ("copy_", "zero_", "zeros", "fill_", "clone", "index_put_"):
+            self.numbers += result.numel()
+        return result
+
+
+def test_growing_costs_time_by_what_slots_hold():
+    """Guards against a step that copies or clears the room of all slots, and holds up all rows for seconds,
+    when a long prompt comes; and against positions that are lost or not zero.
+    """
+    cache = cache_of(*[CPU] * 2, num_slots=4)
+    cache.buffers.reserve(40_000, 1)
+    for layer in range(2):
+        append(cache, range(8), layer)
+    other = cache.prompt_view(2)
+    for layer in range(2):
+        append(other, range(100, 105), layer)
+    cache.swap(1, 2, 5)
+    with Written() as written:
+        cache.buffers.reserve(90_000, 1)
+        cache.prompt_view(1, [5]).make_room(0, 2, [80_000])
+        cache.clear_slot(2)
+    assert written.numbers <= 2 * 2 * 2 * 3 * (8 + 5 + 5 + 5)
+    for part in cache.buffers.all():
+        assert part.shape == (4, 2, 90_000, 3)
+        assert part[0, 0, :8, 0].tolist() == [*range(8)]
+        assert part[1, 0, :5, 0].tolist() == [*range(100, 105)]
+        assert not part[0, :, 8:].any()
+        assert not part[1, :, 5:].any()
+        assert not part[2:].any()

@@ -109,7 +109,12 @@ def test_a_shutdown_finishes_what_it_can_and_aborts_the_rest(engine, seconds, ki
 def test_a_prompt_that_is_alone_holds_nobody_up(engine, monkeypatch):
     """Guards against a request, or the end of the server, that waits for a thousand tokens."""
     sizes = []
-    watch(monkeypatch, engine._scheduler, "_prefill", lambda chosen: sizes.append(sum(width for _, width in chosen)))
+    watch(
+        monkeypatch,
+        engine._scheduler,
+        "_prefill",
+        lambda chosen: sizes.append(sum(width for _, width in chosen)),
+    )
     with held(engine) as at_rest:
         _, results = submit(engine, [[5] * 200])
         assert at_rest.wait(60)
