@@ -162,8 +162,9 @@ def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):
     for keys, answer in (
         ("\x03", "/exit or Ctrl-D leaves"),
         ("x " * 300 + "\r", "error: the prompt has .* leaves no room"),
-        ("/leave\r", "/leave: no such command, there are /clear, /system, /exit"),
-        ("/exit of this function:\r", "20 tokens in"),
+        ("/leave\r", "/leave: no such command; did you mean /clear"),
+        ("/exit of this function:\r", "/exit: takes no text"),
+        ("/etc/hosts has:\r", "20 tokens in"),
     ):
         child.sends(keys)
         child.expect(answer)
