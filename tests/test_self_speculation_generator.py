@@ -1,10 +1,11 @@
 """Drafts and batches change nothing: ids are those of a row alone without drafts; greedy, of transformers."""
 
+import re
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import PROMPT, ROOT, generate, ids_of, tiny_llama
+from conftest import PROMPT, ROOT, generate, ids_of, mixed_drafts, tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from self_speculation import GenerationConfig, Request, SelfSpeculativeGenerationStrategy
@@ -97,6 +98,17 @@ def test_the_worked_round_of_the_page():
         "cached positions after the round": cached_after,
         "ids after the round": after,
     }
+
+
+def test_the_round_that_the_page_writes_has_the_ids_of_the_generator():
+    """Guards against a round in the page that no longer runs, or that gives other ids, greedy or sampled. The
+    page compares the ids.
+    """
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    round_of_one_row, comparison = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "assert output ==" in comparison
+    with mixed_drafts("exit 3"):
+        exec(round_of_one_row + comparison, {})
 
 
 def test_a_processor_runs_once_per_row_of_logits():
