@@ -27,6 +27,7 @@ from serving.metrics import FinishedRequest, figures
 from serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.responses import ResponsesRequest
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
+from serving.tools import CallReader
 
 RequestKind = type[ChatRequest | CompletionRequest | ResponsesRequest]
 _SEEDS = 2**63
@@ -57,6 +58,7 @@ class _Choice:
     index: int
     job: Job
     logprobs: LogprobCollector | None
+    call_reader: CallReader | None
     finished: FinishedRequest | None = None
 
 
@@ -134,7 +136,7 @@ class Answer:
                 logprobs = LogprobCollector(generator.tokenizer, request.num_top_logprobs, prepared.reader)
                 prepared = replace(prepared, stopping_criteria=logprobs)
             job = Job(prepared, emit, self._is_cancelled, max_time, self._arrival_time, origin=self._origin)
-            self._choices.append(_Choice(index, job, logprobs))
+            self._choices.append(_Choice(index, job, logprobs, request.call_reader()))
         served.engine.submit([choice.job for choice in self._choices])
 
     def cancel(self) -> None:
@@ -144,7 +146,8 @@ class Answer:
     async def parts(self) -> AsyncGenerator[str]:
         """The answer as one JSON object, or as server-sent events."""
         async for choice, delta in self._deltas():
-            if part := self._writer.add(self._format(choice, delta)):
+            formatted = self._format(choice, delta)
+            if formatted and (part := self._writer.add(formatted)):
                 yield part
         yield self._writer.end(self._figures())
 
@@ -159,23 +162,27 @@ class Answer:
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, Delta):
-                if request.streams_text or event.thinking:  # other text comes at the end
-                    yield choice, event
+                yield choice, event
                 continue
             unfinished -= 1
             delta = Delta("")
-            if not request.streams_text:
+            if not request.stream:
                 whole = choice.job.request.finish(event)
-                delta = Delta(whole.decoded_prediction, thinking="" if request.stream else whole.thinking)
+                delta = Delta(whole.decoded_prediction, thinking=whole.thinking)
             choice.finished = FinishedRequest(choice.job, event)
             yield choice, delta
 
-    def _format(self, choice: _Choice, delta: Delta) -> dict[str, Any]:
-        """Format new text: that of a chunk, or the whole answer."""
+    def _format(self, choice: _Choice, delta: Delta) -> dict[str, Any] | None:
+        """Format new text: that of a chunk, or the whole answer. None: the text may become a call."""
         logprobs, stop_reason = None, choice.finished.result.stop_reason if choice.finished else None
         if choice.logprobs:
             # The tokens of a stop word are not part of the answer.
             logprobs = choice.logprobs.take(len(delta.text), stop_reason not in (None, "stop_word"))
+        if choice.call_reader and not delta.thinking:
+            text, calls = choice.call_reader.read(delta.text, choice.finished is not None)
+            if not (text or calls or logprobs or choice.finished):
+                return None
+            delta = Delta(text, calls=calls, has_calls=choice.call_reader.num_calls > 0)
         return self.request.choice(choice.index, delta, logprobs, stop_reason)
 
     def _figures(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from self_speculation.decoding.grammar import Grammar, GrammarError
 from serving import fields
 from serving.errors import APIError
 from serving.streaming import Delta, TokenLogprob
-from serving.tools import call_grammar, find_calls
+from serving.tools import CallReader, call_grammar, find_calls
 
 FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
 # Fields that `TokenizeRequest` has, too.
@@ -93,11 +93,6 @@ class BaseRequest(SharedFields, ABC):
         """The language of all output; None: any. Raises GrammarError for an invalid schema."""
         return Grammar.lark(f"start: {rule}") if (rule := self.rule) else None
 
-    @property
-    def streams_text(self) -> bool:
-        """Whether text is sent as it comes."""
-        return self.stream
-
     def writer(self, model: str) -> ChoicesWriter:
         """What writes the answer."""
         return ChoicesWriter(self, self._head(model))
@@ -129,6 +124,10 @@ class BaseRequest(SharedFields, ABC):
         if self.stream_drafts:
             choice["draft"] = {"accepted": delta.accepted, "pending": delta.pending}
         return choice
+
+    def call_reader(self) -> CallReader | None:
+        """What finds calls in the text of a stream, if there may be any."""
+        return None
 
     def first_choice(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002
         """The choice of a stream before those with new text, if there is one."""
@@ -181,10 +180,6 @@ class ChatRequest(BaseRequest):
         """Number of likely tokens to return at each position; None: return no log-probabilities."""
         return self.top_logprobs if self.logprobs else None
 
-    @property
-    def streams_text(self) -> bool:
-        return self.stream and not self.tools_for_template  # it may be a call
-
     @cached_property
     def tools_for_template(self) -> list[dict[str, Any]]:
         """The tools that the model may call."""
@@ -212,6 +207,11 @@ class ChatRequest(BaseRequest):
             raise APIError("tool_choice: names no tool of this request", param="tool_choice")
         return call_grammar(tools, tokenizer, name)
 
+    def call_reader(self) -> CallReader | None:
+        """See `BaseRequest`."""
+        tools = self.tools_for_template
+        return CallReader(tools, self.parallel_tool_calls) if self.stream and tools else None
+
     def first_choice(self, index: int) -> dict[str, Any]:
         """See `BaseRequest`."""
         return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
@@ -219,16 +219,23 @@ class ChatRequest(BaseRequest):
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
         has_reasoning = delta.thinking and self.include_reasoning
         reasoning = dict.fromkeys(_REASONING, delta.thinking) if has_reasoning else {}
-        message, tools = dict[str, Any](content=delta.text), self.tools_for_template
-        if functions := find_calls(delta.text, tools) if tools else []:
-            calls: list[dict[str, Any]] = [
+        message, tools, has_calls = (
+            dict[str, Any](content=delta.text),
+            self.tools_for_template,
+            delta.has_calls,
+        )
+        if self.stream and delta.calls:
+            message = {"content": delta.text or None, "tool_calls": delta.calls}
+        elif not self.stream and tools:
+            text, functions = find_calls(delta.text, tools)
+            calls = [
                 {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
                 for function in functions[: None if self.parallel_tool_calls else 1]
             ]
-            if self.stream:
-                calls = [{"index": index, **call} for index, call in enumerate(calls)]
-            message = {"content": None, "tool_calls": calls}
-            finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
+            has_calls = bool(calls)
+            message = {"content": text or None, "tool_calls": calls} if calls else message
+        if has_calls and finish_reason == "stop":
+            finish_reason = "tool_calls"
         if not self.stream:
             message = {"role": "assistant", **message, **reasoning, "refusal": None}
         elif delta.thinking:

@@ -3,7 +3,7 @@
 import codecs
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ class Delta(NamedTuple):
     accepted: int = 0  # leading characters that are accepted drafts
     pending: str = ""  # the draft after all text so far
     thinking: str = ""  # of a stream; then `text` is empty, and `accepted` counts characters of this
+    calls: Sequence[dict[str, Any]] = ()  # parts of calls, of a stream
+    has_calls: bool = False  # so far, in a stream
 
 
 class DeltaStreamer(StandardTextStreamer):

@@ -6,6 +6,7 @@ object alone (Llama 3).
 
 import json
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,7 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from self_speculation.decoding.grammar import Grammar, json_rule
 from self_speculation.decoding.texts import Tag
 
-_BEGIN = re.compile(r"<tool_call>\s*")
+_TAG = "<tool_call>"
+_BEGIN = re.compile(rf"\s*{_TAG}\s*")
+_BEGIN_OR_OBJECT = re.compile(rf"{_BEGIN.pattern}|\A\s*(?={{)")
+# A call up to its arguments, which are an object or a list.
+_HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=[{[])')
 _END = re.compile(r"\s*</tool_call>")
 _decoder = json.JSONDecoder()
 
@@ -68,18 +73,26 @@ def call_grammar(
     return Grammar.lark("\n".join(rules))
 
 
-def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The calls of these functions in an answer: `name`, and `arguments` as JSON. Empty if it has none, or
-    something that is no call.
+def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[dict[str, str]]]:
+    """The text before the calls of these functions in an answer, and the calls: `name`, and `arguments` as
+    JSON. All is text if there are none, or something that is no call.
     """
-    names = [tool["function"]["name"] for tool in tools]
-    calls = []
-    for call in _objects(text):
-        if not isinstance(call, dict) or call.get("name") not in names:
-            return []
-        arguments = call.get("arguments", call.get("parameters", {}))
-        calls.append({"name": call["name"], "arguments": json.dumps(arguments)})
-    return calls
+    calls = [_function(content, tools) for content in _objects(text)]
+    functions = [call for call in calls if call is not None]
+    if not calls or len(functions) < len(calls):
+        return text, []
+    begin = _BEGIN_OR_OBJECT.search(text)
+    return text[: begin.start()] if begin else "", functions
+
+
+def _function(content: Any, tools: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+    """A call of one of the tools; None: it is no call."""
+    if not isinstance(content, dict) or content.get("name") not in [
+        tool["function"]["name"] for tool in tools
+    ]:
+        return None
+    arguments = content.get("arguments", content.get("parameters", {}))
+    return {"name": content["name"], "arguments": json.dumps(arguments)}
 
 
 def _objects(text: str) -> list[Any]:
@@ -97,3 +110,89 @@ def _objects(text: str) -> list[Any]:
             found.append(content)
         return found
     return []
+
+
+class CallReader:
+    """Finds calls in an answer as its text comes, and passes on their arguments as they grow. Text before the
+    first call is text, as is what proves to be no call. After a call there are only calls.
+    """
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]], several: bool) -> None:
+        self._tools, self._several = tools, several
+        self.num_calls = 0
+        self._held = ""  # what may be a call, or the arguments so far of a call that grows
+        self._num_sent: int | None = None  # characters of these arguments that are passed on
+        self._is_start, self._may_call = True, True
+
+    def read(self, new: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
+        """Returns new text of the answer, and parts of calls. The first part of a call has an id."""
+        self._held += new
+        texts, parts = list[str](), list[dict[str, Any]]()
+        while self._take(new, texts, parts):
+            pass
+        if is_last and not self.num_calls:
+            texts.append(self._held)
+        return "".join(texts), parts
+
+    def _take(self, new: str, texts: list[str], parts: list[dict[str, Any]]) -> bool:
+        """Take what is decided; False: the rest needs more text."""
+        if self._num_sent is not None:
+            return self._grow(self._num_sent, new, parts)
+        begin = (
+            (_BEGIN_OR_OBJECT if self._is_start else _BEGIN).search(self._held) if self._may_call else None
+        )
+        end = begin.start() if begin else self._num_decided()
+        if text := self._held[:end]:
+            self._is_start = False
+            if not self.num_calls:
+                texts.append(text)
+        self._held = self._held[end:]
+        return self._begin_call(begin.end() - end, new, parts) if begin else False
+
+    def _num_decided(self) -> int:
+        """Characters of the held text that are before a tag that may begin at its end."""
+        if not self._may_call:
+            return len(self._held)
+        start = self._held.rfind("<")
+        is_tag = start >= 0 and _TAG.startswith(self._held[start:])
+        return len(self._held[: start if is_tag else None].rstrip())
+
+    def _begin_call(self, start: int, new: str, parts: list[dict[str, Any]]) -> bool:
+        """Begin a call whose JSON starts there, or take a whole one if its arguments do not come last."""
+        if head := _HEAD.match(self._held, start):
+            call, end = {"name": head[1]}, head.end()
+        elif "}" in new:
+            try:
+                call, end = _decoder.raw_decode(self._held, start)
+            except (ValueError, RecursionError):
+                return False
+        else:
+            return False
+        if (function := _function(call, self._tools)) is None:
+            self._may_call = False
+            return True
+        if head:
+            function["arguments"] = ""
+        part = {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+        parts.append({"index": self.num_calls, **part})
+        self.num_calls += 1
+        self._held = self._held[end:]
+        self._num_sent = 0 if head else None
+        self._is_start, self._may_call = False, bool(head) or self._several
+        return True
+
+    def _grow(self, num_sent: int, new: str, parts: list[dict[str, Any]]) -> bool:
+        """Pass on more arguments of the last call."""
+        end = None
+        if "}" in new or "]" in new:
+            with suppress(ValueError, RecursionError):
+                end = _decoder.raw_decode(self._held)[1]
+        index, arguments = self.num_calls - 1, self._held[num_sent:end]
+        if parts and parts[-1]["index"] == index:
+            parts[-1]["function"]["arguments"] += arguments
+        elif arguments:
+            parts.append({"index": index, "function": {"arguments": arguments}})
+        self._num_sent = None if end else len(self._held)
+        if end:
+            self._held, self._may_call = self._held[end:], self._several
+        return end is not None

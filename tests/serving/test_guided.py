@@ -117,7 +117,10 @@ def test_a_call_and_its_result(served, choice, stream):
     answer = served.client.chat.completions.create(**request, stream=stream)
     choices = [each.choices[0] for each in (answer if stream else [answer])]
     messages = [choice.delta if stream else choice.message for choice in choices]
-    [message] = [message for message in messages if message.tool_calls]
+    message, *others = [message for message in messages if message.tool_calls]
+    assert bool(others) == stream  # the arguments as they grow
+    for other in others:
+        message.tool_calls[0].function.arguments += other.tool_calls[0].function.arguments
     message.role = "assistant"
     assert choices[-1].finish_reason == "tool_calls"
     [call] = message.tool_calls

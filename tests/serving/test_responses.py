@@ -43,13 +43,6 @@ def answered(served, told, /, **request):
         EVENTS.validate_python(event.model_dump(by_alias=True))
         assert event.sequence_number == number
     last = events[-1]
-    assert (events[0].type, last.type) == ("response.created", f"response.{whole.status}")
-    changing = {"id": True, "created_at": True, "usage": True, "metrics": True}
-    changing["output"] = {"__all__": {"id", "call_id"}}
-    assert last.response.model_dump(exclude=changing) == whole.model_dump(exclude=changing)
-    assert [
-        event.item for event in events if event.type == "response.output_item.done"
-    ] == last.response.output
     deltas = {}
     for event in events:
         if event.type.endswith(".delta"):
@@ -57,6 +50,15 @@ def answered(served, told, /, **request):
     for item in last.response.output:
         said = item.arguments if item.type == "function_call" else item.content[0].text
         assert deltas.get(item.id, "") == said
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert done == last.response.output
+    for item in last.response.output:
+        if item.type == "function_call":  # a stream has the model's spaces
+            item.arguments = json.dumps(json.loads(item.arguments))
+    assert (events[0].type, last.type) == ("response.created", f"response.{whole.status}")
+    changing = {"id": True, "created_at": True, "usage": True, "metrics": True}
+    changing["output"] = {"__all__": {"id", "call_id"}}
+    assert last.response.model_dump(exclude=changing) == whole.model_dump(exclude=changing)
     return whole, events
 
 

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, normalizers
 
 from self_speculation import Request
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
-from serving.tools import call_grammar, find_calls
+from serving.tools import CallReader, call_grammar, find_calls
 
 TAGS, OBJECT = "{% if tools %}<tool_call>{% endif %}", '{% if tools %}{"name": , "parameters": }{% endif %}'
 
@@ -65,7 +65,7 @@ def test_added_tokens_are_guided(family):
         return result.decoded_prediction, result.generation_strategy_result.predicted_tokens
 
     called, ids = answer(call_grammar(TOOLS[1:2], tokenizer))
-    assert find_calls(called, TOOLS)
+    assert find_calls(called, TOOLS)[1]
     tags = [id_ for id_ in ids if id_ in tokenizer.get_added_vocab().values()]
     assert tokenizer.convert_ids_to_tokens(tags) == [tag for tag in TAG_NAMES if tag in special + others]
     text = f"e\u0301{''.join(special + others)}"
@@ -127,16 +127,16 @@ def test_calls_are_found():
     """Guards against words that are taken for a call."""
     call = '{"name": "weather", "arguments": {"city": "Rome", "days": 2}}'
     expected = {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}
-    assert find_calls(f"<tool_call>\n{call}\n</tool_call>", TOOLS) == [expected]
-    assert find_calls(f"<tool_call>{call}</tool_call>" * 2, TOOLS) == [expected] * 2
-    assert find_calls(call.replace("arguments", "parameters"), TOOLS) == [expected]
+    assert find_calls(f"<tool_call>\n{call}\n</tool_call>", TOOLS)[1] == [expected]
+    assert find_calls(f"<tool_call>{call}</tool_call>" * 2, TOOLS)[1] == [expected] * 2
+    assert find_calls(call.replace("arguments", "parameters"), TOOLS)[1] == [expected]
     others = ["It is sunny.", "{}", "[1]", "[" * 9999, '{"name": "unknown"}', '{"name": []}']
     for text in (
         *others,
         "<tool_call>{</tool_call>",
         f"<tool_call>{call}</tool_call><tool_call>{{</tool_call>",
     ):
-        assert find_calls(text, TOOLS) == []
+        assert find_calls(text, TOOLS)[1] == []
 
 
 @pytest.mark.parametrize("name", ["arguments", "parameters"])
@@ -152,7 +152,63 @@ def test_an_argument_may_hold_tags(name):
         call = json.dumps({"name": "weather", name: arguments})
         expected = {"name": "weather", "arguments": json.dumps(arguments)}
         tagged = f"<tool_call>\n{call}\n</tool_call>"
-        assert find_calls(call, TOOLS) == [expected]
-        assert find_calls(f"I see.\n{tagged}\n{tagged}", TOOLS) == [expected] * 2
-        assert find_calls(f"{tagged}<tool_call>{{", TOOLS) == [expected]
-        assert find_calls(f"<tool_call>{call} and more</tool_call>", TOOLS) == []
+        assert find_calls(call, TOOLS)[1] == [expected]
+        assert find_calls(f"I see.\n{tagged}\n{tagged}", TOOLS)[1] == [expected] * 2
+        assert find_calls(f"{tagged}<tool_call>{{", TOOLS)[1] == [expected]
+        assert find_calls(f"<tool_call>{call} and more</tool_call>", TOOLS)[1] == []
+
+
+NESTED = '{"name": "weather", "arguments": {"city": "</tool_call> {}]", "days": [2, {"a": "\\""}]}}'
+ANSWERS = [
+    f"<tool_call>\n{NESTED}\n</tool_call>",
+    f"I see.\n<tool_call>\n{NESTED}\n</tool_call>\n<tool_call>{NESTED}</tool_call>\n",
+    NESTED,
+    f" {NESTED} ",
+    '<tool_call>{"arguments": {"city": "Rome"}, "name": "weather"}</tool_call>',
+    '<tool_call>{"name": "stop", "arguments": 5}</tool_call>',
+    '<tool_call>{"name": "st\\u006fp", "arguments": {}}</tool_call>',
+    '{"name": "stop"}',
+    # No calls:
+    "It is sunny. 1 < 2, <tool_cal",
+    '{"name": "Rome", "days": 2}',
+    "<tool_call>{</tool_call> yes",
+    '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>',
+    "{ so it begins",
+    "[" * 9999,
+    "",
+]
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_stream_has_the_calls_of_the_whole(answer, size):
+    """However the text is cut. Guards against calls that a stream loses, repeats or makes of words."""
+    reader, text, calls = CallReader(TOOLS, several=True), "", []
+    pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
+    for piece, is_last in [*((piece, False) for piece in pieces), ("", True)]:
+        said, parts = reader.read(piece, is_last)
+        text += said
+        for part in parts:
+            if "id" in part:
+                calls.append({**part["function"]})
+            else:
+                calls[-1]["arguments"] += part["function"]["arguments"]
+            assert part["index"] == len(calls) - 1
+    expected_text, expected = find_calls(answer, TOOLS)
+    assert (text, len(calls)) == (expected_text, reader.num_calls)
+    for call in calls:
+        call["arguments"] = json.dumps(json.loads(call["arguments"]))
+    assert calls == expected
+
+
+def test_text_and_arguments_come_as_they_grow():
+    """Guards against a stream that waits for the end of a call, or of an answer that might be one."""
+    reader = CallReader(TOOLS, several=False)
+    assert reader.read("I see <b", False) == ("I see <b", [])
+    assert reader.read(" \n<tool", False) == ("", [])
+    assert reader.read('_call>{"name": "weather", ', False) == ("", [])
+    text, [begun] = reader.read('"arguments": {"city": "Ro', False)
+    assert (text, begun["function"]) == ("", {"name": "weather", "arguments": '{"city": "Ro'})
+    assert reader.read('me"', False) == ("", [{"index": 0, "function": {"arguments": 'me"'}}])
+    assert reader.read("}", False) == ("", [{"index": 0, "function": {"arguments": "}"}}])
+    assert reader.read('}</tool_call><tool_call>{"name": "stop", "arguments": {}}', True) == ("", [])
