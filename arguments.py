@@ -8,9 +8,10 @@ import ast
 import difflib
 import json
 import re
+import shlex
 import sys
 from argparse import SUPPRESS
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +44,9 @@ _NO_FLAGS = ("trust_remote_code", "fuse")
 
 # Fields of GenerationConfig that are flags of few scripts.
 SELDOM = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "reuse_cache")
+
+_VARIABLE = "SELF_SPECULATION_"  # begins the name of a variable for a flag
+_OTHER_VARIABLES = ("SELF_SPECULATION_CACHE",)
 
 # Flags of llama.cpp, transformers and vLLM: what does the same here, or why nothing has to.
 _FOREIGN = {
@@ -184,11 +188,16 @@ class RunArguments(BatchArguments):
 
 
 def parse(
-    description: str, *groups: type, args: Sequence[str] | None = None, without: Collection[str] = ()
+    description: str,
+    *groups: type,
+    args: Sequence[str] | None = None,
+    without: Collection[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """Parse one instance of each dataclass in `groups` from the command line.
 
-    Fields named in `without` are no flags. With --resume FOLDER, the arguments of that run are the defaults.
+    Fields named in `without` are no flags. With --resume FOLDER, the arguments of that run are the defaults;
+    with an `environment`, variables such as SELF_SPECULATION_PORT are.
     Bad usage ends the program with status 2 and one line that names the flag, the value and what is allowed.
     """
     names = {field.name for group in groups for field in fields(group)} - {*without, *_NO_FLAGS}
@@ -210,12 +219,14 @@ def parse(
         print(parser.format_help(), end="")
         print("" if shows_all else "\n--help all lists all flags.\n", end="")
         sys.exit(0)
+    variables = _from_environment(environment or {}, parser)
+    given = argparse.Namespace()
     try:
         given, unknown = parser.parse_known_args(args)
         earlier = _earlier_arguments(given.resume) if "resume" in given else {}
         for group in groups:  # an earlier version may have written it
             check_types(group, earlier)
-        values = earlier | vars(given)
+        values = earlier | variables | vars(given)
         found = [
             group(**{each.name: values[each.name] for each in fields(group) if each.name in values})
             for group in groups
@@ -225,11 +236,31 @@ def parse(
         hint = f"; a value that begins with - is written {error.argument_name}={dashed[0]}" if dashed else ""
         refuse(f"{error}{hint}")
     except ValueError as error:  # a dataclass refuses its own value; the message starts with the field
-        refuse(f"--{error}")
+        name, _, problem = str(error).partition(" ")
+        is_variable = name in variables and name not in given
+        refuse(f"{_VARIABLE}{name.upper()} {problem}" if is_variable else f"--{error}")
     if unknown:
         hint = _hint(unknown[0], [f"--{name}" for name in names])
         refuse(f"unknown argument {unknown[0]!r}; {hint}--help all lists the flags")
     return tuple(found)
+
+
+def _from_environment(environment: Mapping[str, str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Values of flags by variables. An empty variable is none."""
+    flags, words = parser._option_string_actions, list[str]()
+    for variable in sorted(
+        name for name, value in environment.items() if name.startswith(_VARIABLE) and value
+    ):
+        flag, value = f"--{variable.removeprefix(_VARIABLE).lower()}", environment[variable]
+        if variable in _OTHER_VARIABLES:
+            continue
+        if flag not in flags:
+            refuse(f"{variable}: there is no flag {flag}; {_hint(flag, flags)}--help all lists the flags")
+        words += [flag, *shlex.split(value)] if flags[flag].nargs == "+" else [f"{flag}={value}"]
+    try:
+        return vars(parser.parse_args(words))
+    except argparse.ArgumentError as error:
+        refuse(f"{_VARIABLE}{(error.argument_name or '').strip('-').upper()}: {error.message}")
 
 
 def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[str], shows_all: bool) -> None:

@@ -3,9 +3,11 @@
     python serve.py --generation_strategy self_speculative --exit_layer 3 --num_speculations 3 --batch_size 8
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "def f(x):"}'
 
-The flags are defaults for what requests leave out.
+The flags are defaults for what requests leave out. Variables of the environment are defaults of the flags:
+SELF_SPECULATION_PORT is that of --port.
 """
 
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from arguments import SELDOM, BatchArguments, GenerationConfig, ModelArguments, 
 from runs import ranks
 from runs.flags import validate
 from runs.program import on_signals, run
-from runs.status import print_status
+from runs.status import log_as_json, print_status
 from serving.flags import ServeArguments
 
 _GRACE = 5  # seconds in which aborted requests get their last event
@@ -28,7 +30,11 @@ _SWITCH_INTERVAL = 5e-4  # seconds that another thread may keep the engine's wai
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments)
     without = ("output_dir", *SELDOM)
-    model_args, config, batch, args = parse(__doc__ or "", *groups, args=argv, without=without)
+    model_args, config, batch, args = parse(
+        __doc__ or "", *groups, args=argv, without=without, environment=os.environ
+    )
+    if args.log_format == "json":
+        log_as_json()
     config = replace(config, reuse_cache=True)
     if not ranks.is_first():
         return 2  # the first one says why

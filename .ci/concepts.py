@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 976, "classes": 190, "parameters": 2097}
+LIMITS = {"functions": 988, "classes": 193, "parameters": 2125}
 
 
 def count() -> dict[str, int]:

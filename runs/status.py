@@ -1,10 +1,15 @@
 """Progress at a terminal, and lines about slow work."""
 
+import json
+import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from threading import Timer
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,6 +17,7 @@ from runs import ranks
 
 _SILENCE = 1.0  # seconds before a line names the work
 _SECONDS_WITHOUT_BAR = 2.0
+_is_json = False
 
 
 @contextmanager
@@ -40,8 +46,33 @@ def work_bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], object
         yield bar.update
 
 
-def print_status(line: str) -> None:
-    """Print a line to standard error at the first process. No work ends because nobody can read the line."""
+def print_status(line: str, **fields: Any) -> None:
+    """Print a line to standard error at the first process. No work ends because nobody can read the line.
+
+    Args:
+        fields: of the line's object, after `log_as_json`.
+    """
+    if _is_json:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "message": line.strip(), **fields})
     if ranks.is_first():
         with suppress(OSError):  # a full disk, a closed pipe
             print(line, file=sys.stderr, flush=True)
+
+
+def log_as_json() -> None:
+    """From now on lines are JSON objects, those of Python's logging and warnings, too."""
+    global _is_json
+    _is_json = True
+    logging.basicConfig(handlers=[_JSONHandler(logging.WARNING)], force=True)
+    logging.captureWarnings(True)
+
+
+class _JSONHandler(logging.Handler):
+    """Prints records of Python's logging as objects."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = {"level": record.levelname.lower()}
+        if record.exc_info:
+            fields["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        print_status(record.getMessage(), **fields)

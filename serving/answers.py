@@ -23,7 +23,7 @@ from self_speculation.families import context_length
 from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.flags import ServeArguments
-from serving.metrics import FinishedRequest, figures
+from serving.metrics import FinishedRequest, Origin, figures
 from serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.responses import ResponsesRequest
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
@@ -67,7 +67,7 @@ class Answer:
     invalid request, and take a while for a long one.
     """
 
-    def __init__(self, served: ServedModel, origin: str) -> None:
+    def __init__(self, served: ServedModel, origin: Origin) -> None:
         self._served, self._generator, self._origin = served, served.generator, origin
         self._arrival_time, self._loop = time.perf_counter(), asyncio.get_running_loop()
         # Of a choice: its index, and a `Delta`, its result or its error.

@@ -26,7 +26,7 @@ from self_speculation.families import context_length
 from serving.answers import Answer, AnswerResponse, RequestKind, ServedModel
 from serving.errors import APIError, unrouted
 from serving.fair_queue import FairQueue, Result
-from serving.metrics import Metrics
+from serving.metrics import Metrics, Origin
 from serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -59,7 +59,7 @@ class App:
 
     def __init__(self, served: ServedModel, address: str) -> None:
         args, model = served.args, served.generator.model
-        self._served, self._engine, self._key = served, served.engine, args.key
+        self._served, self._engine, self._key = served, served.engine, args.api_key
         self._metrics = Metrics(served.engine, served.name, args.log_requests)
         self._parsing = FairQueue("bodies", served.engine.max_jobs)
         self._compiling = FairQueue("grammars", served.engine.max_jobs)
@@ -97,7 +97,7 @@ class App:
             return
         http, has_begun = HTTPRequest(scope), False
         request_id = http.headers.get("x-request-id", "")[:_LONGEST_ID] or uuid.uuid4().hex
-        http.state.origin = f"{http.method} {http.scope['path']} {request_id}"
+        http.state.origin = Origin(http.method, http.scope["path"], request_id)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal has_begun

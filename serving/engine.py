@@ -52,7 +52,7 @@ class Job:
     timeout: float = math.inf  # seconds from arrival to end
     arrival_time: float = field(default_factory=time.perf_counter)
     admission_time: float = math.nan
-    origin: str = ""  # of whose request, for a log
+    origin: object = ""  # of whose request, for a log
 
 
 class Engine:

@@ -1,8 +1,8 @@
 """The flags of serve.py besides those of model and generation. Imports nothing heavy."""
 
 import math
-import os
 from dataclasses import dataclass
+from typing import Literal
 
 from arguments import TemplateArguments, at_least, check
 
@@ -30,6 +30,8 @@ class ServeArguments(TemplateArguments):
     """Most bytes of a request body."""
     log_requests: bool = False
     """Print a line for each answer and error: its path and x-request-id, how it ended, tokens and times."""
+    log_format: Literal["text", "json"] = "text"
+    """How lines on standard error are written; json: one object a line, with `time` and `message`."""
     shutdown_time: float = 30.0
     """Seconds after SIGTERM, SIGHUP or Ctrl-C in which the server ends, at least 5. Requests that are
     unfinished 5 seconds before are aborted."""
@@ -43,8 +45,3 @@ class ServeArguments(TemplateArguments):
         at_least(self, 1, "max_body")
         if self.max_answer_tokens is not None:
             at_least(self, 1, "max_answer_tokens")
-
-    @property
-    def key(self) -> str | None:
-        """The API key, from the flag or the environment."""
-        return self.api_key or os.environ.get("SELF_SPECULATION_API_KEY") or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -20,6 +20,17 @@ _SIZES = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # tok
 _LONGEST_LINE = 200  # characters
 _MOST_NAMES = 200  # of ignored fields, since clients could fill the log and the memory with them
 _LONGEST_NAME = 50  # characters that are kept
+
+
+class Origin(NamedTuple):
+    """Where a request came from, for the log."""
+
+    method: str
+    path: str
+    request_id: str
+
+    def __str__(self) -> str:
+        return " ".join(self)
 
 
 class FinishedRequest:
@@ -41,6 +52,20 @@ class FinishedRequest:
             f"({self.result.num_cached_tokens} cached); "
             f"{self.drafts.num_accepted} of {self.drafts.num_drafted} drafted accepted"
         )
+
+    @property
+    def for_log(self) -> dict[str, float]:
+        """Its figures as fields of a line; times in seconds."""
+        return {
+            "prompt_tokens": self.result.num_prompt_tokens,
+            "cached_tokens": self.result.num_cached_tokens,
+            "completion_tokens": self.num_tokens,
+            "drafted_tokens": self.drafts.num_drafted,
+            "accepted_tokens": self.drafts.num_accepted,
+            "queue_time": round(self.queue_time, 6),
+            "time_to_first_token": round(self.time_to_first_token, 6),
+            "latency": round(self.latency, 6),
+        }
 
 
 # vLLM's names of what is counted, what they mean, and the number of a finished request.
@@ -99,11 +124,11 @@ class Metrics:
         buckets = _TIMES if name.endswith("seconds") else _SIZES
         return self._vllm(Histogram, name, about, buckets=buckets).labels(**self._labels)
 
-    def count_error(self, error: BaseException, origin: str) -> APIError:
+    def count_error(self, error: BaseException, origin: Origin) -> APIError:
         """Count any error of a request; returns the one that the client gets."""
         found = APIError.of(error)
         self._refused.labels(str(found.status)).inc()
-        self._log(origin, f"{found.status}, {found}")
+        self._log(origin, f"{found.status}, {found}", status=found.status)
         return found
 
     def count_round(self, num_rows: int, seconds: float) -> None:
@@ -114,8 +139,8 @@ class Metrics:
         """Count a job that was in the batch, in the engine's thread. `count_error` counts its error."""
         finished = FinishedRequest(job, result)
         if error is None:
-            self._log(job.origin, finished)
             reason = FINISH_REASONS[str(result.stop_reason)]
+            self._log(job.origin, finished, finish_reason=reason, **finished.for_log)
             self._finished.labels(**self._labels, finished_reason=reason).inc()
         for counter, value in self._counters:
             counter.inc(value(finished))
@@ -131,15 +156,20 @@ class Metrics:
             self._ignored.update(new)
             _print(f"requests have fields that this server ignores: {', '.join(new)}")
 
-    def _log(self, origin: str, line: object) -> None:
+    def _log(self, origin: Any, line: object, **fields: Any) -> None:
         if self._log_requests:
-            _print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {origin}: {line}")
+            request = origin._asdict() if isinstance(origin, Origin) else {}
+            request = {name: _shortened(value) for name, value in request.items()}
+            _print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {origin}: {line}", **request, **fields)
 
 
-def _print(line: str) -> None:
+def _print(line: str, **fields: Any) -> None:
     """In ASCII, since clients could write anything."""
-    line = ascii(line)[1:-1]
-    print_status(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 3]}...")
+    print_status(_shortened(ascii(line)[1:-1]), **fields)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE - 3]}..."
 
 
 def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:

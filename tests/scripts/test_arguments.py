@@ -51,6 +51,30 @@ def test_spellings_of_flags():
         assert given_flags(words, type(group)) == {field}
 
 
+def test_flags_by_variables(capsys):
+    """Guards against a variable that wins over a flag, one of another kind of value, and a misspelt one."""
+
+    def found(args=(), **variables):
+        environment = {f"SELF_SPECULATION_{name}": value for name, value in variables.items()}
+        groups = (GenerationConfig, ServeArguments)
+        return parse("test", *groups, args=args, environment={"PORT": "1", **environment})
+
+    config, serve = found(PORT="81", SAMPLE="no", STOP_WORDS="'yes, sir' b", API_KEY="", CACHE="x")
+    assert (serve.port, config.sample, serve.api_key) == (81, False, None)
+    assert config.stop_words == ["yes, sir", "b"]
+    assert found(["--port", "82"], PORT="81")[1].port == 82
+    for variables, says in (
+        ({"PROT": "1"}, "SELF_SPECULATION_PROT: there is no flag --prot; did you mean --port?"),
+        ({"PORT": "x"}, "SELF_SPECULATION_PORT: invalid int value: 'x'"),
+        ({"PORT": "99999"}, "SELF_SPECULATION_PORT 99999: must be between 0 and 65535"),
+        ({"SAMPLE": "maybe"}, "SELF_SPECULATION_SAMPLE: must be True or False, not 'maybe'"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            found(**variables)
+        message = capsys.readouterr().err
+        assert (exit_.value.code, says in message) == (2, True), message
+
+
 def test_model_args_become_python_values():
     """Guards against `False` as a text, commas in a dictionary, and code that any value trusts."""
     given = 'a=1,b=x, c=True,d=0.5,e=nOne,f=FALSE,g={"h": 4.0, "i": [1, 2], "j": "k=m"}, l=3'

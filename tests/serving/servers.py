@@ -60,7 +60,7 @@ class Served:
         self._thread.start()
         until(lambda: self._server.started)
         self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key=self.args.key or "none", max_retries=0)
+        self.client = OpenAI(base_url=f"{self.url}/v1", api_key=self.args.api_key or "none", max_retries=0)
         return self
 
     def __exit__(self, *_):

@@ -1,6 +1,7 @@
 """serve.py as a process: flags, clients, signals."""
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -25,19 +26,21 @@ FLAGS = [
 
 
 @contextlib.contextmanager
-def serving(*args, port=0, env=None):
-    """Run the script; yields its process, the model's name and the URL."""
+def serving(*args, port=0, env=None, lines=None):
+    """Run the script; yields its process, the model's name and the URL. `lines` gets its standard error."""
     with tempfile.TemporaryFile() as stderr:
         flags = [*FLAGS, "--port", port, *args]
         script = forks.Fork(ROOT / "serve.py", *flags, stderr=stderr.fileno(), env=env)
         try:
-            while not (found := re.search(r"serving (\S+) at (http://\S+)\n", forks.read(stderr))):
+            while not (found := re.search(r'serving (\S+) at (http://[^\s"]+)["\n]', forks.read(stderr))):
                 assert script.poll() is None, forks.read(stderr)
                 time.sleep(0.01)
             yield script, found[1], found[2]
             said = forks.read(stderr)
             assert "Traceback" not in said, said
-            assert script.poll() != 0 or said.endswith("the server has ended\n"), said
+            assert script.poll() != 0 or "the server has ended" in said.splitlines()[-1], said
+            if lines is not None:
+                lines += said.splitlines()
         finally:
             script.end()
 
@@ -62,6 +65,28 @@ def test_a_server_from_its_start_to_its_end():
         assert script.wait() == 0
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
+
+
+def test_flags_by_variables_and_lines_as_objects():
+    """Guards against a variable that is not read or wins over its flag, and a line that is no object."""
+    variables = {"API_KEY": "sesame", "SERVED_NAME": "mine", "LOG_FORMAT": "json", "LOG_REQUESTS": "true"}
+    env = {f"SELF_SPECULATION_{name}": value for name, value in {**variables, "MAX_WAITING": "7"}.items()}
+    lines = []
+    with serving("--served_name", "yours", env=env, lines=lines) as (script, name, url):
+        assert name == "yours"
+        assert requests.get(f"{url}/v1/models").status_code == 401
+        headers = {"Authorization": "Bearer sesame", "X-Request-Id": "a b"}
+        body = {"prompt": "def", "max_tokens": 3}
+        assert requests.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60).ok
+        script.send_signal(signal.SIGTERM)
+        assert script.wait() == 0
+    found = [json.loads(line) for line in lines]
+    assert all({"time", "message"} <= each.keys() for each in found)
+    refused, answered = [each for each in found if "request_id" in each]
+    assert (refused["method"], refused["path"], refused["status"]) == ("GET", "/v1/models", 401)
+    assert (answered["path"], answered["request_id"]) == ("/v1/completions", "a b")
+    assert (answered["completion_tokens"], answered["finish_reason"]) == (3, "length")
+    assert answered["latency"] >= answered["time_to_first_token"] > 0
 
 
 def test_a_second_signal_aborts_long_requests_with_an_error(endless_folder):
