@@ -24,7 +24,7 @@ from runs.description import Record
 from runs.examples import Experiment, run_experiment
 from runs.program import run
 from runs.records import Run
-from self_speculation.passes.model_runner import ModelRunner, forward_early, forward_remainder
+from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.runners import make_runner
 from self_speculation.transfers import on_device
 
@@ -61,14 +61,15 @@ def decode(
         states = []
         inputs = unread
         while True:
-            early = forward_early(runner, cache, on_device(inputs, runner.device)[None], config.exit_layer)
+            early = runner.run(cache, on_device(inputs, runner.device)[None], 0, config.exit_layer)
             states.append(early.hidden)
             left = min(config.num_speculations, config.max_steps - len(output) - 1) - len(draft)
             if left <= 0 or {*draft[-1:]} & {*eos}:
                 break
             draft.append(int(early.logits[0, -1].argmax()))
             inputs = draft[-1:]
-        result = forward_remainder(runner, cache, torch.cat(states, 1), config.exit_layer)
+        exit_hidden = torch.cat(states, 1)
+        result = runner.run(cache, exit_hidden, config.exit_layer, num_logits=exit_hidden.shape[1])
         targets = result.logits[0, len(unread) - 1 :].argmax(-1).tolist()
         count = next((i for i, id_ in enumerate(draft) if id_ != targets[i]), len(draft))
         num_drafted += len(draft)

@@ -10,7 +10,6 @@ from runs.description import Record
 from self_speculation import GenerationStrategyResult
 from self_speculation.decoding.sampling import Sampler, gumbel_noise, noise_key
 from self_speculation.passes.in_place_runner import rounds_prompts
-from self_speculation.passes.model_runner import forward
 from self_speculation.passes.runners import activation_dtype, eager_runner
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
@@ -50,7 +49,7 @@ def find_difference(
     pairs = enumerate(zip(first, second, strict=False))
     position = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
     history, runner = torch.tensor([[*prompt, *first[:position]]], device=model.device), eager_runner(model)
-    logits = forward(runner, runner.new_cache(history.shape[1], history.shape[1]), history).logits[:, -1]
+    logits = runner.run(runner.new_cache(history.shape[1], history.shape[1]), history).logits[:, -1]
     logits = LogitsProcessorList(processors)(history, logits.float())  # [1, V]
     keys = torch.tensor([noise_key(seed, position)], device=model.device)
     chosen = [output[position] for output in (first, second) if position < len(output)]

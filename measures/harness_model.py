@@ -45,7 +45,6 @@ from runs.status import print_status
 from self_speculation import Request, Sampler
 from self_speculation.config import SAMPLING_RULES, check
 from self_speculation.families import context_length
-from self_speculation.passes.model_runner import forward_early
 from self_speculation.passes.runners import activation_dtype, eager_runner
 from self_speculation.threads import adjust_threads
 
@@ -161,7 +160,7 @@ class SelfSpeculativeLM(HFLM):
         cache = runner.new_cache(width, width, num_slots=rows)
         cache.set_rows([0] * rows)
         with torch.inference_mode():
-            return forward_early(runner, cache, inps, self._own_depth, width).logits
+            return runner.run(cache, inps, 0, self._own_depth, width).logits
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A completion of each request, by its own generation arguments.

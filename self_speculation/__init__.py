@@ -25,7 +25,7 @@ _HOME = {
     "StandardTextStreamer": "speculative_streamer",
     "Thinking": "decoding.texts",
     "ThreadGovernor": "threads",
-    "decode_next_token": "decoding.sampling",
+    "decode_next_token": "llama_model_utils",
     "default_model": "config",
     "fuse": "passes.runners",
     "govern_threads": "threads",
@@ -33,7 +33,7 @@ _HOME = {
     "make_strategy": "strategies",
     "release": "model_cache",
     "self_speculative_generate": "custom_generate",
-    "top_k_top_p_filtering": "decoding.sampling",
+    "top_k_top_p_filtering": "llama_model_utils",
 }
 
 __all__ = sorted(_HOME)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from self_speculation.config import GenerationStrategyName
-from self_speculation.passes.model_runner import PassRange, forward_early
+from self_speculation.passes.model_runner import PassRange
 from self_speculation.scheduler import Decoding, DecodingStrategy
 
 
@@ -19,5 +19,5 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
         """Reads from the device: one."""
         batch = decoding.batch
         ids = batch.last[:, None]
-        logits = forward_early(decoding.runner, decoding.cache, ids, decoding.depth).logits
+        logits = decoding.runner.run(decoding.cache, ids, 0, decoding.depth).logits
         batch.sample_and_commit(logits[:, 0])

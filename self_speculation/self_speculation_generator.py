@@ -17,7 +17,7 @@ from self_speculation.decoding.sampling import amax, leading_matches
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft, row_by_row
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner, PassRange, forward
+from self_speculation.passes.model_runner import ModelRunner, PassRange
 from self_speculation.scheduler import Decoding, DecodingStrategy
 from self_speculation.transfers import AsyncRead, on_device
 
@@ -53,7 +53,7 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     limits = [sequence.draft_limit(batch.longest_draft) for sequence in batch.sequences]  # [B]
     draft = composer.draft(batch, cache, limits)
     if draft is None:
-        logits = forward(runner, cache, batch.last[:, None]).logits  # [B, 1, V]
+        logits = runner.run(cache, batch.last[:, None]).logits  # [B, 1, V]
         cache.rollback(0)  # keeps what it has appended
         batch.sample_and_commit(logits[:, 0])
         batch.commit_unread()  # the next round looks for these tokens

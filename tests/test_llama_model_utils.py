@@ -15,16 +15,15 @@ from self_speculation.families import (
     context_length,
     experts_per_token,
 )
-from self_speculation.llama_model_utils import crop_past_key_values
-from self_speculation.passes.full_forward import hidden_after_each_layer
-from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
-from self_speculation.passes.model_runner import (
-    PREFILL_CHUNK,
-    ModelRunner,
+from self_speculation.llama_model_utils import (
+    crop_past_key_values,
     forward,
     forward_early,
     forward_remainder,
 )
+from self_speculation.passes.full_forward import hidden_after_each_layer
+from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
+from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner
 from self_speculation.passes.runners import fuse
 
 SHAPE = {

@@ -8,7 +8,6 @@ from conftest import ADAPTIVE, LAYERS, Recorder, generate, random_plans, tiny_ll
 from helpers import watch
 from transformers import MaxLengthCriteria
 
-from self_speculation import autoregressive_generator as generator
 from self_speculation.decoding import batch
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.passes.model_runner import ModelRunner
@@ -89,7 +88,7 @@ def test_the_next_pass_is_queued_before_a_read(late, request_, expected, monkeyp
     """
     order = []
     monkeypatch.setattr(batch, "reads_late", lambda device: late)
-    watch(monkeypatch, generator, "forward_early", lambda *_, **__: order.append("pass"))
+    watch(monkeypatch, ModelRunner, "run", lambda *_, **__: order.append("pass"))
     watch(monkeypatch, AsyncRead, "wait", lambda *_: order.append("read"))
     generate(tiny_llama(), PROMPT[:3], max_steps=6, **{"eos": [], **request_})
     assert order == expected

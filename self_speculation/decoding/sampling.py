@@ -9,7 +9,6 @@ Tensors in, tensors out. On a GPU nothing here is read. Each row is computed by 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +17,6 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from self_speculation.config import LEAST_TEMPERATURE, SAMPLING_RULES, GenerationConfig
 
@@ -81,32 +79,6 @@ def _noise_of_all(keys: Tensor, vocab_size: int) -> Tensor:
 @lru_cache(maxsize=24)
 def _noise_of_position(key: int, vocab_size: int) -> Tensor:
     return gumbel_noise(torch.tensor([key]), torch.arange(vocab_size)[None])[0]
-
-
-def top_k_top_p_filtering(
-    logits: Tensor,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    filter_value: float = -math.inf,
-    min_tokens_to_keep: int = 1,
-) -> Tensor:
-    """Keep the `top_k` largest logits and, of those, the smallest set whose mass reaches `top_p`.
-
-    Uses the filters of transformers.
-
-    Args:
-        logits: [..., V]; not changed.
-        top_k: 0 keeps all.
-        top_p: 1.0 keeps all.
-        filter_value: replaces the other logits.
-        min_tokens_to_keep: the least number of logits to keep.
-    """
-    rows = logits.reshape(-1, logits.shape[-1])
-    if top_k > 0:
-        rows = TopKLogitsWarper(top_k, filter_value, min_tokens_to_keep)(None, rows)
-    if top_p < 1.0:
-        rows = TopPLogitsWarper(top_p, filter_value, min_tokens_to_keep)(None, rows)
-    return rows.reshape(logits.shape)
 
 
 @dataclass(frozen=True)
@@ -220,32 +192,3 @@ def leading_matches(drafted: Sequence[float], tokens: Sequence[float], lengths: 
         accepted.append(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
         start += length
     return accepted
-
-
-def decode_next_token(
-    logits: Tensor,
-    token_idx: int | None = None,
-    sample: bool = False,
-    temperature: float = 0.7,
-    top_k: int = 50,
-    top_p: float = 0.95,
-) -> tuple[Tensor, Tensor | None]:
-    """Sample the next token at one position, or at every position, by torch's generator.
-
-    Args:
-        logits: [B, T, V]; not changed.
-        token_idx: the position; negative ones count from the end; None: all T positions.
-        sample: False (or temperature 0) takes the most likely token.
-
-    Returns:
-        Greedy: tokens [B] of one position or [B, T] of all, and None. Sampled: tokens [B, 1] or [B, T], and
-        their distributions [B, V] or [B * T, V].
-    """
-    if token_idx is not None:
-        logits = logits[:, token_idx]
-    if not sample or temperature < LEAST_TEMPERATURE:
-        return logits.argmax(-1), None
-    rows = logits.reshape(-1, logits.shape[-1]).float() / temperature
-    probabilities = top_k_top_p_filtering(rows, top_k, top_p).softmax(-1)
-    tokens = probabilities.multinomial(1)
-    return tokens.view(logits.shape[:-1] if token_idx is None else (-1, 1)), probabilities

@@ -20,7 +20,6 @@ from torch.nn.functional import embedding
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from self_speculation.config import check_kind
 from self_speculation.families import AttentionType, attention_types, check_supported, key_shape
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
 from self_speculation.passes.kv_cache import Buffers, KVCache
@@ -100,6 +99,31 @@ class ModelRunner:
             return self._embed(input_ids).to(self.dtype)
         return embedding(input_ids, self._embed.weight).to(self.dtype) * scale  # not rounded to 16 bits
 
+    def run(
+        self, cache: KVCache, inputs: Tensor, first: int = 0, last: int | None = None, num_logits: int = 1
+    ) -> ForwardResult:
+        """Layers first..last-1 (None: to the last layer) over T new tokens; logits for the last `num_logits`.
+
+        Args:
+            inputs: [B, T] ids where `first` is 0, else [B, T, H] states after layer `first - 1`; not changed.
+
+        Raises:
+            ValueError: the cache is another model's. The operators would write beyond such a cache.
+        """
+        buffers = cache.buffers
+        if (buffers.shape, buffers.dtype) != (self.key_shape, self.dtype):
+            what = f"keys {buffers.shape} in {buffers.dtype}, the runner {self.key_shape} in {self.dtype}"
+            raise ValueError(f"cache: has {what}; take one of runner.new_cache")
+        rows, width = inputs.shape[:2]
+        hidden = inputs.to(self.dtype, copy=True) if first else self.embed(inputs)
+        last = len(self.layers) if last is None else last
+        hidden = self.run_layers(cache, hidden.flatten(0, 1), [width] * rows, first, last)
+        hidden = hidden.view(rows, width, -1)
+        if num_logits == 0:
+            return ForwardResult(hidden.new_empty(rows, 0, 0), hidden)
+        logits = self.logits(hidden[:, -num_logits:].flatten(0, 1))
+        return ForwardResult(logits.view(rows, num_logits, -1), hidden)
+
     def run_layers(
         self, cache: KVCache, hidden: Tensor, widths: Sequence[int], first: int, last: int
     ) -> Tensor:
@@ -170,22 +194,6 @@ class PassRange(NamedTuple):
     max_width: int = 1
 
 
-def forward(runner: ModelRunner, cache: KVCache, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
-    """All layers over T new tokens [B, T]; logits for the last `num_logits` of them."""
-    return _forward(runner, cache, input_ids, 0, None, num_logits)
-
-
-def forward_early(
-    runner: ModelRunner,
-    cache: KVCache,
-    input_ids: Tensor,
-    exit_layer: int,
-    num_logits: int = 1,
-) -> ForwardResult:
-    """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
-    return _forward(runner, cache, input_ids, 0, exit_layer, num_logits)
-
-
 def forward_pieces(
     runner: ModelRunner, cache: KVCache, pieces: Sequence[list[int]], exit_layer: int, ended: Sequence[int]
 ) -> Tensor:
@@ -197,35 +205,3 @@ def forward_pieces(
     ends = [*accumulate(map(len, pieces))]
     last = [hidden[ends[row] - 1] for row in ended]  # of each, [H]
     return runner.logits(torch.stack(last)) if last else hidden[:0]
-
-
-def forward_remainder(
-    runner: ModelRunner, cache: KVCache, exit_hidden: Tensor, exit_layer: int
-) -> ForwardResult:
-    """Layers exit_layer..L-1 over the exit hidden states [B, T, H] of T tokens; logits for all of them."""
-    return _forward(runner, cache, exit_hidden, exit_layer, None, exit_hidden.shape[1])
-
-
-def _forward(
-    runner: ModelRunner, cache: KVCache, inputs: Tensor, first: int, last: int | None, num_logits: int
-) -> ForwardResult:
-    """Layers first..last-1 (None: all after the first) over ids [B, T] or states [B, T, H]; logits for the
-    last `num_logits` tokens.
-
-    Raises ValueError for a model, which these functions take in the paper's code, and for a cache that the
-    runner's operators would write beyond.
-    """
-    check_kind("runner", runner, ModelRunner, ", as docs/moving.md shows")
-    buffers = cache.buffers
-    if (buffers.shape, buffers.dtype) != (runner.key_shape, runner.dtype):
-        what = f"keys {buffers.shape} in {buffers.dtype}, the runner {runner.key_shape} in {runner.dtype}"
-        raise ValueError(f"cache: has {what}; take one of runner.new_cache")
-    rows, width = inputs.shape[:2]
-    hidden = inputs.to(runner.dtype, copy=True) if first else runner.embed(inputs)
-    last = len(runner.layers) if last is None else last
-    hidden = runner.run_layers(cache, hidden.flatten(0, 1), [width] * rows, first, last)
-    hidden = hidden.view(rows, width, -1)
-    if num_logits == 0:
-        return ForwardResult(hidden.new_empty(rows, 0, 0), hidden)
-    logits = runner.logits(hidden[:, -num_logits:].flatten(0, 1))
-    return ForwardResult(logits.view(rows, num_logits, -1), hidden)

@@ -17,7 +17,7 @@ from self_speculation.model_cache import lock
 from self_speculation.passes.fused_layers import JointLinear
 from self_speculation.passes.in_place_runner import InPlaceRunner
 from self_speculation.passes.layers import Head, PlainHead, PlainLayer
-from self_speculation.passes.model_runner import ModelRunner, forward_early
+from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.unsupported_hooks import difference
 from self_speculation.progress import progress
 from self_speculation.threads import most_threads, one_thread
@@ -209,5 +209,5 @@ def _input_squares(runner: ModelRunner, num_layers: int) -> Mapping[nn.Module, T
     # Not the one cache of captured passes.
     cache = ModelRunner.new_cache(recording, _TOKENS_TO_LEARN, _TOKENS_TO_LEARN)
     with one_thread():
-        forward_early(recording, cache, ids, num_layers, num_logits=0)
+        recording.run(cache, ids, 0, num_layers, num_logits=0)
     return squares

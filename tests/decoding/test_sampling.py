@@ -21,11 +21,10 @@ from self_speculation.decoding.sampling import (
     Sampler,
     amax,
     argmax,
-    decode_next_token,
     gumbel_noise,
     noise_key,
-    top_k_top_p_filtering,
 )
+from self_speculation.llama_model_utils import decode_next_token, top_k_top_p_filtering
 from serving.protocol import ChatRequest
 
 FILTERS = [

@@ -30,7 +30,6 @@ from self_speculation import Request
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes import captured_runner, kv_cache, runners
 from self_speculation.passes.fused_layers import FusedRunner
-from self_speculation.passes.model_runner import forward
 from self_speculation.passes.runners import capture_decoding, fuse, make_runner
 
 
@@ -266,4 +265,4 @@ def test_prompts_see_their_window():
         fuse(model)
         cache = FusedRunner(model).new_cache(12, 12)
         cache.is_prompt = True
-        assert_close(forward(FusedRunner(model), cache, ids, 12).logits, expected)
+        assert_close(FusedRunner(model).run(cache, ids, num_logits=12).logits, expected)

@@ -19,7 +19,6 @@ from runs.startup import load_generator
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.loading import gguf_files
 from self_speculation.passes.in_place_runner import rounds_prompts
-from self_speculation.passes.model_runner import forward
 from self_speculation.passes.quantized_layers import quantize
 from self_speculation.passes.runners import fuse, make_runner
 from self_speculation.weights.few_bits import (
@@ -149,7 +148,7 @@ def model_of_file(kind, byte_tokenizer, tmp_path, options=None, **config):
 def assert_near(model, exact, most):
     """Their logits differ by so much: inputs are rounded, too."""
     ids, runner = torch.randint(3, 50, (1, 80)), make_runner(model)
-    logits = forward(runner, runner.new_cache(80, 80), ids, 80).logits
+    logits = runner.run(runner.new_cache(80, 80), ids, num_logits=80).logits
     assert (logits - exact(ids).logits).norm() < most * logits.norm()
 
 
