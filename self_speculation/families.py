@@ -79,7 +79,8 @@ def key_shape(config: PretrainedConfig) -> tuple[int, int]:
 
 def context_length(config: PretrainedConfig) -> int:
     """Positions of the model, for prompt and output together."""
-    rope, positions = _scaled_rotation(config), config.max_position_embeddings
+    rope = _scaled_rotation(config)
+    positions = config.max_position_embeddings
     original = rope.get("original_max_position_embeddings", positions)
     if rope.get("rope_type") == "longrope":
         # Beyond its original context it rotates the whole past by other frequencies; cached keys are rotated.
@@ -145,7 +146,8 @@ def _settings(kind: Callable[..., object]) -> frozenset[str]:
 def attention_types(config: PretrainedConfig) -> list[AttentionType]:
     """[L] of each layer."""
     types = declared(config, "layer_types") or ["sliding_attention"] * config.num_hidden_layers
-    window, rope = declared(config, "sliding_window"), getattr(config, "rope_parameters", None) or {}
+    window = declared(config, "sliding_window")
+    rope = getattr(config, "rope_parameters", None) or {}
     return [
         AttentionType(window if kind == "sliding_attention" else None, kind if kind in rope else None)
         for kind in types

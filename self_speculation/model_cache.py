@@ -19,7 +19,8 @@ class _Shelf:
     """Of one model, by key: settings and statistics; what is made of it, after what that is valid for."""
 
     def __init__(self) -> None:
-        self.lock, self.kept = RLock(), dict[Hashable, Any]()
+        self.lock = RLock()
+        self.kept = dict[Hashable, Any]()
         self.made = dict[Hashable, tuple[Hashable, Any]]()
 
 

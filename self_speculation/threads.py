@@ -43,7 +43,8 @@ class ThreadGovernor:
     def __init__(self, on_fewer: Callable[[ThreadGovernor], object] = lambda governor: None) -> None:
         self.most = self.num_threads = torch.get_num_threads()
         self.others = 0.0  # processors that other programs used in the last window
-        self._on_fewer, self._crowded = on_fewer, -float("inf")  # when others left no more
+        self._on_fewer = on_fewer
+        self._crowded = -float("inf")  # when others left no more
         self._processors = _processors(self.most)
         self.num_processors = len(self._processors)
         self._last = self._read()
@@ -51,7 +52,8 @@ class ThreadGovernor:
     def adjust(self) -> None:
         """Set the number of threads for the thread that calls this."""
         if self.most > 1 and time.perf_counter() - self._last.clock >= self._WINDOW:
-            last, self._last = self._last, self._read()
+            last = self._last
+            self._last = self._read()
             clock, used, own = (now - before for now, before in zip(self._last, last, strict=True))
             self.others = max(0.0, used - own) / clock
             self._choose(self._last.clock)

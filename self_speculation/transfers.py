@@ -56,15 +56,18 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._began, self._start = time.perf_counter(), self._event()
+        self._began = time.perf_counter()
+        self._start = self._event()
 
     def split(self) -> None:
         """End the first interval after the work that the GPU has so far."""
-        self._split_at, self._split = time.perf_counter(), self._event()
+        self._split_at = time.perf_counter()
+        self._split = self._event()
 
     def stop(self) -> tuple[float, float]:
         """Seconds of both. Call it after a read, when the GPU is done."""
-        total, first = time.perf_counter() - self._began, self._split_at - self._began
+        total = time.perf_counter() - self._began
+        first = self._split_at - self._began
         if self._start and self._split:
             first = self._start.elapsed_time(self._split) / 1000
         return first, max(0.0, total - first)

@@ -41,7 +41,8 @@ def config_of(header: Header, given: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         ValueError: another family, no vocabulary, or a rotation that is not supported.
     """
-    metadata, architecture = header.metadata, header.metadata["general.architecture"]
+    metadata = header.metadata
+    architecture = header.metadata["general.architecture"]
     tensors = {tensor.name: tensor for tensor in header.tensors}
     family = _FAMILIES.get(architecture, architecture)
     own = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING.get(family)

@@ -42,7 +42,9 @@ _DENSE = {
 ROTATION_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 # Types of values: their numbers are indices into these codes of `struct`; 8 is a string, 9 an array.
-_NUMBERS, _STRING, _ARRAY = "BbHhIif?__Qqd", 8, 9
+_NUMBERS = "BbHhIif?__Qqd"
+_STRING = 8
+_ARRAY = 9
 
 
 class TensorInFile(NamedTuple):
@@ -64,7 +66,8 @@ class Header:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path, self._at = Path(path), 4
+        self.path = Path(path)
+        self._at = 4
         try:
             with (
                 open(path, "rb") as file,
@@ -103,9 +106,11 @@ class Header:
             return self._text()
         if kind != _ARRAY:
             return self._number(_NUMBERS[kind])
-        kind, number = self._number("I"), self._number("Q")
+        kind = self._number("I")
+        number = self._number("Q")
         if kind == _STRING:
-            at, length_at = self._at, struct.Struct("<Q").unpack_from
+            at = self._at
+            length_at = struct.Struct("<Q").unpack_from
             for _ in range(number):  # of tokens, or of merges
                 at += 8 + length_at(self._bytes, at)[0]
             self._at = at
@@ -115,9 +120,11 @@ class Header:
         return [*values]
 
     def _tensor(self) -> TensorInFile:
-        name, dimensions = self._text(), self._number("I")
+        name = self._text()
+        dimensions = self._number("I")
         shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
-        kind, start = GGMLQuantizationType(self._number("I")), self._number("Q")
+        kind = GGMLQuantizationType(self._number("I"))
+        start = self._number("Q")
         of_block, num_bytes = GGML_QUANT_SIZES[kind]
         return TensorInFile(name, shape, kind, start, math.prod(shape) // of_block * num_bytes)
 
@@ -165,7 +172,8 @@ def load_file(
         if weight.dtype != torch.uint8:
             dense[name] = weight.to(dtype or torch.float32)
             continue
-        path, (rows, columns) = name.removesuffix(".weight"), tensor.shape
+        path = name.removesuffix(".weight")
+        rows, columns = tensor.shape
         replaced = model.get_submodule(path)
         if isinstance(replaced, nn.Embedding):
             scale = getattr(replaced, "scalar_embed_scale", None)
@@ -211,7 +219,8 @@ def _read_all(
             return weight
         return torch.ops.self_speculation.weight_of_file(weight, int(tensor.kind), tensor.shape[1])
 
-    title, num_threads = f"reading {header.path.name}", torch.get_num_threads()
+    title = f"reading {header.path.name}"
+    num_threads = torch.get_num_threads()
     with progress(title, num_bytes) as advance, ThreadPoolExecutor(num_threads) as threads:
         for (name, tensor), weight in zip(
             tensors.items(), threads.map(ordered, tensors.values()), strict=True
@@ -221,8 +230,10 @@ def _read_all(
 
 
 def read_tensor(path: Path, tensor: TensorInFile, dtype: torch.dtype) -> Tensor:
-    row, row_bytes = math.prod(tensor.shape[1:]), tensor.num_bytes // tensor.shape[0]
-    weight, start = torch.empty(tensor.shape, dtype=dtype), tensor.start
+    row = math.prod(tensor.shape[1:])
+    row_bytes = tensor.num_bytes // tensor.shape[0]
+    weight = torch.empty(tensor.shape, dtype=dtype)
+    start = tensor.start
     for rows in weight.split(max(1, _AT_A_TIME // row)):
         # Read, not mapped: pages of a mapping count as memory of this process. gguf dequantises 16 rows at a
         # time; these are one row of many blocks.

@@ -56,7 +56,8 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """
     if (why := why_no_model(model)) is not None:
         raise LoadingError(f"model {model!r}: {why}")
-    path, options = Path(model).expanduser(), {"trust_remote_code": trust_remote_code}
+    path = Path(model).expanduser()
+    options = {"trust_remote_code": trust_remote_code}
     if path.suffix.lower() == ".gguf":
         return str(path.parent), {"gguf_file": path.name, **options}
     if path.is_dir():
@@ -78,7 +79,8 @@ def adapted_model(folder: str, options: LoadingOptions | None = None) -> str | N
         raise LoadingError(f"{given}: not with a LoRA adapter; merge it into its model before")
     try:  # without peft, which takes seconds to import
         config = json.loads(file.read_text("utf-8"))
-        kind, base = config["peft_type"], config["base_model_name_or_path"]
+        kind = config["peft_type"]
+        base = config["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         why = "its adapter_config.json is damaged: no peft_type or base_model_name_or_path"
         raise LoadingError(f"model {folder!r}: {why}") from error

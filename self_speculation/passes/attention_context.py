@@ -20,9 +20,11 @@ class AttentionTables:
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.module, self._context = model.base_model.rotary_emb, context_length(model.config)
+        self.module = model.base_model.rotary_emb
+        self._context = context_length(model.config)
         self.is_sdpa = model.config._attn_implementation == "sdpa"
-        self.dtype, self.device = dtype, model.base_model.embed_tokens.weight.device
+        self.dtype = dtype
+        self.device = model.base_model.embed_tokens.weight.device
         self.like = torch.empty(0, dtype=dtype, device=self.device)
         kinds = dict.fromkeys(kind.rotation for kind in attention_types(model.config))
         self._tables = dict.fromkeys(kinds, self.like.new_empty(2, 0, 0))
@@ -41,7 +43,8 @@ class AttentionTables:
                     rotation: torch.cat(cos_and_sin(self.module, self.like, positions, rotation))
                     for rotation in self._tables
                 }
-            self._tables, self._size = tables, size  # once there was memory for all of them
+            self._tables = tables  # once there was memory for all of them
+            self._size = size
 
     def cos_sin(self, rotation: str | None, num_positions: int) -> Tensor:
         """[2, at least so many positions, head_dim]"""
@@ -63,9 +66,13 @@ class AttentionContext:
     def __init__(
         self, tables: AttentionTables, cache: KVCache, first: int, width: int, kind: AttentionType
     ) -> None:
-        lengths, self.cache, self.rows, self.width = cache.lengths(first), cache, cache.num_rows, width
+        lengths = cache.lengths(first)
+        self.cache = cache
+        self.rows = cache.num_rows
+        self.width = width
         start, end = self._range = min(lengths), max(lengths) + width
-        self._tables, self._window = tables, kind.window
+        self._tables = tables
+        self._window = kind.window
         self._positions: Tensor | None = None  # [B, T]; None: rows have one length
         self._first_key = 0 if kind.window is None else max(0, start + 1 - kind.window)  # that a token sees
         is_uniform = start + width == end
@@ -83,7 +90,9 @@ class AttentionContext:
         """[1 or B, 1, T, S], added to the scores: 0 where a position sees a key, else a huge negative number.
         None: tokens see all keys or, if there are several, those up to their own.
         """
-        (start, end), tables, own = self._range, self._tables, self._positions
+        start, end = self._range
+        tables = self._tables
+        own = self._positions
         is_causal = self.sees_all and start == 0 and tables.is_sdpa
         if own is None and (self.width == 1 or is_causal):
             return None

@@ -62,13 +62,15 @@ class CapturedRunner(FusedRunner):
         return cache
 
     def run_rectangle(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        (num_rows, width, _), passes = hidden.shape, cache.buffers
+        num_rows, width, _ = hidden.shape
+        passes = cache.buffers
         if not isinstance(passes, CapturedPasses):
             return super().run_rectangle(cache, hidden, first, last)
         cache.check()
         if not self.decodes_by_kernels(cache, self.layers[first:last]):
             return super().run_rectangle(cache, hidden, first, last)
-        shape, new_positions = (padded(num_rows), padded(width)), cache.positions(first, width, self.device)
+        shape = (padded(num_rows), padded(width))
+        new_positions = cache.positions(first, width, self.device)
         cache.make_room(first, last, [width] * num_rows)
         replay = passes.capture(self, first, last, *shape)
         states, positions = passes.inputs[shape]
@@ -180,7 +182,8 @@ class GraphRecorder:
 
     def __call__(self, run: Callable[[], None]) -> Replay:
         """Run it once, for kernels and workspaces that are made on first use; then capture it."""
-        outer, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
+        outer = torch.cuda.current_stream(self._stream.device)
+        graph = torch.cuda.CUDAGraph()
         with _LOCK:
             _STREAMS[graph] = self._stream
             self._stream.wait_stream(outer)

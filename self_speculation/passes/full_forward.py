@@ -47,7 +47,8 @@ def hidden_after_each_layer(
 
 def _attention_arguments(model: PreTrainedModel, kind: AttentionType, hidden: Tensor) -> Mapping[str, object]:
     """What layers take beside [B, T, H] hidden states."""
-    width, mask = hidden.shape[1], None
+    width = hidden.shape[1]
+    mask = None
     own = torch.arange(width, device=hidden.device)
     window = kind.window if kind.window is not None and width > kind.window else None
     if window is not None or model.config._attn_implementation == "eager":  # else sdpa masks by itself

@@ -52,7 +52,9 @@ class DecodeContext:
     def __init__(
         self, tables: AttentionTables, buffers: Mapping[int, Pair], positions: Tensor, kind: AttentionType
     ) -> None:
-        self._buffers, self._positions, self._window = buffers, positions, kind.window
+        self._buffers = buffers
+        self._positions = positions
+        self._window = kind.window
         self._cos, self._sin = tables.cos_sin(kind.rotation, 1).unbind()
 
     def attend(
@@ -76,7 +78,8 @@ class JointLinear:
     """
 
     def __init__(self, *modules: Any) -> None:
-        self.modules, self.bias = modules, None
+        self.modules = modules
+        self.bias = None
         self.weight = _side_by_side([each.weight for each in modules])
         if any(each.bias is not None for each in modules):
             zeros = [self.weight.new_zeros(each.out_features) for each in modules]
@@ -115,7 +118,8 @@ class FusedLayer(LlamaLayer):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
+        mlp = layer.mlp
         weight = attention.q_proj.weight
         self._has_flash = why_no_kernels(weight.device, weight.dtype, self.head_dim) is None
         self._num_rotated = self.num_heads + self.num_kv_heads
@@ -129,7 +133,8 @@ class FusedLayer(LlamaLayer):
 
     def __call__(self, hidden: Tensor, context: AttentionContext | DecodeContext) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
-        norms, (qkv, out, gate_up, down) = self.norms, self.products
+        norms = self.norms
+        qkv, out, gate_up, down = self.products
         joint = qkv(norms["input"](hidden))
         if isinstance(context, DecodeContext):
             attended = context.attend(joint, self.index, norms["query"], norms["key"], self.scaling)
@@ -146,7 +151,8 @@ class FusedLayer(LlamaLayer):
 
     def _attended(self, joint: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, (heads + 2 kv_heads) * head_dim] -> [B * T, heads * head_dim], by kernels of torch."""
-        norms, heads = self.norms, joint.view(len(joint), -1, self.head_dim)
+        norms = self.norms
+        heads = joint.view(len(joint), -1, self.head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self.num_kv_heads), 1)
         if norms["query"] is not None:
@@ -159,12 +165,15 @@ class FusedLayer(LlamaLayer):
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim]."""
-        rows, width, scale = context.rows, context.width, self.scaling
+        rows = context.rows
+        width = context.width
+        scale = self.scaling
         heads = queries.view(rows, width, self.num_heads, -1).transpose(1, 2)
         if self._has_flash and context.sees_all:
             attended = flash_attention(heads, keys, values, scale)
         else:  # no fast kernel takes grouped heads with a mask
-            groups, mask = self.num_heads // self.num_kv_heads, context.mask
+            groups = self.num_heads // self.num_kv_heads
+            mask = context.mask
             keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
             is_causal = mask is None and width > 1
             attended = scaled_dot_product_attention(heads, keys, values, mask, 0.0, is_causal, scale=scale)
@@ -191,7 +200,8 @@ class FusedParts(Parts):
     """Plain layers and a plain head are fused."""
 
     def replace(self, model: PreTrainedModel) -> None:
-        base, head = model.base_model, model.get_output_embeddings()
+        base = model.base_model
+        head = model.get_output_embeddings()
         layers = [layer for layer in base.layers if difference(model, layer) is None]
         self.own = {layer: FusedLayer(layer) for layer in layers}
         if difference(model, base.norm, head) is None:
@@ -226,7 +236,8 @@ class FusedRunner(ModelRunner):
     def run_rectangle(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         if not self.decodes_by_kernels(cache, self.layers[first:last]):
             return super().run_rectangle(cache, hidden, first, last)
-        width, lengths = hidden.shape[1], cache.lengths(first)
+        width = hidden.shape[1]
+        lengths = cache.lengths(first)
         positions = cache.positions(first, width, self.device)
         cache.make_room(first, last, [width] * len(lengths))
         self.tables.reserve(max(lengths) + width)

@@ -38,7 +38,8 @@ class InPlaceLayer(LlamaLayer):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
+        mlp = layer.mlp
         self.products = [
             attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
             mlp.gate_proj, mlp.up_proj, mlp.down_proj,
@@ -79,7 +80,8 @@ class InPlaceParts(Parts):
     def replace(self, model: PreTrainedModel) -> None:
         if cpu_operators().variant is None or model.dtype == torch.float64:
             return
-        base, head = model.base_model, model.get_output_embeddings()
+        base = model.base_model
+        head = model.get_output_embeddings()
         roots = [*([layer] for layer in base.layers), [base.norm, head]]
         if model.dtype.itemsize == 2 and hasattr(base.embed_tokens, "scalar_embed_scale"):
             roots.append([base.embed_tokens])  # `ModelRunner.embed` scales by itself
@@ -126,7 +128,8 @@ class InPlaceRunner(ModelRunner):
         if (first, last) not in self._ranges:  # the operator sees that a parameter has other memory
             self._ranges[first, last] = self._described(first, last)
         owner, rotations = self._ranges[first, last]
-        states, begin = hidden.contiguous(), 0
+        states = hidden.contiguous()
+        begin = 0
         ends = [*accumulate(widths)]  # of each row's tokens
         num_pieces = -(-len(states) // cpu_operators().prompt_tokens)
         for piece in states.tensor_split(num_pieces):  # of nearly equal size

@@ -20,7 +20,8 @@ ALIGNMENT = 8
 # On a CPU a new cache has room for the prompt, and for this many positions divided by the number of slots.
 # On a GPU it has room for all that its requests can reach, or takes this share of the free memory: prompts,
 # graphs and sampling need the rest.
-_FIRST_ALLOCATION, _SHARE = 1024, 0.8
+_FIRST_ALLOCATION = 1024
+_SHARE = 0.8
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 
@@ -50,8 +51,12 @@ class Buffers:
     def __init__(
         self, devices: Sequence[torch.device], shape: tuple[int, int], dtype: torch.dtype, num_slots: int = 1
     ) -> None:
-        self.num_layers, self.num_slots, self.capacity = len(devices), num_slots, 0
-        self._devices, self.shape, self.dtype = devices, shape, dtype
+        self.num_layers = len(devices)
+        self.num_slots = num_slots
+        self.capacity = 0
+        self._devices = devices
+        self.shape = shape
+        self.dtype = dtype
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
         self.of_layers: dict[int, Pair] = {}
         self.num_used = [0] * num_slots  # on a CPU: positions that may have been written; the others are zero
@@ -78,7 +83,8 @@ class Buffers:
         if old is not None and end <= old[0].shape[2]:
             return old
         kv_heads, head_dim = self.shape
-        shape, device = (self.num_slots, kv_heads, self.capacity, head_dim), self._devices[layer]
+        shape = (self.num_slots, kv_heads, self.capacity, head_dim)
+        device = self._devices[layer]
         try:
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
             keys, values = (zeros(shape, self.dtype, device) for _ in range(2))
@@ -107,7 +113,8 @@ class Buffers:
             taken = sum(part.nbytes for part in self.all() if part.device == device)
             if self.grows:  # other positions take no memory yet
                 taken = min(taken, sum(self.num_used) * position)
-            free, row = taken + free_memory(device), least * position
+            free = taken + free_memory(device)
+            row = least * position
             if free < self.num_slots * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
                 raise MemoryError(
@@ -133,7 +140,9 @@ class KVCache:
 
     def __init__(self, buffers: Buffers) -> None:
         buffers.num_caches += 1
-        self.buffers, self.first_slot, self._number = buffers, 0, buffers.num_caches
+        self.buffers = buffers
+        self.first_slot = 0
+        self._number = buffers.num_caches
         self.set_rows([0])
 
     def set_rows(self, lengths: Sequence[int]) -> None:
@@ -182,7 +191,8 @@ class KVCache:
 
     def positions(self, layer: int, width: int, device: torch.device) -> Tensor:
         """[B, T] the next T positions of each row in a layer."""
-        lengths, longest = self.lengths(layer), max(self.lengths(layer))
+        lengths = self.lengths(layer)
+        longest = max(self.lengths(layer))
         missing = [longest - length for length in lengths]
         if self._missing is None or self._missing[0] != missing:
             self._missing = missing, on_device(missing, device)[:, None]
@@ -243,7 +253,8 @@ class KVCache:
     def prompt_view(self, slot: int, lengths: Sequence[int] = (0,)) -> KVCache:
         """A view of this slot and those after it, to prefill them after so many positions of each."""
         view = copy.copy(self)
-        view.first_slot, view.is_prompt = slot, True
+        view.first_slot = slot
+        view.is_prompt = True
         view.set_rows(lengths)
         return view
 
@@ -253,7 +264,8 @@ class KVCache:
 
     def remove_row(self, row: int) -> None:
         """Swap the slots of this row and the last one, then shrink."""
-        lengths, last = [*self.lengths()], self.num_rows - 1
+        lengths = [*self.lengths()]
+        last = self.num_rows - 1
         self.swap(row, last, max(lengths[row], lengths[last]))
         lengths[row] = lengths[last]
         self.set_rows(lengths[:-1])

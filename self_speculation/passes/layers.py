@@ -47,7 +47,8 @@ class Head:
     """Final norm and head: [T, H] -> [T, V]."""
 
     def __init__(self, norm: Callable[[Tensor], Tensor], product: Any) -> None:
-        self.norm, self.product = norm, product
+        self.norm = norm
+        self.product = product
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.product(self.norm(hidden))
@@ -124,14 +125,19 @@ class LlamaLayer(Layer):
     """Shapes, norms and products of a decoder layer of Llama's layout. Subclasses compute it."""
 
     def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.index, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
+        attention = layer.self_attn
+        mlp = layer.mlp
+        self.index = attention.layer_idx
+        self.head_dim = attention.head_dim
+        self.scaling = attention.scaling
         self.num_heads, self.num_kv_heads = (
             projection.out_features // self.head_dim for projection in (attention.q_proj, attention.k_proj)
         )
-        self.width, self.is_gelu = mlp.gate_proj.out_features, _is_gelu(mlp.act_fn)
+        self.width = mlp.gate_proj.out_features
+        self.is_gelu = _is_gelu(mlp.act_fn)
         # Some families norm the results of attention and MLP, too: there this name is that of attention's.
-        before_mlp, after = getattr(layer, "pre_feedforward_layernorm", None), layer.post_attention_layernorm
+        before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
+        after = layer.post_attention_layernorm
         norms = {
             "input": layer.input_layernorm,
             "query": getattr(attention, "q_norm", None),
@@ -158,7 +164,9 @@ class Parts:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        self.own, self.copies, self.dtype = dict[nn.Module, Any](), dict[Hashable, Any](), model.dtype
+        self.own = dict[nn.Module, Any]()
+        self.copies = dict[Hashable, Any]()
+        self.dtype = model.dtype
         self.counts_writes = counts_writes(model)
         is_known = config.model_type in LLAMA_LAYOUT and config._attn_implementation == "sdpa"
         if is_known and kept(model).get("is_fused"):

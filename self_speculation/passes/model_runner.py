@@ -60,16 +60,22 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model.config)
-        self.model, self.config = model, model.config
+        self.model = model
+        self.config = model.config
         parts = self.parts_kind.of(model)
-        self.parts, self.dtype, self.int4_copies = ref(parts), parts.dtype, parts.copies
-        base, head, own = model.base_model, model.get_output_embeddings(), parts.own
+        self.parts = ref(parts)
+        self.dtype = parts.dtype
+        self.int4_copies = parts.copies
+        base = model.base_model
+        head = model.get_output_embeddings()
+        own = parts.own
         self.layers: Sequence[Layer] = [own.get(layer) or PlainLayer(layer) for layer in base.layers]
         self.head: Head = own.get(head) or PlainHead(base.norm, head)
         self.attention_types = attention_types(self.config)  # [L]
         self._embed = base.embed_tokens
         self.tables = AttentionTables(model, self.dtype)
-        self.device, self.key_shape = self.tables.device, key_shape(self.config)
+        self.device = self.tables.device
+        self.key_shape = key_shape(self.config)
         devices = (next(layer.parameters()).device for layer in base.layers)
         # Offloaded layers, on "meta", run where the first ones do.
         self.devices = [self.device if device.type == "meta" else device for device in devices]
@@ -89,7 +95,9 @@ class ModelRunner:
     def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:
         """A runner of the same kind with other layers and another head."""
         other = copy.copy(self)
-        other.layers, other.head, other.is_copy = layers, head, True
+        other.layers = layers
+        other.head = head
+        other.is_copy = True
         return other
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -179,7 +187,8 @@ def run_through(
     hidden: Tensor,
 ) -> Tensor:
     """[B, T, H] through layers; those of one type share a context."""
-    contexts, states = {kind: make(kind) for kind in {kind for _, kind in layers}}, hidden.flatten(0, 1)
+    contexts = {kind: make(kind) for kind in {kind for _, kind in layers}}
+    states = hidden.flatten(0, 1)
     for layer, kind in layers:
         states = layer(states, contexts[kind])
     return states.view_as(hidden)

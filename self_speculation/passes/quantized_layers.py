@@ -70,7 +70,8 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
     title = f"quantization int{bits}"
     if experts_per_token(model.config) is not None:
         raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
-    runner, head = InPlaceRunner(model), model.get_output_embeddings()
+    runner = InPlaceRunner(model)
+    head = model.get_output_embeddings()
     _check_plain(runner, num_layers := len(runner.layers), title)
     squares = _input_squares(runner, num_layers) if bits == 4 else {}
     found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -80,12 +81,14 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
             raise ValueError(f"{title}: inputs of {name} in {model.dtype} are not finite: {why}")
 
     def rounded(module: nn.Linear) -> FewBitsLinear:
-        weight, bias = module.weight.data, None if module.bias is None else module.bias.data
+        weight = module.weight.data
+        bias = None if module.bias is None else module.bias.data
         is_whole = bits == 8 or module is head
         made = eight_bits(weight) if is_whole else four_bits(weight, squares[module])
         return FewBitsLinear(made, len(weight), weight.shape[1], bias)
 
-    num_bytes, pool = sum(module.weight.nbytes for module in found.values()), ThreadPoolExecutor
+    num_bytes = sum(module.weight.nbytes for module in found.values())
+    pool = ThreadPoolExecutor
     with progress(title, num_bytes) as advance, pool(torch.get_num_threads()) as threads:
         for (name, module), made in zip(found.items(), threads.map(rounded, found.values()), strict=True):
             model.set_submodule(name, made)
@@ -110,7 +113,9 @@ def quantized(runner: ModelRunner, num_layers: int) -> ModelRunner:
     if (why := why_no_copies(runner.model)) is not None:
         raise ValueError(f"draft_weights int4: {why}")
     _check_plain(runner, num_layers, "draft_weights int4")
-    layers, head, copies = runner.layers[:num_layers], runner.head, runner.int4_copies
+    layers = runner.layers[:num_layers]
+    head = runner.head
+    copies = runner.int4_copies
     with lock(runner.model):
         products = [*(product for layer in layers for product in layer.products), head.product]
         _make_copies(runner, num_layers, [product for product in products if product not in copies])
@@ -130,7 +135,8 @@ class CopiedHead(Head):
         self._copied = copied
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        normed, product = self.norm(hidden), self.product
+        normed = self.norm(hidden)
+        product = self.product
         logits = self._copied(normed)
         best = logits.topk(min(_COMPUTED_AGAIN, logits.shape[1]), sorted=False).indices  # [T, m]
         is_dense = not isinstance(product, FewBitsLinear)
@@ -182,7 +188,8 @@ class _Recorder(nn.Module):
 
     def __init__(self, module: Any, squares: dict[nn.Module, Tensor]) -> None:
         super().__init__()
-        self._replaced, self._squares = [module], squares  # a list: `module` is no part of this one
+        self._replaced = [module]  # a list: `module` is no part of this one
+        self._squares = squares
 
     def forward(self, x: Tensor) -> Tensor:
         (module,) = self._replaced

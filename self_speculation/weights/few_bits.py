@@ -65,7 +65,8 @@ class FewBitsLinear(_FewBits):
 
     def __init__(self, weight: Tensor, rows: int, columns: int, bias: Tensor | None = None) -> None:
         super().__init__(weight, rows, columns)
-        self.out_features, self.in_features = rows, columns
+        self.out_features = rows
+        self.in_features = columns
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +82,9 @@ class FewBitsEmbedding(_FewBits):
 
     def __init__(self, weight: Tensor, rows: int, columns: int, scale: float | None = None) -> None:
         super().__init__(weight, rows, columns)
-        self.num_embeddings, self.embedding_dim, self.scale = rows, columns, scale
+        self.num_embeddings = rows
+        self.embedding_dim = columns
+        self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.rows(ids.flatten()).view(*ids.shape, self.embedding_dim)

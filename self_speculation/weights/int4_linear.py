@@ -73,9 +73,11 @@ class Int4Linear(nn.Module):
         super().__init__()
         counts = _shares(squares)
         self.out_features, self.in_features = weight.shape
-        self.num_bytes, self._padding = copy_bytes(self), -weight.shape[1] % _GROUP
+        self.num_bytes = copy_bytes(self)
+        self._padding = -weight.shape[1] % _GROUP
         self.bias = None if bias is None else bias.bfloat16()
-        parts, scales = [], []
+        parts = []
+        scales = []
         # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
         for rows in weight.split(max(1, _AT_A_TIME // weight.shape[1] // 64) * 64):
             padded = pad(rows, (0, self._padding, 0, -len(rows) % _BLOCK_OF_ROWS))
@@ -83,7 +85,8 @@ class Int4Linear(nn.Module):
             parts.append(_packed(levels))
             scales.append(scale)
         # Levels as kernels take them; scales and middles [groups of a row, out, 2].
-        self._levels, self._scales = torch.cat(parts), torch.cat(scales, 1)
+        self._levels = torch.cat(parts)
+        self._scales = torch.cat(scales, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x.flatten(0, -2).bfloat16()
@@ -107,7 +110,8 @@ def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """
     groups = rows.float().unflatten(1, (-1, _GROUP))  # [n, groups of a row, elements]
     least, largest = groups.aminmax(dim=2, keepdim=True)
-    mean, fits = (groups * counts).sum(2, keepdim=True), []
+    mean = (groups * counts).sum(2, keepdim=True)
+    fits = []
     for share in _SHARES_OF_RANGE:
         scale = ((largest - least) * share / 15).clamp(min=1e-12)
         levels = _levels(groups, scale, (least + largest + scale) / 2)
@@ -119,7 +123,8 @@ def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         fits.append((covariance.square() / variance, covariance / variance, mean_level))
     gains, scales, mean_levels = map(torch.stack, zip(*fits, strict=True))
     best = gains.argmax(0, keepdim=True)
-    scales, mean_levels = scales.gather(0, best)[0], mean_levels.gather(0, best)[0]
+    scales = scales.gather(0, best)[0]
+    mean_levels = mean_levels.gather(0, best)[0]
     numbers = torch.cat((scales.clamp(min=1e-12), mean - scales * mean_levels), 2).to(torch.bfloat16)
     levels = _levels(groups, *numbers.float().split(1, 2)) + 8
     return levels.to(torch.int32).flatten(1), numbers.transpose(0, 1).contiguous()
