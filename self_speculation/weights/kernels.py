@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -95,13 +94,15 @@ def _load_or_build(variant: str) -> None:
         RuntimeError: it cannot be built.
         OSError: it cannot be loaded, not even from a temporary folder.
     """
+    with suppress(OSError):
+        return _load(_FOLDER / _file_name(variant))  # of a wheel or an image
     try:
-        for file in _files(variant):
-            with suppress(OSError):
-                return _load(file)
-        _build(variant, file)
+        kept = _kept_file(variant)
+        with suppress(OSError):
+            return _load(kept)
+        _build(variant, kept)
     except OSError as error:
-        with tempfile.TemporaryDirectory(prefix="self-speculation-") as folder:  # of this user alone
+        with tempfile.TemporaryDirectory(prefix="self-speculation-") as folder:  # of one user
             _build(variant, Path(folder) / _file_name(variant))
         why = f"operators: built for this process alone, since they cannot be kept: {error}"
         advice = "SELF_SPECULATION_CACHE names another folder"
@@ -149,9 +150,8 @@ def _file_name(variant: str) -> str:
     return f"layers-{variant}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
 
 
-def _files(variant: str) -> Iterator[Path]:
-    """That of a wheel or an image, and that of the user's cache. Raises OSError if there is no home."""
-    yield _FOLDER / _file_name(variant)
+def _kept_file(variant: str) -> Path:
+    """The file in the user's cache. Raises OSError if there is no home."""
     named = os.environ.get("SELF_SPECULATION_CACHE")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     folder = Path(named) if named else caches / "self-speculation"
@@ -159,7 +159,7 @@ def _files(variant: str) -> Iterator[Path]:
         folder = folder.expanduser()
     except RuntimeError as error:
         raise FileNotFoundError(str(error)) from error
-    yield folder / "kernels" / _file_name(variant)
+    return folder / "kernels" / _file_name(variant)
 
 
 def _build(variant: str, file: Path) -> None:
@@ -167,8 +167,8 @@ def _build(variant: str, file: Path) -> None:
     or loaded.
     """
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_own(file.parent)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may load it meanwhile
+    _check_owner(file.parent)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # another process may load it meanwhile
         _compile(variant, new := Path(folder) / file.name)
         new.replace(file)
     _load(file)
@@ -194,11 +194,11 @@ def _compile(variant: str, file: Path) -> None:
 
 def _load(file: Path) -> None:
     """Raises OSError if a file is not there, not whole, or not written by this user or root."""
-    _check_own(file.parent, file)
+    _check_owner(file.parent, file)
     torch.ops.load_library(file)
 
 
-def _check_own(*paths: Path) -> None:
+def _check_owner(*paths: Path) -> None:
     """Raises OSError if somebody else, except root, can have written one."""
     for path in paths:
         status = path.stat()

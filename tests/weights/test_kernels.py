@@ -63,7 +63,7 @@ def test_the_folder_is_where_the_user_says(monkeypatch):
         ("SELF_SPECULATION_CACHE", "~/kept", "/home/user/kept"),
     ):
         monkeypatch.setenv(name, value)
-        assert [*kernels._files("AVX2")][1].parent == Path(folder) / "kernels"
+        assert kernels._kept_file("AVX2").parent == Path(folder) / "kernels"
 
 
 def test_another_source_has_another_file(builds, tmp_path, monkeypatch):
