@@ -127,7 +127,8 @@ def _key_values(group: Any, name: str) -> dict[str, Any]:
     """Parse a flag of JSON or of k=v,k=v: Python literals, also true, false and none in any case, or else
     text.
     """
-    text, allowed = getattr(group, name) or "", "must be a JSON object or k=v,k=v"
+    text = getattr(group, name) or ""
+    allowed = "must be a JSON object or k=v,k=v"
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text)
@@ -155,7 +156,8 @@ class TemplateArguments:
     unknown ones."""
 
     def __post_init__(self) -> None:
-        name, kwargs = "chat_template_kwargs", self.template_kwargs
+        name = "chat_template_kwargs"
+        kwargs = self.template_kwargs
         try:
             check_template_kwargs(kwargs)
         except ValueError as error:
@@ -266,7 +268,8 @@ def _from_environment(environment: Mapping[str, str], parser: argparse.ArgumentP
 def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[str], shows_all: bool) -> None:
     """Add a flag for each field; without `shows_all`, --help has those of `_FIRST` only."""
     section = parser.add_argument_group((group.__doc__ or "").split(".")[0])
-    types, texts = field_types(group), field_texts(group)
+    types = field_types(group)
+    texts = field_texts(group)
     for each in sorted(fields(group), key=lambda each: each.name != "model"):  # it is the first one
         if each.name not in names:
             continue
@@ -275,7 +278,8 @@ def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[s
         if type(None) in get_args(kind):
             kind = get_args(kind)[0]
         if get_origin(kind) is list:
-            (kind,), options = get_args(kind), {"nargs": "+"}
+            (kind,) = get_args(kind)
+            options = {"nargs": "+"}
         if get_origin(kind) is Literal:
             options = {"choices": get_args(kind)}
         elif kind is bool:

@@ -153,7 +153,8 @@ class DataArguments(TemplateArguments):
         at_least(self, 0, "n_shot")
         check(self, "template", "{message}" in (self.template or "{message}"), "must contain {message}")
         check(self, "dataset", self.dataset in DATASETS, f"must be one of {', '.join(DATASETS)}")
-        path, dataset = Path(self.data_path or ".").expanduser(), DATASETS[self.dataset]
+        path = Path(self.data_path or ".").expanduser()
+        dataset = DATASETS[self.dataset]
         check(self, "data_path", path.exists(), "no such file or folder")
         is_read = path.is_dir() or kind_of(path) != "text"
         check(self, "data_path", is_read, "must be a .jsonl, .csv or .parquet file (also .gz) or a folder")
@@ -183,7 +184,8 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         order = partial(_shuffled, shuffle=args.random_shuffle, seed=f"shots {seed}")
         shots = _examples(args, dataset, source, "train", lambda n: order(range(n))[: args.n_shot])
     elif args.n_shot:  # without a training split, the first examples are shots
-        shots, examples = examples[: args.n_shot], examples[args.n_shot :]
+        shots = examples[: args.n_shot]
+        examples = examples[args.n_shot :]
     where = args.data_path or args.dataset
     if len(shots) < args.n_shot:
         raise DataError(f"--n_shot {args.n_shot}: {where} has too few examples for that, only {len(shots)}")
@@ -269,7 +271,8 @@ def rows_of(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file is malformed, or has no rows.
     """
-    kind, row = kind_of(path), None
+    kind = kind_of(path)
+    row = None
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             rows: Iterable[Row]

@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.mode == "counted" and not is_replayable(config):
         refuse("--mode counted: needs drafts of layers and of one length; use --mode measured")
-    num_layers, is_copy = read_config(model_args).num_hidden_layers, config.draft_weights != "exact"
+    num_layers = read_config(model_args).num_hidden_layers
+    is_copy = config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1
     if args.exit_layer_first > last:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")

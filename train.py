@@ -29,9 +29,11 @@ from training.flags import Flags, is_sharded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups, unused = get_type_hints(Flags).values(), ("quantization", "compile")
+    groups = get_type_hints(Flags).values()
+    unused = ("quantization", "compile")
     flags = Flags(*parse(__doc__ or "", *groups, args=argv, without=unused))
-    model, rank = flags.model, flags.optimization.lora_rank
+    model = flags.model
+    rank = flags.optimization.lora_rank
     if tuple(map(int, version("torch").split(".")[:2])) < (2, 13):
         refuse(f"torch {version('torch')}: training needs 2.13 or newer")
     if is_sharded():

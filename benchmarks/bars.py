@@ -27,7 +27,8 @@ def bars(
         line: a value that all are compared with.
         colors: of the values of `by`, in their order.
     """
-    names, number = table.index.unique(), table.groupby(level=0).cumcount()
+    names = table.index.unique()
+    number = table.groupby(level=0).cumcount()
     each = 1 + number.max()  # bars of a name
     height = 0.8 / each
     size = (8.0, 1.2 + 0.22 * len(names) * (1 + each))

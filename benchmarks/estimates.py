@@ -20,9 +20,14 @@ from training import losses
 _GIB = 2**30
 _BANDWIDTH = 2.7e12  # bytes per second that an H100 reads
 # Seconds: a kernel besides its bytes; the start of a graph; the GPU's wait for the host in a round.
-_KERNEL, _GRAPH, _WAIT = 2.75e-6, 11e-6, 50e-6
-_POSITIONS, _DRAFTED, _GAINED = 1000, 6, 5.2  # tokens before and of a round, nine of ten drafts are right
-_FP32, _ADAMW = 4, 8  # bytes of a weight or gradient; of its state in AdamW
+_KERNEL = 2.75e-6
+_GRAPH = 11e-6
+_WAIT = 50e-6
+_POSITIONS = 1000  # tokens before a round
+_DRAFTED = 6
+_GAINED = 5.2  # tokens of a round in which nine of ten drafts are right
+_FP32 = 4  # bytes of a weight or gradient
+_ADAMW = 8  # bytes of a weight's state
 
 
 class Memory(NamedTuple):
@@ -56,14 +61,17 @@ def memory(
     outside = sum(part.numel() for part in model.parameters()) - layer  # embedding, head, last norm
     everything = outside + layer * config.num_hidden_layers
     head = config.vocab_size * config.hidden_size
-    narrow, tokens = computed_in.itemsize, batch_size * length
+    narrow = computed_in.itemsize
+    tokens = batch_size * length
 
     if lora_rank:
         products = [part for part in model.model.layers[0].modules() if isinstance(part, torch.nn.Linear)]
         pairs = sum(part.in_features + part.out_features for part in products) * config.num_hidden_layers
-        learning, frozen = lora_rank * pairs, narrow * everything
+        learning = lora_rank * pairs
+        frozen = narrow * everything
     else:
-        learning, frozen = everything, 0
+        learning = everything
+        frozen = 0
     weights = (frozen + _FP32 * learning) / ranks
     if ranks > 1:
         # Gathered: a layer and the next one; what is outside, from the first exit to the last gradient.
@@ -97,7 +105,8 @@ def traces(name: str) -> Mapping[str, Trace]:
         The traces of a plain step and of a round of _DRAFTED tokens, captured, and of such a round if nothing
         is.
     """
-    exit_layer, found = EXITS[name], dict[str, Trace]()
+    exit_layer = EXITS[name]
+    found = dict[str, Trace]()
     ways = {"eager": _DRAFTED, "plain": 0, "round": _DRAFTED}
     with fake_gpu() as gpu:
         gpu.length = _POSITIONS
@@ -140,7 +149,8 @@ def decoding(name: str, by_bytes: bool = False) -> Decoding:
         others = len(launches) * _KERNEL + graphs * _GRAPH
         return all_bytes / _BANDWIDTH + (0.0 if by_bytes else others)
 
-    plain, whole = traces(name)["plain"], traces(name)["round"]
+    plain = traces(name)["plain"]
+    whole = traces(name)["round"]
     first, second = whole.replays[:2]
     return Decoding(
         seconds(plain.launches, len(plain.replays)),
@@ -175,7 +185,8 @@ def decoding_table() -> str:
 
 
 def decoding_row(name: str) -> str:
-    times, by_bytes = decoding(name), decoding(name, by_bytes=True)
+    times = decoding(name)
+    by_bytes = decoding(name, by_bytes=True)
     plain, plain_by_bytes = (round(1 / of.plain_step) for of in (times, by_bytes))
     drafted, drafted_by_bytes = (round(_GAINED / of.round) for of in (times, by_bytes))
     cells = [
@@ -190,10 +201,12 @@ def decoding_row(name: str) -> str:
 
 
 def about_launches(name: str) -> str:
-    traced, num_layers = traces(name), MODELS[name].num_hidden_layers
+    traced = traces(name)
+    num_layers = MODELS[name].num_hidden_layers
     plain = traced["plain"]
     layers = plain.launches[plain.replays[0]]
-    kernels, around = len(layers) // num_layers, len(plain.launches) - len(layers)
+    kernels = len(layers) // num_layers
+    around = len(plain.launches) - len(layers)
     micros = 1e6 / num_layers * sum(launch.num_bytes for launch in layers) / _BANDWIDTH
     calls, captured = (round(trace.num_calls, -1) for trace in (traced["eager"], traced["round"]))
     return (

@@ -63,17 +63,22 @@ class FakeGPU(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trace, self.length, self._is_replaying = Trace(), 1, False
+        self.trace = Trace()
+        self.length = 1
+        self._is_replaying = False
 
     def graph_recorder(self, _: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
         """In the place of `GraphRecorder`: a replay runs what was captured."""
         return lambda run: partial(self._replay, run)
 
     def _replay(self, run: Callable[[], None]) -> None:
-        trace, num_calls, num_launches = self.trace, self.trace.num_calls, len(self.trace.launches)
+        trace = self.trace
+        num_calls = self.trace.num_calls
+        num_launches = len(self.trace.launches)
         self._is_replaying = True
         run()
-        trace.num_calls, self._is_replaying = num_calls + 1, False
+        trace.num_calls = num_calls + 1
+        self._is_replaying = False
         trace.replays.append(slice(num_launches, len(trace.launches)))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,7 +86,8 @@ class FakeGPU(TorchDispatchMode):
         if name in _OURS:
             return self._launched_by(name, *args)
         result = function(*args, **(kwargs or {}))
-        given, returned = tensors_of((args, kwargs)), tensors_of(result)
+        given = tensors_of((args, kwargs))
+        returned = tensors_of(result)
         if name.startswith(("empty", "new_empty", "device")) or not any(map(is_there, given + returned)):
             return result
         assert not self._is_replaying or all(map(is_there, given + returned)), "a graph copies from the host"
@@ -106,7 +112,8 @@ class _Kernel:
     """In the place of a kernel in Triton."""
 
     def __init__(self, kernel: Any, gpu: FakeGPU) -> None:
-        self._names, self._gpu = list(inspect.signature(kernel.fn).parameters), gpu
+        self._names = list(inspect.signature(kernel.fn).parameters)
+        self._gpu = gpu
         self._name = kernel.fn.__name__
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
@@ -216,7 +223,10 @@ def _pinned(part: Any) -> Any:
 def _stand_ins(gpu: FakeGPU) -> dict[str, object]:
     """In the place of what asks a GPU, by name. Whatever is read from the GPU is drawn."""
     draws = random.Random(0)
-    start_reading, tensor, empty, zeros = AsyncRead.__init__, torch.tensor, torch.empty, torch.zeros
+    start_reading = AsyncRead.__init__
+    tensor = torch.tensor
+    empty = torch.empty
+    zeros = torch.zeros
     current = _CurrentDevice()
 
     def drawn(part: Tensor) -> float:

@@ -60,7 +60,9 @@ class Tried:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: FirstGPUArguments
     ) -> None:
-        self._model, self._tokenizer, self._args = model, tokenizer, args
+        self._model = model
+        self._tokenizer = tokenizer
+        self._args = args
         self._layers = {"exit_layer": args.exit_layer, "num_speculations": args.num_speculations}
         self._prompts = [
             [(31 * row + 7 * i) % (model.config.vocab_size - 5) + 5 for i in range(40 + 60 * row)]
@@ -219,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("first_gpu.py: torch sees no GPU", file=sys.stderr)
         return 2
-    device, found = torch.device("cuda", torch.cuda.current_device()), dict[str, Any]()
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = dict[str, Any]()
     found["card"] = {"name": torch.cuda.get_device_name(device), "torch": torch.__version__}
     for package in ("triton", "transformers"):
         try:

@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _rows(model_args: ModelArguments, args: PaperArguments) -> pandas.DataFrame:
     """The chosen rows, with the exits to measure and the speed-ups by the formula."""
     rows = args.chosen().reset_index(drop=True)
-    k, share = rows["num_speculations"], rows["exit_layer"] / rows["layers"]
+    k = rows["num_speculations"]
+    share = rows["exit_layer"] / rows["layers"]
     rows["formula"] = (1 + k * rows["acceptance"]) / (1 + k * share)
     depth = read_config(model_args).num_hidden_layers if model_args.model else rows["layers"]
     rows["exit"] = (share * depth).round().clip(lower=1).astype(int)
@@ -133,9 +134,12 @@ def _show(run: Run, rows: pandas.DataFrame, records: list[Record], model_args: M
     run.write_status("finished")
     names = table["row"] + ", exit " + table["exit_layer"].astype(str)
     table.index = names + ", k " + table["num_speculations"].astype(str)
-    title, here, color = "; ".join(machines), "measured here", "C2"
+    title = "; ".join(machines)
+    here = "measured here"
+    color = "C2"
     if model_args.model:
-        name, color = Path(model_args.model).name, "silver"
+        name = Path(model_args.model).name
+        color = "silver"
         here = f"a rehearsal with {name} in place of the checkpoints, by the column exit"
         title = f"REHEARSAL with {name}, which is none of the published checkpoints\n{title}"
         table.index += " (rehearsed at exit " + table["exit"].astype(str) + ")"
@@ -221,7 +225,8 @@ def _finished(program: str, flags: dict[str, Any], folder: Path) -> Record:
 
 
 def _figures(report: Record) -> Record:
-    metrics, compared = report["metrics"], report["metrics"]["comparison"]
+    metrics = report["metrics"]
+    compared = report["metrics"]["comparison"]
     low, high = compared["speedup_interval"] or (None, None)
     pinned = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else []
     return {

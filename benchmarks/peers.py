@@ -30,7 +30,9 @@ from self_speculation.decoding.request import as_list
 from self_speculation.results import DraftStats
 from self_speculation.weights.few_bits import formats_of
 
-TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, exit", "transformers, lookup"
+TRANSFORMERS = "transformers"
+EARLY_EXIT = "transformers, exit"
+LOOKUP = "transformers, lookup"
 LLAMA_CPP = "llama.cpp"
 
 # Formats of llama.cpp by their number in `llama_ftype`: the weights as they are, and in fewer bits.
@@ -81,7 +83,8 @@ class TransformersStrategy(GenerationStrategy):
                 "num_assistant_tokens_schedule": "constant",
                 "assistant_confidence_threshold": 0.0,
             }
-        started, given = time.perf_counter(), list[tuple[float, int]]()  # time and size; first the prompts
+        started = time.perf_counter()
+        given = list[tuple[float, int]]()  # time and size; first the prompts
         streamer = SimpleNamespace(
             put=lambda ids: given.append((time.perf_counter(), ids.numel())), end=lambda: None
         )
@@ -118,7 +121,9 @@ class LlamaCppStrategy(GenerationStrategy):
     def generate_token_ids(
         self, _: Any, input_ids: list[int], eos_token_ids: Any, generation_config: Any, *__: Any
     ) -> GenerationStrategyResult:
-        started, ids, first_at = time.perf_counter(), list[int](), 0.0
+        started = time.perf_counter()
+        ids = list[int]()
+        first_at = 0.0
         self._engine.reset()
         for token in self._engine.generate(input_ids, temp=0.0, reset=False):
             first_at = first_at or time.perf_counter()
@@ -214,8 +219,10 @@ def of_llama_cpp(library: Any, model: Path, folder: Path) -> dict[str, Generatio
     """On this file and in each format of FORMATS, which llama.cpp's own quantiser writes to `folder`."""
     files = {"llama.cpp, this file": model}
     for name, number in FORMATS.items():
-        made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()
-        how.ftype, how.allow_requantize = number, True
+        made = folder / f"{name}.gguf"
+        how = library.llama_model_quantize_default_params()
+        how.ftype = number
+        how.allow_requantize = True
         with _silent():
             failed = library.llama_model_quantize(str(model).encode(), str(made).encode(), how)
         if failed:
@@ -227,7 +234,8 @@ def of_llama_cpp(library: Any, model: Path, folder: Path) -> dict[str, Generatio
 @contextmanager
 def _silent() -> Iterator[None]:
     """Drop what a library in C writes to standard error in this block."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield

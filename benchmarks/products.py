@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=15, help="timed passes over all products")
     args = parser.parse_args(argv)
-    operators, threads = cpu_operators(), torch.get_num_threads()
+    operators = cpu_operators()
+    threads = torch.get_num_threads()
     if operators.variant is None:
         parser.exit(1, f"{operators}: there is nothing to measure\n")
     print(f"{operators}, {threads} threads, torch {torch.__version__}, {args.layers} layers")

@@ -16,7 +16,8 @@ from runs import ranks
 
 SERVE = [sys.executable, str(Path(__file__).parent.parent / "serve.py")]
 
-_STARTS, _ENDS = 600, 60  # seconds to start and to end
+_STARTS = 600  # seconds to start
+_ENDS = 60  # seconds to end
 
 
 @contextlib.contextmanager

@@ -60,7 +60,8 @@ from runs.description import Record, describe, describe_model
 from runs.program import run
 from runs.startup import load_generator
 
-_PEER, _LLAMA = "transformers", "llama-server"
+_PEER = "transformers"
+_LLAMA = "llama-server"
 _SLOT = 2048  # positions that llama-server has for a client, beside a long prompt
 _BARE = {"add_special_tokens": False}
 _ANSWERS = 600  # timeout of a request in seconds
@@ -127,7 +128,9 @@ async def measure(
 
         async def ask(workload: str, text: str, drafts: bool) -> Record:
             """An answer, with the times of arrival of its pieces."""
-            came, pieces, began = list[float](), list[str](), time.perf_counter()
+            came = list[float]()
+            pieces = list[str]()
+            began = time.perf_counter()
             how = settings if drafts else settings | {"extra_body": {"drafts": False}}
             if workload == "code":
                 stream = await connection.completions.create(prompt=text, **how)
@@ -145,7 +148,8 @@ async def measure(
             asked: Sequence[tuple[str, str]], wait: float, seed: int, drafts: bool = True
         ) -> list[Record]:
             """One client's requests, one after the other."""
-            pause, answers = random.Random(seed), []
+            pause = random.Random(seed)
+            answers = []
             for question in asked:
                 await asyncio.sleep(pause.expovariate(1 / wait))
                 answers.append(await ask(*question, drafts))
@@ -219,9 +223,11 @@ def commands(
 def figures(answers: pandas.DataFrame) -> pandas.Series:
     """Of all answers of one server and load."""
     by_round = answers.groupby("round")
-    tokens, seconds = by_round["tokens"].sum(), by_round[["began", "ended"]].apply(open_seconds)
+    tokens = by_round["tokens"].sum()
+    seconds = by_round[["began", "ended"]].apply(open_seconds)
     gaps = [numpy.diff([own.began, *own.came]) for own in answers.itertuples() if own.came]
-    first, between = [times[0] for times in gaps], numpy.concatenate([times[1:] for times in gaps])
+    first = [times[0] for times in gaps]
+    between = numpy.concatenate([times[1:] for times in gaps])
     found = {"answers": len(answers), "tokens/s": tokens.sum() / seconds.sum()}
     for name, times in (("first", first), ("between", between)):
         found |= {f"{name} p{percent}": 1000 * numpy.percentile(times, percent) for percent in (50, 95)}
@@ -231,7 +237,8 @@ def figures(answers: pandas.DataFrame) -> pandas.Series:
 
 def ahead(rows: pandas.DataFrame) -> pandas.Series:
     """Compare the first server with the fastest other one, by rows of one load."""
-    own, others = rows.iloc[0], rows.iloc[1:]
+    own = rows.iloc[0]
+    others = rows.iloc[1:]
     other = others.loc[others["tokens/s"].astype(float).idxmax()]
     x = numpy.divide(own["speeds"], other["speeds"])
     return pandas.Series({"other": other["server"], "x": numpy.median(x), "low": x.min(), "high": x.max()})

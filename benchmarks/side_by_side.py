@@ -63,7 +63,10 @@ from self_speculation.drafts.policy import ArmStats
 from self_speculation.families import context_length
 from self_speculation.model_cache import kept
 
-PLAIN, SPECULATIVE, COPY, ADAPTIVE = "without drafts", "self-speculative", "4-bit copy", "adaptive"
+PLAIN = "without drafts"
+SPECULATIVE = "self-speculative"
+COPY = "4-bit copy"
+ADAPTIVE = "adaptive"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class SideBySideArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
-        picking, peers = ("greedy", "sampled"), (TRANSFORMERS, LLAMA_CPP, "none")
+        picking = ("greedy", "sampled")
+        peers = (TRANSFORMERS, LLAMA_CPP, "none")
         for name, values in {"workloads": NAMES, "picking": picking, "peers": peers}.items():
             check(self, name, {*getattr(self, name)} <= {*values}, f"must be among {', '.join(values)}")
         alone = "sampled" not in self.picking or self.peers == ["none"]
@@ -227,7 +231,8 @@ def figures(found: Mapping[str, list[Record]], place: Record, sides: Sequence[Ti
 def row_of(records: Sequence[Record], name: str, names: Sequence[str]) -> Record:
     """The figures of one side."""
     prefix = f"{name}: "
-    speed, stats = metrics.speed(records, prefix), metrics.draft_stats(records, prefix)
+    speed = metrics.speed(records, prefix)
+    stats = metrics.draft_stats(records, prefix)
     over = metrics.ratios(records, prefix, f"{TRANSFORMERS}: ") if TRANSFORMERS in names else ()
     over_plain = metrics.ratios(records, prefix, f"{PLAIN}: ", decode=True)
     same = [record[f"{prefix}tokens"] == record[f"{PLAIN}: tokens"] for record in records]

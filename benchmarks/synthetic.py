@@ -32,7 +32,8 @@ _LOGIT_SPREAD = 6.0
 # hardly depends on the last one.
 _EMBEDDING_SPREAD = 4.0
 _AGREEMENT = 0.9  # of exit and model; then 70 % of 6 drafted tokens are accepted
-_POSITIONS, _HALVINGS = 512, 12  # compared positions; steps of the bisection
+_POSITIONS = 512  # that are compared
+_HALVINGS = 12  # steps of the bisection
 
 
 def llama(
@@ -92,7 +93,9 @@ def random_llama(
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=_LOGIT_SPREAD / config.hidden_size**0.5)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING_SPREAD)
     ids = torch.randint(config.vocab_size, (1, _POSITIONS), device=device)
-    low, high, scale = 1e-4, 1e3, 1.0
+    low = 1e-4
+    high = 1e3
+    scale = 1.0
     for _ in range(_HALVINGS):
         wanted = math.sqrt(low * high)
         for layer in model.base_model.layers[exit_layer:]:
@@ -105,7 +108,8 @@ def random_llama(
 
 
 def _agreement(model: PreTrainedModel, exit_layer: int, ids: torch.Tensor) -> float:
-    head, norm = model.get_output_embeddings(), model.base_model.norm
+    head = model.get_output_embeddings()
+    norm = model.base_model.norm
     picked = [
         head(norm(hidden)).argmax(-1)
         for number, hidden in enumerate(hidden_after_each_layer(model, ids), 1)

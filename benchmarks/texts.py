@@ -67,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def token_times(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], words: Iterable[str]) -> list[float]:
     """Seconds of a processor for each token: the check of stop words, then the stream."""
     pieces = list[Delta]()
-    reader, streamer = OutputReader(tokenizer, words), DeltaStreamer(tokenizer, pieces.append)
+    reader = OutputReader(tokenizer, words)
+    streamer = DeltaStreamer(tokenizer, pieces.append)
     streamer.begin(reader)
-    output, times = list[int](), list[float]()
+    output = list[int]()
+    times = list[float]()
     for id_ in ids:
         output.append(id_)
         began = time.thread_time()

@@ -75,7 +75,8 @@ class Benchmark(Experiment):
         return replace(self.request(index), prompt=ids, thinking=thinking) if len(ids) < room else None
 
     def report(self, run: Run, records: list[Record]) -> int:
-        summary, title = self._summary(records), heading(run.description)
+        summary = self._summary(records)
+        title = heading(run.description)
         lines = [title, "", *_table(summary, self._unit)]
         if self.answer_file is not None:
             self._write_answers(run, records, Path(self.answer_file).expanduser().absolute())
@@ -132,7 +133,8 @@ def _table(summary: Record, unit: str) -> list[str]:
     """The summary in lines of 68 columns, with a column of figures for each strategy; `unit`: of medians."""
     sides = {prefix: summary[f"{prefix}speed"] for prefix in _NAMES if f"{prefix}speed" in summary}
     examples = summary["num_examples"]
-    title, sizes = counted(examples, "example"), summary["batch_sizes"]
+    title = counted(examples, "example")
+    sizes = summary["batch_sizes"]
     if len(sizes) > 1:  # the heading has the last one
         title += f", batches of {', '.join(map(str, sizes))}"
     lines = [_line(title, *(_NAMES[prefix] for prefix in sides))]

@@ -48,7 +48,8 @@ def find_difference(
         return None
     pairs = enumerate(zip(first, second, strict=False))
     position = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-    history, runner = torch.tensor([[*prompt, *first[:position]]], device=model.device), eager_runner(model)
+    history = torch.tensor([[*prompt, *first[:position]]], device=model.device)
+    runner = eager_runner(model)
     logits = runner.run(runner.new_cache(history.shape[1], history.shape[1]), history).logits[:, -1]
     logits = LogitsProcessorList(processors)(history, logits.float())  # [1, V]
     keys = torch.tensor([noise_key(seed, position)], device=model.device)

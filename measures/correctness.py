@@ -81,14 +81,16 @@ class CompareIds(Experiment):
         if isinstance(result, Exception):
             raise result
         of_example, nth = divmod(index, self.num_seeds + 1)
-        example, other = self.examples[of_example], self._request(index)
+        example = self.examples[of_example]
+        other = self._request(index)
         tokens = with_end(result.generation_strategy_result)
         generator, config = autoregressive(self.generator, request.config)
         plain = generator.generate(dataclasses.replace(other, config=config), config)
         references = {"decoding without drafts": with_end(plain.generation_strategy_result)}
         if self.reference == "transformers" and not nth:
             references["transformers"] = self._by_transformers(example)
-        processors, decode = config_processors(self.config, len(example.ids)), self.generator.tokenizer.decode
+        processors = config_processors(self.config, len(example.ids))
+        decode = self.generator.tokenizer.decode
         differences = []
         for name, reference in references.items():
             found = find_difference(
@@ -113,7 +115,8 @@ class CompareIds(Experiment):
     def report(self, run: Run, records: list[Record]) -> int:
         found = [(record, d) for record in records for d in record["differences"]]
         near_ties = sum(d["near_tie"] for _, d in found)
-        real, identical = len(found) - near_ties, sum(not record["differences"] for record in records)
+        real = len(found) - near_ties
+        identical = sum(not record["differences"] for record in records)
         positions = sum(record["num_tokens"] for record in records)
         other_bits = sum(record["other_bits"] for record in records) if self._is_in_place else None
         run.finish(records, {
@@ -145,7 +148,9 @@ class CompareIds(Experiment):
 
     @torch.inference_mode()
     def _by_transformers(self, example: Encoded) -> list[int]:
-        model, config, prompt = self.generator.model, self.config, example.ids
+        model = self.generator.model
+        config = self.config
+        prompt = example.ids
         stop = OutputReader(self.generator.tokenizer, config.stop_words or [], prompt, example.thinking)
         end_ids = [*self.generator.eos_token_ids, *(config.stop_token_ids or [])]
         room = context_length(model.config) - len(prompt)

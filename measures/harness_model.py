@@ -125,8 +125,10 @@ class SelfSpeculativeLM(HFLM):
             refuse(f"--model_args {error}")
         validate(model_args, config)
         self._generator = load_generator(model_args, config)
-        self._settings, self._seed = config, model_args.seed
-        self._asked, self.has_begun = Counter[tuple[int, ...]](), False
+        self._settings = config
+        self._seed = model_args.seed
+        self._asked = Counter[tuple[int, ...]]()
+        self.has_begun = False
         self.records: list[Record] = []
         model = self._generator.model
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
@@ -146,7 +148,8 @@ class SelfSpeculativeLM(HFLM):
         if ranks.num_processes() > 1:  # the harness does this only for models that it loads
             patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
             self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[patience])
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
@@ -156,7 +159,8 @@ class SelfSpeculativeLM(HFLM):
         adjust_threads(self.model)
         if self._own_depth is None:
             return super()._model_call(inps, attn_mask, labels)
-        (rows, width), runner = inps.shape, eager_runner(self.model)
+        rows, width = inps.shape
+        runner = eager_runner(self.model)
         cache = runner.new_cache(width, width, num_slots=rows)
         cache.set_rows([0] * rows)
         with torch.inference_mode():

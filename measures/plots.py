@@ -27,7 +27,8 @@ def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
     rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
     size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.5 * rows))
     figure, panels = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
-    length, speedups = "mean_accepted_length", table.set_index(["exit_layer", "num_speculations"])["speedup"]
+    length = "mean_accepted_length"
+    speedups = table.set_index(["exit_layer", "num_speculations"])["speedup"]
     lengths = Normalize(1.0, float(table[length].max()))
     first = (length, "mean accepted length (x: measured speed-up)", "{:.2f}", lengths)
     second = ("acceptance_rate", "acceptance rate", "{:.0%}", Normalize(0.0, 1.0))
@@ -39,7 +40,8 @@ def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
         axes.set(xlabel="draft length [tokens]", ylabel="exit layer")
         axes.set_title(label, fontsize=10)
         for (row, column), number in numpy.ndenumerate(grid):
-            cell, text = (grid.index[row], grid.columns[column]), form.format(number)
+            cell = (grid.index[row], grid.columns[column])
+            text = form.format(number)
             if name == length and pandas.notna(speedups[cell]):
                 text += f"\nx {speedups[cell]:.2f}"
             color = "white" if norm(number) < 0.6 else "black"  # the colours of large values are bright

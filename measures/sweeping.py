@@ -162,9 +162,11 @@ class Counted(Sweep):
         drafter = DraftContext(runner, replace(self.config, exit_layer=exit_layers[-1])).drafter
         processors = LogitsProcessorList(config_processors(self.config, len(prompt)))
         matches = {}
-        hidden, done = drafter.embed(ids[0, :-1]), 0
+        hidden = drafter.embed(ids[0, :-1])
+        done = 0
         for layer in exit_layers:
-            hidden, done = drafter.run_layers(cache, hidden, [len(hidden)], done, layer), layer
+            hidden = drafter.run_layers(cache, hidden, [len(hidden)], done, layer)
+            done = layer
             logits = drafter.logits(hidden[-len(tokens) :])  # [n, V]
             if processors:
                 rows = enumerate(logits.float().split(1))
@@ -174,7 +176,8 @@ class Counted(Sweep):
         return {"tokens": tokens, "matches": matches, "max_tokens": min(self.config.max_steps, room)}
 
     def report(self, run: Run, records: list[Record]) -> int:
-        rows, choosing = {}, {}
+        rows = {}
+        choosing = {}
         for cell in self.grid:
             replayed = [_replayed(record, cell) for record in records]
             rows[cell] = _counts(cell, replayed)
@@ -186,8 +189,10 @@ class Counted(Sweep):
 
     def _fastest(self, rows: Mapping[Cell, Record]) -> list[Cell]:
         """The cells with the most tokens per time, by the costs that adaptive decoding begins with."""
-        model, weights = self.generator.model, self.config.draft_weights
-        cost, size = relative_pass_cost(eager_runner(model)), self.batch_size
+        model = self.generator.model
+        weights = self.config.draft_weights
+        cost = relative_pass_cost(eager_runner(model))
+        size = self.batch_size
 
         def speed(cell: Cell) -> float:
             exit_layer, k = cell
@@ -218,7 +223,9 @@ def _replayed(record: Record, cell: Cell) -> Record:
 
     Nothing drafts the first token. Drafts are as long as the cell's, where `max_tokens` leaves room.
     """
-    matches, stats, position = record["matches"][str(cell[0])], DraftStats(), 1
+    matches = record["matches"][str(cell[0])]
+    stats = DraftStats()
+    position = 1
     while position < len(matches):
         k = min(cell[1], record["max_tokens"] - position - 1)
         draft = matches[position : position + k]

@@ -38,7 +38,8 @@ def warm_up(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> N
         prompt: the longest one; one that fills the context is cut.
     """
     for _, generator, config in sides:
-        strategy, model = generator.generation_strategy, generator.model
+        strategy = generator.generation_strategy
+        model = generator.model
         longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
         num_tokens = _RUNS * (longest + 1) + 1  # the first one, and all that so many rounds may emit
         context = context_length(model.config)
@@ -96,7 +97,8 @@ def measure_all(
     sides: Sequence[TimedSide], requests: Mapping[int, Request], batch_size: int, title: str | None = None
 ) -> list[Record]:
     """All records of `measure_examples`; raises the first error. With a title, a bar at a terminal."""
-    records, hidden = [], None if title else True
+    records = []
+    hidden = None if title else True
     found = measure_examples(sides, deque(requests.items()), batch_size)
     for _, record in tqdm(found, title, len(requests), leave=False, disable=hidden):
         if isinstance(record, Exception):
@@ -110,7 +112,8 @@ def _measured(
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Index and prefixed fields of each completion of one side."""
     prefix, generator, config = side
-    indices, started = list(window), time.perf_counter()
+    indices = list(window)
+    started = time.perf_counter()
     for i, result in generator.generate_batch(window.values(), config, batch_size):
         if isinstance(result, Exception):
             yield indices[i], result

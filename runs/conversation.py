@@ -112,7 +112,8 @@ class Conversation:
         """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""
         sides = [(self.generator, self.config), autoregressive(self.generator, self.config)]
 
-        what, number = "comparing with decoding without drafts", (1 + _TURNS) * len(sides)
+        what = "comparing with decoding without drafts"
+        number = (1 + _TURNS) * len(sides)
         with work_bar(what, number, "answer") as advance:
 
             def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:

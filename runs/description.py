@@ -76,10 +76,13 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
         run: the content of `run.json`.
         left_out: arguments that vary in the table, or that it shows.
     """
-    asked, path = run["arguments"], Path(run["model"]).expanduser()
-    strategy, hidden = asked.get("generation_strategy"), {*_HIDDEN, *left_out}
+    asked = run["arguments"]
+    path = Path(run["model"]).expanduser()
+    strategy = asked.get("generation_strategy")
+    hidden = {*_HIDDEN, *left_out}
     if "exit_layer" not in hidden and (alone := early_exit_alone(asked)):
-        strategy, hidden = f"{strategy} {alone}", {*hidden, "exit_layer"}
+        strategy = f"{strategy} {alone}"
+        hidden = {*hidden, "exit_layer"}
     names = (path.name if path.exists() else run["model"], asked.get("dataset"), strategy)
     settings: list[str] = []
     for name, group in zip(names, (ModelArguments, DataArguments, GenerationConfig), strict=True):

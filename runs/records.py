@@ -55,7 +55,8 @@ class Run:
 
     def records(self) -> dict[int, Record]:
         """Every complete record by its index."""
-        found, path = dict[int, Record](), self.folder / "records.jsonl"
+        found = dict[int, Record]()
+        path = self.folder / "records.jsonl"
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with suppress(ValueError):  # it was cut
                 record = json.loads(line)
@@ -119,7 +120,8 @@ def check_same_run(resume: str, description: Record) -> Record:
     earlier = read_run(resume)
     if (script := earlier.get("script")) != description["script"]:
         raise Failed(f"--resume {resume}: is of {script}.py, go on with that")
-    asked, was_asked = description["arguments"], earlier["arguments"]
+    asked = description["arguments"]
+    was_asked = earlier["arguments"]
     # The records of a measured sweep are times of batches.
     compared = asked.keys() - (_MAY_DIFFER if script != "sweep" else _MAY_DIFFER - {"batch_size"})
     pairs = [(f"--{name}", was_asked.get(name, asked[name]), asked[name]) for name in sorted(compared)]

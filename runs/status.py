@@ -40,9 +40,9 @@ def log_if_slow(what: str) -> Iterator[None]:
 @contextmanager
 def work_bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], object]]:
     """Show a progress bar at a terminal; the caller reports work as it is done."""
-    seconds, hidden = _SECONDS_WITHOUT_BAR, None if ranks.is_first() else True  # None: unless at a terminal
+    hidden = None if ranks.is_first() else True  # None: unless at a terminal
     options = {"unit": unit, "unit_scale": True, "leave": False}
-    with tqdm(total=size, desc=what, delay=seconds, disable=hidden, **options) as bar:
+    with tqdm(total=size, desc=what, delay=_SECONDS_WITHOUT_BAR, disable=hidden, **options) as bar:
         yield bar.update
 
 

@@ -25,7 +25,8 @@ _SHAPE = {
 
 def new_config(model_args: ModelArguments, context: int) -> LlamaConfig:
     """The config of a new Llama: --model_args, in LlamaConfig's names. Raises ValueError."""
-    given, place = model_args.from_pretrained_args(), f"model_args {model_args.model_args!r}"
+    given = model_args.from_pretrained_args()
+    place = f"model_args {model_args.model_args!r}"
     if unknown := sorted(given.keys() - {each.name for each in fields(LlamaConfig)}):
         raise ValueError(f"{place}: LlamaConfig has no {unknown[0]}")
     try:

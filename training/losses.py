@@ -59,7 +59,9 @@ def exit_scores(head: Linear, states: Tensor, labels: Tensor) -> tuple[Tensor, T
     """([N] losses, [N] predicted tokens, [N] entropies) of an exit's normed states [N, H]. A loss is 0
     without a label.
     """
-    losses, guesses, entropies = [], [], []
+    losses = []
+    guesses = []
+    entropies = []
     size = _positions(head)
     for part, targets in zip(states.split(size), labels.split(size), strict=True):
         logits = _at_least_fp32(functional.linear(part, head.weight, head.bias))

@@ -69,9 +69,11 @@ def train(flags: Flags) -> int:
             return 0
         reason = "interrupted"
     except KeyboardInterrupt:
-        reason, stop.status = "interrupted", max(stop.status, 130)
+        reason = "interrupted"
+        stop.status = max(stop.status, 130)
     except (FloatingPointError, Failed, SafetensorError, OSError) as error:
-        reason, stop.status = str(error), 1
+        reason = str(error)
+        stop.status = 1
         if ranks.rank() != 0:  # the first one may have no error, and wait for this one
             refuse(reason, stop.status)
     if bar := trainer.pop_callback(Progress).training_bar:
@@ -94,7 +96,8 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     """
     model_args, data_args, recipe_args, args = flags
     device = resolve_device(model_args.device)
-    length, seed = data_args.sequence_length, model_args.seed
+    length = data_args.sequence_length
+    seed = model_args.seed
     config = _read_config(model_args, length)
     exits = recipe_args.exit_layers(config.num_hidden_layers)
     computed_in = str(from_flags.computed_in(model_args.dtype, device)).removeprefix("torch.")
@@ -193,7 +196,9 @@ def _new_tokenizer(resume: str | None, texts: datasets.Dataset, vocabulary_size:
 
 def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load --model on the CPU, in fp32 or, below an adapter, in --dtype."""
-    model_args, rank, name = flags.model, flags.optimization.lora_rank, flags.model.model_name
+    model_args = flags.model
+    rank = flags.optimization.lora_rank
+    name = flags.model.model_name
     if rank and adapted_model(name) is not None:
         raise ValueError(f"lora_rank {rank}: --model {name} is an adapter, take the merged model")
     options = model_args.loading_options(

@@ -39,7 +39,8 @@ def load_texts(args: TrainingDataArguments) -> tuple[Dataset, Dataset]:
     Raises:
         DataError: there are no such files, or they lack the columns.
     """
-    rows, share = _read(args), args.eval_fraction
+    rows = _read(args)
+    share = args.eval_fraction
     parts = [rows.filter(_is_in_part, fn_kwargs={"share": share, "held_out": out}) for out in (False, True)]
     for name, part in zip(("training", "evaluation"), parts, strict=True):
         if not len(part):
@@ -55,7 +56,8 @@ def _is_in_part(row: dict[str, str], share: float, held_out: bool) -> bool:
 def _read(args: TrainingDataArguments) -> Dataset:
     """All rows, with the columns to learn."""
     paths = standard_library() if args.data_path is None else _files(args.data_path)
-    names, column = [*next(rows_of(paths[0]))], args.text_column
+    names = [*next(rows_of(paths[0]))]
+    column = args.text_column
     if {"prompt", "response"} <= {*names}:  # they come before any other
         columns = {"prompt": "prompt", "response": "response"}
     elif column in names or names == ["text"]:  # a file of text has no other
@@ -144,7 +146,8 @@ def _joined_blocks(
 def _pair_blocks(
     tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]]
 ) -> dict[str, list[list[int]]]:
-    blocks, labels = [], []
+    blocks = []
+    labels = []
     for prompt, response in zip(rows["prompt"], rows["response"], strict=True):
         before = tokenizer(prompt, verbose=False)["input_ids"]
         if tokenizer.eos_token_id in before[-1:]:  # some tokenizers end every text

@@ -139,7 +139,9 @@ class EarlyExitTrainer(Trainer):
 
     def _plan(self, num_samples: int) -> dict[str, Any]:
         """The recipe's arguments of `early_exit_loss` for this micro-batch."""
-        settings, step, num_steps = self._settings, self.state.global_step, self.state.max_steps
+        settings = self._settings
+        step = self.state.global_step
+        num_steps = self.state.max_steps
         num_layers = plain(self.model).config.num_hidden_layers
         enabled = recipe.enabled_exits(
             self._exits, num_layers, settings.curriculum, settings.rotation, step, num_steps
@@ -149,7 +151,8 @@ class EarlyExitTrainer(Trainer):
         rates = recipe.dropout_rates(
             num_layers, settings.layer_dropout, settings.dropout_schedule, step, num_steps
         )
-        ranks, accumulated = self.args.world_size, self.args.gradient_accumulation_steps
+        ranks = self.args.world_size
+        accumulated = self.args.gradient_accumulation_steps
         kept = recipe.draw_kept(rates, ranks * accumulated * self._train_batch_size, self.args.seed, step)
         # The batches of the data go to the ranks in turn.
         first = (self._micro_step * ranks + self.args.process_index) * self._train_batch_size

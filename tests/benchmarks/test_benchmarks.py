@@ -91,7 +91,8 @@ def test_transformers_has_its_best_format(monkeypatch):
     sides = [(name, None, GenerationConfig()) for name in times]
 
     def speed(measured, name):
-        ((*_, config),), (prefill, decoding) = measured, times[name]
+        ((*_, config),) = measured
+        prefill, decoding = times[name]
         is_whole = config.max_steps == GenerationConfig().max_steps
         return {"tokens_per_second": 1 / (prefill + decoding * (1 if is_whole else 0.1))}
 
@@ -111,7 +112,8 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
     """Guards against a throughput of transformers that counts the padding of rows that have ended, and
     against its prompts in decoding speed.
     """
-    model, prompts = tiny_llama(), [[5, 9, 4, 7], [7]]
+    model = tiny_llama()
+    prompts = [[5, 9, 4, 7], [7]]
     settings = GenerationConfig(max_steps=12, sample=False)
     ends = [generate(model, prompts[0], max_steps=12, eos=[]).predicted_tokens[4]]
     requests = [Request(ids, eos_token_ids=ends) for ids in prompts]

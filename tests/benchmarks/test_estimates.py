@@ -27,11 +27,15 @@ def test_the_page_of_gpus_has_what_is_traced(name):
     """
     assert estimates.decoding_row(name) in PAGE
     assert name != "Llama-3.2-1B" or estimates.about_launches(name) in PAGE
-    config, exit_layer = estimates.MODELS[name], estimates.EXITS[name]
-    width, size, kv_heads = config.hidden_size, config.head_dim, config.num_key_value_heads
+    config = estimates.MODELS[name]
+    exit_layer = estimates.EXITS[name]
+    width = config.hidden_size
+    size = config.head_dim
+    kv_heads = config.num_key_value_heads
     projections = 2 * size * (config.num_attention_heads + kv_heads) + 3 * config.intermediate_size
     layer = 2 * width * projections + 4 * 1000 * kv_heads * size
-    head, depth = 2 * width * config.vocab_size, config.num_hidden_layers
+    head = 2 * width * config.vocab_size
+    depth = config.num_hidden_layers
     passes = {"plain": (1, depth), "round": (7, depth + 6 * exit_layer)}
     for way, (heads, layers) in passes.items():
         found = sum(launch.num_bytes for launch in estimates.traces(name)[way].launches)

@@ -20,7 +20,8 @@ from self_speculation.passes.runners import make_runner
 @pytest.fixture
 def started(monkeypatch):
     """The flags of the rows' programs, which run in this process."""
-    flags, run = [], subprocess.run
+    flags = []
+    run = subprocess.run
 
     def run_here(command, **options):
         main = {"benchmark.py": benchmark.main, "paper_rounds.py": paper_rounds.main}.get(
@@ -48,7 +49,8 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     rows that are measured twice or lost, a rehearsal that looks like a measurement or a failed reproduction,
     and a folder without run.json, which nothing can go on with, that ends its row for ever.
     """
-    drawn, measure = watch(monkeypatch, paper, "bars"), paper._measured
+    drawn = watch(monkeypatch, paper, "bars")
+    measure = paper._measured
 
     def killed_before(flags, row):
         (row / "benchmark_1").mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,8 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     why = f"--data_path '{data}/cnn_dm_summarization.jsonl': no such file or folder"
     assert why in capsys.readouterr().out.partition("not measured: llama3-8B cnn_dm")[2]
     table = pandas.read_csv(folder / "paper.csv").set_index("row")
-    measured, missing = table.loc["llama2-7B xsum"], table.loc["llama3-8B cnn_dm"]
+    measured = table.loc["llama2-7B xsum"]
+    missing = table.loc["llama3-8B cnn_dm"]
     assert measured["formula"] == pytest.approx((1 + 12 * 0.546) / (1 + 12 * 8 / 32))
     assert (measured["exit"], measured["examples"]) == (1, 1)
     assert measured["measured_speedup"] > 0 < measured["mean_accepted_length"]

@@ -37,7 +37,8 @@ def test_speed_is_total_tokens_over_wall_time():
 
 def test_draft_stats_of_answers_are_added():
     """Guards against means of rates, tokens after an output's end, and sums that depend on the order."""
-    first, second = DraftStats(), DraftStats()
+    first = DraftStats()
+    second = DraftStats()
     first.add("n-grams", drafted=2, accepted=2, emitted=3)
     second.add("exit 2", drafted=4, accepted=3, emitted=2)  # the output ends in the accepted tokens
     second.add("n-grams", drafted=1, accepted=0, emitted=1)

@@ -24,7 +24,8 @@ def test_a_warm_up_runs_every_width_three_times(config, expected, monkeypatch, b
     model = tiny_llama(agreement="always")  # all is accepted: the fewest rounds
     settings = config_of(stop_words=["a"], stop_token_ids=list(range(50)), **config)
     warm_up([side(byte_tokenizer, model, settings)], [5, 9, 4, 7] * 100, 1)
-    depth, longest = model.config.num_hidden_layers, config.get("num_speculations", 0)
+    depth = model.config.num_hidden_layers
+    longest = config.get("num_speculations", 0)
     seen = [sum(widths) for (*_, widths, _, last), _ in calls if last == depth]
     assert seen[0] == model.config.max_position_embeddings - (3 * (longest + 1) + 1)  # the prompt, cut
     assert {width: seen[1:].count(width) for width in seen[1:]} == expected

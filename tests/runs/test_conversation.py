@@ -19,7 +19,8 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}a
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | upper")])
 def test_a_turn_reads_what_the_template_changes(template, byte_tokenizer, text_model, monkeypatch):
     """Guards against special tokens before the template's, and a turn that reads what was read."""
-    tokenizer, special = copy.deepcopy(byte_tokenizer), [("<s>", byte_tokenizer.bos_token_id)]
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    special = [("<s>", byte_tokenizer.bos_token_id)]
     tokenizer.chat_template = template
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=special)
     generator = generator_of(tokenizer, text_model)

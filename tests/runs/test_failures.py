@@ -34,7 +34,8 @@ def fails_at(monkeypatch):
     """Passes over the prompts numbered first to last raise an error, or have NaN logits. A warm-up counts."""
 
     def arrange(error, first, last=99):
-        forward, seen = scheduler.forward_pieces, []
+        forward = scheduler.forward_pieces
+        seen = []
 
         def failing(*args):
             for logits in (of_prompts := forward(*args)):

@@ -35,7 +35,8 @@ def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, cap
     """Guards against a run without its machine, records out of order, and a table that lacks a figure."""
     flags = ["--compare", "True", "--text_quality", "True", *SPECULATION, "--sample", "False"]
     assert benchmark.main([*small_run(model_folder, tmp_path, 5, 12), *flags]) == 0
-    run, records = about(only_run(tmp_path)), records_of(only_run(tmp_path))
+    run = about(only_run(tmp_path))
+    records = records_of(only_run(tmp_path))
     facts = {"libraries", "device", "dtype", "threads", "num_layers", "processor"}
     assert facts | {"num_ranks", "version", "commit"} <= run.keys()
     assert (run["status"], run["arguments"]["exit_layer"]) == ("finished", 2)
@@ -59,7 +60,8 @@ def test_figures_say_what_they_are(common, tmp_path, monkeypatch, capsys):
     """Guards against figures of an early exit or a busy machine that do not say so."""
     monkeypatch.setattr("runs.description.most_threads", lambda model: 2)  # examples end with one thread
     assert benchmark.main([*common, "--exit_layer", "2"]) == 0
-    output, run = capsys.readouterr().out, about(only_run(tmp_path))
+    output = capsys.readouterr().out
+    run = about(only_run(tmp_path))
     assert " by the early exit at layer 2 alone, not by the full model, " in " ".join(output.split())
     assert ", down to 1 of 2 threads, 1 rank" in " ".join(output.split())  # that of pictures, too
     assert (run["threads_used"], "acceptance" in run["metrics"]) == (1, False)
@@ -114,7 +116,8 @@ def test_every_source_of_drafts(flags, common, tmp_path, capsys):
     """Guards against a flag that a script drops on the way, and rounds without their source."""
     args = [*common, "--sample", "False", *flags]
     assert correctness.main([*args, "--reference", "transformers"]) == 0
-    output, report = capsys.readouterr().out, about(only_run(tmp_path))
+    output = capsys.readouterr().out
+    report = about(only_run(tmp_path))
     assert output.startswith(f"{heading(report)}\n")
     assert "\npassed: 5 of 5 outputs identical, 0 near-ties, 0 differences" in output
     assert {"outputs": 5, "identical": 5, "differences": 0}.items() <= report["metrics"].items()
@@ -177,7 +180,8 @@ def test_sides_take_turns_by_windows(model_folder, tmp_path, monkeypatch, capsys
     assert benchmark.main([*args, "--compare", "True", *SPECULATION]) == 0
     turns = [prefix for ((prefix, *_), *_), _ in sides]
     assert turns == ["autoregressive_", "", "", "autoregressive_"] * 2  # 4 windows of two
-    metrics, records = about(only_run(tmp_path))["metrics"], records_of(only_run(tmp_path))
+    metrics = about(only_run(tmp_path))["metrics"]
+    records = records_of(only_run(tmp_path))
     compared = metrics["comparison"]
     assert metrics["speed"]["total_time"] == pytest.approx(records["wall_time"].sum())
     assert (compared["speedup_windows"], compared["identical_outputs"]) == (4, 8)
@@ -209,7 +213,8 @@ def test_near_ties_are_told_from_differences(text_model):
 
 def test_near_ties_of_samples(text_model):
     """Guards against a token at the edge of the nucleus, or behind by a bit, that fails a run on a GPU."""
-    prompt, sampler = [5, 6, 7], Sampler(temperature=0.7, top_p=0.9)
+    prompt = [5, 6, 7]
+    sampler = Sampler(temperature=0.7, top_p=0.9)
     logits = text_model(torch.tensor([prompt])).logits[:, -1]
     keys = [torch.tensor([noise_key(seed, 0)]) for seed in range(99)]
     (one, seed), (other, _), *_ = {int(sampler(logits, key)): seed for seed, key in enumerate(keys)}.items()
@@ -254,7 +259,8 @@ def test_answers_and_turns_of_spec_bench(asked, tmp_path, monkeypatch):
     assert [row["question_id"] for row in drafted] == [81, 82, 241]
     assert [row["category"] for row in plain] == ["stem", "writing", "summarization"]
     for row, other in zip(drafted, plain, strict=True):
-        (choice,), (expected,) = row["choices"], other["choices"]
+        (choice,) = row["choices"]
+        (expected,) = other["choices"]
         assert [choice[n] for n in ("turns", "new_tokens")] == [expected[n] for n in ("turns", "new_tokens")]
         assert min(choice["wall_time"]) > 0
         assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])

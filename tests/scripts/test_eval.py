@@ -61,11 +61,13 @@ class Written:
     def __init__(self, folder):
         (path,) = folder.glob("*/results_*.json")
         saved = json.loads(path.read_text())
-        self.results, self.config = saved["results"], saved["config"]
+        self.results = saved["results"]
+        self.config = saved["config"]
         self.generation = saved["generation"]
         scores = [(task, *score) for task, of in self.results.items() for score in of.items()]
         self.scores = {(task, name): value for task, name, value in scores if isinstance(value, float)}
-        self.answers, self.prompts = {}, {}  # of each task, by document
+        self.answers = {}
+        self.prompts = {}  # of each task, by document
         for path in folder.glob("*/samples_*.jsonl"):
             frame = pandas.read_json(path, lines=True).sort_values("doc_id")
             task = path.name.split("_")[1]
@@ -112,7 +114,8 @@ def test_scores_are_those_of_the_harness(evaluated, model_folder, task_folder, t
         assert ours.results[task][metric] == pytest.approx(rest["results"][task][metric], rel=1e-5)
     said = capsys.readouterr().out
     assert ("|functions " in said, said.endswith(f"results are in {tmp_path / 'logs'}\n")) == (True, True)
-    speed, drafts = ours.generation["speed"], ours.generation["acceptance"]
+    speed = ours.generation["speed"]
+    drafts = ours.generation["acceptance"]
     assert (ours.generation["num_answers"], drafts["num_drafted"] > drafts["num_accepted"] > 0) == (6, True)
     assert f"\n6 answers, {speed['num_tokens']} tokens in {speed['total_time']:.1f} s: " in said
     assert (
@@ -134,7 +137,8 @@ def test_an_early_exit_scores_as_the_first_layers_alone(model_folder, evaluated,
     model = AutoModelForCausalLM.from_pretrained(model_folder, num_hidden_layers=2)
     model.save_pretrained(tmp_path / "cut")
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "cut")
-    cut, early = evaluated(ALL, model=tmp_path / "cut", to="first"), evaluated(ALL, "--exit_layer", "2")
+    cut = evaluated(ALL, model=tmp_path / "cut", to="first")
+    early = evaluated(ALL, "--exit_layer", "2")
     assert early.answers["functions"] == cut.answers["functions"]
     assert early.scores == pytest.approx(cut.scores, rel=1e-5)
     assert early.config["model_args"]["exit_layer"] == 2

@@ -112,7 +112,8 @@ def test_prompts_that_mean_the_same(said):
         (["--prompt", "def f():\r\n    pass\r\n"], b"", "def f():\n    pass\n"),
         (["--prompt", "hi", "--chat", "True"], b"", "user: hi\nassistant:"),
     ):
-        expected, found = said("--prompt", prompt, *GREEDY), said(*flags, *GREEDY, piped=piped)
+        expected = said("--prompt", prompt, *GREEDY)
+        found = said(*flags, *GREEDY, piped=piped)
         assert expected.stdout.strip()
         assert (found.returncode, found.stdout) == (0, expected.stdout)
         assert ("standard input is one prompt of 2 lines\n" in found.stderr) == (piped == b"a\nb\n")
@@ -201,7 +202,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_its_statistics(talk, endless_folder):
 
 def test_make_chat_outlives_a_ctrl_c_that_stops_an_answer(tmp_path):
     """Guards against an error of make, which gets the Ctrl-C too, and a terminal that it keeps."""
-    answers, wait = tmp_path / "answers", "while [ -z $stopped ]; do sleep 0.1; done"
+    answers = tmp_path / "answers"
+    wait = "while [ -z $stopped ]; do sleep 0.1; done"
     answers.write_text(f"#!/bin/sh\ntrap stopped=1 INT\necho answering\n{wait}\nexit 0\n")
     answers.chmod(0o755)
     (tmp_path / "chat").touch()  # the environment is there

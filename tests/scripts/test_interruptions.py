@@ -59,7 +59,8 @@ def unbroken(model_folder, tmp_path_factory):
 
     @functools.cache
     def of(name):
-        (script, flags), folder = CASES[name], tmp_path_factory.mktemp(name)
+        script, flags = CASES[name]
+        folder = tmp_path_factory.mktemp(name)
         assert script.main([*small_run(model_folder, folder, 6, 12), *flags, "--batch_size", "1"]) == 0
         return outcome(only_run(folder))
 
@@ -86,8 +87,11 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
     """Guards against records that are lost, made twice or read by half, a --resume that needs flags, and
     figures of batches of several sizes that do not say so.
     """
-    (script, flags), (error, exit_status, status), write = CASES[name], ENDINGS[ending], records._write
-    expected, ended = unbroken(name), None
+    script, flags = CASES[name]
+    error, exit_status, status = ENDINGS[ending]
+    write = records._write
+    expected = unbroken(name)
+    ended = None
 
     def fails(path, mode, text):
         """Write half of the third record."""
@@ -129,7 +133,8 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
 )
 def test_ranks_give_the_records_of_one(name, ranks, common, unbroken, tmp_path):
     """Guards against draws that depend on the rank, and examples that are done twice or not at all."""
-    (script, flags), expected = CASES[name], unbroken(name)
+    script, flags = CASES[name]
+    expected = unbroken(name)
     result = forks.run_ranks(ranks, ROOT / f"{script.__name__}.py", *common, *flags)
     assert result.returncode == 0, result.stderr
     assert outcome(only_run(tmp_path)) == expected
@@ -170,7 +175,8 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, tm
         finally:
             run.end()
         errors = forks.read(said)
-    ended, kept = "(another rank is gone|interrupted)", r"[1-9]\d* of 10 examples are kept"
+    ended = "(another rank is gone|interrupted)"
+    kept = r"[1-9]\d* of 10 examples are kept"
     assert re.search(
         rf"{ended}; {kept}, go on with \S+/torchrun --nproc_per_node 2 \S+/benchmark.py --resume \S+", errors
     ), errors
@@ -183,7 +189,8 @@ def test_a_resumed_run_keeps_its_arguments(common, tmp_path, capsys):
     flags = [*common, *CASES["sweep"][1]]
     assert sweep.main(flags) == 0
     folder = only_run(tmp_path)
-    resume, run = f"--resume={folder}", about(folder)
+    resume = f"--resume={folder}"
+    run = about(folder)
 
     def says(script=sweep, *words, run=run):
         (folder / "run.json").write_text(run if isinstance(run, str) else json.dumps(run))

@@ -44,7 +44,8 @@ def test_counts_are_the_measured_ones(common, tmp_path, extra):
     common += ["--num_speculations_step", "3", *extra]
     for mode in ("counted", "measured"):
         assert sweep.main([*common, "--mode", mode, "--output_dir", str(tmp_path / mode / "logs")]) == 0
-    counts, measured = table(tmp_path / "counted"), table(tmp_path / "measured")
+    counts = table(tmp_path / "counted")
+    measured = table(tmp_path / "measured")
     assert len(counts) == 6
     pandas.testing.assert_frame_equal(counts[COUNTS], measured[COUNTS])
     timed = ["speedup", "total_time", "tokens_per_second_median"]
@@ -61,7 +62,8 @@ def test_pictures_table_and_flags(model_folder, tmp_path, monkeypatch, capsys):
     assert sweep.main([*arguments(model_folder, tmp_path), *grid, "--exit_layer", "2"]) == 0
     folder = only_run(tmp_path)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    run, (output, said) = about(folder), capsys.readouterr()
+    run = about(folder)
+    output, said = capsys.readouterr()
     assert "--exit_layer: not used, " in said
     assert "--exit_layer_last 99: cut to 3, the model has 4 layers" in said
     assert output.startswith(
@@ -71,7 +73,8 @@ def test_pictures_table_and_flags(model_folder, tmp_path, monkeypatch, capsys):
     assert f"\n{folder}/: records.jsonl, run.json, sweep.csv, sweep.pdf, sweep.png\n" in output
     assert len(re.findall(r"^ +\d +\d +0\.", output, re.MULTILINE)) == 3
     assert "\n6 other cells: counts in sweep.csv and sweep.png\n" in output
-    best, rows = run["metrics"]["best"], pandas.read_csv(folder / "sweep.csv")
+    best = run["metrics"]["best"]
+    rows = pandas.read_csv(folder / "sweep.csv")
     assert output.splitlines()[-1] == (
         f"--generation_strategy self_speculative --exit_layer {best['exit_layer']} "
         f"--num_speculations {best['num_speculations']}"
@@ -90,7 +93,8 @@ def test_the_cells_that_should_be_fastest_are_measured(common, monkeypatch):
         assert sweep.main(common) == 0
         return {measured.pop()[0] for _ in range(3)}
 
-    never, always = "0" * 20, "1" * 20
+    never = "0" * 20
+    always = "1" * 20
     assert chosen({"matches": {"1": never, "2": always, "3": always}}) == {2}
     assert chosen({"matches": dict.fromkeys("123", always)}) == {1}
 

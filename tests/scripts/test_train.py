@@ -51,7 +51,8 @@ def assert_same(folder, other):
     mine, theirs = (pandas.read_csv(each / "log.csv", nrows=0) for each in (folder, other))
     assert [*mine] == [*theirs]
     pandas.testing.assert_frame_equal(log(folder), log(other), check_exact=True)
-    mine, theirs = weights(folder), weights(other)
+    mine = weights(folder)
+    theirs = weights(other)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
@@ -90,7 +91,8 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, capsys):
     assert list(pandas.read_csv(folder / "exits.csv")["exit_layer"]) == [1, 2, 3]
     assert about(folder)["status"] == "finished"
     model, tokenizer = load_model_and_tokenizer(str(folder / "model"))
-    first, second = "def add(a, b):\n", "        return a + 12\n"
+    first = "def add(a, b):\n"
+    second = "        return a + 12\n"
     ids = tokenizer.encode(first + second)
     assert tokenizer.decode(ids) == first + second
     # A prompt may end in a line break, so it must not merge with the indentation after it.
@@ -146,7 +148,8 @@ def in_last_checkpoint(event):
     return before(torch, "save", event, lambda _, path, *__: "checkpoint-12" in str(path))
 
 
-SIGINT, SIGTERM = sends(signal.SIGINT), sends(signal.SIGTERM)
+SIGINT = sends(signal.SIGINT)
+SIGTERM = sends(signal.SIGTERM)
 EXACT = ["--layer_dropout", "0.5", "--exit_loss", "distill"]
 
 
@@ -176,7 +179,8 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     name, tmp_path, texts, whole, capsys, monkeypatch
 ):
     """Guards against a lost checkpoint or signal, and a resumption that learns something else by a bit."""
-    (patch, status, kept, message), ended = INTERRUPTIONS[name], None
+    patch, status, kept, message = INTERRUPTIONS[name]
+    ended = None
     with monkeypatch.context() as context, suppress(Killed):
         patch(context)
         ended = train.main(arguments(tmp_path, texts, *EXACT))
@@ -205,7 +209,8 @@ def test_resume_keeps_the_recipe_and_may_add_steps(tmp_path, texts, capsys, monk
     ):
         again = arguments(tmp_path, texts, *flags, "--resume", str(folder))
         assert message in refused(train.main, again, capsys)
-    seen, interrupt = [], raises(KeyboardInterrupt())
+    seen = []
+    interrupt = raises(KeyboardInterrupt())
 
     def sixth(self, *_):
         seen.append(self.state.global_step)

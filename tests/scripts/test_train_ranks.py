@@ -105,7 +105,8 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     assert result.returncode == 0, result.stderr
     pandas.testing.assert_frame_equal(log(ways["parts"]), log(ways["whole"]), check_exact=ranks == 1)
     assert_learns(log(ways["whole"]), 0.1)
-    before, after = AutoModelForCausalLM.from_pretrained(model_folder).state_dict(), weights(ways["parts"])
+    before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    after = weights(ways["parts"])
     changed = {name for name, value in before.items() if not torch.equal(value.bfloat16(), after[name])}
     assert changed == {name for name in before if name.endswith("proj.weight")}
     adapter = load_file(ways["parts"] / "adapter" / "adapter_model.safetensors")

@@ -51,7 +51,8 @@ def test_errors_of_files(tmp_path):
 
 def test_texts_are_tokenised_once_until_a_file_changes(tmp_path):
     """Guards against a cache that no later training finds, and against training on old contents."""
-    path, files = tmp_path / "a.jsonl", []
+    path = tmp_path / "a.jsonl"
+    files = []
     for word in ("old", "old", "new"):
         if not files or word == "new":
             write_rows(path, [{"text": f"{word} {i}"} for i in range(9)])
