@@ -117,10 +117,10 @@ class ModelArguments(LoadingOptions):
 
     def loading_options(self, **changes: Any) -> LoadingOptions:
         """The library's options, with `changes` by field."""
-        own = {each.name: getattr(self, each.name) for each in fields(LoadingOptions)}
+        options = {each.name: getattr(self, each.name) for each in fields(LoadingOptions)}
         found = self.from_pretrained_args()
-        own["trust_remote_code"] = found.pop("trust_remote_code", False) is True
-        return LoadingOptions(**{**own, "model_args": found, **changes})
+        options["trust_remote_code"] = found.pop("trust_remote_code", False) is True
+        return LoadingOptions(**{**options, "model_args": found, **changes})
 
 
 def _key_values(group: Any, name: str) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def parse(
         dashed = [value for flag, value in pairwise(args) if flag == error.argument_name and value[:1] == "-"]
         hint = f"; a value that begins with - is written {error.argument_name}={dashed[0]}" if dashed else ""
         refuse(f"{error}{hint}")
-    except ValueError as error:  # a dataclass refuses its own value; the message starts with the field
+    except ValueError as error:  # a dataclass refuses the value of a field; the message starts with the field
         name, _, problem = str(error).partition(" ")
         is_variable = name in variables and name not in given
         refuse(f"{_VARIABLE}{name.upper()} {problem}" if is_variable else f"--{error}")
@@ -266,7 +266,7 @@ def _from_environment(environment: Mapping[str, str], parser: argparse.ArgumentP
 
 
 def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[str], shows_all: bool) -> None:
-    """Add a flag for each field; without `shows_all`, --help has those of `_FIRST` only."""
+    """Add a flag for each field; without `shows_all`, --help shows the flags of `_FIRST` only."""
     section = parser.add_argument_group((group.__doc__ or "").split(".")[0])
     types = field_types(group)
     texts = field_texts(group)

@@ -17,7 +17,7 @@ from data import DataArguments
 from runs.flags import validate
 from runs.program import run
 
-_SAMPLED = 3  # outputs of each prompt, each by a seed of its own
+_SAMPLED = 3  # outputs of each prompt, by different seeds
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from measures.correctness import CompareIds
     from runs.examples import run_experiment
 
-    own = {"reference": args.reference, "num_seeds": 0 if config.greedy else _SAMPLED}
-    return run_experiment("correctness", CompareIds, model_args, config, data_args, args, **own)
+    settings = {"reference": args.reference, "num_seeds": 0 if config.greedy else _SAMPLED}
+    return run_experiment("correctness", CompareIds, model_args, config, data_args, args, **settings)
 
 
 if __name__ == "__main__":

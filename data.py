@@ -68,7 +68,7 @@ def _texts(place: str, texts: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The source of a dataset, and how its rows become examples.
+    """The source of a dataset, and how rows become examples.
 
     Args:
         columns: columns to read, each with a reader: place for messages, value -> value.
@@ -180,7 +180,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     examples = _shuffled(_examples(args, dataset, source, "test"), args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
     if args.n_shot and (isinstance(source, Mapping) or any(source.glob("train.*"))):
-        # The training split may be large: shuffle its indices, and read the needed rows only.
+        # The training split may be large: shuffle indices, and read only the needed rows.
         order = partial(_shuffled, shuffle=args.random_shuffle, seed=f"shots {seed}")
         shots = _examples(args, dataset, source, "train", lambda n: order(range(n))[: args.n_shot])
     elif args.n_shot:  # without a training split, the first examples are shots
@@ -195,11 +195,11 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     strip = str.strip if dataset.between else str.rstrip
     before = "".join(f"{shot.prompt}{dataset.between}{strip(shot.reference)}\n\n" for shot in shots)
 
-    def said(text: str) -> str:
-        return (args.template or "{message}").replace("{message}", text)  # its other braces stay
+    def filled(text: str) -> str:
+        return (args.template or "{message}").replace("{message}", text)  # other braces stay
 
     return [
-        Example(said(before + each.prompt), each.reference, each.row, tuple(map(said, each.later_turns)))
+        Example(filled(before + each.prompt), each.reference, each.row, tuple(map(filled, each.later_turns)))
         for each in examples[: args.num_samples]
     ]
 
@@ -212,7 +212,7 @@ def _examples(
     args: DataArguments, dataset: Dataset, source: Mapping[str, str] | Path, split: str,
     chosen: Callable[[int], Iterable[int]] = range,
 ) -> list[Example]:  # fmt: skip
-    """The examples of a split or a file; `chosen`: number of rows -> indices of those needed."""
+    """The examples of a split or a file; `chosen`: number of rows -> indices of the needed rows."""
     place, rows = _rows(source, split)
     names = [*rows[0]] if len(rows) else [*dataset.columns]
     if absent := [column for column in dataset.columns if column not in names]:

@@ -4,7 +4,7 @@
     python eval.py --tasks gsm8k --generation_strategy self_speculative --exit_layer 8 --num_speculations 6
     python eval.py --tasks hellaswag --exit_layer 12    # the early exit at layer 12 alone
 
-Tasks have their own generation settings; a flag that is given overrides them, as --gen_kwargs does.
+Tasks have generation settings; a flag that is given overrides them, as --gen_kwargs does.
 Log-likelihoods are those of the full model, or of the early exit with --exit_layer and the autoregressive
 strategy. All other flags of lm_eval: python -m measures.harness_model run --model self_speculative ...
 """
@@ -65,7 +65,7 @@ class EvalArguments:
     predict_only: bool = False
     """Save answers, without metrics."""
     verbosity: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "WARNING"
-    """What lm_eval says of its work."""
+    """Lines of lm_eval about progress."""
     random_seed: int = 0
     """Seed of Python's random module."""
     numpy_random_seed: int = 1234

@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     prompt = "" if interactive else one_prompt(args.prompt)
     generator = load_generator(model_args, config, chat=args.chat)
-    own = (args.chat, args.compare, grammar, prediction, args.template_kwargs)
-    talk = Conversation(generator, config, args.streamer, *own)
+    settings = (args.chat, args.compare, grammar, prediction, args.template_kwargs)
+    talk = Conversation(generator, config, args.streamer, *settings)
     if interactive:
         from runs.terminal import converse  # takes a quarter of a second, and one prompt does not need it
 

@@ -5,8 +5,8 @@
 
 Each example is generated once, greedily. One more pass over it tells what every exit layer would have
 guessed, which gives exact counts of drafted and accepted tokens for every cell. Every other prompt chooses
-three cells by these, and the other prompts measure them. The last line has the flags of the fastest one, if
-the prompts can tell. --mode measured measures all cells, and can sample.
+three cells by the counts, and the other prompts measure the cells. The last line has the flags of the
+fastest cell, if the prompts can tell. --mode measured measures all cells, and can sample.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class SweepArguments(RunArguments):
     exit_layer_first: int = 1
     """First exit layer of the grid."""
     exit_layer_last: int = 15
-    """Last exit layer; at most the model's last but one. With --draft_weights its last one is in the grid,
+    """Last exit layer; at most the model's last but one. With --draft_weights the last layer is in the grid,
     too."""
     exit_layer_step: int = 1
     """Step between exit layers."""

@@ -6,13 +6,13 @@
     accelerate launch --config_file training/fsdp.yaml --num_processes 8 train.py --model ID --dtype bfloat16
     python train.py --model ID --lora_rank 16 --dtype bfloat16 --data_path pairs.jsonl
 
-Without --model, train a new Llama and its tokenizer; --model_args gives its shape in names of LlamaConfig:
+Without --model, train a new Llama and a tokenizer; --model_args gives the shape in names of LlamaConfig:
 vocab_size=2048,num_hidden_layers=16,hidden_size=256,intermediate_size=704,num_attention_heads=4,
 num_key_value_heads=2. Rows with `prompt` and `response` are for finetuning: only responses have a loss.
 --dtype bfloat16, float16 or half is mixed precision: weights stay in float32 until they are saved as
 bfloat16. Every script and transformers load the folder `model` of the result.
 
-Ctrl-C and SIGTERM end a training after its step, with a checkpoint. --resume FOLDER continues it with the
+Ctrl-C and SIGTERM end a training after the step, with a checkpoint. --resume FOLDER continues it with the
 same arguments, and with a higher --num_steps also a finished one.
 """
 

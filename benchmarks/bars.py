@@ -34,10 +34,10 @@ def bars(
     size = (8.0, 1.2 + 0.22 * len(names) * (1 + each))
     figure, axes = pyplot.subplots(figsize=size, constrained_layout=True)
     table = table.assign(place=names.get_indexer(table.index) + (number - (each - 1) / 2) * height)
-    for color, (kind, own) in zip(colors, table.groupby("by", sort=False), strict=False):
-        ends = own[["low", "high"]].astype(float).sub(own["value"], axis=0).abs().fillna(0.0)
+    for color, (kind, group) in zip(colors, table.groupby("by", sort=False), strict=False):
+        ends = group[["low", "high"]].astype(float).sub(group["value"], axis=0).abs().fillna(0.0)
         how: dict[str, Any] = {"xerr": ends.T.to_numpy(), "ecolor": "#333333", "color": color, "label": kind}
-        drawn = axes.barh(own["place"], own["value"].astype(float), height, **how)
+        drawn = axes.barh(group["place"], group["value"].astype(float), height, **how)
         axes.bar_label(drawn, fmt="%.2f", padding=4, fontsize=SMALL)
     if line is not None:
         axes.axvline(line, color="#333333", linestyle="--", linewidth=1)

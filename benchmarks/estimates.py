@@ -146,8 +146,8 @@ def decoding(name: str, by_bytes: bool = False) -> Decoding:
 
     def seconds(launches: Sequence[Launch], graphs: int) -> float:
         all_bytes = sum(launch.num_bytes for launch in launches)
-        others = len(launches) * _KERNEL + graphs * _GRAPH
-        return all_bytes / _BANDWIDTH + (0.0 if by_bytes else others)
+        overheads = len(launches) * _KERNEL + graphs * _GRAPH
+        return all_bytes / _BANDWIDTH + (0.0 if by_bytes else overheads)
 
     plain = traces(name)["plain"]
     whole = traces(name)["round"]

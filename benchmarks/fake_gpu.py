@@ -28,7 +28,7 @@ from self_speculation.transfers import AsyncRead
 DEVICE = "cuda:0"
 _OURS = ("decode_attention", "gated")  # operators of triton_kernels.py
 _KERNELS = ("rotate_and_write", "attend", "merge", "gate")
-_LOOKED_UP = ("embedding", "index", "index_select", "gather")  # these read no more than they return
+_LOOKED_UP = ("embedding", "index", "index_select", "gather")  # they read no more than they return
 
 
 class Launch(NamedTuple):
@@ -103,8 +103,8 @@ class FakeGPU(TorchDispatchMode):
         """An operator of ours, which launches kernels."""
         self.trace.num_calls += 1
         module = sys.modules["self_speculation.passes.triton_kernels"]
-        own: dict[str, Any] = {kernel: _Kernel(getattr(module, kernel), self) for kernel in _KERNELS}
-        with patch.multiple(module, **own):
+        kernels: dict[str, Any] = {kernel: _Kernel(getattr(module, kernel), self) for kernel in _KERNELS}
+        with patch.multiple(module, **kernels):
             return getattr(module, name)(*args)
 
 
@@ -137,7 +137,7 @@ class _Kernel:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Some calls ask CUDA for its current device, which a torch without it cannot: they run on "meta"."""
+    """A call may ask CUDA for the current device, which a torch without it cannot: it runs on "meta"."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -293,7 +293,7 @@ def _stand_ins(gpu: FakeGPU) -> dict[str, object]:
 @contextmanager
 def fake_gpu() -> Iterator[FakeGPU]:
     """In this block there is one, "cuda:0"."""
-    with torch.device("cpu"):  # torch caches its constructors at the first context, here before the patches
+    with torch.device("cpu"):  # torch caches constructors at the first context, here before the patches
         torch.empty(0)
     with ExitStack() as stack:
         gpu = FakeGPU()

@@ -166,8 +166,8 @@ def of_transformers(
 
     def in_best_format(name: str) -> TimedSide:
         strategy = TransformersStrategy(name)
-        others = [HuggingfaceLlamaGenerator(generator.tokenizer, model, strategy) for model in models]
-        return fastest([(f"{name}: ", other, config) for other in others], prompt, batch_size)
+        generators = [HuggingfaceLlamaGenerator(generator.tokenizer, model, strategy) for model in models]
+        return fastest([(f"{name}: ", other, config) for other in generators], prompt, batch_size)
 
     return [*map(in_best_format, names)]
 
@@ -194,14 +194,14 @@ def fastest(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> T
     """The side that answers this prompt fastest, prefill included."""
     requests = {index: Request(prompt) for index in range(batch_size)}
 
-    def speed(own: TimedSide) -> float:
-        tries = [measure_all([own], requests, batch_size) for _ in range(_TRIES)]
-        return max(metrics.speed(records, own[0])["tokens_per_second"] for records in tries)
+    def speed(side: TimedSide) -> float:
+        tries = [measure_all([side], requests, batch_size) for _ in range(_TRIES)]
+        return max(metrics.speed(records, side[0])["tokens_per_second"] for records in tries)
 
     if len(sides) == 1:
         return sides[0]
-    short = [speed((*own, replace(config, max_steps=_FIRST_TOKENS))) for *own, config in sides]
-    return max((own for own, rate in zip(sides, short, strict=True) if 2 * rate >= max(short)), key=speed)
+    short = [speed((*which, replace(config, max_steps=_FIRST_TOKENS))) for *which, config in sides]
+    return max((each for each, rate in zip(sides, short, strict=True) if 2 * rate >= max(short)), key=speed)
 
 
 def find_llama_cpp(model: Path) -> Any:
@@ -216,7 +216,7 @@ def find_llama_cpp(model: Path) -> Any:
 
 
 def of_llama_cpp(library: Any, model: Path, folder: Path) -> dict[str, GenerationStrategy]:
-    """On this file and in each format of FORMATS, which llama.cpp's own quantiser writes to `folder`."""
+    """On this file and in each format of FORMATS, which llama.cpp's quantiser writes to `folder`."""
     files = {"llama.cpp, this file": model}
     for name, number in FORMATS.items():
         made = folder / f"{name}.gguf"

@@ -13,14 +13,14 @@ chat template, and code of HumanEval.
 
 Servers alternate: each one starts, warms up, gets the load of every number of clients, and ends. `here` is
 serve.py with the flags above. `transformers` is `transformers serve` on the same weights, in float16 and in
-bfloat16, without and with --continuous-batching; each of these is a server of its own, since the fastest
+bfloat16, without and with --continuous-batching; each is another server, since the fastest
 depends on the number of clients. They need fastapi, which requirements-dev.txt has. `llama-server` is that of
 llama.cpp in PATH, on the same .gguf file. A URL names a running server; --model has its tokenizer.
 
 *tokens/s* is all text by the time in which at least one request was open; the tokenizer of --model counts the
 tokens of all servers. *first* is the time to the first text in ms at p50 and p95, *between* the time between
 pieces of text, also at its longest. With --long_prompt, each number of clients is measured twice: alone, and
-beside one more client that sends this prompt. Its own answer does not count.
+beside one more client that sends this prompt. The answer to it does not count.
 
 With --pairs, a server answers the same questions with drafts and without ("drafts": false), in turn, that
 many times; every turn finds the same prefixes kept. Its table has the quotient x of a pair's tokens/s, at the
@@ -105,9 +105,9 @@ class ServingArguments:
 
 def open_seconds(answers: pandas.DataFrame) -> float:
     """The time in which at least one request was open."""
-    own = answers.sort_values("began")
-    until = own["ended"].cummax().shift(fill_value=0.0)  # of the requests before
-    return float((own["ended"] - own["began"].clip(lower=until)).clip(lower=0.0).sum())
+    in_order = answers.sort_values("began")
+    until = in_order["ended"].cummax().shift(fill_value=0.0)  # of the requests before
+    return float((in_order["ended"] - in_order["began"].clip(lower=until)).clip(lower=0.0).sum())
 
 
 async def measure(
@@ -127,7 +127,7 @@ async def measure(
         settings: Any = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": True}
 
         async def ask(workload: str, text: str, drafts: bool) -> Record:
-            """An answer, with the times of arrival of its pieces."""
+            """An answer, with the times of arrival of pieces."""
             came = list[float]()
             pieces = list[str]()
             began = time.perf_counter()
@@ -173,7 +173,7 @@ async def measure(
             asked = [[*itertools.islice(questions, args.questions)] for _ in range(clients)]
             for number in range(args.pairs + 1):  # the first pair is a warm-up
                 for drafts in (True, False) if number % 2 else (False, True):
-                    talks = [talk(own, 0.01, seed, drafts) for seed, own in enumerate(asked)]
+                    talks = [talk(turns, 0.01, seed, drafts) for seed, turns in enumerate(asked)]
                     answers = itertools.chain.from_iterable(await asyncio.gather(*talks))
                     turns[clients, number, drafts] = [*answers]
             del turns[clients, 0, False], turns[clients, 0, True]
@@ -225,7 +225,7 @@ def figures(answers: pandas.DataFrame) -> pandas.Series:
     by_round = answers.groupby("round")
     tokens = by_round["tokens"].sum()
     seconds = by_round[["began", "ended"]].apply(open_seconds)
-    gaps = [numpy.diff([own.began, *own.came]) for own in answers.itertuples() if own.came]
+    gaps = [numpy.diff([answer.began, *answer.came]) for answer in answers.itertuples() if answer.came]
     first = [times[0] for times in gaps]
     between = numpy.concatenate([times[1:] for times in gaps])
     found = {"answers": len(answers), "tokens/s": tokens.sum() / seconds.sum()}
@@ -237,10 +237,10 @@ def figures(answers: pandas.DataFrame) -> pandas.Series:
 
 def ahead(rows: pandas.DataFrame) -> pandas.Series:
     """Compare the first server with the fastest other one, by rows of one load."""
-    own = rows.iloc[0]
-    others = rows.iloc[1:]
-    other = others.loc[others["tokens/s"].astype(float).idxmax()]
-    x = numpy.divide(own["speeds"], other["speeds"])
+    first = rows.iloc[0]
+    remaining = rows.iloc[1:]
+    other = remaining.loc[remaining["tokens/s"].astype(float).idxmax()]
+    x = numpy.divide(first["speeds"], other["speeds"])
     return pandas.Series({"other": other["server"], "x": numpy.median(x), "low": x.min(), "high": x.max()})
 
 
@@ -309,9 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 turn = pandas.DataFrame(answers).assign(**place)
                 turn["tokens"] = [len(tokenizer.encode(text, **_BARE)) for text in turn.pop("text")]
                 found.append(turn)
-                told = f"clients {clients}" + (f" and a prompt of {beside} tokens" if beside else "")
+                load = f"clients {clients}" + (f" and a prompt of {beside} tokens" if beside else "")
                 speed = f"{turn['tokens'].sum() / open_seconds(turn):.1f} tokens/s"
-                print(f"round {number + 1}, {server}, {told}: {speed}", flush=True)
+                print(f"round {number + 1}, {server}, {load}: {speed}", flush=True)
     if args.pairs:
         print(json.dumps(about))
         return 0

@@ -140,12 +140,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             alone = [side(title, generator, strategy, config) for title, strategy in found.items()]
         longest = max(itertools.chain(*prompts.values()), key=len)
         for picking, size in itertools.product(args.picking, args.batch_size):
-            own = replace(config, sample=picking == "sampled")
-            others = alone if size == 1 else []
+            chosen = replace(config, sample=picking == "sampled")
+            peer_sides = alone if size == 1 else []
             if TRANSFORMERS in args.peers:
-                others = [*of_transformers(generator, own, longest, size), *others]
-                formats[size] = str(others[0][1].model.dtype).removeprefix("torch.")
-            sides = warmed_up(generator, own, others, longest, size)
+                peer_sides = [*of_transformers(generator, chosen, longest, size), *peer_sides]
+                formats[size] = str(peer_sides[0][1].model.dtype).removeprefix("torch.")
+            sides = warmed_up(generator, chosen, peer_sides, longest, size)
             over = f"; speed-up over transformers in {formats[size]}" if formats else ""
             print(f"\nbatch size {size}, {picking}{over}")
             records = measure(sides, prompts, size, args.rounds, model_args.seed)
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def warmed_up(
     generator: HuggingfaceLlamaGenerator,
     config: GenerationConfig,
-    others: Sequence[TimedSide],
+    peer_sides: Sequence[TimedSide],
     longest: list[int],
     size: int,
 ) -> list[TimedSide]:
@@ -182,18 +182,18 @@ def warmed_up(
         adaptive = replace(chosen, generation_strategy="adaptive")
         configs |= {SPECULATIVE: config, **copies, ADAPTIVE: adaptive}
     ours = [
-        side(name, generator, make_strategy(own.generation_strategy), own) for name, own in configs.items()
+        side(name, generator, make_strategy(each.generation_strategy), each) for name, each in configs.items()
     ]
     sides = []
-    for own in [*others, *ours]:
+    for each in [*peer_sides, *ours]:
         try:
-            warm_up([own], longest, size)
+            warm_up([each], longest, size)
         except (ValueError, torch.OutOfMemoryError) as error:
-            if own[0] != f"{COPY}: ":
+            if each[0] != f"{COPY}: ":
                 raise
             print(f"no {COPY} here: {one_line(error)}")
         else:
-            sides.append(own)
+            sides.append(each)
     return sides
 
 
@@ -219,12 +219,12 @@ def figures(found: Mapping[str, list[Record]], place: Record, sides: Sequence[Ti
     rows: list[Record] = []
     for workload, records in found.items():
         names = [prefix.removesuffix(": ") for prefix, *_ in sides]
-        own = [{**place, "workload": workload, **row_of(records, name, names)} for name in names]
+        shown = [{**place, "workload": workload, **row_of(records, name, names)} for name in names]
         for source, counts in metrics.draft_stats(records, f"{ADAPTIVE}: ").by_source.items():
             drafted = f"{counts.accepted} of {counts.drafted} in {counted(counts.rounds, 'round')}"
             print(f"  {ADAPTIVE}, {source}: {drafted}")
-        show(own, workload)
-        rows += own
+        show(shown, workload)
+        rows += shown
     return rows
 
 

@@ -11,15 +11,15 @@ NAMES = ("chat", "code", "repeat", "translate", "summarise", "question", "maths"
 
 def texts(num_code: int = 20) -> dict[str, list[str]]:
     """Name -> prompts, `num_code` of them of HumanEval."""
-    said = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+    by_name = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
     code = [problem["prompt"] for problem in list(read_problems().values())[:num_code]]
-    return {name: said.get(name, code) for name in NAMES}
+    return {name: by_name.get(name, code) for name in NAMES}
 
 
 def workloads(tokenizer: PreTrainedTokenizerBase, num_code: int = 20) -> dict[str, list[list[int]]]:
     """Name -> token ids of prompts, in the chat template if there is one (code: without)."""
 
-    def said(text: str) -> list[int]:
+    def rendered(text: str) -> list[int]:
         if not tokenizer.chat_template:
             return tokenizer.encode(text + "\n")
         messages = [{"role": "user", "content": text}]
@@ -27,6 +27,6 @@ def workloads(tokenizer: PreTrainedTokenizerBase, num_code: int = 20) -> dict[st
         return tokenizer.encode(template, add_special_tokens=False)
 
     return {
-        name: [*map(tokenizer.encode if name == "code" else said, prompts)]
+        name: [*map(tokenizer.encode if name == "code" else rendered, prompts)]
         for name, prompts in texts(num_code).items()
     }

@@ -159,7 +159,7 @@ class CompareIds(Experiment):
             return torch.tensor([stop(ids[0, len(prompt) :].tolist())], device=ids.device)
 
         ids = torch.tensor([prompt], device=model.device)
-        # Drop the model's own defaults, like a repetition penalty: no flag has them.
+        # Drop the model's defaults, like a repetition penalty: no flag has them.
         with patch.object(model, "generation_config", TransformersGenerationConfig()):
             output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,

@@ -1,12 +1,12 @@
 """Evaluations by lm-evaluation-harness, with a model that decodes by a strategy of this library.
 
-`evaluate` is the work of eval.py. As the harness's own command line, with all of its flags:
+`evaluate` is the work of eval.py. As the harness's command line, with all flags of the harness:
 
     python -m measures.harness_model run --model self_speculative --tasks gsm8k \\
         --model_args pretrained=ID,generation_strategy=self_speculative,exit_layer=8,num_speculations=6
 
-The harness's Hugging Face model does the rest, but for log-likelihoods of an early exit and those of 16-bit
-weights with fp32 activations.
+The harness's Hugging Face model does the rest, but for the log-likelihoods of an early exit, or of
+16-bit weights with fp32 activations.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, default
         raise UnsupportedError(f"{names}: supported are {', '.join(sorted(TASK_SETTINGS.values()))}")
     try:
         given = normalize_gen_kwargs(gen_kwargs)
-        own = {name: getattr(defaults, name, None) for name in SAMPLING_RULES}
-        rules = {n: v for part in (_DEFAULTS, own, given) for n, v in part.items() if v is not None}
+        model_rules = {name: getattr(defaults, name, None) for name in SAMPLING_RULES}
+        rules = {n: v for part in (_DEFAULTS, model_rules, given) for n, v in part.items() if v is not None}
         return replace(
             config,
             max_steps=given["max_gen_toks"],
@@ -97,13 +97,13 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, default
 class SelfSpeculativeLM(HFLM):
     """Log-likelihoods and completions for the harness.
 
-    A sampled completion depends on the seed, on its prompt, and on how often that was asked before.
+    A sampled completion depends on the seed, on the prompt, and on how often the prompt was asked before.
     `has_begun` is True from the first pass on. `records` has the times and drafts of each completion.
 
     Args:
         pretrained: hub id, folder or .gguf file; None: the bundled model.
-        batch_size, max_batch_size, device: as those of the harness's own model.
-        settings: fields of `ModelArguments`, and those of `GenerationConfig` that tasks do not set.
+        batch_size, max_batch_size, device: as in the harness's Hugging Face model.
+        settings: fields of `ModelArguments`, and the fields of `GenerationConfig` that tasks do not set.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class SelfSpeculativeLM(HFLM):
             refuse(f"--model_args {', '.join(sorted(of_task))}: a setting of tasks, use --gen_kwargs")
         of_model = {each.name for each in fields(ModelArguments)} & settings.keys()
         try:
-            own = {name: settings.pop(name) for name in of_model}
-            model_args = ModelArguments(model=pretrained, device=device, **own)
+            loading = {name: settings.pop(name) for name in of_model}
+            model_args = ModelArguments(model=pretrained, device=device, **loading)
             config = GenerationConfig(**settings)
         except (TypeError, ValueError) as error:
             refuse(f"--model_args {error}")
@@ -133,8 +133,8 @@ class SelfSpeculativeLM(HFLM):
         model = self._generator.model
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
         # transformers' layers would round fp32 activations to 16 bits.
-        is_own = early or activation_dtype(model) != model.dtype
-        self._own_depth = (config.exit_layer if early else len(model.base_model.layers)) if is_own else None
+        runs_layers = early or activation_dtype(model) != model.dtype
+        self._depth = (config.exit_layer if early else len(model.base_model.layers)) if runs_layers else None
         logging.disable(logging.WARNING)  # the harness warns of several ranks
         super().__init__(
             pretrained=model,
@@ -157,17 +157,17 @@ class SelfSpeculativeLM(HFLM):
         """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
         self.has_begun = True
         adjust_threads(self.model)
-        if self._own_depth is None:
+        if self._depth is None:
             return super()._model_call(inps, attn_mask, labels)
         rows, width = inps.shape
         runner = eager_runner(self.model)
         cache = runner.new_cache(width, width, num_slots=rows)
         cache.set_rows([0] * rows)
         with torch.inference_mode():
-            return runner.run(cache, inps, 0, self._own_depth, width).logits
+            return runner.run(cache, inps, 0, self._depth, width).logits
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A completion of each request, by its own generation arguments.
+        """A completion of each request, by the request's generation arguments.
 
         Raises:
             UnsupportedError: names the task and the argument, before anything is generated.
@@ -218,8 +218,8 @@ def evaluate(settings: dict[str, Any], args: Any, gen_kwargs: dict[str, Any]) ->
     tasks = lm_eval.tasks.TaskManager(include_path=args.include_path)
     for name in args.tasks:
         if not tasks.match_tasks([name]):
-            own = "; tasks of this program need --include_path eval_tasks" * (not args.include_path)
-            refuse(f"--tasks {name}: lm_eval has no such task{own}")
+            hint = "; tasks of this program need --include_path eval_tasks" * (not args.include_path)
+            refuse(f"--tasks {name}: lm_eval has no such task{hint}")
     try:
         request_config(gen_kwargs, GenerationConfig(), None)
     except UnsupportedError as error:
@@ -254,8 +254,8 @@ def evaluate(settings: dict[str, Any], args: Any, gen_kwargs: dict[str, Any]) ->
         results["generation"] = generated
         samples = results.pop("samples", {})
         tracker.save_results_aggregated(results=results, samples=samples)
-        for name, own in samples.items():
-            tracker.save_results_samples(task_name=name, samples=own)
+        for name, task_samples in samples.items():
+            tracker.save_results_samples(task_name=name, samples=task_samples)
         print(make_table(results))
         if results.get("groups"):
             print(make_table(results, "groups"))

@@ -13,21 +13,23 @@ from self_speculation.results import DraftStats
 def speed(records: Sequence[Record], prefix: str = "") -> Record:
     """Speed of the strategy whose fields have the prefix, by records of `timed_runs.measure_examples`.
 
-    `total_time` [s] is that of the slowest rank, so `tokens_per_second` is the speed of all ranks together,
-    and `time_per_token` [s] its inverse.
+    `total_time` [s] is the time of the slowest rank. So `tokens_per_second` is the speed of all ranks
+    together, and `time_per_token` [s] is the inverse.
     `tokens_per_second_median` is over windows; a stall does not move it. `decode_tokens_per_second_median` is
     over completions: in a batch, of one row.
     """
     turns = [turn for record in records for turn in record.get("turns", [record])]
-    own = [without_prefix(turn, prefix) for turn in turns]
-    num_tokens = sum(each["num_tokens"] for each in own)
-    decode = [each["num_decode_tokens"] / each["decode_time"] for each in own if each["num_decode_tokens"]]
+    completions = [without_prefix(turn, prefix) for turn in turns]
+    num_tokens = sum(each["num_tokens"] for each in completions)
+    decode = [
+        each["num_decode_tokens"] / each["decode_time"] for each in completions if each["num_decode_tokens"]
+    ]
     total_time = float(_sums(records, "rank", prefix, "wall_time").max())
     return {
         "tokens_per_second": num_tokens / total_time,
         "tokens_per_second_median": float(numpy.median(rates(records, prefix))),
         "decode_tokens_per_second_median": statistics.median(decode) if decode else None,
-        "time_to_first_token_ms": 1000 * statistics.median(each["prefill_time"] for each in own),
+        "time_to_first_token_ms": 1000 * statistics.median(each["prefill_time"] for each in completions),
         "total_time": total_time,
         "time_per_token": total_time / num_tokens if num_tokens else None,
         "num_tokens": num_tokens,
@@ -58,13 +60,13 @@ def without_prefix(record: Record, prefix: str) -> Record:
 
 
 def _sums(records: Sequence[Record], by: str, prefix: str, *names: str) -> numpy.ndarray:
-    """[len(names), n] sums of these fields for each value of the field `by`."""
+    """[len(names), n] sums of the fields `names` for each value of the field `by`."""
     rows = ((record[by], *(record[f"{prefix}{name}"] for name in names)) for record in records)
     return pandas.DataFrame(rows).groupby(0, sort=False).sum().to_numpy().T
 
 
 def rates(records: Sequence[Record], prefix: str, decode: bool = False) -> numpy.ndarray:
-    """[n] tokens per second of each window; `decode`: of those after the first, NaN if there are none."""
+    """[n] tokens per second of each window; `decode`: of tokens after the first, NaN without any."""
     if not decode:
         tokens, seconds = _sums(records, "window", prefix, "num_tokens", "wall_time")
         return tokens / seconds
@@ -88,7 +90,7 @@ def draft_stats(records: Sequence[Record], prefix: str = "") -> DraftStats:
 def acceptance(records: Sequence[Record]) -> Record:
     """Counts of all drafts as JSON.
 
-    `acceptance_rate` is that of all tokens, `acceptance_rate_mean` the mean over examples with drafts.
+    `acceptance_rate` is the rate of all tokens, `acceptance_rate_mean` the mean over examples with drafts.
     """
     stats = draft_stats(records)
     rates = [rate for record in records if (rate := draft_stats([record]).acceptance_rate) is not None]

@@ -52,7 +52,7 @@ def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
 def paired_ratios(
     ratios: numpy.ndarray, interval: Sequence[float] | None, label: str, title: str, path: Path
 ) -> None:
-    """Draw each ratio in ascending order, their median with its interval, and 1.
+    """Draw each ratio in ascending order, the median with an interval, and 1.
 
     Args:
         ratios: [n], at least one.

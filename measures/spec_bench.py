@@ -11,7 +11,7 @@ from self_speculation.results import DraftStats
 
 
 def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, prefix: str = "") -> str:
-    """JSON lines in the order of the questions, as its `speed.py` and `equal.py` read them.
+    """JSON lines in the order of the questions, as `speed.py` and `equal.py` of Spec-Bench read them.
 
     `new_tokens` leaves out the end id, `wall_time` [s] has the prefill. `decoding_steps` are passes of the
     full model after the prefill, `accept_lengths` the tokens of each; in no order.

@@ -58,8 +58,8 @@ class Sweep(Experiment):
 
     @property
     def halves(self) -> tuple[Sequence[int], Sequence[int]]:
-        """The indices of the examples that choose cells, and of those that confirm them; a single one does
-        both.
+        """The indices of the examples that choose cells, and of the examples that confirm them; a single
+        example does both.
         """
         every = range(len(self.examples))
         return every[::2], every[1::2] or every
@@ -203,7 +203,7 @@ class Counted(Sweep):
 
 
 def _counts(cell: Cell, records: Sequence[Record]) -> Record:
-    """What a cell drafted and accepted, by its records."""
+    """The counts of a cell's drafts in the records."""
     return {"exit_layer": cell[0], "num_speculations": cell[1], **metrics.acceptance(records)}
 
 

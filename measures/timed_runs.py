@@ -18,7 +18,7 @@ from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 BASELINE = "autoregressive_"  # prefix of the baseline's fields in a record
 
-# Batches per window. The last one drains: its rows become fewer.
+# Batches per window. The last batch drains: rows become fewer.
 _BATCHES_IN_TURN = 4
 
 # Rounds of a warm-up.
@@ -27,7 +27,7 @@ _RUNS = 3
 # Fields of a strategy's result that a record copies.
 _COPIED = ("num_prompt_tokens", "num_cached_tokens", "num_decode_tokens", "prefill_time", "decode_time")
 
-# A strategy that is compared: the prefix of its fields in a record, its generator and its settings.
+# A strategy that is compared: the prefix of fields in a record, generator and settings.
 TimedSide = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 
 
@@ -68,23 +68,23 @@ def measure_examples(
         requests: with their indices. They are taken from the left, where the caller may put more.
 
     Yields:
-        The index of a request, and its record or the error of a side. A side's fields have its prefix. Times
-        are in seconds. `wall_time` is the time since the side's previous completion: wall times of a batch
-        add up, while its decode times overlap. `window` is the index of the window's first request. `threads`
-        is the number at the end of the completion.
+        The index of a request, and a record or the error of a side. A side's fields have the side's prefix.
+        Times are in seconds. `wall_time` is the time since the side's previous completion: wall times of a
+        batch add up, while decode times overlap. `window` is the index of the window's first request.
+        `threads` is the number at the end of the completion.
     """
     size = 1
-    if batch_size > 1:  # a single side never drains its batch
+    if batch_size > 1:  # a single side never drains a batch
         size = _BATCHES_IN_TURN * batch_size if len(sides) > 1 else len(requests)
     for number in count():
         window = dict(requests.popleft() for _ in range(min(size, len(requests))))
         if not window:
             return
         first = (number + 1) % len(sides)
-        *others, last = [*sides[first:], *sides[:first]]
+        *earlier, last = [*sides[first:], *sides[:first]]
         shared = {"batch_size": batch_size, "window": next(iter(window)), "rank": ranks.rank()}
         measured: dict[int, Record | Exception] = dict.fromkeys(window, shared)
-        for side in [*others, last]:
+        for side in [*earlier, last]:
             for index, fields in _measured(side, window, batch_size):
                 before = measured[index]
                 if not isinstance(before, Exception):

@@ -61,7 +61,7 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list, init=False)
 
     def answer(self, prompt: str) -> bool:
-        """Print the answer and its statistics; False if Ctrl-C ended it.
+        """Print the answer and statistics; False if Ctrl-C ended it.
 
         Raises:
             ValueError: the prompt leaves no room in the model's context.
@@ -76,7 +76,7 @@ class Conversation:
         # The cache holds the history already.
         config = replace(self.config, reuse_cache=self.chat)
         model = self.generator.model
-        adjust_threads(model)  # by what others did since the last answer
+        adjust_threads(model)  # other programs may have come or gone
         with ctrl_c() as pressed:
             shown = replace(request, stopping_criteria=[lambda *_: pressed.is_set()], streamer=streamer)
             result = self.generator.generate(shown, config)
@@ -100,7 +100,7 @@ class Conversation:
         return not interrupted
 
     def _encoded(self, prompt: str) -> tuple[list[int], Thinking | None]:
-        """The prompt's token ids; with --chat, those of the whole conversation, and how the answer thinks."""
+        """The prompt's token ids; with --chat, the ids of the conversation, and how the answer thinks."""
         if not self.chat:
             return self.generator.encode(prompt), None
         messages = [*self.messages, {"role": "user", "content": prompt}]
@@ -151,7 +151,7 @@ def ctrl_c() -> Iterator[Event]:
 
 
 def one_prompt(given: str | None) -> str:
-    """The text of --prompt, or of standard input without its last line break.
+    """The text of --prompt, or of standard input without the last line break.
 
     An invalid or empty text ends the program with status 2.
     """

@@ -1,4 +1,4 @@
-"""What a run is: its arguments, versions, model and machine, and the heading above its table that says so."""
+"""What a run is: arguments, versions, model and machine, and the heading of the table that names them."""
 
 import platform
 import subprocess
@@ -39,7 +39,7 @@ def now() -> str:
 
 
 def describe(script: str, arguments: Sequence[Any]) -> Record:
-    """The arguments and the time of a run, and the versions of this program and its libraries."""
+    """The arguments and the time of a run, and the versions of this program and of libraries."""
     return {
         "script": script,
         "began": now(),
@@ -86,8 +86,8 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
     names = (path.name if path.exists() else run["model"], asked.get("dataset"), strategy)
     settings: list[str] = []
     for name, group in zip(names, (ModelArguments, DataArguments, GenerationConfig), strict=True):
-        own = [each for each in fields(group) if each.name in asked.keys() - hidden]
-        changed = [f"{each.name} {asked[each.name]}" for each in own if asked[each.name] != each.default]
+        shown = [each for each in fields(group) if each.name in asked.keys() - hidden]
+        changed = [f"{each.name} {asked[each.name]}" for each in shown if asked[each.name] != each.default]
         settings += [*filter(None, [name]), *changed]
     sizes = [f"batch size {asked['batch_size']}"] if "batch_size" in asked else []
     return "\n".join(map(_filled, (settings, [*machine(run).split(", "), *sizes])))
@@ -100,7 +100,7 @@ def _filled(parts: list[str]) -> str:
 
 
 def fewest_threads(records: Iterable[Record], most: int) -> int:
-    """The fewest threads with which any strategy decoded these records; `most` without records."""
+    """The fewest threads with which any strategy decoded the records; `most` without records."""
     used = (number for each in records for name, number in each.items() if name.endswith("threads"))
     return min([most, *used])
 
@@ -117,7 +117,7 @@ def machine(run: Record) -> str:
 
 
 def early_exit_alone(asked: Record) -> str:
-    """Whose tokens a generation by these arguments has, if they are not the full model's."""
+    """Whose tokens a generation by the arguments has, if they are not the full model's."""
     if asked.get("generation_strategy") != "autoregressive" or asked["exit_layer"] == -1:
         return ""
     return f"by the early exit at layer {asked['exit_layer']} alone, not by the full model"
@@ -139,7 +139,7 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name on Linux, or else its architecture."""
+    """The processor's name on Linux, or else the architecture."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -40,7 +40,7 @@ class Encoded(Example):
 
 @dataclass
 class Experiment(ABC):
-    """Work on examples; a record is that of an example, unless a subclass says otherwise."""
+    """Work on examples; a record is about an example, unless a subclass names another unit."""
 
     generator: HuggingfaceLlamaGenerator
     config: GenerationConfig
@@ -56,14 +56,14 @@ class Experiment(ABC):
         return [f"example {index}" for index in range(len(self.examples))]
 
     def request(self, index: int) -> Request:
-        """The request of an example, with a seed of its own."""
+        """The request of an example, with the seed of the example."""
         example = self.examples[index]
         return Request(example.ids, seed=self.seed + index, thinking=example.thinking)
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         """Yield index and record, or error, of each index, in any order.
 
-        A record depends on index and flags alone, except for its times.
+        A record depends on index and flags alone, except for times.
         """
         for index in indices:
             try:
@@ -78,7 +78,7 @@ class Experiment(ABC):
 
     @abstractmethod
     def report(self, run: Run, records: list[Record]) -> int:
-        """Finish the run with all records in order, and print its figures; the exit status."""
+        """Finish the run with all records in order, and print the figures; the exit status."""
 
 
 def run_experiment(
@@ -88,13 +88,13 @@ def run_experiment(
     config: GenerationConfig,
     data_args: DataArguments,
     args: RunArguments,
-    **own: Any,
+    **settings: Any,
 ) -> int:
     """Load the model and the examples that fit it, and do the work on them; the exit status.
 
     Args:
-        make: called with the fields of an `Experiment`, and `own` ones.
-        args: the script's own arguments.
+        make: called with the fields of an `Experiment`, and `settings`.
+        args: the arguments of the script alone.
     """
     check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
     try:
@@ -109,7 +109,7 @@ def run_experiment(
     fitting = _examples_that_fit(generator, examples, data_args)
     if script != "benchmark" and any(example.later_turns for example in fitting):
         print_status(f"{script}.py asks the first turn of each conversation only")
-    experiment = make(generator, config, fitting, model_args.seed, args.batch_size, **own)
+    experiment = make(generator, config, fitting, model_args.seed, args.batch_size, **settings)
     return _work_off(experiment, partial(Run.open, model_args.output_dir, args.resume, description))
 
 
@@ -124,10 +124,10 @@ def _examples_that_fit(
     def encode(example: Example, answers: Sequence[str] = ()) -> tuple[list[int], Thinking | None]:
         asked = [example.prompt, *example.later_turns[: len(answers)]]
         earlier = zip(asked, answers, strict=False)  # the last prompt has no answer yet
-        said = [*itertools.chain(*earlier), asked[-1]]
+        turns = [*itertools.chain(*earlier), asked[-1]]
         if not chat:  # a blank line after each answer
-            return generator.encode("".join(text + "\n\n" * (i % 2) for i, text in enumerate(said))), None
-        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+            return generator.encode("".join(text + "\n\n" * (i % 2) for i, text in enumerate(turns))), None
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
         return encode_chat(generator, messages, data_args.template_kwargs)
 
     def encoded(example: Example) -> Encoded:
@@ -148,7 +148,7 @@ def _examples_that_fit(
 
 
 def _work_off(experiment: Experiment, open_run: Callable[[], Run]) -> int:
-    """Make the missing records of a run, each rank its share, and let rank 0 conclude.
+    """Make the missing records of a run, each rank a share, and let rank 0 conclude.
 
     Every record is kept. The exit status is that of the conclusion, 130 after Ctrl-C or SIGTERM, or 1 if
     records are missing; `status` in `run.json` is then `interrupted` or `failed`.

@@ -1,6 +1,6 @@
 """Failures that are no mistake of the program, in one line with advice: memory, logits, the disk.
 
-Light: `runs.program` imports it before a script reads its flags.
+Light: `runs.program` imports it before a script reads flags.
 """
 
 import errno

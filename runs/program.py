@@ -1,6 +1,6 @@
 """How a script begins and ends: Ctrl-C, the exit status, and errors in one line.
 
-Light: a script imports it before it reads its flags.
+Light: a script imports it before it reads flags.
 """
 
 import faulthandler
@@ -22,11 +22,11 @@ from self_speculation.progress import shown_by
 
 
 def on_signals(act: Callable[[int], None], seconds: float) -> None:
-    """From now on a thread of its own calls `act` at SIGTERM, Ctrl-C and SIGHUP, whatever the main thread
+    """From now on a thread for signals calls `act` at SIGTERM, Ctrl-C and SIGHUP, whatever the main thread
     does; with the number of signals so far. SIGHUP stays ignored where it is (`nohup`).
 
     A process that still runs so many seconds after the first one is ended by faulthandler, whose thread does
-    not wait for others. It writes where each thread is.
+    not wait for other threads. It writes where each thread is.
     """
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
@@ -39,7 +39,7 @@ def on_signals(act: Callable[[int], None], seconds: float) -> None:
         for count in itertools.count(1):
             os.read(receiver, 1)
             if count == 1:
-                with suppress(RuntimeError):  # no memory for its thread
+                with suppress(RuntimeError):  # no memory for the thread
                     faulthandler.dump_traceback_later(seconds, exit=True)
             act(count)
 
@@ -55,7 +55,7 @@ def enable_collector() -> None:
 
 
 def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
-    """Run `main` and end the program with its status, or with one line after Ctrl-C or a known failure;
+    """Run `main` and end the program with the status, or with one line after Ctrl-C or a known failure;
     `less`: ways to use less memory.
     """
     gc.disable()  # until `enable_collector`
@@ -92,5 +92,5 @@ def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
 
 
 def _discard_output() -> None:
-    """Python would try to write it again at its end."""
+    """Python would try to write it again at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -61,7 +61,7 @@ def leave() -> None:
 
 
 def share(make: Callable[[], T]) -> T:
-    """Call `make` at the first process and give its result to every one."""
+    """Call `make` at the first process and give the result to every process."""
     box = [make() if is_first() else None]
     if num_processes() > 1:
         import torch

@@ -54,7 +54,7 @@ class Run:
         return run
 
     def records(self) -> dict[int, Record]:
-        """Every complete record by its index."""
+        """Every complete record by index."""
         found = dict[int, Record]()
         path = self.folder / "records.jsonl"
         for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -97,7 +97,7 @@ class Run:
         return shlex.join([*program, sys.argv[0], "--resume", str(self.folder)])
 
     def listing(self) -> str:
-        """The folder and its files, in one line."""
+        """The folder and the files in it, in one line."""
         return f"{self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}"
 
     def replace(self, name: str, text: str) -> None:

@@ -42,7 +42,7 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     template_kwargs: Mapping[str, Any],
 ) -> tuple[list[int], Thinking | None]:
-    """The ids of a conversation, and how its next answer thinks. Raises ValueError if the template fails."""
+    """The ids of a conversation, and how the next answer thinks. Raises ValueError if the template fails."""
     text = generator.render_chat(messages, template_kwargs)
     ids = generator.encode(text, special_tokens=False)  # the template adds them
     return ids, Thinking.of(generator.tokenizer, text)
@@ -78,7 +78,7 @@ def load_generator(
                 if operators.variant is None:
                     slow = "decoding is slower, weights take 4 bytes each"
                     print_status(f"warning: products by {operators}: {slow}")
-            # transformers shows its progress at a terminal only; errors are raised.
+            # transformers shows progress only at a terminal; errors are raised.
             with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
                 model, tokenizer = load_model_and_tokenizer(
                     model_args.model_name, options, model_config, chat

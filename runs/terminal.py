@@ -51,8 +51,8 @@ def converse(talk: Conversation) -> int:
             return 0
         if not prompt.strip():
             continue
-        if (said := obey(talk, prompt)) is not None:
-            print_status(said)
+        if (status := obey(talk, prompt)) is not None:
+            print_status(status)
             continue
         try:
             with _unechoed():

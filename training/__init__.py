@@ -1,1 +1,1 @@
-"""The LayerSkip recipe, its trainer, and training data."""
+"""The LayerSkip recipe, a trainer, and training data."""

@@ -101,7 +101,7 @@ def complete_sharding(accelerator: Accelerator, args: OptimizationArguments, dty
 
 
 def adapted(model: PreTrainedModel, base: str, rank: int) -> PreTrainedModel:
-    """The model with a LoRA in fp32 on each linear map of its layers; all other weights are frozen.
+    """The model with a LoRA in fp32 on each linear map of the layers; all other weights are frozen.
 
     Args:
         base: the model's hub id or path, for the adapter's config.

@@ -1,4 +1,4 @@
-"""Progress bar and log.csv of a training, and its end by a signal."""
+"""Progress bar and log.csv of a training, and the end by a signal."""
 
 import signal
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from runs.records import Run
 class Stop(TrainerCallback):
     """End a training on all ranks after the current step, with a log row and a checkpoint, if one rank gets
     SIGINT or SIGTERM; a second SIGINT ends a single process at once. The Trainer's `enable_jit_checkpoint`
-    waits three seconds, ends one rank only, whose collective calls others wait for, and ignores SIGINT.
+    waits three seconds, ends one rank only, whose collective calls other ranks wait for, and ignores SIGINT.
 
     Attributes:
         status: the exit status of a training that a signal has ended, or 0.

@@ -27,7 +27,7 @@ def dropout_rates(
 def draw_kept(rates: Sequence[float], num_samples: int, seed: int, step: int) -> numpy.ndarray:
     """[L, num_samples], True where a layer runs on a sample, for all samples of a step in their order.
 
-    Each rank takes the columns of its samples, so the number of ranks changes nothing.
+    Each rank takes the columns of the rank's samples, so the number of ranks changes nothing.
     """
     drawn = numpy.random.default_rng([seed, step]).random((len(rates), num_samples))
     return drawn >= numpy.array(rates)[:, None]

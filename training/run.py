@@ -89,7 +89,7 @@ def train(flags: Flags) -> int:
 
 
 def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
-    """A new or resumed run, its trainer, and all held-out samples; quick checks come first.
+    """A new or resumed run, the trainer, and all held-out samples; quick checks come first.
 
     Raises:
         LoadingError, ValueError, Failed: something is missing, or flags do not fit.
@@ -106,7 +106,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     place = ("resume", args.resume) if args.resume else ("output_dir", model_args.output_dir)
     ranks.share(lambda: check_writable(*place))
     description = ranks.share(partial(_describe, flags))
-    with state.local_main_process_first():  # the others find its cached files
+    with state.local_main_process_first():  # other processes find cached files
         texts = load_texts(data_args)
     trained = None
     if model_args.model is None:
@@ -161,7 +161,7 @@ def _read_config(model_args: ModelArguments, sequence_length: int) -> Pretrained
 
 
 def _describe(flags: Flags) -> Record:
-    """What the folder of this training says of it; raises Failed if it is not that of --resume."""
+    """The description of this training; raises Failed if --resume names another training."""
     resume = flags.optimization.resume
     description = describe("train", flags)
     if resume is None:
@@ -240,7 +240,7 @@ def _save_and_show(
 
 
 def _save_model(trainer: EarlyExitTrainer, folder: Path) -> None:
-    """Save `model` in bfloat16 with its tokenizer; beside it, `adapter`, which `model` contains."""
+    """Save `model` in bfloat16 with the tokenizer; beside it, `adapter`, which `model` contains."""
     is_first = ranks.rank() == 0
 
     def save(model: PreTrainedModel, name: str) -> None:

@@ -99,8 +99,8 @@ def standard_library() -> list[Path]:
 
 
 def train_tokenizer(texts: Dataset, vocabulary_size: int) -> str:
-    """The JSON of a byte-level tokenizer: that of the bundled model, trained on these texts instead. Line
-    breaks, digits and runs of spaces are tokens of their own in it, since a prompt may end in them.
+    """The JSON of a byte-level tokenizer: the bundled model's, trained on `texts` instead. Line
+    breaks, digits and runs of spaces are separate tokens, since a prompt may end in them.
     """
     bundled = AutoTokenizer.from_pretrained(default_model())
     joined = ("".join(row.values()) for row in texts)
@@ -118,10 +118,10 @@ def tokenizer_from_json(json: str, context: int) -> PreTrainedTokenizerBase:
 def to_blocks(texts: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> Dataset:
     """Shuffled texts -> rows of `input_ids` and `labels`.
 
-    Texts are joined, an end of text after each, and cut into blocks of `length`; tokens attend to the texts
-    before theirs. A prompt with its response is a block of its own of at most `length`, and only the
-    response and its end have labels. `datasets` caches the blocks by texts, tokenizer, length and seed, but
-    knows the functions below by their names only: rename one when its output changes.
+    Texts are joined, an end of text after each, and cut into blocks of `length`; tokens attend to earlier
+    texts, too. A prompt and a response are one block of at most `length`, and only the response and the end
+    of text have labels. `datasets` caches the blocks by texts, tokenizer, length and seed, but knows the
+    functions below only by name: rename a function when the output changes.
 
     Raises:
         DataError: the texts do not fill one block.
@@ -150,7 +150,7 @@ def _pair_blocks(
     labels = []
     for prompt, response in zip(rows["prompt"], rows["response"], strict=True):
         before = tokenizer(prompt, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id in before[-1:]:  # some tokenizers end every text
+        if tokenizer.eos_token_id in before[-1:]:  # a tokenizer may end every text
             before.pop()
         answer = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
         answer.append(tokenizer.eos_token_id)

@@ -58,7 +58,7 @@ def early_exit_loss(
     """J of one micro-batch [B, T] (eq. 4), in the form of a model's `forward`.
 
     Args:
-        model: its head computes `losses.exit_losses`.
+        model: the head computes `losses.exit_losses`.
         weights: see `recipe.loss_weights`.
         kept: see `hidden_after_each_layer`.
         distill: early exits learn the distribution of the last layer instead of the labels.
@@ -124,7 +124,7 @@ class EarlyExitTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_step = 0
         if self.state.global_step >= self.state.max_steps:
-            return [], None  # of a training that resumes after its last step
+            return [], None  # of a training that resumes after the last step
         return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(
@@ -161,13 +161,13 @@ class EarlyExitTrainer(Trainer):
         return {"weights": weights, "distill": is_distilled, "kept": kept}
 
     @contextmanager
-    def _computing(self, whole: Callable, by_head: Callable) -> Iterator[None]:
-        """In this block the model computes `whole`, and its head `by_head`. Their hooks, which may gather
-        sharded weights, run.
+    def _computing(self, by_model: Callable, by_head: Callable) -> Iterator[None]:
+        """In this block the model computes `by_model`, and the head `by_head`. The hooks of modules run: they
+        may gather sharded weights.
         """
         model = self.accelerator.unwrap_model(self.model)
         head = plain(model).get_output_embeddings()
-        in_model = patch.object(model, "forward", partial(whole, plain(model)))
+        in_model = patch.object(model, "forward", partial(by_model, plain(model)))
         in_head = patch.object(head, "forward", partial(by_head, head))
         autocast = self.accelerator.autocast()  # replaces the one that accelerate puts around `forward`
         with in_model, in_head, autocast:

@@ -88,8 +88,8 @@ def test_few_or_contrary_windows_are_remarked_on():
         ([1.0] * 4, [1.3] * 4, "there are fewer than five"),
         ([1.0] * 6, [1.3, 0.8, 1.2, 0.9, 1.3, 0.7], "1.00 is in the 90 % confidence interval"),
     ):
-        said = metrics.undecided(compared(ours, theirs)["speedup_interval"], "windows")
-        assert said == ([f"these windows do not tell which strategy is faster: {end}"] if end else [])
+        warnings = metrics.undecided(compared(ours, theirs)["speedup_interval"], "windows")
+        assert warnings == ([f"these windows do not tell which strategy is faster: {end}"] if end else [])
 
 
 def test_empty_answers_are_not_compared():

@@ -29,9 +29,9 @@ def test_paired_ratios(drawn, tmp_path, interval):
     assert points.get_offsets().tolist() == [[0.9, 1], [1.2, 2], [1.3, 3]]
     worse, *better = points.get_facecolors().tolist()
     assert worse != better[0] == better[1]
-    (said,) = [text for legend in drawn[0].legends for text in texts(legend.texts)]
+    (label,) = [text for legend in drawn[0].legends for text in texts(legend.texts)]
     between = ", 90 % confidence interval 1.10-1.40" if interval else ""
-    assert said == f"median 1.20{between}; above 1 in 2 of 3"
+    assert label == f"median 1.20{between}; above 1 in 2 of 3"
 
 
 def test_heat_maps_have_the_figures_of_the_table(drawn, tmp_path):

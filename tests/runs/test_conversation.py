@@ -54,7 +54,7 @@ def test_commands_of_a_conversation(byte_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "status"),
     [
         ("/help", "/help: no such command; there are /clear, /system TEXT, /exit"),
         ("/sytem Be brief.\nAnd kind.", "/sytem: no such command; did you mean /system? there are"),
@@ -69,9 +69,9 @@ def test_commands_of_a_conversation(byte_tokenizer):
         ("system?", None),
     ],
 )
-def test_what_looks_like_a_command_is_not_asked(prompt, said):
+def test_what_looks_like_a_command_is_not_asked(prompt, status):
     """Guards against a command with a typing error that the model answers, and a path that it does not."""
-    assert (obey(Conversation(None, None, chat=True), prompt) or "None").startswith(str(said))
+    assert (obey(Conversation(None, None, chat=True), prompt) or "None").startswith(str(status))
 
 
 @pytest.mark.parametrize(("kwargs", "keeps"), [({}, False), ({"keep": True}, True)])
@@ -104,5 +104,5 @@ def test_a_comparison_needs_turns_that_agree(monkeypatch):
         ([99, 9.7, 20.2, 10.4], "20.2 tokens/s, without drafts 20.0: turns do not agree which is faster"),
         ([0] * 4, "answers of one token, nothing to compare"),
     ):
-        said = Conversation(generator(*ours), None)._comparison(None)
-        assert said.startswith(f"without streaming: {verdict}")
+        status = Conversation(generator(*ours), None)._comparison(None)
+        assert status.startswith(f"without streaming: {verdict}")

@@ -95,8 +95,8 @@ def test_one_prompt_ends_in_one_line(loading, common, fails_at, monkeypatch, cap
     fails_at(CUDA, 0)
     with pytest.raises(SystemExit, match="1"):
         program.run(lambda: generate.main([*common, "--prompt", "Once"]))
-    said = capsys.readouterr().err
-    assert (OUT_OF_MEMORY in said, said.count("\n")) == (True, 1)
+    errors = capsys.readouterr().err
+    assert (OUT_OF_MEMORY in errors, errors.count("\n")) == (True, 1)
 
 
 def test_a_conversation_goes_on(common, fails_at, monkeypatch, capsys):
@@ -110,8 +110,8 @@ def test_a_conversation_goes_on(common, fails_at, monkeypatch, capsys):
     assert generate.main([*common, "--chat", "True"]) == 0
     (talk, _), _ = encoded[-1]
     assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["one", "three"]
-    said = capsys.readouterr().err
-    assert (said.count(f"error: {OUT_OF_MEMORY}"), said.count("tokens in")) == (1, 2)
+    errors = capsys.readouterr().err
+    assert (errors.count(f"error: {OUT_OF_MEMORY}"), errors.count("tokens in")) == (1, 2)
 
 
 def test_out_of_memory_is_told_from_other_errors(capsys):

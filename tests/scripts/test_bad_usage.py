@@ -136,14 +136,14 @@ def test_bad_usage_is_refused_before_weights_are_read(
 ):
     """Guards against a traceback, a message without flag and value, and minutes of loading before it."""
     monkeypatch.setattr("self_speculation.loading.loading.AutoModelForCausalLM", None)  # no weights are read
-    own = {
+    required = {
         generate: [*common[:2], "--prompt", "def"],
         eval_script: [*common[:4], *PYTHON_FUNCTIONS[:2]],
         serve: [],
         paper: common[:4],
         train: [*SMALL_TRAINING, *common[2:4], "--data_path", "no/such/*.txt"],
     }.get(script, common)
-    line = refused(script.main, [*own, *shlex.split(flags.replace("MODEL", common[1]))], capsys)
+    line = refused(script.main, [*required, *shlex.split(flags.replace("MODEL", common[1]))], capsys)
     assert says in line
     assert line.startswith(os.path.basename(sys.argv[0]) + ": error: ")
     assert not list((tmp_path / "logs").glob("*/*"))

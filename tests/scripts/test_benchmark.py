@@ -100,8 +100,8 @@ def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, c
     assert benchmark.main(args) == 0
     assert "left out 2 of 4 examples: prompts of more than 255 tokens" in capsys.readouterr().err
     assert len(records_of(only_run(tmp_path))) == 2
-    said = refused(benchmark.main, [*args, "--n_shot", "2", "--random_shuffle", "False"], capsys)
-    assert "--n_shot 2: with solved examples every prompt has more than the 255 tokens" in said
+    error = refused(benchmark.main, [*args, "--n_shot", "2", "--random_shuffle", "False"], capsys)
+    assert "--n_shot 2: with solved examples every prompt has more than the 255 tokens" in error
 
 
 @pytest.mark.parametrize(

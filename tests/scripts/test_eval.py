@@ -49,8 +49,8 @@ def task_folder(tmp_path_factory):
     rows = [{"prompt": text, "response": "return a"} for text in PROMPTS]
     write_rows(folder / "python_functions.jsonl", rows)
     for name, config in TASKS.items():
-        own = {"include": "python_functions.yaml", "task": name, **config}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
+        task_settings = {"include": "python_functions.yaml", "task": name, **config}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task_settings))
     (folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["functions", "sampled"]}))
     return folder
 
@@ -112,16 +112,20 @@ def test_scores_are_those_of_the_harness(evaluated, model_folder, task_folder, t
     assert [ours.answers["functions"][i] for i in answered] == theirs
     for task, metric in (("python_lines", "acc,none"), ("python_text", "byte_perplexity,none")):
         assert ours.results[task][metric] == pytest.approx(rest["results"][task][metric], rel=1e-5)
-    said = capsys.readouterr().out
-    assert ("|functions " in said, said.endswith(f"results are in {tmp_path / 'logs'}\n")) == (True, True)
+    printed = capsys.readouterr().out
+    assert ("|functions " in printed, printed.endswith(f"results are in {tmp_path / 'logs'}\n")) == (
+        True,
+        True,
+    )
     speed = ours.generation["speed"]
     drafts = ours.generation["acceptance"]
     assert (ours.generation["num_answers"], drafts["num_drafted"] > drafts["num_accepted"] > 0) == (6, True)
-    assert f"\n6 answers, {speed['num_tokens']} tokens in {speed['total_time']:.1f} s: " in said
+    assert f"\n6 answers, {speed['num_tokens']} tokens in {speed['total_time']:.1f} s: " in printed
     assert (
-        f"{speed['tokens_per_second']:.2f} tokens/s by wall time, first passes too\nacceptance rate " in said
+        f"{speed['tokens_per_second']:.2f} tokens/s by wall time, first passes too\nacceptance rate "
+        in printed
     )
-    assert f"mean accepted length {drafts['mean_accepted_length']:.2f}\n" in said
+    assert f"mean accepted length {drafts['mean_accepted_length']:.2f}\n" in printed
 
 
 def test_only_answers_have_a_speed(evaluated, capsys):

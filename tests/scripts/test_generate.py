@@ -23,7 +23,7 @@ GREEDY = ["--sample", "False", "--max_steps", "20"]
 
 
 @pytest.fixture
-def said(model_folder, capsys, monkeypatch):
+def generated(model_folder, capsys, monkeypatch):
     """Status and output of the script for a pipe; `piped` None: standard input is closed."""
 
     def call(*args, piped=b"def"):
@@ -79,31 +79,31 @@ def talk(model_folder):
 
 
 @pytest.mark.parametrize("streamer", ["standard", "none", "speculative"])
-def test_every_strategy_and_streamer_prints_the_same_answer(said, streamer):
+def test_every_strategy_and_streamer_prints_the_same_answer(generated, streamer):
     """Guards against statistics or a stop word on standard output, and an early exit that does not say so."""
-    plain = said("--prompt", "def add", *GREEDY)
+    plain = generated("--prompt", "def add", *GREEDY)
     assert (plain.returncode, len(plain.stdout) > 20) == (0, True)
     assert not re.search("acceptance|early exit", plain.stderr)
-    own = ["--prompt", "def add", *GREEDY, "--streamer", streamer]
-    drafted = said(*own, *SPECULATION, "--compare")
+    shared = ["--prompt", "def add", *GREEDY, "--streamer", streamer]
+    drafted = generated(*shared, *SPECULATION, "--compare")
     assert drafted.stdout == plain.stdout
     shown = ("20 tokens in", "acceptance rate", "prefill", "without streaming: ")
     assert all(figure in drafted.stderr for figure in shown)
-    early = said(*own, "--exit_layer", "2")
+    early = generated(*shared, "--exit_layer", "2")
     assert "by the early exit at layer 2 alone, not by the full model" in early.stderr
     word = plain.stdout[5:8]
-    assert said(*own, "--stop_words", word).stdout == plain.stdout[: plain.stdout.index(word)] + "\n"
+    assert generated(*shared, "--stop_words", word).stdout == plain.stdout[: plain.stdout.index(word)] + "\n"
 
 
-def test_ctrl_c_ends_a_comparison(said, monkeypatch):
+def test_ctrl_c_ends_a_comparison(generated, monkeypatch):
     """Guards against a traceback, and a conversation that ends."""
     monkeypatch.setattr("runs.conversation.Conversation._comparison", Mock(side_effect=KeyboardInterrupt))
-    result = said("--prompt", "def add", *GREEDY, *SPECULATION, "--compare", "True")
+    result = generated("--prompt", "def add", *GREEDY, *SPECULATION, "--compare", "True")
     assert result.returncode == 130
     assert result.stderr.endswith("\n  without streaming: interrupted\n")
 
 
-def test_prompts_that_mean_the_same(said):
+def test_prompts_that_mean_the_same(generated):
     """Guards against a prompt for each line of a pipe, and a command outside of conversations."""
     for flags, piped, prompt in (
         ([], b"a\nb\n", "a\nb"),
@@ -112,14 +112,14 @@ def test_prompts_that_mean_the_same(said):
         (["--prompt", "def f():\r\n    pass\r\n"], b"", "def f():\n    pass\n"),
         (["--prompt", "hi", "--chat", "True"], b"", "user: hi\nassistant:"),
     ):
-        expected = said("--prompt", prompt, *GREEDY)
-        found = said(*flags, *GREEDY, piped=piped)
+        expected = generated("--prompt", prompt, *GREEDY)
+        found = generated(*flags, *GREEDY, piped=piped)
         assert expected.stdout.strip()
         assert (found.returncode, found.stdout) == (0, expected.stdout)
         assert ("standard input is one prompt of 2 lines\n" in found.stderr) == (piped == b"a\nb\n")
 
 
-def test_input_that_is_no_prompt_is_refused(said):
+def test_input_that_is_no_prompt_is_refused(generated):
     """Guards against an answer to nothing, and a traceback if standard input is closed or is no text."""
     for piped, message in (
         (b"", 'the prompt is empty: standard input has no text; --prompt "" stands for'),
@@ -128,7 +128,7 @@ def test_input_that_is_no_prompt_is_refused(said):
         (b"\xff\xfe", "not valid UTF-8"),
         (b"x " * 400, "leaves no room in the model's context of 256"),
     ):
-        result = said(piped=piped)
+        result = generated(piped=piped)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
         assert message in result.stderr
 
@@ -143,9 +143,9 @@ def test_an_output_that_cannot_be_written(is_full, model_folder):
         args = ["--model", model_folder, "--prompt", "def", *GREEDY]
         script = forks.Fork(ROOT / "generate.py", *args, stdout=output.fileno(), stderr=errors.fileno())
         assert script.wait() == (1 if is_full else 128 + signal.SIGPIPE)
-        said = forks.read(errors)
-    assert not re.search("Traceback|BrokenPipe", said)
-    assert ("error: the output cannot be written (No space left on device)\n" in said) == is_full
+        printed = forks.read(errors)
+    assert not re.search("Traceback|BrokenPipe", printed)
+    assert ("error: the output cannot be written (No space left on device)\n" in printed) == is_full
 
 
 def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):

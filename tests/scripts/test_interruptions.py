@@ -106,11 +106,11 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
         ended = script.main([*common, *flags])
     folder = only_run(tmp_path)
     assert (ended, about(folder)["status"]) == (exit_status, status)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if ending != "kill":
-        assert ("No space left on device" if ending == "full disk" else "interrupted") in said
+        assert ("No space left on device" if ending == "full disk" else "interrupted") in printed
         unit = "cells" if script is sweep else "examples"
-        _, kept, command = said.rpartition(f"; 2 of 6 {unit} are kept, go on with ")
+        _, kept, command = printed.rpartition(f"; 2 of 6 {unit} are kept, go on with ")
         program, *words = shlex.split(command)
         assert kept
         assert Path(program).samefile(sys.executable)
@@ -120,9 +120,9 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
     kept = (folder / "records.jsonl").read_text().splitlines()[:2]
     other_size = ["--batch_size", "2"] if name == "batches" else []
     assert script.main(["--resume", str(folder), *other_size]) == 0
-    said = capsys.readouterr()
-    assert "not used" not in said.err  # of flags that nobody gave
-    assert ("6 examples, batches of 2, 3" in said.out) == (name == "batches")
+    printed = capsys.readouterr()
+    assert "not used" not in printed.err  # of flags that nobody gave
+    assert ("6 examples, batches of 2, 3" in printed.out) == (name == "batches")
     assert outcome(folder) == expected
     assert set(kept) <= set((folder / "records.jsonl").read_text().splitlines())
     assert (about(folder)["status"], about(folder)["began"]) == ("finished", began)
@@ -162,19 +162,21 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, tm
     """By the real torchrun. Guards against a rank 0 that waits, and a model that needs the hub's cache."""
     monkeypatch.setenv("HF_HOME", "/proc/nowhere")
     args = [ROOT / "benchmark.py", *small_run(endless_folder, tmp_path, 10, 400)]
-    with tempfile.TemporaryFile() as said:
-        run = forks.Fork(torch.distributed.run.__file__, "--nproc_per_node", 2, *args, stderr=said.fileno())
+    with tempfile.TemporaryFile() as printed:
+        run = forks.Fork(
+            torch.distributed.run.__file__, "--nproc_per_node", 2, *args, stderr=printed.fileno()
+        )
         try:
             while not list(tmp_path.glob("logs/*/records.jsonl")):
                 time.sleep(0.1)
-                assert run.poll() is None, forks.read(said)
+                assert run.poll() is None, forks.read(printed)
             ranks = psutil.Process(run.pid).children()
             (victim,) = (process for process in ranks if process.environ().get("RANK") == "1")
             victim.kill()
             assert run.wait() == 1
         finally:
             run.end()
-        errors = forks.read(said)
+        errors = forks.read(printed)
     ended = "(another rank is gone|interrupted)"
     kept = r"[1-9]\d* of 10 examples are kept"
     assert re.search(

@@ -63,9 +63,9 @@ def test_pictures_table_and_flags(model_folder, tmp_path, monkeypatch, capsys):
     folder = only_run(tmp_path)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     run = about(folder)
-    output, said = capsys.readouterr()
-    assert "--exit_layer: not used, " in said
-    assert "--exit_layer_last 99: cut to 3, the model has 4 layers" in said
+    output, printed = capsys.readouterr()
+    assert "--exit_layer: not used, " in printed
+    assert "--exit_layer_last 99: cut to 3, the model has 4 layers" in printed
     assert output.startswith(
         f"{heading(run, ('exit_layer', 'num_speculations'))}\n\ncells chosen on 2 prompts, "
     )
@@ -127,8 +127,8 @@ def test_the_last_lines_say_what_a_sweep_found(speedup, number, common, tmp_path
     (((_, title, _), _),) = drawn
     assert ", down to 1 of 2 threads, " in title
     *_, before, last = capsys.readouterr().out.splitlines()
-    said = "no measured cell is faster than decoding without drafts; the nearest:"
-    assert (before == said) == (speedup < 1)
+    printed = "no measured cell is faster than decoding without drafts; the nearest:"
+    assert (before == printed) == (speedup < 1)
     if number < 5:
         why = "these prompts do not tell which strategy is faster: there are fewer than five"
         assert last == f"no cell is recommended: {why}; take more, by --num_samples"

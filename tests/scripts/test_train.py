@@ -190,8 +190,8 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
         (folder / "checkpoint-11").mkdir()  # killed while it wrote
         (folder / "checkpoint-11" / "trainer_state.json").write_text('{"global_st')
     else:
-        said = f"{re.escape(message.format(folder=folder))} is kept, go on with .* --resume {folder}\n"
-        assert re.search(said, capsys.readouterr().err)
+        printed = f"{re.escape(message.format(folder=folder))} is kept, go on with .* --resume {folder}\n"
+        assert re.search(printed, capsys.readouterr().err)
         assert about(folder)["status"] == ("failed" if status == 1 else "interrupted")
     assert train.main(["--resume", str(folder), "--gradient_checkpointing"]) == 0
     assert_same(folder, whole)
