@@ -13,7 +13,7 @@ from measures.plots import paired_ratios
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.description import Record, counted, heading
 from runs.examples import Experiment
-from runs.records import Run
+from runs.records import Run, write_atomically
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request
@@ -79,7 +79,8 @@ class Benchmark(Experiment):
         title = heading(run.description)
         lines = [title, "", *_table(summary, self._unit)]
         if self.answer_file is not None:
-            self._write_answers(run, records, Path(self.answer_file).expanduser().absolute())
+            model_name = Path(run.description["model"]).name
+            self._write_answers(model_name, records, Path(self.answer_file).expanduser().absolute())
         if self.compare and len(ratios := metrics.ratios(records, "", BASELINE)):
             label = f"speed-up over decoding without drafts: a point for each {self._unit[:-1]}"
             interval = summary["comparison"]["speedup_interval"]
@@ -111,13 +112,13 @@ class Benchmark(Experiment):
             remarks.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
         return summary
 
-    def _write_answers(self, run: Run, records: list[Record], path: Path) -> None:
+    def _write_answers(self, model_name: str, records: list[Record], path: Path) -> None:
         """Write the answers of each strategy in the format of Spec-Bench."""
         rows = [example.row for example in self.examples]
         for prefix, _, config in self._sides:
-            name = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
-            model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"
-            run.replace(str(name), spec_bench.answers(rows, records, model_id, prefix))
+            answers_path = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
+            model_id = f"{model_name}-{config.generation_strategy}"
+            write_atomically(answers_path, spec_bench.answers(rows, records, model_id, prefix))
 
 
 def _joined(turns: Sequence[Record]) -> Record:

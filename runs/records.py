@@ -49,7 +49,7 @@ class Run:
             earlier = check_same_run(resume, description)
             run = cls(Path(resume).expanduser(), description | {"began": earlier.get("began")})
             if (run.folder / "records.jsonl").exists():  # a training has none
-                run._replace_records(run.records().values())  # without a line that was cut
+                run.replace("records.jsonl", _lines(run.records().values()))  # without a line that was cut
         run.write_status("running")
         return run
 
@@ -67,17 +67,14 @@ class Run:
         """Write a record; it is on the disk before this returns."""
         path = self.folder / "records.jsonl"
         try:
-            _write(path, "a", _line(record))
+            _write(path, "a", _lines([record]))
         except OSError as error:
             raise Failed(f"cannot write {path}: {error.strerror}") from error
 
     def finish(self, records: list[Record], metrics: Record) -> None:
         """Write all records in order into one file, and the metrics into run.json."""
-        self._replace_records(records)
+        self.replace("records.jsonl", _lines(records))
         self.write_status("finished", metrics=metrics)
-
-    def _replace_records(self, records: Iterable[Record]) -> None:
-        self.replace("records.jsonl", "".join(map(_line, records)))
 
     def write_status(self, status: str, **more: Any) -> None:
         """Write description and status into run.json."""
@@ -102,15 +99,23 @@ class Run:
 
     def replace(self, name: str, text: str) -> None:
         """Replace a file of the folder atomically."""
-        path = self.folder / name
-        partial = path.with_suffix(".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(partial, "w", text)
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise Failed(f"cannot write {path}: {error.strerror}") from error
+        write_atomically(self.folder / name, text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file and the folders above it; at any time the file has the old text or the new one.
+
+    Raises:
+        Failed: the file cannot be written.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(partial, "w", text)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise Failed(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_same_run(resume: str, description: Record) -> Record:
@@ -140,5 +145,5 @@ def _write(path: Path, mode: str, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
+def _lines(records: Iterable[Record]) -> str:
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)

@@ -3,16 +3,17 @@
 import contextlib
 import dataclasses
 import io
+import re
 import shlex
 from typing import get_type_hints
 
 import pytest
-from conftest import EOS, generate, tiny_llama
+from conftest import EOS, ROOT, generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import self_speculation
-from arguments import GenerationConfig, ModelArguments, given_flags, parse
+from arguments import _FOREIGN, GenerationConfig, ModelArguments, given_flags, parse
 from benchmark import MeasurementArguments
 from correctness import CorrectnessArguments
 from data import DataArguments
@@ -171,3 +172,14 @@ def test_any_setting_works_or_is_refused(strategy, **values):
     else:
         assert len(output) <= min(values["max_steps"], 256 - 4 * 61)
         assert EOS not in output
+
+
+def test_the_page_of_llama_cpp_and_the_hints_name_the_same_flags():
+    """Guards against a hint for a foreign flag that contradicts the page, and a flag without a hint."""
+    hints = {name: hint for names, hint in _FOREIGN.items() for name in names.split()}
+    page = (ROOT / "docs/llamacpp.md").read_text()
+    for foreign, here in re.findall(r"^\| (`-.*?) \| (.*) \|$", page, re.MULTILINE):
+        for flag in re.findall(r"(?<![\w-])--?([a-z][a-z-]*)", foreign):
+            hint = hints.get(flag.replace("-", "_"), f"--{flag.replace('-', '_')}")
+            flags = set(re.findall(r"--\w+", hint))
+            assert here.startswith("the same") or flags <= set(re.findall(r"--\w+", here)), flag
