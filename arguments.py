@@ -115,7 +115,7 @@ class ModelArguments(LoadingOptions):
         """Parse `model_args`."""
         return _key_values(self, "model_args")
 
-    def loading_options(self, **changes: Any) -> LoadingOptions:
+    def loading_options(self, **changes: object) -> LoadingOptions:
         """The library's options, with `changes` by field."""
         options = {each.name: getattr(self, each.name) for each in fields(LoadingOptions)}
         found = self.from_pretrained_args()
@@ -123,7 +123,7 @@ class ModelArguments(LoadingOptions):
         return LoadingOptions(**{**options, "model_args": found, **changes})
 
 
-def _key_values(group: Any, name: str) -> dict[str, Any]:
+def _key_values(group: object, name: str) -> dict[str, Any]:
     """Parse a flag of JSON or of k=v,k=v: Python literals, also true, false and none in any case, or else
     text.
     """
@@ -344,7 +344,7 @@ def refuse(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-def at_least(group: Any, least: int, *names: str) -> None:
+def at_least(group: object, least: int, *names: str) -> None:
     """Refuse a field with a number below the least one. None means no limit."""
     for name in names:
         values = value if isinstance(value := getattr(group, name), list) else [value]

@@ -42,7 +42,7 @@ class Example:
     later_turns: tuple[str, ...]  # prompts that follow the answer to this one
 
 
-def cell(place: str, value: Any) -> str:
+def cell(place: str, value: object) -> str:
     """A column's value as text. Raises DataError, which begins with `place`, unless it is one or a number."""
     if not isinstance(value, str | int | float):
         raise DataError(f"{place} must be text, not {type(value).__name__}")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
 
 from measures import metrics, spec_bench
 from measures.plots import paired_ratios
@@ -166,6 +165,6 @@ def _table(summary: Record, unit: str) -> list[str]:
     return lines + [_line(name.replace("_", " "), value) for name, value in summary.get("text", {}).items()]
 
 
-def _line(name: str, *values: Any, style: str = ".2f") -> str:
+def _line(name: str, *values: float | str | None, style: str = ".2f") -> str:
     shown = ("-" if v is None else v if isinstance(v, str) else format(v, style) for v in values)
     return f"{name:<36}" + "".join(f"{value:>16}" for value in shown)

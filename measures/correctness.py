@@ -4,7 +4,6 @@ import dataclasses
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -155,7 +154,7 @@ class CompareIds(Experiment):
         end_ids = [*self.generator.eos_token_ids, *(config.stop_token_ids or [])]
         room = context_length(model.config) - len(prompt)
 
-        def ends(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        def ends(ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
             return torch.tensor([stop(ids[0, len(prompt) :].tolist())], device=ids.device)
 
         ids = torch.tensor([prompt], device=model.device)

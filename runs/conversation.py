@@ -56,7 +56,7 @@ class Conversation:
     compare: bool = False
     grammar: Grammar | None = None
     prediction: str | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, object] = field(default_factory=dict)
     system: str = ""  # who the model is; an empty text: no such message
     messages: list[dict[str, str]] = field(default_factory=list, init=False)
 
@@ -139,7 +139,7 @@ def ctrl_c() -> Iterator[Event]:
     """Set the event at Ctrl-C in this block; a second Ctrl-C ends the program at once."""
     event = Event()
 
-    def press(*_: Any) -> None:
+    def press(*_: object) -> None:
         event.set()
         signal.signal(signal.SIGINT, previous)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from tqdm import tqdm
 
@@ -88,7 +87,7 @@ def run_experiment(
     config: GenerationConfig,
     data_args: DataArguments,
     args: RunArguments,
-    **settings: Any,
+    **settings: object,
 ) -> int:
     """Load the model and the examples that fit it, and do the work on them; the exit status.
 

@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from arguments import read_run
 from runs.description import Record, now
@@ -76,7 +75,7 @@ class Run:
         self.replace("records.jsonl", _lines(records))
         self.write_status("finished", metrics=metrics)
 
-    def write_status(self, status: str, **more: Any) -> None:
+    def write_status(self, status: str, **more: object) -> None:
         """Write description and status into run.json."""
         ended = {} if status == "running" else {"ended": now()}
         content = {**self.description, "status": status, **ended, **more}

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from transformers import PretrainedConfig
@@ -39,8 +39,8 @@ def autoregressive(
 
 def encode_chat(
     generator: HuggingfaceLlamaGenerator,
-    messages: Sequence[Mapping[str, Any]],
-    template_kwargs: Mapping[str, Any],
+    messages: Sequence[Mapping[str, object]],
+    template_kwargs: Mapping[str, object],
 ) -> tuple[list[int], Thinking | None]:
     """The ids of a conversation, and how the next answer thinks. Raises ValueError if the template fails."""
     text = generator.render_chat(messages, template_kwargs)
