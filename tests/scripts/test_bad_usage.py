@@ -106,7 +106,7 @@ REFUSALS = {
         "--api_key ''": "--api_key '': must not be empty",
     },
     paper: {
-        "--rows gpt-4": "--rows ['gpt-4']: gpt-4 must be a part of one of facebook/layerskip-llama2-7B, cnn_dm",
+        "--rows gpt-4": "--rows ['gpt-4']: gpt-4 must be a part of one of facebook/layerskip-llama2-7B",
     },
     train: {
         "--layer_dropout 1.5": "--layer_dropout 1.5: must be between 0 and 1",
