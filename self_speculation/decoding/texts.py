@@ -258,7 +258,12 @@ class OutputReader:
 
     def preview(self, drafts: Sequence[int]) -> list[Part]:
         """The parts that drafts would settle, without an incomplete character."""
-        return self._splitter.preview(self._text.rest(drafts).rstrip("\ufffd"))
+        text = self._text.rest(drafts)
+        for number in range(len(drafts) - 1, max(0, len(drafts) - _BYTES), -1):
+            if not text.endswith("\ufffd"):
+                break
+            text = self._text.rest(drafts[:number])  # a decoder may replace whole characters before it, too
+        return self._splitter.preview(text.rstrip("\ufffd"))
 
     @property
     def num_thinking(self) -> int:
