@@ -68,25 +68,32 @@ class Answer:
     """
 
     def __init__(self, served: ServedModel, origin: Origin) -> None:
-        self._served, self._generator, self._origin = served, served.generator, origin
-        self._arrival_time, self._loop = time.perf_counter(), asyncio.get_running_loop()
+        self._served = served
+        self._generator = served.generator
+        self._origin = origin
+        self._arrival_time = time.perf_counter()
+        self._loop = asyncio.get_running_loop()
         # Of a choice: its index, and a `Delta`, its result or its error.
         self._events = asyncio.Queue[tuple[int, Delta | GenerationStrategyResult | Exception]]()
-        self._choices, self._is_cancelled = list[_Choice](), Event()  # that the client is gone
+        self._choices = list[_Choice]()
+        self._is_cancelled = Event()  # that the client is gone
 
     def parse(self, kind: RequestKind, body: bytes) -> set[str]:
         """Read, check and tokenize the request; returns names of its fields that are ignored."""
-        generator, ignored = self._generator, set[str]()
+        generator = self._generator
+        ignored = set[str]()
         given_request = kind.model_validate_json(body, context=ignored)
         self._writer = given_request.writer(self._served.name)
         request = given_request.chat if isinstance(given_request, ResponsesRequest) else given_request
-        self.request, prompt_field = request, given_request.prompt_field
+        self.request = request
+        prompt_field = given_request.prompt_field
         self._check()
         if isinstance(request, ChatRequest):
             prompts = [self._encode_chat(request, prompt_field)]
         else:
             prompts = [Request(self._encode(prompt, prompt_field)) for prompt in request.prompt]
-        config, bias = request.generation_config(self._served.config), dict(request.logit_bias)
+        config = request.generation_config(self._served.config)
+        bias = dict(request.logit_bias)
         grammar = request.grammar(generator.tokenizer)
         if request.ignore_eos and grammar is None:
             bias |= dict.fromkeys(generator.eos_token_ids, -math.inf)
@@ -106,7 +113,8 @@ class Answer:
         self, kind: type[TokenizeRequest | DetokenizeRequest], body: bytes, ignored: set[str]
     ) -> dict[str, Any]:
         """Convert text to token ids, or back; `ignored` gets names of the request's ignored fields."""
-        generator, context = self._generator, context_length(self._generator.model.config)
+        generator = self._generator
+        context = context_length(self._generator.model.config)
         request = kind.model_validate_json(body, context=ignored)
         self._served.check_name(request.model or self._served.name)
         if isinstance(request, DetokenizeRequest):
@@ -123,11 +131,15 @@ class Answer:
 
     def submit(self) -> None:
         """Compile the grammar, and submit a job for each choice."""
-        request, generator, served = self.request, self._generator, self._served
+        request = self.request
+        generator = self._generator
+        served = self._served
         max_time = served.args.max_time
         for index, given in enumerate(self._given):
             # Nothing of a job leads to this object: finished ones are freed at once.
-            streamer, logprobs, emit = None, None, partial(_emit, self._loop, self._events, index)
+            streamer = None
+            logprobs = None
+            emit = partial(_emit, self._loop, self._events, index)
             if request.stream:
                 kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
                 streamer = kind(generator.tokenizer, emit)
@@ -155,7 +167,8 @@ class Answer:
         """New text of the choices until all finish. A choice that finishes has `finished`, and all its text
         if that is not streamed. Raises the error of a choice.
         """
-        request, unfinished = self.request, len(self._choices)
+        request = self.request
+        unfinished = len(self._choices)
         while unfinished:
             index, event = await self._events.get()
             choice = self._choices[index]
@@ -174,7 +187,8 @@ class Answer:
 
     def _format(self, choice: _Choice, delta: Delta) -> dict[str, Any] | None:
         """Format new text: that of a chunk, or the whole answer. None: the text may become a call."""
-        logprobs, stop_reason = None, choice.finished.result.stop_reason if choice.finished else None
+        logprobs = None
+        stop_reason = choice.finished.result.stop_reason if choice.finished else None
         if choice.logprobs:
             # The tokens of a stop word are not part of the answer.
             logprobs = choice.logprobs.take(len(delta.text), stop_reason not in (None, "stop_word"))
@@ -189,13 +203,15 @@ class Answer:
         return figures([each.finished for each in self._choices if each.finished], self.request.n)
 
     def _check(self) -> None:
-        request, served = self.request, self._served
+        request = self.request
+        served = self._served
         served.check_name(request.model or served.name)
         num_prompts = 1 if isinstance(request, ChatRequest) else len(request.prompt)
         if num_prompts * request.n > (limit := served.engine.max_together):
             param, number = ("n", request.n) if num_prompts <= limit else ("prompt", num_prompts)
             raise APIError.at(param, number, f"must be at most {limit} answers together, for all prompts")
-        most, wanted = served.args.max_answer_tokens, request.max_new_tokens
+        most = served.args.max_answer_tokens
+        wanted = request.max_new_tokens
         if most is not None and wanted is not None and wanted > most:
             raise APIError.at("max_tokens", wanted, f"must be at most {most} on this server")
         size = self._generator.model.config.vocab_size
@@ -204,10 +220,12 @@ class Answer:
 
     def _encode_chat(self, request: ChatRequest, param: str, special_tokens: bool = False) -> Request:
         """The prompt by the chat template, which adds special tokens, and how the answer thinks."""
-        generator, args = self._generator, self._served.args
+        generator = self._generator
+        args = self._served.args
         if not generator.tokenizer.chat_template:
             raise APIError(f"{param}: the model has no chat template, use /v1/completions", param=param)
-        tools, most = request.tools_for_template, _TOOL_CHARACTERS * context_length(generator.model.config)
+        tools = request.tools_for_template
+        most = _TOOL_CHARACTERS * context_length(generator.model.config)
         if short_json(tools, most) is None:
             message = f"tools: have more than the {most} characters that fit into this model's context"
             raise APIError(message, param="tools", code="context_length_exceeded")
@@ -229,7 +247,8 @@ class Answer:
 
     def _encode(self, prompt: str | list[int], param: str, special_tokens: bool = True) -> list[int]:
         generator = self._generator
-        length, context = f"{len(prompt)} characters", context_length(generator.model.config)
+        length = f"{len(prompt)} characters"
+        context = context_length(generator.model.config)
         if isinstance(prompt, list) or not generator.is_far_too_long(prompt):
             ids = generator.encode(prompt, special_tokens)
             if len(ids) < context:
@@ -245,7 +264,9 @@ class AnswerResponse(StreamingResponse):
     """
 
     def __init__(self, answer: Answer, submit: Callable[[Answer], Awaitable[None]]) -> None:
-        self._answer, self._submit, self._is_whole = answer, submit, False
+        self._answer = answer
+        self._submit = submit
+        self._is_whole = False
         media_type = "text/event-stream" if answer.request.stream else "application/json"
         super().__init__((), media_type=media_type)
 

@@ -58,12 +58,16 @@ class App:
     """The server of one model at an address."""
 
     def __init__(self, served: ServedModel, address: str) -> None:
-        args, model = served.args, served.generator.model
-        self._served, self._engine, self._key = served, served.engine, args.api_key
+        args = served.args
+        model = served.generator.model
+        self._served = served
+        self._engine = served.engine
+        self._key = args.api_key
         self._metrics = Metrics(served.engine, served.name, args.log_requests)
         self._parsing = FairQueue("bodies", served.engine.max_jobs)
         self._compiling = FairQueue("grammars", served.engine.max_jobs)
-        served.engine.on_end, served.engine.on_round = self._metrics.count, self._metrics.count_round
+        served.engine.on_end = self._metrics.count
+        served.engine.on_round = self._metrics.count_round
         served.generator.use_sandbox()
         self._model_entry = {
             "id": served.name,
@@ -95,7 +99,8 @@ class App:
         if scope["type"] != "http":
             await self._router(scope, receive, send)
             return
-        http, has_begun = HTTPRequest(scope), False
+        http = HTTPRequest(scope)
+        has_begun = False
         request_id = http.headers.get("x-request-id", "")[:_LONGEST_ID] or uuid.uuid4().hex
         http.state.origin = Origin(http.method, http.scope["path"], request_id)
 
@@ -141,7 +146,8 @@ class App:
 
     async def _convert(self, kind: type[TokenizeRequest | DetokenizeRequest], http: HTTPRequest) -> Response:
         """Convert text to token ids, or back."""
-        answer, ignored = Answer(self._served, http.state.origin), set[str]()
+        answer = Answer(self._served, http.state.origin)
+        ignored = set[str]()
         content = await self._parse(http, lambda body: answer.convert(kind, body, ignored))
         self._metrics.name_ignored(ignored)
         return JSONResponse(content)

@@ -65,7 +65,8 @@ class Engine:
         batch_size: int,
         max_waiting: int,
     ) -> None:
-        strategy, model = generator.generation_strategy, generator.model
+        strategy = generator.generation_strategy
+        model = generator.model
         assert isinstance(strategy, DecodingStrategy)
         # A chunk of a prompt must not hold up streams for much longer than a round.
         token_budget = min(128, cpu_operators().prompt_tokens) if model.device.type == "cpu" else 512
@@ -74,7 +75,8 @@ class Engine:
         longest = context_length(model.config)
         self._usual = min(longest, _PROMPT + config.max_steps)  # positions of a slot
         self._scheduler.run_every_pass(self._usual, longest)
-        self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
+        self._batch_size = batch_size
+        self.max_jobs = batch_size + max_waiting
         self.max_together = max(1, self.max_jobs // 2)  # jobs of one request, which leave room for others
         self._num_positions = batch_size * longest
         self.waiting: deque[Job] = deque()
@@ -166,7 +168,8 @@ class Engine:
             self._scheduler.step()
         except Exception:  # it is also the result of each sequence in the batch
             _log.exception("a step of %d sequences failed", num_rows)
-        before, self._round_ended = self._round_ended, time.perf_counter()
+        before = self._round_ended
+        self._round_ended = time.perf_counter()
         _call(self.on_round, num_rows, self._round_ended - before)
         for job, result in self._scheduler.pop_finished():
             if isinstance(result, Exception) and is_lost_device(result):

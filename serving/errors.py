@@ -57,7 +57,9 @@ class APIError(Exception):
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status = status
+        self.param = param
+        self.code = code
 
     @classmethod
     def at(cls, param: str, value: Any, problem: str) -> APIError:
@@ -102,7 +104,8 @@ class APIError(Exception):
 
 def unrouted(error: HTTPException, method: str, path: str) -> APIError:
     """The error of a path or a method that the server does not have."""
-    place, allowed = f"{method} {path[:100]}", (error.headers or {}).get("Allow")
+    place = f"{method} {path[:100]}"
+    allowed = (error.headers or {}).get("Allow")
     if error.status_code == 405 and allowed:
         return APIError(f"{place}: the method must be {' or '.join(sorted(allowed.split(', ')))}", 405)
     if error.status_code == 404:

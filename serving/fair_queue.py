@@ -23,7 +23,8 @@ class FairQueue:
     """
 
     def __init__(self, what: str, max_waiting: int, num_threads: int = 2) -> None:
-        self._what, self._max_waiting = what, max_waiting
+        self._what = what
+        self._max_waiting = max_waiting
         self._threads = ThreadPoolExecutor(num_threads, what)
         self._num_free = num_threads
         # By client, in turn: a future for each piece of work.

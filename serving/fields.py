@@ -99,7 +99,8 @@ def _why_refused(name: str, given: dict[str, Any], known: set[str], refused: dic
     if name not in refused:
         near = get_close_matches(name[:50], known, 1, cutoff=_LIKE)
         return f"there is no such field, did you mean {near[0]}?" if near else None
-    value, instead = given[name], refused[name]
+    value = given[name]
+    instead = refused[name]
     is_neutral = value == _NEUTRAL[name] if name in _NEUTRAL else not value
     # An answer that ignores its end is as long as it may be.
     if is_neutral or (name.startswith("min_") and given.get("ignore_eos") is True):

@@ -37,7 +37,8 @@ class FinishedRequest:
     """The result of a job, and its times in seconds."""
 
     def __init__(self, job: Job, result: GenerationStrategyResult) -> None:
-        self.result, self.drafts = result, result.draft_stats or DraftStats()
+        self.result = result
+        self.drafts = result.draft_stats or DraftStats()
         self.num_tokens = len(result.predicted_tokens) + (result.end_token_id is not None)
         self.num_reasoning = job.request.reader.num_thinking
         self.queue_time = job.admission_time - job.arrival_time
@@ -97,8 +98,10 @@ class Metrics:
     """
 
     def __init__(self, engine: Engine, model: str, log_requests: bool) -> None:
-        self.registry, self._labels = CollectorRegistry(), {"model_name": model, "engine": "0"}
-        self._log_requests, self._ignored = log_requests, set[str]()
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model, "engine": "0"}
+        self._log_requests = log_requests
+        self._ignored = set[str]()
         about = "Requests without an answer by HTTP status"
         self._refused = Counter("self_speculation_refused", about, ["status"], registry=self.registry)
         for name, about, value in (
@@ -174,7 +177,8 @@ def _shortened(text: str) -> str:
 
 def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
     """`usage` and `metrics` over the choices of a request, n per prompt; see docs/serving.md."""
-    results, prompted = [each.result for each in finished], [each.result for each in finished[::n]]
+    results = [each.result for each in finished]
+    prompted = [each.result for each in finished[::n]]
     prompt = sum(result.num_prompt_tokens for result in prompted)
     completion = sum(each.num_tokens for each in finished)
     seconds = max(result.decode_time for result in results)

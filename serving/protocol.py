@@ -162,7 +162,8 @@ class ChatRequest(BaseRequest):
 
     @model_validator(mode="after")
     def _check_final_message(self) -> ChatRequest:
-        name, value = "continue_final_message", self.continue_final_message
+        name = "continue_final_message"
+        value = self.continue_final_message
         if value and self.add_generation_prompt:
             raise APIError.at(name, value, "not with add_generation_prompt, which begins another message")
         if value and self.messages[-1].role != "assistant":
@@ -195,7 +196,9 @@ class ChatRequest(BaseRequest):
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
         """That of a call if there must be one, or else of a call or an answer, if either has a schema."""
-        tools, choice, rule = self.tools_for_template, self.tool_choice, self.rule
+        tools = self.tools_for_template
+        choice = self.tool_choice
+        rule = self.rule
         if tools and "tools" not in (tokenizer.chat_template or ""):
             raise APIError("tools: the chat template of this model knows no tools", param="tools")
         if choice == "auto" and tools and (rule or any(tool.function.strict for tool in self.tools)):
@@ -219,11 +222,9 @@ class ChatRequest(BaseRequest):
     def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
         has_reasoning = delta.thinking and self.include_reasoning
         reasoning = dict.fromkeys(_REASONING, delta.thinking) if has_reasoning else {}
-        message, tools, has_calls = (
-            dict[str, Any](content=delta.text),
-            self.tools_for_template,
-            delta.has_calls,
-        )
+        message = dict[str, Any](content=delta.text)
+        tools = self.tools_for_template
+        has_calls = delta.has_calls
         if self.stream and delta.calls:
             message = {"content": delta.text or None, "tool_calls": delta.calls}
         elif not self.stream and tools:
@@ -314,7 +315,8 @@ class ChoicesWriter:
     """Writes choices as chunks of a stream, or as one JSON object at the end."""
 
     def __init__(self, request: BaseRequest, head: dict[str, Any]) -> None:
-        self._request, self._head = request, head
+        self._request = request
+        self._head = head
         self._choices = dict[int, dict[str, Any]]()  # the last one of each index
         self._has_usage = request.stream_options.include_usage
 

@@ -76,7 +76,8 @@ class ResponsesRequest(SharedFields):
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
         for item in self.input:
-            message, last = item.for_chat, messages[-1] if messages else {}
+            message = item.for_chat
+            last = messages[-1] if messages else {}
             is_after_reasoning = "content" in message and last.keys() == {"role", "reasoning_content"}
             is_same_turn = "tool_calls" in message or is_after_reasoning
             if message["role"] == last.get("role") == "assistant" and is_same_turn:
@@ -111,10 +112,13 @@ class ResponseWriter:
     """Writes a chat's choice as events of a response, or as the response at the end."""
 
     def __init__(self, response: dict[str, Any], stream: bool) -> None:
-        self._response, self._stream = response, stream
+        self._response = response
+        self._stream = stream
         self._output: list[dict[str, Any]] = response["output"]  # only the last item is unfinished
-        self._numbers, self._events = itertools.count(), list[str]()  # these are not sent yet
-        self._is_begun, self._is_cut = False, False
+        self._numbers = itertools.count()
+        self._events = list[str]()  # these are not sent yet
+        self._is_begun = False
+        self._is_cut = False
 
     def add(self, choice: dict[str, Any]) -> str:
         """Add new text of the choice, or the whole choice."""
@@ -140,7 +144,8 @@ class ResponseWriter:
         status = "incomplete" if self._is_cut else "completed"
         self._end_item(status)
         details = {"reason": "max_output_tokens"} if self._is_cut else None
-        usage, response = _usage(figures["usage"]), self._response
+        usage = _usage(figures["usage"])
+        response = self._response
         response |= {"status": status, "incomplete_details": details, **figures, "usage": usage}
         self._event(f"response.{status}", response=response)
         return self._take() if self._stream else json.dumps(response)
@@ -216,7 +221,8 @@ class ResponseWriter:
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     """`usage` of a chat by the names of a response."""
-    num_prompt, num_cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+    num_prompt = usage["prompt_tokens"]
+    num_cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": num_prompt,
         "input_tokens_details": {"cached_tokens": num_cached, "cache_write_tokens": num_prompt - num_cached},

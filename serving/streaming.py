@@ -81,7 +81,9 @@ class LogprobCollector:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, num_top: int, reader: OutputReader | None = None
     ) -> None:
-        self._tokenizer, self._num_top, self._reader = tokenizer, num_top, reader
+        self._tokenizer = tokenizer
+        self._num_top = num_top
+        self._reader = reader
         self._added_ids = tokenizer.added_tokens_decoder.keys()
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel(" in repr(getattr(backend, "decoder", None))

@@ -40,7 +40,8 @@ def call_grammar(
         answer: what may come in place of a call, in Lark; "": any text, also before calls.
         several: allow several calls, where they have tags.
     """
-    chat_template, is_tagged = tokenizer.chat_template, "<tool_call>" in tokenizer.chat_template
+    chat_template = tokenizer.chat_template
+    is_tagged = "<tool_call>" in tokenizer.chat_template
     functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
     key = "parameters" if not is_tagged and '"parameters"' in chat_template else "arguments"
     calls = [
@@ -101,7 +102,8 @@ def _objects(text: str) -> list[Any]:
     """
     with suppress(ValueError, RecursionError):
         return [json.loads(text)]
-    found, position = list[Any](), 0
+    found = list[Any]()
+    position = 0
     with suppress(ValueError, RecursionError):
         while (begin := _BEGIN.search(text, position)) and _END.search(text, begin.end()):
             content, position = _decoder.raw_decode(text, begin.end())
@@ -118,16 +120,19 @@ class CallReader:
     """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]], several: bool) -> None:
-        self._tools, self._several = tools, several
+        self._tools = tools
+        self._several = several
         self.num_calls = 0
         self._held = ""  # what may be a call, or the arguments so far of a call that grows
         self._num_sent: int | None = None  # characters of these arguments that are passed on
-        self._is_start, self._may_call = True, True
+        self._is_start = True
+        self._may_call = True
 
     def read(self, new: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
         """Returns new text of the answer, and parts of calls. The first part of a call has an id."""
         self._held += new
-        texts, parts = list[str](), list[dict[str, Any]]()
+        texts = list[str]()
+        parts = list[dict[str, Any]]()
         while self._take(new, texts, parts):
             pass
         if is_last and not self.num_calls:
@@ -160,7 +165,8 @@ class CallReader:
     def _begin_call(self, start: int, new: str, parts: list[dict[str, Any]]) -> bool:
         """Begin a call whose JSON starts there, or take a whole one if its arguments do not come last."""
         if head := _HEAD.match(self._held, start):
-            call, end = {"name": head[1]}, head.end()
+            call = {"name": head[1]}
+            end = head.end()
         elif "}" in new:
             try:
                 call, end = _decoder.raw_decode(self._held, start)
@@ -178,7 +184,8 @@ class CallReader:
         self.num_calls += 1
         self._held = self._held[end:]
         self._num_sent = 0 if head else None
-        self._is_start, self._may_call = False, bool(head) or self._several
+        self._is_start = False
+        self._may_call = bool(head) or self._several
         return True
 
     def _grow(self, num_sent: int, new: str, parts: list[dict[str, Any]]) -> bool:
@@ -187,12 +194,14 @@ class CallReader:
         if "}" in new or "]" in new:
             with suppress(ValueError, RecursionError):
                 end = _decoder.raw_decode(self._held)[1]
-        index, arguments = self.num_calls - 1, self._held[num_sent:end]
+        index = self.num_calls - 1
+        arguments = self._held[num_sent:end]
         if parts and parts[-1]["index"] == index:
             parts[-1]["function"]["arguments"] += arguments
         elif arguments:
             parts.append({"index": index, "function": {"arguments": arguments}})
         self._num_sent = None if end else len(self._held)
         if end:
-            self._held, self._may_call = self._held[end:], self._several
+            self._held = self._held[end:]
+            self._may_call = self._several
         return end is not None
