@@ -223,7 +223,8 @@ class GenerationConfig:
             check(self, name, (value := getattr(self, name)) == -1 or value >= 1, "must be -1 or at least 1")
         for name, (least, most) in (SAMPLING_RULES | _BOUNDS).items():
             allowed = f"must be at least {least}" if most is None else f"must be between {least} and {most}"
-            value, upto = getattr(self, name), math.inf if most is None else most
+            value = getattr(self, name)
+            upto = math.inf if most is None else most
             check(self, name, value is None or least <= value <= upto, allowed)
         check(self, "stop_words", all(self.stop_words or []), "must not be empty texts")
         check(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids or []), "must be 0 or more")

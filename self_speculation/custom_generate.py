@@ -105,15 +105,16 @@ def self_speculative_generate(
         **{"generation_strategy": "self_speculative", **drafting},
     )
     eos_criteria = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
-    others = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
+    criteria = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     if streamer is not None and not hasattr(streamer, "delete"):
         # Streamers of transformers expect one token at a time, and end ids. A strategy streams an end id only
         # if a criterion ends the output.
         put = streamer.put
         streamer = SimpleNamespace(put=lambda ids: [put(id_) for id_ in ids.split(1)], end=streamer.end)
-        eos_criteria, others = [], [*eos_criteria, *others]
+        criteria = [*eos_criteria, *criteria]
+        eos_criteria = []
     end_ids = [id_ for criterion in eos_criteria for id_ in criterion.eos_token_id.tolist()]
-    request = Request(input_ids[0].tolist(), logits_processor, others, streamer, eos_token_ids=end_ids)
+    request = Request(input_ids[0].tolist(), logits_processor, criteria, streamer, eos_token_ids=end_ids)
     strategy = make_strategy(config.generation_strategy)
     result = single_result(strategy.generate_batch(model, [request], config, batch_size=1))
     if result.stop_reason == "context":

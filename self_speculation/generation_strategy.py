@@ -59,7 +59,8 @@ class GenerationStrategy:
             config = request.config or generation_config
             result: GenerationStrategyResult | Exception
             try:
-                processors, criteria = request.processors(config), as_list(request.stopping_criteria)
+                processors = request.processors(config)
+                criteria = as_list(request.stopping_criteria)
                 criteria += [_as_criterion(check, len(request.ids)) for check in as_list(request.stop_checks)]
                 result = self.generate_token_ids(
                     model,

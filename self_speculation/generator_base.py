@@ -84,7 +84,9 @@ class HuggingfaceLlamaGenerator:
             check_kind(
                 "generation_strategy", generation_strategy, GenerationStrategy, " of make_strategy(name)"
             )
-        self.tokenizer, self.model, self.generation_strategy = tokenizer, model, generation_strategy
+        self.tokenizer = tokenizer
+        self.model = model
+        self.generation_strategy = generation_strategy
 
     def generate(
         self,
@@ -253,7 +255,8 @@ class HuggingfaceLlamaGenerator:
         """Whether a text certainly has more tokens than the context: all of them could not spell it, or its
         start has more already. Tokenizing takes seconds for a million characters.
         """
-        context, longest = context_length(self.model.config), self._longest_token
+        context = context_length(self.model.config)
+        longest = self._longest_token
         if len(prompt) <= context * _USUAL or len(prompt) > context * longest:
             return len(prompt) > context * longest
         start = self.tokenizer.encode(prompt[: context * _USUAL], add_special_tokens=False)

@@ -126,12 +126,16 @@ class Scheduler(Generic[Key]):
         check_followed(model)
         check_supported(model.config)
         config.check_depth(model.config.num_hidden_layers)
-        self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
+        self._strategy = strategy
+        self._model = model
+        self._config = config
+        self._batch_size = batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
         self._device = model.get_input_embeddings().weight.device
         self._most_together = cpu_operators().prompt_tokens if self._device.type == "cpu" else PREFILL_CHUNK
         self._without_autocast = partial(torch.autocast, self._device.type, enabled=False)
-        longest, self._depth = 0, model.config.num_hidden_layers
+        longest = 0
+        self._depth = model.config.num_hidden_layers
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
         elif config.exit_layer != -1:
@@ -169,7 +173,8 @@ class Scheduler(Generic[Key]):
         """With --compile True, capture all passes before the first request, over a cache of so many
         positions, or of `longest` if they fit in memory. A request that outgrows it ends all captured passes.
         """
-        decoding, most = self._ensure_prepared(), num_positions + self.batch.longest_draft
+        decoding = self._ensure_prepared()
+        most = num_positions + self.batch.longest_draft
         with self._without_autocast():
             passes = self._strategy.passes(decoding)
             decoding.runner.capture(decoding.cache, passes, self._batch_size, most, longest)
@@ -177,9 +182,11 @@ class Scheduler(Generic[Key]):
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
         """Queue a request."""
-        config, has_drafts = self._model.config, self._strategy.has_drafts
+        config = self._model.config
+        has_drafts = self._strategy.has_drafts
         try:
-            context, length = context_length(config), len(request.ids)
+            context = context_length(config)
+            length = len(request.ids)
             if length >= context:
                 raise ValueError(no_room(f"{length} tokens", config))
             sequence = Sequence(request, self._config, context, self._device, key, has_drafts)
@@ -219,7 +226,8 @@ class Scheduler(Generic[Key]):
             if self._prepared.slots.key is not None:
                 kept_caches(self._model).append(self._prepared.slots)
             self._prepared = None
-        finished, self._finished = self._finished, []
+        finished = self._finished
+        self._finished = []
         return finished
 
     def _decode(self) -> None:
@@ -258,7 +266,8 @@ class Scheduler(Generic[Key]):
             with sequence.failing_alone():
                 self._ensure_prepared().slots.acquire(sequence)
         ready = [sequence for sequence in self._waiting if sequence.slot is not None]
-        chosen, is_ragged = list[tuple[Sequence, int]](), self._ensure_prepared().runner.is_ragged
+        chosen = list[tuple[Sequence, int]]()
+        is_ragged = self._ensure_prepared().runner.is_ragged
         for sequence in ready:
             together = [*chosen, (sequence, int(min(_num_unread(sequence), left, PREFILL_CHUNK)))]
             widths = [width for _, width in together]
@@ -275,7 +284,8 @@ class Scheduler(Generic[Key]):
         """Read so many tokens of each of these prompts in one pass, or one by one if that fails. Those that
         end join the batch; the others go to the end of the queue. Returns the tokens of the pass.
         """
-        decoding, sequences = self._ensure_prepared(), [sequence for sequence, _ in chosen]
+        decoding = self._ensure_prepared()
+        sequences = [sequence for sequence, _ in chosen]
         pieces = [each.prompt[each.num_computed : each.num_computed + width] for each, width in chosen]
         ended = [row for row, (each, width) in enumerate(chosen) if _num_unread(each) <= width]
         num_tokens = sum(map(len, pieces))

@@ -81,7 +81,8 @@ def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draf
     The layers that did not draft run once, over all tokens. The layers that drafted still miss the last
     token of each row, so they run over it. Drops what a draft has cached that verification cannot use.
     """
-    layer, ones = draft.exit_layer, [1] * len(batch)
+    layer = draft.exit_layer
+    ones = [1] * len(batch)
     inputs = row_by_row((batch.last, ones), (draft.tokens, draft.lengths))  # [N] ids
     if draft.exit_hidden is not None:  # the first layers drafted
         ends = on_device([end - 1 for end in accumulate(draft.widths)], inputs.device)

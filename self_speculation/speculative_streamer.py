@@ -19,7 +19,8 @@ from wcwidth import wcwidth
 from self_speculation.decoding.texts import OutputReader, Part
 
 _COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": ""}
-_DIM, _RESET = "\x1b[2m", "\x1b[0m"
+_DIM = "\x1b[2m"
+_RESET = "\x1b[0m"
 
 # Characters that do more to a terminal than to move the cursor right or to the next line -> what is printed.
 _PRINTED = {code: chr(0x2400 + code) for code in range(0x20)}  # pictures of control characters
@@ -60,7 +61,8 @@ class StandardTextStreamer:
 
     def begin(self, reader: OutputReader) -> None:
         """Begin an answer, whose ids `reader` turns into text."""
-        self._reader, self._ids = reader, list[int]()
+        self._reader = reader
+        self._ids = list[int]()
         self._was_thinking = False  # in what was shown last
         self._screen = _Screen(self._file)
         self._held: list[Cell] = []  # decided, but is a stop word or may become one
@@ -79,13 +81,15 @@ class StandardTextStreamer:
                 raise ValueError(f"a streamer shows one answer, not {len(ids)} at once")
             self.begin(OutputReader(self._tokenizer, prompt=ids[0].tolist()))
             return
-        ids, before = [*map(int, ids)], len(self._ids)
+        ids = [*map(int, ids)]
+        before = len(self._ids)
         num_accepted = sum(takewhile(bool, map(eq, ids, self._verified)))
         self._ids += ids
         self._reader.read(self._ids)
         for position, parts in enumerate(self._reader.parts[before : len(self._ids)]):
             self._held += _cells(parts, "accepted" if position < num_accepted else "target")
-        self._drafts, self._verified = [], []
+        self._drafts = []
+        self._verified = []
         self._flush()
 
     def end(self) -> None:
@@ -193,7 +197,8 @@ class _Screen:
     """
 
     def __init__(self, file: TextIO) -> None:
-        self._file, self._is_colored = file, "NO_COLOR" not in os.environ
+        self._file = file
+        self._is_colored = "NO_COLOR" not in os.environ
         self._kept: list[Cell] = []  # decided text from the start of a row on
         self._drawn: list[Cell] = []  # it and the drafts, as printed
         self._num_below = 0  # rows below the first one of these
@@ -206,7 +211,8 @@ class _Screen:
         # An accent at the start of a row may change the row above.
         last = max((i for i, row in enumerate(kept) if row and wcwidth(row[0].char)), default=0)
         while drafts and len(rows := _rows([*cells, *drafts], width)) - last >= height:
-            drafts, rows = drafts[:-1], kept  # lost rows cannot be erased
+            drafts = drafts[:-1]  # lost rows cannot be erased
+            rows = kept
         drawn = _drawn(rows, width)
         unchanged = len(self._drawn)
         if drawn[:unchanged] != self._drawn:

@@ -52,7 +52,8 @@ class Batch:
     def remove(self, row: int) -> Sequence:
         """Swap with the last row, then shrink."""
         self.commit_unread()
-        removed, self.sequences[row] = self.sequences[row], self.sequences[-1]
+        removed = self.sequences[row]
+        self.sequences[row] = self.sequences[-1]
         self.sequences.pop()
         if row < len(self.sequences):
             self.last[row] = self.last[-1]
@@ -156,7 +157,8 @@ class Batch:
         tokens = self.sample(logits, ones)  # [B]
         reading = AsyncRead([amax(logits), tokens])
         self.commit_unread()
-        self.last, self._unread = tokens, (reading, logits)
+        self.last = tokens
+        self._unread = (reading, logits)
         go_on = (sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)
         if not (reads_late(self.last.device) and all(go_on)):
             self.commit_unread()
@@ -164,7 +166,8 @@ class Batch:
     def commit_unread(self) -> None:
         """Read and commit the tokens that `sample_and_commit` has left. A row that has ended takes none."""
         if self._unread is not None:
-            (reading, logits), self._unread = self._unread, None
+            reading, logits = self._unread
+            self._unread = None
             largest, ids = reading.wait()
             self.check(largest, [1] * len(self))
             nothing = [None] * len(self)

@@ -97,7 +97,8 @@ def short_json(value: Any, most: int) -> str | None:
     """The JSON of a value; None if it has more characters than `most`. It is encoded up to there, and without
     C, which would hold up all threads.
     """
-    parts, size = list[str](), 0
+    parts = list[str]()
+    size = 0
     # A check for circles would keep the value, in a circle of functions.
     for part in json.JSONEncoder(check_circular=False).iterencode(value):
         parts.append(part)
@@ -132,7 +133,8 @@ class GrammarProcessor:
     ) -> None:
         self._vocab_size = vocab_size
         self._unused = _matcher(_tokenizer(tokenizer, vocab_size, tuple(eos_token_ids)), grammar)
-        self._matcher, self._consumed = self._unused.deep_copy(), list[int]()
+        self._matcher = self._unused.deep_copy()
+        self._consumed = list[int]()
 
     def masked(self, output: Sequence[int], scores: Tensor) -> Tensor:
         """The scores, [1, V], after the ids of output and draft. Reads nothing from the device.
@@ -155,7 +157,8 @@ class GrammarProcessor:
     def _move_to(self, output: Sequence[int]) -> bool:
         """Have the matcher consume exactly this output; False: it is not accepted."""
         if self._matcher.is_error():  # for good, by a draft that led nowhere
-            self._matcher, self._consumed = self._unused.deep_copy(), []
+            self._matcher = self._unused.deep_copy()
+            self._consumed = []
         consumed = self._consumed
         common = sum(takewhile(bool, map(eq, consumed, output)))
         self._matcher.rollback(len(consumed) - common)

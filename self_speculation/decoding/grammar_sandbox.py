@@ -69,7 +69,8 @@ class GrammarSandbox:
         """The problem of a grammar, or an empty text."""
         for _ in range(2):  # somebody may have killed the process since
             with self._lock:
-                answer, status = b"", 0
+                answer = b""
+                status = 0
                 try:
                     with suppress(BrokenPipeError):
                         process = self._start()

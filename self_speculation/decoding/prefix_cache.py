@@ -36,7 +36,8 @@ class PrefixCache:
     """
 
     def __init__(self, cache: KVCache, num_slots: int, key: Hashable = None) -> None:
-        self.cache, self.key = cache, key
+        self.cache = cache
+        self.key = key
         cache.set_rows([])
         self._holders: list[Sequence | _Prefix] = [_Prefix()] * num_slots
         self._answers = itertools.count(1)
@@ -56,7 +57,8 @@ class PrefixCache:
         """The slots of these sequences, to go on with their prompts. They are moved if they are not side by
         side.
         """
-        slots, first = [sequence.slot for sequence in sequences], self.cache.num_rows
+        slots = [sequence.slot for sequence in sequences]
+        first = self.cache.num_rows
         if slots[0] is not None and slots == [*range(slots[0], slots[0] + len(slots))]:
             first = slots[0]
         for slot, sequence in enumerate(sequences, first):
@@ -70,7 +72,8 @@ class PrefixCache:
 
     def _move(self, sequence: Sequence, slot: int) -> None:
         """Swap the slot of a sequence whose prompt is being read with another one, of no row."""
-        own, other = sequence.slot, self._holders[slot]
+        own = sequence.slot
+        other = self._holders[slot]
         assert own is not None
         if own != slot:
             its_length = len(other.ids) if isinstance(other, _Prefix) else other.num_computed
@@ -82,7 +85,9 @@ class PrefixCache:
         """Free a sequence's slot. Its keys and values become a prefix unless it failed, also those of a
         prompt that is read in part. The last row moves to the place of a row.
         """
-        slot, sequence.slot, cache = sequence.slot, None, self.cache
+        slot = sequence.slot
+        sequence.slot = None
+        cache = self.cache
         if not cache.is_valid:
             return
         assert slot is not None

@@ -103,7 +103,9 @@ class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, prompt_length: int, frequency: float, presence: float) -> None:
-        self._prompt_length, self._frequency, self._presence = prompt_length, frequency, presence
+        self._prompt_length = prompt_length
+        self._frequency = frequency
+        self._presence = presence
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: [1, n] prompt, output and draft; scores: [1, V]"""

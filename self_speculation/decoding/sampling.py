@@ -115,7 +115,8 @@ class Sampler:
         if self.greedy:
             return argmax(logits)
         assert keys is not None
-        rows, row_keys = logits.reshape(-1, logits.shape[-1]).float(), keys.flatten()
+        rows = logits.reshape(-1, logits.shape[-1]).float()
+        row_keys = keys.flatten()
         if not self._filters:
             tokens = argmax(_noise_of_all(row_keys, rows.shape[1]).add_(rows / self.temperature))
         elif is_draft:
@@ -156,7 +157,8 @@ class Sampler:
             likely, ids = probabilities.topk(num)
         else:
             likely, ids = probabilities.sort(descending=True, stable=True)
-        kept, unsure = self.keep(likely), keys[:0]
+        kept = self.keep(likely)
+        unsure = keys[:0]
         if is_partial:
             end = kept.count_nonzero(-1)[:, None]
             last, after = (likely.gather(-1, at) for at in ((end - 1).clamp(min=0), end.clamp(max=num - 1)))
@@ -174,7 +176,8 @@ def _pick(kept: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
     """[n] of ids [n, m], one with each key, by their probabilities in descending order; 0: never."""
     if kept.device.type == "cpu":  # noise for no others
         most = max(1, int(kept.count_nonzero(-1).max()))
-        kept, ids = kept[:, :most].contiguous(), ids[:, :most]
+        kept = kept[:, :most].contiguous()
+        ids = ids[:, :most]
     best = argmax(kept.log().add_(gumbel_noise(keys, ids)))
     return ids.gather(-1, best[:, None])[:, 0]
 
@@ -186,7 +189,8 @@ def leading_matches(drafted: Sequence[float], tokens: Sequence[float], lengths: 
         drafted: ids, row by row; `lengths` [B] of each row.
         tokens: those of the target, row by row, one more of each row.
     """
-    accepted, start = [], 0
+    accepted = []
+    start = 0
     for row, length in enumerate(lengths):
         pairs = zip(drafted[start : start + length], tokens[start + row :], strict=False)
         accepted.append(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))

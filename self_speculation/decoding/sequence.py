@@ -51,7 +51,9 @@ class Sequence:
     ) -> None:
         self._started = time.perf_counter()
         self._first_token_at: float | None = None
-        self.key, self._request, self.prompt = key, request, request.ids
+        self.key = key
+        self._request = request
+        self.prompt = request.ids
         if not self.prompt:
             raise ValueError("the prompt has no tokens")
         config = request.config or config
@@ -59,7 +61,8 @@ class Sequence:
         self._max_steps = config.max_steps
         self.max_length = min(len(self.prompt) + config.max_steps, context)
         self._end_ids = {*as_list(request.eos_token_ids), *(config.stop_token_ids or [])}
-        self._criteria, self._checks = as_list(request.stopping_criteria), as_list(request.stop_checks)
+        self._criteria = as_list(request.stopping_criteria)
+        self._checks = as_list(request.stop_checks)
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
         self._failure: Failure | None = None  # of this round
@@ -72,7 +75,8 @@ class Sequence:
         self.num_computed = 0  # tokens of the prompt that are in it now, until the sequence joins the batch
         self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
         self.draft_stats = DraftStats() if has_drafts else None
-        self._streamer, self._num_shown = request.streamer, 0  # drafted tokens that are shown
+        self._streamer = request.streamer
+        self._num_shown = 0  # drafted tokens that are shown
         self._shows_drafts = hasattr(request.streamer, "delete")
         self.processors = request.processors(config)
         self._has_grammar = any(hasattr(processor, "masked") for processor in self.processors)
@@ -217,7 +221,8 @@ class Sequence:
             logits: [n or more, V] processed; those of the tokens first.
             num_drafted: tokens that `source` drafted in this round; None: no verification.
         """
-        failure, self._failure = self._failure, None
+        failure = self._failure
+        self._failure = None
         self._drafted = []
         if not self.remaining:
             return
@@ -257,7 +262,8 @@ class Sequence:
 
     def _stream(self, tokens: abc.Sequence[int]) -> None:
         """Delete the draft that is shown, and stream these tokens."""
-        num_shown, self._num_shown = self._num_shown, 0
+        num_shown = self._num_shown
+        self._num_shown = 0
         if num_shown:
             self._streamer.delete(num_shown, is_draft=True)
         if tokens and self._streamer is not None:

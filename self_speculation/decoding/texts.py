@@ -155,9 +155,12 @@ class Splitter:
     """
 
     def __init__(self, thinking: Thinking | None) -> None:
-        self.in_answer, self.has_thought = thinking is None, False
+        self.in_answer = thinking is None
+        self.has_thought = False
         if thinking is not None:
-            self._begin, self._end, self.has_thought = thinking.begin, thinking.end, thinking.has_begun
+            self._begin = thinking.begin
+            self._end = thinking.end
+            self.has_thought = thinking.has_begun
         self._held = ""  # may belong to a tag, or is line breaks that may be next to one
         self._at_start = self.has_thought  # of thinking or answer, where line breaks are left out
 
@@ -165,7 +168,8 @@ class Splitter:
         """The parts that a new text settles, whose last token is `id_`; if the output has finished, all."""
         settled = self._settle(text, id_)
         if finished:
-            text, self._held = self._held.rstrip("\n"), ""
+            text = self._held.rstrip("\n")
+            self._held = ""
             settled += self._part(text, is_thinking=self.has_thought)
         return settled
 
@@ -177,7 +181,8 @@ class Splitter:
         return other.add(text)
 
     def _settle(self, text: str, id_: int | None) -> list[Part]:
-        text, self._held = self._held + text, ""
+        text = self._held + text
+        self._held = ""
         if not (self.has_thought or self.in_answer):
             at = self._begin.find(text, id_)
             self.has_thought = self._at_start = at >= 0 and not text[:at].strip()
@@ -221,9 +226,11 @@ class OutputReader:
         prompt: Sequence[int] = (),
         thinking: Thinking | None = None,
     ) -> None:
-        self.words, self._may_think = tuple(sorted(words)), thinking is not None
+        self.words = tuple(sorted(words))
+        self._may_think = thinking is not None
         self._longest = max(map(len, self.words), default=1)  # characters of a word
-        self._text, self._splitter = Detokenizer(tokenizer, prompt), Splitter(thinking)
+        self._text = Detokenizer(tokenizer, prompt)
+        self._splitter = Splitter(thinking)
         self.parts: list[list[Part]] = []  # of each token that was read: what it settles
         self.thinking = self.answer = ""
         self._end = ""  # the last characters of the answer, in which a word may begin
@@ -290,7 +297,8 @@ class OutputReader:
         """Where the first stop word begins in the answer and more text after it."""
         if self._stop is not None or not more:
             return self._stop
-        text, known = self._end + more, len(self._end)
+        text = self._end + more
+        known = len(self._end)
         new_ends = range(known + 1, len(text) + 1)
         ends = [end for end in new_ends if text.endswith(self.words, 0, end)]  # of all words at once
         starts = [end - len(word) for end in ends for word in self.words if text.endswith(word, 0, end)]

@@ -37,7 +37,9 @@ class DraftComposer:
         sources: abc.Sequence[DraftSource | LookupDrafts],
         policy: AdaptivePolicy | None,
     ) -> None:
-        self._model, self._policy, self._vocab_size = model, policy, model.config.vocab_size
+        self._model = model
+        self._policy = policy
+        self._vocab_size = model.config.vocab_size
         computing = [source for source in sources if isinstance(source, DraftSource)]
         self._sources = {source.name: source for source in computing}
         self._lookups = [source for source in sources if isinstance(source, LookupDrafts)]
@@ -45,7 +47,8 @@ class DraftComposer:
             names = ", ".join(source.name for source in computing)
             why = f"one source computes drafts, not {names}; adaptive picks among several"
             raise ValueError(f"generation_strategy self_speculative: {why}")
-        self._stopwatch, self._num_graphs = Stopwatch(model.device), 0
+        self._stopwatch = Stopwatch(model.device)
+        self._num_graphs = 0
 
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft | None:
         """Draft tokens for each row, see `DraftSource.draft`; None: the round is a plain step."""
@@ -56,7 +59,8 @@ class DraftComposer:
             lengths = [len(match.ids) if match else limit if computing else 0 for match, limit in each]
             plan = Plan([match.source if match else computing for match in matches], lengths)
         else:
-            self._stopwatch, self._num_graphs = Stopwatch(batch.last.device), num_captures(self._model)
+            self._stopwatch = Stopwatch(batch.last.device)
+            self._num_graphs = num_captures(self._model)
             if (chosen := self._policy.plan(matches, limits)) is None:
                 return None
             plan = chosen

@@ -33,7 +33,8 @@ class DecayedMean:
     """
 
     def __init__(self, prior: float, weight: float = 2.0) -> None:
-        self._prior, self._weight = prior, weight
+        self._prior = prior
+        self._weight = weight
         self._sum = self.count = 0.0  # count: weight of the observations
 
     @property
@@ -57,7 +58,8 @@ def draft_ratio(model: PreTrainedModel, exit_layer: int, draft_weights: DraftWei
     head = model.get_output_embeddings().weight.nbytes / _bytes_per_layer(model)
     if draft_weights == "exact":
         return (exit_layer + head) / (len(layers) + head)
-    own, of_head = mean_bytes_per_weight(layers[0]), mean_bytes_per_weight(model.get_output_embeddings())
+    own = mean_bytes_per_weight(layers[0])
+    of_head = mean_bytes_per_weight(model.get_output_embeddings())
     read = exit_layer / own + head / of_head
     return copy_bytes_per_weight(model) * _costs(model, draft_weights)[0] * read / (len(layers) + head)
 
@@ -66,7 +68,8 @@ def _bytes_per_layer(model: PreTrainedModel) -> float:
     """Bytes of weights that a pass over one token reads, in a layer on average: of those in three dimensions,
     which are experts', a part. All layers of a dense model are alike.
     """
-    layers, chosen = model.base_model.layers, experts_per_token(model.config)
+    layers = model.base_model.layers
+    chosen = experts_per_token(model.config)
     asked = layers[:1] if chosen is None else layers
     share = 1.0 if chosen is None else chosen / model.config.num_experts
     weights = (w for layer in asked for w in (*layer.parameters(), *layer.buffers()))  # few bits are buffers
@@ -126,9 +129,12 @@ class _Line:
         new = (1.0, excess, excess**2, seconds, excess * seconds)
         self._sums = [_DECAY * old + weight * more for old, more in zip(self._sums, new, strict=True)]
         n, x, xx, y, xy = self._sums
-        n, x, xx = n + self._PRIOR, x - self._PRIOR, xx + self._PRIOR
+        n += self._PRIOR
+        x -= self._PRIOR
+        xx += self._PRIOR
         determinant = n * xx - x * x
-        self.plain, self.slope = (xx * y - x * xy) / determinant, max(0.0, (n * xy - x * y) / determinant)
+        self.plain = (xx * y - x * xy) / determinant
+        self.slope = max(0.0, (n * xy - x * y) / determinant)
 
 
 class PassTimes:
@@ -152,8 +158,10 @@ class PassTimes:
 
     def passes(self, num_rows: int) -> Callable[[int], float]:
         """The time of a pass over so many tokens of so many rows, by its tokens."""
-        (plain, slope), cost = self._plain_and_slope(num_rows), self._pass_cost
-        fixed, grows = plain - slope, slope / cost(num_rows)
+        plain, slope = self._plain_and_slope(num_rows)
+        cost = self._pass_cost
+        fixed = plain - slope
+        grows = slope / cost(num_rows)
         return lambda num_tokens: fixed + grows * cost(num_tokens)
 
     def draft_passes(

@@ -34,7 +34,9 @@ class LayerDrafts(DraftSource):
         arm: Arm,
         is_whole: bool = False,
     ) -> None:
-        self.drafter, self.exit_layer, self.arm = drafter, exit_layer, arm
+        self.drafter = drafter
+        self.exit_layer = exit_layer
+        self.arm = arm
         self._keeps_cache = draft_weights == "exact"
         self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
         if not self._keeps_cache and not is_whole:
@@ -44,7 +46,8 @@ class LayerDrafts(DraftSource):
         columns = [[row for row, limit in enumerate(limits) if i < limit] for i in range(max(limits))]
         keys = batch.noise_keys((row, i) for i, rows in enumerate(columns) for row in rows)
         keys_of = [None] * len(columns) if keys is None else keys.split([*map(len, columns)])
-        ids, before = batch.last, [*range(len(batch))]
+        ids = batch.last
+        before = [*range(len(batch))]
         nothing = [0] * len(batch)
         drafted: list[tuple[Tensor, list[int]]] = [(ids[:0], nothing)]
         exit_hidden: list[tuple[Tensor, list[int]]] = [(self.drafter.embed(ids[:0]), nothing)]

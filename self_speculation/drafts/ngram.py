@@ -26,12 +26,14 @@ class NgramIndex:
 
     def __init__(self, prediction: abc.Sequence[int], longest: int) -> None:
         self.ids: list[int] = []
-        self._least, self._num_predicted = min(2, longest), 0
+        self._least = min(2, longest)
+        self._num_predicted = 0
         self._lengths = range(longest, self._least - 1, -1)
         self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token that followed it
         self.extend([*prediction, _END] if prediction else [])
         self._num_predicted = len(self.ids)
-        self._matched, self._position = self._least if prediction else 0, 0
+        self._matched = self._least if prediction else 0
+        self._position = 0
 
     def extend(self, ids: abc.Iterable[int]) -> None:
         """Append tokens to the text."""
@@ -58,14 +60,18 @@ class NgramIndex:
         """Move on with the new tokens of the sequence, and look up what follows. At the end of the text the
         tokens repeat from the match.
         """
-        ids, start, num_predicted = self.ids, len(self.ids), self._num_predicted
+        ids = self.ids
+        start = len(self.ids)
+        num_predicted = self._num_predicted
         self.extend(sequence.ids_from(start - num_predicted))
         for position in range(max(start, num_predicted + len(sequence.prompt)), len(ids)):
             goes_on = self._matched and ids[self._position] == ids[position]
-            self._matched, self._position = self._matched + 1 if goes_on else 0, self._position + 1
+            self._matched = self._matched + 1 if goes_on else 0
+            self._position += 1
         matched, position = self.locate()
         if matched > self._matched:
-            self._matched, self._position = matched, position
+            self._matched = matched
+            self._position = position
         if self._matched < self._least:
             return None
         name = "prediction" if self._position < num_predicted else "n-grams"

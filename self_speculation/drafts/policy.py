@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from self_speculation.drafts.costs import DecayedMean, PassTimes
 from self_speculation.drafts.draft import Arm, Draft, Match
 
-_WAIT, _LONGEST_WAIT = 8, 128  # rounds between two trials
+# Rounds between two trials.
+_WAIT = 8
+_LONGEST_WAIT = 128
 
 # The most tokens to draft, what was looked up, and the chance that the next token of it is right.
 _Row = tuple[int, Match | None, float]
@@ -78,13 +80,18 @@ class AdaptivePolicy:
     _LONGEST_BY_LAYERS = 8
 
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
-        self._arms, self._longest, self._stats = arms, longest, stats
+        self._arms = arms
+        self._longest = longest
+        self._stats = stats
         self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
-        self._plan, self._trial_cost = Plan([], []), 0.0  # of this round
+        # Of this round.
+        self._plan = Plan([], [])
+        self._trial_cost = 0.0
         # A plan without drafts holds until a round, for a number of rows, these times, and matches that are
         # no more likely right than then.
         self._plain_in: tuple[int, PassTimes] | None = None
-        self._plain_until, self._plain_guess = 0, 0.0
+        self._plain_until = 0
+        self._plain_guess = 0.0
         # Seconds in this round of a pass over so many tokens, and of one by a source for so many rows.
         self._verifying: Callable[[int], float] = float
         self._drafting: Callable[[str, int], float] = lambda *_: 0.0
@@ -97,9 +104,11 @@ class AdaptivePolicy:
             limits: [B] the most tokens to draft.
         """
         with self._stats.lock:
-            stats, num_rows = self._stats, len(limits)
+            stats = self._stats
+            num_rows = len(limits)
             stats.num_rounds += 1
-            situation, until = (num_rows, stats.times), min(self._plain_until, stats.trial_at)
+            situation = (num_rows, stats.times)
+            until = min(self._plain_until, stats.trial_at)
             guesses = [self._acceptance(*match[:2]).value if match else 0.0 for match in matches]  # [B]
             no_better = self._plain_in == situation and max(guesses) <= self._plain_guess
             if no_better and stats.num_rounds < until:
@@ -115,7 +124,8 @@ class AdaptivePolicy:
             used = {source if source in self._draft_steps else None for source in best.sources if source}
             stats.used_at |= dict.fromkeys(used, stats.num_rounds)
             if not used:
-                self._plain_in, self._plain_until = situation, stats.num_rounds + _WAIT
+                self._plain_in = situation
+                self._plain_until = stats.num_rounds + _WAIT
                 self._plain_guess = max(guesses)
             self._plan = best
             if any(limits) and stats.num_rounds >= stats.trial_at:
@@ -130,11 +140,14 @@ class AdaptivePolicy:
             seconds: of drafting and of verifying; None: they are not typical.
         """
         with self._stats.lock:
-            stats, drafted, num_rows = self._stats, draft.lengths, len(draft.lengths)
+            stats = self._stats
+            drafted = draft.lengths
+            num_rows = len(draft.lengths)
             if (row := self._plan.trial) is not None:
                 stats.trial_cost += self._trial_cost - accepted[row] / num_rows
                 if accepted[row] == drafted[row]:  # try it again soon
-                    stats.wait, stats.trial_at = _WAIT, stats.num_rounds + _WAIT
+                    stats.wait = _WAIT
+                    stats.trial_at = stats.num_rounds + _WAIT
                     name = draft.sources[row]
                     stats.used_at[name if name in self._draft_steps else None] = 0
             for row, source in enumerate(draft.sources):
@@ -145,7 +158,8 @@ class AdaptivePolicy:
                     self._acceptance(source, matched).add(float(i < accepted[row]))
             if seconds is None:
                 return
-            times, (draft_seconds, verify_seconds) = stats.times, seconds
+            times = stats.times
+            draft_seconds, verify_seconds = seconds
             for source in self._draft_steps.keys() & {*draft.sources}:
                 of_source = [n for n, name in zip(drafted, draft.sources, strict=True) if name == source]
                 if passes := [sum(length > i for length in of_source) for i in range(max(of_source))]:
@@ -158,8 +172,11 @@ class AdaptivePolicy:
         Args:
             chance: that a token of the source is right after accepted ones.
         """
-        verifying, num_tokens = self._verifying, len(rows)
-        lengths, depth, reached = [0] * num_tokens, 0, chance
+        verifying = self._verifying
+        num_tokens = len(rows)
+        lengths = [0] * num_tokens
+        depth = 0
+        reached = chance
         limits = [
             0 if guess > chance else min(limit, self._LONGEST_BY_LAYERS) for limit, _, guess in rows
         ]  # of the source
@@ -167,7 +184,8 @@ class AdaptivePolicy:
         # Of each match, minus the chance that its next token is reached and right.
         matches = [(-guess, row) for row, (limit, _, guess) in enumerate(rows) if guess > chance and limit]
         heapify(matches)
-        expected, seconds = float(num_tokens), verifying(num_tokens)
+        expected = float(num_tokens)
+        seconds = verifying(num_tokens)
         while matches or depth < longest:
             # A pass of the source drafts for all its rows, whose chances are equal.
             by_source = depth < longest and not (matches and -matches[0][0] > reached)
@@ -182,9 +200,12 @@ class AdaptivePolicy:
                     break
                 longest = depth  # a token that was looked up costs less
                 continue
-            num_tokens, expected, seconds = num_tokens + more, expected + chances, seconds + cost
+            num_tokens += more
+            expected += chances
+            seconds += cost
             if by_source:
-                depth, reached = depth + 1, reached * chance
+                depth += 1
+                reached *= chance
                 continue
             negative, row = matches[0]
             _, match, guess = rows[row]
@@ -198,14 +219,16 @@ class AdaptivePolicy:
         ]
         for row, limit in enumerate(limits):
             if depth and limit:
-                sources[row], lengths[row] = source, min(limit, depth)
+                sources[row] = source
+                lengths[row] = min(limit, depth)
         return Plan(sources, lengths, expected / seconds)
 
     def _trial(self, used: Set[str | None], looked_up: Plan, rows: Sequence[_Row]) -> Plan | None:
         """A trial of the source that was used longest ago, of those that would pay if whole drafts were
         accepted; None: there are none. Drafts that are looked up go on beside it.
         """
-        stats, plain = self._stats, self._verifying(len(rows))
+        stats = self._stats
+        plain = self._verifying(len(rows))
         names = [name for name in (None, *self._draft_steps) if name not in used]
         for name in sorted(names, key=lambda name: stats.used_at.get(name, 0)):
             stats.used_at[name] = stats.num_rounds
@@ -231,5 +254,6 @@ class AdaptivePolicy:
     def _acceptance(self, name: str, matched: int) -> DecayedMean:
         """Acceptance of a token after accepted ones."""
         arm = self._arms[name]
-        key, known = (name, min(matched, len(arm.priors) - 1)), self._stats.acceptance
+        key = (name, min(matched, len(arm.priors) - 1))
+        known = self._stats.acceptance
         return known.get(key) or known.setdefault(key, DecayedMean(arm.priors[key[1]], arm.weight))

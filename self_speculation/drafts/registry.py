@@ -24,7 +24,8 @@ from self_speculation.passes.runners import is_captured
 _LONGEST_MATCH = 4
 
 # Prior acceptance of a copy of all layers, and its weight: two rejections must not rule it out.
-_COPY_PRIOR, _TRUST_IN_COPY = (0.95,), 6.0
+_COPY_PRIOR = (0.95,)
+_TRUST_IN_COPY = 6.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class DraftContext:
         """In ascending order. Adaptive decoding has exits from a twelfth to a third of the layers; of a copy
         in fewer bits also all layers.
         """
-        config, num_layers = self.config, len(self.runner.layers)
+        config = self.config
+        num_layers = len(self.runner.layers)
         if not config.is_adaptive:
             return [config.exit_layer]
         early = {max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)}
@@ -81,7 +83,8 @@ def make_composer(context: DraftContext) -> DraftComposer:
     Raises:
         ValueError: layers or head cannot be copied, or several sources compute and nothing picks one.
     """
-    config, arms = context.config, dict[str, Arm]()
+    config = context.config
+    arms = dict[str, Arm]()
     sources = [each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)]
     for source in sources:
         arms |= source.arms if isinstance(source, LookupDrafts) else {source.name: source.arm}
@@ -90,7 +93,8 @@ def make_composer(context: DraftContext) -> DraftComposer:
 
 
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
-    weights, num_layers = context.draft_weights, len(context.runner.layers)
+    weights = context.draft_weights
+    num_layers = len(context.runner.layers)
     drafter = context.drafter  # first: without kernels for copies, there are no costs of them
     grows = relative_pass_cost(context.runner, weights)
 
@@ -118,7 +122,9 @@ SOURCES: list[SourceEntry] = [
 
 def _stats(context: DraftContext) -> ArmStats:
     """The statistics of earlier answers, for these drafts on the model's current device."""
-    model, config, runner = context.model, context.config, context.runner
+    model = context.model
+    config = context.config
+    runner = context.runner
     key = (
         (context.draft_weights, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),

@@ -208,7 +208,8 @@ class KVCache:
         Returns:
             Views of the layer's keys and values, [B, kv_heads, S, head_dim], up to those of the longest row.
         """
-        rows, slots = self.num_rows, slice(self.first_slot, self.first_slot + self.num_rows)
+        rows = self.num_rows
+        slots = slice(self.first_slot, self.first_slot + self.num_rows)
         width = len(keys) // rows
         end = max(self.lengths(layer)) + width
         all_keys, all_values = (buffer[slots] for buffer in self.make_room(layer, layer + 1, [width] * rows))

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from self_speculation.devices import padded
 
-# Queries of a program: tensor cores take 16 and more. Shares of a row's keys.
-_LEAST_QUERIES, _MOST_QUERIES, _MOST_SPLITS = 16, 64, 32
+# Queries of a program; tensor cores take 16 and more.
+_LEAST_QUERIES = 16
+_MOST_QUERIES = 64
+_MOST_SPLITS = 32  # shares of a row's keys
 _BLOCK = 1024  # numbers of a program of `gate`
 _NO_WINDOW = 1 << 30
 
@@ -40,10 +42,16 @@ def rotate_and_write(
         positions: [B, T]
         ROWS, HALF: the next powers of two of heads of a program, and of SIZE / 2.
     """
-    token, kv = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    position, group, half = tl.load(positions + token), HEADS // KV_HEADS, SIZE // 2
-    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)[None]
-    is_query, is_key, is_value = row < group, row == group, row == group + 1
+    token = tl.program_id(0).to(tl.int64)
+    kv = tl.program_id(1)
+    position = tl.load(positions + token)
+    group = HEADS // KV_HEADS
+    half = SIZE // 2
+    row = tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, HALF)[None]
+    is_query = row < group
+    is_key = row == group
+    is_value = row == group + 1
     is_there = (row < group + 2) & (d < half) & (position >= 0)
     head = tl.where(is_query, kv * group + row, HEADS + kv + tl.where(is_key, 0, KV_HEADS))
     own = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * SIZE + d
@@ -87,10 +95,16 @@ def attend(
         PADDED: SIZE, or the next power of two.
         KEYS: that are read at a time.
     """
-    row, kv = (tl.program_id(0) // KV_HEADS).to(tl.int64), tl.program_id(0) % KV_HEADS
-    split, splits, tile, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2), HEADS // KV_HEADS
-    q, d = tl.arange(0, QUERIES), tl.arange(0, PADDED)
-    token, head = (tile * QUERIES + q) // group, kv * group + (tile * QUERIES + q) % group
+    row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
+    kv = tl.program_id(0) % KV_HEADS
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    tile = tl.program_id(2)
+    group = HEADS // KV_HEADS
+    q = tl.arange(0, QUERIES)
+    d = tl.arange(0, PADDED)
+    token = (tile * QUERIES + q) // group
+    head = kv * group + (tile * QUERIES + q) % group
     position = tl.load(positions + row * width + token, token < width, -1).to(tl.int32)
     length = tl.max(position, 0) + 1
     oldest = tl.min(tl.where(position < 0, length, position), 0) - window + 1  # that any of them sees
@@ -106,17 +120,20 @@ def attend(
     out = tl.zeros([QUERIES, PADDED], tl.float32)
     for first in range(begin, end, KEYS):
         n = first + tl.arange(0, KEYS)
-        there, is_there = base + n[:, None] * SIZE + d[None], (n[:, None] < end) & (d[None] < SIZE)
+        there = base + n[:, None] * SIZE + d[None]
+        is_there = (n[:, None] < end) & (d[None] < SIZE)
         k = tl.load(keys + there, is_there, 0.0)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
         sees = (n[None] <= position[:, None]) & (n[None] > position[:, None] - window) & (n[None] < end)
         scores = tl.where(sees, scores, -float("inf"))
         new = tl.maximum(largest, tl.max(scores, 1))
         finite = tl.where(new == -float("inf"), 0.0, new)
-        weights, keep = tl.exp(scores - finite[:, None]), tl.exp(largest - finite)
+        weights = tl.exp(scores - finite[:, None])
+        keep = tl.exp(largest - finite)
         v = tl.load(values + there, is_there, 0.0)
         out = out * keep[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total, largest = total * keep + tl.sum(weights, 1), new
+        total = total * keep + tl.sum(weights, 1)
+        largest = new
     part = ((tl.program_id(0) * tl.num_programs(2) + tile) * splits + split) * QUERIES + q
     is_read = token < width  # by `merge`
     tl.store(sums + part[:, None] * PADDED + d[None], out, is_read[:, None])
@@ -131,12 +148,16 @@ def merge(
     QUERIES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Grid [B * T, HEADS]: out [B * T, HEADS, SIZE] from what `attend` has written."""
-    token, head, group = tl.program_id(0), tl.program_id(1), HEADS // KV_HEADS
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    group = HEADS // KV_HEADS
     q = token % width * group + head % group
     of_row = (token // width * KV_HEADS + head // group) * tiles + q // QUERIES
-    split, d = tl.arange(0, SPLITS), tl.arange(0, PADDED)
+    split = tl.arange(0, SPLITS)
+    d = tl.arange(0, PADDED)
     part = (of_row * SPLITS + split) * QUERIES + q % QUERIES
-    largest, total = tl.load(stats + part * 2), tl.load(stats + part * 2 + 1)
+    largest = tl.load(stats + part * 2)
+    total = tl.load(stats + part * 2 + 1)
     most = tl.max(largest, 0)
     keep = tl.exp(largest - tl.where(most == -float("inf"), 0.0, most))
     weight = tl.sum(total * keep, 0)  # 0: the token is padding
@@ -149,9 +170,11 @@ def merge(
 @triton.jit
 def gate(joint, out, width, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
     """Grid [T, blocks]: out [T, width] = activation(gates) * others, of joint [T, 2 width]."""
-    token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     own = joint + token * 2 * width + at
-    gates, others = tl.load(own, at < width, 0.0), tl.load(own + width, at < width, 0.0)
+    gates = tl.load(own, at < width, 0.0)
+    others = tl.load(own + width, at < width, 0.0)
     x = gates.to(tl.float32)
     inner = x
     if IS_GELU:  # by tanh: (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))
@@ -192,8 +215,10 @@ def decode_attention(
     window: int | None,
 ) -> Tensor:  # fmt: skip
     """[B * T, (HEADS + 2 KV_HEADS) SIZE] -> [B * T, HEADS SIZE], see the kernels. Overwrites `qkv`."""
-    (rows, width), (_, kv_heads, _, size) = positions.shape, keys.shape
-    heads, steps = qkv.shape[1] // size - 2 * kv_heads, (width, keys.stride(0), keys.stride(1))
+    rows, width = positions.shape
+    _, kv_heads, _, size = keys.shape
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    steps = (width, keys.stride(0), keys.stride(1))
     constants, grid = shape_of(rows, width, heads, kv_heads, size, _processors(qkv.device))
     rotate_and_write[rows * width, kv_heads](
         qkv, query_norm, key_norm, epsilon, cos, sin, keys, values, positions, *steps,
