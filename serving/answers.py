@@ -1,4 +1,4 @@
-"""One request, from its body to its answer: prompts, a job of the engine for each choice, and their text."""
+"""One request, from the body to the answer: prompts, a job of the engine for each choice, and the text."""
 
 import asyncio
 import itertools
@@ -36,7 +36,7 @@ _TOOL_CHARACTERS = 8  # of tools as JSON, for each token of a context, at most
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model, its engine, and the defaults for what requests leave out."""
+    """A model, the engine that runs it, and the defaults of fields that requests leave out."""
 
     generator: HuggingfaceLlamaGenerator
     engine: Engine
@@ -53,7 +53,7 @@ class ServedModel:
 
 @dataclass
 class _Choice:
-    """One of the answers to a request, and its state."""
+    """One choice of an answer and the job that generates it."""
 
     index: int
     job: Job
@@ -63,8 +63,8 @@ class _Choice:
 
 
 class Answer:
-    """The answer to a request: call `parse`, `submit`, then `parts`. The first two raise the errors of an
-    invalid request, and take a while for a long one.
+    """The answer to a request: call `parse`, `submit`, then `parts`. `parse` and `submit` raise the errors of
+    an invalid request, and take long for a long one.
     """
 
     def __init__(self, served: ServedModel, origin: Origin) -> None:
@@ -73,13 +73,13 @@ class Answer:
         self._origin = origin
         self._arrival_time = time.perf_counter()
         self._loop = asyncio.get_running_loop()
-        # Of a choice: its index, and a `Delta`, its result or its error.
+        # The index of a choice, with new text, the result or the error.
         self._events = asyncio.Queue[tuple[int, Delta | GenerationStrategyResult | Exception]]()
         self._choices = list[_Choice]()
-        self._is_cancelled = Event()  # that the client is gone
+        self._is_cancelled = Event()
 
     def parse(self, kind: RequestKind, body: bytes) -> set[str]:
-        """Read, check and tokenize the request; returns names of its fields that are ignored."""
+        """Read, check and tokenize the request. Returns the names of ignored fields."""
         generator = self._generator
         ignored = set[str]()
         given_request = kind.model_validate_json(body, context=ignored)
@@ -112,7 +112,7 @@ class Answer:
     def convert(
         self, kind: type[TokenizeRequest | DetokenizeRequest], body: bytes, ignored: set[str]
     ) -> dict[str, Any]:
-        """Convert text to token ids, or back; `ignored` gets names of the request's ignored fields."""
+        """Convert text to token ids, or back. Adds the names of ignored fields to `ignored`."""
         generator = self._generator
         context = context_length(self._generator.model.config)
         request = kind.model_validate_json(body, context=ignored)
@@ -120,7 +120,7 @@ class Answer:
         if isinstance(request, DetokenizeRequest):
             if (number := len(request.tokens)) > context:
                 raise APIError(f"tokens: must have at most {context} ids, not {number}", param="tokens")
-            ids = generator.encode(request.tokens)  # it checks them
+            ids = generator.encode(request.tokens)  # checks the ids
             return {"prompt": generator.tokenizer.decode(ids)}
         if request.prompt is None:
             ids = self._encode_chat(request.chat, "messages", request.add_special_tokens or False).prompt
@@ -136,7 +136,7 @@ class Answer:
         served = self._served
         max_time = served.args.max_time
         for index, given in enumerate(self._given):
-            # Nothing of a job leads to this object: finished ones are freed at once.
+            # A job does not refer to this object, so Python frees a finished answer at once.
             streamer = None
             logprobs = None
             emit = partial(_emit, self._loop, self._events, index)
@@ -152,11 +152,11 @@ class Answer:
         served.engine.submit([choice.job for choice in self._choices])
 
     def cancel(self) -> None:
-        """The client is gone, also during `submit`, or has the whole answer."""
+        """End the jobs: the client is gone, also during `submit`, or has the whole answer."""
         self._is_cancelled.set()
 
     async def parts(self) -> AsyncGenerator[str]:
-        """The answer as one JSON object, or as server-sent events."""
+        """Yield the answer as one JSON object, or as server-sent events."""
         async for choice, delta in self._deltas():
             formatted = self._format(choice, delta)
             if formatted and (part := self._writer.add(formatted)):
@@ -164,8 +164,8 @@ class Answer:
         yield self._writer.end(self._figures())
 
     async def _deltas(self) -> AsyncGenerator[tuple[_Choice, Delta]]:
-        """New text of the choices until all finish. A choice that finishes has `finished`, and all its text
-        if that is not streamed. Raises the error of a choice.
+        """Yield new text of the choices until all finish. The last text of a choice comes with `finished`;
+        without a stream it is the whole text. Raises the error of a choice.
         """
         request = self.request
         unfinished = len(self._choices)
@@ -186,11 +186,11 @@ class Answer:
             yield choice, delta
 
     def _format(self, choice: _Choice, delta: Delta) -> dict[str, Any] | None:
-        """Format new text: that of a chunk, or the whole answer. None: the text may become a call."""
+        """Format new text of a chunk, or the whole answer. Returns None while text may become a call."""
         logprobs = None
         stop_reason = choice.finished.result.stop_reason if choice.finished else None
         if choice.logprobs:
-            # The tokens of a stop word are not part of the answer.
+            # A stop word is not part of the answer.
             logprobs = choice.logprobs.take(len(delta.text), stop_reason not in (None, "stop_word"))
         if choice.call_reader and not delta.thinking:
             text, calls = choice.call_reader.read(delta.text, choice.finished is not None)
@@ -219,7 +219,7 @@ class Answer:
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
 
     def _encode_chat(self, request: ChatRequest, param: str, special_tokens: bool = False) -> Request:
-        """The prompt by the chat template, which adds special tokens, and how the answer thinks."""
+        """Encode the prompt by the chat template, which adds special tokens. Find how the answer thinks."""
         generator = self._generator
         args = self._served.args
         if not generator.tokenizer.chat_template:
@@ -259,8 +259,8 @@ class Answer:
 
 
 class AnswerResponse(StreamingResponse):
-    """Passes a parsed answer to `submit`. Sends the head with the first part, so that an error before can set
-    the status. Its end cancels the jobs, also when the client disconnects.
+    """Submits a parsed answer and sends the parts. The head goes out with the first part, so an earlier error
+    sets the status. The end of the response cancels the jobs, also when the client disconnects.
     """
 
     def __init__(self, answer: Answer, submit: Callable[[Answer], Awaitable[None]]) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP server: who may send requests, its paths, its errors, and the way of a request to its answer."""
+"""The HTTP server: who may send requests, paths, errors, and the way of a request to an answer."""
 
 import asyncio
 import codecs
@@ -39,7 +39,7 @@ from serving.responses import ResponsesRequest
 _PAGE = Path(__file__).with_name("page")
 _PUBLIC_PATHS = {"/", "/health", *(f"/{file.name}" for file in _PAGE.iterdir())}  # need no key
 _ALL_HEADERS = {
-    "Content-Security-Policy": (  # nothing comes from elsewhere, whatever a model writes
+    "Content-Security-Policy": (  # the page loads nothing from elsewhere, whatever a model writes
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
@@ -51,7 +51,7 @@ _HEADERS = {
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
 }
-_LONGEST_ID = 200  # characters of a client's x-request-id
+_LONGEST_ID = 200  # characters that the server keeps of a client's x-request-id
 
 
 class App:
@@ -111,19 +111,19 @@ class App:
                 MutableHeaders(scope=message).update({**_ALL_HEADERS, "x-request-id": request_id})
             await send(message)
 
-        scope["app"] = self  # so the router raises its errors
+        scope["app"] = self  # with an app, the router raises errors
         try:
             check_key(scope, self._key)
             await self._router(scope, receive, send_with_headers)
-        except (Exception, asyncio.CancelledError) as exception:  # uvicorn cancels what is late at the end
+        except (Exception, asyncio.CancelledError) as exception:  # at shutdown, uvicorn cancels late requests
             headers = getattr(exception, "headers", None)
             if isinstance(exception, HTTPException):
                 if isinstance(scope.get("endpoint"), StaticFiles) and scope["path"] not in _PUBLIC_PATHS:
                     exception = HTTPException(404)  # whatever the method is
                 exception = unrouted(exception, http.method, scope["path"])
             error = self._metrics.count_error(exception, http.state.origin)
-            exception.with_traceback(None)  # its frames would keep the body until Python looks for cycles
-            if has_begun:  # a stream, of which this is the last event
+            exception.with_traceback(None)  # frames keep the body until Python looks for cycles
+            if has_begun:  # the error is the last event of the stream
                 await send({"type": "http.response.body", "body": server_sent(error.event).encode()})
                 return
             headers = headers or _HEADERS.get(error.status)
@@ -158,7 +158,7 @@ class App:
         return AnswerResponse(answer, partial(self._submit, _address(http)))
 
     async def _parse(self, http: HTTPRequest, work: Callable[[bytes], Result]) -> Result:
-        """The result of work on the body, in turn. It does not begin for a client that has left."""
+        """Run work on the body when the client has a turn. A client that leaves before loses the turn."""
         body = await _read_body(http, self._served.args.max_body)
         parsing = asyncio.create_task(self._parsing.run(_address(http), partial(work, body)))
         leaving = asyncio.create_task(_disconnect(http))
@@ -178,39 +178,39 @@ class App:
 
 def check_key(scope: Scope, key: str | None) -> None:
     """Raises APIError if the request lacks the API key."""
-    # The router uses this path. Starlette makes that of `Request.url` from the Host header.
+    # The router uses this path. `Request.url` has another one, made from the Host header.
     if key is None or scope["path"] in _PUBLIC_PATHS:
         return
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, word = b"".join(given).partition(b" ")
-    # Headers are bytes; a key may hold non-ASCII characters or bytes that are no characters.
+    # Headers are bytes. A key may hold bytes that are no characters.
     if scheme.lower() != b"bearer" or not hmac.compare_digest(word.strip(), os.fsencode(key)):
         raise APIError("Authorization: must be Bearer and the API key", 401, code="invalid_api_key")
 
 
 def allowed_hosts(address: str, host: str) -> list[str]:
-    """The names of a server at an address that only this machine reaches, `host` among them; else any. A site
-    can point its own name at this machine (DNS rebinding).
+    """Return the host names that a request may have: any, unless only this machine reaches the address. A
+    website can point a host name at this machine (DNS rebinding).
     """
     if not ip_address(address).is_loopback:
         return ["*"]
-    own = [name for each in filter(None, (address, host)) for name in (each, f"[{each}]")]
-    return ["localhost", "127.0.0.1", "[::1]", *own]
+    given = [name for each in filter(None, (address, host)) for name in (each, f"[{each}]")]
+    return ["localhost", "127.0.0.1", "[::1]", *given]
 
 
 def _address(http: HTTPRequest) -> str:
-    """The client's."""
+    """The client's address."""
     return http.client.host if http.client else ""
 
 
 async def _disconnect(http: HTTPRequest) -> None:
-    """Wait until the client of a request whose body has ended disconnects."""
+    """Wait until the client disconnects. The body has ended."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
-    """Read a body of JSON. Pages of other sites cannot send this content type."""
+    """Read a body of JSON. A page of another website cannot send this content type."""
     content_type = http.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
@@ -222,4 +222,4 @@ async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
         body += part
         if len(body) > max_bytes:
             raise too_long
-    return bytes(body.removeprefix(codecs.BOM_UTF8))  # of some clients on Windows
+    return bytes(body.removeprefix(codecs.BOM_UTF8))  # clients on Windows may send it

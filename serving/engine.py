@@ -1,7 +1,7 @@
-"""One thread runs the model: it takes jobs from a queue and admits and finishes them between two steps.
+"""One thread runs the model: it takes jobs from a queue, and admits and finishes jobs between two steps.
 
 Run it in the thread that has loaded the model. On a CPU every thread that computes starts helper threads of
-OpenMP; with more of them than cores, a pass takes twice as long.
+OpenMP. With more helpers than cores, a pass takes twice as long.
 
 Knows nothing of HTTP or text.
 """
@@ -21,8 +21,8 @@ from self_speculation.generator_base import TokenizedRequest
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 from self_speculation.weights.kernels import cpu_operators
 
-_PROMPT = 1024  # tokens of a usual one
-_IDLE_SECONDS = 300  # after which memory for longer ones is given back
+_PROMPT = 1024  # tokens of a usual prompt
+_IDLE_SECONDS = 300  # idle time after which the engine gives back memory of longer prompts
 _log = logging.getLogger(__name__)
 
 
@@ -48,15 +48,15 @@ class Job:
 
     request: TokenizedRequest
     on_finish: Callable[[GenerationStrategyResult | Exception], None]  # called by the engine's thread, once
-    is_cancelled: Event = field(default_factory=Event)  # of all jobs of a client's request
+    is_cancelled: Event = field(default_factory=Event)  # all jobs of a client's request share it
     timeout: float = math.inf  # seconds from arrival to end
     arrival_time: float = field(default_factory=time.perf_counter)
     admission_time: float = math.nan
-    origin: object = ""  # of whose request, for a log
+    origin: object = ""  # the client's request, for a log
 
 
 class Engine:
-    """See the module."""
+    """Runs jobs. `run` is the loop; other threads call `submit` and `shut_down`."""
 
     def __init__(
         self,
@@ -71,32 +71,32 @@ class Engine:
         # A chunk of a prompt must not hold up streams for much longer than a round.
         token_budget = min(128, cpu_operators().prompt_tokens) if model.device.type == "cpu" else 512
         self._scheduler: Scheduler[Job] = Scheduler(strategy, model, config, batch_size, token_budget)
-        # Longer requests need more graphs, which are captured while others stream.
+        # Longer requests need more graphs, which the engine captures later, between steps.
         longest = context_length(model.config)
         self._usual = min(longest, _PROMPT + config.max_steps)  # positions of a slot
         self._scheduler.run_every_pass(self._usual, longest)
         self._batch_size = batch_size
         self.max_jobs = batch_size + max_waiting
-        self.max_together = max(1, self.max_jobs // 2)  # jobs of one request, which leave room for others
+        self.max_together = max(1, self.max_jobs // 2)  # jobs of one request; a second request has room
         self._num_positions = batch_size * longest
         self.waiting: deque[Job] = deque()
         self.in_flight: list[Job] = []
-        # Called by the engine's thread: with a job that was admitted, its result and why it was aborted; with
-        # the rows of a round, and seconds since the one before.
+        # The engine's thread calls `on_end` with an admitted job, the result, and the error that aborted the
+        # job; and `on_round` with the rows of a round and seconds since the previous round.
         self.on_end: Callable[..., None] = lambda *_: None
         self.on_round: Callable[..., None] = lambda *_: None
         self._round_ended = math.nan
         self._changed = Condition()  # guards the jobs
-        self._deadline = math.inf  # of all jobs
+        self._deadline = math.inf  # when the engine aborts all jobs
 
     @property
     def accepts_jobs(self) -> bool:
-        """False once the engine shuts down."""
+        """Whether the engine runs and does not shut down."""
         return self._deadline == math.inf
 
     @property
     def cache_usage(self) -> float:
-        """Which part of the longest possible keys and values are in use, from 0 to 1."""
+        """Used positions of the cache over all positions that the batch can have, from 0 to 1."""
         return self._scheduler.num_positions / self._num_positions
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -115,13 +115,13 @@ class Engine:
             self._changed.notify()
 
     def shut_down(self, seconds: float) -> None:
-        """Accept no more jobs, abort those that do not finish in time, and let `run` return."""
+        """Accept no more jobs, abort the jobs that are unfinished after `seconds`, and let `run` return."""
         with self._changed:
             self._deadline = min(self._deadline, time.perf_counter() + seconds)
             self._changed.notify()
 
     def run(self) -> bool:
-        """Run jobs until `shut_down` or the loss of the GPU; returns whether the engine worked to the end."""
+        """Run jobs until `shut_down` or the loss of the GPU. Returns whether the engine worked to the end."""
         try:
             while True:
                 with self._changed:
@@ -166,7 +166,7 @@ class Engine:
         num_rows = len(self._scheduler.batch)
         try:
             self._scheduler.step()
-        except Exception:  # it is also the result of each sequence in the batch
+        except Exception:  # each sequence in the batch has this error as the result
             _log.exception("a step of %d sequences failed", num_rows)
         before = self._round_ended
         self._round_ended = time.perf_counter()
@@ -175,7 +175,7 @@ class Engine:
             if isinstance(result, Exception) and is_lost_device(result):
                 raise result
             self.in_flight.remove(job)
-            if isinstance(result, GenerationStrategyResult):  # of a job that is aborted, too
+            if isinstance(result, GenerationStrategyResult):  # also when the engine aborted the job
                 _call(self.on_end, job, result, aborted.get(job))
             _call(job.on_finish, aborted.get(job, result))
 
@@ -189,7 +189,7 @@ class Engine:
 
 
 def _call(callback: Callable[..., None], *args: object) -> None:
-    """An error of a callback ends nothing."""
+    """Call and log errors: an error of a callback must not end the engine."""
     try:
         callback(*args)
     except Exception:

@@ -20,14 +20,14 @@ _STATUS: dict[type[BaseException], int] = {
     QueueFull: 429,
     ClientDisconnect: 499,
     ServerShutdown: 503,
-    CancelledError: 503,  # at the end of the server
-    ChildProcessError: 503,  # that tries grammars
+    CancelledError: 503,  # the server ends
+    ChildProcessError: 503,  # the process that tries grammars
     RequestTimeout: 504,
 }
 _PATHS = """
     / /health /metrics /v1/models /v1/completions /v1/chat/completions /v1/responses /tokenize /detokenize
 """
-# What pydantic finds wrong, by its names.
+# Messages of pydantic's kinds of errors.
 _PROBLEMS = {
     "missing": "is required",
     "string_type": "must be a text",
@@ -77,7 +77,7 @@ class APIError(Exception):
             first = error.errors(include_url=False)[0]
             message = _PROBLEMS.get(first["type"], first["msg"].removeprefix("Value error, "))
             problem = message.format(**first.get("ctx", {}))
-            # Others are pydantic's marks, such as that of a bad key.
+            # A part in brackets is a mark of pydantic, such as the mark of a bad key.
             path = ".".join(part for part in map(str, first["loc"]) if "[" not in part)[:100]
             if path and first["type"] != "missing":
                 return cls.at(path, first["input"], problem)
@@ -98,7 +98,7 @@ class APIError(Exception):
 
     @property
     def event(self) -> dict[str, Any]:
-        """The last event of a stream: `body`, and what the Responses API has in its place."""
+        """The last event of a stream: `body`, and the fields that the Responses API has instead."""
         return {**self.body, "type": "error", "message": str(self), "param": self.param, "code": self.code}
 
 

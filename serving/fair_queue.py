@@ -1,4 +1,4 @@
-"""Work of requests in a few threads of its own: clients take turns, and a full queue refuses more."""
+"""A few threads that do work of requests: clients take turns, and a full queue refuses more."""
 
 import asyncio
 from collections import deque
@@ -13,13 +13,13 @@ Result = TypeVar("Result")
 
 
 class FairQueue:
-    """Runs work in threads. While all are busy, work waits, and clients take turns. Beyond the limit the
-    client with the most work in the queue loses its last, so nobody fills it for all. Cancelled work that has
-    not begun is never done.
+    """Runs work in threads. While all threads are busy, work waits, and clients take turns. Beyond the limit,
+    the client with the most work in the queue loses the newest piece, so no client fills the queue for all.
+    The threads skip cancelled work.
 
     Args:
-        what: waits, for errors, in the plural.
-        max_waiting: pieces of work that wait.
+        what: the kind of work, in the plural, for messages.
+        max_waiting: most pieces of work that wait.
     """
 
     def __init__(self, what: str, max_waiting: int, num_threads: int = 2) -> None:
@@ -27,11 +27,11 @@ class FairQueue:
         self._max_waiting = max_waiting
         self._threads = ThreadPoolExecutor(num_threads, what)
         self._num_free = num_threads
-        # By client, in turn: a future for each piece of work.
+        # Client -> a future for each piece of work; the next client comes first.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     async def run(self, client: str, work: Callable[[], Result]) -> Result:
-        """The result of some work. Raises QueueFull."""
+        """Do the work in a thread and return the result. Raises QueueFull."""
         loop = asyncio.get_running_loop()
 
         def pass_on(_: Future[Result]) -> None:
@@ -42,7 +42,7 @@ class FairQueue:
             self._num_free -= 1
         else:
             await self._turn(client)
-        # Until its end, also if nobody waits for it any more.
+        # The work runs to the end, also when the client has left.
         running = self._threads.submit(work)
         running.add_done_callback(pass_on)
         return await asyncio.wrap_future(running)
@@ -65,7 +65,7 @@ class FairQueue:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # the thread is this one's
+            if not turn.cancelled():  # the turn has come: another client gets the thread
                 self._pass_on()
             raise
 
@@ -76,7 +76,7 @@ class FairQueue:
             del self._waiting[client]
             turn = turns.popleft()
             if turns:
-                self._waiting[client] = turns  # behind all others
+                self._waiting[client] = turns  # the last in the order
             if not turn.done():
                 turn.set_result(None)
                 return

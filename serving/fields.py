@@ -1,7 +1,7 @@
 """The fields of requests: OpenAI's, and those that vLLM has beside them.
 
-A field that the server does not know is ignored and named in the log, as in vLLM. It is an error if it would
-change the answer, or if its name looks like that of a field which the server has.
+The server ignores an unknown field and names it in the log, as vLLM does. An unknown field is an error if it
+would change the answer, or if the name looks like the name of a known field.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _INSTEAD = {
     "top_p or min_p": "mirostat top_a typical_p xtc_probability",
 }
 REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
-# Values that ask for nothing, where these are not false, 0 and what is empty.
+# Values of refused fields that ask for nothing; without an entry: false, 0 and empty values.
 _NEUTRAL: dict[str, Any] = {
     "add_generation_prompt": True, "best_of": 1, "do_sample": True, "enable_thinking": True, "think": True,
     "length_penalty": 1, "modalities": ["text"], "num_beams": 1, "repeat_penalty": 1, "typical_p": 1,
@@ -65,14 +65,14 @@ _NEUTRAL: dict[str, Any] = {
     "web_search_options": None, "guided_json": None, "json_schema": None, "schema": None, "format": None,
 }  # fmt: skip
 _LIKE = 0.88  # the least likeness of a misspelt name
-# Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
-# first fault.
+# Limits besides --max_body, because each item takes time to validate. With fail_fast, validation of a list
+# stops at the first fault.
 MAX_ITEMS = 2048  # of a list
 _MAX_FIELDS = 100  # of an object
 
 
 class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
-    """Drops fields that are null or unknown. The names of the latter join the context, which is a set."""
+    """Drops fields that are null or unknown. The context is a set; it gets the names of unknown fields."""
 
     model_config = ConfigDict(frozen=True)
     refused: ClassVar[dict[str, str]] = REFUSED  # what to use instead
@@ -86,7 +86,7 @@ class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         ignored: set[str] = set() if info.context is None else info.context
         unknown = given.keys() - known - ignored
-        if len(unknown) + len(ignored) > _MAX_FIELDS:  # each is compared with the known ones
+        if len(unknown) + len(ignored) > _MAX_FIELDS:  # each name takes time to compare
             raise ValueError(f"must have at most {_MAX_FIELDS} unknown fields together")
         for name in unknown:
             if why := _why_refused(name, given, known, cls.refused):
@@ -102,7 +102,7 @@ def _why_refused(name: str, given: dict[str, Any], known: set[str], refused: dic
     value = given[name]
     instead = refused[name]
     is_neutral = value == _NEUTRAL[name] if name in _NEUTRAL else not value
-    # An answer that ignores its end is as long as it may be.
+    # With `ignore_eos`, an answer always has the most tokens, so a minimum asks for nothing.
     if is_neutral or (name.startswith("min_") and given.get("ignore_eos") is True):
         return None
     return f"this server does not have it, {f'use {instead}' if instead else 'leave it out'}"
@@ -154,7 +154,7 @@ class Prediction(Fields):
 
 class Called(Fields):
     name: str
-    # Some clients send no text for a function without parameters.
+    # Clients may send no text for a function without parameters.
     arguments: Annotated[Json[Any], BeforeValidator(lambda given: "{}" if given == "" else given)]
 
 
@@ -169,15 +169,15 @@ class Message(Fields):
     content: Text = ""
     tool_calls: list[ToolCall] = Field([], max_length=MAX_ITEMS)
     tool_call_id: str | None = None
-    reasoning_content: str = ""  # of an earlier answer, as the next one
-    reasoning: str = ""
+    reasoning_content: str = ""  # the thinking of an earlier answer
+    reasoning: str = ""  # vLLM's name of the same
 
     @property
     def for_template(self) -> dict[str, Any]:
-        """The template decides whether the model sees earlier thinking."""
+        """Fields of the message for a template, which decides whether the model sees earlier thinking."""
         role = "system" if self.role == "developer" else self.role
-        own = {"role": role, "reasoning_content": self.reasoning_content or self.reasoning}
-        message = {**self.model_dump(exclude={"reasoning"}, exclude_none=True), **own}
+        message = self.model_dump(exclude={"reasoning"}, exclude_none=True)
+        message |= {"role": role, "reasoning_content": self.reasoning_content or self.reasoning}
         return {name: value for name, value in message.items() if value or name == "content"}
 
 
@@ -210,7 +210,7 @@ class JSONSchema(Fields):
     json_schema: dict[str, Any] = Field(alias="schema")
     name: Any = None  # for people
     description: Any = None
-    strict: Any = None  # the schema is followed in any case
+    strict: Any = None  # an answer follows the schema in any case
 
 
 class ResponseFormat(Fields):
@@ -225,7 +225,7 @@ class ResponseFormat(Fields):
 
     @property
     def rules(self) -> list[str]:
-        """Languages of the answer, in Lark. Raises GrammarError if a schema is too large."""
+        """Rules in Lark that the answer follows. Raises GrammarError if a schema is too large."""
         if self.type == "text":
             return []
         return [json_rule(self.json_schema.json_schema if self.json_schema else {"type": "object"})]
@@ -237,7 +237,7 @@ TemplateKwargs = Annotated[
 
 
 class StructuredOutputs(Fields):
-    """Of vLLM, one of its fields at a time."""
+    """vLLM's rules of an answer. A request has one of the fields."""
 
     json_schema: dict[str, Any] | None = Field(default=None, alias="json")
     json_object: bool = False

@@ -29,7 +29,7 @@ class ServeArguments(TemplateArguments):
     max_body: int = 4_000_000
     """Most bytes of a request body."""
     log_requests: bool = False
-    """Print a line for each answer and error: its path and x-request-id, how it ended, tokens and times."""
+    """Print a line for each answer and error: path and x-request-id, how it ended, tokens and times."""
     log_format: Literal["text", "json"] = "text"
     """How lines on standard error are written; json: one object a line, with `time` and `message`."""
     shutdown_time: float = 30.0

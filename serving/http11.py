@@ -1,4 +1,4 @@
-"""HTTP/1.1 where uvicorn is lenient: what a request may be, and how many connections wait for one."""
+"""HTTP/1.1 where uvicorn is lenient: what a request may be, and how many connections may wait."""
 
 import asyncio
 import re
@@ -13,10 +13,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 _readers.chunk_header_re = re.compile(
     rb"(?P<chunk_size>[0-9A-Fa-f]{1,20})(?P<chunk_ext>;[\t\x20-\x7e\x80-\xff]*)?[ \t]*\r\n"
 )
-_ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)  # a target with its host
-_SECONDS = 60  # until a connection without a whole request ends
-_PROBE_SECONDS = 0.5  # between interim responses to a client that has closed its side
-_RESERVED = 32  # descriptors for other things
+_ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)  # a target with a host
+_SECONDS = 60  # a connection may wait this long for a complete request
+_PROBE_SECONDS = 0.5  # between interim responses to a client that sends no more
+_RESERVED = 32  # descriptors for files and pipes
 
 
 class StrictConnection(h11.Connection):
@@ -44,8 +44,8 @@ class StrictConnection(h11.Connection):
 
 
 def most_connections() -> tuple[int, int]:
-    """In all, and of those how many asyncio may accept at once. They leave descriptors for other things:
-    without any, reading a file fails, and asyncio logs hundreds of errors a second.
+    """Return the most connections, and how many more asyncio may accept at once. The limit leaves descriptors
+    for files: without a free one, reading a file fails, and asyncio logs hundreds of errors a second.
     """
     room = max(2, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _RESERVED)
     at_once = min(50, room // 2)
@@ -53,7 +53,7 @@ def most_connections() -> tuple[int, int]:
 
 
 class StrictProtocol(H11Protocol):
-    """Closes connections that send no whole request, the oldest one as soon as there are too many."""
+    """Closes connections that send no complete request, the oldest one as soon as there are too many."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,15 +66,15 @@ class StrictProtocol(H11Protocol):
         every = [each for each in self.connections if isinstance(each, StrictProtocol)]
         connections = [each for each in every if not each.transport.is_closing()]
         if len(connections) > most_connections()[0]:
-            unfinished = [each for each in connections if each.is_unfinished]  # this one, too
+            unfinished = [each for each in connections if each.is_unfinished]
             min(unfinished, key=lambda each: each._since).transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._timer.cancel()  # it would keep this object
+        self._timer.cancel()  # the timer refers to this object
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Answer a client that closes its side after a whole request; returns whether the connection stays.
+        """Answer a client that sends no more after a complete request. Returns whether the connection stays.
         Before an answer begins, HTTP/1.0 has no way to find out whether the client is there.
         """
         if self.is_unfinished or not (self.cycle.response_started or self.scope["http_version"] == "1.1"):
@@ -84,8 +84,8 @@ class StrictProtocol(H11Protocol):
         return True
 
     def _probe(self) -> None:
-        """Send interim responses until the answer begins. They do no harm, and the machine of a client that
-        is gone resets the connection, so that the second one fails.
+        """Send interim responses until the answer begins. A client ignores them. The machine of a client that
+        is gone resets the connection, so the second response fails.
         """
         if not (self.cycle.response_started or self.transport.is_closing()):
             interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
@@ -94,7 +94,7 @@ class StrictProtocol(H11Protocol):
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether it has sent no whole request since the last answer."""
+        """Whether the client has sent no complete request since the last answer."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
@@ -103,7 +103,7 @@ class StrictProtocol(H11Protocol):
         self.transport.close()
 
     def _end_if_unfinished(self, before: RequestResponseCycle | None) -> None:
-        """End a connection if its request is unfinished, and was so at the last check, as `before`."""
+        """Close the connection if `before`, the unfinished request of the last check, is unfinished still."""
         if self.is_unfinished and self.cycle is before:
             self.transport.close()
         else:

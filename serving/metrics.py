@@ -1,4 +1,4 @@
-"""Figures: of all requests for Prometheus and the log, of one request for its client."""
+"""Figures: all requests' for Prometheus and the log, one request's for the client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serving.protocol import FINISH_REASONS
 _TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)  # seconds
 _SIZES = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # tokens
 _LONGEST_LINE = 200  # characters
-_MOST_NAMES = 200  # of ignored fields, since clients could fill the log and the memory with them
+_MOST_NAMES = 200  # ignored fields in the log, which clients could fill
 _LONGEST_NAME = 50  # characters that are kept
 
 
@@ -34,7 +34,7 @@ class Origin(NamedTuple):
 
 
 class FinishedRequest:
-    """The result of a job, and its times in seconds."""
+    """The result of a job, and times in seconds."""
 
     def __init__(self, job: Job, result: GenerationStrategyResult) -> None:
         self.result = result
@@ -56,7 +56,7 @@ class FinishedRequest:
 
     @property
     def for_log(self) -> dict[str, float]:
-        """Its figures as fields of a line; times in seconds."""
+        """Figures as fields of a line; times in seconds."""
         return {
             "prompt_tokens": self.result.num_prompt_tokens,
             "cached_tokens": self.result.num_cached_tokens,
@@ -69,23 +69,23 @@ class FinishedRequest:
         }
 
 
-# vLLM's names of what is counted, what they mean, and the number of a finished request.
+# vLLM's name of a counter, the meaning, and the number that a finished request adds.
 _COUNTED: tuple[tuple[str, str, Callable[[FinishedRequest], float]], ...] = (
     ("prompt_tokens", "Tokens of prompts", lambda each: each.result.num_prompt_tokens),
     ("prefix_cache_queries", "Tokens of prompts", lambda each: each.result.num_prompt_tokens),
-    ("prefix_cache_hits", "Those in the cache", lambda each: each.result.num_cached_tokens),
+    ("prefix_cache_hits", "Tokens of prompts in the cache", lambda each: each.result.num_cached_tokens),
     ("generation_tokens", "Generated tokens", lambda each: each.num_tokens),
     ("spec_decode_num_drafts", "Drafts", lambda each: each.drafts.num_drafts),
     ("spec_decode_num_draft_tokens", "Drafted tokens", lambda each: each.drafts.num_drafted),
-    ("spec_decode_num_accepted_tokens", "Accepted ones", lambda each: each.drafts.num_accepted),
+    ("spec_decode_num_accepted_tokens", "Accepted draft tokens", lambda each: each.drafts.num_accepted),
 )
-# The same of what is observed of requests that have a token.
+# vLLM's name of a histogram, the meaning, and the value of a finished request that has a token.
 _OBSERVED: tuple[tuple[str, str, Callable[[FinishedRequest], float]], ...] = (
-    ("request_prompt_tokens", "Of a prompt", lambda each: each.result.num_prompt_tokens),
-    ("request_generation_tokens", "Of an answer", lambda each: each.num_tokens),
+    ("request_prompt_tokens", "Tokens of a prompt", lambda each: each.result.num_prompt_tokens),
+    ("request_generation_tokens", "Tokens of an answer", lambda each: each.num_tokens),
     ("request_queue_time_seconds", "From arrival to a slot in the batch", lambda each: each.queue_time),
-    ("request_prefill_time_seconds", "From there to a token", lambda each: each.result.prefill_time),
-    ("request_decode_time_seconds", "From there to the end", lambda each: each.result.decode_time),
+    ("request_prefill_time_seconds", "From the slot to a token", lambda each: each.result.prefill_time),
+    ("request_decode_time_seconds", "From the first token to the end", lambda each: each.result.decode_time),
     ("time_to_first_token_seconds", "From arrival to a token", lambda each: each.time_to_first_token),
     ("request_time_per_output_token_seconds", "Between two tokens", lambda each: each.time_per_token),
     ("e2e_request_latency_seconds", "From arrival to the end", lambda each: each.latency),
@@ -93,8 +93,8 @@ _OBSERVED: tuple[tuple[str, str, Callable[[FinishedRequest], float]], ...] = (
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own, by vLLM's names, which dashboards know. Lines on
-    standard error name fields that are ignored and, with `log_requests`, say how each request ended.
+    """Counters of one server, in one registry. The names are vLLM's, which dashboards know. Lines on standard
+    error name ignored fields and, with `log_requests`, say how each request ended.
     """
 
     def __init__(self, engine: Engine, model: str, log_requests: bool) -> None:
@@ -128,7 +128,7 @@ class Metrics:
         return self._vllm(Histogram, name, about, buckets=buckets).labels(**self._labels)
 
     def count_error(self, error: BaseException, origin: Origin) -> APIError:
-        """Count any error of a request; returns the one that the client gets."""
+        """Count an error of a request. Returns the error that the client gets."""
         found = APIError.of(error)
         self._refused.labels(str(found.status)).inc()
         self._log(origin, f"{found.status}, {found}", status=found.status)
@@ -139,7 +139,7 @@ class Metrics:
             self._between.observe(seconds)
 
     def count(self, job: Job, result: GenerationStrategyResult, error: Exception | None) -> None:
-        """Count a job that was in the batch, in the engine's thread. `count_error` counts its error."""
+        """Count a job that was in the batch, in the engine's thread. `count_error` counts the error."""
         finished = FinishedRequest(job, result)
         if error is None:
             reason = FINISH_REASONS[str(result.stop_reason)]
@@ -153,7 +153,7 @@ class Metrics:
             histogram.observe(value(finished))
 
     def name_ignored(self, names: set[str]) -> None:
-        """Print the name of each field once."""
+        """Print each new name of an ignored field."""
         new = sorted({name[:_LONGEST_NAME] for name in names} - self._ignored)
         if new and len(self._ignored) < _MOST_NAMES:
             self._ignored.update(new)
@@ -167,7 +167,7 @@ class Metrics:
 
 
 def _print(line: str, **fields: Any) -> None:
-    """In ASCII, since clients could write anything."""
+    """Print in ASCII, since clients could write anything."""
     print_status(_shortened(ascii(line)[1:-1]), **fields)
 
 
@@ -176,7 +176,7 @@ def _shortened(text: str) -> str:
 
 
 def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
-    """`usage` and `metrics` over the choices of a request, n per prompt; see docs/serving.md."""
+    """Return `usage` and `metrics` of a request's choices, n per prompt; see docs/serving.md."""
     results = [each.result for each in finished]
     prompted = [each.result for each in finished[::n]]
     prompt = sum(result.num_prompt_tokens for result in prompted)

@@ -21,13 +21,19 @@ from serving.streaming import Delta, TokenLogprob
 from serving.tools import CallReader, call_grammar, find_calls
 
 FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
-# Fields that `TokenizeRequest` has, too.
-_OF_CHATS = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
-_REASONING = ("reasoning_content", "reasoning")  # DeepSeek's name, which vLLM had as well; vLLM's name now
+# Fields of a chat that `TokenizeRequest` has, too.
+_CHAT_FIELDS = (
+    "messages",
+    "tools",
+    "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+)
+_REASONING = ("reasoning_content", "reasoning")  # DeepSeek's name, and vLLM's
 
 
 class SharedFields(fields.Fields):
-    """The fields that all kinds of requests share. `drafts` and `stream_drafts` are this server's own."""
+    """The fields that all kinds of requests share. Only this server has `drafts` and `stream_drafts`."""
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=2)  # as in OpenAI's
@@ -65,11 +71,11 @@ class BaseRequest(SharedFields, ABC):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """The lower one of two limits; None: the server's default."""
+        """The lower one of the request's limits. None: the server's default."""
         return min(filter(None, (self.max_tokens, self.max_completion_tokens)), default=None)
 
     def generation_config(self, default: GenerationConfig) -> GenerationConfig:
-        """Replace what the request sets."""
+        """Return the server's configuration with the fields of the request."""
         given: dict[str, Any] = {
             **self.model_dump(include={each.name for each in dataclasses.fields(default)}),
             "max_steps": self.max_new_tokens,
@@ -83,18 +89,18 @@ class BaseRequest(SharedFields, ABC):
 
     @property
     def rule(self) -> str | None:
-        """The language of the answer in Lark; None: any text. Raises GrammarError for a schema too large."""
+        """The answer's rule in Lark. None: any text. Raises GrammarError for a schema that is too large."""
         rules = [*self.response_format.rules, *self.structured_outputs.rules]
         if len(rules) > 1:
             raise GrammarError("must be one of them, with one of json, json_object, regex and choice")
         return rules[0] if rules else None
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002
-        """The language of all output; None: any. Raises GrammarError for an invalid schema."""
+        """Return the grammar of the output. None: any text. Raises GrammarError for an invalid schema."""
         return Grammar.lark(f"start: {rule}") if (rule := self.rule) else None
 
     def writer(self, model: str) -> ChoicesWriter:
-        """What writes the answer."""
+        """Return the object that writes the answer."""
         return ChoicesWriter(self, self._head(model))
 
     def _head(self, model: str) -> dict[str, Any]:
@@ -113,7 +119,7 @@ class BaseRequest(SharedFields, ABC):
         logprobs: list[TokenLogprob] | None = None,
         stop_reason: str | None = None,
     ) -> dict[str, Any]:
-        """A choice of a chunk if the request streams, or else a whole choice."""
+        """Return a choice of a chunk if the request streams, or else a complete choice."""
         finish_reason = stop_reason and FINISH_REASONS[stop_reason]
         choice = {
             "index": index,
@@ -126,11 +132,11 @@ class BaseRequest(SharedFields, ABC):
         return choice
 
     def call_reader(self) -> CallReader | None:
-        """What finds calls in the text of a stream, if there may be any."""
+        """Return the object that finds calls in a stream. None: there are no calls."""
         return None
 
     def first_choice(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002
-        """The choice of a stream before those with new text, if there is one."""
+        """Return the choice that a stream has before the first text. None: there is no such choice."""
         return None
 
     @abstractmethod
@@ -178,7 +184,7 @@ class ChatRequest(BaseRequest):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """Number of likely tokens to return at each position; None: return no log-probabilities."""
+        """Number of likely tokens to return at each position. None: return no log-probabilities."""
         return self.top_logprobs if self.logprobs else None
 
     @cached_property
@@ -189,13 +195,13 @@ class ChatRequest(BaseRequest):
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
-        """Variables of the template. An effort turns thinking on or off, too, as in vLLM."""
+        """Variables of the template. An effort also turns thinking on or off, as in vLLM."""
         effort = self.reasoning_effort
         found = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
         return {**found, **self.chat_template_kwargs}
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
-        """That of a call if there must be one, or else of a call or an answer, if either has a schema."""
+        """Return the grammar of a call if there must be one, or else of a call or an answer with a schema."""
         tools = self.tools_for_template
         choice = self.tool_choice
         rule = self.rule
@@ -271,9 +277,9 @@ class CompletionRequest(BaseRequest):
         return {
             "tokens": [token.chosen["token"] for token in tokens],
             "token_logprobs": [token.chosen["logprob"] for token in tokens],
-            # If tokens have the same text, such as parts of characters, the most likely one stays.
+            # Tokens may have the same text, such as parts of characters: the most likely one stays.
             "top_logprobs": [
-                {other["token"]: other["logprob"] for other in reversed(token.top)} for token in tokens
+                {likely["token"]: likely["logprob"] for likely in reversed(token.top)} for token in tokens
             ],
             "text_offset": [token.offset for token in tokens],
         }
@@ -300,8 +306,8 @@ class TokenizeRequest(fields.Fields):
 
     @property
     def chat(self) -> ChatRequest:
-        """The chat with these messages."""
-        return ChatRequest(**{name: getattr(self, name) for name in _OF_CHATS})
+        """The chat of the same messages."""
+        return ChatRequest(**{name: getattr(self, name) for name in _CHAT_FIELDS})
 
 
 class DetokenizeRequest(fields.Fields):
@@ -317,11 +323,11 @@ class ChoicesWriter:
     def __init__(self, request: BaseRequest, head: dict[str, Any]) -> None:
         self._request = request
         self._head = head
-        self._choices = dict[int, dict[str, Any]]()  # the last one of each index
+        self._choices = dict[int, dict[str, Any]]()  # index -> the last choice
         self._has_usage = request.stream_options.include_usage
 
     def add(self, choice: dict[str, Any]) -> str:
-        """Add new text of a choice, or the whole choice."""
+        """Add new text of a choice, or the complete choice."""
         index = choice["index"]
         first = None if index in self._choices else self._request.first_choice(index)
         self._choices[index] = choice
@@ -342,5 +348,5 @@ class ChoicesWriter:
 
 
 def server_sent(content: dict[str, Any]) -> str:
-    """An event of a stream."""
+    """Return an event of a stream."""
     return f"data: {json.dumps(content)}\n\n"

@@ -1,4 +1,4 @@
-"""The fields of the Responses API, each with the same for a chat."""
+"""The fields of the Responses API, each with the field of a chat that means the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from serving import fields
 
-# More that the Responses API has, or that it has by another name.
+# Field that the server refuses -> what to use instead; "": nothing.
 REFUSED = {
     **fields.REFUSED,
     **dict.fromkeys(("background", "conversation", "prompt", "store", "truncation"), ""),
@@ -23,7 +23,7 @@ REFUSED = {
 
 
 class _Item(fields.Fields):
-    """An item of the Responses API's input; an earlier answer had some of them."""
+    """An item of the Responses API's input. An item of an earlier answer has an id and a status."""
 
     id: Any = None
     status: Any = None
@@ -68,7 +68,7 @@ class FunctionOutput(_Item):
 class ReasoningItem(_Item):
     type: Literal["reasoning"]
     content: fields.Text = ""
-    summary: fields.Text = ""  # of another server
+    summary: fields.Text = ""  # OpenAI's servers send this one
     encrypted_content: Any = None
 
     @property
@@ -87,7 +87,7 @@ def _as_items(given: Any) -> Any:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
-# Errors do not name tags in brackets.
+# An error leaves out tags in brackets.
 _AnyItem = Annotated[
     Annotated[InputMessage, Tag("[message]")]
     | Annotated[FunctionCall, Tag("[function_call]")]
@@ -120,7 +120,7 @@ class NamedFunction(fields.Fields):
 
 
 class FunctionTool(fields.Function, NamedFunction):
-    """A tool of the Responses API. The type is checked first, since tools of other types have no name."""
+    """A tool of the Responses API. Validation begins with the type: a tool of another type has no name."""
 
 
 class TextFormat(fields.Fields):
@@ -128,7 +128,7 @@ class TextFormat(fields.Fields):
     name: str | None = None
     description: str | None = None
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None  # the schema is followed in any case
+    strict: bool | None = None  # an answer follows the schema in any case
 
     @model_validator(mode="after")
     def _check_schema(self) -> TextFormat:

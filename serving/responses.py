@@ -1,5 +1,5 @@
-"""OpenAI's Responses API, by way of a chat: its requests become those of a chat, and a chat's choice becomes
-the items of a response. Nothing is stored between requests.
+"""OpenAI's Responses API by way of a chat: a request becomes a chat's request, and a chat's choice becomes
+the items of a response. The server stores nothing between requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serving.protocol import ChatRequest, SharedFields, server_sent
 
 _LOGPROBS = "message.output_text.logprobs"  # a value of `include`
 _ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
-# What an item with text begins as, and its only part.
+# The first state of an item with text, and the only part.
 _TEXT_ITEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "message": (
         {"role": "assistant", "content": []},
@@ -26,7 +26,7 @@ _TEXT_ITEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "reasoning": ({"summary": [], "content": []}, {"type": "reasoning_text", "text": ""}),
 }
-# Fields of a request that its response repeats.
+# Fields of a request that the response repeats.
 _REPEATED = {
     "instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "reasoning", "temperature",
     "text", "tool_choice", "tools", "top_logprobs", "top_p",
@@ -71,7 +71,7 @@ class ResponsesRequest(SharedFields):
         )
 
     def _messages(self) -> list[fields.Message]:
-        """The messages of a chat. Reasoning, text and calls of one turn are one message of the assistant."""
+        """Return a chat's messages. Reasoning, text and calls of one turn become one message."""
         messages = list[dict[str, Any]]()
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
@@ -88,7 +88,7 @@ class ResponsesRequest(SharedFields):
         return [fields.Message.model_construct(**message) for message in messages]
 
     def writer(self, model: str) -> ResponseWriter:
-        """What writes the answer."""
+        """Return the object that writes the answer."""
         response = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -116,12 +116,12 @@ class ResponseWriter:
         self._stream = stream
         self._output: list[dict[str, Any]] = response["output"]  # only the last item is unfinished
         self._numbers = itertools.count()
-        self._events = list[str]()  # these are not sent yet
+        self._events = list[str]()  # the next part of the answer
         self._is_begun = False
         self._is_cut = False
 
     def add(self, choice: dict[str, Any]) -> str:
-        """Add new text of the choice, or the whole choice."""
+        """Add new text of the choice, or the complete choice."""
         if not self._is_begun:
             self._is_begun = True
             self._event("response.created", response=self._response)
@@ -167,7 +167,7 @@ class ResponseWriter:
             self._part_event(f"response.{part['type']}.delta", delta=text, **more)
 
     def _add_call(self, call: dict[str, Any]) -> None:
-        """Add a call, or, if it has no id, more arguments of the last one."""
+        """Add a call. A call without an id is more arguments of the last call."""
         function = call["function"]
         if "id" in call:
             names = {"call_id": call["id"], "name": function["name"]}
@@ -182,7 +182,7 @@ class ResponseWriter:
         self._item_event("response.output_item.added", item=self._output[-1])
 
     def _end_item(self, status: str) -> None:
-        """End the last item, if there is one."""
+        """End the last item, if any."""
         if not self._output:
             return
         item = self._output[-1]
@@ -201,7 +201,7 @@ class ResponseWriter:
         self._item_event(kind, content_index=0, **content)
 
     def _item_event(self, kind: str, **content: Any) -> None:
-        """An event of the last item."""
+        """Add an event of the last item."""
         place = {"output_index": len(self._output) - 1}
         if "item" not in content:
             place |= {"item_id": self._output[-1]["id"]}
@@ -213,14 +213,14 @@ class ResponseWriter:
             self._events.append(f"event: {kind}\n{server_sent(event)}")
 
     def _take(self) -> str:
-        """Remove and return the events so far."""
+        """Return the events so far, and remove them."""
         events = "".join(self._events)
         self._events.clear()
         return events
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
-    """`usage` of a chat by the names of a response."""
+    """Return a chat's `usage` by the names of a response."""
     num_prompt = usage["prompt_tokens"]
     num_cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {

@@ -27,9 +27,9 @@ class Delta(NamedTuple):
     text: str
     accepted: int = 0  # leading characters that are accepted drafts
     pending: str = ""  # the draft after all text so far
-    thinking: str = ""  # of a stream; then `text` is empty, and `accepted` counts characters of this
-    calls: Sequence[dict[str, Any]] = ()  # parts of calls, of a stream
-    has_calls: bool = False  # so far, in a stream
+    thinking: str = ""  # in a stream, `text` is empty then, and `accepted` counts characters of `thinking`
+    calls: Sequence[dict[str, Any]] = ()  # parts of calls in a stream
+    has_calls: bool = False  # whether a stream has had calls so far
 
 
 class DeltaStreamer(StandardTextStreamer):
@@ -58,24 +58,24 @@ class DeltaStreamer(StandardTextStreamer):
 
 
 class DraftDeltaStreamer(DeltaStreamer, SpeculativeTextStreamer):
-    """Passes on decided text, its accepted part, and the draft after it."""
+    """Passes on decided text, the accepted characters, and the draft after the text."""
 
 
 class TokenLogprob(NamedTuple):
-    """A token of an answer, and the most likely ones at its place in descending order: each has its text as
-    `token`, with U+FFFD for a part of a character, its `bytes` and its `logprob`.
+    """A token of an answer, and the most likely tokens at the position in descending order. Each has the text
+    as `token`, with U+FFFD for a part of a character, the `bytes` and the `logprob`.
     """
 
     chosen: dict[str, Any]
     top: list[dict[str, Any]]
-    offset: int  # complete characters of the answer before it
+    offset: int  # complete characters of the answer before the token
 
 
 class LogprobCollector:
     """A stopping criterion that never stops and records each token's log-probability.
 
-    It sees the target's logits after logits processors, before temperature and top-p. It does not see an end
-    id, the last token of a stop word, or what `reader` reads as thinking: they are not part of the answer.
+    It sees the target's logits after logits processors, before temperature and top-p. An end id, the last
+    token of a stop word, and thinking by `reader` are not part of the answer: it does not see them.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class LogprobCollector:
     def _clear(self) -> None:
         self._tokens: list[TokenLogprob] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_chars = 0  # complete ones
+        self._num_chars = 0  # complete characters
 
     def __call__(self, history: Tensor, scores: Tensor, **_: object) -> bool:
         if self._reader is not None and not self._reader.in_answer:
@@ -124,7 +124,7 @@ class LogprobCollector:
         return bytes.fromhex(match[1]) if match else token.replace("\u2581", " ").encode()  # of SentencePiece
 
     def take(self, num_chars: int, is_whole: bool = False) -> list[TokenLogprob]:
-        """Remove and return the tokens that begin in the next characters of the answer, or all."""
+        """Return the tokens that begin in the next characters of the answer, or all, and remove them."""
         self._num_taken += num_chars
         taken = [token for token in self._tokens if is_whole or token.offset < self._num_taken]
         del self._tokens[: len(taken)]

@@ -1,4 +1,4 @@
-"""Tools of OpenAI's protocol: what a model may call, the grammar of a call, and calls found in an answer.
+"""Tools of OpenAI's protocol: functions that a model may call, the grammar of a call, calls in an answer.
 
 A chat template tells the format of calls: `<tool_call>` tags around a JSON object (Hermes, Qwen), or a JSON
 object alone (Llama 3).
@@ -19,7 +19,7 @@ from self_speculation.decoding.texts import Tag
 _TAG = "<tool_call>"
 _BEGIN = re.compile(rf"\s*{_TAG}\s*")
 _BEGIN_OR_OBJECT = re.compile(rf"{_BEGIN.pattern}|\A\s*(?={{)")
-# A call up to its arguments, which are an object or a list.
+# A call up to the arguments, which are an object or a list.
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=[{[])')
 _END = re.compile(r"\s*</tool_call>")
 _decoder = json.JSONDecoder()
@@ -32,13 +32,13 @@ def call_grammar(
     answer: str | None = None,
     several: bool = False,
 ) -> Grammar:
-    """The language of one call of the function of this name; None: of any of them.
+    """Return the grammar of one call of the function `name`; None: of any function.
 
     Args:
-        tools: each with `function`: its `name`, and `parameters`, a JSON schema.
-        tokenizer: its chat template knows tools.
-        answer: what may come in place of a call, in Lark; "": any text, also before calls.
-        several: allow several calls, where they have tags.
+        tools: each has a `function` with `name` and `parameters`, a JSON schema.
+        tokenizer: has a chat template that knows tools.
+        answer: the rule in Lark of an answer in place of a call; "": any text, also before calls.
+        several: allow several calls, if calls have tags.
     """
     chat_template = tokenizer.chat_template
     is_tagged = "<tool_call>" in tokenizer.chat_template
@@ -49,7 +49,7 @@ def call_grammar(
             "type": "object",
             "properties": {
                 "name": {"const": function["name"]},
-                # The id makes references within these parameters, such as #/$defs/City, start here.
+                # With an id, references within the parameters, such as #/$defs/City, start here.
                 key: {"$id": f"urn:tool:{index}", **(function.get("parameters") or {"type": "object"})},
             },
             "required": ["name", key],
@@ -75,8 +75,8 @@ def call_grammar(
 
 
 def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[dict[str, str]]]:
-    """The text before the calls of these functions in an answer, and the calls: `name`, and `arguments` as
-    JSON. All is text if there are none, or something that is no call.
+    """Return the text before the calls in an answer, and the calls: `name`, and `arguments` as JSON. Without
+    a call, or with an object that calls no function of the tools, the whole answer is text.
     """
     calls = [_function(content, tools) for content in _objects(text)]
     functions = [call for call in calls if call is not None]
@@ -87,7 +87,7 @@ def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list
 
 
 def _function(content: Any, tools: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
-    """A call of one of the tools; None: it is no call."""
+    """Return a call of a tool. None: the content is no call."""
     if not isinstance(content, dict) or content.get("name") not in [
         tool["function"]["name"] for tool in tools
     ]:
@@ -97,8 +97,9 @@ def _function(content: Any, tools: Sequence[Mapping[str, Any]]) -> dict[str, str
 
 
 def _objects(text: str) -> list[Any]:
-    """The JSON that an answer is, or that it has between tags; empty if anything else is between tags. An
-    unfinished part at the end does not count. JSON tells where it ends: its strings may hold tags.
+    """Return the JSON object that the answer is, or the objects between tags. The list is empty if anything
+    but JSON is between tags. An unfinished object at the end does not count. The JSON decoder finds where an
+    object ends, since a string may hold tags.
     """
     with suppress(ValueError, RecursionError):
         return [json.loads(text)]
@@ -115,21 +116,21 @@ def _objects(text: str) -> list[Any]:
 
 
 class CallReader:
-    """Finds calls in an answer as its text comes, and passes on their arguments as they grow. Text before the
-    first call is text, as is what proves to be no call. After a call there are only calls.
+    """Finds calls in an answer as the text comes, and passes on arguments as they grow. Text before the first
+    call is text, and so is an object that calls no tool. After a call there are only calls.
     """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]], several: bool) -> None:
         self._tools = tools
         self._several = several
         self.num_calls = 0
-        self._held = ""  # what may be a call, or the arguments so far of a call that grows
-        self._num_sent: int | None = None  # characters of these arguments that are passed on
+        self._held = ""  # text that may be a call, or the arguments so far of an unfinished call
+        self._num_sent: int | None = None  # characters of arguments that are passed on; None: no open call
         self._is_start = True
         self._may_call = True
 
     def read(self, new: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
-        """Returns new text of the answer, and parts of calls. The first part of a call has an id."""
+        """Return new text of the answer, and parts of calls. The first part of a call has an id."""
         self._held += new
         texts = list[str]()
         parts = list[dict[str, Any]]()
@@ -140,7 +141,7 @@ class CallReader:
         return "".join(texts), parts
 
     def _take(self, new: str, texts: list[str], parts: list[dict[str, Any]]) -> bool:
-        """Take what is decided; False: the rest needs more text."""
+        """Take decided text or a part of a call. False: the rest needs more text."""
         if self._num_sent is not None:
             return self._grow(self._num_sent, new, parts)
         begin = (
@@ -155,7 +156,7 @@ class CallReader:
         return self._begin_call(begin.end() - end, new, parts) if begin else False
 
     def _num_decided(self) -> int:
-        """Characters of the held text that are before a tag that may begin at its end."""
+        """Return the number of characters before a tag that may begin at the end of the held text."""
         if not self._may_call:
             return len(self._held)
         start = self._held.rfind("<")
@@ -163,7 +164,7 @@ class CallReader:
         return len(self._held[: start if is_tag else None].rstrip())
 
     def _begin_call(self, start: int, new: str, parts: list[dict[str, Any]]) -> bool:
-        """Begin a call whose JSON starts there, or take a whole one if its arguments do not come last."""
+        """Begin the call whose JSON starts at `start`. Take a complete call if arguments do not come last."""
         if head := _HEAD.match(self._held, start):
             call = {"name": head[1]}
             end = head.end()
@@ -189,7 +190,7 @@ class CallReader:
         return True
 
     def _grow(self, num_sent: int, new: str, parts: list[dict[str, Any]]) -> bool:
-        """Pass on more arguments of the last call."""
+        """Pass on more arguments of the last call. Returns whether the call ends."""
         end = None
         if "}" in new or "]" in new:
             with suppress(ValueError, RecursionError):

@@ -3,7 +3,7 @@ const $ = id => document.getElementById(id);
 const markdown = markdownit({html: false, breaks: true}).disable("image");
 const FENCE_ENDS = /^[ >]*(`{3,}|~{3,})[ \t]*$/m;
 const SETTINGS = ["system", "temperature", "limit"];
-let model;            // its name
+let model;            // the model's name
 let turns = [];       // the chat: of each turn question, drafts, thinking, text, kinds of both, ending, usage, metrics
 let writing = null;   // the AbortController of the answer that is being written
 
@@ -27,7 +27,7 @@ function add(parent, tag, className, text = "") {
 /**
  * Text in which accepted drafts are green.
  *
- * kinds: for each UTF-16 unit of the text "a" if drafts had guessed it, "o" if it is the full model's own.
+ * kinds: for each UTF-16 unit of the text "a" if drafts had guessed it, "o" if the full model wrote it.
  */
 function painted(text, kinds, className = "accepted") {
   const fragment = new DocumentFragment();
@@ -39,7 +39,7 @@ function painted(text, kinds, className = "accepted") {
   return fragment;
 }
 
-/** Paint the words of rendered Markdown: a word has the kinds of its next occurrence in the source. */
+/** Paint the words of rendered Markdown: a word has the kinds of the next occurrence in the source. */
 function paint(content, source, kinds) {
   const walker = document.createTreeWalker(content, NodeFilter.SHOW_TEXT);
   const nodes = [];
@@ -140,7 +140,7 @@ class Answer {
     }
   }
 
-  /** Render the last block again. Returns the length of the blocks before it, which nothing changes any more. */
+  /** Render the last block again. Returns the length of the earlier blocks, which are final. */
   #show(source) {
     const tokens = markdown.parse(source, this.env);
     const last = Math.max(0, tokens.findLastIndex(({level, nesting}) => level === 0 && nesting >= 0));
@@ -171,9 +171,9 @@ async function request(path, body) {
     $("key").focus();
     throw new Error($("key").value ? "This is not the server’s key." : "This server needs its key.");
   }
-  const said = await response.text();
-  let message = said || `The server answered with status ${response.status}.`;
-  try { message = JSON.parse(said).error.message; } catch { /* a proxy's answer, which is no JSON */ }
+  const answer = await response.text();
+  let message = answer || `The server answered with status ${response.status}.`;
+  try { message = JSON.parse(answer).error.message; } catch { /* a proxy's answer, which is no JSON */ }
   throw new Error(message);
 }
 
@@ -251,7 +251,7 @@ function addFigures(section, {drafts, ending, usage, metrics}) {
 }
 
 async function ask(question) {
-  // The model's template decides whether the model sees its earlier thinking.
+  // The model's template decides whether the model sees earlier thinking.
   const messages = turns.flatMap(({question, thinking, text}) => [
     {role: "user", content: question}, {role: "assistant", content: text, reasoning_content: thinking || undefined},
   ]);
@@ -304,7 +304,7 @@ async function ask(question) {
   save();
 }
 
-/** Copy the text of an element without its colours. navigator.clipboard does not exist without HTTPS. */
+/** Copy the text of an element without colours. navigator.clipboard does not exist without HTTPS. */
 function copy(element) {
   document.addEventListener("copy", event => {
     event.clipboardData.setData("text/plain", element.textContent);
