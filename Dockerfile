@@ -45,7 +45,8 @@ VOLUME ["/cache", "/app/logs"]
 CMD ["python", "generate.py", "--help"]
 
 FROM base AS cuda
-# Triton needs a compiler and Python's headers for the kernels of --compile True.
+# Triton builds what launches its kernels: it needs a C compiler, Python's headers, the driver's libcuda, which
+# the NVIDIA Container Toolkit mounts, and TRITON_CACHE_DIR to write to.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev \

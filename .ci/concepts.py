@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 988, "classes": 193, "parameters": 2125}
+LIMITS = {"functions": 989, "classes": 193, "parameters": 2127}
 
 
 def count() -> dict[str, int]:

@@ -50,11 +50,15 @@ def find_difference(
     position = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
     history = torch.tensor([[*prompt, *first[:position]]], device=model.device)
     runner = eager_runner(model)
-    logits = runner.run(runner.new_cache(history.shape[1], history.shape[1]), history).logits[:, -1]
+    cache = runner.new_cache(history.shape[1], history.shape[1])
+    is_on_cpu = model.device.type == "cpu"
+    cache.is_prompt = not is_on_cpu  # the kernels of a card that decode take gigabytes for a long history
+    logits = runner.run(cache, history).logits[:, -1]
     logits = LogitsProcessorList(processors)(history, logits.float())  # [1, V]
     keys = torch.tensor([noise_key(seed, position)], device=model.device)
     chosen = [output[position] for output in (first, second) if position < len(output)]
-    dtype = torch.bfloat16 if rounds_prompts(model) else activation_dtype(model)
+    is_rounded = is_on_cpu and rounds_prompts(model)  # which builds the operators of a CPU
+    dtype = torch.bfloat16 if is_rounded else activation_dtype(model)
     largest = float(logits[logits.isfinite()].abs().max())
     bound = _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
     is_near = len(chosen) == 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from threading import Lock
+from threading import Lock, Thread, current_thread
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -121,6 +121,7 @@ class CapturedPasses(Buffers):
         """
         # By whether a copy runs, first and last layer, rows and width.
         self.replays = dict[tuple[bool, int, int, int, int], Replay]()
+        self._threads = set[Thread]()  # that have captured
         vars(self).pop("_recorder", None)  # its stream is free now
         self._recorder = GraphRecorder(self._tables.device)
 
@@ -140,8 +141,12 @@ class CapturedPasses(Buffers):
                 raise
 
     def capture(self, runner: ModelRunner, first: int, last: int, rows: int, width: int) -> Replay:
-        """The replay of a pass over `inputs[rows, width]`. If one fails, all are captured anew."""
+        """The replay of a pass over `inputs[rows, width]`. If one fails, all are captured anew; also if a
+        thread has ended that has captured: workspaces of cuBLAS may go with it (pytorch issue 192061).
+        """
         key = (runner.is_copy, first, last, rows, width)
+        if not all(thread.is_alive() for thread in self._threads):
+            self._drop_replays()
         if key not in self.replays:
             if (rows, width) not in self.inputs:
                 states = self._tables.like.new_empty(rows, width, runner.config.hidden_size)
@@ -150,6 +155,7 @@ class CapturedPasses(Buffers):
             states.zero_()
             positions.fill_(-1)
             layers = runner.typed_layers(first, last)
+            self._threads.add(current_thread())
             try:
                 self.replays[key] = self._recorder(partial(self._run, layers, states, positions))
             except BaseException:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from self_speculation.devices import is_lost_device
 from self_speculation.families import AttentionType
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
 from self_speculation.passes.kv_cache import KVCache, Pair
@@ -25,7 +26,7 @@ _SIZES = (64, 96, 128, 256)  # of a head, that our kernels take
 @cache
 def why_no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """None: triton_kernels.py computes attention while this device decodes, torch's flash attention that of
-    prompts.
+    prompts. The first call launches a kernel, since triton builds what launches it by a compiler.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return "they are for NVIDIA's cards"
@@ -37,7 +38,13 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"a head has {head_dim} elements, not one of {', '.join(map(str, _SIZES))}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    importlib.import_module("self_speculation.passes.triton_kernels")
+    try:
+        importlib.import_module("self_speculation.passes.triton_kernels").try_out(device, dtype)
+    except Exception as error:
+        if is_lost_device(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = " ".join(str(error).split())
+        return f"triton cannot launch kernels here ({type(error).__name__}: {why})"
     return None
 
 
@@ -230,8 +237,9 @@ class FusedRunner(ModelRunner):
             # In this process. torch prefers it on Hopper and newer, and it makes a plan, for tens of
             # milliseconds, for every new number of keys: in decoding, for every token.
             torch.backends.cuda.enable_cudnn_sdp(False)
-            # Products of bfloat16 are summed in float32: near-ties are fewer.
+            # Products in 16 bits are summed in float32: near-ties are fewer.
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def run_rectangle(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         if not self.decodes_by_kernels(cache, self.layers[first:last]):

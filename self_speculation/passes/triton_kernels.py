@@ -244,6 +244,12 @@ def gated(joint: Tensor, is_gelu: bool) -> Tensor:
     return out
 
 
+def try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Launch a kernel and wait for it. Raises what triton raises, without a C compiler for example."""
+    joint = torch.zeros(1, 2, dtype=dtype, device=device)
+    torch.ops.self_speculation.gated(joint, False).cpu()
+
+
 def _on_its_card(launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Triton launches on the current card, whichever has the tensors."""
 

@@ -193,6 +193,24 @@ def test_two_models_are_captured_side_by_side(monkeypatch):
         assert ids_of(models[0]) == expected[0]
 
 
+def test_graphs_end_with_the_thread_that_has_captured_them(graphs):
+    """Guards against graphs whose workspace was that of a thread which is gone, and against passes that each
+    thread captures anew while the first one is there.
+    """
+    model = card_llama()
+    expected = ids_of(model)
+    capture_decoding(model)
+    for first, second in ((ids_of, None), (ids_of, ids_of)):
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(first, model).result() == expected
+            num_captured = len(graphs.captured)
+            if second is not None:
+                assert second(model) == expected
+                assert len(graphs.captured) == num_captured
+    assert ids_of(model) == expected
+    assert len(graphs.captured) == 3 * len({*graphs.captured})
+
+
 def test_times_of_rounds_that_capture_are_not_learnt(graphs, monkeypatch):
     """Guards against drafts that seem ten times as dear since their first pass was captured."""
     model, begun = card_llama(4), []

@@ -4,6 +4,7 @@ What only a GPU can do wrong is seen without one: a tensor on the wrong device, 
 kernels reject or copy, attention that falls back to scores in memory, and kernels that are not needed.
 """
 
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -11,10 +12,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import COPY, WAYS, config_of, generate
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
 
 from benchmarks.fake_gpu import DEVICE, fake_gpu, fake_model, is_there, tensors_of
+from measures.comparison import find_difference
 from self_speculation import Request, make_strategy
 from self_speculation.decoding import grammar
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
@@ -182,6 +185,19 @@ def test_long_prompts(fused, window, monkeypatch):
         generate(model, [5] * length, max_steps=2, eos=[])
     enable.assert_called_with(False)
     assert matmul.allow_bf16_reduced_precision_reduction is False
+    assert matmul.allow_fp16_reduced_precision_reduction is False
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_a_difference_is_looked_for_as_a_prompt(gpu, monkeypatch):
+    """Guards against partial sums of attention for a whole history, gigabytes for a long one, and against
+    operators of a CPU that are built for a model on a card.
+    """
+    model = model_of(**BY_OUR_KERNELS)
+    monkeypatch.setattr("measures.comparison.rounds_prompts", Mock(side_effect=AssertionError))
+    with pytest.raises(DynamicOutputShapeException):  # where it reads the logits
+        find_difference(model, [5, 6, 7], [8, 9], [8, 10])
+    assert not {"attend", "merge"} & {launch.name for launch in gpu.trace.launches}
 
 
 NO_SIZE = "elements, not one of 64, 96, 128, 256"
@@ -201,13 +217,59 @@ NO_SIZE = "elements, not one of 64, 96, 128, 256"
         ("cuda", (9, 0), torch.bfloat16, 96, True, None),
     ],
 )
-@pytest.mark.usefixtures("triton_kernels")
-def test_what_kernels_take(device, capability, dtype, head_dim, has_copies, why, monkeypatch):
+def test_what_kernels_take(device, capability, dtype, head_dim, has_copies, why, triton_kernels, monkeypatch):
     """Guards against an error in the middle of an answer: a kernel that does not assemble, or refuses."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton_kernels, "try_out", lambda *_: None)
     device = torch.device(device)
     assert why_no_kernels.__wrapped__(device, dtype, head_dim) == why
     assert has_kernel(device, dtype) == has_copies
+
+
+NO_COMPILER = RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+FAILED = subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (NO_COMPILER, r"\(RuntimeError: Failed to find C compiler. Please specify via CC\)"),
+        (FAILED, r"\(CalledProcessError: Command '\['gcc', 'cuda_utils.c'\]' returned"),
+        (AssertionError("libcuda.so cannot found!"), r"\(AssertionError: libcuda.so cannot found!\)"),
+        (PermissionError(13, "Permission denied", "/.triton"), r"\(PermissionError: .*'/.triton'\)"),
+    ],
+    ids=["no compiler", "no headers", "no libcuda", "no cache"],
+)
+@pytest.mark.usefixtures("gpu")
+def test_a_host_where_triton_cannot_launch(error, why, triton_kernels, monkeypatch):
+    """Guards against a slim host where each model in 16 bits ends at its first token: triton builds a library
+    at its first launch. There the kernels of torch decode.
+    """
+    why_no_kernels.cache_clear()
+    monkeypatch.setattr(triton_kernels, "gated", Mock(side_effect=error))
+    model = model_of(**BY_OUR_KERNELS)
+    config = config_of(max_steps=4, **PATHS["layers"])
+    answers = make_strategy(config.generation_strategy).generate_batch(model, [Request([5, 6])], config, 1)
+    assert len(dict(answers)[0].predicted_tokens) == 4
+    with pytest.warns(UserWarning, match=f"since triton cannot launch kernels here {why}"):
+        runners.capture_decoding(model)
+    why_no_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("lost")])
+@pytest.mark.usefixtures("gpu")
+def test_a_card_that_fails_is_no_reason(error, triton_kernels, monkeypatch):
+    """Guards against a card that decodes without kernels since other programs had its memory for a moment."""
+    why_no_kernels.cache_clear()
+    monkeypatch.setattr(triton_kernels, "gated", Mock(side_effect=error))
+    with pytest.raises(type(error), match=str(error)):
+        model_of(**BY_OUR_KERNELS)
+    why_no_kernels.cache_clear()
+
+
+def test_a_kernel_is_tried(interpreter):
+    """Guards against a try that launches nothing."""
+    interpreter.try_out(torch.device("cpu"), torch.float16)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
