@@ -30,40 +30,10 @@ from pydantic import (
 from self_speculation.config import check_template_kwargs
 from self_speculation.decoding.grammar import MAX_CHARACTERS, json_rule
 from serving.errors import APIError
+from serving.refused_fields import NEUTRAL, REFUSED
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-# What to use instead of fields that would change the answer.
-_INSTEAD = {
-    "chat_template_kwargs": "add_generation_prompt chat_template continue_final_message documents "
-    "enable_thinking think thinking",
-    "ignore_eos and max_tokens": "ban_eos_token min_new_tokens min_tokens",
-    "logit_bias": "allowed_token_ids bad_words",
-    "logprobs": "n_probs prompt_logprobs return_token_ids return_tokens_as_token_ids",
-    "max_tokens": "max_new_tokens max_output_tokens n_predict num_predict",
-    "messages": "images negative_prompt system",
-    "": "audio best_of echo length_penalty lora modalities num_beams prefix prompt_embeds "
-    "skip_special_tokens suffix truncate_prompt_tokens use_beam_search",
-    "reasoning_effort": "reasoning",
-    "repetition_penalty": "dry_multiplier no_repeat_ngram_size repeat_penalty",
-    "response_format with a json_schema": "format json_schema schema",
-    "seed": "random_seed",
-    "stop": "include_stop_str_in_output stop_sequences",
-    "structured_outputs with json, regex or choice": "ebnf grammar guided_choice guided_grammar guided_json "
-    "guided_regex regex structural_tag",
-    "temperature": "do_sample dynatemp_range options",
-    "tools": "functions web_search_options",
-    "top_p or min_p": "mirostat top_a typical_p xtc_probability",
-}
-REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
-# Values of refused fields that ask for nothing; without an entry: false, 0 and empty values.
-_NEUTRAL: dict[str, Any] = {
-    "add_generation_prompt": True, "best_of": 1, "do_sample": True, "enable_thinking": True, "think": True,
-    "length_penalty": 1, "modalities": ["text"], "num_beams": 1, "repeat_penalty": 1, "typical_p": 1,
-    "skip_special_tokens": True, "truncate_prompt_tokens": -1, "n": 1, "truncation": "disabled",
-    # An empty object is a schema for anything, or asks for something.
-    "web_search_options": None, "guided_json": None, "json_schema": None, "schema": None, "format": None,
-}  # fmt: skip
 _LIKE = 0.88  # the least likeness of a misspelt name
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, validation of a list
 # stops at the first fault.
@@ -101,7 +71,7 @@ def _why_refused(name: str, given: dict[str, Any], known: set[str], refused: dic
         return f"there is no such field, did you mean {near[0]}?" if near else None
     value = given[name]
     instead = refused[name]
-    is_neutral = value == _NEUTRAL[name] if name in _NEUTRAL else not value
+    is_neutral = value == NEUTRAL[name] if name in NEUTRAL else not value
     # With `ignore_eos`, an answer always has the most tokens, so a minimum asks for nothing.
     if is_neutral or (name.startswith("min_") and given.get("ignore_eos") is True):
         return None

@@ -8,19 +8,6 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from serving import fields
 
-# Field that the server refuses -> what to use instead; "": nothing.
-REFUSED = {
-    **fields.REFUSED,
-    **dict.fromkeys(("background", "conversation", "prompt", "store", "truncation"), ""),
-    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
-    **dict.fromkeys(("messages", "previous_response_id"), "input with all items so far"),
-    "logprobs": "include with message.output_text.logprobs, and top_logprobs",
-    "n": "",
-    "reasoning_effort": "reasoning with effort",
-    "response_format": "text with format",
-    "stream_drafts": "",
-}
-
 
 class _Item(fields.Fields):
     """An item of the Responses API's input. An item of an earlier answer has an id and a status."""

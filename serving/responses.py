@@ -15,6 +15,7 @@ from pydantic import Field
 
 from serving import fields, response_fields
 from serving.protocol import ChatRequest, SharedFields, server_sent
+from serving.refused_fields import REFUSED_IN_RESPONSES
 
 _LOGPROBS = "message.output_text.logprobs"  # a value of `include`
 _ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
@@ -36,7 +37,7 @@ _REPEATED = {
 class ResponsesRequest(SharedFields):
     """A request for a response."""
 
-    refused = response_fields.REFUSED
+    refused = REFUSED_IN_RESPONSES
     prompt_field: ClassVar[str] = "input"
 
     input: response_fields.Items
