@@ -27,8 +27,8 @@ from self_speculation.decoding.grammar_sandbox import LIMITS, GrammarError, gram
 from self_speculation.decoding.texts import Thinking
 from self_speculation.transfers import on_device
 
-# Small models repeat white space without end if they may.
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
+# Small models repeat white space while they may: a gap is empty, a space, or one line break with indentation.
+_JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,16})?"}
 # Otherwise the tokenizer chooses the tokens of a text without alternatives. It may read an added token in
 # it, or normalize it, and the matcher does not take such tokens.
 _OPTIONS = '%llguidance {"no_forcing": true}'

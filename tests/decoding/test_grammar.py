@@ -76,6 +76,25 @@ def test_outputs_conform_to_random_schemas(bundled, number):
         jsonschema.validate(json.loads(text), schema)
 
 
+def test_json_has_little_white_space(bundled):
+    """Guards against an answer that is mostly line breaks, and against forms of JSON that models write."""
+    model, tokenizer = bundled
+    end = tokenizer.eos_token_id
+    processor = GrammarProcessor(
+        Grammar.json_schema({"type": "object"}), tokenizer, model.config.vocab_size, [end]
+    )
+
+    def is_allowed(text):
+        ids = [*tokenizer.encode(text, add_special_tokens=False), end]
+        return processor.count_allowed([], ids) == len(ids)
+
+    value = {"a": [1, {"b": "c"}], "d": {}}
+    for options in ({}, {"separators": (",", ":")}, {"indent": 1}, {"indent": 4}, {"indent": "\t"}):
+        assert is_allowed(json.dumps(value, **options))
+    for text in ('{\n\n"a": 1}', '{"a":  1}', '{"a": 1\n\n}', '{"a": \n1}', "{}\n\n"):
+        assert not is_allowed(text), text
+
+
 def test_a_schema_is_an_object():
     """Guards against a traceback. test_guided.py has schemas that are invalid."""
     with pytest.raises(GrammarError, match="must be an object"):
