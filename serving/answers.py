@@ -161,7 +161,8 @@ class Answer:
             formatted = self._format(choice, delta)
             if formatted and (part := self._writer.add(formatted)):
                 yield part
-        yield self._writer.end(self._figures())
+        finished = [choice.finished for choice in self._choices if choice.finished]
+        yield self._writer.end(figures(finished, self.request.n))
 
     async def _deltas(self) -> AsyncGenerator[tuple[_Choice, Delta]]:
         """Yield new text of the choices until all finish. The last text of a choice comes with `finished`;
@@ -198,9 +199,6 @@ class Answer:
                 return None
             delta = Delta(text, calls=calls, has_calls=choice.call_reader.num_calls > 0)
         return self.request.choice(choice.index, delta, logprobs, stop_reason)
-
-    def _figures(self) -> dict[str, Any]:
-        return figures([each.finished for each in self._choices if each.finished], self.request.n)
 
     def _check(self) -> None:
         request = self.request

@@ -22,6 +22,9 @@ _BEGIN_OR_OBJECT = re.compile(rf"{_BEGIN.pattern}|\A\s*(?={{)")
 # A call up to the arguments, which are an object or a list.
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=[{[])')
 _END = re.compile(r"\s*</tool_call>")
+_MARK = re.compile(
+    r'\\.|["{}\[\]]', re.DOTALL
+)  # ends or opens something in JSON; an escaped character does not
 _decoder = json.JSONDecoder()
 
 
@@ -115,6 +118,32 @@ def _objects(text: str) -> list[Any]:
     return []
 
 
+class _JSONEnd:
+    """Finds the end of an object or a list in JSON that grows. Reads each character once."""
+
+    def __init__(self) -> None:
+        self._num_read = 0
+        self._depth = 0
+        self._in_string = False
+
+    def find(self, text: str, start: int = 0) -> int | None:
+        """Return the end of the JSON that begins at `start`. None: it is incomplete, or no JSON so far."""
+        for mark in _MARK.finditer(text, max(start, self._num_read)):
+            self._num_read = mark.end()
+            if mark[0] == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string and mark[0] in "{[":
+                self._depth += 1
+            elif not self._in_string and mark[0] in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    with suppress(ValueError, RecursionError):
+                        return _decoder.raw_decode(text, start)[1]
+        # The second half of an escape may come next.
+        self._num_read = max(self._num_read, len(text) - text.endswith("\\"))
+        return None
+
+
 class CallReader:
     """Finds calls in an answer as the text comes, and passes on arguments as they grow. Text before the first
     call is text, and so is an object that calls no tool. After a call there are only calls.
@@ -125,6 +154,7 @@ class CallReader:
         self._several = several
         self.num_calls = 0
         self._held = ""  # text that may be a call, or the arguments so far of an unfinished call
+        self._json_end = _JSONEnd()
         self._num_sent: int | None = None  # characters of arguments that are passed on; None: no open call
         self._is_start = True
         self._may_call = True
@@ -134,16 +164,16 @@ class CallReader:
         self._held += new
         texts = list[str]()
         parts = list[dict[str, Any]]()
-        while self._take(new, texts, parts):
+        while self._take(texts, parts):
             pass
         if is_last and not self.num_calls:
             texts.append(self._held)
         return "".join(texts), parts
 
-    def _take(self, new: str, texts: list[str], parts: list[dict[str, Any]]) -> bool:
+    def _take(self, texts: list[str], parts: list[dict[str, Any]]) -> bool:
         """Take decided text or a part of a call. False: the rest needs more text."""
         if self._num_sent is not None:
-            return self._grow(self._num_sent, new, parts)
+            return self._grow(self._num_sent, parts)
         begin = (
             (_BEGIN_OR_OBJECT if self._is_start else _BEGIN).search(self._held) if self._may_call else None
         )
@@ -153,7 +183,7 @@ class CallReader:
             if not self.num_calls:
                 texts.append(text)
         self._held = self._held[end:]
-        return self._begin_call(begin.end() - end, new, parts) if begin else False
+        return self._begin_call(begin.end() - end, parts) if begin else False
 
     def _num_decided(self) -> int:
         """Return the number of characters before a tag that may begin at the end of the held text."""
@@ -163,18 +193,16 @@ class CallReader:
         is_tag = start >= 0 and _TAG.startswith(self._held[start:])
         return len(self._held[: start if is_tag else None].rstrip())
 
-    def _begin_call(self, start: int, new: str, parts: list[dict[str, Any]]) -> bool:
+    def _begin_call(self, start: int, parts: list[dict[str, Any]]) -> bool:
         """Begin the call whose JSON starts at `start`. Take a complete call if arguments do not come last."""
         if head := _HEAD.match(self._held, start):
             call = {"name": head[1]}
             end = head.end()
-        elif "}" in new:
-            try:
-                call, end = _decoder.raw_decode(self._held, start)
-            except (ValueError, RecursionError):
-                return False
+        elif self._json_end.find(self._held, start):
+            call, end = _decoder.raw_decode(self._held, start)
         else:
             return False
+        self._json_end = _JSONEnd()
         if (function := _function(call, self._tools)) is None:
             self._may_call = False
             return True
@@ -189,12 +217,9 @@ class CallReader:
         self._may_call = bool(head) or self._several
         return True
 
-    def _grow(self, num_sent: int, new: str, parts: list[dict[str, Any]]) -> bool:
+    def _grow(self, num_sent: int, parts: list[dict[str, Any]]) -> bool:
         """Pass on more arguments of the last call. Returns whether the call ends."""
-        end = None
-        if "}" in new or "]" in new:
-            with suppress(ValueError, RecursionError):
-                end = _decoder.raw_decode(self._held)[1]
+        end = self._json_end.find(self._held)
         index = self.num_calls - 1
         arguments = self._held[num_sent:end]
         if parts and parts[-1]["index"] == index:
@@ -205,4 +230,5 @@ class CallReader:
         if end:
             self._held = self._held[end:]
             self._may_call = self._several
+            self._json_end = _JSONEnd()
         return end is not None

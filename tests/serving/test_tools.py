@@ -2,6 +2,7 @@
 
 import copy
 import json
+from unittest.mock import Mock
 
 import pytest
 from conftest import LAYERS, config_of, generator_of, tiny_llama
@@ -9,6 +10,7 @@ from tokenizers import AddedToken, normalizers
 
 from self_speculation import Request
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
+from serving import tools
 from serving.tools import CallReader, call_grammar, find_calls
 
 TAGS, OBJECT = "{% if tools %}<tool_call>{% endif %}", '{% if tools %}{"name": , "parameters": }{% endif %}'
@@ -168,6 +170,7 @@ ANSWERS = [
     '<tool_call>{"name": "stop", "arguments": 5}</tool_call>',
     '<tool_call>{"name": "st\\u006fp", "arguments": {}}</tool_call>',
     '{"name": "stop"}',
+    '<tool_call>{"name": "weather", "arguments": {"city": "a\\\\\\"}{\\\\", "days": 2}}</tool_call>',
     # No calls:
     "It is sunny. 1 < 2, <tool_cal",
     '{"name": "Rome", "days": 2}',
@@ -199,6 +202,20 @@ def test_a_stream_has_the_calls_of_the_whole(answer, size):
     for call in calls:
         call["arguments"] = json.dumps(json.loads(call["arguments"]))
     assert calls == expected
+
+
+@pytest.mark.parametrize("order", [["name", "arguments"], ["arguments", "name"]])
+def test_the_time_of_a_call_grows_with_its_length(order, monkeypatch):
+    """Guards against long arguments that are parsed again at each bracket, while all streams wait."""
+    decoder = Mock(wraps=tools._decoder)
+    monkeypatch.setattr(tools, "_decoder", decoder)
+    call = {"name": "weather", "arguments": {"rows": [[1, 2], {"a": []}] * 200}}
+    answer = f"<tool_call>{json.dumps({name: call[name] for name in order})}</tool_call>"
+    reader = CallReader(TOOLS, several=True)
+    for piece in answer:
+        reader.read(piece, is_last=False)
+    assert reader.num_calls == 1
+    assert decoder.raw_decode.call_count <= 2
 
 
 def test_text_and_arguments_come_as_they_grow():
