@@ -25,7 +25,8 @@ DEFAULT_ARGUMENTS = [
     *("--batch_size", "4", "--max_steps", "48"),
 ]
 PHASES = [(25, 1), (35, 6), (20, 0)]  # seconds, and clients
-EVERY, WINDOW = 0.5, 10  # seconds between two readings; over which rates and quantiles are
+EVERY = 0.5  # seconds between two readings
+WINDOW = 10  # seconds that a rate or a quantile is over
 QUESTIONS = [
     "Explain how rainbows form.",
     "Write a Python function that adds two numbers.",
@@ -91,9 +92,12 @@ def _rate(name: str, later: Reading, earlier: Reading) -> float:
 def _quantile(part: float, name: str, later: Reading, earlier: Reading) -> float:
     """Of a histogram's new observations, as Prometheus estimates it: linear within a bucket."""
     buckets = [each for each in later if each.startswith(f"{name}_bucket ") and "Inf" not in each]
-    total, below, lower = part * _rate(f"{name}_count", later, earlier), 0.0, 0.0
+    total = part * _rate(f"{name}_count", later, earlier)
+    below = 0.0
+    lower = 0.0
     for bucket in sorted(buckets, key=lambda each: float(each.split()[1])):
-        upto, upper = _rate(bucket, later, earlier), float(bucket.split()[1])
+        upto = _rate(bucket, later, earlier)
+        upper = float(bucket.split()[1])
         if total and upto >= total:
             return lower + (upper - lower) * (total - below) / (upto - below)
         below, lower = upto, upper

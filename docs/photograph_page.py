@@ -52,7 +52,8 @@ def main() -> None:
         for drafts in (False, True):
             page.goto(address)
             converse(page, drafts)  # not in the picture: first answers are slower
-        speeds, halves = [], []
+        speeds = []
+        halves = []
         for drafts in (False, True):
             page.goto(address)
             converse(page, drafts)

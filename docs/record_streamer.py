@@ -24,7 +24,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 COLUMNS, LINES, FONT_SIZE = 92, 27, 14  # of the film
 WIDE = 1000  # columns of the terminal
 FRAME = 0.04  # seconds; viewers slow down what is faster than 0.02
-PAUSE, LAST = 1.5, 6.0  # seconds: the longest pause, and the duration of the last frame
+PAUSE = 1.5  # seconds: the longest pause
+LAST = 6.0  # seconds that the last frame stays
 PALETTE = {"default": "#d7dae0", "brown": "#e5b64c", "green": "#6cc26b"}  # pyte calls ANSI 33 brown
 BACKGROUND = "#1d2026"
 SHADES = 21  # of each colour, from that of the background on: letters have soft edges
@@ -61,7 +62,8 @@ def film(written: list[tuple[float, str]]) -> tuple[list[Image.Image], list[int]
     """Frames of the terminal, and their durations in ms."""
     screen = pyte.Screen(WIDE, LINES)
     stream = pyte.Stream(screen)
-    pictures, numbers = [], []
+    pictures = []
+    numbers = []
     for number, group in itertools.groupby(written, key=lambda part: round(part[0] / FRAME)):
         stream.feed("".join(text for _, text in group))
         pictures.append(draw(screen))

@@ -11,14 +11,16 @@ def decode_attention(
     qkv, query_norm, key_norm, epsilon, is_centred, cos, sin, keys, values, positions, scale, window
 ):  # fmt: skip
     """Row by row and token by token. Writes to keys and values."""
-    (rows, width), (kv_heads, size) = positions.shape, keys.shape[1::2]
+    rows, width = positions.shape
+    kv_heads, size = keys.shape[1::2]
     heads = qkv.shape[1] // size - 2 * kv_heads
     q, k, v = qkv.view(rows, width, -1, size).split([heads, kv_heads, kv_heads], 2)
     if query_norm is not None:
         q, k = (_normed(*each, epsilon, is_centred) for each in ((q, query_norm), (k, key_norm)))
     angles = [table.float()[positions.clamp(min=0)][:, :, None] for table in (cos, sin)]
     q, k = _rotated(q, *angles), _rotated(k, *angles)
-    out, tokens = torch.zeros_like(q, dtype=torch.float32), (positions >= 0).nonzero().tolist()
+    out = torch.zeros_like(q, dtype=torch.float32)
+    tokens = (positions >= 0).nonzero().tolist()
     for row, token in tokens:
         at = positions[row, token]
         keys[row, :, at], values[row, :, at] = k[row, token], v[row, token]
@@ -50,7 +52,8 @@ def gated(joint, is_gelu):
 
 def flash_attention(queries, keys, values, scale):
     """The last token sees all keys."""
-    width, length = queries.shape[2], keys.shape[2]
+    width = queries.shape[2]
+    length = keys.shape[2]
     mask = torch.ones(width, length, dtype=torch.bool).tril(length - width)
     return scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True)
 

@@ -189,7 +189,11 @@ class Recorder:
     """A streamer that keeps what it is given. After so many calls, `put` raises."""
 
     def __init__(self, calls=math.inf):
-        self.decided, self.drafts, self.num_drafted, self.ended, self._left = [], [], 0, 0, calls
+        self.decided = []
+        self.drafts = []
+        self.num_drafted = 0
+        self.ended = 0
+        self._left = calls
 
     def put(self, ids, is_draft=False):
         self._left -= 1
@@ -215,7 +219,8 @@ def mixed_drafts(*sources):
     """In this block tokens are drafted, accepted and rejected; those of each of these sources, by the start
     of its name, if some are named. Ids that are compared would be equal, too, if a source silently stopped.
     """
-    seen, add = DraftStats(), DraftStats.add
+    seen = DraftStats()
+    add = DraftStats.add
 
     def counted(stats, *counts, **more):
         add(seen, *counts, **more)
@@ -248,7 +253,8 @@ def random_plans(seed):
     draws = random.Random(seed)
 
     def choose(sources, matches, limits):
-        source, most = draws.choice([None, *sorted(sources)]), draws.randint(0, max(limits))
+        source = draws.choice([None, *sorted(sources)])
+        most = draws.randint(0, max(limits))
         plan = Plan([], [], trial=draws.choice([None, draws.randrange(len(limits))]))
         for match, limit in zip(matches, limits, strict=True):
             looks_up = match is not None and draws.choice([True, False])

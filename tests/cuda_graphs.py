@@ -29,10 +29,12 @@ class Graph(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._calls, self._stream = [], None
+        self._calls = []
+        self._stream = None
 
     def begin(self, stream):
-        self._stream, self._workspace = stream, stream.workspace
+        self._stream = stream
+        self._workspace = stream.workspace
 
     def __del__(self):
         if self._stream is not None:
@@ -61,7 +63,8 @@ class Graph(TorchDispatchMode):
 
 class Stream:
     def __init__(self):
-        self.device, self.workspace = None, object()
+        self.device = None
+        self.workspace = object()
 
     def wait_stream(self, stream):
         assert isinstance(stream, Stream)
@@ -72,7 +75,8 @@ class Streams(threading.local):
         self.all = [Stream()]  # the last one is current
 
 
-STREAMS, CAPTURING = Streams(), threading.Lock()
+STREAMS = Streams()
+CAPTURING = threading.Lock()
 
 
 @contextmanager

@@ -34,7 +34,8 @@ def custom_data(folder):
 
 def watch(monkeypatch, owner, name, before=lambda *_, **__: None):
     """The calls of a function from now on: arguments and result. `before` gets the arguments first."""
-    calls, function = [], getattr(owner, name)
+    calls = []
+    function = getattr(owner, name)
 
     def watched(*args, **kwargs):
         before(*args, **kwargs)

@@ -184,7 +184,8 @@ def test_the_streamer_is_read_from_the_frame_of_generate():
 
 def test_an_output_ends_with_the_context():
     """Guards against positions that the model does not have, and an end without a word."""
-    model, options = tiny_llama(max_position_embeddings=10), {"do_sample": False, "eos_token_id": None}
+    model = tiny_llama(max_position_embeddings=10)
+    options = {"do_sample": False, "eos_token_id": None}
     expected = model.generate(PROMPT, max_new_tokens=4, **options)
     with pytest.warns(UserWarning, match="ends with the model's context"):
         assert (
@@ -195,7 +196,8 @@ def test_an_output_ends_with_the_context():
 @pytest.mark.parametrize("drafts", [SPECULATION, {"generation_strategy": "adaptive"}])
 def test_sampled_ids_are_those_of_the_strategies(drafts):
     """Guards against settings that are applied twice or never."""
-    rules, options = {"temperature": 0.7, "top_k": 3}, {"do_sample": True, "max_new_tokens": 12, "top_p": 1.0}
+    rules = {"temperature": 0.7, "top_k": 3}
+    options = {"do_sample": True, "max_new_tokens": 12, "top_p": 1.0}
     torch.manual_seed(0)
     request = Request(PROMPT[0].tolist(), seed=int(torch.randint(2**63 - 1, ())), eos_token_ids=[2])
     plain = in_batch(tiny_llama(), [request], 1, sample=True, top_p=1.0, max_steps=12, **rules)[0]
@@ -209,7 +211,8 @@ def test_assistant_early_exit_and_num_assistant_tokens(rounds):
     """Guards against transformers' own names for exit layer and draft length that are refused, have no effect
     or override ours.
     """
-    model, options = tiny_llama(), {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    model = tiny_llama()
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
     plain = model.generate(PROMPT, **options).tolist()
     options |= {"custom_generate": self_speculative_generate, "num_assistant_tokens": 3}
     options["assistant_early_exit"] = 9

@@ -48,7 +48,8 @@ def test_the_cards_example_runs(rounds):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "hub/README.md").read_text(), re.DOTALL)
     names = {}
     exec(code, names)
-    prompt, output = names["inputs"]["input_ids"], names["output"]
+    prompt = names["inputs"]["input_ids"]
+    output = names["output"]
     assert (output[:, : prompt.shape[1]] == prompt).all()
     assert output.shape[1] == prompt.shape[1] + 64
     assert max(rounds) == 4

@@ -51,7 +51,8 @@ def imports(name):
     """The modules of the product that a module imports anywhere: in a function, for the type checker, or by a
     package's table of names.
     """
-    source, found = MODULES[name].read_text(), set()
+    source = MODULES[name].read_text()
+    found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}

@@ -157,7 +157,8 @@ def test_settings_of_another_family():
     from Mistral or Mixtral keeps their settings, and its own `forward` ignores them.
     """
     kept = {"sliding_window": WINDOW, "layer_types": ["sliding_attention"] * 4, "num_experts_per_tok": 2}
-    model, prompt = family("llama", **kept), [5 + 7 * i % 50 for i in range(40)]
+    model = family("llama", **kept)
+    prompt = [5 + 7 * i % 50 for i in range(40)]
     pieces_match_the_whole(model)
     expected = transformers_generate(model, prompt, eos=-1, use_cache=False)
     assert ids_of(model, prompt, **ADAPTIVE) == expected
@@ -206,7 +207,8 @@ def test_longrope_ends_at_its_original_context():
 
 def test_rotary_tables_without_memory_are_made_by_the_next_pass():
     """Guards against a server whose every prompt fails after one for whose tables there was no memory."""
-    runner, ids = ModelRunner(family("llama")), torch.arange(40)[None]
+    runner = ModelRunner(family("llama"))
+    ids = torch.arange(40)[None]
     expected = forward(ModelRunner(runner.model), runner.new_cache(40, 40), ids).logits
     rotary = runner.model.model.rotary_emb
     with patch.object(rotary, "forward", side_effect=MemoryError), pytest.raises(MemoryError):
@@ -219,7 +221,8 @@ def test_no_layer_sees_a_token_twice_at_the_same_position():
     as long as the prompt, and logits of all of it.
     """
     model = tiny_llama(agreement="always", max_position_embeddings=3 * PREFILL_CHUNK)
-    modules, widths = [*model.model.layers, model.lm_head], {}
+    modules = [*model.model.layers, model.lm_head]
+    widths = {}
     hooks = [
         module.register_forward_hook(
             lambda _, inputs, output, n=n: widths.setdefault(n, []).append(output.shape[1])
@@ -272,7 +275,8 @@ def test_caches_of_this_library_and_tuples_are_cropped_too(length):
 @pytest.mark.parametrize("length", [3, 6, 9])
 def test_a_cache_of_transformers_is_cropped_to_a_length(length):
     """Guards against transformers' own `crop`, whose argument is the number to remove."""
-    model, cache = tiny_llama(), DynamicCache()
+    model = tiny_llama()
+    cache = DynamicCache()
     ids = torch.tensor([[5, 9, 4, 7, 7, 3]])
     with torch.inference_mode():
         model(ids, cache=cache)

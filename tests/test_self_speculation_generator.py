@@ -67,7 +67,8 @@ class WatchedRound(SelfSpeculativeGenerationStrategy):
     """Keeps the ids and the number of cached positions of each row, before and after a round."""
 
     def decode_round(self, decoding):
-        self.ids, self.cached = [], []
+        self.ids = []
+        self.cached = []
         for do in (lambda _: None, super().decode_round):
             do(decoding)
             self.ids.append([sequence.ids for sequence in decoding.batch.sequences])
@@ -80,13 +81,16 @@ def test_the_worked_round_of_the_page():
     (shown,) = (part for part in page.split("\n\n") if "\n| ids " in part)
     lines = [line.strip("| ").split("|") for line in shown.splitlines() if line.startswith("| ")]
     table = {name.strip(): [[int(id_) for id_ in row.split()] for row in rows] for name, *rows in lines[1:]}
-    model, strategy, streamers = counting_model(), WatchedRound(), [Mock(), Mock()]
+    model = counting_model()
+    strategy = WatchedRound()
+    streamers = [Mock(), Mock()]
     config = GenerationConfig(max_steps=9, sample=False, exit_layer=1, num_speculations=3)
     scheduler = Scheduler(strategy, model, config, batch_size=2)
     for row, (ids, streamer) in enumerate(zip(table["ids"], streamers, strict=True)):
         scheduler.add_request(row, Request(ids[:-1], streamer=streamer))
     scheduler.step()
-    (before, after), (cached, cached_after) = strategy.ids, strategy.cached
+    before, after = strategy.ids
+    cached, cached_after = strategy.cached
     drafts = [[int(put.args[0]) for put in each.put.mock_calls if put.kwargs] for each in streamers]
     texts = torch.tensor([[*ids, *draft][-4:] for ids, draft in zip(before, drafts, strict=True)])
     assert table == {
@@ -113,7 +117,8 @@ def test_the_round_that_the_page_writes_has_the_ids_of_the_generator():
 
 def test_a_processor_runs_once_per_row_of_logits():
     """Guards against processors that run again for tokens that they have seen."""
-    processor, model = Mock(spec=[], side_effect=lambda ids, logits: logits), tiny_llama(agreement="always")
+    processor = Mock(spec=[], side_effect=lambda ids, logits: logits)
+    model = tiny_llama(agreement="always")
     drafts = {"exit_layer": 2, "num_speculations": 3, "max_steps": 9, "eos": []}
     result = generate(model, PROMPT, logits_processors=[processor], **drafts)
     drafts = result.draft_stats

@@ -86,7 +86,8 @@ def wrapped(text, width):
     """The text with a line break before each word that would pass the edge, and without spaces beyond it."""
     lines = []
     for line in text.split("\n"):
-        rows, column = [""], 0
+        rows = [""]
+        column = 0
         for part in re.findall(r" \u0301*|[日🙂]\u0301*|(?:(?![ 日🙂]).)+", line):
             size = sum(map(wcwidth, part))
             if part[0] == " ":
@@ -151,7 +152,8 @@ def test_a_terminal_shows_the_answer_and_right_drafts(request, name, text, round
     """
     tokenizer = request.getfixturevalue(name)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, starts = encoded["input_ids"], [*(start for start, _ in encoded["offset_mapping"]), len(text)]
+    ids = encoded["input_ids"]
+    starts = [*(start for start, _ in encoded["offset_mapping"]), len(text)]
 
     def cut(text, finished=False):
         """A text before its first stop word, or what may become one."""
@@ -190,7 +192,8 @@ def test_thinking_is_dim_and_not_in_a_file(byte_tokenizer, kind):
     """Guards against tags on the screen, drafted ones too, thinking in a pipe, and words that hide it."""
     tokenizer = thinking_tokenizer(byte_tokenizer, kind=kind)
     ids = tokenizer.encode(f"{TAGS[0]}\nHm stop\n{TAGS[1]}\n\nYes stop no", add_special_tokens=False)
-    file, terminal = io.StringIO(), Terminal()
+    file = io.StringIO()
+    terminal = Terminal()
     for each in (file, terminal):
         streamer = streamer_of(tokenizer, SpeculativeTextStreamer, each, ["stop"], thinks=True)
         for id_ in ids:
@@ -209,7 +212,8 @@ def test_colors_of_drafted_accepted_and_own_tokens(byte_tokenizer, monkeypatch, 
     """Guards against drafts that stay, against wrong colours, and against colours where NO_COLOR is set."""
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
-    terminal, encode = Terminal(), byte_tokenizer.encode
+    terminal = Terminal()
+    encode = byte_tokenizer.encode
     streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
     streamer.put(encode("A"))
     for id in [*encode("b"), *encode("c"), *encode("d")]:

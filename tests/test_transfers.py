@@ -105,7 +105,8 @@ def test_drafts_are_shown_while_a_gpu_verifies(late, expected, monkeypatch):
     """Guards against a GPU that waits until each drafted token is printed, and against a CPU that shows a
     draft only when it is complete.
     """
-    order, recorder = [], Recorder()
+    order = []
+    recorder = Recorder()
     monkeypatch.setattr(batch, "reads_late", lambda device: late)
     watch(monkeypatch, ModelRunner, "run_layers", lambda *_, **__: order.append("pass"))
     watch(monkeypatch, batch.Batch, "check", lambda *_: order.append("read"))

@@ -48,7 +48,8 @@ class Told:
     """A logits processor: the output begins with these ids, where nothing forbids them."""
 
     def __init__(self, num_prompt, ids):
-        self._num_prompt, self._ids = num_prompt, ids
+        self._num_prompt = num_prompt
+        self._ids = ids
 
     def __call__(self, input_ids, scores):
         position = input_ids.shape[1] - self._num_prompt

@@ -79,7 +79,8 @@ def test_slots_are_reused_as_soon_as_they_are_free():
     """Guards against a batch that waits for its slowest row, and against prompts that are read early."""
     lengths = iter([30, *[4] * 8])
     requests = (Request(PROMPTS[0], stop_checks=ends_at(length)) for length in lengths)
-    config, order = GenerationConfig(sample=False, max_steps=40), []
+    config = GenerationConfig(sample=False, max_steps=40)
+    order = []
     for index, _ in make_strategy("autoregressive").generate_batch(tiny_llama(), requests, config, 2):
         order.append(index)
         assert length_hint(lengths) >= 9 - len(order) - 2
@@ -123,7 +124,8 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
         raise MemoryError
 
     drafts = {**LAYERS, "sample": True, "temperature": 1.0, "max_steps": 8, "reuse_cache": True}
-    model, requests = tiny_llama(), [Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+    model = tiny_llama()
+    requests = [Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     scheduler = scheduler_of(model, 3, **drafts)
     scheduler.add_request(3, requests[3])  # leaves a prefix
     drained(scheduler)
@@ -158,8 +160,10 @@ def test_a_prompt_that_finds_no_memory_to_join_fails_alone(owner, name, monkeypa
     """Guards against a row of the batch without a slot, and a slot without a row, which ended all requests of
     a scheduler.
     """
-    model, prompts = tiny_llama(), {"decodes": [9, 9, 9], "is read": [*range(3, 40)], "joins": [5, 6, 7]}
-    scheduler, working = scheduler_of(model, 3, token_budget=4), getattr(owner, name)
+    model = tiny_llama()
+    prompts = {"decodes": [9, 9, 9], "is read": [*range(3, 40)], "joins": [5, 6, 7]}
+    scheduler = scheduler_of(model, 3, token_budget=4)
+    working = getattr(owner, name)
 
     def out_of_memory(first, *others, **kwargs):
         if owner is torch and first[0].dtype != torch.long:  # not the rows' last tokens

@@ -77,7 +77,8 @@ def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot(reuse_cache):
         scheduler.step()
     scheduler.cancel({"nan"})
     scheduler.add_request("short", Request([8, 2]))
-    results, together = drained(scheduler), scheduler_of(model, 2)
+    results = drained(scheduler)
+    together = scheduler_of(model, 2)
     padded = {"nine": LONG[:9], "twelve": LONG[:12]}
     add(together, padded)
     results |= drained(together)
@@ -121,7 +122,8 @@ def test_an_error_in_a_pass_is_that_of_one_prompt(monkeypatch):
         return forward(runner, cache, pieces, *others)
 
     monkeypatch.setattr("self_speculation.scheduler.forward_pieces", out_of_memory)
-    scheduler, prompts = scheduler_of(tiny_llama(), 3), {0: [5, 9, 4], 1: [5, 49, 4], 2: [7, 7]}
+    scheduler = scheduler_of(tiny_llama(), 3)
+    prompts = {0: [5, 9, 4], 1: [5, 49, 4], 2: [7, 7]}
     add(scheduler, prompts)
     results = drained(scheduler)
     assert isinstance(results.pop(1), MemoryError)

@@ -20,7 +20,8 @@ DRAFTS = {
 
 def answer(bundled, grammar, prompt="values = ", max_steps=120, **config):
     model, tokenizer = bundled
-    ids, eos = tokenizer.encode(prompt), [tokenizer.eos_token_id]
+    ids = tokenizer.encode(prompt)
+    eos = [tokenizer.eos_token_id]
     processor = GrammarProcessor(grammar, tokenizer, model.config.vocab_size, eos)
     result = generate(model, ids, max_steps=max_steps, eos=eos, logits_processors=[processor], **config)
     return result, tokenizer.decode(result.predicted_tokens)

@@ -31,7 +31,8 @@ def test_the_slot_with_the_longest_prefix_is_taken():
         results = drained(scheduler)
         return [results[key].num_cached_tokens for key in range(len(prompts))]
 
-    other, third = STORY[::-1], [40] * 6
+    other = STORY[::-1]
+    third = [40] * 6
     assert cached(STORY, other, third) == [0, 0, 0]
     assert [cached([*prompt, 9]) for prompt in (STORY, third, other)] == [[12], [6], [12]]
     assert cached([*other, 9]) == [12]  # the last token's logits are needed
@@ -57,7 +58,8 @@ def test_a_cancelled_prompt_leaves_what_is_read_of_it():
 @pytest.mark.parametrize("first", [STORY, [40, 41]])
 def test_a_kept_prefix_survives_a_shorter_prompt(first):
     """Guards against a swap of slots that cuts the longer one, whichever comes first."""
-    model, short = tiny_llama(), [40, 41]
+    model = tiny_llama()
+    short = [40, 41]
     scheduler = scheduler_of(model, 2, max_steps=3, reuse_cache=True)
     second = short if first is STORY else STORY
     for prompts in ([first, second], [[*short, 9]], [[*STORY, 9]]):
@@ -86,7 +88,8 @@ def test_weights_of_inference_mode():
 @pytest.mark.parametrize("other", [{"exit_layer": 2}, {"batch_size": 2}])
 def test_the_cache_is_for_one_exit_layer_and_batch_size(other):
     """Guards against layers that an early exit did not run, and a cache with too few slots."""
-    model, strategy = tiny_llama(), make_strategy("autoregressive")
+    model = tiny_llama()
+    strategy = make_strategy("autoregressive")
     answer_of(strategy, model, STORY, reuse_cache=True, **other)
     after = answer_of(strategy, model, STORY, reuse_cache=True)
     assert after.num_cached_tokens == 0
@@ -103,7 +106,8 @@ def test_a_failed_request_leaves_no_prefix(breaks, length):
     ended before it.
     """
     drafts = {**LAYERS, "reuse_cache": True}
-    model, strategy = tiny_llama(agreement="always"), make_strategy("self_speculative")
+    model = tiny_llama(agreement="always")
+    strategy = make_strategy("self_speculative")
     answer_of(strategy, model, [*STORY, 9], **drafts)
     request = Request(STORY, breaks(len(STORY) + 3), stop_checks=ends_at(length))
     with nullcontext() if length else pytest.raises((KeyError, FloatingPointError)):
@@ -114,7 +118,8 @@ def test_a_failed_request_leaves_no_prefix(breaks, length):
 
 def test_two_threads_do_not_share_a_cache():
     """Guards against two requests at once in the kept cache of one strategy."""
-    model, strategy = tiny_llama(), make_strategy("autoregressive")
+    model = tiny_llama()
+    strategy = make_strategy("autoregressive")
     answer_of(strategy, model, STORY, reuse_cache=True)
     with ThreadPoolExecutor(6) as threads:
         found = list(threads.map(lambda _: answer_of(strategy, model, STORY, reuse_cache=True), range(6)))
@@ -125,7 +130,8 @@ def test_two_threads_do_not_share_a_cache():
 @pytest.mark.usefixtures("graphs")
 def test_a_captured_cache_that_another_generation_has_is_not_reused():
     """Guards against an error, or its keys, in the next answer. test_captured_runner.py has padding rows."""
-    model, strategy = card_llama(), make_strategy("autoregressive")
+    model = card_llama()
+    strategy = make_strategy("autoregressive")
     capture_decoding(model)
     first = answer_of(strategy, model, STORY, reuse_cache=True)
     fresh(model, STORY[::-1])

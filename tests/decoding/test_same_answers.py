@@ -73,7 +73,8 @@ HAVE_NO_COPIES = ("four bits", "eight bits", "experts")
 @cache
 def model_of(name):
     """It, and the same in float32 without operators; None: there is none."""
-    model, exact = MODELS[name](), None
+    model = MODELS[name]()
+    exact = None
     if "bits" not in name and not rounds_prompts(model):
         exact = copy.deepcopy(model).float()
     if name != "torch":
@@ -136,7 +137,8 @@ def end_of(result):
 @torch.inference_mode()
 def end_by_transformers(model, request, config, context, tokens):
     """The end of an answer of these tokens and its position. Fails if a token is another one."""
-    start, ids = len(request.ids), [*request.ids, *tokens]
+    start = len(request.ids)
+    ids = [*request.ids, *tokens]
     passed = model(torch.tensor([ids]), output_hidden_states=True)
     logits = passed.logits
     if config.exit_layer != -1:
@@ -176,7 +178,9 @@ def together(model, requests, batch_size, budget, cancelled, **config):
     cancelled: a step and the index of a request.
     """
     scheduler = scheduler_of(model, batch_size, budget, **config)
-    waiting, results, before = deque(enumerate(requests)), {}, {}
+    waiting = deque(enumerate(requests))
+    results = {}
+    before = {}
     for step in count():
         while waiting and (budget or scheduler.num_free_slots):
             scheduler.add_request(*waiting.popleft())
@@ -197,13 +201,18 @@ def compare(name, way, draws):
     """Some requests, each alone without drafts, and all beside and after each other with drafts. Returns how
     many tokens of prompts were cached.
     """
-    (model, exact), shared, context = model_of(name), draw_config(draws), draws.choice([128, 128, 60])
-    late, budget = draws.choice([False, False, True]), draws.choice([None, None, 1, 4, 9])
+    model, exact = model_of(name)
+    shared = draw_config(draws)
+    context = draws.choice([128, 128, 60])
+    late = draws.choice([False, False, True])
+    budget = draws.choice([None, None, 1, 4, 9])
     cancelled = draws.choice([(-1, 0), (-1, 0), (draws.randint(0, 12), draws.randrange(3))])
     if "num_speculations" in way:
         way = {**way, "num_speculations": draws.choice([*range(1, 9), 10**9])}
     plain = shared | {"exit_layer": way["exit_layer"]} if way.keys() == {"exit_layer"} else shared
-    requests, results, shown = [], [], []
+    requests = []
+    results = []
+    shown = []
     with (
         patch.object(model.config, "max_position_embeddings", context),
         patch("self_speculation.passes.kv_cache._FIRST_ALLOCATION", 3),
@@ -234,7 +243,8 @@ def compare(name, way, draws):
         fixed = [replace(request, streamer=None) for request in requests if "num_speculations" in way]
         drafted = [in_batch(model, [request], 1, **shared, **way)[0] for request in fixed]
     for row, (request, alone) in enumerate(zip(requests, shown, strict=True)):
-        result, streamer = found[row], request.streamer
+        result = found[row]
+        streamer = request.streamer
         if streamer.has_raised:
             assert isinstance(result, KeyError)
             continue
@@ -285,7 +295,8 @@ def test_answers_are_those_of_plain_decoding_alone(way):
 
     Plans of adaptive decoding are random: on a tiny model, the policy always has the same best plan.
     """
-    (settings, sources), num_cached = ALL_WAYS[way], 0
+    settings, sources = ALL_WAYS[way]
+    num_cached = 0
     left_out = [
         *(HAVE_NO_COPIES if "copy" in way else ()),
         *(() if way in HAVE_SLOW_MODELS else SLOW),

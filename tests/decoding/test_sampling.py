@@ -54,7 +54,8 @@ def split_mix(state, number):
 
 def test_noise_is_that_of_split_mix():
     """Guards against numbers that another machine does not have: then a seed gives another text there."""
-    keys, ids = keys_of(20), torch.tensor([[0, 1, 5, 151_935]])
+    keys = keys_of(20)
+    ids = torch.tensor([[0, 1, 5, 151_935]])
     numbers = [[split_mix(key % 2**64, id_) / 2**64 for id_ in ids[0].tolist()] for key in keys.tolist()]
     assert_close(gumbel_noise(keys, ids), -torch.tensor(numbers).double().neg().log1p().neg().log().float())
     assert noise_key(42, 0) == 705804573497997020
@@ -77,7 +78,8 @@ def test_noise_is_finite(last):
 
 def test_noise_does_not_depend_on_what_is_beside_it():
     """Guards against bits that differ by the number of ids, rows or threads: the text would, too."""
-    keys, ids = keys_of(5), torch.randperm(40_009)[None]
+    keys = keys_of(5)
+    ids = torch.randperm(40_009)[None]
     all_noise = gumbel_noise(keys, ids)
     torch.set_num_threads(3)
     try:
@@ -98,7 +100,8 @@ def test_samples_have_the_distribution():
     sampler = Sampler(temperature=0.8, top_p=0.95)
     tokens = torch.cat([sampler(logits.expand(len(part), -1), part) for part in keys.split(100_000)])
     filtered = top_k_top_p_filtering(logits / sampler.temperature, top_p=sampler.top_p)
-    wanted, tokens = filtered.double().softmax(-1), tokens.view(1000, 1000).numpy()
+    wanted = filtered.double().softmax(-1)
+    tokens = tokens.view(1000, 1000).numpy()
     counts = numpy.bincount(tokens.ravel(), minlength=12)
     assert chisquare(counts[counts > 0], 1e6 * wanted[wanted > 0].numpy()).pvalue > 1e-4
     for one, other in ((tokens[:, 1:], tokens[:, :-1]), (tokens[1:], tokens[:-1])):
@@ -117,7 +120,8 @@ def test_tokens_have_the_largest_logit_and_noise(vocab_size, top_p, top_k, min_p
     token more or less than transformers keeps.
     """
     torch.manual_seed(0)
-    keys, rules = keys_of(100), {"temperature": 0.5, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    keys = keys_of(100)
+    rules = {"temperature": 0.5, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     for scale in (0.1, 4.0):
         logits = scale * torch.randn(100, vocab_size)
         assert Sampler(True, **rules)(logits, keys).equal(by_definition(logits, keys, **rules))
@@ -156,7 +160,8 @@ def test_a_row_is_decided_by_itself(seed, scales, top_p):
     torch.manual_seed(seed)
     # Eighths, steep and flat rows side by side.
     logits = (torch.randn(len(scales), 400) * torch.tensor(scales)[:, None]).mul(8).round().div(8)
-    sampler, keys = Sampler(top_p=top_p), torch.randint(2**62, (len(scales),))
+    sampler = Sampler(top_p=top_p)
+    keys = torch.randint(2**62, (len(scales),))
     tokens = sampler(logits, keys)
     for row, alone in enumerate(logits.split(1)):
         assert tokens[row] == sampler(alone, keys[row, None])
@@ -165,7 +170,8 @@ def test_a_row_is_decided_by_itself(seed, scales, top_p):
 
 def test_drafts_of_likely_ids_are_accepted():
     """Guards against drafts with other noise than the target's: a copy of a model would be accepted less."""
-    model, drafts = tiny_llama(vocab_size=300, agreement="always"), {"exit_layer": 2, "num_speculations": 4}
+    model = tiny_llama(vocab_size=300, agreement="always")
+    drafts = {"exit_layer": 2, "num_speculations": 4}
     for rules in FILTERS:
         result = generate(model, PROMPT, max_steps=60, eos=[], sample=True, seed=1, **rules, **drafts)
         assert result.acceptance_rate > 0.5
@@ -173,7 +179,8 @@ def test_drafts_of_likely_ids_are_accepted():
 
 def test_torchs_generator_gives_the_seed_of_a_request_without_one():
     """Guards against sampled texts that `torch.manual_seed` does not reproduce."""
-    model, texts = tiny_llama(), []
+    model = tiny_llama()
+    texts = []
     for seed, drafts in ((0, {}), (0, LAYERS), (1, {})):
         torch.manual_seed(seed)
         requests = [Request(PROMPT)] * 3
@@ -204,7 +211,9 @@ def test_a_rule_reaches_scripts_server_and_harness(rule):
 def test_the_largest_of_rows_is_torchs(dtype):
     """Guards against another id among equal scores, and against a NaN that is not seen."""
     scores = torch.randn(3, 4, 7000).to(dtype)  # bfloat16 has many equal numbers
-    scores[0, 1, 5], scores[1, 0], scores[2, 3, 9] = math.nan, -math.inf, math.inf
+    scores[0, 1, 5] = math.nan
+    scores[1, 0] = -math.inf
+    scores[2, 3, 9] = math.inf
     with torch.inference_mode():
         assert argmax(scores).equal(scores.argmax(-1))
         assert amax(scores).allclose(scores.amax(-1), rtol=0.0, equal_nan=True)

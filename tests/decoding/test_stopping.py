@@ -25,7 +25,9 @@ def test_an_output_reads_on_from_the_end_of_its_prompt(name, request, monkeypatc
     """Guards against prompts that are decoded as a whole for each of the first tokens, and against a
     character that the end begins within.
     """
-    tokenizer, read, text = request.getfixturevalue(name), [], "x y z" * 9 + "ꙮ" * 25 + "x y z" * 9
+    tokenizer = request.getfixturevalue(name)
+    read = []
+    text = "x y z" * 9 + "ꙮ" * 25 + "x y z" * 9
     ids = tokenizer.encode(text)
     monkeypatch.setattr(texts, "decode", lambda *args: (read.append(len(args[1])), decode(*args))[1])
     for n in range(1, len(ids)):
@@ -149,10 +151,8 @@ def test_a_token_costs_time_by_its_text_alone(byte_tokenizer, monkeypatch):
     num_begun = texts._num_begun
     monkeypatch.setattr(texts, "_num_begun", lambda *args: (sizes.append(len(args[0])), num_begun(*args))[1])
     words = [*("a" * 40 + end for end in "bcd"), "ab"]
-    reader, output = (
-        OutputReader(byte_tokenizer, words),
-        byte_tokenizer.encode("a" * 3000, add_special_tokens=False),
-    )
+    reader = OutputReader(byte_tokenizer, words)
+    output = byte_tokenizer.encode("a" * 3000, add_special_tokens=False)
     reader.answer = Answer()
     streamer = StandardTextStreamer(byte_tokenizer, io.StringIO())
     streamer.begin(reader)
@@ -169,7 +169,8 @@ def test_a_token_costs_time_by_its_text_alone(byte_tokenizer, monkeypatch):
 @pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
 def test_bytes_of_no_character_do_not_wait_for_ever(name, request, monkeypatch):
     """Guards against a run of them that is decoded as a whole at each token."""
-    tokenizer, read = request.getfixturevalue(name), []
+    tokenizer = request.getfixturevalue(name)
+    read = []
     byte = tokenizer.convert_tokens_to_ids("<0xE9>" if name.startswith("sent") else bytes_to_unicode()[0xE9])
     ids = [byte] * 1000 + tokenizer.encode("é", add_special_tokens=False)
     monkeypatch.setattr(texts, "decode", lambda *args: (read.append(len(args[1])), decode(*args))[1])

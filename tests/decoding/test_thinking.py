@@ -18,7 +18,8 @@ from self_speculation.decoding.grammar import Grammar
 from self_speculation.decoding.texts import OutputReader, Tag, Thinking, decode
 
 HELLO = [{"role": "user", "content": "Hello"}]
-ANSWER, PATTERN = Grammar.regex('\\{"a": [a-z]{3}\\}'), r'\{"a": [a-z]{3}\}'
+ANSWER = Grammar.regex('\\{"a": [a-z]{3}\\}')
+PATTERN = r'\{"a": [a-z]{3}\}'
 DRAFTS = ("plain", "layers", "n-grams", "adaptive")
 
 
@@ -62,7 +63,8 @@ def test_an_output_is_read_token_by_token(request, kind, pieces, words, cut, has
     thinking that are miscounted, stop words in it, the beginning of a stop word or text after the first one,
     parts of characters before the end, of which decoders replace whole runs, and drafts in a file.
     """
-    thinks, thinking = kind in ("added", "spelled"), None
+    thinks = kind in ("added", "spelled")
+    thinking = None
     tokenizer = request.getfixturevalue("byte_tokenizer" if thinks else kind)
     if thinks:
         tokenizer = thinking_tokenizer(tokenizer, kind=kind)
@@ -74,7 +76,8 @@ def test_an_output_is_read_token_by_token(request, kind, pieces, words, cut, has
     texts = [decode(tokenizer, ids[:n]) for n in range(len(ids) + 1)]
     wholes = [separated(thinking, text) for text in texts]
     stop = next((n for n, (_, answer) in enumerate(wholes) if any(word in answer for word in words)), None)
-    reader, file = OutputReader(tokenizer, words, thinking=thinking), io.StringIO()
+    reader = OutputReader(tokenizer, words, thinking=thinking)
+    file = io.StringIO()
     streamer = SpeculativeTextStreamer(tokenizer, file)
     streamer.begin(reader)
     for n, id_ in enumerate(ids[:stop], 1):
@@ -138,7 +141,8 @@ def told(request, byte_tokenizer):
     """Answers a chat that is told what to think; the strategies' results by name."""
 
     def answers(text, template=QWEN3, drafts=DRAFTS, stop_words=None, max_steps=60, before="", **own):
-        tokenizer, results = thinking_tokenizer(byte_tokenizer, template, request.param), {}
+        tokenizer = thinking_tokenizer(byte_tokenizer, template, request.param)
+        results = {}
         for name in drafts:
             config = config_of(max_steps=max_steps, stop_words=stop_words, **WAYS[name])
             teller = Teller(tokenizer, config.generation_strategy, text, max_position_embeddings=512)

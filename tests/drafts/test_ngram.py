@@ -49,7 +49,8 @@ def test_what_a_grammar_forbids_is_not_drafted():
 
 def found_in(text, k=2):
     """What an index finds that has read the output token by token."""
-    drafts, begun = TextDrafts(4), sequence(*text.prompt, prediction=text.prediction)
+    drafts = TextDrafts(4)
+    begun = sequence(*text.prompt, prediction=text.prediction)
     for token in text.tokens:
         drafts.find(begun, k)
         begun.tokens.append(token)

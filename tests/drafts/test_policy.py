@@ -97,7 +97,9 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
     Args:
         stalled: a source, and which of its rounds the machine takes a thousand seconds for.
     """
-    draws, made, seen = random.Random(seed), [], Counter()
+    draws = random.Random(seed)
+    made = []
+    seen = Counter()
     for _ in range(rounds):
         found = [draws.choice([1, 2, 3]) if draws.random() < world.finds else None for _ in range(num_rows)]
         planned = policy.plan([*map(match, found)], [8] * num_rows)
@@ -127,7 +129,8 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
 
 def speed(made, world, num_rows=1):
     """Of these rounds, in that of plain steps."""
-    tokens, seconds = sum(each.num_tokens for each in made), sum(each.seconds for each in made)
+    tokens = sum(each.num_tokens for each in made)
+    seconds = sum(each.seconds for each in made)
     return tokens / seconds / (num_rows / world.verification(num_rows, 0))
 
 
@@ -174,9 +177,11 @@ def test_nothing_is_worse_than_plain_steps(worlds):
     """Whatever is accepted, and whatever passes cost: up to twice and down to half of what was estimated.
     Guards against drafts at a loss, and against short answers that each pay for the same trials.
     """
-    draws, found = random.Random(3), []
+    draws = random.Random(3)
+    found = []
     for number in range(worlds):
-        num_rows, estimated = draws.choice([1, 1, 2, 4, 8]), draws.choice([0.005, 0.02, 0.05, 0.15])
+        num_rows = draws.choice([1, 1, 2, 4, 8])
+        estimated = draws.choice([0.005, 0.02, 0.05, 0.15])
         copy_takes = draws.choice([0.3, 0.5, 0.7, 1.0])
         world = World(
             {
@@ -209,14 +214,16 @@ def test_a_stall_rules_out_no_source(stalled):
 
 def test_times_are_learnt_and_forgotten():
     """Guards against an estimate that is believed for ever, and against times of a slow hour."""
-    sure, chooser = {"exit 2": 0.9, "exit 4": 0.9}, policy()
+    sure = {"exit 2": 0.9, "exit 4": 0.9}
+    chooser = policy()
     assert mostly(play(chooser, World(sure, draft=sure))[-100:]) is None
     assert mostly(play(chooser, World(sure), 3000)[-100:]) == "exit 2"
 
 
 def test_times_belong_to_a_number_of_threads():
     """Guards against drafts that are priced by passes with more threads, and against times that are lost."""
-    threads, sure = [2], {"exit 2": 0.9, "exit 4": 0.9}
+    threads = [2]
+    sure = {"exit 2": 0.9, "exit 4": 0.9}
     chooser = policy(ArmStats(partial(line, 0.02), lambda: threads[0]))
     assert mostly(play(chooser, World(sure), 100)[-50:]) == "exit 2"
     threads[0] = 1
@@ -229,10 +236,14 @@ def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
     """Guards against seconds of one source that are compared with plain steps of another, and against noise
     that makes the longest draft look the cheapest.
     """
-    times, estimate = PassTimes(partial(line, 0.1)), lambda num_rows: 0.2 * line(0.1, num_rows)
+    times = PassTimes(partial(line, 0.1))
+
+    def estimate(num_rows):
+        return 0.2 * line(0.1, num_rows)
 
     def known(num_rows):
-        passes, drafts = times.passes(num_rows), times.draft_passes(num_rows, {"x": estimate})
+        passes = times.passes(num_rows)
+        drafts = times.draft_passes(num_rows, {"x": estimate})
         return [*(passes(num_rows * n) for n in (1, 2, 3)), drafts("x", num_rows)]
 
     assert known(1) == pytest.approx([1.0, 1.1, 1.2, 0.2])
@@ -251,7 +262,8 @@ def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
 
 def test_noise_of_passes_that_cost_hardly_more_is_no_slope():
     """Guards against long drafts that seem dear on a GPU, after short ones in rounds of uneven length."""
-    times, noise = PassTimes(partial(line, 0.002)), random.Random(0)
+    times = PassTimes(partial(line, 0.002))
+    noise = random.Random(0)
     for number in range(400):
         num_tokens = 1 + 2 * (number % 4 > 0)
         times.add_verification(1, num_tokens, 0.02 * line(0.002, num_tokens) * noise.gauss(1.0, 0.08))
@@ -261,8 +273,10 @@ def test_noise_of_passes_that_cost_hardly_more_is_no_slope():
 
 def test_ngrams_go_before_a_copy_row_by_row():
     """Guards against one source for all rows."""
-    chooser, shared = policy(copy_takes=0.05), {"slope": 0.005, "draft": {COPY: 0.05}}
-    world, alone = World({COPY: 0.8, "n-grams": 0.95}, finds=0.5, **shared), World({COPY: 0.8}, **shared)
+    chooser = policy(copy_takes=0.05)
+    shared = {"slope": 0.005, "draft": {COPY: 0.05}}
+    world = World({COPY: 0.8, "n-grams": 0.95}, finds=0.5, **shared)
+    alone = World({COPY: 0.8}, **shared)
     made = play(chooser, world, 400, num_rows=4)
     ready = [match(3), None, None, None]
     plan = next(p for p in (chooser.plan(ready, [8, 8, 8, 0]) for _ in range(9)) if p.trial is None)
@@ -289,7 +303,8 @@ def test_a_plan_is_the_best_of_all(slope, source):
     """Guards against a token that is left out although it pays, and one that does not. Compared are plans
     with any number of tokens in any of three rows; the margin is for estimates, here they are right.
     """
-    chooser, draws = policy(ArmStats(partial(line, slope)), copy_takes=0.3), random.Random(0)
+    chooser = policy(ArmStats(partial(line, slope)), copy_takes=0.3)
+    draws = random.Random(0)
     chooser._MARGIN = 1.0
     chooser._verifying = partial(line, slope)
     chooser._drafting = lambda *_: 0.3
@@ -300,7 +315,9 @@ def test_a_plan_is_the_best_of_all(slope, source):
 
         def rate(lengths):
             """Of a round."""
-            tokens, expected, depth = 3, 3.0, 0
+            tokens = 3
+            expected = 3.0
+            depth = 0
             for length, (_, _, guess) in zip(lengths, rows, strict=True):  # noqa: B023
                 expected += sum(max(guess, chance) ** i for i in range(1, length + 1))  # noqa: B023
                 tokens += length
@@ -369,7 +386,8 @@ def test_what_is_looked_up_is_planned_while_a_plan_without_drafts_holds():
 
 def test_a_token_after_a_rejected_one_is_not_judged():
     """Guards against a source that seems the worse the longer its drafts are."""
-    chooser, expected = policy(copy_takes=0.3), DecayedMean(0.95, weight=6.0)
+    chooser = policy(copy_takes=0.3)
+    expected = DecayedMean(0.95, weight=6.0)
     chooser.learn(drafted_by([COPY], [4]), [1], None)
     for is_right in (1.0, 0.0):
         expected.add(is_right)
@@ -424,7 +442,8 @@ def test_a_copy_on_a_gpu_costs_half_a_step(monkeypatch):
 def test_drafts_of_a_mixture_read_some_of_its_experts():
     """Guards against drafts that seem to read all experts, and so nothing for the head."""
     model = mixture("mixtral", num_local_experts=8)
-    layer, head = model.model.layers[0], model.lm_head.weight.nbytes
+    layer = model.model.layers[0]
+    head = model.lm_head.weight.nbytes
     experts = sum(weight.nbytes for weight in layer.mlp.experts.parameters())
     read = sum(weight.nbytes for weight in layer.parameters()) - 0.75 * experts
     assert draft_ratio(model, 1, "exact") == pytest.approx((read + head) / (4 * read + head))

@@ -36,7 +36,9 @@ HOW = ["--generation_strategy", "self_speculative", "--exit_layer", "1", "--num_
 class Always(DraftSource):
     """Guesses one token, over and over."""
 
-    name, arm, made = "always", Arm(lambda num_rows: 0.1), 0
+    name = "always"
+    arm = Arm(lambda num_rows: 0.1)
+    made = 0
 
     def __init__(self, context):
         self._token = context.config.always
@@ -94,7 +96,8 @@ def test_a_sweep_does_not_count_what_it_cannot_replay(model_folder, capsys):
 
 
 def test_generate_of_transformers_hands_its_flag_on(monkeypatch):
-    model, ids = tiny_llama(), torch.tensor([PROMPT])
+    model = tiny_llama()
+    ids = torch.tensor([PROMPT])
     speculate = custom_generate.self_speculative_generate
     monkeypatch.setattr(custom_generate, "GenerationConfig", WithAlways)
     monkeypatch.setattr(speculate, "__signature__", custom_generate._signature())
@@ -160,7 +163,8 @@ def test_a_source_that_looks_up_drafts_without_layers(monkeypatch):
 @pytest.mark.parametrize("way", ["layers", "n-grams"])
 def test_a_source_learns_from_every_verification(way, monkeypatch):
     """Guards against outcomes that do not arrive, and against states of rejected or of other tokens."""
-    model, followed = tiny_llama(fused=True), {0: [], 1: []}
+    model = tiny_llama(fused=True)
+    followed = {0: [], 1: []}
 
     def learn(source, draft, accepted, hidden):  # noqa: ARG001
         assert [*map(len, hidden)] == draft.widths

@@ -86,7 +86,8 @@ def test_models_of_peft(model_folder, tmp_path):
     assert "4 tokens in" in result.stderr
 
 
-SPLIT, INT8 = {"device": "split"}, {"quantization": "int8"}
+SPLIT = {"device": "split"}
+INT8 = {"quantization": "int8"}
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def write(path, model, tokenizer, quantised=None, everything=False, others=None,
             weight = weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
         if family == "gemma3" and "norm" in name:
             weight = weight + 1
-        name, data = names.get_name(name, (".weight", ".bias")), weight.numpy()
+        name = names.get_name(name, (".weight", ".bias"))
+        data = weight.numpy()
         kind = next((kind for part, kind in (others or {}).items() if part in name), quantised)
         if kind is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
             file.add_tensor(name, data)
@@ -165,7 +166,9 @@ def test_a_truncated_file_is_refused(share, written):
 
 def test_a_damaged_header_is_refused_in_one_line(written):
     """Guards against a traceback, an endless loop and gigabytes of memory: any byte may be another."""
-    content, random, refusals = written.read_bytes(), Random(0), []
+    content = written.read_bytes()
+    random = Random(0)
+    refusals = []
     end = Header(written).tensors[0].start
     for _ in range(300):
         damaged = bytearray(content)

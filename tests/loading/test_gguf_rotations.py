@@ -97,7 +97,8 @@ def in_file(byte_tokenizer, tmp_path):
         kind, rope, settings, keys, tensors = CASES[case]
         shape = {"vocab_size": len(byte_tokenizer), "hidden_size": 64, "head_dim": 16, "num_hidden_layers": 3}
         shape |= {"max_position_embeddings": 1024, "rope_parameters": rope}
-        model, file = family(kind, **{**shape, **settings}).float(), str(tmp_path / "x.gguf")
+        model = family(kind, **{**shape, **settings}).float()
+        file = str(tmp_path / "x.gguf")
         write(file, model, byte_tokenizer, keys=keys, tensors=tensors)
         return model, file, load_model_and_tokenizer(file, LoadingOptions(dtype="float32"))[0]
 

@@ -146,7 +146,8 @@ def without_tokenizer(folder):
 
 def test_rope_scaling_as_model_cards_write_it(folder):
     """Guards against a base that is forgotten, and against a context that stays as short as it was."""
-    settings, prompt = json.loads((folder / "config.json").read_text()), [5 + 7 * i % 50 for i in range(300)]
+    settings = json.loads((folder / "config.json").read_text())
+    prompt = [5 + 7 * i % 50 for i in range(300)]
     del settings["rope_parameters"]
     scaling = {"rope_scaling": {"type": "yarn", "factor": 4.0}}
     for in_config, model_args in (({}, scaling), (scaling, {})):

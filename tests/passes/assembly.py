@@ -30,7 +30,8 @@ def launch(card, width, heads, kv_heads, size, rows):
     kernels._processors = lambda _: PROCESSORS[card]
     empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     # Only models with heads of 256 have norms of queries and keys.
-    norm, table = empty(size) if size == 256 else None, empty(4096, size)
+    norm = empty(size) if size == 256 else None
+    table = empty(4096, size)
     cache = empty(8, kv_heads, 4096, size)
     positions = torch.empty(rows, width, dtype=torch.long, device="meta")
     qkv = empty(rows * width, (heads + 2 * kv_heads) * size)

@@ -37,7 +37,8 @@ def test_one_graph_serves_all_lengths(graphs):
     """Guards against a capture for each length, and against graphs that end with a request that is longer
     than the ones before, but not than the cache.
     """
-    model, num_captured = card_llama(max_position_embeddings=4096), []
+    model = card_llama(max_position_embeddings=4096)
+    num_captured = []
     prompts = [[5 + i % 40 for i in range(length)] for length in (10, 300, 1100, 2100, 2300, 700)]
     expected = [ids_of(model, prompt, max_steps=5) for prompt in prompts]
     capture_decoding(model)
@@ -57,8 +58,10 @@ def test_ids_are_those_of_eager_passes(way, graphs):
     layers than those that draft or verify, results that are read after the next replay, and padding that is
     attended to. Guards against a request that waits for a capture: for more rows or a wider draft.
     """
-    model, drafts = card_llama(4, max_position_embeddings=4096), WAYS.get(way, {"exit_layer": 2})
-    lengths, config = (6, 20, 500, 9, 25), {"max_steps": 20, "temperature": 0.7, "top_p": 0.9, **drafts}
+    model = card_llama(4, max_position_embeddings=4096)
+    drafts = WAYS.get(way, {"exit_layer": 2})
+    lengths = (6, 20, 500, 9, 25)
+    config = {"max_steps": 20, "temperature": 0.7, "top_p": 0.9, **drafts}
     own = [config_of(**config, sample=is_sampled) for is_sampled in (False, True)]
     requests = {
         index: Request([5 + i % 40 for i in range(length)], seed=index, config=own[index % 2])
@@ -68,7 +71,8 @@ def test_ids_are_those_of_eager_passes(way, graphs):
     capture_decoding(model)
     scheduler = scheduler_of(model, 3, 8 if way == "plain" else None, **config)
     scheduler.run_every_pass(600)
-    num_captured, found = len(graphs.captured), {}
+    num_captured = len(graphs.captured)
+    found = {}
     for index, request in requests.items():  # each joins while the ones before decode
         scheduler.add_request(index, request)
         scheduler.step()
@@ -136,7 +140,8 @@ def test_an_error_in_a_capture(fails, monkeypatch):
         ]
 
     def fail_after(number, owner, name):
-        run, calls = getattr(owner, name), itertools.count()
+        run = getattr(owner, name)
+        calls = itertools.count()
 
         def failing(*args, **more):
             if next(calls) == number:
@@ -177,7 +182,8 @@ def test_two_models_are_captured_side_by_side(monkeypatch):
     turn, and a cache that grows needs a new one.
     """
     models = [card_llama(n, max_position_embeddings=8192) for n in (2, 3)]
-    expected, run = [*map(ids_of, models)], captured_runner.CapturedPasses._run
+    expected = [*map(ids_of, models)]
+    run = captured_runner.CapturedPasses._run
 
     def slowly(*args):
         time.sleep(0.05)  # so that the other thread could begin
@@ -213,7 +219,8 @@ def test_graphs_end_with_the_thread_that_has_captured_them(graphs):
 
 def test_times_of_rounds_that_capture_are_not_learnt(graphs, monkeypatch):
     """Guards against drafts that seem ten times as dear since their first pass was captured."""
-    model, begun = card_llama(4), []
+    model = card_llama(4)
+    begun = []
     capture_decoding(model)
     plan = planned(lambda sources, matches, limits: Plan([sources[0]], [min(2, *limits)], trial=0))
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
@@ -277,7 +284,8 @@ def test_passes_that_cannot_be_captured_are_eager(fused, why):
 @pytest.mark.usefixtures("graphs")
 def test_prompts_see_their_window():
     """Guards against flash attention, which sees all positions, in layers with windows beside others."""
-    model, ids = windowed("qwen2").float(), torch.arange(3, 15)[None]
+    model = windowed("qwen2").float()
+    ids = torch.arange(3, 15)[None]
     with torch.inference_mode():
         expected = model(ids).logits
         fuse(model)

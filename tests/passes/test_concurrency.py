@@ -47,7 +47,8 @@ def run_all(*functions):
 
 def test_statistics_change_for_one_thread_at_a_time():
     """Guards against a RuntimeError or a division by zero while another answer teaches times."""
-    both, met = threading.Barrier(2), []
+    both = threading.Barrier(2)
+    met = []
 
     def grows(num_tokens):
         with suppress(threading.BrokenBarrierError):  # half a second after the first thread came
@@ -71,7 +72,9 @@ def test_answers_are_those_of_the_current_weights(dtype, request):
     """
     request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-4)  # seconds
-    draws, end, num_rounds = random.Random(time.time()), time.monotonic() + SECONDS / 2, 0
+    draws = random.Random(time.time())
+    end = time.monotonic() + SECONDS / 2
+    num_rounds = 0
     together = threading.Barrier(NUM_THREADS)
 
     def decode(which, how, fuses):

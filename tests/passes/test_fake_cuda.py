@@ -69,7 +69,8 @@ class Waits(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
         result = function(*args, **kwargs)
         tensors = tensors_of((args, kwargs))
         if any(map(is_there, tensors)):
@@ -152,7 +153,8 @@ def test_every_path(path, captured, model):
         Request([5, 6, 7, *[8] * i, 9], processors[:i], None, Mock() if i else None, i, config=changed)
         for i, changed in enumerate(replace(config, **each) for each in own)
     ]
-    model, strategy = model_of(**model), make_strategy(config.generation_strategy)
+    model = model_of(**model)
+    strategy = make_strategy(config.generation_strategy)
     if captured:
         runners.capture_decoding(model)
     with Waits():

@@ -95,16 +95,20 @@ def test_logits_are_those_of_transformers(name, dtype):
     bfloat16 as prompts are.
     """
     torch.manual_seed(0)
-    model, length = model_of(name, dtype), 1100 if name in ("long", "mistral") else 45
+    model = model_of(name, dtype)
+    length = 1100 if name in ("long", "mistral") else 45
     exact = copy.deepcopy(model).float()
     if hasattr(exact.model.embed_tokens, "embed_scale"):
         exact.model.embed_tokens.embed_scale.fill_(exact.model.embed_tokens.scalar_embed_scale)
     assert fuse(model) == len(model.model.layers)
     ids = torch.randint(3, 50, (1, length))
     with torch.inference_mode():
-        runner, expected = InPlaceRunner(model), exact(ids).logits
+        runner = InPlaceRunner(model)
+        expected = exact(ids).logits
         for is_prompt in (False, True):
-            cache, found, start = runner.new_cache(1, length), [], 0
+            cache = runner.new_cache(1, length)
+            found = []
+            start = 0
             cache.is_prompt = is_prompt
             for width in (1, 3, 20, 21, *[100] * 11):
                 part = ids[:, start : start + width]
@@ -150,8 +154,10 @@ def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_pro
     fuse(model)
     runner = InPlaceRunner(model)
     assert runner.is_in_place
-    size, num_layers = model.config.hidden_size, len(runner.layers)
-    pasts, widths = [torch.randn(length, size) for length, _ in rows], [width for _, width in rows]
+    size = model.config.hidden_size
+    num_layers = len(runner.layers)
+    pasts = [torch.randn(length, size) for length, _ in rows]
+    widths = [width for _, width in rows]
     hidden = torch.randn(sum(widths), size)
 
     def cache_of(pasts):
@@ -192,7 +198,8 @@ def test_logits_of_all_ways_are_equal():
     fuse(model)
 
     def seen(**settings):
-        found, strategy = {}, make_strategy(config_of(**settings).generation_strategy)
+        found = {}
+        strategy = make_strategy(config_of(**settings).generation_strategy)
 
         def keep(ids, scores):
             found.setdefault(tuple(ids[0].tolist()), []).append(scores[0].clone())
@@ -234,7 +241,8 @@ def test_nan_stays_in_its_row(dtype, is_prompt):
     model = own_llama().to(dtype)
     fuse(model)
     runner = InPlaceRunner(model)
-    hidden, widths = torch.randn(6, 32), [2, 3, 1]
+    hidden = torch.randn(6, 32)
+    widths = [2, 3, 1]
     with torch.inference_mode():
         cache = runner.new_cache(1, 8, num_slots=3)
         cache.set_rows([0] * 3)
@@ -258,7 +266,8 @@ def test_a_weight_that_changes_between_two_tokens_decodes(change):
     """Guards against anything that is made of weights, without a call, also if one has another dtype than
     those beside it: what decodes is the weights of now.
     """
-    model, ids = own_llama(fused=True), torch.tensor([PROMPT])
+    model = own_llama(fused=True)
+    ids = torch.tensor([PROMPT])
     with torch.inference_mode():
         runner = InPlaceRunner(model)
         cache = runner.new_cache(1, 20)
@@ -273,9 +282,13 @@ def test_a_weight_that_changes_between_two_tokens_decodes(change):
 
 def test_a_weight_of_another_shape_is_refused_until_the_old_one_is_back():
     """Guards against memory that is read as what it was, and against layers that an error has halved."""
-    model, ids = own_llama(fused=True), torch.tensor([PROMPT])
-    up, wide, runner = model.model.layers[2].mlp.up_proj.weight, torch.randn(48, 64), InPlaceRunner(model)
-    kept, expected = up.data, logits_of(runner, ids)
+    model = own_llama(fused=True)
+    ids = torch.tensor([PROMPT])
+    up = model.model.layers[2].mlp.up_proj.weight
+    wide = torch.randn(48, 64)
+    runner = InPlaceRunner(model)
+    kept = up.data
+    expected = logits_of(runner, ids)
     for good, bad in ((kept, kept[:24]), (kept, torch.randn(24, 32)), (wide[:, :32], wide[:, ::2])):
         up.data = good
         logits_of(runner, ids)
@@ -289,7 +302,8 @@ def test_a_weight_of_another_shape_is_refused_until_the_old_one_is_back():
 @needs_operators
 def test_a_cache_in_another_dtype_is_refused():
     """Guards against an operator that writes beyond buffers, and reads states in 16 bits as float32."""
-    model, ids = own_llama().to(torch.bfloat16), torch.tensor([PROMPT])
+    model = own_llama().to(torch.bfloat16)
+    ids = torch.tensor([PROMPT])
     early = make_runner(model).new_cache(8, 8)
     fuse(model)
     runner = make_runner(model)
@@ -302,9 +316,11 @@ def test_a_cache_in_another_dtype_is_refused():
 
 def test_layers_with_buffers_of_several_sizes_decode():
     """Guards against passes that are refused after memory ran out while buffers grew."""
-    model, ids = own_llama(fused=True), torch.tensor([PROMPT])
+    model = own_llama(fused=True)
+    ids = torch.tensor([PROMPT])
     with torch.inference_mode():
-        runner, found = InPlaceRunner(model), []
+        runner = InPlaceRunner(model)
+        found = []
         for grown in (0, 2):
             cache = runner.new_cache(1, 20)
             forward(runner, cache, ids)

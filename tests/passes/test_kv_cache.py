@@ -87,7 +87,8 @@ def test_slots_are_swapped_without_memory(dtype):
         cache.swap(1, 1, 5)
     for part, was in zip(parts, before, strict=True):
         expected = was.clone()
-        expected[0, :, :5], expected[2, :, :5] = was[2, :, :5], was[0, :, :5]
+        expected[0, :, :5] = was[2, :, :5]
+        expected[2, :, :5] = was[0, :, :5]
         assert torch.equal(part.view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -100,7 +101,8 @@ def test_growing_without_memory_keeps_what_is_there(left, monkeypatch):
     for layer in range(2):
         append(cache, range(8), layer)
     cache.reserve(1000, 2000)  # of another sequence
-    allocated, zeros = [], kv_cache.zeros
+    allocated = []
+    zeros = kv_cache.zeros
 
     def few_zeros(*args):
         if len(allocated) == left:
@@ -123,7 +125,9 @@ def test_growing_without_memory_keeps_what_is_there(left, monkeypatch):
 
 def test_buffers_grow_one_after_another(monkeypatch):
     """Guards against twice the memory: lists of buffers would keep the smaller ones."""
-    cache, alive, grow = cache_of(*[CPU] * 4), [], Buffers.with_room
+    cache = cache_of(*[CPU] * 4)
+    alive = []
+    grow = Buffers.with_room
     for layer in range(4):
         append(cache, range(8), layer)
     cache.make_room(0, 4, [0])

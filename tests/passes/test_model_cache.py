@@ -32,7 +32,8 @@ def test_weights_without_versions_or_memory_have_a_key(model):
     with torch.inference_mode():
         made = copy.deepcopy(model)
     assert weights_key(made) == weights_key(made)
-    head, mesh = model.lm_head, init_device_mesh("cpu", (1,))
+    head = model.lm_head
+    mesh = init_device_mesh("cpu", (1,))
     head.weight = nn.Parameter(DTensor.from_local(head.weight.data, mesh, [Replicate()]))
     key = weights_key(model)
     assert key == weights_key(model)
@@ -58,7 +59,8 @@ def test_a_key_never_recurs(replace, monkeypatch):
     get id, address and version of before. Here all tensors have one id.
     """
     monkeypatch.setattr(model_cache, "id", lambda it: 0 if torch.is_tensor(it) else id(it), raising=False)
-    module, memory = nn.Linear(3, 3), torch.zeros(3, 3).numpy()
+    module = nn.Linear(3, 3)
+    memory = torch.zeros(3, 3).numpy()
     replaced(module, memory)
     key = weights_key(module)
     replace(module, memory)
@@ -70,7 +72,8 @@ def test_writes_to_weights_made_in_inference_mode_are_not_counted():
     made in inference mode has the version 0 for ever, and weights in few bits are buffers.
     """
     with torch.inference_mode():
-        made, in_few_bits = torch.zeros(1, 1), torch.zeros(34, dtype=torch.uint8)
+        made = torch.zeros(1, 1)
+        in_few_bits = torch.zeros(34, dtype=torch.uint8)
     module = nn.Linear(1, 1, bias=False)
     assert counts_writes(module)
     module.weight = nn.Parameter(made, requires_grad=False)
@@ -130,7 +133,9 @@ def test_threads_make_it_once():
     """Guards against two parts of one model of which one is lost, and against decoding that waits while
     another thread makes copies for seconds.
     """
-    model, is_made, goes_on = nn.Linear(1, 1), threading.Event(), threading.Event()
+    model = nn.Linear(1, 1)
+    is_made = threading.Event()
+    goes_on = threading.Event()
     part = cached(model, "kept", bool, Part)
 
     def make():

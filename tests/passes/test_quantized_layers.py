@@ -43,7 +43,8 @@ def test_a_copy_knows_which_inputs_are_large():
     assert all(len(squares[module]) == module.in_features for module in squares)
     module = model.model.layers[0].mlp.down_proj
     (copied,) = (part for part in quantized(runner, 1).layers[0].products if part.in_features == 48)
-    x, others = torch.randn(2, 48), torch.ones(48)
+    x = torch.randn(2, 48)
+    others = torch.ones(48)
     assert torch.equal(copied(x), int4_copy(module, squares[module])(x))
     assert not torch.equal(copied(x), int4_copy(module, others)(x))
 
@@ -66,7 +67,8 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: free)
     with pytest.raises(ValueError, match=r"draft_weights int4: takes 0.00 GiB more .* 0.00 GiB are free"):
         quantized(runner, 2)
-    free, shown = needed, []
+    free = needed
+    shown = []
 
     @contextmanager
     def bar(title, num_bytes, _):
@@ -93,7 +95,8 @@ def test_the_best_ids_have_the_logits_of_the_models_head(fused):
     model.lm_head.bias = nn.Parameter(torch.randn(50))
     if fused:
         fuse(model)
-    runner, hidden = make_runner(model), torch.randn(3, 32)
+    runner = make_runner(model)
+    hidden = torch.randn(3, 32)
     with torch.inference_mode():
         exact, logits = runner.head(hidden), quantized(runner, 4).head(hidden)
     best = exact.topk(4).indices
@@ -107,7 +110,8 @@ def in_sixteen_steps(model):
     for module in model.modules():
         if type(module) is nn.Linear:
             steps = torch.randint(-8, 8, module.weight.shape)
-            steps[:, ::32], steps[:, 1::32] = -8, 7
+            steps[:, ::32] = -8
+            steps[:, 1::32] = 7
             module.weight.data = steps * 0.06
     return model
 
@@ -172,16 +176,19 @@ def test_scripts_refuse_in_one_line(kind, common, tmp_path, monkeypatch, capsys)
     of experts, which cost more than they save, that are refused after minutes of loading.
     """
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: 0)
-    flags, why = [*common, *SPECULATION, "--draft_weights", "int4"], "takes"
+    flags = [*common, *SPECULATION, "--draft_weights", "int4"]
+    why = "takes"
     if kind == "olmoe":  # there are no weights
         family(kind).config.save_pretrained(tmp_path / "model")
-        flags, why = [*flags, "--model", str(tmp_path / "model")], "there are no copies of a olmoe model"
+        flags = [*flags, "--model", str(tmp_path / "model")]
+        why = "there are no copies of a olmoe model"
     assert f"error: --draft_weights int4: {why}" in refused(benchmark.main, flags, capsys)
 
 
 def test_two_threads_make_a_copy_once(monkeypatch):
     """Guards against twice the memory and time when two threads first need copies."""
-    made, together = watch(monkeypatch, quantized_layers, "int4_copy"), threading.Barrier(2)
+    made = watch(monkeypatch, quantized_layers, "int4_copy")
+    together = threading.Barrier(2)
     runner = make_runner(own_llama())
 
     def copied():

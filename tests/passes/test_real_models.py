@@ -47,7 +47,8 @@ def test_twenty_prompts():
 def test_code_beyond_the_window():
     """Guards against rotations or windows of the other layers, which tiny random models hardly show."""
     model, tokenizer = load_model_and_tokenizer(str(GEMMA), LoadingOptions(dtype="float32"))
-    window, layers = model.config.sliding_window, {"exit_layer": 9, "num_speculations": 4}
+    window = model.config.sliding_window
+    layers = {"exit_layer": 9, "num_speculations": 4}
     ids = tokenizer.encode("".join(problem["prompt"] for problem in read_problems().values()))
     prompts = [ids[: window - 30], ids[: 2 * window + 70]]  # one passes the window while it decodes
     ways = [{}, layers, {**layers, "prompt_lookup": 2}, ADAPTIVE]

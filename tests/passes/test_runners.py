@@ -51,8 +51,10 @@ def replaced_data(model):
 
 def replaced_and_put_back(model):
     """Prefixes and copies of the weights in between must not stay."""
-    weight, strategy = model.model.layers[1].mlp.up_proj.weight, make_strategy("autoregressive")
-    former, weight.data = weight.data, 1.5 * weight.data
+    weight = model.model.layers[1].mlp.up_proj.weight
+    strategy = make_strategy("autoregressive")
+    former = weight.data
+    weight.data = 1.5 * weight.data
     answer_of(strategy, model, Request([*PROMPT, 1]), max_steps=3, reuse_cache=True)
     weight.data = former
 
@@ -119,9 +121,11 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
     """Guards against weights, copies, numbers or hooks of before in fused layers and
     captured passes (on a GPU their memory may hold anything by then), and against kept keys and values.
     """
-    model, graphs = own_llama(fused=runner == "in place"), None
+    model = own_llama(fused=runner == "in place")
+    graphs = None
     if runner == "captured":
-        model, graphs = card_llama(4), request.getfixturevalue("graphs")
+        model = card_llama(4)
+        graphs = request.getfixturevalue("graphs")
         capture_decoding(model)
     has_copies = change not in (hooked, another_forward, nn.Module.double)
     drafts = COPY if has_copies else LAYERS
@@ -154,7 +158,8 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
 def test_each_request_of_a_batch_uses_current_weights(model):
     """Guards against a scheduler that keeps its first weights after its batch was empty."""
     fuse(model)
-    strategy, config = make_strategy("autoregressive"), config_of(max_steps=12)
+    strategy = make_strategy("autoregressive")
+    config = config_of(max_steps=12)
     answers = strategy.generate_batch(model, [Request(PROMPT)] * 2, config, batch_size=1)
     for change in (written, replaced_data):
         assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
@@ -166,7 +171,8 @@ def test_what_is_made_of_a_model_is_freed(is_captured, request):
     """Guards against memory that stays: of a removed layer, of a model that has moved, and of one that is
     gone while its strategy is not, also if a hook has the model.
     """
-    model, strategy = card_llama(4), make_strategy("adaptive")
+    model = card_llama(4)
+    strategy = make_strategy("adaptive")
     if is_captured:
         request.getfixturevalue("graphs")
         capture_decoding(model)
@@ -177,7 +183,8 @@ def test_what_is_made_of_a_model_is_freed(is_captured, request):
         return [*map(weakref.ref, (model.model.layers[-1], *peek(model, Parts).own.values()))]
 
     before = made(model, draft_weights="int4")
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:3], 3
+    model.model.layers = model.model.layers[:3]
+    model.config.num_hidden_layers = 3
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # as `model.to` does
     release(model)

@@ -38,10 +38,14 @@ def test_kernels_compute_attention(seed, interpreter, monkeypatch):
     num_processors = draws.choice([1, 16, 64])
     monkeypatch.setattr(interpreter, "_processors", lambda device: num_processors)
     torch.manual_seed(seed)
-    width, size = draws.choice([1, 1, 2, 5, 17]), draws.choice([64, 96, 128, 256])
-    rows, capacity = draws.randint(1, max(1, min(4, 16 // width))), 320
-    kv_heads, group = draws.randint(1, 2), draws.choice([1, 2, 4, 7])
-    dtype, heads = draws.choice([torch.float16, torch.float32]), kv_heads * group
+    width = draws.choice([1, 1, 2, 5, 17])
+    size = draws.choice([64, 96, 128, 256])
+    rows = draws.randint(1, max(1, min(4, 16 // width)))
+    capacity = 320
+    kv_heads = draws.randint(1, 2)
+    group = draws.choice([1, 2, 4, 7])
+    dtype = draws.choice([torch.float16, torch.float32])
+    heads = kv_heads * group
     window = draws.choice([None, None, 3, 100])
     lengths = [draws.choice([0, 1, 63, 64, 130, capacity - width]) for _ in range(rows)]
     keys, values = (
@@ -58,7 +62,8 @@ def test_kernels_compute_attention(seed, interpreter, monkeypatch):
         positions[draws.randrange(rows)] = -1
     qkv = torch.randn(rows * width, (heads + 2 * kv_heads) * size).to(dtype)
     norms = (torch.rand(size).to(dtype), torch.rand(size).to(dtype)) if draws.random() < 0.5 else None
-    is_centred, scale = draws.choice([True, False]), size**-0.5
+    is_centred = draws.choice([True, False])
+    scale = size**-0.5
     right = keys.clone(), values.clone()
     given = (*(norms or (None, None)), 1e-5, is_centred, cos, sin)
     want = card_kernels.decode_attention(qkv.clone(), *given, *right, positions, scale, window).float()

@@ -13,7 +13,8 @@ from runs import status
 def as_json(monkeypatch):
     monkeypatch.setattr(status, "_is_json", False)
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers = root.handlers[:]
+    level = root.level
     status.log_as_json()
     yield
     logging.captureWarnings(False)

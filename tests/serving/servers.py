@@ -48,7 +48,9 @@ class Served:
     """A server with its engine and client."""
 
     def __init__(self, generator, config=GREEDY, batch_size=4, **args):
-        self.generator, self.config, self.args = generator, config, ServeArguments(**args)
+        self.generator = generator
+        self.config = config
+        self.args = ServeArguments(**args)
         self.engine = Running(generator, config, batch_size, self.args.max_waiting)
         served = ServedModel(generator, self.engine, config, self.args, "tiny")
         self.app = App(served, self.args.host)
@@ -124,7 +126,9 @@ def raw_request(url, request):
 @contextlib.contextmanager
 def held(engine, num_steps=0):
     """Hold the engine after so many steps."""
-    go_on, at_rest, step = threading.Event(), threading.Event(), engine._scheduler.step
+    go_on = threading.Event()
+    at_rest = threading.Event()
+    step = engine._scheduler.step
     left = iter(range(num_steps))
 
     def wait():

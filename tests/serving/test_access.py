@@ -96,7 +96,8 @@ def test_a_request_that_waits_at_the_end_of_the_server(served):
     async def send(message):
         sent.append(message)
 
-    sent, headers = [], [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    sent = []
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/completions", "headers": headers, "state": {}}
     asyncio.run(served.app(scope, receive, send))
     assert sent[0]["status"] == 503
@@ -125,7 +126,8 @@ def test_limits_and_key(text_model, byte_tokenizer):
 
 def test_a_long_request_blocks_no_other(served, monkeypatch):
     """It is validated, tokenized and prepared in another thread. Guards against work on the event loop."""
-    threads, own = [], served.generator
+    threads = []
+    own = served.generator
     for owner, name in ((CompletionRequest, "model_validate_json"), (own, "encode"), (own, "tokenize")):
         watch(monkeypatch, owner, name, lambda *_, **__: threads.append(threading.current_thread().name))
     assert post(served, prompt="x").status_code == 200
@@ -135,7 +137,8 @@ def test_a_long_request_blocks_no_other(served, monkeypatch):
 
 def test_what_cannot_fit_is_measured_only(served, monkeypatch):
     """Guards against seconds and gigabytes for a body whose prompt or tools no context can hold."""
-    lengths, rendered = [], watch(monkeypatch, served.generator.tokenizer, "apply_chat_template")
+    lengths = []
+    rendered = watch(monkeypatch, served.generator.tokenizer, "apply_chat_template")
     encode = served.generator.tokenizer.encode
     monkeypatch.setattr(
         served.generator.tokenizer,
@@ -175,7 +178,8 @@ def test_one_request_leaves_room_in_the_queue(text_model, byte_tokenizer):
 
 def test_bodies_wait_in_a_queue_that_is_bounded(text_model, byte_tokenizer, monkeypatch):
     """Guards against bodies that are parsed for clients that have left, and more at once than two."""
-    go_on, began = threading.Event(), []
+    go_on = threading.Event()
+    began = []
     parse = Answer.parse
     monkeypatch.setattr(Answer, "parse", lambda *args: (began.append(args), go_on.wait(60), parse(*args))[2])
     request = {"prompt": "x", "max_tokens": 2}

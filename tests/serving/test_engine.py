@@ -153,7 +153,8 @@ def test_an_engine_that_fails_or_loses_its_gpu_ends_all_jobs(name, engine, monke
     """Guards against clients that wait for ever, and a server that is healthy although every request
     fails, so that nothing restarts it.
     """
-    honest, operation = getattr(engine._scheduler, name), "unbind" if name == "step" else "__setitem__"
+    honest = getattr(engine._scheduler, name)
+    operation = "unbind" if name == "step" else "__setitem__"
 
     def lost(*args):
         if name == "pop_finished":

@@ -11,7 +11,8 @@ from serving.fair_queue import FairQueue
 
 def in_queue(scenario, max_waiting=9):
     """Run a scenario over a queue whose single thread is busy until `go_on` is set; returns what was done."""
-    go_on, done = threading.Event(), []
+    go_on = threading.Event()
+    done = []
 
     async def run():
         queue = FairQueue("bodies", max_waiting, num_threads=1)
@@ -75,7 +76,9 @@ def test_what_nobody_waits_for_is_not_done():
 
 def test_a_thread_is_free_once_its_work_ends():
     """Guards against more work at once than there are threads, after clients have left."""
-    running, most, go_on = [0], [0], threading.Event()
+    running = [0]
+    most = [0]
+    go_on = threading.Event()
 
     def work():
         running[0] += 1

@@ -165,7 +165,8 @@ def test_grammars_wait_in_turn(text_model, byte_tokenizer, monkeypatch):
     one that left while its grammar was compiled, more requests that wait than --max_waiting allows, and a
     server that refuses all grammars after some.
     """
-    go_on, began = threading.Event(), []
+    go_on = threading.Event()
+    began = []
     watch(monkeypatch, grammar, "_matcher", lambda *args: began.append(args) or go_on.wait())
     given = {"prompt": "x", "max_tokens": 2, "structured_outputs": {"json": {}}}
     with Served(tiny_generator(text_model, byte_tokenizer), batch_size=1, max_waiting=9) as served:

@@ -149,7 +149,8 @@ def test_languages_of_answers(given, grammar):
 
 def test_a_call_at_the_limit():
     """Guards against a call that looks complete."""
-    call, tools = '{"name": "f", "arguments": {}}', [{"function": {"name": "f"}}]
+    call = '{"name": "f", "arguments": {}}'
+    tools = [{"function": {"name": "f"}}]
     for stop_reason, finish_reason in (("eos", "tool_calls"), ("max_steps", "length")):
         choice = chat(tools=tools).choice(0, Delta(call), None, stop_reason)
         assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (1, finish_reason)

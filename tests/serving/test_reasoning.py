@@ -13,12 +13,15 @@ TEXT = f"{TAGS[0]}\n{THOUGHT}\n{TAGS[1]}\n\n"
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["Rome", "Oslo"]}}}
 STOP = {"type": "function", "function": {"name": "stop", "parameters": {"enum": [{}]}}}
 STRICT = {"type": "function", "function": {**STOP["function"], "strict": True}}
-NO_TOOLS, ONE, LOGPROBS = {"tools": []}, {"parallel_tool_calls": False}, {"logprobs": True}
+NO_TOOLS = {"tools": []}
+ONE = {"parallel_tool_calls": False}
+LOGPROBS = {"logprobs": True}
 
 
 @pytest.fixture(scope="module")
 def served(byte_tokenizer):
-    tokenizer, strategy = thinking_tokenizer(byte_tokenizer), GREEDY.generation_strategy
+    tokenizer = thinking_tokenizer(byte_tokenizer)
+    strategy = GREEDY.generation_strategy
     with Served(Teller(tokenizer, strategy, max_position_embeddings=512)) as served:
         yield served
 
@@ -46,7 +49,8 @@ def answered(served, text=f"{TEXT}So be it.</s>", **request):
     request = {"messages": HELLO, "max_tokens": 60, **request}
     answer = post(served, CHAT, **request).json()
     ChatCompletion.model_validate(answer)
-    [choice], parts = answer["choices"], streamed(served, **request)
+    [choice] = answer["choices"]
+    parts = streamed(served, **request)
     for name in ("content", *NAMES):
         assert joined(parts, name) == (choice["message"].get(name) or "")
     assert any(part["delta"].keys() & {*NAMES} for part in parts) == (NAMES[0] in choice["message"])
@@ -87,7 +91,8 @@ def test_thinking_comes_before_the_answer(served, said, fields, content, calls):
     """
     fields = {"tools": [STOP], "max_tokens": 200, **fields}
     choice, usage, undrafted = answered(served, TEXT + said, **fields)
-    message, is_shown = choice["message"], fields.get("include_reasoning", True)
+    message = choice["message"]
+    is_shown = fields.get("include_reasoning", True)
     assert [message.get(name) for name in NAMES] == [THOUGHT if is_shown else None] * 2
     assert [call["function"]["arguments"] for call in message.get("tool_calls", [])] == calls
     assert (message["content"] or "").startswith(content or "")

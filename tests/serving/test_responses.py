@@ -21,7 +21,8 @@ FORMAT = {"type": "json_schema", "name": "x", "schema": SCHEMA["json_schema"]["s
 
 @pytest.fixture(scope="module")
 def served(byte_tokenizer):
-    tokenizer, strategy = thinking_tokenizer(byte_tokenizer), GREEDY.generation_strategy
+    tokenizer = thinking_tokenizer(byte_tokenizer)
+    strategy = GREEDY.generation_strategy
     with Served(Teller(tokenizer, strategy, max_position_embeddings=1024)) as served:
         yield served
 
@@ -37,7 +38,8 @@ def answered(served, told, /, **request):
     served.generator.text = told
     request = {"model": "tiny", "input": "Hello", "max_output_tokens": 200, **request}
     create = served.client.responses.create
-    whole, events = create(**request), list(create(**request, stream=True))
+    whole = create(**request)
+    events = list(create(**request, stream=True))
     Response.model_validate(whole.model_dump(by_alias=True))
     for number, event in enumerate(events):
         EVENTS.validate_python(event.model_dump(by_alias=True))

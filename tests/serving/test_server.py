@@ -151,7 +151,8 @@ def test_figures_of_answers_and_counters(served):
     are not counted, and rejected requests that are.
     """
     prompt = served.generator.encode("def never_said_before():")
-    request, before = {"prompt": prompt, "max_tokens": 20}, counters(served)
+    request = {"prompt": prompt, "max_tokens": 20}
+    before = counters(served)
     first, second = (post(served, **request).json() for _ in range(2))
     options = {"include_usage": True}
     *others, last = chunks(post(served, **request, stream=True, stream_options=options))
@@ -163,7 +164,8 @@ def test_figures_of_answers_and_counters(served):
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
     assert cached[0] < cached[1] == cached[2] == len(prompt) - 1
     for answer in answers:
-        usage, metrics = answer["usage"], answer["metrics"]
+        usage = answer["usage"]
+        metrics = answer["metrics"]
         counts = (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"])
         assert counts == (len(prompt), 20, len(prompt) + 20)
         assert min(metrics["tokens_per_second"], metrics["time_to_first_token"]) > 0
@@ -222,7 +224,8 @@ def test_figures_of_choices():
 
 def test_drafts_can_be_streamed_and_switched_off(served):
     """Guards against drafts that stay pending, and the target's characters that count as accepted."""
-    request, text = {"prompt": PROMPTS[1], "max_tokens": 30}, served.expected(PROMPTS[1], max_steps=30)
+    request = {"prompt": PROMPTS[1], "max_tokens": 30}
+    text = served.expected(PROMPTS[1], max_steps=30)
     parts = streamed(served, **request, stream_drafts=True)
     accepted = "".join(part["text"][: part["draft"]["accepted"]] for part in parts)
     assert "".join(part["text"] for part in parts) == text

@@ -52,7 +52,8 @@ def said(parts):
 
 def expected(generator, request):
     """The same by the library, each prompt alone and without drafts."""
-    prompts, found = request["prompt"], []
+    prompts = request["prompt"]
+    found = []
     prompts = prompts if isinstance(prompts, list) and isinstance(prompts[0], str) else [prompts]
     own = {name: request[name] for name in ("temperature", "top_k", *PENALTIES) if name in request}
     own |= {"sample": request["temperature"] > 0, "stop_words": request.get("stop")}
@@ -68,7 +69,8 @@ def expected(generator, request):
 
 def storm(model, tokenizer, served, number, seed, clients=16):
     """Random requests from many clients at once; checks each answer. Returns their number by outcome."""
-    draws, generator = random.Random(seed), generator_of(tokenizer, model)
+    draws = random.Random(seed)
+    generator = generator_of(tokenizer, model)
     kinds = ["answer", "stream", "answer", "stream", "gone", "invalid"]
     chosen = [(draws.choice(kinds), random_request(draws), draws.randint(0, 99)) for _ in range(number)]
     answers = []

@@ -22,7 +22,8 @@ def test_bytes_and_offsets_of_parts_of_characters(request, name, text):
     prompt = tokenizer.encode(PROMPT)
     ids = tokenizer.encode(PROMPT + text)
     ids = ids[len(prompt) :] if ids[: len(prompt)] == prompt else tokenizer.encode(text)
-    collector, logits = LogprobCollector(tokenizer, 2), torch.linspace(0, 9, len(tokenizer))[None]
+    collector = LogprobCollector(tokenizer, 2)
+    logits = torch.linspace(0, 9, len(tokenizer))[None]
     for i in range(len(ids)):
         history = torch.tensor([[*prompt, *ids[: i + 1]]])
         assert not collector(history, logits)

@@ -13,7 +13,8 @@ from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from serving import tools
 from serving.tools import CallReader, call_grammar, find_calls
 
-TAGS, OBJECT = "{% if tools %}<tool_call>{% endif %}", '{% if tools %}{"name": , "parameters": }{% endif %}'
+TAGS = "{% if tools %}<tool_call>{% endif %}"
+OBJECT = '{% if tools %}{"name": , "parameters": }{% endif %}'
 
 
 def tool(name, defs=None, **properties):
@@ -94,7 +95,9 @@ def test_what_may_be_called_or_answered(byte_tokenizer, template, added, name, a
     """Guards against a call that text hides, arguments of none of the functions, references in the parameters
     of one that lead to those of another, and a second call where one may be.
     """
-    tokenizer, is_tagged, is_free = copy.deepcopy(byte_tokenizer), template == TAGS, answer == ""
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    is_tagged = template == TAGS
+    is_free = answer == ""
     tokenizer.chat_template = template
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in added])
     grammar = call_grammar(TOOLS, tokenizer, name, answer, several)
@@ -186,7 +189,9 @@ ANSWERS = [
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_a_stream_has_the_calls_of_the_whole(answer, size):
     """However the text is cut. Guards against calls that a stream loses, repeats or makes of words."""
-    reader, text, calls = CallReader(TOOLS, several=True), "", []
+    reader = CallReader(TOOLS, several=True)
+    text = ""
+    calls = []
     pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
     for piece, is_last in [*((piece, False) for piece in pieces), ("", True)]:
         said, parts = reader.read(piece, is_last)

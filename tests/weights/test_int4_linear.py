@@ -18,7 +18,8 @@ SHAPES = [(64, 32), (2128, 96), (50, 48), (2100, 576), (40, 100), (17, 33)]
 
 def rounded(weight, squares=None):
     """The numbers that torch rounds a weight to."""
-    shape, padding = weight.shape, (0, -weight.shape[1] % 32)
+    shape = weight.shape
+    padding = (0, -weight.shape[1] % 32)
     squares = torch.ones(shape[1]) if squares is None else squares
     levels, numbers = in_four_bits(pad(weight, padding), int4_linear._shares(squares))
     scales, middles = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
@@ -30,7 +31,8 @@ def test_a_kernel_of_torch_multiplies_by_what_was_packed(shape, monkeypatch):
     """Guards against levels, scales or middles in another order than the kernel's, against errors where a
     large weight is packed in parts, and against padding that counts.
     """
-    ops, squares = torch.ops.aten, torch.ones(shape[1])
+    ops = torch.ops.aten
+    squares = torch.ones(shape[1])
     monkeypatch.setattr(ops, "_weight_int4pack_mm", ops._weight_int4pack_mm_for_cpu)
     packed = partial(ops._convert_weight_to_int4pack_for_cpu, innerKTiles=1)
     monkeypatch.setattr(int4_linear, "_packed", packed)
@@ -54,7 +56,8 @@ def test_columns_of_large_inputs_are_closest():
     weight = torch.linspace(3.0, 4.0, 32)[None]
     assert (rounded(weight) - weight).abs().max() < 0.6 / 15 + 4 * 2**-8
     torch.manual_seed(0)
-    weight, squares = torch.randn(200, 32), torch.ones(32)
+    weight = torch.randn(200, 32)
+    squares = torch.ones(32)
     squares[::8] = 100.0
     errors = [((rounded(weight, each) - weight).square() @ squares).mean() for each in (squares, None)]
     assert errors[0] < 0.7 * errors[1]
@@ -68,7 +71,8 @@ def test_the_operator_rounds_as_torch_does(shape, dtype):
     numbers of bfloat16.
     """
     torch.manual_seed(0)
-    weight, squares = (torch.randn(shape) + 0.2).to(dtype), torch.rand(shape[1]) ** 4
+    weight = (torch.randn(shape) + 0.2).to(dtype)
+    squares = torch.rand(shape[1]) ** 4
     made = FewBitsLinear(int4_linear.four_bits(weight, squares), *shape).dequantized()
     expected = rounded(weight, squares)
     assert torch.isclose(made, expected, rtol=1e-4, atol=1e-5).float().mean() > 0.98

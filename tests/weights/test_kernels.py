@@ -92,7 +92,8 @@ def test_operators_that_cannot_be_built(builds, case):
     """Guards against a traceback, half a file, an operator that is not there, and a user who does not know
     how to name another folder.
     """
-    (file, compiler, loaded), (script, why) = builds, CANNOT[case]
+    file, compiler, loaded = builds
+    script, why = CANNOT[case]
     if script:
         compiler.write_text(f"#!/bin/sh\n{script}")
     else:
