@@ -43,11 +43,11 @@ def _rotated(heads, cos, sin):
 
 
 def gated(joint, is_gelu):
-    gates, others = joint.chunk(2, 1)
+    gates, ups = joint.chunk(2, 1)
     active = (
         torch.nn.functional.gelu(gates, approximate="tanh") if is_gelu else torch.nn.functional.silu(gates)
     )
-    return active * others
+    return active * ups
 
 
 def flash_attention(queries, keys, values, scale):
@@ -60,7 +60,7 @@ def flash_attention(queries, keys, values, scale):
 
 @contextmanager
 def on_cpu(decode_attention, gated):
-    """Fused layers decode by these operators, and read prompts by flash attention."""
+    """Fused layers decode by the operators above, and read prompts by flash attention."""
     library = torch.library.Library("self_speculation", "IMPL")
     library.impl("decode_attention", decode_attention, "CPU")
     library.impl("gated", gated, "CPU")

@@ -48,7 +48,7 @@ from self_speculation.results import DraftStats
 from self_speculation.scheduler import Scheduler
 from self_speculation.weights.kernels import cpu_operators
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
+# A shell that starts the tests in the background lets them ignore Ctrl-C, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.freeze()  # full collections, of which accelerate makes many, do not look at the libraries
 transformers.logging.set_verbosity_error()
@@ -147,15 +147,15 @@ def in_batch(model, requests, batch_size, **settings):
 
 def generate(model, prompt, strategy=None, eos=(EOS,), **settings):
     """The result of one prompt. Fields of `Request` may be given, too."""
-    own = {field.name for field in dataclasses.fields(Request)} - {"prompt", "config"}
-    fields = {name: settings.pop(name) for name in own & settings.keys()}
+    of_request = {field.name for field in dataclasses.fields(Request)} - {"prompt", "config"}
+    fields = {name: settings.pop(name) for name in of_request & settings.keys()}
     request = Request(prompt, eos_token_ids=eos, **fields)
     settings |= {"generation_strategy": strategy} if strategy else {}
     return answer_of(make_strategy(config_of(**settings).generation_strategy), model, request, **settings)
 
 
 def answer_of(strategy, model, request, batch_size=1, **settings):
-    """The result of a request, or of a prompt, by a strategy that may have kept its cache."""
+    """The result of a request, or of a prompt, by a strategy that may have kept a cache."""
     request = request if isinstance(request, Request) else Request(request, eos_token_ids=[EOS])
     config = config_of(**{"max_steps": 12, **settings})
     return single_result(strategy.generate_batch(model, [request], config, batch_size))
@@ -198,7 +198,7 @@ class Recorder:
     def put(self, ids, is_draft=False):
         self._left -= 1
         if self.has_raised:
-            raise KeyError("its own")
+            raise KeyError("of the streamer")
         (self.drafts if is_draft else self.decided).extend(ids.tolist())
         self.num_drafted += is_draft
 
@@ -216,8 +216,8 @@ class Recorder:
 
 @contextmanager
 def mixed_drafts(*sources):
-    """In this block tokens are drafted, accepted and rejected; those of each of these sources, by the start
-    of its name, if some are named. Ids that are compared would be equal, too, if a source silently stopped.
+    """Require that in this block drafted tokens are accepted and rejected, also of each source that `sources`
+    names by the start of the name. Compared ids would be equal, too, if a source silently stopped.
     """
     seen = DraftStats()
     add = DraftStats.add
@@ -230,18 +230,18 @@ def mixed_drafts(*sources):
         yield
     assert seen.num_drafted > seen.num_accepted > 0, f"{seen.num_accepted} of {seen.num_drafted} accepted"
     for source in sources:
-        own = [counts for name, counts in seen.by_source.items() if name.startswith(source)]
-        drafted, accepted = (sum(counts[part] for counts in own) for part in (1, 2))
+        counts_of_source = [counts for name, counts in seen.by_source.items() if name.startswith(source)]
+        drafted, accepted = (sum(counts[part] for counts in counts_of_source) for part in (1, 2))
         assert drafted > accepted > 0, f"{source}: {accepted} of {drafted} accepted"
 
 
 def planned(choose):
     """Replaces `AdaptivePolicy.plan`: `choose` gets the sources that compute, the matches and the limits."""
 
-    own = AdaptivePolicy.plan
+    replaced = AdaptivePolicy.plan
 
     def plan(policy, matches, limits):
-        own(policy, matches, limits)  # which estimates the costs of the round
+        replaced(policy, matches, limits)  # estimates the costs of the round
         policy._plan = choose([*policy._draft_steps], matches, limits)
         return policy._plan
 
@@ -335,7 +335,7 @@ def text_model(byte_tokenizer) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def model_folder(byte_tokenizer, text_model, tmp_path_factory) -> Path:
-    """The tiny Llama and its tokenizer as a Hugging Face folder, for the scripts."""
+    """The tiny Llama and a tokenizer as a Hugging Face folder, for the scripts."""
     folder = tmp_path_factory.mktemp("tiny-llama")
     byte_tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -393,7 +393,7 @@ def one_rank(tmp_path):
 
 @pytest.fixture(scope="module")
 def bundled():
-    """The bundled model and its tokenizer."""
+    """The bundled model and tokenizer."""
     return load_model_and_tokenizer(default_model())
 
 
@@ -427,7 +427,7 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(text_model, byte_tokenizer):
     """A server in this process, over the tiny Llama."""
-    from servers import Served, tiny_generator  # tests/serving is the place of its tests
+    from servers import Served, tiny_generator  # tests/serving has the tests of servers
 
     with Served(tiny_generator(text_model, byte_tokenizer), max_waiting=4, max_time=500) as served:
         yield served
@@ -435,7 +435,7 @@ def served(text_model, byte_tokenizer):
 
 @pytest.fixture(scope="module")
 def few_files_are_read():
-    """The harness does not read its thousands of tasks and the installed packages: this takes seconds."""
+    """Keep the harness from reading thousands of tasks and the installed packages, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     manager = functools.partial(TaskManager, include_defaults=False)

@@ -2,7 +2,7 @@
 tensors.
 
 As on a GPU, results are in a pool whose content is lost when another graph runs. All graphs of a stream use
-one workspace, which is freed when one of them fails or is destroyed. A failed capture leaves its stream the
+one workspace, which is freed when one of them fails or is destroyed. A failed capture leaves the stream the
 current one. A process captures one graph at a time. What else a capture refuses is seen on the fake GPU.
 """
 
@@ -127,8 +127,8 @@ def stand_in(monkeypatch):
     graphs = {"graph_pool_handle": object, "CUDAGraph": graph, "graph": capture}
     graphs |= {"Stream": lambda device: next(pool)}
     graphs |= {"current_stream": lambda device: STREAMS.all[-1], "stream": on_stream}
-    for name, own in graphs.items():
-        monkeypatch.setattr(f"torch.cuda.{name}", own)
+    for name, stand_in in graphs.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", stand_in)
     own_capture = CapturedPasses.capture
 
     def seen_capture(passes, runner, first, last, *shape):

@@ -1,4 +1,4 @@
-"""Scripts as processes of their own, forked from one that has imported everything: an import takes seconds.
+"""Scripts as processes, forked from one that has imported everything: an import takes seconds.
 
 Forking is safe since that process has no threads: numerical libraries start theirs with their first kernel.
 Tests of imports, and of variables that are read during imports such as HF_HOME, use `subprocess` instead.
@@ -23,9 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PATHS = [ROOT, ROOT / "tests", ROOT / "tests/scripts"]
-HANGS = 300.0  # seconds after which a script is ended and its test fails; no verdict on its speed
+HANGS = 300.0  # seconds after which a script is ended and the test fails; no verdict on speed
 
-# Scripts import these, and what these import, before and after they parse their flags.
+# Modules that scripts import before and after they parse flags.
 HEAVY = [
     "transformers.models.llama.modeling_llama", "transformers.trainer", "matplotlib.pyplot",
     "prompt_toolkit", "starlette.applications", "uvicorn", "prometheus_client",
@@ -41,7 +41,7 @@ class Fork:
         args = [str(script), *map(str, args)]
         with open(os.devnull, "r+b") as null:
             numbers = [null.fileno() if stream is None else stream for stream in (stdin, stdout, stderr)]
-            streams = [Connection(os.dup(number)) for number in numbers]  # the server takes these
+            streams = [Connection(os.dup(number)) for number in numbers]  # the server takes the copies
         job = (args, os.getcwd(), {**os.environ, **(env or {})}, terminal, streams)
         self._process = SERVER.Process(target=become, args=job)
         self._process.start()
@@ -72,14 +72,14 @@ class Fork:
 def run_ranks(ranks, script, *args, env=None):
     """As `torchrun --nproc_per_node RANKS`; a `CompletedProcess` with the output of all ranks together.
 
-    When a rank fails, the others get SIGTERM, and its status counts.
+    When a rank fails, the rest get SIGTERM, and the status of the failed rank counts.
     """
     with contextlib.ExitStack() as stack:
         stdout, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
         started = []
         for variables in environments(ranks):
-            own = {**variables, **(env or {})}
-            started.append(Fork(script, *args, stdout=stdout.fileno(), stderr=stderr.fileno(), env=own))
+            rank_env = {**variables, **(env or {})}
+            started.append(Fork(script, *args, stdout=stdout.fileno(), stderr=stderr.fileno(), env=rank_env))
             stack.callback(started[-1].end)
         status = wait_for_all(started)
         done = subprocess.CompletedProcess([script, *args], status, read(stdout), read(stderr))
@@ -124,7 +124,7 @@ def read(stream):
 
 
 def become(args, cwd, environment, terminal, streams):
-    """Run the script in this process, to its end."""
+    """Run the script in this process, to the end."""
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream.fileno(), number)
@@ -142,4 +142,4 @@ def become(args, cwd, environment, terminal, streams):
     try:
         runpy.run_path(args[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves these out
+        atexit._run_exitfuncs()  # multiprocessing leaves out exit functions

@@ -1,4 +1,4 @@
-"""What tests of several scripts share: small data, the folder that a run left, and its records."""
+"""What tests of several scripts share: small data, the folder that a run left, and records."""
 
 import json
 
@@ -21,7 +21,7 @@ class Killed(BaseException):
 
 
 def write_rows(path, rows):
-    """Write a JSONL file; its path as text."""
+    """Write a JSONL file. Returns the path as text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -58,7 +58,7 @@ def records_of(folder):
 
 
 def write_program(folder, code):
-    """The path of a program of this code, which may import this repository and its tests."""
+    """The path of a program of this code, which may import this repository and the tests."""
     program = folder / "program.py"
     program.write_text(f"import sys; sys.path[:0] = {[*map(str, forks.PATHS)]}\n{code}")
     return program

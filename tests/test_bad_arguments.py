@@ -32,9 +32,9 @@ def strategy(ids=(5, 9, 4), config=CONFIG):
     return make_strategy("autoregressive").generate_token_ids(tiny_llama(), ids, [2], config)
 
 
-def speculate(exit_layer, num_speculations=2, name="self_speculative", **others):
+def speculate(exit_layer, num_speculations=2, name="self_speculative", **settings):
     """The strategy object overrides the name in the config."""
-    config = GenerationConfig(exit_layer=exit_layer, num_speculations=num_speculations, **others)
+    config = GenerationConfig(exit_layer=exit_layer, num_speculations=num_speculations, **settings)
     return lambda _: make_strategy(name).generate_token_ids(tiny_llama(), [5], [], config)
 
 

@@ -25,7 +25,7 @@ SPECULATION = {"custom_generate": self_speculative_generate, "exit_layer": 2, "n
 
 @pytest.fixture
 def rounds(monkeypatch):
-    """The draft lengths that were verified; empty if transformers' own loop has run."""
+    """The draft lengths that were verified; empty if transformers' loop has run."""
     seen = []
     module = self_speculation_generator
     watch(monkeypatch, module, "leading_matches", lambda *given: seen.extend(given[2]))
@@ -83,7 +83,7 @@ COMPARED = [
 def test_ids_are_those_of_generate(options, rounds):
     """Guards against an argument without effect, or applied twice."""
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **options}
-    theirs, ours = (tiny_llama().generate(PROMPT, **options, **own) for own in ({}, SPECULATION))
+    theirs, ours = (tiny_llama().generate(PROMPT, **options, **more) for more in ({}, SPECULATION))
     if options.get("return_dict_in_generate"):
         theirs, ours = theirs.sequences, ours.sequences
     assert ours.tolist() == theirs.tolist()
@@ -133,7 +133,7 @@ def test_every_field_of_the_config_is_compared_refused_or_irrelevant():
     }  # fmt: skip
     of_speed = {"cache_config", "compile_config", "continuous_batching_config"}
     of_other_models = {"bos_token_id", "decoder_start_token_id", "transformers_version"}
-    # `generate` itself refuses these two with a callable.
+    # `generate` itself refuses both with a callable.
     for name in (refused := {"stop_strings", "token_healing"}):
         with pytest.raises(ValueError, match="tokenizer"):
             tiny_llama().generate(PROMPT, tokenizer=object(), **{name: "a"}, max_new_tokens=4, **SPECULATION)
@@ -142,7 +142,7 @@ def test_every_field_of_the_config_is_compared_refused_or_irrelevant():
 
 
 class Listener:
-    """A streamer of transformers that keeps its calls."""
+    """A streamer of transformers that keeps the calls."""
 
     def __init__(self):
         self.calls = []
@@ -208,7 +208,7 @@ def test_sampled_ids_are_those_of_the_strategies(drafts):
 
 
 def test_assistant_early_exit_and_num_assistant_tokens(rounds):
-    """Guards against transformers' own names for exit layer and draft length that are refused, have no effect
+    """Guards against transformers' names for exit layer and draft length that are refused, have no effect
     or override ours.
     """
     model = tiny_llama()
@@ -218,9 +218,12 @@ def test_assistant_early_exit_and_num_assistant_tokens(rounds):
     options["assistant_early_exit"] = 9
     with pytest.raises(ValueError, match="exit_layer 9: must be between 1 and 3"):
         model.generate(PROMPT, **options)
-    for own, longest in (({"assistant_early_exit": 1}, 3), ({"exit_layer": 2, "num_speculations": 2}, 2)):
+    for settings, longest in (
+        ({"assistant_early_exit": 1}, 3),
+        ({"exit_layer": 2, "num_speculations": 2}, 2),
+    ):
         rounds.clear()
-        assert model.generate(PROMPT, **{**options, **own}).tolist() == plain
+        assert model.generate(PROMPT, **{**options, **settings}).tolist() == plain
         assert max(rounds) == longest
     assert model.generate(PROMPT, **options, generation_strategy="adaptive").tolist() == plain
 

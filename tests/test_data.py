@@ -13,7 +13,7 @@ import data
 from data import DATASETS, DataArguments, DataError, load_examples
 
 CHAT = [("USER", "hi #"), ("PARSER", "[A]"), ("USER", "more"), ("PARSER", "[B]")]
-EXAMPLES = {  # a row, its first prompt and the reference; # stands for the number of the row
+EXAMPLES = {  # a row, the first prompt and the reference; # stands for the number of the row
     "cnn_dm_summarization": (
         {"article": "article #", "highlights": "summary #"}, "Article: article #\nSummary:", "summary #"
     ),
@@ -43,7 +43,7 @@ ROWS = {
 
 
 def write(path, rows):
-    """Write a file of the kind that its name says; its path as text."""
+    """Write a file in the format that the name says. Returns the path as text."""
     frame = pandas.DataFrame(rows, dtype=object)
     if ".jsonl" in path.name:
         frame.to_json(path, orient="records", lines=True)
@@ -64,7 +64,7 @@ def in_order(dataset, path=None, **kwargs):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for the hub, which has these splits; returns what it is asked for."""
+    """Stands in for the hub, which has the given splits. Returns the requests."""
 
     def has(**splits):
         rows = {split: datasets.Dataset.from_list(part) for split, part in splits.items()}
@@ -92,7 +92,9 @@ KINDS += [(dataset, "jsonl") for dataset in DATASETS] + [(dataset, "hub") for da
 
 @pytest.mark.parametrize(("dataset", "kind"), [*KINDS, ("chat_format", "parquet"), ("spec_bench", "parquet")])
 def test_a_dataset_from_every_place(dataset, kind, hub, tmp_path):
-    """Guards against a format that is read otherwise than the others, and another split than the paper's."""
+    """Guards against a format that is read otherwise than the other formats, and another split than the
+    paper's.
+    """
     asked = hub(test=ROWS[dataset])
     path = None if kind == "hub" else write(tmp_path / f"data.{kind}", ROWS[dataset])
     examples = in_order(dataset, path)
@@ -110,8 +112,8 @@ def test_a_hub_that_does_not_answer_is_named(monkeypatch):
     """Guards against a traceback, and minutes of retries without a network."""
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("self_speculation.loading.sources.hub_answers", lambda *_: False)
-    said = error_line(DataError, load, "xsum_summarization")
-    assert re.match(r"cannot load EdinburghNLP/xsum from the hub \(.*Offline.*--data_path", said)
+    error = error_line(DataError, load, "xsum_summarization")
+    assert re.match(r"cannot load EdinburghNLP/xsum from the hub \(.*Offline.*--data_path", error)
 
 
 def test_order_and_shots_depend_on_the_seed_alone(tmp_path):
@@ -159,10 +161,10 @@ def test_files_of_windows(tmp_path):
 
 def test_human_eval_is_the_real_one():
     """Guards against a stand-in for the published problems, and shots that lose the indentation of code."""
-    first, *others = in_order("human_eval", n_shot=1)
+    first, *later = in_order("human_eval", n_shot=1)
     assert first.prompt.startswith("from typing import List")
     assert '    """\n    for idx, elem in enumerate(numbers):\n' in first.prompt
-    assert len(others) == 162
+    assert len(later) == 162
 
 
 def test_a_template_keeps_its_other_braces(tmp_path):

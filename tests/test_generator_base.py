@@ -1,4 +1,4 @@
-"""HuggingfaceLlamaGenerator: a user's own strategies, and prompts that are refused before tokenization."""
+"""HuggingfaceLlamaGenerator: a user's strategies, and prompts that are refused before tokenization."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_only_texts_that_cannot_fit_are_not_tokenized(kind, text_model, request,
 
 def test_a_strategy_with_generate_token_ids_alone(byte_tokenizer, text_model):
     """Guards against a strategy of the paper's interface that no longer works: it gets stop words as a
-    criterion, end ids as a list and penalties as processors. In a batch its prompts run one by one.
+    criterion, end ids as a list and penalties as processors. In a batch the prompts run one by one.
     """
 
     class Own(GenerationStrategy):
@@ -62,19 +62,19 @@ def test_a_strategy_with_generate_token_ids_alone(byte_tokenizer, text_model):
             return GenerationStrategyResult(ids[len(input_ids) :])
 
     prompts = ["def", "Once upon", [10**6]]
-    own, ours = (
+    custom, ours = (
         HuggingfaceLlamaGenerator(byte_tokenizer, text_model, strategy)
         for strategy in (Own(), make_strategy("autoregressive"))
     )
     text = ours.generate("def", config_of(max_steps=20)).decoded_prediction
     for settings in ({}, {"stop_words": [text[6:9]]}, {"no_repeat_ngram_size": 1}):
         config = config_of(max_steps=20, **settings)
-        found, expected = (dict(generator.generate_batch(prompts, config)) for generator in (own, ours))
+        found, expected = (dict(generator.generate_batch(prompts, config)) for generator in (custom, ours))
         assert isinstance(found.pop(2), ValueError)
         for index, result in found.items():
             assert result.decoded_prediction == expected[index].decoded_prediction
             assert result.num_tokens_generated == expected[index].num_tokens_generated
-        assert own.generate("def", config).decoded_prediction == found[0].decoded_prediction
+        assert custom.generate("def", config).decoded_prediction == found[0].decoded_prediction
 
 
 def test_a_strategy_without_a_method_of_its_own_is_refused():

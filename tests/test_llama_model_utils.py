@@ -87,8 +87,8 @@ def has_windows(model_type):
 WINDOWED = [*filter(has_windows, FAMILIES)]
 
 
-def windowed(model_type, attention="sdpa", **others):
-    return family(model_type, attention, **window_settings(model_type), **others)
+def windowed(model_type, attention="sdpa", **settings):
+    return family(model_type, attention, **window_settings(model_type), **settings)
 
 
 def pieces_match_the_whole(model):
@@ -154,7 +154,7 @@ def test_family_with_windows(model_type, attention):
 
 def test_settings_of_another_family():
     """Guards against a window, or experts, of a config whose family has none: a Llama that was converted
-    from Mistral or Mixtral keeps their settings, and its own `forward` ignores them.
+    from Mistral or Mixtral keeps the settings of windows, and the new `forward` ignores them.
     """
     kept = {"sliding_window": WINDOW, "layer_types": ["sliding_attention"] * 4, "num_experts_per_tok": 2}
     model = family("llama", **kept)
@@ -274,7 +274,7 @@ def test_caches_of_this_library_and_tuples_are_cropped_too(length):
 
 @pytest.mark.parametrize("length", [3, 6, 9])
 def test_a_cache_of_transformers_is_cropped_to_a_length(length):
-    """Guards against transformers' own `crop`, whose argument is the number to remove."""
+    """Guards against transformers' `crop`, whose argument is the number to remove."""
     model = tiny_llama()
     cache = DynamicCache()
     ids = torch.tensor([[5, 9, 4, 7, 7, 3]])

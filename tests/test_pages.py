@@ -27,7 +27,7 @@ from self_speculation.families import FAMILIES, LLAMA_LAYOUT
 
 FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
 PAGES = sorted({*FILES} - {"CHANGELOG.md"})
-# The commands of these pages are not run: one of them takes two hours.
+# Commands of the following pages are not run: one takes two hours.
 CARDS = ["CHANGELOG.md", "checkpoints/python-10m/README.md", "eval_tasks/README.md", "hub/README.md"]
 NOTEBOOK = "docs/tour.ipynb"
 ALL = [*PAGES, *CARDS, NOTEBOOK]
@@ -55,7 +55,7 @@ def commands(page, language="bash"):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the repository with this environment as its .venv."""
+    """A copy of the repository with this environment as .venv."""
     ignored = shutil.ignore_patterns(".venv", ".git", "build", "logs", "__pycache__", ".*_cache")
     folder = Path(shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored))
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
@@ -177,8 +177,8 @@ def test_every_program_that_a_page_names_is_there(page):
     names = set(re.findall(r"[\w/.-]+\.py\b", (ROOT / page).read_text())) - {"X.py"}
     assert [name for name in names if not any(f"/{path}".endswith(f"/{name}") for path in PROGRAMS)] == []
     if page == "CONTRIBUTING.md":
-        others = ("tests", "docs", "eval_tasks", "checkpoints", "build")
-        modules = {path.name for path in PROGRAMS if path.parts[0] not in others}
+        no_modules = ("tests", "docs", "eval_tasks", "checkpoints", "build")
+        modules = {path.name for path in PROGRAMS if path.parts[0] not in no_modules}
         assert modules - {"__init__.py"} - {name.rpartition("/")[2] for name in names} == set()
 
 

@@ -18,7 +18,7 @@ from self_speculation.scheduler import Scheduler
 )
 def test_counts_of_drafts(agreement, rounds, drafted, accepted):
     """Guards against miscounted drafts, and against drafts beyond the length limit: of 16 tokens one comes
-    from the prompt and the others from rounds of 1 or 5.
+    from the prompt and the rest from rounds of 1 or 5.
     """
     drafts = {"exit_layer": 2, "num_speculations": 4, "max_steps": 16}
     result = generate(tiny_llama(agreement=agreement), PROMPT, eos=[], **drafts)

@@ -156,7 +156,7 @@ def test_a_terminal_shows_the_answer_and_right_drafts(request, name, text, round
     starts = [*(start for start, _ in encoded["offset_mapping"]), len(text)]
 
     def cut(text, finished=False):
-        """A text before its first stop word, or what may become one."""
+        """A text before the first stop word, or what may become one."""
         if found := [text.index(word) for word in stop_words if word in text]:
             return text[: min(found)]
         begun = [n for word in stop_words for n in range(len(word)) if text.endswith(word[:n])]

@@ -11,27 +11,27 @@ from self_speculation.threads import _Reading, adjust_threads, most_threads
 
 
 class Machine(ThreadGovernor):
-    """A governor of a process with so many threads, on as many processors and with a clock of its own."""
+    """A governor of a process with so many threads, on as many processors and with a simulated clock."""
 
     def __init__(self, monkeypatch, num_threads):
-        self.now = self.used = self.own = 0.0
-        self.said = []
-        monkeypatch.setattr("torch.get_num_threads", lambda: self.num_threads if self.said else num_threads)
+        self.now = self.used = self.used_here = 0.0
+        self.shown = []
+        monkeypatch.setattr("torch.get_num_threads", lambda: self.num_threads if self.shown else num_threads)
         monkeypatch.setattr("torch.set_num_threads", lambda number: None)
         monkeypatch.setattr("time.perf_counter", lambda: self.now)
         monkeypatch.setattr("self_speculation.threads._processors", lambda number: [*range(number)])
-        super().__init__(on_fewer=lambda governor: self.said.append(governor.num_threads))
+        super().__init__(on_fewer=lambda governor: self.shown.append(governor.num_threads))
 
     def _read(self):
-        return _Reading(self.now, self.used, self.own)
+        return _Reading(self.now, self.used, self.used_here)
 
-    def run(self, seconds, others):
-        """[number of threads after each tenth of a second] while others use so many processors."""
+    def run(self, seconds, busy):
+        """[number of threads after each tenth of a second] while other programs use `busy` processors."""
         found = []
         for _ in range(round(10 * seconds)):
             self.now += 0.1
-            self.own += 0.1 * self.num_threads
-            self.used += 0.1 * (self.num_threads + others)
+            self.used_here += 0.1 * self.num_threads
+            self.used += 0.1 * (self.num_threads + busy)
             self.adjust()
             found.append(self.num_threads)
         return found
@@ -42,18 +42,18 @@ def test_threads_fall_at_once_and_rise_after_a_quiet_time(monkeypatch):
     ever after it.
     """
     machine = Machine(monkeypatch, 2)
-    assert machine.run(60, others=0.2) == [2] * 600
-    assert machine.run(60, others=1.0)[2:] == [1] * 598
-    quiet = machine.run(5, others=0.0)
+    assert machine.run(60, busy=0.2) == [2] * 600
+    assert machine.run(60, busy=1.0)[2:] == [1] * 598
+    quiet = machine.run(5, busy=0.0)
     assert sorted(quiet) == quiet
     assert (quiet[15], quiet[-1]) == (1, 2)
-    assert machine.said == [1]
+    assert machine.shown == [1]
 
 
-@pytest.mark.parametrize(("others", "threads"), [(1.0, 15), (4.0, 12), (15.0, 1), (40.0, 1)])
-def test_others_get_as_many_processors_as_they_use(monkeypatch, others, threads):
+@pytest.mark.parametrize(("busy", "threads"), [(1.0, 15), (4.0, 12), (15.0, 1), (40.0, 1)])
+def test_other_programs_get_as_many_processors_as_they_use(monkeypatch, busy, threads):
     """Guards against one thread of sixteen beside one busy program, and against none."""
-    assert Machine(monkeypatch, 16).run(2, others)[-1] == threads
+    assert Machine(monkeypatch, 16).run(2, busy)[-1] == threads
 
 
 def test_threads_change_between_rounds_and_ids_do_not():

@@ -1,4 +1,4 @@
-"""Models that think: templates like those of known families, tags of every kind, outputs that are told."""
+"""Models that think: templates like those of known families, tags of every kind, given outputs."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ _TURNS = (
     "{% else %}{{ m.role }}: {{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
 )
 _OFF = "{{ '<think>\n\n</think>\n\n' }}"
-# The model opens its thinking itself; an empty one turns it off.
+# The model opens the thinking; an empty thought turns it off.
 QWEN3 = (
     _TURNS + "{% if tools %}<tool_call>{{ '\n' }}{% endif %}assistant: "
     "{% if not enable_thinking | default(true) %}" + _OFF + "{% endif %}"
@@ -35,7 +35,7 @@ TAGS = ["<think>", "</think>"]
 
 @functools.cache
 def thinking_tokenizer(tokenizer, template=QWEN3, kind="added"):
-    """A copy whose tags are special tokens, added ones that are not special, or spelled by others."""
+    """A copy whose tags are special tokens, added ones that are not special, or spelled by several tokens."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     if kind != "spelled":
@@ -45,7 +45,7 @@ def thinking_tokenizer(tokenizer, template=QWEN3, kind="added"):
 
 
 class Told:
-    """A logits processor: the output begins with these ids, where nothing forbids them."""
+    """A logits processor: the output begins with given ids, where nothing forbids them."""
 
     def __init__(self, num_prompt, ids):
         self._num_prompt = num_prompt
@@ -70,5 +70,5 @@ class Teller(HuggingfaceLlamaGenerator):
     def tokenize(self, given, generation_config, started=None):
         given = given if isinstance(given, Request) else Request(given)
         ids = self.tokenizer.encode(self.text, add_special_tokens=False)
-        own = [Told(len(self.encode(given.prompt)), ids)]
-        return super().tokenize(replace(given, logits_processors=own), generation_config, started)
+        processors = [Told(len(self.encode(given.prompt)), ids)]
+        return super().tokenize(replace(given, logits_processors=processors), generation_config, started)

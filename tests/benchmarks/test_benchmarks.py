@@ -56,8 +56,9 @@ def test_first_tokens(measured):
 
 
 def test_side_by_side(measured, monkeypatch, capsys):
-    """Guards against different outputs, different draft lengths (transformers reads its own elsewhere),
-    padding that counts as tokens, a machine with threads that no turn had, and a table that is not the end.
+    """Guards against different outputs, different draft lengths (transformers reads the length from another
+    place), padding that counts as tokens, a machine with threads that no turn had, and a table that is not
+    the end.
     """
     monkeypatch.setattr("benchmarks.peers.in_each_format", lambda model: [plain_copy(model, torch.float32)])
     monkeypatch.setattr("runs.description.most_threads", lambda model: 2)  # turns end with one thread
@@ -110,7 +111,7 @@ def test_a_peer_that_cannot_run_is_refused(monkeypatch, capsys):
 
 def test_what_follows_the_end_of_a_padded_row_does_not_count():
     """Guards against a throughput of transformers that counts the padding of rows that have ended, and
-    against its prompts in decoding speed.
+    against prompts in decoding speed.
     """
     model = tiny_llama()
     prompts = [[5, 9, 4, 7], [7]]
@@ -149,8 +150,8 @@ def test_our_sides_by_kind_of_prompt(measured, endless_folder, monkeypatch, caps
     assert len(rows) == 3 * 6
     assert all(row["ratio_to_plain"] >= row["ratio_to_plain_tenth"] > 0 for row in rows)
     assert all(row["answers"] == 1 + (row["workload"] == "all prompts") for row in rows)
-    said = refused(side_by_side.main, ["--model", str(endless_folder), *flags], capsys)
-    assert "--picking ['greedy', 'sampled']: sampled answers need --peers none" in said
+    error = refused(side_by_side.main, ["--model", str(endless_folder), *flags], capsys)
+    assert "--picking ['greedy', 'sampled']: sampled answers need --peers none" in error
 
 
 def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
@@ -163,8 +164,8 @@ def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
     def row(server, *speeds):
         return {"server": server, "tokens/s": sum(speeds), "speeds": speeds}
 
-    others = [row(name, 20 + place, 30) for place, name in enumerate(ways)]
-    ahead = serving.ahead(pandas.DataFrame([row("here", 46, 60), *others]))
+    rows = [row(name, 20 + place, 30) for place, name in enumerate(ways)]
+    ahead = serving.ahead(pandas.DataFrame([row("here", 46, 60), *rows]))
     assert (ahead["other"], ahead["high"]) == ([*ways][-1], 2.0)
 
 

@@ -45,9 +45,9 @@ def started(monkeypatch):
 def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     started, endless_folder, tmp_path, monkeypatch, capsys
 ):
-    """Guards against a row by other settings than the published ones, a missing dataset that ends the others,
+    """Guards against a row by other settings than the published ones, a missing dataset that ends all rows,
     rows that are measured twice or lost, a rehearsal that looks like a measurement or a failed reproduction,
-    and a folder without run.json, which nothing can go on with, that ends its row for ever.
+    and a folder without run.json, which nothing can go on with, that ends the row for ever.
     """
     drawn = watch(monkeypatch, paper, "bars")
     measure = paper._measured

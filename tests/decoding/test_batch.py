@@ -35,7 +35,7 @@ def raises_from(length):
 
     def process(ids, logits):
         if ids.shape[1] >= length:
-            raise KeyError("its own")
+            raise KeyError("of the streamer")
         return logits
 
     return process
@@ -46,7 +46,7 @@ def nan_from(length):
     return lambda ids, logits: logits * torch.nan if ids.shape[1] >= length else logits
 
 
-# A fourth token would be the id whose embedding is NaN, which the row then has in its pass.
+# A fourth token would be the id whose embedding is NaN, which the row then has in the pass.
 THREE = {**LAYERS, "num_speculations": 3}
 
 
@@ -66,7 +66,7 @@ def test_nan_stays_in_its_row(batch_size, broken, drafts, late, monkeypatch):
     requests = [Request(prompt) for prompt in PROMPTS[:4]]
     with mixed_drafts() if drafts else nullcontext():
         got = in_batch(model, [requests[0], broken, *requests[1:]], batch_size, max_steps=9, **drafts)
-    assert str(got.pop(1)).startswith(("the model's logits are not numbers", "'its own'"))
+    assert str(got.pop(1)).startswith(("the model's logits are not numbers", "'of the streamer'"))
     found = [got[index].predicted_tokens for index in sorted(got)]
     assert found == tokens_alone(model, PROMPTS[:4], max_steps=9, **drafts)
 
@@ -76,7 +76,7 @@ def ends_at(length):
 
 
 def test_slots_are_reused_as_soon_as_they_are_free():
-    """Guards against a batch that waits for its slowest row, and against prompts that are read early."""
+    """Guards against a batch that waits for the slowest row, and against prompts that are read early."""
     lengths = iter([30, *[4] * 8])
     requests = (Request(PROMPTS[0], stop_checks=ends_at(length)) for length in lengths)
     config = GenerationConfig(sample=False, max_steps=40)
@@ -165,9 +165,9 @@ def test_a_prompt_that_finds_no_memory_to_join_fails_alone(owner, name, monkeypa
     scheduler = scheduler_of(model, 3, token_budget=4)
     working = getattr(owner, name)
 
-    def out_of_memory(first, *others, **kwargs):
+    def out_of_memory(first, *args, **kwargs):
         if owner is torch and first[0].dtype != torch.long:  # not the rows' last tokens
-            return working(first, *others, **kwargs)
+            return working(first, *args, **kwargs)
         monkeypatch.setattr(owner, name, working)
         raise torch.OutOfMemoryError
 
@@ -225,7 +225,7 @@ def test_a_callback_may_cancel(callback, budget, drafts):
 
 def test_the_first_error_of_a_round_counts():
     """Guards against a NaN behind it, which adds tokens that nothing has judged, against an error of the
-    streamer that takes its place, and against NaN in the slot that later rounds make forget.
+    streamer that takes the place of the batch, and against NaN in the slot that later rounds make forget.
     """
     streamer = Mock(spec=["put", "end"], end=Mock(side_effect=ValueError))
     request = Request([5, 6], raises_from(3), streamer=streamer)

@@ -1,4 +1,4 @@
-"""Prefill: pieces of prompts share steps and passes with others, and change no output."""
+"""Prefill: pieces of prompts share steps and passes with decoding rows, and change no output."""
 
 import functools
 
@@ -16,7 +16,7 @@ TEXT = [3 + i * i % 43 for i in range(200)]
 
 
 def add(scheduler, prompts):
-    """Request each prompt by its key; returns what will be the logits after it."""
+    """Request each prompt by a key. Returns a dict that gets the logits after each prompt."""
     seen = {}
 
     def keep(key, _, scores):
@@ -31,7 +31,7 @@ def add(scheduler, prompts):
 @pytest.mark.parametrize(("budget", "left"), [(8, 7), (1, 1)])
 def test_a_long_prompt_does_not_hold_up_others(budget, left):
     """Guards against streams that stand still while a prompt is read, against a prompt that is not read while
-    others decode, and against chunks where no sequence decodes.
+    other rows decode, and against chunks where no sequence decodes.
     """
     scheduler = scheduler_of(tiny_llama(), 3, budget, max_steps=60)
     scheduler.add_request("first", Request(LONG))
@@ -47,7 +47,7 @@ def test_a_long_prompt_does_not_hold_up_others(budget, left):
 
 
 def test_prompts_are_read_in_turn():
-    """Guards against a short prompt that waits until a long one is read, or for a step of its own."""
+    """Guards against a short prompt that waits until a long one is read, or for a separate step."""
     scheduler = scheduler_of(tiny_llama(), 4, 8)
     scheduler.add_request("running", Request([5, 9, 4, 7, 7, 3]))
     scheduler.step()
@@ -62,7 +62,7 @@ def test_prompts_are_read_in_turn():
 
 @pytest.mark.parametrize("reuse_cache", [False, True])
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot(reuse_cache):
-    """Guards against NaN that the next sequence in this slot reads, beyond its last token, and NaN in padding
+    """Guards against NaN that the next sequence in this slot reads, beyond the last token, and NaN in padding
     by a token that the row does not have.
     """
     model = own_llama()
@@ -116,10 +116,10 @@ def test_an_error_in_a_pass_is_that_of_one_prompt(monkeypatch):
     """Guards against an error that ends all prompts of a pass."""
     forward = self_speculation.scheduler.forward_pieces
 
-    def out_of_memory(runner, cache, pieces, *others):
+    def out_of_memory(runner, cache, pieces, *args):
         if any(49 in piece for piece in pieces):
             raise MemoryError
-        return forward(runner, cache, pieces, *others)
+        return forward(runner, cache, pieces, *args)
 
     monkeypatch.setattr("self_speculation.scheduler.forward_pieces", out_of_memory)
     scheduler = scheduler_of(tiny_llama(), 3)

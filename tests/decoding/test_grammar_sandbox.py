@@ -1,4 +1,4 @@
-"""Grammars are tried in a process of their own, which their authors cannot use up."""
+"""Grammars are tried in a separate process, which the author of a grammar cannot use up."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_what_takes_too_much_is_refused(sandbox, definition, monkeypatch):
 
 
 def test_a_killed_process_starts_again(sandbox):
-    """Guards against a server that refuses all grammars once its process was killed, and against a fork of
+    """Guards against a server that refuses all grammars once the process was killed, and against a fork of
     this process that reads the answers to another one.
     """
     sandbox.check(DIGITS)

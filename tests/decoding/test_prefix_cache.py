@@ -72,7 +72,7 @@ def test_a_kept_prefix_survives_a_shorter_prompt(first):
 
 
 def test_weights_of_inference_mode():
-    """Guards against a prefix that is kept although torch does not count writes to these weights."""
+    """Guards against a prefix that is kept although torch does not count writes to the weights."""
     with torch.inference_mode():
         model = own_llama()
         fuse(model)
@@ -129,7 +129,9 @@ def test_two_threads_do_not_share_a_cache():
 
 @pytest.mark.usefixtures("graphs")
 def test_a_captured_cache_that_another_generation_has_is_not_reused():
-    """Guards against an error, or its keys, in the next answer. test_captured_runner.py has padding rows."""
+    """Guards against an error, or the keys of the failed pass, in the next answer. test_captured_runner.py
+    has padding rows.
+    """
     model = card_llama()
     strategy = make_strategy("autoregressive")
     capture_decoding(model)

@@ -1,5 +1,5 @@
 """No draft, row, order or kept prefix changes an answer: it is that of the prompt alone without drafts, which
-follows from logits of transformers and the noise of its seed.
+follows from logits of transformers and the noise of the request's seed.
 """
 
 import copy
@@ -60,7 +60,7 @@ MODELS = {
     "four bits": lambda: often_right(4, hidden_size=40, intermediate_size=72),
     "eight bits": lambda: often_right(8, hidden_size=40, intermediate_size=72),
     "windows": lambda: scaled(windowed("mistral"), 2),
-    "windows in some layers": lambda: scaled(windowed("gemma3_text"), 0.2),
+    "windows in one layer of two": lambda: scaled(windowed("gemma3_text"), 0.2),
     "windows in layers of transformers": lambda: scaled(windowed("olmo3"), 3),
     "experts": lambda: scaled(mixture("mixtral"), 5),
 }
@@ -83,7 +83,7 @@ def model_of(name):
 
 
 def changes(how):
-    """A processor that depends on all of the history: it rolls, or after some raises, gives NaN or one id."""
+    """A processor that depends on all of the history: it rolls, or later raises, gives NaN or one id."""
 
     def process(ids, scores):
         assert (len(ids), len(scores)) == (1, 1)
@@ -109,7 +109,7 @@ def criterion(ids, _, fails=False):
     return torch.tensor([met])
 
 
-# What some requests have.
+# Settings that a few requests have.
 RARE = [
     *map(changes, ("rolls", "raises", "NaN", "one")), {"stop_checks": ends}, {"eos_token_ids": [7, 19, 33]},
     {"stopping_criteria": criterion}, {"stopping_criteria": lambda *args: criterion(*args, fails=True)},
@@ -136,7 +136,7 @@ def end_of(result):
 
 @torch.inference_mode()
 def end_by_transformers(model, request, config, context, tokens):
-    """The end of an answer of these tokens and its position. Fails if a token is another one."""
+    """The end of an answer of the given tokens and the position. Fails if a token is another one."""
     start = len(request.ids)
     ids = [*request.ids, *tokens]
     passed = model(torch.tensor([ids]), output_hidden_states=True)
@@ -221,17 +221,17 @@ def compare(name, way, draws):
     ):
         for row in range(draws.randint(3, 4)):
             prompt = draws.choices(range(3, draws.choice([9, 50])), k=draws.randint(1, 30))
-            if row > 1:  # goes on from an answer, or from a part of its prompt
+            if row > 1:  # goes on from an answer, or from a part of the prompt
                 before = draws.randrange(2)
                 prompt = [*requests[before].prompt, *shown[before].decided][: draws.randint(5, 80)] + prompt
-            own = config_of(**draw_config(draws)) if draws.random() < 0.7 else None
+            config = config_of(**draw_config(draws)) if draws.random() < 0.7 else None
             rare = draws.choice(RARE) if draws.random() < 0.5 else {}
-            request = Request(prompt[: context - 10], seed=draws.randrange(2**40), config=own, **rare)
+            request = Request(prompt[: context - 10], seed=draws.randrange(2**40), config=config, **rare)
             shown.append(Recorder())
             results += in_batch(model, [replace(request, streamer=shown[-1])], 1, **plain).values()
             decided = shown[-1].decided
             if exact is not None:
-                config = replace(own or config_of(**shared), exit_layer=plain.get("exit_layer", -1))
+                config = replace(config or config_of(**shared), exit_layer=plain.get("exit_layer", -1))
                 found = end_by_transformers(exact, request, config, context, decided)
                 assert found == (end_of(results[-1]), len(decided))
             predicted = [*decided[:9], draws.choice([1, 5, -1, 10**6]), *decided[10:]]
@@ -269,7 +269,7 @@ ALL_WAYS = {
     "layers": (LAYERS, ["exit"]),
     "n-grams": (WAYS["n-grams"], ["exit", "n-grams", "prediction"]),
     "copy": (COPY, ["4-bit copy"]),
-    "copy of some layers": ({**COPY, "exit_layer": 3}, ["exit"]),
+    "copy of a few layers": ({**COPY, "exit_layer": 3}, ["exit"]),
     "adaptive": (WAYS["adaptive"], ["exit", "prediction"]),
     "adaptive copy": (WAYS["adaptive copy"], ["exit", "4-bit copy"]),
 }
@@ -285,8 +285,9 @@ def test_answers_are_those_of_plain_decoding_alone(way):
       history of processors and stop conditions, and memory for drafts that the limit rules out;
     - keys, values or ids that an inexact draft, another source or another row leaves, and noise that depends
       on drafts, rows or their order;
-    - slots, masks, positions, settings or conditions of other rows, a row at the end of its context that
-      shortens others, a chunk of a prompt at a wrong position, and a token that a cancelled row still gets;
+    - slots, masks, positions, settings or conditions of other rows, a row at the end of the context that
+      shortens other rows, a chunk of a prompt at a wrong position, and a token that a cancelled row still
+      gets;
     - kept keys of rejected drafts, of tokens after the end, of layers that did not run, or of another text;
     - on a GPU, where tokens are read late, a pass too many that shows;
     - an error that reaches another row, a drafted token that ends or changes an output because processors

@@ -147,8 +147,8 @@ def test_order_of_sums_does_not_matter(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cumsum", in_any_order)
     torch.manual_seed(0)
     likely = torch.rand(64, 2**14).softmax(-1).sort(descending=True).values
-    one, *others = (Sampler(top_p=0.9).keep(likely) for _ in range(4))
-    assert all(one.equal(other) for other in others)
+    first, *again = (Sampler(top_p=0.9).keep(likely) for _ in range(4))
+    assert all(first.equal(kept) for kept in again)
 
 
 @hypothesis.given(
@@ -255,7 +255,7 @@ def test_extreme_temperatures(temperature):
 
 
 def leaves(value, first, other=-torch.inf):
-    """A processor: from a history of `first` ids on, one logit is `value` and the others are `other`."""
+    """A processor: from a history of `first` ids on, one logit is `value` and all besides are `other`."""
 
     def process(ids, logits):
         if ids.shape[1] < first:

@@ -130,7 +130,7 @@ def test_a_long_word_is_compared_with_the_text_alone(byte_tokenizer):
 
 def test_a_token_costs_time_by_its_text_alone(byte_tokenizer, monkeypatch):
     """Guards against a search of the whole answer, or of all that stop words hold back, at each token: with
-    many long words one client held up all others.
+    many long words one client held up all clients.
     """
 
     class Answer(str):

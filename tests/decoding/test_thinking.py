@@ -72,7 +72,7 @@ def test_an_output_is_read_token_by_token(request, kind, pieces, words, cut, has
     ids = tokenizer.encode("".join(pieces), add_special_tokens=False)
     ids = ids[: len(ids) - cut]
     while not thinks and "byte" not in kind and decode(tokenizer, ids).endswith("\ufffd"):
-        ids.pop()  # its decoder replaces whole characters before it
+        ids.pop()  # the decoder replaces whole characters before it
     texts = [decode(tokenizer, ids[:n]) for n in range(len(ids) + 1)]
     wholes = [separated(thinking, text) for text in texts]
     stop = next((n for n, (_, answer) in enumerate(wholes) if any(word in answer for word in words)), None)
@@ -119,7 +119,7 @@ def test_a_tag_that_is_a_token_is_that_token_only(byte_tokenizer):
         (SMOLLM3, {}, "", "may begin"),
         (SMOLLM3, {"enable_thinking": False}, "", "off"),
         (SMOLLM3, {}, "/no_think", "off"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}<think>", {}, "", "off"),  # its own text
+        ("{% for m in messages %}{{ m.content }}{% endfor %}<think>", {}, "", "off"),  # text of the template
     ],
 )
 def test_the_prompt_tells_whether_its_answer_thinks(byte_tokenizer, template, kwargs, system, state):
@@ -137,10 +137,10 @@ def test_the_config_of_a_tokenizer_may_name_the_tags(byte_tokenizer):
 
 
 @pytest.fixture(params=["added", "spelled"])
-def told(request, byte_tokenizer):
-    """Answers a chat that is told what to think; the strategies' results by name."""
+def results_of(request, byte_tokenizer):
+    """Answers a chat with a given output. Returns the results by the name of the strategy."""
 
-    def answers(text, template=QWEN3, drafts=DRAFTS, stop_words=None, max_steps=60, before="", **own):
+    def answers(text, template=QWEN3, drafts=DRAFTS, stop_words=None, max_steps=60, before="", **fields):
         tokenizer = thinking_tokenizer(byte_tokenizer, template, request.param)
         results = {}
         for name in drafts:
@@ -149,7 +149,7 @@ def told(request, byte_tokenizer):
             prompt = teller.render_chat([{"role": "user", "content": before}], {})
             ids = teller.encode(prompt, special_tokens=False)
             thinking = Thinking.of(tokenizer, prompt)
-            results[name] = teller.generate(Request(ids, thinking=thinking, **own), config)
+            results[name] = teller.generate(Request(ids, thinking=thinking, **fields), config)
         return results
 
     return answers
@@ -159,7 +159,7 @@ def told(request, byte_tokenizer):
 @pytest.mark.parametrize(
     ("template", "thought"), [(QWEN3, ""), (R1, "ab {c"), (QWEN3, "A city: {]\n\nnaïve 日")]
 )
-def test_a_grammar_begins_after_the_thinking(told, template, thought):
+def test_a_grammar_begins_after_the_thinking(results_of, template, thought):
     """At the very token, also in the middle of a draft. Guards against an answer that is not guided, one
     that is guided from the next round on, and thinking that is.
     """
@@ -167,7 +167,7 @@ def test_a_grammar_begins_after_the_thinking(told, template, thought):
     text = f"{opening}{thought}{TAGS[1]}\n\n"
     # n-grams draft beyond the end of the thinking what the grammar forbids.
     before = f"{thought}{TAGS[1]}\n\nnot JSON" * 2
-    results = told(text, template, before=before, grammar=ANSWER)
+    results = results_of(text, template, before=before, grammar=ANSWER)
     for name, result in results.items():
         assert result.thinking == thought
         assert re.fullmatch(PATTERN, result.decoded_prediction)
@@ -177,15 +177,15 @@ def test_a_grammar_begins_after_the_thinking(told, template, thought):
         assert result.num_thinking_tokens == results["plain"].num_thinking_tokens > 0
 
 
-def test_a_grammar_without_thinking(told):
-    """An output that may think and does not is guided from its first token on."""
-    for result in told('{"a"', drafts=["layers"], grammar=ANSWER).values():
+def test_a_grammar_without_thinking(results_of):
+    """An output that may think and does not is guided from the first token on."""
+    for result in results_of('{"a"', drafts=["layers"], grammar=ANSWER).values():
         assert (result.thinking, result.num_thinking_tokens) == ("", 0)
         assert re.fullmatch(PATTERN, result.decoded_prediction)
 
 
 def test_guided_thinking_has_no_stop_token_of_the_request(byte_tokenizer):
-    """Guards against an answer that is no JSON, since a stop token of the request ended its thinking."""
+    """Guards against an answer that is no JSON, since a stop token of the request ended the thinking."""
     tokenizer = thinking_tokenizer(byte_tokenizer, R1)
     teller = Teller(tokenizer, text=f"a<s>b{TAGS[1]}", max_position_embeddings=512)
     config = GenerationConfig(sample=False, max_steps=60, stop_token_ids=[tokenizer.bos_token_id])

@@ -1,4 +1,4 @@
-"""What adaptive decoding learns of its sources, and which round it makes next, in simulated rounds."""
+"""What adaptive decoding learns of draft sources, and which round it makes next, in simulated rounds."""
 
 import random
 from collections import Counter
@@ -95,7 +95,7 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
     """The rounds that a policy makes in a world.
 
     Args:
-        stalled: a source, and which of its rounds the machine takes a thousand seconds for.
+        stalled: a source, and the number of a round that takes the machine a thousand seconds.
     """
     draws = random.Random(seed)
     made = []
@@ -128,14 +128,14 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
 
 
 def speed(made, world, num_rows=1):
-    """Of these rounds, in that of plain steps."""
+    """Time per token of the rounds over the time per token of plain steps."""
     tokens = sum(each.num_tokens for each in made)
     seconds = sum(each.seconds for each in made)
     return tokens / seconds / (num_rows / world.verification(num_rows, 0))
 
 
 def mostly(made):
-    """The source of most rounds: some are trials."""
+    """The source of most rounds; the rest are trials."""
     return Counter(each.source for each in made).most_common(1)[0][0]
 
 
@@ -385,7 +385,7 @@ def test_what_is_looked_up_is_planned_while_a_plan_without_drafts_holds():
 
 
 def test_a_token_after_a_rejected_one_is_not_judged():
-    """Guards against a source that seems the worse the longer its drafts are."""
+    """Guards against a source that seems worse with longer drafts."""
     chooser = policy(copy_takes=0.3)
     expected = DecayedMean(0.95, weight=6.0)
     chooser.learn(drafted_by([COPY], [4]), [1], None)

@@ -1,4 +1,4 @@
-"""A new source of drafts: its class, an entry in the table and its flag are all that it takes."""
+"""A new source of drafts needs a class, an entry in the table and a flag, and nothing else."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A LoRA folder as --model: loading merges it into its base model, or refuses it in one line."""
+"""A LoRA folder as --model: loading merges it into the base model, or refuses it in one line."""
 
 import importlib.util
 import sys
@@ -62,7 +62,7 @@ run(generate.main)
 
 @pytest.fixture
 def folder(tmp_path):
-    """A LoRA folder by its config; these tests read no weights."""
+    """A LoRA folder with a config and no weights, which no test here reads."""
     (tmp_path / "adapter_config.json").write_text(LORA % (tmp_path / "base"))
     (tmp_path / "adapter_model.safetensors").touch()
     return tmp_path
@@ -115,7 +115,7 @@ def test_adapters_that_cannot_be_merged_are_refused(config, options, says, folde
 
 
 def test_a_base_model_that_is_not_there_is_named(folder, monkeypatch):
-    """Guards against the adapter's name in its place."""
+    """Guards against the adapter's name in place of the base model's."""
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "peft" or find(name))
     assert refusal(folder) == f"model '{folder / 'base'}': no such folder"

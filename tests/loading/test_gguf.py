@@ -24,14 +24,16 @@ from self_speculation.loading.gguf_files import Header
 from self_speculation.loading.loading import load_config
 
 
-def write(path, model, tokenizer, quantised=None, everything=False, others=None, keys=None, tensors=None):
+def write(
+    path, model, tokenizer, quantised=None, everything=False, other_formats=None, keys=None, tensors=None
+):
     """Write a file as converters do: without the size of the vocabulary, and, of a Llama, with the two halves
     of each head, which rotate together, interleaved.
 
     Args:
         quantised: format of the layers' matrices; None: float32.
         everything: embeddings and head have that format, too.
-        others: by parts of matrices' names, their formats instead.
+        other_formats: part of a matrix's name -> the format instead.
         keys, tensors: further ones; keys without the name of the family.
     """
     config = model.config
@@ -74,7 +76,7 @@ def write(path, model, tokenizer, quantised=None, everything=False, others=None,
             weight = weight + 1
         name = names.get_name(name, (".weight", ".bias"))
         data = weight.numpy()
-        kind = next((kind for part, kind in (others or {}).items() if part in name), quantised)
+        kind = next((kind for part, kind in (other_formats or {}).items() if part in name), quantised)
         if kind is None or weight.dim() == 1 or not (everything or name.startswith("blk.")):
             file.add_tensor(name, data)
         else:
@@ -120,8 +122,8 @@ def test_weights_are_dequantised_as_by_gguf(kind, dtype, byte_tokenizer, tmp_pat
     kind = gguf.GGMLQuantizationType[kind]
     write(tmp_path / "x.gguf", model, byte_tokenizer, kind, everything=True)
     loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype=dtype))
-    own = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind.name, torch.float32)
-    assert loaded.dtype == (own if dtype == "auto" else getattr(torch, dtype))
+    expected = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind.name, torch.float32)
+    assert loaded.dtype == (expected if dtype == "auto" else getattr(torch, dtype))
     for name, weight in loaded.state_dict().items():
         written = model.state_dict()[name]
         if weight.dim() > 1:
@@ -195,7 +197,7 @@ def test_configs_are_those_of_transformers(written):
     ("old", "new", "says"),
     [
         (b"llama", b"mamba", "model type 'mamba' is not supported in .gguf files"),
-        (b"ggml.tokens", b"ggml.others", "the file has no tokenizer (tokenizer.ggml.tokens)"),
+        (b"ggml.tokens", b"ggml.tokenz", "the file has no tokenizer (tokenizer.ggml.tokens)"),
     ],
 )
 def test_what_a_file_lacks_is_named(old, new, says, written):

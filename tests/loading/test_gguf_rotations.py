@@ -1,4 +1,4 @@
-"""Rotations that `.gguf` files scale, and models whose heads have a size of their own."""
+"""Rotations that `.gguf` files scale, and models whose head size is not hidden size / heads."""
 
 import math
 

@@ -72,9 +72,9 @@ def test_loading_prints_nothing_unless_a_script_shows_progress(shows, model_fold
     transformers.utils.logging.enable_progress_bar()  # train.py turns it off
     with shown_by(lambda *_: nullcontext(print)) if shows else nullcontext():
         load_model_and_tokenizer(str(model_folder))
-    said = capsys.readouterr()
-    assert (said.out, "Loading weights" in said.err) == ("", shows)
-    assert shows or not said.err
+    printed = capsys.readouterr()
+    assert (printed.out, "Loading weights" in printed.err) == ("", shows)
+    assert shows or not printed.err
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
@@ -228,7 +228,7 @@ def test_errors_of_the_hub_become_advice(kind, advice, monkeypatch):
 
 
 def test_without_a_network(model_folder, tmp_path, monkeypatch, capsys):
-    """Guards against half a minute of attempts, each with its raw error, before the one line, against a check
+    """Guards against half a minute of attempts, each with a raw error, before the one line, against a check
     of the network that refuses models of the local cache, and against a second check of seconds.
     """
     constants = huggingface_hub.constants
@@ -276,7 +276,7 @@ def test_code_of_a_repository_needs_permission(folder, tmp_path):
 
 
 def test_the_bundled_model_is_small_complete_and_in_bf16():
-    """Guards against a checkpoint without its tokenizer, in fp32, or with leftovers of a training run."""
+    """Guards against a checkpoint without a tokenizer, in fp32, or with leftovers of a training run."""
     files = {file.name: file for file in Path(default_model()).iterdir()}
     expected = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert expected | {"tokenizer.json", "tokenizer_config.json"} == set(files)

@@ -1,4 +1,6 @@
-"""--quantization: the target itself has weights in fewer bits, and all strategies give its own output."""
+"""--quantization: the target itself has weights in fewer bits, and all strategies give the output of that
+model.
+"""
 
 import json
 import os
@@ -34,18 +36,20 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own", [pytest.param(True, marks=needs_operators), False])
-def test_strategies_agree_on_a_quantised_model(own, tmp_path):
+@pytest.mark.parametrize("has_operators", [pytest.param(True, marks=needs_operators), False])
+def test_strategies_agree_on_a_quantised_model(has_operators, tmp_path):
     """Guards against weights that were not quantised, and against quantisers such as LLM.int8, where the
-    result of a token depends on the other tokens of its pass.
+    result of a token depends on the other tokens of the pass.
     """
     env = {**os.environ, "PYTHONPATH": str(LIBRARIES)}
-    env |= {} if own else {"ATEN_CPU_CAPABILITY": "default"}  # there are no operators for it
+    env |= {} if has_operators else {"ATEN_CPU_CAPABILITY": "default"}  # there are no operators for it
     command = [sys.executable, write_program(tmp_path, PROGRAM)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=forks.HANGS, env=env)
     assert run.returncode == 0, run.stderr
     kinds, answers = zip(*json.loads(run.stdout.splitlines()[-1]), strict=True)
-    assert kinds == (("Parameter", "Tensor", "Tensor") if own else ("Parameter", "Int8Tensor", "Params4bit"))
+    assert kinds == (
+        ("Parameter", "Tensor", "Tensor") if has_operators else ("Parameter", "Int8Tensor", "Params4bit")
+    )
     assert all(plain == drafted == adaptive for plain, drafted, adaptive in answers)
     assert answers[0] != answers[2]
 

@@ -62,7 +62,7 @@ def test_draft_stats_of_answers_are_added():
 
 
 def compared(ours, theirs, num_tokens=(100,), baseline_tokens=None, **fields):
-    """The speed-up of records with these wall times and numbers of tokens."""
+    """The speed-up of records with the given wall times and numbers of tokens."""
     pairs = zip(ours, theirs, itertools.cycle(num_tokens), itertools.cycle(baseline_tokens or num_tokens))
     records = [
         record(window=i, num_tokens=n, wall_time=a, prefill_time=0.5)

@@ -47,8 +47,10 @@ def resources(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return {name.lower(): int(number) for name, number in re.findall(r"(\w+):(\d+)", said.stdout)}
+        report = subprocess.run(
+            [program, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return {name.lower(): int(number) for name, number in re.findall(r"(\w+):(\d+)", report.stdout)}
 
 
 def assemble(case, run, kernel, *args, grid, warmup, **constants):  # noqa: ARG001

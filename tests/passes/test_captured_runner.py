@@ -62,9 +62,9 @@ def test_ids_are_those_of_eager_passes(way, graphs):
     drafts = WAYS.get(way, {"exit_layer": 2})
     lengths = (6, 20, 500, 9, 25)
     config = {"max_steps": 20, "temperature": 0.7, "top_p": 0.9, **drafts}
-    own = [config_of(**config, sample=is_sampled) for is_sampled in (False, True)]
+    configs = [config_of(**config, sample=is_sampled) for is_sampled in (False, True)]
     requests = {
-        index: Request([5 + i % 40 for i in range(length)], seed=index, config=own[index % 2])
+        index: Request([5 + i % 40 for i in range(length)], seed=index, config=configs[index % 2])
         for index, length in enumerate(lengths)
     }
     expected = in_batch(model, requests.values(), 3, **config)
@@ -124,7 +124,7 @@ def test_the_end_of_the_context(monkeypatch):
 @pytest.mark.parametrize("fails", ["before", "capture", "growth", "tables"])
 def test_an_error_in_a_capture(fails, monkeypatch):
     """Guards against replays of earlier passes, whose workspace the failed graph has freed, a stream that
-    stays the current one, and layers whose cache is shorter than that of others.
+    stays the current one, and layers whose cache is shorter than the cache of other layers.
     """
     model = card_llama(max_position_embeddings=4096)
     prompts = [PROMPT, [8, 3], [7, 7, 9, 4], [5] * 1100]
@@ -259,7 +259,7 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
 def test_models_that_cannot_be_captured_are_refused():
     """Guards against an error of CUDA in the middle of a capture."""
     for kind, method, why in (
-        ("llama", "gguf", None),  # its weights are in 16 bits
+        ("llama", "gguf", None),  # weights in 16 bits
         ("llama", "gptq", r"not with quantised weights \(gptq\)"),
         ("glm4", "gguf", "model type 'glm4' is not one of llama, mistral"),
     ):
@@ -283,7 +283,7 @@ def test_passes_that_cannot_be_captured_are_eager(fused, why):
 
 @pytest.mark.usefixtures("graphs")
 def test_prompts_see_their_window():
-    """Guards against flash attention, which sees all positions, in layers with windows beside others."""
+    """Guards against flash attention, which sees all positions, in layers with windows."""
     model = windowed("qwen2").float()
     ids = torch.arange(3, 15)[None]
     with torch.inference_mode():

@@ -40,7 +40,7 @@ def change(model, how):
 
 
 def run_all(*functions):
-    """Run each in a thread of its own. Returns their results."""
+    """Run each function in a thread. Returns the results."""
     with ThreadPoolExecutor(len(functions)) as threads:
         return [future.result() for future in [threads.submit(function) for function in functions]]
 

@@ -143,15 +143,15 @@ BY_OUR_KERNELS = {"head_dim": 64}
 def test_every_path(path, captured, model):
     """Guards against a tensor made on the CPU, waits for the card, and attention that only a CPU is good at.
 
-    Rows differ in length and settings, end, make room for others, and take what others have left. The last
-    ones show drafts and look at them, as a grammar does.
+    Rows differ in length and settings, end, make room for other rows, and take slots that other rows have
+    left. The last ones show drafts and look at them, as a grammar does.
     """
     config = config_of(sample=True, max_steps=6, reuse_cache=True, **PATHS[path])
-    own = [{"max_steps": 3}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"sample": False}]
+    changes = [{"max_steps": 3}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"sample": False}]
     processors = [RepetitionPenaltyLogitsProcessor(1.2), SimpleNamespace(masked=lambda ids, scores: scores)]
     requests = [
         Request([5, 6, 7, *[8] * i, 9], processors[:i], None, Mock() if i else None, i, config=changed)
-        for i, changed in enumerate(replace(config, **each) for each in own)
+        for i, changed in enumerate(replace(config, **each) for each in changes)
     ]
     model = model_of(**model)
     strategy = make_strategy(config.generation_strategy)
@@ -166,10 +166,10 @@ def test_every_path(path, captured, model):
 def test_guided_decoding(byte_tokenizer):
     """Guards against numpy's arrays, which `torch.tensor` does not pin, and a pageable copy for a request."""
     grammar._byte_biases.cache_clear()
-    own = GrammarProcessor(Grammar.lark("start: <[0-300]>*"), byte_tokenizer, len(byte_tokenizer), [2])
+    processor = GrammarProcessor(Grammar.lark("start: <[0-300]>*"), byte_tokenizer, len(byte_tokenizer), [2])
     scores = torch.empty(1, len(byte_tokenizer), device=DEVICE)
     with Waits():
-        assert own.masked([5, 6], scores).device == scores.device
+        assert processor.masked([5, 6], scores).device == scores.device
     grammar._byte_biases.cache_clear()
 
 

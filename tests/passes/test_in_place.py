@@ -149,7 +149,7 @@ def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_pro
         values = [layer.self_attn.v_proj for layer in model.model.layers]
         quantize(model, 8 if form == "mixed" else form)
         for layer, value in zip(model.model.layers, values, strict=True):
-            if form == "mixed":  # as in some files
+            if form == "mixed":  # as in files of llama.cpp
                 layer.self_attn.v_proj = value
     fuse(model)
     runner = InPlaceRunner(model)

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def append(cache, numbers, layer=0):
-    """Keys and values [T, heads, head_dim] of one row, which are the numbers of its positions."""
+    """Keys and values [T, heads, head_dim] of one row: each value is the number of the position."""
     both = torch.tensor([*numbers], dtype=torch.float32)[:, None, None].expand(-1, 2, 3)
     written = cache.write(both, both, layer)
     cache.extend(layer, layer + 1, [len(both)])
@@ -75,7 +75,7 @@ class OutOfMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_are_swapped_without_memory(dtype):
-    """Guards against two slots that are exchanged in some layers only, and against bits that change."""
+    """Guards against two slots that are exchanged in one layer only, and against bits that change."""
     cache = cache_of(*[CPU] * 3, num_slots=3)
     buffers = [(torch.randn(3, 2, 8, 3, dtype=dtype), torch.randn(3, 2, 8, 3, dtype=dtype)) for _ in range(3)]
     cache.buffers.of_layers = dict(enumerate(buffers))

@@ -37,7 +37,7 @@ def test_weights_without_versions_or_memory_have_a_key(model):
     head.weight = nn.Parameter(DTensor.from_local(head.weight.data, mesh, [Replicate()]))
     key = weights_key(model)
     assert key == weights_key(model)
-    # torch moves no tensor that wraps others and has a weak reference.
+    # torch moves no tensor that wraps tensors and has a weak reference.
     assert key != weights_key(model.to("meta")) == weights_key(model)
 
 

@@ -44,13 +44,13 @@ def test_a_copy_knows_which_inputs_are_large():
     module = model.model.layers[0].mlp.down_proj
     (copied,) = (part for part in quantized(runner, 1).layers[0].products if part.in_features == 48)
     x = torch.randn(2, 48)
-    others = torch.ones(48)
+    ones = torch.ones(48)
     assert torch.equal(copied(x), int4_copy(module, squares[module])(x))
-    assert not torch.equal(copied(x), int4_copy(module, others)(x))
+    assert not torch.equal(copied(x), int4_copy(module, ones)(x))
 
 
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
-    """Guards against a machine that swaps because copies fill its memory, new copies for each generation,
+    """Guards against a machine that swaps because copies fill the memory, new copies for each generation,
     a traceback where there are no kernels, and minutes of silence.
     """
     model = own_llama(3, fused=True)
@@ -102,7 +102,7 @@ def test_the_best_ids_have_the_logits_of_the_models_head(fused):
     best = exact.topk(4).indices
     assert_close(logits.gather(1, best), exact.gather(1, best))
     assert logits.topk(4).indices.equal(best)
-    assert 0 < (logits - exact).norm() < 0.2 * exact.norm()  # the others have four bits
+    assert 0 < (logits - exact).norm() < 0.2 * exact.norm()  # all other modules have four bits
 
 
 def in_sixteen_steps(model):

@@ -1,4 +1,4 @@
-"""Every runner of a model computes by the weights of now, over the memory of the model's own weights."""
+"""Every runner of a model computes by the weights of now, over the memory of the model's weights."""
 
 import copy
 import gc
@@ -70,7 +70,7 @@ def reordered(model):
     layers[0], layers[1] = layers[1], layers[0]
 
 
-# `weights_key` sees these.
+# `weights_key` sees the following changes.
 SEEN = [assigned_and_trained, replaced_data, replaced_and_put_back, written, reordered, nn.Module.double]
 
 
@@ -104,7 +104,7 @@ def another_forward(model):
     mlp.forward = lambda hidden: 3 * type(mlp).forward(mlp, hidden)
 
 
-# Of these `fuse` must be told.
+# After the following changes somebody must call `fuse`.
 TOLD = [one_element, another_norm, another_activation, scaled, turned, hooked, another_forward]
 # Layers of transformers have nothing that is made of weights: only graphs and kept keys can be outdated.
 CHANGED = [
@@ -136,7 +136,7 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
         for strategy, way in ((strategies[index], ways[index]) for index in order):
             yield answer_of(strategy, model, Request(PROMPT), max_steps=8, reuse_cache=True, **way)
 
-    # The first way is the last one: it would go on with its keys and values if they were not outdated.
+    # The first way is the last one: it would go on with the first keys and values if they were not outdated.
     before = [result.predicted_tokens for result in answers((2, 1, 0))]
     if graphs:
         assert graphs.replayed
@@ -156,7 +156,7 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
 
 
 def test_each_request_of_a_batch_uses_current_weights(model):
-    """Guards against a scheduler that keeps its first weights after its batch was empty."""
+    """Guards against a scheduler that keeps the first weights after the batch was empty."""
     fuse(model)
     strategy = make_strategy("autoregressive")
     config = config_of(max_steps=12)
@@ -169,7 +169,7 @@ def test_each_request_of_a_batch_uses_current_weights(model):
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_what_is_made_of_a_model_is_freed(is_captured, request):
     """Guards against memory that stays: of a removed layer, of a model that has moved, and of one that is
-    gone while its strategy is not, also if a hook has the model.
+    gone while the strategy is not, also if a hook has the model.
     """
     model = card_llama(4)
     strategy = make_strategy("adaptive")

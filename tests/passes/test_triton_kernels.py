@@ -1,6 +1,6 @@
-"""The kernels of a card: by Triton's interpreter, by its compiler, and in whole answers.
+"""The kernels of a card: by Triton's interpreter, by Triton's compiler, and in whole answers.
 
-Where triton cannot be had these tests are skipped. The interpreter's products of bfloat16 are wrong, so what
+Without triton the tests are skipped. The interpreter's products of bfloat16 are wrong, so what
 it computes is float16 and float32.
 """
 
@@ -72,9 +72,9 @@ def test_kernels_compute_attention(seed, interpreter, monkeypatch):
     torch.testing.assert_close(
         found.float(), want, rtol=0, atol=roundings * max(1.0, float(want.abs().max()))
     )
-    for written, own in zip((keys, values), right, strict=True):
-        assert torch.equal(written.isnan(), own.isnan())
-        torch.testing.assert_close(written, own, rtol=0, atol=4 * roundings, equal_nan=True)
+    for written, expected in zip((keys, values), right, strict=True):
+        assert torch.equal(written.isnan(), expected.isnan())
+        torch.testing.assert_close(written, expected, rtol=0, atol=4 * roundings, equal_nan=True)
 
 
 # Card, tokens, heads, heads of keys, size of a head, rows: those of 7B, 8B, 1B, Gemma and Phi.
@@ -127,7 +127,7 @@ def test_gates():
 )
 def test_whole_answers(kind, is_captured, way, interpreter, monkeypatch):  # noqa: ARG001
     """Three rows of different lengths. Guards against kernels that a runner hands other rows, layers,
-    windows, positions or buffers than their own: ids are those of a CPU.
+    windows, positions or buffers than the layer has: ids are those of a CPU.
     """
     model = card_llama()
     if kind == "windows":  # in every second layer

@@ -77,7 +77,7 @@ def test_what_looks_like_a_command_is_not_asked(prompt, status):
 @pytest.mark.parametrize(("kwargs", "keeps"), [({}, False), ({"keep": True}, True)])
 @pytest.mark.parametrize("thought", ["Hm.", ""])
 def test_earlier_thinking_comes_back_if_the_template_asks(byte_tokenizer, capsys, kwargs, keeps, thought):
-    """Guards against thinking that stays in the history because its tokens are kept."""
+    """Guards against thinking that stays in the history because the tokens are kept."""
     block = f"{TAGS[0]}\n{thought}\n{TAGS[1]}\n\n"
     teller = Teller(thinking_tokenizer(byte_tokenizer, QWEN3), text=f"{block}u</s>")
     talk = Conversation(teller, config_of(), "none", chat=True, template_kwargs=kwargs)

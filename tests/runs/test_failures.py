@@ -100,7 +100,7 @@ def test_one_prompt_ends_in_one_line(loading, common, fails_at, monkeypatch, cap
 
 
 def test_a_conversation_goes_on(common, fails_at, monkeypatch, capsys):
-    """Guards against a conversation that ends, or that has the failed prompt in its history."""
+    """Guards against a conversation that ends, or that has the failed prompt in the history."""
     session = Mock(prompt=Mock(side_effect=["one", "two", "three", EOFError]))
     monkeypatch.setattr("runs.terminal.PromptSession", lambda **_: session)
     monkeypatch.setattr("runs.terminal._unechoed", nullcontext)

@@ -1,4 +1,4 @@
-"""The folder of a run survives what ends it; its heading names model, data, settings and machine."""
+"""The folder of a run survives an end of the run. The heading names model, data, settings and machine."""
 
 import dataclasses
 import errno

@@ -27,7 +27,7 @@ GROUPS = (ModelArguments, GenerationConfig, GenerateArguments)
 
 
 def test_the_defaults_of_the_papers_settings():
-    """Guards against a default that changes without its page, and settings by position that change places."""
+    """Guards against a default that changes without the page, and settings by position that change places."""
     defaults = (512, -1, -1, "autoregressive", True, 0.6, 0, 0.9, None, None, None)
     assert GenerationConfig() == GenerationConfig(*defaults)
 

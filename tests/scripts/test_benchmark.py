@@ -32,7 +32,7 @@ def common(model_folder, tmp_path, monkeypatch):
 
 
 def test_benchmark_writes_files_that_others_can_read(model_folder, tmp_path, capsys):
-    """Guards against a run without its machine, records out of order, and a table that lacks a figure."""
+    """Guards against a run without the machine, records out of order, and a table that lacks a figure."""
     flags = ["--compare", "True", "--text_quality", "True", *SPECULATION, "--sample", "False"]
     assert benchmark.main([*small_run(model_folder, tmp_path, 5, 12), *flags]) == 0
     run = about(only_run(tmp_path))
@@ -75,7 +75,7 @@ def test_examples_draw_their_own_samples(common, tmp_path):
 
 
 def test_prompts_go_through_the_chat_template(common, model_folder, tmp_path, monkeypatch):
-    """Guards against a prompt without the template or its variables, and special tokens twice."""
+    """Guards against a prompt without the template or the variables, and special tokens twice."""
     shutil.copytree(model_folder, tmp_path / "chat")
     (tmp_path / "chat" / "chat_template.jinja").write_text("{{ x }}, {{ y }}: {{ messages[0].content }}")
     model = ["--model", str(tmp_path / "chat"), "--chat", "--chat_template_kwargs"]
@@ -149,7 +149,7 @@ def test_correctness_catches_a_wrong_accept_rule(common, rule, batch_size, monke
     output = capsys.readouterr().out
     found = {line.split(", ")[1] for line in output.splitlines() if line.endswith(": DIFFERENCE")}
     assert found >= {"greedy", "sample 1", "sample 2"}
-    assert len({request.seed for _, request in requests}) == 5 * 4  # of each example and sample its own
+    assert len({request.seed for _, request in requests}) == 5 * 4  # each example and sample has one
     assert "\nFAILED: " in output
 
 
@@ -238,15 +238,15 @@ QUESTIONS = [
 
 @pytest.fixture
 def asked(common, tmp_path):
-    """Flags of a script over these questions."""
+    """Flags of a script over the given questions."""
     path = write_rows(tmp_path / "question.jsonl", QUESTIONS)
     flags = ["--dataset", "spec_bench", "--data_path", path, "--template", "{message}", "--sample", "False"]
     return [*common, "--generation_strategy", "self_speculative", *SPECULATION, *flags]
 
 
 def test_answers_and_turns_of_spec_bench(asked, tmp_path, monkeypatch):
-    """Guards against files that its speed.py cannot read, turns that do not see those before, and answers
-    that are kept only after other conversations have begun.
+    """Guards against files that Spec-Bench's speed.py cannot read, turns that do not see earlier turns, and
+    answers that are kept only after other conversations have begun.
     """
     seen = watch(monkeypatch, HuggingfaceLlamaGenerator, "encode")
     order = []

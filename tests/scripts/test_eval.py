@@ -1,4 +1,4 @@
-"""eval.py against the harness's own Hugging Face model, on tasks whose data is here."""
+"""eval.py against the harness's Hugging Face model, on tasks whose data is here."""
 
 import copy
 import functools
@@ -242,7 +242,7 @@ def test_what_cannot_run_is_refused_by_name(arguments, model_folder, capsys):
 
 
 def test_mistakes_of_the_program_are_not_explained_away(arguments, monkeypatch):
-    """Guards against a ValueError of ours that reads as one of the harness about its flags."""
+    """Guards against a ValueError of ours that reads as an error of the harness about flags."""
     monkeypatch.setattr(Scheduler, "step", lambda *_: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         eval_script.main(arguments("functions"))

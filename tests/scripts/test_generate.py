@@ -42,13 +42,19 @@ class Terminal(pexpect.fdpexpect.fdspawn):
     """A terminal, and the script in it."""
 
     def __init__(self, *args):
-        mine, its = pty.openpty()
-        termios.tcsetwinsize(its, (24, 80))
+        mine, terminal = pty.openpty()
+        termios.tcsetwinsize(terminal, (24, 80))
         env = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
         self.script = forks.Fork(
-            ROOT / "generate.py", *args, stdin=its, stdout=its, stderr=its, env=env, terminal=True
+            ROOT / "generate.py",
+            *args,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env=env,
+            terminal=True,
         )
-        os.close(its)
+        os.close(terminal)
         super().__init__(mine, timeout=forks.HANGS, encoding="utf-8", codec_errors="replace")
 
     def sends(self, keys):
@@ -135,7 +141,7 @@ def test_input_that_is_no_prompt_is_refused(generated):
 
 @pytest.mark.parametrize("is_full", [False, True], ids=["the reader leaves", "the disk is full"])
 def test_an_output_that_cannot_be_written(is_full, model_folder):
-    """Guards against tracebacks, of Python at its end, too. As `generate.py | true`, which is no error."""
+    """Guards against tracebacks, of Python at the end, too. As `generate.py | true`, which is no error."""
     reader, writer = (None, "/dev/full") if is_full else os.pipe()
     with tempfile.TemporaryFile() as errors, open(writer, "wb") as output:
         if reader is not None:
@@ -174,7 +180,7 @@ def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):
 
 
 def test_keys_of_a_prompt(talk, byte_tokenizer):
-    """Guards against a pasted prompt that is sent after its first line, and an answer to nothing."""
+    """Guards against a pasted prompt that is sent after the first line, and an answer to nothing."""
     child = talk(*GREEDY)
     for keys, prompt in (
         ("abcdef\r", "abcdef"),

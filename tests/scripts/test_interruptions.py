@@ -37,7 +37,7 @@ GRID = ["--sample", "False", "--exit_layer_last", "2", "--num_speculations_last"
 
 
 CASES = {
-    # Sampled: an example must not depend on earlier ones of its process.
+    # Sampled: an example must not depend on earlier ones of the process.
     "benchmark": (benchmark, [*SPECULATION, "--no_repeat_ngram_size", "3"]),
     "batches": (benchmark, [*SPECULATION, "--batch_size", "3"]),
     "correctness": (correctness, [*SPECULATION, "--batch_size", "3"]),
@@ -145,7 +145,7 @@ def test_ranks_give_the_records_of_one(name, ranks, common, unbroken, tmp_path):
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
-    """Guards against ranks that wait for it, and a rank that waits for the others before it says why."""
+    """Guards against ranks that wait for it, and a rank that waits for all ranks before it says why."""
     code = (
         "import os, benchmark; from measures.benchmarking import Benchmark; from runs.program import run\n"
         "def records(self, indices): raise TypeError('rank 1 broke')\n"

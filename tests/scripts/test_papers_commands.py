@@ -62,8 +62,8 @@ def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
     monkeypatch.setitem(DATASETS, "human_eval", replace(DATASETS["human_eval"], source=Path(problems)))
     no_pictures(monkeypatch)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    own = str(Path(lm_eval.tasks.__file__).parent / "gsm8k")
-    manager = lambda **_: TaskManager(include_path=own, include_defaults=False)  # noqa: E731
+    folder = str(Path(lm_eval.tasks.__file__).parent / "gsm8k")
+    manager = lambda **_: TaskManager(include_path=folder, include_defaults=False)  # noqa: E731
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
 
 

@@ -36,7 +36,7 @@ def table(tmp_path):
     [
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--no_repeat_ngram_size", "2"], marks=pytest.mark.slow),
-        ["--stop_token_ids", *map(str, range(30, 45))],  # some answers end, others are cut
+        ["--stop_token_ids", *map(str, range(30, 45))],  # a few answers end, the rest are cut
     ],
 )
 def test_counts_are_the_measured_ones(common, tmp_path, extra):
@@ -145,7 +145,7 @@ def test_a_measured_sweep_of_empty_answers(common, tmp_path, capsys):
 
 
 def test_copies_may_use_all_layers(common, tmp_path, monkeypatch, capsys):
-    """Guards against flags of a best cell without its copy, and a grid that ends before the best exit."""
+    """Guards against flags of a best cell without the copy, and a grid that ends before the best exit."""
     monkeypatch.setattr(sweeping.metrics, "ratios", lambda *_: numpy.array([2.0] * 5))
     drafts = ["--draft_weights", "int4"]
     assert sweep.main([*common, *drafts, "--exit_layer_last", "2"]) == 0

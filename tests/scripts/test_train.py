@@ -1,4 +1,4 @@
-"""train.py as its users run it, on models of a few thousand parameters."""
+"""train.py as users run it, on models of a few thousand parameters."""
 
 import gc
 import os
@@ -77,7 +77,7 @@ def checkpoints(folder):
 
 
 def program(tmp_path, patch):
-    """train.py with a patch by the functions below, for processes of their own."""
+    """train.py with a patch by the functions below, for separate processes."""
     code = f"from test_train import *\n{patch}(pytest.MonkeyPatch())\n"
     return write_program(tmp_path, f"{code}from runs import program; program.run(train.main)\n")
 
@@ -97,7 +97,7 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, capsys):
     assert tokenizer.decode(ids) == first + second
     # A prompt may end in a line break, so it must not merge with the indentation after it.
     assert ids == tokenizer.encode(first) + tokenizer.encode(second)
-    # If the end of a text were padding, too, its embedding would stay zero.
+    # If the end of a text were padding, too, the embedding of the end would stay zero.
     assert model.get_input_embeddings().weight[tokenizer.eos_token_id].abs().sum() > 0
     assert generate.main([*map(str, ["--model", folder / "model", *GENERATE])]) == 0
 
@@ -134,7 +134,7 @@ def at_step(step, event, rank=0):
     place = step, rank
     return before(
         EarlyExitTrainer, "training_step", event,
-        lambda own, *_: (own.state.global_step, own.args.process_index) == place,
+        lambda trainer, *_: (trainer.state.global_step, trainer.args.process_index) == place,
     )  # fmt: skip
 
 
@@ -160,11 +160,11 @@ def whole(tmp_path_factory, texts):
 
 
 NO_ROOM = "[enforce fail at inline_container.cc:672]"
-INTERRUPTIONS = {  # an event, exit status, steps of the checkpoints that are left, what is said
+INTERRUPTIONS = {  # an event, exit status, steps of the checkpoints that are left, the message
     "kill": (at_step(5, raises(Killed)), None, {4}, ""),
     "checkpoint": (in_last_checkpoint(SIGTERM), 143, {8, 12}, "interrupted; step 12"),
     "evaluation": (
-        before(EarlyExitTrainer, "evaluate", SIGINT, lambda own, *held_out: held_out),  # the last one
+        before(EarlyExitTrainer, "evaluate", SIGINT, lambda trainer, *held_out: held_out),  # the last one
         130, {8, 12}, "interrupted; step 12",
     ),
     "disk full": (

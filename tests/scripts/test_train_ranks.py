@@ -1,4 +1,4 @@
-"""train.py with several ranks, and with adapters, which need a process of their own."""
+"""train.py with several ranks, and with adapters, which need a separate process."""
 
 import json
 import os
@@ -42,7 +42,7 @@ REFUSED = '"training.run", "load_texts", ValueError("data_path x: no such files"
     ids=["signal", "disk_full_of_a_shard", "refused_by_0", "refused_by_1"],
 )
 def test_an_event_at_one_rank_ends_all(patch, env, status, message, tmp_path, texts):
-    """Guards against ranks that wait for one another, and that fail with errors of their own."""
+    """Guards against ranks that wait for one another, and that fail with different errors."""
     command = arguments(tmp_path, texts, "--batch_size", "2")
     ended = forks.run_ranks(2, program(tmp_path, patch), *command, env=env)
     if status is None:  # one rank alone says why
@@ -76,11 +76,14 @@ def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_fold
 
 
 def with_peft(ranks, program, *args):
-    """In a new process: transformers looks for peft, which has a folder of its own, at its import."""
+    """In a new process: transformers, when it is imported, looks for peft, which has a separate folder."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks] if ranks > 1 else []
-    own = {"PYTHONPATH": f"{Path(sys.prefix) / 'lora'}{os.pathsep}{ROOT}", **(SHARDED if ranks > 1 else {})}
+    variables = {
+        "PYTHONPATH": f"{Path(sys.prefix) / 'lora'}{os.pathsep}{ROOT}",
+        **(SHARDED if ranks > 1 else {}),
+    }
     command = [*map(str, [sys.executable, *launcher, program, *args])]
-    return subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def tiny_generator(model, tokenizer, config=GREEDY):
 
 
 class Running(Engine):
-    """An engine in a thread of its own."""
+    """An engine in a thread."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -45,7 +45,7 @@ class Running(Engine):
 
 
 class Served:
-    """A server with its engine and client."""
+    """A server with an engine and a client."""
 
     def __init__(self, generator, config=GREEDY, batch_size=4, **args):
         self.generator = generator

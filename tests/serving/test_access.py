@@ -26,13 +26,13 @@ def status(key=None, path="/v1/models", *authorization):
 
 
 def test_a_loopback_address_rejects_other_names(served):
-    """Another site can point its name here. Guards against a check at 127.0.0.1 alone, and against a check
-    that rejects the server's own address.
+    """A website can point a host name here. Guards against a check at 127.0.0.1 alone, and against a check
+    that rejects the server's address.
     """
-    own = ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]", "[::1]:8000"]
-    others = ["elsewhere:8000", "10.0.0.1", "localhost.elsewhere", "127.0.0.1.elsewhere", "", "[::2]"]
-    others += ["127.0.0.1:8000/health?", "localhost:x", "localhost/", "a@localhost"]
-    for names, status in ((own, 200), (others, 400)):
+    allowed = ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]", "[::1]:8000"]
+    refused = ["elsewhere:8000", "10.0.0.1", "localhost.elsewhere", "127.0.0.1.elsewhere", "", "[::2]"]
+    refused += ["127.0.0.1:8000/health?", "localhost:x", "localhost/", "a@localhost"]
+    for names, status in ((allowed, 200), (refused, 400)):
         found = [requests.get(f"{served.url}/health", headers={"Host": name}) for name in names]
         assert {response.status_code for response in found} == {status}
     assert {"127.0.0.2", "mine"} <= {*allowed_hosts("127.0.0.2", "mine")}
@@ -127,8 +127,12 @@ def test_limits_and_key(text_model, byte_tokenizer):
 def test_a_long_request_blocks_no_other(served, monkeypatch):
     """It is validated, tokenized and prepared in another thread. Guards against work on the event loop."""
     threads = []
-    own = served.generator
-    for owner, name in ((CompletionRequest, "model_validate_json"), (own, "encode"), (own, "tokenize")):
+    generator = served.generator
+    for owner, name in (
+        (CompletionRequest, "model_validate_json"),
+        (generator, "encode"),
+        (generator, "tokenize"),
+    ):
         watch(monkeypatch, owner, name, lambda *_, **__: threads.append(threading.current_thread().name))
     assert post(served, prompt="x").status_code == 200
     assert len(threads) >= 3
@@ -186,7 +190,7 @@ def test_bodies_wait_in_a_queue_that_is_bounded(text_model, byte_tokenizer, monk
     with (
         Served(tiny_generator(text_model, byte_tokenizer), batch_size=1, max_waiting=4) as served,
         contextlib.ExitStack() as gone,
-        ThreadPoolExecutor(2) as others,
+        ThreadPoolExecutor(2) as clients,
     ):
         try:
             for n in range(7):
@@ -195,7 +199,7 @@ def test_bodies_wait_in_a_queue_that_is_bounded(text_model, byte_tokenizer, monk
             until(lambda: post(served, **request).status_code == 429)
             gone.close()
             until(lambda: 'status="499"} 7.0' in requests.get(f"{served.url}/metrics").text)
-            answers = [others.submit(post, served, **request) for _ in range(2)]
+            answers = [clients.submit(post, served, **request) for _ in range(2)]
             until(lambda: all(each.running() for each in answers))
             assert len(began) == 2
         finally:

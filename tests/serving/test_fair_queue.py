@@ -37,7 +37,7 @@ def in_queue(scenario, max_waiting=9):
 
 
 def test_clients_take_turns():
-    """Guards against one client whose work keeps all others waiting."""
+    """Guards against one client whose work keeps all clients waiting."""
 
     async def scenario(add, _):
         await add("a1", "a2", "a3", "a4", "b1", "b2", "c1")
@@ -50,7 +50,7 @@ def test_nobody_fills_the_queue_for_all():
 
     async def scenario(add, tasks):
         await add("a1", "a2", "a3", "a4", "b1", "a5", "b2", "b3", "c1")
-        for name in ("a5", "b3"):  # would have more than others
+        for name in ("a5", "b3"):  # would have more work than another client
             with pytest.raises(QueueFull, match="4 bodies wait already"):
                 await tasks[name]
 

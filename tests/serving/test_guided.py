@@ -117,9 +117,9 @@ def test_a_call_and_its_result(served, choice, stream):
     answer = served.client.chat.completions.create(**request, stream=stream)
     choices = [each.choices[0] for each in (answer if stream else [answer])]
     messages = [choice.delta if stream else choice.message for choice in choices]
-    message, *others = [message for message in messages if message.tool_calls]
-    assert bool(others) == stream  # the arguments as they grow
-    for other in others:
+    message, *later = [message for message in messages if message.tool_calls]
+    assert bool(later) == stream  # the arguments as they grow
+    for other in later:
         message.tool_calls[0].function.arguments += other.tool_calls[0].function.arguments
     message.role = "assistant"
     assert choices[-1].finish_reason == "tool_calls"
@@ -162,8 +162,8 @@ def test_a_prediction_is_tokenized_once(served, monkeypatch):
 
 def test_grammars_wait_in_turn(text_model, byte_tokenizer, monkeypatch):
     """Guards against compilers that take all threads of the server, also for clients that are gone, a job of
-    one that left while its grammar was compiled, more requests that wait than --max_waiting allows, and a
-    server that refuses all grammars after some.
+    one that left while the grammar was compiled, more requests that wait than --max_waiting allows, and a
+    server that refuses all grammars after a few.
     """
     go_on = threading.Event()
     began = []

@@ -93,7 +93,7 @@ def test_a_client_that_leaves_is_told_from_one_that_has_closed_its_side(address,
 
 
 def test_a_declared_length_is_refused_before_the_body(address):
-    """Guards against a client that sends gigabytes to be told that they are too many."""
+    """Guards against a client that sends gigabytes and reads then that they are too many."""
     assert statuses(address, HEAD + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n")[0] == 413
 
 

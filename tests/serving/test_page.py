@@ -99,13 +99,13 @@ def browser():
 
 @pytest.fixture
 def page(browser, server):
-    """The page of somebody who has said the key. It breaks no policy, and asks nobody but the server."""
+    """The page of somebody who has the key. It breaks no policy, and asks nobody but the server."""
     page = browser.new_page(permissions=["clipboard-read"])
     page.set_default_timeout(60_000)
     expect.set_options(timeout=60_000)
     wrong = []
     page.on("pageerror", lambda error: wrong.append(error))
-    page.on("console", lambda said: "Content Security Policy" in said.text and wrong.append(said.text))
+    page.on("console", lambda line: "Content Security Policy" in line.text and wrong.append(line.text))
     page.on("request", lambda request: request.url.startswith(server.url) or wrong.append(request.url))
     page.goto(server.url)
     say_key(page)
@@ -235,7 +235,7 @@ def test_markdown(page, size):
     assert page.locator("td").last.evaluate("cell => getComputedStyle(cell).textAlign").endswith("right")
     assert "monospace" in page.locator("code").last.evaluate("code => getComputedStyle(code).fontFamily")
     assert len(page.evaluate("drafted")) > 20
-    if size == 1:  # its word comes back in 1.5 seconds
+    if size == 1:  # the word comes back in 1.5 seconds
         page.get_by_role("button", name="Copy").first.click()
         expect(page.locator(".copy").first).to_have_text("Copied")
         assert page.evaluate("navigator.clipboard.readText()") == CODE
@@ -280,7 +280,7 @@ def test_a_long_answer(page):
 
 @pytest.mark.parametrize("width", [360, 1100])
 def test_phones_and_desktops(page, width):
-    """Guards against a page that is wider than its window, and colours without a legend."""
+    """Guards against a page that is wider than the window, and colours without a legend."""
     page.set_viewport_size({"width": width, "height": 700})
     models = {"data": [{"id": "a-model-with-a-long-name" * 3}]}
     page.route("**/models", lambda route: route.fulfill(json=models))
@@ -338,15 +338,15 @@ def test_stop_and_drafts_off(page, sent, server):
         expect(page.locator(".answer")).not_to_be_empty()
         page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
-    said = page.evaluate("turns[0].text")
-    check_shown(page, 0, said)
-    assert said
+    answer = page.evaluate("turns[0].text")
+    check_shown(page, 0, answer)
+    assert answer
     assert "stopped" in page.locator(".figures").inner_text()
     page.get_by_role("switch", name="drafts").uncheck()
     page.evaluate("drafted = []")
     ask(page, "go on")
-    assert sent[-1]["messages"][1] == {"role": "assistant", "content": said}
-    check_shown(page, 1, answered(server, "who are you?", said, "go on"))
+    assert sent[-1]["messages"][1] == {"role": "assistant", "content": answer}
+    check_shown(page, 1, answered(server, "who are you?", answer, "go on"))
     assert page.locator(".turn").last.locator(".accepted").count() == 0
     assert page.evaluate("drafted") == []
     figures = page.locator(".figures").last.inner_text()
@@ -356,7 +356,7 @@ def test_stop_and_drafts_off(page, sent, server):
 
 @pytest.mark.slow
 def test_errors(page):
-    """Guards against a question that is lost with its error, an error that stays, and a page that does not
+    """Guards against a question that is lost with the error, an error that stays, and a page that does not
     ask for the key a second time.
     """
     alert = page.get_by_role("alert")

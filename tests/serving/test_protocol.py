@@ -118,7 +118,7 @@ ANSWER = {
     ],
 )
 def test_what_a_template_gets_of_a_message(message, templated):
-    """Guards against the second turn of a chat that fails, since clients return what a model has said.
+    """Guards against the second turn of a chat that fails, since clients return the answer of a model.
     Guards against arguments in quotes, roles that templates do not know, and thinking that is lost.
     """
     assert ChatRequest(messages=[message]).messages[0].for_template == templated

@@ -1,4 +1,4 @@
-"""Thinking over HTTP: a model that is told what to think, by OpenAI's client and by hand."""
+"""Thinking over HTTP: a model with given thoughts, by OpenAI's client and by hand."""
 
 import json
 
@@ -44,7 +44,7 @@ def tokens_of(choices):
 
 
 def answered(served, text=f"{TEXT}So be it.</s>", **request):
-    """Choice and usage of an answer that begins with a text, and of its stream, which says the same."""
+    """Choice and usage of an answer that begins with a text, and of the stream, which has the same text."""
     served.generator.text = text
     request = {"messages": HELLO, "max_tokens": 60, **request}
     answer = post(served, CHAT, **request).json()
@@ -64,7 +64,7 @@ def called(name="stop", arguments="{}"):
 
 
 @pytest.mark.parametrize(
-    ("said", "fields", "content", "calls"),
+    ("text", "fields", "content", "calls"),
     [
         ("So be it.</s>", NO_TOOLS, "So be it.", []),
         ("So be it.</s>", {**NO_TOOLS, "include_reasoning": False}, "So be it.", []),
@@ -83,14 +83,14 @@ def called(name="stop", arguments="{}"):
         ("🙂 yes, Hm, no", {**NO_TOOLS, **LOGPROBS, "stop": " "}, "🙂", []),
     ],
 )
-def test_thinking_comes_before_the_answer(served, said, fields, content, calls):
+def test_thinking_comes_before_the_answer(served, text, fields, content, calls):
     """Whole and streamed, by both names. Guards against tags in either, an answer that is not guided, a call
-    that is looked for in the thinking, and thinking that waits for its end. Guards against tools that a
+    that is looked for in the thinking, and thinking that waits for the end. Guards against tools that a
     schema for the answer hides, arguments against a strict schema, a second call that nobody asked for, stops
-    in the thinking, and its tokens among those of the content.
+    in the thinking, and tokens of thinking among tokens of the content.
     """
     fields = {"tools": [STOP], "max_tokens": 200, **fields}
-    choice, usage, undrafted = answered(served, TEXT + said, **fields)
+    choice, usage, undrafted = answered(served, TEXT + text, **fields)
     message = choice["message"]
     is_shown = fields.get("include_reasoning", True)
     assert [message.get(name) for name in NAMES] == [THOUGHT if is_shown else None] * 2
@@ -108,8 +108,8 @@ def test_thinking_comes_before_the_answer(served, said, fields, content, calls):
         assert all(part["delta"].keys() == {*NAMES} for part in thoughts)
         assert parts[: len(thoughts)] == thoughts or pending  # drafts may have no text yet
         assert len(thoughts) > 3 or not is_shown
-        said = [joined(parts, name) for name in ("content", *NAMES)]
-        assert said == [message["content"] or "", *[THOUGHT * is_shown] * 2]
+        texts = [joined(parts, name) for name in ("content", *NAMES)]
+        assert texts == [message["content"] or "", *[THOUGHT * is_shown] * 2]
 
 
 @pytest.mark.parametrize("text", ["<b>yes", "\n yes", "<think", f"\n{TAGS[0]}a{TAGS[1]}yes"])

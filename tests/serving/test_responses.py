@@ -1,4 +1,4 @@
-"""The Responses API, by OpenAI's client: requests become those of a chat, and answers its events."""
+"""The Responses API, by OpenAI's client: requests become a chat's requests, and answers become events."""
 
 import json
 
@@ -33,9 +33,9 @@ def kinds(events):
     return [kind for kind, before in zip(found, [None, *found], strict=False) if kind != before]
 
 
-def answered(served, told, /, **request):
+def answered(served, text, /, **request):
     """The response to a request whose answer begins with a text. Its stream says the same."""
-    served.generator.text = told
+    served.generator.text = text
     request = {"model": "tiny", "input": "Hello", "max_output_tokens": 200, **request}
     create = served.client.responses.create
     whole = create(**request)
@@ -50,8 +50,8 @@ def answered(served, told, /, **request):
         if event.type.endswith(".delta"):
             deltas[event.item_id] = deltas.get(event.item_id, "") + event.delta
     for item in last.response.output:
-        said = item.arguments if item.type == "function_call" else item.content[0].text
-        assert deltas.get(item.id, "") == said
+        shown = item.arguments if item.type == "function_call" else item.content[0].text
+        assert deltas.get(item.id, "") == shown
     done = [event.item for event in events if event.type == "response.output_item.done"]
     assert done == last.response.output
     for item in last.response.output:
@@ -114,7 +114,9 @@ def test_thinking_is_an_item_before_the_message(served):
 
 
 def test_calls_are_items(served):
-    """Guards against calls as text, a call that its output does not find, and schemas that guide nothing."""
+    """Guards against calls as text, a call that the output of the function does not find, and schemas that
+    guide nothing.
+    """
     fields = {"tools": [STOP], "parallel_tool_calls": True}
     whole, events = answered(served, f"{called()}\n{called()}</s>", **fields)
     assert [(item.type, item.name, item.arguments) for item in whole.output] == [
@@ -138,7 +140,7 @@ def test_calls_are_items(served):
 
 
 def test_an_answer_follows_a_schema(served):
-    """By the client's own method, too. Guards against a format that is accepted and guides nothing."""
+    """By the client's `parse`, too. Guards against a format that is accepted and guides nothing."""
 
     class City(BaseModel):
         name: str

@@ -27,7 +27,7 @@ FLAGS = [
 
 @contextlib.contextmanager
 def serving(*args, port=0, env=None, lines=None):
-    """Run the script; yields its process, the model's name and the URL. `lines` gets its standard error."""
+    """Run the script. Yields the process, the model's name and the URL. `lines` gets standard error."""
     with tempfile.TemporaryFile() as stderr:
         flags = [*FLAGS, "--port", port, *args]
         script = forks.Fork(ROOT / "serve.py", *flags, stderr=stderr.fileno(), env=env)
@@ -36,18 +36,18 @@ def serving(*args, port=0, env=None, lines=None):
                 assert script.poll() is None, forks.read(stderr)
                 time.sleep(0.01)
             yield script, found[1], found[2]
-            said = forks.read(stderr)
-            assert "Traceback" not in said, said
-            assert script.poll() != 0 or "the server has ended" in said.splitlines()[-1], said
+            printed = forks.read(stderr)
+            assert "Traceback" not in printed, printed
+            assert script.poll() != 0 or "the server has ended" in printed.splitlines()[-1], printed
             if lines is not None:
-                lines += said.splitlines()
+                lines += printed.splitlines()
         finally:
             script.end()
 
 
 def test_a_server_from_its_start_to_its_end():
     """Two clients, then SIGTERM during a stream. Guards against faults of imports, signals and exit status,
-    which a server in the test's own process does not show.
+    which a server in the test's process does not show.
     """
     with serving() as (script, name, url):
         assert name == "python-10m"
@@ -68,7 +68,7 @@ def test_a_server_from_its_start_to_its_end():
 
 
 def test_flags_by_variables_and_lines_as_objects():
-    """Guards against a variable that is not read or wins over its flag, and a line that is no object."""
+    """Guards against a variable that is not read or wins over the flag, and a line that is no object."""
     variables = {"API_KEY": "sesame", "SERVED_NAME": "mine", "LOG_FORMAT": "json", "LOG_REQUESTS": "true"}
     env = {f"SELF_SPECULATION_{name}": value for name, value in {**variables, "MAX_WAITING": "7"}.items()}
     lines = []
@@ -111,7 +111,9 @@ def test_a_second_signal_aborts_long_requests_with_an_error(endless_folder):
 
 @pytest.mark.parametrize("device", ["cpu", "split"])
 def test_the_server_is_one_process(device, capsys, monkeypatch):
-    """Guards against processes that load a model and then wait for a port, and one that waits for others."""
+    """Guards against processes that load a model and then wait for a port, and one that waits for another
+    process.
+    """
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("serve.socket", None)
     line = refused(serve.main, ["--device", device], capsys)

@@ -72,8 +72,8 @@ def test_a_chat_gets_the_generators_answer(served, monkeypatch):
 
 
 def test_the_client_of_openai(served):
-    """Guards against fields of its types that are missing, fields that it sends back, and a base URL without
-    /v1 that does not work, as it does with llama.cpp.
+    """Guards against missing fields of the client's types, fields that the client sends back, and a base URL
+    without /v1 that does not work, as it does with llama.cpp.
     """
     Model.model_validate(served.client.models.list().data[0].model_dump())
     create = served.client.with_options(base_url=served.url).chat.completions.create  # without /v1
@@ -155,10 +155,10 @@ def test_figures_of_answers_and_counters(served):
     before = counters(served)
     first, second = (post(served, **request).json() for _ in range(2))
     options = {"include_usage": True}
-    *others, last = chunks(post(served, **request, stream=True, stream_options=options))
+    *chunks_of_text, last = chunks(post(served, **request, stream=True, stream_options=options))
     post(served, prompt=prompt, max_tokens=0)
     after = counters(served)
-    assert all(chunk["usage"] is None for chunk in others)
+    assert all(chunk["usage"] is None for chunk in chunks_of_text)
     assert last["choices"] == []
     answers = (first, second, last)
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
@@ -241,7 +241,7 @@ def test_drafts_can_be_streamed_and_switched_off(served):
 def test_a_log_of_requests(text_model, byte_tokenizer, capsys, monkeypatch):
     """Guards against an answer, an error or a client that disconnects which no line names, against lines that
     a client writes, long ones, and a line for each request with the same unknown field. Guards against a
-    server that ends because a disk is full, or a program that read its lines is gone.
+    server that ends because a disk is full, or a program that read the lines is gone.
     """
     with Served(tiny_generator(text_model, byte_tokenizer), log_requests=True) as served:
         for _ in range(2):
@@ -395,7 +395,7 @@ def test_a_failure_in_a_stream_is_its_last_event(served, monkeypatch):
 
 
 def test_one_model_is_found_by_its_name(served):
-    """Guards against clients that look for their model at its own path."""
+    """Guards against clients that look for a model at the model's path."""
     assert served.client.models.retrieve("tiny") == served.client.models.list().data[0]
     with pytest.raises(openai.NotFoundError, match="model 'a/b': this server has 'tiny'"):
         served.client.models.retrieve("a/b")

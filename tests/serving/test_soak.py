@@ -35,13 +35,13 @@ INVALID = [b"", b"{", b"[]", b'{"prompt": 5}', b'{"prompt": "x", "n": 0}', LONG]
 
 
 def random_request(draws):
-    """A request that has one answer: greedy, or by its seed."""
+    """A request that has one answer: greedy, or by a seed."""
     request = {"prompt": draws.choice(PROMPTS), "max_tokens": draws.randint(1, 24)}
     request |= {"temperature": draws.choice([0, 1.0]), "seed": draws.randint(0, 9)}
     return request | dict(draws.sample(sorted(OPTIONS.items()), draws.choice([0, 0, 1, 2])))
 
 
-def said(parts):
+def joined(parts):
     """By choice: text, and why it ended."""
     found = defaultdict(lambda: ["", None])
     for choice in (choice for part in parts for choice in part["choices"]):
@@ -55,9 +55,9 @@ def expected(generator, request):
     prompts = request["prompt"]
     found = []
     prompts = prompts if isinstance(prompts, list) and isinstance(prompts[0], str) else [prompts]
-    own = {name: request[name] for name in ("temperature", "top_k", *PENALTIES) if name in request}
-    own |= {"sample": request["temperature"] > 0, "stop_words": request.get("stop")}
-    config = config_of(max_steps=request["max_tokens"], **own)
+    settings = {name: request[name] for name in ("temperature", "top_k", *PENALTIES) if name in request}
+    settings |= {"sample": request["temperature"] > 0, "stop_words": request.get("stop")}
+    config = config_of(max_steps=request["max_tokens"], **settings)
     regex = request.get("structured_outputs", {}).get("regex")
     for prompt, nth in itertools.product(prompts, range(request.get("n", 1))):
         given = Request(prompt, seed=request["seed"] + nth, grammar=regex and Grammar.regex(regex))
@@ -89,7 +89,7 @@ def storm(model, tokenizer, served, number, seed, clients=16):
             assert response.status_code == 429 or (kind, response.status_code) == ("invalid", 400)
             return response.status_code
         assert kind != "invalid"
-        answers.append((request, said(chunks(response) if kind == "stream" else [response.json()])))
+        answers.append((request, joined(chunks(response) if kind == "stream" else [response.json()])))
         return kind
 
     with ThreadPoolExecutor(clients) as pool:

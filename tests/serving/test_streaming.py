@@ -16,7 +16,7 @@ PROMPT = "Once upon"
 @given(text=st.text(st.sampled_from(" aef.éß日🙂🙃ア"), min_size=1, max_size=12))
 def test_bytes_and_offsets_of_parts_of_characters(request, name, text):
     """The bytes of all tokens are those of the text, and each offset is a character's. Guards against tokens
-    after an emoji that a stop word cuts off, since each of its bytes counted as a character.
+    after an emoji that a stop word cuts off, since each byte counted as a character.
     """
     tokenizer = request.getfixturevalue(name)
     prompt = tokenizer.encode(PROMPT)

@@ -33,7 +33,7 @@ TOOLS = [
 
 
 TAG_NAMES = ["<tool_call>", "</tool_call>"]
-# Family -> what it is like here: tokenizer, added tokens that are special, and others.
+# Family -> tokenizer, added tokens that are special, and added tokens that are not.
 FAMILIES = {
     "Qwen": ("byte_tokenizer", ["<|im_end|>"], TAG_NAMES),
     "Hermes": ("byte_tokenizer", ["<|im_end|>", *TAG_NAMES], []),
@@ -43,22 +43,22 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    """A tokenizer, its special added tokens, and its others."""
-    name, special, others = FAMILIES[request.param]
+    """A tokenizer, the special added tokens, and the other added tokens."""
+    name, special, plain = FAMILIES[request.param]
     tokenizer = copy.deepcopy(request.getfixturevalue(name))
     if request.param == "Qwen":
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in others])
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in plain])
     tokenizer.chat_template = TAGS
-    return tokenizer, special, others
+    return tokenizer, special, plain
 
 
 def test_added_tokens_are_guided(family):
     """Guards against an answer in words where the grammar asks for a tag that is one token, for the text of a
     special token, or for letters that the tokenizer normalizes.
     """
-    tokenizer, special, others = family
+    tokenizer, special, plain = family
     config = config_of(sample=True, max_steps=200, temperature=1.0, **LAYERS)
     model = tiny_llama(vocab_size=len(tokenizer) + 8)  # heads are often padded
     generator = generator_of(tokenizer, model, config.generation_strategy)
@@ -70,11 +70,11 @@ def test_added_tokens_are_guided(family):
     called, ids = answer(call_grammar(TOOLS[1:2], tokenizer))
     assert find_calls(called, TOOLS)[1]
     tags = [id_ for id_ in ids if id_ in tokenizer.get_added_vocab().values()]
-    assert tokenizer.convert_ids_to_tokens(tags) == [tag for tag in TAG_NAMES if tag in special + others]
-    text = f"e\u0301{''.join(special + others)}"
+    assert tokenizer.convert_ids_to_tokens(tags) == [tag for tag in TAG_NAMES if tag in special + plain]
+    text = f"e\u0301{''.join(special + plain)}"
     assert json.loads(answer(Grammar.json_schema({"const": text}))[0]) == text
     assert answer(Grammar.lark(f"start: {json.dumps(text)}"))[0] == text
-    for tag in special + others:
+    for tag in special + plain:
         tagged, ids = answer(Grammar.lark(f'start: {tag} "x"'))
         assert (tagged, ids[0]) == (f"{tag}x", tokenizer.convert_tokens_to_ids(tag))
 
@@ -135,9 +135,9 @@ def test_calls_are_found():
     assert find_calls(f"<tool_call>\n{call}\n</tool_call>", TOOLS)[1] == [expected]
     assert find_calls(f"<tool_call>{call}</tool_call>" * 2, TOOLS)[1] == [expected] * 2
     assert find_calls(call.replace("arguments", "parameters"), TOOLS)[1] == [expected]
-    others = ["It is sunny.", "{}", "[1]", "[" * 9999, '{"name": "unknown"}', '{"name": []}']
+    texts = ["It is sunny.", "{}", "[1]", "[" * 9999, '{"name": "unknown"}', '{"name": []}']
     for text in (
-        *others,
+        *texts,
         "<tool_call>{</tool_call>",
         f"<tool_call>{call}</tool_call><tool_call>{{</tool_call>",
     ):
@@ -194,8 +194,8 @@ def test_a_stream_has_the_calls_of_the_whole(answer, size):
     calls = []
     pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
     for piece, is_last in [*((piece, False) for piece in pieces), ("", True)]:
-        said, parts = reader.read(piece, is_last)
-        text += said
+        new, parts = reader.read(piece, is_last)
+        text += new
         for part in parts:
             if "id" in part:
                 calls.append({**part["function"]})

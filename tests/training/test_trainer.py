@@ -65,7 +65,7 @@ def test_steps_that_are_not_finite_end_the_training(settings, factor, bad, notic
 
 
 def test_what_it_refuses(trainer):
-    """Guards against another loss than the model's: gemma2 caps its logits, the losses here do not; and
+    """Guards against another loss than the model's: gemma2 caps logits, the losses here do not; and
     against weights of losses that are divided by 0.
     """
     for change, message in (

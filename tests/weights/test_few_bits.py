@@ -33,7 +33,7 @@ from self_speculation.weights.int4_linear import four_bits
 
 pytestmark = needs_operators
 
-# Where a block of a file has its numbers in float16.
+# Where a block of a file has numbers in float16.
 NUMBERS = {
     2: [0], 3: [0, 2], 6: [0], 7: [0, 2], 8: [0], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208],
     20: [0], 23: [0],
@@ -105,16 +105,16 @@ def test_products_are_those_of_the_numbers(code, rows, columns):
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 0.0, 3e38, 1e-42])
 def test_a_token_is_its_own(number):
-    """Guards against an infinity, NaN or tiny number of one token in the products of others."""
+    """Guards against an infinity, NaN or tiny number of one token in the products of other tokens."""
     linear = packed(0, 48, 40)[0]
     x = torch.randn(9, 40)
     before = linear(x)
-    others = [row for row in range(9) if row != 4]
+    unchanged = [row for row in range(9) if row != 4]
     for at in (0, 35):
         x[4] = 0.0
         x[4, at] = number
         after = linear(x)
-        assert torch.equal(before[others], after[others])
+        assert torch.equal(before[unchanged], after[unchanged])
         if number == 3e38:
             assert after[4].abs().max() > 1e37
         else:
@@ -130,8 +130,8 @@ def test_a_damaged_block_stays_in_its_row(code):
     raw[5, NUMBERS[code][0] : NUMBERS[code][0] + 2] = 255  # NaN
     after = FewBitsLinear(weight(raw, code, 256), 16, 256)(x)
     assert after[:, 5].isnan().all()
-    others = [row for row in range(16) if row != 5]
-    assert torch.equal(after[:, others], before[:, others])
+    unchanged = [row for row in range(16) if row != 5]
+    assert torch.equal(after[:, unchanged], before[:, unchanged])
 
 
 def model_of_file(kind, byte_tokenizer, tmp_path, options=None, **config):
@@ -177,14 +177,14 @@ def test_a_file_is_read_in_its_own_bits(kind, tied, byte_tokenizer, tmp_path):
         assert_near(loaded, model, 0.08)
 
 
-OTHERS = [
+MIXED = [
     {}, {"attn_v": "F16"}, {"attn_q": "F32"}, {"ffn_gate": "BF16"}, {"blk.0.": "F16"},
     {"ffn_up": "F32", "attn_k": "Q5_0"},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("others", OTHERS)
-def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
+@pytest.mark.parametrize("formats", MIXED)
+def test_layers_of_mixed_formats(formats, byte_tokenizer, tmp_path):
     """Guards against a file with biases, or one that llama.cpp keeps partly in 16 bits, that does not decode
     by the operators.
     """
@@ -192,7 +192,7 @@ def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
     for name, weight in model.named_parameters():
         if name.endswith(".bias"):
             weight.data.normal_()
-    kinds = {part: gguf.GGMLQuantizationType[kind] for part, kind in others.items()}
+    kinds = {part: gguf.GGMLQuantizationType[kind] for part, kind in formats.items()}
     write(tmp_path / "x.gguf", model, byte_tokenizer, gguf.GGMLQuantizationType.Q8_0, True, kinds)
     loaded, exact = (
         load_model_and_tokenizer(
@@ -200,14 +200,14 @@ def test_layers_of_mixed_formats(others, byte_tokenizer, tmp_path):
         )[0]
         for dtype in ("auto", "float32")
     )
-    own = loaded.state_dict()
-    assert all(torch.equal(own[name], weight) for name, weight in exact.state_dict().items())
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in exact.state_dict().items())
     assert fuse(loaded) == len(loaded.model.layers)
     assert_near(loaded, exact, 0.08)
 
 
 def test_a_format_without_an_operator_is_named(byte_tokenizer, tmp_path, monkeypatch):
-    """Guards against a file that loads in four times its size in silence, or that is read in two ways."""
+    """Guards against a file that silently loads in four times the size, or that is read in two ways."""
     monkeypatch.setattr(gguf_files, "FORMATS", {2: "Q4_0"})
     model = tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64)
     kinds = gguf.GGMLQuantizationType
@@ -266,9 +266,9 @@ def test_a_copy_of_what_is_in_few_bits_is_refused(bits, takes, model_folder, cap
     arguments = ModelArguments(model=str(model_folder), quantization=f"int{bits}", device="cpu")
     config = GenerationConfig(generation_strategy="adaptive", draft_weights="int4")
     model = load_generator(arguments, config).model
-    said = capsys.readouterr().err
-    assert f"quantization int{bits}: the text is that of the rounded model\n" in said
-    assert "--draft_weights int4: not used, the model's weights take " in said
+    printed = capsys.readouterr().err
+    assert f"quantization int{bits}: the text is that of the rounded model\n" in printed
+    assert "--draft_weights int4: not used, the model's weights take " in printed
     line = error_line(ValueError, generate, model, [5, 9, 4], **LAYERS, draft_weights="int4")
     few = f"the model's weights take {takes} bits already"
     assert line == f"draft_weights int4: {few}; with dtype float16 it has copies"
@@ -324,6 +324,6 @@ def test_files_of_the_real_quantiser(kind, tmp_path):
     model, _ = load_model_and_tokenizer(str(made))
     exact, _ = load_model_and_tokenizer(str(made), LoadingOptions(dtype="float32"))
     assert formats_of(model)
-    own = model.state_dict()  # each call dequantises all weights
+    state = model.state_dict()  # each call dequantises all weights
     for name, weight in exact.state_dict().items():
-        assert torch.equal(own[name], weight), name
+        assert torch.equal(state[name], weight), name

@@ -12,7 +12,7 @@ from self_speculation.weights import int4_linear
 from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.int4_linear import Int4Linear, in_four_bits
 
-# Some have whole blocks of rows and groups of columns, others have not.
+# Shapes with whole blocks of rows and groups of columns, and shapes without.
 SHAPES = [(64, 32), (2128, 96), (50, 48), (2100, 576), (40, 100), (17, 33)]
 
 

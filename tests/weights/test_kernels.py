@@ -39,7 +39,7 @@ def load():
 
 
 def test_it_is_built_once(builds):
-    """Guards against a compiler at each start, and against files that others can write."""
+    """Guards against a compiler at each start, and against files that other users can write."""
     file, compiler, loaded = builds
     assert load().variant
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
@@ -78,7 +78,7 @@ def test_another_source_has_another_file(builds, tmp_path, monkeypatch):
 
 ENDS = 'while [ "$1" != -o ]; do shift; done; '
 CANNOT = {
-    # What a compiler does ("": there is none), and what is said.
+    # What a compiler does ("": there is none), and the message.
     "no compiler": ("", "compiler, install Debian's package g++"),
     "error": ("echo 'x.cpp:1: fatal error: no header' >&2; exit 1", "compiler: x.cpp:1: fatal err"),
     "half": (ENDS + "echo half > $2; exit 3", "compiler: it fails"),
@@ -113,18 +113,18 @@ def test_operators_that_cannot_be_built(builds, case):
     [
         ("/proc/nowhere", "No such file"),
         ("~nobody at all", "home directory"),
-        ("others", "others can write"),
+        ("shared", "others can write"),
     ],
 )
 def test_operators_that_cannot_be_kept(cache, why, builds, monkeypatch, tmp_path):
-    """Guards against decoding at a seventh of the speed, against code in a folder that others can write, and
-    against a compiler at each start that nobody is told of.
+    """Guards against decoding at a seventh of the speed, against code in a folder that other users can write,
+    and against a compiler at each start that no message names.
     """
     _, _, loaded = builds
-    if cache == "others":
+    if cache == "shared":
         cache = str(tmp_path / cache)
-        (tmp_path / "others/kernels").mkdir(parents=True)
-        (tmp_path / "others/kernels").chmod(0o777)
+        (tmp_path / "shared/kernels").mkdir(parents=True)
+        (tmp_path / "shared/kernels").chmod(0o777)
     monkeypatch.setenv("SELF_SPECULATION_CACHE", cache)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
@@ -151,7 +151,9 @@ def test_other_processors_have_none(monkeypatch):
 
 
 def test_tiles_that_linux_refuses(monkeypatch):
-    """Guards against a process that ends at its first prompt, since it may not use what the processor has."""
+    """Guards against a process that ends at the first prompt, since the operating system forbids what the
+    processor has.
+    """
     has = dict.fromkeys(("avx512_vnni", "avx512_bf16", "amx_bf16"), True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)

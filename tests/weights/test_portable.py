@@ -43,7 +43,7 @@ def run_program(source, compiler, flags, emulator=()):
 @pytest.mark.parametrize("flags", [["-DTILES"], kernels.VARIANTS["AMX"]], ids=["plain C++", "processor"])
 def test_tiles(flags):
     """Guards against tiles in plain C++, by which prompts are tested where there are no tiles, that are not
-    those of a processor in every bit, tokens whose bits depend on others beside them, and NaN that spreads.
+    equal to a processor's in every bit, tokens whose bits depend on tokens beside them, and NaN that spreads.
     """
     if "-DTILES" not in flags and not cpu_operators().has_tiles:
         pytest.skip("a processor without, or Linux refuses them")
