@@ -73,7 +73,7 @@ class AdaptivePolicy:
     """
 
     # A drafted token's chance over its cost, relative to the round so far, at least: both are estimates.
-    _MARGIN = 1.05
+    _MARGIN = 1.1
     # Where tokens cost nothing, such a token still takes time to plan.
     _LEAST_CHANCE = 0.02
     # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
