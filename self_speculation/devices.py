@@ -4,6 +4,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+_DRIVERS = {12: "525", 13: "580"}  # the oldest ones, by CUDA's version
+
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether a rank raised this because another one is gone."""
@@ -13,6 +15,16 @@ def is_lost_rank(error: BaseException) -> bool:
 def is_lost_device(error: object) -> bool:
     """Whether this process cannot use the GPU any more: every later call fails as well."""
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def why_no_gpu() -> str:
+    """Why torch sees no GPU of NVIDIA, as far as this process can tell."""
+    built_for = torch.version.cuda
+    if built_for is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    major = int(built_for.partition(".")[0])
+    driver = _DRIVERS.get(major, f"of CUDA {major}")
+    return f"torch {torch.__version__} is built for CUDA {built_for}, which needs driver {driver} or newer"
 
 
 def free_memory(device: torch.device) -> int:

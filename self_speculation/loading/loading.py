@@ -34,6 +34,7 @@ from self_speculation.config import (
     Quantization,
     check_kind,
 )
+from self_speculation.devices import why_no_gpu
 from self_speculation.families import LLAMA_LAYOUT, check_supported, experts_per_token, scale_rotation
 from self_speculation.loading.gguf_config import config_of
 from self_speculation.loading.gguf_files import Header, format_of_matrices, load_file
@@ -58,9 +59,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":
         if os.path.exists("/proc/driver/nvidia"):
-            why = f"torch {torch.__version__} does not see this machine's NVIDIA GPU"
-            advice = "torch for CUDA 13 needs driver 580 or newer"
-            warnings.warn(f"device 'auto': running on the CPU; {why} ({advice})", stacklevel=1)
+            why = f"torch does not see this machine's NVIDIA GPU: {why_no_gpu()}"
+            warnings.warn(f"device 'auto': running on the CPU; {why}", stacklevel=1)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -277,6 +277,7 @@ def test_a_kernel_is_tried(interpreter):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
 def test_a_gpu_that_torch_does_not_see(monkeypatch):
     """Guards against hours on a CPU because of an old driver, unnoticed."""
+    monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("os.path.exists", "/proc/driver/nvidia".__eq__)
-    with pytest.warns(UserWarning, match="does not see this machine's NVIDIA GPU .* driver 580"):
+    with pytest.warns(UserWarning, match="does not see this machine's NVIDIA GPU: .* driver 580"):
         resolve_device("auto")
