@@ -65,7 +65,7 @@ class UnsupportedError(ValueError):
     """A request has generation arguments that this model does not support."""
 
 
-def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, defaults: Any) -> GenerationConfig:
+def request_config(gen_kwargs: Record, config: GenerationConfig, defaults: object) -> GenerationConfig:
     """`config` with the generation arguments of a request.
 
     Defaults of sampling rules are those of the model's settings, as in transformers' `generate`.
@@ -206,7 +206,7 @@ class SelfSpeculativeLM(HFLM):
         return torch.cat([context, padded], 1).long()
 
 
-def evaluate(settings: dict[str, Any], args: Any, gen_kwargs: dict[str, Any]) -> int:
+def evaluate(settings: Record, args: Any, gen_kwargs: Record) -> int:
     """Evaluate, print tables and save results; the exit status.
 
     Args:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Event
-from typing import Any
 
 from llguidance import LLMatcher
 
@@ -69,7 +68,7 @@ class Conversation:
         prompt = prompt.replace("\r\n", "\n")  # line breaks of Windows
         ids, thinking = self._encoded(prompt)
         request = Request(ids, grammar=self.grammar, prediction=self.prediction, thinking=thinking)
-        streamer: Any = None
+        streamer: StandardTextStreamer | None = None
         if self.streamer != "none":
             kind = SpeculativeTextStreamer if self.streamer == "speculative" else StandardTextStreamer
             streamer = kind(self.generator.tokenizer)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ PATIENCE = timedelta(days=7)  # ranks may finish hours apart; a rank that dies i
 
 # The last barrier holds tensors of earlier exchanges. Without this reference, a gloo thread could free them
 # and wait for the interpreter's lock, which the main thread may hold while it waits for that thread.
-_last_barrier: Any = None
+_last_barrier: object = None
 
 
 def num_processes() -> int:
@@ -77,5 +77,5 @@ def barrier() -> None:
     if num_processes() > 1:
         import torch.distributed as dist
 
-        _last_barrier = dist.barrier(async_op=True)
-        _last_barrier.wait()
+        _last_barrier = work = dist.barrier(async_op=True)
+        work.wait()

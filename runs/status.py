@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from threading import Timer
-from typing import Any
 
 from tqdm import tqdm
 
@@ -46,7 +45,7 @@ def work_bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], object
         yield bar.update
 
 
-def print_status(line: str, **fields: Any) -> None:
+def print_status(line: str, **fields: object) -> None:
     """Print a line to standard error at the first process. No work ends because nobody can read the line.
 
     Args:

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
-from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
@@ -20,6 +19,7 @@ from self_speculation import GenerationConfig, GenerationStrategyResult, Hugging
 from self_speculation.decoding.grammar import short_json
 from self_speculation.decoding.texts import Thinking
 from self_speculation.families import context_length
+from serving import JSONObject
 from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.flags import ServeArguments
@@ -111,7 +111,7 @@ class Answer:
 
     def convert(
         self, kind: type[TokenizeRequest | DetokenizeRequest], body: bytes, ignored: set[str]
-    ) -> dict[str, Any]:
+    ) -> JSONObject:
         """Convert text to token ids, or back. Adds the names of ignored fields to `ignored`."""
         generator = self._generator
         context = context_length(self._generator.model.config)
@@ -186,7 +186,7 @@ class Answer:
             choice.finished = FinishedRequest(choice.job, event)
             yield choice, delta
 
-    def _format(self, choice: _Choice, delta: Delta) -> dict[str, Any] | None:
+    def _format(self, choice: _Choice, delta: Delta) -> JSONObject | None:
         """Format new text of a chunk, or the whole answer. Returns None while text may become a call."""
         logprobs = None
         stop_reason = choice.finished.result.stop_reason if choice.finished else None

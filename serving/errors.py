@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import reprlib
 from asyncio import CancelledError
-from typing import Any
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -13,6 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from runs.failures import reason
 from self_speculation.decoding.grammar_sandbox import GrammarError
+from serving import JSONObject
 from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 
 _log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class APIError(Exception):
         self.code = code
 
     @classmethod
-    def at(cls, param: str, value: Any, problem: str) -> APIError:
+    def at(cls, param: str, value: object, problem: str) -> APIError:
         """The error of a field's value."""
         return cls(f"{param} {reprlib.repr(value):.60}: {problem}", param=param)
 
@@ -91,13 +91,13 @@ class APIError(Exception):
         return cls(why or "the server failed at this request", 500)
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> JSONObject:
         """The JSON that a client gets."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     @property
-    def event(self) -> dict[str, Any]:
+    def event(self) -> JSONObject:
         """The last event of a stream: `body`, and the fields that the Responses API has instead."""
         return {**self.body, "type": "error", "message": str(self), "param": self.param, "code": self.code}
 

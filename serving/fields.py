@@ -29,6 +29,7 @@ from pydantic import (
 
 from self_speculation.config import check_template_kwargs
 from self_speculation.decoding.grammar import MAX_CHARACTERS, json_rule
+from serving import JSONObject
 from serving.errors import APIError
 from serving.refused_fields import NEUTRAL, REFUSED
 
@@ -49,7 +50,7 @@ class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_unknown(cls, given: Any, info: ValidationInfo) -> Any:
+    def _drop_unknown(cls, given: object, info: ValidationInfo) -> object:
         if not isinstance(given, dict):
             return given
         given = {name: value for name, value in given.items() if value is not None}
@@ -65,7 +66,7 @@ class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
         return given
 
 
-def _why_refused(name: str, given: dict[str, Any], known: set[str], refused: dict[str, str]) -> str | None:
+def _why_refused(name: str, given: JSONObject, known: set[str], refused: dict[str, str]) -> str | None:
     if name not in refused:
         near = get_close_matches(name[:50], known, 1, cutoff=_LIKE)
         return f"there is no such field, did you mean {near[0]}?" if near else None
@@ -78,7 +79,7 @@ def _why_refused(name: str, given: dict[str, Any], known: set[str], refused: dic
     return f"this server does not have it, {f'use {instead}' if instead else 'leave it out'}"
 
 
-def _as_list(given: Any) -> Any:
+def _as_list(given: object) -> object:
     return [given] if isinstance(given, str) else given
 
 
@@ -94,7 +95,7 @@ class StreamOptions(Fields):
     include_usage: bool = False
 
 
-def _check_kind(given: Any) -> Any:
+def _check_kind(given: object) -> object:
     if given not in ("text", "input_text", "output_text", "reasoning_text", "summary_text"):
         raise ValueError("this model reads text only")
     return given
@@ -108,7 +109,7 @@ class _TextPart(Fields):
 _parts = TypeAdapter(Annotated[list[_TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)])
 
 
-def _joined(given: Any) -> Any:
+def _joined(given: object) -> str:
     if not isinstance(given, str | list):
         raise ValueError("must be a text or a list of parts")
     return given if isinstance(given, str) else "\n".join(part.text for part in _parts.validate_python(given))
@@ -143,7 +144,7 @@ class Message(Fields):
     reasoning: str = ""  # vLLM's name of the same
 
     @property
-    def for_template(self) -> dict[str, Any]:
+    def for_template(self) -> JSONObject:
         """Fields of the message for a template, which decides whether the model sees earlier thinking."""
         role = "system" if self.role == "developer" else self.role
         message = self.model_dump(exclude={"reasoning"}, exclude_none=True)
@@ -157,7 +158,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fa
 class Function(Fields):
     name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]  # as in OpenAI's
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JSONObject | None = None
     strict: bool = False
 
 
@@ -166,7 +167,7 @@ class Tool(Fields):
     function: Function
 
     @property
-    def for_template(self) -> dict[str, Any]:
+    def for_template(self) -> JSONObject:
         return {
             "type": self.type,
             "function": self.function.model_dump(exclude_unset=True, exclude={"strict"}),
@@ -177,10 +178,10 @@ ToolChoice = Literal["none", "auto", "required"] | Tool
 
 
 class JSONSchema(Fields):
-    json_schema: dict[str, Any] = Field(alias="schema")
-    name: Any = None  # for people
-    description: Any = None
-    strict: Any = None  # an answer follows the schema in any case
+    json_schema: JSONObject = Field(alias="schema")
+    name: object = None  # for people
+    description: object = None
+    strict: object = None  # an answer follows the schema in any case
 
 
 class ResponseFormat(Fields):
@@ -201,15 +202,13 @@ class ResponseFormat(Fields):
         return [json_rule(self.json_schema.json_schema if self.json_schema else {"type": "object"})]
 
 
-TemplateKwargs = Annotated[
-    dict[str, Any], Field(max_length=_MAX_FIELDS), AfterValidator(check_template_kwargs)
-]
+TemplateKwargs = Annotated[JSONObject, Field(max_length=_MAX_FIELDS), AfterValidator(check_template_kwargs)]
 
 
 class StructuredOutputs(Fields):
     """vLLM's rules of an answer. A request has one of the fields."""
 
-    json_schema: dict[str, Any] | None = Field(default=None, alias="json")
+    json_schema: JSONObject | None = Field(default=None, alias="json")
     json_object: bool = False
     regex: str | None = Field(default=None, max_length=MAX_CHARACTERS)
     choice: list[str] = Field(default=[], max_length=MAX_ITEMS)
@@ -235,7 +234,7 @@ class StructuredOutputs(Fields):
         return rules
 
 
-def _as_prompts(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+def _as_prompts(given: object, validate: ValidatorFunctionWrapHandler) -> object:
     is_list = isinstance(given, list) and given and not isinstance(given[0], int)
     try:
         return validate(given if is_list else [given])

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from runs.status import print_status
 from self_speculation import GenerationStrategyResult
 from self_speculation.results import DraftStats, SourceCounts
+from serving import JSONObject
 from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.protocol import FINISH_REASONS
@@ -159,14 +160,14 @@ class Metrics:
             self._ignored.update(new)
             _print(f"requests have fields that this server ignores: {', '.join(new)}")
 
-    def _log(self, origin: Any, line: object, **fields: Any) -> None:
+    def _log(self, origin: object, line: object, **fields: object) -> None:
         if self._log_requests:
             request = origin._asdict() if isinstance(origin, Origin) else {}
             request = {name: _shortened(value) for name, value in request.items()}
             _print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {origin}: {line}", **request, **fields)
 
 
-def _print(line: str, **fields: Any) -> None:
+def _print(line: str, **fields: object) -> None:
     """Print in ASCII, since clients could write anything."""
     print_status(_shortened(ascii(line)[1:-1]), **fields)
 
@@ -175,7 +176,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE - 3]}..."
 
 
-def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
+def figures(finished: Sequence[FinishedRequest], n: int) -> JSONObject:
     """Return `usage` and `metrics` of a request's choices, n per prompt; see docs/serving.md."""
     results = [each.result for each in finished]
     prompted = [each.result for each in finished[::n]]

@@ -8,14 +8,14 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import Grammar, GrammarError
-from serving import fields
+from serving import JSONObject, fields
 from serving.errors import APIError
 from serving.streaming import Delta, TokenLogprob
 from serving.tools import CallReader, call_grammar, find_calls
@@ -76,7 +76,7 @@ class BaseRequest(SharedFields, ABC):
 
     def generation_config(self, default: GenerationConfig) -> GenerationConfig:
         """Return the server's configuration with the fields of the request."""
-        given: dict[str, Any] = {
+        given: JSONObject = {
             **self.model_dump(include={each.name for each in dataclasses.fields(default)}),
             "max_steps": self.max_new_tokens,
             "sample": None if self.temperature is None else self.temperature > 0,
@@ -103,7 +103,7 @@ class BaseRequest(SharedFields, ABC):
         """Return the object that writes the answer."""
         return ChoicesWriter(self, self._head(model))
 
-    def _head(self, model: str) -> dict[str, Any]:
+    def _head(self, model: str) -> JSONObject:
         """The first fields of an answer, or of each chunk of a stream."""
         return {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
@@ -118,7 +118,7 @@ class BaseRequest(SharedFields, ABC):
         delta: Delta,
         logprobs: list[TokenLogprob] | None = None,
         stop_reason: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> JSONObject:
         """Return a choice of a chunk if the request streams, or else a complete choice."""
         finish_reason = stop_reason and FINISH_REASONS[stop_reason]
         choice = {
@@ -135,15 +135,15 @@ class BaseRequest(SharedFields, ABC):
         """Return the object that finds calls in a stream. None: there are no calls."""
         return None
 
-    def first_choice(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002
+    def first_choice(self, index: int) -> JSONObject | None:  # noqa: ARG002
         """Return the choice that a stream has before the first text. None: there is no such choice."""
         return None
 
     @abstractmethod
-    def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]: ...
+    def _content(self, delta: Delta, finish_reason: str | None) -> JSONObject: ...
 
     @abstractmethod
-    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]: ...
+    def _logprobs(self, tokens: list[TokenLogprob]) -> JSONObject: ...
 
 
 class ChatRequest(BaseRequest):
@@ -188,13 +188,13 @@ class ChatRequest(BaseRequest):
         return self.top_logprobs if self.logprobs else None
 
     @cached_property
-    def tools_for_template(self) -> list[dict[str, Any]]:
+    def tools_for_template(self) -> list[JSONObject]:
         """The tools that the model may call."""
         none = self.tool_choice == "none"
         return [] if none else [tool.for_template for tool in self.tools]
 
     @property
-    def template_kwargs(self) -> dict[str, Any]:
+    def template_kwargs(self) -> JSONObject:
         """Variables of the template. An effort also turns thinking on or off, as in vLLM."""
         effort = self.reasoning_effort
         found = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
@@ -221,14 +221,14 @@ class ChatRequest(BaseRequest):
         tools = self.tools_for_template
         return CallReader(tools, self.parallel_tool_calls) if self.stream and tools else None
 
-    def first_choice(self, index: int) -> dict[str, Any]:
+    def first_choice(self, index: int) -> JSONObject:
         """See `BaseRequest`."""
         return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
 
-    def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
+    def _content(self, delta: Delta, finish_reason: str | None) -> JSONObject:
         has_reasoning = delta.thinking and self.include_reasoning
         reasoning = dict.fromkeys(_REASONING, delta.thinking) if has_reasoning else {}
-        message = dict[str, Any](content=delta.text)
+        message = JSONObject(content=delta.text)
         tools = self.tools_for_template
         has_calls = delta.has_calls
         if self.stream and delta.calls:
@@ -249,7 +249,7 @@ class ChatRequest(BaseRequest):
             message = reasoning
         return {"delta" if self.stream else "message": message, "finish_reason": finish_reason}
 
-    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, tokens: list[TokenLogprob]) -> JSONObject:
         content = [{**token.chosen, "top_logprobs": token.top} for token in tokens]
         return {"content": content, "refusal": None}
 
@@ -270,10 +270,10 @@ class CompletionRequest(BaseRequest):
         """See `ChatRequest`."""
         return self.logprobs
 
-    def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:  # noqa: ARG002
+    def _content(self, delta: Delta, finish_reason: str | None) -> JSONObject:  # noqa: ARG002
         return {"text": delta.text}
 
-    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, tokens: list[TokenLogprob]) -> JSONObject:
         return {
             "tokens": [token.chosen["token"] for token in tokens],
             "token_logprobs": [token.chosen["logprob"] for token in tokens],
@@ -320,13 +320,13 @@ class DetokenizeRequest(fields.Fields):
 class ChoicesWriter:
     """Writes choices as chunks of a stream, or as one JSON object at the end."""
 
-    def __init__(self, request: BaseRequest, head: dict[str, Any]) -> None:
+    def __init__(self, request: BaseRequest, head: JSONObject) -> None:
         self._request = request
         self._head = head
-        self._choices = dict[int, dict[str, Any]]()  # index -> the last choice
+        self._choices = dict[int, JSONObject]()  # index -> the last choice
         self._has_usage = request.stream_options.include_usage
 
-    def add(self, choice: dict[str, Any]) -> str:
+    def add(self, choice: JSONObject) -> str:
         """Add new text of a choice, or the complete choice."""
         index = choice["index"]
         first = None if index in self._choices else self._request.first_choice(index)
@@ -335,18 +335,18 @@ class ChoicesWriter:
             return ""
         return "".join(self._chunk([each]) for each in (first, choice) if each)
 
-    def end(self, figures: dict[str, Any]) -> str:
+    def end(self, figures: JSONObject) -> str:
         """End the answer, with `usage` and `metrics`."""
         if not self._request.stream:
             choices = [self._choices[index] for index in sorted(self._choices)]
             return json.dumps({**self._head, "choices": choices, **figures})
         return (self._chunk([], **figures) if self._has_usage else "") + "data: [DONE]\n\n"
 
-    def _chunk(self, choices: list[dict[str, Any]], **figures: Any) -> str:
+    def _chunk(self, choices: list[JSONObject], **figures: object) -> str:
         figures = {"usage": None, **figures} if self._has_usage else {}
         return server_sent({**self._head, "choices": choices, **figures})
 
 
-def server_sent(content: dict[str, Any]) -> str:
+def server_sent(content: JSONObject) -> str:
     """Return an event of a stream."""
     return f"data: {json.dumps(content)}\n\n"

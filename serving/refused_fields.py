@@ -88,4 +88,4 @@ _ROWS_OF_RESPONSES: list[tuple[Any, ...]] = [
 ]
 REFUSED: dict[str, str] = {row[0]: row[1] for row in _ROWS}
 REFUSED_IN_RESPONSES: dict[str, str] = {row[0]: row[1] for row in [*_ROWS, *_ROWS_OF_RESPONSES]}
-NEUTRAL: dict[str, Any] = {row[0]: row[2] for row in [*_ROWS, *_ROWS_OF_RESPONSES] if len(row) > 2}
+NEUTRAL: dict[str, object] = {row[0]: row[2] for row in [*_ROWS, *_ROWS_OF_RESPONSES] if len(row) > 2}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from serving import fields
+from serving import JSONObject, fields
 
 
 class _Item(fields.Fields):
     """An item of the Responses API's input. An item of an earlier answer has an id and a status."""
 
-    id: Any = None
-    status: Any = None
+    id: object = None
+    status: object = None
 
 
 class InputMessage(_Item):
@@ -22,7 +22,7 @@ class InputMessage(_Item):
     content: fields.Text
 
     @property
-    def for_chat(self) -> dict[str, Any]:
+    def for_chat(self) -> JSONObject:
         """Fields of a chat's message."""
         return {"role": self.role, "content": self.content}
 
@@ -32,7 +32,7 @@ class FunctionCall(_Item, fields.Called):
     call_id: str
 
     @property
-    def for_chat(self) -> dict[str, Any]:
+    def for_chat(self) -> JSONObject:
         """See `InputMessage`."""
         function = fields.Called.model_construct(name=self.name, arguments=self.arguments)
         return {
@@ -47,7 +47,7 @@ class FunctionOutput(_Item):
     output: fields.Text
 
     @property
-    def for_chat(self) -> dict[str, Any]:
+    def for_chat(self) -> JSONObject:
         """See `InputMessage`."""
         return {"role": "tool", "content": self.output, "tool_call_id": self.call_id}
 
@@ -56,19 +56,19 @@ class ReasoningItem(_Item):
     type: Literal["reasoning"]
     content: fields.Text = ""
     summary: fields.Text = ""  # OpenAI's servers send this one
-    encrypted_content: Any = None
+    encrypted_content: object = None
 
     @property
-    def for_chat(self) -> dict[str, Any]:
+    def for_chat(self) -> JSONObject:
         """See `InputMessage`."""
         return {"role": "assistant", "reasoning_content": self.content or self.summary}
 
 
-def _item_kind(given: Any) -> str | None:
+def _item_kind(given: object) -> str | None:
     return f"[{given.get('type') or 'message'}]" if isinstance(given, dict) else None
 
 
-def _as_items(given: Any) -> Any:
+def _as_items(given: object) -> object:
     if not isinstance(given, str | list):
         raise ValueError("must be a text or a list of items")
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
@@ -114,7 +114,7 @@ class TextFormat(fields.Fields):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
     description: str | None = None
-    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+    json_schema: JSONObject | None = Field(default=None, alias="schema")
     strict: bool | None = None  # an answer follows the schema in any case
 
     @model_validator(mode="after")

@@ -9,18 +9,18 @@ import itertools
 import json
 import time
 import uuid
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from serving import fields, response_fields
+from serving import JSONObject, fields, response_fields
 from serving.protocol import ChatRequest, SharedFields, server_sent
 from serving.refused_fields import REFUSED_IN_RESPONSES
 
 _LOGPROBS = "message.output_text.logprobs"  # a value of `include`
 _ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 # The first state of an item with text, and the only part.
-_TEXT_ITEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+_TEXT_ITEMS: dict[str, tuple[JSONObject, JSONObject]] = {
     "message": (
         {"role": "assistant", "content": []},
         {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
@@ -51,7 +51,7 @@ class ResponsesRequest(SharedFields):
     chat_template_kwargs: fields.TemplateKwargs = Field({})
     include: list[str] = Field([], max_length=fields.MAX_ITEMS)
     top_logprobs: int = Field(0, ge=0, le=20)
-    metadata: dict[str, Any] = Field({})
+    metadata: JSONObject = Field({})
 
     @property
     def chat(self) -> ChatRequest:
@@ -73,7 +73,7 @@ class ResponsesRequest(SharedFields):
 
     def _messages(self) -> list[fields.Message]:
         """Return a chat's messages. Reasoning, text and calls of one turn become one message."""
-        messages = list[dict[str, Any]]()
+        messages = list[JSONObject]()
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
         for item in self.input:
@@ -112,16 +112,16 @@ class ResponsesRequest(SharedFields):
 class ResponseWriter:
     """Writes a chat's choice as events of a response, or as the response at the end."""
 
-    def __init__(self, response: dict[str, Any], stream: bool) -> None:
+    def __init__(self, response: JSONObject, stream: bool) -> None:
         self._response = response
         self._stream = stream
-        self._output: list[dict[str, Any]] = response["output"]  # only the last item is unfinished
+        self._output: list[JSONObject] = response["output"]  # only the last item is unfinished
         self._numbers = itertools.count()
         self._events = list[str]()  # the next part of the answer
         self._is_begun = False
         self._is_cut = False
 
-    def add(self, choice: dict[str, Any]) -> str:
+    def add(self, choice: JSONObject) -> str:
         """Add new text of the choice, or the complete choice."""
         if not self._is_begun:
             self._is_begun = True
@@ -138,7 +138,7 @@ class ResponseWriter:
         self._is_cut = choice["finish_reason"] == "length"
         return self._take()
 
-    def end(self, figures: dict[str, Any]) -> str:
+    def end(self, figures: JSONObject) -> str:
         """End the answer, with `usage` and `metrics`."""
         if not self._output:
             self._add_text("message", "", [])
@@ -151,7 +151,7 @@ class ResponseWriter:
         self._event(f"response.{status}", response=response)
         return self._take() if self._stream else json.dumps(response)
 
-    def _add_text(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> None:
+    def _add_text(self, kind: str, text: str, logprobs: list[JSONObject]) -> None:
         """Add text to a message or to reasoning."""
         if not self._output or self._output[-1]["type"] != kind:
             item, part = _TEXT_ITEMS[kind]
@@ -167,7 +167,7 @@ class ResponseWriter:
         if text or logprobs:
             self._part_event(f"response.{part['type']}.delta", delta=text, **more)
 
-    def _add_call(self, call: dict[str, Any]) -> None:
+    def _add_call(self, call: JSONObject) -> None:
         """Add a call. A call without an id is more arguments of the last call."""
         function = call["function"]
         if "id" in call:
@@ -176,7 +176,7 @@ class ResponseWriter:
         self._output[-1]["arguments"] += function["arguments"]
         self._item_event("response.function_call_arguments.delta", delta=function["arguments"])
 
-    def _begin_item(self, item: dict[str, Any]) -> None:
+    def _begin_item(self, item: JSONObject) -> None:
         self._end_item("completed")
         item_id = f"{_ID_PREFIXES[item['type']]}_{uuid.uuid4().hex}"
         self._output.append({"id": item_id, "status": "in_progress", **item})
@@ -198,17 +198,17 @@ class ResponseWriter:
             self._part_event("response.content_part.done", part=part)
         self._item_event("response.output_item.done", item=item)
 
-    def _part_event(self, kind: str, **content: Any) -> None:
+    def _part_event(self, kind: str, **content: object) -> None:
         self._item_event(kind, content_index=0, **content)
 
-    def _item_event(self, kind: str, **content: Any) -> None:
+    def _item_event(self, kind: str, **content: object) -> None:
         """Add an event of the last item."""
         place = {"output_index": len(self._output) - 1}
         if "item" not in content:
             place |= {"item_id": self._output[-1]["id"]}
         self._event(kind, **place, **content)
 
-    def _event(self, kind: str, **content: Any) -> None:
+    def _event(self, kind: str, **content: object) -> None:
         if self._stream:
             event = {"type": kind, "sequence_number": next(self._numbers), **content}
             self._events.append(f"event: {kind}\n{server_sent(event)}")
@@ -220,7 +220,7 @@ class ResponseWriter:
         return events
 
 
-def _usage(usage: dict[str, Any]) -> dict[str, Any]:
+def _usage(usage: JSONObject) -> JSONObject:
     """Return a chat's `usage` by the names of a response."""
     num_prompt = usage["prompt_tokens"]
     num_cached = usage["prompt_tokens_details"]["cached_tokens"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
 from self_speculation.decoding.texts import OutputReader
 from self_speculation.speculative_streamer import Cell
+from serving import JSONObject
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # of byte-level vocabularies
@@ -28,7 +29,7 @@ class Delta(NamedTuple):
     accepted: int = 0  # leading characters that are accepted drafts
     pending: str = ""  # the draft after all text so far
     thinking: str = ""  # in a stream, `text` is empty then, and `accepted` counts characters of `thinking`
-    calls: Sequence[dict[str, Any]] = ()  # parts of calls in a stream
+    calls: Sequence[JSONObject] = ()  # parts of calls in a stream
     has_calls: bool = False  # whether a stream has had calls so far
 
 
@@ -66,8 +67,8 @@ class TokenLogprob(NamedTuple):
     as `token`, with U+FFFD for a part of a character, the `bytes` and the `logprob`.
     """
 
-    chosen: dict[str, Any]
-    top: list[dict[str, Any]]
+    chosen: JSONObject
+    top: list[JSONObject]
     offset: int  # complete characters of the answer before the token
 
 
@@ -103,7 +104,7 @@ class LogprobCollector:
         logprobs = scores[0].float().log_softmax(-1).clamp(min=_MIN_LOGPROB)
         highest = logprobs.topk(min(self._num_top, len(logprobs)))
 
-        def entry(id_: int, logprob: float) -> dict[str, Any]:
+        def entry(id_: int, logprob: float) -> JSONObject:
             content = self._bytes(id_)
             return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
 

@@ -7,14 +7,14 @@ object alone (Llama 3).
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.decoding.grammar import Grammar, json_rule
 from self_speculation.decoding.texts import Tag
+from serving import JSONObject
 
 _TAG = "<tool_call>"
 _BEGIN = re.compile(rf"\s*{_TAG}\s*")
@@ -29,7 +29,7 @@ _decoder = json.JSONDecoder()
 
 
 def call_grammar(
-    tools: Sequence[Mapping[str, Any]],
+    tools: Sequence[JSONObject],
     tokenizer: PreTrainedTokenizerBase,
     name: str | None = None,
     answer: str | None = None,
@@ -77,7 +77,7 @@ def call_grammar(
     return Grammar.lark("\n".join(rules))
 
 
-def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[dict[str, str]]]:
+def find_calls(text: str, tools: Sequence[JSONObject]) -> tuple[str, list[dict[str, str]]]:
     """Return the text before the calls in an answer, and the calls: `name`, and `arguments` as JSON. Without
     a call, or with an object that calls no function of the tools, the whole answer is text.
     """
@@ -89,7 +89,7 @@ def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list
     return text[: begin.start()] if begin else "", functions
 
 
-def _function(content: Any, tools: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+def _function(content: object, tools: Sequence[JSONObject]) -> dict[str, str] | None:
     """Return a call of a tool. None: the content is no call."""
     if not isinstance(content, dict) or content.get("name") not in [
         tool["function"]["name"] for tool in tools
@@ -99,14 +99,14 @@ def _function(content: Any, tools: Sequence[Mapping[str, Any]]) -> dict[str, str
     return {"name": content["name"], "arguments": json.dumps(arguments)}
 
 
-def _objects(text: str) -> list[Any]:
+def _objects(text: str) -> list[object]:
     """Return the JSON object that the answer is, or the objects between tags. The list is empty if anything
     but JSON is between tags. An unfinished object at the end does not count. The JSON decoder finds where an
     object ends, since a string may hold tags.
     """
     with suppress(ValueError, RecursionError):
         return [json.loads(text)]
-    found = list[Any]()
+    found = list[object]()
     position = 0
     with suppress(ValueError, RecursionError):
         while (begin := _BEGIN.search(text, position)) and _END.search(text, begin.end()):
@@ -149,7 +149,7 @@ class CallReader:
     call is text, and so is an object that calls no tool. After a call there are only calls.
     """
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]], several: bool) -> None:
+    def __init__(self, tools: Sequence[JSONObject], several: bool) -> None:
         self._tools = tools
         self._several = several
         self.num_calls = 0
@@ -159,18 +159,18 @@ class CallReader:
         self._is_start = True
         self._may_call = True
 
-    def read(self, new: str, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
+    def read(self, new: str, is_last: bool) -> tuple[str, list[JSONObject]]:
         """Return new text of the answer, and parts of calls. The first part of a call has an id."""
         self._held += new
         texts = list[str]()
-        parts = list[dict[str, Any]]()
+        parts = list[JSONObject]()
         while self._take(texts, parts):
             pass
         if is_last and not self.num_calls:
             texts.append(self._held)
         return "".join(texts), parts
 
-    def _take(self, texts: list[str], parts: list[dict[str, Any]]) -> bool:
+    def _take(self, texts: list[str], parts: list[JSONObject]) -> bool:
         """Take decided text or a part of a call. False: the rest needs more text."""
         if self._num_sent is not None:
             return self._grow(self._num_sent, parts)
@@ -193,7 +193,7 @@ class CallReader:
         is_tag = start >= 0 and _TAG.startswith(self._held[start:])
         return len(self._held[: start if is_tag else None].rstrip())
 
-    def _begin_call(self, start: int, parts: list[dict[str, Any]]) -> bool:
+    def _begin_call(self, start: int, parts: list[JSONObject]) -> bool:
         """Begin the call whose JSON starts at `start`. Take a complete call if arguments do not come last."""
         if head := _HEAD.match(self._held, start):
             call = {"name": head[1]}
@@ -217,7 +217,7 @@ class CallReader:
         self._may_call = bool(head) or self._several
         return True
 
-    def _grow(self, num_sent: int, parts: list[dict[str, Any]]) -> bool:
+    def _grow(self, num_sent: int, parts: list[JSONObject]) -> bool:
         """Pass on more arguments of the last call. Returns whether the call ends."""
         end = self._json_end.find(self._held)
         index = self.num_calls - 1
