@@ -26,8 +26,8 @@ class MeasurementArguments(RunArguments):
     compare: bool = False
     """Also decode each prompt without drafts, in turn, and report the speed-up."""
     answer_file: str | None = None
-    """Also write the answers to spec_bench in its own format; with --compare True, those without drafts to
-    a second file beside it."""
+    """Also write the answers to spec_bench in Spec-Bench's format; with --compare True,
+    write answers without drafts to a second file beside it."""
     text_quality: bool = False
     """Also compare answers with reference answers: ROUGE, BLEU, exact match and edit distance."""
 
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from measures.benchmarking import Benchmark
     from runs.examples import run_experiment
 
-    own = {name: getattr(args, name) for name in ("compare", "answer_file", "text_quality")}
-    return run_experiment("benchmark", Benchmark, model_args, config, data_args, args, **own)
+    of_script = {name: getattr(args, name) for name in ("compare", "answer_file", "text_quality")}
+    return run_experiment("benchmark", Benchmark, model_args, config, data_args, args, **of_script)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python correctness.py --exit_layer 8 --num_speculations 4 --num_samples 50
 
 Each prompt has a greedy output and, unless --sample False, sampled ones from seeds. With --batch_size N, also
-compare a batch with its prompts alone. On a CPU with operators the logits are compared, too, bit by bit. The
+compare a batch with the prompts alone. On a CPU with operators the logits are compared, too, bit by bit. The
 exit status is 1 for a difference that rounding cannot explain.
 """
 
@@ -25,7 +25,7 @@ class CorrectnessArguments(RunArguments):
     """The reference."""
 
     reference: Literal["autoregressive", "transformers"] = "autoregressive"
-    """transformers: also compare greedy outputs with its `generate`."""
+    """transformers: also compare greedy outputs with transformers' `generate`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

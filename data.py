@@ -34,7 +34,7 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its reference text."""
+    """A prompt and the reference text."""
 
     prompt: str
     reference: str
@@ -103,7 +103,7 @@ def _parser_turns(row: Row) -> Iterable[tuple[str, str]]:
 
 
 _CNN_DM = {"path": "abisee/cnn_dailymail", "name": "3.0.0"}
-# It is a script, which `datasets` no longer runs; the hub has its tables in this branch.
+# It is a script, which `datasets` no longer runs; the hub has the tables in this branch.
 _XSUM = {"path": "EdinburghNLP/xsum", "revision": "refs/convert/parquet"}
 _SUMMARY = "Article: {}\nSummary:"
 
@@ -145,7 +145,7 @@ class DataArguments(TemplateArguments):
     template: str | None = None
     """Text around each prompt; {message} stands for the prompt, other braces for themselves."""
     chat: bool = False
-    """Apply the tokenizer's chat template; a prompt, with its shots and --template, is one message."""
+    """Apply the tokenizer's chat template; a prompt, with shots and --template, is one message."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,7 +191,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         raise DataError(f"--n_shot {args.n_shot}: {where} has too few examples for that, only {len(shots)}")
     if not examples:
         raise DataError(f"{where}: no examples" + (" besides the shots" if shots else ""))
-    # Without a text between, as in code, the reference keeps its indentation.
+    # Without a text between, as in code, the reference keeps the indentation.
     strip = str.strip if dataset.between else str.rstrip
     before = "".join(f"{shot.prompt}{dataset.between}{strip(shot.reference)}\n\n" for shot in shots)
 

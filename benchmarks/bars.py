@@ -21,7 +21,7 @@ def bars(
     """Draw a bar for each row to `value`, with a line from `low` to `high` where they are.
 
     Args:
-        table: its index has the names; rows of one name stand together. `by` names the color of each.
+        table: the index has the names; rows of one name stand together. `by` names the color of each.
         label: of the axis of values.
         path: without suffix.
         line: a value that all are compared with.

@@ -19,7 +19,7 @@ from training import losses
 
 _GIB = 2**30
 _BANDWIDTH = 2.7e12  # bytes per second that an H100 reads
-# Seconds: a kernel besides its bytes; the start of a graph; the GPU's wait for the host in a round.
+# Seconds: a kernel besides the bytes; the start of a graph; the GPU's wait for the host in a round.
 _KERNEL = 2.75e-6
 _GRAPH = 11e-6
 _WAIT = 50e-6
@@ -84,7 +84,7 @@ def memory(
 
     stream = narrow if ranks > 1 or lora_rank else _FP32  # the residual stream
     hidden = tokens * config.hidden_size
-    # Kept by a layer for its backward pass: two norms in fp32, queries, keys, values and the MLP.
+    # Kept by a layer for the backward pass: two norms in fp32, queries, keys, values and the MLP.
     heads = tokens * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     inside = 4 * hidden * _FP32 + narrow * (6 * hidden + 2 * heads + 4 * tokens * config.intermediate_size)
     layers = config.num_hidden_layers

@@ -3,14 +3,14 @@
     python benchmarks/paper.py --rows llama2-7B --num_samples 100
     python benchmarks/paper.py --model checkpoints/python-10m --rows human_eval --num_samples 5
 
-benchmarks/paper.csv has the published rows: the paper's, and those of its authors' post about transformers,
+benchmarks/paper.csv has the published rows: the paper's, and those of the authors' post about transformers,
 whose defaults draft up to 20 tokens while the draft's own probabilities are above 0.4. Here those rows always
 draft 20 tokens, so their speed-up is a lower bound. Each row is a run of benchmark.py with --compare True,
-greedy, in a process of its own. A checkpoint or a dataset that is not at
+greedy, in a separate process. A checkpoint or a dataset that is not at
 hand is named, and the other rows run. --resume FOLDER goes on with an interrupted run.
 
 With --model, all rows decode with that model: a rehearsal, which a CPU can do. The exit is at the same share
-of its layers.
+of the layers.
 
 The columns: *acc* accepted / drafted tokens, as published the mean of examples; *x* the speed-up over
 decoding without drafts; *formula* the speed-up by the published acceptance, (1 + k acc) / (1 + k exit /
@@ -66,7 +66,7 @@ class PaperArguments:
     """Which rows, and on how much data."""
 
     rows: list[str] = field(default_factory=list)
-    """Only rows whose model or dataset contains one of these."""
+    """Only rows whose model or dataset contains one of the given texts."""
     repeats: int = 1
     """How often each row is measured."""
     num_samples: int | None = None
@@ -74,7 +74,7 @@ class PaperArguments:
     max_steps: int | None = None
     """New tokens at most; without it, as published."""
     data_path: str | None = None
-    """Folder of local data: a .jsonl file or a folder for each dataset, by its name."""
+    """Folder of local data: a .jsonl file or a folder for each dataset, by the dataset's name."""
     resume: str | None = None
     """Folder of an interrupted run to continue."""
 
@@ -161,7 +161,7 @@ def _show(run: Run, rows: pandas.DataFrame, records: list[Record], model_args: M
 
 
 def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments) -> dict[str, Any]:
-    """The flags of benchmark.py for a row, but for its --output_dir."""
+    """The flags of benchmark.py for a row, but for --output_dir."""
     given = {each.name: getattr(model_args, each.name) for each in fields(model_args)}
     changed = {each.name for each in fields(model_args) if given[each.name] != each.default} - {"output_dir"}
     flags = {

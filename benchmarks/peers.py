@@ -39,14 +39,14 @@ LLAMA_CPP = "llama.cpp"
 FORMATS = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2, "Q4_K_M": 15}
 
 _TRIES = 2  # of each format; the first one warms up
-# Tokens of a first try, after which formats of less than half the best speed are left: some take minutes.
+# Tokens of a first try, after which formats of less than half the best speed are left: they can take minutes.
 _FIRST_TOKENS = 8
 
 
 def side(
     name: str, generator: HuggingfaceLlamaGenerator, strategy: GenerationStrategy, config: GenerationConfig
 ) -> TimedSide:
-    """A side with the tokenizer and model of the generator; the prefix of its fields is its name."""
+    """A side with the tokenizer and model of the generator; the name is the prefix of the side's fields."""
     return f"{name}: ", HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), config
 
 
@@ -77,7 +77,7 @@ class TransformersStrategy(GenerationStrategy):
             options["prompt_lookup_num_tokens"] = config.num_speculations
         elif self._name == EARLY_EXIT:
             options["assistant_early_exit"] = config.exit_layer
-            # transformers reads the draft length off the assistant's generation config: the model's own.
+            # transformers reads the draft length off the assistant's generation config, which is the model's.
             assistant = {
                 "num_assistant_tokens": config.num_speculations,
                 "num_assistant_tokens_schedule": "constant",
@@ -141,7 +141,7 @@ def _result(
     decode_time: float,
     draft_stats: DraftStats | None = None,
 ) -> GenerationStrategyResult:
-    """Of an output up to its end id, which padding may follow; the prompt's pass gave `num_first` tokens."""
+    """Of an output up to the end id, which padding may follow; the prompt's pass gave `num_first` tokens."""
     length = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
     num_tokens = len(ids[: length + 1])
     return GenerationStrategyResult(

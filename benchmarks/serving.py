@@ -15,11 +15,11 @@ Servers alternate: each one starts, warms up, gets the load of every number of c
 serve.py with the flags above. `transformers` is `transformers serve` on the same weights, in float16 and in
 bfloat16, without and with --continuous-batching; each is another server, since the fastest
 depends on the number of clients. They need fastapi, which requirements-dev.txt has. `llama-server` is that of
-llama.cpp in PATH, on the same .gguf file. A URL names a running server; --model has its tokenizer.
+llama.cpp in PATH, on the same .gguf file. A URL names a running server; --model has the server's tokenizer.
 
 *tokens/s* is all text by the time in which at least one request was open; the tokenizer of --model counts the
 tokens of all servers. *first* is the time to the first text in ms at p50 and p95, *between* the time between
-pieces of text, also at its longest. With --long_prompt, each number of clients is measured twice: alone, and
+pieces of text, also the longest. With --long_prompt, each number of clients is measured twice: alone, and
 beside one more client that sends this prompt. The answer to it does not count.
 
 With --pairs, a server answers the same questions with drafts and without ("drafts": false), in turn, that
@@ -72,7 +72,7 @@ class ServingArguments:
     """The servers and their load."""
 
     servers: list[str] = field(default_factory=lambda: ["here", _PEER])
-    """here, transformers, llama-server, or URLs of running servers; the first is compared with the others."""
+    """here, transformers, llama-server, or URLs of running servers; the first is compared with the rest."""
     clients: list[int] = field(default_factory=lambda: [1, 8])
     """Numbers of clients, measured one after the other."""
     questions: int = 4
@@ -117,7 +117,7 @@ async def measure(
     pair, and whether there are drafts.
 
     Args:
-        model: its name; None: the first one that the server lists.
+        model: the model's name; None: the first one that the server lists.
     """
     of_each = [[(name, text) for text in texts()[name]] for name in args.workloads]
     questions = itertools.cycle(itertools.chain.from_iterable(zip(*of_each, strict=True)))
@@ -189,7 +189,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> str:
 def commands(
     model_args: ModelArguments, config: GenerationConfig, args: ServingArguments, saved: Path
 ) -> dict[str, list[str] | None]:
-    """Server -> its command, in the order of --servers; None: it runs already.
+    """Server -> the command that starts it, in the order of --servers; None: it runs already.
 
     Args:
         saved: the folder of the model for transformers.

@@ -8,7 +8,7 @@
 
 All sides decode the same prompts, in one process over the same weights. They alternate: one prompt, or four
 batches, at a turn. The sides:
-- `generate` of transformers, on a CPU in its fastest format for each side and batch size: plain; with
+- `generate` of transformers, on a CPU in the fastest format for each side and batch size: plain; with
   `assistant_early_exit` at the same exit layer and draft length; with prompt lookup. The latter two take one
   prompt at a time.
 - llama.cpp with --peers llama.cpp: the file, in 16 bits, and in fewer (Q8_0, Q4_1, Q4_0, Q4_K_M).
@@ -101,7 +101,7 @@ class SideBySideArguments:
         check(self, "picking", alone, "sampled answers need --peers none")
 
     def prompts(self, generator: HuggingfaceLlamaGenerator) -> dict[str, list[list[int]]]:
-        """Workload -> ids of its prompts."""
+        """Workload -> ids of the prompts."""
         if not self.prompt_tokens:
             number = self.num_prompts or max(10, 4 * max(self.batch_size))
             found = workloads(generator.tokenizer, number)

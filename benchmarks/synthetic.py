@@ -3,7 +3,7 @@
     python benchmarks/synthetic.py --shape Llama-3.2-1B --folder logs/random
 
 Its early exit agrees with it about as often as those of the published LayerSkip checkpoints do. (Llama-3.2-1B
-ties its head to its embedding; here they are two.) The tokenizer is that of the bundled model.
+ties head and embedding; here they are two.) The tokenizer is that of the bundled model.
 """
 
 import copy
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def random_llama(
     config: LlamaConfig, exit_layer: int, agreement: float, device: torch.device, seed: int = 0
 ) -> tuple[PreTrainedModel, float]:
-    """A bf16 model, made on the device, and the rate at which its exit picks the model's own token."""
+    """A bf16 model, made on the device, and the rate at which the exit picks the model's token."""
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

@@ -3,7 +3,7 @@
     python benchmarks/texts.py
 
 Outputs have 100,000 characters. *early* and *late* are microseconds of a processor for a token, the mean over
-the first and the last thousand: a token costs time by its text alone, however much came before. The last line
+the first and the last thousand: a token costs time by the text alone, however much came before. The last line
 is one JSON object.
 """
 

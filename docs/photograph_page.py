@@ -2,7 +2,7 @@
 
     python docs/photograph_page.py docs/serve.png --model FILE.gguf [other arguments of serve.py]
 
-Needs requirements-dev.txt and Debian's package chromium. The first answer is complete and shows its speed;
+Needs requirements-dev.txt and Debian's package chromium. The first answer is complete and shows the speed;
 the second one is being written, in the right half with unverified drafts. Use an idle machine. The last line
 has both speeds as one JSON object.
 """

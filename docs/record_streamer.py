@@ -1,11 +1,11 @@
-"""Record the answer of `make demo` at a terminal and draw it as an animated GIF, at its own speed.
+"""Record the answer of `make demo` at a terminal and draw it as an animated GIF, at the speed of the answer.
 
     python docs/record_streamer.py docs/streamer.gif --model FILE.gguf [other arguments of generate.py]
 
 Needs requirements-dev.txt. Drawing begins after the program has ended, since it would slow it down. A frame
-has all output of its time, so tokens appear as fast as they did. Only pauses are shortened: one comes before
+has all output of a moment, so tokens appear as fast as they did. Only pauses are shortened: one comes before
 the last line, the comparison. The terminal is wider than any line; lines of the film break
-between words. The last line of this script's own output is one JSON object.
+between words. The last line of this script's output is one JSON object.
 """
 
 import itertools
@@ -101,7 +101,7 @@ def wrapped(cells: list[pyte.screens.Char], width: int) -> list[list[pyte.screen
 
 @cache
 def palette() -> Image.Image:
-    """One palette for all frames. A palette of a frame's own may lack the colour of a few letters."""
+    """One palette for all frames. A palette of one frame may lack the colour of a few letters."""
     image = Image.new("P", (1, 1))
     background = ImageColor.getrgb(BACKGROUND)
     image.putpalette([
@@ -116,8 +116,8 @@ def palette() -> Image.Image:
 def main() -> None:
     path, *arguments = sys.argv[1:]
     written = record([*DEFAULT_ARGUMENTS, *arguments])
-    (first, *others), durations = film(written)
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
+    (first, *later), durations = film(written)
+    first.save(path, save_all=True, append_images=later, duration=durations, loop=0)
     print(json.dumps({"seconds": written[-1][0], "film_seconds": sum(durations) / 1000}))
 
 

@@ -1,4 +1,4 @@
-"""Run the cells of a notebook in its folder, and write their outputs, text and pictures, into it.
+"""Run the cells of a notebook in the notebook's folder, and write their outputs, text and pictures, into it.
 
     python docs/run_notebook.py docs/tour.ipynb
 
@@ -22,7 +22,7 @@ from matplotlib import pyplot
 
 
 def outputs(source: str, names: dict[str, Any]) -> list[dict]:
-    """Run one cell in the namespace `names`; return its text, then its pictures, as notebooks have them."""
+    """Run one cell in the namespace `names`; return text, then pictures, as notebooks have them."""
     printed = io.StringIO()
     with redirect_stdout(printed):
         exec(source, names)

@@ -1,4 +1,4 @@
-"""Loads the data beside these task files, from any working directory."""
+"""Loads the data beside the task files, from any working directory."""
 
 from pathlib import Path
 

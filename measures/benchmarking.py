@@ -23,7 +23,7 @@ _ADD_UP = ("prediction", "tokens", "num_tokens", "wall_time", "num_decode_tokens
 _NAMES = {"": "this strategy", BASELINE: "without drafts"}
 _ABOUT_SPEEDUPS = """The speed-up is the median over {unit} of the ratio of tokens/s of whole answers.
 Other lines have other ratios: in sums long answers count more, a median of each
-side is not of pairs, and decoding leaves out the first token with its prompt."""
+side is not of pairs, and decoding leaves out the first token with the prompt."""
 
 
 @dataclass

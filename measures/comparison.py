@@ -38,7 +38,7 @@ def find_difference(
 
     `gap` is the full model's best logit minus that of the worse of the two tokens; None: one output has
     ended, or a token is forbidden. Sampled logits are divided by the temperature, plus noise. In a near-tie
-    each token is the sampler's if its logit is larger by at most `bound`, which rounding explains.
+    each token is the sampler's if the logit is larger by at most `bound`, which rounding explains.
 
     Args:
         first, second: output ids with the end id.

@@ -114,7 +114,7 @@ def median_interval(values: numpy.ndarray) -> tuple[float, float] | None:
 
 
 def undecided(interval: Sequence[float] | None, unit: str) -> list[str]:
-    """A warning unless the interval of a speed-up tells which side is faster; `unit` names its windows."""
+    """A warning unless the interval of a speed-up tells which side is faster; `unit` names the windows."""
     if interval is not None and not interval[0] <= 1 <= interval[1]:
         return []
     why = "there are fewer than five" if interval is None else "1.00 is in the 90 % confidence interval"

@@ -3,8 +3,9 @@
 Every other prompt chooses three cells, and the remaining ones tell how fast they are: the best of many
 measured speed-ups is partly luck.
 
-Along a fixed greedy output, exit layer E drafts, after any accepted prefix, the argmax of its logits with the
-output as input. So the list of output tokens that E guesses decides every round, for every draft length.
+Along a fixed greedy output, exit layer E drafts, after any accepted prefix, the argmax of the exit's logits
+with the output as input. So the list of output tokens that E guesses decides every round, for every draft
+length.
 """
 
 from collections.abc import Mapping, Sequence

@@ -214,7 +214,7 @@ def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel
 def _save_and_show(
     run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float], by_frequency: float
 ) -> None:
-    """Write the model, its tokenizer and the scores of all exits; print the scores, and a warning if the last
+    """Write the model, the tokenizer and the scores of all exits; print the scores, and a warning if the last
     layer has learnt nothing that exits could agree on.
     """
     _save_model(trainer, run.folder)

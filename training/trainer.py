@@ -32,7 +32,7 @@ from training import losses, recipe
 from training.flags import RecipeArguments
 
 # The scores of each exit in an evaluation. Agreement: how often it predicts the token of the last layer.
-# Entropy: of its distributions, relative to the last layer's.
+# Entropy: of the exit's distributions, relative to the last layer's.
 EXIT_SCORES = ("loss", "accuracy", "agreement", "entropy")
 
 
