@@ -185,13 +185,15 @@ class AdaptivePolicy:
         matches = [(-guess, row) for row, (limit, _, guess) in enumerate(rows) if guess > chance and limit]
         heapify(matches)
         expected = float(num_tokens)
-        seconds = verifying(num_tokens)
+        verification = verifying(num_tokens)  # seconds of the pass
+        seconds = verification
         while matches or depth < longest:
             # A pass of the source drafts for all its rows, whose chances are equal.
             by_source = depth < longest and not (matches and -matches[0][0] > reached)
             more = sum(limit > depth for limit in limits) if by_source else 1
             chances = reached * more if by_source else -matches[0][0]
-            cost = verifying(num_tokens + more) - verifying(num_tokens)
+            longer = verifying(num_tokens + more)
+            cost = longer - verification
             if by_source and source is not None:
                 cost += self._drafting(source, more)
             too_few = chances < self._LEAST_CHANCE * more
@@ -201,6 +203,7 @@ class AdaptivePolicy:
                 longest = depth  # a token that was looked up costs less
                 continue
             num_tokens += more
+            verification = longer
             expected += chances
             seconds += cost
             if by_source:
