@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 991, "classes": 194, "parameters": 2127}
+LIMITS = {"functions": 989, "classes": 194, "parameters": 2120}
 
 
 def count() -> dict[str, int]:

@@ -41,7 +41,7 @@ from data import DATASETS
 from runs.description import Record, describe, machine
 from runs.failures import Failed, check_writable
 from runs.program import run
-from runs.records import Run
+from runs.records import Run, write_atomically
 from runs.startup import read_config
 from runs.status import print_status
 
@@ -130,7 +130,7 @@ def _show(run: Run, rows: pandas.DataFrame, records: list[Record], model_args: M
     table = table.reindex(columns=[*dict.fromkeys((*table, *_COLUMNS, "not_measured"))])
     table = table.astype(dict.fromkeys(list(_COLUMNS)[3:], float))
     machines = dict.fromkeys(record["machine"] for record in records if "machine" in record)
-    run.replace("paper.csv", table.to_csv(index=False))
+    write_atomically(run.folder / "paper.csv", table.to_csv(index=False))
     run.write_status("finished")
     names = table["row"] + ", exit " + table["exit_layer"].astype(str)
     table.index = names + ", k " + table["num_speculations"].astype(str)

@@ -78,8 +78,12 @@ class Benchmark(Experiment):
         title = heading(run.description)
         lines = [title, "", *_table(summary, self._unit)]
         if self.answer_file is not None:
-            model_name = Path(run.description["model"]).name
-            self._write_answers(model_name, records, Path(self.answer_file).expanduser().absolute())
+            path = Path(self.answer_file).expanduser().absolute()
+            rows = [example.row for example in self.examples]
+            for prefix, _, config in self._sides:
+                model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"
+                answers_path = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
+                write_atomically(answers_path, spec_bench.answers(rows, records, model_id, prefix))
         if self.compare and len(ratios := metrics.ratios(records, "", BASELINE)):
             label = f"speed-up over decoding without drafts: a point for each {self._unit[:-1]}"
             interval = summary["comparison"]["speedup_interval"]
@@ -110,14 +114,6 @@ class Benchmark(Experiment):
         if cut := sum(len(record.get("turns", "1")) <= len(example.later_turns) for example, record in pairs):
             remarks.append(f"the context has no room for the later turns of {counted(cut, 'conversation')}")
         return summary
-
-    def _write_answers(self, model_name: str, records: list[Record], path: Path) -> None:
-        """Write the answers of each strategy in the format of Spec-Bench."""
-        rows = [example.row for example in self.examples]
-        for prefix, _, config in self._sides:
-            answers_path = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
-            model_id = f"{model_name}-{config.generation_strategy}"
-            write_atomically(answers_path, spec_bench.answers(rows, records, model_id, prefix))
 
 
 def _joined(turns: Sequence[Record]) -> Record:

@@ -21,7 +21,7 @@ from measures.plots import heat_maps
 from measures.timed_runs import BASELINE, TimedSide, measure_all, warm_up
 from runs.description import Record, counted, fewest_threads, heading
 from runs.examples import Experiment
-from runs.records import Run
+from runs.records import Run, write_atomically
 from runs.startup import autoregressive
 from self_speculation.decoding.request import config_processors
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
@@ -87,7 +87,7 @@ class Sweep(Experiment):
         )
         table = table.reindex(columns=COLUMNS).sort_values(COLUMNS[:2])
         table = table.astype(dict.fromkeys(("speedup", "speedup_low", "speedup_high"), float))
-        run.replace("sweep.csv", table.to_csv(index=False))
+        write_atomically(run.folder / "sweep.csv", table.to_csv(index=False))
         measured = table.dropna(subset="speedup").sort_values("speedup", ascending=False)
         if measured.empty:
             run.finish(records, {"best": None})

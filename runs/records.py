@@ -47,8 +47,8 @@ class Run:
         else:
             earlier = check_same_run(resume, description)
             run = cls(Path(resume).expanduser(), description | {"began": earlier.get("began")})
-            if (run.folder / "records.jsonl").exists():  # a training has none
-                run.replace("records.jsonl", _lines(run.records().values()))  # without a line that was cut
+            if (path := run.folder / "records.jsonl").exists():  # a training has none
+                write_atomically(path, _lines(run.records().values()))  # without a line that was cut
         run.write_status("running")
         return run
 
@@ -72,14 +72,15 @@ class Run:
 
     def finish(self, records: list[Record], metrics: Record) -> None:
         """Write all records in order into one file, and the metrics into run.json."""
-        self.replace("records.jsonl", _lines(records))
+        write_atomically(self.folder / "records.jsonl", _lines(records))
         self.write_status("finished", metrics=metrics)
 
     def write_status(self, status: str, **more: object) -> None:
         """Write description and status into run.json."""
         ended = {} if status == "running" else {"ended": now()}
         content = {**self.description, "status": status, **ended, **more}
-        self.replace("run.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(content, indent=2, allow_nan=False)
+        write_atomically(self.folder / "run.json", f"{text}\n")
 
     @property
     def resume_command(self) -> str:
@@ -95,10 +96,6 @@ class Run:
     def listing(self) -> str:
         """The folder and the files in it, in one line."""
         return f"{self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}"
-
-    def replace(self, name: str, text: str) -> None:
-        """Replace a file of the folder atomically."""
-        write_atomically(self.folder / name, text)
 
 
 def write_atomically(path: Path, text: str) -> None:

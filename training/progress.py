@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from runs.ranks import num_processes
-from runs.records import Run
+from runs.records import Run, write_atomically
 
 
 class Stop(TrainerCallback):
@@ -65,7 +65,7 @@ class Progress(ProgressCallback):
         table = pandas.DataFrame([row for row in state.log_history if "train_runtime" not in row])
         # A resumption must not change the order of the columns.
         table = table[sorted(table, key=lambda name: (name != "step", len(name), name))]
-        self._run.replace("log.csv", table.to_csv(index=False))
+        write_atomically(self._run.folder / "log.csv", table.to_csv(index=False))
         if self.training_bar is None:
             return
         if "loss" in logs:

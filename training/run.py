@@ -19,7 +19,7 @@ from runs import ranks
 from runs.description import Record, describe, describe_model, heading
 from runs.failures import Failed, check_writable
 from runs.program import enable_collector
-from runs.records import Run, check_same_run
+from runs.records import Run, check_same_run, write_atomically
 from runs.startup import set_threads
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.families import context_length
@@ -129,7 +129,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     run.description |= facts
     if ranks.rank() == 0:
         if trained is not None:
-            run.replace("tokenizer.json", trained)
+            write_atomically(run.folder / "tokenizer.json", trained)
         everything, learning = (model.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
         samples = args.num_steps * _samples(description)
         print(
@@ -222,7 +222,7 @@ def _save_and_show(
         return
     columns = {name: [v for k, v in metrics.items() if f"_{name}_exit_" in k] for name in EXIT_SCORES}
     table = pandas.DataFrame({"exit_layer": range(1, len(columns["loss"]) + 1), **columns})
-    run.replace("exits.csv", table.to_csv(index=False))
+    write_atomically(run.folder / "exits.csv", table.to_csv(index=False))
     asked = run.description["arguments"]
     texts = asked["data_path"] or "the standard library"
     title = heading(run.description | {"arguments": asked | {"dataset": texts}})
