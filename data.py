@@ -60,7 +60,7 @@ def _turns(place: str, turns: Any) -> list[Row]:
         raise DataError(f"{place} must be a list of turns, each with role and message") from error
 
 
-def _texts(place: str, texts: Any) -> list[str]:
+def _texts(place: str, texts: object) -> list[str]:
     if not isinstance(texts, list) or not texts:
         raise DataError(f"{place} must be a list of texts, one or more")
     return [cell(place, text) for text in texts]
@@ -83,7 +83,13 @@ class Dataset:
     between: str | None = None
 
 
-def _two(prompt: str, reference: str, source: Any = None, form: str = "{}", between: str = " ") -> Dataset:
+def _two(
+    prompt: str,
+    reference: str,
+    source: Mapping[str, str] | Path | None = None,
+    form: str = "{}",
+    between: str = " ",
+) -> Dataset:
     """Of datasets with a column of prompts, for `form`, and one of references."""
     columns = {prompt: cell, reference: cell}
     return Dataset(columns, lambda row: [(form.replace("{}", row[prompt]), row[reference])], source, between)

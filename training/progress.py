@@ -34,12 +34,12 @@ class Stop(TrainerCallback):
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
-    def _handle(self, signum: int, _: Any) -> None:
+    def _handle(self, signum: int, _: object) -> None:
         if signum == signal.SIGINT and self.status and num_processes() == 1:  # torchrun sends a second one
             raise KeyboardInterrupt
         self.status = 128 + signum
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
         self.status = max(gather_object([self.status]))
         if self.status:
             control.should_log = control.should_save = control.should_training_stop = True
@@ -54,7 +54,7 @@ class Progress(ProgressCallback):
         super().__init__()
         self._run = run
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **more: object) -> None:
         super().on_step_end(args, state, control, **more)
         control.should_evaluate |= state.global_step == state.max_steps  # to compare with the start
 

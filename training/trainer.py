@@ -53,7 +53,7 @@ def early_exit_loss(
     kept: numpy.ndarray | None = None,
     distill: bool = False,
     num_items_in_batch: Tensor | int | None = None,
-    **_: Any,
+    **_: object,
 ) -> dict[str, Tensor]:
     """J of one micro-batch [B, T] (eq. 4), in the form of a model's `forward`.
 
@@ -77,7 +77,7 @@ def early_exit_loss(
 
 
 @torch.no_grad()
-def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
+def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: object) -> Tensor:
     """[B, L, 5] sums over the labels of a sample, by exit: cross-entropy, correct tokens, tokens that agree
     with the last layer, entropy, number of labels. The model's head computes `losses.exit_scores`.
     """
@@ -137,7 +137,7 @@ class EarlyExitTrainer(Trainer):
         with self._computing(early_exit_loss, losses.exit_losses):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _plan(self, num_samples: int) -> dict[str, Any]:
+    def _plan(self, num_samples: int) -> dict[str, object]:
         """The recipe's arguments of `early_exit_loss` for this micro-batch."""
         settings = self._settings
         step = self.state.global_step
@@ -188,7 +188,7 @@ class EarlyExitTrainer(Trainer):
             raise FloatingPointError(f"{where}: begin anew with a lower learning rate")
         super().log(logs, *args, **kwargs)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Raises Failed if this rank cannot write, and of shards on every rank."""
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         try:
@@ -201,7 +201,7 @@ class EarlyExitTrainer(Trainer):
             raise Failed(f"cannot write {folder}: {one_line(causes[0])}") from error
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+        self, model: nn.Module, inputs: dict[str, Any], *_: object, **__: object
     ) -> tuple[None, Tensor, Tensor]:
         """The scores of a batch, in place of logits and of labels."""
         with self._computing(exit_scores, losses.exit_scores):
