@@ -120,7 +120,7 @@ def set_threads(number: int | None) -> ThreadGovernor:
 @functools.cache  # once for each governor
 def tell_of_fewer_threads(governor: ThreadGovernor) -> None:
     """Say that other programs use processors, and what follows; a `ThreadGovernor` calls it."""
-    used = f"other programs use {governor.others:.1f} of {governor.num_processors} processors"
+    used = f"other programs use {governor.num_taken:.1f} of {governor.num_processors} processors"
     threads = f"{governor.num_threads} of {governor.most} threads"
     # An answer may be growing on the same terminal.
     print_status(f"\n{used}: decoding is slower, with {threads} while they do")

@@ -1,6 +1,6 @@
 """Early-exit inference and self-speculative decoding of Llama-type models (LayerSkip, arXiv 2404.16710).
 
-Public names are loaded on first use, so that importing the package or its config alone is quick.
+Public names are loaded on first use, so an import of the package, or of config.py alone, is quick.
 """
 
 from importlib import import_module

@@ -23,7 +23,7 @@ Quantization = Literal["none", "int8", "int4"]
 LONGEST_DRAFT = 16
 
 # The rules that `decoding.sampling.Sampler` computes, with their least and most values. Scripts, server and
-# harness derive their flags and fields from these.
+# harness derive flags and fields from this table.
 SAMPLING_RULES: dict[str, tuple[float, float | None]] = {
     "temperature": (0, 1000),
     "top_k": (0, None),
@@ -59,7 +59,7 @@ _KINDS: dict[Any, str] = {
 
 
 def check_types(of: type, values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each of these values of a dataclass's fields is of the field's annotation."""
+    """Raise ValueError unless each value of a dataclass's field is of the field's annotation."""
     for name, kind in field_types(of).items():
         kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
         if name in values and not any(_is_a(values[name], each) for each in kinds):
@@ -86,7 +86,7 @@ def _is_a(value: object, kind: Any) -> bool:
 
 
 def check_kind(name: str, value: object, kind: type, how: str = "") -> None:
-    """Raise ValueError unless an argument is of this class; the message has its name and `how` to make it."""
+    """Raise ValueError unless an argument is of this class; the message names it, and `how` to make one."""
     if not isinstance(value, kind):
         raise ValueError(f"{name}: must be a {kind.__name__}{how}, not {type(value).__name__}")
 
@@ -133,7 +133,7 @@ _DRAFTS: Mapping[str, object] = {"used_by": ("adaptive", "self_speculative")}
 
 @cache
 def field_texts(kind: type) -> dict[str, str]:
-    """The text below each field of a dataclass and its base classes. Raises OSError without their source."""
+    """The text below each field of a dataclass and of base classes. Raises OSError if there is no source."""
     found = {}
     for each in reversed(kind.__mro__[:-1]):
         (definition,) = ast.parse(inspect.getsource(each)).body
@@ -161,7 +161,7 @@ def _refuse_unknown_fields(kind: type) -> type:
 
 
 def _explain_fields(kind: type) -> type:
-    """Append the texts below the fields of a class to its docstring, for `help`."""
+    """Append the texts below the fields of a class to the docstring, for `help`."""
     with suppress(OSError):  # there is no source
         texts = (f"        {name}: {text}" for name, text in field_texts(kind).items())
         kind.__doc__ = "\n".join([kind.__doc__ or "", "    Fields:", *texts])
@@ -298,7 +298,7 @@ class LoadingOptions:
     """How to load a model, and onto which device.
 
     Raises:
-        ValueError: a value is not of its field's type; the message starts with the field's name.
+        ValueError: a value is not of the field's type; the message starts with the field's name.
     """
 
     model_args: Mapping[str, Any] = field(default_factory=dict)

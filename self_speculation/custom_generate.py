@@ -75,7 +75,7 @@ def self_speculative_generate(
     Returns:
         As `generate`: [1, P + output] ids. Sampled ids have the same distribution, but other noise:
         `torch.manual_seed` gives one text, with any drafts. After `fuse(model)` a CPU computes them in
-        float32, also from weights in 16 bits, `generate` in the model's dtype, so its ids may differ.
+        float32, also from weights in 16 bits, `generate` in the model's dtype, so the ids may differ.
 
     Raises:
         ValueError: an argument that would change the text, by name; an exit layer that the model does not

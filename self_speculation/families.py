@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 # By `config.model_type`, their names on pages: decoders with a stack of residual layers between an unscaled
-# embedding and a plain `lm_head(norm(x))`. tests/test_llama_model_utils.py compares each with its own
+# embedding and a plain `lm_head(norm(x))`. tests/test_llama_model_utils.py compares each with
 # `model(...)`.
 FAMILIES: Mapping[str, str] = {
     "llama": "Llama",
@@ -42,16 +42,18 @@ FAMILIES: Mapping[str, str] = {
     "starcoder2": "StarCoder2",
 }
 
-# Those with layers of Llama's layout, which passes/layers.py describes: the library has its own for them.
+# Families with layers of Llama's layout, which passes/layers.py describes: the library has layers for them.
 LLAMA_LAYOUT = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "gemma3_text")
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 
 
 class AttentionType(NamedTuple):
-    """What the attention of some layers has in common."""
+    """What the attention of several layers has in common."""
 
-    window: int | None = None  # positions that a token sees, its own included; None: all up to its own
+    window: int | None = (
+        None  # positions that a token sees, the token's included; None: all up to the token's
+    )
     rotation: str | None = None  # the layer type that the rotary embedding is asked for; None: it has one
 
 
@@ -83,7 +85,7 @@ def context_length(config: PretrainedConfig) -> int:
     positions = config.max_position_embeddings
     original = rope.get("original_max_position_embeddings", positions)
     if rope.get("rope_type") == "longrope":
-        # Beyond its original context it rotates the whole past by other frequencies; cached keys are rotated.
+        # Beyond the original context it rotates the whole past by other frequencies; cached keys are rotated.
         return original
     if rope.get("rope_type") == "yarn":  # model cards add it and leave max_position_embeddings as it was
         return max(positions, int(original * rope["factor"]))
@@ -108,8 +110,8 @@ def scale_rotation(config: PretrainedConfig, scaling: Any) -> None:
     if kind not in kinds:
         must = f"must be a dictionary whose rope_type is one of {', '.join(kinds)}"
         raise ValueError(f"model_args rope_scaling {scaling!r}: {must}")
-    own = _scaled_rotation(config)
-    kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
+    before = _scaled_rotation(config)
+    kept = {name: before[name] for name in ("rope_theta", "partial_rotary_factor") if name in before}
     if kind != "linear":
         kept["original_max_position_embeddings"] = config.max_position_embeddings
     scaled = {**kept, **scaling, "rope_type": kind}
@@ -119,14 +121,14 @@ def scale_rotation(config: PretrainedConfig, scaling: Any) -> None:
 
 
 def _scaled_rotation(config: PretrainedConfig) -> Mapping[str, Any]:
-    """`rope_parameters`, of full attention where layer types have their own."""
+    """`rope_parameters`, of full attention where each layer type has a rotation."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("full_attention") or rope
 
 
 def declared(config: PretrainedConfig, name: str) -> Any:
     """A setting; None if the family has no such setting. A config file may hold settings of another family,
-    such as the one that the model was converted from: its layers ignore them.
+    such as the one that the model was converted from: the layers ignore them.
     """
     kind: Callable[..., object] = type(config)
     return getattr(config, name, None) if name in _settings(kind) else None

@@ -51,7 +51,7 @@ class GenerationStrategy:
         """Generate the continuation of each request, `batch_size` at a time; here: one after the other.
 
         Yields:
-            The index of a finished request, and its result or its error.
+            The index of a finished request, and the result or the error.
         """
         if type(self).generate_token_ids is GenerationStrategy.generate_token_ids:
             raise NotImplementedError(f"{type(self).__name__} needs generate_token_ids or generate_batch")
@@ -81,7 +81,7 @@ def _as_criterion(stop_check: Callable, num_prompt: int) -> Callable:
 
 
 def single_result(results: Iterable[tuple[int, T | Exception]]) -> T:
-    """The result of a batch of one. Raises its error."""
+    """The result of a batch of one. Raises the error if it is one."""
     [(_, result)] = results
     if isinstance(result, Exception):
         raise result

@@ -39,13 +39,13 @@ def _sandboxes(*tokenizer: Any) -> LifoQueue[GrammarSandbox]:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedRequest(Request):
-    """A request in token ids, with all that ends its answer; see `HuggingfaceLlamaGenerator.tokenize`."""
+    """A request in token ids, with all that ends the answer; see `HuggingfaceLlamaGenerator.tokenize`."""
 
     reader: OutputReader
     started: float
 
     def finish(self, result: GenerationStrategyResult) -> GenerationResult:
-        """Decode the output up to its stop word, and separate its thinking."""
+        """Decode the output up to the stop word, and separate thinking from answer."""
         reader = self.reader
         reader.end(result.predicted_tokens)
         total_time = time.perf_counter() - self.started
@@ -98,7 +98,7 @@ class HuggingfaceLlamaGenerator:
     ) -> GenerationResult:
         """Answer a prompt: text, token ids, or a `Request` that has the other arguments itself.
 
-        An empty prompt becomes the tokenizer's BOS token, or its EOS token if it has no BOS.
+        An empty prompt becomes the tokenizer's BOS token, or the EOS token if there is no BOS.
 
         Raises:
             ValueError: see `GenerationStrategy.generate_token_ids`.
@@ -121,7 +121,7 @@ class HuggingfaceLlamaGenerator:
             prompts: read one by one, as slots become free.
 
         Yields:
-            The index of a finished prompt, and its result or its error. Times are shared with the batch.
+            The index of a finished prompt, and the result or the error. Times are shared with the batch.
 
         Raises:
             ValueError: batch_size below 1, or an exit layer that the model does not have.
@@ -155,7 +155,7 @@ class HuggingfaceLlamaGenerator:
         generation_config: GenerationConfig,
         started: float | None = None,
     ) -> TokenizedRequest:
-        """Tokenize the prompt and attach its stop conditions.
+        """Tokenize the prompt and attach stop conditions.
 
         Args:
             started: when the request's time began, by `time.perf_counter`; None: now.
@@ -189,9 +189,9 @@ class HuggingfaceLlamaGenerator:
         prediction = request.prediction
         if isinstance(prediction, str):
             prediction = self.encode_prediction(prediction, config)
-        own = {"prompt": ids, "logits_processors": processors, "prediction": prediction}
-        own |= {"eos_token_ids": ends, "stop_checks": stop_checks}
-        return TokenizedRequest(**{**vars(request), **own}, reader=reader, started=started)
+        tokenized = {"prompt": ids, "logits_processors": processors, "prediction": prediction}
+        tokenized |= {"eos_token_ids": ends, "stop_checks": stop_checks}
+        return TokenizedRequest(**{**vars(request), **tokenized}, reader=reader, started=started)
 
     def encode(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
         """The prompt's token ids.
@@ -220,26 +220,26 @@ class HuggingfaceLlamaGenerator:
         return ids
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], **own: Any
+        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], **options: Any
     ) -> Any:
         """The prompt for the next turn, by the tokenizer's chat template.
 
         Args:
             template_kwargs: variables of the template, such as enable_thinking. It ignores unknown ones.
-            own: further arguments of `apply_chat_template`, which returns a text without them.
+            options: further arguments of `apply_chat_template`, which returns a text without them.
 
         Raises:
             ValueError: the template cannot render this.
         """
-        given = {"add_generation_prompt": True, "tokenize": False, **own}
+        given = {"add_generation_prompt": True, "tokenize": False, **options}
         try:
             return self.tokenizer.apply_chat_template(messages, **template_kwargs, **given)
         except (TemplateError, TypeError, AttributeError, ArithmeticError) as error:  # of a variable's value
             raise ValueError(f"the chat template fails: {error}") from error
 
     def use_sandbox(self) -> None:
-        """From now on try each grammar in a process of its own first, see `GrammarSandbox`, two at a time."""
-        if isinstance(self.tokenizer, PreTrainedTokenizerFast):  # others can have no grammar
+        """From now on try each grammar in a separate process first, see `GrammarSandbox`, two at a time."""
+        if isinstance(self.tokenizer, PreTrainedTokenizerFast):  # a slow one can have no grammar
             size = self.model.config.vocab_size
             self.sandboxes = _sandboxes(tokenizer_json(self.tokenizer), size, tuple(self.eos_token_ids))
 
@@ -252,8 +252,8 @@ class HuggingfaceLlamaGenerator:
         return self.tokenizer.encode(text[: _CHARACTERS * context], add_special_tokens=False)[:context]
 
     def is_far_too_long(self, prompt: str) -> bool:
-        """Whether a text certainly has more tokens than the context: all of them could not spell it, or its
-        start has more already. Tokenizing takes seconds for a million characters.
+        """Whether a text certainly has more tokens than the context: all of them could not spell it, or the
+        start of it has more already. Tokenizing takes seconds for a million characters.
         """
         context = context_length(self.model.config)
         longest = self._longest_token

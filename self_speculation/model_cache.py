@@ -51,7 +51,7 @@ def weights_key(model: nn.Module) -> WeightsKey:
     torch counts no writes through `.data`, and none to a tensor that was made in inference mode.
     """
     weights = _weights(model)
-    # torch swaps the contents of tensors that wrap others, when they move, unless they have weak references.
+    # torch swaps the contents of tensors that wrap others, when they move, unless there are weak references.
     wrappers = {kind for kind in {*map(type, weights)} if hasattr(kind, "__tensor_flatten__")}
     # Python has one such reference of an object at a time.
     refs: list[ref[Any]] = [ref(weight) for weight in weights if type(weight) not in wrappers]
@@ -108,7 +108,7 @@ def cached(model: nn.Module, key: Hashable, valid_for: Callable[[T], Hashable], 
     if (found := find()) is None:
         with shelf.lock:
             if (found := find()) is None:  # no other thread has made it meanwhile
-                shelf.made.pop(key, None)  # free its memory first
+                shelf.made.pop(key, None)  # free the memory first
                 result = make()
                 found = shelf.made[key] = valid_for(result), result
     return found[1]

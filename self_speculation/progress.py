@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-# (title, size, unit) -> a function that is called with what is done since its last call
+# (title, size, unit) -> a function that is called with what is done since the last call
 Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], object]]]
 
 _bars: list[Bar] = []
@@ -25,5 +25,5 @@ def is_shown() -> bool:
 
 
 def progress(title: str, size: int, unit: str = "B") -> AbstractContextManager[Callable[[int], object]]:
-    """A context that gives a function to call with what was done since its last call."""
+    """A context that gives a function to call with what is done since the last call."""
     return _bars[-1](title, size, unit) if is_shown() and size else nullcontext(lambda done: None)

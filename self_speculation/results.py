@@ -1,4 +1,4 @@
-"""The results of a generation, and the counts of its drafts."""
+"""The results of a generation, and the counts of drafts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ StopReason = Literal["eos", "stop_word", "stopping_criteria", "max_steps", "cont
 
 
 class DraftRound(NamedTuple):
-    """A draft and its verification; the output may end inside the accepted tokens."""
+    """A draft and the verification of it; the output may end inside the accepted tokens."""
 
     source: str
     drafted: int
@@ -54,7 +54,7 @@ class DraftStats:
         return DraftStats(self.rounds + other.rounds)
 
     def add(self, source: str | None, drafted: int, accepted: int, emitted: int) -> None:
-        """Count one round; its source is "none" if nothing was drafted."""
+        """Count one round; the source is "none" if nothing was drafted."""
         self.rounds[DraftRound(source if source and drafted else "none", drafted, accepted, emitted)] += 1
 
     @property

@@ -91,12 +91,12 @@ class DecodingStrategy(GenerationStrategy, ABC):
 class Scheduler(Generic[Key]):
     """Admits requests and does rounds for the sequences in flight.
 
-    Row i of `batch`, row i of the KV cache and slot i of its `PrefixCache` are one sequence's. Only
+    Row i of `batch`, row i of the KV cache and slot i of the `PrefixCache` are one sequence's. Only
     `_prefill` and `_remove_finished` change rows, in all three.
 
-    If a request is invalid, or its processors, criteria or streamer raise, the error is its result and the
-    other requests go on. An error in a round of several rows is raised. Change
-    weights only while there are no requests, and not between construction and the first one.
+    If a request is invalid, or its processors, criteria or streamer raise, the error is the result of the
+    request, and the other requests go on. An error in a round of several rows is raised. Change weights
+    only while there are no requests, and not between construction and the first one.
 
     Args:
         batch_size: the most sequences at a time.
@@ -197,8 +197,8 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def cancel(self, keys: Container[Key]) -> None:
-        """Finish these requests before the next step, with the tokens they have, as "cancelled". Callbacks of
-        requests may call it.
+        """Finish the requests with `keys` before the next step, with the tokens so far, as "cancelled".
+        Callbacks of requests may call it.
         """
         for sequence in (*self.batch.sequences, *self._waiting):
             if sequence.key in keys and sequence.remaining:
@@ -281,8 +281,8 @@ class Scheduler(Generic[Key]):
         return sorted(chosen, key=lambda each: each[0].slot or 0) or None
 
     def _prefill(self, chosen: list[tuple[Sequence, int]]) -> int:
-        """Read so many tokens of each of these prompts in one pass, or one by one if that fails. Those that
-        end join the batch; the others go to the end of the queue. Returns the tokens of the pass.
+        """Read tokens of each chosen prompt in one pass, or one by one if that fails. A prompt that ends
+        joins the batch, another one goes to the end of the queue. Returns the tokens of the pass.
         """
         decoding = self._ensure_prepared()
         sequences = [sequence for sequence, _ in chosen]
@@ -302,10 +302,10 @@ class Scheduler(Generic[Key]):
             sequence.num_computed += len(piece)
             self._waiting.remove(sequence)
             self._waiting.append(sequence)
-        for sequence, own in zip((sequences[row] for row in ended), logits, strict=True):
+        for sequence, row_logits in zip((sequences[row] for row in ended), logits, strict=True):
             try:
                 decoding.slots.join(sequence)
-                self.batch.add(sequence, own)
+                self.batch.add(sequence, row_logits)
             except Exception as error:
                 sequence.error = error
                 self._finish(sequence)
@@ -336,7 +336,7 @@ class Scheduler(Generic[Key]):
         return PrefixCache(runner.new_cache(1, 1, self._batch_size), self._batch_size, key)
 
     def _longest(self, waiting: Iterable[Sequence]) -> int:
-        """The most positions that a row, or one of these sequences, can reach."""
+        """The most positions that a row, or a waiting sequence, can reach."""
         sequences = (*self.batch.sequences, *waiting)
         return max(sequence.max_length for sequence in sequences) + self.batch.longest_draft
 

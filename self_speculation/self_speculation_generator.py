@@ -23,7 +23,7 @@ from self_speculation.transfers import AsyncRead, on_device
 
 
 class SelfSpeculativeGenerationStrategy(DecodingStrategy):
-    """Drafts some tokens of each row and verifies all in one pass. The output is the full model's."""
+    """Drafts tokens of each row and verifies all in one pass. The output is the full model's."""
 
     name: GenerationStrategyName = "self_speculative"
     has_drafts = True
@@ -38,7 +38,7 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     """Picks exit layer, draft length and draft source in each round, by acceptance and time.
 
-    The composer of its drafts has an `AdaptivePolicy`. The picks depend on time, the output does not.
+    The composer of the drafts has an `AdaptivePolicy`. The picks depend on time, the output does not.
     """
 
     name: GenerationStrategyName = "adaptive"
@@ -56,11 +56,11 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
         logits = runner.run(cache, batch.last[:, None]).logits  # [B, 1, V]
         cache.rollback(0)  # keeps what it has appended
         batch.sample_and_commit(logits[:, 0])
-        batch.commit_unread()  # the next round looks for these tokens
+        batch.commit_unread()  # the next round looks them up
         return
     widths = draft.widths  # [B], N together
     logits, hidden = target_logits(runner, cache, batch, draft)  # [N, V], [N, H]
-    tokens = batch.sample(logits, widths)  # [N], the target's own, by the noise of their positions
+    tokens = batch.sample(logits, widths)  # [N] of the target, by the noise of the positions
     read = AsyncRead([amax(logits), tokens, draft.tokens])
     batch.show_drafts()  # a GPU verifies meanwhile
     largest, ids, drafted = read.wait()

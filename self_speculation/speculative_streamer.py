@@ -1,7 +1,7 @@
-"""Streamers: print an answer while it is generated, as plain text or with its drafts on a terminal.
+"""Streamers: print an answer while it is generated, as plain text or with drafts on a terminal.
 
 They draw what an `OutputReader` reads; the generator hands them that of the request. A character of several
-tokens is shown with its last byte. Text that may become a stop word is held back.
+tokens is shown with the last byte. Text that may become a stop word is held back.
 """
 
 import os
@@ -109,7 +109,7 @@ class StandardTextStreamer:
         self._show(shown)
 
     def _show(self, cells: list[Cell]) -> None:
-        """Show decided cells, and on a terminal the drafts after them. The server has its own way."""
+        """Show decided cells, and on a terminal the drafts after them. The server overrides this."""
         if self._on_terminal:
             self._screen.show(_printed(self._parted(cells)), _printed(self._pending()))
         else:
@@ -193,7 +193,7 @@ class _Screen:
     """Decided text on a terminal, and drafts after it that can be replaced.
 
     To erase drafts, the cursor goes back to the row in which the decided text ends, and draws this row again:
-    a draft may be an accent on its last character.
+    a draft may be an accent on the last character.
     """
 
     def __init__(self, file: TextIO) -> None:
@@ -201,7 +201,7 @@ class _Screen:
         self._is_colored = "NO_COLOR" not in os.environ
         self._kept: list[Cell] = []  # decided text from the start of a row on
         self._drawn: list[Cell] = []  # it and the drafts, as printed
-        self._num_below = 0  # rows below the first one of these
+        self._num_below = 0  # rows below the first one of `_drawn`
 
     def show(self, decided: list[Cell], drafts: list[Cell]) -> None:
         """Append decided cells and replace the drafts."""
@@ -255,7 +255,7 @@ def _rows(cells: list[Cell], width: int) -> list[list[Cell]]:
 
 
 def _last_word(row: list[Cell]) -> list[Cell]:
-    """The cells after the last one that a row may end with: a space, or a wide character with its accents."""
+    """The cells after the last one that a row may end with: a space, or a wide character with accents."""
     start = len(row)
     while start and row[start - 1].char != " " and _width(row[start - 1]) < 2:
         start -= 1
@@ -265,7 +265,7 @@ def _last_word(row: list[Cell]) -> list[Cell]:
 
 
 def _drawn(rows: list[list[Cell]], width: int) -> list[Cell]:
-    """What to print so that a terminal shows these rows: it goes on in the next row after the last column."""
+    """What to print so that a terminal shows the rows: it goes on in the next row after the last column."""
     drawn = []
     for row in rows:
         room = width

@@ -24,27 +24,27 @@ class _Reading(NamedTuple):
 
     clock: float
     used: float
-    own: float
+    by_this: float
 
 
 class ThreadGovernor:
-    """Between two rounds, sets torch's number of threads to the number of processors that others leave.
+    """Between two rounds, sets torch's number of threads to the processors that other programs leave.
 
-    The number is at most the one at the start. It falls at once, and rises after two seconds without others.
+    The number is at most the one at the start. It falls at once, and rises after two quiet seconds.
 
     Args:
         on_fewer: called after the number has fallen.
     """
 
     _WINDOW = 0.2  # seconds between two readings; the system counts hundredths
-    _TOLERATED = 0.4  # processors that others may use: about that much, one thread less costs, too
+    _TOLERATED = 0.4  # processors that other programs may use: one thread less costs about as much
     _QUIET = 2.0  # seconds
 
     def __init__(self, on_fewer: Callable[[ThreadGovernor], object] = lambda governor: None) -> None:
         self.most = self.num_threads = torch.get_num_threads()
-        self.others = 0.0  # processors that other programs used in the last window
+        self.num_taken = 0.0  # processors that other programs used in the last window
         self._on_fewer = on_fewer
-        self._crowded = -float("inf")  # when others left no more
+        self._crowded = -float("inf")  # when other programs left no more
         self._processors = _processors(self.most)
         self.num_processors = len(self._processors)
         self._last = self._read()
@@ -54,14 +54,14 @@ class ThreadGovernor:
         if self.most > 1 and time.perf_counter() - self._last.clock >= self._WINDOW:
             last = self._last
             self._last = self._read()
-            clock, used, own = (now - before for now, before in zip(self._last, last, strict=True))
-            self.others = max(0.0, used - own) / clock
+            clock, used, by_this = (now - before for now, before in zip(self._last, last, strict=True))
+            self.num_taken = max(0.0, used - by_this) / clock
             self._choose(self._last.clock)
         if torch.get_num_threads() != self.num_threads:
             torch.set_num_threads(self.num_threads)
 
     def _choose(self, now: float) -> None:
-        left = int(self.num_processors - self.others + self._TOLERATED)
+        left = int(self.num_processors - self.num_taken + self._TOLERATED)
         left = max(1, min(left, self.most))
         if left <= self.num_threads:
             self._crowded = now
@@ -80,12 +80,12 @@ class ThreadGovernor:
 
 
 def _processors(num_threads: int) -> list[int]:
-    """The processors of this process. A library that binds threads gives this one a processor of its own:
-    then all of the machine.
+    """The processors of this process. A library that binds threads may have bound this one to a
+    processor: then all of the machine.
     """
     every = range(psutil.cpu_count() or 1)
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every
-    return sorted(own if len(own) >= num_threads else every)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every
+    return sorted(allowed if len(allowed) >= num_threads else every)
 
 
 def govern_threads(model: PreTrainedModel, governor: ThreadGovernor | None) -> None:

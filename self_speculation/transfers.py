@@ -20,7 +20,7 @@ def on_device(
 class AsyncRead:
     """One read of several tensors; fp32 holds ids below 2^24 exactly.
 
-    A GPU copies them when its queue reaches the copy. More work may be queued before `wait`.
+    A GPU copies them when the queue reaches the copy. More work may be queued before `wait`.
     """
 
     def __init__(self, numbers: Sequence[Tensor]) -> None:
@@ -52,7 +52,7 @@ class Known(NamedTuple):
 
 
 class Stopwatch:
-    """Two consecutive intervals. A GPU may still be busy with the first when `split` marks its end."""
+    """Two consecutive intervals. A GPU may still be busy with the first when `split` marks the end of it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,1 +1,1 @@
-"""Shared by all strategies: the batch, its sequences, sampling and stop conditions."""
+"""Shared by all strategies: the batch, sequences, sampling and stop conditions."""

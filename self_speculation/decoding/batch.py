@@ -1,7 +1,7 @@
 """Sequences in flight, one per tensor row.
 
-Rows share passes only. Each sequence has its own history, processors, seed, stop conditions and streamer, so
-no other row changes its tokens. Knows nothing of layers or caches.
+Rows share passes only. History, processors, seed, stop conditions and streamer belong to one sequence, so no
+other row changes a row's tokens. This module knows nothing of layers or caches.
 What has an entry for each of several tokens, [N], has those of the first row first, then those of the second.
 """
 
@@ -40,7 +40,7 @@ class Batch:
         return len(self.sequences)
 
     def add(self, sequence: Sequence, logits: Tensor) -> None:
-        """Append a row and sample its first token from logits [V]."""
+        """Append a row and sample the first token from logits [V]."""
         alone = Batch(self.last.device)
         alone.sequences = [sequence]
         alone.sample_and_commit(logits[None])
@@ -92,14 +92,14 @@ class Batch:
     def _sampled(
         self, logits: Tensor, keys: Tensor | None, rows: abc.Sequence[int], is_draft: bool = False
     ) -> Tensor:
-        """[N] tokens of logits [N, V], each with the sampler of its row; equal ones sample together."""
+        """[N] tokens of logits [N, V], each with the sampler of the row; equal samplers run together."""
         samplers = [self.sequences[row].sampler for row in rows]
-        first, *others = dict.fromkeys(samplers)
-        if not others:
-            return first(logits, keys, is_draft)
+        different = dict.fromkeys(samplers)
+        if len(different) == 1:
+            return samplers[0](logits, keys, is_draft)
         assert keys is not None
         tokens = torch.empty_like(keys)
-        for sampler in (first, *others):
+        for sampler in different:
             at = on_device([i for i, each in enumerate(samplers) if each == sampler], logits.device)
             tokens.index_copy_(0, at, sampler(logits[at], keys[at], is_draft))
         return tokens
@@ -149,8 +149,10 @@ class Batch:
             sequence.check(largest[end - count : end])
 
     def sample_and_commit(self, logits: Tensor) -> None:
-        """Sample one token of each row from logits [B, V]. Commit those of the call before, and these as well
-        unless the next pass may be queued first. Reads from the device: one for each call.
+        """Commit the tokens of the call before, and sample one token of each row from logits [B, V].
+
+        Commits the new tokens as well, unless the next pass may be queued first. Reads from the device: one
+        for each call.
         """
         ones = [1] * len(self)
         logits = self.process(logits, ones)

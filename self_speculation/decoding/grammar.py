@@ -70,10 +70,10 @@ class Grammar:
         if end.id is not None:
             rules = [f"thought: <[^{_ids({end.id, *end_ids})}]>* {end.in_grammar} BREAKS"]
         else:
-            others = _ids({*added_ids} - {*end_ids})
+            special = _ids({*added_ids} - {*end_ids})
             last = llguidance.regex_to_lark(f"(?s:.*){re.escape(end.text)}")
-            rules = [f"thought: {f'(SOME? <[{others}]>)*' if others else ''} last BREAKS"]
-            rules += ["SOME: /(?s:.+)/", f"last[lazy]: /{last}/"]
+            rules = [f"thought: {f'(TEXT? <[{special}]>)*' if special else ''} last BREAKS"]
+            rules += ["TEXT: /(?s:.+)/", f"last[lazy]: /{last}/"]
         start = "thought" if thinking.has_begun else f"({begin} thought)?"
         rules += [f"start: {start} @answer", "BREAKS: /\\n{0,4}/", _OPTIONS]
         grammars = [{"lark_grammar": "\n".join(rules)}, {"name": "answer", "lark_grammar": self.definition}]
@@ -140,7 +140,7 @@ class GrammarProcessor:
         """The scores, [1, V], after the ids of output and draft. Reads nothing from the device.
 
         Raises GrammarError if nothing can follow, if what can is beyond the limits of llguidance, or after a
-        forbidden token. Of a draft, verification rejects such a token, so that its error does not count.
+        forbidden token. Verification rejects such a token of a draft, so the error does not count.
         """
         if not self._move_to(output):
             raise grammar_error(
@@ -171,7 +171,7 @@ class GrammarProcessor:
 
 @cache
 def _byte_biases(device: torch.device) -> Tensor:
-    """[256, 8] what each byte of a bitmask adds to the logits of its 8 ids. Boolean masks take longer."""
+    """[256, 8] what each byte of a bitmask adds to the logits of 8 ids. Boolean masks take longer."""
     bits = [0.0 if byte >> i & 1 else -math.inf for byte in range(256) for i in range(8)]
     return on_device(bits, device, torch.float32).view(256, 8)
 
@@ -196,7 +196,7 @@ def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @lru_cache(maxsize=8)
 def _matcher(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> llguidance.LLMatcher:
-    """A matcher before its first token, to be copied: compiling a large grammar takes half a second."""
+    """A matcher before the first token, to be copied: compiling a large grammar takes half a second."""
     matcher = llguidance.LLMatcher(tokenizer, grammar.definition, log_level=0, limits=LIMITS)
     _bitmask(matcher)
     return matcher

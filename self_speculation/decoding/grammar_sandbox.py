@@ -1,4 +1,4 @@
-"""Grammars are tried in a process of their own before this one compiles them.
+"""A separate process tries grammars before this one compiles them.
 
 A grammar of 40 characters can take minutes and gigabytes to compile, whatever limits llguidance is given. The
 kernel ends the process beyond a second of processor time or 64 MB. What passes costs about as much again
@@ -36,11 +36,11 @@ class GrammarError(ValueError):
 
 def grammar_error(problem: str) -> GrammarError:
     """The error for what llguidance says."""
-    first, *others = problem.partition("\n<state>")[0].splitlines()
+    first, *more = problem.partition("\n<state>")[0].splitlines()
     if first == "NoExtensionBias":
         return GrammarError("the grammar matches nothing")
     if first.endswith(":"):  # the reason is in the other lines
-        first = " ".join(" ".join([first, *others]).split())
+        first = " ".join(" ".join([first, *more]).split())
     return GrammarError(first[:300])
 
 
@@ -84,7 +84,7 @@ class GrammarSandbox:
                         status = self._process.wait()
             if answer:
                 return json.loads(answer)
-            if status < 0 and status != -signal.SIGKILL:  # by its limits; above 0: it could not begin
+            if status < 0 and status != -signal.SIGKILL:  # a limit ended it; above 0: it could not begin
                 return _TOO_MUCH
         raise ChildProcessError("the process that tries grammars was ended, or does not answer: try again")
 

@@ -43,9 +43,9 @@ class PrefixCache:
         self._answers = itertools.count(1)
 
     def acquire(self, sequence: Sequence) -> None:
-        """Give a sequence the free slot with the longest prefix of its prompt, the oldest one of equals.
+        """Give a sequence the free slot with the longest prefix of the prompt, the oldest one of equals.
 
-        The last token of a prompt is never found: its logits are needed.
+        The last token of a prompt is never found: the first step needs the logits after it.
         """
         prompt = sequence.prompt[:-1]
         free = {slot: held for slot, held in enumerate(self._holders) if isinstance(held, _Prefix)}
@@ -54,8 +54,8 @@ class PrefixCache:
         self._put(sequence, slot)
 
     def prompt_view(self, sequences: abc.Sequence[Sequence]) -> KVCache:
-        """The slots of these sequences, to go on with their prompts. They are moved if they are not side by
-        side.
+        """The slots of sequences whose prompts are read in one pass. Slots that are not side by side are
+        moved.
         """
         slots = [sequence.slot for sequence in sequences]
         first = self.cache.num_rows
@@ -66,19 +66,19 @@ class PrefixCache:
         return self.cache.prompt_view(first, [sequence.num_computed for sequence in sequences])
 
     def join(self, sequence: Sequence) -> None:
-        """Make a sequence the next row, in slot B, once its prompt is read."""
+        """Make a sequence the next row, in slot B, once the prompt is read."""
         self._move(sequence, self.cache.num_rows)
         self.cache.add_row(sequence.num_computed)
 
     def _move(self, sequence: Sequence, slot: int) -> None:
         """Swap the slot of a sequence whose prompt is being read with another one, of no row."""
-        own = sequence.slot
+        before = sequence.slot
         other = self._holders[slot]
-        assert own is not None
-        if own != slot:
-            its_length = len(other.ids) if isinstance(other, _Prefix) else other.num_computed
-            self.cache.swap(own, slot, max(its_length, sequence.num_computed))
-            self._put(other, own)
+        assert before is not None
+        if before != slot:
+            other_length = len(other.ids) if isinstance(other, _Prefix) else other.num_computed
+            self.cache.swap(before, slot, max(other_length, sequence.num_computed))
+            self._put(other, before)
             self._put(sequence, slot)
 
     def release(self, sequence: Sequence) -> None:

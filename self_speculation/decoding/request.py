@@ -1,4 +1,4 @@
-"""A prompt and its own settings: what changes its logits, and what ends its output."""
+"""A prompt and the settings of one request: what changes logits, and what ends the output."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,7 +50,7 @@ class Request:
     drafts: bool = True
     """False: no tokens are drafted for this request."""
     logit_bias: Mapping[int, float] | None = None
-    """Added to the logits of these ids."""
+    """Id -> what is added to the id's logit."""
     prediction: str | list[int] | None = None
     """Text or ids that the output is expected to resemble, such as a file to be edited. It is drafted by
     adaptive decoding, and where `prompt_lookup` is above 0."""
@@ -76,14 +76,14 @@ class Request:
         return token_ids(self.prompt, "must be a list of token ids, since a strategy has no tokenizer")
 
     def processors(self, config: GenerationConfig) -> list[Callable]:
-        """All logits processors, as transformers orders them: the config's come before the request's own."""
+        """All logits processors, as transformers orders them: the config's first, then the request's."""
         bias = {(id_,): float(value) for id_, value in (self.logit_bias or {}).items()}
         biases = [SequenceBiasLogitsProcessor(bias)] if bias else []
         return [*biases, *config_processors(config, len(self.ids)), *as_list(self.logits_processors)]
 
 
 def token_ids(prompt: object, allowed: str) -> list[int]:
-    """A prompt that is a sequence of integers. Raises ValueError, with what is allowed, for others."""
+    """A prompt that is a sequence of integers. Raises ValueError, with what is allowed, for anything else."""
     if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes | Mapping):
         with suppress(TypeError):
             return [*map(operator.index, prompt)]

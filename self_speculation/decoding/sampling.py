@@ -1,7 +1,7 @@
 """Logits to tokens, by noise that belongs to (seed, position in the output, id).
 
 The token of a position is the id with the largest logit + Gumbel noise (Gumbel-max): a sample of the model's
-distribution. A draft adds the same noise to its own logits, so it often has the target's token, and no draft
+distribution. A draft adds the same noise to other logits, so it often has the target's token, and no draft
 changes the text (Daliri et al., arXiv 2408.07978). Greedy decoding is the same without noise.
 
 Tensors in, tensors out. On a GPU nothing here is read. Each row is computed by itself, in one order of sums.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from self_speculation.config import LEAST_TEMPERATURE, SAMPLING_RULES, GenerationConfig
 
-# Filters hardly ever keep more ids. A draft has no others; on a CPU they are sorted first.
+# Filters hardly ever keep more ids. A draft samples among so many; a CPU sorts so many first.
 _LIKELY = 128
 
 
@@ -35,7 +35,7 @@ def amax(scores: Tensor) -> Tensor:
 
 
 def _is_for_numpy(scores: Tensor) -> bool:
-    """On a CPU torch takes 10 times as long, and 100 times beside busy programs: its threads wait."""
+    """On a CPU torch takes 10 times as long, and 100 times beside busy programs: threads wait."""
     return scores.device.type == "cpu" and scores.dtype == torch.float32
 
 
@@ -162,7 +162,7 @@ class Sampler:
         if is_partial:
             end = kept.count_nonzero(-1)[:, None]
             last, after = (likely.gather(-1, at) for at in ((end - 1).clamp(min=0), end.clamp(max=num - 1)))
-            # `topk` orders equal tokens anyhow, and some rows need more. Each row is decided by itself.
+            # `topk` orders equal tokens anyhow, and a row may need more. Each row is decided by itself.
             unsure = (last > after).logical_not().nonzero()[:, 0]
             if len(unsure) == len(keys):
                 return self._sample_likely(probabilities, keys, is_partial=False)
@@ -174,7 +174,7 @@ class Sampler:
 
 def _pick(kept: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
     """[n] of ids [n, m], one with each key, by their probabilities in descending order; 0: never."""
-    if kept.device.type == "cpu":  # noise for no others
+    if kept.device.type == "cpu":  # noise of kept ids only
         most = max(1, int(kept.count_nonzero(-1).max()))
         kept = kept[:, :most].contiguous()
         ids = ids[:, :most]

@@ -1,4 +1,4 @@
-"""One request in flight: its ids, stop conditions, logits processors, seed, streamer and times."""
+"""One request in flight: ids, stop conditions, logits processors, seed, streamer and times."""
 
 import math
 import time
@@ -22,7 +22,7 @@ _NO_TOKEN = "no token can be picked: the largest logit is infinite; do logits pr
 
 
 class Failure(NamedTuple):
-    """The first error of a round. It is raised only if the output reaches its position."""
+    """The first error of a round. It is raised only if the output reaches this position."""
 
     position: int  # 0, 1, ... after the output and as many drafted tokens
     error: Exception
@@ -33,7 +33,7 @@ class Sequence:
     criteria those of the output, and with processors those of the draft.
 
     Args:
-        request: in token ids. Its own config overrides `config`, that of the batch.
+        request: in token ids. `request.config` overrides `config`, that of the batch.
         context: the most tokens of prompt and output, more than the prompt has.
         has_drafts: whether to count drafts.
 
@@ -66,14 +66,14 @@ class Sequence:
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
         self._failure: Failure | None = None  # of this round
-        self.is_damaged = False  # its keys and values may be NaN, beyond its end, too
+        self.is_damaged = False  # keys and values may be NaN, beyond the end, too
         self.sampler = Sampler.of(config)
         self._seed = request.seed or 0
         if request.seed is None and not self.sampler.greedy:
             self._seed = int(torch.randint(2**63 - 1, ()))
         self.num_cached = 0  # tokens of the prompt that were in the KV cache already
         self.num_computed = 0  # tokens of the prompt that are in it now, until the sequence joins the batch
-        self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
+        self.slot: int | None = None  # of the KV cache; `PrefixCache` sets it
         self.draft_stats = DraftStats() if has_drafts else None
         self._streamer = request.streamer
         self._num_shown = 0  # drafted tokens that are shown
@@ -148,7 +148,7 @@ class Sequence:
         logits = logits.float()
         if not (self.processors and len(logits)):
             return logits
-        self._failure = None  # of a draft: verification processes its positions again
+        self._failure = None  # of a draft: verification processes the same positions
         processed = logits.clone()  # processors may change what they are given
         for i, position in enumerate(range(num_drafted, num_drafted + len(logits))):
             drafted = self._drafted_ids(position) if self._has_grammar else []
@@ -179,7 +179,7 @@ class Sequence:
         """Write drafted tokens [n] from position 0, 1, ... on if processors read them.
 
         Args:
-            readings: of each token, and its index in it; none: nobody needs them.
+            readings: of each token, a read and an index in it; none: nobody needs them.
         """
         if self.processors:
             start = self.length + position
@@ -248,7 +248,7 @@ class Sequence:
             self._stream(new[:-1] if self.stop_reason == "eos" else new)
 
     def _why_stopped(self, logits: Tensor) -> StopReason | None:
-        """Why the output ends after its last token, of processed logits [1, V]; None: it goes on."""
+        """Why the output ends after the last token, of processed logits [1, V]; None: it goes on."""
         if self.tokens[-1] in self._end_ids:
             return "eos"
         if any(check(self.tokens) for check in self._checks):
@@ -261,7 +261,7 @@ class Sequence:
         return "max_steps" if len(self.tokens) == self._max_steps else "context"
 
     def _stream(self, tokens: abc.Sequence[int]) -> None:
-        """Delete the draft that is shown, and stream these tokens."""
+        """Delete the draft that is shown, and stream decided tokens."""
         num_shown = self._num_shown
         self._num_shown = 0
         if num_shown:
@@ -270,7 +270,7 @@ class Sequence:
             self._streamer.put(torch.tensor(tokens))
 
     def result(self) -> GenerationStrategyResult | Exception:
-        """The result, or the error of its processors, criteria, streamer or logits."""
+        """The result, or the error of processors, criteria, streamer or logits."""
         finished = time.perf_counter()
         with self.failing_alone():
             self._stream(())

@@ -1,5 +1,5 @@
-"""Texts of ids: pieces while an answer is decoded, its thinking before tags that the chat template knows, and
-its stop words. This module alone knows the tags.
+"""Texts of ids: pieces while an answer is decoded, thinking before tags that the chat template knows, and
+stop words. This module alone knows the tags.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-_CONTEXT = 8  # runs of ids that are decoded before a new token, since its text depends on them
+_CONTEXT = 8  # runs of ids that are decoded before a new token, whose text depends on them
 _OF_PROMPT = 32  # ids of a prompt, of which that is the last run
 _BYTES = 4  # of a character, at most
 _MOST_WAITING = 32  # ids that complete no character; so many are bytes of none
@@ -34,7 +34,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids:
 
 
 def _num_begun(text: str, words: Sequence[str]) -> int:
-    """How many characters at the end of a text that has none of these sorted words may begin one."""
+    """How many characters at the end of a text, which has none of the sorted words, may begin a word."""
     longest = max(map(len, words), default=0)
     first_characters = {word[:1] for word in words}
     for start in range(max(0, len(text) - longest + 1), len(text)):
@@ -50,7 +50,7 @@ class Detokenizer:
     """Token ids -> text, token by token.
 
     Ids of an incomplete character wait, unless they are too many for one. Decoding starts at the start of a
-    character: some decoders replace all bytes of a run if one character in it is incomplete.
+    character: a decoder may replace all bytes of a run if one character in it is incomplete.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
@@ -91,7 +91,7 @@ class Detokenizer:
 
 class Tag(NamedTuple):
     """A mark in an output, such as `</think>`. If the tokenizer has it as an added token, only that token
-    counts; otherwise it is found wherever the texts of its tokens begin and end.
+    counts; otherwise it is found wherever texts of tokens begin and end.
     """
 
     text: str
@@ -125,7 +125,7 @@ class Thinking:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Thinking | None:
         """For a prompt by the chat template; None: the template has no tags, or the prompt ends with an empty
-        thinking, as some templates write to turn it off.
+        thinking, as a template may write to turn it off.
         """
         tags = _tags(tokenizer)
         if tags is None or prompt.rstrip().endswith(tags[1]):
@@ -135,7 +135,7 @@ class Thinking:
 
 
 def _tags(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """Those that the tokenizer's config names, or that its chat template writes or removes."""
+    """The tags that the tokenizer's config names, or that the chat template writes or removes."""
     given = getattr(tokenizer, "response_template", None) or {}
     for name in ("reasoning_content", "thinking", "reasoning"):
         field = given.get("fields", {}).get(name, {})
@@ -151,7 +151,7 @@ class Splitter:
     next to them, as templates do with earlier answers.
 
     Args:
-        thinking: None: the output is an answer from its start.
+        thinking: None: the output is an answer from the start.
     """
 
     def __init__(self, thinking: Thinking | None) -> None:
@@ -210,12 +210,12 @@ class Splitter:
 
 
 class OutputReader:
-    """Reads an output token by token: its thinking, its answer, and a stop word, at any token boundary, that
-    ends it. Stop words are not searched in the prompt, in thinking or in its tags.
+    """Reads an output token by token: thinking, answer, and a stop word, at any token boundary, that ends the
+    output. Stop words are not searched in the prompt, in thinking or in tags.
 
     Args:
         words: that end the answer.
-        prompt: the ids before the output; they tell how its first token reads.
+        prompt: the ids before the output; how the first token reads depends on them.
         thinking: how the output thinks.
     """
 
@@ -274,7 +274,7 @@ class OutputReader:
 
     @property
     def num_thinking(self) -> int:
-        """Tokens of the thinking and its tags."""
+        """Tokens of the thinking and of tags."""
         return self._num_before if self._splitter.has_thought else 0
 
     @property

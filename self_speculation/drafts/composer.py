@@ -67,8 +67,8 @@ class DraftComposer:
         planned = [*zip(plan.sources, plan.lengths, strict=True)]
         draft = Draft([None] * len(batch), batch.last[:0], [0] * len(batch))
         for source in self._sources.keys() & {*plan.sources}:  # one at most
-            own = [length if name == source else 0 for name, length in planned]
-            draft = self._sources[source].draft(batch, cache, own)
+            lengths = [length if name == source else 0 for name, length in planned]
+            draft = self._sources[source].draft(batch, cache, lengths)
         found = [
             match._replace(ids=match.ids[:length]) if match and match.source == name else None
             for match, (name, length) in zip(matches, planned, strict=True)
@@ -108,9 +108,9 @@ class DraftComposer:
 
 
 def _with_copies(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None]) -> Draft:
-    """What was looked up in the rows that have a match; the others keep their draft.
+    """A draft with the ids of a match in each row that has one. A row without a match keeps its draft.
 
-    All layers verify it, since none has processed all rows. Reads nothing from the device.
+    All layers verify it, since no layer has processed all rows. Reads nothing from the device.
     """
     ids = [[*match.ids] if match else [] for match in matches]  # [B]
     copied = on_device([id_ for found in ids for id_ in found], batch.last.device)

@@ -58,9 +58,9 @@ def draft_ratio(model: PreTrainedModel, exit_layer: int, draft_weights: DraftWei
     head = model.get_output_embeddings().weight.nbytes / _bytes_per_layer(model)
     if draft_weights == "exact":
         return (exit_layer + head) / (len(layers) + head)
-    own = mean_bytes_per_weight(layers[0])
+    of_layers = mean_bytes_per_weight(layers[0])
     of_head = mean_bytes_per_weight(model.get_output_embeddings())
-    read = exit_layer / own + head / of_head
+    read = exit_layer / of_layers + head / of_head
     return copy_bytes_per_weight(model) * _costs(model, draft_weights)[0] * read / (len(layers) + head)
 
 
@@ -76,7 +76,7 @@ def _bytes_per_layer(model: PreTrainedModel) -> float:
     return sum(weight.nbytes * (share if weight.dim() == 3 else 1.0) for weight in weights) / len(asked)
 
 
-# Cost of a pass over n tokens by what computes it, in units of the time to read its weights; linear in
+# Cost of a pass over n tokens by what computes it, in units of the time to read the weights; linear in
 # between. Beyond 64 tokens it grows in proportion.
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 64_000)
 _COSTS: Mapping[str, Sequence[float]] = {
@@ -92,7 +92,7 @@ _COSTS: Mapping[str, Sequence[float]] = {
 
 
 def relative_pass_cost(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
-    """Estimates the cost of a pass over n tokens, relative to one token, through a model or its copy."""
+    """Estimates the cost of a pass over n tokens, relative to one token, through a model or a copy."""
     costs = _costs(runner.model, draft_weights)
     costs = [*costs, 1000 * costs[-1]]
     return cache(lambda number: float(numpy.interp(number, _TOKENS, costs)) / costs[0])
@@ -115,7 +115,7 @@ class _Line:
     observations decay.
 
     The estimated slope weighs as much as one pass with an excess of 0.3: on a GPU two more tokens cost 0.5 %
-    of a pass, and its noise is 5 %.
+    of a pass, and the noise of a pass is 5 %.
     """
 
     _PRIOR = 0.3**2
@@ -153,11 +153,11 @@ class PassTimes:
     def __init__(self, relative_pass_cost: Callable[[int], float]) -> None:
         self._pass_cost = relative_pass_cost
         self._lines: dict[int, _Line] = {}  # by rows
-        # By source, and rows of the first of its passes: measured over estimated.
+        # By source, and rows of a draft's first pass: measured over estimated.
         self._drafts: defaultdict[str, dict[int, DecayedMean]] = defaultdict(dict)
 
     def passes(self, num_rows: int) -> Callable[[int], float]:
-        """The time of a pass over so many tokens of so many rows, by its tokens."""
+        """Number of tokens -> the time of a pass over so many tokens of `num_rows` rows."""
         plain, slope = self._plain_and_slope(num_rows)
         cost = self._pass_cost
         fixed = plain - slope
@@ -167,8 +167,8 @@ class PassTimes:
     def draft_passes(
         self, num_rows: int, estimates: Mapping[str, Callable[[int], float]]
     ) -> Callable[[str, int], float]:
-        """The time of a pass that drafts for some of `num_rows` rows, by source and their number. For the
-        estimates see `Arm.draft_step`.
+        """Source, number of drafting rows -> the time of a pass that drafts, of `num_rows` rows together. For
+        the estimates see `Arm.draft_step`.
         """
         unit = self._unit(num_rows)
         return lambda source, rows: unit * self._ratio(source, rows) * estimates[source](rows)

@@ -37,7 +37,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens of each row, some of none, and the hidden states that verification starts from."""
+    """Tokens of each row, 0 or more, and the hidden states that verification starts from."""
 
     sources: abc.Sequence[str | None]  # [B] names; None: no source
     tokens: Tensor  # [K] of the first row, then of the second one, and so on

@@ -20,9 +20,9 @@ class LayerDrafts(DraftSource):
     Args:
         drafter: runs the model's layers, or a copy of them.
         exit_layer: number of layers that draft.
-        draft_weights: exact: the model's own layers draft, and verification starts from their cache and exit
-            states. A copy's are approximate, so verification does not use them.
-        arm: what a policy knows of these drafts.
+        draft_weights: exact: the model's layers draft, and verification starts from the cache and exit states
+            that they leave. Those of a copy are approximate: verification does not use them.
+        arm: what a policy knows of the source.
         is_whole: all layers draft.
     """
 

@@ -22,7 +22,7 @@ _Row = tuple[int, Match | None, float]
 
 
 class Plan(NamedTuple):
-    """One round. At most one of its sources computes."""
+    """One round. At most one source computes."""
 
     sources: list[str | None]  # [B] of each row's draft; None: it has none
     lengths: list[int]  # [B] tokens of each row
@@ -59,9 +59,9 @@ class ArmStats:
 class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
-    A round grows by the drafted token that is most likely right, of whichever row, while its chance over its
-    cost beats the tokens per second of the round so far. Costs rise with the tokens of a pass, so the first
-    one that does not is the last one.
+    A round grows by the drafted token that is most likely right, of whichever row, while chance over cost of
+    that token beats the tokens per second of the round so far. Costs rise with the tokens of a pass, so the
+    first token that does not is the last one.
 
     At growing intervals, the source that was used longest ago has a trial, of one token of one row, if drafts
     of it that are accepted as a whole would be faster than plain steps.
@@ -72,7 +72,7 @@ class AdaptivePolicy:
         stats: of the model. One thread at a time reads or writes them.
     """
 
-    # A drafted token's chance over its cost, relative to the round so far, at least: both are estimates.
+    # The least chance over cost of a drafted token, relative to the round so far: both are estimates.
     _MARGIN = 1.1
     # Where tokens cost nothing, such a token still takes time to plan.
     _LEAST_CHANCE = 0.02
@@ -87,8 +87,8 @@ class AdaptivePolicy:
         # Of this round.
         self._plan = Plan([], [])
         self._trial_cost = 0.0
-        # A plan without drafts holds until a round, for a number of rows, these times, and matches that are
-        # no more likely right than then.
+        # A plan without drafts holds until `_plain_until`, for the same number of rows and times, while
+        # no match is likelier right than `_plain_guess`.
         self._plain_in: tuple[int, PassTimes] | None = None
         self._plain_until = 0
         self._plain_guess = 0.0
@@ -181,14 +181,14 @@ class AdaptivePolicy:
             0 if guess > chance else min(limit, self._LONGEST_BY_LAYERS) for limit, _, guess in rows
         ]  # of the source
         longest = 0 if source is None else max(limits)
-        # Of each match, minus the chance that its next token is reached and right.
+        # Of each match, minus the chance that the next token is reached and right.
         matches = [(-guess, row) for row, (limit, _, guess) in enumerate(rows) if guess > chance and limit]
         heapify(matches)
         expected = float(num_tokens)
         verification = verifying(num_tokens)  # seconds of the pass
         seconds = verification
         while matches or depth < longest:
-            # A pass of the source drafts for all its rows, whose chances are equal.
+            # A pass of the source drafts for all rows of the source, whose chances are equal.
             by_source = depth < longest and not (matches and -matches[0][0] > reached)
             more = sum(limit > depth for limit in limits) if by_source else 1
             chances = reached * more if by_source else -matches[0][0]

@@ -23,7 +23,7 @@ from self_speculation.passes.runners import is_captured
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4
 
-# Prior acceptance of a copy of all layers, and its weight: two rejections must not rule it out.
+# Prior acceptance of a copy of all layers, and the prior's weight: two rejections must not rule the copy out.
 _COPY_PRIOR = (0.95,)
 _TRUST_IN_COPY = 6.0
 
@@ -121,7 +121,7 @@ SOURCES: list[SourceEntry] = [
 
 
 def _stats(context: DraftContext) -> ArmStats:
-    """The statistics of earlier answers, for these drafts on the model's current device."""
+    """The statistics of earlier answers, for the same drafts on the model's current device."""
     model = context.model
     config = context.config
     runner = context.runner

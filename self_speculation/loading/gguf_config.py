@@ -14,7 +14,7 @@ from self_speculation.loading.gguf_files import ROTATION_TENSORS, Header, Tensor
 # Families by their names in files, where those differ.
 _FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
 
-# Keys that transformers' reader lacks for some families.
+# Keys that transformers' reader lacks for a family.
 _OF_ALL = {
     "rope.freq_base": "rope_theta",
     "attention.key_length": "head_dim",
@@ -45,12 +45,12 @@ def config_of(header: Header, given: Mapping[str, Any]) -> PretrainedConfig:
     architecture = header.metadata["general.architecture"]
     tensors = {tensor.name: tensor for tensor in header.tensors}
     family = _FAMILIES.get(architecture, architecture)
-    own = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING.get(family)
-    if own is None or family not in FAMILIES:
+    known = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING.get(family)
+    if known is None or family not in FAMILIES:
         raise ValueError(f"model type {family!r} is not supported in .gguf files")
     if "tokenizer.ggml.tokens" not in metadata:
         raise ValueError("the file has no tokenizer (tokenizer.ggml.tokens)")
-    names = {f"{architecture}.{key}": name for key, name in (own | _OF_ALL).items()}
+    names = {f"{architecture}.{key}": name for key, name in (known | _OF_ALL).items()}
     names |= {f"tokenizer.{key}": name for key, name in GGUF_CONFIG_MAPPING["tokenizer"].items()}
     settings = {
         "vocab_size": metadata["tokenizer.ggml.tokens"],
@@ -76,7 +76,7 @@ def _rotation(
 ) -> dict[str, Any]:
     """Settings of a config that rotates as llama.cpp does.
 
-    It divides each frequency by the file's factor, and by its own one of a tensor. That is a `longrope` of
+    It divides each frequency by the file's factor, and by a divisor of a tensor. That is a `longrope` of
     transformers, whatever the divisors were made by.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Models in `.gguf` files: headers, and weights in the file's own bits or in others.
+"""Models in `.gguf` files: headers, and weights in the file's bits or in other ones.
 
-transformers reads these files by gguf's reader, which makes numpy views of each token and each merge: 6 to
+transformers reads such files by gguf's reader, which makes numpy views of each token and each merge: 6 to
 13 s for a vocabulary of 150,000, several times over. Only the tokenizer needs them.
 """
 
@@ -38,10 +38,10 @@ _DENSE = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
-# Divisors of frequencies: the first one for any length, the others within the original context and beyond it.
+# Divisors of frequencies: for any length, within the original context, and beyond it.
 ROTATION_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
-# Types of values: their numbers are indices into these codes of `struct`; 8 is a string, 9 an array.
+# Types of values: the number of a type is an index into these codes of `struct`; 8 is a string, 9 an array.
 _NUMBERS = "BbHhIif?__Qqd"
 _STRING = 8
 _ARRAY = 9
@@ -130,7 +130,7 @@ class Header:
 
 
 def format_of_matrices(header: Header) -> torch.dtype:
-    """uint8: all matrices can be decoded in the file's own bits. Else the dtype of most of them, or 16 bits;
+    """uint8: all matrices can be decoded in the file's bits. Else the dtype of most of them, or 16 bits;
     a warning says which have no operators.
     """
     sizes = Counter[GGMLQuantizationType]()  # numbers of each format
@@ -153,7 +153,7 @@ def load_file(
     """A model on the CPU, and the names of parameters that the file lacks.
 
     Args:
-        dtype: of all weights; None: matrices keep the file's own bits, and others are float32.
+        dtype: of all weights; None: matrices keep the file's bits, and vectors are float32.
     """
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with init_empty_weights(include_buffers=False), no_init_weights():
@@ -195,7 +195,7 @@ def _read_all(
     parameters: Iterable[str],
     read: Callable[[TensorInFile], Tensor],
 ) -> Iterator[tuple[str, TensorInFile, Tensor]]:
-    """The weights of these parameters, in transformers' order of rows; read on several threads. Bytes become
+    """The weights of parameters, in transformers' order of rows; read on several threads. Bytes become
     weights in few bits.
     """
     architecture = header.metadata["general.architecture"]

@@ -72,7 +72,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
-    """`auto` is the checkpoint's own dtype, or float32 on a CPU; `half` is bfloat16 where the device computes
+    """`auto` is the checkpoint's dtype, or float32 on a CPU; `half` is bfloat16 where the device computes
     it, else float16; a CPU computes or emulates it.
     """
     if name == "auto":
@@ -143,8 +143,8 @@ def load_model_and_tokenizer(
     with explained(model), _bars_of_scripts():
         header = _header(base)
         if header is not None and dtype == "auto":
-            dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype of their own
-        folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
+            dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype
+        folder = Path(model).expanduser()  # an adapter may have another tokenizer than the model
         where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
         in_file = header if where == source else None
         tokenizer = _load_tokenizer(model, config, where, in_file, kwargs)
@@ -152,11 +152,11 @@ def load_model_and_tokenizer(
             such = "instruction models have one, such as HuggingFaceTB/SmolLM2-135M-Instruct"
             raise LoadingError(f"chat True: the model's tokenizer has no chat template; {such}")
         bits = _bits(options.quantization, device, config, base)
-        own = _own_dtype(options, device, header, config) if adapted is None else None
+        file_dtype = _file_dtype(options, device, header, config) if adapted is None else None
         in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}
         place = "auto" if options.device == "split" else str(device)
         how = {
-            "dtype": dtype if own in (None, torch.uint8) else own,
+            "dtype": dtype if file_dtype in (None, torch.uint8) else file_dtype,
             "use_safetensors": True,
             "device_map": place,
         }
@@ -169,7 +169,9 @@ def load_model_and_tokenizer(
             absent = sorted(info["missing_keys"])
         else:
             name = str(how["dtype"]).removeprefix("torch.")  # model_args has names
-            loaded, absent = load_file(header, config, None if own == torch.uint8 else getattr(torch, name))
+            loaded, absent = load_file(
+                header, config, None if file_dtype == torch.uint8 else getattr(torch, name)
+            )
         if absent:
             missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
             raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
@@ -189,7 +191,7 @@ def load_model_and_tokenizer(
             raise LoadingError(str(error)) from error
     if options.fuse:
         fuse(loaded)
-        if own is not None and activation_dtype(loaded) != torch.float32:
+        if file_dtype is not None and activation_dtype(loaded) != torch.float32:
             why = "a layer is not one that our operators have"
             warnings.warn(f"model {model!r}: in float32, since {why}", LoadingWarning, stacklevel=2)
             fuse(loaded.float())
@@ -200,7 +202,7 @@ def load_model_and_tokenizer(
 
 @contextmanager
 def _bars_of_scripts() -> Iterator[None]:
-    """Transformers shows its progress in this context only if a script shows ours."""
+    """Transformers shows progress in this context only if a script shows ours."""
     hides = not is_shown() and logging.is_progress_bar_enabled()
     if hides:
         logging.disable_progress_bar()
@@ -226,7 +228,7 @@ def _load_tokenizer(
 
 
 def _placed(model: PreTrainedModel, place: str) -> PreTrainedModel:
-    """A model that was read on the CPU, on its device, or split over all of them."""
+    """A model that was read on the CPU, on a GPU, or split over all of them."""
     if place != "auto":
         return model.to(place)
     kept_whole = model._no_split_modules
@@ -234,7 +236,7 @@ def _placed(model: PreTrainedModel, place: str) -> PreTrainedModel:
     return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=kept_whole))
 
 
-def _own_dtype(
+def _file_dtype(
     options: LoadingOptions, device: torch.device, header: Header | None, config: PretrainedConfig
 ) -> torch.dtype | None:
     """The format that operators read weights in, as their file has them; uint8: few bits. None: weights get

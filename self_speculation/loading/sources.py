@@ -38,7 +38,7 @@ def hub_answers(repo: str, kind: Literal["model", "dataset"] = "model") -> bool:
         get_hf_file_metadata(hf_hub_url(repo, "README.md", repo_type=kind), timeout=_HUB_TIMEOUT)
     except HfHubHTTPError as error:
         return error.response.status_code < 500
-    except Exception:  # without a network, each version of the hub's client raises its own
+    except Exception:  # without a network, each version of the hub's client raises another error
         return False
     return True
 
@@ -67,7 +67,7 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
 
 def adapted_model(folder: str, options: LoadingOptions | None = None) -> str | None:
     """The folder or hub id of the model that a folder's LoRA adapter changes; None: it has no adapter. Raises
-    LoadingError if the adapter cannot be used, or not with these options.
+    LoadingError if the adapter cannot be used, or not with the options.
     """
     file = Path(folder).expanduser() / "adapter_config.json"
     if not file.is_file():

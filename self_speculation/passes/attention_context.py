@@ -1,4 +1,4 @@
-"""One pass of a `ModelRunner`: rotation and masks of its tokens, and the cache that it appends to."""
+"""One pass of a `ModelRunner`: rotation and masks of the tokens, and the cache that it appends to."""
 
 import functools
 
@@ -38,7 +38,7 @@ class AttentionTables:
             # context.
             size = max(num_positions, min(2 * num_positions, self._context))
             positions = torch.arange(size, device=self.device)[None].clamp_(max=self._context - 1)
-            with lock(self.module):  # some kinds of rotation change their module for longer positions
+            with lock(self.module):  # a rotation may change the module for longer positions
                 tables = {
                     rotation: torch.cat(cos_and_sin(self.module, self.like, positions, rotation))
                     for rotation in self._tables
@@ -60,7 +60,7 @@ class AttentionContext:
 
     Attributes:
         rotary: cos and sin, [1 or B, T, head_dim] each.
-        sees_all: each token sees all positions of its row up to its own, and rows have one length.
+        sees_all: each token sees all earlier positions of the row, and rows have one length.
     """
 
     def __init__(
@@ -88,21 +88,22 @@ class AttentionContext:
     @functools.cached_property
     def mask(self) -> Tensor | None:
         """[1 or B, 1, T, S], added to the scores: 0 where a position sees a key, else a huge negative number.
-        None: tokens see all keys or, if there are several, those up to their own.
+        None: a token sees all keys or, of several tokens, those up to the token's position.
         """
         start, end = self._range
         tables = self._tables
-        own = self._positions
+        positions = self._positions
         is_causal = self.sees_all and start == 0 and tables.is_sdpa
-        if own is None and (self.width == 1 or is_causal):
+        if positions is None and (self.width == 1 or is_causal):
             return None
-        own = torch.arange(start, end, device=tables.device)[None] if own is None else own
+        if positions is None:
+            positions = torch.arange(start, end, device=tables.device)[None]
         num_keys = end - self._first_key
         # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
         keys = torch.arange(
-            self._first_key, self._first_key + round_up(num_keys, ALIGNMENT), device=own.device
+            self._first_key, self._first_key + round_up(num_keys, ALIGNMENT), device=positions.device
         )
-        return causal_mask(own[:, None], keys, self._window, tables.dtype)[..., :num_keys]
+        return causal_mask(positions[:, None], keys, self._window, tables.dtype)[..., :num_keys]
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
         """Append to the cache; returns all keys and values that a token sees, see `KVCache.write`."""
@@ -129,13 +130,13 @@ def cos_and_sin(
     return module(like, position_ids=positions, **of_type)
 
 
-def causal_mask(own: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[.., T, S] added to the scores of tokens at positions `own` [.., T] over keys at positions [S]: 0, or a
+def causal_mask(positions: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[.., T, S] added to the scores of tokens at `positions` [.., T] over keys at positions [S]: 0, or a
     huge negative number for keys that are later or out of the window.
     """
-    hidden = keys > own[..., None]
+    hidden = keys > positions[..., None]
     if window is not None:
-        hidden |= keys <= own[..., None] - window
+        hidden |= keys <= positions[..., None] - window
     # Half: GPUs multiply by log2(e).
     return hidden.to(dtype) * (torch.finfo(dtype).min / 2)
 

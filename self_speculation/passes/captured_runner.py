@@ -122,7 +122,7 @@ class CapturedPasses(Buffers):
         # By whether a copy runs, first and last layer, rows and width.
         self.replays = dict[tuple[bool, int, int, int, int], Replay]()
         self._threads = set[Thread]()  # that have captured
-        vars(self).pop("_recorder", None)  # its stream is free now
+        vars(self).pop("_recorder", None)  # a stream is free now
         self._recorder = GraphRecorder(self._tables.device)
 
     def reserve(self, num_positions: int, least: int) -> None:
@@ -194,7 +194,8 @@ class GraphRecorder:
             _STREAMS[graph] = self._stream
             self._stream.wait_stream(outer)
             try:
-                # If a capture fails, `torch.cuda.graph` leaves its stream the current one. This ends it.
+                # If a capture fails, `torch.cuda.graph` leaves the side stream the current one. The outer
+                # context restores the stream before.
                 with torch.cuda.stream(self._stream):
                     run()
                     # Other threads, such as a server's, may use the device meanwhile.

@@ -25,8 +25,8 @@ def hidden_after_each_layer(
     Args:
         input_ids: [B, T], padding only on the right, where no real token attends to it.
         kept: bool [L, B], the samples that run through each layer. A layer without samples runs on one and
-            changes nothing: ranks that share its weights must all call it, forwards and backwards, and
-            transformers' layers fail on an empty batch.
+            changes nothing: ranks that share the weights must all call it, forwards and backwards, and layers
+            of transformers fail on an empty batch.
     """
     base = model.base_model
     hidden = base.embed_tokens(input_ids)
@@ -49,11 +49,11 @@ def _attention_arguments(model: PreTrainedModel, kind: AttentionType, hidden: Te
     """What layers take beside [B, T, H] hidden states."""
     width = hidden.shape[1]
     mask = None
-    own = torch.arange(width, device=hidden.device)
+    positions = torch.arange(width, device=hidden.device)
     window = kind.window if kind.window is not None and width > kind.window else None
     if window is not None or model.config._attn_implementation == "eager":  # else sdpa masks by itself
-        mask = causal_mask(own, own, window, hidden.dtype)[None, None]
-    rotary = cos_and_sin(model.base_model.rotary_emb, hidden, own[None], kind.rotation)
+        mask = causal_mask(positions, positions, window, hidden.dtype)[None, None]
+    rotary = cos_and_sin(model.base_model.rotary_emb, hidden, positions[None], kind.rotation)
     return {"attention_mask": mask, "position_embeddings": rotary}
 
 

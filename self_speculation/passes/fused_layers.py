@@ -1,4 +1,4 @@
-"""Passes on a GPU: layers of Llama's layout with fewer kernels than transformers' own, since weights of the
+"""Passes on a GPU: layers of Llama's layout with fewer kernels than in transformers, since weights of the
 same input lie side by side in memory. They decode by our kernels where a card has them.
 """
 
@@ -106,9 +106,9 @@ class JointLinear:
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
-    """Concatenate parameters into one tensor, and point them at their parts of its memory.
+    """Concatenate parameters into one tensor, and point each parameter at a part of the joint memory.
 
-    Each part is a storage of its own, not a view: code that saves or shards a model skips parameters that
+    Each part is a separate storage, not a view: code that saves or shards a model skips parameters that
     share a storage.
     """
     if len(parameters) == 1:
@@ -189,8 +189,8 @@ class FusedLayer(LlamaLayer):
 
 def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """[B, heads, T, head_dim] queries of the last T of S positions over [B, kv_heads, S, head_dim] keys and
-    values: a token sees all positions up to its own. `scaled_dot_product_attention` needs a mask for that,
-    since it aligns its own to the first token and key.
+    values: a token sees no later position. `scaled_dot_product_attention` needs a mask for that, since
+    `is_causal` there aligns the first token and the first key.
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention.default
     return attend(queries, keys, values, 0.0, True, scale=scale)[0]
@@ -210,16 +210,16 @@ class FusedParts(Parts):
         base = model.base_model
         head = model.get_output_embeddings()
         layers = [layer for layer in base.layers if difference(model, layer) is None]
-        self.own = {layer: FusedLayer(layer) for layer in layers}
+        self.replaced = {layer: FusedLayer(layer) for layer in layers}
         if difference(model, base.norm, head) is None:
-            self.own[head] = Head(RMSNorm(base.norm), JointLinear(head))
+            self.replaced[head] = Head(RMSNorm(base.norm), JointLinear(head))
 
 
 class FusedRunner(ModelRunner):
     """Runs layers one by one.
 
     Attributes:
-        why_no_kernels: None: its layers decode by our kernels.
+        why_no_kernels: None: the layers decode by our kernels.
     """
 
     parts_kind = FusedParts
@@ -253,6 +253,6 @@ class FusedRunner(ModelRunner):
         return run_through(self.typed_layers(first, last), make, hidden)
 
     def decodes_by_kernels(self, cache: KVCache, layers: Sequence[Layer]) -> bool:
-        """Whether these layers decode by the kernels of a card. Prompts are read by torch's."""
+        """Whether layers decode by the kernels of a card. Prompts are read by torch's."""
         are_fused = all(isinstance(layer, FusedLayer) for layer in layers)
         return are_fused and not cache.is_prompt and self.why_no_kernels is None

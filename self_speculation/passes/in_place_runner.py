@@ -46,17 +46,17 @@ class InPlaceLayer(LlamaLayer):
         ]  # fmt: skip
 
     def tensors(self) -> list[Tensor]:
-        """All that the operator reads, in its order."""
+        """All that the operator reads, in the operator's order."""
         parts = [norm and norm.weight for norm in self.norms.values()]
         for product in self.products:
             parts += [product.weight, product.bias]
         return [NONE if part is None else part for part in parts]
 
     def description(self, window: int | None, rotation: int) -> tuple[list[Any], list[float]]:
-        """What the operator is told of it, see `Layer` of cpp/layers.cpp.
+        """Integers and factors of the operator's `Layer`, see cpp/layers.cpp.
 
         Args:
-            rotation: the number of its tables.
+            rotation: the number of the tables of rotation.
         """
         sizes = [self.num_heads, self.num_kv_heads, self.width, window or 0, rotation]
         epsilons = [norm.epsilon if norm else 0.0 for norm in self.norms.values()]
@@ -94,8 +94,8 @@ class InPlaceParts(Parts):
         for weight in model.parameters():
             if weight.stride()[-1:] > (1,):  # it lies transposed
                 weight.data = weight.data.contiguous()
-        self.own = dict(zip(base.layers, layers, strict=True))
-        self.own[head] = InPlaceHead(RMSNorm(base.norm), head)
+        self.replaced = dict(zip(base.layers, layers, strict=True))
+        self.replaced[head] = InPlaceHead(RMSNorm(base.norm), head)
 
 
 class InPlaceRunner(ModelRunner):
@@ -158,13 +158,13 @@ class InPlaceRunner(ModelRunner):
         layers: Any = self.layers[first:last]
         kinds = self.attention_types[first:last]
         rotations = [*dict.fromkeys(kind.rotation for kind in kinds)]
-        told = [
+        descriptions = [
             layer.description(kind.window, rotations.index(kind.rotation))
             for layer, kind in zip(layers, kinds, strict=True)
         ]
-        of_layers, factors = zip(*told, strict=True)
+        integers, factors = zip(*descriptions, strict=True)
         owner = torch.ops.self_speculation.make_layers.default(
-            torch.tensor(of_layers),
+            torch.tensor(integers),
             torch.tensor(factors, dtype=torch.float64),
             [tensor for layer in layers for tensor in layer.tensors()],
             self.config.hidden_size,

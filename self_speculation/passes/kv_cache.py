@@ -18,7 +18,7 @@ from self_speculation.transfers import on_device
 ALIGNMENT = 8
 
 # On a CPU a new cache has room for the prompt, and for this many positions divided by the number of slots.
-# On a GPU it has room for all that its requests can reach, or takes this share of the free memory: prompts,
+# On a GPU it has room for all that requests can reach, or takes this share of the free memory: prompts,
 # graphs and sampling need the rest.
 _FIRST_ALLOCATION = 1024
 _SHARE = 0.8
@@ -59,7 +59,7 @@ class Buffers:
         self.dtype = dtype
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
         self.of_layers: dict[int, Pair] = {}
-        self.num_used = [0] * num_slots  # on a CPU: positions that may have been written; the others are zero
+        self.num_used = [0] * num_slots  # on a CPU: positions that may have been written; later ones are zero
         self.num_caches = 0  # the last one has the buffers
 
     def all(self) -> Iterator[Tensor]:
@@ -102,7 +102,7 @@ class Buffers:
 
     @property
     def capacity_of_all(self) -> int:
-        """What the buffers of all layers have now; 0: some have not run."""
+        """What the buffers of all layers have now; 0: a layer has not run."""
         has_all = len(self.of_layers) == self.num_layers
         return min(part.shape[2] for part in self.all()) if has_all else 0
 
@@ -132,7 +132,7 @@ class KVCache:
     The buffers of a layer are allocated when it first runs. Appending writes in place, and rolling back moves
     a position. Buffers that are too small grow by a quarter.
 
-    A pass appends positions to each row, in some layers: as many as the row has new tokens.
+    A pass appends positions to each row in a range of layers: one for each new token of the row.
     """
 
     is_prompt = False  # the kind of the next tokens: a prompt's, or output
@@ -161,7 +161,7 @@ class KVCache:
         """Make room for a sequence.
 
         Args:
-            prompt_length: positions of its prompt.
+            prompt_length: positions of the prompt.
             num_positions: the most that it or one in flight can reach, prompt included.
 
         Raises:
@@ -213,12 +213,13 @@ class KVCache:
         width = len(keys) // rows
         end = max(self.lengths(layer)) + width
         all_keys, all_values = (buffer[slots] for buffer in self.make_room(layer, layer + 1, [width] * rows))
-        for own, new in ((all_keys, keys), (all_values, values)):
+        for buffer, new in ((all_keys, keys), (all_values, values)):
             by_row = new.view(rows, width, *new.shape[1:])
             if positions is None:
-                own[:, :, end - width : end] = by_row.transpose(1, 2)
+                buffer[:, :, end - width : end] = by_row.transpose(1, 2)
             else:  # layers may be on several devices
-                own[torch.arange(rows, device=own.device)[:, None], :, positions.to(own.device)] = by_row
+                by_slot = torch.arange(rows, device=buffer.device)[:, None]
+                buffer[by_slot, :, positions.to(buffer.device)] = by_row
         return all_keys[:, :, :end], all_values[:, :, :end]
 
     def make_room(self, first: int, last: int, widths: Sequence[int]) -> list[Tensor]:
@@ -260,7 +261,7 @@ class KVCache:
         return view
 
     def add_row(self, length: int) -> None:
-        """Add a row whose `length` positions are already in its slot."""
+        """Add a row whose `length` positions are already in the slot."""
         self.set_rows([*self.lengths(), length])
 
     def remove_row(self, row: int) -> None:
@@ -284,7 +285,7 @@ class KVCache:
 
     def swap(self, slot: int, other: int, length: int) -> None:
         """Exchange the first `length` positions of two slots. It allocates nothing, so memory cannot run out
-        when some layers are exchanged and others are not.
+        when only a part of the layers is exchanged.
         """
         if slot == other:
             return

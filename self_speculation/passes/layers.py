@@ -1,4 +1,4 @@
-"""Decoder layers and the head, as a `ModelRunner` has them. All read the model's own weights, so its
+"""Decoder layers and the head, as a `ModelRunner` has them. All read the weights of the model, so
 `forward`, saving, training and moving work as before.
 
 This module knows the layout that Llama's relatives share in transformers: layers that compute
@@ -36,10 +36,10 @@ class Layer:
 
     products: Sequence[Any]
 
-    def with_products(self, others: Mapping[Any, Any]) -> Layer:
-        """A layer with others in place of these products. All else is its own."""
+    def with_products(self, products: Mapping[Any, Any]) -> Layer:
+        """A layer with `products[product]` in place of each product, and with all else of this one."""
         other = copy.copy(self)
-        other.products = [others[product] for product in self.products]
+        other.products = [products[product] for product in self.products]
         return other
 
 
@@ -78,17 +78,17 @@ class PlainLayer(Layer):
             use_cache=True,
         ).flatten(0, 1)
 
-    def with_products(self, others: Mapping[Any, Any]) -> Layer:
-        return PlainLayer(_with_modules(self.module, others))
+    def with_products(self, products: Mapping[Any, Any]) -> Layer:
+        return PlainLayer(_with_modules(self.module, products))
 
 
-def _with_modules(module: nn.Module, others: Mapping[Hashable, nn.Module]) -> nn.Module:
-    """A copy with some of its modules replaced. It shares all parameters and buffers."""
-    if module in others:
-        return others[module]
+def _with_modules(module: nn.Module, modules: Mapping[Hashable, nn.Module]) -> nn.Module:
+    """A copy with `modules[child]` in place of a child. It shares all parameters and buffers."""
+    if module in modules:
+        return modules[module]
     copied = copy.copy(module)
     copied._modules = {
-        name: None if child is None else _with_modules(child, others)
+        name: None if child is None else _with_modules(child, modules)
         for name, child in module._modules.items()
     }
     return copied
@@ -156,7 +156,7 @@ class Parts:
     """What is made of a model, valid for one `weights_key`; nothing, for a runner of transformers' layers.
 
     Attributes:
-        own: layers and head of this library, by the module in whose place they are; the head's by `lm_head`.
+        replaced: module of the model -> layer or head of this library in its place; `lm_head` -> head.
         dtype: of activations, keys, values and logits.
         copies: of products, in four bits.
         counts_writes: whether torch counts writes to all weights.
@@ -164,7 +164,7 @@ class Parts:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        self.own = dict[nn.Module, Any]()
+        self.replaced = dict[nn.Module, Any]()
         self.copies = dict[Hashable, Any]()
         self.dtype = model.dtype
         self.counts_writes = counts_writes(model)

@@ -26,7 +26,7 @@ from self_speculation.passes.kv_cache import Buffers, KVCache
 from self_speculation.passes.layers import Head, Layer, Parts, PlainHead, PlainLayer
 from self_speculation.transfers import on_device
 
-# Most positions of one pass over a prompt: they bound its memory.
+# Most positions of one pass over a prompt: they bound the memory of the pass.
 PREFILL_CHUNK = 1024
 
 
@@ -49,7 +49,7 @@ class ModelRunner:
         dtype: of activations, keys, values and logits.
         device: of ids and logits.
         devices: [L] of each layer.
-        is_ragged: its passes compute no padding.
+        is_ragged: passes compute no padding.
         key_shape: kv_heads and head_dim.
         is_copy: it has other layers than the model.
     """
@@ -68,9 +68,9 @@ class ModelRunner:
         self.int4_copies = parts.copies
         base = model.base_model
         head = model.get_output_embeddings()
-        own = parts.own
-        self.layers: Sequence[Layer] = [own.get(layer) or PlainLayer(layer) for layer in base.layers]
-        self.head: Head = own.get(head) or PlainHead(base.norm, head)
+        replaced = parts.replaced
+        self.layers: Sequence[Layer] = [replaced.get(layer) or PlainLayer(layer) for layer in base.layers]
+        self.head: Head = replaced.get(head) or PlainHead(base.norm, head)
         self.attention_types = attention_types(self.config)  # [L]
         self._embed = base.embed_tokens
         self.tables = AttentionTables(model, self.dtype)

@@ -36,7 +36,7 @@ _TOKENS_TO_LEARN = 16
 # Logits of a copied head that are computed again. Four bits rarely rank the best one lower.
 _COMPUTED_AGAIN = 8
 
-# Weights of fewer bits draft no faster by a copy: in eight bits its gain was 1.01.
+# Weights of fewer bits draft no faster by a copy: a copy of eight bits gained 1.01.
 _FEWEST_BITS = 10
 
 # Bytes that a GPU reads while torch's kernel multiplies by a weight in four bits. A whole model in four and
@@ -45,12 +45,12 @@ _INT4_ON_A_GPU = 2.0 * 95 / 187
 
 
 def copy_bytes_per_weight(model: PreTrainedModel) -> float:
-    """Bytes of each weight of a copy, or those that memory reads in the time of its product."""
+    """Bytes of each weight of a copy; on a GPU those that memory reads in the time of the product."""
     return BYTES_PER_WEIGHT if model.device.type == "cpu" else _INT4_ON_A_GPU
 
 
 def why_no_copies(model: PreTrainedModel) -> str | None:
-    """None, if copies in four bits can be made, and take clearly fewer bytes than the model's own layers."""
+    """None, if copies in four bits can be made, and take clearly fewer bytes than the model's layers."""
     if not has_kernel(model.device, model.dtype):
         return f"there are no kernels for it with {model.dtype} on {model.device}"
     bits = 8 * mean_bytes_per_weight(model.base_model.layers[0])
@@ -60,7 +60,7 @@ def why_no_copies(model: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def quantize(model: PreTrainedModel, bits: int) -> None:
-    """Round the weights of a model on a CPU in place, to four or eight bits, for our operators; its head to
+    """Round the weights of a model on a CPU in place, to four or eight bits, for our operators; the head to
     eight.
 
     Raises:
@@ -126,7 +126,7 @@ def quantized(runner: ModelRunner, num_layers: int) -> ModelRunner:
 class CopiedHead(Head):
     """Norm and a head in four bits.
 
-    The best few logits are computed again by the model's own weights: four bits alone take 1 to 11 % of the
+    The best few logits are computed again by the model's weights: four bits alone take 1 to 11 % of the
     acceptance.
     """
 
@@ -150,7 +150,9 @@ class CopiedHead(Head):
 def _check_plain(runner: ModelRunner, num_layers: int, flag: str) -> None:
     """Raises ValueError if one of the first layers or the head is not plain."""
     layers: Sequence[Any] = runner.layers[:num_layers]
-    asked = [(f"layer {i}", [own.module]) for i, own in enumerate(layers) if isinstance(own, PlainLayer)]
+    asked = [
+        (f"layer {i}", [layer.module]) for i, layer in enumerate(layers) if isinstance(layer, PlainLayer)
+    ]
     if isinstance(runner.head, PlainHead):
         asked.append(("head", [runner.model.base_model.norm, runner.head.product]))
     for name, modules in asked:
@@ -160,7 +162,7 @@ def _check_plain(runner: ModelRunner, num_layers: int, flag: str) -> None:
 
 
 def _make_copies(runner: ModelRunner, num_layers: int, products: Sequence[Any]) -> None:
-    """A copy of each of these products, on all threads."""
+    """Copy each product, on all threads."""
     if not products:
         return
     sizes = {product: copy_bytes(product) for product in products}
@@ -184,7 +186,7 @@ def _make_copies(runner: ModelRunner, num_layers: int, products: Sequence[Any]) 
 
 
 class _Recorder(nn.Module):
-    """In place of a module of a layer: sums the squares of its inputs."""
+    """In place of a module of a layer: sums the squares of the module's inputs."""
 
     def __init__(self, module: Any, squares: dict[nn.Module, Tensor]) -> None:
         super().__init__()
@@ -201,7 +203,7 @@ class _Recorder(nn.Module):
 
 @torch.no_grad()
 def _input_squares(runner: ModelRunner, num_layers: int) -> Mapping[nn.Module, Tensor]:
-    """[in] for each module that multiplies in the first layers, summed over some tokens.
+    """[in] for each module that multiplies in the first layers, summed over `_TOKENS_TO_LEARN` tokens.
 
     Layers decide which inputs are large, more than the text does: tokens from all over the vocabulary show it
     as well as texts, without a tokenizer.

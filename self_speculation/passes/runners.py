@@ -30,11 +30,11 @@ def _eager_kind(model: PreTrainedModel) -> type[ModelRunner]:
 
 
 def fuse(model: PreTrainedModel) -> int:
-    """Decode this model by this library's own layers from now on, as it is now. On a CPU one operator reads
+    """Decode this model by the layers of this library from now on, as it is now. On a CPU one operator reads
     the weights where they lie. On a GPU layers are fused, and weights of the same input lie side by side.
 
     Plain layers of Llama's layout with sdpa attention are replaced; quantised, offloaded, hooked and
-    adapter-wrapped modules are not. On a CPU a model is replaced as a whole or not at all, and its output is
+    adapter-wrapped modules are not. On a CPU a model is replaced as a whole or not at all, and the output is
     that of a float32 model.
 
     Call it again after a change that `weights_key` does not see: a write through `.data`, a hook, another
@@ -45,15 +45,15 @@ def fuse(model: PreTrainedModel) -> int:
         The number of layers that were replaced.
 
     Raises:
-        ValueError: the model is not supported, or has code around its layers, which passes do not follow.
+        ValueError: the model is not supported, or has code around the layers, which passes do not follow.
     """
     check_followed(model)
     check_supported(model.config)
     with lock(model):
         kept(model)["is_fused"] = True
         release(model)
-        own = _eager_kind(model).parts_kind.of(model).own
-    return sum(layer in own for layer in model.base_model.layers)
+        replaced = _eager_kind(model).parts_kind.of(model).replaced
+    return sum(layer in replaced for layer in model.base_model.layers)
 
 
 def activation_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -68,7 +68,7 @@ def bytes_made(model: PreTrainedModel) -> int:
 
 
 def capture_decoding(model: PreTrainedModel) -> None:
-    """From now on `make_runner` captures for this model. Warns if its passes cannot be captured here.
+    """From now on `make_runner` captures for this model. Warns if passes cannot be captured here.
 
     Raises:
         ValueError: the model is on several devices, or no pass of it can be captured anywhere.

@@ -1,9 +1,9 @@
-"""What a fused layer does between its projections while it decodes on a GPU.
+"""What a fused layer does between projections while it decodes on a GPU.
 
 Three kernels are attention. They rotate queries and write rotated keys and values into the cache; attend,
 with the keys of a row split among programs; and merge the splits. Positions are read on the device, so one
 CUDA graph serves rows of any length, and rows that differ in length need no mask. Position -1 is padding:
-nothing is written for it, and its output is 0. Row i is slot i of the cache. What is compiled depends on
+nothing is written for it, and the output is 0. Row i is slot i of the cache. What is compiled depends on
 powers of two, not on each width. A fourth kernel multiplies what the MLP gates.
 """
 
@@ -54,8 +54,8 @@ def rotate_and_write(
     is_value = row == group + 1
     is_there = (row < group + 2) & (d < half) & (position >= 0)
     head = tl.where(is_query, kv * group + row, HEADS + kv + tl.where(is_key, 0, KV_HEADS))
-    own = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * SIZE + d
-    first, second = tl.load(own, is_there, 0.0), tl.load(own + half, is_there, 0.0)
+    head_at = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * SIZE + d
+    first, second = tl.load(head_at, is_there, 0.0), tl.load(head_at + half, is_there, 0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if query_norm is not None:
         q1, q2 = tl.load(query_norm + d, d < half, 0.0), tl.load(query_norm + half + d, d < half, 0.0)
@@ -63,13 +63,13 @@ def rotate_and_write(
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / SIZE + epsilon)[:, None]
         a = a * scale * (tl.where(is_query, q1, k1).to(tl.float32) + ADDED)
         b = b * scale * (tl.where(is_query, q2, k2).to(tl.float32) + ADDED)
-        a, b = a.to(first.dtype).to(tl.float32), b.to(first.dtype).to(tl.float32)  # as a norm of its own
+        a, b = a.to(first.dtype).to(tl.float32), b.to(first.dtype).to(tl.float32)  # as a separate norm does
     at = tl.maximum(position, 0) * SIZE + d
     c, s = tl.load(cos + at, d < half, 0.0).to(tl.float32), tl.load(sin + at, d < half, 0.0).to(tl.float32)
     first = tl.where(is_value, first, (a * c - b * s).to(first.dtype))
     second = tl.where(is_value, second, (b * c + a * s).to(first.dtype))
-    tl.store(own, first, is_there & is_query)
-    tl.store(own + half, second, is_there & is_query)
+    tl.store(head_at, first, is_there & is_query)
+    tl.store(head_at + half, second, is_there & is_query)
     at += token // width * of_slot + kv.to(tl.int64) * of_head
     at = tl.where(row >= 0, at, 0)  # [ROWS, HALF]
     tl.store(keys + at, first, is_there & is_key)
@@ -91,7 +91,7 @@ def attend(
         qkv, keys, values, positions: as above; queries are rotated.
         sums: [B * KV_HEADS, tiles, splits, QUERIES, PADDED] weighted values, written.
         stats: [B * KV_HEADS, tiles, splits, QUERIES, 2] the largest score and the sum of weights, written.
-        window: positions that a token sees, its own included.
+        window: positions that a token sees, the token's included.
         PADDED: SIZE, or the next power of two.
         KEYS: that are read at a time.
     """
@@ -169,18 +169,18 @@ def merge(
 
 @triton.jit
 def gate(joint, out, width, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid [T, blocks]: out [T, width] = activation(gates) * others, of joint [T, 2 width]."""
+    """Grid [T, blocks]: out [T, width] = activation(gates) * up, of joint [T, 2 width]: gates, then up."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    own = joint + token * 2 * width + at
-    gates = tl.load(own, at < width, 0.0)
-    others = tl.load(own + width, at < width, 0.0)
+    gates_at = joint + token * 2 * width + at
+    gates = tl.load(gates_at, at < width, 0.0)
+    up = tl.load(gates_at + width, at < width, 0.0)
     x = gates.to(tl.float32)
     inner = x
     if IS_GELU:  # by tanh: (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))
         inner = 1.5957691216 * (x + 0.044715 * x * x * x)
     active = (x / (1.0 + tl.exp(-inner))).to(gates.dtype)
-    tl.store(out + token * width + at, active * others, at < width)
+    tl.store(out + token * width + at, active * up, at < width)
 
 
 _LIBRARY = torch.library.Library("self_speculation", "FRAGMENT")
@@ -253,9 +253,9 @@ def try_out(device: torch.device, dtype: torch.dtype) -> None:
 def _on_its_card(launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Triton launches on the current card, whichever has the tensors."""
 
-    def launched(tensor: Tensor, *others: object) -> Tensor:
+    def launched(tensor: Tensor, *rest: object) -> Tensor:
         with torch.cuda.device_of(tensor):
-            return launch(tensor, *others)
+            return launch(tensor, *rest)
 
     return launched
 

@@ -25,7 +25,7 @@ _PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, FewBitsLinear)
 
 
 def check_followed(model: PreTrainedModel) -> None:
-    """Raises ValueError that names what is around the model's layers and changes its output."""
+    """Raises ValueError that names what is around the model's layers and changes the output."""
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
         if hasattr(model, "active_peft_config"):
@@ -39,7 +39,7 @@ def check_followed(model: PreTrainedModel) -> None:
 
 
 def replaced_forward(module: nn.Module, name: str = "forward") -> Any:
-    """The function that replaces a module's `forward`; None: it has that of its class, compiled or not."""
+    """The function that replaces a module's `forward`; None: it has that of the class, compiled or not."""
     forward: Any = vars(module).get(name)
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     is_own = getattr(forward, "__func__", None) is type(module).forward
@@ -71,8 +71,8 @@ def _replacement(module: nn.Module) -> object:
     if getattr(getattr(replacement, "func", None), "__module__", "") != "accelerate.hooks":
         return replacement
     hook: Any = vars(module)["_hf_hook"]
-    others = [each for each in getattr(hook, "hooks", (hook,)) if type(each) not in _MOVING]
-    return others[0] if others else replaced_forward(module, "_old_forward")
+    changing = [each for each in getattr(hook, "hooks", (hook,)) if type(each) not in _MOVING]
+    return changing[0] if changing else replaced_forward(module, "_old_forward")
 
 
 def _is_transformers_own(function: object) -> bool:
@@ -85,7 +85,7 @@ def _name(function: object) -> str:
 
 
 def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
-    """The first reason why these modules are not plain, or None. Plain ones are of the model's family,
+    """The first reason why modules are not plain, or None. Plain ones are of the model's family,
     without hooks, and have weights of one dtype on one device.
     """
     family = f"transformers.models.{model_type_to_module_name(model.config.model_type)}."
@@ -101,7 +101,7 @@ def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
     for weight in weights:
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             return f"its weights are in fewer bits or in parts ({type(weight).__name__}, {weight.dtype})"
-    (device, *others) = {weight.device for weight in (*weights, *in_few_bits)}
-    if others or device.type == "meta" or len({weight.dtype for weight in weights}) > 1:
+    device, *more = {weight.device for weight in (*weights, *in_few_bits)}
+    if more or device.type == "meta" or len({weight.dtype for weight in weights}) > 1:
         return "its weights differ in dtype or device, or are offloaded"
     return None

@@ -20,7 +20,7 @@ FORMATS = {
     14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
 }  # fmt: skip
 _Q8_0 = 8
-_GROUP = 32  # columns that share a size
+_GROUP = 32  # columns that share a scale
 NONE = torch.empty(0)  # in the place of a norm or a bias, for the operator
 _AT_A_TIME = 2**22  # elements that are rounded: intermediate results are small
 
@@ -110,15 +110,15 @@ def eight_bits(weight: Tensor) -> Tensor:
     rows = []
     for part in weight.split(max(1, _AT_A_TIME // weight.shape[1])):
         groups = pad(part, (0, -part.shape[1] % _GROUP)).float().unflatten(1, (-1, _GROUP))
-        sizes = (groups.abs().amax(2, keepdim=True) / 127).half()
-        levels = (groups / sizes.float().clamp(min=1e-30)).round_().clamp_(-127, 127).to(torch.int8)
-        rows.append(torch.cat((sizes.view(torch.uint8), levels.view(torch.uint8)), 2).flatten(1))
+        scales = (groups.abs().amax(2, keepdim=True) / 127).half()
+        quants = (groups / scales.float().clamp(min=1e-30)).round_().clamp_(-127, 127).to(torch.int8)
+        rows.append(torch.cat((scales.view(torch.uint8), quants.view(torch.uint8)), 2).flatten(1))
     columns = -(-weight.shape[1] // _GROUP) * _GROUP
     return torch.ops.self_speculation.weight_of_file(torch.cat(rows), _Q8_0, columns)
 
 
 def is_in_few_bits(model: Any) -> bool:
-    """Whether the layers of a model are, or some of them."""
+    """Whether a layer of the model has weights in few bits."""
     return any(isinstance(module, _FewBits) for module in model.base_model.layers.modules())
 
 
@@ -136,12 +136,12 @@ def num_parameters(model: PreTrainedModel) -> int:
 
 
 def _matrices(model: nn.Module) -> Iterable[_FewBits]:
-    """Those in few bits; a head that shares its weight with the embedding counts once."""
+    """Those in few bits; a head that shares the weight of the embedding counts once."""
     return {id(part.weight): part for part in model.modules() if isinstance(part, _FewBits)}.values()
 
 
 def mean_bytes_per_weight(*modules: nn.Module) -> float:
-    """Of all matrices in these modules, on average."""
+    """Of all matrices in the modules, on average."""
     matrices = [
         (part.weight.nbytes, part.shape.numel() if isinstance(part, _FewBits) else part.weight.numel())
         for module in modules

@@ -1,8 +1,8 @@
 """x W^T over a copy of W in four bits, for drafts.
 
-32 elements of a row share a scale and a middle. Each element is one of 16 levels: five bits, with its
-part of those two. Scale and middle minimise the error of the product, for inputs as large as the model's.
-Other groups and roundings are in docs/tried.md.
+32 elements of a row share a scale and a zero point. An element is one of 16 quants, and takes five bits,
+scale and zero point included. Both minimise the error of the product, for inputs as large as the
+model's. Other groups and roundings are in docs/tried.md.
 
 On a CPU a copy is a `FewBitsLinear`, which our operator multiplies by. torch's kernel, on a GPU, takes and
 returns bfloat16.
@@ -20,11 +20,11 @@ from self_speculation.devices import round_up
 from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.kernels import cpu_operators
 
-# Elements of a weight that are quantised at a time, about. Each piece is some 200 kernels on a GPU and takes
+# Elements of a weight that are quantised at a time, about. Each piece is about 200 kernels on a GPU and takes
 # 50 bytes per element.
 _AT_A_TIME = 2**24
 
-# Elements of a row that share a scale and a middle.
+# Elements of a row that share a scale and a zero point.
 _GROUP = 32
 
 # Scales that are tried, as shares of the range of a group. The best one is fitted by least squares.
@@ -81,17 +81,17 @@ class Int4Linear(nn.Module):
         # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
         for rows in weight.split(max(1, _AT_A_TIME // weight.shape[1] // 64) * 64):
             padded = pad(rows, (0, self._padding, 0, -len(rows) % _BLOCK_OF_ROWS))
-            levels, scale = in_four_bits(padded, counts)
-            parts.append(_packed(levels))
+            quants, scale = in_four_bits(padded, counts)
+            parts.append(_packed(quants))
             scales.append(scale)
-        # Levels as kernels take them; scales and middles [groups of a row, out, 2].
-        self._levels = torch.cat(parts)
+        # Quants as kernels take them; scales and zero points [groups of a row, out, 2].
+        self._quants = torch.cat(parts)
         self._scales = torch.cat(scales, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x.flatten(0, -2).bfloat16()
         inputs = pad(inputs, (0, self._padding)) if self._padding else inputs
-        product = torch.ops.aten._weight_int4pack_mm(inputs, self._levels, _GROUP, self._scales)
+        product = torch.ops.aten._weight_int4pack_mm(inputs, self._quants, _GROUP, self._scales)
         if product.shape[1] != self.out_features:
             product = product[:, : self.out_features].contiguous()
         product = product if self.bias is None else product.add_(self.bias)
@@ -99,14 +99,14 @@ class Int4Linear(nn.Module):
 
 
 def four_bits(weight: Tensor, squares: Tensor) -> Tensor:
-    """A weight [out, in] in the format of `FewBitsLinear`, for inputs with these mean squares [in]."""
+    """A weight [out, in] in the format of `FewBitsLinear`, for inputs with mean squares `squares` [in]."""
     counts = _shares(squares).flatten()
     return torch.ops.self_speculation.int4_round(weight.detach().contiguous(), counts)
 
 
 def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, in] and `_shares` of inputs -> levels [n, in] of int32 from 0 to 15, and for each group
-    [groups of a row, n, 2] the scale and the value of level 8. `int4_round` does the same on a CPU.
+    """[n, in] and `_shares` of inputs -> quants [n, in] of int32 from 0 to 15, and for each group
+    [groups of a row, n, 2] scale and zero point, the value of quant 8. `int4_round` does this on a CPU.
     """
     groups = rows.float().unflatten(1, (-1, _GROUP))  # [n, groups of a row, elements]
     least, largest = groups.aminmax(dim=2, keepdim=True)
@@ -114,24 +114,24 @@ def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     fits = []
     for share in _SHARES_OF_RANGE:
         scale = ((largest - least) * share / 15).clamp(min=1e-12)
-        levels = _levels(groups, scale, (least + largest + scale) / 2)
-        weighted = levels * counts
-        mean_level = weighted.sum(2, keepdim=True)
-        variance = ((weighted * levels).sum(2, keepdim=True) - mean_level.square()).clamp(min=1e-12)
-        covariance = (weighted * groups).sum(2, keepdim=True) - mean_level * mean
-        # Least squares for these levels lower the weighted error by covariance^2 / variance.
-        fits.append((covariance.square() / variance, covariance / variance, mean_level))
-    gains, scales, mean_levels = map(torch.stack, zip(*fits, strict=True))
+        quants = _quants(groups, scale, (least + largest + scale) / 2)
+        weighted = quants * counts
+        mean_quant = weighted.sum(2, keepdim=True)
+        variance = ((weighted * quants).sum(2, keepdim=True) - mean_quant.square()).clamp(min=1e-12)
+        covariance = (weighted * groups).sum(2, keepdim=True) - mean_quant * mean
+        # Least squares for these quants lower the weighted error by covariance^2 / variance.
+        fits.append((covariance.square() / variance, covariance / variance, mean_quant))
+    gains, scales, mean_quants = map(torch.stack, zip(*fits, strict=True))
     best = gains.argmax(0, keepdim=True)
     scales = scales.gather(0, best)[0]
-    mean_levels = mean_levels.gather(0, best)[0]
-    numbers = torch.cat((scales.clamp(min=1e-12), mean - scales * mean_levels), 2).to(torch.bfloat16)
-    levels = _levels(groups, *numbers.float().split(1, 2)) + 8
-    return levels.to(torch.int32).flatten(1), numbers.transpose(0, 1).contiguous()
+    mean_quants = mean_quants.gather(0, best)[0]
+    numbers = torch.cat((scales.clamp(min=1e-12), mean - scales * mean_quants), 2).to(torch.bfloat16)
+    quants = _quants(groups, *numbers.float().split(1, 2)) + 8
+    return quants.to(torch.int32).flatten(1), numbers.transpose(0, 1).contiguous()
 
 
-def _levels(groups: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
-    return ((groups - middles) * (1 / scales)).round_().clamp_(-8, 7)
+def _quants(groups: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:
+    return ((groups - zero_points) * (1 / scales)).round_().clamp_(-8, 7)
 
 
 def _shares(squares: Tensor) -> Tensor:
@@ -141,8 +141,8 @@ def _shares(squares: Tensor) -> Tensor:
     return counts / counts.sum(1, keepdim=True)
 
 
-def _packed(levels: Tensor) -> Tensor:
+def _packed(quants: Tensor) -> Tensor:
     """[n, in] -> [n / 8, in / (16 t), 32, t / 2] of int32, t the largest of 2, 4, 8 that fits."""
-    tiles = next(t for t in (8, 4, 2) if levels.shape[1] % (16 * t) == 0)
-    pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)
+    tiles = next(t for t in (8, 4, 2) if quants.shape[1] % (16 * t) == 0)
+    pairs = (quants[:, ::2] << 4 | quants[:, 1::2]).to(torch.uint8)
     return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)

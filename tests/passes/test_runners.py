@@ -180,7 +180,7 @@ def test_what_is_made_of_a_model_is_freed(is_captured, request):
     def made(model, **drafts):
         answer_of(strategy, model, Request(PROMPT), reuse_cache=True, **ADAPTIVE, **drafts)
         assert len(kept_caches(model)) == 1
-        return [*map(weakref.ref, (model.model.layers[-1], *peek(model, Parts).own.values()))]
+        return [*map(weakref.ref, (model.model.layers[-1], *peek(model, Parts).replaced.values()))]
 
     before = made(model, draft_weights="int4")
     model.model.layers = model.model.layers[:3]

@@ -41,13 +41,13 @@ NUMBERS = {
 assert NUMBERS.keys() == FORMATS.keys()
 
 
-def rows_of_file(code, rows, columns, levels=None):
-    """Rows as a file has them, with bytes of levels or arbitrary ones, and the numbers they stand for."""
+def rows_of_file(code, rows, columns, quants=None):
+    """Rows as a file has them, with bytes of quants or arbitrary ones, and the numbers they stand for."""
     kind = gguf.GGMLQuantizationType(code)
     number, num_bytes = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(code)
     raw = random.integers(0, 256, (rows, columns // number, num_bytes), dtype=np.uint8)
-    raw = raw if levels is None else np.full_like(raw, levels)
+    raw = raw if quants is None else np.full_like(raw, quants)
     for at in NUMBERS[code]:
         sizes = 0.01 * (1 + random.random((rows, columns // number, 1)))
         raw[:, :, at : at + 2] = sizes.astype(np.float16).view(np.uint8)
@@ -55,12 +55,12 @@ def rows_of_file(code, rows, columns, levels=None):
     return torch.from_numpy(raw), torch.from_numpy(gguf.dequantize(raw, kind))
 
 
-def packed(code, rows, columns, levels=None):
+def packed(code, rows, columns, quants=None):
     """A weight of a file; 0: one that is rounded to four bits here."""
     if code == 0:
         made = four_bits(torch.randn(rows, columns), torch.ones(columns))
         return (linear := FewBitsLinear(made, rows, columns)), linear.dequantized()
-    raw, numbers = rows_of_file(code, rows, columns, levels)
+    raw, numbers = rows_of_file(code, rows, columns, quants)
     made = torch.ops.self_speculation.weight_of_file(raw, code, columns)
     return FewBitsLinear(made, rows, columns), numbers
 
@@ -68,7 +68,7 @@ def packed(code, rows, columns, levels=None):
 @pytest.mark.parametrize("rows", [1, 16, 37])
 @pytest.mark.parametrize("code", FORMATS)
 def test_numbers_are_those_of_the_file(code, rows):
-    """Guards against a bit of a step, a scale or a middle in another place than the file has it."""
+    """Guards against a bit of a step, a scale or a zero point in another place than the file has it."""
     for blocks in (1, 2, 3):
         columns = blocks * gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(code)][0]
         linear, numbers = packed(code, rows, columns)
@@ -82,12 +82,12 @@ def test_numbers_are_those_of_the_file(code, rows):
     [*((code, 53, 768) for code in (0, *FORMATS)), (0, 16, 32), (0, 50, 48), (0, 17, 33), (0, 2128, 100)],
 )
 def test_products_are_those_of_the_numbers(code, rows, columns):
-    """Guards against sums of levels that leave the 16 bits of a lane, which random levels rarely do, groups
+    """Guards against sums of quants that leave the 16 bits of a lane, which random quants rarely do, groups
     with a neighbour's scale, padding that counts, and bits that depend on other tokens or on threads.
     """
     torch.manual_seed(0)
-    for levels in (128 if code == 8 else 255, None):  # of Q8_0 the least number
-        linear, numbers = packed(code, rows, columns, levels)
+    for quants in (128 if code == 8 else 255, None):  # of Q8_0 the least number
+        linear, numbers = packed(code, rows, columns, quants)
         x = torch.randint(-127, 128, (70, columns)) / 64.0  # eight bits hold it
         x[:, ::32] = 127 / 64
         for exact in (x, torch.full((3, columns), 127 / 64), torch.full((3, columns), -127 / 64)):

@@ -21,14 +21,14 @@ def rounded(weight, squares=None):
     shape = weight.shape
     padding = (0, -weight.shape[1] % 32)
     squares = torch.ones(shape[1]) if squares is None else squares
-    levels, numbers = in_four_bits(pad(weight, padding), int4_linear._shares(squares))
-    scales, middles = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
-    return ((levels - 8) * scales + middles)[:, : shape[1]]
+    quants, numbers = in_four_bits(pad(weight, padding), int4_linear._shares(squares))
+    scales, zero_points = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
+    return ((quants - 8) * scales + zero_points)[:, : shape[1]]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_kernel_of_torch_multiplies_by_what_was_packed(shape, monkeypatch):
-    """Guards against levels, scales or middles in another order than the kernel's, against errors where a
+    """Guards against quants, scales or zero points in another order than the kernel's, against errors where a
     large weight is packed in parts, and against padding that counts.
     """
     ops = torch.ops.aten
@@ -51,7 +51,7 @@ def test_a_kernel_of_torch_multiplies_by_what_was_packed(shape, monkeypatch):
 
 def test_columns_of_large_inputs_are_closest():
     """Guards against a rounding that ignores which inputs are large: those make the error of the output; and
-    against a range that always includes zero: a group of positive weights needs all 16 levels.
+    against a range that always includes zero: a group of positive weights needs all 16 quants.
     """
     weight = torch.linspace(3.0, 4.0, 32)[None]
     assert (rounded(weight) - weight).abs().max() < 0.6 / 15 + 4 * 2**-8
@@ -81,7 +81,7 @@ def test_the_operator_rounds_as_torch_does(shape, dtype):
 
 
 def test_the_layout_of_a_gpu(monkeypatch):
-    """Guards against swapped levels (the first of a pair is the upper half of a byte) and against tiles that
+    """Guards against swapped quants (the first of a pair is the upper half of a byte) and against tiles that
     do not divide the input size.
     """
     monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda *given: given)
