@@ -59,7 +59,7 @@ from runs.description import Record, counted, describe, describe_model, fewest_t
 from runs.program import run
 from runs.startup import load_generator
 from self_speculation import HuggingfaceLlamaGenerator, Request, make_strategy
-from self_speculation.drafts.policy import ArmStats
+from self_speculation.drafts.policy import SourceStats
 from self_speculation.families import context_length
 from self_speculation.model_cache import kept
 
@@ -205,7 +205,7 @@ def measure(
     seed: int,
 ) -> dict[str, list[Record]]:
     """The records of each workload, and of all."""
-    kept(sides[-1][1].model).pop(ArmStats, None)  # as in a new process
+    kept(sides[-1][1].model).pop(SourceStats, None)  # as in a new process
     every: dict[str, list[Record]] = {}
     for workload, ids in prompts.items():
         asked = {n: Request(ids[n % len(ids)], seed=seed + n) for n in range(rounds * len(ids))}

@@ -21,7 +21,7 @@ from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.texts import OutputReader
 from self_speculation.families import context_length
 from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.runners import is_captured
+from self_speculation.passes.runners import is_captured, make_runner
 
 
 @dataclass
@@ -48,7 +48,7 @@ class CompareIds(Experiment):
 
     def __post_init__(self) -> None:
         model = self.generator.model
-        self._is_in_place = model.device.type == "cpu" and InPlaceRunner(model).is_in_place
+        self._is_in_place = isinstance(make_runner(model), InPlaceRunner)
 
     @property
     def names(self) -> Sequence[str]:

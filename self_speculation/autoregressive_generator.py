@@ -20,4 +20,4 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
         batch = decoding.batch
         ids = batch.last[:, None]
         logits = decoding.runner.run(decoding.cache, ids, 0, decoding.depth).logits
-        batch.sample_and_commit(logits[:, 0])
+        batch.commit_previous_and_sample(logits[:, 0])

@@ -147,8 +147,9 @@ def _settings(kind: Callable[..., object]) -> frozenset[str]:
 
 def attention_types(config: PretrainedConfig) -> list[AttentionType]:
     """[L] of each layer."""
-    types = declared(config, "layer_types") or ["sliding_attention"] * config.num_hidden_layers
     window = declared(config, "sliding_window")
+    if not (types := declared(config, "layer_types")):
+        return [AttentionType(window)] * config.num_hidden_layers
     rope = getattr(config, "rope_parameters", None) or {}
     return [
         AttentionType(window if kind == "sliding_attention" else None, kind if kind in rope else None)

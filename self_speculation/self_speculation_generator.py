@@ -55,7 +55,7 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     if draft is None:
         logits = runner.run(cache, batch.last[:, None]).logits  # [B, 1, V]
         cache.rollback(0)  # keeps what it has appended
-        batch.sample_and_commit(logits[:, 0])
+        batch.commit_previous_and_sample(logits[:, 0])
         batch.commit_unread()  # the next round looks them up
         return
     widths = draft.widths  # [B], N together
@@ -81,7 +81,7 @@ def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draf
     The layers that did not draft run once, over all tokens. The layers that drafted still miss the last
     token of each row, so they run over it. Drops what a draft has cached that verification cannot use.
     """
-    layer = draft.exit_layer
+    layer = draft.verify_from
     ones = [1] * len(batch)
     inputs = row_by_row((batch.last, ones), (draft.tokens, draft.lengths))  # [N] ids
     if draft.exit_hidden is not None:  # the first layers drafted

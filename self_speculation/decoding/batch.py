@@ -43,7 +43,7 @@ class Batch:
         """Append a row and sample the first token from logits [V]."""
         alone = Batch(self.last.device)
         alone.sequences = [sequence]
-        alone.sample_and_commit(logits[None])
+        alone.commit_previous_and_sample(logits[None])
         for batch in (self, alone):
             batch.commit_unread()
         self.last = torch.cat((self.last, alone.last))  # may find no memory: before it is a row
@@ -148,11 +148,11 @@ class Batch:
         for sequence, count, end in zip(self.sequences, counts, accumulate(counts), strict=True):
             sequence.check(largest[end - count : end])
 
-    def sample_and_commit(self, logits: Tensor) -> None:
+    def commit_previous_and_sample(self, logits: Tensor) -> None:
         """Commit the tokens of the call before, and sample one token of each row from logits [B, V].
 
-        Commits the new tokens as well, unless the next pass may be queued first. Reads from the device: one
-        for each call.
+        The new tokens stay unread where the next pass may be queued first; elsewhere this commits them, too.
+        Reads from the device: one for each call.
         """
         ones = [1] * len(self)
         logits = self.process(logits, ones)
@@ -161,12 +161,13 @@ class Batch:
         self.commit_unread()
         self.last = tokens
         self._unread = (reading, logits)
-        go_on = (sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)
-        if not (reads_late(self.last.device) and all(go_on)):
+        # The host decides nothing about the next pass if every row goes on whatever its token is.
+        all_go_on = all(sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)
+        if not (all_go_on and reads_late(self.last.device)):
             self.commit_unread()
 
     def commit_unread(self) -> None:
-        """Read and commit the tokens that `sample_and_commit` has left. A row that has ended takes none."""
+        """Read and commit the tokens that were left unread. A row that has ended takes none."""
         if self._unread is not None:
             reading, logits = self._unread
             self._unread = None

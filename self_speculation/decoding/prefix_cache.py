@@ -127,5 +127,5 @@ def kept_caches(model: PreTrainedModel) -> deque[PrefixCache]:
 
 def cache_key(runner: ModelRunner) -> Hashable:
     """Keys and values are valid while this is the same; None: torch does not count writes to the weights."""
-    parts = runner.parts()
-    return (runner.parts, type(runner)) if parts is not None and parts.counts_writes else None
+    weights = runner.fused_weights
+    return (weights.token, type(runner)) if weights.counts_writes else None

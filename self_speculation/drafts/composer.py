@@ -74,7 +74,7 @@ class DraftComposer:
             for match, (name, length) in zip(matches, planned, strict=True)
         ]
         if any(found):
-            draft = _with_copies(batch, draft, found)
+            draft = _with_lookups(batch, draft, found)
         if self._policy:
             self._stopwatch.split()
         return draft
@@ -107,22 +107,22 @@ class DraftComposer:
         yield from dict.fromkeys(chain(*passes, verification))
 
 
-def _with_copies(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None]) -> Draft:
+def _with_lookups(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None]) -> Draft:
     """A draft with the ids of a match in each row that has one. A row without a match keeps its draft.
 
     All layers verify it, since no layer has processed all rows. Reads nothing from the device.
     """
     ids = [[*match.ids] if match else [] for match in matches]  # [B]
-    copied = on_device([id_ for found in ids for id_ in found], batch.last.device)
-    each = zip(batch.sequences, ids, copied.split([*map(len, ids)]), strict=True)
+    looked_up = on_device([id_ for found in ids for id_ in found], batch.last.device)
+    each = zip(batch.sequences, ids, looked_up.split([*map(len, ids)]), strict=True)
     for sequence, known, on_gpu in each:
         sequence.write_drafted(on_gpu, 0, [(Known(known), i) for i in range(len(known))])
-    if not reads_late(copied.device):
+    if not reads_late(looked_up.device):
         batch.show_drafts()
     rows = [*enumerate(matches)]
     return Draft(
         [match.source if match else draft.sources[row] for row, match in rows],
-        row_by_row((draft.tokens, draft.lengths), (copied, [*map(len, ids)])),
+        row_by_row((draft.tokens, draft.lengths), (looked_up, [*map(len, ids)])),
         [len(match.ids) if match else draft.lengths[row] for row, match in rows],
         matched=[match.matched if match else 0 for match in matches],
     )

@@ -29,23 +29,24 @@ class DecayedMean:
 
     Args:
         prior: the mean without observations.
-        weight: of the prior, in observations.
+        prior_strength: the prior counts as so many observations.
     """
 
-    def __init__(self, prior: float, weight: float = 2.0) -> None:
+    def __init__(self, prior: float, prior_strength: float = 2.0) -> None:
         self._prior = prior
-        self._weight = weight
-        self._sum = self.count = 0.0  # count: weight of the observations
+        self._prior_strength = prior_strength
+        self._sum = 0.0
+        self.count = 0.0  # weight of the observations
 
     @property
     def value(self) -> float:
-        return (self._prior * self._weight + self._sum) / (self._weight + self.count)
+        total = self._prior * self._prior_strength + self._sum
+        return total / (self._prior_strength + self.count)
 
-    def add(self, value: float, weight: float = 1.0) -> None:
-        """Add a value that counts as `weight` observations."""
-        share = _DECAY**weight
-        self._sum = share * self._sum + weight * value
-        self.count = share * self.count + weight
+    def add(self, value: float) -> None:
+        """Add an observation."""
+        self._sum = _DECAY * self._sum + value
+        self.count = _DECAY * self.count + 1.0
 
 
 def draft_ratio(model: PreTrainedModel, exit_layer: int, draft_weights: DraftWeights) -> float:
@@ -168,7 +169,7 @@ class PassTimes:
         self, num_rows: int, estimates: Mapping[str, Callable[[int], float]]
     ) -> Callable[[str, int], float]:
         """Source, number of drafting rows -> the time of a pass that drafts, of `num_rows` rows together. For
-        the estimates see `Arm.draft_step`.
+        the estimates see `DraftCost.draft_step`.
         """
         unit = self._unit(num_rows)
         return lambda source, rows: unit * self._ratio(source, rows) * estimates[source](rows)

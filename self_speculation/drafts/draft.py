@@ -19,20 +19,20 @@ from self_speculation.passes.model_runner import ModelRunner, PassRange
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A draft source as a policy sees it.
+class DraftCost:
+    """What a policy expects of a draft source before the first round.
 
     Args:
         draft_step: number of rows -> estimated cost of a drafted token of each, in plain steps of one row;
-            None: none, since no layer runs.
+            None: no cost, since no layer runs.
         priors: [i] expected acceptance of a token after i matched ones; the last entry is also for longer
             matches. Layers have [0] alone.
-        weight: of the priors, in observations.
+        prior_strength: the priors count as so many observations.
     """
 
     draft_step: Callable[[int], float] | None = None
     priors: abc.Sequence[float] = (0.0,)
-    weight: float = 2.0
+    prior_strength: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,10 @@ class Draft:
     sources: abc.Sequence[str | None]  # [B] names; None: no source
     tokens: Tensor  # [K] of the first row, then of the second one, and so on
     lengths: abc.Sequence[int]  # [B] tokens of each row, K together
-    exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
-    # [K, H] at the exit layer, row by row: of the last token of the output, and of all drafted ones but one.
+    # The first layer of verification. The layers before it have processed the draft; a copy's do not count.
+    verify_from: int = 0
+    # [K, H] the input of that layer, row by row: of the last token of the output, and of all drafted ones but
+    # the last. None: `verify_from` is 0.
     exit_hidden: Tensor | None = None
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams
 
@@ -69,13 +71,13 @@ class DraftSource(ABC):
     """Computes tokens for rows of a batch."""
 
     name: str
-    arm: Arm
+    cost: DraftCost
 
     @abstractmethod
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
         """Draft tokens for each row.
 
-        Layers that draft may append to the cache. If `Draft.exit_layer` is 0, that is rolled back.
+        Layers that draft may append to the cache. If `Draft.verify_from` is 0, that is rolled back.
 
         Args:
             limits: [B] the most tokens of each row.
@@ -109,9 +111,9 @@ class Match(NamedTuple):
 
 
 class LookupDrafts(ABC):
-    """Copies tokens from somewhere. They cost nothing: no layer runs."""
+    """Finds tokens somewhere. They cost nothing: no layer runs."""
 
-    arms: abc.Mapping[str, Arm]  # by source
+    costs: abc.Mapping[str, DraftCost]  # by source
 
     @abstractmethod
     def find(self, sequence: Sequence, k: int) -> Match | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
-from self_speculation.drafts.draft import Arm, Draft, DraftSource, row_by_row
+from self_speculation.drafts.draft import Draft, DraftCost, DraftSource, row_by_row
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner, PassRange
 from self_speculation.transfers import on_device
@@ -19,26 +19,26 @@ class LayerDrafts(DraftSource):
 
     Args:
         drafter: runs the model's layers, or a copy of them.
-        exit_layer: number of layers that draft.
+        depth: number of layers that draft.
         draft_weights: exact: the model's layers draft, and verification starts from the cache and exit states
             that they leave. Those of a copy are approximate: verification does not use them.
-        arm: what a policy knows of the source.
+        cost: what a policy expects of the drafts.
         is_whole: all layers draft.
     """
 
     def __init__(
         self,
         drafter: ModelRunner,
-        exit_layer: int,
+        depth: int,
         draft_weights: DraftWeights,
-        arm: Arm,
+        cost: DraftCost,
         is_whole: bool = False,
     ) -> None:
         self.drafter = drafter
-        self.exit_layer = exit_layer
-        self.arm = arm
+        self.depth = depth
+        self.cost = cost
         self._keeps_cache = draft_weights == "exact"
-        self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
+        self.name = "4-bit copy" if is_whole else f"exit {depth}"
         if not self._keeps_cache and not is_whole:
             self.name += " of a 4-bit copy"
 
@@ -56,7 +56,7 @@ class LayerDrafts(DraftSource):
                 ids = ids[on_device([before.index(row) for row in rows], ids.device)]
             widths = [int(position < limit) for limit in limits]
             hidden = self.drafter.embed(ids)
-            hidden = self.drafter.run_layers(cache, hidden, widths, 0, self.exit_layer)
+            hidden = self.drafter.run_layers(cache, hidden, widths, 0, self.depth)
             exit_hidden.append((hidden, widths))
             ids = batch.sample_draft(self.drafter.logits(hidden), position, rows, keys_of[position])
             batch.record_draft(ids, position, rows)
@@ -66,10 +66,10 @@ class LayerDrafts(DraftSource):
             [self.name if limit else None for limit in limits],
             row_by_row(*drafted),
             limits,
-            self.exit_layer if self._keeps_cache else 0,
+            self.depth if self._keeps_cache else 0,
             row_by_row(*exit_hidden) if self._keeps_cache else None,
         )
 
     def passes(self, runner: ModelRunner, longest: int) -> Iterator[PassRange]:
-        yield PassRange(self.drafter, 0, self.exit_layer)
-        yield PassRange(runner, self.exit_layer if self._keeps_cache else 0, len(runner.layers), longest + 1)
+        yield PassRange(self.drafter, 0, self.depth)
+        yield PassRange(runner, self.depth if self._keeps_cache else 0, len(runner.layers), longest + 1)

@@ -6,7 +6,7 @@ from collections import abc
 from weakref import WeakKeyDictionary
 
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Arm, LookupDrafts, Match
+from self_speculation.drafts.draft import DraftCost, LookupDrafts, Match
 
 # Ends a predicted output: no model has this id.
 _END = -1
@@ -86,7 +86,7 @@ class TextDrafts(LookupDrafts):
         self._longest = longest
         self._indices: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
         priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
-        self.arms = {"prediction": Arm(priors=priors), "n-grams": Arm(priors=priors)}
+        self.costs = {"prediction": DraftCost(priors=priors), "n-grams": DraftCost(priors=priors)}
 
     def find(self, sequence: Sequence, k: int) -> Match | None:
         index = self._indices.get(sequence)

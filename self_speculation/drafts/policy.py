@@ -11,7 +11,7 @@ from threading import RLock
 from typing import Any, NamedTuple
 
 from self_speculation.drafts.costs import DecayedMean, PassTimes
-from self_speculation.drafts.draft import Arm, Draft, Match
+from self_speculation.drafts.draft import Draft, DraftCost, Match
 
 # Rounds between two trials.
 _WAIT = 8
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
 
 @dataclass
-class ArmStats:
+class SourceStats:
     """Statistics of a model's sources, across requests and threads. Bounded by the number of sources.
 
     Args:
@@ -79,7 +79,7 @@ class AdaptivePolicy:
     # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
     _LONGEST_BY_LAYERS = 8
 
-    def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
+    def __init__(self, arms: Mapping[str, DraftCost], longest: int, stats: SourceStats) -> None:
         self._arms = arms
         self._longest = longest
         self._stats = stats
@@ -259,4 +259,4 @@ class AdaptivePolicy:
         arm = self._arms[name]
         key = (name, min(matched, len(arm.priors) - 1))
         known = self._stats.acceptance
-        return known.get(key) or known.setdefault(key, DecayedMean(arm.priors[key[1]], arm.weight))
+        return known.get(key) or known.setdefault(key, DecayedMean(arm.priors[key[1]], arm.prior_strength))

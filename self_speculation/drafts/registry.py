@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
-from self_speculation.drafts.draft import Arm, DraftSource, LookupDrafts
+from self_speculation.drafts.draft import DraftCost, DraftSource, LookupDrafts
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import TextDrafts
-from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
+from self_speculation.drafts.policy import AdaptivePolicy, SourceStats
 from self_speculation.model_cache import kept
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.quantized_layers import quantized, why_no_copies
@@ -84,11 +84,11 @@ def make_composer(context: DraftContext) -> DraftComposer:
         ValueError: layers or head cannot be copied, or several sources compute and nothing picks one.
     """
     config = context.config
-    arms = dict[str, Arm]()
+    costs = dict[str, DraftCost]()
     sources = [each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)]
     for source in sources:
-        arms |= source.arms if isinstance(source, LookupDrafts) else {source.name: source.arm}
-    policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context)) if config.is_adaptive else None
+        costs |= source.costs if isinstance(source, LookupDrafts) else {source.name: source.cost}
+    policy = AdaptivePolicy(costs, LONGEST_DRAFT, _stats(context)) if config.is_adaptive else None
     return DraftComposer(context.model, sources, policy)
 
 
@@ -103,10 +103,10 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
         return lambda num_rows: ratio * grows(num_rows)
 
     for layer in context.exit_layers:
-        arm = Arm(draft_step(layer), weight=1.0)  # one good trial is enough
+        cost = DraftCost(draft_step(layer), prior_strength=1.0)  # one good trial is enough
         if is_whole := layer == num_layers:
-            arm = replace(arm, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
-        yield LayerDrafts(drafter, layer, weights, arm, is_whole)
+            cost = replace(cost, priors=_COPY_PRIOR, prior_strength=_TRUST_IN_COPY)
+        yield LayerDrafts(drafter, layer, weights, cost, is_whole)
 
 
 def _text(context: DraftContext) -> Iterator[TextDrafts]:
@@ -120,7 +120,7 @@ SOURCES: list[SourceEntry] = [
 ]
 
 
-def _stats(context: DraftContext) -> ArmStats:
+def _stats(context: DraftContext) -> SourceStats:
     """The statistics of earlier answers, for the same drafts on the model's current device."""
     model = context.model
     config = context.config
@@ -129,8 +129,8 @@ def _stats(context: DraftContext) -> ArmStats:
         (context.draft_weights, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
-    learnt: dict[Hashable, ArmStats] = kept(model).setdefault(ArmStats, {})
-    return learnt.setdefault(key, ArmStats(relative_pass_cost(runner), torch.get_num_threads))
+    learnt: dict[Hashable, SourceStats] = kept(model).setdefault(SourceStats, {})
+    return learnt.setdefault(key, SourceStats(relative_pass_cost(runner), torch.get_num_threads))
 
 
 def draft_flags() -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class CapturedRunner(FusedRunner):
         """The one cache of the model's captured passes; earlier generations lose it."""
 
         def valid_for(passes: CapturedPasses) -> Hashable:
-            return self.parts, passes.num_slots >= num_slots
+            return self.fused_weights.token, passes.num_slots >= num_slots
 
         with lock(self.model):
             passes = cached(self.model, CapturedPasses, valid_for, lambda: CapturedPasses(self, num_slots))

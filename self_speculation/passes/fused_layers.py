@@ -16,7 +16,7 @@ from self_speculation.devices import is_lost_device
 from self_speculation.families import AttentionType
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
 from self_speculation.passes.kv_cache import KVCache, Pair
-from self_speculation.passes.layers import Head, Layer, LlamaLayer, Parts, RMSNorm
+from self_speculation.passes.layers import FusedWeights, Head, Layer, LlamaLayer, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner, run_through
 from self_speculation.passes.unsupported_hooks import difference
 
@@ -203,7 +203,7 @@ def _add(hidden: Tensor, product: Any, x: Tensor, norm: RMSNorm | None) -> Tenso
     return product.add_to(hidden, x) if isinstance(product, JointLinear) else hidden.add_(product(x))
 
 
-class FusedParts(Parts):
+class JointWeights(FusedWeights):
     """Plain layers and a plain head are fused."""
 
     def replace(self, model: PreTrainedModel) -> None:
@@ -222,7 +222,7 @@ class FusedRunner(ModelRunner):
         why_no_kernels: None: the layers decode by our kernels.
     """
 
-    parts_kind = FusedParts
+    weights_kind = JointWeights
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

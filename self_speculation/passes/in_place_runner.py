@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.layers import Head, Layer, LlamaLayer, Parts, RMSNorm
+from self_speculation.passes.layers import FusedWeights, Head, Layer, LlamaLayer, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.unsupported_hooks import difference
 from self_speculation.weights.few_bits import NONE, is_in_few_bits, project
@@ -72,7 +72,7 @@ class InPlaceHead(Head):
         return project(hidden, self.product, self.norm)
 
 
-class InPlaceParts(Parts):
+class InPlaceWeights(FusedWeights):
     """The operator has all layers and the head of a model, or none: bits of a token would depend on the pass.
     If it has none of a model in 16 bits, layers of transformers compute in 16 bits.
     """
@@ -99,20 +99,15 @@ class InPlaceParts(Parts):
 
 
 class InPlaceRunner(ModelRunner):
-    """Runs layers by the operator, if it has them."""
+    """Runs layers by the operator, which has all of them."""
 
-    parts_kind = InPlaceParts
+    weights_kind = InPlaceWeights
+    is_ragged = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self.is_ragged = self.is_in_place
         # By first and last layer: the owner of what the operator knows of them, and their kinds of rotation.
         self._ranges = dict[tuple[int, int], tuple[Tensor, list[str | None]]]()
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the operator has all layers."""
-        return isinstance(self.layers[0], InPlaceLayer)
 
     def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:
         other: Any = super().with_layers(layers, head)
@@ -123,8 +118,8 @@ class InPlaceRunner(ModelRunner):
         self, cache: KVCache, hidden: Tensor, widths: Sequence[int], first: int, last: int
     ) -> Tensor:
         """No padding: the operator takes the tokens that there are."""
-        if not self.is_in_place or first == last:
-            return super().run_layers(cache, hidden, widths, first, last)
+        if first == last:
+            return hidden
         if (first, last) not in self._ranges:  # the operator sees that a parameter has other memory
             self._ranges[first, last] = self._described(first, last)
         owner, rotations = self._ranges[first, last]

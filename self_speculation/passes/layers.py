@@ -21,7 +21,7 @@ from self_speculation.model_cache import cached, counts_writes, kept, weights_ke
 from self_speculation.passes.attention_context import AttentionContext
 from self_speculation.weights.few_bits import FewBitsLinear
 
-T = TypeVar("T", bound="Parts")
+T = TypeVar("T", bound="FusedWeights")
 
 # Norms that multiply by 1 + weight, in float32.
 _CENTRED_NORMS = ("Gemma3RMSNorm",)
@@ -152,10 +152,11 @@ class LlamaLayer(Layer):
         }
 
 
-class Parts:
-    """What is made of a model, valid for one `weights_key`; nothing, for a runner of transformers' layers.
+class FusedWeights:
+    """What `fuse` makes of a model, valid for one `weights_key`; this class makes nothing.
 
     Attributes:
+        token: equal to no other one, as long as it is kept.
         replaced: module of the model -> layer or head of this library in its place; `lm_head` -> head.
         dtype: of activations, keys, values and logits.
         copies: of products, in four bits.
@@ -164,6 +165,7 @@ class Parts:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
+        self.token = object()
         self.replaced = dict[nn.Module, Any]()
         self.copies = dict[Hashable, Any]()
         self.dtype = model.dtype
@@ -181,7 +183,7 @@ class Parts:
     def of(cls: type[T], model: PreTrainedModel) -> T:
         """Those of the model's current weights. A model has one kind at a time."""
 
-        def valid_for(parts: Parts) -> Hashable:
-            return type(parts) is cls, weights_key(model)
+        def valid_for(weights: FusedWeights) -> Hashable:
+            return type(weights) is cls, weights_key(model)
 
-        return cached(model, Parts, valid_for, lambda: cls(model))
+        return cached(model, FusedWeights, valid_for, lambda: cls(model))

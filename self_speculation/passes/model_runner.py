@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from self_speculation.families import AttentionType, attention_types, check_supported, key_shape
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
 from self_speculation.passes.kv_cache import Buffers, KVCache
-from self_speculation.passes.layers import Head, Layer, Parts, PlainHead, PlainLayer
+from self_speculation.passes.layers import FusedWeights, Head, Layer, PlainHead, PlainLayer
 from self_speculation.transfers import on_device
 
 # Most positions of one pass over a prompt: they bound the memory of the pass.
@@ -43,9 +42,9 @@ class ModelRunner:
 
     Args:
         model: a `...ForCausalLM` of a supported type.
+        fused_weights: what is made of the model; None: what this kind of runner makes.
 
     Attributes:
-        parts: what is made of the model; the runner is valid while the model has it.
         dtype: of activations, keys, values and logits.
         device: of ids and logits.
         devices: [L] of each layer.
@@ -54,21 +53,19 @@ class ModelRunner:
         is_copy: it has other layers than the model.
     """
 
-    parts_kind: type[Parts] = Parts
+    weights_kind: type[FusedWeights] = FusedWeights
     is_copy = False
     is_ragged = False
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, fused_weights: FusedWeights | None = None) -> None:
         check_supported(model.config)
         self.model = model
         self.config = model.config
-        parts = self.parts_kind.of(model)
-        self.parts = ref(parts)
-        self.dtype = parts.dtype
-        self.int4_copies = parts.copies
+        self.fused_weights = fused_weights or self.weights_kind.of(model)
+        self.dtype = self.fused_weights.dtype
         base = model.base_model
         head = model.get_output_embeddings()
-        replaced = parts.replaced
+        replaced = self.fused_weights.replaced
         self.layers: Sequence[Layer] = [replaced.get(layer) or PlainLayer(layer) for layer in base.layers]
         self.head: Head = replaced.get(head) or PlainHead(base.norm, head)
         self.attention_types = attention_types(self.config)  # [L]

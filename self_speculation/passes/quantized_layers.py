@@ -15,9 +15,9 @@ from self_speculation.devices import free_memory
 from self_speculation.families import experts_per_token
 from self_speculation.model_cache import lock
 from self_speculation.passes.fused_layers import JointLinear
-from self_speculation.passes.in_place_runner import InPlaceRunner
 from self_speculation.passes.layers import Head, PlainHead, PlainLayer
 from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.passes.runners import eager_runner
 from self_speculation.passes.unsupported_hooks import difference
 from self_speculation.progress import progress
 from self_speculation.threads import most_threads, one_thread
@@ -70,7 +70,7 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
     title = f"quantization int{bits}"
     if experts_per_token(model.config) is not None:
         raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
-    runner = InPlaceRunner(model)
+    runner = eager_runner(model)
     head = model.get_output_embeddings()
     _check_plain(runner, num_layers := len(runner.layers), title)
     squares = _input_squares(runner, num_layers) if bits == 4 else {}
@@ -115,7 +115,7 @@ def quantized(runner: ModelRunner, num_layers: int) -> ModelRunner:
     _check_plain(runner, num_layers, "draft_weights int4")
     layers = runner.layers[:num_layers]
     head = runner.head
-    copies = runner.int4_copies
+    copies = runner.fused_weights.copies
     with lock(runner.model):
         products = [*(product for layer in layers for product in layer.products), head.product]
         _make_copies(runner, num_layers, [product for product in products if product not in copies])
@@ -175,7 +175,7 @@ def _make_copies(runner: ModelRunner, num_layers: int, products: Sequence[Any]) 
 
     def make(product: Any) -> None:
         module = product.modules[0] if isinstance(product, JointLinear) else product
-        runner.int4_copies[product] = int4_copy(product, squares.get(module))
+        runner.fused_weights.copies[product] = int4_copy(product, squares.get(module))
 
     # On a CPU one thread makes each copy, so none waits for another, nor at the end for that of the head.
     num_threads = most_threads(runner.model) if runner.device.type == "cpu" else 1
@@ -211,7 +211,8 @@ def _input_squares(runner: ModelRunner, num_layers: int) -> Mapping[nn.Module, T
     squares: dict[nn.Module, Tensor] = {}
     layers = [PlainLayer(layer) for layer in runner.model.base_model.layers[:num_layers]]
     recorders = {module: _Recorder(module, squares) for layer in layers for module in layer.products}
-    recording = runner.with_layers([layer.with_products(recorders) for layer in layers], runner.head)
+    plain = ModelRunner(runner.model, runner.fused_weights)
+    recording = plain.with_layers([layer.with_products(recorders) for layer in layers], runner.head)
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.device) * vocabulary // _TOKENS_TO_LEARN
     ids = tokens.view(4, -1).T.reshape(1, -1)  # neighbours are not alike

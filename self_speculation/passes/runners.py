@@ -8,9 +8,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from self_speculation.families import LLAMA_LAYOUT, check_supported
 from self_speculation.model_cache import kept, lock, peek, release
 from self_speculation.passes.captured_runner import CapturedRunner
-from self_speculation.passes.fused_layers import FusedRunner
-from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.layers import Parts
+from self_speculation.passes.fused_layers import FusedRunner, JointWeights
+from self_speculation.passes.in_place_runner import InPlaceRunner, InPlaceWeights
+from self_speculation.passes.layers import FusedWeights
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.unsupported_hooks import check_followed
 
@@ -22,11 +22,15 @@ def make_runner(model: PreTrainedModel) -> ModelRunner:
 
 def eager_runner(model: PreTrainedModel) -> ModelRunner:
     """A runner that captures nothing."""
-    return _eager_kind(model)(model)
+    if model.device.type != "cpu":
+        return FusedRunner(model)
+    weights = InPlaceWeights.of(model)
+    return InPlaceRunner(model) if weights.replaced else ModelRunner(model, weights)
 
 
-def _eager_kind(model: PreTrainedModel) -> type[ModelRunner]:
-    return InPlaceRunner if model.device.type == "cpu" else FusedRunner
+def _weights(model: PreTrainedModel) -> FusedWeights:
+    """What is made of the model's weights."""
+    return (InPlaceWeights if model.device.type == "cpu" else JointWeights).of(model)
 
 
 def fuse(model: PreTrainedModel) -> int:
@@ -52,19 +56,19 @@ def fuse(model: PreTrainedModel) -> int:
     with lock(model):
         kept(model)["is_fused"] = True
         release(model)
-        replaced = _eager_kind(model).parts_kind.of(model).replaced
+        replaced = _weights(model).replaced
     return sum(layer in replaced for layer in model.base_model.layers)
 
 
 def activation_dtype(model: PreTrainedModel) -> torch.dtype:
     """Of activations, keys, values and logits."""
-    return _eager_kind(model).parts_kind.of(model).dtype
+    return _weights(model).dtype
 
 
 def bytes_made(model: PreTrainedModel) -> int:
     """Bytes of all copies of a model's weights, which draft."""
-    parts = peek(model, Parts)
-    return sum(copy.num_bytes for copy in parts.copies.values()) if parts else 0
+    weights = peek(model, FusedWeights)
+    return sum(copy.num_bytes for copy in weights.copies.values()) if weights else 0
 
 
 def capture_decoding(model: PreTrainedModel) -> None:

@@ -17,9 +17,9 @@ from self_speculation import model_cache
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
-from self_speculation.drafts.draft import Arm, Draft, Match
+from self_speculation.drafts.draft import Draft, DraftCost, Match
 from self_speculation.drafts.ngram import TextDrafts
-from self_speculation.drafts.policy import AdaptivePolicy, ArmStats, Plan
+from self_speculation.drafts.policy import AdaptivePolicy, Plan, SourceStats
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.weights.kernels import CPUOperators
 
@@ -35,7 +35,7 @@ def line(slope, num_tokens):
 
 def stats(slope=0.02):
     """Nothing is known but the estimated cost of passes."""
-    return ArmStats(partial(line, slope))
+    return SourceStats(partial(line, slope))
 
 
 def policy(learnt=None, copy_takes=None):
@@ -45,11 +45,14 @@ def policy(learnt=None, copy_takes=None):
         copy_takes: estimated cost of a token drafted by a copy of all ten layers; None: there is none.
     """
     arms = {
-        **{name: Arm(lambda num_rows, ratio=ratio: ratio, weight=1.0) for name, ratio in RATIOS.items()},
-        "n-grams": Arm(priors=[0.3, 0.5, 0.7, 0.9]),
+        **{
+            name: DraftCost(lambda num_rows, ratio=ratio: ratio, prior_strength=1.0)
+            for name, ratio in RATIOS.items()
+        },
+        "n-grams": DraftCost(priors=[0.3, 0.5, 0.7, 0.9]),
     }
     if copy_takes is not None:
-        arms[COPY] = Arm(lambda num_rows: copy_takes, (0.95,), weight=6.0)
+        arms[COPY] = DraftCost(lambda num_rows: copy_takes, (0.95,), prior_strength=6.0)
     return AdaptivePolicy(arms, LONGEST_DRAFT, learnt or stats())
 
 
@@ -224,7 +227,7 @@ def test_times_belong_to_a_number_of_threads():
     """Guards against drafts that are priced by passes with more threads, and against times that are lost."""
     threads = [2]
     sure = {"exit 2": 0.9, "exit 4": 0.9}
-    chooser = policy(ArmStats(partial(line, 0.02), lambda: threads[0]))
+    chooser = policy(SourceStats(partial(line, 0.02), lambda: threads[0]))
     assert mostly(play(chooser, World(sure), 100)[-50:]) == "exit 2"
     threads[0] = 1
     assert mostly(play(chooser, World(sure, draft=sure), 100)[-50:]) is None
@@ -303,7 +306,7 @@ def test_a_plan_is_the_best_of_all(slope, source):
     """Guards against a token that is left out although it pays, and one that does not. Compared are plans
     with any number of tokens in any of three rows; the margin is for estimates, here they are right.
     """
-    chooser = policy(ArmStats(partial(line, slope)), copy_takes=0.3)
+    chooser = policy(SourceStats(partial(line, slope)), copy_takes=0.3)
     draws = random.Random(0)
     chooser._MARGIN = 1.0
     chooser._verifying = partial(line, slope)
@@ -363,7 +366,7 @@ def test_a_round_without_drafts_is_a_plain_step(monkeypatch):
     rounds that are not counted.
     """
     model = tiny_llama(agreement="never")
-    model_cache.kept(model).pop(ArmStats, None)
+    model_cache.kept(model).pop(SourceStats, None)
     monkeypatch.setattr(TextDrafts, "find", lambda *_: None)
     plans = watch(monkeypatch, AdaptivePolicy, "plan")
     shared = {"max_steps": 200, "eos": (), "seed": 0, "sample": True, "temperature": 0.9}
@@ -387,7 +390,7 @@ def test_what_is_looked_up_is_planned_while_a_plan_without_drafts_holds():
 def test_a_token_after_a_rejected_one_is_not_judged():
     """Guards against a source that seems worse with longer drafts."""
     chooser = policy(copy_takes=0.3)
-    expected = DecayedMean(0.95, weight=6.0)
+    expected = DecayedMean(0.95, prior_strength=6.0)
     chooser.learn(drafted_by([COPY], [4]), [1], None)
     for is_right in (1.0, 0.0):
         expected.add(is_right)
@@ -404,12 +407,12 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
         drafts = result.draft_stats
         assert {*drafts.by_source} <= {"none", "n-grams", "exit 1"}
         assert sum(counts.rounds for counts in drafts.by_source.values()) == drafts.num_verifications
-    (learnt,) = model_cache.kept(model)[ArmStats].values()
+    (learnt,) = model_cache.kept(model)[SourceStats].values()
     assert {*learnt.used_at} <= {None, "exit 1"}
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that an n-gram matched
-    assert ArmStats not in model_cache.kept(other)
+    assert SourceStats not in model_cache.kept(other)
     generate(model, PROMPT, "adaptive", max_steps=20, eos=[], sample=True)
-    assert len(model_cache.kept(model)[ArmStats]) == 2  # sampled tokens have another acceptance
+    assert len(model_cache.kept(model)[SourceStats]) == 2  # sampled tokens have another acceptance
 
 
 def head_in_layers(model):

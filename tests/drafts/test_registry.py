@@ -18,7 +18,7 @@ from self_speculation import custom_generate, make_strategy
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request
 from self_speculation.drafts import registry
-from self_speculation.drafts.draft import Arm, Draft, DraftSource, LookupDrafts, Match
+from self_speculation.drafts.draft import Draft, DraftCost, DraftSource, LookupDrafts, Match
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
@@ -37,7 +37,7 @@ class Always(DraftSource):
     """Guesses one token, over and over."""
 
     name = "always"
-    arm = Arm(lambda num_rows: 0.1)
+    cost = DraftCost(lambda num_rows: 0.1)
     made = 0
 
     def __init__(self, context):
@@ -134,7 +134,7 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
 class Echo(LookupDrafts):
     """Guesses the last token again, and claims that a hundred tokens matched."""
 
-    arms = {"echo": Arm(priors=(0.1, 0.99))}  # noqa: RUF012
+    costs = {"echo": DraftCost(priors=(0.1, 0.99))}  # noqa: RUF012
 
     def find(self, sequence, k):
         return Match("echo", 100, sequence.ids_from(sequence.length - 1) * k)

@@ -35,7 +35,7 @@ from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_dtype
 from self_speculation.loading.sources import hub_answers
 from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.runners import activation_dtype
+from self_speculation.passes.runners import activation_dtype, eager_runner
 from self_speculation.progress import shown_by
 from self_speculation.weights.kernels import cpu_operators
 
@@ -61,9 +61,9 @@ def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model)
     assert model.dtype == torch.float32
     ids = tokenizer.encode("a man", return_tensors="pt")
     assert_close(model(ids).logits, text_model(ids).logits)
-    assert InPlaceRunner(model).is_in_place == (cpu_operators().variant is not None)
+    assert isinstance(eager_runner(model), InPlaceRunner) == (cpu_operators().variant is not None)
     model, _ = load_model_and_tokenizer(str(model_folder), LoadingOptions(fuse=False))
-    assert not InPlaceRunner(model).is_in_place
+    assert not isinstance(eager_runner(model), InPlaceRunner)
 
 
 @pytest.mark.parametrize("shows", [False, True])

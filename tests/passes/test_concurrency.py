@@ -14,7 +14,7 @@ import torch
 from conftest import PROMPT, WAYS, ids_of, own_llama
 
 from self_speculation.drafts.draft import Draft
-from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
+from self_speculation.drafts.policy import AdaptivePolicy, SourceStats
 from self_speculation.passes.runners import fuse
 
 NUM_THREADS = 6
@@ -55,7 +55,7 @@ def test_statistics_change_for_one_thread_at_a_time():
             met.append(both.wait(0.5))
         return float(num_tokens)
 
-    stats = ArmStats(grows)
+    stats = SourceStats(grows)
     one, other = AdaptivePolicy({}, 4, stats), AdaptivePolicy({}, 4, stats)
     draft = Draft([None], torch.empty(1, 0), [0])
     run_all(lambda: one.plan([None], [1]), lambda: other.learn(draft, [0], (0.0, 1.0)))

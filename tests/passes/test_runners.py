@@ -29,8 +29,8 @@ from self_speculation.decoding.prefix_cache import kept_caches
 from self_speculation.model_cache import peek
 from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
 from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.layers import Parts
-from self_speculation.passes.runners import capture_decoding, fuse
+from self_speculation.passes.layers import FusedWeights
+from self_speculation.passes.runners import capture_decoding, eager_runner, fuse
 
 
 def assigned_and_trained(model):
@@ -144,7 +144,7 @@ def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
     if change in TOLD:
         (release if "layers" in runner else fuse)(model)
     found = [*answers()]
-    assert runner != "in place" or InPlaceRunner(model).is_in_place == has_copies
+    assert runner != "in place" or isinstance(eager_runner(model), InPlaceRunner) == has_copies
     # The third way goes on with the cache of the second one.
     assert [result.num_cached_tokens for result in found[:2]] == [0] * 2
     after = [result.predicted_tokens for result in found]
@@ -180,7 +180,7 @@ def test_what_is_made_of_a_model_is_freed(is_captured, request):
     def made(model, **drafts):
         answer_of(strategy, model, Request(PROMPT), reuse_cache=True, **ADAPTIVE, **drafts)
         assert len(kept_caches(model)) == 1
-        return [*map(weakref.ref, (model.model.layers[-1], *peek(model, Parts).replaced.values()))]
+        return [*map(weakref.ref, (model.model.layers[-1], *peek(model, FusedWeights).replaced.values()))]
 
     before = made(model, draft_weights="int4")
     model.model.layers = model.model.layers[:3]
