@@ -1,9 +1,6 @@
 """Autoregressive decoding: one pass per token, at full depth or up to an exit layer."""
 
-from collections.abc import Iterator
-
 from self_speculation.config import GenerationStrategyName
-from self_speculation.passes.model_runner import PassRange
 from self_speculation.scheduler import Decoding, DecodingStrategy
 
 
@@ -11,9 +8,6 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     """Runs layers 0..exit_layer-1 (all if it is -1), norm and head once for each token."""
 
     name: GenerationStrategyName = "autoregressive"
-
-    def passes(self, decoding: Decoding) -> Iterator[PassRange]:
-        yield PassRange(decoding.runner, 0, decoding.depth)
 
     def decode_round(self, decoding: Decoding) -> None:
         """Reads from the device: one."""

@@ -6,12 +6,12 @@ A strategy does one round for all sequences in flight; `Scheduler` does everythi
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections import abc, deque
+from collections import deque
 from collections.abc import Container, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -21,13 +21,16 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.prefix_cache import PrefixCache, cache_key, kept_caches
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
+from self_speculation.devices import padded
+from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.families import check_supported, context_length, no_room
 from self_speculation.generation_strategy import GenerationStrategy
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, PassRange, forward_pieces
-from self_speculation.passes.runners import make_runner
+from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, forward_pieces
+from self_speculation.passes.runners import is_captured, make_runner
 from self_speculation.passes.unsupported_hooks import check_followed
+from self_speculation.progress import progress
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
 from self_speculation.weights.kernels import cpu_operators
@@ -42,7 +45,7 @@ class Decoding(NamedTuple):
     slots: PrefixCache
     batch: Batch
     depth: int  # number of layers that run for prompts
-    composer: Any  # `DraftComposer`; None: no drafts
+    composer: DraftComposer | None  # None: no drafts
 
     @property
     def cache(self) -> KVCache:
@@ -54,10 +57,6 @@ class DecodingStrategy(GenerationStrategy, ABC):
 
     name: GenerationStrategyName
     has_drafts = False
-
-    @abstractmethod
-    def passes(self, decoding: Decoding) -> abc.Iterator[PassRange]:
-        """The passes that a round can run."""
 
     @abstractmethod
     def decode_round(self, decoding: Decoding) -> None:
@@ -170,14 +169,44 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def run_every_pass(self, num_positions: int, longest: int = 0) -> None:
-        """With --compile True, capture all passes before the first request, over a cache of so many
-        positions, or of `longest` if they fit in memory. A request that outgrows it ends all captured passes.
+        """With --compile True, capture all passes before the first request: do rounds of each kind.
+
+        The cache gets room for so many positions, or for `longest` if they fit in memory. A request that
+        outgrows it ends all captured passes.
         """
+        if not is_captured(self._model):
+            return
+        assert not self.has_requests
         decoding = self._ensure_prepared()
+        cache = decoding.cache
         most = num_positions + self.batch.longest_draft
-        with self._without_autocast():
-            passes = self._strategy.passes(decoding)
-            decoding.runner.capture(decoding.cache, passes, self._batch_size, most, longest)
+        composers = decoding.composer.one_by_one() if decoding.composer else [None]
+        widths = _one_of_each_capture(self.batch.longest_draft + 1)
+        rounds = [*itertools.product(_one_of_each_capture(self._batch_size), composers, widths)]
+        with self._without_autocast(), progress("capturing passes", len(rounds), "rounds") as advance:
+            cache.buffers.reserve(max(most, longest), most)
+            try:
+                for num_rows, composer, width in rounds:
+                    self._rehearse(decoding._replace(composer=composer), num_rows, width - 1)
+                    advance(1)
+            finally:  # no slot holds what it held
+                for slot in range(self._batch_size):
+                    cache.clear_slot(slot)
+                slots = PrefixCache(cache, self._batch_size, decoding.slots.key)
+                self._prepared = decoding._replace(slots=slots)
+
+    def _rehearse(self, decoding: Decoding, num_rows: int, longest_draft: int) -> None:
+        """Do a round of so many rows with drafts of this length."""
+        prompt = [0, 0, 0]  # n-grams find its end in it
+        max_steps = longest_draft + 2
+        config = replace(self._config, max_steps=max_steps)
+        batch = Batch(self._device, longest_draft)
+        for _ in range(num_rows):
+            request = Request(prompt, seed=0)
+            batch.sequences.append(Sequence(request, config, len(prompt) + max_steps, self._device))
+        batch.last = torch.zeros(num_rows, dtype=torch.long, device=self._device)
+        decoding.cache.set_rows([len(prompt) - 1] * num_rows)
+        self._strategy.decode_round(decoding._replace(batch=batch))
 
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
@@ -339,6 +368,11 @@ class Scheduler(Generic[Key]):
         """The most positions that a row, or a waiting sequence, can reach."""
         sequences = (*self.batch.sequences, *waiting)
         return max(sequence.max_length for sequence in sequences) + self.batch.longest_draft
+
+
+def _one_of_each_capture(most: int) -> list[int]:
+    """Numbers up to `most`, one for each capture: it is made for the next power of two."""
+    return [min(1 << power, most) for power in range(padded(most).bit_length())]
 
 
 def _num_unread(sequence: Sequence) -> int:

@@ -6,7 +6,6 @@ which the draft kept (the paper's exit query cache): no layer processes a token 
 a copy of the layers, or of several sources for different rows are verified by all layers.
 """
 
-from collections.abc import Iterator
 from itertools import accumulate
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from self_speculation.decoding.sampling import amax, leading_matches
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft, row_by_row
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner, PassRange
+from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.scheduler import Decoding, DecodingStrategy
 from self_speculation.transfers import AsyncRead, on_device
 
@@ -28,10 +27,8 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     name: GenerationStrategyName = "self_speculative"
     has_drafts = True
 
-    def passes(self, decoding: Decoding) -> Iterator[PassRange]:
-        return decoding.composer.passes(decoding.runner, decoding.batch.longest_draft)
-
     def decode_round(self, decoding: Decoding) -> None:
+        assert decoding.composer is not None
         speculate(decoding.runner, decoding.cache, decoding.batch, decoding.composer)
 
 

@@ -1,7 +1,9 @@
 """Drafts of a round: each row has the draft of one source, as a policy plans."""
 
+from __future__ import annotations
+
 from collections import abc
-from itertools import chain, takewhile
+from itertools import takewhile
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,7 +14,6 @@ from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Matc
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes.captured_runner import num_captures
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner, PassRange
 from self_speculation.transfers import Known, Stopwatch, on_device
 
 
@@ -100,11 +101,11 @@ class DraftComposer:
         for source in self._sources.values():
             source.learn(draft, num_accepted, hidden)
 
-    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
-        """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
-        passes = (source.passes(runner, longest) for source in self._sources.values())
-        verification = [PassRange(runner, 0, len(runner.layers), longest + 1)] if self._lookups else []
-        yield from dict.fromkeys(chain(*passes, verification))
+    def one_by_one(self) -> list[DraftComposer]:
+        """Composers that draft whenever they can: one for each source that computes, one for the lookups."""
+        kinds: list[list[DraftSource | LookupDrafts]] = [[source] for source in self._sources.values()]
+        kinds.append([*self._lookups])
+        return [DraftComposer(self._model, kind, None) for kind in kinds if kind]
 
 
 def _with_lookups(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None]) -> Draft:

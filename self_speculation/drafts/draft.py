@@ -15,7 +15,6 @@ from torch import Tensor
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner, PassRange
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,6 @@ class DraftSource(ABC):
                 accepted[row] + 1 are those of the output; the next token follows from the last of them. On
                 the device.
         """
-
-    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
-        """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
-        yield PassRange(runner, 0, len(runner.layers), longest + 1)
 
 
 class Match(NamedTuple):

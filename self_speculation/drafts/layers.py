@@ -1,6 +1,6 @@
 """Drafts by the first layers of the model, or by a copy of them in fewer bits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
 from self_speculation.drafts.draft import Draft, DraftCost, DraftSource, row_by_row
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner, PassRange
+from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.transfers import on_device
 
 
@@ -69,7 +69,3 @@ class LayerDrafts(DraftSource):
             self.depth if self._keeps_cache else 0,
             row_by_row(*exit_hidden) if self._keeps_cache else None,
         )
-
-    def passes(self, runner: ModelRunner, longest: int) -> Iterator[PassRange]:
-        yield PassRange(self.drafter, 0, self.depth)
-        yield PassRange(runner, self.depth if self._keeps_cache else 0, len(runner.layers), longest + 1)

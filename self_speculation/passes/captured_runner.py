@@ -9,7 +9,7 @@ All captured passes of a model share one cache. It serves one generation at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from threading import Lock, Thread, current_thread
 from typing import Any
@@ -25,8 +25,7 @@ from self_speculation.model_cache import cached, lock, peek
 from self_speculation.passes.attention_context import AttentionTables
 from self_speculation.passes.fused_layers import DecodeContext, FusedRunner
 from self_speculation.passes.kv_cache import Buffers, KVCache
-from self_speculation.passes.model_runner import ModelRunner, PassRange, run_through
-from self_speculation.progress import progress
+from self_speculation.passes.model_runner import ModelRunner, run_through
 
 _STEP = 1024  # positions by which the cache grows
 _LOCK = Lock()  # torch captures one graph at a time in a process
@@ -80,28 +79,6 @@ class CapturedRunner(FusedRunner):
         positions[:num_rows, :width] = new_positions
         replay()
         return states[:num_rows, :width].clone()
-
-    def capture(
-        self, cache: KVCache, passes: Iterable[PassRange], num_rows: int, num_positions: int, longest: int
-    ) -> None:
-        captured = cache.buffers
-        assert isinstance(captured, CapturedPasses)
-        captured.reserve(max(num_positions, longest), num_positions)
-        shapes = [
-            (runner, first, last, rows, width)
-            for runner, first, last, widest in passes
-            for rows in _powers(num_rows)
-            for width in _powers(widest)
-        ]
-        with progress("capturing passes", len(shapes), "passes") as advance:
-            for shape in shapes:
-                captured.capture(*shape)
-                advance(1)
-
-
-def _powers(most: int) -> Iterable[int]:
-    """The powers of two, the last one at least `most`."""
-    return (1 << power for power in range(padded(most).bit_length()))
 
 
 class CapturedPasses(Buffers):

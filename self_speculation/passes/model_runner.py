@@ -7,11 +7,11 @@ A runner has weights and kernels. The cache is an argument. Knows nothing of sam
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,13 +166,6 @@ class ModelRunner:
         """Layers first..last-1 and their types."""
         return [*zip(self.layers, self.attention_types, strict=False)][first:last]
 
-    def capture(
-        self, cache: KVCache, passes: Iterable[PassRange], num_rows: int, num_positions: int, longest: int
-    ) -> None:
-        """Capture these passes for up to so many rows, where passes are captured. The cache has room for
-        `num_positions`, and for `longest` if memory has.
-        """
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V], by norm and head."""
         return self.head(hidden).to(self.device)  # the head may be elsewhere
@@ -189,15 +182,6 @@ def run_through(
     for layer, kind in layers:
         states = layer(states, contexts[kind])
     return states.view_as(hidden)
-
-
-class PassRange(NamedTuple):
-    """Passes over 1 to `max_width` tokens of each row."""
-
-    runner: ModelRunner
-    first: int  # layer
-    last: int  # the layer after the last one
-    max_width: int = 1
 
 
 def forward_pieces(
