@@ -30,6 +30,9 @@ from runs.flags import validate
 from runs.program import run
 from runs.status import print_status
 
+# Flags of drafts that counts can follow: drafts of one exit, of one length.
+_COUNTED = {"exit_layer", "num_speculations", "draft_weights"}
+
 
 @dataclass(frozen=True)
 class SweepArguments(RunArguments):
@@ -77,9 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from measures.sweeping import Counted, Measured
     from runs.examples import run_experiment
     from runs.startup import read_config
-    from self_speculation.drafts.registry import is_replayable
 
-    if args.mode == "counted" and not is_replayable(config):
+    drafting = (each for each in dataclasses.fields(config) if "used_by" in each.metadata)
+    changed = {each.name for each in drafting if getattr(config, each.name) != each.default}
+    if args.mode == "counted" and changed - _COUNTED:
         refuse("--mode counted: needs drafts of layers and of one length; use --mode measured")
     num_layers = read_config(model_args).num_hidden_layers
     is_copy = config.draft_weights != "exact"

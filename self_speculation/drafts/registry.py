@@ -1,9 +1,8 @@
-"""The draft sources. A new source is a class, an entry here, and fields of `GenerationConfig`."""
+"""The draft sources. A new source is a class, a line of `draft_sources`, and fields of `GenerationConfig`."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -69,12 +68,12 @@ class DraftContext:
         return quantized(self.runner, self.exit_layers[-1])
 
 
-class SourceEntry(NamedTuple):
-    """A kind of drafts."""
-
-    asked_for: Callable[[GenerationConfig], bool]
-    # Several sources: what adaptive decoding picks from.
-    make: Callable[[DraftContext], Iterable[DraftSource | LookupDrafts]]
+def draft_sources(context: DraftContext) -> list[DraftSource | LookupDrafts]:
+    """The sources that the config asks for. Of equally long matches, a row takes that of the first source."""
+    sources: list[DraftSource | LookupDrafts] = [*_layer_drafts(context)]
+    if context.config.looks_up:
+        sources.append(TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH))
+    return sources
 
 
 def make_composer(context: DraftContext) -> DraftComposer:
@@ -83,16 +82,15 @@ def make_composer(context: DraftContext) -> DraftComposer:
     Raises:
         ValueError: layers or head cannot be copied, or several sources compute and nothing picks one.
     """
-    config = context.config
+    sources = draft_sources(context)
     costs = dict[str, DraftCost]()
-    sources = [each for kind in SOURCES if kind.asked_for(config) for each in kind.make(context)]
     for source in sources:
         costs |= source.costs if isinstance(source, LookupDrafts) else {source.name: source.cost}
-    policy = AdaptivePolicy(costs, LONGEST_DRAFT, _stats(context)) if config.is_adaptive else None
+    policy = AdaptivePolicy(costs, LONGEST_DRAFT, _stats(context)) if context.config.is_adaptive else None
     return DraftComposer(context.model, sources, policy)
 
 
-def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
+def _layer_drafts(context: DraftContext) -> Iterator[LayerDrafts]:
     weights = context.draft_weights
     num_layers = len(context.runner.layers)
     drafter = context.drafter  # first: without kernels for copies, there are no costs of them
@@ -107,17 +105,6 @@ def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
         if is_whole := layer == num_layers:
             cost = replace(cost, priors=_COPY_PRIOR, prior_strength=_TRUST_IN_COPY)
         yield LayerDrafts(drafter, layer, weights, cost, is_whole)
-
-
-def _text(context: DraftContext) -> Iterator[TextDrafts]:
-    yield TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH)
-
-
-# A longer match goes first; at a tie, the source that is listed first.
-SOURCES: list[SourceEntry] = [
-    SourceEntry(lambda config: True, _layers),
-    SourceEntry(lambda config: config.looks_up, _text),
-]
 
 
 def _stats(context: DraftContext) -> SourceStats:
@@ -137,8 +124,3 @@ def draft_flags() -> tuple[str, ...]:
     """The fields of a config that change how drafts are made; none changes the output."""
     drafting = (field.name for field in fields(GenerationConfig) if "used_by" in field.metadata)
     return ("generation_strategy", *drafting)
-
-
-def is_replayable(config: GenerationConfig) -> bool:
-    """Whether a replay can follow the drafts: they come from one exit and have one length."""
-    return [kind.make for kind in SOURCES if kind.asked_for(config)] == [_layers]

@@ -1,4 +1,4 @@
-"""A new source of drafts needs a class, an entry in the table and a flag, and nothing else."""
+"""A new source of drafts: a class, a line of `draft_sources` and a flag are all that it takes."""
 
 import dataclasses
 
@@ -30,6 +30,7 @@ SCRIPTS = {
             "--num_speculations_first", "2", "--num_speculations_last", "2"],
     eval: ["--include_path", "eval_tasks", "--tasks", "python_functions", "--limit", "2"],
 }  # fmt: skip
+BUILT_IN = registry.draft_sources
 HOW = ["--generation_strategy", "self_speculative", "--exit_layer", "1", "--num_speculations", "2"]
 
 
@@ -66,10 +67,15 @@ def asks(config):
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     """It takes the place of exits, but not in adaptive decoding."""
-    exits, *lookups = registry.SOURCES
-    exits = exits._replace(asked_for=lambda config: config.is_adaptive or not asks(config))
-    kind = registry.SourceEntry(asked_for=asks, make=lambda context: [Always(context)])
-    monkeypatch.setattr(registry, "SOURCES", [exits, *lookups, kind])
+
+    def sources(context):
+        config = context.config
+        if not asks(config):
+            return BUILT_IN(context)
+        kinds = (DraftSource, LookupDrafts) if config.is_adaptive else LookupDrafts
+        return [*(each for each in BUILT_IN(context) if isinstance(each, kinds)), Always(context)]
+
+    monkeypatch.setattr(registry, "draft_sources", sources)
     monkeypatch.setattr(registry, "GenerationConfig", WithAlways)
     monkeypatch.setattr(Always, "made", 0)
     for module in (*SCRIPTS, harness_model):
@@ -109,9 +115,9 @@ def test_generate_of_transformers_hands_its_flag_on(monkeypatch):
     assert torch.equal(drafted, model.generate(ids, **shared))
 
 
-def test_two_sources_that_compute_need_a_policy(text_model):
+def test_two_sources_that_compute_need_a_policy(text_model, monkeypatch):
     """Guards against the last one, which silently took the place of exits."""
-    registry.SOURCES[0] = registry.SOURCES[0]._replace(asked_for=lambda config: True)
+    monkeypatch.setattr(registry, "draft_sources", lambda context: [*BUILT_IN(context), Always(context)])
     config = WithAlways(generation_strategy="self_speculative", exit_layer=1, num_speculations=2, always=9)
     with pytest.raises(ValueError, match="one source computes drafts, not exit 1, always; adaptive picks"):
         make_strategy("self_speculative").prepare(text_model, config)
@@ -143,8 +149,7 @@ class Echo(LookupDrafts):
 @pytest.mark.parametrize("strategy", ["adaptive", "self_speculative"])
 def test_a_source_that_matches_more_than_its_priors(strategy, monkeypatch):
     """Guards against an IndexError in the middle of an answer, and a source that never drafts."""
-    kind = registry.SourceEntry(lambda config: True, lambda context: [Echo()])
-    monkeypatch.setattr(registry, "SOURCES", [*registry.SOURCES, kind])
+    monkeypatch.setattr(registry, "draft_sources", lambda context: [*BUILT_IN(context), Echo()])
     exits = {} if strategy == "adaptive" else {"exit_layer": 1, "num_speculations": 2}
     result = conftest.generate(tiny_llama(), PROMPT, strategy, max_steps=9, eos=[], **exits)
     assert "echo" in result.draft_stats.by_source
@@ -152,8 +157,7 @@ def test_a_source_that_matches_more_than_its_priors(strategy, monkeypatch):
 
 def test_a_source_that_looks_up_drafts_without_layers(monkeypatch):
     """Guards against an IndexError where no source computes."""
-    kind = registry.SourceEntry(lambda config: True, lambda context: [Echo()])
-    monkeypatch.setattr(registry, "SOURCES", [kind])
+    monkeypatch.setattr(registry, "draft_sources", lambda context: [Echo()])
     shared = {"max_steps": 9, "eos": []}
     result = conftest.generate(tiny_llama(), PROMPT, exit_layer=1, num_speculations=2, **shared)
     assert "echo" in result.draft_stats.by_source
