@@ -68,7 +68,7 @@ class PrefixCache:
     def join(self, sequence: Sequence) -> None:
         """Make a sequence the next row, in slot B, once the prompt is read."""
         self._move(sequence, self.cache.num_rows)
-        self.cache.add_row(sequence.num_computed)
+        self.cache.set_rows([*self.cache.lengths(), sequence.num_computed])
 
     def _move(self, sequence: Sequence, slot: int) -> None:
         """Swap the slot of a sequence whose prompt is being read with another one, of no row."""

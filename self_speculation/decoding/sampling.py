@@ -102,10 +102,6 @@ class Sampler:
     def greedy(self) -> bool:
         return not self.sample or self.temperature < LEAST_TEMPERATURE
 
-    @property
-    def _filters(self) -> bool:
-        return bool(self.top_k or self.top_p < 1 or self.min_p)
-
     def __call__(self, logits: Tensor, keys: Tensor | None, is_draft: bool = False) -> Tensor:
         """The tokens [...] of positions with logits [..., V] and keys [...] of noise (None when greedy).
 
@@ -117,7 +113,7 @@ class Sampler:
         assert keys is not None
         rows = logits.reshape(-1, logits.shape[-1]).float()
         row_keys = keys.flatten()
-        if not self._filters:
+        if not (self.top_k or self.top_p < 1 or self.min_p):
             tokens = argmax(_noise_of_all(row_keys, rows.shape[1]).add_(rows / self.temperature))
         elif is_draft:
             likely, ids = rows.topk(min(_LIKELY, rows.shape[1]))

@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
-from transformers import PreTrainedModel
 
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.composer import DraftComposer
@@ -35,10 +34,6 @@ class DraftContext:
     config: GenerationConfig
 
     @property
-    def model(self) -> PreTrainedModel:
-        return self.runner.model
-
-    @property
     def exit_layers(self) -> list[int]:
         """In ascending order. Adaptive decoding has exits from a twelfth to a third of the layers; of a copy
         in fewer bits also all layers.
@@ -54,7 +49,7 @@ class DraftContext:
     def draft_weights(self) -> DraftWeights:
         """From the config; adaptive decoding makes no copies of what is in few bits already."""
         config = self.config
-        return "exact" if config.is_adaptive and why_no_copies(self.model) else config.draft_weights
+        return "exact" if config.is_adaptive and why_no_copies(self.runner.model) else config.draft_weights
 
     @cached_property
     def drafter(self) -> ModelRunner:
@@ -87,7 +82,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
     for source in sources:
         costs |= source.costs if isinstance(source, LookupDrafts) else {source.name: source.cost}
     policy = AdaptivePolicy(costs, LONGEST_DRAFT, _stats(context)) if context.config.is_adaptive else None
-    return DraftComposer(context.model, sources, policy)
+    return DraftComposer(context.runner.model, sources, policy)
 
 
 def _layer_drafts(context: DraftContext) -> Iterator[LayerDrafts]:
@@ -97,7 +92,7 @@ def _layer_drafts(context: DraftContext) -> Iterator[LayerDrafts]:
     grows = relative_pass_cost(context.runner, weights)
 
     def draft_step(layer: int) -> Callable[[int], float]:
-        ratio = draft_ratio(context.model, layer, weights)
+        ratio = draft_ratio(context.runner.model, layer, weights)
         return lambda num_rows: ratio * grows(num_rows)
 
     for layer in context.exit_layers:
@@ -109,9 +104,9 @@ def _layer_drafts(context: DraftContext) -> Iterator[LayerDrafts]:
 
 def _stats(context: DraftContext) -> SourceStats:
     """The statistics of earlier answers, for the same drafts on the model's current device."""
-    model = context.model
     config = context.config
     runner = context.runner
+    model = runner.model
     key = (
         (context.draft_weights, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),

@@ -117,7 +117,8 @@ class AttentionContext:
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
-        cos, sin = (_by_token(table, self.rows) for table in self.rotary)
+        # [B * T, 1, head_dim] each
+        cos, sin = (table.expand(self.rows, -1, -1).flatten(0, 1)[:, None] for table in self.rotary)
         first, second = heads.chunk(2, -1)
         return heads * cos + torch.cat((-second, first), -1) * sin
 
@@ -139,8 +140,3 @@ def causal_mask(positions: Tensor, keys: Tensor, window: int | None, dtype: torc
         hidden |= keys <= positions[..., None] - window
     # Half: GPUs multiply by log2(e).
     return hidden.to(dtype) * (torch.finfo(dtype).min / 2)
-
-
-def _by_token(table: Tensor, rows: int) -> Tensor:
-    """[1 or B, T, head_dim] -> [B * T, 1, head_dim]"""
-    return table.expand(rows, -1, -1).flatten(0, 1)[:, None]

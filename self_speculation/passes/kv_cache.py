@@ -260,10 +260,6 @@ class KVCache:
         view.set_rows(lengths)
         return view
 
-    def add_row(self, length: int) -> None:
-        """Add a row whose `length` positions are already in the slot."""
-        self.set_rows([*self.lengths(), length])
-
     def remove_row(self, row: int) -> None:
         """Swap the slots of this row and the last one, then shrink."""
         lengths = [*self.lengths()]

@@ -164,7 +164,7 @@ def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_pro
         cache.set_rows([])
         for row, past in enumerate(pasts):
             runner.run_layers(cache.prompt_view(row), past.clone(), [len(past)], 0, num_layers)
-            cache.add_row(len(past))
+            cache.set_rows([*cache.lengths(), len(past)])
         spoilt(cache)
         cache.is_prompt = is_prompt
         return cache
