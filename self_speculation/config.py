@@ -58,7 +58,7 @@ _KINDS: dict[Any, str] = {
 }  # fmt: skip
 
 
-def check_types(of: type, values: Mapping[str, Any]) -> None:
+def check_types(of: type, values: Mapping[str, object]) -> None:
     """Raise ValueError unless each value of a dataclass's field is of the field's annotation."""
     for name, kind in field_types(of).items():
         kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
@@ -148,7 +148,7 @@ def _refuse_unknown_fields(kind: type) -> type:
     make: Any = kind.__init__  # type: ignore[misc]
 
     @wraps(make)
-    def checked(self: object, *args: Any, **given: Any) -> None:
+    def checked(self: object, *args: object, **given: object) -> None:
         known = [each.name for each in fields(type(self))]  # type: ignore[arg-type]
         for name in given.keys() - known:
             near = get_close_matches(name, known, 1)

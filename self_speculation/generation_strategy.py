@@ -1,10 +1,11 @@
 """The interface of strategies: token ids in, token ids out."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import BaseStreamer
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Callables, Request, as_list
@@ -24,7 +25,7 @@ class GenerationStrategy:
         generation_config: GenerationConfig,
         logits_processors: Callables = None,
         stopping_criteria: Callables = None,
-        streamer: Any = None,
+        streamer: BaseStreamer | None = None,
     ) -> GenerationStrategyResult:
         """Generate the continuation of `input_ids`.
 

@@ -1,7 +1,7 @@
 """The generator: text in, text out."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from queue import LifoQueue
@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.generation import BaseStreamer
 
 from self_speculation.config import GenerationConfig, check_kind
 from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
@@ -29,7 +30,7 @@ _USUAL = 8  # characters of a token: with more on average, a text is strange
 
 
 @lru_cache(maxsize=4)
-def _sandboxes(*tokenizer: Any) -> LifoQueue[GrammarSandbox]:
+def _sandboxes(*tokenizer: Hashable) -> LifoQueue[GrammarSandbox]:
     """Generators with one tokenizer share two, of which the second one starts when the first one is busy."""
     sandboxes = LifoQueue[GrammarSandbox]()
     for _ in range(2):
@@ -92,7 +93,7 @@ class HuggingfaceLlamaGenerator:
         self,
         prompt: str | list[int] | Request,
         generation_config: GenerationConfig,
-        streamer: Any = None,
+        streamer: BaseStreamer | None = None,
         logits_processors: Callables = None,
         stopping_criteria: Callables = None,
     ) -> GenerationResult:
@@ -220,7 +221,10 @@ class HuggingfaceLlamaGenerator:
         return ids
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], **options: Any
+        self,
+        messages: Sequence[Mapping[str, object]],
+        template_kwargs: Mapping[str, object],
+        **options: object,
     ) -> Any:
         """The prompt for the next turn, by the tokenizer's chat template.
 

@@ -46,7 +46,7 @@ class DraftStats:
             stats.rounds[DraftRound(*(row[name] for name in DraftRound._fields))] += row["rounds"]
         return stats
 
-    def to_rows(self) -> list[dict[str, Any]]:
+    def to_rows(self) -> list[dict[str, str | int]]:
         """For JSON: each kind of round, and how many `rounds` there were of it."""
         return [{**kind._asdict(), "rounds": n} for kind, n in self.rounds.items()]
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import takewhile
 from operator import eq
-from typing import Any
 
 import llguidance
 import numpy
@@ -42,7 +41,7 @@ class Grammar:
     definition: str  # for llguidance, in Lark or JSON; `json_schema`, `regex` and `lark` make it
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
+    def json_schema(cls, schema: Mapping[str, object] | str) -> Grammar:
         """JSON that conforms to a schema. {"type": "object"} allows any object.
 
         Raises ValueError if the schema is no JSON object, or too large.
@@ -80,7 +79,7 @@ class Grammar:
         return Grammar(json.dumps({"grammars": grammars}))
 
 
-def json_rule(schema: Any) -> str:
+def json_rule(schema: object) -> str:
     """A JSON schema in Lark, with our options. Raises GrammarError if it is no object, or too large."""
     if not isinstance(schema, Mapping):
         raise GrammarError("a JSON schema must be an object")
@@ -93,7 +92,7 @@ def json_rule(schema: Any) -> str:
     return f"%json {text}"
 
 
-def short_json(value: Any, most: int) -> str | None:
+def short_json(value: object, most: int) -> str | None:
     """The JSON of a value; None if it has more characters than `most`. It is encoded up to there, and without
     C, which would hold up all threads.
     """

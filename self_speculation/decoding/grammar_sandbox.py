@@ -18,7 +18,6 @@ from contextlib import suppress
 from functools import lru_cache
 from multiprocessing.connection import wait
 from threading import Lock
-from typing import Any
 
 import llguidance
 import psutil
@@ -52,7 +51,7 @@ class GrammarSandbox:
         tokenizer: arguments of `llguidance.LLTokenizer`.
     """
 
-    def __init__(self, *tokenizer: Any) -> None:
+    def __init__(self, *tokenizer: object) -> None:
         self._tokenizer = tokenizer
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -104,7 +103,7 @@ class GrammarSandbox:
         return self._process
 
 
-def _send(process: subprocess.Popen[bytes], content: Any) -> None:
+def _send(process: subprocess.Popen[bytes], content: object) -> None:
     assert process.stdin is not None
     process.stdin.write(json.dumps(content).encode() + b"\n")
     process.stdin.flush()

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
 )
+from transformers.generation import BaseStreamer
 
 from self_speculation.config import GenerationConfig, check_kind
 from self_speculation.decoding.grammar import Grammar
@@ -35,7 +36,7 @@ class Request:
     """Of transformers; called with the whole history [1, n] and logits [1, V]."""
     stopping_criteria: Callables = None
     """Of transformers; called after each token with the whole history [1, n] and processed logits [1, V]."""
-    streamer: Any = None
+    streamer: BaseStreamer | None = None
     """Has `put(ids)` and `end()`. If it has `delete`, it gets drafts too."""
     seed: int | None = None
     """Seed of the sampled output; None: drawn from torch's generator."""

@@ -5,10 +5,11 @@ nothing of models or tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from self_speculation.drafts.costs import DecayedMean, PassTimes
 from self_speculation.drafts.draft import Draft, DraftCost, Match
@@ -48,7 +49,7 @@ class SourceStats:
     trial_at: int = _WAIT  # the round of the next trial
     wait: int = _WAIT
     trial_cost: float = 0.0  # of all trials, in plain rounds
-    lock: Any = field(default_factory=RLock)
+    lock: AbstractContextManager[bool] = field(default_factory=RLock)
     _times: dict[int, PassTimes] = field(default_factory=dict)  # by number of threads
 
     @property

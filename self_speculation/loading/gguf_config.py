@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -35,7 +34,7 @@ _ROPE_KEYS = {
 }  # fmt: skip
 
 
-def config_of(header: Header, given: Mapping[str, Any]) -> PretrainedConfig:
+def config_of(header: Header, given: Mapping[str, object]) -> PretrainedConfig:
     """The config of a file's model, with further settings.
 
     Raises:
@@ -73,7 +72,7 @@ def config_of(header: Header, given: Mapping[str, Any]) -> PretrainedConfig:
 
 def _rotation(
     header: Header, tensors: Mapping[str, TensorInFile], family: str, head_dim: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Settings of a config that rotates as llama.cpp does.
 
     It divides each frequency by the file's factor, and by a divisor of a tensor. That is a `longrope` of
@@ -115,7 +114,7 @@ def _rotation(
     original = rope.get("scaling.original_context_length", context)
     has_one = ROTATION_TENSORS[0] in tensors  # for all lengths
     by_length = ROTATION_TENSORS[:1] * 2 if has_one else ROTATION_TENSORS[1:]
-    scaling: dict[str, Any] = {}
+    scaling: dict[str, object] = {}
     if any(name in tensors for name in by_length):
         refuse_unless(kind != "yarn", "scaling.type")
         short, long = (divisors(name) for name in by_length)

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -46,7 +45,7 @@ from self_speculation.weights.kernels import cpu_operators
 
 # Where `load_config` has found models, by name and `trust_remote_code`: loading weights does not ask a hub
 # that is down again.
-_LOCATED = dict[tuple[str, bool], tuple[str, dict[str, Any]]]()
+_LOCATED = dict[tuple[str, bool], tuple[str, dict[str, object]]]()
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -214,7 +213,7 @@ def _bars_of_scripts() -> Iterator[None]:
 
 
 def _load_tokenizer(
-    model: str, config: PretrainedConfig, source: str, header: Header | None, kwargs: dict[str, Any]
+    model: str, config: PretrainedConfig, source: str, header: Header | None, kwargs: dict[str, object]
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a `.gguf` file, or of a folder. Raises LoadingError if it is that of another model."""
     if header is None:
@@ -274,7 +273,7 @@ def _bits(
 
 def _quantized(
     quantization: Quantization, dtype: torch.dtype | str, config: PretrainedConfig
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Arguments of `from_pretrained` about weights in fewer bits by other libraries."""
     if quantization == "none":
         return {}

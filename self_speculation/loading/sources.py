@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
@@ -50,7 +50,7 @@ def path_of(model: object) -> str:
     return os.fspath(model)
 
 
-def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, object]]:
     """The source of a model and further arguments, for `from_pretrained`. Raises LoadingError if there is no
     such file or folder.
     """

@@ -52,7 +52,7 @@ class InPlaceLayer(LlamaLayer):
             parts += [product.weight, product.bias]
         return [NONE if part is None else part for part in parts]
 
-    def description(self, window: int | None, rotation: int) -> tuple[list[Any], list[float]]:
+    def description(self, window: int | None, rotation: int) -> tuple[list[int | None], list[float]]:
         """Integers and factors of the operator's `Layer`, see cpp/layers.cpp.
 
         Args:
@@ -101,6 +101,7 @@ class InPlaceWeights(FusedWeights):
 class InPlaceRunner(ModelRunner):
     """Runs layers by the operator, which has all of them."""
 
+    layers: Sequence[InPlaceLayer]
     weights_kind = InPlaceWeights
     is_ragged = True
 
@@ -110,7 +111,8 @@ class InPlaceRunner(ModelRunner):
         self._ranges = dict[tuple[int, int], tuple[Tensor, list[str | None]]]()
 
     def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:
-        other: Any = super().with_layers(layers, head)
+        other = super().with_layers(layers, head)
+        assert isinstance(other, InPlaceRunner)
         other._ranges = {}
         return other
 
@@ -150,7 +152,7 @@ class InPlaceRunner(ModelRunner):
 
     def _described(self, first: int, last: int) -> tuple[Tensor, list[str | None]]:
         """Layers first..last-1 as the operator has them."""
-        layers: Any = self.layers[first:last]
+        layers = self.layers[first:last]
         kinds = self.attention_types[first:last]
         rotations = [*dict.fromkeys(kind.rotation for kind in kinds)]
         descriptions = [

@@ -149,7 +149,7 @@ class CopiedHead(Head):
 
 def _check_plain(runner: ModelRunner, num_layers: int, flag: str) -> None:
     """Raises ValueError if one of the first layers or the head is not plain."""
-    layers: Sequence[Any] = runner.layers[:num_layers]
+    layers = runner.layers[:num_layers]
     asked = [
         (f"layer {i}", [layer.module]) for i, layer in enumerate(layers) if isinstance(layer, PlainLayer)
     ]

@@ -52,7 +52,7 @@ class _FewBits(nn.Module):
         return self.rows(torch.arange(self.shape[0]))
 
     def _save_to_state_dict(
-        self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
+        self, destination: MutableMapping[str, object], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.dequantized()
@@ -117,7 +117,7 @@ def eight_bits(weight: Tensor) -> Tensor:
     return torch.ops.self_speculation.weight_of_file(torch.cat(rows), _Q8_0, columns)
 
 
-def is_in_few_bits(model: Any) -> bool:
+def is_in_few_bits(model: PreTrainedModel) -> bool:
     """Whether a layer of the model has weights in few bits."""
     return any(isinstance(module, _FewBits) for module in model.base_model.layers.modules())
 
