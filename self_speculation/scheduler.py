@@ -367,7 +367,7 @@ class Scheduler(Generic[Key]):
     def _longest(self, waiting: Iterable[Sequence]) -> int:
         """The most positions that a row, or a waiting sequence, can reach."""
         sequences = (*self.batch.sequences, *waiting)
-        return max(sequence.max_length for sequence in sequences) + self.batch.longest_draft
+        return max(sequence.limits.max_length for sequence in sequences) + self.batch.longest_draft
 
 
 def _one_of_each_capture(most: int) -> list[int]:

@@ -1,4 +1,6 @@
-"""One request in flight: ids, stop conditions, logits processors, seed, streamer and times."""
+"""One request in flight: ids, limits, logits processors, seed, streamer and times."""
+
+from __future__ import annotations
 
 import math
 import time
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.generation import BaseStreamer
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request, as_list
@@ -26,6 +29,67 @@ class Failure(NamedTuple):
 
     position: int  # 0, 1, ... after the output and as many drafted tokens
     error: Exception
+
+
+class Limits:
+    """What ends an output.
+
+    Attributes:
+        max_length: the most tokens of prompt and output.
+        end_ids: end the output.
+        criteria: of transformers.
+    """
+
+    def __init__(self, request: Request, config: GenerationConfig, num_prompt: int, context: int) -> None:
+        self._max_steps = config.max_steps
+        self.max_length = min(num_prompt + config.max_steps, context)
+        self.end_ids = {*as_list(request.eos_token_ids), *(config.stop_token_ids or [])}
+        self.criteria = as_list(request.stopping_criteria)
+        self._checks = as_list(request.stop_checks)
+
+    def reached_by(self, sequence: Sequence, logits: Tensor) -> StopReason | None:
+        """Why an output ends after the last token, of processed logits [1, V]; None: it goes on."""
+        tokens = sequence.tokens
+        if tokens[-1] in self.end_ids:
+            return "eos"
+        if any(check(tokens) for check in self._checks):
+            return "stop_word"
+        # One by one: only a result on a GPU has to be waited for.
+        if any(bool(torch.as_tensor(met(sequence.history(), logits)).any()) for met in self.criteria):
+            return "stopping_criteria"
+        if sequence.length < self.max_length:
+            return None
+        return "max_steps" if len(tokens) == self._max_steps else "context"
+
+
+class TokenStream:
+    """Hands tokens to a streamer, and drafted ones to a streamer that can delete them; None: to nobody."""
+
+    def __init__(self, streamer: BaseStreamer | None) -> None:
+        self._streamer = streamer
+        self.shows_drafts = hasattr(streamer, "delete")
+        self._num_shown = 0  # tokens of the draft
+
+    def show_draft(self, ids: list[int]) -> None:
+        """Show the ids of a draft that are not shown yet."""
+        if new := ids[self._num_shown :]:
+            self._streamer.put(torch.tensor(new), is_draft=True)
+        self._num_shown = len(ids)
+
+    def put(self, tokens: abc.Sequence[int]) -> None:
+        """Delete the draft that is shown, and stream decided tokens."""
+        num_shown = self._num_shown
+        self._num_shown = 0
+        if num_shown:
+            self._streamer.delete(num_shown, is_draft=True)
+        if tokens and self._streamer is not None:
+            self._streamer.put(torch.tensor(tokens))
+
+    def end(self) -> None:
+        """Delete the draft that is shown, and end the stream."""
+        self.put(())
+        if self._streamer is not None:
+            self._streamer.end()
 
 
 class Sequence:
@@ -58,11 +122,8 @@ class Sequence:
             raise ValueError("the prompt has no tokens")
         config = request.config or config
         self.tokens: list[int] = []  # of the output, with an end id
-        self._max_steps = config.max_steps
-        self.max_length = min(len(self.prompt) + config.max_steps, context)
-        self._end_ids = {*as_list(request.eos_token_ids), *(config.stop_token_ids or [])}
-        self._criteria = as_list(request.stopping_criteria)
-        self._checks = as_list(request.stop_checks)
+        self.limits = Limits(request, config, len(self.prompt), context)
+        self._stream = TokenStream(request.streamer)
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
         self._failure: Failure | None = None  # of this round
@@ -75,14 +136,11 @@ class Sequence:
         self.num_computed = 0  # tokens of the prompt that are in it now, until the sequence joins the batch
         self.slot: int | None = None  # of the KV cache; `PrefixCache` sets it
         self.draft_stats = DraftStats() if has_drafts else None
-        self._streamer = request.streamer
-        self._num_shown = 0  # drafted tokens that are shown
-        self._shows_drafts = hasattr(request.streamer, "delete")
         self.processors = request.processors(config)
         self._has_grammar = any(hasattr(processor, "masked") for processor in self.processors)
         # Of each token of this round's draft: a read of several tokens, and the index of this one.
         self._drafted: list[tuple[AsyncRead | Known, int]] = []
-        self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
+        self._ids = torch.empty(1, self.limits.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(self.prompt)] = on_device(self.prompt, device)
 
     @property
@@ -95,7 +153,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated; 0: finished."""
-        return 0 if self.stop_reason or self.error else self.max_length - self.length
+        return 0 if self.stop_reason or self.error else self.limits.max_length - self.length
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
@@ -171,7 +229,7 @@ class Sequence:
     @property
     def reads_draft(self) -> bool:
         """Whether the host needs the next drafted token: for a grammar, or to show it."""
-        return self._has_grammar or self._shows_drafts
+        return self._has_grammar or self._stream.shows_drafts
 
     def write_drafted(
         self, tokens: Tensor, position: int, readings: abc.Iterable[tuple[AsyncRead | Known, int]]
@@ -192,13 +250,10 @@ class Sequence:
 
     def show_draft(self) -> None:
         """Stream what is drafted and not shown yet, up to an end id."""
-        if self._drafted and self._shows_drafts:
+        if self._drafted and self._stream.shows_drafts:
             ids = self._drafted_ids()  # an error of the device is not the streamer's
-            shown = [*takewhile(lambda id_: id_ not in self._end_ids, ids)]
             with self.failing_alone():
-                if new := shown[self._num_shown :]:
-                    self._streamer.put(torch.tensor(new), is_draft=True)
-                self._num_shown = len(shown)
+                self._stream.show_draft([*takewhile(lambda id_: id_ not in self.limits.end_ids, ids)])
 
     def allowed(self, draft: list[int]) -> list[int]:
         """The first tokens of a draft, up to one that a processor with `count_allowed` forbids."""
@@ -233,10 +288,11 @@ class Sequence:
                     self.error = failure.error
                     break
                 # Accepted tokens are there already if processors have read them.
-                if (self._criteria and not self.processors) or (self.processors and i == len(tokens) - 1):
+                is_there = self.processors and i < len(tokens) - 1
+                if (self.processors or self.limits.criteria) and not is_there:
                     self._ids[0, self.length] = token
                 self.tokens.append(token)
-                reason = self._why_stopped(logits[i : i + 1])
+                reason = self.limits.reached_by(self, logits[i : i + 1])
                 self.stop_reason = self.stop_reason or reason  # a check may have cancelled this sequence
                 if self.stop_reason:
                     break
@@ -245,37 +301,13 @@ class Sequence:
             self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=len(new))
         self._first_token_at = self._first_token_at or time.perf_counter()
         with self.failing_alone():
-            self._stream(new[:-1] if self.stop_reason == "eos" else new)
-
-    def _why_stopped(self, logits: Tensor) -> StopReason | None:
-        """Why the output ends after the last token, of processed logits [1, V]; None: it goes on."""
-        if self.tokens[-1] in self._end_ids:
-            return "eos"
-        if any(check(self.tokens) for check in self._checks):
-            return "stop_word"
-        # One by one: only a result on a GPU has to be waited for.
-        if any(bool(torch.as_tensor(met(self.history(), logits)).any()) for met in self._criteria):
-            return "stopping_criteria"
-        if self.length < self.max_length:
-            return None
-        return "max_steps" if len(self.tokens) == self._max_steps else "context"
-
-    def _stream(self, tokens: abc.Sequence[int]) -> None:
-        """Delete the draft that is shown, and stream decided tokens."""
-        num_shown = self._num_shown
-        self._num_shown = 0
-        if num_shown:
-            self._streamer.delete(num_shown, is_draft=True)
-        if tokens and self._streamer is not None:
-            self._streamer.put(torch.tensor(tokens))
+            self._stream.put(new[:-1] if self.stop_reason == "eos" else new)
 
     def result(self) -> GenerationStrategyResult | Exception:
         """The result, or the error of processors, criteria, streamer or logits."""
         finished = time.perf_counter()
         with self.failing_alone():
-            self._stream(())
-            if self._streamer is not None:
-                self._streamer.end()
+            self._stream.end()
         if self.error is not None:
             return self.error
         first_token_at = self._first_token_at or finished
