@@ -31,7 +31,7 @@ SAMPLING_RULES: dict[str, tuple[float, float | None]] = {
     "min_p": (0, 1),
 }
 
-# Those of other fields of `GenerationConfig`.
+# Least and most values of other fields of `GenerationConfig`.
 _BOUNDS: dict[str, tuple[float, float | None]] = {
     "max_steps": (1, None),
     "no_repeat_ngram_size": (1, None),

@@ -100,7 +100,7 @@ def no_room(length: str, config: PretrainedConfig) -> str:
 
 def scale_rotation(config: PretrainedConfig, scaling: Any) -> None:
     """Set the rotation of a config to a `rope_scaling`, as model cards write it. In models with a rotation
-    for each layer type, it is that of full attention.
+    for each layer type, `scaling` is for full attention.
 
     Raises:
         ValueError: it rotates by the length of a sequence, or lacks a number.

@@ -69,7 +69,7 @@ class HuggingfaceLlamaGenerator:
     Args:
         tokenizer: the model's.
         model: a `...ForCausalLM` of transformers, in evaluation mode.
-        generation_strategy: None: that of each call's config, as `make_strategy` makes it.
+        generation_strategy: None: `make_strategy` makes the one that each call's config names.
     """
 
     sandboxes: LifoQueue[GrammarSandbox] | None = None  # those that are free, see `use_sandbox`
@@ -116,7 +116,7 @@ class HuggingfaceLlamaGenerator:
     ) -> Iterator[tuple[int, GenerationResult | Exception]]:
         """Answer many prompts, `batch_size` at a time. A new prompt starts as soon as an answer ends.
 
-        Each answer is that of `generate`.
+        Each answer is equal to the answer of `generate`.
 
         Args:
             prompts: read one by one, as slots become free.
@@ -171,7 +171,7 @@ class HuggingfaceLlamaGenerator:
         reader = OutputReader(self.tokenizer, config.stop_words or [], ids, request.thinking)
         is_read = reader.words or request.thinking is not None
         stop_checks = [*([reader] if is_read else []), *as_list(request.stop_checks)]
-        if hasattr(request.streamer, "begin"):
+        if request.streamer is not None and hasattr(request.streamer, "begin"):
             request.streamer.begin(reader)
         ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
         processors: list[object] = as_list(request.logits_processors)
@@ -272,6 +272,6 @@ class HuggingfaceLlamaGenerator:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Of the tokenizer and the model's generation config."""
+        """EOS ids of the tokenizer and the model's generation config."""
         model_ids = getattr(self.model.generation_config, "eos_token_id", None)
         return sorted({self.tokenizer.eos_token_id, *as_list(model_ids)} - {None})

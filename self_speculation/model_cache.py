@@ -16,7 +16,12 @@ T = TypeVar("T")
 
 
 class _Shelf:
-    """Of one model, by key: settings and statistics; what is made of it, after what that is valid for."""
+    """What is kept with one model, by key.
+
+    Attributes:
+        kept: settings and statistics.
+        made: a value to compare, and the result that is valid while the value stays.
+    """
 
     def __init__(self) -> None:
         self.lock = RLock()
@@ -88,7 +93,7 @@ def _weights(model: nn.Module) -> list[torch.Tensor]:
 
 
 def kept(model: nn.Module) -> dict[Any, Any]:
-    """What was set or learnt, by key, as long as the model is there."""
+    """Settings and statistics, by key, as long as the model is there."""
     return _shelf(model).kept
 
 
@@ -115,7 +120,7 @@ def cached(model: nn.Module, key: Hashable, valid_for: Callable[[T], Hashable], 
 
 
 def peek(model: nn.Module, key: Hashable) -> Any:
-    """What is made, by key, valid or not; None: nothing."""
+    """The result that was made for a key, valid or not; None: there is none."""
     return _shelf(model).made.get(key, (None, None))[1]
 
 

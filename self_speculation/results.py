@@ -120,7 +120,7 @@ class GenerationStrategyResult:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Of all tokens but the first one; 0 if there are none."""
+        """Speed of all tokens but the first one; 0 if there are none."""
         return self.num_decode_tokens / self.decode_time if self.num_decode_tokens else 0.0
 
 

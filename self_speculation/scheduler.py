@@ -306,7 +306,7 @@ class Scheduler(Generic[Key]):
             fits = sum(computed) <= most and max(ends) <= self._longest(each for each, _ in together)
             if fits or not chosen:
                 chosen = together
-        # In the order of slots, which need not be moved if they are side by side.
+        # Slots that are side by side, in this order, need not be moved.
         return sorted(chosen, key=lambda each: each[0].slot or 0) or None
 
     def _prefill(self, chosen: list[tuple[Sequence, int]]) -> int:

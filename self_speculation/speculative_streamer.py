@@ -1,6 +1,6 @@
 """Streamers: print an answer while it is generated, as plain text or with drafts on a terminal.
 
-They draw what an `OutputReader` reads; the generator hands them that of the request. A character of several
+They draw what an `OutputReader` reads; the generator has one for each request. A character of several
 tokens is shown with the last byte. Text that may become a stop word is held back.
 """
 
@@ -265,7 +265,7 @@ def _last_word(row: list[Cell]) -> list[Cell]:
 
 
 def _drawn(rows: list[list[Cell]], width: int) -> list[Cell]:
-    """What to print so that a terminal shows the rows: it goes on in the next row after the last column."""
+    """The cells to print so that a terminal shows rows: it goes on in the next row after the last column."""
     drawn = []
     for row in rows:
         room = width

@@ -91,7 +91,7 @@ def _processors(num_threads: int) -> list[int]:
 def govern_threads(model: PreTrainedModel, governor: ThreadGovernor | None) -> None:
     """Let a governor set torch's number of threads while this model decodes; None: leave it as it is.
 
-    The number is that of the whole process, so the library does this only for callers who ask for it.
+    The whole process has one number of threads, so the library does this only for callers who ask for it.
     """
     kept(model)[ThreadGovernor] = governor
 

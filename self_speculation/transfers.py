@@ -77,7 +77,7 @@ class Stopwatch:
 
 
 def _event(device: torch.device, enable_timing: bool = False) -> torch.cuda.Event:
-    """Recorded on the stream of this device. The default is that of the current GPU, which may be another."""
+    """An event on the stream of this device. The default is the stream of the current GPU, maybe another."""
     event = torch.cuda.Event(enable_timing=enable_timing)
     event.record(torch.cuda.current_stream(device))
     return event

@@ -2,7 +2,7 @@
 
 Rows share passes only. History, processors, seed, stop conditions and streamer belong to one sequence, so no
 other row changes a row's tokens. This module knows nothing of layers or caches.
-What has an entry for each of several tokens, [N], has those of the first row first, then those of the second.
+A tensor [N] has an entry for each token: all tokens of the first row, then all tokens of the second row.
 """
 
 from collections import abc
@@ -33,7 +33,7 @@ class Batch:
         self.longest_draft = longest_draft
         self.sequences: list[Sequence] = []
         self.last = torch.empty(0, dtype=torch.long, device=device)  # [B] of each; not cached yet
-        # Of the last step, until it is committed: a read of [largest logits, tokens]; logits [B, V].
+        # The last step, until it is committed: a read of [largest logits, tokens], and logits [B, V].
         self._unread: tuple[AsyncRead, Tensor] | None = None
 
     def __len__(self) -> int:

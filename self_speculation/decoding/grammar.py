@@ -1,4 +1,4 @@
-"""Guided decoding: only tokens that a grammar accepts can be picked. The grammars are those of llguidance.
+"""Guided decoding: only tokens that a grammar accepts can be picked. Grammars are in llguidance's formats.
 
 Drafts are guided as well: sources sample from masked logits, and n-grams end before a forbidden token.
 """

@@ -82,8 +82,8 @@ class PrefixCache:
             self._put(sequence, slot)
 
     def release(self, sequence: Sequence) -> None:
-        """Free a sequence's slot. Its keys and values become a prefix unless it failed, also those of a
-        prompt that is read in part. The last row moves to the place of a row.
+        """Free the slot of a sequence. Keys and values become a prefix unless the sequence failed, also
+        of a part of a prompt. Where a row leaves, the last row takes the place.
         """
         slot = sequence.slot
         sequence.slot = None

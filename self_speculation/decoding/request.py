@@ -33,15 +33,15 @@ class Request:
     prompt: str | list[int]
     """Text or token ids; a strategy takes ids only."""
     logits_processors: Callables = None
-    """Of transformers; called with the whole history [1, n] and logits [1, V]."""
+    """Logits processors of transformers; called with the whole history [1, n] and logits [1, V]."""
     stopping_criteria: Callables = None
-    """Of transformers; called after each token with the whole history [1, n] and processed logits [1, V]."""
+    """Criteria of transformers; called after each token with the history [1, n] and logits [1, V]."""
     streamer: BaseStreamer | None = None
     """Has `put(ids)` and `end()`. If it has `delete`, it gets drafts too."""
     seed: int | None = None
     """Seed of the sampled output; None: drawn from torch's generator."""
     eos_token_ids: int | Sequence[int] | None = None
-    """End the output. `HuggingfaceLlamaGenerator` adds those of tokenizer and model."""
+    """End the output. `HuggingfaceLlamaGenerator` adds the EOS ids of tokenizer and model."""
     stop_checks: Callables = None
     """Called after each token with the output ids; True ends the output. Stop words reach a strategy by
     this, since it has no tokenizer."""
@@ -116,7 +116,7 @@ class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
 
 
 def config_processors(config: GenerationConfig, prompt_length: int) -> list[LogitsProcessor]:
-    """In the order of transformers. They are called before those of a request."""
+    """The processors of a config, in the order of transformers. Processors of a request come later."""
     processors: list[LogitsProcessor] = []
     if config.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))

@@ -70,7 +70,7 @@ def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
 
 
 def _noise_of_all(keys: Tensor, vocab_size: int) -> Tensor:
-    """[n] keys -> [n, V] noise of all ids. A CPU takes that of drafted positions again for verification."""
+    """[n] keys -> [n, V] noise of all ids. A CPU keeps the noise of drafted positions for verification."""
     if keys.device.type == "cpu":
         return torch.stack([_noise_of_position(key, vocab_size) for key in keys.tolist()])
     return gumbel_noise(keys, torch.arange(vocab_size, device=keys.device)[None])
@@ -183,7 +183,7 @@ def leading_matches(drafted: Sequence[float], tokens: Sequence[float], lengths: 
 
     Args:
         drafted: ids, row by row; `lengths` [B] of each row.
-        tokens: those of the target, row by row, one more of each row.
+        tokens: ids of the target, row by row, one more of each row.
     """
     accepted = []
     start = 0

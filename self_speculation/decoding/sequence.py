@@ -72,17 +72,20 @@ class TokenStream:
 
     def show_draft(self, ids: list[int]) -> None:
         """Show the ids of a draft that are not shown yet."""
+        assert self._streamer is not None
         if new := ids[self._num_shown :]:
             self._streamer.put(torch.tensor(new), is_draft=True)
         self._num_shown = len(ids)
 
     def put(self, tokens: abc.Sequence[int]) -> None:
         """Delete the draft that is shown, and stream decided tokens."""
+        if self._streamer is None:
+            return
         num_shown = self._num_shown
         self._num_shown = 0
         if num_shown:
             self._streamer.delete(num_shown, is_draft=True)
-        if tokens and self._streamer is not None:
+        if tokens:
             self._streamer.put(torch.tensor(tokens))
 
     def end(self) -> None:
@@ -93,11 +96,13 @@ class TokenStream:
 
 
 class Sequence:
-    """Prompt and output of one request, on the host. The device has the ids of the prompt, with processors or
-    criteria those of the output, and with processors those of the draft.
+    """Prompt and output of one request, on the host.
+
+    The device has the ids of the prompt. With processors or criteria it has the output, too, and with
+    processors the draft.
 
     Args:
-        request: in token ids. `request.config` overrides `config`, that of the batch.
+        request: in token ids. `request.config` overrides `config` of the batch.
         context: the most tokens of prompt and output, more than the prompt has.
         has_drafts: whether to count drafts.
 
@@ -138,7 +143,7 @@ class Sequence:
         self.draft_stats = DraftStats() if has_drafts else None
         self.processors = request.processors(config)
         self._has_grammar = any(hasattr(processor, "masked") for processor in self.processors)
-        # Of each token of this round's draft: a read of several tokens, and the index of this one.
+        # For each token of this round's draft: a read of several tokens, and the index of the token in it.
         self._drafted: list[tuple[AsyncRead | Known, int]] = []
         self._ids = torch.empty(1, self.limits.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(self.prompt)] = on_device(self.prompt, device)
@@ -168,7 +173,7 @@ class Sequence:
         self.is_damaged = self.is_damaged or any(map(math.isnan, largest))
         end = None if self._failure is None else self._failure.position
         for position, number in enumerate(largest[:end]):
-            # Of several infinite ones greedy decoding takes the first.
+            # Greedy decoding takes the first one of several infinite logits.
             if math.isnan(number) or number == -math.inf or (number == math.inf and not self.sampler.greedy):
                 why = _NOT_A_NUMBER if math.isnan(number) else _NO_TOKEN
                 self._failure = Failure(position, FloatingPointError(why))
@@ -181,7 +186,7 @@ class Sequence:
 
     @property
     def ids(self) -> list[int]:
-        """Of the prompt and the output."""
+        """The ids of prompt and output."""
         return [*self.prompt, *self.tokens]
 
     def ids_from(self, position: int) -> list[int]:
@@ -190,7 +195,7 @@ class Sequence:
         return [*self.prompt[position:], *self.tokens[max(0, position - num_prompt) :]]
 
     def noise_key(self, offset: int) -> int:
-        """That of a position after the output: 0, 1, ..."""
+        """The key of the noise of position 0, 1, ... after the output."""
         return noise_key(self._seed, len(self.tokens) + offset)
 
     def history(self, num_drafted: int = 0) -> Tensor:
@@ -273,7 +278,7 @@ class Sequence:
 
         Args:
             tokens: the accepted ones of a draft and one more.
-            logits: [n or more, V] processed; those of the tokens first.
+            logits: [n or more, V] processed, of the tokens and maybe of rejected ones after them.
             num_drafted: tokens that `source` drafted in this round; None: no verification.
         """
         failure = self._failure

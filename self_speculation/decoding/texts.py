@@ -103,7 +103,7 @@ class Tag(NamedTuple):
 
     @property
     def in_grammar(self) -> str:
-        """In Lark, as llguidance reads it."""
+        """The tag in Lark, as llguidance reads it."""
         return json.dumps(self.text) if self.id is None else f"<[{self.id}]>"
 
     def find(self, text: str, id_: int | None) -> int:

@@ -23,8 +23,8 @@ class DraftComposer:
     Only the sources read from the device.
 
     Args:
-        sources: those of layers share a head. A row takes the longest match of the lookups; at a tie, that of
-            the source listed first.
+        sources: sources of layers share a head. A row takes the longest match of the lookups, and of equal
+            ones that of the first source.
         policy: plans rounds and learns from them; None: a row without a match has a draft of the source that
             computes, and all drafts are as long as the limits.
 

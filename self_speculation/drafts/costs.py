@@ -154,7 +154,7 @@ class PassTimes:
     def __init__(self, relative_pass_cost: Callable[[int], float]) -> None:
         self._pass_cost = relative_pass_cost
         self._lines: dict[int, _Line] = {}  # by rows
-        # By source, and rows of a draft's first pass: measured over estimated.
+        # Source -> rows of a draft's first pass -> measured over estimated time.
         self._drafts: defaultdict[str, dict[int, DecayedMean]] = defaultdict(dict)
 
     def passes(self, num_rows: int) -> Callable[[int], float]:

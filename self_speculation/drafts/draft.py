@@ -92,8 +92,8 @@ class DraftSource(ABC):
             accepted: [B] tokens of each row.
             hidden: [B] of each row, [1 + length, H] the states that verification has computed, after the last
                 layer and before the norm, of the row's last token and of the drafted ones. The first
-                accepted[row] + 1 are those of the output; the next token follows from the last of them. On
-                the device.
+                accepted[row] + 1 states belong to the output; the next token follows from the last of
+                them. On the device.
         """
 
 

@@ -80,7 +80,7 @@ class NgramIndex:
 
 
 class TextDrafts(LookupDrafts):
-    """What followed the end of a sequence where it occurred before; `longest`: see `NgramIndex`."""
+    """Drafts the tokens that followed the end of a sequence earlier; `longest`: see `NgramIndex`."""
 
     def __init__(self, longest: int) -> None:
         self._longest = longest

@@ -43,7 +43,7 @@ class SourceStats:
     relative_pass_cost: Callable[[int], float]
     num_threads: Callable[[], int] = lambda: 1
     num_rounds: int = 0
-    # By source and matched tokens.
+    # (source, matched tokens) -> acceptance.
     acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
     used_at: dict[str | None, int] = field(default_factory=dict)  # the last round of each source
     trial_at: int = _WAIT  # the round of the next trial

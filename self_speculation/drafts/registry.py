@@ -35,8 +35,8 @@ class DraftContext:
 
     @property
     def exit_layers(self) -> list[int]:
-        """In ascending order. Adaptive decoding has exits from a twelfth to a third of the layers; of a copy
-        in fewer bits also all layers.
+        """Exits in ascending order. Adaptive decoding has exits from a twelfth to a third of the layers, and
+        in a copy in fewer bits also all layers.
         """
         config = self.config
         num_layers = len(self.runner.layers)

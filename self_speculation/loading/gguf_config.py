@@ -21,7 +21,7 @@ _OF_ALL = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 
-# Those that rotate only a part of each head.
+# Families that rotate only a part of each head.
 _ROTATE_PARTS = ("phi3", "stablelm")
 
 _BETAS = ("beta_fast", "beta_slow")  # of YaRN

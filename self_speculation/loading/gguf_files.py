@@ -56,7 +56,7 @@ class TensorInFile(NamedTuple):
 
 
 class Header:
-    """What a file says of itself; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+    """The header of a file; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
     Attributes:
         metadata: of an array of strings, the number of strings.

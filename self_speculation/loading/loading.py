@@ -154,7 +154,7 @@ def load_model_and_tokenizer(
         file_dtype = _file_dtype(options, device, header, config) if adapted is None else None
         in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}
         place = "auto" if options.device == "split" else str(device)
-        how = {
+        how: dict[str, object] = {
             "dtype": dtype if file_dtype in (None, torch.uint8) else file_dtype,
             "use_safetensors": True,
             "device_map": place,

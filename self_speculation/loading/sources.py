@@ -57,7 +57,7 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, object]]
     if (why := why_no_model(model)) is not None:
         raise LoadingError(f"model {model!r}: {why}")
     path = Path(model).expanduser()
-    options = {"trust_remote_code": trust_remote_code}
+    options: dict[str, object] = {"trust_remote_code": trust_remote_code}
     if path.suffix.lower() == ".gguf":
         return str(path.parent), {"gguf_file": path.name, **options}
     if path.is_dir():

@@ -96,7 +96,7 @@ class CapturedPasses(Buffers):
         """All graphs of a stream use one cuBLAS workspace. Destroying one of them frees it (pytorch issue
         193402), and an exception may keep one for long. So all go together, and the stream with them.
         """
-        # By whether a copy runs, first and last layer, rows and width.
+        # (whether a copy runs, first layer, last layer, rows, width) -> replay.
         self.replays = dict[tuple[bool, int, int, int, int], Replay]()
         self._threads = set[Thread]()  # that have captured
         vars(self).pop("_recorder", None)  # a stream is free now

@@ -46,7 +46,7 @@ def hidden_after_each_layer(
 
 
 def _attention_arguments(model: PreTrainedModel, kind: AttentionType, hidden: Tensor) -> Mapping[str, object]:
-    """What layers take beside [B, T, H] hidden states."""
+    """The arguments of a layer beside [B, T, H] hidden states."""
     width = hidden.shape[1]
     mask = None
     positions = torch.arange(width, device=hidden.device)

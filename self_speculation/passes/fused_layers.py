@@ -25,8 +25,10 @@ _SIZES = (64, 96, 128, 256)  # of a head, that our kernels take
 
 @cache
 def why_no_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """None: triton_kernels.py computes attention while this device decodes, torch's flash attention that of
-    prompts. The first call launches a kernel, since triton builds what launches it by a compiler.
+    """Why triton_kernels.py cannot compute attention while this device decodes.
+
+    None: it can, and torch's flash attention computes the attention of prompts.
+    The first call launches a kernel, since triton builds what launches it by a compiler.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return "they are for NVIDIA's cards"

@@ -107,7 +107,7 @@ class InPlaceRunner(ModelRunner):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        # By first and last layer: the owner of what the operator knows of them, and their kinds of rotation.
+        # (first layer, last layer) -> the owner of the operator's descriptions, and the kinds of rotation.
         self._ranges = dict[tuple[int, int], tuple[Tensor, list[str | None]]]()
 
     def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:

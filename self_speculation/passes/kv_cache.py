@@ -102,7 +102,7 @@ class Buffers:
 
     @property
     def capacity_of_all(self) -> int:
-        """What the buffers of all layers have now; 0: a layer has not run."""
+        """The capacity that the buffers of all layers have now; 0: a layer has not run."""
         has_all = len(self.of_layers) == self.num_layers
         return min(part.shape[2] for part in self.all()) if has_all else 0
 
@@ -149,7 +149,7 @@ class KVCache:
         """Set row lengths; keys and values are already in the slots."""
         self._committed = [*lengths]  # [B] of every layer after the last round
         self._lengths = [self._committed] * self.buffers.num_layers  # by layer, [B] each
-        # By how much rows are shorter than the longest one, and the same on the device, [B, 1].
+        # How much shorter each row is than the longest one, and the same on the device, [B, 1].
         self._missing: tuple[list[int], Tensor] | None = None
 
     @property
@@ -206,7 +206,7 @@ class KVCache:
             positions: [B, T], see `positions`; None: rows have one length.
 
         Returns:
-            Views of the layer's keys and values, [B, kv_heads, S, head_dim], up to those of the longest row.
+            Views of the layer's keys and values, [B, kv_heads, S, head_dim], S positions of the longest row.
         """
         rows = self.num_rows
         slots = slice(self.first_slot, self.first_slot + self.num_rows)

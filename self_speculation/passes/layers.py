@@ -135,7 +135,7 @@ class LlamaLayer(Layer):
         )
         self.width = mlp.gate_proj.out_features
         self.is_gelu = _is_gelu(mlp.act_fn)
-        # Some families norm the results of attention and MLP, too: there this name is that of attention's.
+        # A family that norms results of attention and MLP, too, has this name for the norm of attention.
         before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
         after = layer.post_attention_layernorm
         norms = {
@@ -146,7 +146,7 @@ class LlamaLayer(Layer):
             "mlp": after if before_mlp is None else before_mlp,
             "output": getattr(layer, "post_feedforward_layernorm", None),
         }
-        # In the order of the operator.
+        # The operator reads norms in this order.
         self.norms: Mapping[str, Any] = {
             name: None if module is None else RMSNorm(module) for name, module in norms.items()
         }
@@ -181,7 +181,7 @@ class FusedWeights:
 
     @classmethod
     def of(cls: type[T], model: PreTrainedModel) -> T:
-        """Those of the model's current weights. A model has one kind at a time."""
+        """What is made of the model's current weights. A model has one kind at a time."""
 
         def valid_for(weights: FusedWeights) -> Hashable:
             return type(weights) is cls, weights_key(model)

@@ -176,7 +176,7 @@ def run_through(
     make: Callable[[AttentionType], Any],  # the context that these layers take
     hidden: Tensor,
 ) -> Tensor:
-    """[B, T, H] through layers; those of one type share a context."""
+    """[B, T, H] through layers. Layers of one type share a context."""
     contexts = {kind: make(kind) for kind in {kind for _, kind in layers}}
     states = hidden.flatten(0, 1)
     for layer, kind in layers:

@@ -177,7 +177,7 @@ def _make_copies(runner: ModelRunner, num_layers: int, products: Sequence[Any]) 
         module = product.modules[0] if isinstance(product, JointLinear) else product
         runner.fused_weights.copies[product] = int4_copy(product, squares.get(module))
 
-    # On a CPU one thread makes each copy, so none waits for another, nor at the end for that of the head.
+    # On a CPU one thread makes each copy. No thread waits for another, nor at the end for the head's.
     num_threads = most_threads(runner.model) if runner.device.type == "cpu" else 1
     largest_first = sorted(products, key=sizes.__getitem__, reverse=True)
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:

@@ -61,7 +61,7 @@ def fuse(model: PreTrainedModel) -> int:
 
 
 def activation_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Of activations, keys, values and logits."""
+    """The dtype of activations, keys, values and logits."""
     return _weights(model).dtype
 
 

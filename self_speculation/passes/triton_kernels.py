@@ -1,4 +1,4 @@
-"""What a fused layer does between projections while it decodes on a GPU.
+"""The kernels of a fused layer between projections, while it decodes on a GPU.
 
 Three kernels are attention. They rotate queries and write rotated keys and values into the cache; attend,
 with the keys of a row split among programs; and merge the splits. Positions are read on the device, so one

@@ -1,8 +1,8 @@
 """Code of a caller that passes follow, and code that they refuse.
 
 `ModelRunner` runs layers one by one and never calls the `forward` of the whole model, so code around all
-layers is refused. Hooks on a layer, adapters in it and layers of other classes are followed: such a layer
-stays that of transformers, on a CPU all layers of the model do, and has no copy.
+layers is refused. Hooks on a layer, adapters in it and layers of other classes are followed: transformers
+computes such a layer, on a CPU all layers of the model, and the layer has no copy.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from self_speculation.weights.few_bits import FewBitsLinear
 # Hooks of accelerate that only move inputs, outputs and weights between devices.
 _MOVING = (AlignDevicesHook, CpuOffload)
 
-# Modules of plain layers that are not those of their family.
+# Modules of plain layers that no family defines.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, FewBitsLinear)
 
@@ -39,7 +39,7 @@ def check_followed(model: PreTrainedModel) -> None:
 
 
 def replaced_forward(module: nn.Module, name: str = "forward") -> Any:
-    """The function that replaces a module's `forward`; None: it has that of the class, compiled or not."""
+    """The function that replaces a module's `forward`; None: the class's, compiled or not."""
     forward: Any = vars(module).get(name)
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     is_own = getattr(forward, "__func__", None) is type(module).forward
@@ -66,7 +66,7 @@ def _around_layers(model: PreTrainedModel) -> Iterator[str]:
 
 
 def _replacement(module: nn.Module) -> object:
-    """What replaces `forward`, apart from hooks of accelerate that only move tensors; None: nothing."""
+    """The replacement of `forward`, apart from hooks of accelerate that only move tensors; None: none."""
     replacement = replaced_forward(module)
     if getattr(getattr(replacement, "func", None), "__module__", "") != "accelerate.hooks":
         return replacement

@@ -50,7 +50,7 @@ _lock = Lock()
 
 
 class CPUOperators(NamedTuple):
-    """What computes passes on a CPU."""
+    """The operators that compute passes on a CPU."""
 
     variant: str | None  # of VARIANTS; None: torch
     why_not: str = ""  # why it is torch
