@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 989, "classes": 194, "parameters": 2120}
+LIMITS = {"functions": 981, "classes": 194, "parameters": 2101}
 
 
 def count() -> dict[str, int]:
