@@ -5,7 +5,7 @@
     python eval.py --tasks hellaswag --exit_layer 12    # the early exit at layer 12 alone
 
 Tasks have generation settings; a flag that is given overrides them, as --gen_kwargs does.
-Log-likelihoods are those of the full model, or of the early exit with --exit_layer and the autoregressive
+Log-likelihoods are the full model's, or the early exit's with --exit_layer and the autoregressive
 strategy. All other flags of lm_eval: python -m measures.harness_model run --model self_speculative ...
 """
 
@@ -24,7 +24,7 @@ from runs.program import run
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """What to evaluate; defaults are those of lm_eval's `simple_evaluate`."""
+    """What to evaluate. Defaults are lm_eval's, as in `simple_evaluate`."""
 
     tasks: list[str] | None = None
     """Names of tasks or groups, with commas or spaces between them; * stands for any letters."""
@@ -61,7 +61,7 @@ class EvalArguments:
     fewshot_as_multiturn: bool = True
     """Solved examples are turns of a chat, with --apply_chat_template."""
     gen_kwargs: str | None = None
-    """Settings that override those of tasks, as k=v,k=v."""
+    """Settings that override a task's, as k=v,k=v."""
     predict_only: bool = False
     """Save answers, without metrics."""
     verbosity: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "WARNING"
@@ -71,7 +71,7 @@ class EvalArguments:
     numpy_random_seed: int = 1234
     """Seed of numpy."""
     torch_random_seed: int = 1234
-    """Seed of torch; --seed is that of sampled answers."""
+    """Seed of torch; --seed is the seed of sampled answers."""
     fewshot_random_seed: int = 1234
     """Seed of the choice of solved examples."""
 

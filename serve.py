@@ -4,7 +4,7 @@
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "def f(x):"}'
 
 The flags are defaults for what requests leave out. Variables of the environment are defaults of the flags:
-SELF_SPECULATION_PORT is that of --port.
+SELF_SPECULATION_PORT is the default of --port.
 """
 
 import os

@@ -52,7 +52,7 @@ def memory(
         ranks: of FSDP; 1: no sharding.
         lora_rank: --lora_rank; 0: all weights learn.
         checkpointing: --gradient_checkpointing.
-        computed_in: float32, or that of --dtype.
+        computed_in: float32, or the format of --dtype.
     """
     one_layer = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 1})
     with torch.device("meta"):

@@ -43,7 +43,7 @@ class Trace:
     """What has run.
 
     Attributes:
-        launches: kernels and copies, those of graphs among them.
+        launches: kernels and copies, also in graphs.
         replays: which of them each replay of a graph has made.
         num_calls: of the host: launches and views; a replay is one.
     """
@@ -182,7 +182,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    """Of an expanded tensor, those that are in memory."""
+    """The bytes in memory; an expanded tensor repeats elements."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
 
 

@@ -3,7 +3,7 @@
     python benchmarks/paper.py --rows llama2-7B --num_samples 100
     python benchmarks/paper.py --model checkpoints/python-10m --rows human_eval --num_samples 5
 
-benchmarks/paper.csv has the published rows: the paper's, and those of the authors' post about transformers,
+benchmarks/paper.csv has the published rows: the paper's, and rows of the authors' post about transformers,
 whose defaults draft up to 20 tokens while the draft's own probabilities are above 0.4. Here those rows always
 draft 20 tokens, so their speed-up is a lower bound. Each row is a run of benchmark.py with --compare True,
 greedy, in a separate process. A checkpoint or a dataset that is not at
@@ -14,10 +14,10 @@ of the layers.
 
 The columns: *acc* accepted / drafted tokens, as published the mean of examples; *x* the speed-up over
 decoding without drafts; *formula* the speed-up by the published acceptance, (1 + k acc) / (1 + k exit /
-layers); *len* the mean accepted length; *tok/s* those of whole answers. The columns with a star are measured
+layers); *len* the mean accepted length; *tok/s* whole answers. The columns with a star are measured
 here: speeds are medians, with the 90 % confidence interval. *paper* is the acceptance by the paper's
 definition, see paper_rounds.py. --repeats 3 measures each row three times: speeds are then of the median
-repeat, *least* and *most* those of the slowest and fastest. The CSV of the run also has the acceptance rate
+repeat, *least* and *most* the slowest and the fastest. The CSV of the run also has the acceptance rate
 of all tokens together, numbers of examples, seeds and machines, with memory, pinning, and the load before.
 """
 

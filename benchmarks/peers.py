@@ -106,7 +106,7 @@ class TransformersStrategy(GenerationStrategy):
             stats = DraftStats()
             for _, number in given[1:]:  # one `put` after each verification
                 stats.add(self._name, config.num_speculations, accepted=number - 1, emitted=number)
-        size = len(requests)  # prefill times add up, as those of our batches do
+        size = len(requests)  # prefill times add up, as in our batches
         times = (num_first // size, (first_at - started) / size, took)
         return [_result(row, end_ids, *times, stats) for row in output[:, width:].tolist()]
 

@@ -84,7 +84,7 @@ class SideBySideArguments:
     rounds: int = 3
     """How often each prompt is answered by each side."""
     prompt_tokens: list[int] = field(default_factory=list)
-    """Lengths of prompts, in place of --workloads; without --num_prompts as many as the largest batch."""
+    """Lengths of prompts, in place of --workloads; the default of --num_prompts is then the largest batch."""
     peers: list[str] = field(default_factory=lambda: ["transformers"])
     """transformers; llama.cpp: llama-cpp-python, which is not among the requirements, on a .gguf model;
     none: only the sides here."""

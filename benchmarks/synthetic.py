@@ -2,8 +2,8 @@
 
     python benchmarks/synthetic.py --shape Llama-3.2-1B --folder logs/random
 
-Its early exit agrees with it about as often as those of the published LayerSkip checkpoints do. (Llama-3.2-1B
-ties head and embedding; here they are two.) The tokenizer is that of the bundled model.
+Its early exit agrees with it about as often as exits of the published LayerSkip checkpoints do. (Llama-3.2-1B
+ties head and embedding; here they are two.) The tokenizer is the bundled model's.
 """
 
 import copy

@@ -36,7 +36,7 @@ def find_difference(
 ) -> Record | None:
     """The first position where two outputs differ, and how far apart the tokens are; None if they are equal.
 
-    `gap` is the full model's best logit minus that of the worse of the two tokens; None: one output has
+    `gap` is the full model's best logit minus the logit of the worse token; None: one output has
     ended, or a token is forbidden. Sampled logits are divided by the temperature, plus noise. In a near-tie
     each token is the sampler's if the logit is larger by at most `bound`, which rounding explains.
 

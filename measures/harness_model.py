@@ -68,7 +68,7 @@ class UnsupportedError(ValueError):
 def request_config(gen_kwargs: Record, config: GenerationConfig, defaults: object) -> GenerationConfig:
     """`config` with the generation arguments of a request.
 
-    Defaults of sampling rules are those of the model's settings, as in transformers' `generate`.
+    Defaults of sampling rules come from the model's settings, as in transformers' `generate`.
 
     Raises:
         UnsupportedError: names unsupported arguments, or a value that is out of range.

@@ -1,4 +1,4 @@
-"""Answer prompts, one or those of a conversation, and print statistics.
+"""Answer a prompt or a conversation, and print statistics.
 
 Answers go to standard output, everything else to standard error.
 """

@@ -149,7 +149,7 @@ def _examples_that_fit(
 def _work_off(experiment: Experiment, open_run: Callable[[], Run]) -> int:
     """Make the missing records of a run, each rank a share, and let rank 0 conclude.
 
-    Every record is kept. The exit status is that of the conclusion, 130 after Ctrl-C or SIGTERM, or 1 if
+    Every record is kept. The exit status is the report's, 130 after Ctrl-C or SIGTERM, or 1 if
     records are missing; `status` in `run.json` is then `interrupted` or `failed`.
     """
     with ranks.process_group():

@@ -136,7 +136,7 @@ def check_same_run(resume: str, description: Record) -> Record:
 
 def _write(path: Path, mode: str, text: str) -> None:
     with open(path, f"{mode}b") as file:
-        file.write(text.encode())  # a line is one write, between those of other ranks
+        file.write(text.encode())  # a line is one write, between writes of other ranks
         file.flush()
         os.fsync(file.fileno())
 

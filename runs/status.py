@@ -60,7 +60,7 @@ def print_status(line: str, **fields: object) -> None:
 
 
 def log_as_json() -> None:
-    """From now on lines are JSON objects, those of Python's logging and warnings, too."""
+    """From now on lines are JSON objects, also lines of Python's logging and warnings."""
     global _is_json
     _is_json = True
     logging.basicConfig(handlers=[_JSONHandler(logging.WARNING)], force=True)

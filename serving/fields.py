@@ -1,4 +1,4 @@
-"""The fields of requests: OpenAI's, and those that vLLM has beside them.
+"""The fields of requests: OpenAI's, and fields that vLLM adds.
 
 The server ignores an unknown field and names it in the log, as vLLM does. An unknown field is an error if it
 would change the answer, or if the name looks like the name of a known field.

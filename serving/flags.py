@@ -1,4 +1,4 @@
-"""The flags of serve.py besides those of model and generation. Imports nothing heavy."""
+"""The flags of serve.py alone; model and generation have more. Imports nothing heavy."""
 
 import math
 from dataclasses import dataclass

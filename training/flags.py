@@ -1,4 +1,4 @@
-"""The flags of train.py besides those of the model. Imports nothing heavy: a mistyped flag fails at once."""
+"""The flags of train.py besides the model's. Imports nothing heavy: a mistyped flag fails at once."""
 
 import os
 from dataclasses import dataclass

@@ -40,7 +40,7 @@ from training.trainer import EXIT_SCORES, EarlyExitTrainer, newest_checkpoint, p
 
 _EVAL_SAMPLES = 64  # of an evaluation during the training
 # Of the loss by frequencies, at most, where the last layer has learnt something: layers that all predict one
-# token had 0.998 to 1.03 of it, those that learnt as long from labels 0.88.
+# token had 0.998 to 1.03 of it, layers that learnt as long from labels 0.88.
 _LEARNT = 0.95
 _COLLAPSED = "agreement then says\nlittle, see docs/training.md#when-all-layers-predict-one-token"
 
