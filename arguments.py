@@ -73,8 +73,8 @@ _FOREIGN = {
     "torch_dtype": "--dtype",
     "trust_remote_code": "--model_args trust_remote_code=True",
     "load_in_4bit load_in_8bit": "--quantization",
-    "fa flash_attn b ub ubatch_size ctk ctv cache_type_k cache_type_v mlock no_mmap": "nothing has to be set "
-    "for that",
+    "ctk ctv cache_type_k cache_type_v kv_cache_dtype": "--cache_dtype",
+    "fa flash_attn b ub ubatch_size mlock no_mmap": "nothing has to be set for that",
     "fuse": "only in Python, by LoadingOptions(fuse=False)",
     "min_p repeat_penalty repetition_penalty frequency_penalty presence_penalty": "requests and "
     "GenerationConfig have it",

@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 981, "classes": 194, "parameters": 2101}
+LIMITS = {"functions": 984, "classes": 194, "parameters": 2111}
 
 
 def count() -> dict[str, int]:

@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from runs.description import Record
 from self_speculation import GenerationStrategyResult
+from self_speculation.config import CacheDtypeName
 from self_speculation.decoding.sampling import Sampler, gumbel_noise, noise_key
 from self_speculation.passes.in_place_runner import rounds_prompts
 from self_speculation.passes.runners import activation_dtype, eager_runner
@@ -33,6 +34,7 @@ def find_difference(
     processors: Sequence[Callable] = (),
     sampler: Sampler = Sampler(sample=False),  # noqa: B008  # it is frozen
     seed: int = 0,
+    cache_dtype: CacheDtypeName = "auto",
 ) -> Record | None:
     """The first position where two outputs differ, and how far apart the tokens are; None if they are equal.
 
@@ -42,7 +44,7 @@ def find_difference(
 
     Args:
         first, second: output ids with the end id.
-        processors, sampler, seed: of both.
+        processors, sampler, seed, cache_dtype: of both.
     """
     if first == second:
         return None
@@ -50,7 +52,7 @@ def find_difference(
     position = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
     history = torch.tensor([[*prompt, *first[:position]]], device=model.device)
     runner = eager_runner(model)
-    cache = runner.new_cache(history.shape[1], history.shape[1])
+    cache = runner.new_cache(history.shape[1], history.shape[1], dtype=cache_dtype)
     is_on_cpu = model.device.type == "cpu"
     cache.is_prompt = not is_on_cpu  # the kernels of a card that decode take gigabytes for a long history
     logits = runner.run(cache, history).logits[:, -1]

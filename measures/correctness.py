@@ -100,6 +100,7 @@ class CompareIds(Experiment):
                 processors,
                 Sampler.of(config),
                 request.seed,
+                config.cache_dtype,
             )
             if found is not None:
                 shown = slice(found["position"], found["position"] + 12)

@@ -161,7 +161,7 @@ class SelfSpeculativeLM(HFLM):
             return super()._model_call(inps, attn_mask, labels)
         rows, width = inps.shape
         runner = eager_runner(self.model)
-        cache = runner.new_cache(width, width, num_slots=rows)
+        cache = runner.new_cache(width, width, rows, self._settings.cache_dtype)
         cache.set_rows([0] * rows)
         with torch.inference_mode():
             return runner.run(cache, inps, 0, self._depth, width).logits

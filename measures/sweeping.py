@@ -158,7 +158,7 @@ class Counted(Sweep):
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)
         expected = ids[0, len(prompt) :]  # [n]
         runner = eager_runner(model)
-        cache = runner.new_cache(ids.shape[1], ids.shape[1])
+        cache = runner.new_cache(ids.shape[1], ids.shape[1], dtype=self.config.cache_dtype)
         exit_layers = sorted({layer for layer, _ in self.grid})
         drafter = DraftContext(runner, replace(self.config, exit_layer=exit_layers[-1])).drafter
         processors = LogitsProcessorList(config_processors(self.config, len(prompt)))

@@ -18,6 +18,7 @@ GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive
 DraftWeights = Literal["exact", "int4"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "int4"]
+CacheDtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 
 # The longest draft of adaptive decoding.
 LONGEST_DRAFT = 16
@@ -208,6 +209,9 @@ class GenerationConfig:
     reuse_cache: bool = False
     """Keep the keys and values of finished requests: only the part of a prompt after the longest common
     prefix is computed."""
+    cache_dtype: CacheDtypeName = "auto"
+    """Number format of keys and values, rounded once as they are written; auto: as activations. On a GPU they
+    have no other."""
     min_p: float = 0.0
     """Sample among tokens of at least p times the probability of the most likely one; 0: off."""
     repetition_penalty: float = 1.0

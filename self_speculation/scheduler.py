@@ -64,10 +64,14 @@ class DecodingStrategy(GenerationStrategy, ABC):
 
     @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """Build draft copies before timing starts. Raises ValueError if the model can have none."""
+        """Build draft copies before timing starts. Raises ValueError if the model can have none, or its
+        device no cache in the dtype that is asked for.
+        """
+        runner = make_runner(model)
+        runner.cache_dtype(config.cache_dtype)
         if self.has_drafts:
             config = replace(config, generation_strategy=self.name)
-            make_composer(DraftContext(make_runner(model), config))
+            make_composer(DraftContext(runner, config))
 
     def generate_batch(
         self,
@@ -356,13 +360,15 @@ class Scheduler(Generic[Key]):
     def _make_slots(self, runner: ModelRunner) -> PrefixCache:
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
         key: Hashable = None
+        dtype = self._config.cache_dtype
         if self._config.reuse_cache and (of_weights := cache_key(runner)):
-            key = self._batch_size, self.batch.longest_draft, self._depth, of_weights
+            of_values = self._depth, runner.cache_dtype(dtype)
+            key = self._batch_size, self.batch.longest_draft, of_values, of_weights
             with suppress(IndexError):
                 kept = kept_caches(self._model).pop()
                 if kept.key == key and kept.cache.is_valid:
                     return kept
-        return PrefixCache(runner.new_cache(1, 1, self._batch_size), self._batch_size, key)
+        return PrefixCache(runner.new_cache(1, 1, self._batch_size, dtype), self._batch_size, key)
 
     def _longest(self, waiting: Iterable[Sequence]) -> int:
         """The most positions that a row, or a waiting sequence, can reach."""

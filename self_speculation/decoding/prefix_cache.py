@@ -96,6 +96,12 @@ class PrefixCache:
         length = cache.lengths()[slot] if is_row else sequence.num_computed
         # Logits of a row are numbers. A prompt that is read in part has had none.
         is_damaged = sequence.is_damaged or not (is_row or cache.is_finite(slot, length))
+        if isinstance(sequence.error, FloatingPointError):
+            beyond = cache.beyond_range(slot, min(length, sequence.length))
+            if beyond is not None:
+                where = f"a key or value at position {beyond} of prompt and answer"
+                why = f"cache_dtype float16: {where} is beyond 65504; bfloat16 and float32 have it"
+                sequence.error = FloatingPointError(why)
         if not (sequence.error or is_damaged or self.key is None):
             left = _Prefix(sequence.ids[:length], next(self._answers))
         if is_damaged or (sequence.error and not is_row):

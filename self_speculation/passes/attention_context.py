@@ -106,9 +106,12 @@ class AttentionContext:
         return causal_mask(positions[:, None], keys, self._window, tables.dtype)[..., :num_keys]
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> Pair:
-        """Append to the cache; returns all keys and values that a token sees, see `KVCache.write`."""
-        all_keys, all_values = self.cache.write(keys, values, layer, self._positions)
-        return all_keys[:, :, self._first_key :], all_values[:, :, self._first_key :]
+        """Append to the cache; returns all keys and values that a token sees, see `KVCache.write`, in the
+        dtype of activations.
+        """
+        written = self.cache.write(keys, values, layer, self._positions)
+        all_keys, all_values = (part[:, :, self._first_key :].to(self._tables.dtype) for part in written)
+        return all_keys, all_values
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:
         """As `append`, for layers of transformers: of keys and values [B, kv_heads, T, head_dim]."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from self_speculation.config import CacheDtypeName
 from self_speculation.devices import padded, round_up
 from self_speculation.families import AttentionType
 from self_speculation.model_cache import cached, lock, peek
@@ -48,8 +49,15 @@ class CapturedRunner(FusedRunner):
     transformers.
     """
 
-    def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
+    def new_cache(
+        self,
+        prompt_length: int,
+        num_positions: int,
+        num_slots: int = 1,
+        dtype: CacheDtypeName = "auto",
+    ) -> KVCache:
         """The one cache of the model's captured passes; earlier generations lose it."""
+        self.cache_dtype(dtype)
 
         def valid_for(passes: CapturedPasses) -> Hashable:
             return self.fused_weights.token, passes.num_slots >= num_slots

@@ -25,6 +25,10 @@ _SHARE = 0.8
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 
+# A number beyond float16's range: NaN that no arithmetic makes of numbers, so all that sees it is NaN, too.
+# Tokens would pass over an infinite key, or see it alone.
+_BEYOND_RANGE = 0x7FFF
+
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of zeros. On a CPU it takes neither time nor memory until it is written: with both, a step in
@@ -37,6 +41,16 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     except OSError as error:
         raise MemoryError("no memory for keys and values") from error
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
+
+
+def rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values in the dtype of a cache, as the operators round them."""
+    if numbers.dtype == dtype or dtype != torch.float16:
+        return numbers.to(dtype)
+    result = numbers.to(dtype)
+    bits = result.view(torch.int16)
+    bits[result.isinf()] = _BEYOND_RANGE
+    return result
 
 
 class Buffers:
@@ -206,7 +220,8 @@ class KVCache:
             positions: [B, T], see `positions`; None: rows have one length.
 
         Returns:
-            Views of the layer's keys and values, [B, kv_heads, S, head_dim], S positions of the longest row.
+            Views of the layer's keys and values, [B, kv_heads, S, head_dim], S positions of the longest row,
+            in the dtype of the cache.
         """
         rows = self.num_rows
         slots = slice(self.first_slot, self.first_slot + self.num_rows)
@@ -214,7 +229,7 @@ class KVCache:
         end = max(self.lengths(layer)) + width
         all_keys, all_values = (buffer[slots] for buffer in self.make_room(layer, layer + 1, [width] * rows))
         for buffer, new in ((all_keys, keys), (all_values, values)):
-            by_row = new.view(rows, width, *new.shape[1:])
+            by_row = rounded(new, self.buffers.dtype).view(rows, width, *new.shape[1:])
             if positions is None:
                 buffer[:, :, end - width : end] = by_row.transpose(1, 2)
             else:  # layers may be on several devices
@@ -271,6 +286,16 @@ class KVCache:
     def is_finite(self, slot: int, length: int) -> bool:
         """Whether the first positions of a slot are, in all layers."""
         return all(bool(buffer[slot, :, :length].isfinite().all()) for buffer in self.buffers.all())
+
+    def beyond_range(self, slot: int, length: int) -> int | None:
+        """The first of `length` positions of a slot with a number beyond float16's range, in the first layer
+        that has one; None: there is none.
+        """
+        if self.buffers.dtype != torch.float16:
+            return None
+        numbers = (buffer[slot, :, :length].view(torch.int16) for buffer in self.buffers.all())
+        found = ((each & _BEYOND_RANGE == _BEYOND_RANGE).any(-1).any(0).nonzero() for each in numbers)
+        return next((int(positions[0]) for positions in found if len(positions)), None)
 
     def clear_slot(self, slot: int) -> None:
         """Fill it with zeros: it may hold NaN, and a mask does not keep NaN out."""

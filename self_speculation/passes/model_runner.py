@@ -19,6 +19,7 @@ from torch.nn.functional import embedding
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from self_speculation.config import CacheDtypeName
 from self_speculation.families import AttentionType, attention_types, check_supported, key_shape
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
 from self_speculation.passes.kv_cache import Buffers, KVCache
@@ -45,7 +46,7 @@ class ModelRunner:
         fused_weights: what is made of the model; None: what this kind of runner makes.
 
     Attributes:
-        dtype: of activations, keys, values and logits.
+        dtype: of activations and logits.
         device: of ids and logits.
         devices: [L] of each layer.
         is_ragged: passes compute no padding.
@@ -77,15 +78,30 @@ class ModelRunner:
         # Offloaded layers, on "meta", run where the first ones do.
         self.devices = [self.device if device.type == "meta" else device for device in devices]
 
-    def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
+    def cache_dtype(self, name: CacheDtypeName) -> torch.dtype:
+        """Of keys and values. Raises ValueError for one that this device does not have."""
+        dtype = self.dtype if name == "auto" else getattr(torch, name)
+        if self.device.type != "cpu" and dtype != self.dtype:
+            has = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"cache_dtype {name}: on {self.device.type} it is auto, which is {has} here")
+        return dtype
+
+    def new_cache(
+        self,
+        prompt_length: int,
+        num_positions: int,
+        num_slots: int = 1,
+        dtype: CacheDtypeName = "auto",
+    ) -> KVCache:
         """A cache of one empty row for all layers.
 
         Args:
             prompt_length, num_positions: see `KVCache.reserve`.
             num_slots: the most rows at a time.
+            dtype: see `cache_dtype`, and its errors.
         """
         devices = self.devices[: len(self.layers)]
-        cache = KVCache(Buffers(devices, self.key_shape, self.dtype, num_slots))
+        cache = KVCache(Buffers(devices, self.key_shape, self.cache_dtype(dtype), num_slots))
         cache.reserve(prompt_length, num_positions)
         return cache
 
@@ -116,7 +132,8 @@ class ModelRunner:
             ValueError: the cache is another model's. The operators would write beyond such a cache.
         """
         buffers = cache.buffers
-        if (buffers.shape, buffers.dtype) != (self.key_shape, self.dtype):
+        has_dtype = buffers.dtype == self.dtype or (self.device.type == "cpu" and buffers.dtype.itemsize <= 4)
+        if not has_dtype or buffers.shape != self.key_shape:
             what = f"keys {buffers.shape} in {buffers.dtype}, the runner {self.key_shape} in {self.dtype}"
             raise ValueError(f"cache: has {what}; take one of runner.new_cache")
         rows, width = inputs.shape[:2]

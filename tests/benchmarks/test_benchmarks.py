@@ -15,7 +15,7 @@ from transformers import AutoConfig, LlamaConfig
 
 import generate as generate_script
 from arguments import ModelArguments
-from benchmarks import serving, side_by_side, synthetic
+from benchmarks import long_contexts, serving, side_by_side, synthetic
 from benchmarks.peers import (
     TRANSFORMERS,
     TransformersStrategy,
@@ -181,6 +181,36 @@ def test_llama_server_has_the_same_file_and_a_slot_for_each_client(monkeypatch, 
     for find, why in ((lambda name: name, "must be a .gguf file"), (lambda name: None, "is not in PATH")):
         monkeypatch.setattr("shutil.which", find)
         assert why in refused(serving.main, ["--servers", "llama-server"], capsys)
+
+
+def test_long_contexts(endless_folder, tmp_path):
+    """Guards against a format that is compared with itself, a logit of another position, and a picture
+    without the other program.
+    """
+    path = tmp_path / "saved"
+    sizes = ["--depths", "5", "40", "--rounds", "1", "--points", "3", "4"]
+    prompts = [
+        "--prompt_tokens",
+        "30",
+        "--num_prompts",
+        "3",
+        "--answer_tokens",
+        "9",
+        "--num_peer_prompts",
+        "2",
+    ]
+    flags = ["--model", str(endless_folder), "--save", str(path), *sizes, *prompts]
+    assert long_contexts.main(flags) == 0
+    found = json.loads(path.with_suffix(".json").read_text())
+    assert {(row["dtype"], row["depth"]) for row in found["depths"]} == {
+        (dtype, depth) for dtype in long_contexts.DTYPES for depth in (5, 40)
+    }
+    assert all(row["ms"] > 0 for row in found["depths"])
+    by_format = {row["format"]: row for row in found["answers"]}
+    assert [row["answers"] for row in by_format.values()] == [3, 3, 2]
+    assert 0 < by_format["float16"]["KL"] < by_format["bfloat16"]["KL"] < 0.01
+    assert by_format["float16"]["tokens"] > 0.9
+    assert path.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_figures_of_a_server():

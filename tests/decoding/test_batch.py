@@ -13,12 +13,13 @@ from conftest import (
     ids_of,
     in_batch,
     mixed_drafts,
+    needs_operators,
     own_llama,
     scheduler_of,
     tiny_llama,
 )
 
-from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation import GenerationConfig, Request, fuse, make_strategy
 from self_speculation.decoding import batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.passes.kv_cache import KVCache
@@ -112,6 +113,54 @@ def test_an_invalid_prompt_is_its_own_result(wrong, why, generator):
         assert isinstance(got.pop(4), ValueError)
         for index, answer in got.items():
             assert answer.decoded_prediction == generator.generate(prompts[index], config).decoded_prediction
+
+
+def loud_llama(token):
+    """A model whose values of one token, in its first layer, are beyond the range of float16."""
+    model = own_llama(agreement="often")
+    with torch.no_grad():
+        embedding = model.model.embed_tokens.weight
+        embedding[:, 0] = 0
+        embedding[token] = torch.eye(len(embedding[0]))[0] * embedding.norm(dim=1).mean()
+        model.model.layers[0].self_attn.v_proj.weight[:, 0] = 1e5
+        model.model.layers[0].self_attn.o_proj.weight *= 1e-5
+    return model
+
+
+@pytest.mark.parametrize("is_fused", [pytest.param(True, marks=needs_operators), False])
+def test_values_beyond_float16_are_an_error_of_their_row(is_fused):
+    """Guards against infinite values, which make answers of nothing without an error, against an error that
+    reaches another row or comes from a drafted token that is rejected, and an error without the position.
+    """
+    loud = 9
+    model = loud_llama(loud)
+    if is_fused:
+        fuse(model)
+    prompts = [[5, 6, 7, loud, 8], [5, 8, 6], [4, 4]]
+    for dtype in ("float16", "bfloat16"):
+        settings = {"max_steps": 6, "cache_dtype": dtype}
+        expected = [in_batch(model, [Request(prompt)], 1, **settings)[0] for prompt in prompts]
+        assert isinstance(expected[0], FloatingPointError) == (dtype == "float16")
+        if dtype == "float16":
+            assert str(expected[0]).startswith(
+                "cache_dtype float16: a key or value at position 3 of prompt and answer is beyond 65504; "
+            )
+            expected[0] = None
+        answers = [None if each is None else each.predicted_tokens for each in expected]
+        for way in ({}, {**LAYERS, "prompt_lookup": 2}):
+            wrong = [loud] if is_fused else []  # torch's masks do not keep NaN out of earlier tokens
+            requests = [
+                Request(prompt, prediction=answer and [*answer[:2], *wrong, *answer[2:]])
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+            scheduler = scheduler_of(model, 2, reuse_cache=True, **settings, **way)
+            for key, request in enumerate(requests):
+                scheduler.add_request(key, request)
+            found = drained(scheduler)
+            assert answers == [
+                None if isinstance(found[key], FloatingPointError) else found[key].predicted_tokens
+                for key in range(3)
+            ]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

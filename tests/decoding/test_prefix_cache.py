@@ -85,9 +85,11 @@ def test_weights_of_inference_mode():
     assert after.predicted_tokens == fresh(model, [*STORY, 1]).predicted_tokens
 
 
-@pytest.mark.parametrize("other", [{"exit_layer": 2}, {"batch_size": 2}])
-def test_the_cache_is_for_one_exit_layer_and_batch_size(other):
-    """Guards against layers that an early exit did not run, and a cache with too few slots."""
+@pytest.mark.parametrize("other", [{"exit_layer": 2}, {"batch_size": 2}, {"cache_dtype": "float16"}])
+def test_the_cache_is_for_one_exit_layer_batch_size_and_dtype(other):
+    """Guards against layers that an early exit did not run, a cache with too few slots, and keys that are
+    rounded although an answer in float32 is asked for.
+    """
     model = tiny_llama()
     strategy = make_strategy("autoregressive")
     answer_of(strategy, model, STORY, reuse_cache=True, **other)

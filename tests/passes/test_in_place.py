@@ -33,6 +33,10 @@ ROUNDED = (
 if OPERATORS.has_tiles:
     ROUNDED = {torch.bfloat16, torch.float16}
 
+# Of keys and values, and how much their rounding changes logits at most.
+ERRORS = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.1}
+DTYPES = [*ERRORS]
+
 ODD = {"hidden_size": 36, "intermediate_size": 41, "num_attention_heads": 6, "num_key_value_heads": 3}
 SHAPES = {
     "odd": {**ODD, "head_dim": 10},
@@ -106,7 +110,7 @@ def test_logits_are_those_of_transformers(name, dtype):
         runner = InPlaceRunner(model)
         expected = exact(ids).logits
         for is_prompt in (False, True):
-            cache = runner.new_cache(1, length)
+            cache = runner.new_cache(1, length, dtype="float32")
             found = []
             start = 0
             cache.is_prompt = is_prompt
@@ -134,12 +138,13 @@ def test_logits_are_those_of_transformers(name, dtype):
     split=st.integers(1, 100),
     threads=st.integers(1, 3),
     is_prompt=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
 )
 @settings(max_examples=16)
-def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_prompt):
+def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_prompt, dtype):
     """Guards against sums in another order, or another format of inputs, for another width, row, piece of a
     prompt or thread: ties would decide. Guards against keys and states of a row that reach another one beside
-    rows of other widths.
+    rows of other widths; for keys and values in each dtype.
 
     rows: the positions before the pass, and the new tokens, of each.
     """
@@ -160,7 +165,7 @@ def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_pro
     hidden = torch.randn(sum(widths), size)
 
     def cache_of(pasts):
-        cache = runner.new_cache(1, 750, len(pasts))
+        cache = runner.new_cache(1, 750, len(pasts), dtype)
         cache.set_rows([])
         for row, past in enumerate(pasts):
             runner.run_layers(cache.prompt_view(row), past.clone(), [len(past)], 0, num_layers)
@@ -189,7 +194,35 @@ def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_pro
         torch.set_num_threads(before)
 
 
-def test_logits_of_all_ways_are_equal():
+@pytest.mark.parametrize("name", ["odd", "long", "mistral", "gemma3_text"])
+def test_keys_and_values_are_rounded_once(name):
+    """Guards against numbers that are rounded twice, or to another dtype, and against a chunk of keys that is
+    widened in the place of another one. Rounded keys and values are those that torch rounds.
+    """
+    torch.manual_seed(0)
+    model = model_of(name)
+    plain = ModelRunner(model)
+    fuse(model)
+    runner = InPlaceRunner(model)
+    ids = torch.randint(3, 50, (1, 700))
+    with torch.inference_mode():
+        found = {}
+        for dtype, bound in ERRORS.items():
+            cache, expected = (each.new_cache(1, 700, dtype=dtype) for each in (runner, plain))
+            found[dtype] = forward(runner, cache, ids, 700).logits
+            by_torch = forward(plain, expected, ids, 700).logits
+            assert {part.dtype for part in cache.buffers.all()} == {getattr(torch, dtype)}
+            norm = found["float32"].norm()
+            assert (found[dtype] - by_torch).norm() / norm <= max(1e-5, bound / 20)
+            error = (found[dtype] - found["float32"]).norm() / norm
+            assert bound / 1000 <= error <= bound
+            for part, other in zip(cache.buffers.of_layers[0], expected.buffers.of_layers[0], strict=True):
+                equal = part[:, :, :700] == other[:, :, :700]
+                assert not bound or equal.float().mean() > 0.99  # sums in float32 have another order
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_all_ways_are_equal(dtype):
     """Guards against a draft or verification that rounds otherwise, and keys of a kept prompt that differ in
     a bit: not only greedy ids agree, but logits.
     """
@@ -206,7 +239,8 @@ def test_logits_of_all_ways_are_equal():
 
         for prompt in (PROMPT, PROMPT * 2):  # which goes on with what the first one left
             request = Request(prompt, [keep], eos_token_ids=[])
-            answer_of(strategy, model, request, max_steps=20, reuse_cache=True, **settings)
+            shared = {"max_steps": 20, "reuse_cache": True, "cache_dtype": dtype}
+            answer_of(strategy, model, request, **shared, **settings)
         return found
 
     plain = seen()
@@ -301,12 +335,12 @@ def test_a_weight_of_another_shape_is_refused_until_the_old_one_is_back():
 @needs_operators
 def test_a_cache_in_another_dtype_is_refused():
     """Guards against an operator that writes beyond buffers, and reads states in 16 bits as float32."""
-    model = own_llama().to(torch.bfloat16)
+    model = own_llama().double()
     ids = torch.tensor([PROMPT])
     early = make_runner(model).new_cache(8, 8)
-    fuse(model)
+    fuse(model.to(torch.bfloat16))
     runner = make_runner(model)
-    with pytest.raises(ValueError, match=r"cache: has keys .* in torch.bfloat16, the runner .*float32"):
+    with pytest.raises(ValueError, match=r"cache: has keys .* in torch.float64, the runner .*float32"):
         forward(runner, early, ids)
     cache = runner.new_cache(8, 8)
     exit_hidden = forward_early(runner, cache, ids, 2).hidden

@@ -73,6 +73,35 @@ class OutOfMemory(TorchDispatchMode):
         return result
 
 
+def test_numbers_beyond_the_range_of_float16_are_found():
+    """Guards against infinite keys, which hide their position or all others without an error, and against
+    another position in the message.
+    """
+    cache = KVCache(Buffers([CPU] * 2, (2, 3), torch.float16))
+    for layer, largest in enumerate((65_519.0, -65_520.0)):
+        append(cache, [1, 2, largest, torch.nan], layer)
+    keys, _ = cache.buffers.of_layers[0]
+    assert contents(keys)[:3] == [1, 2, 65_504]
+    assert cache.beyond_range(0, 4) == 2
+    assert cache.beyond_range(0, 2) is None
+    assert not any(part.isinf().any() for part in cache.buffers.all())
+    in_bfloat16 = KVCache(Buffers([CPU], (2, 3), torch.bfloat16))
+    append(in_bfloat16, [1e30])
+    assert in_bfloat16.beyond_range(0, 1) is None
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 40), (torch.float16, 80), (torch.bfloat16, 80)])
+def test_limits_count_the_bytes_of_the_dtype(dtype, most, monkeypatch):
+    """Guards against a prompt that is refused, or memory that is promised twice, since positions count in
+    another dtype.
+    """
+    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _: 40 * 2 * 2 * 3 * 4)
+    cache = KVCache(Buffers([CPU], (2, 3), dtype))
+    cache.reserve(most, most)
+    with pytest.raises(MemoryError, match=f"{most + 8} positions of keys and values"):
+        cache.reserve(most + 8, most + 8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_are_swapped_without_memory(dtype):
     """Guards against two slots that are exchanged in one layer only, and against bits that change."""

@@ -68,6 +68,46 @@ void products(const char* name, ScalarType type, int64_t columns, bool in_bfloat
   }
 }
 
+// Rounded as torch rounds: to nearest even, and subnormal numbers stay.
+template <class Number>
+void rounding(const char* name) {
+  for (float number : {1.0f, 0.1f, -3.14159f, 2049.0f, 2051.0f, 65504.0f, 65519.0f, 3e-8f, 9e-8f, -1e-6f, 1e-40f}) {
+    Number numbers[LANES];
+    narrow(splat(number), numbers, LANES);
+    if (float(numbers[LANES - 1]) != float(Number(number))) std::printf("%s: %g is rounded wrongly\n", name, number);
+  }
+}
+
+// Numbers beyond the range of float16 become a NaN that no arithmetic makes.
+void beyond_range() {
+  Half numbers[LANES];
+  for (float number : {65520.0f, -1e9f, INFINITY}) {
+    narrow(splat(number), numbers, LANES);
+    if ((numbers[0].x & 0x7fff) != 0x7fff) std::printf("half: %g is %x\n", number, numbers[0].x);
+  }
+}
+
+template <class Number>
+void attention(ScalarType type, int64_t d) {
+  constexpr int64_t tokens = 3, heads = 3, start = 300;
+  std::vector<float> queries = random(tokens * heads * d);
+  std::vector<float> keys = random(SPAN * d);
+  std::vector<float> values = random(SPAN * d);
+  std::vector<Number> cached_keys(SPAN * d);
+  std::vector<Number> cached_values(SPAN * d);
+  CachedHead cached(cached_keys.data(), cached_values.data(), type, d);
+  for (int64_t position = 0; position < SPAN; position++) cached.write(position, &keys[position * d], &values[position * d]);
+  std::vector<float> memory(tokens * heads * d);
+  for (int64_t window : {0, 150}) {
+    std::vector<Attended> attended(tokens * heads);
+    for (int64_t i = 0; i < tokens * heads; i++) attended[i].values = &memory[i * d];
+    attend_to_span(queries.data(), tokens, heads, d, start, window, cached, 0, attended.data());
+    for (const Attended& each : attended) {
+      print("sum", &each.sum, 1);
+      print("attended", each.values, d);
+    }
+  }
+}
 }  // namespace
 
 int main() {
@@ -79,20 +119,12 @@ int main() {
   }
   for (const Format& format : FORMATS)
     if (format.code) few_bits(format);
+  rounding<Half>("half");
+  rounding<BFloat16>("bfloat16");
+  beyond_range();
   for (int64_t d : {20, 64}) {
-    constexpr int64_t tokens = 3, heads = 3, start = 300;
-    std::vector<float> queries = random(tokens * heads * d);
-    std::vector<float> keys = random(SPAN * d);
-    std::vector<float> values = random(SPAN * d);
-    std::vector<float> memory(tokens * heads * d);
-    for (int64_t window : {0, 150}) {
-      std::vector<Attended> attended(tokens * heads);
-      for (int64_t i = 0; i < tokens * heads; i++) attended[i].values = &memory[i * d];
-      attend_to_span(queries.data(), tokens, heads, d, start, window, keys.data(), values.data(), 0, attended.data());
-      for (const Attended& each : attended) {
-        print("sum", &each.sum, 1);
-        print("attended", each.values, d);
-      }
-    }
+    attention<float>(ScalarType::Float, d);
+    attention<Half>(ScalarType::Half, d);
+    attention<BFloat16>(ScalarType::BFloat16, d);
   }
 }

@@ -24,7 +24,7 @@ FLAGS = {
 }
 
 
-DIGEST_OF_TILES = "digest 0c484228ed5c9ff8"  # of a Xeon's
+DIGEST_OF_TILES = "digest 1a4b7ff81fa3445f"  # of a Xeon's
 
 
 def run_program(source, compiler, flags, emulator=()):

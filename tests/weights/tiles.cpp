@@ -102,7 +102,8 @@ void few_bits(int64_t columns) {
   });
 }
 
-void attention(int64_t d, int64_t start, int64_t window, bool is_spoilt) {
+template <class Number>
+void attention(ScalarType type, int64_t d, int64_t start, int64_t window, bool is_spoilt) {
   constexpr int64_t tokens = 21, heads = 3;
   const std::vector<float> queries = numbers(tokens * heads * d);
   std::vector<float> keys = numbers(SPAN * d);
@@ -111,12 +112,15 @@ void attention(int64_t d, int64_t start, int64_t window, bool is_spoilt) {
     keys[(start + 5) * d] = NAN;
     values[(start + 9) * d + 1] = INFINITY;
   }
+  std::vector<Number> cached_keys(SPAN * d);
+  std::vector<Number> cached_values(SPAN * d);
+  CachedHead cached(cached_keys.data(), cached_values.data(), type, d);
+  for (int64_t position = 0; position < SPAN; position++) cached.write(position, &keys[position * d], &values[position * d]);
   auto attend = [&](int64_t first, int64_t n, std::vector<float>& memory) {
     std::vector<Attended> attended(n * heads);
     memory.resize(n * heads * d);
     for (int64_t i = 0; i < n * heads; i++) attended[i].values = &memory[i * d];
-    attend_to_span_by_tiles(&queries[first * heads * d], n, heads, d, start + first, window, keys.data(), values.data(), 0,
-                            attended.data());
+    attend_to_span_by_tiles(&queries[first * heads * d], n, heads, d, start + first, window, cached, 0, attended.data());
     std::vector<float> sums;
     for (const Attended& each : attended) sums.push_back(each.sum);
     return sums;
@@ -154,6 +158,10 @@ int main() {
   [&]<size_t... I>(std::index_sequence<I...>) { (few_bits<I>(256), ...); }(std::make_index_sequence<std::size(FORMATS)>());
   for (int64_t d : {10, 64, 80})
     for (int64_t window : {0, 70})
-      for (bool is_spoilt : {false, true}) attention(d, 300, window, is_spoilt);
+      for (bool is_spoilt : {false, true}) {
+        attention<float>(ScalarType::Float, d, 300, window, is_spoilt);
+        attention<Half>(ScalarType::Half, d, 300, window, is_spoilt);
+        attention<BFloat16>(ScalarType::BFloat16, d, 300, window, is_spoilt);
+      }
   std::printf("digest %016llx\n", static_cast<unsigned long long>(digest));
 }

@@ -23,8 +23,8 @@ struct Attended {
   // `scale_new`, and adds them.
   void extend(const Attended& added, float& scale_old, float& scale_new) {
     const float new_largest = std::max(largest, added.largest);
-    scale_old = std::exp(largest - new_largest);
-    scale_new = std::exp(added.largest - new_largest);
+    scale_old = largest == new_largest ? 1.0f : std::exp(largest - new_largest);
+    scale_new = added.largest == new_largest ? 1.0f : std::exp(added.largest - new_largest);
     largest = new_largest;
     sum = scale_old * sum + scale_new * added.sum;
   }
@@ -65,12 +65,62 @@ constexpr int64_t MOST_QUERIES = LANES == 16 ? 4 : 3;
 constexpr int64_t BATCH = 24;
 typedef float Scores[KEYS + LANES];
 
+// Keys and values of one head of a row, [positions, d] each, in the format of the cache.
+class CachedHead {
+ public:
+  CachedHead(void* keys, void* values, ScalarType type, int64_t d)
+      : keys_(keys), values_(values), type_(type), d_(d),
+        widened_(type == ScalarType::Float ? nullptr : aligned(2 * KEYS * d)) {}
+
+  void write(int64_t position, const float* key, const float* value) {
+    put(keys_, position, key);
+    put(values_, position, value);
+  }
+  // Calls f(keys, values), [number, d] from a position on: as they are, or in float32, widened once for many queries.
+  template <class F>
+  void read(int64_t position, int64_t number, bool is_widened, const F& f) const {
+    with_numbers(type_, keys_, [&]<class Number>(const Number* keys) {
+      keys += position * d_;
+      const Number* values = static_cast<const Number*>(values_) + position * d_;
+      if constexpr (!std::is_same_v<Number, float>)
+        if (is_widened) return f(widened(keys, number, 0), widened(values, number, KEYS * d_));
+      f(keys, values);
+    });
+  }
+
+ private:
+  void put(void* to, int64_t position, const float* numbers) {
+    with_numbers(type_, to, [&]<class Number>(const Number* first) {
+      auto* rounded = const_cast<Number*>(first) + position * d_;
+      for (int64_t j = 0; j < d_; j += LANES) {
+        const int64_t n = std::min(LANES, d_ - j);
+        narrow(widen(numbers + j, n), rounded + j, n);
+      }
+    });
+  }
+  template <class Number>
+  const float* widened(const Number* numbers, int64_t number, int64_t place) const {
+    float* to = reinterpret_cast<float*>(widened_.get()) + place;
+    const int64_t size = number * d_;
+    int64_t j = 0;
+    for (; j + LANES <= size; j += LANES) store(widen(numbers + j), to + j, LANES);
+    if (j < size) store(widen(numbers + j, size - j), to + j, size - j);
+    return to;
+  }
+
+  void* keys_;
+  void* values_;
+  ScalarType type_;
+  int64_t d_;
+  std::unique_ptr<Floats[]> widened_;  // KEYS keys, then as many values
+};
+
 // Scores of Q queries [Q, d] and the keys [first, last) of [KEYS, d]. IS_MULTIPLE: d is a multiple of LANES.
-template <int Q, bool IS_MULTIPLE>
-void score(const float* queries, int64_t d, const float* keys, int64_t first, int64_t last, Scores* scores) {
+template <int Q, bool IS_MULTIPLE, class Number>
+void score(const float* queries, int64_t d, const Number* keys, int64_t first, int64_t last, Scores* scores) {
   for (int64_t key = first; key < last; key += 4) {
     Floats sums[Q * 4] = {};
-    const float* key_rows[4];
+    const Number* key_rows[4];
     for (int i = 0; i < 4; i++) key_rows[i] = keys + std::min(key + i, last - 1) * d;  // a last key stands in
     int64_t j = 0;
     for (; j + LANES <= d; j += LANES) {
@@ -79,7 +129,7 @@ void score(const float* queries, int64_t d, const float* keys, int64_t first, in
       for (int q = 0; q < Q; q++) query[q] = load<Floats>(queries + q * d + j);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        const Floats key_numbers = load<Floats>(key_rows[i] + j);
+        const Floats key_numbers = widen(key_rows[i] + j);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) sums[q * 4 + i] = accumulate(query[q], key_numbers, sums[q * 4 + i]);
       }
@@ -88,7 +138,7 @@ void score(const float* queries, int64_t d, const float* keys, int64_t first, in
       float* four = &scores[q][key];  // scores after the last key are written over
       lane_sums(sums + q * 4, four);
       for (int64_t rest = j; !IS_MULTIPLE && rest < d; rest++)
-        for (int i = 0; i < 4; i++) four[i] += queries[q * d + rest] * key_rows[i][rest];
+        for (int i = 0; i < 4; i++) four[i] += queries[q * d + rest] * float(key_rows[i][rest]);
     }
   }
 }
@@ -102,8 +152,7 @@ Attended weigh(float* scores, int64_t first, int64_t last) {
     const Floats lanes = load<Floats>(scores + key);
     most = lanes > most ? lanes : most;
   }
-  float largest = -INFINITY;
-  for (int64_t i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
+  const float largest = most_of(most);
   for (int64_t key = first; key < last; key += LANES) {
     Floats powers = exponential(load<Floats>(scores + key) - largest);
     for (int64_t i = last - key; i < LANES; i++) powers[i] = 0.0f;
@@ -115,8 +164,8 @@ Attended weigh(float* scores, int64_t first, int64_t last) {
 
 // Adds the values [KEYS, d] of the keys [first, last), times their weights, to the values of Q queries. The sum of a query has
 // `scale_old` [Q] of the old values and `scale_new` [Q] of the new ones.
-template <int Q, bool IS_MULTIPLE>
-void add_values(const Scores* weights, int64_t d, const float* values, int64_t first, int64_t last, const float* scale_old,
+template <int Q, bool IS_MULTIPLE, class Number>
+void add_values(const Scores* weights, int64_t d, const Number* values, int64_t first, int64_t last, const float* scale_old,
                 const float* scale_new, Attended* attended) {
   auto add = [&]<int N>(int64_t j) {
     Floats sums[Q * N] = {};
@@ -126,7 +175,7 @@ void add_values(const Scores* weights, int64_t d, const float* values, int64_t f
       for (int q = 0; q < Q; q++) weight[q] = splat(weights[q][key]);
 #pragma GCC unroll 4
       for (int i = 0; i < N; i++) {
-        Floats value = load<Floats>(values + key * d + j + i * LANES);
+        Floats value = widen(values + key * d + j + i * LANES);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) sums[q * N + i] = accumulate(weight[q], value, sums[q * N + i]);
       }
@@ -143,15 +192,15 @@ void add_values(const Scores* weights, int64_t d, const float* values, int64_t f
   for (; !IS_MULTIPLE && j < d; j++)
     for (int q = 0; q < Q; q++) {
       float sum = 0.0f;
-      for (int64_t key = first; key < last; key++) sum += weights[q][key] * values[key * d + j];
+      for (int64_t key = first; key < last; key++) sum += weights[q][key] * float(values[key * d + j]);
       attended[q].values[j] = scale_old[q] * attended[q].values[j] + scale_new[q] * sum;
     }
 }
 
 // Queries [n, d] over the keys [first, last) of [KEYS, d].
-template <bool IS_MULTIPLE>
-void attend_to_keys(const float* queries, int64_t n, int64_t d, const float* keys, const float* values, int64_t first,
-                     int64_t last, Attended* attended) {
+template <bool IS_MULTIPLE, class Number>
+void attend_to_keys(const float* queries, int64_t n, int64_t d, const Number* keys, const Number* values, int64_t first,
+                    int64_t last, Attended* attended) {
   alignas(64) Scores scores[BATCH];
   float scale_old[BATCH];
   float scale_new[BATCH];
@@ -173,21 +222,24 @@ void attend_to_keys(const float* queries, int64_t n, int64_t d, const float* key
   }
 }
 
-// Queries [T, heads, d] at positions `start` and on over the keys and values [.., d] of a span that begins at `key`. A
-// token sees the keys up to its position; if `window` is not 0, only the last `window` keys.
+// Queries [T, heads, d] at positions `start` and on over the keys and values of a span that begins at `key`. A token sees the
+// keys up to its position; if `window` is not 0, only the last `window` keys.
 void attend_to_span(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
-                    const float* keys, const float* values, int64_t key, Attended* attended) {
+                    const CachedHead& cached, int64_t key, Attended* attended) {
   for (int64_t i = 0; i < tokens * heads; i++) attended[i].clear(d);
-  for (int64_t from = key; from < key + SPAN && from < start + tokens; from += KEYS) {
+  const int64_t end = std::min(key + SPAN, start + tokens);
+  for (int64_t from = key; from < end; from += KEYS) {
     const bool is_past = !window && from + KEYS <= start + 1;  // all tokens see all keys of the chunk
-    for (int64_t t = 0; t < tokens; t += is_past ? tokens : 1) {
-      int64_t last = std::min(KEYS, start + t + 1 - from);
-      int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - from) : 0;
-      if (first >= last) continue;
-      auto* attend = d % LANES == 0 ? attend_to_keys<true> : attend_to_keys<false>;
-      attend(queries + t * heads * d, (is_past ? tokens : 1) * heads, d, keys + from * d, values + from * d, first, last,
-             attended + t * heads);
-    }
+    if (window && from + KEYS <= start + 1 - window) continue;  // no token sees one
+    cached.read(from, std::min(KEYS, end - from), tokens * heads > 2 * MOST_QUERIES, [&]<class Number>(const Number* keys, const Number* values) {
+      for (int64_t t = 0; t < tokens; t += is_past ? tokens : 1) {
+        int64_t last = std::min(KEYS, start + t + 1 - from);
+        int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - from) : 0;
+        if (first >= last) continue;
+        auto* attend = d % LANES == 0 ? attend_to_keys<true, Number> : attend_to_keys<false, Number>;
+        attend(queries + t * heads * d, (is_past ? tokens : 1) * heads, d, keys, values, first, last, attended + t * heads);
+      }
+    });
   }
 }
 }  // namespace

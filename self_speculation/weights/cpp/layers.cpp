@@ -257,16 +257,16 @@ class Pass {
     const int64_t key = span * SPAN;
     if (span >= num_spans) return;
     const int64_t num_queries = row.tokens * group_size_;  // that share keys
-    auto cached = [&](size_t which) {
-      const Tensor& cache = caches_[2 * index + which];
-      return static_cast<float*>(cache.mutable_data_ptr()) + (row.slot * kv_heads_ + head) * cache.size(2) * d_;
+    auto cache = [&](size_t which) {
+      const Tensor& all = caches_[2 * index + which];
+      return static_cast<char*>(all.mutable_data_ptr()) + (row.slot * kv_heads_ + head) * all.size(2) * d_ * int64_t(all.element_size());
     };
-    float* keys = cached(0);
-    float* values = cached(1);
+    CachedHead cached(cache(0), cache(1), caches_[2 * index].scalar_type(), d_);
     auto* cosines = static_cast<const float*>(rotations_[layer.rotation].const_data_ptr());
     const float* sines = cosines + rotations_[layer.rotation].size(1) * d_;
     std::unique_ptr<float[]> queries(new float[num_queries * d_]);
     std::unique_ptr<float[]> normed(new float[d_]);
+    std::unique_ptr<float[]> turned(new float[d_]);
     auto turn = [&](const float* x, const Norm& norm, int64_t position, float factor, float* to) {
       if (norm.weight) {
         norm(x, normed.get());
@@ -280,13 +280,13 @@ class Pass {
       for (int64_t i = 0; i < group_size_; i++)
         turn(joint + (head * group_size_ + i) * d_, layer.query_norm, position, layer.scaling, &queries[(t * group_size_ + i) * d_]);
       if (position / SPAN != span) continue;
-      turn(joint + (heads_ + head) * d_, layer.key_norm, position, 1.0f, keys + position * d_);
-      std::copy_n(joint + (heads_ + kv_heads_ + head) * d_, d_, values + position * d_);
+      turn(joint + (heads_ + head) * d_, layer.key_norm, position, 1.0f, turned.get());
+      cached.write(position, turned.get(), joint + (heads_ + kv_heads_ + head) * d_);
     }
     Attended* partial = &partial_[(first * heads_ + head * num_queries) * spans_];
     const bool by_tiles = HAS_TILES && in_bfloat16_ && layer.query.type != ScalarType::Float;
     auto* attend = by_tiles ? attend_to_span_by_tiles : attend_to_span;
-    attend(queries.get(), row.tokens, group_size_, d_, row.start, layer.window, keys, values, key, partial + span * num_queries);
+    attend(queries.get(), row.tokens, group_size_, d_, row.start, layer.window, cached, key, partial + span * num_queries);
     if (finished_[index * rows_.size() * kv_heads_ + row_head].fetch_add(1, std::memory_order_acq_rel) + 1 < num_spans) return;
     for (int64_t i = 0; i < num_queries; i++) {  // the last one to finish adds up all spans, in their order
       Attended& total = partial[i];

@@ -9,8 +9,9 @@ constexpr int64_t KEY_TILES = KEYS / tiles::ROWS;
 constexpr int64_t VALUE_TILES = KEYS / tiles::COLUMNS;  // along the keys
 
 // Numbers [j, j + LANES) of a row of d, then zeros.
-Floats row_numbers(const float* row, int64_t j, int64_t d) {
-  if (j + LANES <= d) return load<Floats>(row + j);
+template <class Number>
+Floats row_numbers(const Number* row, int64_t j, int64_t d) {
+  if (j + LANES <= d) return widen(row + j);
   return j < d ? widen(row + j, d - j) : Floats{};
 }
 
@@ -31,7 +32,8 @@ class KeyTiles {
   bool is_spoilt() const { return is_spoilt_; }
 
   // `number` keys and values [number, d].
-  void pack(const float* keys, const float* values, int64_t number) {
+  template <class Number>
+  void pack(const Number* keys, const Number* values, int64_t number) {
     for (int64_t key = 0; key < KEYS; key++)
       for (int64_t step = 0; step < steps_; step++) {
         auto half = [&](int64_t j) { return key < number ? row_numbers(keys + key * d_, step * tiles::COLUMNS + j, d_) : Floats{}; };
@@ -104,8 +106,8 @@ class QueryTile {
   }
 
   // Adds KEYS keys from position `from` on. Without IS_MASKED all queries see all keys.
-  template <bool IS_MASKED>
-  void add(const KeyTiles& keys, const float* values, int64_t from, int64_t number) {
+  template <bool IS_MASKED, class Number>
+  void add(const KeyTiles& keys, const Number* values, int64_t from, int64_t number) {
     alignas(64) Floats scores[KEYS];
     alignas(64) Ints weights[KEYS / 2];
     score(keys, scores);
@@ -208,10 +210,11 @@ class QueryTile {
   }
 
   // Queries that see an infinite value, or NaN, have NaN there.
-  void spoil(const float* values, int64_t from, int64_t number) {
+  template <class Number>
+  void spoil(const Number* values, int64_t from, int64_t number) {
     for (int64_t key = 0; key < number; key++)
       for (int64_t j = 0; j < d_; j++)
-        if (!std::isfinite(values[key * d_ + j])) sums_[j] = sees(from + key) ? splat(NAN) : sums_[j];
+        if (!std::isfinite(float(values[key * d_ + j]))) sums_[j] = sees(from + key) ? splat(NAN) : sums_[j];
   }
 
   int64_t d_;
@@ -226,7 +229,7 @@ class QueryTile {
 
 // As `attend_to_span`.
 void attend_to_span_by_tiles(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
-                             const float* keys, const float* values, int64_t key, Attended* attended) {
+                             const CachedHead& cached, int64_t key, Attended* attended) {
   const int64_t number = tokens * heads;
   const int64_t end = std::min(key + SPAN, start + tokens);
   std::vector<QueryTile> query_tiles;
@@ -237,17 +240,20 @@ void attend_to_span_by_tiles(const float* queries, int64_t tokens, int64_t heads
   }
   KeyTiles packed(d);
   for (int64_t from = key; from < end; from += KEYS) {
+    if (window && from + KEYS <= start + 1 - window) continue;  // no query sees a key
     const int64_t num_keys = std::min(KEYS, end - from);
-    packed.pack(keys + from * d, values + from * d, num_keys);
-    for (int64_t tile = 0; tile < int64_t(query_tiles.size()); tile++) {
-      const int64_t first = start + tile * tiles::ROWS / heads;
-      const int64_t last = start + std::min(tile * tiles::ROWS + tiles::ROWS - 1, number - 1) / heads;
-      const bool is_seen = from <= last && !(window && from + KEYS <= first - window + 1);
-      const bool is_masked = window || from + KEYS - 1 > first;
-      if (!is_seen) continue;
-      auto add = is_masked ? &QueryTile::add<true> : &QueryTile::add<false>;
-      (query_tiles[tile].*add)(packed, values + from * d, from, num_keys);
-    }
+    cached.read(from, num_keys, false, [&]<class Number>(const Number* keys, const Number* values) {
+      packed.pack(keys, values, num_keys);
+      for (int64_t tile = 0; tile < int64_t(query_tiles.size()); tile++) {
+        const int64_t first = start + tile * tiles::ROWS / heads;
+        const int64_t last = start + std::min(tile * tiles::ROWS + tiles::ROWS - 1, number - 1) / heads;
+        const bool is_seen = from <= last && !(window && from + KEYS <= first - window + 1);
+        const bool is_masked = window || from + KEYS - 1 > first;
+        if (!is_seen) continue;
+        auto add = is_masked ? &QueryTile::add<true, Number> : &QueryTile::add<false, Number>;
+        (query_tiles[tile].*add)(packed, values, from, num_keys);
+      }
+    });
   }
   for (int64_t tile = 0; tile < int64_t(query_tiles.size()); tile++)
     query_tiles[tile].finish(std::min(tiles::ROWS, number - tile * tiles::ROWS), attended + tile * tiles::ROWS);

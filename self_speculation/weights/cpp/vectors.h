@@ -60,9 +60,16 @@ int64_t round_up(int64_t number, int64_t unit) { return (number + unit - 1) / un
 // LANES numbers in the format of a weight or a norm.
 Floats widen(const float* from) { return load<Floats>(from); }
 Floats widen(const BFloat16* from) { return (Floats)(__builtin_convertvector(load<Shorts>(from), Ints) << 16); }
+// LANES numbers rounded to nearest even; subnormal numbers stay. NaN is quiet.
+Shorts to_bfloat16_bits(Floats x) {
+  const Ints bits = (Ints)x;
+  const Ints rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+  return __builtin_convertvector(rounded >> 16, Shorts);
+}
 #ifdef __AVX512VNNI__
 constexpr bool TAKES_EIGHT_BITS = true;  // `dot` takes quants above 127
 Floats widen(const Half* from) { return _mm512_cvtph_ps(load<__m256i>(from)); }
+Shorts to_half_bits(Floats x) { return (Shorts)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 Floats widen(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // Adds four quants times four inputs, in each lane. `total` follows up to 8 calls for quants of 4 bits, 4 calls for 5 bits and
@@ -71,10 +78,12 @@ Ints dot(Ints sums, Bytes quants, int32_t x) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)quants, _mm512_set1_epi32(x));
 }
 Ints total(Ints sums) { return sums; }
+float most_of(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
 __m256 folded(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 #elif defined(__AVX2__)
 constexpr bool TAKES_EIGHT_BITS = false;
 Floats widen(const Half* from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
+Shorts to_half_bits(Floats x) { return (Shorts)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 Floats widen(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 // Two sums of 16 bits for each lane, of 16 products of 15 * 127, 8 of 31 * 127, or 4 of 63 * 127.
@@ -85,10 +94,9 @@ Ints total(Ints sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set
 __m256 folded(Floats x) { return x; }
 #else
 constexpr bool TAKES_EIGHT_BITS = false;
-Floats widen(const Half* from) {
-  typedef _Float16 Halves VECTOR(2);
-  return __builtin_convertvector(load<Halves>(from), Floats);
-}
+typedef _Float16 Halves VECTOR(2);
+Floats widen(const Half* from) { return __builtin_convertvector(load<Halves>(from), Floats); }
+Shorts to_half_bits(Floats x) { return (Shorts)__builtin_convertvector(x, Halves); }
 Floats widen(const int8_t* from) {
   typedef int8_t Signed VECTOR(1);
   return __builtin_convertvector(load<Signed>(from), Floats);
@@ -202,6 +210,14 @@ struct Split {
   }
 };
 
+#ifndef __AVX512VNNI__
+float most_of(Floats x) {  // of numbers, without NaN
+  float most = x[0];
+  for (int64_t i = 1; i < LANES; i++) most = std::max(most, x[i]);
+  return most;
+}
+#endif
+
 // Transposes [16, LANES] where a vector has 16 numbers.
 #ifdef __AVX512F__
 INLINE void transpose(Ints* rows) {
@@ -251,6 +267,17 @@ Floats widen(const Number* from, int64_t n) {
   Number padded[LANES] = {};
   std::memcpy(padded, from, n * sizeof(Number));
   return widen(padded);
+}
+// The first n numbers, rounded. A number beyond float16's range becomes a NaN that no arithmetic makes.
+void narrow(Floats numbers, float* to, int64_t n) { std::memcpy(to, &numbers, n * sizeof(float)); }
+void narrow(Floats numbers, BFloat16* to, int64_t n) {
+  const Shorts bits = to_bfloat16_bits(numbers);
+  std::memcpy(to, &bits, n * sizeof(bits[0]));
+}
+void narrow(Floats numbers, Half* to, int64_t n) {
+  Shorts bits = to_half_bits(numbers);
+  bits |= (Shorts)((bits & 0x7fff) == 0x7c00) & 0x7fff;
+  std::memcpy(to, &bits, n * sizeof(bits[0]));
 }
 void store(Floats numbers, float* to, int64_t n) {
   if (n == LANES) std::memcpy(to, &numbers, sizeof(numbers));
