@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -27,11 +26,10 @@ class AsyncRead:
         self._sizes = [part.numel() for part in numbers]
         self._values = values = torch.cat([part.flatten().float() for part in numbers])
         self._numbers: list[list[float]] | None = None
-        self._copied: torch.cuda.Event | None = None
         if values.device.type == "cuda":
             on_host = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
             self._values = on_host.copy_(values, non_blocking=True)
-            self._copied = _event(values.device)
+        self._copied = _event(values.device)
 
     def wait(self) -> list[list[float]]:
         """The numbers of each tensor."""
@@ -42,27 +40,18 @@ class AsyncRead:
         return self._numbers
 
 
-class Known(NamedTuple):
-    """Numbers that the host has already, with the interface of an `AsyncRead`."""
-
-    numbers: Sequence[float]
-
-    def wait(self) -> list[Sequence[float]]:
-        return [self.numbers]
-
-
 class Stopwatch:
     """Two consecutive intervals. A GPU may still be busy with the first when `split` marks the end of it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._began = time.perf_counter()
-        self._start = self._event()
+        self._start = _event(device, enable_timing=True)
 
     def split(self) -> None:
         """End the first interval after the work that the GPU has so far."""
         self._split_at = time.perf_counter()
-        self._split = self._event()
+        self._split = _event(self._device, enable_timing=True)
 
     def stop(self) -> tuple[float, float]:
         """Seconds of both. Call it after a read, when the GPU is done."""
@@ -72,12 +61,13 @@ class Stopwatch:
             first = self._start.elapsed_time(self._split) / 1000
         return first, max(0.0, total - first)
 
-    def _event(self) -> torch.cuda.Event | None:
-        return _event(self._device, enable_timing=True) if self._device.type == "cuda" else None
 
-
-def _event(device: torch.device, enable_timing: bool = False) -> torch.cuda.Event:
-    """An event on the stream of this device. The default is the stream of the current GPU, maybe another."""
+def _event(device: torch.device, enable_timing: bool = False) -> torch.cuda.Event | None:
+    """An event on the stream of this device; None: it is no GPU of CUDA. The default is the stream of the
+    current GPU, which may be another.
+    """
+    if device.type != "cuda":
+        return None
     event = torch.cuda.Event(enable_timing=enable_timing)
     event.record(torch.cuda.current_stream(device))
     return event

@@ -115,8 +115,8 @@ class Batch:
         if any(self.sequences[row].reads_draft for row in rows):
             reading = AsyncRead([tokens])
         for i, row in enumerate(rows):
-            readings = [] if reading is None else [(reading, i)]
-            self.sequences[row].write_drafted(tokens[i : i + 1], position, readings)
+            drafted = [] if reading is None else [(reading, i)]
+            self.sequences[row].write_drafted(tokens[i : i + 1], position, drafted)
         if not reads_late(tokens.device):
             self.show_drafts()
 

@@ -18,7 +18,7 @@ from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request, as_list
 from self_speculation.decoding.sampling import Sampler, noise_key
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
-from self_speculation.transfers import AsyncRead, Known, on_device
+from self_speculation.transfers import AsyncRead, on_device
 
 _NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
 _NO_TOKEN = "no token can be picked: the largest logit is infinite; do logits processors forbid every token?"
@@ -143,8 +143,8 @@ class Sequence:
         self.draft_stats = DraftStats() if has_drafts else None
         self.processors = request.processors(config)
         self._has_grammar = any(hasattr(processor, "masked") for processor in self.processors)
-        # For each token of this round's draft: a read of several tokens, and the index of the token in it.
-        self._drafted: list[tuple[AsyncRead | Known, int]] = []
+        # This round's draft: ids that the host knows, or a read of several and the index of one.
+        self._drafted: list[int | tuple[AsyncRead, int]] = []
         self._ids = torch.empty(1, self.limits.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(self.prompt)] = on_device(self.prompt, device)
 
@@ -237,21 +237,24 @@ class Sequence:
         return self._has_grammar or self._stream.shows_drafts
 
     def write_drafted(
-        self, tokens: Tensor, position: int, readings: abc.Iterable[tuple[AsyncRead | Known, int]]
+        self, tokens: Tensor, position: int, drafted: abc.Iterable[int | tuple[AsyncRead, int]]
     ) -> None:
         """Write drafted tokens [n] from position 0, 1, ... on if processors read them.
 
         Args:
-            readings: of each token, a read and an index in it; none: nobody needs them.
+            drafted: each token as an id, or as a read and an index in it; none: the host needs no id.
         """
         if self.processors:
             start = self.length + position
             self._ids[0, start : start + len(tokens)] = tokens
-        self._drafted.extend(readings)
+        self._drafted.extend(drafted)
 
     def _drafted_ids(self, count: int | None = None) -> list[int]:
         """The first ids of this round's draft, by the reads that are still to come."""
-        return [int(reading.wait()[0][index]) for reading, index in self._drafted[:count]]
+        return [
+            int(each[0].wait()[0][each[1]]) if isinstance(each, tuple) else each
+            for each in self._drafted[:count]
+        ]
 
     def show_draft(self) -> None:
         """Stream what is drafted and not shown yet, up to an end id."""

@@ -14,7 +14,7 @@ from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Matc
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes.captured_runner import num_captures
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.transfers import Known, Stopwatch, on_device
+from self_speculation.transfers import Stopwatch, on_device
 
 
 class DraftComposer:
@@ -117,7 +117,7 @@ def _with_lookups(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None
     looked_up = on_device([id_ for found in ids for id_ in found], batch.last.device)
     each = zip(batch.sequences, ids, looked_up.split([*map(len, ids)]), strict=True)
     for sequence, known, on_gpu in each:
-        sequence.write_drafted(on_gpu, 0, [(Known(known), i) for i in range(len(known))])
+        sequence.write_drafted(on_gpu, 0, known)
     if not reads_late(looked_up.device):
         batch.show_drafts()
     rows = [*enumerate(matches)]
