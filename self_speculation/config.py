@@ -203,7 +203,7 @@ class GenerationConfig:
     """Token ids that end the output, besides the EOS ids of tokenizer and model."""
     draft_weights: DraftWeights = field(default="exact", metadata=_DRAFTS)
     """int4: draft with a copy of layers and head in four bits, which takes 0.63 bytes for each of their
-    weights; exit_layer may be all layers. exact: the model's own."""
+    weights; exit_layer may be all layers. exact: the model's."""
     prompt_lookup: int = field(default=0, metadata=_DRAFTS)
     """Find the last tokens, up to this many, earlier in prompt and output; draft what followed; 0: off."""
     reuse_cache: bool = False
@@ -308,18 +308,18 @@ class LoadingOptions:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Passed to `from_pretrained`."""
     trust_remote_code: bool = False
-    """Execute Python code from the model's repository; trust it as you trust its author."""
+    """Execute Python code from the model's repository; trust it as you trust the author."""
     seed: int = 42
     """Seed of all random generators."""
     dtype: DtypeName = "auto"
-    """Number format of weights; auto: the checkpoint's own, those of a .gguf file in its own few bits, on a
+    """Number format of weights; auto: the checkpoint's, those of a .gguf file in the file's few bits, on a
     GPU in half; half: bfloat16 if the device computes in it, else float16. A CPU multiplies 16-bit weights by
     float32 activations."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one; split: some layers on each GPU, and the rest in
     memory."""
     quantization: Quantization = "none"
-    """Hold the layers' weights in this many bits: on a CPU rounded for its operators, on a GPU by torchao
+    """Hold the layers' weights in this many bits: on a CPU rounded for the operators, on a GPU by torchao
     (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by transformers' layers."""

@@ -201,7 +201,7 @@ class Scheduler(Generic[Key]):
 
     def _rehearse(self, decoding: Decoding, num_rows: int, longest_draft: int) -> None:
         """Do a round of so many rows with drafts of this length."""
-        prompt = [0, 0, 0]  # n-grams find its end in it
+        prompt = [0, 0, 0]  # n-grams find the end in it
         max_steps = longest_draft + 2
         config = replace(self._config, max_steps=max_steps)
         batch = Batch(self._device, longest_draft)

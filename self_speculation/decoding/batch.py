@@ -161,7 +161,7 @@ class Batch:
         self.commit_unread()
         self.last = tokens
         self._unread = (reading, logits)
-        # The host decides nothing about the next pass if every row goes on whatever its token is.
+        # The host decides nothing about the next pass if every row goes on whatever the token is.
         all_go_on = all(sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)
         if not (all_go_on and reads_late(self.last.device)):
             self.commit_unread()

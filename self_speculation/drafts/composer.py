@@ -109,7 +109,7 @@ class DraftComposer:
 
 
 def _with_lookups(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None]) -> Draft:
-    """A draft with the ids of a match in each row that has one. A row without a match keeps its draft.
+    """A draft with the ids of a match in each row that has one. A row without a match keeps the draft.
 
     All layers verify it, since no layer has processed all rows. Reads nothing from the device.
     """

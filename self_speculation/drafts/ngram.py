@@ -15,7 +15,7 @@ _END = -1
 class NgramIndex:
     """The text of a sequence (prediction, prompt and output), and where the end of it occurred before.
 
-    Maps every n-gram to the position after its last occurrence; n-grams of the prediction keep the first one.
+    Maps every n-gram to the position after the last occurrence; n-grams of the prediction keep the first one.
     A token is added in constant time. A match of the longest n-gram goes on while the output does as the text
     did, however often the n-gram occurs: so the next one of many equal lines is found.
 

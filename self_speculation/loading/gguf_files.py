@@ -41,7 +41,7 @@ _DENSE = {
 # Divisors of frequencies: for any length, within the original context, and beyond it.
 ROTATION_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
-# Types of values: the number of a type is an index into these codes of `struct`; 8 is a string, 9 an array.
+# Types of values: the number of a type is an index into codes of `struct`; 8 is a string, 9 an array.
 _NUMBERS = "BbHhIif?__Qqd"
 _STRING = 8
 _ARRAY = 9
@@ -236,7 +236,7 @@ def read_tensor(path: Path, tensor: TensorInFile, dtype: torch.dtype) -> Tensor:
     start = tensor.start
     for rows in weight.split(max(1, _AT_A_TIME // row)):
         # Read, not mapped: pages of a mapping count as memory of this process. gguf dequantises 16 rows at a
-        # time; these are one row of many blocks.
+        # time; here is one row of many blocks.
         blocks = np.fromfile(path, np.uint8, len(rows) * row_bytes, offset=start)[None]
         numbers = torch.from_numpy(gguf.dequantize(blocks, tensor.kind)).view(rows.shape)
         rows.copy_(numbers)

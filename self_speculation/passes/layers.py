@@ -74,7 +74,7 @@ class PlainLayer(Layer):
             hidden.view(context.rows, context.width, -1),
             attention_mask=context.mask,
             position_embeddings=context.rotary,
-            cache=context,  # for its `update`
+            cache=context,  # for `update`
             use_cache=True,
         ).flatten(0, 1)
 
@@ -157,7 +157,7 @@ class FusedWeights:
 
     Attributes:
         token: equal to no other one, as long as it is kept.
-        replaced: module of the model -> layer or head of this library in its place; `lm_head` -> head.
+        replaced: module of the model -> layer or head of this library; `lm_head` -> head.
         dtype: of activations, keys, values and logits.
         copies: of products, in four bits.
         counts_writes: whether torch counts writes to all weights.

@@ -190,7 +190,7 @@ class ModelRunner:
 
 def run_through(
     layers: Sequence[tuple[Any, AttentionType]],
-    make: Callable[[AttentionType], Any],  # the context that these layers take
+    make: Callable[[AttentionType], Any],  # the context that the layers take
     hidden: Tensor,
 ) -> Tensor:
     """[B, T, H] through layers. Layers of one type share a context."""

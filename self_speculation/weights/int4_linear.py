@@ -119,7 +119,7 @@ def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         mean_quant = weighted.sum(2, keepdim=True)
         variance = ((weighted * quants).sum(2, keepdim=True) - mean_quant.square()).clamp(min=1e-12)
         covariance = (weighted * groups).sum(2, keepdim=True) - mean_quant * mean
-        # Least squares for these quants lower the weighted error by covariance^2 / variance.
+        # Least squares for the quants lower the weighted error by covariance^2 / variance.
         fits.append((covariance.square() / variance, covariance / variance, mean_quant))
     gains, scales, mean_quants = map(torch.stack, zip(*fits, strict=True))
     best = gains.argmax(0, keepdim=True)
