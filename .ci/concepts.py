@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 984, "classes": 194, "parameters": 2111}
+LIMITS = {"functions": 982, "classes": 193, "parameters": 2109}
 
 
 def count() -> dict[str, int]:
