@@ -67,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.served_name or (path.resolve().name if path.exists() else model_args.model_name)
     address, port = listener.getsockname()[:2]
     app = App(ServedModel(generator, engine, config, args, name), address)
-    with suppress(ValueError):  # it has no fast tokenizer
-        generator.tokenize(Request("", grammar=Grammar.json_schema({})), config)  # the first one takes longer
+    # The first grammar takes longer. There may be no fast tokenizer, or the machine may be too busy now.
+    with suppress(ValueError, ChildProcessError):
+        generator.tokenize(Request("", grammar=Grammar.json_schema({})), config)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -91,7 +91,7 @@ def test_more_threads_than_processors_are_warned_of(number, warns, monkeypatch, 
 
 def test_others_are_told_of_once(capsys):
     """Guards against a slow program that says nothing, and one that says it again and again."""
-    governor = Mock(others=1.26, num_processors=2, num_threads=1, most=2)
+    governor = Mock(num_taken=1.26, num_processors=2, num_threads=1, most=2)
     tell_of_fewer_threads(governor)
     tell_of_fewer_threads(governor)
     warning = (

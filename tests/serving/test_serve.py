@@ -13,7 +13,7 @@ import openai
 import pytest
 import requests
 from conftest import ROOT
-from helpers import refused
+from helpers import refused, write_program
 from openai import OpenAI
 from servers import raw_request
 
@@ -26,11 +26,11 @@ FLAGS = [
 
 
 @contextlib.contextmanager
-def serving(*args, port=0, env=None, lines=None):
+def serving(*args, port=0, env=None, lines=None, program=ROOT / "serve.py"):
     """Run the script. Yields the process, the model's name and the URL. `lines` gets standard error."""
     with tempfile.TemporaryFile() as stderr:
         flags = [*FLAGS, "--port", port, *args]
-        script = forks.Fork(ROOT / "serve.py", *flags, stderr=stderr.fileno(), env=env)
+        script = forks.Fork(program, *flags, stderr=stderr.fileno(), env=env)
         try:
             while not (found := re.search(r'serving (\S+) at (http://[^\s"]+)["\n]', forks.read(stderr))):
                 assert script.poll() is None, forks.read(stderr)
@@ -65,6 +65,27 @@ def test_a_server_from_its_start_to_its_end():
         assert script.wait() == 0
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
+
+
+WITHOUT_SANDBOX = """
+from unittest.mock import patch
+import serve
+from self_speculation.decoding.grammar_sandbox import GrammarSandbox
+with patch.object(GrammarSandbox, "_start", side_effect=BrokenPipeError):
+    sys.exit(serve.main())
+"""
+
+
+def test_a_machine_that_is_too_busy_for_grammars(tmp_path):
+    """Guards against a server that does not start because the process that tries grammars does not answer."""
+    with serving(program=write_program(tmp_path, WITHOUT_SANDBOX)) as (script, _, url):
+        body = {"prompt": "def", "max_tokens": 3}
+        assert requests.post(f"{url}/v1/completions", json=body, timeout=60).ok
+        schema = {"structured_outputs": {"json": {"type": "object"}}}
+        answer = requests.post(f"{url}/v1/completions", json=body | schema, timeout=60)
+        assert answer.status_code == 503
+        script.send_signal(signal.SIGTERM)
+        assert script.wait() == 0
 
 
 def test_flags_by_variables_and_lines_as_objects():
