@@ -87,6 +87,36 @@ def test_ids_are_those_of_eager_passes(way, graphs):
 
 
 @pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("way", ["plain", "n-grams", "adaptive"])
+def test_rounds_before_the_first_request_leave_nothing(way):
+    """Guards against a prefix whose keys the rounds have overwritten, against draws of torch's generator, and
+    against rows or keys that the first request meets.
+    """
+    model = card_llama(4)
+
+    def scheduler():
+        shared = {"sample": True, "temperature": 0.7, "reuse_cache": True}
+        return scheduler_of(model, 2, **{**shared, **WAYS[way]})
+
+    def answer(scheduler):
+        scheduler.add_request(0, Request(PROMPT * 2, seed=0))
+        return drained(scheduler)[0]
+
+    expected = answer(scheduler()).predicted_tokens
+    capture_decoding(model)
+    answer(scheduler())  # leaves a prefix
+    state = torch.random.get_rng_state()
+    rehearsed = scheduler()
+    rehearsed.run_every_pass(100)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    buffers = rehearsed._ensure_prepared().cache.buffers
+    assert not any(part.count_nonzero() for part in buffers.all())
+    result = answer(rehearsed)
+    assert result.predicted_tokens == expected
+    assert result.num_cached_tokens == 0
+
+
+@pytest.mark.usefixtures("graphs")
 def test_a_lost_cache_is_not_written_to():
     """Guards against a chunk of a prompt in the cache of a generation that began later."""
     model = card_llama()
