@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 982, "classes": 193, "parameters": 2109}
+LIMITS = {"functions": 986, "classes": 193, "parameters": 2116}
 
 
 def count() -> dict[str, int]:

@@ -323,9 +323,10 @@ class LoadingOptions:
     (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by transformers' layers."""
-    compile: bool = False
-    """On a GPU, capture the decoding passes as CUDA graphs: this takes some seconds and then less time per
-    token."""
+    compile: bool | None = None
+    """On a GPU, capture the decoding passes as CUDA graphs: each takes tenths of a second when it first runs,
+    and then less time per token. A model decodes one batch at a time then. Without it, scripts do so where it
+    is possible."""
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))

@@ -9,6 +9,7 @@ drafts, such as `assistant_model` and `prompt_lookup_num_tokens`, are ignored: t
 """
 
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,14 @@ _METHODS = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "a
 
 # Arguments of the model that are used here, or do not change the text.
 _ACCEPTED = {"attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", *_NOT_RETURNED}
+
+# Rules of our sampler, which applies the last one of this list first, as transformers does.
+_RULES = {
+    transformers.MinPLogitsWarper: "min_p",
+    transformers.TopPLogitsWarper: "top_p",
+    transformers.TopKLogitsWarper: "top_k",
+    transformers.TemperatureLogitsWarper: "temperature",
+}
 
 # Processors with a state, which rejected drafts would change.
 _STATEFUL = {
@@ -97,15 +106,18 @@ def self_speculative_generate(
     if early is not None and drafting.get("generation_strategy") != "adaptive":
         length = generation_config.num_assistant_tokens  # 20 by default
         drafting = {"exit_layer": early, "num_speculations": length, **drafting}
+    eos_criteria = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
+    criteria = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
+    processors = [*logits_processor]
+    rules = {"temperature": 1.0, "top_p": 1.0}  # those of the config are processors
+    if generation_config.do_sample and not criteria:  # a criterion sees processed logits
+        processors, found = _split_rules(processors)
+        rules |= found
     config = GenerationConfig(
         max_steps=max(1, max_length - input_ids.shape[1]),  # criteria are checked after the first token
         sample=bool(generation_config.do_sample),
-        temperature=1.0,  # a processor applies it, like top-k and top-p
-        top_p=1.0,
-        **{"generation_strategy": "self_speculative", **drafting},
+        **{"generation_strategy": "self_speculative", **drafting, **rules},
     )
-    eos_criteria = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
-    criteria = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     if streamer is not None and not hasattr(streamer, "delete"):
         # Streamers of transformers expect one token at a time, and end ids. A strategy streams an end id only
         # if a criterion ends the output.
@@ -114,7 +126,7 @@ def self_speculative_generate(
         criteria = [*eos_criteria, *criteria]
         eos_criteria = []
     end_ids = [id_ for criterion in eos_criteria for id_ in criterion.eos_token_id.tolist()]
-    request = Request(input_ids[0].tolist(), logits_processor, criteria, streamer, eos_token_ids=end_ids)
+    request = Request(input_ids[0].tolist(), processors, criteria, streamer, eos_token_ids=end_ids)
     strategy = make_strategy(config.generation_strategy)
     result = single_result(strategy.generate_batch(model, [request], config, batch_size=1))
     if result.stop_reason == "context":
@@ -122,6 +134,26 @@ def self_speculative_generate(
     end_id = [] if result.end_token_id is None else [result.end_token_id]
     sequences = torch.cat([input_ids, input_ids.new_tensor([[*result.predicted_tokens, *end_id]])], dim=1)
     return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
+
+
+def _split_rules(
+    processors: list[LogitsProcessor],
+) -> tuple[list[LogitsProcessor], dict[str, Any]]:
+    """The processors without the last ones that are rules of our sampler, and these rules by their names: as
+    processors they sort the vocabulary for every token, drafted ones too.
+    """
+    left = [*processors]
+    rules: dict[str, Any] = {}
+    for kind, name in _RULES.items():
+        if left and type(left[-1]) is kind and _removes_others(left[-1]):
+            rules[name] = getattr(left.pop(), name)
+    return left, rules
+
+
+def _removes_others(rule: Any) -> bool:
+    """Whether what a rule leaves out cannot be drawn."""
+    is_removed = getattr(rule, "filter_value", -math.inf) == -math.inf
+    return is_removed and getattr(rule, "min_tokens_to_keep", 1) == 1
 
 
 def _refusals(

@@ -63,12 +63,12 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     largest, ids, drafted = read.wait()
     batch.check(largest, widths)  # for NaN
     accepted = leading_matches(drafted, ids, draft.lengths)  # [B]
-    composer.learn(draft, accepted, hidden.split(widths))
+    composer.learn(draft, accepted, hidden)
     cache.rollback([length - number for length, number in zip(draft.lengths, accepted, strict=True)])
-    starts = accumulate(widths[:-1], initial=0)
+    starts = [*accumulate(widths[:-1], initial=0)]
     rows = [[*map(int, ids[at : at + number + 1])] for at, number in zip(starts, accepted, strict=True)]
     last = on_device([row[-1] for row in rows], tokens.device)
-    batch.commit(rows, last, logits.split(widths), draft.lengths, draft.sources)
+    batch.commit(rows, last, logits, starts, draft.lengths, draft.sources)
 
 
 def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,17 @@
 """`self_speculative_generate` returns the ids that `generate` of transformers returns."""
 
+import math
 from unittest.mock import Mock
 
 import pytest
 import torch
+import transformers
 from conftest import in_batch, tiny_llama
 from helpers import watch
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
+    LogitsProcessor,
     MaxLengthCriteria,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
@@ -205,6 +208,48 @@ def test_sampled_ids_are_those_of_the_strategies(drafts):
     drafts = {"custom_generate": self_speculative_generate, **drafts}
     found = tiny_llama().generate(PROMPT, **options, **rules, **drafts)[0, PROMPT.shape[1] :].tolist()
     assert found[: len(plain.predicted_tokens)] == plain.predicted_tokens
+
+
+RULES = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("options", "num_calls"),
+    [
+        (RULES, 0),
+        ({"top_k": 0, "min_p": 0.05}, 0),
+        ({**RULES, "typical_p": 0.9}, 4),  # a rule that the sampler lacks is the last one
+        ({**RULES, "repetition_penalty": 1.2}, 1),
+        (
+            {**RULES, "stopping_criteria": [lambda ids, scores, **_: bool((scores == -math.inf).sum() < 20)]},
+            3,
+        ),
+    ],
+    ids=["all", "min_p", "typical_p", "repetition_penalty", "criterion"],
+)
+def test_the_last_processors_are_rules_of_the_sampler(options, num_calls, monkeypatch):
+    """Guards against a sort of the vocabulary for each drafted token, against a rule that is left out or that
+    comes in another order, and against a criterion that sees logits without them.
+    """
+    model = tiny_llama(agreement="often")
+    kinds = [
+        kind
+        for kind in vars(transformers.generation.logits_process).values()
+        if isinstance(kind, type) and "__call__" in vars(kind) and issubclass(kind, LogitsProcessor)
+    ]
+    called = set()
+    for kind in kinds:
+        watch(monkeypatch, kind, "__call__", lambda processor, *_, **__: called.add(type(processor)))
+
+    def ids():
+        torch.manual_seed(5)
+        given = {"max_new_tokens": 12, "do_sample": True, "eos_token_id": None, **options}
+        return model.generate(PROMPT, pad_token_id=0, **SPECULATION, **given).tolist()
+
+    found = ids()
+    assert len(called) == num_calls
+    monkeypatch.setattr("self_speculation.custom_generate._RULES", {})
+    assert ids() == found
 
 
 def test_assistant_early_exit_and_num_assistant_tokens(rounds):

@@ -176,13 +176,14 @@ class Batch:
             nothing = [None] * len(self)
             num_drafted = [0] * len(self) if self.longest_draft else nothing
             rows = [[int(id_)] for id_ in ids]
-            self.commit(rows, self.last, logits.split(1), num_drafted, nothing)
+            self.commit(rows, self.last, logits, range(len(self)), num_drafted, nothing)
 
     def commit(
         self,
         tokens: abc.Sequence[abc.Sequence[int]],
         last: Tensor,
-        logits: abc.Sequence[Tensor],
+        logits: Tensor,
+        starts: abc.Sequence[int],
         num_drafted: abc.Sequence[int | None],
         sources: abc.Sequence[str | None],
     ) -> None:
@@ -190,10 +191,11 @@ class Batch:
 
         Args:
             last: [B] the last token of each row, on the device.
-            logits: [B] of each row, [n, V] processed, n >= tokens.
+            logits: [N, V] processed.
+            starts: [B] the first of them of each row.
             num_drafted: [B] tokens of a draft; None: no verification.
             sources: [B] names of the draft sources.
         """
         for row, sequence in enumerate(self.sequences):
-            sequence.commit(tokens[row], logits[row], num_drafted[row], sources[row])
+            sequence.commit(tokens[row], logits, starts[row], num_drafted[row], sources[row])
         self.last = last

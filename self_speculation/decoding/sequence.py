@@ -47,16 +47,20 @@ class Limits:
         self.criteria = as_list(request.stopping_criteria)
         self._checks = as_list(request.stop_checks)
 
-    def reached_by(self, sequence: Sequence, logits: Tensor) -> StopReason | None:
-        """Why an output ends after the last token, of processed logits [1, V]; None: it goes on."""
+    def reached_by(self, sequence: Sequence, logits: Tensor, number: int) -> StopReason | None:
+        """Why an output ends after the last token, of number `number` of processed logits [N, V]; None: it
+        goes on.
+        """
         tokens = sequence.tokens
         if tokens[-1] in self.end_ids:
             return "eos"
-        if any(check(tokens) for check in self._checks):
-            return "stop_word"
-        # One by one: only a result on a GPU has to be waited for.
-        if any(bool(torch.as_tensor(met(sequence.history(), logits)).any()) for met in self.criteria):
-            return "stopping_criteria"
+        for check in self._checks:
+            if check(tokens):
+                return "stop_word"
+        for met in self.criteria:
+            # One by one: only a result on a GPU has to be waited for.
+            if torch.as_tensor(met(sequence.history(), logits[number : number + 1])).any():
+                return "stopping_criteria"
         if sequence.length < self.max_length:
             return None
         return "max_steps" if len(tokens) == self._max_steps else "context"
@@ -274,6 +278,7 @@ class Sequence:
         self,
         tokens: abc.Sequence[int],
         logits: Tensor,
+        first: int = 0,
         num_drafted: int | None = None,
         source: str | None = None,
     ) -> None:
@@ -281,7 +286,8 @@ class Sequence:
 
         Args:
             tokens: the accepted ones of a draft and one more.
-            logits: [n or more, V] processed, of the tokens and maybe of rejected ones after them.
+            logits: [N, V] processed, from number `first` on those of the tokens. Only criteria see them: a
+                view of each takes the host longer than the rest.
             num_drafted: tokens that `source` drafted in this round; None: no verification.
         """
         failure = self._failure
@@ -300,7 +306,7 @@ class Sequence:
                 if (self.processors or self.limits.criteria) and not is_there:
                     self._ids[0, self.length] = token
                 self.tokens.append(token)
-                reason = self.limits.reached_by(self, logits[i : i + 1])
+                reason = self.limits.reached_by(self, logits, first + i)
                 self.stop_reason = self.stop_reason or reason  # a check may have cancelled this sequence
                 if self.stop_reason:
                     break

@@ -43,6 +43,7 @@ class DraftComposer:
         self._vocab_size = model.config.vocab_size
         computing = [source for source in sources if isinstance(source, DraftSource)]
         self._sources = {source.name: source for source in computing}
+        self._learning = [source for source in computing if type(source).learn is not DraftSource.learn]
         self._lookups = [source for source in sources if isinstance(source, LookupDrafts)]
         if policy is None and len(computing) > 1:
             names = ", ".join(source.name for source in computing)
@@ -91,15 +92,17 @@ class DraftComposer:
         ids = sequence.allowed([*takewhile(lambda id_: 0 <= id_ < self._vocab_size, best.ids)])
         return best._replace(ids=ids) if ids else None
 
-    def learn(self, draft: Draft, num_accepted: abc.Sequence[int], hidden: abc.Sequence[Tensor]) -> None:
-        """Learn from the outcome of the last draft, see `DraftSource.learn`."""
+    def learn(self, draft: Draft, num_accepted: abc.Sequence[int], hidden: Tensor) -> None:
+        """Learn from the outcome of the last draft, see `DraftSource.learn`; hidden: [N, H] of all rows."""
         if self._policy:
             seconds = self._stopwatch.stop()
             # A round that captures a pass takes ten times as long.
             is_typical = num_captures(self._model) == self._num_graphs
             self._policy.learn(draft, num_accepted, seconds if is_typical else None)
-        for source in self._sources.values():
-            source.learn(draft, num_accepted, hidden)
+        if self._learning:
+            by_row = hidden.split(draft.widths)
+            for source in self._learning:
+                source.learn(draft, num_accepted, by_row)
 
     def one_by_one(self) -> list[DraftComposer]:
         """Composers that draft whenever they can: one for each source that computes, one for the lookups."""

@@ -80,10 +80,19 @@ def capture_decoding(model: PreTrainedModel) -> None:
     check_can_be_captured(model.config)
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("compile True: needs the whole model on one GPU")
-    if (why := FusedRunner(model).why_no_kernels) is not None:
+    if (why := capture_where_possible(model)) is not None:
         warnings.warn(f"compile True: passes are not captured, since {why}", stacklevel=2)
-    else:
+
+
+def capture_where_possible(model: PreTrainedModel) -> str | None:
+    """As `capture_decoding`; returns why nothing is captured. None: passes are."""
+    try:
+        check_can_be_captured(model.config)
+    except ValueError as error:
+        return str(error).removeprefix("compile True: ")
+    if (why := FusedRunner(model).why_no_kernels) is None:
         kept(model)["is_captured"] = True
+    return why
 
 
 def check_can_be_captured(config: PretrainedConfig) -> None:

@@ -287,6 +287,21 @@ def test_the_first_error_of_a_round_counts():
     assert sequence.is_damaged
 
 
+def test_logits_are_for_criteria_alone():
+    """Guards against a view of the logits of each token, which took half of the host's time in a round, and
+    against a criterion that sees those of another row.
+    """
+    seen = []
+    met = Mock(side_effect=lambda ids, scores: bool(seen.append((ids[0].tolist(), scores.tolist()))))
+    logits = torch.arange(6.0)[:, None]
+    for criteria in (None, met):
+        request = Request([5, 6], stopping_criteria=criteria)
+        sequence = Sequence(request, GenerationConfig(max_steps=2), 99, torch.device("cpu"))
+        sequence.commit([7, 8, 9], Mock(spec=[]) if criteria is None else logits, first=3)
+        assert (sequence.tokens, sequence.error, sequence.stop_reason) == ([7, 8], None, "max_steps")
+    assert seen == [([5, 6, 7], [[3.0]]), ([5, 6, 7, 8], [[4.0]])]
+
+
 def test_an_error_of_a_draft_alone_does_not_count():
     """Guards against an error for logits of an early exit, in a round whose verification has none."""
 

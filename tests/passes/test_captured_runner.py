@@ -26,6 +26,7 @@ from cuda_graphs import decode_eagerly
 from helpers import watch
 from test_llama_model_utils import family, windowed
 
+from runs.startup import captured
 from self_speculation import Request
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes import captured_runner, kv_cache, runners
@@ -284,6 +285,22 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
         assert keys.shape[2] == cache.buffers.capacity
         capacities.append(keys.shape[2])
     assert capacities == [1984, 6672, 8192]
+
+
+@pytest.mark.usefixtures("graphs")
+def test_scripts_capture_where_it_is_possible():
+    """Guards against a card that decodes at the speed of the host since nobody knew of a flag, and against an
+    error where a model cannot be captured.
+    """
+    model = card_llama()
+    assert captured(model).startswith("decoding passes are captured as CUDA graphs: each takes")
+    assert runners.is_captured(model)
+    for other, why in (
+        (family("glm4"), "model type 'glm4' is not one of llama, mistral"),
+        (own_llama(2), "its layers are not fused"),
+    ):
+        assert captured(other).startswith(f"decoding passes are not captured as CUDA graphs, since {why}")
+        assert not runners.is_captured(other)
 
 
 def test_models_that_cannot_be_captured_are_refused():

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import COPY, WAYS, config_of, generate
+from helpers import watch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
@@ -23,10 +24,11 @@ from self_speculation.decoding import grammar
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.loading.loading import resolve_device
 from self_speculation.passes import runners
+from self_speculation.passes.fused_layers import FusedRunner, why_no_kernels
 from self_speculation.passes.fused_layers import flash_attention as attention_of_passes
-from self_speculation.passes.fused_layers import why_no_kernels
 from self_speculation.passes.model_runner import PREFILL_CHUNK
 from self_speculation.passes.runners import fuse
+from self_speculation.transfers import AsyncRead
 from self_speculation.weights.int4_linear import has_kernel
 from self_speculation.weights.kernels import cpu_operators
 
@@ -171,6 +173,35 @@ def test_guided_decoding(byte_tokenizer):
     with Waits():
         assert processor.masked([5, 6], scores).device == scores.device
     grammar._byte_biases.cache_clear()
+
+
+@pytest.mark.usefixtures("triton_kernels", "gpu")
+def test_a_mask_is_made_while_the_next_pass_runs(monkeypatch):
+    """Guards against a card that idles for each drafted token that a grammar follows, until the host has read
+    it and made the next mask.
+    """
+    queued_before = {}
+    waited = []
+    passes = watch(monkeypatch, FusedRunner, "run_layers")
+
+    def queue(reading, numbers):
+        if len(numbers) == 1:  # drafted tokens
+            queued_before[reading] = len(passes)
+
+    def wait(reading):
+        if reading in queued_before:
+            waited.append(len(passes) - queued_before.pop(reading))
+
+    processor = SimpleNamespace(masked=lambda ids, scores: scores)
+    config = config_of(max_steps=20, **PATHS["layers"])
+    requests = [Request([5, 6], [processor])]
+    strategy = make_strategy(config.generation_strategy)
+    with monkeypatch.context() as reads:  # it ends before the fake card does
+        watch(reads, AsyncRead, "__init__", queue)
+        watch(reads, AsyncRead, "wait", wait)
+        dict(strategy.generate_batch(model_of(**BY_OUR_KERNELS), requests, config, 1))
+    assert len(waited) > 4
+    assert min(waited) >= 1
 
 
 @pytest.mark.parametrize("window", [None, 1000])

@@ -1,0 +1,136 @@
+"""The host's part of a round on a card: from a read to the next replay, with replays that do nothing.
+
+    taskset -c 0 python benchmarks/host_time.py
+
+Needs no card: the tensors are a CPU's, so work of the host for pinned memory and for queueing is left out.
+Greedy rounds of six drafted tokens, of which some are accepted.
+"""
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from arguments import parse
+from benchmarks.synthetic import llama
+from runs.program import run
+from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation.passes.runners import capture_decoding, fuse
+from self_speculation.scheduler import Scheduler
+from self_speculation.transfers import AsyncRead
+
+_DRAFTED = 6
+_LIBRARY = "self_speculation"
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "self-speculative": {"exit_layer": 1, "num_speculations": _DRAFTED},
+    "sampled": {"exit_layer": 1, "num_speculations": _DRAFTED, "sample": True},
+    "adaptive": {"generation_strategy": "adaptive"},
+}
+
+
+@dataclass(frozen=True)
+class HostTimeArguments:
+    """What is measured."""
+
+    num_rounds: int = 200
+    """Of each median."""
+    ways: list[str] | None = None
+    """Of plain, self-speculative, sampled and adaptive; none: all."""
+
+
+class Gaps:
+    """Seconds of this thread from each read to the replay that follows, without those of other programs."""
+
+    def __init__(self) -> None:
+        self.seconds = list[float]()
+        self._read_at: float | None = None
+
+    def recorder(self, _: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
+        """In the place of `GraphRecorder`."""
+        return lambda run: self._replay
+
+    def _replay(self) -> None:
+        now = time.thread_time()
+        if self._read_at is not None:
+            self.seconds.append(now - self._read_at)
+            self._read_at = None
+
+    def wait(self, reading: Any) -> list[list[float]]:
+        """In the place of `AsyncRead.wait`."""
+        numbers = _WAIT(reading)
+        self._read_at = time.thread_time()
+        return numbers
+
+
+_WAIT = AsyncRead.wait
+
+
+def gaps(way: str, num_rows: int, num_rounds: int) -> list[float]:
+    """Of so many rounds, after one that captures."""
+    draws = random.Random(0)
+    found = Gaps()
+
+    def some_accepted(_: object, __: object, lengths: Sequence[int]) -> list[int]:
+        return [draws.randint(0, length) for length in lengths]
+
+    stand_ins: dict[str, Any] = {
+        f"{_LIBRARY}.passes.captured_runner.GraphRecorder": found.recorder,
+        f"{_LIBRARY}.passes.fused_layers.why_no_kernels": lambda *_: None,
+        f"{_LIBRARY}.passes.fused_layers.flash_attention": lambda queries, *_: queries,
+        f"{_LIBRARY}.self_speculation_generator.leading_matches": some_accepted,
+        f"{_LIBRARY}.transfers.AsyncRead.wait": found.wait,
+        f"{_LIBRARY}.decoding.batch.reads_late": lambda device: True,
+        f"{_LIBRARY}.drafts.composer.reads_late": lambda device: True,
+    }
+    with ExitStack() as stack:
+        for name, value in stand_ins.items():
+            stack.enter_context(patch(name, _method(value) if name.endswith(".wait") else value))
+        config = llama(64, 128, 4, 2, 1, 1000, False)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        fuse(model)
+        capture_decoding(model)
+        settings = WAYS[way]
+        drafted = "self_speculative" if "exit_layer" in settings else "autoregressive"
+        given = {"generation_strategy": drafted, "sample": False, "max_steps": 8000, **settings}
+        strategy = make_strategy(given["generation_strategy"])
+        scheduler = Scheduler[int](strategy, model, GenerationConfig(**given), num_rows)
+        for row in range(num_rows):
+            scheduler.add_request(row, Request([5 + row, 6, 7] * 5))
+        for _ in range(20):
+            scheduler.step()
+        found.seconds.clear()
+        for _ in range(num_rounds):
+            scheduler.step()
+    return found.seconds
+
+
+def _method(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Bound methods bind no instance."""
+    return lambda reading: function(reading)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    (args,) = parse(__doc__ or "", HostTimeArguments, args=argv)
+    torch.set_num_threads(1)
+    print("| us from a read to the next replay | 1 row | 8 rows |\n|---|---|---|")
+    for way in args.ways or WAYS:
+        medians = [1e6 * statistics.median(gaps(way, rows, args.num_rounds)) for rows in (1, 8)]
+        print(f"| {way} | {' | '.join(f'{value:.0f}' for value in medians)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
