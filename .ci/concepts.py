@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 986, "classes": 193, "parameters": 2116}
+LIMITS = {"functions": 987, "classes": 193, "parameters": 2119}
 
 
 def count() -> dict[str, int]:

@@ -104,8 +104,9 @@ class Scheduler(Generic[Key]):
     Args:
         batch_size: the most sequences at a time.
         token_budget: tokens of a step (as in Sarathi-Serve, arXiv 2403.02310). A decoding row counts as one,
-            whatever it drafts; pieces of waiting prompts fill the rest, in turn, at least one token. None:
-            prompts are prefilled as a whole.
+            whatever it drafts; pieces of waiting prompts fill the rest, in turn, at least one token. Beside
+            decoding rows a token far behind in a prompt counts as several. None: prompts are prefilled as a
+            whole.
 
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
@@ -134,6 +135,9 @@ class Scheduler(Generic[Key]):
         self._config = config
         self._batch_size = batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
+        # Attention costs a token there as much as the products: a layer has about 12 hidden_size^2 weights, a
+        # key takes 2 hidden_size multiply-adds.
+        self._even_position = 6 * model.config.hidden_size
         self._device = model.get_input_embeddings().weight.device
         self._most_together = cpu_operators().prompt_tokens if self._device.type == "cpu" else PREFILL_CHUNK
         self._without_autocast = partial(torch.autocast, self._device.type, enabled=False)
@@ -242,10 +246,13 @@ class Scheduler(Generic[Key]):
         """Prefill waiting prompts, as far as the budget allows, and do one round for all sequences."""
         self._remove_finished()
         left = max(1, self._token_budget - len(self.batch))
-        while left > 0 and (chosen := self._next_pass(left)):
+        least = 1  # prompts get on in each step
+        while chosen := self._next_pass(left, least):
             adjust_threads(self._model)
+            left -= sum(width * self._cost(sequence) for sequence, width in chosen)
+            least = 0
             with self._without_autocast():
-                left -= self._prefill(chosen)
+                self._prefill(chosen)
             self._remove_finished()
         if self.batch:
             self._decode()
@@ -289,9 +296,17 @@ class Scheduler(Generic[Key]):
             self._ensure_prepared().slots.release(sequence)
         self._finished.append((sequence.key, sequence.result()))
 
-    def _next_pass(self, left: float) -> list[tuple[Sequence, int]] | None:
+    def _cost(self, sequence: Sequence) -> float:
+        """Of the next token of a prompt, in first tokens of a prompt, while answers wait for the pass."""
+        return 1.0 + sequence.num_computed / self._even_position if self.batch else 1.0
+
+    def _next_pass(self, left: float, least: int) -> list[tuple[Sequence, int]] | None:
         """The prompts that are read in one pass, with the tokens of each: the first one in turn, and what
         fits beside it. Where a pass pads shorter pieces, that is at most a quarter of it.
+
+        Args:
+            left: the rest of the budget.
+            least: tokens of a prompt, whatever they cost.
         """
         new = [sequence for sequence in self._waiting if sequence.slot is None]
         num_free = self._batch_size - len(self.batch) - (len(self._waiting) - len(new))
@@ -302,35 +317,40 @@ class Scheduler(Generic[Key]):
         chosen = list[tuple[Sequence, int]]()
         is_ragged = self._ensure_prepared().runner.is_ragged
         for sequence in ready:
-            together = [*chosen, (sequence, int(min(_num_unread(sequence), left, PREFILL_CHUNK)))]
+            affordable = max(least, left / self._cost(sequence) + 0.5)  # to the nearest
+            width = int(min(_num_unread(sequence), affordable, PREFILL_CHUNK))
+            if width == 0:
+                continue
+            together = [*chosen, (sequence, width)]
             widths = [width for _, width in together]
             computed = widths if is_ragged else [max(widths)] * len(widths)
             ends = (each.num_computed + width for (each, _), width in zip(together, computed, strict=True))
-            most = min(left, self._most_together, sum(widths) * 4 / 3)
+            most = min(affordable, self._most_together, sum(widths) * 4 / 3)
             fits = sum(computed) <= most and max(ends) <= self._longest(each for each, _ in together)
             if fits or not chosen:
                 chosen = together
         # Slots that are side by side, in this order, need not be moved.
         return sorted(chosen, key=lambda each: each[0].slot or 0) or None
 
-    def _prefill(self, chosen: list[tuple[Sequence, int]]) -> int:
+    def _prefill(self, chosen: list[tuple[Sequence, int]]) -> None:
         """Read tokens of each chosen prompt in one pass, or one by one if that fails. A prompt that ends
-        joins the batch, another one goes to the end of the queue. Returns the tokens of the pass.
+        joins the batch, another one goes to the end of the queue.
         """
         decoding = self._ensure_prepared()
         sequences = [sequence for sequence, _ in chosen]
         pieces = [each.prompt[each.num_computed : each.num_computed + width] for each, width in chosen]
         ended = [row for row, (each, width) in enumerate(chosen) if _num_unread(each) <= width]
-        num_tokens = sum(map(len, pieces))
         try:
             decoding.cache.reserve(max(len(each.prompt) for each in sequences), self._longest(sequences))
             cache = decoding.slots.prompt_view(sequences)
             logits = forward_pieces(decoding.runner, cache, pieces, decoding.depth, ended)
         except Exception as error:
-            if len(chosen) > 1:
-                return sum(self._prefill([each]) for each in chosen)
-            sequences[0].error = error
-            return num_tokens
+            if len(chosen) == 1:
+                sequences[0].error = error
+                return
+            for each in chosen:
+                self._prefill([each])
+            return
         for sequence, piece in zip(sequences, pieces, strict=True):
             sequence.num_computed += len(piece)
             self._waiting.remove(sequence)
@@ -343,7 +363,6 @@ class Scheduler(Generic[Key]):
                 sequence.error = error
                 self._finish(sequence)
             self._waiting.remove(sequence)  # until now, callbacks may cancel it
-        return num_tokens
 
     def _ensure_prepared(self) -> Decoding:
         """Prepare for the model's current weights, unless that is done."""
