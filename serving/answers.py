@@ -195,9 +195,11 @@ class Answer:
             logprobs = choice.logprobs.take(len(delta.text), stop_reason not in (None, "stop_word"))
         if choice.call_reader and not delta.thinking:
             text, calls = choice.call_reader.read(delta.text, choice.finished is not None)
-            if not (text or calls or logprobs or choice.finished):
+            if delta.text and not (text or calls or logprobs or choice.finished):
                 return None
-            delta = Delta(text, calls=calls, has_calls=choice.call_reader.num_calls > 0)
+            accepted = min(delta.accepted, len(text))
+            has_calls = choice.call_reader.num_calls > 0
+            delta = delta._replace(text=text, accepted=accepted, calls=calls, has_calls=has_calls)
         return self.request.choice(choice.index, delta, logprobs, stop_reason)
 
     def _check(self) -> None:

@@ -162,12 +162,14 @@ class App:
         body = await _read_body(http, self._served.args.max_body)
         parsing = asyncio.create_task(self._parsing.run(_address(http), partial(work, body)))
         leaving = asyncio.create_task(_disconnect(http))
-        await asyncio.wait({parsing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if not parsing.done():
+        try:
+            await asyncio.wait({parsing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not parsing.done():
+                raise ClientDisconnect("the client has disconnected")
+            return parsing.result()
+        finally:
+            leaving.cancel()
             parsing.cancel()
-            raise ClientDisconnect("the client has disconnected")
-        return parsing.result()
 
     async def _submit(self, client: str, answer: Answer) -> None:
         if answer.is_guided:

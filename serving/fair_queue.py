@@ -65,7 +65,8 @@ class FairQueue:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # the turn has come: another client gets the thread
+            # The turn has come, and it has not lost its place: another client gets the thread.
+            if not turn.cancelled() and turn.exception() is None:
                 self._pass_on()
             raise
 

@@ -78,14 +78,22 @@ def call_grammar(
 
 
 def find_calls(text: str, tools: Sequence[JSONObject]) -> tuple[str, list[dict[str, str]]]:
-    """Return the text before the calls in an answer, and the calls: `name`, and `arguments` as JSON. Without
-    a call, or with an object that calls no function of the tools, the whole answer is text.
+    """Return the text before the calls in an answer, and the calls: `name`, and `arguments` as JSON. A call
+    that begins the answer is the only one. Without a call, or with tags around an object that calls no
+    function of the tools, the whole answer is text.
     """
-    calls = [_function(content, tools) for content in _objects(text)]
+    start = len(text) - len(text.lstrip())
+    position = 0  # after an object that begins the answer
+    if text.startswith("{", start):
+        with suppress(ValueError, RecursionError):
+            content, position = _decoder.raw_decode(text, start)
+            if call := _function(content, tools):
+                return "", [call]
+    calls = [_function(content, tools) for content in _objects(text, position)]
     functions = [call for call in calls if call is not None]
     if not calls or len(functions) < len(calls):
         return text, []
-    begin = _BEGIN_OR_OBJECT.search(text)
+    begin = _BEGIN.search(text, position)
     return text[: begin.start()] if begin else "", functions
 
 
@@ -99,15 +107,12 @@ def _function(content: object, tools: Sequence[JSONObject]) -> dict[str, str] | 
     return {"name": content["name"], "arguments": json.dumps(arguments)}
 
 
-def _objects(text: str) -> list[object]:
-    """Return the JSON object that the answer is, or the objects between tags. The list is empty if anything
-    but JSON is between tags. An unfinished object at the end does not count. The JSON decoder finds where an
-    object ends, since a string may hold tags.
+def _objects(text: str, position: int) -> list[object]:
+    """Return the objects between tags from a position on. The list is empty if anything but JSON is between
+    tags. An unfinished object at the end does not count. The JSON decoder finds where an object ends, since a
+    string may hold tags.
     """
-    with suppress(ValueError, RecursionError):
-        return [json.loads(text)]
     found = list[object]()
-    position = 0
     with suppress(ValueError, RecursionError):
         while (begin := _BEGIN.search(text, position)) and _END.search(text, begin.end()):
             content, position = _decoder.raw_decode(text, begin.end())
@@ -125,6 +130,7 @@ class _JSONEnd:
         self._num_read = 0
         self._depth = 0
         self._in_string = False
+        self.is_json = True  # so far
 
     def find(self, text: str, start: int = 0) -> int | None:
         """Return the end of the JSON that begins at `start`. None: it is incomplete, or no JSON so far."""
@@ -137,8 +143,11 @@ class _JSONEnd:
             elif not self._in_string and mark[0] in "}]":
                 self._depth -= 1
                 if self._depth == 0:
-                    with suppress(ValueError, RecursionError):
+                    try:
                         return _decoder.raw_decode(text, start)[1]
+                    except (ValueError, RecursionError):
+                        self.is_json = False
+                        return None
         # The second half of an escape may come next.
         self._num_read = max(self._num_read, len(text) - text.endswith("\\"))
         return None
@@ -183,7 +192,7 @@ class CallReader:
             if not self.num_calls:
                 texts.append(text)
         self._held = self._held[end:]
-        return self._begin_call(begin.end() - end, parts) if begin else False
+        return self._begin_call(begin.end() - end, texts, parts) if begin else False
 
     def _num_decided(self) -> int:
         """Return the number of characters before a tag that may begin at the end of the held text."""
@@ -193,18 +202,26 @@ class CallReader:
         is_tag = start >= 0 and _TAG.startswith(self._held[start:])
         return len(self._held[: start if is_tag else None].rstrip())
 
-    def _begin_call(self, start: int, parts: list[JSONObject]) -> bool:
+    def _begin_call(self, start: int, texts: list[str], parts: list[JSONObject]) -> bool:
         """Begin the call whose JSON starts at `start`. Take a complete call if arguments do not come last."""
-        if head := _HEAD.match(self._held, start):
+        is_tagged = _BEGIN.match(self._held) is not None
+        call: object = None
+        end = 0
+        head = _HEAD.match(self._held, start)
+        if head and _function({"name": head[1]}, self._tools):
             call = {"name": head[1]}
             end = head.end()
         elif self._json_end.find(self._held, start):
             call, end = _decoder.raw_decode(self._held, start)
-        else:
+        elif self._json_end.is_json:
             return False
         self._json_end = _JSONEnd()
         if (function := _function(call, self._tools)) is None:
-            self._may_call = False
+            self._is_start = False
+            self._may_call = not is_tagged  # tags may follow an object that is no call
+            if self._may_call:
+                texts.append(self._held[:end])
+                self._held = self._held[end:]
             return True
         if head:
             function["arguments"] = ""

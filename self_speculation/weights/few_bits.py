@@ -41,7 +41,7 @@ class _FewBits(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """[n, columns] in float32"""
-        return torch.ops.self_speculation.rows_of_weight(self.weight, ids.contiguous(), *self.shape)
+        return torch.ops.self_speculation.rows_of_weight(self.weight, ids.long().contiguous(), *self.shape)
 
     @property
     def num_bytes(self) -> int:

@@ -70,20 +70,24 @@ class CPUOperators(NamedTuple):
         return f"torch ({self.why_not})" if self.variant is None else f"own operators ({self.variant})"
 
 
-@cache
 def cpu_operators() -> CPUOperators:
     """Load the operators, after building them if need be."""
+    with _lock:  # the first thread loads them for all: a second library of them would end the process
+        return _load_operators()
+
+
+@cache
+def _load_operators() -> CPUOperators:
     variant = _best_variant()
     if variant is None:
         return CPUOperators(None, "there are none for this processor")
-    with _lock:  # another thread loads what the first one has built
-        try:
-            _load_or_build(variant)
-        except RuntimeError as error:
-            return CPUOperators(None, f"ours cannot be built: {error}")
-        except OSError as error:
-            advice = "SELF_SPECULATION_CACHE names another folder"
-            return CPUOperators(None, f"ours cannot be kept or loaded: {error}; {advice}")
+    try:
+        _load_or_build(variant)
+    except RuntimeError as error:
+        return CPUOperators(None, f"ours cannot be built: {error}")
+    except OSError as error:
+        advice = "SELF_SPECULATION_CACHE names another folder"
+        return CPUOperators(None, f"ours cannot be kept or loaded: {error}; {advice}")
     return CPUOperators(variant)
 
 
@@ -106,7 +110,7 @@ def _load_or_build(variant: str) -> None:
             _build(variant, Path(folder) / _file_name(variant))
         why = f"operators: built for this process alone, since they cannot be kept: {error}"
         advice = "SELF_SPECULATION_CACHE names another folder"
-        warnings.warn(f"{why}; {advice}", LoadingWarning, stacklevel=3)
+        warnings.warn(f"{why}; {advice}", LoadingWarning, stacklevel=4)
 
 
 def build_into(folder: Path) -> None:

@@ -74,6 +74,21 @@ def test_what_nobody_waits_for_is_not_done():
     assert in_queue(scenario, max_waiting=3)[1] == ["a2", "a4"]
 
 
+def test_who_loses_a_place_and_leaves_frees_no_thread():
+    """Guards against one more thread for each client that leaves just as its place in the queue is lost."""
+
+    async def scenario(add, tasks):
+        await add("a1", "a2", "a3")
+        await add("b1")
+        tasks["a3"].cancel()  # before it knows that it has lost its place
+        await add("c1")
+        assert not tasks["a1"].done()
+
+    tasks, done = in_queue(scenario, max_waiting=3)
+    assert tasks["a3"].cancelled()
+    assert done == ["a1", "b1", "c1"]
+
+
 def test_a_thread_is_free_once_its_work_ends():
     """Guards against more work at once than there are threads, after clients have left."""
     running = [0]

@@ -13,7 +13,7 @@ import pytest
 import requests
 from conftest import config_of, generator_of
 from helpers import watch
-from servers import CHAT, HELLO, Served, post, raw_request, refused, tiny_generator, until
+from servers import CHAT, HELLO, Served, chunks, post, raw_request, refused, tiny_generator, until
 
 from self_speculation.decoding import grammar
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
@@ -131,6 +131,15 @@ def test_a_call_and_its_result(served, choice, stream):
     answer = post(served, CHAT, messages=messages, tools=[WEATHER], max_tokens=8).json()["choices"][0]
     assert answer["message"]["content"]
     assert answer["finish_reason"] == "length"
+
+
+def test_drafts_are_shown_beside_tools(served):
+    """Guards against a stream with tools that has no drafts, or more accepted characters than text."""
+    request = {"messages": HELLO, "tools": [WEATHER], "max_tokens": 60, "stream_drafts": True, "stream": True}
+    parts = [choice for chunk in chunks(post(served, CHAT, **request)) for choice in chunk["choices"]][1:]
+    assert any(part["draft"]["pending"] for part in parts)
+    assert any(part["draft"]["accepted"] for part in parts)
+    assert all(part["draft"]["accepted"] <= len(part["delta"].get("content", "")) for part in parts)
 
 
 def test_tools_that_cannot_be_called(served, monkeypatch):

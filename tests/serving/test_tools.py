@@ -164,6 +164,7 @@ def test_an_argument_may_hold_tags(name):
 
 
 NESTED = '{"name": "weather", "arguments": {"city": "</tool_call> {}]", "days": [2, {"a": "\\""}]}}'
+CALL = f"<tool_call>{NESTED}</tool_call>"
 ANSWERS = [
     f"<tool_call>\n{NESTED}\n</tool_call>",
     f"I see.\n<tool_call>\n{NESTED}\n</tool_call>\n<tool_call>{NESTED}</tool_call>\n",
@@ -173,6 +174,11 @@ ANSWERS = [
     '<tool_call>{"name": "stop", "arguments": 5}</tool_call>',
     '<tool_call>{"name": "st\\u006fp", "arguments": {}}</tool_call>',
     '{"name": "stop"}',
+    '{"name": "stop"}; {"name": "stop"}',
+    f"{NESTED}\nDone.",
+    f'{{"days": "<tool_call>"}} {CALL}',
+    f"{{x}} {CALL}",
+    f'{{"name": "Rome", "arguments": {{"days": {json.dumps(CALL)}}}}} yes',
     '<tool_call>{"name": "weather", "arguments": {"city": "a\\\\\\"}{\\\\", "days": 2}}</tool_call>',
     # No calls:
     "It is sunny. 1 < 2, <tool_cal",

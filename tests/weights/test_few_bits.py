@@ -75,6 +75,7 @@ def test_numbers_are_those_of_the_file(code, rows):
         assert torch.equal(linear.dequantized(), numbers)
         ids = torch.tensor([[rows - 1], [0]])
         assert torch.equal(FewBitsEmbedding(linear.weight, rows, columns, 3.0)(ids), 3.0 * numbers[ids])
+        assert torch.equal(FewBitsEmbedding(linear.weight, rows, columns)(ids.int()), numbers[ids])
 
 
 @pytest.mark.parametrize(

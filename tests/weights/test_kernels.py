@@ -3,7 +3,11 @@
 import platform
 import shutil
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -35,7 +39,30 @@ def builds(tmp_path, monkeypatch):
 
 
 def load():
-    return cpu_operators.__wrapped__()
+    return kernels._load_operators.__wrapped__()
+
+
+def test_threads_load_one_library(monkeypatch):
+    """Guards against a process that two threads end: where no file can be kept, each built and loaded another
+    one, and a second library may not define the operators again.
+    """
+    built = []
+    arrived = Barrier(2)
+
+    def build(variant):
+        built.append(variant)
+        time.sleep(0.05)
+
+    def ask(_):
+        arrived.wait()
+        return cpu_operators()
+
+    monkeypatch.setattr(kernels, "_load_operators", cache(kernels._load_operators.__wrapped__))
+    monkeypatch.setattr(kernels, "_best_variant", lambda: "AVX2")
+    monkeypatch.setattr(kernels, "_load_or_build", build)
+    with ThreadPoolExecutor(2) as threads:
+        assert [each.variant for each in threads.map(ask, range(2))] == ["AVX2", "AVX2"]
+    assert built == ["AVX2"]
 
 
 def test_it_is_built_once(builds):
