@@ -105,7 +105,7 @@ def test_every_command_works_as_printed(page, checkout):
             command = without_docker(INSTEAD.get(command, command), checkout)
             if re.search(r"(python|torchrun.*) serve\.py", command):
                 server.close()  # that of an earlier command
-                here = f'cd {checkout}; exec {command} "$@"'
+                here = f'cd {checkout}; exec env {command} "$@"'  # variables may come first
                 address = server.enter_context(started("serve.py", ["bash", "-c", here, "bash"]))
                 continue
             result = run(command.replace("http://127.0.0.1:8000", address), checkout)
