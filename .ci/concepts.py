@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 988, "classes": 193, "parameters": 2121}
+LIMITS = {"functions": 988, "classes": 193, "parameters": 2120}
 
 
 def count() -> dict[str, int]:

@@ -91,8 +91,8 @@ def gaps(way: str, num_rows: int, num_rounds: int) -> list[float]:
         f"{_LIBRARY}.passes.fused_layers.flash_attention": lambda queries, *_: queries,
         f"{_LIBRARY}.self_speculation_generator.leading_matches": some_accepted,
         f"{_LIBRARY}.transfers.AsyncRead.wait": found.wait,
-        f"{_LIBRARY}.decoding.batch.reads_late": lambda device: True,
-        f"{_LIBRARY}.drafts.composer.reads_late": lambda device: True,
+        f"{_LIBRARY}.decoding.batch.queues_passes": lambda device: True,
+        f"{_LIBRARY}.drafts.composer.queues_passes": lambda device: True,
     }
     with ExitStack() as stack:
         for name, value in stand_ins.items():

@@ -76,7 +76,8 @@ def field_types(kind: Any) -> dict[str, Any]:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    origin, args = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    args = get_args(kind)
     if origin is Literal:
         return isinstance(value, str) and value in args
     if origin is list:
@@ -224,7 +225,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
         for name in ("exit_layer", "num_speculations"):
-            check(self, name, (value := getattr(self, name)) == -1 or value >= 1, "must be -1 or at least 1")
+            value = getattr(self, name)
+            check(self, name, value == -1 or value >= 1, "must be -1 or at least 1")
         for name, (least, most) in (SAMPLING_RULES | _BOUNDS).items():
             allowed = f"must be at least {least}" if most is None else f"must be between {least} and {most}"
             value = getattr(self, name)

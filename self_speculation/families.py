@@ -51,9 +51,8 @@ SUPPORTED_ATTENTION = ("sdpa", "eager")
 class AttentionType(NamedTuple):
     """What the attention of several layers has in common."""
 
-    window: int | None = (
-        None  # positions that a token sees, the token's included; None: all up to the token's
-    )
+    # Positions that a token sees, the token's included; None: all up to the token's.
+    window: int | None = None
     rotation: str | None = None  # the layer type that the rotary embedding is asked for; None: it has one
 
 

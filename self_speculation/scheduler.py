@@ -42,14 +42,14 @@ class Decoding(NamedTuple):
     """Inputs of `DecodingStrategy.decode_round`."""
 
     runner: ModelRunner
-    slots: PrefixCache
+    prefix_cache: PrefixCache
     batch: Batch
     depth: int  # number of layers that run for prompts
     composer: DraftComposer | None  # None: no drafts
 
     @property
     def cache(self) -> KVCache:
-        return self.slots.cache
+        return self.prefix_cache.cache
 
 
 class DecodingStrategy(GenerationStrategy, ABC):
@@ -94,8 +94,8 @@ class DecodingStrategy(GenerationStrategy, ABC):
 class Scheduler(Generic[Key]):
     """Admits requests and does rounds for the sequences in flight.
 
-    Row i of `batch`, row i of the KV cache and slot i of the `PrefixCache` are one sequence's. Only
-    `_prefill` and `_remove_finished` change rows, in all three.
+    While requests are there, row i of `batch`, row i of the KV cache and slot i of the `PrefixCache` are one
+    sequence's. Only `_prefill` and `_remove_finished` change rows, in all three.
 
     If a request is invalid, or its processors, criteria or streamer raise, the error is the result of the
     request, and the other requests go on. An error in a round of several rows is raised. Change weights
@@ -139,7 +139,7 @@ class Scheduler(Generic[Key]):
         # key takes 2 hidden_size multiply-adds.
         self._even_position = 6 * model.config.hidden_size
         self._device = model.get_input_embeddings().weight.device
-        self._most_together = cpu_operators().prompt_tokens if self._device.type == "cpu" else PREFILL_CHUNK
+        self._max_pass_tokens = cpu_operators().prompt_tokens if self._device.type == "cpu" else PREFILL_CHUNK
         self._without_autocast = partial(torch.autocast, self._device.type, enabled=False)
         longest = 0
         self._depth = model.config.num_hidden_layers
@@ -200,8 +200,8 @@ class Scheduler(Generic[Key]):
             finally:  # no slot holds what it held
                 for slot in range(self._batch_size):
                     cache.clear_slot(slot)
-                slots = PrefixCache(cache, self._batch_size, decoding.slots.key)
-                self._prepared = decoding._replace(slots=slots)
+                prefix_cache = PrefixCache(cache, self._batch_size, decoding.prefix_cache.key)
+                self._prepared = decoding._replace(prefix_cache=prefix_cache)
 
     def _rehearse(self, decoding: Decoding, num_rows: int, longest_draft: int) -> None:
         """Do a round of so many rows with drafts of this length."""
@@ -263,8 +263,8 @@ class Scheduler(Generic[Key]):
         self._remove_finished()
         if self._prepared is not None and not (self.batch or self._waiting):
             # Leave the cache to the next scheduler; the weights may change.
-            if self._prepared.slots.key is not None:
-                kept_caches(self._model).append(self._prepared.slots)
+            if self._prepared.prefix_cache.key is not None:
+                kept_caches(self._model).append(self._prepared.prefix_cache)
             self._prepared = None
         finished = self._finished
         self._finished = []
@@ -277,7 +277,7 @@ class Scheduler(Generic[Key]):
             with self._without_autocast():
                 self._strategy.decode_round(decoding)
         except Exception as error:
-            decoding.slots.discard_prefixes()
+            decoding.prefix_cache.discard_prefixes()
             for sequence in self.batch.sequences:
                 sequence.error = sequence.error or error
             if len(self.batch) > 1:
@@ -293,7 +293,7 @@ class Scheduler(Generic[Key]):
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
-            self._ensure_prepared().slots.release(sequence)
+            self._ensure_prepared().prefix_cache.release(sequence)
         self._finished.append((sequence.key, sequence.result()))
 
     def _cost(self, sequence: Sequence) -> float:
@@ -311,8 +311,8 @@ class Scheduler(Generic[Key]):
         new = [sequence for sequence in self._waiting if sequence.slot is None]
         num_free = self._batch_size - len(self.batch) - (len(self._waiting) - len(new))
         for sequence in new[:num_free]:
-            with sequence.failing_alone():
-                self._ensure_prepared().slots.acquire(sequence)
+            with sequence.isolating_errors():
+                self._ensure_prepared().prefix_cache.acquire(sequence)
         ready = [sequence for sequence in self._waiting if sequence.slot is not None]
         chosen = list[tuple[Sequence, int]]()
         is_ragged = self._ensure_prepared().runner.is_ragged
@@ -325,7 +325,7 @@ class Scheduler(Generic[Key]):
             widths = [width for _, width in together]
             computed = widths if is_ragged else [max(widths)] * len(widths)
             ends = (each.num_computed + width for (each, _), width in zip(together, computed, strict=True))
-            most = min(affordable, self._most_together, sum(widths) * 4 / 3)
+            most = min(affordable, self._max_pass_tokens, sum(widths) * 4 / 3)
             fits = sum(computed) <= most and max(ends) <= self._longest(each for each, _ in together)
             if fits or not chosen:
                 chosen = together
@@ -342,7 +342,7 @@ class Scheduler(Generic[Key]):
         ended = [row for row, (each, width) in enumerate(chosen) if _num_unread(each) <= width]
         try:
             decoding.cache.reserve(max(len(each.prompt) for each in sequences), self._longest(sequences))
-            cache = decoding.slots.prompt_view(sequences)
+            cache = decoding.prefix_cache.prompt_view(sequences)
             logits = forward_pieces(decoding.runner, cache, pieces, decoding.depth, ended)
         except Exception as error:
             if len(chosen) == 1:
@@ -357,7 +357,7 @@ class Scheduler(Generic[Key]):
             self._waiting.append(sequence)
         for sequence, row_logits in zip((sequences[row] for row in ended), logits, strict=True):
             try:
-                decoding.slots.join(sequence)
+                decoding.prefix_cache.join(sequence)
                 self.batch.add(sequence, row_logits)
             except Exception as error:
                 sequence.error = error
@@ -369,14 +369,14 @@ class Scheduler(Generic[Key]):
         if self._prepared is None:
             with self._without_autocast():
                 runner = make_runner(self._model)
-                slots = self._make_slots(runner)
+                prefix_cache = self._make_prefix_cache(runner)
                 composer = None
                 if self._strategy.has_drafts:
                     composer = make_composer(DraftContext(runner, self._config))
-                self._prepared = Decoding(runner, slots, self.batch, self._depth, composer)
+                self._prepared = Decoding(runner, prefix_cache, self.batch, self._depth, composer)
         return self._prepared
 
-    def _make_slots(self, runner: ModelRunner) -> PrefixCache:
+    def _make_prefix_cache(self, runner: ModelRunner) -> PrefixCache:
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
         key: Hashable = None
         dtype = self._config.cache_dtype

@@ -12,19 +12,20 @@ def on_device(
     numbers: Sequence[float] | numpy.ndarray, device: torch.device, dtype: torch.dtype = torch.long
 ) -> Tensor:
     """[n], without waiting for the GPU."""
-    there = torch.tensor(numbers, dtype=dtype)  # which pins no array of numpy
+    there = torch.tensor(numbers, dtype=dtype)  # a copy, since numpy's memory cannot be pinned
     return (there.pin_memory() if device.type == "cuda" else there).to(device, non_blocking=True)
 
 
 class AsyncRead:
-    """One read of several tensors; fp32 holds ids below 2^24 exactly.
+    """Reads several tensors at once, as float32. It holds ids below 2^24 exactly.
 
     A GPU copies them when the queue reaches the copy. More work may be queued before `wait`.
     """
 
     def __init__(self, numbers: Sequence[Tensor]) -> None:
         self._sizes = [part.numel() for part in numbers]
-        self._values = values = torch.cat([part.flatten().float() for part in numbers])
+        values = torch.cat([part.flatten().float() for part in numbers])
+        self._values = values
         self._numbers: list[list[float]] | None = None
         if values.device.type == "cuda":
             on_host = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)

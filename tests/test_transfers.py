@@ -87,7 +87,7 @@ def test_the_next_pass_is_queued_before_a_read(late, request_, expected, monkeyp
     and against one that is queued although a processor needs the token first.
     """
     order = []
-    monkeypatch.setattr(batch, "reads_late", lambda device: late)
+    monkeypatch.setattr(batch, "queues_passes", lambda device: late)
     watch(monkeypatch, ModelRunner, "run", lambda *_, **__: order.append("pass"))
     watch(monkeypatch, AsyncRead, "wait", lambda *_: order.append("read"))
     generate(tiny_llama(), PROMPT[:3], max_steps=6, **{"eos": [], **request_})
@@ -107,7 +107,7 @@ def test_drafts_are_shown_while_a_gpu_verifies(late, expected, monkeypatch):
     """
     order = []
     recorder = Recorder()
-    monkeypatch.setattr(batch, "reads_late", lambda device: late)
+    monkeypatch.setattr(batch, "queues_passes", lambda device: late)
     watch(monkeypatch, ModelRunner, "run_layers", lambda *_, **__: order.append("pass"))
     watch(monkeypatch, batch.Batch, "check", lambda *_: order.append("read"))
     watch(

@@ -16,7 +16,7 @@ from self_speculation.decoding.sequence import Sequence
 from self_speculation.transfers import AsyncRead, on_device
 
 
-def reads_late(device: torch.device) -> bool:
+def queues_passes(device: torch.device) -> bool:
     """Whether the next pass is queued before the tokens of the last one are read. A CPU has no queue."""
     return device.type != "cpu"
 
@@ -32,7 +32,8 @@ class Batch:
     def __init__(self, device: torch.device, longest_draft: int = 0) -> None:
         self.longest_draft = longest_draft
         self.sequences: list[Sequence] = []
-        self.last = torch.empty(0, dtype=torch.long, device=device)  # [B] of each; not cached yet
+        # [B] the last token of each row, which is not in the cache.
+        self.last = torch.empty(0, dtype=torch.long, device=device)
         # The last step, until it is committed: a read of [largest logits, tokens], and logits [B, V].
         self._unread: tuple[AsyncRead, Tensor] | None = None
 
@@ -117,7 +118,7 @@ class Batch:
         for i, row in enumerate(rows):
             drafted = [] if reading is None else [(reading, i)]
             self.sequences[row].write_drafted(tokens[i : i + 1], position, drafted)
-        if not reads_late(tokens.device):
+        if not queues_passes(tokens.device):
             self.show_drafts()
 
     def show_drafts(self) -> None:
@@ -163,7 +164,7 @@ class Batch:
         self._unread = (reading, logits)
         # The host decides nothing about the next pass if every row goes on whatever the token is.
         all_go_on = all(sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)
-        if not (all_go_on and reads_late(self.last.device)):
+        if not (all_go_on and queues_passes(self.last.device)):
             self.commit_unread()
 
     def commit_unread(self) -> None:

@@ -32,7 +32,7 @@ class PrefixCache:
 
     Args:
         cache: a new one.
-        key: of what the keys and values are valid for; None: no prefixes are kept.
+        key: equal while the keys and values stay valid; None: no prefixes are kept.
     """
 
     def __init__(self, cache: KVCache, num_slots: int, key: Hashable = None) -> None:
@@ -50,7 +50,9 @@ class PrefixCache:
         prompt = sequence.prompt[:-1]
         free = {slot: held for slot, held in enumerate(self._holders) if isinstance(held, _Prefix)}
         slot = max(free, key=lambda slot: (free[slot].shared(prompt), -free[slot].age, -slot))
-        sequence.num_computed = sequence.num_cached = free[slot].shared(prompt)
+        num_cached = free[slot].shared(prompt)
+        sequence.num_cached = num_cached
+        sequence.num_computed = num_cached
         self._put(sequence, slot)
 
     def prompt_view(self, sequences: abc.Sequence[Sequence]) -> KVCache:

@@ -165,7 +165,7 @@ class Sequence:
         return 0 if self.stop_reason or self.error else self.limits.max_length - self.length
 
     @contextmanager
-    def failing_alone(self) -> Iterator[None]:
+    def isolating_errors(self) -> Iterator[None]:
         """Errors of criteria and streamer end this sequence only."""
         try:
             yield
@@ -264,7 +264,7 @@ class Sequence:
         """Stream what is drafted and not shown yet, up to an end id."""
         if self._drafted and self._stream.shows_drafts:
             ids = self._drafted_ids()  # an error of the device is not the streamer's
-            with self.failing_alone():
+            with self.isolating_errors():
                 self._stream.show_draft([*takewhile(lambda id_: id_ not in self.limits.end_ids, ids)])
 
     def allowed(self, draft: list[int]) -> list[int]:
@@ -296,7 +296,7 @@ class Sequence:
         if not self.remaining:
             return
         before = len(self.tokens)
-        with self.failing_alone():
+        with self.isolating_errors():
             for i, token in enumerate(tokens):
                 if failure is not None and i == failure.position:
                     self.error = failure.error
@@ -314,13 +314,13 @@ class Sequence:
         if self.draft_stats is not None and num_drafted is not None:
             self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=len(new))
         self._first_token_at = self._first_token_at or time.perf_counter()
-        with self.failing_alone():
+        with self.isolating_errors():
             self._stream.put(new[:-1] if self.stop_reason == "eos" else new)
 
     def result(self) -> GenerationStrategyResult | Exception:
         """The result, or the error of processors, criteria, streamer or logits."""
         finished = time.perf_counter()
-        with self.failing_alone():
+        with self.isolating_errors():
             self._stream.end()
         if self.error is not None:
             return self.error

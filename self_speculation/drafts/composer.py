@@ -8,7 +8,7 @@ from itertools import takewhile
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from self_speculation.decoding.batch import Batch, reads_late
+from self_speculation.decoding.batch import Batch, queues_passes
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, row_by_row
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
@@ -20,7 +20,7 @@ from self_speculation.transfers import Stopwatch, on_device
 class DraftComposer:
     """Drafts as planned: by layers, by lookups or both, or not at all.
 
-    Only the sources read from the device.
+    Reads nothing from the device; the sources may.
 
     Args:
         sources: sources of layers share a head. A row takes the longest match of the lookups, and of equal
@@ -92,17 +92,17 @@ class DraftComposer:
         ids = sequence.allowed([*takewhile(lambda id_: 0 <= id_ < self._vocab_size, best.ids)])
         return best._replace(ids=ids) if ids else None
 
-    def learn(self, draft: Draft, num_accepted: abc.Sequence[int], hidden: Tensor) -> None:
+    def learn(self, draft: Draft, accepted: abc.Sequence[int], hidden: Tensor) -> None:
         """Learn from the outcome of the last draft, see `DraftSource.learn`; hidden: [N, H] of all rows."""
         if self._policy:
             seconds = self._stopwatch.stop()
             # A round that captures a pass takes ten times as long.
             is_typical = num_captures(self._model) == self._num_graphs
-            self._policy.learn(draft, num_accepted, seconds if is_typical else None)
+            self._policy.learn(draft, accepted, seconds if is_typical else None)
         if self._learning:
             by_row = hidden.split(draft.widths)
             for source in self._learning:
-                source.learn(draft, num_accepted, by_row)
+                source.learn(draft, accepted, by_row)
 
     def one_by_one(self) -> list[DraftComposer]:
         """Composers that draft whenever they can: one for each source that computes, one for the lookups."""
@@ -119,9 +119,9 @@ def _with_lookups(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None
     ids = [[*match.ids] if match else [] for match in matches]  # [B]
     looked_up = on_device([id_ for found in ids for id_ in found], batch.last.device)
     each = zip(batch.sequences, ids, looked_up.split([*map(len, ids)]), strict=True)
-    for sequence, known, on_gpu in each:
-        sequence.write_drafted(on_gpu, 0, known)
-    if not reads_late(looked_up.device):
+    for sequence, known, ids_on_device in each:
+        sequence.write_drafted(ids_on_device, 0, known)
+    if not queues_passes(looked_up.device):
         batch.show_drafts()
     rows = [*enumerate(matches)]
     return Draft(

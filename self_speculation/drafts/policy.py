@@ -14,11 +14,11 @@ from typing import NamedTuple
 from self_speculation.drafts.costs import DecayedMean, PassTimes
 from self_speculation.drafts.draft import Draft, DraftCost, Match
 
-# Rounds between two trials.
+# Rounds between two trials: at first, and at most.
 _WAIT = 8
 _LONGEST_WAIT = 128
 
-# The most tokens to draft, what was looked up, and the chance that the next token of it is right.
+# A row: its draft limit, its match, and the chance that the match's next token is right.
 _Row = tuple[int, Match | None, float]
 
 
@@ -37,11 +37,11 @@ class SourceStats:
 
     Args:
         relative_pass_cost: estimated cost of a pass over n tokens, relative to one.
-        num_threads: that the next pass will use. Times are valid for one number of threads.
+        get_num_threads: that the next pass will use. Times are valid for one number of threads.
     """
 
     relative_pass_cost: Callable[[int], float]
-    num_threads: Callable[[], int] = lambda: 1
+    get_num_threads: Callable[[], int] = lambda: 1
     num_rounds: int = 0
     # (source, matched tokens) -> acceptance.
     acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
@@ -54,22 +54,21 @@ class SourceStats:
 
     @property
     def times(self) -> PassTimes:
-        return self._times.setdefault(self.num_threads(), PassTimes(self.relative_pass_cost))
+        return self._times.setdefault(self.get_num_threads(), PassTimes(self.relative_pass_cost))
 
 
 class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
     A round grows by the drafted token that is most likely right, of whichever row, while chance over cost of
-    that token beats the tokens per second of the round so far. Costs rise with the tokens of a pass, so the
-    first token that does not is the last one.
+    that token beats the tokens per second of the round so far. Costs rise with the tokens of a pass. The
+    first token of a source that does not ends the source's drafts; the first such lookup ends the round.
 
     At growing intervals, the source that was used longest ago has a trial, of one token of one row, if drafts
     of it that are accepted as a whole would be faster than plain steps.
 
     Args:
-        arms: by name of the source.
-        longest: the most tokens of a draft.
+        costs: by name of the source.
         stats: of the model. One thread at a time reads or writes them.
     """
 
@@ -80,11 +79,10 @@ class AdaptivePolicy:
     # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
     _LONGEST_BY_LAYERS = 8
 
-    def __init__(self, arms: Mapping[str, DraftCost], longest: int, stats: SourceStats) -> None:
-        self._arms = arms
-        self._longest = longest
+    def __init__(self, costs: Mapping[str, DraftCost], stats: SourceStats) -> None:
+        self._costs = costs
         self._stats = stats
-        self._draft_steps = {name: arm.draft_step for name, arm in arms.items() if arm.draft_step}
+        self._draft_steps = {name: cost.draft_step for name, cost in costs.items() if cost.draft_step}
         # Of this round.
         self._plan = Plan([], [])
         self._trial_cost = 0.0
@@ -117,7 +115,8 @@ class AdaptivePolicy:
             self._verifying = stats.times.passes(num_rows)
             self._drafting = stats.times.draft_passes(num_rows, self._draft_steps)
             rows = [*zip(limits, matches, guesses, strict=True)]
-            best = looked_up = self._choose(None, 0.0, rows)
+            looked_up = self._choose(None, 0.0, rows)
+            best = looked_up
             for source in self._draft_steps:
                 if (chance := self._acceptance(source, 0).value) > self._LEAST_CHANCE:
                     plan = self._choose(source, chance, rows)
@@ -176,7 +175,7 @@ class AdaptivePolicy:
         verifying = self._verifying
         num_tokens = len(rows)
         lengths = [0] * num_tokens
-        depth = 0
+        num_passes = 0
         reached = chance
         limits = [
             0 if guess > chance else min(limit, self._LONGEST_BY_LAYERS) for limit, _, guess in rows
@@ -188,10 +187,10 @@ class AdaptivePolicy:
         expected = float(num_tokens)
         verification = verifying(num_tokens)  # seconds of the pass
         seconds = verification
-        while matches or depth < longest:
+        while matches or num_passes < longest:
             # A pass of the source drafts for all rows of the source, whose chances are equal.
-            by_source = depth < longest and not (matches and -matches[0][0] > reached)
-            more = sum(limit > depth for limit in limits) if by_source else 1
+            by_source = num_passes < longest and not (matches and -matches[0][0] > reached)
+            more = sum(limit > num_passes for limit in limits) if by_source else 1
             chances = reached * more if by_source else -matches[0][0]
             longer = verifying(num_tokens + more)
             cost = longer - verification
@@ -201,14 +200,14 @@ class AdaptivePolicy:
             if too_few or chances * seconds < self._MARGIN * cost * expected:
                 if not by_source:
                     break
-                longest = depth  # a token that was looked up costs less
+                longest = num_passes  # a token that was looked up costs less
                 continue
             num_tokens += more
             verification = longer
             expected += chances
             seconds += cost
             if by_source:
-                depth += 1
+                num_passes += 1
                 reached *= chance
                 continue
             negative, row = matches[0]
@@ -222,9 +221,9 @@ class AdaptivePolicy:
             match.source if n and match else None for n, (_, match, _) in zip(lengths, rows, strict=True)
         ]
         for row, limit in enumerate(limits):
-            if depth and limit:
+            if num_passes and limit:
                 sources[row] = source
-                lengths[row] = min(limit, depth)
+                lengths[row] = min(limit, num_passes)
         return Plan(sources, lengths, expected / seconds)
 
     def _trial(self, used: Set[str | None], looked_up: Plan, rows: Sequence[_Row]) -> Plan | None:
@@ -257,7 +256,7 @@ class AdaptivePolicy:
 
     def _acceptance(self, name: str, matched: int) -> DecayedMean:
         """Acceptance of a token after accepted ones."""
-        arm = self._arms[name]
-        key = (name, min(matched, len(arm.priors) - 1))
+        cost = self._costs[name]
+        key = (name, min(matched, len(cost.priors) - 1))
         known = self._stats.acceptance
-        return known.get(key) or known.setdefault(key, DecayedMean(arm.priors[key[1]], arm.prior_strength))
+        return known.get(key) or known.setdefault(key, DecayedMean(cost.priors[key[1]], cost.prior_strength))

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
+from self_speculation.config import DraftWeights, GenerationConfig
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.draft import DraftCost, DraftSource, LookupDrafts
@@ -81,7 +81,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
     costs = dict[str, DraftCost]()
     for source in sources:
         costs |= source.costs if isinstance(source, LookupDrafts) else {source.name: source.cost}
-    policy = AdaptivePolicy(costs, LONGEST_DRAFT, _stats(context)) if context.config.is_adaptive else None
+    policy = AdaptivePolicy(costs, _stats(context)) if context.config.is_adaptive else None
     return DraftComposer(context.runner.model, sources, policy)
 
 

@@ -41,7 +41,7 @@ def config_of(header: Header, given: Mapping[str, object]) -> PretrainedConfig:
         ValueError: another family, no vocabulary, or a rotation that is not supported.
     """
     metadata = header.metadata
-    architecture = header.metadata["general.architecture"]
+    architecture = metadata["general.architecture"]
     tensors = {tensor.name: tensor for tensor in header.tensors}
     family = _FAMILIES.get(architecture, architecture)
     known = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING.get(family)
@@ -75,8 +75,8 @@ def _rotation(
 ) -> dict[str, object]:
     """Settings of a config that rotates as llama.cpp does.
 
-    It divides each frequency by the file's factor, and by a divisor of a tensor. That is a `longrope` of
-    transformers, whatever the divisors were made by.
+    llama.cpp divides each frequency by the file's factor and by the tensor's divisor. transformers calls this
+    `longrope`.
 
     Raises:
         ValueError: a key that is not read, or a rotation that transformers does not have.

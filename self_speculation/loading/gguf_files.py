@@ -50,7 +50,7 @@ _ARRAY = 9
 class TensorInFile(NamedTuple):
     name: str
     shape: tuple[int, ...]  # [out, in] of a matrix
-    kind: GGMLQuantizationType
+    quant_type: GGMLQuantizationType
     start: int  # byte of the file
     num_bytes: int
 
@@ -59,7 +59,7 @@ class Header:
     """The header of a file; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
     Attributes:
-        metadata: of an array of strings, the number of strings.
+        metadata: values by key. An array of strings is only counted.
 
     Raises:
         ValueError: the file is cut short, or is no GGUF file.
@@ -91,9 +91,9 @@ class Header:
         if not isinstance(self.metadata["general.architecture"], str):
             raise ValueError("its architecture has no name")
 
-    def _number(self, kind: str) -> Any:
-        (number,) = struct.unpack_from(f"<{kind}", self._bytes, self._at)
-        self._at += struct.calcsize(f"<{kind}")
+    def _number(self, code: str) -> Any:
+        (number,) = struct.unpack_from(f"<{code}", self._bytes, self._at)
+        self._at += struct.calcsize(f"<{code}")
         return number
 
     def _text(self) -> str:
@@ -101,48 +101,48 @@ class Header:
         self._at += length
         return self._bytes[self._at - length : self._at].decode()
 
-    def _value(self, kind: int) -> Any:
-        if kind == _STRING:
+    def _value(self, value_type: int) -> Any:
+        if value_type == _STRING:
             return self._text()
-        if kind != _ARRAY:
-            return self._number(_NUMBERS[kind])
-        kind = self._number("I")
+        if value_type != _ARRAY:
+            return self._number(_NUMBERS[value_type])
+        value_type = self._number("I")
         number = self._number("Q")
-        if kind == _STRING:
+        if value_type == _STRING:
             at = self._at
             length_at = struct.Struct("<Q").unpack_from
             for _ in range(number):  # of tokens, or of merges
                 at += 8 + length_at(self._bytes, at)[0]
             self._at = at
             return number
-        values = struct.unpack_from(f"<{number}{_NUMBERS[kind]}", self._bytes, self._at)
-        self._at += struct.calcsize(f"<{number}{_NUMBERS[kind]}")
+        values = struct.unpack_from(f"<{number}{_NUMBERS[value_type]}", self._bytes, self._at)
+        self._at += struct.calcsize(f"<{number}{_NUMBERS[value_type]}")
         return [*values]
 
     def _tensor(self) -> TensorInFile:
         name = self._text()
         dimensions = self._number("I")
         shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
-        kind = GGMLQuantizationType(self._number("I"))
+        quant_type = GGMLQuantizationType(self._number("I"))
         start = self._number("Q")
-        of_block, num_bytes = GGML_QUANT_SIZES[kind]
-        return TensorInFile(name, shape, kind, start, math.prod(shape) // of_block * num_bytes)
+        of_block, num_bytes = GGML_QUANT_SIZES[quant_type]
+        return TensorInFile(name, shape, quant_type, start, math.prod(shape) // of_block * num_bytes)
 
 
-def format_of_matrices(header: Header) -> torch.dtype:
-    """uint8: all matrices can be decoded in the file's bits. Else the dtype of most of them, or 16 bits;
-    a warning says which have no operators.
+def dtype_of_matrices(header: Header) -> torch.dtype:
+    """uint8 if the operators read every matrix and one is quantised. Else the dtype of most matrices, or
+    float16. Warns about formats without operators.
     """
     sizes = Counter[GGMLQuantizationType]()  # numbers of each format
     for tensor in header.tensors:
         if len(tensor.shape) > 1:
-            sizes[tensor.kind] += math.prod(tensor.shape)
-    unread = [kind for kind in sizes if kind not in FORMATS and kind not in _DENSE]
-    for kind in unread:
-        share = f"{sizes[kind] / sizes.total():.0%} of its weights are in {kind.name}"
+            sizes[tensor.quant_type] += math.prod(tensor.shape)
+    unread = [quant_type for quant_type in sizes if quant_type not in FORMATS and quant_type not in _DENSE]
+    for quant_type in unread:
+        share = f"{sizes[quant_type] / sizes.total():.0%} of its weights are in {quant_type.name}"
         what = f"{share}, which no operator here has: all are read in 16 bits"
         warnings.warn(f"model {header.path}: {what}", LoadingWarning, stacklevel=4)
-    if not unread and any(kind in FORMATS for kind in sizes):
+    if not unread and any(quant_type in FORMATS for quant_type in sizes):
         return torch.uint8
     return _DENSE.get(max(sizes, key=sizes.__getitem__), torch.float16)
 
@@ -155,12 +155,12 @@ def load_file(
     Args:
         dtype: of all weights; None: matrices keep the file's bits, and vectors are float32.
     """
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = kind._from_config(config, dtype=dtype or torch.float32)
+        model = model_class._from_config(config, dtype=dtype or torch.float32)
 
     def read(tensor: TensorInFile) -> Tensor:
-        if dtype is None and len(tensor.shape) == 2 and tensor.kind in FORMATS:
+        if dtype is None and len(tensor.shape) == 2 and tensor.quant_type in FORMATS:
             rows = np.fromfile(header.path, np.uint8, tensor.num_bytes, offset=tensor.start)
             return torch.from_numpy(rows).view(tensor.shape[0], -1)
         # Numbers of norms and biases are rounded after transformers' order, which may add to them.
@@ -200,8 +200,8 @@ def _read_all(
     """
     architecture = header.metadata["general.architecture"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     by_name_in_file = {names.get_name(name, (".weight", ".bias")): name for name in parameters}
     largest_first = sorted(header.tensors, key=lambda tensor: -tensor.num_bytes)
     tensors = {by_name_in_file[t.name]: t for t in largest_first if t.name in by_name_in_file}
@@ -217,7 +217,7 @@ def _read_all(
         weight = torch.from_numpy(np.ascontiguousarray(rows)).view(weight.dtype)
         if weight.dtype != torch.uint8:
             return weight
-        return torch.ops.self_speculation.weight_of_file(weight, int(tensor.kind), tensor.shape[1])
+        return torch.ops.self_speculation.weight_of_file(weight, int(tensor.quant_type), tensor.shape[1])
 
     title = f"reading {header.path.name}"
     num_threads = torch.get_num_threads()
@@ -238,7 +238,7 @@ def read_tensor(path: Path, tensor: TensorInFile, dtype: torch.dtype) -> Tensor:
         # Read, not mapped: pages of a mapping count as memory of this process. gguf dequantises 16 rows at a
         # time; here is one row of many blocks.
         blocks = np.fromfile(path, np.uint8, len(rows) * row_bytes, offset=start)[None]
-        numbers = torch.from_numpy(gguf.dequantize(blocks, tensor.kind)).view(rows.shape)
+        numbers = torch.from_numpy(gguf.dequantize(blocks, tensor.quant_type)).view(rows.shape)
         rows.copy_(numbers)
         if dtype == torch.float16 and float(rows.abs().amax()) == math.inf:
             why = "weights beyond 65504: they need --dtype bfloat16 or float32"

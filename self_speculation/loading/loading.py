@@ -36,7 +36,7 @@ from self_speculation.config import (
 from self_speculation.devices import why_no_gpu
 from self_speculation.families import LLAMA_LAYOUT, check_supported, experts_per_token, scale_rotation
 from self_speculation.loading.gguf_config import config_of
-from self_speculation.loading.gguf_files import Header, format_of_matrices, load_file
+from self_speculation.loading.gguf_files import Header, dtype_of_matrices, load_file
 from self_speculation.loading.sources import LoadingError, adapted_model, explained, locate, path_of
 from self_speculation.passes.quantized_layers import quantize
 from self_speculation.passes.runners import activation_dtype, capture_decoding, check_can_be_captured, fuse
@@ -71,8 +71,8 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
-    """`auto` is the checkpoint's dtype, or float32 on a CPU; `half` is bfloat16 where the device computes
-    it, else float16; a CPU computes or emulates it.
+    """`auto` is the checkpoint's dtype, or float32 on a CPU. `half` is bfloat16 on a CPU and on GPUs that
+    compute it, else float16.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
@@ -89,10 +89,13 @@ def load_config(model: str | os.PathLike[str], options: LoadingOptions | None = 
     check_kind("options", options, LoadingOptions)
     model = path_of(model)
     model = adapted_model(model, options) or model
-    source, kwargs = _LOCATED[model, options.trust_remote_code] = locate(model, options.trust_remote_code)
+    located = locate(model, options.trust_remote_code)
+    _LOCATED[model, options.trust_remote_code] = located
+    source, kwargs = located
     with explained(model):
         header = _header(model)  # refuses a file that is cut short
-        scaling = (given := {**options.model_args}).pop("rope_scaling", None)
+        given = {**options.model_args}
+        scaling = given.pop("rope_scaling", None)
         config = (
             AutoConfig.from_pretrained(source, **kwargs, **given)
             if header is None
@@ -144,30 +147,30 @@ def load_model_and_tokenizer(
         if header is not None and dtype == "auto":
             dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype
         folder = Path(model).expanduser()  # an adapter may have another tokenizer than the model
-        where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
-        in_file = header if where == source else None
-        tokenizer = _load_tokenizer(model, config, where, in_file, kwargs)
+        tokenizer_source = str(folder) if (folder / "tokenizer_config.json").is_file() else source
+        tokenizer_header = header if tokenizer_source == source else None
+        tokenizer = _load_tokenizer(model, config, tokenizer_source, tokenizer_header, kwargs)
         if chat and not tokenizer.chat_template:
             such = "instruction models have one, such as HuggingFaceTB/SmolLM2-135M-Instruct"
             raise LoadingError(f"chat True: the model's tokenizer has no chat template; {such}")
         bits = _bits(options.quantization, device, config, base)
         file_dtype = _file_dtype(options, device, header, config) if adapted is None else None
         in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}
-        place = "auto" if options.device == "split" else str(device)
-        how: dict[str, object] = {
+        device_map = "auto" if options.device == "split" else str(device)
+        model_kwargs: dict[str, object] = {
             "dtype": dtype if file_dtype in (None, torch.uint8) else file_dtype,
             "use_safetensors": True,
-            "device_map": place,
+            "device_map": device_map,
         }
-        how |= _quantized(options.quantization, dtype, config) if bits is None else {}
-        how |= {name: arg for name, arg in options.model_args.items() if name not in in_config}
+        model_kwargs |= _quantized(options.quantization, dtype, config) if bits is None else {}
+        model_kwargs |= {name: arg for name, arg in options.model_args.items() if name not in in_config}
         if header is None:
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                source, config=config, **kwargs, **how, output_loading_info=True
+                source, config=config, **kwargs, **model_kwargs, output_loading_info=True
             )
             absent = sorted(info["missing_keys"])
         else:
-            name = str(how["dtype"]).removeprefix("torch.")  # model_args has names
+            name = str(model_kwargs["dtype"]).removeprefix("torch.")  # model_args has names
             loaded, absent = load_file(
                 header, config, None if file_dtype == torch.uint8 else getattr(torch, name)
             )
@@ -175,7 +178,7 @@ def load_model_and_tokenizer(
             missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
             raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
         if header is not None:
-            loaded = _placed(loaded, place)
+            loaded = _placed(loaded, device_map)
         if adapted is not None:
             from peft import PeftModel
 
@@ -220,16 +223,18 @@ def _load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=header.path.name)
-    if (has := tokenizer.vocab_size) > (knows := config.vocab_size):
+    has = tokenizer.vocab_size
+    knows = config.vocab_size
+    if has > knows:
         why = f"the tokenizer has {has} tokens, but the model knows only {knows}"
         raise LoadingError(f"model {model!r}: {why}: it is that of another model")
     return tokenizer
 
 
-def _placed(model: PreTrainedModel, place: str) -> PreTrainedModel:
+def _placed(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
     """A model that was read on the CPU, on a GPU, or split over all of them."""
-    if place != "auto":
-        return model.to(place)
+    if device_map != "auto":
+        return model.to(device_map)
     kept_whole = model._no_split_modules
     memory = get_balanced_memory(model, no_split_module_classes=kept_whole)
     return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=kept_whole))
@@ -244,7 +249,7 @@ def _file_dtype(
     is_asked_for = options.dtype != "auto" or "dtype" in options.model_args
     if is_asked_for or not options.fuse or options.device == "split" or not _has_operators(device):
         return None
-    dtype = config.dtype if header is None else format_of_matrices(header)
+    dtype = config.dtype if header is None else dtype_of_matrices(header)
     is_read = dtype in (torch.bfloat16, torch.float16) and config.model_type in LLAMA_LAYOUT
     return dtype if is_read or dtype == torch.uint8 else None
 

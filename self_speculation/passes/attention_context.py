@@ -68,9 +68,11 @@ class AttentionContext:
     ) -> None:
         lengths = cache.lengths(first)
         self.cache = cache
-        self.rows = cache.num_rows
+        self.num_rows = cache.num_rows
         self.width = width
-        start, end = self._range = min(lengths), max(lengths) + width
+        start = min(lengths)
+        end = max(lengths) + width
+        self._range = start, end
         self._tables = tables
         self._window = kind.window
         self._positions: Tensor | None = None  # [B, T]; None: rows have one length
@@ -82,7 +84,7 @@ class AttentionContext:
             cos_sin = table[:, None, start:end]
         else:
             self._positions = cache.positions(first, width, tables.device)
-            cos_sin = table.index_select(1, self._positions.flatten()).view(2, self.rows, width, -1)
+            cos_sin = table.index_select(1, self._positions.flatten()).view(2, self.num_rows, width, -1)
         self.rotary = cos_sin.unbind()
 
     @functools.cached_property
@@ -121,7 +123,7 @@ class AttentionContext:
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
         # [B * T, 1, head_dim] each
-        cos, sin = (table.expand(self.rows, -1, -1).flatten(0, 1)[:, None] for table in self.rotary)
+        cos, sin = (table.expand(self.num_rows, -1, -1).flatten(0, 1)[:, None] for table in self.rotary)
         first, second = heads.chunk(2, -1)
         return heads * cos + torch.cat((-second, first), -1) * sin
 

@@ -150,7 +150,7 @@ class CapturedPasses(Buffers):
 
     def _run(self, layers: Sequence[tuple[Any, AttentionType]], states: Tensor, positions: Tensor) -> None:
         """The pass that is captured."""
-        make = partial(DecodeContext, self._tables, self.of_layers, positions)
+        make = partial(DecodeContext, self._tables, self.by_layer, positions)
         states.copy_(run_through(layers, make, states))  # fused layers work in place: then nothing is copied
 
 

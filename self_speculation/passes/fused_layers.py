@@ -154,7 +154,7 @@ class FusedLayer(LlamaLayer):
         if isinstance(context, DecodeContext) and self.is_gelu is not None:
             product = torch.ops.self_speculation.gated.default(joint, self.is_gelu)
         else:
-            gate, up = joint.split_with_sizes((self.width, self.width), 1)
+            gate, up = joint.split_with_sizes((self.mlp_width, self.mlp_width), 1)
             product = self._activate(gate).mul_(up)
         return _add(hidden, down, product, norms["output"])
 
@@ -174,7 +174,7 @@ class FusedLayer(LlamaLayer):
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim]."""
-        rows = context.rows
+        rows = context.num_rows
         width = context.width
         scale = self.scaling
         heads = queries.view(rows, width, self.num_heads, -1).transpose(1, 2)
@@ -251,7 +251,7 @@ class FusedRunner(ModelRunner):
         positions = cache.positions(first, width, self.device)
         cache.make_room(first, last, [width] * len(lengths))
         self.tables.reserve(max(lengths) + width)
-        make = partial(DecodeContext, self.tables, cache.buffers.of_layers, positions)
+        make = partial(DecodeContext, self.tables, cache.buffers.by_layer, positions)
         return run_through(self.typed_layers(first, last), make, hidden)
 
     def decodes_by_kernels(self, cache: KVCache, layers: Sequence[Layer]) -> bool:

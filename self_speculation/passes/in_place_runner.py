@@ -1,10 +1,10 @@
 """Passes on a CPU: one operator for a range of layers, over weights where they lie.
 
 The bits of a token do not depend on the pass: prompts in any pieces, drafts, verifications, plain steps and
-batches agree exactly. Tokens of a prompt may be another kind than output, see `rounds_prompts`; a pass has
-one kind, `KVCache.is_prompt`.
-Nothing is made of the weights, so what decodes is always the weights of now. Activations are float32 whatever
-format weights have.
+batches agree exactly. A pass reads tokens of a prompt or of output (`KVCache.is_prompt`). Those of a prompt
+may be rounded, see `rounds_prompts`.
+Nothing is made of the weights, but transposed ones are laid out by rows once. Activations are float32
+whatever format weights have.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class InPlaceLayer(LlamaLayer):
         Args:
             rotation: the number of the tables of rotation.
         """
-        sizes = [self.num_heads, self.num_kv_heads, self.width, window or 0, rotation]
+        sizes = [self.num_heads, self.num_kv_heads, self.mlp_width, window or 0, rotation]
         epsilons = [norm.epsilon if norm else 0.0 for norm in self.norms.values()]
         return [*sizes, self.is_gelu, self.norms["input"].is_centred], [self.scaling, *epsilons]
 
@@ -73,8 +73,8 @@ class InPlaceHead(Head):
 
 
 class InPlaceWeights(FusedWeights):
-    """The operator has all layers and the head of a model, or none: bits of a token would depend on the pass.
-    If it has none of a model in 16 bits, layers of transformers compute in 16 bits.
+    """The operator has all layers and the head of a model, or none. With a mixture, a token's bits would
+    depend on the pass. If it has none of a model in 16 bits, layers of transformers compute in 16 bits.
     """
 
     def replace(self, model: PreTrainedModel) -> None:
@@ -107,7 +107,7 @@ class InPlaceRunner(ModelRunner):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        # (first layer, last layer) -> the owner of the operator's descriptions, and the kinds of rotation.
+        # (first layer, last layer) -> the handle of the operator's descriptions, and the kinds of rotation.
         self._ranges = dict[tuple[int, int], tuple[Tensor, list[str | None]]]()
 
     def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:
@@ -122,9 +122,10 @@ class InPlaceRunner(ModelRunner):
         """No padding: the operator takes the tokens that there are."""
         if first == last:
             return hidden
-        if (first, last) not in self._ranges:  # the operator sees that a parameter has other memory
+        # Described once: in each pass the operator looks up where the weights are.
+        if (first, last) not in self._ranges:
             self._ranges[first, last] = self._described(first, last)
-        owner, rotations = self._ranges[first, last]
+        handle, rotations = self._ranges[first, last]
         states = hidden.contiguous()
         begin = 0
         ends = [*accumulate(widths)]  # of each row's tokens
@@ -142,7 +143,7 @@ class InPlaceRunner(ModelRunner):
                 piece,
                 torch.tensor(rows),
                 cache.is_prompt,
-                owner,
+                handle,
                 cache.make_room(first, last, parts),
                 [self.tables.cos_sin(rotation, longest) for rotation in rotations],
             )
@@ -160,11 +161,11 @@ class InPlaceRunner(ModelRunner):
             for layer, kind in zip(layers, kinds, strict=True)
         ]
         integers, factors = zip(*descriptions, strict=True)
-        owner = torch.ops.self_speculation.make_layers.default(
+        handle = torch.ops.self_speculation.make_layers.default(
             torch.tensor(integers),
             torch.tensor(factors, dtype=torch.float64),
             [tensor for layer in layers for tensor in layer.tensors()],
             self.config.hidden_size,
             layers[0].head_dim,
         )
-        return owner, rotations
+        return handle, rotations

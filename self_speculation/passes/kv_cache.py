@@ -25,14 +25,15 @@ _SHARE = 0.8
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 
-# A number beyond float16's range: NaN that no arithmetic makes of numbers, so all that sees it is NaN, too.
-# Tokens would pass over an infinite key, or see it alone.
+# Bits that mark a number beyond float16's range: a NaN that arithmetic never gives. It spreads to all tokens
+# that see it. An infinite key would get weight 0 or 1.
 _BEYOND_RANGE = 0x7FFF
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of zeros. On a CPU it takes neither time nor memory until it is written: with both, a step in
-    which all slots grow held up all rows.
+    """A tensor of zeros. On a CPU it takes neither time nor memory until it is written.
+
+    `torch.zeros` writes the memory at once. All rows waited when all slots grew in one step.
     """
     if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -44,7 +45,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values in the dtype of a cache, as the operators round them."""
+    """Keys or values in the dtype of a cache, as the operators round them (up to the sign of a NaN)."""
     if numbers.dtype == dtype or dtype != torch.float16:
         return numbers.to(dtype)
     result = numbers.to(dtype)
@@ -58,26 +59,30 @@ class Buffers:
 
     Args:
         devices: [L] of each layer.
-        shape: kv_heads and head_dim.
+        key_shape: kv_heads and head_dim.
         num_slots: the most rows at a time.
     """
 
     def __init__(
-        self, devices: Sequence[torch.device], shape: tuple[int, int], dtype: torch.dtype, num_slots: int = 1
+        self,
+        devices: Sequence[torch.device],
+        key_shape: tuple[int, int],
+        dtype: torch.dtype,
+        num_slots: int = 1,
     ) -> None:
         self.num_layers = len(devices)
         self.num_slots = num_slots
         self.capacity = 0
         self._devices = devices
-        self.shape = shape
+        self.key_shape = key_shape
         self.dtype = dtype
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
-        self.of_layers: dict[int, Pair] = {}
+        self.by_layer: dict[int, Pair] = {}
         self.num_used = [0] * num_slots  # on a CPU: positions that may have been written; later ones are zero
         self.num_caches = 0  # the last one has the buffers
 
     def all(self) -> Iterator[Tensor]:
-        return (part for pair in self.of_layers.values() for part in pair)
+        return (part for pair in self.by_layer.values() for part in pair)
 
     def reserve(self, num_positions: int, least: int) -> None:
         """Have a capacity of so many positions, or of as many as fit in memory.
@@ -93,10 +98,10 @@ class Buffers:
         """The buffers of a layer, grown to at least `end` positions. Raises MemoryError as `reserve`."""
         if end > self.capacity:
             self.reserve(end + end // 4, end)
-        old = self.of_layers.get(layer)
+        old = self.by_layer.get(layer)
         if old is not None and end <= old[0].shape[2]:
             return old
-        kv_heads, head_dim = self.shape
+        kv_heads, head_dim = self.key_shape
         shape = (self.num_slots, kv_heads, self.capacity, head_dim)
         device = self._devices[layer]
         try:
@@ -111,19 +116,19 @@ class Buffers:
                 continue
             for slot, number in enumerate(self.num_used):
                 new[slot, :, : min(number, part.shape[2])] = part[slot, :, :number]
-        self.of_layers[layer] = keys, values
+        self.by_layer[layer] = keys, values
         return keys, values
 
     @property
     def capacity_of_all(self) -> int:
         """The capacity that the buffers of all layers have now; 0: a layer has not run."""
-        has_all = len(self.of_layers) == self.num_layers
+        has_all = len(self.by_layer) == self.num_layers
         return min(part.shape[2] for part in self.all()) if has_all else 0
 
     def _fit(self, wanted: int, least: int) -> int:
         """So many positions, or as many as fit. Raises MemoryError if `least` do not."""
         for device, num_layers in Counter(self._devices).items():
-            position = 2 * num_layers * math.prod(self.shape) * self.dtype.itemsize  # of a slot
+            position = 2 * num_layers * math.prod(self.key_shape) * self.dtype.itemsize  # of a slot
             taken = sum(part.nbytes for part in self.all() if part.device == device)
             if self.grows:  # other positions take no memory yet
                 taken = min(taken, sum(self.num_used) * position)
@@ -206,7 +211,7 @@ class KVCache:
     def positions(self, layer: int, width: int, device: torch.device) -> Tensor:
         """[B, T] the next T positions of each row in a layer."""
         lengths = self.lengths(layer)
-        longest = max(self.lengths(layer))
+        longest = max(lengths)
         missing = [longest - length for length in lengths]
         if self._missing is None or self._missing[0] != missing:
             self._missing = missing, on_device(missing, device)[:, None]
@@ -284,7 +289,7 @@ class KVCache:
         self.set_rows(lengths[:-1])
 
     def is_finite(self, slot: int, length: int) -> bool:
-        """Whether the first positions of a slot are, in all layers."""
+        """Whether the first `length` positions of a slot are finite, in all layers."""
         return all(bool(buffer[slot, :, :length].isfinite().all()) for buffer in self.buffers.all())
 
     def beyond_range(self, slot: int, length: int) -> int | None:

@@ -71,7 +71,7 @@ class PlainLayer(Layer):
     def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, H] -> [B * T, H]; appends keys and values to the cache of the pass."""
         return self.module(
-            hidden.view(context.rows, context.width, -1),
+            hidden.view(context.num_rows, context.width, -1),
             attention_mask=context.mask,
             position_embeddings=context.rotary,
             cache=context,  # for `update`
@@ -133,7 +133,7 @@ class LlamaLayer(Layer):
         self.num_heads, self.num_kv_heads = (
             projection.out_features // self.head_dim for projection in (attention.q_proj, attention.k_proj)
         )
-        self.width = mlp.gate_proj.out_features
+        self.mlp_width = mlp.gate_proj.out_features
         self.is_gelu = _is_gelu(mlp.act_fn)
         # A family that norms results of attention and MLP, too, has this name for the norm of attention.
         before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
@@ -156,7 +156,7 @@ class FusedWeights:
     """What `fuse` makes of a model, valid for one `weights_key`; this class makes nothing.
 
     Attributes:
-        token: equal to no other one, as long as it is kept.
+        token: a unique object, which identifies these weights while it is kept.
         replaced: module of the model -> layer or head of this library; `lm_head` -> head.
         dtype: of activations, keys, values and logits.
         copies: of products, in four bits.

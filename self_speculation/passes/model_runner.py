@@ -133,8 +133,8 @@ class ModelRunner:
         """
         buffers = cache.buffers
         has_dtype = buffers.dtype == self.dtype or (self.device.type == "cpu" and buffers.dtype.itemsize <= 4)
-        if not has_dtype or buffers.shape != self.key_shape:
-            what = f"keys {buffers.shape} in {buffers.dtype}, the runner {self.key_shape} in {self.dtype}"
+        if not has_dtype or buffers.key_shape != self.key_shape:
+            what = f"keys {buffers.key_shape} in {buffers.dtype}, the runner {self.key_shape} in {self.dtype}"
             raise ValueError(f"cache: has {what}; take one of runner.new_cache")
         rows, width = inputs.shape[:2]
         hidden = inputs.to(self.dtype, copy=True) if first else self.embed(inputs)
@@ -205,7 +205,7 @@ def forward_pieces(
     runner: ModelRunner, cache: KVCache, pieces: Sequence[list[int]], exit_layer: int, ended: Sequence[int]
 ) -> Tensor:
     """Layers 0..exit_layer-1 over new tokens of each row, in one pass; logits [n, V] after the last token of
-    those rows that have `ended`.
+    those rows that have `ended`, or [0, H] if none has.
     """
     hidden = runner.embed(on_device([id_ for piece in pieces for id_ in piece], runner.device))
     hidden = runner.run_layers(cache, hidden, [*map(len, pieces)], 0, exit_layer)

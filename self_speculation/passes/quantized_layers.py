@@ -45,7 +45,7 @@ _INT4_ON_A_GPU = 2.0 * 95 / 187
 
 
 def copy_bytes_per_weight(model: PreTrainedModel) -> float:
-    """Bytes of each weight of a copy; on a GPU those that memory reads in the time of the product."""
+    """Bytes per weight of a copy. On a GPU: bytes that memory delivers while the product runs."""
     return BYTES_PER_WEIGHT if model.device.type == "cpu" else _INT4_ON_A_GPU
 
 
@@ -72,7 +72,8 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
         raise ValueError(f"{title}: experts of a {model.config.model_type} model are not rounded")
     runner = eager_runner(model)
     head = model.get_output_embeddings()
-    _check_plain(runner, num_layers := len(runner.layers), title)
+    num_layers = len(runner.layers)
+    _check_plain(runner, num_layers, title)
     squares = _input_squares(runner, num_layers) if bits == 4 else {}
     found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     for name, module in found.items():
@@ -88,8 +89,8 @@ def quantize(model: PreTrainedModel, bits: int) -> None:
         return FewBitsLinear(made, len(weight), weight.shape[1], bias)
 
     num_bytes = sum(module.weight.nbytes for module in found.values())
-    pool = ThreadPoolExecutor
-    with progress(title, num_bytes) as advance, pool(torch.get_num_threads()) as threads:
+    num_threads = torch.get_num_threads()
+    with progress(title, num_bytes) as advance, ThreadPoolExecutor(num_threads) as threads:
         for (name, module), made in zip(found.items(), threads.map(rounded, found.values()), strict=True):
             model.set_submodule(name, made)
             advance(module.weight.nbytes)
@@ -216,7 +217,7 @@ def _input_squares(runner: ModelRunner, num_layers: int) -> Mapping[nn.Module, T
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.device) * vocabulary // _TOKENS_TO_LEARN
     ids = tokens.view(4, -1).T.reshape(1, -1)  # neighbours are not alike
-    # Not the one cache of captured passes.
+    # A separate cache: captured passes share one, which a new one would replace.
     cache = ModelRunner.new_cache(recording, _TOKENS_TO_LEARN, _TOKENS_TO_LEARN)
     with one_thread():
         recording.run(cache, ids, 0, num_layers, num_logits=0)

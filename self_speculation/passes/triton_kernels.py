@@ -55,17 +55,23 @@ def rotate_and_write(
     is_there = (row < group + 2) & (d < half) & (position >= 0)
     head = tl.where(is_query, kv * group + row, HEADS + kv + tl.where(is_key, 0, KV_HEADS))
     head_at = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * SIZE + d
-    first, second = tl.load(head_at, is_there, 0.0), tl.load(head_at + half, is_there, 0.0)
-    a, b = first.to(tl.float32), second.to(tl.float32)
+    first = tl.load(head_at, is_there, 0.0)
+    second = tl.load(head_at + half, is_there, 0.0)
+    a = first.to(tl.float32)
+    b = second.to(tl.float32)
     if query_norm is not None:
-        q1, q2 = tl.load(query_norm + d, d < half, 0.0), tl.load(query_norm + half + d, d < half, 0.0)
-        k1, k2 = tl.load(key_norm + d, d < half, 0.0), tl.load(key_norm + half + d, d < half, 0.0)
+        q1 = tl.load(query_norm + d, d < half, 0.0)
+        q2 = tl.load(query_norm + half + d, d < half, 0.0)
+        k1 = tl.load(key_norm + d, d < half, 0.0)
+        k2 = tl.load(key_norm + half + d, d < half, 0.0)
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / SIZE + epsilon)[:, None]
         a = a * scale * (tl.where(is_query, q1, k1).to(tl.float32) + ADDED)
         b = b * scale * (tl.where(is_query, q2, k2).to(tl.float32) + ADDED)
-        a, b = a.to(first.dtype).to(tl.float32), b.to(first.dtype).to(tl.float32)  # as a separate norm does
+        a = a.to(first.dtype).to(tl.float32)  # as a separate norm does
+        b = b.to(first.dtype).to(tl.float32)
     at = tl.maximum(position, 0) * SIZE + d
-    c, s = tl.load(cos + at, d < half, 0.0).to(tl.float32), tl.load(sin + at, d < half, 0.0).to(tl.float32)
+    c = tl.load(cos + at, d < half, 0.0).to(tl.float32)
+    s = tl.load(sin + at, d < half, 0.0).to(tl.float32)
     first = tl.where(is_value, first, (a * c - b * s).to(first.dtype))
     second = tl.where(is_value, second, (b * c + a * s).to(first.dtype))
     tl.store(head_at, first, is_there & is_query)

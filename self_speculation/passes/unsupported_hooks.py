@@ -34,7 +34,7 @@ def check_followed(model: PreTrainedModel) -> None:
                 " prompt tuning is not followed"
             )
         raise ValueError(f"model: must be one of transformers, not a {kind}")
-    for cause in _around_layers(model):
+    if cause := next(_around_layers(model), None):
         raise ValueError(f"model: {cause}, which would be passed over: layers are run one by one")
 
 

@@ -1,5 +1,5 @@
-"""Products by the operator of a CPU, and modules whose weights are in few bits: of a `.gguf` file as it has
-them, or rounded here.
+"""Products by the CPU operator, and modules with quantised weights. The weights come from a `.gguf` file, or
+are rounded here.
 
 cpp/few_bits.h has the formats. Inputs are rounded to eight bits, 32 at a time, as llama.cpp does; products
 are float32. The bits of a token do not depend on the pass, so prompts, drafts and verifications agree.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-# Number in files -> name of a format that is read as it is.
+# ggml's number of a format -> its name. The operator keeps the numbers of these formats exactly.
 FORMATS = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
     14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",

@@ -71,7 +71,7 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, squares: Tensor) -> None:
         super().__init__()
-        counts = _shares(squares)
+        importance = _importance(squares)
         self.out_features, self.in_features = weight.shape
         self.num_bytes = copy_bytes(self)
         self._padding = -weight.shape[1] % _GROUP
@@ -81,7 +81,7 @@ class Int4Linear(nn.Module):
         # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
         for rows in weight.split(max(1, _AT_A_TIME // weight.shape[1] // 64) * 64):
             padded = pad(rows, (0, self._padding, 0, -len(rows) % _BLOCK_OF_ROWS))
-            quants, scale = in_four_bits(padded, counts)
+            quants, scale = in_four_bits(padded, importance)
             parts.append(_packed(quants))
             scales.append(scale)
         # Quants as kernels take them; scales and zero points [groups of a row, out, 2].
@@ -100,22 +100,22 @@ class Int4Linear(nn.Module):
 
 def four_bits(weight: Tensor, squares: Tensor) -> Tensor:
     """A weight [out, in] in the format of `FewBitsLinear`, for inputs with mean squares `squares` [in]."""
-    counts = _shares(squares).flatten()
-    return torch.ops.self_speculation.int4_round(weight.detach().contiguous(), counts)
+    importance = _importance(squares).flatten()
+    return torch.ops.self_speculation.int4_round(weight.detach().contiguous(), importance)
 
 
-def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, in] and `_shares` of inputs -> quants [n, in] of int32 from 0 to 15, and for each group
+def in_four_bits(rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, in] and `_importance` of inputs -> quants [n, in] of int32 from 0 to 15, and for each group
     [groups of a row, n, 2] scale and zero point, the value of quant 8. `int4_round` does this on a CPU.
     """
     groups = rows.float().unflatten(1, (-1, _GROUP))  # [n, groups of a row, elements]
     least, largest = groups.aminmax(dim=2, keepdim=True)
-    mean = (groups * counts).sum(2, keepdim=True)
+    mean = (groups * importance).sum(2, keepdim=True)
     fits = []
     for share in _SHARES_OF_RANGE:
         scale = ((largest - least) * share / 15).clamp(min=1e-12)
         quants = _quants(groups, scale, (least + largest + scale) / 2)
-        weighted = quants * counts
+        weighted = quants * importance
         mean_quant = weighted.sum(2, keepdim=True)
         variance = ((weighted * quants).sum(2, keepdim=True) - mean_quant.square()).clamp(min=1e-12)
         covariance = (weighted * groups).sum(2, keepdim=True) - mean_quant * mean
@@ -134,11 +134,11 @@ def _quants(groups: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:
     return ((groups - zero_points) * (1 / scales)).round_().clamp_(-8, 7)
 
 
-def _shares(squares: Tensor) -> Tensor:
+def _importance(squares: Tensor) -> Tensor:
     """Squares of inputs [in] -> their shares of each group's sum [groups of a row, elements]."""
-    counts = pad(squares, (0, -len(squares) % _GROUP)).float().unflatten(0, (-1, _GROUP))
-    counts = counts + 1e-3 * counts.mean(1, keepdim=True) + 1e-30  # one alone fits by any scale
-    return counts / counts.sum(1, keepdim=True)
+    importance = pad(squares, (0, -len(squares) % _GROUP)).float().unflatten(0, (-1, _GROUP))
+    importance = importance + 1e-3 * importance.mean(1, keepdim=True) + 1e-30  # one alone fits by any scale
+    return importance / importance.sum(1, keepdim=True)
 
 
 def _packed(quants: Tensor) -> Tensor:

@@ -173,7 +173,8 @@ def _build(variant: str, file: Path) -> None:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_owner(file.parent)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # another process may load it meanwhile
-        _compile(variant, new := Path(folder) / file.name)
+        new = Path(folder) / file.name
+        _compile(variant, new)
         new.replace(file)
     _load(file)
 

@@ -60,7 +60,7 @@ def test_nan_stays_in_its_row(batch_size, broken, drafts, late, monkeypatch):
     """Guards against NaN that a mask lets through to another row, or that stays in a slot, and against drafts
     that are padded with a token that the row does not have.
     """
-    monkeypatch.setattr(batch, "reads_late", lambda device: late)
+    monkeypatch.setattr(batch, "queues_passes", lambda device: late)
     model = own_llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[[0, 49]] = torch.nan

@@ -135,7 +135,7 @@ def test_a_pass_reads_many_prompts(most, budget, lengths, passes, monkeypatch):
     than it saves.
     """
     scheduler = scheduler_of(tiny_llama(fused=most == 64), 8, budget, max_steps=3)
-    scheduler._most_together = most
+    scheduler._max_pass_tokens = most
     ran = watch(monkeypatch, InPlaceRunner if most == 64 else ModelRunner, "run_layers")
     add(scheduler, {number: TEXT[:length] for number, length in enumerate(lengths)})
     scheduler.step()

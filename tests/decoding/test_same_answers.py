@@ -219,7 +219,7 @@ def compare(name, way, draws):
     with (
         patch.object(model.config, "max_position_embeddings", context),
         patch("self_speculation.passes.kv_cache._FIRST_ALLOCATION", 3),
-        patch.object(batch, "reads_late", lambda _: late),
+        patch.object(batch, "queues_passes", lambda _: late),
         random_plans(draws.randrange(2**32)),
     ):
         for row in range(draws.randint(3, 4)):

@@ -44,7 +44,7 @@ def policy(learnt=None, copy_takes=None):
     Args:
         copy_takes: estimated cost of a token drafted by a copy of all ten layers; None: there is none.
     """
-    arms = {
+    costs = {
         **{
             name: DraftCost(lambda num_rows, ratio=ratio: ratio, prior_strength=1.0)
             for name, ratio in RATIOS.items()
@@ -52,8 +52,8 @@ def policy(learnt=None, copy_takes=None):
         "n-grams": DraftCost(priors=[0.3, 0.5, 0.7, 0.9]),
     }
     if copy_takes is not None:
-        arms[COPY] = DraftCost(lambda num_rows: copy_takes, (0.95,), prior_strength=6.0)
-    return AdaptivePolicy(arms, LONGEST_DRAFT, learnt or stats())
+        costs[COPY] = DraftCost(lambda num_rows: copy_takes, (0.95,), prior_strength=6.0)
+    return AdaptivePolicy(costs, learnt or stats())
 
 
 def drafted_by(sources, lengths, matched=()):

@@ -281,7 +281,7 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
         monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _: 0)
         cache.reserve(10, 9000)
         assert cache.buffers.replays
-        keys, _ = cache.buffers.of_layers[0]
+        keys, _ = cache.buffers.by_layer[0]
         assert keys.shape[2] == cache.buffers.capacity
         capacities.append(keys.shape[2])
     assert capacities == [1984, 6672, 8192]

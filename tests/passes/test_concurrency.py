@@ -56,7 +56,7 @@ def test_statistics_change_for_one_thread_at_a_time():
         return float(num_tokens)
 
     stats = SourceStats(grows)
-    one, other = AdaptivePolicy({}, 4, stats), AdaptivePolicy({}, 4, stats)
+    one, other = AdaptivePolicy({}, stats), AdaptivePolicy({}, stats)
     draft = Draft([None], torch.empty(1, 0), [0])
     run_all(lambda: one.plan([None], [1]), lambda: other.learn(draft, [0], (0.0, 1.0)))
     assert both.broken

@@ -216,7 +216,7 @@ def test_keys_and_values_are_rounded_once(name):
             assert (found[dtype] - by_torch).norm() / norm <= max(1e-5, bound / 20)
             error = (found[dtype] - found["float32"]).norm() / norm
             assert bound / 1000 <= error <= bound
-            for part, other in zip(cache.buffers.of_layers[0], expected.buffers.of_layers[0], strict=True):
+            for part, other in zip(cache.buffers.by_layer[0], expected.buffers.by_layer[0], strict=True):
                 equal = part[:, :, :700] == other[:, :, :700]
                 assert not bound or equal.float().mean() > 0.99  # sums in float32 have another order
 

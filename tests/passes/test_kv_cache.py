@@ -80,7 +80,7 @@ def test_numbers_beyond_the_range_of_float16_are_found():
     cache = KVCache(Buffers([CPU] * 2, (2, 3), torch.float16))
     for layer, largest in enumerate((65_519.0, -65_520.0)):
         append(cache, [1, 2, largest, torch.nan], layer)
-    keys, _ = cache.buffers.of_layers[0]
+    keys, _ = cache.buffers.by_layer[0]
     assert contents(keys)[:3] == [1, 2, 65_504]
     assert cache.beyond_range(0, 4) == 2
     assert cache.beyond_range(0, 2) is None
@@ -107,7 +107,7 @@ def test_slots_are_swapped_without_memory(dtype):
     """Guards against two slots that are exchanged in one layer only, and against bits that change."""
     cache = cache_of(*[CPU] * 3, num_slots=3)
     buffers = [(torch.randn(3, 2, 8, 3, dtype=dtype), torch.randn(3, 2, 8, 3, dtype=dtype)) for _ in range(3)]
-    cache.buffers.of_layers = dict(enumerate(buffers))
+    cache.buffers.by_layer = dict(enumerate(buffers))
     parts = [part for pair in buffers for part in pair]
     parts[0][0, 0, 0] = torch.tensor([torch.nan, torch.inf, -0.0])
     before = [part.clone() for part in parts]

@@ -21,7 +21,7 @@ def rounded(weight, squares=None):
     shape = weight.shape
     padding = (0, -weight.shape[1] % 32)
     squares = torch.ones(shape[1]) if squares is None else squares
-    quants, numbers = in_four_bits(pad(weight, padding), int4_linear._shares(squares))
+    quants, numbers = in_four_bits(pad(weight, padding), int4_linear._importance(squares))
     scales, zero_points = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
     return ((quants - 8) * scales + zero_points)[:, : shape[1]]
 
