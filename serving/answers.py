@@ -31,7 +31,7 @@ from serving.tools import CallReader
 
 RequestKind = type[ChatRequest | CompletionRequest | ResponsesRequest]
 _SEEDS = 2**63
-_TOOL_CHARACTERS = 8  # of tools as JSON, for each token of a context, at most
+_TOOL_CHARACTERS = 8  # most characters of the tools' JSON for each token of the context
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Answer:
         """Read, check and tokenize the request. Returns the names of ignored fields."""
         generator = self._generator
         ignored = set[str]()
-        given_request = kind.model_validate_json(body, context=ignored)
-        self._writer = given_request.writer(self._served.name)
-        request = given_request.chat if isinstance(given_request, ResponsesRequest) else given_request
+        client_request = kind.model_validate_json(body, context=ignored)
+        self._writer = client_request.writer(self._served.name)
+        request = client_request.chat if isinstance(client_request, ResponsesRequest) else client_request
         self.request = request
-        prompt_field = given_request.prompt_field
+        prompt_field = client_request.prompt_field
         self._check()
         if isinstance(request, ChatRequest):
             prompts = [self._encode_chat(request, prompt_field)]
@@ -97,13 +97,13 @@ class Answer:
         grammar = request.grammar(generator.tokenizer)
         if request.ignore_eos and grammar is None:
             bias |= dict.fromkeys(generator.eos_token_ids, -math.inf)
-        given = request.prediction
-        predicted = generator.encode_prediction(given.content, config) if given else None
+        prediction = request.prediction
+        predicted = generator.encode_prediction(prediction.content, config) if prediction else None
         self.is_guided = grammar is not None
         shared = {"config": config, "logit_bias": bias, "drafts": request.drafts}
         shared |= {"prediction": predicted, "grammar": grammar}
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
-        self._given = [
+        self._requests = [
             replace(prompt, **shared, seed=(seed + nth) % _SEEDS)
             for prompt, nth in itertools.product(prompts, range(request.n))
         ]
@@ -135,7 +135,7 @@ class Answer:
         generator = self._generator
         served = self._served
         max_time = served.args.max_time
-        for index, given in enumerate(self._given):
+        for index, choice_request in enumerate(self._requests):
             # A job does not refer to this object, so Python frees a finished answer at once.
             streamer = None
             logprobs = None
@@ -143,7 +143,7 @@ class Answer:
             if request.stream:
                 kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
                 streamer = kind(generator.tokenizer, emit)
-            prepared = generator.tokenize(replace(given, streamer=streamer), served.config)
+            prepared = generator.tokenize(replace(choice_request, streamer=streamer), served.config)
             if request.num_top_logprobs is not None:
                 logprobs = LogprobCollector(generator.tokenizer, request.num_top_logprobs, prepared.reader)
                 prepared = replace(prepared, stopping_criteria=logprobs)
@@ -207,7 +207,7 @@ class Answer:
         served = self._served
         served.check_name(request.model or served.name)
         num_prompts = 1 if isinstance(request, ChatRequest) else len(request.prompt)
-        if num_prompts * request.n > (limit := served.engine.max_together):
+        if num_prompts * request.n > (limit := served.engine.max_choices):
             param, number = ("n", request.n) if num_prompts <= limit else ("prompt", num_prompts)
             raise APIError.at(param, number, f"must be at most {limit} answers together, for all prompts")
         most = served.args.max_answer_tokens

@@ -21,7 +21,7 @@ from self_speculation.generator_base import TokenizedRequest
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 from self_speculation.weights.kernels import cpu_operators
 
-_PROMPT = 1024  # tokens of a usual prompt
+_USUAL_PROMPT = 1024  # tokens of a usual prompt
 _IDLE_SECONDS = 300  # idle time after which the engine gives back memory of longer prompts
 _log = logging.getLogger(__name__)
 
@@ -73,17 +73,17 @@ class Engine:
         self._scheduler: Scheduler[Job] = Scheduler(strategy, model, config, batch_size, token_budget)
         # Longer requests need more graphs, which the engine captures later, between steps.
         longest = context_length(model.config)
-        self._usual = min(longest, _PROMPT + config.max_steps)  # positions of a slot
+        self._usual = min(longest, _USUAL_PROMPT + config.max_steps)  # positions of a slot
         self._scheduler.run_every_pass(self._usual, longest)
         self._batch_size = batch_size
         self.max_jobs = batch_size + max_waiting
-        self.max_together = max(1, self.max_jobs // 2)  # jobs of one request; a second request has room
+        self.max_choices = max(1, self.max_jobs // 2)  # jobs of one request; a second request has room
         self._num_positions = batch_size * longest
         self.waiting: deque[Job] = deque()
         self.in_flight: list[Job] = []
-        # The engine's thread calls `on_end` with an admitted job, the result, and the error that aborted the
-        # job; and `on_round` with the rows of a round and seconds since the previous round.
+        # The engine's thread calls it with an admitted job, the result, and the error that aborted the job.
         self.on_end: Callable[..., None] = lambda *_: None
+        # The engine's thread calls it with the rows of a round and the seconds since the round before.
         self.on_round: Callable[..., None] = lambda *_: None
         self._round_ended = math.nan
         self._changed = Condition()  # guards the jobs

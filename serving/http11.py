@@ -14,7 +14,7 @@ _readers.chunk_header_re = re.compile(
     rb"(?P<chunk_size>[0-9A-Fa-f]{1,20})(?P<chunk_ext>;[\t\x20-\x7e\x80-\xff]*)?[ \t]*\r\n"
 )
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)  # a target with a host
-_SECONDS = 60  # a connection may wait this long for a complete request
+_REQUEST_SECONDS = 60  # a connection may wait this long for a complete request
 _PROBE_SECONDS = 0.5  # between interim responses to a client that sends no more
 _RESERVED = 32  # descriptors for files and pipes
 
@@ -62,7 +62,7 @@ class StrictProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._since = self.loop.time()
-        self._timer = self.loop.call_later(_SECONDS, self._end_if_unfinished, None)
+        self._timer = self.loop.call_later(_REQUEST_SECONDS, self._end_if_unfinished, None)
         every = [each for each in self.connections if isinstance(each, StrictProtocol)]
         connections = [each for each in every if not each.transport.is_closing()]
         if len(connections) > most_connections()[0]:
@@ -107,4 +107,4 @@ class StrictProtocol(H11Protocol):
         if self.is_unfinished and self.cycle is before:
             self.transport.close()
         else:
-            self._timer = self.loop.call_later(_SECONDS, self._end_if_unfinished, self.cycle)
+            self._timer = self.loop.call_later(_REQUEST_SECONDS, self._end_if_unfinished, self.cycle)

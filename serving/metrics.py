@@ -114,7 +114,9 @@ class Metrics:
         self._finished = self._vllm(Counter, "request_success", "Answers by their end", "finished_reason")
         about = "Accepted draft tokens by position"
         self._per_position = self._vllm(Counter, "spec_decode_num_accepted_tokens_per_pos", about, "position")
-        self._between = self._observed("inter_token_latency_seconds", "Between two rounds of a request")
+        self._inter_token_latency = self._observed(
+            "inter_token_latency_seconds", "Between two rounds of a request"
+        )
         self._counters = [
             (self._vllm(Counter, name, about).labels(**self._labels), value)
             for name, about, value in _COUNTED
@@ -137,7 +139,7 @@ class Metrics:
 
     def count_round(self, num_rows: int, seconds: float) -> None:
         for _ in range(num_rows):
-            self._between.observe(seconds)
+            self._inter_token_latency.observe(seconds)
 
     def count(self, job: Job, result: GenerationStrategyResult, error: Exception | None) -> None:
         """Count a job that was in the batch, in the engine's thread. `count_error` counts the error."""

@@ -3,7 +3,8 @@
 from typing import Any
 
 # Name, what to use instead ("": nothing), and the value that asks for nothing; without one: false, 0 and
-# empty values. An empty object is a schema for anything, or asks for something.
+# empty values. An empty object still counts as a value: as a
+# schema it allows anything.
 _ROWS: list[tuple[Any, ...]] = [
     ("add_generation_prompt", "chat_template_kwargs", True),
     ("allowed_token_ids", "logit_bias"),

@@ -22,10 +22,9 @@ _BEGIN_OR_OBJECT = re.compile(rf"{_BEGIN.pattern}|\A\s*(?={{)")
 # A call up to the arguments, which are an object or a list.
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=[{[])')
 _END = re.compile(r"\s*</tool_call>")
-_MARK = re.compile(
-    r'\\.|["{}\[\]]', re.DOTALL
-)  # ends or opens something in JSON; an escaped character does not
-_decoder = json.JSONDecoder()
+# Ends or opens something in JSON; an escaped character does not.
+_MARK = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
+_DECODER = json.JSONDecoder()
 
 
 def call_grammar(
@@ -44,7 +43,7 @@ def call_grammar(
         several: allow several calls, if calls have tags.
     """
     chat_template = tokenizer.chat_template
-    is_tagged = "<tool_call>" in tokenizer.chat_template
+    is_tagged = _TAG in chat_template
     functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
     key = "parameters" if not is_tagged and '"parameters"' in chat_template else "arguments"
     calls = [
@@ -66,7 +65,7 @@ def call_grammar(
     rules += [f"other: {answer or any_text}"] * (answer is not None)
     if not is_tagged:
         return Grammar.lark("\n".join([*rules, f"call: {json_call}"]))
-    begin, end = (Tag.of(text, tokenizer) for text in ("<tool_call>", "</tool_call>"))
+    begin, end = (Tag.of(text, tokenizer) for text in (_TAG, "</tool_call>"))
     before = "(?s:.*)" if answer == "" else r"\n?"
     found = (
         f"begin[lazy]: /{before}{begin.text}/"
@@ -86,7 +85,7 @@ def find_calls(text: str, tools: Sequence[JSONObject]) -> tuple[str, list[dict[s
     position = 0  # after an object that begins the answer
     if text.startswith("{", start):
         with suppress(ValueError, RecursionError):
-            content, position = _decoder.raw_decode(text, start)
+            content, position = _DECODER.raw_decode(text, start)
             if call := _function(content, tools):
                 return "", [call]
     calls = [_function(content, tools) for content in _objects(text, position)]
@@ -115,7 +114,7 @@ def _objects(text: str, position: int) -> list[object]:
     found = list[object]()
     with suppress(ValueError, RecursionError):
         while (begin := _BEGIN.search(text, position)) and _END.search(text, begin.end()):
-            content, position = _decoder.raw_decode(text, begin.end())
+            content, position = _DECODER.raw_decode(text, begin.end())
             if not _END.match(text, position):
                 return []
             found.append(content)
@@ -144,7 +143,7 @@ class _JSONEnd:
                 self._depth -= 1
                 if self._depth == 0:
                     try:
-                        return _decoder.raw_decode(text, start)[1]
+                        return _DECODER.raw_decode(text, start)[1]
                     except (ValueError, RecursionError):
                         self.is_json = False
                         return None
@@ -212,7 +211,7 @@ class CallReader:
             call = {"name": head[1]}
             end = head.end()
         elif self._json_end.find(self._held, start):
-            call, end = _decoder.raw_decode(self._held, start)
+            call, end = _DECODER.raw_decode(self._held, start)
         elif self._json_end.is_json:
             return False
         self._json_end = _JSONEnd()

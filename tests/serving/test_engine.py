@@ -46,7 +46,7 @@ def test_no_request_waits_for_a_capture(longest, byte_tokenizer, graphs, monkeyp
     """Guards against streams that stand still while a pass for one more row is captured, or while all are
     captured again for a long request.
     """
-    monkeypatch.setattr("serving.engine._PROMPT", 100)
+    monkeypatch.setattr("serving.engine._USUAL_PROMPT", 100)
     model = card_llama(4, max_position_embeddings=1024)
     capture_decoding(model)
     engine = Running(tiny_generator(model, byte_tokenizer), GREEDY, 4, max_waiting=4)
@@ -133,7 +133,7 @@ def test_errors_of_callbacks_end_nothing(engine):
 def test_an_idle_engine_gives_back_memory_of_long_prompts(text_model, byte_tokenizer, monkeypatch):
     """Guards against keys and values of one long prompt that stay for ever; those of usual ones stay."""
     monkeypatch.setattr("serving.engine._IDLE_SECONDS", 0.01)
-    monkeypatch.setattr("serving.engine._PROMPT", 88)
+    monkeypatch.setattr("serving.engine._USUAL_PROMPT", 88)
     model = copy.deepcopy(text_model)
     shrunk = watch(monkeypatch, Scheduler, "shrink_cache")
     engine = Running(tiny_generator(model, byte_tokenizer), GREEDY, 4, max_waiting=4)

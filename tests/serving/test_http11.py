@@ -100,7 +100,7 @@ def test_a_declared_length_is_refused_before_the_body(address):
 @pytest.mark.parametrize("sent", [b"", HEAD, GOOD + HEAD, SLOW, GOOD + SLOW])
 def test_a_connection_without_a_whole_request_ends(address, monkeypatch, sent):
     """Guards against idle connections and slow bodies that use up the server's descriptors."""
-    monkeypatch.setattr("serving.http11._SECONDS", 0.3)
+    monkeypatch.setattr("serving.http11._REQUEST_SECONDS", 0.3)
     assert statuses(address, sent) == [200] * sent.startswith(GOOD)
 
 

@@ -218,8 +218,8 @@ def test_a_stream_has_the_calls_of_the_whole(answer, size):
 @pytest.mark.parametrize("order", [["name", "arguments"], ["arguments", "name"]])
 def test_the_time_of_a_call_grows_with_its_length(order, monkeypatch):
     """Guards against long arguments that are parsed again at each bracket, while all streams wait."""
-    decoder = Mock(wraps=tools._decoder)
-    monkeypatch.setattr(tools, "_decoder", decoder)
+    decoder = Mock(wraps=tools._DECODER)
+    monkeypatch.setattr(tools, "_DECODER", decoder)
     call = {"name": "weather", "arguments": {"rows": [[1, 2], {"a": []}] * 200}}
     answer = f"<tool_call>{json.dumps({name: call[name] for name in order})}</tool_call>"
     reader = CallReader(TOOLS, several=True)
