@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from self_speculation.weights.few_bits import project
+from self_speculation.weights.few_bits import linear
 from self_speculation.weights.int4_linear import int4_copy
 from self_speculation.weights.kernels import cpu_operators
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 times.setdefault((name, num_tokens), []).append(took)
     for name, linears in formats.items():
         print(f"{name:<30}" + "".join(f"{median(times[name, n]):9.2f}" for n in TOKENS))
-        num_bytes = sum(linear.weight.nbytes for linear in linears)
+        num_bytes = sum(each.weight.nbytes for each in linears)
         pairs = (zip(times[name, n], times["memory", n], strict=True) for n in TOKENS)
         ratios = [median(took / (limit * num_bytes) for took, limit in pair) for pair in pairs]
         print(f"{'  over memory`s limit':<30}" + "".join(f"{ratio:9.2f}" for ratio in ratios))
@@ -73,8 +73,8 @@ def made(name: str, num_layers: int) -> list[Any]:
 
 @torch.inference_mode()
 def products(linears: list[Any], inputs: dict[int, Tensor]) -> None:
-    for linear in linears:
-        project(inputs[linear.in_features], linear)
+    for each in linears:
+        linear(inputs[each.in_features], each)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -217,7 +217,7 @@ def _read_all(
         weight = torch.from_numpy(np.ascontiguousarray(rows)).view(weight.dtype)
         if weight.dtype != torch.uint8:
             return weight
-        return torch.ops.self_speculation.weight_of_file(weight, int(tensor.quant_type), tensor.shape[1])
+        return torch.ops.self_speculation.repack_weight(weight, int(tensor.quant_type), tensor.shape[1])
 
     title = f"reading {header.path.name}"
     num_threads = torch.get_num_threads()

@@ -19,7 +19,7 @@ from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.layers import FusedWeights, Head, Layer, LlamaLayer, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.unsupported_hooks import difference
-from self_speculation.weights.few_bits import NONE, is_in_few_bits, project
+from self_speculation.weights.few_bits import NONE, is_in_few_bits, linear
 from self_speculation.weights.kernels import cpu_operators
 
 
@@ -69,7 +69,7 @@ class InPlaceHead(Head):
     norm: RMSNorm
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return project(hidden, self.product, self.norm)
+        return linear(hidden, self.product, self.norm)
 
 
 class InPlaceWeights(FusedWeights):

@@ -21,7 +21,7 @@ from self_speculation.passes.runners import eager_runner
 from self_speculation.passes.unsupported_hooks import difference
 from self_speculation.progress import progress
 from self_speculation.threads import most_threads, one_thread
-from self_speculation.weights.few_bits import FewBitsLinear, eight_bits, mean_bytes_per_weight, project
+from self_speculation.weights.few_bits import FewBitsLinear, eight_bits, linear, mean_bytes_per_weight
 from self_speculation.weights.int4_linear import (
     BYTES_PER_WEIGHT,
     copy_bytes,
@@ -199,7 +199,7 @@ class _Recorder(nn.Module):
         self._squares[module] = self._squares.get(module, 0) + x.float().flatten(0, -2).square().sum(0)
         if isinstance(module, FewBitsLinear) or module.weight.dtype == x.dtype:
             return module(x)
-        return project(x.flatten(0, -2), module).view(*x.shape[:-1], -1)
+        return linear(x.flatten(0, -2), module).view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ class FewBitsLinear(_FewBits):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x.flatten(0, -2), self).view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return linear(x.flatten(0, -2), self).view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class FewBitsEmbedding(_FewBits):
@@ -91,7 +91,7 @@ class FewBitsEmbedding(_FewBits):
         return rows if self.scale is None else rows * self.scale
 
 
-def project(x: Tensor, product: Any, norm: Any = None) -> Tensor:
+def linear(x: Tensor, product: Any, norm: Any = None) -> Tensor:
     """x W^T + b, or norm(x) W^T + b, in float32: [T, in] -> [T, out].
 
     Args:
@@ -100,7 +100,7 @@ def project(x: Tensor, product: Any, norm: Any = None) -> Tensor:
     """
     of_norm = (NONE, 0.0, False) if norm is None else (norm.weight, norm.epsilon, norm.is_centred)
     bias = NONE if product.bias is None else product.bias
-    return torch.ops.self_speculation.project.default(
+    return torch.ops.self_speculation.linear.default(
         x.float().contiguous(), *of_norm, product.weight, bias, product.out_features
     )
 
@@ -114,7 +114,7 @@ def eight_bits(weight: Tensor) -> Tensor:
         quants = (groups / scales.float().clamp(min=1e-30)).round_().clamp_(-127, 127).to(torch.int8)
         rows.append(torch.cat((scales.view(torch.uint8), quants.view(torch.uint8)), 2).flatten(1))
     columns = -(-weight.shape[1] // _GROUP) * _GROUP
-    return torch.ops.self_speculation.weight_of_file(torch.cat(rows), _Q8_0, columns)
+    return torch.ops.self_speculation.repack_weight(torch.cat(rows), _Q8_0, columns)
 
 
 def is_in_few_bits(model: PreTrainedModel) -> bool:

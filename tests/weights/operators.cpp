@@ -35,7 +35,7 @@ void few_bits(const Format& format) {
   constexpr int64_t blocks = columns / BLOCK;
   const int64_t row_bytes = columns / (format.has_super_blocks ? SUPER_BLOCK : BLOCK) * format.in_file;
   std::vector<uint8_t> raw(PANEL * row_bytes);
-  std::vector<uint8_t> panel(format.panel_bytes(blocks));
+  std::vector<uint8_t> panel(format.bytes_before(blocks));
   for (uint8_t& each : raw) each = uint8_t(int(next() * 128));
   for (int64_t row = 0; row < PANEL; row++)
     for (int64_t b = 0; b < blocks; b++) {
@@ -43,7 +43,7 @@ void few_bits(const Format& format) {
       for (const uint8_t* number : {block.scale, format.has_minimum ? block.minimum : block.scale})
         const_cast<uint8_t*>(number)[1] = 0x24;  // about a hundredth
     }
-  rearrange(format, raw.data(), row_bytes, 0, PANEL, blocks, panel.data());
+  repack_rows(format, raw.data(), row_bytes, 0, PANEL, blocks, panel.data());
   for (int64_t tokens : {1, 3, 13}) {
     const std::vector<float> x = random(tokens * columns);
     std::vector<float> out(tokens * PANEL);
@@ -99,10 +99,10 @@ void attention(ScalarType type, int64_t d) {
   for (int64_t position = 0; position < SPAN; position++) cached.write(position, &keys[position * d], &values[position * d]);
   std::vector<float> memory(tokens * heads * d);
   for (int64_t window : {0, 150}) {
-    std::vector<Attended> attended(tokens * heads);
+    std::vector<PartialAttention> attended(tokens * heads);
     for (int64_t i = 0; i < tokens * heads; i++) attended[i].values = &memory[i * d];
     attend_to_span(queries.data(), tokens, heads, d, start, window, cached, 0, attended.data());
-    for (const Attended& each : attended) {
+    for (const PartialAttention& each : attended) {
       print("sum", &each.sum, 1);
       print("attended", each.values, d);
     }

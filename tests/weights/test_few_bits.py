@@ -61,7 +61,7 @@ def packed(code, rows, columns, quants=None):
         made = four_bits(torch.randn(rows, columns), torch.ones(columns))
         return (linear := FewBitsLinear(made, rows, columns)), linear.dequantized()
     raw, numbers = rows_of_file(code, rows, columns, quants)
-    made = torch.ops.self_speculation.weight_of_file(raw, code, columns)
+    made = torch.ops.self_speculation.repack_weight(raw, code, columns)
     return FewBitsLinear(made, rows, columns), numbers
 
 
@@ -126,7 +126,7 @@ def test_a_token_is_its_own(number):
 def test_a_damaged_block_stays_in_its_row(code):
     """Guards against NaN that spreads to rows that are multiplied beside it."""
     raw, _ = rows_of_file(code, 16, 256)
-    weight = torch.ops.self_speculation.weight_of_file
+    weight = torch.ops.self_speculation.repack_weight
     before = FewBitsLinear(weight(raw, code, 256), 16, 256)(x := torch.randn(3, 256))
     raw[5, NUMBERS[code][0] : NUMBERS[code][0] + 2] = 255  # NaN
     after = FewBitsLinear(weight(raw, code, 256), 16, 256)(x)

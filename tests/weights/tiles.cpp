@@ -94,7 +94,7 @@ void weight(const char* name, ScalarType type, int64_t columns, int64_t rows) {
 template <size_t I>
 void few_bits(int64_t columns) {
   constexpr const Format& format = FORMATS[I];
-  const int64_t panel_bytes = format.panel_bytes(columns / BLOCK);
+  const int64_t panel_bytes = format.bytes_before(columns / BLOCK);
   std::vector<uint8_t> panels(2 * panel_bytes + BYTES_AHEAD);
   for (uint8_t& each : panels) each = uint8_t(next() % 64);  // scales in 16 bits are small
   multiply("few bits", columns, ScalarType::Byte, 32, [&](const Inputs& x, float* out) {
@@ -117,12 +117,12 @@ void attention(ScalarType type, int64_t d, int64_t start, int64_t window, bool i
   CachedHead cached(cached_keys.data(), cached_values.data(), type, d);
   for (int64_t position = 0; position < SPAN; position++) cached.write(position, &keys[position * d], &values[position * d]);
   auto attend = [&](int64_t first, int64_t n, std::vector<float>& memory) {
-    std::vector<Attended> attended(n * heads);
+    std::vector<PartialAttention> attended(n * heads);
     memory.resize(n * heads * d);
     for (int64_t i = 0; i < n * heads; i++) attended[i].values = &memory[i * d];
     attend_to_span_by_tiles(&queries[first * heads * d], n, heads, d, start + first, window, cached, 0, attended.data());
     std::vector<float> sums;
-    for (const Attended& each : attended) sums.push_back(each.sum);
+    for (const PartialAttention& each : attended) sums.push_back(each.sum);
     return sums;
   };
   std::vector<float> together;

@@ -8,7 +8,7 @@ constexpr int64_t KEYS = 64;   // keys whose scores are computed before their va
 constexpr int64_t SPAN = 512;   // keys of one piece of work
 
 // Attention of one query over a range of keys, not divided by `sum`.
-struct Attended {
+struct PartialAttention {
   float largest = -INFINITY;  // score
   float sum = 0.0f;           // of exponentials of scores relative to the largest one
   float* values;              // [d]
@@ -21,14 +21,14 @@ struct Attended {
 
   // Makes `largest` and `sum` cover the new keys, too. The caller multiplies `values` by `scale_old` and the new values by
   // `scale_new`, and adds them.
-  void extend(const Attended& added, float& scale_old, float& scale_new) {
+  void extend(const PartialAttention& added, float& scale_old, float& scale_new) {
     const float new_largest = std::max(largest, added.largest);
     scale_old = largest == new_largest ? 1.0f : std::exp(largest - new_largest);
     scale_new = added.largest == new_largest ? 1.0f : std::exp(added.largest - new_largest);
     largest = new_largest;
     sum = scale_old * sum + scale_new * added.sum;
   }
-  void add(const Attended& added, int64_t d) {
+  void add(const PartialAttention& added, int64_t d) {
     if (added.sum == 0.0f) return;  // no keys
     float scale_old;
     float scale_new;
@@ -62,7 +62,7 @@ void rotate(const float* x, const float* cosines, const float* sines, int64_t d,
 // The most queries at a time: their sums are in registers.
 constexpr int64_t MOST_QUERIES = LANES == 16 ? 4 : 3;
 // Queries whose scores are computed before values are added: keys and values stay in the first cache.
-constexpr int64_t BATCH = 24;
+constexpr int64_t QUERIES_AT_A_TIME = 24;
 typedef float Scores[KEYS + LANES];
 
 // Keys and values of one head of a row, [positions, d] each, in the format of the cache.
@@ -76,14 +76,14 @@ class CachedHead {
     put(keys_, position, key);
     put(values_, position, value);
   }
-  // Calls f(keys, values), [number, d] from a position on: as they are, or in float32, widened once for many queries.
+  // Calls f(keys, values), [num_keys, d] from a position on: as they are, or in float32, widened once for many queries.
   template <class F>
-  void read(int64_t position, int64_t number, bool is_widened, const F& f) const {
+  void read(int64_t position, int64_t num_keys, bool is_widened, const F& f) const {
     with_numbers(type_, keys_, [&]<class Number>(const Number* keys) {
       keys += position * d_;
       const Number* values = static_cast<const Number*>(values_) + position * d_;
       if constexpr (!std::is_same_v<Number, float>)
-        if (is_widened) return f(widened(keys, number, 0), widened(values, number, KEYS * d_));
+        if (is_widened) return f(widened(keys, num_keys, 0), widened(values, num_keys, KEYS * d_));
       f(keys, values);
     });
   }
@@ -99,9 +99,9 @@ class CachedHead {
     });
   }
   template <class Number>
-  const float* widened(const Number* numbers, int64_t number, int64_t place) const {
+  const float* widened(const Number* numbers, int64_t num_keys, int64_t place) const {
     float* to = reinterpret_cast<float*>(widened_.get()) + place;
-    const int64_t size = number * d_;
+    const int64_t size = num_keys * d_;
     int64_t j = 0;
     for (; j + LANES <= size; j += LANES) store(widen(numbers + j), to + j, LANES);
     if (j < size) store(widen(numbers + j, size - j), to + j, size - j);
@@ -144,7 +144,7 @@ void score(const float* queries, int64_t d, const Number* keys, int64_t first, i
 }
 
 // Scores become exponentials relative to the largest score. Returns the largest score and the sum of the exponentials.
-Attended weigh(float* scores, int64_t first, int64_t last) {
+PartialAttention weigh(float* scores, int64_t first, int64_t last) {
   std::fill_n(scores + last, LANES, -INFINITY);
   Floats most = splat(-INFINITY);
   Floats sum = {};
@@ -152,7 +152,7 @@ Attended weigh(float* scores, int64_t first, int64_t last) {
     const Floats lanes = load<Floats>(scores + key);
     most = lanes > most ? lanes : most;
   }
-  const float largest = most_of(most);
+  const float largest = max_lane(most);
   for (int64_t key = first; key < last; key += LANES) {
     Floats powers = exponential(load<Floats>(scores + key) - largest);
     for (int64_t i = last - key; i < LANES; i++) powers[i] = 0.0f;
@@ -166,7 +166,7 @@ Attended weigh(float* scores, int64_t first, int64_t last) {
 // `scale_old` [Q] of the old values and `scale_new` [Q] of the new ones.
 template <int Q, bool IS_MULTIPLE, class Number>
 void add_values(const Scores* weights, int64_t d, const Number* values, int64_t first, int64_t last, const float* scale_old,
-                const float* scale_new, Attended* attended) {
+                const float* scale_new, PartialAttention* attended) {
   auto add = [&]<int N>(int64_t j) {
     Floats sums[Q * N] = {};
     for (int64_t key = first; key < last; key++) {
@@ -200,20 +200,20 @@ void add_values(const Scores* weights, int64_t d, const Number* values, int64_t 
 // Queries [n, d] over the keys [first, last) of [KEYS, d].
 template <bool IS_MULTIPLE, class Number>
 void attend_to_keys(const float* queries, int64_t n, int64_t d, const Number* keys, const Number* values, int64_t first,
-                    int64_t last, Attended* attended) {
-  alignas(64) Scores scores[BATCH];
-  float scale_old[BATCH];
-  float scale_new[BATCH];
-  for (; n > 0; queries += BATCH * d, attended += BATCH, n -= BATCH) {
-    const int64_t number = std::min(n, BATCH);
+                    int64_t last, PartialAttention* attended) {
+  alignas(64) Scores scores[QUERIES_AT_A_TIME];
+  float scale_old[QUERIES_AT_A_TIME];
+  float scale_new[QUERIES_AT_A_TIME];
+  for (; n > 0; queries += QUERIES_AT_A_TIME * d, attended += QUERIES_AT_A_TIME, n -= QUERIES_AT_A_TIME) {
+    const int64_t num_queries = std::min(n, QUERIES_AT_A_TIME);
     auto all = [&](const auto& f) {
       int64_t i = 0;
-      for (; i + MOST_QUERIES <= number; i += MOST_QUERIES) f.template operator()<MOST_QUERIES>(i);
-      with_count<MOST_QUERIES - 1>(number - i, [&]<int Q>() { f.template operator()<Q>(i); });
+      for (; i + MOST_QUERIES <= num_queries; i += MOST_QUERIES) f.template operator()<MOST_QUERIES>(i);
+      with_count<MOST_QUERIES - 1>(num_queries - i, [&]<int Q>() { f.template operator()<Q>(i); });
     };
     all([&]<int Q>(int64_t i) { score<Q, IS_MULTIPLE>(queries + i * d, d, keys, first, last, scores + i); });
-    for (int64_t i = 0; i < number; i++) {
-      const Attended added = weigh(scores[i], first, last);
+    for (int64_t i = 0; i < num_queries; i++) {
+      const PartialAttention added = weigh(scores[i], first, last);
       attended[i].extend(added, scale_old[i], scale_new[i]);
     }
     all([&]<int Q>(int64_t i) {
@@ -222,22 +222,22 @@ void attend_to_keys(const float* queries, int64_t n, int64_t d, const Number* ke
   }
 }
 
-// Queries [T, heads, d] at positions `start` and on over the keys and values of a span that begins at `key`. A token sees the
+// Queries [T, heads, d] at positions `start` and on over the keys and values of a span from `begin` on. A token sees the
 // keys up to its position; if `window` is not 0, only the last `window` keys.
 void attend_to_span(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
-                    const CachedHead& cached, int64_t key, Attended* attended) {
+                    const CachedHead& cached, int64_t begin, PartialAttention* attended) {
   for (int64_t i = 0; i < tokens * heads; i++) attended[i].clear(d);
-  const int64_t end = std::min(key + SPAN, start + tokens);
-  for (int64_t from = key; from < end; from += KEYS) {
-    const bool is_past = !window && from + KEYS <= start + 1;  // all tokens see all keys of the chunk
+  const int64_t end = std::min(begin + SPAN, start + tokens);
+  for (int64_t from = begin; from < end; from += KEYS) {
+    const bool all_are_seen = !window && from + KEYS <= start + 1;  // all tokens see all keys of the chunk
     if (window && from + KEYS <= start + 1 - window) continue;  // no token sees one
     cached.read(from, std::min(KEYS, end - from), tokens * heads > 2 * MOST_QUERIES, [&]<class Number>(const Number* keys, const Number* values) {
-      for (int64_t t = 0; t < tokens; t += is_past ? tokens : 1) {
+      for (int64_t t = 0; t < tokens; t += all_are_seen ? tokens : 1) {
         int64_t last = std::min(KEYS, start + t + 1 - from);
         int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - from) : 0;
         if (first >= last) continue;
         auto* attend = d % LANES == 0 ? attend_to_keys<true, Number> : attend_to_keys<false, Number>;
-        attend(queries + t * heads * d, (is_past ? tokens : 1) * heads, d, keys, values, first, last, attended + t * heads);
+        attend(queries + t * heads * d, (all_are_seen ? tokens : 1) * heads, d, keys, values, first, last, attended + t * heads);
       }
     });
   }

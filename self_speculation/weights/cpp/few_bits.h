@@ -41,13 +41,13 @@ struct Format {
   }
   int64_t block_bytes() const { return scale_bytes() + LOW + (bits - 4) * PLANE; }
   int64_t super_scale_bytes() const { return has_super_blocks ? PANEL * 2 * (1 + has_minimum) : 0; }
-  // Bytes of a panel that precede a block and the scales of a super-block that begins there.
+  // Bytes of a panel that precede a block and the scales of a super-block that begins there. For the number of blocks: bytes of a
+  // panel.
   int64_t bytes_before(int64_t block) const {
     return block * block_bytes() + (block + SUPER_BLOCK / BLOCK - 1) / (SUPER_BLOCK / BLOCK) * super_scale_bytes();
   }
-  int64_t panel_bytes(int64_t blocks) const { return bytes_before(blocks); }
   int64_t num_bytes(int64_t rows, int64_t columns) const {
-    return HEADER + round_up(rows, PANEL) / PANEL * panel_bytes(round_up(columns, BLOCK) / BLOCK);
+    return HEADER + round_up(rows, PANEL) / PANEL * bytes_before(round_up(columns, BLOCK) / BLOCK);
   }
 };
 constexpr Format FORMATS[] = {
@@ -122,7 +122,8 @@ struct RoundedInputs {
         for (int j = half * 16; j < half * 16 + 16; j++) {
           constexpr float nearest = 0x1.8p23f;  // a sum with it has no fraction
           int32_t quant = std::bit_cast<int32_t>(values[j] * inverse_scale + nearest) - std::bit_cast<int32_t>(nearest);
-          half_sums[half] += block_quants[j] = int8_t(quant);
+          block_quants[j] = int8_t(quant);
+          half_sums[half] += block_quants[j];
         }
       scales[at] = range / 127.0f;
       for (int half = 0; half < 2; half++) sums[at * 3 + half] = scales[at] * float(half_sums[half]);
@@ -133,10 +134,10 @@ struct RoundedInputs {
 
 // Unpacks the quants of columns 8 i to 8 i + 7 of LANES rows, four columns a vector. `low`: the low planes, from the first row
 // on. If a product does not take eight bits, `upper` gets the upper four.
-template <int HIGH>
+template <int HIGH_BITS>
 INLINE void unpack_quants(const uint8_t* low, int i, Bytes* quants, Bytes* upper) {
   typedef uint16_t Pairs VECTOR(4);  // there are no shifts of bytes
-  if constexpr (HIGH == 4) {
+  if constexpr (HIGH_BITS == 4) {
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
       quants[j] = load<Bytes>(low + (2 * i + j) * PLANE);
@@ -150,14 +151,14 @@ INLINE void unpack_quants(const uint8_t* low, int i, Bytes* quants, Bytes* upper
   const Bytes bytes = load<Bytes>(low + i * PLANE);
   quants[0] = bytes & 15;
   quants[1] = (Bytes)((Pairs)bytes >> 4) & 15;
-  if constexpr (HIGH == 1 || HIGH == 2) {
-    constexpr int per_byte = 8 / HIGH;
+  if constexpr (HIGH_BITS == 1 || HIGH_BITS == 2) {
+    constexpr int per_byte = 8 / HIGH_BITS;
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
       const int v = 2 * i + j;
-      const int shift = 4 - HIGH * (v % per_byte);
+      const int shift = 4 - HIGH_BITS * (v % per_byte);
       Pairs bits = (Pairs)load<Bytes>(low + LOW + v / per_byte * PLANE);
-      quants[j] |= (Bytes)(shift >= 0 ? bits << shift : bits >> -shift) & uint8_t(((1 << HIGH) - 1) << 4);
+      quants[j] |= (Bytes)(shift >= 0 ? bits << shift : bits >> -shift) & uint8_t(((1 << HIGH_BITS) - 1) << 4);
     }
   }
 }
@@ -183,9 +184,9 @@ class QuantBlock {
         scales_[half][v] = scales.scales;
         zeros_[half][v] = scales.zeros(FORMAT);
       }
-      if constexpr (KEEPS) {
+      if constexpr (UNPACKS_ONCE) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) unpack_quants<HIGH>(low_ + v * LANES * 4, i, &kept_[v][2 * i], nullptr);
+        for (int i = 0; i < 4; i++) unpack_quants<HIGH_BITS>(low_ + v * LANES * 4, i, &kept_[v][2 * i], nullptr);
       }
     }
   }
@@ -193,9 +194,10 @@ class QuantBlock {
   // Adds products with N tokens, whose inputs begin at `at`, to `sums`, [N, PANEL].
   template <int N>
   INLINE void add_products(const RoundedInputs& x, int64_t at, float* sums) const {
-    constexpr int together = N == 1 ? 1 : VECTORS;  // vectors that share loads of inputs, which is faster for several tokens only
+    // Vectors share loads of inputs, which is faster for several tokens only.
+    constexpr int vectors_at_a_time = N == 1 ? 1 : VECTORS;
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v += together) add_products<N, together>(x, at, v, sums);
+    for (int v = 0; v < VECTORS; v += vectors_at_a_time) add_products<N, vectors_at_a_time>(x, at, v, sums);
   }
 
   // Writes the numbers in bfloat16, [16 pairs of columns, 16 rows, 2]: where a vector has the 16 rows.
@@ -204,8 +206,8 @@ class QuantBlock {
     for (int i = 0; i < 4; i++) {
       Bytes quants[2];
       Bytes upper[2] = {};
-      if constexpr (KEEPS) std::copy_n(&kept_[0][2 * i], 2, quants);
-      else unpack_quants<HIGH>(low_, i, quants, upper);
+      if constexpr (UNPACKS_ONCE) std::copy_n(&kept_[0][2 * i], 2, quants);
+      else unpack_quants<HIGH_BITS>(low_, i, quants, upper);
       const int half = HALVES ? i / 2 : 0;
 #pragma GCC unroll 2
       for (int j = 0; j < 2; j++) {
@@ -221,12 +223,13 @@ class QuantBlock {
   }
 
  private:
-  static constexpr int HIGH = FORMAT.bits - 4;
-  static constexpr int VECTORS = PANEL / LANES;                      // of the 16 rows
-  static constexpr bool HALVES = FORMAT.scale_columns < BLOCK;       // each half has scales
-  static constexpr bool SPLITS = HIGH == 4 && !TAKES_EIGHT_BITS;     // into lower and upper four bits
-  static constexpr bool KEEPS = HIGH == 1 || HIGH == 2;              // quants, since to put them together takes long
-  static constexpr int EXACT = HIGH == 2 ? 1 : HIGH == 1 || HALVES ? 2 : 4;  // times eight columns that `dot` adds up
+  static constexpr int HIGH_BITS = FORMAT.bits - 4;
+  static constexpr int VECTORS = PANEL / LANES;                           // of the 16 rows
+  static constexpr bool HALVES = FORMAT.scale_columns < BLOCK;            // each half has scales
+  static constexpr bool SPLITS = HIGH_BITS == 4 && !TAKES_EIGHT_BITS;     // into lower and upper four bits
+  static constexpr bool UNPACKS_ONCE = HIGH_BITS == 1 || HIGH_BITS == 2;  // quants, since to put them together takes long
+  // Times eight columns that `dot` adds up.
+  static constexpr int STEPS_PER_TOTAL = HIGH_BITS == 2 ? 1 : HIGH_BITS == 1 || HALVES ? 2 : 4;
 
   template <int N, int V>
   INLINE void add_products(const RoundedInputs& x, int64_t at, int first, float* sums) const {
@@ -239,8 +242,8 @@ class QuantBlock {
       Bytes upper[V][2];
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) {
-        if constexpr (KEEPS) std::copy_n(&kept_[first + v][2 * i], 2, quants[v]);
-        else unpack_quants<HIGH>(low_ + (first + v) * LANES * 4, i, quants[v], upper[v]);
+        if constexpr (UNPACKS_ONCE) std::copy_n(&kept_[first + v][2 * i], 2, quants[v]);
+        else unpack_quants<HIGH_BITS>(low_ + (first + v) * LANES * 4, i, quants[v], upper[v]);
       }
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) {
@@ -257,14 +260,15 @@ class QuantBlock {
             }
           }
         }
-        constexpr int to_scales = HALVES ? 2 : 4;  // times eight columns
-        const int half = i / to_scales;
-        if ((i + 1) % EXACT) continue;
+        constexpr int steps_per_scale = HALVES ? 2 : 4;  // times eight columns
+        const int half = i / steps_per_scale;
+        if ((i + 1) % STEPS_PER_TOTAL) continue;
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
           totals[n][v] += total(dots[n][v]);
           dots[n][v] = Ints{};
-          if ((i + 1) % to_scales) continue;
+          if ((i + 1) % steps_per_scale) continue;
+          static_assert(!(SPLITS && HALVES));  // `upper_dots` are of the block
           if (SPLITS) totals[n][v] += total(upper_dots[n][v]) << 4;
           float* to = sums + n * PANEL + (first + v) * LANES;
           Floats sum = fma(zeros_[half][first + v], splat(x.sums[(at + n) * 3 + (HALVES ? half : 2)]), load<Floats>(to));
@@ -279,19 +283,19 @@ class QuantBlock {
   const uint8_t* low_;
   Floats scales_[1 + HALVES][VECTORS];
   Floats zeros_[1 + HALVES][VECTORS];
-  Bytes kept_[KEEPS ? VECTORS : 1][8];
+  Bytes kept_[UNPACKS_ONCE ? VECTORS : 1][8];
 };
 
 // Products of a panel and all tokens, [T, PANEL]. The sums of a token alone stay in registers. `x` is a copy: what is written
 // to `out` does not change it.
-template <size_t I, bool ALONE>
+template <size_t I, bool ONE_TOKEN>
 __attribute__((noinline)) void panel_products(const uint8_t* panel, const RoundedInputs x, float* out) {
   constexpr const Format& format = FORMATS[I];
-  const int64_t tokens = ALONE ? 1 : x.tokens;
+  const int64_t tokens = ONE_TOKEN ? 1 : x.tokens;
   const uint8_t* at = panel;
   Scales super_scales[PANEL / LANES];
-  float sums[ALONE ? PANEL : 1] = {};
-  if (!ALONE) std::fill_n(out, tokens * PANEL, 0.0f);
+  float sums[ONE_TOKEN ? PANEL : 1] = {};
+  if (!ONE_TOKEN) std::fill_n(out, tokens * PANEL, 0.0f);
   for (int64_t b = 0; b < x.blocks; b++) {
     if (format.has_super_blocks && b % (SUPER_BLOCK / BLOCK) == 0) {
       for (int v = 0; v < PANEL / LANES; v++) super_scales[v] = load_scales<I>(at, v * LANES);
@@ -300,7 +304,7 @@ __attribute__((noinline)) void panel_products(const uint8_t* panel, const Rounde
     for (int64_t byte = 0; byte < format.block_bytes(); byte += 64) __builtin_prefetch(at + byte + BYTES_AHEAD);
     const QuantBlock<I> block(at, super_scales);
     at += format.block_bytes();
-    if constexpr (ALONE) {
+    if constexpr (ONE_TOKEN) {
       block.template add_products<1>(x, b, sums);
     } else {
       int64_t t = 0;
@@ -316,7 +320,7 @@ __attribute__((noinline)) void panel_products(const uint8_t* panel, const Rounde
       }
     }
   }
-  if (ALONE) std::copy_n(sums, PANEL, out);
+  if (ONE_TOKEN) std::copy_n(sums, PANEL, out);
 }
 
 void panel_products(const Format& format, const uint8_t* panel, const RoundedInputs& x, float* out) {
@@ -414,12 +418,12 @@ FileBlock block_in_file(const Format& format, const uint8_t* row, int64_t block)
 }
 
 // Moves rows [.., blocks] of a file into panels, which are zeros.
-void rearrange(const Format& format, const uint8_t* raw, int64_t row_bytes, int64_t first, int64_t last, int64_t blocks,
-               uint8_t* panels) {
+void repack_rows(const Format& format, const uint8_t* raw, int64_t row_bytes, int64_t first, int64_t last, int64_t blocks,
+                 uint8_t* panels) {
   for (int64_t row = first; row < last; row++)
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t r = row % PANEL;
-      uint8_t* scales = panels + row / PANEL * format.panel_bytes(blocks) + format.bytes_before(b);  // in 16 bits
+      uint8_t* scales = panels + row / PANEL * format.bytes_before(blocks) + format.bytes_before(b);  // in 16 bits
       uint8_t* block = scales;
       const FileBlock from = block_in_file(format, raw + row * row_bytes, b);
       const bool has_scales = !format.has_super_blocks || b % (SUPER_BLOCK / BLOCK) == 0;
@@ -457,7 +461,7 @@ Tensor new_weight(const Format& format, int64_t rows, int64_t columns) {
 }
 
 // A weight of a file, whose rows are [N, bytes]. Only moves numbers.
-Tensor weight_of_file(const Tensor& from, int64_t code, int64_t columns) {
+Tensor repack_weight(const Tensor& from, int64_t code, int64_t columns) {
   const Format& format = format_of(code);
   const int64_t block_columns = format.has_super_blocks ? SUPER_BLOCK : BLOCK;
   const int64_t rows = from.size(0);
@@ -468,7 +472,7 @@ Tensor weight_of_file(const Tensor& from, int64_t code, int64_t columns) {
   const auto* raw = static_cast<const uint8_t*>(from.const_data_ptr());
   auto* panels = static_cast<uint8_t*>(weight.mutable_data_ptr()) + HEADER;
   torch::stable::parallel_for(0, round_up(rows, PANEL) / PANEL, 1, [&](int64_t first, int64_t last) {
-    rearrange(format, raw, from.size(1), first * PANEL, std::min(rows, last * PANEL), columns / BLOCK, panels);
+    repack_rows(format, raw, from.size(1), first * PANEL, std::min(rows, last * PANEL), columns / BLOCK, panels);
   });
   return weight;
 }
@@ -489,7 +493,7 @@ Tensor rows_of_weight(const Tensor& weight, const Tensor& ids, int64_t rows, int
       for (int64_t i = first; i < last; i++) {
         const int64_t row = wanted[i] % PANEL;
         const int64_t lane = row % LANES;
-        const uint8_t* block = bytes + HEADER + wanted[i] / PANEL * format.panel_bytes(blocks);
+        const uint8_t* block = bytes + HEADER + wanted[i] / PANEL * format.bytes_before(blocks);
         Scales super_scales;
         for (int64_t b = 0; b < blocks; b++) {
           if (format.has_super_blocks && b % (SUPER_BLOCK / BLOCK) == 0) {

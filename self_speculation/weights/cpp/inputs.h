@@ -69,13 +69,13 @@ struct Inputs {
         for (int64_t i = 0; i < COLUMNS; i++) to[k * n + i] = BFloat16(in_order[k + i]);
       return;
     }
-    const int64_t apart = is_bfloat16 ? 2 : 1;
-    const int64_t second = apart == 2 ? 1 : LANES;
+    const int64_t column_step = is_bfloat16 ? 2 : 1;
+    const int64_t second = column_step == 2 ? 1 : LANES;
     for (int64_t k = 0; k < stride; k += COLUMNS)
       for (int64_t i = 0; i < LANES; i++) {
         float* to = numbers + first * stride + k * n + (piece - first) * LANES + i;
-        to[0] = in_order[k + apart * i];
-        to[n * LANES] = in_order[k + apart * i + second];
+        to[0] = in_order[k + column_step * i];
+        to[n * LANES] = in_order[k + column_step * i + second];
       }
   }
 

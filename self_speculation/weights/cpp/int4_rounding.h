@@ -3,15 +3,15 @@
 #include "weights.h"
 
 namespace {
-// Rounds a block of LANES rows: elements [32, LANES], counts [32].
-void round_block(const Floats* elements, const float* counts, uint8_t* low, uint16_t* scales) {
+// Rounds a block of LANES rows: elements [32, LANES], importance [32].
+void round_block(const Floats* elements, const float* importance, uint8_t* low, uint16_t* scales) {
   Floats least = elements[0];
   Floats largest = elements[0];
   Floats mean = {};
   for (int j = 0; j < BLOCK; j++) {
     least = elements[j] < least ? elements[j] : least;
     largest = elements[j] > largest ? elements[j] : largest;
-    mean += elements[j] * counts[j];
+    mean += elements[j] * importance[j];
   }
   auto rounded = [](Floats x) {  // to bfloat16
     Ints bits = (Ints)x;
@@ -40,7 +40,7 @@ void round_block(const Floats* elements, const float* counts, uint8_t* low, uint
     const Floats tried_zero_point = (least + largest + tried) / 2.0f;
     for (int j = 0; j < BLOCK; j++) {
       const Floats quants = quantised(elements[j], inverse_scale, tried_zero_point);
-      const Floats weighted = quants * counts[j];
+      const Floats weighted = quants * importance[j];
       mean_quant += weighted;
       square += weighted * quants;
       product += weighted * elements[j];
@@ -74,7 +74,7 @@ void round_block(const Floats* elements, const float* counts, uint8_t* low, uint
 }
 
 template <class Number>
-void round_rows(const Number* numbers, int64_t rows, int64_t columns, const float* counts, uint8_t* panels) {
+void round_rows(const Number* numbers, int64_t rows, int64_t columns, const float* importance, uint8_t* panels) {
   const Format& format = FORMATS[0];
   const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
   for (int64_t first = 0; first < (rows + PANEL - 1) / PANEL * PANEL; first += LANES) {
@@ -91,21 +91,21 @@ void round_rows(const Number* numbers, int64_t rows, int64_t columns, const floa
         for (; j < width; j++) elements[j][row] = float(from[j]);
       }
       const int64_t lane = first % PANEL;
-      uint8_t* block = panels + first / PANEL * format.panel_bytes(blocks) + format.bytes_before(b);
-      round_block(reinterpret_cast<Floats*>(elements), counts + b * BLOCK, block + format.scale_bytes() + lane * 4,
+      uint8_t* block = panels + first / PANEL * format.bytes_before(blocks) + format.bytes_before(b);
+      round_block(reinterpret_cast<Floats*>(elements), importance + b * BLOCK, block + format.scale_bytes() + lane * 4,
                   reinterpret_cast<uint16_t*>(block) + lane);
     }
   }
 }
 
 // On the caller's thread: int4_linear.py rounds several weights at a time.
-Tensor int4_round(const Tensor& from, const Tensor& counts) {
+Tensor int4_round(const Tensor& from, const Tensor& importance) {
   const int64_t rows = from.size(0);
   const int64_t columns = from.size(1);
   Tensor weight = new_weight(FORMATS[0], rows, columns);
   auto* panels = static_cast<uint8_t*>(weight.mutable_data_ptr()) + HEADER;
-  auto* column_counts = static_cast<const float*>(counts.const_data_ptr());
-  with_numbers(from.scalar_type(), from.const_data_ptr(), [&](auto* numbers) { round_rows(numbers, rows, columns, column_counts, panels); });
+  auto* column_importance = static_cast<const float*>(importance.const_data_ptr());
+  with_numbers(from.scalar_type(), from.const_data_ptr(), [&](auto* numbers) { round_rows(numbers, rows, columns, column_importance, panels); });
   return weight;
 }
 }  // namespace

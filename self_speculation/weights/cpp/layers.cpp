@@ -1,7 +1,7 @@
 // Passes on a CPU: a range of layers, or one product, as one operator, over weights where they lie.
 // kernels.py builds this file; in_place_runner.py calls it.
 //
-// One parallel region serves all layers. If the machine takes a thread away, one piece waits for it; the rest is done meanwhile.
+// One parallel region serves all layers. If the system suspends a thread, only that thread's piece is late.
 #include <sched.h>
 
 #include <atomic>
@@ -31,9 +31,10 @@ class Phase {
   template <class Prepare, class F>
   void run(int64_t n, const Prepare& prepare, const F& f) {
     int64_t num_done = 0;
+    auto claim = [&] { return next_.fetch_add(1, std::memory_order_relaxed); };
     if (next_.load(std::memory_order_relaxed) < n) prepare();
     try {
-      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n;) {
+      for (int64_t i = claim(); i < n; i = claim()) {
         num_done++;
         f(i);
       }
@@ -42,7 +43,10 @@ class Phase {
       throw;
     }
     if (num_done) done_.fetch_add(num_done, std::memory_order_release);
-    for (int spins = 0; done_.load(std::memory_order_acquire) < n;) ++spins < 20000 ? pause() : void(sched_yield());
+    for (int spins = 0; done_.load(std::memory_order_acquire) < n; spins++) {
+      if (spins < 20000) pause();
+      else sched_yield();
+    }
   }
 
  private:
@@ -50,8 +54,8 @@ class Phase {
   alignas(64) std::atomic<int64_t> done_{0};
 };
 
-// Rows of several weights as pieces of work, in units of ROWS. For few tokens they are long, since fetching ahead starts anew
-// with each.
+// Rows of several weights as pieces of work, in units of ROWS. Without tiles they are long, since fetching ahead starts anew with
+// each.
 class Pieces {
  public:
   Pieces(std::span<const Weight* const> weights, int64_t wanted) : weights_(weights) {
@@ -81,13 +85,14 @@ class Pieces {
   int64_t size_;  // units of a piece
 };
 
-// Inputs of more tokens are made once, inputs of fewer tokens by each thread: that is one phase less.
+// Up to so many tokens, each thread makes all inputs itself, which saves a phase.
 constexpr int64_t MADE_BY_THREAD = 8;
 
 // A thread's view of products over the tokens of a pass.
 class Products {
  public:
-  // `shared`: memory for all inputs, if they are made once. `in_bfloat16`: inputs of weights in bfloat16 are so.
+  // `shared`: memory for all inputs, if they are made once. `in_bfloat16`: inputs are rounded to bfloat16 where
+  // `Inputs::layout_of` says so.
   Products(int64_t tokens, int64_t columns, int64_t threads, Floats* shared, bool in_bfloat16 = false)
       : tokens_(tokens), threads_(threads), in_bfloat16_(in_bfloat16), shared_(shared), in_order_(aligned(Inputs::piece_size(columns))),
         thread_inputs_(shared ? nullptr : aligned(Inputs::size(tokens, columns))) {}
@@ -104,18 +109,22 @@ class Products {
       while (end < weights.size() && weights[end]->type == weight.type) end++;
       const Inputs x(shared_ ? shared_ : thread_inputs_.get(), tokens_, weight.columns, weight.type, in_bfloat16_);
       auto make = [&](int64_t piece) { x.make(piece, fill, reinterpret_cast<float*>(in_order_.get())); };
-      auto make_all = [&] { for (int64_t piece = 0; piece < x.pieces(); piece++) make(piece); };
+      auto make_all = [&] {
+        for (int64_t piece = 0; piece < x.pieces(); piece++) make(piece);
+      };
       if (shared_) phase->run(x.pieces(), [] {}, make);
       phase++;
       auto prepare = [&] { if (!shared_) make_all(); };
-      run_made(phase, {&weights[begin], end - begin}, x, prepare, [&](int64_t i, int64_t first, int64_t last) { f(x, begin + i, first, last); });
+      run_packed(phase, {&weights[begin], end - begin}, x, prepare,
+                 [&](int64_t i, int64_t first, int64_t last) { f(x, begin + i, first, last); });
     }
   }
 
   // Calls f(index of the weight, first row, last row) for all rows of weights of one type: one phase, over inputs that are
   // there once a thread has called `prepare`.
   template <class Prepare, class F>
-  void run_made(Phase*& phase, std::span<const Weight* const> weights, const Inputs& x, const Prepare& prepare, const F& f) const {
+  void run_packed(Phase*& phase, std::span<const Weight* const> weights, const Inputs& x, const Prepare& prepare,
+                  const F& f) const {
     const Pieces pieces(weights, threads_ * (x.in_tiles() ? 8 : 2));
     phase++->run(pieces.number(), prepare, [&](int64_t piece) { pieces.for_rows(piece, f); });
   }
@@ -137,7 +146,7 @@ void on_all_threads(int64_t threads, bool needs_tiles, const F& f) {
   });
 }
 
-// Copies n numbers; without a call, if they are all rows of a unit.
+// Copies n numbers; ROWS of them without a call.
 INLINE void put_numbers(const float* numbers, int64_t n, float* to) {
   if (n == ROWS) std::memcpy(to, numbers, ROWS * sizeof(float));
   else std::copy_n(numbers, n, to);
@@ -178,7 +187,7 @@ struct Layer {
 // Products of queries, keys, values, gates and what they gate may be two phases each, if weights differ in type.
 constexpr int64_t MOST_PHASES = 17;
 
-// New tokens of a row of the batch. The tokens of the next row follow in all that has one row for each token.
+// New tokens of a row of the batch. Arrays by token hold the tokens of row 0, then of row 1, and so on.
 struct Row {
   int64_t slot;    // of the cache
   int64_t start;   // positions before the pass
@@ -195,13 +204,13 @@ class Pass {
       : layers_(layers), caches_(caches), rotations_(rotations), states_(states), rows_(rows), tokens_(tokens),
         hidden_(hidden), in_bfloat16_(in_bfloat16), d_(caches[0].size(3)),
         heads_(layers[0].heads), kv_heads_(layers[0].kv_heads), group_size_(heads_ / kv_heads_),
-        joint_((heads_ + 2 * kv_heads_) * d_), mlp_width_(std::ranges::max(layers, {}, &Layer::width).width),
+        qkv_width_((heads_ + 2 * kv_heads_) * d_), mlp_width_(std::ranges::max(layers, {}, &Layer::width).width),
         spans_(std::ranges::max(rows, {}, &Row::num_spans).num_spans()), threads_(torch::stable::get_num_threads()),
         phases_(new Phase[layers.size() * MOST_PHASES]), finished_(new std::atomic<int64_t>[layers.size() * rows.size() * kv_heads_]()),
-        projected_(new float[tokens * joint_]), attended_(new float[tokens * heads_ * d_]),
+        qkv_(new float[tokens * qkv_width_]), attended_(new float[tokens * heads_ * d_]),
         gates_(new float[tokens * mlp_width_]), ups_(new float[tokens * mlp_width_]), added_(new float[tokens * hidden]),
         span_values_(new float[tokens * heads_ * spans_ * d_]),
-        partial_(new Attended[tokens * heads_ * spans_]), widest_(std::max({hidden, heads_ * d_, mlp_width_})),
+        partial_(new PartialAttention[tokens * heads_ * spans_]), widest_(std::max({hidden, heads_ * d_, mlp_width_})),
         inputs_(Products::memory(tokens, widest_)),
         activated_(in_bfloat16 && HAS_TILES ? aligned(Inputs::size(tokens, mlp_width_)) : nullptr) {
     for (int64_t i = 0; i < tokens * heads_ * spans_; i++) partial_[i].values = &span_values_[i * d_];
@@ -217,29 +226,33 @@ class Pass {
       const Products products(tokens_, widest_, threads_, inputs_.get(), in_bfloat16_);
       for (size_t index = 0; index < layers_.size(); index++) {
         const Layer& layer = layers_[index];
-        project(products, phase, layer);
+        project_qkv(products, phase, layer);
         phase++->run(int64_t(rows_.size()) * kv_heads_ * spans_, [] {}, [&](int64_t piece) { attend(index, piece); });
-        add(products, phase, layer.out, attended_.get(), heads_ * d_, layer.attended_norm);
+        add_projection(products, phase, layer.out, attended_.get(), heads_ * d_, layer.attended_norm);
         activate_gates(products, phase, layer);
-        const Inputs activated = activated_tiles(layer);
-        add(products, phase, layer.down, gates_.get(), layer.width, layer.output_norm, makes_tiles(layer) ? &activated : nullptr);
+        if (makes_tiles(layer)) {
+          const Inputs activated = activated_tiles(layer);
+          add_projection(products, phase, layer.down, gates_.get(), layer.width, layer.output_norm, &activated);
+        } else {
+          add_projection(products, phase, layer.down, gates_.get(), layer.width, layer.output_norm);
+        }
       }
     });
   }
 
  private:
-  auto normed(const Norm& norm) const {
+  auto normed_states(const Norm& norm) const {
     return [&, this](int64_t t, float* to) { norm(states_ + t * hidden_, to); };
   }
 
-  void project(const Products& products, Phase*& phase, const Layer& layer) {
+  void project_qkv(const Products& products, Phase*& phase, const Layer& layer) {
     const Weight* weights[] = {&layer.query, &layer.key, &layer.value};
     int64_t columns[] = {0, heads_ * d_, (heads_ + kv_heads_) * d_};
-    products.run(phase, {weights[0], weights[1], weights[2]}, normed(layer.input_norm),
+    products.run(phase, {weights[0], weights[1], weights[2]}, normed_states(layer.input_norm),
                  [&](const Inputs& x, size_t i, int64_t first, int64_t last) {
-                   float* to = &projected_[columns[i]];
+                   float* to = &qkv_[columns[i]];
                    weights[i]->multiply(first, last, x, [&](int64_t t, int64_t row, const float* numbers, int64_t n) {
-                     put_numbers(numbers, n, &to[t * joint_ + row]);
+                     put_numbers(numbers, n, &to[t * qkv_width_ + row]);
                    });
                  });
   }
@@ -254,7 +267,7 @@ class Pass {
     const Row& row = rows_[row_head / kv_heads_];
     const int64_t first = first_tokens_[row_head / kv_heads_];
     const int64_t num_spans = row.num_spans();
-    const int64_t key = span * SPAN;
+    const int64_t begin = span * SPAN;
     if (span >= num_spans) return;
     const int64_t num_queries = row.tokens * group_size_;  // that share keys
     auto cache = [&](size_t which) {
@@ -265,31 +278,32 @@ class Pass {
     auto* cosines = static_cast<const float*>(rotations_[layer.rotation].const_data_ptr());
     const float* sines = cosines + rotations_[layer.rotation].size(1) * d_;
     std::unique_ptr<float[]> queries(new float[num_queries * d_]);
-    std::unique_ptr<float[]> normed(new float[d_]);
-    std::unique_ptr<float[]> turned(new float[d_]);
-    auto turn = [&](const float* x, const Norm& norm, int64_t position, float factor, float* to) {
+    std::unique_ptr<float[]> normed_head(new float[d_]);
+    std::unique_ptr<float[]> rotated_key(new float[d_]);
+    auto norm_and_rotate = [&](const float* x, const Norm& norm, int64_t position, float factor, float* to) {
       if (norm.weight) {
-        norm(x, normed.get());
-        x = normed.get();
+        norm(x, normed_head.get());
+        x = normed_head.get();
       }
       rotate(x, cosines + position * d_, sines + position * d_, d_, factor, to);
     };
     for (int64_t t = 0; t < row.tokens; t++) {
-      const float* joint = &projected_[(first + t) * joint_];
+      const float* qkv = &qkv_[(first + t) * qkv_width_];
       const int64_t position = row.start + t;
       for (int64_t i = 0; i < group_size_; i++)
-        turn(joint + (head * group_size_ + i) * d_, layer.query_norm, position, layer.scaling, &queries[(t * group_size_ + i) * d_]);
+        norm_and_rotate(qkv + (head * group_size_ + i) * d_, layer.query_norm, position, layer.scaling,
+                        &queries[(t * group_size_ + i) * d_]);
       if (position / SPAN != span) continue;
-      turn(joint + (heads_ + head) * d_, layer.key_norm, position, 1.0f, turned.get());
-      cached.write(position, turned.get(), joint + (heads_ + kv_heads_ + head) * d_);
+      norm_and_rotate(qkv + (heads_ + head) * d_, layer.key_norm, position, 1.0f, rotated_key.get());
+      cached.write(position, rotated_key.get(), qkv + (heads_ + kv_heads_ + head) * d_);
     }
-    Attended* partial = &partial_[(first * heads_ + head * num_queries) * spans_];
+    PartialAttention* partial = &partial_[(first * heads_ + head * num_queries) * spans_];
     const bool by_tiles = HAS_TILES && in_bfloat16_ && layer.query.type != ScalarType::Float;
     auto* attend = by_tiles ? attend_to_span_by_tiles : attend_to_span;
-    attend(queries.get(), row.tokens, group_size_, d_, row.start, layer.window, cached, key, partial + span * num_queries);
+    attend(queries.get(), row.tokens, group_size_, d_, row.start, layer.window, cached, begin, partial + span * num_queries);
     if (finished_[index * rows_.size() * kv_heads_ + row_head].fetch_add(1, std::memory_order_acq_rel) + 1 < num_spans) return;
     for (int64_t i = 0; i < num_queries; i++) {  // the last one to finish adds up all spans, in their order
-      Attended& total = partial[i];
+      PartialAttention& total = partial[i];
       for (int64_t added = 1; added < num_spans; added++) total.add(partial[added * num_queries + i], d_);
       float* to = &attended_[(first + i / group_size_) * heads_ * d_ + (head * group_size_ + i % group_size_) * d_];
       for (int64_t j = 0; j < d_; j++) to[j] = total.values[j] / total.sum;
@@ -305,14 +319,14 @@ class Pass {
     };
     const bool is_one_type = layer.gate.type == layer.up.type;
     if (makes_tiles(layer))
-      return products.run(phase, {&layer.up}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
+      return products.run(phase, {&layer.up}, normed_states(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
         activate_tiles(layer, x, first, last);
       });
     if (!is_one_type)
-      products.run(phase, {&layer.gate}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
+      products.run(phase, {&layer.gate}, normed_states(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
         multiply(layer.gate, gates_, x, first, last);
       });
-    products.run(phase, {&layer.up}, normed(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
+    products.run(phase, {&layer.up}, normed_states(layer.mlp_norm), [&](const Inputs& x, size_t, int64_t first, int64_t last) {
       if (is_one_type) multiply(layer.gate, gates_, x, first, last);
       multiply(layer.up, ups_, x, first, last);
       for (int64_t t = 0; t < tokens_; t++)
@@ -325,7 +339,7 @@ class Pass {
     });
   }
 
-  // Whether the inputs of the last product are made as gates are activated: inputs of gates and of the last product are tiles.
+  // Whether `activate_tiles` makes the inputs of `down`: gate and up have one type, and inputs of up and down are tiles.
   bool makes_tiles(const Layer& layer) const {
     return layer.gate.type == layer.up.type && Inputs::by_tiles(layer.up.type, in_bfloat16_) &&
            Inputs::by_tiles(layer.down.type, in_bfloat16_);
@@ -334,7 +348,7 @@ class Pass {
     return {activated_.get(), tokens_, layer.width, layer.down.type, in_bfloat16_};
   }
 
-  // The same as inputs of the last product: 32 rows of gates and ups are 32 of the inputs' columns.
+  // As `activate_gates`, but writes the inputs of `down` as tiles: 32 rows of gate and up become 32 columns.
   void activate_tiles(const Layer& layer, const Inputs& x, int64_t first, int64_t last) {
     const Inputs activated = activated_tiles(layer);
     auto gates = Weight::memory_for(tokens_);
@@ -350,21 +364,22 @@ class Pass {
     }
   }
 
-  // states += norm(x W^T), of x [T, columns], or of inputs that are made
-  void add(const Products& products, Phase*& phase, const Weight& weight, const float* from, int64_t columns, const Norm& norm,
-           const Inputs* made = nullptr) {
+  // states += norm(x W^T), of x [T, columns], or of inputs that are packed
+  void add_projection(const Products& products, Phase*& phase, const Weight& weight, const float* from, int64_t columns,
+                      const Norm& norm, const Inputs* packed = nullptr) {
     float* to = norm.weight ? added_.get() : states_;
     const bool is_sum = !norm.weight;
     auto multiply = [&](const Inputs& x, int64_t first, int64_t last) {
       weight.multiply(first, last, x, [&](int64_t t, int64_t row, const float* numbers, int64_t n) {
-        float* states = &to[t * hidden_ + row];
-        if (!is_sum) return put_numbers(numbers, n, states);
-        for (int64_t i = 0; i < n; i++) states[i] += numbers[i];
+        float* sums = &to[t * hidden_ + row];
+        if (!is_sum) return put_numbers(numbers, n, sums);
+        for (int64_t i = 0; i < n; i++) sums[i] += numbers[i];
       });
     };
     const Weight* weights[] = {&weight};
-    if (made)
-      products.run_made(phase, weights, *made, [] {}, [&](size_t, int64_t first, int64_t last) { multiply(*made, first, last); });
+    if (packed)
+      products.run_packed(phase, weights, *packed, [] {},
+                          [&](size_t, int64_t first, int64_t last) { multiply(*packed, first, last); });
     else
       products.run(phase, {&weight}, [&](int64_t t, float* row) { std::copy_n(from + t * columns, columns, row); },
                    [&](const Inputs& x, size_t, int64_t first, int64_t last) { multiply(x, first, last); });
@@ -390,14 +405,14 @@ class Pass {
   int64_t heads_;
   int64_t kv_heads_;
   int64_t group_size_;  // heads that share keys
-  int64_t joint_;       // numbers of queries, keys and values
+  int64_t qkv_width_;   // numbers of queries, keys and values
   int64_t mlp_width_;   // the most
   int64_t spans_;       // the most
   int64_t threads_;
   std::unique_ptr<Phase[]> phases_;
   std::unique_ptr<std::atomic<int64_t>[]> finished_;  // spans of a head, by layer, row and head
-  std::unique_ptr<float[]> projected_, attended_, gates_, ups_, added_, span_values_;
-  std::unique_ptr<Attended[]> partial_;  // by row: [kv_heads, spans, tokens of the row * group size]
+  std::unique_ptr<float[]> qkv_, attended_, gates_, ups_, added_, span_values_;
+  std::unique_ptr<PartialAttention[]> partial_;  // by row: [kv_heads, spans, tokens of the row * group size]
   int64_t widest_;
   std::unique_ptr<Floats[]> inputs_;     // of a product, if there are many tokens
   std::unique_ptr<Floats[]> activated_;  // of the last product, by tiles
@@ -428,17 +443,18 @@ Tensor make_layers(const Tensor& integers, const Tensor& floats, std::vector<Ten
   auto layers = std::make_unique<Layers>(Layers{integers, floats, std::move(weights), hidden, d});
   const int64_t size = sizeof(Layers);
   const int64_t stride = 1;
-  Tensor owner = torch::stable::from_blob(layers.get(), {&size, 1}, {&stride, 1}, integers.device(), ScalarType::Byte,
-                                          [](void* owned) { delete static_cast<Layers*>(owned); });
+  Tensor handle = torch::stable::from_blob(layers.get(), {&size, 1}, {&stride, 1}, integers.device(), ScalarType::Byte,
+                                           [](void* owned) { delete static_cast<Layers*>(owned); });
   layers.release();
-  return owner;
+  return handle;
 }
 
-// Runs layers over T new tokens of rows, [B, 3] as `Row` has them. Where the processor multiplies in bfloat16, tokens of a
-// prompt are rounded to it for weights in bfloat16: by their kind, so that no way to read a prompt changes a bit.
-void run_layers(const Tensor& hidden, const Tensor& rows, bool is_prompt, const Tensor& owner, std::vector<Tensor> caches,
+// Runs layers over T new tokens of rows, [B, 3] as `Row` has them. Where the processor multiplies in bfloat16, inputs of prompt
+// tokens are rounded to it: by tiles for all weights but float32 and in attention, else for weights in bfloat16. The kind of
+// token decides, so no way to read a prompt changes a bit.
+void run_layers(const Tensor& hidden, const Tensor& rows, bool is_prompt, const Tensor& handle, std::vector<Tensor> caches,
                 std::vector<Tensor> rotations) {
-  const std::vector<Layer> layers = static_cast<const Layers*>(owner.const_data_ptr())->now();
+  const std::vector<Layer> layers = static_cast<const Layers*>(handle.const_data_ptr())->now();
   Pass(layers, static_cast<float*>(hidden.mutable_data_ptr()), hidden.size(0), hidden.size(1), caches, rotations,
        {static_cast<const Row*>(rows.const_data_ptr()), size_t(rows.size(0))}, is_prompt && HAS_PAIRS)
       .run();
@@ -448,29 +464,28 @@ void run_layers(const Tensor& hidden, const Tensor& rows, bool is_prompt, const 
 constexpr int64_t MOST_AT_A_TIME = 64;
 
 // x W^T + b, or norm(x) W^T + b: [T, in] -> [T, rows]. Without a norm or a bias these tensors are empty.
-Tensor project(const Tensor& x, const Tensor& norm, double epsilon, bool is_centred, const Tensor& weight, const Tensor& bias,
-               int64_t rows) {
+Tensor linear(const Tensor& x, const Tensor& norm, double epsilon, bool is_centred, const Tensor& weight, const Tensor& bias,
+              int64_t rows) {
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   const int64_t tokens = x.size(0);
   const int64_t columns = x.size(1);
   const int64_t threads = torch::stable::get_num_threads();
   const Tensor tensors[] = {weight, bias};
   const Weight w(tensors, rows, columns);
-  const Norm normed(norm, columns, epsilon, is_centred);
+  const Norm rms_norm(norm, columns, epsilon, is_centred);
   Tensor out = empty({tokens, rows}, aoti_torch_dtype_float32());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t most = MOST_AT_A_TIME;
-  std::unique_ptr<Phase[]> phases(new Phase[2 * (tokens / most + 1)]);
-  std::unique_ptr<Floats[]> shared = Products::memory(std::min(most, tokens), columns);
+  std::unique_ptr<Phase[]> phases(new Phase[2 * (tokens / MOST_AT_A_TIME + 1)]);
+  std::unique_ptr<Floats[]> shared = Products::memory(std::min(MOST_AT_A_TIME, tokens), columns);
   on_all_threads(threads, false, [&] {
     Phase* phase = phases.get();
-    for (int64_t start = 0; start < tokens; start += most) {
+    for (int64_t start = 0; start < tokens; start += MOST_AT_A_TIME) {
       auto fill = [&](int64_t t, float* computed) {
         const float* row = from + (start + t) * columns;
-        if (normed.weight) normed(row, computed);
+        if (rms_norm.weight) rms_norm(row, computed);
         else std::copy_n(row, columns, computed);
       };
-      Products(std::min(most, tokens - start), columns, threads, shared.get())
+      Products(std::min(MOST_AT_A_TIME, tokens - start), columns, threads, shared.get())
           .run(phase, {&w}, fill, [&](const Inputs& x, size_t, int64_t first, int64_t last) {
             w.multiply(first, last, x, [&](int64_t t, int64_t row, const float* numbers, int64_t n) {
               put_numbers(numbers, n, &to[(start + t) * rows + row]);
@@ -485,18 +500,18 @@ Tensor project(const Tensor& x, const Tensor& norm, double epsilon, bool is_cent
 STABLE_TORCH_LIBRARY(self_speculation, library) {
   library.def("make_layers(Tensor integers, Tensor floats, Tensor[] weights, int hidden, int d) -> Tensor");
   library.def(
-      "run_layers(Tensor(a!) hidden, Tensor rows, bool is_prompt, Tensor owner, Tensor[] caches, Tensor[] rotations) -> ()");
+      "run_layers(Tensor(a!) hidden, Tensor rows, bool is_prompt, Tensor handle, Tensor[] caches, Tensor[] rotations) -> ()");
   library.def(
-      "project(Tensor x, Tensor norm, float epsilon, bool is_centred, Tensor weight, Tensor bias, int rows) -> Tensor");
-  library.def("int4_round(Tensor weight, Tensor counts) -> Tensor");
-  library.def("weight_of_file(Tensor rows, int code, int columns) -> Tensor");
+      "linear(Tensor x, Tensor norm, float epsilon, bool is_centred, Tensor weight, Tensor bias, int rows) -> Tensor");
+  library.def("int4_round(Tensor weight, Tensor importance) -> Tensor");
+  library.def("repack_weight(Tensor rows, int code, int columns) -> Tensor");
   library.def("rows_of_weight(Tensor weight, Tensor ids, int rows, int columns) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(self_speculation, CPU, library) {
   library.impl("make_layers", TORCH_BOX(&make_layers));
   library.impl("run_layers", TORCH_BOX(&run_layers));
-  library.impl("project", TORCH_BOX(&project));
+  library.impl("linear", TORCH_BOX(&linear));
   library.impl("int4_round", TORCH_BOX(&int4_round));
-  library.impl("weight_of_file", TORCH_BOX(&weight_of_file));
+  library.impl("repack_weight", TORCH_BOX(&repack_weight));
   library.impl("rows_of_weight", TORCH_BOX(&rows_of_weight));
 }

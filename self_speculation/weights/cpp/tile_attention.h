@@ -31,12 +31,12 @@ class KeyTiles {
   // Whether a value is infinite or NaN: it is a zero here, since a weight of 0 times it would be NaN.
   bool is_spoilt() const { return is_spoilt_; }
 
-  // `number` keys and values [number, d].
+  // `num_keys` keys and values [num_keys, d].
   template <class Number>
-  void pack(const Number* keys, const Number* values, int64_t number) {
+  void pack(const Number* keys, const Number* values, int64_t num_keys) {
     for (int64_t key = 0; key < KEYS; key++)
       for (int64_t step = 0; step < steps_; step++) {
-        auto half = [&](int64_t j) { return key < number ? row_numbers(keys + key * d_, step * tiles::COLUMNS + j, d_) : Floats{}; };
+        auto half = [&](int64_t j) { return key < num_keys ? row_numbers(keys + key * d_, step * tiles::COLUMNS + j, d_) : Floats{}; };
         const Split split(half(0), half(LANES));
         const int64_t tile = key / tiles::ROWS;
         const int64_t row = key % tiles::ROWS;
@@ -49,7 +49,7 @@ class KeyTiles {
         Ints* rows = &values_[(tile * VALUE_TILES + key_tile) * tiles::ROWS];
         for (int64_t pair = 0; pair < tiles::ROWS; pair++) {
           auto finite = [&](int64_t key) {
-            if (key >= number) return Floats{};
+            if (key >= num_keys) return Floats{};
             const Floats value = row_numbers(values + key * d_, tile * LANES, d_);
             const Ints is_infinite = ((Ints)value & 0x7f800000) == 0x7f800000;
             spoilt |= is_infinite;
@@ -72,7 +72,7 @@ class KeyTiles {
 };
 
 // Exponentials of numbers up to 0, to 3e-6: weights in bfloat16 need no more. NaN stays NaN.
-Floats power(Floats x) {
+Floats exponential_of_negative(Floats x) {
   const Floats least = splat(-87.0f);
   const Floats nearest = splat(0x1.8p23f);
   x = x < least ? least : x;
@@ -86,8 +86,8 @@ Floats power(Floats x) {
 // Attention of 16 queries, a lane each, over a range of keys; not divided by `sum`.
 class QueryTile {
  public:
-  // Up to 16 of `number` queries [number, d], with their positions.
-  QueryTile(const float* queries, int64_t number, int64_t d, const Ints positions, int64_t window)
+  // Up to 16 of `num_queries` queries [num_queries, d], with their positions.
+  QueryTile(const float* queries, int64_t num_queries, int64_t d, const Ints positions, int64_t window)
       : d_(d), steps_((d + tiles::COLUMNS - 1) / tiles::COLUMNS), positions_(positions),
         oldest_(positions - int32_t(window ? window : INT32_MAX / 2)), queries_(new Ints[2 * steps_ * tiles::ROWS]),
         sums_(new Floats[steps_ * tiles::COLUMNS]()) {
@@ -95,7 +95,7 @@ class QueryTile {
       Ints* upper = &queries_[2 * step * tiles::ROWS];
       Ints* rest = upper + tiles::ROWS;
       for (int64_t i = 0; i < tiles::ROWS; i++) {
-        auto half = [&](int64_t j) { return i < number ? row_numbers(queries + i * d, step * tiles::COLUMNS + j, d) : Floats{}; };
+        auto half = [&](int64_t j) { return i < num_queries ? row_numbers(queries + i * d, step * tiles::COLUMNS + j, d) : Floats{}; };
         const Split split(half(0), half(LANES));
         upper[i] = split.upper;
         rest[i] = split.rest;
@@ -107,7 +107,7 @@ class QueryTile {
 
   // Adds KEYS keys from position `from` on. Without IS_MASKED all queries see all keys.
   template <bool IS_MASKED, class Number>
-  void add(const KeyTiles& keys, const Number* values, int64_t from, int64_t number) {
+  void add(const KeyTiles& keys, const Number* values, int64_t from, int64_t num_keys) {
     alignas(64) Floats scores[KEYS];
     alignas(64) Ints weights[KEYS / 2];
     score(keys, scores);
@@ -120,7 +120,7 @@ class QueryTile {
     const Floats base = IS_MASKED ? (largest > none ? largest : Floats{}) : largest;  // a query may see no key yet
     Floats sum = {};
     auto weight = [&](int64_t key) __attribute__((always_inline)) {
-      const Floats relative = power(scores[key] - base);
+      const Floats relative = exponential_of_negative(scores[key] - base);
       return IS_MASKED ? (scores[key] != none ? relative : Floats{}) : relative;
     };
 #pragma GCC unroll 4
@@ -130,25 +130,25 @@ class QueryTile {
       weights[key / 2] = pair;
     }
     if (any(largest != largest_)) {
-      const Floats scale = power(largest_ - base);
+      const Floats scale = exponential_of_negative(largest_ - base);
       sum_ *= scale;
       for (int64_t j = 0; j < steps_ * tiles::COLUMNS; j++) sums_[j] *= scale;
       largest_ = largest;
     }
     sum_ += sum;
     add_values(keys, weights);
-    if (keys.is_spoilt()) spoil(values, from, number);
+    if (keys.is_spoilt()) spoil(values, from, num_keys);
   }
 
-  // Writes the attention of `number` queries.
-  void finish(int64_t number, Attended* attended) {
+  // Writes the attention of `num_queries` queries.
+  void finish(int64_t num_queries, PartialAttention* attended) {
     for (int64_t j = 0; j < d_; j += LANES) {
       Ints rows[tiles::ROWS];
       std::memcpy(rows, &sums_[j], sizeof(rows));
       transpose(rows);
-      for (int64_t i = 0; i < number; i++) store((Floats)rows[i], attended[i].values + j, std::min(LANES, d_ - j));
+      for (int64_t i = 0; i < num_queries; i++) store((Floats)rows[i], attended[i].values + j, std::min(LANES, d_ - j));
     }
-    for (int64_t i = 0; i < number; i++) {
+    for (int64_t i = 0; i < num_queries; i++) {
       attended[i].largest = largest_[i];
       attended[i].sum = sum_[i];
     }
@@ -211,8 +211,8 @@ class QueryTile {
 
   // Queries that see an infinite value, or NaN, have NaN there.
   template <class Number>
-  void spoil(const Number* values, int64_t from, int64_t number) {
-    for (int64_t key = 0; key < number; key++)
+  void spoil(const Number* values, int64_t from, int64_t num_keys) {
+    for (int64_t key = 0; key < num_keys; key++)
       for (int64_t j = 0; j < d_; j++)
         if (!std::isfinite(float(values[key * d_ + j]))) sums_[j] = sees(from + key) ? splat(NAN) : sums_[j];
   }
@@ -229,24 +229,24 @@ class QueryTile {
 
 // As `attend_to_span`.
 void attend_to_span_by_tiles(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
-                             const CachedHead& cached, int64_t key, Attended* attended) {
-  const int64_t number = tokens * heads;
-  const int64_t end = std::min(key + SPAN, start + tokens);
+                             const CachedHead& cached, int64_t begin, PartialAttention* attended) {
+  const int64_t num_queries = tokens * heads;
+  const int64_t end = std::min(begin + SPAN, start + tokens);
   std::vector<QueryTile> query_tiles;
-  for (int64_t query = 0; query < number; query += tiles::ROWS) {
+  for (int64_t query = 0; query < num_queries; query += tiles::ROWS) {
     Ints positions;
-    for (int64_t i = 0; i < LANES; i++) positions[i] = int32_t(start + std::min(query + i, number - 1) / heads);
-    query_tiles.emplace_back(queries + query * d, number - query, d, positions, window);
+    for (int64_t i = 0; i < LANES; i++) positions[i] = int32_t(start + std::min(query + i, num_queries - 1) / heads);
+    query_tiles.emplace_back(queries + query * d, num_queries - query, d, positions, window);
   }
   KeyTiles packed(d);
-  for (int64_t from = key; from < end; from += KEYS) {
+  for (int64_t from = begin; from < end; from += KEYS) {
     if (window && from + KEYS <= start + 1 - window) continue;  // no query sees a key
     const int64_t num_keys = std::min(KEYS, end - from);
     cached.read(from, num_keys, false, [&]<class Number>(const Number* keys, const Number* values) {
       packed.pack(keys, values, num_keys);
       for (int64_t tile = 0; tile < int64_t(query_tiles.size()); tile++) {
         const int64_t first = start + tile * tiles::ROWS / heads;
-        const int64_t last = start + std::min(tile * tiles::ROWS + tiles::ROWS - 1, number - 1) / heads;
+        const int64_t last = start + std::min(tile * tiles::ROWS + tiles::ROWS - 1, num_queries - 1) / heads;
         const bool is_seen = from <= last && !(window && from + KEYS <= first - window + 1);
         const bool is_masked = window || from + KEYS - 1 > first;
         if (!is_seen) continue;
@@ -256,6 +256,6 @@ void attend_to_span_by_tiles(const float* queries, int64_t tokens, int64_t heads
     });
   }
   for (int64_t tile = 0; tile < int64_t(query_tiles.size()); tile++)
-    query_tiles[tile].finish(std::min(tiles::ROWS, number - tile * tiles::ROWS), attended + tile * tiles::ROWS);
+    query_tiles[tile].finish(std::min(tiles::ROWS, num_queries - tile * tiles::ROWS), attended + tile * tiles::ROWS);
 }
 }  // namespace

@@ -12,37 +12,41 @@ struct WeightTiles {
   alignas(64) Ints numbers[MOST_TILES][2][tiles::ROWS];
 };
 
-// Rows of a weight in 16 bits where they lie, `apart` numbers from each other. A number in float16 is a sum of TERMS numbers in
-// bfloat16.
+// Rows of a weight in 16 bits where they lie, `row_stride` numbers from each other. A number in float16 is a sum of TERMS numbers
+// in bfloat16.
 template <class Number>
 struct RowsInPlace {
   static constexpr int64_t TERMS = std::is_same_v<Number, Half> ? 2 : 1;
   const Number* first;
-  int64_t apart;
+  int64_t row_stride;
   int64_t rows;
   int64_t columns;
 
   // Fills tiles of columns `from`, a multiple of 32, to `to`.
   void pack(int64_t from, int64_t to, WeightTiles& packed) const {
     for (int64_t row = 0; row < TILE_ROWS; row++) {
-      const Number* numbers = first + row * apart;
+      const Number* numbers = first + row * row_stride;
       const int64_t last = row < rows ? to : 0;
       int64_t tile = 0;
       int64_t column = from;
-      for (; column + tiles::COLUMNS <= last; column += tiles::COLUMNS, tile += TERMS) put(numbers + column, row, &packed.numbers[tile]);
-      for (; column < to; column += tiles::COLUMNS, tile += TERMS) {  // what follows may be no memory of this process
+      for (; column + tiles::COLUMNS <= last; column += tiles::COLUMNS) {
+        put(numbers + column, row, &packed.numbers[tile]);
+        tile += TERMS;
+      }
+      for (; column < to; column += tiles::COLUMNS) {  // memory after the last number may not be mapped
         Number padded[tiles::COLUMNS] = {};
         if (column < last) std::memcpy(padded, numbers + column, (last - column) * sizeof(Number));
         put(padded, row, &packed.numbers[tile]);
+        tile += TERMS;
       }
     }
   }
   // Fetches share `share` of `shares` of 32 columns.
   INLINE void fetch(int64_t from, int64_t share, int64_t shares) const {
     for (int64_t row = TILE_ROWS * share / shares; row < TILE_ROWS * (share + 1) / shares; row++)
-      __builtin_prefetch(first + row * apart + from, 0, 2);
+      __builtin_prefetch(first + row * row_stride + from, 0, 2);
   }
-  RowsInPlace next() const { return {first + TILE_ROWS * apart, apart, rows, columns}; }
+  RowsInPlace next() const { return {first + TILE_ROWS * row_stride, row_stride, rows, columns}; }
 
  private:
   static INLINE void put(const Number* from, int64_t row, Ints (*to)[2][tiles::ROWS]) {
@@ -62,7 +66,7 @@ struct RowsInPlace {
 template <bool ROWS_ARE_FIRST, int64_t TERMS, class Fetch>
 void add_tile_products(const WeightTiles& weight, int64_t row_tiles, const Inputs& x, int64_t step, int64_t count,
                        float* sums, const Fetch& fetch) {
-  constexpr int64_t apart = TILE_ROWS * sizeof(float);
+  constexpr int64_t stride_bytes = TILE_ROWS * sizeof(float);
   auto dot = [&]<int C, int R, int T>() __attribute__((always_inline)) {
     if constexpr (ROWS_ARE_FIRST) tiles::dot<C, R, T>();
     else tiles::dot<C, T, R>();
@@ -74,8 +78,8 @@ void add_tile_products(const WeightTiles& weight, int64_t row_tiles, const Input
     float* second = first + tiles::ROWS * TILE_ROWS;
     auto with_sums = [&]<bool IS_LOAD>() __attribute__((always_inline)) {
       auto move = [&]<int C>(float* at) __attribute__((always_inline)) {
-        if constexpr (IS_LOAD) tiles::load<C>(at, apart);
-        else tiles::store<C>(at, apart);
+        if constexpr (IS_LOAD) tiles::load<C>(at, stride_bytes);
+        else tiles::store<C>(at, stride_bytes);
       };
       move.template operator()<0>(first);
       if (has_lower) move.template operator()<1>(first + tiles::ROWS);
@@ -131,19 +135,19 @@ __attribute__((noinline)) void products_by_tiles(const RowsInPlace<Number> rows,
     }
 }
 
-// Products of one or two panels of a weight in few bits, `apart` bytes from each other, and all tokens, [T rounded up to 16,
+// Products of one or two panels of a weight in few bits, `panel_bytes` from each other, and all tokens, [T rounded up to 16,
 // TILE_ROWS].
 template <size_t I>
-__attribute__((noinline)) void panel_products_by_tiles(const uint8_t* panels, int64_t number, int64_t apart, const Inputs& x,
-                                                       float* out) {
+__attribute__((noinline)) void panel_products_by_tiles(const uint8_t* panels, int64_t num_panels, int64_t panel_bytes,
+                                                       const Inputs& x, float* out) {
   constexpr const Format& format = FORMATS[I];
   std::fill_n(out, x.token_tiles * tiles::ROWS * TILE_ROWS, 0.0f);
   WeightTiles packed;
   const int64_t steps = x.stride / tiles::COLUMNS;
   for (int64_t step = 0; step < steps; step += MOST_TILES) {
     const int64_t count = std::min(MOST_TILES, steps - step);
-    for (int64_t panel = 0; panel < number; panel++) {
-      const uint8_t* block = panels + panel * apart + format.bytes_before(step);
+    for (int64_t panel = 0; panel < num_panels; panel++) {
+      const uint8_t* block = panels + panel * panel_bytes + format.bytes_before(step);
       Scales super_scales[PANEL / LANES];
       if (format.has_super_blocks) {
         for (int64_t v = 0; v < PANEL / LANES; v++) super_scales[v] = load_scales<I>(block, v * LANES);
@@ -154,7 +158,7 @@ __attribute__((noinline)) void panel_products_by_tiles(const uint8_t* panels, in
         QuantBlock<I>(block, super_scales).unpack(packed.numbers[k][panel]);
       }
     }
-    add_tile_products<false, 1>(packed, number, x, step, count, out, [](int64_t, int64_t, int64_t) {});
+    add_tile_products<false, 1>(packed, num_panels, x, step, count, out, [](int64_t, int64_t, int64_t) {});
   }
 }
 }  // namespace

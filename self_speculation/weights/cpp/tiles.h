@@ -72,7 +72,7 @@ template <int C>
 void store(void* to, int64_t stride) {
   for (int64_t row = 0; row < ROWS; row++) std::memcpy(static_cast<char*>(to) + row * stride, tile[C][row], 64);
 }
-inline float normal(float x) {
+inline float flush_subnormals(float x) {
   const auto bits = std::bit_cast<uint32_t>(x);
   return bits & 0x7f800000 ? x : std::bit_cast<float>(bits & 0x80000000);
 }
@@ -85,13 +85,13 @@ void dot() {
       for (int64_t pair = 0; pair < 16; pair++) {
         const uint32_t a = tile[A][row][pair];
         const uint32_t b = tile[B][pair][column];
-        auto low = [](uint32_t x) { return normal(std::bit_cast<float>(x << 16)); };
-        auto high = [](uint32_t x) { return normal(std::bit_cast<float>(x & 0xffff0000)); };
-        even = normal(std::fma(low(a), low(b), even));
-        odd = normal(std::fma(high(a), high(b), odd));
+        auto low = [](uint32_t x) { return flush_subnormals(std::bit_cast<float>(x << 16)); };
+        auto high = [](uint32_t x) { return flush_subnormals(std::bit_cast<float>(x & 0xffff0000)); };
+        even = flush_subnormals(std::fma(low(a), low(b), even));
+        odd = flush_subnormals(std::fma(high(a), high(b), odd));
       }
-      const float sum = normal(std::bit_cast<float>(tile[C][row][column])) + normal(even + odd);
-      tile[C][row][column] = std::bit_cast<uint32_t>(normal(sum));
+      const float sum = flush_subnormals(std::bit_cast<float>(tile[C][row][column])) + flush_subnormals(even + odd);
+      tile[C][row][column] = std::bit_cast<uint32_t>(flush_subnormals(sum));
     }
 }
 #endif

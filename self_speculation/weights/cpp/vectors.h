@@ -1,5 +1,5 @@
-// Vectors of numbers, and what the instructions of a processor do with them. Whatever is not named by its instruction,
-// the compiler makes for any processor.
+// Vectors of numbers, and what the instructions of a processor do with them. Code without intrinsics is plain
+// C++, which compiles for any processor.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +27,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// WIDE, PAIRS and TILES are tests, on processors without.
+// Tests define WIDE, PAIRS or TILES. They run this code on processors without such instructions.
 #ifdef TILES
 #define WIDE
 #define PAIRS
@@ -78,8 +78,8 @@ Ints dot(Ints sums, Bytes quants, int32_t x) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)quants, _mm512_set1_epi32(x));
 }
 Ints total(Ints sums) { return sums; }
-float most_of(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
-__m256 folded(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+float max_lane(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
+__m256 sum_of_halves(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 #elif defined(__AVX2__)
 constexpr bool TAKES_EIGHT_BITS = false;
 Floats widen(const Half* from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
@@ -91,7 +91,7 @@ Ints dot(Ints sums, Bytes quants, int32_t x) {
   return (Ints)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)quants, _mm256_set1_epi32(x)));
 }
 Ints total(Ints sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
-__m256 folded(Floats x) { return x; }
+__m256 sum_of_halves(Floats x) { return x; }
 #else
 constexpr bool TAKES_EIGHT_BITS = false;
 typedef _Float16 Halves VECTOR(2);
@@ -120,7 +120,7 @@ Ints dot(Ints sums, Bytes quants, int32_t x) {
 Ints total(Ints sums) { return sums; }
 #endif
 
-// Adds to this sum in the order of the program: GCC would add in trees, which do not fit into registers.
+// Keeps additions to `sum` in program order. GCC would add in trees, which need more registers than there are.
 INLINE void keep_order(Ints& sum) {
 #ifdef __AVX2__
   asm("" : "+v"(sum));
@@ -137,8 +137,6 @@ Floats accumulate(Floats a, Floats b, Floats sum) {
 #endif
 }
 
-// Adds, in each lane, products of two numbers in bfloat16, the upper ones first. Each of the two sums is rounded to nearest even,
-// and subnormal numbers are zeros.
 #if defined(__AVX512BF16__) || defined(PAIRS)
 constexpr bool HAS_PAIRS = true;
 #else
@@ -149,16 +147,20 @@ constexpr bool HAS_TILES = true;
 #else
 constexpr bool HAS_TILES = false;
 #endif
+// Adds, in each lane, products of two numbers in bfloat16, the upper ones first. Each of the two sums is rounded to nearest even,
+// and subnormal numbers are zeros.
 #ifdef __AVX512BF16__
 Floats accumulate(Ints a, Ints b, Floats sum) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 }
 #else
-Floats normal(Floats x) { return (Floats)((Ints)x & ((((Ints)x & 0x7f800000) != 0) | INT32_MIN)); }
+Floats flush_subnormals(Floats x) { return (Floats)((Ints)x & ((((Ints)x & 0x7f800000) != 0) | INT32_MIN)); }
 Floats accumulate(Ints a, Ints b, Floats sum) {
-  sum = normal(fma(normal((Floats)(a & int32_t(0xffff0000))), normal((Floats)(b & int32_t(0xffff0000))), normal(sum)));
-  return normal(fma(normal((Floats)(a << 16)), normal((Floats)(b << 16)), sum));
+  auto upper = [](Ints pairs) { return flush_subnormals((Floats)(pairs & int32_t(0xffff0000))); };
+  auto lower = [](Ints pairs) { return flush_subnormals((Floats)(pairs << 16)); };
+  sum = flush_subnormals(fma(upper(a), upper(b), flush_subnormals(sum)));
+  return flush_subnormals(fma(lower(a), lower(b), sum));
 }
 #endif
 
@@ -173,7 +175,7 @@ Ints to_pairs(Floats first, Floats second) {
 }
 #else
 Ints upper_half(Floats x) {  // rounded: as __AVX512BF16__ does, NaN is quiet and subnormal numbers are zeros
-  const Ints bits = (Ints)normal(x);
+  const Ints bits = (Ints)flush_subnormals(x);
   return (x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) & int32_t(0xffff0000);
 }
 Ints to_pairs(Floats first, Floats second) {
@@ -211,14 +213,14 @@ struct Split {
 };
 
 #ifndef __AVX512VNNI__
-float most_of(Floats x) {  // of numbers, without NaN
+float max_lane(Floats x) {  // of numbers, without NaN
   float most = x[0];
   for (int64_t i = 1; i < LANES; i++) most = std::max(most, x[i]);
   return most;
 }
 #endif
 
-// Transposes [16, LANES] where a vector has 16 numbers.
+// Transposes [LANES, LANES].
 #ifdef __AVX512F__
 INLINE void transpose(Ints* rows) {
   __m512i r[16], s[16];
@@ -260,7 +262,7 @@ void transpose(Ints* rows) {
 }
 #endif
 
-// The first n numbers, then zeros: what follows may be no memory of this process.
+// The first n numbers, then zeros: memory after the last number may not be mapped.
 template <class Number>
 Floats widen(const Number* from, int64_t n) {
   if (n == LANES) return widen(from);
@@ -268,12 +270,13 @@ Floats widen(const Number* from, int64_t n) {
   std::memcpy(padded, from, n * sizeof(Number));
   return widen(padded);
 }
-// The first n numbers, rounded. A number beyond float16's range becomes a NaN that no arithmetic makes.
+// The first n numbers, rounded.
 void narrow(Floats numbers, float* to, int64_t n) { std::memcpy(to, &numbers, n * sizeof(float)); }
 void narrow(Floats numbers, BFloat16* to, int64_t n) {
   const Shorts bits = to_bfloat16_bits(numbers);
   std::memcpy(to, &bits, n * sizeof(bits[0]));
 }
+// Infinities and numbers beyond float16's range become a NaN that arithmetic never gives.
 void narrow(Floats numbers, Half* to, int64_t n) {
   Shorts bits = to_half_bits(numbers);
   bits |= (Shorts)((bits & 0x7fff) == 0x7c00) & 0x7fff;
@@ -287,8 +290,8 @@ void store(Floats numbers, float* to, int64_t n) {
 // The sums of four vectors, each in the same order.
 void lane_sums(const Floats* vectors, float* sums) {
 #ifdef __AVX2__
-  const __m256 first = _mm256_hadd_ps(folded(vectors[0]), folded(vectors[1]));
-  const __m256 second = _mm256_hadd_ps(folded(vectors[2]), folded(vectors[3]));
+  const __m256 first = _mm256_hadd_ps(sum_of_halves(vectors[0]), sum_of_halves(vectors[1]));
+  const __m256 second = _mm256_hadd_ps(sum_of_halves(vectors[2]), sum_of_halves(vectors[3]));
   const __m256 halves = _mm256_hadd_ps(first, second);
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 #else
