@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 988, "classes": 193, "parameters": 2120}
+LIMITS = {"functions": 1000, "classes": 194, "parameters": 2160}
 
 
 def count() -> dict[str, int]:

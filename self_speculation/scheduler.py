@@ -190,12 +190,13 @@ class Scheduler(Generic[Key]):
         most = num_positions + self.batch.longest_draft
         composers = decoding.composer.one_by_one() if decoding.composer else [None]
         widths = _one_of_each_capture(self.batch.longest_draft + 1)
-        rounds = [*itertools.product(_one_of_each_capture(self._batch_size), composers, widths)]
+        rows = _one_of_each_capture(self._batch_size)
+        rounds = [*itertools.product(rows, composers, widths, (True, False))]
         with self._without_autocast(), progress("capturing passes", len(rounds), "rounds") as advance:
             cache.buffers.reserve(max(most, longest), most)
             try:
-                for num_rows, composer, width in rounds:
-                    self._rehearse(decoding._replace(composer=composer), num_rows, width - 1)
+                for num_rows, composer, width, sample in rounds:
+                    self._rehearse(decoding._replace(composer=composer), num_rows, width - 1, sample)
                     advance(1)
             finally:  # no slot holds what it held
                 for slot in range(self._batch_size):
@@ -203,11 +204,11 @@ class Scheduler(Generic[Key]):
                 prefix_cache = PrefixCache(cache, self._batch_size, decoding.prefix_cache.key)
                 self._prepared = decoding._replace(prefix_cache=prefix_cache)
 
-    def _rehearse(self, decoding: Decoding, num_rows: int, longest_draft: int) -> None:
+    def _rehearse(self, decoding: Decoding, num_rows: int, longest_draft: int, sample: bool) -> None:
         """Do a round of so many rows with drafts of this length."""
         prompt = [0, 0, 0]  # n-grams find the end in it
         max_steps = longest_draft + 2
-        config = replace(self._config, max_steps=max_steps)
+        config = replace(self._config, max_steps=max_steps, sample=sample, temperature=1.0)
         batch = Batch(self._device, longest_draft)
         for _ in range(num_rows):
             request = Request(prompt, seed=0)

@@ -105,6 +105,13 @@ class Batch:
             tokens.index_copy_(0, at, sampler(logits[at], keys[at], is_draft))
         return tokens
 
+    @property
+    def drafts_unseen(self) -> bool:
+        """Whether drafts are greedy and neither shown nor read by processors."""
+        return all(
+            each.sampler.greedy and not each.processors and not each.reads_draft for each in self.sequences
+        )
+
     def record_draft(self, tokens: Tensor, position: int, rows: abc.Sequence[int]) -> None:
         """Write drafted tokens [n] into the histories of n rows, and stream them where drafts are shown: at
         once, or on a GPU when `show_drafts` is called.

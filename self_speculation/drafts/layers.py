@@ -43,6 +43,20 @@ class LayerDrafts(DraftSource):
             self.name += " of a 4-bit copy"
 
     def draft(self, batch: Batch, cache: KVCache, limits: Sequence[int]) -> Draft:
+        found = None
+        if batch.drafts_unseen:
+            found = self.drafter.draft_greedily(cache, batch.last, limits, self.depth)
+        tokens, states = found or self._step_by_step(batch, cache, limits)
+        return Draft(
+            [self.name if limit else None for limit in limits],
+            tokens,
+            limits,
+            self.depth if self._keeps_cache else 0,
+            states if self._keeps_cache else None,
+        )
+
+    def _step_by_step(self, batch: Batch, cache: KVCache, limits: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[K] tokens and [K, H] exit states, row by row."""
         columns = [[row for row, limit in enumerate(limits) if i < limit] for i in range(max(limits))]
         keys = batch.noise_keys((row, i) for i, rows in enumerate(columns) for row in rows)
         keys_of = [None] * len(columns) if keys is None else keys.split([*map(len, columns)])
@@ -62,10 +76,4 @@ class LayerDrafts(DraftSource):
             batch.record_draft(ids, position, rows)
             drafted.append((ids, widths))
             before = rows
-        return Draft(
-            [self.name if limit else None for limit in limits],
-            row_by_row(*drafted),
-            limits,
-            self.depth if self._keeps_cache else 0,
-            row_by_row(*exit_hidden) if self._keeps_cache else None,
-        )
+        return row_by_row(*drafted), row_by_row(*exit_hidden)

@@ -1,8 +1,9 @@
 """Decoding passes captured as CUDA graphs: a replay is one call of the host instead of hundreds.
 
-A graph is a range of layers over so many tokens of so many rows, both powers of two. Rows of any length
-replay it, since the kernels of attention read positions on the device. Embedding, head and prompts run
-eagerly. Cache and inputs stay at one address.
+A graph is a range of layers over so many tokens of so many rows, both powers of two, or a whole step of a
+greedy draft: from an id to the next one. Rows of any length replay it, since the kernels of attention read
+positions on the device. Prompts run eagerly, and so do embedding and head of other passes. Cache and inputs
+stay at one address.
 
 All captured passes of a model share one cache. It serves one generation at a time: the latest one.
 """
@@ -26,9 +27,12 @@ from self_speculation.model_cache import cached, lock, peek
 from self_speculation.passes.attention_context import AttentionTables
 from self_speculation.passes.fused_layers import DecodeContext, FusedRunner
 from self_speculation.passes.kv_cache import Buffers, KVCache
+from self_speculation.passes.layers import PlainHead
 from self_speculation.passes.model_runner import ModelRunner, run_through
+from self_speculation.transfers import on_device
 
 _STEP = 1024  # positions by which the cache grows
+_STEPS = 8  # that a graph of draft steps has room for, at least
 _LOCK = Lock()  # torch captures one graph at a time in a process
 
 # torch hands out so many streams of a device in turn. These are the streams of recorders and their graphs.
@@ -88,6 +92,72 @@ class CapturedRunner(FusedRunner):
         replay()
         return states[:num_rows, :width].clone()
 
+    def draft_greedily(
+        self, cache: KVCache, ids: Tensor, limits: Sequence[int], last: int
+    ) -> tuple[Tensor, Tensor] | None:
+        passes = cache.buffers
+        is_fused = not isinstance(self.head, PlainHead) and self.decodes_by_kernels(cache, self.layers[:last])
+        if not (isinstance(passes, CapturedPasses) and is_fused and any(limits)):
+            return None
+        cache.check()
+        num_rows = len(limits)
+        num_steps = max(limits)
+        lengths = cache.lengths(0)
+        cache.make_room(0, last, limits)
+        replay, steps = passes.capture_step(self, last, padded(num_rows), max(_STEPS, padded(num_steps)))
+        steps.begin(ids, lengths, limits)
+        for _ in range(num_steps):
+            replay()
+        cache.extend(0, last, limits)
+        return steps.drafted(limits)
+
+
+class DraftSteps:
+    """What a graph of a step of greedy drafts reads and writes: from the id of each row to the next one. The
+    graph moves on to the next step.
+
+    Args:
+        like: of states.
+        rows, longest: R and K, the most rows and steps.
+    """
+
+    def __init__(self, like: Tensor, rows: int, longest: int, hidden_size: int) -> None:
+        numbers = torch.zeros(longest * rows + 1, dtype=torch.long, device=like.device)
+        self._numbers = numbers
+        self._positions = numbers[:-1].view(longest, rows)  # of each step; -1: the row has no such step
+        self._number = numbers[-1:]  # [1] of this step
+        self.positions = torch.zeros(rows, 1, dtype=torch.long, device=like.device)  # of this step
+        self.ids = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self._tokens = torch.zeros(longest, rows, dtype=torch.long, device=like.device)
+        self._states = like.new_zeros(longest, rows, hidden_size)
+
+    def begin(self, ids: Tensor, lengths: Sequence[int], limits: Sequence[int]) -> None:
+        """The next step is the first one of these rows, after so many positions."""
+        longest, rows = self._positions.shape
+        numbers = [-1] * (longest * rows)
+        for row, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
+            numbers[row : limit * rows : rows] = range(length, length + limit)
+        self._numbers.copy_(on_device([*numbers, 0], self.ids.device))
+        self.ids[: len(limits)] = ids
+
+    def read(self) -> None:
+        """The positions of this step."""
+        torch.index_select(self._positions, 0, self._number, out=self.positions.view(1, -1))
+
+    def write(self, states: Tensor, logits: Tensor) -> None:
+        """The results of this step, [R, H] and [R, V]."""
+        torch.argmax(logits, -1, out=self.ids)
+        self._states.index_copy_(0, self._number, states[None])
+        self._tokens.index_copy_(0, self._number, self.ids[None])
+        self._number.add_(1)
+
+    def drafted(self, limits: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[K] tokens and [K, H] states, row by row."""
+        rows = len(self.ids)
+        places = [step * rows + row for row, limit in enumerate(limits) for step in range(limit)]
+        at = on_device(places, self.ids.device)
+        return self._tokens.flatten()[at], self._states.flatten(0, 1)[at]
+
 
 class CapturedPasses(Buffers):
     """The buffers of the latest cache, and captured passes of a model over them."""
@@ -99,13 +169,15 @@ class CapturedPasses(Buffers):
         self._tables = AttentionTables(runner.model, runner.dtype)
         self._drop_replays()
         self.inputs = dict[tuple[int, int], tuple[Tensor, Tensor]]()  # [B, T, H] states, [B, T] positions
+        self._steps = dict[tuple[int, int], DraftSteps]()  # by rows and the most steps
 
     def _drop_replays(self) -> None:
         """All graphs of a stream use one cuBLAS workspace. Destroying one of them frees it (pytorch issue
         193402), and an exception may keep one for long. So all go together, and the stream with them.
         """
-        # (whether a copy runs, first layer, last layer, rows, width) -> replay.
-        self.replays = dict[tuple[bool, int, int, int, int], Replay]()
+        # (whether a copy runs, first layer, last layer, rows, width) -> replay; of a step: (whether a copy
+        # runs, last layer, rows, most steps) -> replay.
+        self.replays = dict[tuple[int, ...], Replay]()
         self._threads = set[Thread]()  # that have captured
         vars(self).pop("_recorder", None)  # a stream is free now
         self._recorder = GraphRecorder(self._tables.device)
@@ -126,30 +198,52 @@ class CapturedPasses(Buffers):
                 raise
 
     def capture(self, runner: ModelRunner, first: int, last: int, rows: int, width: int) -> Replay:
-        """The replay of a pass over `inputs[rows, width]`. If one fails, all are captured anew; also if a
-        thread has ended that has captured: workspaces of cuBLAS may go with it (pytorch issue 192061).
+        """The replay of a pass over `inputs[rows, width]`."""
+        if (rows, width) not in self.inputs:
+            states = self._tables.like.new_zeros(rows, width, runner.config.hidden_size)
+            self.inputs[rows, width] = states, torch.zeros_like(states[..., 0], dtype=torch.long)
+        states, positions = self.inputs[rows, width]
+        layers = runner.typed_layers(first, last)
+        run = partial(self._run, layers, states, positions)
+        return self._captured((runner.is_copy, first, last, rows, width), run, partial(positions.fill_, -1))
+
+    def capture_step(
+        self, runner: ModelRunner, last: int, rows: int, longest: int
+    ) -> tuple[Replay, DraftSteps]:
+        """The replay of a step of greedy drafts by layers 0..last-1, and what it reads and writes."""
+        if (rows, longest) not in self._steps:
+            size = runner.config.hidden_size
+            self._steps[rows, longest] = DraftSteps(self._tables.like, rows, longest, size)
+        steps = self._steps[rows, longest]
+
+        def run() -> None:
+            steps.read()
+            states = runner.embed(steps.ids)
+            self._run(runner.typed_layers(0, last), states[:, None], steps.positions)
+            steps.write(states, runner.logits(states))
+
+        no_rows = partial(steps.begin, steps.ids[:0], (), ())  # and the first step: there is room for two
+        return self._captured((runner.is_copy, last, rows, longest), run, no_rows), steps
+
+    def _captured(self, key: tuple[int, ...], run: Callable[[], None], clear: Callable[[], object]) -> Replay:
+        """The replay of a function over static tensors. `clear` makes them those of no row: the function runs
+        before it is captured. If a capture fails, all are captured anew; also if a thread has ended that has
+        captured: workspaces of cuBLAS may go with it (pytorch issue 192061).
         """
-        key = (runner.is_copy, first, last, rows, width)
         if not all(thread.is_alive() for thread in self._threads):
             self._drop_replays()
         if key not in self.replays:
-            if (rows, width) not in self.inputs:
-                states = self._tables.like.new_empty(rows, width, runner.config.hidden_size)
-                self.inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
-            states, positions = self.inputs[rows, width]
-            states.zero_()
-            positions.fill_(-1)
-            layers = runner.typed_layers(first, last)
+            clear()
             self._threads.add(current_thread())
             try:
-                self.replays[key] = self._recorder(partial(self._run, layers, states, positions))
+                self.replays[key] = self._recorder(run)
             except BaseException:
                 self._drop_replays()
                 raise
         return self.replays[key]
 
     def _run(self, layers: Sequence[tuple[Any, AttentionType]], states: Tensor, positions: Tensor) -> None:
-        """The pass that is captured."""
+        """Layers over states [B, T, H], in place."""
         make = partial(DecodeContext, self._tables, self.by_layer, positions)
         states.copy_(run_through(layers, make, states))  # fused layers work in place: then nothing is copied
 

@@ -87,6 +87,56 @@ def test_ids_are_those_of_eager_passes(way, graphs):
     assert "num_speculations" not in drafts or max(widths) > 1
 
 
+def ids_of_request(model, request):
+    """By eager passes and without drafts."""
+    was_captured = runners.is_captured(model)
+    decode_eagerly(model)
+    config = {"max_steps": request.config.max_steps, "eos": request.eos_token_ids or []}
+    ids = ids_of(model, request.prompt, **config)
+    if was_captured:
+        capture_decoding(model)
+    return ids
+
+
+@pytest.mark.parametrize("way", ["layers", "n-grams", "copy", "adaptive"])
+def test_greedy_drafts_are_whole_steps(way, graphs):
+    """Guards against positions, limits or ids of another row or step where the card moves on by itself:
+    prompts of many lengths, rows that join and end, drafts that end at a limit, a stop, a cache that grows,
+    and a prefix that is kept. Guards against a capture that a request waits for.
+    """
+    model = card_llama(4, max_position_embeddings=4096)
+    drafts = WAYS[way]
+    config = {"sample": False, "reuse_cache": True, **drafts}
+    lengths = (6, 20, 9, 25, 1100, 7)
+    requests = {}
+    for index, length in enumerate(lengths):
+        ids = [5 + (3 * index + i) % 40 for i in range(length)]
+        own = config_of(**config, max_steps=9 + 4 * index)
+        requests[index] = Request(ids, eos_token_ids=[19] if index == 3 else None, config=own)
+    expected = {index: ids_of_request(model, request) for index, request in requests.items()}
+    capture_decoding(model)
+    scheduler = scheduler_of(model, 3, max_steps=30, **config)
+    scheduler.run_every_pass(600)
+    num_graphs = graphs.num_graphs
+    found = {}
+    for index in (0, 1, 2, 3):
+        scheduler.add_request(index, requests[index])
+        scheduler.step()
+        found |= scheduler.pop_finished()
+    found |= drained(scheduler)
+    assert graphs.num_graphs == num_graphs
+    for index in (4, 5):  # the first one does not fit
+        scheduler.add_request(index, requests[index])
+        found |= drained(scheduler)
+    assert graphs.num_graphs > num_graphs
+    assert {index: found[index].predicted_tokens for index in requests} == expected
+    again = Request([*requests[5].prompt, *expected[5], 8], config=requests[5].config)
+    scheduler.add_request(6, again)
+    (result,) = drained(scheduler).values()
+    assert result.num_cached_tokens > 0
+    assert result.predicted_tokens == ids_of_request(model, again)
+
+
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("way", ["plain", "n-grams", "adaptive"])
 def test_rounds_before_the_first_request_leave_nothing(way):

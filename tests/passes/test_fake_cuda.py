@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
 
-from benchmarks.fake_gpu import DEVICE, fake_gpu, fake_model, is_there, tensors_of
+from benchmarks.fake_gpu import DEVICE, Trace, fake_gpu, fake_model, is_there, tensors_of
 from measures.comparison import find_difference
 from self_speculation import Request, make_strategy
 from self_speculation.decoding import grammar
@@ -28,6 +28,7 @@ from self_speculation.passes.fused_layers import FusedRunner, why_no_kernels
 from self_speculation.passes.fused_layers import flash_attention as attention_of_passes
 from self_speculation.passes.model_runner import PREFILL_CHUNK
 from self_speculation.passes.runners import fuse
+from self_speculation.scheduler import Scheduler
 from self_speculation.transfers import AsyncRead
 from self_speculation.weights.int4_linear import has_kernel
 from self_speculation.weights.kernels import cpu_operators
@@ -202,6 +203,31 @@ def test_a_mask_is_made_while_the_next_pass_runs(monkeypatch):
         dict(strategy.generate_batch(model_of(**BY_OUR_KERNELS), requests, config, 1))
     assert len(waited) > 4
     assert min(waited) >= 1
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_a_step_of_a_draft_is_one_replay(gpu):
+    """Guards against work of the host between two tokens of a greedy draft: fourteen launches beside each
+    replay cost more than the kernels of a small model.
+    """
+    model = model_of(**BY_OUR_KERNELS)
+    runners.capture_decoding(model)
+    seen = {}
+    for num_drafted in (2, 6):
+        config = config_of(max_steps=40, sample=False, exit_layer=1, num_speculations=num_drafted)
+        scheduler = Scheduler(make_strategy(config.generation_strategy), model, config, 1)
+        scheduler.add_request(0, Request([5, 6, 7]))
+        scheduler.step()  # captures
+        gpu.trace = Trace()
+        scheduler.step()
+        replays = gpu.trace.replays
+        in_replays = sum(replay.stop - replay.start for replay in replays)
+        seen[num_drafted] = len(replays), len(gpu.trace.launches) - in_replays
+        scheduler.cancel([0])
+        scheduler.pop_finished()
+    (few, beside_few), (many, beside_many) = seen.values()
+    assert many - few == 4
+    assert beside_many == beside_few
 
 
 @pytest.mark.parametrize("window", [None, 1000])
