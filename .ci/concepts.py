@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1000, "classes": 194, "parameters": 2160}
+LIMITS = {"functions": 1008, "classes": 195, "parameters": 2183}
 
 
 def count() -> dict[str, int]:

@@ -1,8 +1,9 @@
 """What the number format of keys and values changes: milliseconds a token over the length of the context, and
-answers.
+answers; and what rows cost that share the beginning of their prompts.
 
     python benchmarks/long_contexts.py --depths 64 2000 4000 --save depths
     python benchmarks/long_contexts.py --prompt_tokens 300 2000 --num_prompts 20
+    python benchmarks/long_contexts.py --rows 8 --shared 1500
 
 Formats alternate in one process over the same weights. *ms* is a pass over one token and its logits, without
 sampling.
@@ -12,6 +13,9 @@ whole answers; an answer is equal if the format has its next token at each posit
 positions. *KL* is the mean divergence of the next token, in nats; *gap* the largest distance of two logits in
 float32 of which the format prefers the lower one. transformers in bfloat16 stands beside transformers in
 float32, along the same answers. Prompts are pieces of Python's library and of these pages, in turn.
+
+The third table has tokens/s of rows side by side, and MiB of their keys and values. Each row is behind 64
+tokens, behind --shared tokens that it alone has, or behind as many that are kept once for all rows.
 """
 
 import json
@@ -38,7 +42,7 @@ from runs.description import Record, describe, describe_model, heading
 from runs.program import run
 from runs.startup import load_generator
 from self_speculation.config import CacheDtypeName
-from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.kv_cache import SHARED_UNIT, Beginning, KVCache
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.runners import eager_runner
 
@@ -67,13 +71,18 @@ class ContextArguments:
     """Prompts of each length that transformers reads, too."""
     save: str | None = None
     """Path without suffix: all figures as JSON and, of depths, a picture."""
+    rows: int = 8
+    """Rows of --shared."""
+    shared: int = 0
+    """Tokens that the prompts of --rows share."""
     points: list[float] = field(default_factory=list)
     """Milliseconds at each depth by another program, for the picture."""
     points_of: str = "another program"
     """The program, and when it was measured."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "depths", "rounds", "prompt_tokens", "num_prompts", "answer_tokens")
+        at_least(self, 0, "shared")
+        at_least(self, 1, "rows", "depths", "rounds", "prompt_tokens", "num_prompts", "answer_tokens")
         at_least(self, 0, "num_peer_prompts")
         are_known = "float32" in self.formats and {*self.formats} <= {*DTYPES}
         allowed = f"must be one for each of the {len(self.depths)} depths, or none"
@@ -92,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["arguments"]["dataset"] = "pieces of files"
     print(heading(about))
     runner = eager_runner(generator.model)
-    num_tokens = max([0, *args.depths, *(args.num_prompts * length for length in args.prompt_tokens)]) + 1
+    num_tokens = (
+        max([args.shared, *args.depths, *(args.num_prompts * length for length in args.prompt_tokens)]) + 1
+    )
     ids = generator.tokenizer.encode(_text(num_tokens), add_special_tokens=False)
     depths = pandas.DataFrame(times(runner, ids, args))
     if len(depths):
@@ -102,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts = [ids[n * length : (n + 1) * length] for n in range(args.num_prompts)]
         answers += differences(runner, prompts, args)
         print(f"\n{pandas.DataFrame(answers).to_string(index=False)}", flush=True)
+    if args.shared:
+        print(f"\n{pandas.DataFrame(sharing(runner, ids, args)).to_string(index=False)}", flush=True)
     if args.save is not None:
         path = Path(args.save)
         found = {**about, "depths": depths.to_dict("records"), "answers": answers}
@@ -195,6 +208,45 @@ def differences(runner: ModelRunner, prompts: Sequence[list[int]], args: Context
             found[PEER].append((pair[0], pair[1]))
     length = len(prompts[0])
     return [{"format": name, "prompt": length, **_compared(pairs)} for name, pairs in found.items()]
+
+
+def sharing(runner: ModelRunner, ids: Sequence[int], args: ContextArguments) -> list[Record]:
+    """Rows of the third table."""
+    whole = (args.shared - 1) // SHARED_UNIT * SHARED_UNIT
+    found: dict[tuple[str, str], list[float]] = {}
+    bytes_of: dict[tuple[str, str], int] = {}
+    caches: dict[tuple[str, str], tuple[KVCache, int]] = {}
+    for name in args.formats:
+        for kind, length in (("64 each", 64), ("not shared", args.shared), ("shared", args.shared)):
+            cache = runner.new_cache(length, length + 8, args.rows, cast(CacheDtypeName, name))
+            cache.set_rows([])
+            first = 0
+            if kind == "shared":
+                place = cache.buffers.num_slots
+                runner.run(cache.prompt_view(place), torch.tensor([ids[:whole]]), num_logits=0)
+                first = whole
+            for row in range(args.rows):
+                if first:
+                    cache.set_beginning(row, Beginning(place, first))
+                view = cache.prompt_view(row, [first])
+                runner.run(view, torch.tensor([ids[first:length]]), num_logits=0)
+                cache.set_rows([*cache.lengths(), length])
+            caches[name, kind] = cache, length
+            positions = sum(cache.buffers.num_used) - sum(each.length for each in cache.buffers.beginnings)
+            position = sum(part[0, :, 0].nbytes for part in cache.buffers.all())
+            bytes_of[name, kind] = positions * position
+    for _ in range(args.rounds + 1):
+        for key, (cache, length) in caches.items():
+            cache.set_rows([length] * args.rows)
+            tokens = torch.tensor([[ids[0]]] * args.rows)
+            began = time.perf_counter()
+            for _ in range(4):
+                tokens = runner.run(cache, tokens).logits.argmax(-1)
+            found.setdefault(key, []).append(4 * args.rows / (time.perf_counter() - began))
+    return [
+        {"format": name, "rows": kind, "tokens/s": median(turns[1:]), "MiB": bytes_of[name, kind] / 2**20}
+        for (name, kind), turns in found.items()
+    ]
 
 
 def _compared(pairs: Sequence[tuple[Tensor, Tensor]]) -> Record:

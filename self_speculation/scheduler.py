@@ -313,7 +313,9 @@ class Scheduler(Generic[Key]):
         num_free = self._batch_size - len(self.batch) - (len(self._waiting) - len(new))
         for sequence in new[:num_free]:
             with sequence.isolating_errors():
-                self._ensure_prepared().prefix_cache.acquire(sequence)
+                slots = self._ensure_prepared().prefix_cache
+                if not slots.is_read_by_another(sequence):
+                    slots.acquire(sequence)
         ready = [sequence for sequence in self._waiting if sequence.slot is not None]
         chosen = list[tuple[Sequence, int]]()
         is_ragged = self._ensure_prepared().runner.is_ragged

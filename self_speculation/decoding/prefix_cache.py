@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.model_cache import cached
-from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.kv_cache import SHARED_UNIT, Beginning, KVCache
 from self_speculation.passes.model_runner import ModelRunner
 
 
@@ -25,6 +25,12 @@ class _Prefix(NamedTuple):
         """Length of the longest common prefix."""
         pairs = enumerate(zip(self.ids, prompt, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(prompt)))
+
+    def whole_units(self, prompt: abc.Sequence[int]) -> int:
+        """As `shared`, in units that rows can share."""
+        most = min(len(self.ids), len(prompt)) // SHARED_UNIT * SHARED_UNIT
+        units = (slice(first, first + SHARED_UNIT) for first in range(0, most, SHARED_UNIT))
+        return next((unit.start for unit in units if self.ids[unit] != prompt[unit]), most)
 
 
 class PrefixCache:
@@ -40,20 +46,63 @@ class PrefixCache:
         self.key = key
         cache.set_rows([])
         self._holders: list[Sequence | _Prefix] = [_Prefix()] * num_slots
+        first = cache.buffers.num_slots
+        self._beginnings = {first + i: _Prefix() for i in range(cache.buffers.num_beginnings)}  # by slot
         self._answers = itertools.count(1)
 
     def acquire(self, sequence: Sequence) -> None:
         """Give a sequence the free slot with the longest prefix of the prompt, the oldest one of equals.
 
-        The last token of a prompt is never found: the first step needs the logits after it.
+        The last token of a prompt is never found: the first step needs the logits after it. A beginning that
+        a prompt in flight has, too, is kept once for both.
         """
         prompt = sequence.prompt[:-1]
         free = {slot: held for slot, held in enumerate(self._holders) if isinstance(held, _Prefix)}
         slot = max(free, key=lambda slot: (free[slot].shared(prompt), -free[slot].age, -slot))
-        num_cached = free[slot].shared(prompt)
-        sequence.num_cached = num_cached
-        sequence.num_computed = num_cached
+        length = free[slot].shared(prompt)
+        beginning = self.cache.buffers.beginnings[slot]
+        if (shared := self._share(prompt, length)) is not None:
+            slot = min(free, key=lambda slot: (free[slot].age, slot))
+            beginning = shared
+            length = shared.length
+        elif length < beginning.length:
+            length = length // SHARED_UNIT * SHARED_UNIT
+            beginning = Beginning(beginning.slot, length)
+        self.cache.set_beginning(slot, beginning)
+        sequence.num_cached = length
+        sequence.num_computed = length
         self._put(sequence, slot)
+
+    def _share(self, prompt: abc.Sequence[int], least: int) -> Beginning | None:
+        """More than `least` positions that a prompt in flight begins with, too. They are moved to a slot of
+        beginnings, unless they are there. None: there are none, or no slot has room.
+        """
+        taken = {slot: held for slot, held in self._beginnings.items() if self.cache.is_shared(slot)}
+        there = [Beginning(slot, held.whole_units(prompt)) for slot, held in taken.items()]
+        known = max(there, key=lambda each: each.length, default=Beginning())
+        in_flight = [
+            (_Prefix(each.prompt[: each.num_computed]).whole_units(prompt), -slot)
+            for slot, each in enumerate(self._holders)
+            if isinstance(each, Sequence)
+        ]
+        length, slot = max(in_flight, default=(0, 0))
+        place = next((place for place in self._beginnings if place not in taken), None)
+        if length > max(known.length, least) and place is not None:
+            known = Beginning(place, length)
+            self._beginnings[place] = _Prefix(prompt[:length])
+            self.cache.copy_beginning(-slot, known)
+        return known if known.length > least else None
+
+    def is_read_by_another(self, sequence: Sequence) -> bool:
+        """Whether a prompt that is being read begins as this one, so that sharing is worth a wait."""
+        prompt = sequence.prompt[:-1]
+        most = 0
+        for each in self._holders:
+            if isinstance(each, Sequence) and each.num_computed < len(each.prompt):
+                length = _Prefix(each.prompt).whole_units(prompt)
+                most = max(most, length if length > each.num_computed else 0)
+        free = (each.shared(prompt) for each in self._holders if isinstance(each, _Prefix))
+        return bool(most and self._beginnings) and most > max(free, default=0)
 
     def prompt_view(self, sequences: abc.Sequence[Sequence]) -> KVCache:
         """The slots of sequences whose prompts are read in one pass. Slots that are not side by side are
@@ -115,11 +164,16 @@ class PrefixCache:
                 self._put(self._holders[last], slot)
             slot = last
         self._holders[slot] = left
+        if not left.ids:
+            self.cache.set_beginning(slot, Beginning())
 
     def discard_prefixes(self) -> None:
         """Keep none from now on: a failed round may have written anywhere."""
         self.key = None
-        self._holders = [_Prefix() if isinstance(held, _Prefix) else held for held in self._holders]
+        for slot, held in enumerate(self._holders):
+            if isinstance(held, _Prefix):
+                self._holders[slot] = _Prefix()
+                self.cache.set_beginning(slot, Beginning())
 
     def _put(self, holder: Sequence | _Prefix, slot: int) -> None:
         self._holders[slot] = holder

@@ -137,8 +137,9 @@ class InPlaceRunner(ModelRunner):
                 for row_end, width in zip(ends, widths, strict=True)
             ]
             of_rows = enumerate(zip(cache.lengths(first), parts, strict=True), cache.first_slot)
-            rows = [(slot, length, part) for slot, (length, part) in of_rows if part]
-            longest = max(length + part for _, length, part in rows)
+            beginnings = cache.buffers.beginnings
+            rows = [(slot, length, part, *beginnings[slot]) for slot, (length, part) in of_rows if part]
+            longest = max(length + part for _, length, part, *_ in rows)
             torch.ops.self_speculation.run_layers.default(
                 piece,
                 torch.tensor(rows),

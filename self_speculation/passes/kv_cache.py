@@ -7,6 +7,8 @@ import math
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,6 +27,12 @@ _SHARE = 0.8
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 
+# Rows share positions in multiples of it: the operators read so many keys at a time.
+SHARED_UNIT = 64
+
+# Memory of tensors by `zeros`, by address.
+_MAPPED: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
+
 # Bits that mark a number beyond float16's range: a NaN that arithmetic never gives. It spreads to all tokens
 # that see it. An infinite key would get weight 0 or 1.
 _BEYOND_RANGE = 0x7FFF
@@ -41,7 +49,16 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError("no memory for keys and values") from error
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+    made = torch.frombuffer(memory, dtype=dtype).view(*shape)
+    _MAPPED[made.data_ptr()] = memory
+    return made
+
+
+class Beginning(NamedTuple):
+    """The first positions of a slot, which another slot has."""
+
+    slot: int = 0
+    length: int = 0  # a multiple of SHARED_UNIT; 0: the slot has all positions itself
 
 
 def rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,6 +78,7 @@ class Buffers:
         devices: [L] of each layer.
         key_shape: kv_heads and head_dim.
         num_slots: the most rows at a time.
+        num_beginnings: slots after these for positions that several rows share.
     """
 
     def __init__(
@@ -69,16 +87,20 @@ class Buffers:
         key_shape: tuple[int, int],
         dtype: torch.dtype,
         num_slots: int = 1,
+        num_beginnings: int = 0,
     ) -> None:
         self.num_layers = len(devices)
         self.num_slots = num_slots
+        self.num_beginnings = num_beginnings
+        self.beginnings = [Beginning()] * (num_slots + num_beginnings)  # by slot
         self.capacity = 0
         self._devices = devices
         self.key_shape = key_shape
         self.dtype = dtype
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
         self.by_layer: dict[int, Pair] = {}
-        self.num_used = [0] * num_slots  # on a CPU: positions that may have been written; later ones are zero
+        # On a CPU: positions that may have been written. Later ones are zero.
+        self.num_used = [0] * len(self.beginnings)
         self.num_caches = 0  # the last one has the buffers
 
     def all(self) -> Iterator[Tensor]:
@@ -102,7 +124,7 @@ class Buffers:
         if old is not None and end <= old[0].shape[2]:
             return old
         kv_heads, head_dim = self.key_shape
-        shape = (self.num_slots, kv_heads, self.capacity, head_dim)
+        shape = (len(self.beginnings), kv_heads, self.capacity, head_dim)
         device = self._devices[layer]
         try:
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
@@ -115,9 +137,26 @@ class Buffers:
                 new[:, :, : part.shape[2]] = part
                 continue
             for slot, number in enumerate(self.num_used):
-                new[slot, :, : min(number, part.shape[2])] = part[slot, :, :number]
+                first = self.beginnings[slot].length
+                new[slot, :, first : min(number, part.shape[2])] = part[slot, :, first:number]
         self.by_layer[layer] = keys, values
         return keys, values
+
+    def give_back(self, slot: int, length: int) -> None:
+        """Zero the first positions of a slot. On a CPU their whole pages take no memory then."""
+        for buffer in self.all():
+            memory = _MAPPED.get(buffer.data_ptr())
+            for head in buffer[slot, :, :length]:
+                numbers = head.view(-1)
+                start = numbers.data_ptr() - buffer.data_ptr()
+                first = round_up(start, mmap.PAGESIZE)
+                size = (start + numbers.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+                if memory is None or size <= 0:
+                    numbers.zero_()
+                    continue
+                memory.madvise(mmap.MADV_DONTNEED, first, size)
+                numbers[: (first - start) // buffer.itemsize].zero_()
+                numbers[(first + size - start) // buffer.itemsize :].zero_()
 
     @property
     def capacity_of_all(self) -> int:
@@ -131,7 +170,8 @@ class Buffers:
             position = 2 * num_layers * math.prod(self.key_shape) * self.dtype.itemsize  # of a slot
             taken = sum(part.nbytes for part in self.all() if part.device == device)
             if self.grows:  # other positions take no memory yet
-                taken = min(taken, sum(self.num_used) * position)
+                pairs = zip(self.num_used, self.beginnings, strict=True)
+                taken = min(taken, sum(max(0, number - each.length) for number, each in pairs) * position)
             free = taken + free_memory(device)
             row = least * position
             if free < self.num_slots * row:
@@ -290,7 +330,40 @@ class KVCache:
 
     def is_finite(self, slot: int, length: int) -> bool:
         """Whether the first `length` positions of a slot are finite, in all layers."""
-        return all(bool(buffer[slot, :, :length].isfinite().all()) for buffer in self.buffers.all())
+        parts = (self.positions_of(buffer, slot, length) for buffer in self.buffers.all())
+        return all(bool(part.isfinite().all()) for part in parts)
+
+    def positions_of(self, buffer: Tensor, slot: int, length: int) -> Tensor:
+        """[kv_heads, length, head_dim] the first positions of a slot."""
+        beginning = self.buffers.beginnings[slot]
+        shared = buffer[beginning.slot, :, : min(beginning.length, length)]
+        return torch.cat((shared, buffer[slot, :, beginning.length : length]), 1)
+
+    def set_beginning(self, slot: int, beginning: Beginning) -> None:
+        """Have the first positions of a slot in another one, which has them."""
+        before = self.buffers.beginnings[slot]
+        if beginning == before:
+            return
+        self.buffers.beginnings[slot] = beginning
+        if beginning.length < before.length:  # what follows is another text's
+            self.buffers.give_back(slot, self.buffers.num_used[slot])
+            self.buffers.num_used[slot] = 0
+        self.buffers.give_back(slot, beginning.length)
+        if before.length and not self.is_shared(before.slot):
+            self.buffers.give_back(before.slot, self.buffers.num_used[before.slot])
+            self.buffers.num_used[before.slot] = 0
+
+    def is_shared(self, slot: int) -> bool:
+        """Whether slots have their beginning there."""
+        return any(each.length and each.slot == slot for each in self.buffers.beginnings)
+
+    def copy_beginning(self, slot: int, beginning: Beginning) -> None:
+        """Copy the first positions of a slot to where others find them, and have them there."""
+        for buffer in self.buffers.all():
+            copied = self.positions_of(buffer, slot, beginning.length)
+            buffer[beginning.slot, :, : beginning.length] = copied
+        self.buffers.num_used[beginning.slot] = beginning.length
+        self.set_beginning(slot, beginning)
 
     def beyond_range(self, slot: int, length: int) -> int | None:
         """The first of `length` positions of a slot with a number beyond float16's range, in the first layer
@@ -298,15 +371,17 @@ class KVCache:
         """
         if self.buffers.dtype != torch.float16:
             return None
-        numbers = (buffer[slot, :, :length].view(torch.int16) for buffer in self.buffers.all())
+        buffers = self.buffers.all()
+        numbers = (self.positions_of(buffer, slot, length).view(torch.int16) for buffer in buffers)
         found = ((each & _BEYOND_RANGE == _BEYOND_RANGE).any(-1).any(0).nonzero() for each in numbers)
         return next((int(positions[0]) for positions in found if len(positions)), None)
 
     def clear_slot(self, slot: int) -> None:
         """Fill it with zeros: it may hold NaN, and a mask does not keep NaN out."""
         end = self.buffers.num_used[slot] if self.buffers.grows else None
+        first = self.buffers.beginnings[slot].length
         for buffer in self.buffers.all():
-            buffer[slot, :, :end].zero_()
+            buffer[slot, :, first:end].zero_()
         self.buffers.num_used[slot] = 0
 
     def swap(self, slot: int, other: int, length: int) -> None:
@@ -317,8 +392,14 @@ class KVCache:
             return
         used = self.buffers.num_used
         used[slot] = used[other] = max(used[slot], used[other])
+        beginnings = self.buffers.beginnings
+        first = min(beginnings[slot].length, beginnings[other].length)
+        beginnings[slot], beginnings[other] = beginnings[other], beginnings[slot]
         for buffer in self.buffers.all():
-            bits = buffer[:, :, :length].view(getattr(torch, f"int{8 * buffer.itemsize}"))
+            bits = buffer[:, :, first:length].view(getattr(torch, f"int{8 * buffer.itemsize}"))
             one, another = bits[slot], bits[other]
             for target, source in ((one, another), (another, one), (one, another)):
                 target.bitwise_xor_(source)
+        for each in (slot, other):
+            if beginnings[each].length > first:
+                self.buffers.give_back(each, beginnings[each].length)

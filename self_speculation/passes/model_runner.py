@@ -101,7 +101,9 @@ class ModelRunner:
             dtype: see `cache_dtype`, and its errors.
         """
         devices = self.devices[: len(self.layers)]
-        cache = KVCache(Buffers(devices, self.key_shape, self.cache_dtype(dtype), num_slots))
+        num_beginnings = num_slots // 2 if self.is_ragged else 0
+        buffers = Buffers(devices, self.key_shape, self.cache_dtype(dtype), num_slots, num_beginnings)
+        cache = KVCache(buffers)
         cache.reserve(prompt_length, num_positions)
         return cache
 

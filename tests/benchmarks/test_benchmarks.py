@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pandas
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import generate, needs_operators, tiny_llama
 from helpers import refused, watch
 from transformers import AutoConfig, LlamaConfig
 
@@ -211,6 +211,17 @@ def test_long_contexts(endless_folder, tmp_path):
     assert 0 < by_format["float16"]["KL"] < by_format["bfloat16"]["KL"] < 0.01
     assert by_format["float16"]["tokens"] > 0.9
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+@needs_operators
+def test_rows_that_share_a_beginning(endless_folder, capsys):
+    """Guards against rows that share nothing, or less than they say."""
+    flags = ["--rows", "4", "--shared", "641", "--rounds", "1", "--formats", "float32", "float16"]
+    assert long_contexts.main(["--model", str(endless_folder), *flags]) == 0
+    table = capsys.readouterr().out.rpartition("MiB\n")[2]
+    sizes = {line.split()[0] + line.split()[1]: float(line.split()[-1]) for line in table.splitlines()}
+    assert sizes["float32shared"] < 0.3 * sizes["float32not"]
+    assert sizes["float16shared"] == pytest.approx(sizes["float32shared"] / 2, rel=0.01)
 
 
 def test_figures_of_a_server():

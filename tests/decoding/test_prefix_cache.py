@@ -5,7 +5,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import LAYERS, answer_of, card_llama, drained, generate, own_llama, scheduler_of, tiny_llama
+from conftest import (
+    LAYERS,
+    answer_of,
+    card_llama,
+    config_of,
+    drained,
+    generate,
+    needs_operators,
+    own_llama,
+    scheduler_of,
+    tiny_llama,
+)
 from test_batch import ends_at, nan_from, raises_from
 
 from self_speculation import Request, make_strategy
@@ -38,6 +49,87 @@ def test_the_slot_with_the_longest_prefix_is_taken():
     assert cached([*other, 9]) == [12]  # the last token's logits are needed
     assert cached([41, 42]) == [0]  # takes the least recently used slot: the story's
     assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]
+
+
+@needs_operators
+@pytest.mark.parametrize("reuse_cache", [False, True])
+def test_a_beginning_of_several_prompts_is_kept_once(reuse_cache):
+    """Guards against a system prompt that each client's request reads and keeps again, answers that differ
+    from those of the prompt alone, and a beginning that stays when no row has it or goes while one has it.
+    """
+    torch.manual_seed(0)
+    model = own_llama(agreement="often", max_position_embeddings=512)
+    fuse(model)
+    system = torch.randint(3, 50, (200,)).tolist()
+    prompts = [[*system, *STORY[n:], n + 3] for n in range(8)]
+    steps = [20, 3, 9, 14, 5, 8, 11, 2]
+    scheduler = scheduler_of(model, 4, 64, reuse_cache=reuse_cache, **LAYERS)
+    for key, prompt in enumerate(prompts):
+        config = config_of(max_steps=steps[key])
+        scheduler.add_request(key, Request(prompt, config=config, eos_token_ids=[]))
+    buffers = scheduler._ensure_prepared().cache.buffers
+    results = {}
+    held = []
+    while scheduler.has_requests:
+        scheduler.step()
+        held.append(sum(buffers.num_used) - sum(each.length for each in buffers.beginnings))
+        results |= scheduler.pop_finished()
+    assert max(held) < 200 + 4 * 64  # positions, where each row has 200 and more
+    for key, result in results.items():
+        alone = fresh(model, prompts[key], max_steps=steps[key], eos=())
+        assert result.predicted_tokens == alone.predicted_tokens
+        assert result.num_cached_tokens >= (192 if key else 0)
+    assert any(map(scheduler_cache_is_shared(buffers), range(4, 6))) == reuse_cache
+    assert sum(buffers.num_used[4:]) == (192 if reuse_cache else 0)
+
+
+def scheduler_cache_is_shared(buffers):
+    return lambda slot: any(each.length and each.slot == slot for each in buffers.beginnings)
+
+
+@needs_operators
+@pytest.mark.parametrize("reuse_cache", [False, True])
+@pytest.mark.parametrize("after", [1, 3, 5])  # steps: the others wait, share what is read, are rows
+def test_a_beginning_stays_when_the_first_of_its_rows_is_cancelled(after, reuse_cache):
+    """Guards against prompts that wait for one that is gone, and against keys that go with it."""
+    torch.manual_seed(0)
+    model = own_llama(agreement="often", max_position_embeddings=512)
+    fuse(model)
+    system = torch.randint(3, 50, (200,)).tolist()
+    prompts = [[*system, *STORY[n:], n + 3] for n in range(4)]
+    scheduler = scheduler_of(model, 4, 64, reuse_cache=reuse_cache, **LAYERS)
+    for key, prompt in enumerate(prompts[:3]):
+        scheduler.add_request(key, Request(prompt, eos_token_ids=[]))
+    for _ in range(after):
+        scheduler.step()
+    scheduler.cancel([0])
+    scheduler.step()
+    scheduler.add_request(3, Request(prompts[3], eos_token_ids=[]))
+    results = drained(scheduler)
+    for key in (1, 2, 3):
+        assert results[key].predicted_tokens == fresh(model, prompts[key], eos=()).predicted_tokens
+
+
+@needs_operators
+def test_nan_in_a_beginning_fails_those_who_share_it():
+    """Guards against NaN that stays in the memory of a beginning, or of a slot that has had one."""
+    torch.manual_seed(0)
+    model = own_llama(agreement="often", max_position_embeddings=512)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[49] = torch.nan
+    fuse(model)
+    system = torch.randint(3, 49, (200,)).tolist()
+    broken = [*system[:100], 49, *system[101:]]
+    prompts = [[*broken, 3], [*broken, 4], [*broken, 5], [*system, 6], [*system, 7], [8] * 70]
+    scheduler = scheduler_of(model, 3, 64, reuse_cache=True)
+    for key, prompt in enumerate(prompts):
+        scheduler.add_request(key, Request(prompt, eos_token_ids=[]))
+    buffers = scheduler._ensure_prepared().cache.buffers
+    results = drained(scheduler)
+    assert all(isinstance(results[key], FloatingPointError) for key in range(3))
+    for key in range(3, 6):
+        assert results[key].predicted_tokens == fresh(model, prompts[key], eos=()).predicted_tokens
+    assert all(part.isfinite().all() for part in buffers.all())
 
 
 def test_a_cancelled_prompt_leaves_what_is_read_of_it():

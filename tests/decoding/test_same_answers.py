@@ -216,6 +216,9 @@ def compare(name, way, draws):
     requests = []
     results = []
     shown = []
+    beginning = random.Random(name).choices(
+        range(3, 50), k=copy.copy(draws).choice([0, 0, 70])
+    )  # of all prompts
     with (
         patch.object(model.config, "max_position_embeddings", context),
         patch("self_speculation.passes.kv_cache._FIRST_ALLOCATION", 3),
@@ -223,7 +226,7 @@ def compare(name, way, draws):
         random_plans(draws.randrange(2**32)),
     ):
         for row in range(draws.randint(3, 4)):
-            prompt = draws.choices(range(3, draws.choice([9, 50])), k=draws.randint(1, 30))
+            prompt = beginning + draws.choices(range(3, draws.choice([9, 50])), k=draws.randint(1, 30))
             if row > 1:  # goes on from an answer, or from a part of the prompt
                 before = draws.randrange(2)
                 prompt = [*requests[before].prompt, *shown[before].decided][: draws.randint(5, 80)] + prompt

@@ -20,6 +20,7 @@ from self_speculation import Request, make_strategy
 from self_speculation.families import LLAMA_LAYOUT
 from self_speculation.llama_model_utils import forward, forward_early, forward_remainder
 from self_speculation.passes.in_place_runner import InPlaceRunner
+from self_speculation.passes.kv_cache import Beginning
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.quantized_layers import quantize
 from self_speculation.passes.runners import bytes_made, fuse, make_runner
@@ -190,6 +191,64 @@ def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_pro
                 ]
                 assert torch.equal(torch.cat(parts), expected)
                 assert torch.equal(runner.logits(parts[-1][-1:]), expected_logits[-1:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(
+    name=st.sampled_from(["odd", "long", "mistral", "gemma3_text"]),
+    form=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from(DTYPES),
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from([0, 64, 512, 576, 1024]), st.integers(0, 600), st.sampled_from([1, 1, 1, 2, 30])
+        ),
+        min_size=2,
+        max_size=6,
+    ),
+    threads=st.integers(1, 3),
+    is_prompt=st.booleans(),
+)
+@settings(max_examples=12)
+def test_bits_of_rows_that_share_a_beginning(name, form, dtype, rows, threads, is_prompt):
+    """Guards against keys of a row that are read for another one, sums of spans in another order, and a
+    window that begins in what rows share.
+
+    rows: the positions of the beginning, those after it, and the new tokens, of each.
+    """
+    torch.manual_seed(0)
+    model = model_of(name, form)
+    fuse(model)
+    runner = InPlaceRunner(model)
+    size = model.config.hidden_size
+    num_layers = len(runner.layers)
+    shared = torch.randn(1024, size)
+    pasts = [torch.randn(max(1, tail), size) for _, tail, _ in rows]
+    hidden = [torch.randn(width, size) for *_, width in rows]
+    widths = [*map(len, hidden)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            cache = runner.new_cache(1, 1700, len(rows), dtype)
+            cache.set_rows([])
+            place = cache.buffers.num_slots
+            runner.run_layers(cache.prompt_view(place), shared.clone(), [1024], 0, num_layers)
+            for row, ((length, *_), past) in enumerate(zip(rows, pasts, strict=True)):
+                cache.set_beginning(row, Beginning(place, length))
+                runner.run_layers(cache.prompt_view(row, [length]), past.clone(), [len(past)], 0, num_layers)
+                cache.set_rows([*cache.lengths(), length + len(past)])
+            cache.is_prompt = is_prompt
+            together = runner.run_layers(cache, torch.cat(hidden), widths, 0, num_layers)
+            each = zip(rows, pasts, hidden, together.split(widths), strict=True)
+            for (length, *_), past, states, expected in each:
+                alone = runner.new_cache(1, 1700, dtype=dtype)
+                whole = torch.cat((shared[:length], past))
+                runner.run_layers(alone.prompt_view(0), whole, [len(whole)], 0, num_layers)
+                alone.set_rows([len(whole)])
+                alone.is_prompt = is_prompt
+                found = runner.run_layers(alone, states.clone(), [len(states)], 0, num_layers)
+                assert torch.equal(found, expected)
     finally:
         torch.set_num_threads(before)
 

@@ -95,7 +95,8 @@ void attention(ScalarType type, int64_t d) {
   std::vector<float> values = random(SPAN * d);
   std::vector<Number> cached_keys(SPAN * d);
   std::vector<Number> cached_values(SPAN * d);
-  CachedHead cached(cached_keys.data(), cached_values.data(), type, d);
+  const SlotHead slot{cached_keys.data(), cached_values.data()};
+  CachedHead cached(slot, slot, 0, type, d);
   for (int64_t position = 0; position < SPAN; position++) cached.write(position, &keys[position * d], &values[position * d]);
   std::vector<float> memory(tokens * heads * d);
   for (int64_t window : {0, 150}) {

@@ -114,7 +114,8 @@ void attention(ScalarType type, int64_t d, int64_t start, int64_t window, bool i
   }
   std::vector<Number> cached_keys(SPAN * d);
   std::vector<Number> cached_values(SPAN * d);
-  CachedHead cached(cached_keys.data(), cached_values.data(), type, d);
+  const SlotHead slot{cached_keys.data(), cached_values.data()};
+  CachedHead cached(slot, slot, 0, type, d);
   for (int64_t position = 0; position < SPAN; position++) cached.write(position, &keys[position * d], &values[position * d]);
   auto attend = [&](int64_t first, int64_t n, std::vector<float>& memory) {
     std::vector<PartialAttention> attended(n * heads);

@@ -65,23 +65,30 @@ constexpr int64_t MOST_QUERIES = LANES == 16 ? 4 : 3;
 constexpr int64_t QUERIES_AT_A_TIME = 24;
 typedef float Scores[KEYS + LANES];
 
-// Keys and values of one head of a row, [positions, d] each, in the format of the cache.
+// Keys and values of one head of a slot, [positions, d] each, in the format of the cache.
+struct SlotHead {
+  void* keys;
+  void* values;
+};
+
+// Those of a row. Its first `shared` positions, a multiple of KEYS, are in another slot, `beginning`.
 class CachedHead {
  public:
-  CachedHead(void* keys, void* values, ScalarType type, int64_t d)
-      : keys_(keys), values_(values), type_(type), d_(d),
+  CachedHead(SlotHead slot, SlotHead beginning, int64_t shared, ScalarType type, int64_t d)
+      : slot_(slot), beginning_(beginning), shared_(shared), type_(type), d_(d),
         widened_(type == ScalarType::Float ? nullptr : aligned(2 * KEYS * d)) {}
 
   void write(int64_t position, const float* key, const float* value) {
-    put(keys_, position, key);
-    put(values_, position, value);
+    put(slot_.keys, position, key);
+    put(slot_.values, position, value);
   }
-  // Calls f(keys, values), [num_keys, d] from a position on: as they are, or in float32, widened once for many queries.
+  // Calls f(keys, values), [num_keys, d] from a multiple of KEYS on: as they are, or in float32, widened once for many queries.
   template <class F>
   void read(int64_t position, int64_t num_keys, bool is_widened, const F& f) const {
-    with_numbers(type_, keys_, [&]<class Number>(const Number* keys) {
+    const SlotHead& from = position < shared_ ? beginning_ : slot_;
+    with_numbers(type_, from.keys, [&]<class Number>(const Number* keys) {
       keys += position * d_;
-      const Number* values = static_cast<const Number*>(values_) + position * d_;
+      const Number* values = static_cast<const Number*>(from.values) + position * d_;
       if constexpr (!std::is_same_v<Number, float>)
         if (is_widened) return f(widened(keys, num_keys, 0), widened(values, num_keys, KEYS * d_));
       f(keys, values);
@@ -108,8 +115,9 @@ class CachedHead {
     return to;
   }
 
-  void* keys_;
-  void* values_;
+  SlotHead slot_;
+  SlotHead beginning_;
+  int64_t shared_;
   ScalarType type_;
   int64_t d_;
   std::unique_ptr<Floats[]> widened_;  // KEYS keys, then as many values

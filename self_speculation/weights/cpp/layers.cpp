@@ -189,9 +189,11 @@ constexpr int64_t MOST_PHASES = 17;
 
 // New tokens of a row of the batch. Arrays by token hold the tokens of row 0, then of row 1, and so on.
 struct Row {
-  int64_t slot;    // of the cache
-  int64_t start;   // positions before the pass
-  int64_t tokens;  // at least one
+  int64_t slot;       // of the cache
+  int64_t start;      // positions before the pass
+  int64_t tokens;     // at least one
+  int64_t beginning;  // the slot that has the first positions,
+  int64_t shared;     // so many
 
   int64_t num_spans() const { return (start + tokens + SPAN - 1) / SPAN; }
 };
@@ -258,26 +260,68 @@ class Pass {
   }
 
   // A span of the keys of one head of a row. New keys and values are written by the span that they are in, which is the
-  // only one to read them.
+  // only one to read them. A span of a beginning that rows share is read once: the first of these rows attends for all.
   void attend(size_t index, int64_t piece) {
     const Layer& layer = layers_[index];
     const int64_t span = piece % spans_;
-    const int64_t row_head = piece / spans_;
-    const int64_t head = row_head % kv_heads_;
-    const Row& row = rows_[row_head / kv_heads_];
-    const int64_t first = first_tokens_[row_head / kv_heads_];
-    const int64_t num_spans = row.num_spans();
-    const int64_t begin = span * SPAN;
-    if (span >= num_spans) return;
-    const int64_t num_queries = row.tokens * group_size_;  // that share keys
-    auto cache = [&](size_t which) {
-      const Tensor& all = caches_[2 * index + which];
-      return static_cast<char*>(all.mutable_data_ptr()) + (row.slot * kv_heads_ + head) * all.size(2) * d_ * int64_t(all.element_size());
+    const int64_t head = piece / spans_ % kv_heads_;
+    const size_t row = piece / spans_ / kv_heads_;
+    if (span >= rows_[row].num_spans()) return;
+    std::vector<size_t> together{row};
+    for (size_t other = 0; other < rows_.size(); other++) {
+      if (other == row || !share(layer, rows_[row], rows_[other], span)) continue;
+      if (other < row) return;
+      together.push_back(other);
+    }
+    int64_t num_tokens = 0;
+    for (size_t each : together) num_tokens += rows_[each].tokens;
+    std::unique_ptr<float[]> queries(new float[num_tokens * group_size_ * d_]);
+    std::vector<PartialAttention> attended;
+    CachedHead cached = cached_head(index, rows_[row], head);
+    for (float* to = queries.get(); size_t each : together) {
+      rotate_and_write(layer, each, head, span, to, cached);
+      const int64_t num_queries = rows_[each].tokens * group_size_;
+      PartialAttention* partial = partial_of(each, head) + span * num_queries;
+      attended.insert(attended.end(), partial, partial + num_queries);
+      to += num_queries * d_;
+    }
+    const bool by_tiles = HAS_TILES && in_bfloat16_ && layer.query.type != ScalarType::Float;
+    auto* attend = by_tiles ? attend_to_span_by_tiles : attend_to_span;
+    attend(queries.get(), num_tokens, group_size_, d_, rows_[row].start, layer.window, cached, span * SPAN, attended.data());
+    for (const PartialAttention* from = attended.data(); size_t each : together) {
+      const int64_t num_queries = rows_[each].tokens * group_size_;
+      std::copy_n(from, num_queries, partial_of(each, head) + span * num_queries);
+      from += num_queries;
+      add_spans(index, each, head);
+    }
+  }
+
+  // Whether all tokens of two rows see the same keys in a span. Tiles take each row alone: it has many tokens.
+  bool share(const Layer& layer, const Row& a, const Row& b, int64_t span) const {
+    const int64_t end = (span + 1) * SPAN;
+    return !in_bfloat16_ && !layer.window && a.beginning == b.beginning && end <= std::min(a.shared, b.shared);
+  }
+
+  PartialAttention* partial_of(size_t row, int64_t head) const {
+    return &partial_[(first_tokens_[row] * heads_ + head * rows_[row].tokens * group_size_) * spans_];
+  }
+
+  CachedHead cached_head(size_t index, const Row& row, int64_t head) const {
+    auto of_slot = [&](int64_t slot) -> SlotHead {
+      auto at = [&](const Tensor& cache) {
+        const int64_t size = cache.size(2) * d_ * int64_t(cache.element_size());
+        return static_cast<char*>(cache.mutable_data_ptr()) + (slot * kv_heads_ + head) * size;
+      };
+      return {at(caches_[2 * index]), at(caches_[2 * index + 1])};
     };
-    CachedHead cached(cache(0), cache(1), caches_[2 * index].scalar_type(), d_);
+    return {of_slot(row.slot), of_slot(row.beginning), row.shared, caches_[2 * index].scalar_type(), d_};
+  }
+
+  // Rotates the queries of a row that share a head of keys, and writes new keys and values of a span.
+  void rotate_and_write(const Layer& layer, size_t index, int64_t head, int64_t span, float* queries, CachedHead& cached) const {
+    const Row& row = rows_[index];
     auto* cosines = static_cast<const float*>(rotations_[layer.rotation].const_data_ptr());
     const float* sines = cosines + rotations_[layer.rotation].size(1) * d_;
-    std::unique_ptr<float[]> queries(new float[num_queries * d_]);
     std::unique_ptr<float[]> normed_head(new float[d_]);
     std::unique_ptr<float[]> rotated_key(new float[d_]);
     auto norm_and_rotate = [&](const float* x, const Norm& norm, int64_t position, float factor, float* to) {
@@ -288,7 +332,7 @@ class Pass {
       rotate(x, cosines + position * d_, sines + position * d_, d_, factor, to);
     };
     for (int64_t t = 0; t < row.tokens; t++) {
-      const float* qkv = &qkv_[(first + t) * qkv_width_];
+      const float* qkv = &qkv_[(first_tokens_[index] + t) * qkv_width_];
       const int64_t position = row.start + t;
       for (int64_t i = 0; i < group_size_; i++)
         norm_and_rotate(qkv + (head * group_size_ + i) * d_, layer.query_norm, position, layer.scaling,
@@ -297,15 +341,20 @@ class Pass {
       norm_and_rotate(qkv + (heads_ + head) * d_, layer.key_norm, position, 1.0f, rotated_key.get());
       cached.write(position, rotated_key.get(), qkv + (heads_ + kv_heads_ + head) * d_);
     }
-    PartialAttention* partial = &partial_[(first * heads_ + head * num_queries) * spans_];
-    const bool by_tiles = HAS_TILES && in_bfloat16_ && layer.query.type != ScalarType::Float;
-    auto* attend = by_tiles ? attend_to_span_by_tiles : attend_to_span;
-    attend(queries.get(), row.tokens, group_size_, d_, row.start, layer.window, cached, begin, partial + span * num_queries);
-    if (finished_[index * rows_.size() * kv_heads_ + row_head].fetch_add(1, std::memory_order_acq_rel) + 1 < num_spans) return;
-    for (int64_t i = 0; i < num_queries; i++) {  // the last one to finish adds up all spans, in their order
+  }
+
+  // Counts a span that is through. After the last one all spans are added up, in their order.
+  void add_spans(size_t index, size_t row, int64_t head) {
+    const int64_t num_spans = rows_[row].num_spans();
+    auto& finished = finished_[(index * rows_.size() + row) * kv_heads_ + head];
+    if (finished.fetch_add(1, std::memory_order_acq_rel) + 1 < num_spans) return;
+    const int64_t num_queries = rows_[row].tokens * group_size_;
+    PartialAttention* partial = partial_of(row, head);
+    for (int64_t i = 0; i < num_queries; i++) {
       PartialAttention& total = partial[i];
       for (int64_t added = 1; added < num_spans; added++) total.add(partial[added * num_queries + i], d_);
-      float* to = &attended_[(first + i / group_size_) * heads_ * d_ + (head * group_size_ + i % group_size_) * d_];
+      const int64_t token = first_tokens_[row] + i / group_size_;
+      float* to = &attended_[(token * heads_ + head * group_size_ + i % group_size_) * d_];
       for (int64_t j = 0; j < d_; j++) to[j] = total.values[j] / total.sum;
     }
   }
@@ -449,7 +498,7 @@ Tensor make_layers(const Tensor& integers, const Tensor& floats, std::vector<Ten
   return handle;
 }
 
-// Runs layers over T new tokens of rows, [B, 3] as `Row` has them. Where the processor multiplies in bfloat16, inputs of prompt
+// Runs layers over T new tokens of rows, [B, 5] as `Row` has them. Where the processor multiplies in bfloat16, inputs of prompt
 // tokens are rounded to it: by tiles for all weights but float32 and in attention, else for weights in bfloat16. The kind of
 // token decides, so no way to read a prompt changes a bit.
 void run_layers(const Tensor& hidden, const Tensor& rows, bool is_prompt, const Tensor& handle, std::vector<Tensor> caches,
