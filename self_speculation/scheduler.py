@@ -105,7 +105,7 @@ class Scheduler(Generic[Key]):
         batch_size: the most sequences at a time.
         token_budget: tokens of a step (as in Sarathi-Serve, arXiv 2403.02310). A decoding row counts as one,
             whatever it drafts; pieces of waiting prompts fill the rest, in turn, at least one token. Beside
-            decoding rows a token far behind in a prompt counts as several. None: prompts are prefilled as a
+            decoding rows a token deep in a prompt counts as several. None: prompts are prefilled as a
             whole.
 
     Raises:
@@ -135,8 +135,8 @@ class Scheduler(Generic[Key]):
         self._config = config
         self._batch_size = batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
-        # Attention costs a token there as much as the products: a layer has about 12 hidden_size^2 weights, a
-        # key takes 2 hidden_size multiply-adds.
+        # At this position attention costs a token as much as the products: a layer has about 12 hidden_size^2
+        # weights, and a key takes 2 hidden_size multiply-adds.
         self._even_position = 6 * model.config.hidden_size
         self._device = model.get_input_embeddings().weight.device
         self._max_pass_tokens = cpu_operators().prompt_tokens if self._device.type == "cpu" else PREFILL_CHUNK
@@ -298,7 +298,7 @@ class Scheduler(Generic[Key]):
         self._finished.append((sequence.key, sequence.result()))
 
     def _cost(self, sequence: Sequence) -> float:
-        """Of the next token of a prompt, in first tokens of a prompt, while answers wait for the pass."""
+        """The cost of the prompt's next token, relative to its first one. It is 1 if no row decodes."""
         return 1.0 + sequence.num_computed / self._even_position if self.batch else 1.0
 
     def _next_pass(self, left: float, least: int) -> list[tuple[Sequence, int]] | None:

@@ -137,6 +137,7 @@ def become(args, cwd, environment, terminal, streams):
     sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup, which ignores it
     sys.argv = args
     sys.path.insert(0, os.path.dirname(os.path.abspath(args[0])))
     try:

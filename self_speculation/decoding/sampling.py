@@ -48,7 +48,8 @@ def noise_key(seed: int, position: int) -> int:
 def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
     """Standard Gumbel noise of ids, finite, in fp32: a function of key and id.
 
-    Each is made of the number `id` of SplitMix64 that begins with the key (Steele et al., OOPSLA 2014).
+    SplitMix64, seeded with the key, makes a sequence of numbers (Steele et al., OOPSLA 2014). Entry `id` of
+    the sequence becomes the noise of this id.
 
     Args:
         keys: [n] by `noise_key`.

@@ -66,8 +66,8 @@ def draft_ratio(model: PreTrainedModel, exit_layer: int, draft_weights: DraftWei
 
 
 def _bytes_per_layer(model: PreTrainedModel) -> float:
-    """Bytes of weights that a pass over one token reads, in a layer on average: of those in three dimensions,
-    which are experts', a part. All layers of a dense model are alike.
+    """The mean bytes per layer that a pass over one token reads. Weights in three dimensions are experts'
+    and count by the share of experts that a token takes. All layers of a dense model are alike.
     """
     layers = model.base_model.layers
     chosen = experts_per_token(model.config)

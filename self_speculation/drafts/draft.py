@@ -41,7 +41,8 @@ class Draft:
     sources: abc.Sequence[str | None]  # [B] names; None: no source
     tokens: Tensor  # [K] of the first row, then of the second one, and so on
     lengths: abc.Sequence[int]  # [B] tokens of each row, K together
-    # The first layer of verification. The layers before it have processed the draft; a copy's do not count.
+    # The first layer of verification: the full model's layers before it have run on the draft. It is 0 if
+    # a copy has drafted.
     verify_from: int = 0
     # [K, H] the input of that layer, row by row: of the last token of the output, and of all drafted ones but
     # the last. None: `verify_from` is 0.

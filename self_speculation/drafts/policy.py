@@ -61,8 +61,9 @@ class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
     A round grows by the drafted token that is most likely right, of whichever row, while chance over cost of
-    that token beats the tokens per second of the round so far. Costs rise with the tokens of a pass. The
-    first token of a source that does not ends the source's drafts; the first such lookup ends the round.
+    that token beats the tokens per second of the round so far. Costs rise with the tokens of a pass. So once
+    a token of the computing source no longer pays, that source stops. Once a looked-up token no longer pays,
+    the round is complete.
 
     At growing intervals, the source that was used longest ago has a trial, of one token of one row, if drafts
     of it that are accepted as a whole would be faster than plain steps.
