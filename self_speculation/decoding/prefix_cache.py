@@ -27,7 +27,7 @@ class _Prefix(NamedTuple):
         return next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(prompt)))
 
     def whole_units(self, prompt: abc.Sequence[int]) -> int:
-        """As `shared`, in units that rows can share."""
+        """The length of the common beginning, rounded down to units that rows can share."""
         most = min(len(self.ids), len(prompt)) // SHARED_UNIT * SHARED_UNIT
         units = (slice(first, first + SHARED_UNIT) for first in range(0, most, SHARED_UNIT))
         return next((unit.start for unit in units if self.ids[unit] != prompt[unit]), most)
@@ -74,12 +74,12 @@ class PrefixCache:
         self._put(sequence, slot)
 
     def _share(self, prompt: abc.Sequence[int], least: int) -> Beginning | None:
-        """More than `least` positions that a prompt in flight begins with, too. They are moved to a slot of
-        beginnings, unless they are there. None: there are none, or no slot has room.
+        """Find the longest beginning that a prompt in flight has, too, and keep it in a slot of beginnings.
+        None: it has at most `least` positions, or no such slot is free.
         """
         taken = {slot: held for slot, held in self._beginnings.items() if self.cache.is_shared(slot)}
-        there = [Beginning(slot, held.whole_units(prompt)) for slot, held in taken.items()]
-        known = max(there, key=lambda each: each.length, default=Beginning())
+        kept = [Beginning(slot, held.whole_units(prompt)) for slot, held in taken.items()]
+        longest = max(kept, key=lambda each: each.length, default=Beginning())
         in_flight = [
             (_Prefix(each.prompt[: each.num_computed]).whole_units(prompt), -slot)
             for slot, each in enumerate(self._holders)
@@ -87,11 +87,11 @@ class PrefixCache:
         ]
         length, slot = max(in_flight, default=(0, 0))
         place = next((place for place in self._beginnings if place not in taken), None)
-        if length > max(known.length, least) and place is not None:
-            known = Beginning(place, length)
+        if length > max(longest.length, least) and place is not None:
+            longest = Beginning(place, length)
             self._beginnings[place] = _Prefix(prompt[:length])
-            self.cache.copy_beginning(-slot, known)
-        return known if known.length > least else None
+            self.cache.copy_beginning(-slot, longest)
+        return longest if longest.length > least else None
 
     def is_read_by_another(self, sequence: Sequence) -> bool:
         """Whether a prompt that is being read begins as this one, so that sharing is worth a wait."""

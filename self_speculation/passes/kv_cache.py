@@ -55,7 +55,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 class Beginning(NamedTuple):
-    """The first positions of a slot, which another slot has."""
+    """The slot that a row reads its first positions from, and their number."""
 
     slot: int = 0
     length: int = 0  # a multiple of SHARED_UNIT; 0: the slot has all positions itself
@@ -340,7 +340,7 @@ class KVCache:
         return torch.cat((shared, buffer[slot, :, beginning.length : length]), 1)
 
     def set_beginning(self, slot: int, beginning: Beginning) -> None:
-        """Have the first positions of a slot in another one, which has them."""
+        """Let a slot refer to another one for its first positions. Give back memory that nothing refers to."""
         before = self.buffers.beginnings[slot]
         if beginning == before:
             return
@@ -354,11 +354,11 @@ class KVCache:
             self.buffers.num_used[before.slot] = 0
 
     def is_shared(self, slot: int) -> bool:
-        """Whether slots have their beginning there."""
+        """Whether a slot refers to this one."""
         return any(each.length and each.slot == slot for each in self.buffers.beginnings)
 
     def copy_beginning(self, slot: int, beginning: Beginning) -> None:
-        """Copy the first positions of a slot to where others find them, and have them there."""
+        """Copy the first positions of a slot to the slot of the beginning, and let the slot refer to it."""
         for buffer in self.buffers.all():
             copied = self.positions_of(buffer, slot, beginning.length)
             buffer[beginning.slot, :, : beginning.length] = copied
