@@ -340,7 +340,7 @@ class KVCache:
         return torch.cat((shared, buffer[slot, :, beginning.length : length]), 1)
 
     def set_beginning(self, slot: int, beginning: Beginning) -> None:
-        """Let a slot refer to another one for its first positions. Give back memory that nothing refers to."""
+        """Let a slot refer to another one for its first positions. Memory without readers is given back."""
         before = self.buffers.beginnings[slot]
         if beginning == before:
             return
