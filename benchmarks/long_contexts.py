@@ -112,9 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for length in args.prompt_tokens:
         prompts = [ids[n * length : (n + 1) * length] for n in range(args.num_prompts)]
         answers += differences(runner, prompts, args)
-        print(f"\n{pandas.DataFrame(answers).to_string(index=False)}", flush=True)
+        print(
+            f"\n{pandas.DataFrame(answers).to_string(index=False, float_format='{:.4g}'.format)}", flush=True
+        )
     if args.shared:
-        print(f"\n{pandas.DataFrame(sharing(runner, ids, args)).to_string(index=False)}", flush=True)
+        print(
+            f"\n{pandas.DataFrame(sharing(runner, ids, args)).to_string(index=False, float_format='{:.4g}'.format)}",
+            flush=True,
+        )
     if args.save is not None:
         path = Path(args.save)
         found = {**about, "depths": depths.to_dict("records"), "answers": answers}
