@@ -91,6 +91,11 @@ class ContextArguments:
 
 
 @torch.inference_mode()
+def show(rows: list[Record]) -> None:
+    table = pandas.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format)
+    print(f"\n{table}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, ContextArguments)
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
@@ -112,14 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for length in args.prompt_tokens:
         prompts = [ids[n * length : (n + 1) * length] for n in range(args.num_prompts)]
         answers += differences(runner, prompts, args)
-        print(
-            f"\n{pandas.DataFrame(answers).to_string(index=False, float_format='{:.4g}'.format)}", flush=True
-        )
+        show(answers)
     if args.shared:
-        print(
-            f"\n{pandas.DataFrame(sharing(runner, ids, args)).to_string(index=False, float_format='{:.4g}'.format)}",
-            flush=True,
-        )
+        show(sharing(runner, ids, args))
     if args.save is not None:
         path = Path(args.save)
         found = {**about, "depths": depths.to_dict("records"), "answers": answers}
