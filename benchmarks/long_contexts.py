@@ -42,7 +42,7 @@ from runs.description import Record, describe, describe_model, heading
 from runs.program import run
 from runs.startup import load_generator
 from self_speculation.config import CacheDtypeName
-from self_speculation.passes.kv_cache import SHARED_UNIT, Beginning, KVCache
+from self_speculation.passes.kv_cache import PREFIX_BLOCK, KVCache, SharedPrefix
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.runners import eager_runner
 
@@ -217,7 +217,7 @@ def differences(runner: ModelRunner, prompts: Sequence[list[int]], args: Context
 
 def sharing(runner: ModelRunner, ids: Sequence[int], args: ContextArguments) -> list[Record]:
     """Rows of the third table."""
-    whole = (args.shared - 1) // SHARED_UNIT * SHARED_UNIT
+    whole = (args.shared - 1) // PREFIX_BLOCK * PREFIX_BLOCK
     found: dict[tuple[str, str], list[float]] = {}
     bytes_of: dict[tuple[str, str], int] = {}
     caches: dict[tuple[str, str], tuple[KVCache, int]] = {}
@@ -232,12 +232,14 @@ def sharing(runner: ModelRunner, ids: Sequence[int], args: ContextArguments) -> 
                 first = whole
             for row in range(args.rows):
                 if first:
-                    cache.set_beginning(row, Beginning(place, first))
+                    cache.set_prefix(row, SharedPrefix(place, first))
                 view = cache.prompt_view(row, [first])
                 runner.run(view, torch.tensor([ids[first:length]]), num_logits=0)
                 cache.set_rows([*cache.lengths(), length])
             caches[name, kind] = cache, length
-            positions = sum(cache.buffers.num_used) - sum(each.length for each in cache.buffers.beginnings)
+            positions = sum(cache.buffers.num_used) - sum(
+                each.length for each in cache.buffers.shared_prefixes
+            )
             position = sum(part[0, :, 0].nbytes for part in cache.buffers.all())
             bytes_of[name, kind] = positions * position
     for _ in range(args.rounds + 1):

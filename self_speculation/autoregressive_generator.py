@@ -12,6 +12,6 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     def decode_round(self, decoding: Decoding) -> None:
         """Reads from the device: one."""
         batch = decoding.batch
-        ids = batch.last[:, None]
-        logits = decoding.runner.run(decoding.cache, ids, 0, decoding.depth).logits
+        ids = batch.last_tokens[:, None]
+        logits = decoding.runner.run(decoding.cache, ids, 0, decoding.end_layer).logits
         batch.commit_previous_and_sample(logits[:, 0])

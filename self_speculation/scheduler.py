@@ -44,7 +44,7 @@ class Decoding(NamedTuple):
     runner: ModelRunner
     prefix_cache: PrefixCache
     batch: Batch
-    depth: int  # number of layers that run for prompts
+    end_layer: int  # prompts run through the layers before it
     composer: DraftComposer | None  # None: no drafts
 
     @property
@@ -142,11 +142,11 @@ class Scheduler(Generic[Key]):
         self._max_pass_tokens = cpu_operators().prompt_tokens if self._device.type == "cpu" else PREFILL_CHUNK
         self._without_autocast = partial(torch.autocast, self._device.type, enabled=False)
         longest = 0
-        self._depth = model.config.num_hidden_layers
+        self._end_layer = model.config.num_hidden_layers
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
         elif config.exit_layer != -1:
-            self._depth = config.exit_layer
+            self._end_layer = config.exit_layer
         self.batch = Batch(self._device, longest)
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
@@ -213,7 +213,7 @@ class Scheduler(Generic[Key]):
         for _ in range(num_rows):
             request = Request(prompt, seed=0)
             batch.sequences.append(Sequence(request, config, len(prompt) + max_steps, self._device))
-        batch.last = torch.zeros(num_rows, dtype=torch.long, device=self._device)
+        batch.last_tokens = torch.zeros(num_rows, dtype=torch.long, device=self._device)
         decoding.cache.set_rows([len(prompt) - 1] * num_rows)
         self._strategy.decode_round(decoding._replace(batch=batch))
 
@@ -314,7 +314,7 @@ class Scheduler(Generic[Key]):
         for sequence in new[:num_free]:
             with sequence.isolating_errors():
                 slots = self._ensure_prepared().prefix_cache
-                if not slots.is_read_by_another(sequence):
+                if not slots.is_prefix_being_read(sequence):
                     slots.acquire(sequence)
         ready = [sequence for sequence in self._waiting if sequence.slot is not None]
         chosen = list[tuple[Sequence, int]]()
@@ -346,7 +346,7 @@ class Scheduler(Generic[Key]):
         try:
             decoding.cache.reserve(max(len(each.prompt) for each in sequences), self._longest(sequences))
             cache = decoding.prefix_cache.prompt_view(sequences)
-            logits = forward_pieces(decoding.runner, cache, pieces, decoding.depth, ended)
+            logits = forward_pieces(decoding.runner, cache, pieces, decoding.end_layer, ended)
         except Exception as error:
             if len(chosen) == 1:
                 sequences[0].error = error
@@ -376,7 +376,7 @@ class Scheduler(Generic[Key]):
                 composer = None
                 if self._strategy.has_drafts:
                     composer = make_composer(DraftContext(runner, self._config))
-                self._prepared = Decoding(runner, prefix_cache, self.batch, self._depth, composer)
+                self._prepared = Decoding(runner, prefix_cache, self.batch, self._end_layer, composer)
         return self._prepared
 
     def _make_prefix_cache(self, runner: ModelRunner) -> PrefixCache:
@@ -384,7 +384,7 @@ class Scheduler(Generic[Key]):
         key: Hashable = None
         dtype = self._config.cache_dtype
         if self._config.reuse_cache and (of_weights := cache_key(runner)):
-            of_values = self._depth, runner.cache_dtype(dtype)
+            of_values = self._end_layer, runner.cache_dtype(dtype)
             key = self._batch_size, self.batch.longest_draft, of_values, of_weights
             with suppress(IndexError):
                 kept = kept_caches(self._model).pop()

@@ -50,25 +50,24 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     limits = [sequence.draft_limit(batch.longest_draft) for sequence in batch.sequences]  # [B]
     draft = composer.draft(batch, cache, limits)
     if draft is None:
-        logits = runner.run(cache, batch.last[:, None]).logits  # [B, 1, V]
+        logits = runner.run(cache, batch.last_tokens[:, None]).logits  # [B, 1, V]
         cache.rollback(0)  # keeps what it has appended
         batch.commit_previous_and_sample(logits[:, 0])
         batch.commit_unread()  # the next round looks them up
         return
-    widths = draft.widths  # [B], N together
     logits, hidden = target_logits(runner, cache, batch, draft)  # [N, V], [N, H]
-    tokens = batch.sample(logits, widths)  # [N] of the target, by the noise of the positions
+    tokens = batch.sample(logits, draft.query_lengths)  # [N] of the target, by the noise of the positions
     read = AsyncRead([amax(logits), tokens, draft.tokens])
     batch.show_drafts()  # a GPU verifies meanwhile
     largest, ids, drafted = read.wait()
-    batch.check(largest, widths)  # for NaN
+    batch.check(largest, draft.query_lengths)  # for NaN
     accepted = leading_matches(drafted, ids, draft.lengths)  # [B]
     composer.learn(draft, accepted, hidden)
     cache.rollback([length - number for length, number in zip(draft.lengths, accepted, strict=True)])
-    starts = [*accumulate(widths[:-1], initial=0)]
+    starts = [*accumulate(draft.query_lengths[:-1], initial=0)]
     rows = [[*map(int, ids[at : at + number + 1])] for at, number in zip(starts, accepted, strict=True)]
-    last = on_device([row[-1] for row in rows], tokens.device)
-    batch.commit(rows, last, logits, starts, draft.lengths, draft.sources)
+    last_tokens = on_device([row[-1] for row in rows], tokens.device)
+    batch.commit(rows, last_tokens, logits, starts, draft.lengths, draft.sources)
 
 
 def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> tuple[Tensor, Tensor]:
@@ -78,15 +77,15 @@ def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draf
     The layers that did not draft run once, over all tokens. The layers that drafted still miss the last
     token of each row, so they run over it. Drops what a draft has cached that verification cannot use.
     """
-    layer = draft.verify_from
+    layer = draft.start_layer
     ones = [1] * len(batch)
-    inputs = row_by_row((batch.last, ones), (draft.tokens, draft.lengths))  # [N] ids
+    inputs = row_by_row((batch.last_tokens, ones), (draft.tokens, draft.lengths))  # [N] ids
     if draft.exit_hidden is not None:  # the first layers drafted
-        ends = on_device([end - 1 for end in accumulate(draft.widths)], inputs.device)
+        ends = on_device([end - 1 for end in accumulate(draft.query_lengths)], inputs.device)
         missing = runner.run_layers(cache, runner.embed(inputs[ends]), ones, 0, layer)
         hidden = row_by_row((draft.exit_hidden, draft.lengths), (missing, ones))  # [N, H]
     else:
         cache.rollback_draft()
         hidden = runner.embed(inputs)
-    hidden = runner.run_layers(cache, hidden, draft.widths, layer, len(runner.layers))
-    return batch.process(runner.logits(hidden), draft.widths), hidden
+    hidden = runner.run_layers(cache, hidden, draft.query_lengths, layer, len(runner.layers))
+    return batch.process(runner.logits(hidden), draft.query_lengths), hidden

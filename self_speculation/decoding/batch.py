@@ -33,7 +33,7 @@ class Batch:
         self.longest_draft = longest_draft
         self.sequences: list[Sequence] = []
         # [B] the last token of each row, which is not in the cache.
-        self.last = torch.empty(0, dtype=torch.long, device=device)
+        self.last_tokens = torch.empty(0, dtype=torch.long, device=device)
         # The last step, until it is committed: a read of [largest logits, tokens], and logits [B, V].
         self._unread: tuple[AsyncRead, Tensor] | None = None
 
@@ -42,12 +42,13 @@ class Batch:
 
     def add(self, sequence: Sequence, logits: Tensor) -> None:
         """Append a row and sample the first token from logits [V]."""
-        alone = Batch(self.last.device)
+        alone = Batch(self.last_tokens.device)
         alone.sequences = [sequence]
         alone.commit_previous_and_sample(logits[None])
         for batch in (self, alone):
             batch.commit_unread()
-        self.last = torch.cat((self.last, alone.last))  # may find no memory: before it is a row
+        # Before it is a row: there may be no memory.
+        self.last_tokens = torch.cat((self.last_tokens, alone.last_tokens))
         self.sequences.append(sequence)
 
     def remove(self, row: int) -> Sequence:
@@ -57,8 +58,8 @@ class Batch:
         self.sequences[row] = self.sequences[-1]
         self.sequences.pop()
         if row < len(self.sequences):
-            self.last[row] = self.last[-1]
-        self.last = self.last[:-1]
+            self.last_tokens[row] = self.last_tokens[-1]
+        self.last_tokens = self.last_tokens[:-1]
         return removed
 
     def noise_keys(self, positions: abc.Iterable[tuple[int, int]]) -> Tensor | None:
@@ -67,15 +68,15 @@ class Batch:
             return None
         start = 0 if self._unread is None else 1
         keys = [self.sequences[row].noise_key(start + position) for row, position in positions]
-        return on_device(keys, self.last.device)
+        return on_device(keys, self.last_tokens.device)
 
-    def sample(self, logits: Tensor, counts: abc.Sequence[int]) -> Tensor:
+    def sample(self, logits: Tensor, query_lengths: abc.Sequence[int]) -> Tensor:
         """The target's tokens [N] of the next positions of each row, from their processed logits [N, V].
 
         Args:
-            counts: [B] positions of each row, N together.
+            query_lengths: [B] positions of each row, N together.
         """
-        positions = [(row, i) for row, count in enumerate(counts) for i in range(count)]
+        positions = [(row, i) for row, count in enumerate(query_lengths) for i in range(count)]
         return self._sampled(logits, self.noise_keys(positions), [row for row, _ in positions])
 
     def sample_draft(
@@ -87,8 +88,8 @@ class Batch:
             rows: [n] in ascending order.
             keys: [n] `noise_keys`.
         """
-        counts = [int(row in rows) for row in range(len(self))]
-        return self._sampled(self.process(logits, counts, position), keys, rows, is_draft=True)
+        in_draft = [int(row in rows) for row in range(len(self))]
+        return self._sampled(self.process(logits, in_draft, position), keys, rows, is_draft=True)
 
     def _sampled(
         self, logits: Tensor, keys: Tensor | None, rows: abc.Sequence[int], is_draft: bool = False
@@ -133,28 +134,29 @@ class Batch:
         for sequence in self.sequences:
             sequence.show_draft()
 
-    def process(self, logits: Tensor, counts: abc.Sequence[int], num_drafted: int = 0) -> Tensor:
+    def process(self, logits: Tensor, query_lengths: abc.Sequence[int], num_drafted: int = 0) -> Tensor:
         """Apply the logits processors of each row.
 
         Args:
             logits: [N, V]; position i of a row follows the history with `num_drafted + i` drafted tokens.
-            counts: [B] positions of each row, N together.
+            query_lengths: [B] positions of each row, N together.
 
         Returns:
             [N, V], in fp32 when there are processors.
         """
         if not any(sequence.processors for sequence in self.sequences):
             return logits
-        rows = zip(self.sequences, logits.split([*counts]), strict=True)
+        rows = zip(self.sequences, logits.split([*query_lengths]), strict=True)
         return torch.cat([sequence.process(of_row, num_drafted) for sequence, of_row in rows])
 
-    def check(self, largest: abc.Sequence[float], counts: abc.Sequence[int]) -> None:
-        """Check the logits of a round by the largest ones, [N], `counts` [B] of each row.
+    def check(self, largest: abc.Sequence[float], query_lengths: abc.Sequence[int]) -> None:
+        """Check the logits of a round by the largest ones, [N], `query_lengths` [B] of each row.
 
         All positions are checked: the argmax of NaN is a token, so a draft may agree with it.
         """
-        for sequence, count, end in zip(self.sequences, counts, accumulate(counts), strict=True):
-            sequence.check(largest[end - count : end])
+        ends = accumulate(query_lengths)
+        for sequence, length, end in zip(self.sequences, query_lengths, ends, strict=True):
+            sequence.check(largest[end - length : end])
 
     def commit_previous_and_sample(self, logits: Tensor) -> None:
         """Commit the tokens of the call before, and sample one token of each row from logits [B, V].
@@ -167,11 +169,11 @@ class Batch:
         tokens = self.sample(logits, ones)  # [B]
         reading = AsyncRead([amax(logits), tokens])
         self.commit_unread()
-        self.last = tokens
+        self.last_tokens = tokens
         self._unread = (reading, logits)
         # The host decides nothing about the next pass if every row goes on whatever the token is.
         all_go_on = all(sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)
-        if not (all_go_on and queues_passes(self.last.device)):
+        if not (all_go_on and queues_passes(self.last_tokens.device)):
             self.commit_unread()
 
     def commit_unread(self) -> None:
@@ -184,12 +186,12 @@ class Batch:
             nothing = [None] * len(self)
             num_drafted = [0] * len(self) if self.longest_draft else nothing
             rows = [[int(id_)] for id_ in ids]
-            self.commit(rows, self.last, logits, range(len(self)), num_drafted, nothing)
+            self.commit(rows, self.last_tokens, logits, range(len(self)), num_drafted, nothing)
 
     def commit(
         self,
         tokens: abc.Sequence[abc.Sequence[int]],
-        last: Tensor,
+        last_tokens: Tensor,
         logits: Tensor,
         starts: abc.Sequence[int],
         num_drafted: abc.Sequence[int | None],
@@ -198,7 +200,7 @@ class Batch:
         """Append the tokens of a round to the outputs, up to the token that ends an output.
 
         Args:
-            last: [B] the last token of each row, on the device.
+            last_tokens: [B] the last token of each row, on the device.
             logits: [N, V] processed.
             starts: [B] the first of them of each row.
             num_drafted: [B] tokens of a draft; None: no verification.
@@ -206,4 +208,4 @@ class Batch:
         """
         for row, sequence in enumerate(self.sequences):
             sequence.commit(tokens[row], logits, starts[row], num_drafted[row], sources[row])
-        self.last = last
+        self.last_tokens = last_tokens

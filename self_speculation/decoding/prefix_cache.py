@@ -11,26 +11,28 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.model_cache import cached
-from self_speculation.passes.kv_cache import SHARED_UNIT, Beginning, KVCache
+from self_speculation.passes.kv_cache import PREFIX_BLOCK, KVCache, SharedPrefix
 from self_speculation.passes.model_runner import ModelRunner
 
 
-class _Prefix(NamedTuple):
-    """What a free slot holds."""
+class _KeptPrefix(NamedTuple):
+    """What a free slot holds: the tokens of a finished request."""
 
     ids: abc.Sequence[int] = ()
     age: int = 0  # the number of the answer that left it: higher is younger
 
-    def shared(self, prompt: abc.Sequence[int]) -> int:
-        """Length of the longest common prefix."""
-        pairs = enumerate(zip(self.ids, prompt, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(prompt)))
 
-    def whole_units(self, prompt: abc.Sequence[int]) -> int:
-        """The length of the common beginning, rounded down to units that rows can share."""
-        most = min(len(self.ids), len(prompt)) // SHARED_UNIT * SHARED_UNIT
-        units = (slice(first, first + SHARED_UNIT) for first in range(0, most, SHARED_UNIT))
-        return next((unit.start for unit in units if self.ids[unit] != prompt[unit]), most)
+def _common_length(ids: abc.Sequence[int], prompt: abc.Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    pairs = enumerate(zip(ids, prompt, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(prompt)))
+
+
+def _common_blocks(ids: abc.Sequence[int], prompt: abc.Sequence[int]) -> int:
+    """Length of the longest common prefix, rounded down to a multiple of PREFIX_BLOCK."""
+    end = min(len(ids), len(prompt)) // PREFIX_BLOCK * PREFIX_BLOCK
+    blocks = (slice(start, start + PREFIX_BLOCK) for start in range(0, end, PREFIX_BLOCK))
+    return next((block.start for block in blocks if ids[block] != prompt[block]), end)
 
 
 class PrefixCache:
@@ -45,64 +47,72 @@ class PrefixCache:
         self.cache = cache
         self.key = key
         cache.set_rows([])
-        self._holders: list[Sequence | _Prefix] = [_Prefix()] * num_slots
-        first = cache.buffers.num_slots
-        self._beginnings = {first + i: _Prefix() for i in range(cache.buffers.num_beginnings)}  # by slot
+        self._holders: list[Sequence | _KeptPrefix] = [_KeptPrefix()] * num_slots
+        # Slot of a shared prefix -> the ids. A slot that no row refers to is free.
+        self._shared_ids: dict[int, abc.Sequence[int]] = dict.fromkeys(cache.buffers.prefix_slots, ())
         self._answers = itertools.count(1)
 
     def acquire(self, sequence: Sequence) -> None:
         """Give a sequence the free slot with the longest prefix of the prompt, the oldest one of equals.
 
-        The last token of a prompt is never found: the first step needs the logits after it. A beginning that
-        a prompt in flight has, too, is kept once for both.
+        The last token of a prompt is never found: the first step needs the logits after it. A prefix that a
+        prompt in flight has, too, is kept once for both.
         """
         prompt = sequence.prompt[:-1]
-        free = {slot: held for slot, held in enumerate(self._holders) if isinstance(held, _Prefix)}
-        slot = max(free, key=lambda slot: (free[slot].shared(prompt), -free[slot].age, -slot))
-        length = free[slot].shared(prompt)
-        beginning = self.cache.buffers.beginnings[slot]
+        free = {slot: held for slot, held in enumerate(self._holders) if isinstance(held, _KeptPrefix)}
+        found = {slot: _common_length(held.ids, prompt) for slot, held in free.items()}
+        slot = max(free, key=lambda slot: (found[slot], -free[slot].age, -slot))
+        length = found[slot]
+        prefix = self.cache.buffers.shared_prefixes[slot]
         if (shared := self._share(prompt, length)) is not None:
             slot = min(free, key=lambda slot: (free[slot].age, slot))
-            beginning = shared
+            prefix = shared
             length = shared.length
-        elif length < beginning.length:
-            length = length // SHARED_UNIT * SHARED_UNIT
-            beginning = Beginning(beginning.slot, length)
-        self.cache.set_beginning(slot, beginning)
+        elif length < prefix.length:
+            length = length // PREFIX_BLOCK * PREFIX_BLOCK
+            prefix = SharedPrefix(prefix.slot, length)
+        self.cache.set_prefix(slot, prefix)
         sequence.num_cached = length
         sequence.num_computed = length
         self._put(sequence, slot)
 
-    def _share(self, prompt: abc.Sequence[int], least: int) -> Beginning | None:
-        """Find the longest beginning that a prompt in flight has, too, and keep it in a slot of beginnings.
+    def _share(self, prompt: abc.Sequence[int], least: int) -> SharedPrefix | None:
+        """Find the longest prefix that a prompt in flight has, too, and keep it in a slot of shared prefixes.
         None: it has at most `least` positions, or no such slot is free.
         """
-        taken = {slot: held for slot, held in self._beginnings.items() if self.cache.is_shared(slot)}
-        kept = [Beginning(slot, held.whole_units(prompt)) for slot, held in taken.items()]
-        longest = max(kept, key=lambda each: each.length, default=Beginning())
-        in_flight = [
-            (_Prefix(each.prompt[: each.num_computed]).whole_units(prompt), -slot)
-            for slot, each in enumerate(self._holders)
-            if isinstance(each, Sequence)
-        ]
-        length, slot = max(in_flight, default=(0, 0))
-        place = next((place for place in self._beginnings if place not in taken), None)
-        if length > max(longest.length, least) and place is not None:
-            longest = Beginning(place, length)
-            self._beginnings[place] = _Prefix(prompt[:length])
-            self.cache.copy_beginning(-slot, longest)
+        kept = {slot: ids for slot, ids in self._shared_ids.items() if self.cache.is_shared(slot)}
+        longest = max(
+            (SharedPrefix(slot, _common_blocks(ids, prompt)) for slot, ids in kept.items()),
+            key=lambda prefix: prefix.length,
+            default=SharedPrefix(),
+        )
+        in_flight = (
+            (_common_blocks(holder.prompt[: holder.num_computed], prompt), -slot)
+            for slot, holder in enumerate(self._holders)
+            if isinstance(holder, Sequence)
+        )
+        length, negative_slot = max(in_flight, default=(0, 0))
+        prefix_slot = next((slot for slot in self._shared_ids if slot not in kept), None)
+        if length > max(longest.length, least) and prefix_slot is not None:
+            longest = SharedPrefix(prefix_slot, length)
+            self._shared_ids[prefix_slot] = prompt[:length]
+            self.cache.copy_prefix(-negative_slot, longest)
         return longest if longest.length > least else None
 
-    def is_read_by_another(self, sequence: Sequence) -> bool:
+    def is_prefix_being_read(self, sequence: Sequence) -> bool:
         """Whether a prompt that is being read begins as this one, so that sharing is worth a wait."""
+        if not self._shared_ids:
+            return False
         prompt = sequence.prompt[:-1]
-        most = 0
-        for each in self._holders:
-            if isinstance(each, Sequence) and each.num_computed < len(each.prompt):
-                length = _Prefix(each.prompt).whole_units(prompt)
-                most = max(most, length if length > each.num_computed else 0)
-        free = (each.shared(prompt) for each in self._holders if isinstance(each, _Prefix))
-        return bool(most and self._beginnings) and most > max(free, default=0)
+        kept = 0
+        being_read = 0
+        for holder in self._holders:
+            if isinstance(holder, _KeptPrefix):
+                kept = max(kept, _common_length(holder.ids, prompt))
+            elif holder.num_computed < len(holder.prompt):
+                length = _common_blocks(holder.prompt, prompt)
+                being_read = max(being_read, length if length > holder.num_computed else 0)
+        return being_read > kept
 
     def prompt_view(self, sequences: abc.Sequence[Sequence]) -> KVCache:
         """The slots of sequences whose prompts are read in one pass. Slots that are not side by side are
@@ -127,7 +137,7 @@ class PrefixCache:
         other = self._holders[slot]
         assert before is not None
         if before != slot:
-            other_length = len(other.ids) if isinstance(other, _Prefix) else other.num_computed
+            other_length = len(other.ids) if isinstance(other, _KeptPrefix) else other.num_computed
             self.cache.swap(before, slot, max(other_length, sequence.num_computed))
             self._put(other, before)
             self._put(sequence, slot)
@@ -142,7 +152,7 @@ class PrefixCache:
         if not cache.is_valid:
             return
         assert slot is not None
-        left = _Prefix()
+        left = _KeptPrefix()
         is_row = slot < cache.num_rows
         length = cache.lengths()[slot] if is_row else sequence.num_computed
         # Logits of a row are numbers. A prompt that is read in part has had none.
@@ -154,7 +164,7 @@ class PrefixCache:
                 why = f"cache_dtype float16: {where} is beyond 65504; bfloat16 and float32 have it"
                 sequence.error = FloatingPointError(why)
         if not (sequence.error or is_damaged or self.key is None):
-            left = _Prefix(sequence.ids[:length], next(self._answers))
+            left = _KeptPrefix(sequence.ids[:length], next(self._answers))
         if is_damaged or (sequence.error and not is_row):
             cache.clear_slot(slot)
         if is_row:
@@ -165,19 +175,19 @@ class PrefixCache:
             slot = last
         self._holders[slot] = left
         if not left.ids:
-            self.cache.set_beginning(slot, Beginning())
+            self.cache.set_prefix(slot, SharedPrefix())
 
     def discard_prefixes(self) -> None:
         """Keep none from now on: a failed round may have written anywhere."""
         self.key = None
         for slot, held in enumerate(self._holders):
-            if isinstance(held, _Prefix):
-                self._holders[slot] = _Prefix()
-                self.cache.set_beginning(slot, Beginning())
+            if isinstance(held, _KeptPrefix):
+                self._holders[slot] = _KeptPrefix()
+                self.cache.set_prefix(slot, SharedPrefix())
 
-    def _put(self, holder: Sequence | _Prefix, slot: int) -> None:
+    def _put(self, holder: Sequence | _KeptPrefix, slot: int) -> None:
         self._holders[slot] = holder
-        if not isinstance(holder, _Prefix):
+        if not isinstance(holder, _KeptPrefix):
             holder.slot = slot
 
 

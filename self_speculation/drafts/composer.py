@@ -61,13 +61,13 @@ class DraftComposer:
             lengths = [len(match.ids) if match else limit if computing else 0 for match, limit in each]
             plan = Plan([match.source if match else computing for match in matches], lengths)
         else:
-            self._stopwatch = Stopwatch(batch.last.device)
+            self._stopwatch = Stopwatch(batch.last_tokens.device)
             self._num_graphs = num_captures(self._model)
             if (chosen := self._policy.plan(matches, limits)) is None:
                 return None
             plan = chosen
         planned = [*zip(plan.sources, plan.lengths, strict=True)]
-        draft = Draft([None] * len(batch), batch.last[:0], [0] * len(batch))
+        draft = Draft([None] * len(batch), batch.last_tokens[:0], [0] * len(batch))
         for source in self._sources.keys() & {*plan.sources}:  # one at most
             lengths = [length if name == source else 0 for name, length in planned]
             draft = self._sources[source].draft(batch, cache, lengths)
@@ -100,7 +100,7 @@ class DraftComposer:
             is_typical = num_captures(self._model) == self._num_graphs
             self._policy.learn(draft, accepted, seconds if is_typical else None)
         if self._learning:
-            by_row = hidden.split(draft.widths)
+            by_row = hidden.split(draft.query_lengths)
             for source in self._learning:
                 source.learn(draft, accepted, by_row)
 
@@ -117,7 +117,7 @@ def _with_lookups(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None
     All layers verify it, since no layer has processed all rows. Reads nothing from the device.
     """
     ids = [[*match.ids] if match else [] for match in matches]  # [B]
-    looked_up = on_device([id_ for found in ids for id_ in found], batch.last.device)
+    looked_up = on_device([id_ for found in ids for id_ in found], batch.last_tokens.device)
     each = zip(batch.sequences, ids, looked_up.split([*map(len, ids)]), strict=True)
     for sequence, known, ids_on_device in each:
         sequence.write_drafted(ids_on_device, 0, known)

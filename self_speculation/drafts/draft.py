@@ -43,14 +43,14 @@ class Draft:
     lengths: abc.Sequence[int]  # [B] tokens of each row, K together
     # The first layer of verification: the full model's layers before it have run on the draft. It is 0 if
     # a copy has drafted.
-    verify_from: int = 0
+    start_layer: int = 0
     # [K, H] the input of that layer, row by row: of the last token of the output, and of all drafted ones but
-    # the last. None: `verify_from` is 0.
+    # the last. None: `start_layer` is 0.
     exit_hidden: Tensor | None = None
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams
 
     @property
-    def widths(self) -> list[int]:
+    def query_lengths(self) -> list[int]:
         """[B] tokens that verification processes, N together: one more than are drafted."""
         return [1 + length for length in self.lengths]
 
@@ -77,7 +77,7 @@ class DraftSource(ABC):
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
         """Draft tokens for each row.
 
-        Layers that draft may append to the cache. If `Draft.verify_from` is 0, that is rolled back.
+        Layers that draft may append to the cache. If `Draft.start_layer` is 0, that is rolled back.
 
         Args:
             limits: [B] the most tokens of each row.

@@ -19,7 +19,7 @@ class LayerDrafts(DraftSource):
 
     Args:
         drafter: runs the model's layers, or a copy of them.
-        depth: number of layers that draft.
+        exit_layer: number of layers that draft.
         draft_weights: exact: the model's layers draft, and verification starts from the cache and exit states
             that they leave. Those of a copy are approximate: verification does not use them.
         cost: what a policy expects of the drafts.
@@ -29,29 +29,29 @@ class LayerDrafts(DraftSource):
     def __init__(
         self,
         drafter: ModelRunner,
-        depth: int,
+        exit_layer: int,
         draft_weights: DraftWeights,
         cost: DraftCost,
         is_whole: bool = False,
     ) -> None:
         self.drafter = drafter
-        self.depth = depth
+        self.exit_layer = exit_layer
         self.cost = cost
         self._keeps_cache = draft_weights == "exact"
-        self.name = "4-bit copy" if is_whole else f"exit {depth}"
+        self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
         if not self._keeps_cache and not is_whole:
             self.name += " of a 4-bit copy"
 
     def draft(self, batch: Batch, cache: KVCache, limits: Sequence[int]) -> Draft:
         found = None
         if batch.drafts_unseen:
-            found = self.drafter.draft_greedily(cache, batch.last, limits, self.depth)
+            found = self.drafter.draft_greedily(cache, batch.last_tokens, limits, self.exit_layer)
         tokens, states = found or self._step_by_step(batch, cache, limits)
         return Draft(
             [self.name if limit else None for limit in limits],
             tokens,
             limits,
-            self.depth if self._keeps_cache else 0,
+            self.exit_layer if self._keeps_cache else 0,
             states if self._keeps_cache else None,
         )
 
@@ -60,7 +60,7 @@ class LayerDrafts(DraftSource):
         columns = [[row for row, limit in enumerate(limits) if i < limit] for i in range(max(limits))]
         keys = batch.noise_keys((row, i) for i, rows in enumerate(columns) for row in rows)
         keys_of = [None] * len(columns) if keys is None else keys.split([*map(len, columns)])
-        ids = batch.last
+        ids = batch.last_tokens
         before = [*range(len(batch))]
         nothing = [0] * len(batch)
         drafted: list[tuple[Tensor, list[int]]] = [(ids[:0], nothing)]
@@ -68,12 +68,12 @@ class LayerDrafts(DraftSource):
         for position, rows in enumerate(columns):
             if rows != before:
                 ids = ids[on_device([before.index(row) for row in rows], ids.device)]
-            widths = [int(position < limit) for limit in limits]
+            query_lengths = [int(position < limit) for limit in limits]
             hidden = self.drafter.embed(ids)
-            hidden = self.drafter.run_layers(cache, hidden, widths, 0, self.depth)
-            exit_hidden.append((hidden, widths))
+            hidden = self.drafter.run_layers(cache, hidden, query_lengths, 0, self.exit_layer)
+            exit_hidden.append((hidden, query_lengths))
             ids = batch.sample_draft(self.drafter.logits(hidden), position, rows, keys_of[position])
             batch.record_draft(ids, position, rows)
-            drafted.append((ids, widths))
+            drafted.append((ids, query_lengths))
             before = rows
         return row_by_row(*drafted), row_by_row(*exit_hidden)

@@ -165,7 +165,7 @@ class AdaptivePolicy:
                 of_source = [n for n, name in zip(drafted, draft.sources, strict=True) if name == source]
                 if passes := [sum(length > i for length in of_source) for i in range(max(of_source))]:
                     times.add_drafts(source, num_rows, passes, draft_seconds, self._draft_steps[source])
-            times.add_verification(num_rows, sum(draft.widths), verify_seconds)
+            times.add_verification(num_rows, sum(draft.query_lengths), verify_seconds)
 
     def _choose(self, source: str | None, chance: float, rows: Sequence[_Row]) -> Plan:
         """The best round with the drafts of this source where rows have no better match.

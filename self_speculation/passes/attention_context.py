@@ -56,7 +56,7 @@ class AttentionContext:
     """A pass over T new positions of each of B rows, in layers of one `AttentionType`.
 
     Args:
-        first: the first layer of the pass.
+        start_layer: the first layer of the pass.
 
     Attributes:
         rotary: cos and sin, [1 or B, T, head_dim] each.
@@ -64,9 +64,9 @@ class AttentionContext:
     """
 
     def __init__(
-        self, tables: AttentionTables, cache: KVCache, first: int, width: int, kind: AttentionType
+        self, tables: AttentionTables, cache: KVCache, start_layer: int, width: int, kind: AttentionType
     ) -> None:
-        lengths = cache.lengths(first)
+        lengths = cache.lengths(start_layer)
         self.cache = cache
         self.num_rows = cache.num_rows
         self.width = width
@@ -83,7 +83,7 @@ class AttentionContext:
         if is_uniform:
             cos_sin = table[:, None, start:end]
         else:
-            self._positions = cache.positions(first, width, tables.device)
+            self._positions = cache.positions(start_layer, width, tables.device)
             cos_sin = table.index_select(1, self._positions.flatten()).view(2, self.num_rows, width, -1)
         self.rotary = cos_sin.unbind()
 

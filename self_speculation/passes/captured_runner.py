@@ -72,18 +72,18 @@ class CapturedRunner(FusedRunner):
         cache.reserve(prompt_length, num_positions)
         return cache
 
-    def run_rectangle(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+    def run_rectangle(self, cache: KVCache, hidden: Tensor, start_layer: int, end_layer: int) -> Tensor:
         num_rows, width, _ = hidden.shape
         passes = cache.buffers
         if not isinstance(passes, CapturedPasses):
-            return super().run_rectangle(cache, hidden, first, last)
+            return super().run_rectangle(cache, hidden, start_layer, end_layer)
         cache.check()
-        if not self.decodes_by_kernels(cache, self.layers[first:last]):
-            return super().run_rectangle(cache, hidden, first, last)
+        if not self.decodes_by_kernels(cache, self.layers[start_layer:end_layer]):
+            return super().run_rectangle(cache, hidden, start_layer, end_layer)
         shape = (padded(num_rows), padded(width))
-        new_positions = cache.positions(first, width, self.device)
-        cache.make_room(first, last, [width] * num_rows)
-        replay = passes.capture(self, first, last, *shape)
+        new_positions = cache.positions(start_layer, width, self.device)
+        cache.make_room(start_layer, end_layer, [width] * num_rows)
+        replay = passes.capture(self, start_layer, end_layer, *shape)
         states, positions = passes.inputs[shape]
         if shape != (num_rows, width):
             positions.fill_(-1)
@@ -93,22 +93,24 @@ class CapturedRunner(FusedRunner):
         return states[:num_rows, :width].clone()
 
     def draft_greedily(
-        self, cache: KVCache, ids: Tensor, limits: Sequence[int], last: int
+        self, cache: KVCache, ids: Tensor, limits: Sequence[int], end_layer: int
     ) -> tuple[Tensor, Tensor] | None:
         passes = cache.buffers
-        is_fused = not isinstance(self.head, PlainHead) and self.decodes_by_kernels(cache, self.layers[:last])
+        is_fused = not isinstance(self.head, PlainHead) and self.decodes_by_kernels(
+            cache, self.layers[:end_layer]
+        )
         if not (isinstance(passes, CapturedPasses) and is_fused and any(limits)):
             return None
         cache.check()
         num_rows = len(limits)
         num_steps = max(limits)
         lengths = cache.lengths(0)
-        cache.make_room(0, last, limits)
-        replay, steps = passes.capture_step(self, last, padded(num_rows), max(_STEPS, padded(num_steps)))
+        cache.make_room(0, end_layer, limits)
+        replay, steps = passes.capture_step(self, end_layer, padded(num_rows), max(_STEPS, padded(num_steps)))
         steps.begin(ids, lengths, limits)
         for _ in range(num_steps):
             replay()
-        cache.extend(0, last, limits)
+        cache.extend(0, end_layer, limits)
         return steps.drafted(limits)
 
 
@@ -175,8 +177,8 @@ class CapturedPasses(Buffers):
         """All graphs of a stream use one cuBLAS workspace. Destroying one of them frees it (pytorch issue
         193402), and an exception may keep one for long. So all go together, and the stream with them.
         """
-        # (whether a copy runs, first layer, last layer, rows, width) -> replay; of a step: (whether a copy
-        # runs, last layer, rows, most steps) -> replay.
+        # (whether a copy runs, start_layer, end_layer, rows, width) -> replay; of a step: (whether a copy
+        # runs, end_layer, rows, most steps) -> replay.
         self.replays = dict[tuple[int, ...], Replay]()
         self._threads = set[Thread]()  # that have captured
         vars(self).pop("_recorder", None)  # a stream is free now
@@ -197,20 +199,22 @@ class CapturedPasses(Buffers):
                 self.capacity = self.capacity_of_all
                 raise
 
-    def capture(self, runner: ModelRunner, first: int, last: int, rows: int, width: int) -> Replay:
+    def capture(self, runner: ModelRunner, start_layer: int, end_layer: int, rows: int, width: int) -> Replay:
         """The replay of a pass over `inputs[rows, width]`."""
         if (rows, width) not in self.inputs:
             states = self._tables.like.new_zeros(rows, width, runner.config.hidden_size)
             self.inputs[rows, width] = states, torch.zeros_like(states[..., 0], dtype=torch.long)
         states, positions = self.inputs[rows, width]
-        layers = runner.typed_layers(first, last)
+        layers = runner.typed_layers(start_layer, end_layer)
         run = partial(self._run, layers, states, positions)
-        return self._captured((runner.is_copy, first, last, rows, width), run, partial(positions.fill_, -1))
+        return self._captured(
+            (runner.is_copy, start_layer, end_layer, rows, width), run, partial(positions.fill_, -1)
+        )
 
     def capture_step(
-        self, runner: ModelRunner, last: int, rows: int, longest: int
+        self, runner: ModelRunner, end_layer: int, rows: int, longest: int
     ) -> tuple[Replay, DraftSteps]:
-        """The replay of a step of greedy drafts by layers 0..last-1, and what it reads and writes."""
+        """The replay of a step of greedy drafts by layers [:end_layer], and what it reads and writes."""
         if (rows, longest) not in self._steps:
             size = runner.config.hidden_size
             self._steps[rows, longest] = DraftSteps(self._tables.like, rows, longest, size)
@@ -219,11 +223,11 @@ class CapturedPasses(Buffers):
         def run() -> None:
             steps.read()
             states = runner.embed(steps.ids)
-            self._run(runner.typed_layers(0, last), states[:, None], steps.positions)
+            self._run(runner.typed_layers(0, end_layer), states[:, None], steps.positions)
             steps.write(states, runner.logits(states))
 
         no_rows = partial(steps.begin, steps.ids[:0], (), ())  # and the first step: there is room for two
-        return self._captured((runner.is_copy, last, rows, longest), run, no_rows), steps
+        return self._captured((runner.is_copy, end_layer, rows, longest), run, no_rows), steps
 
     def _captured(self, key: tuple[int, ...], run: Callable[[], None], clear: Callable[[], object]) -> Replay:
         """The replay of a function over static tensors. `clear` makes them those of no row: the function runs

@@ -243,16 +243,16 @@ class FusedRunner(ModelRunner):
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
-    def run_rectangle(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        if not self.decodes_by_kernels(cache, self.layers[first:last]):
-            return super().run_rectangle(cache, hidden, first, last)
+    def run_rectangle(self, cache: KVCache, hidden: Tensor, start_layer: int, end_layer: int) -> Tensor:
+        if not self.decodes_by_kernels(cache, self.layers[start_layer:end_layer]):
+            return super().run_rectangle(cache, hidden, start_layer, end_layer)
         width = hidden.shape[1]
-        lengths = cache.lengths(first)
-        positions = cache.positions(first, width, self.device)
-        cache.make_room(first, last, [width] * len(lengths))
+        lengths = cache.lengths(start_layer)
+        positions = cache.positions(start_layer, width, self.device)
+        cache.make_room(start_layer, end_layer, [width] * len(lengths))
         self.tables.reserve(max(lengths) + width)
         make = partial(DecodeContext, self.tables, cache.buffers.by_layer, positions)
-        return run_through(self.typed_layers(first, last), make, hidden)
+        return run_through(self.typed_layers(start_layer, end_layer), make, hidden)
 
     def decodes_by_kernels(self, cache: KVCache, layers: Sequence[Layer]) -> bool:
         """Whether layers decode by the kernels of a card. Prompts are read by torch's."""

@@ -107,7 +107,7 @@ class InPlaceRunner(ModelRunner):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        # (first layer, last layer) -> the handle of the operator's descriptions, and the kinds of rotation.
+        # (start_layer, end_layer) -> the handle of the operator's descriptions, and the kinds of rotation.
         self._ranges = dict[tuple[int, int], tuple[Tensor, list[str | None]]]()
 
     def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:
@@ -117,45 +117,45 @@ class InPlaceRunner(ModelRunner):
         return other
 
     def run_layers(
-        self, cache: KVCache, hidden: Tensor, widths: Sequence[int], first: int, last: int
+        self, cache: KVCache, hidden: Tensor, query_lengths: Sequence[int], start_layer: int, end_layer: int
     ) -> Tensor:
         """No padding: the operator takes the tokens that there are."""
-        if first == last:
+        if start_layer == end_layer:
             return hidden
         # Described once: in each pass the operator looks up where the weights are.
-        if (first, last) not in self._ranges:
-            self._ranges[first, last] = self._described(first, last)
-        handle, rotations = self._ranges[first, last]
+        if (start_layer, end_layer) not in self._ranges:
+            self._ranges[start_layer, end_layer] = self._described(start_layer, end_layer)
+        handle, rotations = self._ranges[start_layer, end_layer]
         states = hidden.contiguous()
         begin = 0
-        ends = [*accumulate(widths)]  # of each row's tokens
+        ends = [*accumulate(query_lengths)]  # of each row's tokens
         num_pieces = -(-len(states) // cpu_operators().prompt_tokens)
         for piece in states.tensor_split(num_pieces):  # of nearly equal size
             end = begin + len(piece)
             parts = [
                 max(0, min(end, row_end) - max(begin, row_end - width))
-                for row_end, width in zip(ends, widths, strict=True)
+                for row_end, width in zip(ends, query_lengths, strict=True)
             ]
-            of_rows = enumerate(zip(cache.lengths(first), parts, strict=True), cache.first_slot)
-            beginnings = cache.buffers.beginnings
-            rows = [(slot, length, part, *beginnings[slot]) for slot, (length, part) in of_rows if part]
+            of_rows = enumerate(zip(cache.lengths(start_layer), parts, strict=True), cache.first_slot)
+            prefixes = cache.buffers.shared_prefixes
+            rows = [(slot, length, part, *prefixes[slot]) for slot, (length, part) in of_rows if part]
             longest = max(length + part for _, length, part, *_ in rows)
             torch.ops.self_speculation.run_layers.default(
                 piece,
                 torch.tensor(rows),
                 cache.is_prompt,
                 handle,
-                cache.make_room(first, last, parts),
+                cache.make_room(start_layer, end_layer, parts),
                 [self.tables.cos_sin(rotation, longest) for rotation in rotations],
             )
-            cache.extend(first, last, parts)
+            cache.extend(start_layer, end_layer, parts)
             begin = end
         return states
 
-    def _described(self, first: int, last: int) -> tuple[Tensor, list[str | None]]:
-        """Layers first..last-1 as the operator has them."""
-        layers = self.layers[first:last]
-        kinds = self.attention_types[first:last]
+    def _described(self, start_layer: int, end_layer: int) -> tuple[Tensor, list[str | None]]:
+        """Layers [start_layer:end_layer] as the operator has them."""
+        layers = self.layers[start_layer:end_layer]
+        kinds = self.attention_types[start_layer:end_layer]
         rotations = [*dict.fromkeys(kind.rotation for kind in kinds)]
         descriptions = [
             layer.description(kind.window, rotations.index(kind.rotation))

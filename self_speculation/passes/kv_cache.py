@@ -27,8 +27,8 @@ _SHARE = 0.8
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 
-# Rows share positions in multiples of it: the operators read so many keys at a time.
-SHARED_UNIT = 64
+# Positions of a block. Rows share whole blocks: the operators read so many keys at a time.
+PREFIX_BLOCK = 64
 
 # Memory of tensors by `zeros`, by address.
 _MAPPED: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
@@ -54,11 +54,11 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return made
 
 
-class Beginning(NamedTuple):
-    """The slot that a row reads its first positions from, and their number."""
+class SharedPrefix(NamedTuple):
+    """The first positions of a row, in a slot that several rows read."""
 
     slot: int = 0
-    length: int = 0  # a multiple of SHARED_UNIT; 0: the slot has all positions itself
+    length: int = 0  # a multiple of PREFIX_BLOCK; 0: the row shares nothing
 
 
 def rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,7 +78,7 @@ class Buffers:
         devices: [L] of each layer.
         key_shape: kv_heads and head_dim.
         num_slots: the most rows at a time.
-        num_beginnings: slots after these for positions that several rows share.
+        num_prefix_slots: slots after these for positions that several rows share.
     """
 
     def __init__(
@@ -87,12 +87,12 @@ class Buffers:
         key_shape: tuple[int, int],
         dtype: torch.dtype,
         num_slots: int = 1,
-        num_beginnings: int = 0,
+        num_prefix_slots: int = 0,
     ) -> None:
         self.num_layers = len(devices)
         self.num_slots = num_slots
-        self.num_beginnings = num_beginnings
-        self.beginnings = [Beginning()] * (num_slots + num_beginnings)  # by slot
+        self.prefix_slots = range(num_slots, num_slots + num_prefix_slots)
+        self.shared_prefixes = [SharedPrefix()] * (num_slots + num_prefix_slots)  # by slot
         self.capacity = 0
         self._devices = devices
         self.key_shape = key_shape
@@ -100,7 +100,7 @@ class Buffers:
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
         self.by_layer: dict[int, Pair] = {}
         # On a CPU: positions that may have been written. Later ones are zero.
-        self.num_used = [0] * len(self.beginnings)
+        self.num_used = [0] * len(self.shared_prefixes)
         self.num_caches = 0  # the last one has the buffers
 
     def all(self) -> Iterator[Tensor]:
@@ -124,7 +124,7 @@ class Buffers:
         if old is not None and end <= old[0].shape[2]:
             return old
         kv_heads, head_dim = self.key_shape
-        shape = (len(self.beginnings), kv_heads, self.capacity, head_dim)
+        shape = (len(self.shared_prefixes), kv_heads, self.capacity, head_dim)
         device = self._devices[layer]
         try:
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
@@ -137,7 +137,7 @@ class Buffers:
                 new[:, :, : part.shape[2]] = part
                 continue
             for slot, number in enumerate(self.num_used):
-                first = self.beginnings[slot].length
+                first = self.shared_prefixes[slot].length
                 new[slot, :, first : min(number, part.shape[2])] = part[slot, :, first:number]
         self.by_layer[layer] = keys, values
         return keys, values
@@ -170,7 +170,7 @@ class Buffers:
             position = 2 * num_layers * math.prod(self.key_shape) * self.dtype.itemsize  # of a slot
             taken = sum(part.nbytes for part in self.all() if part.device == device)
             if self.grows:  # other positions take no memory yet
-                pairs = zip(self.num_used, self.beginnings, strict=True)
+                pairs = zip(self.num_used, self.shared_prefixes, strict=True)
                 taken = min(taken, sum(max(0, number - each.length) for number, each in pairs) * position)
             free = taken + free_memory(device)
             row = least * position
@@ -282,19 +282,19 @@ class KVCache:
                 buffer[by_slot, :, positions.to(buffer.device)] = by_row
         return all_keys[:, :, :end], all_values[:, :, :end]
 
-    def make_room(self, first: int, last: int, widths: Sequence[int]) -> list[Tensor]:
-        """Keys and values of layers first..last-1, all slots, with room for new positions [B] of each row."""
-        ends = [sum(pair) for pair in zip(self.lengths(first), widths, strict=True)]
-        pairs = [self.buffers.with_room(layer, max(ends)) for layer in range(first, last)]
+    def make_room(self, start_layer: int, end_layer: int, query_lengths: Sequence[int]) -> list[Tensor]:
+        """Keys and values of layers [start_layer:end_layer], all slots, with room for the new positions."""
+        ends = [sum(pair) for pair in zip(self.lengths(start_layer), query_lengths, strict=True)]
+        pairs = [self.buffers.with_room(layer, max(ends)) for layer in range(start_layer, end_layer)]
         used = self.buffers.num_used
         for slot, end in enumerate(ends, self.first_slot):
             used[slot] = max(used[slot], end)
         return [part for pair in pairs for part in pair]
 
-    def extend(self, first: int, last: int, widths: Sequence[int]) -> None:
-        """Add so many positions to each row, [B], in layers first..last-1, which have them now."""
-        longer = [sum(pair) for pair in zip(self.lengths(first), widths, strict=True)]
-        self._lengths[first:last] = [longer] * (last - first)
+    def extend(self, start_layer: int, end_layer: int, query_lengths: Sequence[int]) -> None:
+        """Add so many positions to each row, [B], in layers [start_layer:end_layer], which have them now."""
+        longer = [sum(pair) for pair in zip(self.lengths(start_layer), query_lengths, strict=True)]
+        self._lengths[start_layer:end_layer] = [longer] * (end_layer - start_layer)
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
         """Drop the last positions of every layer, after all layers have had the same tokens.
@@ -335,35 +335,35 @@ class KVCache:
 
     def positions_of(self, buffer: Tensor, slot: int, length: int) -> Tensor:
         """[kv_heads, length, head_dim] the first positions of a slot."""
-        beginning = self.buffers.beginnings[slot]
-        shared = buffer[beginning.slot, :, : min(beginning.length, length)]
-        return torch.cat((shared, buffer[slot, :, beginning.length : length]), 1)
+        prefix = self.buffers.shared_prefixes[slot]
+        shared = buffer[prefix.slot, :, : min(prefix.length, length)]
+        return torch.cat((shared, buffer[slot, :, prefix.length : length]), 1)
 
-    def set_beginning(self, slot: int, beginning: Beginning) -> None:
+    def set_prefix(self, slot: int, prefix: SharedPrefix) -> None:
         """Let a slot refer to another one for its first positions. Memory without readers is given back."""
-        before = self.buffers.beginnings[slot]
-        if beginning == before:
+        before = self.buffers.shared_prefixes[slot]
+        if prefix == before:
             return
-        self.buffers.beginnings[slot] = beginning
-        if beginning.length < before.length:  # what follows is another text's
+        self.buffers.shared_prefixes[slot] = prefix
+        if prefix.length < before.length:  # what follows is another text's
             self.buffers.give_back(slot, self.buffers.num_used[slot])
             self.buffers.num_used[slot] = 0
-        self.buffers.give_back(slot, beginning.length)
+        self.buffers.give_back(slot, prefix.length)
         if before.length and not self.is_shared(before.slot):
             self.buffers.give_back(before.slot, self.buffers.num_used[before.slot])
             self.buffers.num_used[before.slot] = 0
 
     def is_shared(self, slot: int) -> bool:
         """Whether a slot refers to this one."""
-        return any(each.length and each.slot == slot for each in self.buffers.beginnings)
+        return any(each.length and each.slot == slot for each in self.buffers.shared_prefixes)
 
-    def copy_beginning(self, slot: int, beginning: Beginning) -> None:
-        """Copy the first positions of a slot to the slot of the beginning, and let the slot refer to it."""
+    def copy_prefix(self, slot: int, prefix: SharedPrefix) -> None:
+        """Copy the first positions of a slot to the slot of the prefix, and let the slot refer to it."""
         for buffer in self.buffers.all():
-            copied = self.positions_of(buffer, slot, beginning.length)
-            buffer[beginning.slot, :, : beginning.length] = copied
-        self.buffers.num_used[beginning.slot] = beginning.length
-        self.set_beginning(slot, beginning)
+            copied = self.positions_of(buffer, slot, prefix.length)
+            buffer[prefix.slot, :, : prefix.length] = copied
+        self.buffers.num_used[prefix.slot] = prefix.length
+        self.set_prefix(slot, prefix)
 
     def beyond_range(self, slot: int, length: int) -> int | None:
         """The first of `length` positions of a slot with a number beyond float16's range, in the first layer
@@ -379,7 +379,7 @@ class KVCache:
     def clear_slot(self, slot: int) -> None:
         """Fill it with zeros: it may hold NaN, and a mask does not keep NaN out."""
         end = self.buffers.num_used[slot] if self.buffers.grows else None
-        first = self.buffers.beginnings[slot].length
+        first = self.buffers.shared_prefixes[slot].length
         for buffer in self.buffers.all():
             buffer[slot, :, first:end].zero_()
         self.buffers.num_used[slot] = 0
@@ -392,14 +392,14 @@ class KVCache:
             return
         used = self.buffers.num_used
         used[slot] = used[other] = max(used[slot], used[other])
-        beginnings = self.buffers.beginnings
-        first = min(beginnings[slot].length, beginnings[other].length)
-        beginnings[slot], beginnings[other] = beginnings[other], beginnings[slot]
+        prefixes = self.buffers.shared_prefixes
+        first = min(prefixes[slot].length, prefixes[other].length)
+        prefixes[slot], prefixes[other] = prefixes[other], prefixes[slot]
         for buffer in self.buffers.all():
             bits = buffer[:, :, first:length].view(getattr(torch, f"int{8 * buffer.itemsize}"))
             one, another = bits[slot], bits[other]
             for target, source in ((one, another), (another, one), (one, another)):
                 target.bitwise_xor_(source)
         for each in (slot, other):
-            if beginnings[each].length > first:
-                self.buffers.give_back(each, beginnings[each].length)
+            if prefixes[each].length > first:
+                self.buffers.give_back(each, prefixes[each].length)

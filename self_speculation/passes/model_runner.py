@@ -37,7 +37,7 @@ class ForwardResult:
 
 
 class ModelRunner:
-    """Embeds, runs layers [first:last] over a KV cache, applies norm and head. Valid until weights change.
+    """Embeds, runs a range of layers over a KV cache, applies norm and head. Valid until weights change.
 
     This one computes by torch and transformers; see `InPlaceRunner` for a CPU, `FusedRunner` for a GPU.
 
@@ -101,8 +101,8 @@ class ModelRunner:
             dtype: see `cache_dtype`, and its errors.
         """
         devices = self.devices[: len(self.layers)]
-        num_beginnings = num_slots // 2 if self.is_ragged else 0
-        buffers = Buffers(devices, self.key_shape, self.cache_dtype(dtype), num_slots, num_beginnings)
+        num_prefix_slots = num_slots // 2 if self.is_ragged else 0
+        buffers = Buffers(devices, self.key_shape, self.cache_dtype(dtype), num_slots, num_prefix_slots)
         cache = KVCache(buffers)
         cache.reserve(prompt_length, num_positions)
         return cache
@@ -123,12 +123,18 @@ class ModelRunner:
         return embedding(input_ids, self._embed.weight).to(self.dtype) * scale  # not rounded to 16 bits
 
     def run(
-        self, cache: KVCache, inputs: Tensor, first: int = 0, last: int | None = None, num_logits: int = 1
+        self,
+        cache: KVCache,
+        inputs: Tensor,
+        start_layer: int = 0,
+        end_layer: int | None = None,
+        num_logits: int = 1,
     ) -> ForwardResult:
-        """Layers first..last-1 (None: to the last layer) over T new tokens; logits for the last `num_logits`.
+        """Layers [start_layer:end_layer] over T new tokens; logits for the last `num_logits` of them.
 
         Args:
-            inputs: [B, T] ids where `first` is 0, else [B, T, H] states after layer `first - 1`; not changed.
+            inputs: [B, T] ids where `start_layer` is 0, else [B, T, H] states; not changed.
+            end_layer: None: all layers from `start_layer` on.
 
         Raises:
             ValueError: the cache is another model's. The operators would write beyond such a cache.
@@ -139,9 +145,9 @@ class ModelRunner:
             what = f"keys {buffers.key_shape} in {buffers.dtype}, the runner {self.key_shape} in {self.dtype}"
             raise ValueError(f"cache: has {what}; take one of runner.new_cache")
         rows, width = inputs.shape[:2]
-        hidden = inputs.to(self.dtype, copy=True) if first else self.embed(inputs)
-        last = len(self.layers) if last is None else last
-        hidden = self.run_layers(cache, hidden.flatten(0, 1), [width] * rows, first, last)
+        hidden = inputs.to(self.dtype, copy=True) if start_layer else self.embed(inputs)
+        end_layer = len(self.layers) if end_layer is None else end_layer
+        hidden = self.run_layers(cache, hidden.flatten(0, 1), [width] * rows, start_layer, end_layer)
         hidden = hidden.view(rows, width, -1)
         if num_logits == 0:
             return ForwardResult(hidden.new_empty(rows, 0, 0), hidden)
@@ -149,50 +155,51 @@ class ModelRunner:
         return ForwardResult(logits.view(rows, num_logits, -1), hidden)
 
     def run_layers(
-        self, cache: KVCache, hidden: Tensor, widths: Sequence[int], first: int, last: int
+        self, cache: KVCache, hidden: Tensor, query_lengths: Sequence[int], start_layer: int, end_layer: int
     ) -> Tensor:
-        """Layers first..last-1 over N new tokens.
+        """Layers [start_layer:end_layer] over N new tokens.
 
         This one computes a rectangle, as long as the row with the most tokens. Padding is zeros, which are
         finite: masks do not stop NaN.
 
         Args:
-            hidden: [N, H] the input of layer `first`, of the first row's tokens, then of the second one's,
-                and so on; may be overwritten.
-            widths: [B] new tokens of each row, N together.
+            hidden: [N, H] input states, row by row; may be overwritten.
+            query_lengths: [B] new tokens of each row, N together.
 
         Returns:
-            [N, H] the output of layer `last - 1`.
+            [N, H] states after the last of these layers.
         """
-        if first == last:
+        if start_layer == end_layer:
             return hidden
-        if min(widths) == max(widths):
-            states = self.run_rectangle(cache, hidden.view(len(widths), -1, hidden.shape[1]), first, last)
+        if min(query_lengths) == max(query_lengths):
+            states = self.run_rectangle(
+                cache, hidden.view(len(query_lengths), -1, hidden.shape[1]), start_layer, end_layer
+            )
             states = states.flatten(0, 1)
         else:
-            padded = pad_sequence(hidden.split([*widths]), batch_first=True)
-            states = self.run_rectangle(cache, padded, first, last)
-            states = torch.cat([row[:width] for row, width in zip(states, widths, strict=True)])
-        cache.extend(first, last, widths)
+            padded = pad_sequence(hidden.split([*query_lengths]), batch_first=True)
+            states = self.run_rectangle(cache, padded, start_layer, end_layer)
+            states = torch.cat([row[:width] for row, width in zip(states, query_lengths, strict=True)])
+        cache.extend(start_layer, end_layer, query_lengths)
         return states
 
-    def run_rectangle(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        """Layers first..last-1, [B, T, H] -> [B, T, H]; writes the next T positions of each row."""
-        make = partial(AttentionContext, self.tables, cache, first, hidden.shape[1])
-        return run_through(self.typed_layers(first, last), make, hidden)
+    def run_rectangle(self, cache: KVCache, hidden: Tensor, start_layer: int, end_layer: int) -> Tensor:
+        """Layers [start_layer:end_layer], [B, T, H] -> [B, T, H]; writes the next T positions of each row."""
+        make = partial(AttentionContext, self.tables, cache, start_layer, hidden.shape[1])
+        return run_through(self.typed_layers(start_layer, end_layer), make, hidden)
 
-    def typed_layers(self, first: int, last: int) -> list[tuple[Any, AttentionType]]:
-        """Layers first..last-1 and their types."""
-        return [*zip(self.layers, self.attention_types, strict=False)][first:last]
+    def typed_layers(self, start_layer: int, end_layer: int) -> list[tuple[Any, AttentionType]]:
+        """Layers [start_layer:end_layer] and their types."""
+        return [*zip(self.layers, self.attention_types, strict=False)][start_layer:end_layer]
 
     def draft_greedily(
         self,
         cache: KVCache,  # noqa: ARG002
         ids: Tensor,  # noqa: ARG002
         limits: Sequence[int],  # noqa: ARG002
-        last: int,  # noqa: ARG002
+        end_layer: int,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor] | None:
-        """Draft by layers 0..last-1 without the host between two tokens; None: this runner cannot.
+        """Draft by layers [:end_layer] without the host between two tokens; None: this runner cannot.
 
         Args:
             ids: [B] the last token of each row.
@@ -222,13 +229,13 @@ def run_through(
 
 
 def forward_pieces(
-    runner: ModelRunner, cache: KVCache, pieces: Sequence[list[int]], exit_layer: int, ended: Sequence[int]
+    runner: ModelRunner, cache: KVCache, pieces: Sequence[list[int]], end_layer: int, ended: Sequence[int]
 ) -> Tensor:
-    """Layers 0..exit_layer-1 over new tokens of each row, in one pass; logits [n, V] after the last token of
+    """Layers [:end_layer] over new tokens of each row, in one pass; logits [n, V] after the last token of
     those rows that have `ended`, or [0, H] if none has.
     """
     hidden = runner.embed(on_device([id_ for piece in pieces for id_ in piece], runner.device))
-    hidden = runner.run_layers(cache, hidden, [*map(len, pieces)], 0, exit_layer)
+    hidden = runner.run_layers(cache, hidden, [*map(len, pieces)], 0, end_layer)
     ends = [*accumulate(map(len, pieces))]
-    last = [hidden[ends[row] - 1] for row in ended]  # of each, [H]
-    return runner.logits(torch.stack(last)) if last else hidden[:0]
+    finals = [hidden[ends[row] - 1] for row in ended]  # of each, [H]
+    return runner.logits(torch.stack(finals)) if finals else hidden[:0]

@@ -214,7 +214,7 @@ def test_long_contexts(endless_folder, tmp_path):
 
 
 @needs_operators
-def test_rows_that_share_a_beginning(endless_folder, capsys):
+def test_rows_that_share_a_prefix(endless_folder, capsys):
     """Guards against rows that share nothing, or less than they say."""
     flags = ["--rows", "4", "--shared", "641", "--rounds", "1", "--formats", "float32", "float16"]
     assert long_contexts.main(["--model", str(endless_folder), *flags]) == 0

@@ -53,9 +53,9 @@ def test_the_slot_with_the_longest_prefix_is_taken():
 
 @needs_operators
 @pytest.mark.parametrize("reuse_cache", [False, True])
-def test_a_beginning_of_several_prompts_is_kept_once(reuse_cache):
+def test_a_prefix_of_several_prompts_is_kept_once(reuse_cache):
     """Guards against a system prompt that each client's request reads and keeps again, answers that differ
-    from those of the prompt alone, and a beginning that stays when no row has it or goes while one has it.
+    from those of the prompt alone, and a shared prefix that stays without rows or goes while one has it.
     """
     torch.manual_seed(0)
     model = own_llama(agreement="often", max_position_embeddings=512)
@@ -72,7 +72,7 @@ def test_a_beginning_of_several_prompts_is_kept_once(reuse_cache):
     held = []
     while scheduler.has_requests:
         scheduler.step()
-        held.append(sum(buffers.num_used) - sum(each.length for each in buffers.beginnings))
+        held.append(sum(buffers.num_used) - sum(each.length for each in buffers.shared_prefixes))
         results |= scheduler.pop_finished()
     assert max(held) < 200 + 4 * 64  # positions, where each row has 200 and more
     for key, result in results.items():
@@ -84,13 +84,13 @@ def test_a_beginning_of_several_prompts_is_kept_once(reuse_cache):
 
 
 def scheduler_cache_is_shared(buffers):
-    return lambda slot: any(each.length and each.slot == slot for each in buffers.beginnings)
+    return lambda slot: any(each.length and each.slot == slot for each in buffers.shared_prefixes)
 
 
 @needs_operators
 @pytest.mark.parametrize("reuse_cache", [False, True])
 @pytest.mark.parametrize("after", [1, 3, 5])  # steps: the others wait, share what is read, are rows
-def test_a_beginning_stays_when_the_first_of_its_rows_is_cancelled(after, reuse_cache):
+def test_a_shared_prefix_stays_when_the_first_of_its_rows_is_cancelled(after, reuse_cache):
     """Guards against prompts that wait for one that is gone, and against keys that go with it."""
     torch.manual_seed(0)
     model = own_llama(agreement="often", max_position_embeddings=512)
@@ -111,8 +111,8 @@ def test_a_beginning_stays_when_the_first_of_its_rows_is_cancelled(after, reuse_
 
 
 @needs_operators
-def test_nan_in_a_beginning_fails_those_who_share_it():
-    """Guards against NaN that stays in the memory of a beginning, or of a slot that has had one."""
+def test_nan_in_a_shared_prefix_fails_those_who_share_it():
+    """Guards against NaN that stays in the memory of a shared prefix, or of a slot that has had one."""
     torch.manual_seed(0)
     model = own_llama(agreement="often", max_position_embeddings=512)
     with torch.no_grad():

@@ -171,7 +171,7 @@ def test_a_source_learns_from_every_verification(way, monkeypatch):
     followed = {0: [], 1: []}
 
     def learn(source, draft, accepted, hidden):  # noqa: ARG001
-        assert [*map(len, hidden)] == draft.widths
+        assert [*map(len, hidden)] == draft.query_lengths
         for row, count in enumerate(accepted) if len(accepted) == 2 else ():  # rows are in order
             logits = model.lm_head(model.model.norm(hidden[row][: count + 1]))
             followed[row] += logits.argmax(-1).tolist()

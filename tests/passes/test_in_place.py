@@ -20,7 +20,7 @@ from self_speculation import Request, make_strategy
 from self_speculation.families import LLAMA_LAYOUT
 from self_speculation.llama_model_utils import forward, forward_early, forward_remainder
 from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.kv_cache import Beginning
+from self_speculation.passes.kv_cache import SharedPrefix
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.quantized_layers import quantize
 from self_speculation.passes.runners import bytes_made, fuse, make_runner
@@ -210,11 +210,11 @@ def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_pro
     is_prompt=st.booleans(),
 )
 @settings(max_examples=12)
-def test_bits_of_rows_that_share_a_beginning(name, form, dtype, rows, threads, is_prompt):
+def test_bits_of_rows_that_share_a_prefix(name, form, dtype, rows, threads, is_prompt):
     """Guards against keys of a row that are read for another one, sums of spans in another order, and a
     window that begins in what rows share.
 
-    rows: the positions of the beginning, those after it, and the new tokens, of each.
+    rows: the positions of the shared prefix, those after it, and the new tokens, of each.
     """
     torch.manual_seed(0)
     model = model_of(name, form)
@@ -235,7 +235,7 @@ def test_bits_of_rows_that_share_a_beginning(name, form, dtype, rows, threads, i
             place = cache.buffers.num_slots
             runner.run_layers(cache.prompt_view(place), shared.clone(), [1024], 0, num_layers)
             for row, ((length, *_), past) in enumerate(zip(rows, pasts, strict=True)):
-                cache.set_beginning(row, Beginning(place, length))
+                cache.set_prefix(row, SharedPrefix(place, length))
                 runner.run_layers(cache.prompt_view(row, [length]), past.clone(), [len(past)], 0, num_layers)
                 cache.set_rows([*cache.lengths(), length + len(past)])
             cache.is_prompt = is_prompt

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from self_speculation.passes import kv_cache
-from self_speculation.passes.kv_cache import Beginning, Buffers, KVCache
+from self_speculation.passes.kv_cache import Buffers, KVCache, SharedPrefix
 
 CPU = torch.device("cpu")
 
@@ -172,18 +172,18 @@ def test_buffers_grow_one_after_another(monkeypatch):
 
 
 def test_memory_of_positions_that_another_slot_has_is_given_back():
-    """Guards against a beginning that each row holds, too, positions that go with it, and slots that lose it
-    in a swap or as buffers grow.
+    """Guards against a shared prefix that each row holds, too, positions that go with it, and slots that lose
+    it in a swap or as buffers grow.
     """
-    cache = cache_of(CPU, num_slots=3, num_beginnings=1)
+    cache = cache_of(CPU, num_slots=3, num_prefix_slots=1)
     cache.buffers.key_shape = (2, 64)
     numbers = torch.arange(1.0, 201).view(-1, 1, 1).expand(-1, 2, 64)
     cache.set_rows([])
     for slot in range(2):
         view = cache.prompt_view(slot)
         view.write(numbers, numbers, 0)
-    cache.copy_beginning(0, Beginning(3, 128))
-    cache.set_beginning(1, Beginning(3, 64))
+    cache.copy_prefix(0, SharedPrefix(3, 128))
+    cache.set_prefix(1, SharedPrefix(3, 64))
     keys, _ = cache.buffers.by_layer[0]
     assert not keys[0, :, :128].any()
     assert not keys[1, :, :64].any()
@@ -193,16 +193,16 @@ def test_memory_of_positions_that_another_slot_has_is_given_back():
     for slot in (0, 2):
         for buffer in cache.buffers.all():
             assert torch.equal(cache.positions_of(buffer, slot, 200)[0, :, 0], numbers[:, 0, 0])
-    cache.set_beginning(0, Beginning())
+    cache.set_prefix(0, SharedPrefix())
     assert cache.is_shared(3)
-    cache.set_beginning(2, Beginning())
+    cache.set_prefix(2, SharedPrefix())
     assert not cache.is_shared(3)
     assert not any(part[3].any() for part in cache.buffers.all())
 
 
-def test_numbers_of_a_beginning_are_checked_for_each_slot_and_stay_when_one_is_cleared():
+def test_numbers_of_a_shared_prefix_are_checked_for_each_slot_and_stay_when_one_is_cleared():
     """Guards against NaN, and numbers beyond float16's range, that are not found where rows share them."""
-    cache = cache_of(CPU, num_slots=2, num_beginnings=1)
+    cache = cache_of(CPU, num_slots=2, num_prefix_slots=1)
     cache.buffers.dtype = torch.float16
     cache.buffers.key_shape = (1, 8)
     numbers = torch.ones(100, 1, 8)
@@ -210,13 +210,13 @@ def test_numbers_of_a_beginning_are_checked_for_each_slot_and_stay_when_one_is_c
     cache.set_rows([])
     view = cache.prompt_view(0)
     view.write(numbers, numbers, 0)
-    cache.copy_beginning(0, Beginning(2, 64))
-    cache.set_beginning(1, Beginning(2, 64))
+    cache.copy_prefix(0, SharedPrefix(2, 64))
+    cache.set_prefix(1, SharedPrefix(2, 64))
     cache.clear_slot(0)
     assert [cache.beyond_range(slot, 100) for slot in range(2)] == [50, 50]
     assert not any(cache.is_finite(slot, 64) for slot in range(2))
     for slot in range(2):
-        cache.set_beginning(slot, Beginning())
+        cache.set_prefix(slot, SharedPrefix())
     assert all(cache.is_finite(slot, 100) for slot in range(3))
 
 
