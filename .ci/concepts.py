@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1008, "classes": 195, "parameters": 2183}
+LIMITS = {"functions": 1009, "classes": 197, "parameters": 2187}
 
 
 def count() -> dict[str, int]:

@@ -157,7 +157,7 @@ class PassTimes:
         # Source -> rows of a draft's first pass -> measured over estimated time.
         self._drafts: defaultdict[str, dict[int, DecayedMean]] = defaultdict(dict)
 
-    def passes(self, num_rows: int) -> Callable[[int], float]:
+    def verify_seconds(self, num_rows: int) -> Callable[[int], float]:
         """Number of tokens -> the time of a pass over so many tokens of `num_rows` rows."""
         plain, slope = self._plain_and_slope(num_rows)
         cost = self._pass_cost
@@ -165,7 +165,7 @@ class PassTimes:
         grows = slope / cost(num_rows)
         return lambda num_tokens: fixed + grows * cost(num_tokens)
 
-    def draft_passes(
+    def draft_seconds(
         self, num_rows: int, estimates: Mapping[str, Callable[[int], float]]
     ) -> Callable[[str, int], float]:
         """Source, number of drafting rows -> the time of a pass that drafts, of `num_rows` rows together. For
@@ -182,7 +182,7 @@ class PassTimes:
         seconds: float,
         estimate: Callable[[int], float],
     ) -> None:
-        """Learn the time of the passes of a draft, see `draft_passes`; passes: rows of each in turn."""
+        """Learn the time of the passes of a draft, see `draft_seconds`; passes: rows of each in turn."""
         ratio = seconds / (self._unit(num_rows) * sum(map(estimate, passes)))
         expected = self._ratio(source, passes[0])
         known = self._drafts[source].setdefault(passes[0], DecayedMean(expected))
@@ -190,7 +190,7 @@ class PassTimes:
 
     def add_verification(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """Learn the time of a verification of so many tokens together."""
-        seconds = self._bounded(seconds, self.passes(num_rows)(num_tokens))
+        seconds = self._bounded(seconds, self.verify_seconds(num_rows)(num_tokens))
         weight = 1.0 if num_rows in self._lines else 0.1  # the first round may include warm-up
         excess = self._pass_cost(num_tokens) / self._pass_cost(num_rows) - 1.0
         self._lines.setdefault(num_rows, _Line()).add(excess, seconds, weight)

@@ -19,7 +19,7 @@ from self_speculation.drafts import costs
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.draft import Draft, DraftCost, Match
 from self_speculation.drafts.ngram import TextDrafts
-from self_speculation.drafts.policy import AdaptivePolicy, Plan, SourceStats
+from self_speculation.drafts.policy import AdaptivePolicy, Plan, SourceStats, _Planner, _Row
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.weights.kernels import CPUOperators
 
@@ -245,8 +245,8 @@ def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
         return 0.2 * line(0.1, num_rows)
 
     def known(num_rows):
-        passes = times.passes(num_rows)
-        drafts = times.draft_passes(num_rows, {"x": estimate})
+        passes = times.verify_seconds(num_rows)
+        drafts = times.draft_seconds(num_rows, {"x": estimate})
         return [*(passes(num_rows * n) for n in (1, 2, 3)), drafts("x", num_rows)]
 
     assert known(1) == pytest.approx([1.0, 1.1, 1.2, 0.2])
@@ -255,7 +255,7 @@ def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
     assert known(8) == pytest.approx([0.017, 0.025, 0.033, 0.0034])
     for _ in range(40):
         times.add_drafts("x", 1, [1, 1], 0.008, estimate)  # twice as dear
-    assert times.draft_passes(1, {"x": estimate})("x", 1) == pytest.approx(0.004, rel=0.1)
+    assert times.draft_seconds(1, {"x": estimate})("x", 1) == pytest.approx(0.004, rel=0.1)
     assert known(8)[3] == pytest.approx(0.0068, rel=0.1)
     for _ in range(40):
         times.add_verification(1, 1, 0.01)
@@ -270,7 +270,7 @@ def test_noise_of_passes_that_cost_hardly_more_is_no_slope():
     for number in range(400):
         num_tokens = 1 + 2 * (number % 4 > 0)
         times.add_verification(1, num_tokens, 0.02 * line(0.002, num_tokens) * noise.gauss(1.0, 0.08))
-    passes = times.passes(1)
+    passes = times.verify_seconds(1)
     assert passes(17) < 1.1 * passes(1)
 
 
@@ -306,30 +306,28 @@ def test_a_plan_is_the_best_of_all(slope, source):
     """Guards against a token that is left out although it pays, and one that does not. Compared are plans
     with any number of tokens in any of three rows; the margin is for estimates, here they are right.
     """
-    chooser = policy(SourceStats(partial(line, slope)), copy_takes=0.3)
+    planner = _Planner(partial(line, slope), lambda *_: 0.3)
+    planner.MARGIN = 1.0
     draws = random.Random(0)
-    chooser._MARGIN = 1.0
-    chooser._verifying = partial(line, slope)
-    chooser._drafting = lambda *_: 0.3
     for _ in range(20):
-        rows = [(n, Match("n-grams", 3, [5] * n), draws.random()) for n in draws.choices(range(4), k=3)]
-        chance = draws.random() if source else 0.0
-        choice = chooser._choose(source, chance, rows)
+        rows = [_Row(n, Match("n-grams", 3, [5] * n), draws.random()) for n in draws.choices(range(4), k=3)]
+        p_accept = draws.random() if source else 0.0
+        plan = planner.best_plan(source, p_accept, rows)
 
         def rate(lengths):
             """Of a round."""
             tokens = 3
             expected = 3.0
-            depth = 0
-            for length, (_, _, guess) in zip(lengths, rows, strict=True):  # noqa: B023
-                expected += sum(max(guess, chance) ** i for i in range(1, length + 1))  # noqa: B023
+            num_passes = 0
+            for length, (_, _, p_match) in zip(lengths, rows, strict=True):  # noqa: B023
+                expected += sum(max(p_match, p_accept) ** i for i in range(1, length + 1))  # noqa: B023
                 tokens += length
-                depth = depth if guess > chance else max(depth, length)  # noqa: B023
-            return expected / (0.3 * depth + line(slope, tokens))
+                num_passes = num_passes if p_match > p_accept else max(num_passes, length)  # noqa: B023
+            return expected / (0.3 * num_passes + line(slope, tokens))
 
-        possible = [range(n + 1 if guess > chance or source else 1) for n, _, guess in rows]
-        assert choice.rate == pytest.approx(rate(choice.lengths))
-        assert choice.rate > 0.97 * max(map(rate, product(*possible)))
+        possible = [range(n + 1 if p_match > p_accept or source else 1) for n, _, p_match in rows]
+        assert plan.rate == pytest.approx(rate(plan.lengths))
+        assert plan.rate > 0.97 * max(map(rate, product(*possible)))
 
 
 def test_a_trial_is_one_token_of_one_row():
