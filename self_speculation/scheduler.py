@@ -179,8 +179,8 @@ class Scheduler(Generic[Key]):
     def run_every_pass(self, num_positions: int, longest: int = 0) -> None:
         """With --compile True, capture all passes before the first request: do rounds of each kind.
 
-        The cache gets room for so many positions, or for `longest` if they fit in memory. A request that
-        outgrows it ends all captured passes.
+        The cache gets room for `longest` positions, or at least for `num_positions` if memory is short. A
+        request that outgrows it ends all captured passes.
         """
         if not is_captured(self._model):
             return
@@ -205,7 +205,7 @@ class Scheduler(Generic[Key]):
                 self._prepared = decoding._replace(prefix_cache=prefix_cache)
 
     def _rehearse(self, decoding: Decoding, num_rows: int, longest_draft: int, sample: bool) -> None:
-        """Do a round of so many rows with drafts of this length."""
+        """Do a round of `num_rows` rows with drafts of this length."""
         prompt = [0, 0, 0]  # n-grams find the end in it
         max_steps = longest_draft + 2
         config = replace(self._config, max_steps=max_steps, sample=sample, temperature=1.0)
@@ -383,9 +383,9 @@ class Scheduler(Generic[Key]):
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
         key: Hashable = None
         dtype = self._config.cache_dtype
-        if self._config.reuse_cache and (of_weights := cache_key(runner)):
-            of_values = self._end_layer, runner.cache_dtype(dtype)
-            key = self._batch_size, self.batch.longest_draft, of_values, of_weights
+        if self._config.reuse_cache and (weights_valid := cache_key(runner)):
+            values_valid = self._end_layer, runner.cache_dtype(dtype)
+            key = self._batch_size, self.batch.longest_draft, values_valid, weights_valid
             with suppress(IndexError):
                 kept = kept_caches(self._model).pop()
                 if kept.key == key and kept.cache.is_valid:

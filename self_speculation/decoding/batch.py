@@ -63,7 +63,7 @@ class Batch:
         return removed
 
     def noise_keys(self, positions: abc.Iterable[tuple[int, int]]) -> Tensor | None:
-        """[N] keys of the noise of positions of outputs, each as row and 0, 1, ...; None when greedy."""
+        """[N] keys of noise, for the row and the position after the row's output; None: all are greedy."""
         if all(sequence.sampler.greedy for sequence in self.sequences):
             return None
         start = 0 if self._unread is None else 1
@@ -71,7 +71,7 @@ class Batch:
         return on_device(keys, self.last_tokens.device)
 
     def sample(self, logits: Tensor, query_lengths: abc.Sequence[int]) -> Tensor:
-        """The target's tokens [N] of the next positions of each row, from their processed logits [N, V].
+        """Sample the target's tokens [N] from processed logits [N, V] of the next positions of each row.
 
         Args:
             query_lengths: [B] positions of each row, N together.
@@ -94,7 +94,7 @@ class Batch:
     def _sampled(
         self, logits: Tensor, keys: Tensor | None, rows: abc.Sequence[int], is_draft: bool = False
     ) -> Tensor:
-        """[N] tokens of logits [N, V], each with the sampler of the row; equal samplers run together."""
+        """Sample [N] tokens from logits [N, V], each by the row's sampler. Equal samplers run together."""
         samplers = [self.sequences[row].sampler for row in rows]
         different = dict.fromkeys(samplers)
         if len(different) == 1:
@@ -108,7 +108,7 @@ class Batch:
 
     @property
     def drafts_unseen(self) -> bool:
-        """Whether drafts are greedy and neither shown nor read by processors."""
+        """Whether all drafts are greedy, no processor reads them and no streamer shows them."""
         return all(
             each.sampler.greedy and not each.processors and not each.reads_draft for each in self.sequences
         )
@@ -147,7 +147,7 @@ class Batch:
         if not any(sequence.processors for sequence in self.sequences):
             return logits
         rows = zip(self.sequences, logits.split([*query_lengths]), strict=True)
-        return torch.cat([sequence.process(of_row, num_drafted) for sequence, of_row in rows])
+        return torch.cat([sequence.process(row_logits, num_drafted) for sequence, row_logits in rows])
 
     def check(self, largest: abc.Sequence[float], query_lengths: abc.Sequence[int]) -> None:
         """Check the logits of a round by the largest ones, [N], `query_lengths` [B] of each row.

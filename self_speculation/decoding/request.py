@@ -46,12 +46,12 @@ class Request:
     """Called after each token with the output ids; True ends the output. Stop words reach a strategy by
     this, since it has no tokenizer."""
     config: GenerationConfig | None = None
-    """Length, sampling and stop conditions of this request; None: those of the batch. All requests of a batch
-    draft in the same way."""
+    """Length, sampling and stop conditions of this request; None: the batch's. All requests of a batch draft
+    in the same way."""
     drafts: bool = True
     """False: no tokens are drafted for this request."""
     logit_bias: Mapping[int, float] | None = None
-    """Id -> what is added to the id's logit."""
+    """Id -> number to add to the id's logit."""
     prediction: str | list[int] | None = None
     """Text or ids that the output is expected to resemble, such as a file to be edited. It is drafted by
     adaptive decoding, and where `prompt_lookup` is above 0."""
@@ -73,7 +73,7 @@ class Request:
 
     @property
     def ids(self) -> list[int]:
-        """The tokenized prompt. Raises ValueError if it is none."""
+        """The prompt's token ids. Raises ValueError if the prompt is a text."""
         return token_ids(self.prompt, "must be a list of token ids, since a strategy has no tokenizer")
 
     def processors(self, config: GenerationConfig) -> list[Callable]:
@@ -84,7 +84,7 @@ class Request:
 
 
 def token_ids(prompt: object, allowed: str) -> list[int]:
-    """A prompt that is a sequence of integers. Raises ValueError, with what is allowed, for anything else."""
+    """A prompt as a list of integers. Raises ValueError, saying what is `allowed`, for anything else."""
     if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes | Mapping):
         with suppress(TypeError):
             return [*map(operator.index, prompt)]
@@ -99,7 +99,7 @@ def as_list(values: T | Iterable[T] | None) -> list[T]:
 
 
 class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
-    """Lowers the logit of each id by `frequency` for each time that the output has it, and by `presence` once
+    """Lowers the logit of each id in the output by `presence`, and by `frequency` for each occurrence
     (OpenAI's penalties, which transformers does not have).
     """
 

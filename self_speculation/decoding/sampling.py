@@ -20,7 +20,7 @@ from torch import Tensor
 
 from self_speculation.config import LEAST_TEMPERATURE, SAMPLING_RULES, GenerationConfig
 
-# Filters hardly ever keep more ids. A draft samples among so many; a CPU sorts so many first.
+# Rules hardly ever keep more ids than this. A draft samples among this many; a CPU sorts this many first.
 _LIKELY = 128
 
 
@@ -40,7 +40,7 @@ def _is_for_numpy(scores: Tensor) -> bool:
 
 
 def noise_key(seed: int, position: int) -> int:
-    """64 bits that the noise of a position follows from."""
+    """The key of a position's noise: 64 bits."""
     digest = blake2b(b"%d %d" % (seed, position), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -65,7 +65,7 @@ def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
     x *= -0x6B2FB644ECCEEE15
     x >>= 33
     x &= 2**31 - 1
-    # -v, 0 < v < 1 in fp32, with as many bits where v is small: there the noise is large.
+    # -v with 0 < v < 1 in fp32. A small v, whose noise is large, keeps all bits.
     minus_v = x.float().mul_(-(2.0**-31) * (1 - 2.0**-24)).sub_(2.0**-32)
     return minus_v.log1p_().neg_().log_().neg_()
 
@@ -125,8 +125,9 @@ class Sampler:
         return tokens.view(keys.shape)
 
     def keep(self, likely: Tensor) -> Tensor:
-        """[..., m] probabilities in descending order -> the same, with 0 in the place of those that the rules
-        leave out. Top-k keeps all that are equal to the last one, as transformers does.
+        """Set probabilities that the rules leave out to 0: [..., m] in descending order -> [..., m].
+
+        Top-k keeps all that are equal to the last one, as transformers does.
         """
         if 0 < self.top_k < likely.shape[-1]:
             likely = likely.where(likely >= likely[..., self.top_k - 1, None], 0.0)
@@ -142,11 +143,11 @@ class Sampler:
         return likely
 
     def _sample_likely(self, probabilities: Tensor, keys: Tensor, is_partial: bool) -> Tensor:
-        """Tokens [n] of probabilities [n, V], among those that the rules keep.
+        """Sample [n] tokens from probabilities [n, V], among the tokens that the rules keep.
 
         Args:
-            is_partial: sort no more than the `_LIKELY` most likely ones where they are enough. On a GPU this
-                takes a read.
+            is_partial: sort the `_LIKELY` most likely tokens alone where they are enough. A GPU would have
+                to read whether they are.
         """
         num = max(_LIKELY, self.top_k + 1)
         is_partial = is_partial and num < probabilities.shape[1]
@@ -159,7 +160,7 @@ class Sampler:
         if is_partial:
             end = kept.count_nonzero(-1)[:, None]
             last, after = (likely.gather(-1, at) for at in ((end - 1).clamp(min=0), end.clamp(max=num - 1)))
-            # `topk` orders equal tokens anyhow, and a row may need more. Each row is decided by itself.
+            # `topk` has no fixed order of equal tokens, and a row may need more. Each row decides alone.
             unsure = (last > after).logical_not().nonzero()[:, 0]
             if len(unsure) == len(keys):
                 return self._sample_likely(probabilities, keys, is_partial=False)
@@ -170,7 +171,9 @@ class Sampler:
 
 
 def _pick(kept: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
-    """[n] of ids [n, m], one with each key, by their probabilities in descending order; 0: never."""
+    """[n] tokens, one of each row of ids [n, m], by the row's key and probabilities [n, m] in descending
+    order. A probability of 0 is never picked.
+    """
     if kept.device.type == "cpu":  # noise of kept ids only
         most = max(1, int(kept.count_nonzero(-1).max()))
         kept = kept[:, :most].contiguous()
@@ -180,11 +183,12 @@ def _pick(kept: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
 
 
 def leading_matches(drafted: Sequence[float], tokens: Sequence[float], lengths: Sequence[int]) -> list[int]:
-    """[B] the accepted tokens of each draft: those before the first one that is not the target's.
+    """[B] accepted tokens of each draft: the ones before the first difference from the target's tokens.
 
     Args:
-        drafted: ids, row by row; `lengths` [B] of each row.
-        tokens: ids of the target, row by row, one more of each row.
+        drafted: [K] ids, row by row.
+        tokens: [K + B] ids of the target, row by row: one more than drafted in each row.
+        lengths: [B] drafted tokens of each row.
     """
     accepted = []
     start = 0

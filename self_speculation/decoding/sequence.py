@@ -27,7 +27,7 @@ _NO_TOKEN = "no token can be picked: the largest logit is infinite; do logits pr
 class Failure(NamedTuple):
     """The first error of a round. It is raised only if the output reaches this position."""
 
-    position: int  # 0, 1, ... after the output and as many drafted tokens
+    position: int  # of the failed token: 0 is the first one after the output
     error: Exception
 
 
@@ -47,9 +47,11 @@ class Limits:
         self.criteria = as_list(request.stopping_criteria)
         self._checks = as_list(request.stop_checks)
 
-    def reached_by(self, sequence: Sequence, logits: Tensor, number: int) -> StopReason | None:
-        """Why an output ends after the last token, of number `number` of processed logits [N, V]; None: it
-        goes on.
+    def reached_by(self, sequence: Sequence, logits: Tensor, index: int) -> StopReason | None:
+        """Why the output ends after the last token; None: it goes on.
+
+        Args:
+            logits: [N, V] processed; row `index` belongs to the last token.
         """
         tokens = sequence.tokens
         if tokens[-1] in self.end_ids:
@@ -59,7 +61,7 @@ class Limits:
                 return "stop_word"
         for met in self.criteria:
             # One by one: only a result on a GPU has to be waited for.
-            if torch.as_tensor(met(sequence.history(), logits[number : number + 1])).any():
+            if torch.as_tensor(met(sequence.history(), logits[index : index + 1])).any():
                 return "stopping_criteria"
         if sequence.length < self.max_length:
             return None
@@ -67,7 +69,7 @@ class Limits:
 
 
 class TokenStream:
-    """Hands tokens to a streamer, and drafted ones to a streamer that can delete them; None: to nobody."""
+    """Hands tokens to a streamer, if there is one, and drafted tokens to a streamer that can delete them."""
 
     def __init__(self, streamer: BaseStreamer | None) -> None:
         self._streamer = streamer
@@ -102,7 +104,7 @@ class TokenStream:
 class Sequence:
     """Prompt and output of one request, on the host.
 
-    The device has the ids of the prompt. With processors or criteria it has the output, too, and with
+    The prompt's ids are on the device, too. For processors and criteria the output is there as well, and for
     processors the draft.
 
     Args:
@@ -136,7 +138,7 @@ class Sequence:
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
         self._failure: Failure | None = None  # of this round
-        self.is_damaged = False  # keys and values may be NaN, beyond the end, too
+        self.is_damaged = False  # keys and values may be NaN, also after the end
         self.sampler = Sampler.of(config)
         self._seed = request.seed or 0
         if request.seed is None and not self.sampler.greedy:
@@ -147,7 +149,7 @@ class Sequence:
         self.draft_stats = DraftStats() if has_drafts else None
         self.processors = request.processors(config)
         self._has_grammar = any(hasattr(processor, "masked") for processor in self.processors)
-        # This round's draft: ids that the host knows, or a read of several and the index of one.
+        # This round's draft: each token as an id, or as a read of several tokens and an index in it.
         self._drafted: list[int | tuple[AsyncRead, int]] = []
         self._ids = torch.empty(1, self.limits.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(self.prompt)] = on_device(self.prompt, device)
@@ -203,13 +205,13 @@ class Sequence:
         return noise_key(self._seed, len(self.tokens) + offset)
 
     def history(self, num_drafted: int = 0) -> Tensor:
-        """[1, prompt + output + draft] ids. Only the prompt is valid without processors and criteria."""
+        """[1, prompt + output + draft] ids. Without processors and criteria only the prompt is valid."""
         return self._ids[:, : self.length + num_drafted]
 
     def process(self, logits: Tensor, num_drafted: int) -> Tensor:
-        """[n, V] logits in fp32, processed, one row [1, V] at a time.
+        """Process logits [n, V], one row [1, V] at a time; the result is in fp32.
 
-        Row i follows the history with `num_drafted + i` drafted tokens. Where processors raise, it stays
+        Row i follows the history and `num_drafted + i` drafted tokens. If a processor raises, the row stays
         unprocessed, and the round has a `Failure`.
         """
         logits = logits.float()
@@ -286,9 +288,9 @@ class Sequence:
 
         Args:
             tokens: the accepted ones of a draft and one more.
-            logits: [N, V] processed, from number `first` on those of the tokens. Only criteria see them: a
-                view of each takes the host longer than the rest.
-            num_drafted: tokens that `source` drafted in this round; None: no verification.
+            logits: [N, V] processed; row `first` belongs to the first of the tokens. Only criteria read rows:
+                to slice one takes the host longer than all else here.
+            num_drafted: tokens that `source` drafted in this round; None: no draft was verified.
         """
         failure = self._failure
         self._failure = None

@@ -23,8 +23,8 @@ class DraftComposer:
     Reads nothing from the device; the sources may.
 
     Args:
-        sources: sources of layers share a head. A row takes the longest match of the lookups, and of equal
-            ones that of the first source.
+        sources: a row takes the longest match of the lookups; of equally long ones, the first source's.
+            Sources of layers share a head.
         policy: plans rounds and learns from them; None: a row without a match has a draft of the source that
             computes, and all drafts are as long as the limits.
 
@@ -82,8 +82,8 @@ class DraftComposer:
         return draft
 
     def _look_up(self, sequence: Sequence, limit: int) -> Match | None:
-        """The longest match, and at most `limit` tokens to draft, up to one that the model lacks or a grammar
-        forbids: verification would reject it.
+        """The longest match, with at most `limit` tokens to draft. It ends before a token that verification
+        would reject: one that the model lacks or a grammar forbids.
         """
         found = [match for each in self._lookups if limit and (match := each.find(sequence, limit))]
         if not found:
@@ -112,9 +112,9 @@ class DraftComposer:
 
 
 def _with_lookups(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None]) -> Draft:
-    """A draft with the ids of a match in each row that has one. A row without a match keeps the draft.
+    """Replace the draft of each row that has a match by the ids of the match.
 
-    All layers verify it, since no layer has processed all rows. Reads nothing from the device.
+    All layers verify the result, since no layer has processed all rows. Reads nothing from the device.
     """
     ids = [[*match.ids] if match else [] for match in matches]  # [B]
     looked_up = on_device([id_ for found in ids for id_ in found], batch.last_tokens.device)

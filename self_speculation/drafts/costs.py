@@ -29,7 +29,7 @@ class DecayedMean:
 
     Args:
         prior: the mean without observations.
-        prior_strength: the prior counts as so many observations.
+        prior_strength: number of observations that the prior counts as.
     """
 
     def __init__(self, prior: float, prior_strength: float = 2.0) -> None:
@@ -59,22 +59,24 @@ def draft_ratio(model: PreTrainedModel, exit_layer: int, draft_weights: DraftWei
     head = model.get_output_embeddings().weight.nbytes / _bytes_per_layer(model)
     if draft_weights == "exact":
         return (exit_layer + head) / (len(layers) + head)
-    of_layers = mean_bytes_per_weight(layers[0])
-    of_head = mean_bytes_per_weight(model.get_output_embeddings())
-    read = exit_layer / of_layers + head / of_head
+    layer_bytes = mean_bytes_per_weight(layers[0])
+    head_bytes = mean_bytes_per_weight(model.get_output_embeddings())
+    read = exit_layer / layer_bytes + head / head_bytes
     return copy_bytes_per_weight(model) * _costs(model, draft_weights)[0] * read / (len(layers) + head)
 
 
 def _bytes_per_layer(model: PreTrainedModel) -> float:
-    """The mean bytes per layer that a pass over one token reads. Weights in three dimensions are experts'
-    and count by the share of experts that a token takes. All layers of a dense model are alike.
+    """Mean bytes that a pass over one token reads in a layer. Experts' weights have three dimensions and
+    count by the share of experts that a token takes. All layers of a dense model are alike.
     """
     layers = model.base_model.layers
     chosen = experts_per_token(model.config)
-    asked = layers[:1] if chosen is None else layers
+    counted = layers[:1] if chosen is None else layers
     share = 1.0 if chosen is None else chosen / model.config.num_experts
-    weights = (w for layer in asked for w in (*layer.parameters(), *layer.buffers()))  # few bits are buffers
-    return sum(weight.nbytes * (share if weight.dim() == 3 else 1.0) for weight in weights) / len(asked)
+    weights = (
+        w for layer in counted for w in (*layer.parameters(), *layer.buffers())
+    )  # few bits are buffers
+    return sum(weight.nbytes * (share if weight.dim() == 3 else 1.0) for weight in weights) / len(counted)
 
 
 # Cost of a pass over n tokens by what computes it, in units of the time to read the weights; linear in
@@ -158,7 +160,7 @@ class PassTimes:
         self._drafts: defaultdict[str, dict[int, DecayedMean]] = defaultdict(dict)
 
     def verify_seconds(self, num_rows: int) -> Callable[[int], float]:
-        """Number of tokens -> the time of a pass over so many tokens of `num_rows` rows."""
+        """A function: number of tokens, of `num_rows` rows together -> seconds of a pass over them."""
         plain, slope = self._plain_and_slope(num_rows)
         cost = self._pass_cost
         fixed = plain - slope
@@ -168,8 +170,11 @@ class PassTimes:
     def draft_seconds(
         self, num_rows: int, estimates: Mapping[str, Callable[[int], float]]
     ) -> Callable[[str, int], float]:
-        """Source, number of drafting rows -> the time of a pass that drafts, of `num_rows` rows together. For
-        the estimates see `DraftCost.draft_step`.
+        """A function: source, number of rows that draft -> seconds of a pass that drafts a token of each.
+
+        Args:
+            num_rows: of the batch.
+            estimates: of each source, see `DraftCost.draft_step`.
         """
         unit = self._unit(num_rows)
         return lambda source, rows: unit * self._ratio(source, rows) * estimates[source](rows)
@@ -182,14 +187,19 @@ class PassTimes:
         seconds: float,
         estimate: Callable[[int], float],
     ) -> None:
-        """Learn the time of the passes of a draft, see `draft_seconds`; passes: rows of each in turn."""
+        """Learn the time of a draft.
+
+        Args:
+            passes: number of rows of each pass.
+            seconds: of all passes.
+        """
         ratio = seconds / (self._unit(num_rows) * sum(map(estimate, passes)))
         expected = self._ratio(source, passes[0])
         known = self._drafts[source].setdefault(passes[0], DecayedMean(expected))
         known.add(self._bounded(ratio, expected))
 
     def add_verification(self, num_rows: int, num_tokens: int, seconds: float) -> None:
-        """Learn the time of a verification of so many tokens together."""
+        """Learn the time of a verification; num_tokens: of all rows."""
         seconds = self._bounded(seconds, self.verify_seconds(num_rows)(num_tokens))
         weight = 1.0 if num_rows in self._lines else 0.1  # the first round may include warm-up
         excess = self._pass_cost(num_tokens) / self._pass_cost(num_rows) - 1.0
@@ -201,8 +211,8 @@ class PassTimes:
         return known[min(known, key=lambda rows: abs(rows - num_rows))].value if known else 1.0
 
     def _plain_and_slope(self, num_rows: int) -> tuple[float, float]:
-        """Seconds of a plain step of so many rows, and seconds per excess of one: scaled from the nearest
-        number of rows that was measured.
+        """Seconds of a plain step of `num_rows` rows, and more seconds for an excess of one. Both are scaled
+        from the nearest number of rows that was measured.
         """
         if not self._lines:
             return self._pass_cost(num_rows), self._pass_cost(num_rows)
@@ -211,7 +221,7 @@ class PassTimes:
         return ratio * self._lines[nearest].plain, ratio * self._lines[nearest].slope
 
     def _unit(self, num_rows: int) -> float:
-        """Seconds of a plain step of one row, by passes over so many rows."""
+        """Seconds of a plain step of one row, as passes over `num_rows` rows tell."""
         return self._plain_and_slope(num_rows)[0] / self._pass_cost(num_rows)
 
     def _bounded(self, measured: float, expected: float) -> float:

@@ -26,7 +26,7 @@ class DraftCost:
             None: no cost, since no layer runs.
         priors: [i] expected acceptance of a token after i matched ones; the last entry is also for longer
             matches. Layers have [0] alone.
-        prior_strength: the priors count as so many observations.
+        prior_strength: number of observations that each prior counts as.
     """
 
     draft_step: Callable[[int], float] | None = None
@@ -41,17 +41,17 @@ class Draft:
     sources: abc.Sequence[str | None]  # [B] names; None: no source
     tokens: Tensor  # [K] of the first row, then of the second one, and so on
     lengths: abc.Sequence[int]  # [B] tokens of each row, K together
-    # The first layer of verification: the full model's layers before it have run on the draft. It is 0 if
-    # a copy has drafted.
+    # The first layer of verification. The model's layers before it have run over the draft; 0: a copy has
+    # drafted, or nothing has.
     start_layer: int = 0
-    # [K, H] the input of that layer, row by row: of the last token of the output, and of all drafted ones but
-    # the last. None: `start_layer` is 0.
+    # [K, H] the input of that layer, row by row, for the last token of the output and for all drafted tokens
+    # but the last one. None: `start_layer` is 0.
     exit_hidden: Tensor | None = None
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams
 
     @property
     def query_lengths(self) -> list[int]:
-        """[B] tokens that verification processes, N together: one more than are drafted."""
+        """[B] tokens of each row in the verification, N together: the drafted ones and one more."""
         return [1 + length for length in self.lengths]
 
 
@@ -64,7 +64,7 @@ def row_by_row(*parts: tuple[Tensor, abc.Sequence[int]]) -> Tensor:
     if len(parts[0][1]) == 1:
         return torch.cat([entries for entries, _ in parts])
     split = [entries.split([*counts]) for entries, counts in parts]
-    return torch.cat([each for of_row in zip(*split, strict=True) for each in of_row])
+    return torch.cat([part for row_parts in zip(*split, strict=True) for part in row_parts])
 
 
 class DraftSource(ABC):

@@ -215,7 +215,7 @@ class AdaptivePolicy:
 
         Args:
             accepted: [B] tokens of each row.
-            seconds: of drafting and of verifying; None: they are not typical.
+            seconds: to draft and to verify; None: the round was not typical.
         """
         with self._stats.lock:
             stats = self._stats
@@ -239,8 +239,8 @@ class AdaptivePolicy:
             times = stats.times
             draft_seconds, verify_seconds = seconds
             for source in self._draft_steps.keys() & {*draft.sources}:
-                of_source = [n for n, name in zip(drafted, draft.sources, strict=True) if name == source]
-                if passes := [sum(length > i for length in of_source) for i in range(max(of_source))]:
+                lengths = [n for n, name in zip(drafted, draft.sources, strict=True) if name == source]
+                if passes := [sum(length > i for length in lengths) for i in range(max(lengths))]:
                     times.add_drafts(source, num_rows, passes, draft_seconds, self._draft_steps[source])
             times.add_verification(num_rows, sum(draft.query_lengths), verify_seconds)
 

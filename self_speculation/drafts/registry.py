@@ -21,9 +21,9 @@ from self_speculation.passes.runners import is_captured
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4
 
-# Prior acceptance of a copy of all layers, and the prior's weight: two rejections must not rule the copy out.
+# Prior acceptance of a copy of all layers. It is strong, so that two rejections do not rule the copy out.
 _COPY_PRIOR = (0.95,)
-_TRUST_IN_COPY = 6.0
+_COPY_PRIOR_STRENGTH = 6.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DraftContext:
 
 
 def draft_sources(context: DraftContext) -> list[DraftSource | LookupDrafts]:
-    """The sources that the config asks for. Of equally long matches, a row takes that of the first source."""
+    """The sources that the config asks for. Of equally long matches, a row takes the first source's."""
     sources: list[DraftSource | LookupDrafts] = [*_layer_drafts(context)]
     if context.config.looks_up:
         sources.append(TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH))
@@ -98,7 +98,7 @@ def _layer_drafts(context: DraftContext) -> Iterator[LayerDrafts]:
     for layer in context.exit_layers:
         cost = DraftCost(draft_step(layer), prior_strength=1.0)  # one good trial is enough
         if is_whole := layer == num_layers:
-            cost = replace(cost, priors=_COPY_PRIOR, prior_strength=_TRUST_IN_COPY)
+            cost = replace(cost, priors=_COPY_PRIOR, prior_strength=_COPY_PRIOR_STRENGTH)
         yield LayerDrafts(drafter, layer, weights, cost, is_whole)
 
 

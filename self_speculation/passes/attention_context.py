@@ -32,9 +32,9 @@ class AttentionTables:
         self.reserve(1)
 
     def reserve(self, num_positions: int) -> None:
-        """Have tables of at least so many positions."""
+        """Make the tables at least `num_positions` long."""
         if num_positions > self._size:
-            # Twice as many, so that a longer and longer text rarely grows them. Only padding is beyond the
+            # Twice as long, so that a growing text rarely needs longer ones. Only padding is beyond the
             # context.
             size = max(num_positions, min(2 * num_positions, self._context))
             positions = torch.arange(size, device=self.device)[None].clamp_(max=self._context - 1)
@@ -47,7 +47,7 @@ class AttentionTables:
             self._size = size
 
     def cos_sin(self, rotation: str | None, num_positions: int) -> Tensor:
-        """[2, at least so many positions, head_dim]"""
+        """cos and sin: [2, at least num_positions, head_dim]."""
         self.reserve(num_positions)
         return self._tables[rotation]
 
@@ -132,8 +132,8 @@ def cos_and_sin(
     module: nn.Module, like: Tensor, positions: Tensor, rotation: str | None
 ) -> tuple[Tensor, Tensor]:
     """[1, P, head_dim] each, by the rotary embedding of a model, for positions [1, P]."""
-    of_type = {} if rotation is None else {"layer_type": rotation}
-    return module(like, position_ids=positions, **of_type)
+    layer_type = {} if rotation is None else {"layer_type": rotation}
+    return module(like, position_ids=positions, **layer_type)
 
 
 def causal_mask(positions: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -136,9 +136,9 @@ class InPlaceRunner(ModelRunner):
                 max(0, min(end, row_end) - max(begin, row_end - width))
                 for row_end, width in zip(ends, query_lengths, strict=True)
             ]
-            of_rows = enumerate(zip(cache.lengths(start_layer), parts, strict=True), cache.first_slot)
+            by_slot = enumerate(zip(cache.lengths(start_layer), parts, strict=True), cache.first_slot)
             prefixes = cache.buffers.shared_prefixes
-            rows = [(slot, length, part, *prefixes[slot]) for slot, (length, part) in of_rows if part]
+            rows = [(slot, length, part, *prefixes[slot]) for slot, (length, part) in by_slot if part]
             longest = max(length + part for _, length, part, *_ in rows)
             torch.ops.self_speculation.run_layers.default(
                 piece,

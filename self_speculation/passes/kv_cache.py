@@ -107,7 +107,7 @@ class Buffers:
         return (part for pair in self.by_layer.values() for part in pair)
 
     def reserve(self, num_positions: int, least: int) -> None:
-        """Have a capacity of so many positions, or of as many as fit in memory.
+        """Raise the capacity to `num_positions`, or as far as memory allows.
 
         Raises:
             MemoryError: `least` positions do not fit, in all layers.
@@ -165,7 +165,7 @@ class Buffers:
         return min(part.shape[2] for part in self.all()) if has_all else 0
 
     def _fit(self, wanted: int, least: int) -> int:
-        """So many positions, or as many as fit. Raises MemoryError if `least` do not."""
+        """The capacity that fits in memory, at most `wanted`. Raises MemoryError if `least` does not fit."""
         for device, num_layers in Counter(self._devices).items():
             position = 2 * num_layers * math.prod(self.key_shape) * self.dtype.itemsize  # of a slot
             taken = sum(part.nbytes for part in self.all() if part.device == device)
@@ -292,7 +292,7 @@ class KVCache:
         return [part for pair in pairs for part in pair]
 
     def extend(self, start_layer: int, end_layer: int, query_lengths: Sequence[int]) -> None:
-        """Add so many positions to each row, [B], in layers [start_layer:end_layer], which have them now."""
+        """Count the new positions [B] that layers [start_layer:end_layer] have written for each row."""
         longer = [sum(pair) for pair in zip(self.lengths(start_layer), query_lengths, strict=True)]
         self._lengths[start_layer:end_layer] = [longer] * (end_layer - start_layer)
 
@@ -313,7 +313,7 @@ class KVCache:
         self._lengths = [self._committed] * len(self._lengths)
 
     def prompt_view(self, slot: int, lengths: Sequence[int] = (0,)) -> KVCache:
-        """A view of this slot and those after it, to prefill them after so many positions of each."""
+        """A view of the slots from this one on, to read prompts; lengths: positions that each has already."""
         view = copy.copy(self)
         view.first_slot = slot
         view.is_prompt = True

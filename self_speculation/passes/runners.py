@@ -39,7 +39,7 @@ def fuse(model: PreTrainedModel) -> int:
 
     Plain layers of Llama's layout with sdpa attention are replaced; quantised, offloaded, hooked and
     adapter-wrapped modules are not. On a CPU a model is replaced as a whole or not at all, and the output is
-    that of a float32 model.
+    a float32 model's.
 
     Call it again after a change that `weights_key` does not see: a write through `.data`, a hook, another
     `forward`, activation, buffer or number. What was made of the model is then made anew. For a model
