@@ -124,8 +124,8 @@ class KernelSteps:
             return {"none": runner.why_no_kernels}
         found = {}
         names = ("queries, keys, values", "output", "gate and up", "down")
-        kinds = {name: [layer.products[i] for layer in runner.layers] for i, name in enumerate(names)}
-        for name, products in {**kinds, "head": [runner.head.product]}.items():
+        kinds = {name: [layer.linears[i] for layer in runner.layers] for i, name in enumerate(names)}
+        for name, products in {**kinds, "head": [runner.head.linear]}.items():
             for tokens in (1, 8):
                 like = runner.tables.like
                 x = torch.randn(tokens, products[0].in_features, dtype=like.dtype, device=like.device)

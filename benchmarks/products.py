@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from self_speculation.weights.few_bits import linear
+from self_speculation.weights.few_bits import apply_linear
 from self_speculation.weights.int4_linear import int4_copy
 from self_speculation.weights.kernels import cpu_operators
 
@@ -74,7 +74,7 @@ def made(name: str, num_layers: int) -> list[Any]:
 @torch.inference_mode()
 def products(linears: list[Any], inputs: dict[int, Tensor]) -> None:
     for each in linears:
-        linear(inputs[each.in_features], each)
+        apply_linear(inputs[each.in_features], each)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -94,12 +94,12 @@ class JointLinear:
             zeros = [self.weight.new_zeros(each.out_features) for each in modules]
             pairs = zip(modules, zeros, strict=True)
             self.bias = _side_by_side([zero if each.bias is None else each.bias for each, zero in pairs])
-        self._transposed = self.weight.t()  # a call less for each product
+        self._transposed = self.weight.t()  # once: `t()` is a call
         self.out_features, self.in_features = self.weight.shape
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = torch.mm(x, self._transposed)
-        return product if self.bias is None else product.add_(self.bias)
+        outputs = torch.mm(x, self._transposed)
+        return outputs if self.bias is None else outputs.add_(self.bias)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden += x W^T + b"""
@@ -123,7 +123,7 @@ def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
 
 
 class FusedLayer(LlamaLayer):
-    """A decoder layer of queries, keys and values in one product, and of gates and what they gate in one."""
+    """A decoder layer with one joint linear of queries, keys and values, and one of gates and ups."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
@@ -132,7 +132,7 @@ class FusedLayer(LlamaLayer):
         weight = attention.q_proj.weight
         self._has_flash = why_no_kernels(weight.device, weight.dtype, self.head_dim) is None
         self._num_rotated = self.num_heads + self.num_kv_heads
-        self.products = (
+        self.linears = (
             JointLinear(attention.q_proj, attention.k_proj, attention.v_proj),
             JointLinear(attention.o_proj),
             JointLinear(mlp.gate_proj, mlp.up_proj),
@@ -143,7 +143,7 @@ class FusedLayer(LlamaLayer):
     def __call__(self, hidden: Tensor, context: AttentionContext | DecodeContext) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
         norms = self.norms
-        qkv, out, gate_up, down = self.products
+        qkv, out, gate_up, down = self.linears
         joint = qkv(norms["input"](hidden))
         if isinstance(context, DecodeContext):
             attended = context.attend(joint, self.index, norms["query"], norms["key"], self.scaling)
@@ -152,11 +152,11 @@ class FusedLayer(LlamaLayer):
         hidden = _add(hidden, out, attended, norms["attended"])
         joint = gate_up(norms["mlp"](hidden))
         if isinstance(context, DecodeContext) and self.is_gelu is not None:
-            product = torch.ops.self_speculation.gated.default(joint, self.is_gelu)
+            gated = torch.ops.self_speculation.gated.default(joint, self.is_gelu)
         else:
-            gate, up = joint.split_with_sizes((self.mlp_width, self.mlp_width), 1)
-            product = self._activate(gate).mul_(up)
-        return _add(hidden, down, product, norms["output"])
+            gate, up = joint.split_with_sizes((self.intermediate_size, self.intermediate_size), 1)
+            gated = self._activate(gate).mul_(up)
+        return _add(hidden, down, gated, norms["output"])
 
     def _attended(self, joint: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, (heads + 2 kv_heads) * head_dim] -> [B * T, heads * head_dim], by kernels of torch."""
@@ -198,11 +198,11 @@ def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float)
     return attend(queries, keys, values, 0.0, True, scale=scale)[0]
 
 
-def _add(hidden: Tensor, product: Any, x: Tensor, norm: RMSNorm | None) -> Tensor:
-    """hidden + norm(product(x)), in place; None: without a norm."""
+def _add(hidden: Tensor, linear: Any, x: Tensor, norm: RMSNorm | None) -> Tensor:
+    """hidden + norm(linear(x)), in place; None: without a norm."""
     if norm is not None:
-        return hidden.add_(norm(product(x)))
-    return product.add_to(hidden, x) if isinstance(product, JointLinear) else hidden.add_(product(x))
+        return hidden.add_(norm(linear(x)))
+    return linear.add_to(hidden, x) if isinstance(linear, JointLinear) else hidden.add_(linear(x))
 
 
 class JointWeights(FusedWeights):

@@ -1,10 +1,9 @@
 """Passes on a CPU: one operator for a range of layers, over weights where they lie.
 
 The bits of a token do not depend on the pass: prompts in any pieces, drafts, verifications, plain steps and
-batches agree exactly. A pass reads tokens of a prompt or of output (`KVCache.is_prompt`). Those of a prompt
-may be rounded, see `rounds_prompts`.
-Nothing is made of the weights, but transposed ones are laid out by rows once. Activations are float32
-whatever format weights have.
+batches agree exactly. A pass reads tokens of a prompt or of output (`KVCache.is_prompt`). Tokens of a prompt
+may be rounded, see `rounds_prompts`. Activations are float32 for every format of weights. No weight is
+copied; a transposed one is laid out by rows once.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.layers import FusedWeights, Head, Layer, LlamaLayer, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.unsupported_hooks import difference
-from self_speculation.weights.few_bits import NONE, is_in_few_bits, linear
+from self_speculation.weights.few_bits import NONE, apply_linear, is_in_few_bits
 from self_speculation.weights.kernels import cpu_operators
 
 
@@ -34,31 +33,31 @@ def rounds_prompts(model: PreTrainedModel) -> bool:
 
 
 class InPlaceLayer(LlamaLayer):
-    """A layer that the operator computes. Its products are modules."""
+    """A layer that the operator computes. Linear modules are those of the model."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
         attention = layer.self_attn
         mlp = layer.mlp
-        self.products = [
+        self.linears = [
             attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
             mlp.gate_proj, mlp.up_proj, mlp.down_proj,
         ]  # fmt: skip
 
     def tensors(self) -> list[Tensor]:
-        """All that the operator reads, in the operator's order."""
-        parts = [norm and norm.weight for norm in self.norms.values()]
-        for product in self.products:
-            parts += [product.weight, product.bias]
-        return [NONE if part is None else part for part in parts]
+        """All tensors that the operator reads, in the operator's order."""
+        found = [norm and norm.weight for norm in self.norms.values()]
+        for linear in self.linears:
+            found += [linear.weight, linear.bias]
+        return [NONE if tensor is None else tensor for tensor in found]
 
     def description(self, window: int | None, rotation: int) -> tuple[list[int | None], list[float]]:
         """Integers and factors of the operator's `Layer`, see cpp/layers.cpp.
 
         Args:
-            rotation: the number of the tables of rotation.
+            rotation: index of the tables of rotation.
         """
-        sizes = [self.num_heads, self.num_kv_heads, self.mlp_width, window or 0, rotation]
+        sizes = [self.num_heads, self.num_kv_heads, self.intermediate_size, window or 0, rotation]
         epsilons = [norm.epsilon if norm else 0.0 for norm in self.norms.values()]
         return [*sizes, self.is_gelu, self.norms["input"].is_centred], [self.scaling, *epsilons]
 
@@ -69,12 +68,12 @@ class InPlaceHead(Head):
     norm: RMSNorm
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.product, self.norm)
+        return apply_linear(hidden, self.linear, self.norm)
 
 
 class InPlaceWeights(FusedWeights):
-    """The operator has all layers and the head of a model, or none. With a mixture, a token's bits would
-    depend on the pass. If it has none of a model in 16 bits, layers of transformers compute in 16 bits.
+    """The operator computes all layers and the head of a model, or none of them: with a mixture, a token's
+    bits would depend on the pass. Without the operator, layers of transformers compute in the model's dtype.
     """
 
     def replace(self, model: PreTrainedModel) -> None:
@@ -107,14 +106,14 @@ class InPlaceRunner(ModelRunner):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        # (start_layer, end_layer) -> the handle of the operator's descriptions, and the kinds of rotation.
+        # (start_layer, end_layer) -> the handle of the layers' descriptions, and the kinds of rotation.
         self._ranges = dict[tuple[int, int], tuple[Tensor, list[str | None]]]()
 
     def with_layers(self, layers: Sequence[Layer], head: Head) -> ModelRunner:
-        other = super().with_layers(layers, head)
-        assert isinstance(other, InPlaceRunner)
-        other._ranges = {}
-        return other
+        runner = super().with_layers(layers, head)
+        assert isinstance(runner, InPlaceRunner)
+        runner._ranges = {}
+        return runner
 
     def run_layers(
         self, cache: KVCache, hidden: Tensor, query_lengths: Sequence[int], start_layer: int, end_layer: int
@@ -122,38 +121,39 @@ class InPlaceRunner(ModelRunner):
         """No padding: the operator takes the tokens that there are."""
         if start_layer == end_layer:
             return hidden
-        # Described once: in each pass the operator looks up where the weights are.
+        # A range is described once; the operator looks up in each pass where the weights are.
         if (start_layer, end_layer) not in self._ranges:
-            self._ranges[start_layer, end_layer] = self._described(start_layer, end_layer)
+            self._ranges[start_layer, end_layer] = self._describe(start_layer, end_layer)
         handle, rotations = self._ranges[start_layer, end_layer]
         states = hidden.contiguous()
-        begin = 0
-        ends = [*accumulate(query_lengths)]  # of each row's tokens
+        piece_begin = 0
+        row_ends = [*accumulate(query_lengths)]
         num_pieces = -(-len(states) // cpu_operators().prompt_tokens)
         for piece in states.tensor_split(num_pieces):  # of nearly equal size
-            end = begin + len(piece)
-            parts = [
-                max(0, min(end, row_end) - max(begin, row_end - width))
-                for row_end, width in zip(ends, query_lengths, strict=True)
+            piece_end = piece_begin + len(piece)
+            row_tokens = [  # tokens of each row in this piece
+                max(0, min(piece_end, row_end) - max(piece_begin, row_end - length))
+                for row_end, length in zip(row_ends, query_lengths, strict=True)
             ]
-            by_slot = enumerate(zip(cache.lengths(start_layer), parts, strict=True), cache.first_slot)
+            rows = enumerate(zip(cache.lengths(start_layer), row_tokens, strict=True), cache.first_slot)
             prefixes = cache.buffers.shared_prefixes
-            rows = [(slot, length, part, *prefixes[slot]) for slot, (length, part) in by_slot if part]
-            longest = max(length + part for _, length, part, *_ in rows)
+            # `Sequence` of cpp/layers.cpp: slot, start, tokens, and the shared prefix.
+            sequences = [(slot, start, tokens, *prefixes[slot]) for slot, (start, tokens) in rows if tokens]
+            longest = max(start + tokens for _, start, tokens, *_ in sequences)
             torch.ops.self_speculation.run_layers.default(
                 piece,
-                torch.tensor(rows),
+                torch.tensor(sequences),
                 cache.is_prompt,
                 handle,
-                cache.make_room(start_layer, end_layer, parts),
+                cache.make_room(start_layer, end_layer, row_tokens),
                 [self.tables.cos_sin(rotation, longest) for rotation in rotations],
             )
-            cache.extend(start_layer, end_layer, parts)
-            begin = end
+            cache.extend(start_layer, end_layer, row_tokens)
+            piece_begin = piece_end
         return states
 
-    def _described(self, start_layer: int, end_layer: int) -> tuple[Tensor, list[str | None]]:
-        """Layers [start_layer:end_layer] as the operator has them."""
+    def _describe(self, start_layer: int, end_layer: int) -> tuple[Tensor, list[str | None]]:
+        """A handle of layers [start_layer:end_layer] for the operator, and the kinds of rotation."""
         layers = self.layers[start_layer:end_layer]
         kinds = self.attention_types[start_layer:end_layer]
         rotations = [*dict.fromkeys(kind.rotation for kind in kinds)]

@@ -31,34 +31,34 @@ class Layer:
     """A decoder layer.
 
     Attributes:
-        products: what computes x W^T + b, each with `weight` and `bias`.
+        linears: modules that compute x W^T + b, each with `weight` and `bias`.
     """
 
-    products: Sequence[Any]
+    linears: Sequence[Any]
 
-    def with_products(self, products: Mapping[Any, Any]) -> Layer:
-        """A layer with `products[product]` in place of each product, and with all else of this one."""
-        other = copy.copy(self)
-        other.products = [products[product] for product in self.products]
-        return other
+    def with_linears(self, replacements: Mapping[Any, Any]) -> Layer:
+        """A copy of this layer with `replacements[linear]` in place of each linear module."""
+        copied = copy.copy(self)
+        copied.linears = [replacements[linear] for linear in self.linears]
+        return copied
 
 
 class Head:
     """Final norm and head: [T, H] -> [T, V]."""
 
-    def __init__(self, norm: Callable[[Tensor], Tensor], product: Any) -> None:
+    def __init__(self, norm: Callable[[Tensor], Tensor], linear: Any) -> None:
         self.norm = norm
-        self.product = product
+        self.linear = linear
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.product(self.norm(hidden))
+        return self.linear(self.norm(hidden))
 
 
 class PlainHead(Head):
     """Final norm and head of transformers, whose hooks see a batch."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.product(self.norm(hidden[None]))[0]
+        return self.linear(self.norm(hidden[None]))[0]
 
 
 class PlainLayer(Layer):
@@ -66,7 +66,7 @@ class PlainLayer(Layer):
 
     def __init__(self, layer: nn.Module) -> None:
         self.module = layer
-        self.products = [part for part in layer.modules() if type(part) in (nn.Linear, FewBitsLinear)]
+        self.linears = [module for module in layer.modules() if type(module) in (nn.Linear, FewBitsLinear)]
 
     def __call__(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """[B * T, H] -> [B * T, H]; appends keys and values to the cache of the pass."""
@@ -78,8 +78,8 @@ class PlainLayer(Layer):
             use_cache=True,
         ).flatten(0, 1)
 
-    def with_products(self, products: Mapping[Any, Any]) -> Layer:
-        return PlainLayer(_with_modules(self.module, products))
+    def with_linears(self, replacements: Mapping[Any, Any]) -> Layer:
+        return PlainLayer(_with_modules(self.module, replacements))
 
 
 def _with_modules(module: nn.Module, modules: Mapping[Hashable, nn.Module]) -> nn.Module:
@@ -122,7 +122,7 @@ def _is_gelu(activation: nn.Module) -> bool | None:
 
 
 class LlamaLayer(Layer):
-    """Shapes, norms and products of a decoder layer of Llama's layout. Subclasses compute it."""
+    """Shapes and norms of a decoder layer of Llama's layout. Subclasses compute it."""
 
     def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
@@ -133,7 +133,7 @@ class LlamaLayer(Layer):
         self.num_heads, self.num_kv_heads = (
             projection.out_features // self.head_dim for projection in (attention.q_proj, attention.k_proj)
         )
-        self.mlp_width = mlp.gate_proj.out_features
+        self.intermediate_size = mlp.gate_proj.out_features
         self.is_gelu = _is_gelu(mlp.act_fn)
         # A family that norms results of attention and MLP, too, has this name for the norm of attention.
         before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
@@ -159,7 +159,7 @@ class FusedWeights:
         token: a unique object, which identifies these weights while it is kept.
         replaced: module of the model -> layer or head of this library; `lm_head` -> head.
         dtype: of activations, keys, values and logits.
-        copies: of products, in four bits.
+        copies: linear module -> the copy in four bits.
         counts_writes: whether torch counts writes to all weights.
     """
 

@@ -21,7 +21,7 @@ from self_speculation.passes.runners import eager_runner
 from self_speculation.passes.unsupported_hooks import difference
 from self_speculation.progress import progress
 from self_speculation.threads import most_threads, one_thread
-from self_speculation.weights.few_bits import FewBitsLinear, eight_bits, linear, mean_bytes_per_weight
+from self_speculation.weights.few_bits import FewBitsLinear, apply_linear, eight_bits, mean_bytes_per_weight
 from self_speculation.weights.int4_linear import (
     BYTES_PER_WEIGHT,
     copy_bytes,
@@ -45,7 +45,7 @@ _INT4_ON_A_GPU = 2.0 * 95 / 187
 
 
 def copy_bytes_per_weight(model: PreTrainedModel) -> float:
-    """Bytes per weight of a copy. On a GPU: bytes that memory delivers while the product runs."""
+    """Bytes per weight of a copy. On a GPU: bytes that memory delivers while the kernel runs."""
     return BYTES_PER_WEIGHT if model.device.type == "cpu" else _INT4_ON_A_GPU
 
 
@@ -118,10 +118,10 @@ def quantized(runner: ModelRunner, num_layers: int) -> ModelRunner:
     head = runner.head
     copies = runner.fused_weights.copies
     with lock(runner.model):
-        products = [*(product for layer in layers for product in layer.products), head.product]
-        _make_copies(runner, num_layers, [product for product in products if product not in copies])
-    copied = [layer.with_products(copies) for layer in layers]
-    return runner.with_layers(copied, CopiedHead(head, copies[head.product]))
+        linears = [*(linear for layer in layers for linear in layer.linears), head.linear]
+        _make_copies(runner, num_layers, [linear for linear in linears if linear not in copies])
+    copied = [layer.with_linears(copies) for layer in layers]
+    return runner.with_layers(copied, CopiedHead(head, copies[head.linear]))
 
 
 class CopiedHead(Head):
@@ -132,19 +132,19 @@ class CopiedHead(Head):
     """
 
     def __init__(self, exact: Head, copied: nn.Module) -> None:
-        super().__init__(exact.norm, exact.product)
+        super().__init__(exact.norm, exact.linear)
         self._copied = copied
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
-        product = self.product
+        linear = self.linear
         logits = self._copied(normed)
         best = logits.topk(min(_COMPUTED_AGAIN, logits.shape[1]), sorted=False).indices  # [T, m]
-        is_dense = not isinstance(product, FewBitsLinear)
-        rows = product.weight[best] if is_dense else product.rows(best.flatten()).view(*best.shape, -1)
+        is_dense = not isinstance(linear, FewBitsLinear)
+        rows = linear.weight[best] if is_dense else linear.rows(best.flatten()).view(*best.shape, -1)
         again = torch.bmm(rows.to(normed), normed[:, :, None])[:, :, 0]
-        if product.bias is not None:
-            again += product.bias[best].to(normed)
+        if linear.bias is not None:
+            again += linear.bias[best].to(normed)
         return logits.scatter_(1, best, again)
 
 
@@ -155,18 +155,18 @@ def _check_plain(runner: ModelRunner, num_layers: int, flag: str) -> None:
         (f"layer {i}", [layer.module]) for i, layer in enumerate(layers) if isinstance(layer, PlainLayer)
     ]
     if isinstance(runner.head, PlainHead):
-        asked.append(("head", [runner.model.base_model.norm, runner.head.product]))
+        asked.append(("head", [runner.model.base_model.norm, runner.head.linear]))
     for name, modules in asked:
         if (why := difference(runner.model, *modules)) is not None:
             only = "only layers and a head without hooks, adapters and quantised weights are rounded"
             raise ValueError(f"{flag}: {name}: {why}; {only}")
 
 
-def _make_copies(runner: ModelRunner, num_layers: int, products: Sequence[Any]) -> None:
-    """Copy each product, on all threads."""
-    if not products:
+def _make_copies(runner: ModelRunner, num_layers: int, linears: Sequence[Any]) -> None:
+    """Copy each linear module, on all threads."""
+    if not linears:
         return
-    sizes = {product: copy_bytes(product) for product in products}
+    sizes = {linear: copy_bytes(linear) for linear in linears}
     if (num_bytes := sum(sizes.values())) > (free := free_memory(runner.device)):
         raise ValueError(
             f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
@@ -174,16 +174,16 @@ def _make_copies(runner: ModelRunner, num_layers: int, products: Sequence[Any]) 
         )
     squares = _input_squares(runner, num_layers)
 
-    def make(product: Any) -> None:
-        module = product.modules[0] if isinstance(product, JointLinear) else product
-        runner.fused_weights.copies[product] = int4_copy(product, squares.get(module))
+    def make(linear: Any) -> None:
+        module = linear.modules[0] if isinstance(linear, JointLinear) else linear
+        runner.fused_weights.copies[linear] = int4_copy(linear, squares.get(module))
 
     # On a CPU one thread makes each copy. No thread waits for another, nor at the end for the head's.
     num_threads = most_threads(runner.model) if runner.device.type == "cpu" else 1
-    largest_first = sorted(products, key=sizes.__getitem__, reverse=True)
+    largest_first = sorted(linears, key=sizes.__getitem__, reverse=True)
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
-        for product, _ in zip(largest_first, pool.map(make, largest_first), strict=True):
-            advance(sizes[product])
+        for linear, _ in zip(largest_first, pool.map(make, largest_first), strict=True):
+            advance(sizes[linear])
 
 
 class _Recorder(nn.Module):
@@ -199,7 +199,7 @@ class _Recorder(nn.Module):
         self._squares[module] = self._squares.get(module, 0) + x.float().flatten(0, -2).square().sum(0)
         if isinstance(module, FewBitsLinear) or module.weight.dtype == x.dtype:
             return module(x)
-        return linear(x.flatten(0, -2), module).view(*x.shape[:-1], -1)
+        return apply_linear(x.flatten(0, -2), module).view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
@@ -211,9 +211,9 @@ def _input_squares(runner: ModelRunner, num_layers: int) -> Mapping[nn.Module, T
     """
     squares: dict[nn.Module, Tensor] = {}
     layers = [PlainLayer(layer) for layer in runner.model.base_model.layers[:num_layers]]
-    recorders = {module: _Recorder(module, squares) for layer in layers for module in layer.products}
+    recorders = {module: _Recorder(module, squares) for layer in layers for module in layer.linears}
     plain = ModelRunner(runner.model, runner.fused_weights)
-    recording = plain.with_layers([layer.with_products(recorders) for layer in layers], runner.head)
+    recording = plain.with_layers([layer.with_linears(recorders) for layer in layers], runner.head)
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.device) * vocabulary // _TOKENS_TO_LEARN
     ids = tokens.view(4, -1).T.reshape(1, -1)  # neighbours are not alike

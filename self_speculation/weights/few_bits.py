@@ -1,7 +1,7 @@
-"""Products by the CPU operator, and modules with quantised weights. The weights come from a `.gguf` file, or
-are rounded here.
+"""`apply_linear`, x W^T by the operator of a CPU, and modules with quantised weights. The weights come from a
+`.gguf` file, or are rounded here.
 
-cpp/few_bits.h has the formats. Inputs are rounded to eight bits, 32 at a time, as llama.cpp does; products
+cpp/few_bits.h has the formats. Inputs are rounded to eight bits, 32 at a time, as llama.cpp does; outputs
 are float32. The bits of a token do not depend on the pass, so prompts, drafts and verifications agree.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-# ggml's number of a format -> its name. The operator keeps the numbers of these formats exactly.
+# ggml's number of a format -> the name. The operator keeps elements in these formats exactly.
 FORMATS = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
     14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
@@ -41,7 +41,7 @@ class _FewBits(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """[n, columns] in float32"""
-        return torch.ops.self_speculation.rows_of_weight(self.weight, ids.long().contiguous(), *self.shape)
+        return torch.ops.self_speculation.dequantize_rows(self.weight, ids.long().contiguous(), *self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -70,7 +70,7 @@ class FewBitsLinear(_FewBits):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x.flatten(0, -2), self).view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return apply_linear(x.flatten(0, -2), self).view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class FewBitsEmbedding(_FewBits):
@@ -91,25 +91,25 @@ class FewBitsEmbedding(_FewBits):
         return rows if self.scale is None else rows * self.scale
 
 
-def linear(x: Tensor, product: Any, norm: Any = None) -> Tensor:
+def apply_linear(x: Tensor, module: Any, norm: Any = None) -> Tensor:
     """x W^T + b, or norm(x) W^T + b, in float32: [T, in] -> [T, out].
 
     Args:
-        product: has W and b.
+        module: has W and b.
         norm: an `RMSNorm`.
     """
-    of_norm = (NONE, 0.0, False) if norm is None else (norm.weight, norm.epsilon, norm.is_centred)
-    bias = NONE if product.bias is None else product.bias
+    norm_arguments = (NONE, 0.0, False) if norm is None else (norm.weight, norm.epsilon, norm.is_centred)
+    bias = NONE if module.bias is None else module.bias
     return torch.ops.self_speculation.linear.default(
-        x.float().contiguous(), *of_norm, product.weight, bias, product.out_features
+        x.float().contiguous(), *norm_arguments, module.weight, bias, module.out_features
     )
 
 
 def eight_bits(weight: Tensor) -> Tensor:
     """Round a matrix [n, k] to Q8_0."""
     rows = []
-    for part in weight.split(max(1, _AT_A_TIME // weight.shape[1])):
-        groups = pad(part, (0, -part.shape[1] % _GROUP)).float().unflatten(1, (-1, _GROUP))
+    for chunk in weight.split(max(1, _AT_A_TIME // weight.shape[1])):
+        groups = pad(chunk, (0, -chunk.shape[1] % _GROUP)).float().unflatten(1, (-1, _GROUP))
         scales = (groups.abs().amax(2, keepdim=True) / 127).half()
         quants = (groups / scales.float().clamp(min=1e-30)).round_().clamp_(-127, 127).to(torch.int8)
         rows.append(torch.cat((scales.view(torch.uint8), quants.view(torch.uint8)), 2).flatten(1))
@@ -125,28 +125,28 @@ def is_in_few_bits(model: PreTrainedModel) -> bool:
 def formats_of(model: nn.Module) -> str:
     """Names of the formats of a model's matrices, those with most bytes first; empty: none is in few bits."""
     sizes = Counter[str]()
-    for part in _matrices(model):
-        sizes[FORMATS.get(int(part.weight[0]), "int4")] += part.weight.nbytes
+    for matrix in _matrices(model):
+        sizes[FORMATS.get(int(matrix.weight[0]), "int4")] += matrix.weight.nbytes
     return "/".join(name for name, _ in sizes.most_common())
 
 
 def num_parameters(model: PreTrainedModel) -> int:
-    """Numbers in all weights, whatever their format."""
-    return model.num_parameters() + sum(part.shape.numel() for part in _matrices(model))
+    """Elements of all weights, in any format."""
+    return model.num_parameters() + sum(matrix.shape.numel() for matrix in _matrices(model))
 
 
 def _matrices(model: nn.Module) -> Iterable[_FewBits]:
     """The matrices in few bits; a head that shares the weight of the embedding counts once."""
-    return {id(part.weight): part for part in model.modules() if isinstance(part, _FewBits)}.values()
+    return {id(module.weight): module for module in model.modules() if isinstance(module, _FewBits)}.values()
 
 
 def mean_bytes_per_weight(*modules: nn.Module) -> float:
     """Bytes per weight of all matrices in the modules, on average."""
     matrices = [
-        (part.weight.nbytes, part.shape.numel() if isinstance(part, _FewBits) else part.weight.numel())
+        (matrix.weight.nbytes, (matrix.shape if isinstance(matrix, _FewBits) else matrix.weight).numel())
         for module in modules
-        for part in module.modules()
-        if isinstance(part, nn.Linear | _FewBits)
+        for matrix in module.modules()
+        if isinstance(matrix, nn.Linear | _FewBits)
     ]
-    sizes, numbers = zip(*matrices, strict=True)
-    return sum(sizes) / sum(numbers)
+    sizes, num_weights = zip(*matrices, strict=True)
+    return sum(sizes) / sum(num_weights)

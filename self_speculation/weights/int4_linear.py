@@ -1,7 +1,7 @@
 """x W^T over a copy of W in four bits, for drafts.
 
 32 elements of a row share a scale and a zero point. An element is one of 16 quants, and takes five bits,
-scale and zero point included. Both minimise the error of the product, for inputs as large as the
+scale and zero point included. Both minimise the error of x W^T, for inputs as large as the
 model's. Other groups and roundings are in docs/tried.md.
 
 On a CPU a copy is a `FewBitsLinear`, which our operator multiplies by. torch's kernel, on a GPU, takes and
@@ -36,24 +36,24 @@ _BLOCK_OF_ROWS = 16
 BYTES_PER_WEIGHT = 0.5 + 4 / _GROUP
 
 
-def int4_copy(product: Any, squares: Tensor | None = None) -> FewBitsLinear | Int4Linear:
-    """A copy in four bits of what has a weight [out, in] and a bias.
+def int4_copy(linear: Any, squares: Tensor | None = None) -> FewBitsLinear | Int4Linear:
+    """A copy in four bits of a module with a weight [out, in] and a bias.
 
     Args:
         squares: [in] mean squares of inputs, up to a factor; None: all alike.
     """
-    weight = product.dequantized() if isinstance(product, FewBitsLinear) else product.weight.detach()
-    bias = None if product.bias is None else product.bias.detach()
+    weight = linear.dequantized() if isinstance(linear, FewBitsLinear) else linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
     squares = torch.ones(weight.shape[1], device=weight.device) if squares is None else squares
     if weight.device.type != "cpu":
         return Int4Linear(weight, bias, squares)
     bias = None if bias is None else bias.float()
-    return FewBitsLinear(four_bits(weight, squares), product.out_features, product.in_features, bias)
+    return FewBitsLinear(four_bits(weight, squares), linear.out_features, linear.in_features, bias)
 
 
-def copy_bytes(product: Any) -> int:
+def copy_bytes(linear: Any) -> int:
     """Size of the copy of a weight [out, in], about."""
-    elements = round_up(product.out_features, _BLOCK_OF_ROWS) * round_up(product.in_features, _GROUP)
+    elements = round_up(linear.out_features, _BLOCK_OF_ROWS) * round_up(linear.in_features, _GROUP)
     return int(elements * BYTES_PER_WEIGHT)
 
 
@@ -76,26 +76,26 @@ class Int4Linear(nn.Module):
         self.num_bytes = copy_bytes(self)
         self._padding = -weight.shape[1] % _GROUP
         self.bias = None if bias is None else bias.bfloat16()
-        parts = []
+        packed = []
         scales = []
         # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
         for rows in weight.split(max(1, _AT_A_TIME // weight.shape[1] // 64) * 64):
             padded = pad(rows, (0, self._padding, 0, -len(rows) % _BLOCK_OF_ROWS))
             quants, scale = in_four_bits(padded, importance)
-            parts.append(_packed(quants))
+            packed.append(_packed(quants))
             scales.append(scale)
         # Quants as kernels take them; scales and zero points [groups of a row, out, 2].
-        self._quants = torch.cat(parts)
+        self._quants = torch.cat(packed)
         self._scales = torch.cat(scales, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x.flatten(0, -2).bfloat16()
         inputs = pad(inputs, (0, self._padding)) if self._padding else inputs
-        product = torch.ops.aten._weight_int4pack_mm(inputs, self._quants, _GROUP, self._scales)
-        if product.shape[1] != self.out_features:
-            product = product[:, : self.out_features].contiguous()
-        product = product if self.bias is None else product.add_(self.bias)
-        return product.view(*x.shape[:-1], -1).to(x.dtype)
+        outputs = torch.ops.aten._weight_int4pack_mm(inputs, self._quants, _GROUP, self._scales)
+        if outputs.shape[1] != self.out_features:
+            outputs = outputs[:, : self.out_features].contiguous()
+        outputs = outputs if self.bias is None else outputs.add_(self.bias)
+        return outputs.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def four_bits(weight: Tensor, squares: Tensor) -> Tensor:
@@ -125,9 +125,9 @@ def in_four_bits(rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     best = gains.argmax(0, keepdim=True)
     scales = scales.gather(0, best)[0]
     mean_quants = mean_quants.gather(0, best)[0]
-    numbers = torch.cat((scales.clamp(min=1e-12), mean - scales * mean_quants), 2).to(torch.bfloat16)
-    quants = _quants(groups, *numbers.float().split(1, 2)) + 8
-    return quants.to(torch.int32).flatten(1), numbers.transpose(0, 1).contiguous()
+    parameters = torch.cat((scales.clamp(min=1e-12), mean - scales * mean_quants), 2).to(torch.bfloat16)
+    quants = _quants(groups, *parameters.float().split(1, 2)) + 8
+    return quants.to(torch.int32).flatten(1), parameters.transpose(0, 1).contiguous()
 
 
 def _quants(groups: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The file is built once, by the compiler that is there, and kept in the user's cache; an installed wheel and an
 image have it built. A process that cannot keep it builds one for itself. Without a compiler, or on another
-kind of processor, torch computes the products: weights take four bytes each then.
+kind of processor, torch multiplies by the weights, which take four bytes each then.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -44,7 +44,7 @@ VARIANTS = {
 }
 
 # Seconds after which a compiler counts as broken; it takes 10 to 20 on a quiet machine.
-_PATIENCE = 300.0
+_TIMEOUT = 300.0
 
 _lock = Lock()
 
@@ -147,11 +147,11 @@ def _best_variant() -> str | None:
 
 
 def _file_name(variant: str) -> str:
-    """Homes are shared by machines: the name has all that the file depends on. It is built for the oldest
-    torch that this library takes, by the interface that torch keeps stable.
+    """The name has a digest of all that the file depends on, since machines share homes. The file runs with
+    any torch from 2.11 on, by the interface that torch keeps stable.
     """
-    parts = (*(file.read_text() for file in _SOURCES), *_OPTIONS, *VARIANTS[variant])
-    return f"layers-{variant}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
+    inputs = (*(file.read_text() for file in _SOURCES), *_OPTIONS, *VARIANTS[variant])
+    return f"layers-{variant}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}.so"
 
 
 def _kept_file(variant: str) -> Path:
@@ -181,12 +181,13 @@ def _build(variant: str, file: Path) -> None:
 
 def _compile(variant: str, file: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    places = (f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}", "-ltorch_cpu")
-    what = (*_OPTIONS, *VARIANTS[variant], str(_FOLDER / "layers.cpp"))
-    command = [*compiler, *what, "-o", str(file), *places]
-    how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": _PATIENCE}
+    source = str(_FOLDER / "layers.cpp")
+    libraries = (f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}", "-ltorch_cpu")
+    command = [*compiler, *_OPTIONS, *VARIANTS[variant], source, "-o", str(file), *libraries]
     try:
-        done = subprocess.run(command, **how)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
     except FileNotFoundError as error:
         raise RuntimeError(f"there is no {compiler[0]}, install Debian's package g++") from error
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -42,7 +42,7 @@ def test_a_copy_knows_which_inputs_are_large():
     assert {*squares} == {part for part in model.model.layers.modules() if type(part) is nn.Linear}
     assert all(len(squares[module]) == module.in_features for module in squares)
     module = model.model.layers[0].mlp.down_proj
-    (copied,) = (part for part in quantized(runner, 1).layers[0].products if part.in_features == 48)
+    (copied,) = (part for part in quantized(runner, 1).layers[0].linears if part.in_features == 48)
     x = torch.randn(2, 48)
     ones = torch.ones(48)
     assert torch.equal(copied(x), int4_copy(module, squares[module])(x))
@@ -61,8 +61,8 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
         config = config_of(**LAYERS, draft_weights="int4")
         with pytest.raises(ValueError, match="draft_weights int4: there are no kernels for it with torch"):
             make_strategy("self_speculative").prepare(model, config)
-    products = [product for layer in runner.layers[:2] for product in layer.products]
-    needed = sum(map(copy_bytes, [*products, runner.head.product]))
+    linears = [linear for layer in runner.layers[:2] for linear in layer.linears]
+    needed = sum(map(copy_bytes, [*linears, runner.head.linear]))
     free = needed - 1
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: free)
     with pytest.raises(ValueError, match=r"draft_weights int4: takes 0.00 GiB more .* 0.00 GiB are free"):

@@ -37,7 +37,7 @@ uint16_t bfloat16(int trial) {
   return uint16_t((next() & 0x8000) | exponents[trial % 4] << 7 | (next() & 0x7f));
 }
 
-void products() {
+void tile_products() {
   for (int trial = 0; trial < 200; trial++) {
     alignas(64) uint16_t a[16][32];
     alignas(64) uint16_t b[16][32];
@@ -58,36 +58,36 @@ void products() {
 
 Inputs made(Floats* memory, const std::vector<float>& x, int64_t tokens, int64_t columns, ScalarType type) {
   const Inputs inputs(memory, tokens, columns, type, true);
-  std::vector<float> in_order(Inputs::piece_size(columns));
+  std::vector<float> scratch(Inputs::scratch_size(columns));
   auto fill = [&](int64_t t, float* to) { std::copy_n(&x[t * columns], columns, to); };
-  for (int64_t piece = 0; piece < inputs.pieces(); piece++) inputs.make(piece, fill, in_order.data());
+  for (int64_t piece = 0; piece < inputs.pieces(); piece++) inputs.make(piece, fill, scratch.data());
   return inputs;
 }
 
 // Each token alone has the bits that it has beside other tokens.
-template <class Products>
-void multiply(const char* name, int64_t columns, ScalarType type, int64_t rows, const Products& products) {
+template <class Compute>
+void multiply(const char* name, int64_t columns, ScalarType type, int64_t rows, const Compute& compute) {
   for (int64_t tokens : {1, 16, 17, 50}) {
     const std::vector<float> x = numbers(tokens * columns);
     auto memory = aligned(Inputs::size(tokens, columns));
-    auto out = Weight::memory_for(tokens);
-    auto alone = Weight::memory_for(1);
-    products(made(memory.get(), x, tokens, columns, type), out.get());
-    for (int64_t t = 0; t < tokens; t++) add(&out[t * TILE_ROWS], rows);
+    auto outputs = Weight::new_outputs(tokens);
+    auto alone = Weight::new_outputs(1);
+    compute(made(memory.get(), x, tokens, columns, type), outputs.get());
+    for (int64_t t = 0; t < tokens; t++) add(&outputs[t * ROW_BLOCK], rows);
     for (int64_t t : {int64_t(0), tokens - 1}) {
       const std::vector<float> row(&x[t * columns], &x[t * columns] + columns);
-      products(made(memory.get(), row, 1, columns, type), alone.get());
-      if (std::memcmp(alone.get(), &out[t * TILE_ROWS], rows * 4)) std::printf("%s: token %d depends on others\n", name, int(t));
+      compute(made(memory.get(), row, 1, columns, type), alone.get());
+      if (std::memcmp(alone.get(), &outputs[t * ROW_BLOCK], rows * 4)) std::printf("%s: token %d depends on others\n", name, int(t));
     }
   }
 }
 
-template <class Number>
+template <class Scalar>
 void weight(const char* name, ScalarType type, int64_t columns, int64_t rows) {
-  std::vector<Number> w;
-  for (float each : numbers(rows * columns)) w.push_back(Number(each));
-  multiply(name, columns, type, rows, [&](const Inputs& x, float* out) {
-    products_by_tiles(RowsInPlace<Number>{w.data(), columns, rows, columns}, x, out);
+  std::vector<Scalar> w;
+  for (float each : numbers(rows * columns)) w.push_back(Scalar(each));
+  multiply(name, columns, type, rows, [&](const Inputs& x, float* outputs) {
+    multiply_rows_by_tiles(WeightRows<Scalar>{w.data(), columns, rows, columns}, x, outputs);
   });
 }
 
@@ -97,23 +97,24 @@ void few_bits(int64_t columns) {
   const int64_t panel_bytes = format.bytes_before(columns / BLOCK);
   std::vector<uint8_t> panels(2 * panel_bytes + BYTES_AHEAD);
   for (uint8_t& each : panels) each = uint8_t(next() % 64);  // scales in 16 bits are small
-  multiply("few bits", columns, ScalarType::Byte, 32, [&](const Inputs& x, float* out) {
-    panel_products_by_tiles<I>(panels.data(), 2, panel_bytes, x, out);
+  multiply("few bits", columns, ScalarType::Byte, 32, [&](const Inputs& x, float* outputs) {
+    multiply_panels_by_tiles<I>(panels.data(), 2, panel_bytes, x, outputs);
   });
 }
 
-template <class Number>
-void attention(ScalarType type, int64_t d, int64_t start, int64_t window, bool is_spoilt) {
-  constexpr int64_t tokens = 21, heads = 3;
+template <class Scalar>
+void attention(ScalarType type, int64_t d, int64_t start, int64_t window, bool has_nonfinite) {
+  constexpr int64_t tokens = 21;
+  constexpr int64_t heads = 3;
   const std::vector<float> queries = numbers(tokens * heads * d);
   std::vector<float> keys = numbers(SPAN * d);
   std::vector<float> values = numbers(SPAN * d);
-  if (is_spoilt) {
+  if (has_nonfinite) {
     keys[(start + 5) * d] = NAN;
     values[(start + 9) * d + 1] = INFINITY;
   }
-  std::vector<Number> cached_keys(SPAN * d);
-  std::vector<Number> cached_values(SPAN * d);
+  std::vector<Scalar> cached_keys(SPAN * d);
+  std::vector<Scalar> cached_values(SPAN * d);
   const SlotHead slot{cached_keys.data(), cached_values.data()};
   CachedHead cached(slot, slot, 0, type, d);
   for (int64_t position = 0; position < SPAN; position++) cached.write(position, &keys[position * d], &values[position * d]);
@@ -137,7 +138,7 @@ void attention(ScalarType type, int64_t d, int64_t start, int64_t window, bool i
       const float found = alone[i];
       const float expected = together[t * heads * d + i];
       if (found != expected && !(std::isnan(found) && std::isnan(expected))) std::printf("attention: token %d depends on others\n", int(t));
-      if (is_spoilt && t < 5 && !std::isfinite(found)) std::printf("attention: token %d sees NaN of a later one\n", int(t));
+      if (has_nonfinite && t < 5 && !std::isfinite(found)) std::printf("attention: token %d sees NaN of a later one\n", int(t));
     }
     for (int64_t i = 0; i < heads; i++)
       if (token_sums[i] != sums[t * heads + i] && !std::isnan(token_sums[i])) std::printf("attention: a sum depends on others\n");
@@ -149,8 +150,8 @@ int main() {
 #ifdef AMX
   if (syscall(SYS_arch_prctl, 0x1023, 18)) return 1;
 #endif
-  const tiles::Shaped shaped(true);
-  products();
+  const tiles::Configured configured(true);
+  tile_products();
   for (int64_t columns : {32, 70, 600}) {
     weight<BFloat16>("bfloat16", ScalarType::BFloat16, columns, 32);
     weight<BFloat16>("bfloat16", ScalarType::BFloat16, columns, 7);
@@ -159,10 +160,10 @@ int main() {
   [&]<size_t... I>(std::index_sequence<I...>) { (few_bits<I>(256), ...); }(std::make_index_sequence<std::size(FORMATS)>());
   for (int64_t d : {10, 64, 80})
     for (int64_t window : {0, 70})
-      for (bool is_spoilt : {false, true}) {
-        attention<float>(ScalarType::Float, d, 300, window, is_spoilt);
-        attention<Half>(ScalarType::Half, d, 300, window, is_spoilt);
-        attention<BFloat16>(ScalarType::BFloat16, d, 300, window, is_spoilt);
+      for (bool has_nonfinite : {false, true}) {
+        attention<float>(ScalarType::Float, d, 300, window, has_nonfinite);
+        attention<Half>(ScalarType::Half, d, 300, window, has_nonfinite);
+        attention<BFloat16>(ScalarType::BFloat16, d, 300, window, has_nonfinite);
       }
   std::printf("digest %016llx\n", static_cast<unsigned long long>(digest));
 }

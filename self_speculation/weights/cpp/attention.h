@@ -1,31 +1,31 @@
-// Attention of new positions over the keys and values of their row. Keys are taken KEYS at a time, at fixed positions and in
-// one order: the bits of a token do not depend on what is beside it.
+// Attention of the new tokens of a sequence over the keys and values of one head, d numbers each. A span of SPAN keys is one piece
+// of work, whose partial results layers.cpp merges. Blocks of KEY_BLOCK keys begin at fixed positions and are added in one order:
+// the bits of a token do not depend on what is beside it.
 #pragma once
 #include "vectors.h"
 
 namespace {
-constexpr int64_t KEYS = 64;   // keys whose scores are computed before their values are added
-constexpr int64_t SPAN = 512;   // keys of one piece of work
+constexpr int64_t KEY_BLOCK = 64;  // keys whose scores are computed before their values are added
+constexpr int64_t SPAN = 512;      // keys of one piece of work
 
-// Attention of one query over a range of keys, not divided by `sum`.
+// Attention of one query over a range of keys, as flash attention keeps it: `values` are not divided by `sum`.
 struct PartialAttention {
-  float largest = -INFINITY;  // score
-  float sum = 0.0f;           // of exponentials of scores relative to the largest one
-  float* values;              // [d]
+  float max_score = -INFINITY;
+  float sum = 0.0f;  // of exp(score - max_score)
+  float* values;     // [d]: sums of exp(score - max_score) * value
 
   void clear(int64_t d) {
-    largest = -INFINITY;
+    max_score = -INFINITY;
     sum = 0.0f;
     std::fill_n(values, d, 0.0f);
   }
 
-  // Makes `largest` and `sum` cover the new keys, too. The caller multiplies `values` by `scale_old` and the new values by
-  // `scale_new`, and adds them.
+  // Adds the maximum and the sum of new keys. The caller then sets values = scale_old * values + scale_new * new values.
   void extend(const PartialAttention& added, float& scale_old, float& scale_new) {
-    const float new_largest = std::max(largest, added.largest);
-    scale_old = largest == new_largest ? 1.0f : std::exp(largest - new_largest);
-    scale_new = added.largest == new_largest ? 1.0f : std::exp(added.largest - new_largest);
-    largest = new_largest;
+    const float new_max = std::max(max_score, added.max_score);
+    scale_old = max_score == new_max ? 1.0f : std::exp(max_score - new_max);
+    scale_new = added.max_score == new_max ? 1.0f : std::exp(added.max_score - new_max);
+    max_score = new_max;
     sum = scale_old * sum + scale_new * added.sum;
   }
   void add(const PartialAttention& added, int64_t d) {
@@ -44,12 +44,12 @@ void rotate(const float* x, const float* cosines, const float* sines, int64_t d,
   for (; j + LANES <= half; j += LANES) {
     const Floats first = load<Floats>(x + j);
     const Floats second = load<Floats>(x + j + half);
-    auto turned = [&](int64_t at, Floats straight, Floats across) {
-      const Floats number = (straight * load<Floats>(cosines + at) + across * load<Floats>(sines + at)) * factor;
-      std::memcpy(rotated + at, &number, sizeof(number));
+    auto put = [&](int64_t at, Floats by_cosine, Floats by_sine) {
+      const Floats lanes = (by_cosine * load<Floats>(cosines + at) + by_sine * load<Floats>(sines + at)) * factor;
+      std::memcpy(rotated + at, &lanes, sizeof(lanes));
     };
-    turned(j, first, -second);
-    turned(j + half, second, first);
+    put(j, first, -second);
+    put(j + half, second, first);
   }
   for (; j < half; j++) {
     const float first = x[j];
@@ -59,11 +59,11 @@ void rotate(const float* x, const float* cosines, const float* sines, int64_t d,
   }
 }
 
-// The most queries at a time: their sums are in registers.
-constexpr int64_t MOST_QUERIES = LANES == 16 ? 4 : 3;
+// Queries that are multiplied at a time: their sums are in registers.
+constexpr int64_t MAX_QUERIES = LANES == 16 ? 4 : 3;
 // Queries whose scores are computed before values are added: keys and values stay in the first cache.
-constexpr int64_t QUERIES_AT_A_TIME = 24;
-typedef float Scores[KEYS + LANES];
+constexpr int64_t QUERY_BLOCK = 24;
+typedef float Scores[KEY_BLOCK + LANES];
 
 // Keys and values of one head of a slot, [positions, d] each, in the format of the cache.
 struct SlotHead {
@@ -71,65 +71,67 @@ struct SlotHead {
   void* values;
 };
 
-// Those of a row. Its first `shared` positions, a multiple of KEYS, are in another slot, `beginning`.
+// Keys and values of one head of a sequence. The first `prefix_length` positions, a multiple of KEY_BLOCK, lie in the slot of the
+// shared prefix, and all later positions in the slot of the sequence.
 class CachedHead {
  public:
-  CachedHead(SlotHead slot, SlotHead beginning, int64_t shared, ScalarType type, int64_t d)
-      : slot_(slot), beginning_(beginning), shared_(shared), type_(type), d_(d),
-        widened_(type == ScalarType::Float ? nullptr : aligned(2 * KEYS * d)) {}
+  CachedHead(SlotHead slot, SlotHead prefix, int64_t prefix_length, ScalarType type, int64_t d)
+      : slot_(slot), prefix_(prefix), prefix_length_(prefix_length), type_(type), d_(d),
+        widened_(type == ScalarType::Float ? nullptr : aligned(2 * KEY_BLOCK * d)) {}
 
   void write(int64_t position, const float* key, const float* value) {
     put(slot_.keys, position, key);
     put(slot_.values, position, value);
   }
-  // Calls f(keys, values), [num_keys, d] from a multiple of KEYS on: as they are, or in float32, widened once for many queries.
+  // Calls f(keys, values) with keys and values [num_keys, d] from `position` on, a multiple of KEY_BLOCK. `is_widened`: in float32,
+  // which pays for many queries; else in the format of the cache.
   template <class F>
   void read(int64_t position, int64_t num_keys, bool is_widened, const F& f) const {
-    const SlotHead& from = position < shared_ ? beginning_ : slot_;
-    with_numbers(type_, from.keys, [&]<class Number>(const Number* keys) {
+    const SlotHead& from = position < prefix_length_ ? prefix_ : slot_;
+    dispatch(type_, from.keys, [&]<class Scalar>(const Scalar* keys) {
       keys += position * d_;
-      const Number* values = static_cast<const Number*>(from.values) + position * d_;
-      if constexpr (!std::is_same_v<Number, float>)
-        if (is_widened) return f(widened(keys, num_keys, 0), widened(values, num_keys, KEYS * d_));
+      const Scalar* values = static_cast<const Scalar*>(from.values) + position * d_;
+      if constexpr (!std::is_same_v<Scalar, float>)
+        if (is_widened) return f(widened(keys, num_keys, 0), widened(values, num_keys, KEY_BLOCK * d_));
       f(keys, values);
     });
   }
 
  private:
-  void put(void* to, int64_t position, const float* numbers) {
-    with_numbers(type_, to, [&]<class Number>(const Number* first) {
-      auto* rounded = const_cast<Number*>(first) + position * d_;
+  void put(void* slot_data, int64_t position, const float* from) {
+    dispatch(type_, slot_data, [&]<class Scalar>(const Scalar* first) {
+      auto* to = const_cast<Scalar*>(first) + position * d_;
       for (int64_t j = 0; j < d_; j += LANES) {
         const int64_t n = std::min(LANES, d_ - j);
-        narrow(widen(numbers + j, n), rounded + j, n);
+        narrow(widen(from + j, n), to + j, n);
       }
     });
   }
-  template <class Number>
-  const float* widened(const Number* numbers, int64_t num_keys, int64_t place) const {
-    float* to = reinterpret_cast<float*>(widened_.get()) + place;
+  template <class Scalar>
+  const float* widened(const Scalar* from, int64_t num_keys, int64_t offset) const {
+    float* to = reinterpret_cast<float*>(widened_.get()) + offset;
     const int64_t size = num_keys * d_;
     int64_t j = 0;
-    for (; j + LANES <= size; j += LANES) store(widen(numbers + j), to + j, LANES);
-    if (j < size) store(widen(numbers + j, size - j), to + j, size - j);
+    for (; j + LANES <= size; j += LANES) store(widen(from + j), to + j, LANES);
+    if (j < size) store(widen(from + j, size - j), to + j, size - j);
     return to;
   }
 
   SlotHead slot_;
-  SlotHead beginning_;
-  int64_t shared_;
+  SlotHead prefix_;
+  int64_t prefix_length_;
   ScalarType type_;
   int64_t d_;
-  std::unique_ptr<Floats[]> widened_;  // KEYS keys, then as many values
+  std::unique_ptr<Floats[]> widened_;  // KEY_BLOCK keys, then as many values
 };
 
-// Scores of Q queries [Q, d] and the keys [first, last) of [KEYS, d]. IS_MULTIPLE: d is a multiple of LANES.
-template <int Q, bool IS_MULTIPLE, class Number>
-void score(const float* queries, int64_t d, const Number* keys, int64_t first, int64_t last, Scores* scores) {
-  for (int64_t key = first; key < last; key += 4) {
+// Scores of Q queries [Q, d] and the keys [begin, end) of [KEY_BLOCK, d]. IS_MULTIPLE: d is a multiple of LANES.
+template <int Q, bool IS_MULTIPLE, class Scalar>
+void score(const float* queries, int64_t d, const Scalar* keys, int64_t begin, int64_t end, Scores* scores) {
+  for (int64_t key = begin; key < end; key += 4) {
     Floats sums[Q * 4] = {};
-    const Number* key_rows[4];
-    for (int i = 0; i < 4; i++) key_rows[i] = keys + std::min(key + i, last - 1) * d;  // a last key stands in
+    const Scalar* four_keys[4];
+    for (int i = 0; i < 4; i++) four_keys[i] = keys + std::min(key + i, end - 1) * d;  // the last key stands in for missing ones
     int64_t j = 0;
     for (; j + LANES <= d; j += LANES) {
       Floats query[Q];
@@ -137,47 +139,47 @@ void score(const float* queries, int64_t d, const Number* keys, int64_t first, i
       for (int q = 0; q < Q; q++) query[q] = load<Floats>(queries + q * d + j);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        const Floats key_numbers = widen(key_rows[i] + j);
+        const Floats key_lanes = widen(four_keys[i] + j);
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) sums[q * 4 + i] = accumulate(query[q], key_numbers, sums[q * 4 + i]);
+        for (int q = 0; q < Q; q++) sums[q * 4 + i] = accumulate(query[q], key_lanes, sums[q * 4 + i]);
       }
     }
     for (int q = 0; q < Q; q++) {
-      float* four = &scores[q][key];  // scores after the last key are written over
-      lane_sums(sums + q * 4, four);
+      float* four_scores = &scores[q][key];  // `weigh` overwrites scores of missing keys
+      lane_sums(sums + q * 4, four_scores);
       for (int64_t rest = j; !IS_MULTIPLE && rest < d; rest++)
-        for (int i = 0; i < 4; i++) four[i] += queries[q * d + rest] * float(key_rows[i][rest]);
+        for (int i = 0; i < 4; i++) four_scores[i] += queries[q * d + rest] * float(four_keys[i][rest]);
     }
   }
 }
 
-// Scores become exponentials relative to the largest score. Returns the largest score and the sum of the exponentials.
-PartialAttention weigh(float* scores, int64_t first, int64_t last) {
-  std::fill_n(scores + last, LANES, -INFINITY);
-  Floats most = splat(-INFINITY);
+// Replaces the scores of the keys [begin, end) by exp(score - max_score). Returns the maximum and the sum.
+PartialAttention weigh(float* scores, int64_t begin, int64_t end) {
+  std::fill_n(scores + end, LANES, -INFINITY);
+  Floats max_lanes = splat(-INFINITY);
   Floats sum = {};
-  for (int64_t key = first; key < last; key += LANES) {
+  for (int64_t key = begin; key < end; key += LANES) {
     const Floats lanes = load<Floats>(scores + key);
-    most = lanes > most ? lanes : most;
+    max_lanes = lanes > max_lanes ? lanes : max_lanes;
   }
-  const float largest = max_lane(most);
-  for (int64_t key = first; key < last; key += LANES) {
-    Floats powers = exponential(load<Floats>(scores + key) - largest);
-    for (int64_t i = last - key; i < LANES; i++) powers[i] = 0.0f;
-    std::memcpy(scores + key, &powers, sizeof(Floats));
-    sum += powers;
+  const float max_score = max_lane(max_lanes);
+  for (int64_t key = begin; key < end; key += LANES) {
+    Floats weights = exponential(load<Floats>(scores + key) - max_score);
+    for (int64_t i = end - key; i < LANES; i++) weights[i] = 0.0f;
+    std::memcpy(scores + key, &weights, sizeof(Floats));
+    sum += weights;
   }
-  return {largest, lane_sum(sum), nullptr};
+  return {max_score, lane_sum(sum), nullptr};
 }
 
-// Adds the values [KEYS, d] of the keys [first, last), times their weights, to the values of Q queries. The sum of a query has
-// `scale_old` [Q] of the old values and `scale_new` [Q] of the new ones.
-template <int Q, bool IS_MULTIPLE, class Number>
-void add_values(const Scores* weights, int64_t d, const Number* values, int64_t first, int64_t last, const float* scale_old,
+// For Q queries: attended values = scale_old * attended values + scale_new * weights times the values of the keys [begin, end) of
+// [KEY_BLOCK, d].
+template <int Q, bool IS_MULTIPLE, class Scalar>
+void add_values(const Scores* weights, int64_t d, const Scalar* values, int64_t begin, int64_t end, const float* scale_old,
                 const float* scale_new, PartialAttention* attended) {
   auto add = [&]<int N>(int64_t j) {
     Floats sums[Q * N] = {};
-    for (int64_t key = first; key < last; key++) {
+    for (int64_t key = begin; key < end; key++) {
       Floats weight[Q];
 #pragma GCC unroll 4
       for (int q = 0; q < Q; q++) weight[q] = splat(weights[q][key]);
@@ -200,52 +202,53 @@ void add_values(const Scores* weights, int64_t d, const Number* values, int64_t 
   for (; !IS_MULTIPLE && j < d; j++)
     for (int q = 0; q < Q; q++) {
       float sum = 0.0f;
-      for (int64_t key = first; key < last; key++) sum += weights[q][key] * float(values[key * d + j]);
+      for (int64_t key = begin; key < end; key++) sum += weights[q][key] * float(values[key * d + j]);
       attended[q].values[j] = scale_old[q] * attended[q].values[j] + scale_new[q] * sum;
     }
 }
 
-// Queries [n, d] over the keys [first, last) of [KEYS, d].
-template <bool IS_MULTIPLE, class Number>
-void attend_to_keys(const float* queries, int64_t n, int64_t d, const Number* keys, const Number* values, int64_t first,
-                    int64_t last, PartialAttention* attended) {
-  alignas(64) Scores scores[QUERIES_AT_A_TIME];
-  float scale_old[QUERIES_AT_A_TIME];
-  float scale_new[QUERIES_AT_A_TIME];
-  for (; n > 0; queries += QUERIES_AT_A_TIME * d, attended += QUERIES_AT_A_TIME, n -= QUERIES_AT_A_TIME) {
-    const int64_t num_queries = std::min(n, QUERIES_AT_A_TIME);
-    auto all = [&](const auto& f) {
+// Adds the keys [begin, end) of [KEY_BLOCK, d] to the attention of queries [n, d].
+template <bool IS_MULTIPLE, class Scalar>
+void attend_to_keys(const float* queries, int64_t n, int64_t d, const Scalar* keys, const Scalar* values, int64_t begin,
+                    int64_t end, PartialAttention* attended) {
+  alignas(64) Scores scores[QUERY_BLOCK];
+  float scale_old[QUERY_BLOCK];
+  float scale_new[QUERY_BLOCK];
+  for (; n > 0; queries += QUERY_BLOCK * d, attended += QUERY_BLOCK, n -= QUERY_BLOCK) {
+    const int64_t num_queries = std::min(n, QUERY_BLOCK);
+    auto for_queries = [&](const auto& f) {
       int64_t i = 0;
-      for (; i + MOST_QUERIES <= num_queries; i += MOST_QUERIES) f.template operator()<MOST_QUERIES>(i);
-      with_count<MOST_QUERIES - 1>(num_queries - i, [&]<int Q>() { f.template operator()<Q>(i); });
+      for (; i + MAX_QUERIES <= num_queries; i += MAX_QUERIES) f.template operator()<MAX_QUERIES>(i);
+      dispatch_count<MAX_QUERIES - 1>(num_queries - i, [&]<int Q>() { f.template operator()<Q>(i); });
     };
-    all([&]<int Q>(int64_t i) { score<Q, IS_MULTIPLE>(queries + i * d, d, keys, first, last, scores + i); });
+    for_queries([&]<int Q>(int64_t i) { score<Q, IS_MULTIPLE>(queries + i * d, d, keys, begin, end, scores + i); });
     for (int64_t i = 0; i < num_queries; i++) {
-      const PartialAttention added = weigh(scores[i], first, last);
+      const PartialAttention added = weigh(scores[i], begin, end);
       attended[i].extend(added, scale_old[i], scale_new[i]);
     }
-    all([&]<int Q>(int64_t i) {
-      add_values<Q, IS_MULTIPLE>(scores + i, d, values, first, last, scale_old + i, scale_new + i, attended + i);
+    for_queries([&]<int Q>(int64_t i) {
+      add_values<Q, IS_MULTIPLE>(scores + i, d, values, begin, end, scale_old + i, scale_new + i, attended + i);
     });
   }
 }
 
-// Queries [T, heads, d] at positions `start` and on over the keys and values of a span from `begin` on. A token sees the
-// keys up to its position; if `window` is not 0, only the last `window` keys.
+// Attention of queries [T, heads, d], from position `start` on, over the span of keys that begins at `span_begin`. A token sees the
+// keys up to and including its position; with a `window` other than 0, only the last `window` of them.
 void attend_to_span(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
-                    const CachedHead& cached, int64_t begin, PartialAttention* attended) {
+                    const CachedHead& cached, int64_t span_begin, PartialAttention* attended) {
   for (int64_t i = 0; i < tokens * heads; i++) attended[i].clear(d);
-  const int64_t end = std::min(begin + SPAN, start + tokens);
-  for (int64_t from = begin; from < end; from += KEYS) {
-    const bool all_are_seen = !window && from + KEYS <= start + 1;  // all tokens see all keys of the chunk
-    if (window && from + KEYS <= start + 1 - window) continue;  // no token sees one
-    cached.read(from, std::min(KEYS, end - from), tokens * heads > 2 * MOST_QUERIES, [&]<class Number>(const Number* keys, const Number* values) {
+  const int64_t span_end = std::min(span_begin + SPAN, start + tokens);
+  const bool is_widened = tokens * heads > 2 * MAX_QUERIES;
+  for (int64_t block = span_begin; block < span_end; block += KEY_BLOCK) {
+    const bool all_are_seen = !window && block + KEY_BLOCK <= start + 1;  // by all tokens
+    if (window && block + KEY_BLOCK <= start + 1 - window) continue;      // no token sees a key
+    cached.read(block, std::min(KEY_BLOCK, span_end - block), is_widened, [&]<class Scalar>(const Scalar* keys, const Scalar* values) {
       for (int64_t t = 0; t < tokens; t += all_are_seen ? tokens : 1) {
-        int64_t last = std::min(KEYS, start + t + 1 - from);
-        int64_t first = window ? std::max<int64_t>(0, start + t + 1 - window - from) : 0;
-        if (first >= last) continue;
-        auto* attend = d % LANES == 0 ? attend_to_keys<true, Number> : attend_to_keys<false, Number>;
-        attend(queries + t * heads * d, (all_are_seen ? tokens : 1) * heads, d, keys, values, first, last, attended + t * heads);
+        const int64_t end = std::min(KEY_BLOCK, start + t + 1 - block);
+        const int64_t begin = window ? std::max<int64_t>(0, start + t + 1 - window - block) : 0;
+        if (begin >= end) continue;
+        auto* attend = d % LANES == 0 ? attend_to_keys<true, Scalar> : attend_to_keys<false, Scalar>;
+        attend(queries + t * heads * d, (all_are_seen ? tokens : 1) * heads, d, keys, values, begin, end, attended + t * heads);
       }
     });
   }

@@ -1,58 +1,58 @@
-// Attention of a prompt's tokens by tiles, in bfloat16. Scores are [keys, 16 queries], so a lane is a query from the scores to
-// the sums. Keys are taken as in attention.h: KEYS at a time, at fixed positions and in one order.
+// `attend_to_span` of attention.h by tiles, for tokens of a prompt, in bfloat16. Scores are [keys, 16 queries], so a lane is a query
+// from the scores to the sums.
 #pragma once
 #include "attention.h"
 #include "tiles.h"
 
 namespace {
-constexpr int64_t KEY_TILES = KEYS / tiles::ROWS;
-constexpr int64_t VALUE_TILES = KEYS / tiles::COLUMNS;  // along the keys
+constexpr int64_t KEY_TILES = KEY_BLOCK / tiles::ROWS;
+constexpr int64_t VALUE_TILES = KEY_BLOCK / tiles::COLUMNS;  // along the keys
 
-// Numbers [j, j + LANES) of a row of d, then zeros.
-template <class Number>
-Floats row_numbers(const Number* row, int64_t j, int64_t d) {
-  if (j + LANES <= d) return widen(row + j);
-  return j < d ? widen(row + j, d - j) : Floats{};
+// Elements [j, j + LANES) of a vector [d], then zeros.
+template <class Scalar>
+Floats load_lanes(const Scalar* vector, int64_t j, int64_t d) {
+  if (j + LANES <= d) return widen(vector + j);
+  return j < d ? widen(vector + j, d - j) : Floats{};
 }
 
-// KEYS keys and values of a head in bfloat16; missing keys and values are zeros.
+// A block of keys and values of a head as tiles in bfloat16. Missing keys and values are zeros.
 class KeyTiles {
  public:
   explicit KeyTiles(int64_t d)
-      : d_(d), steps_((d + tiles::COLUMNS - 1) / tiles::COLUMNS), keys_(new Ints[2 * KEYS * steps_]),
+      : d_(d), steps_((d + tiles::COLUMNS - 1) / tiles::COLUMNS), keys_(new Ints[2 * KEY_BLOCK * steps_]),
         values_(new Ints[2 * steps_ * VALUE_TILES * tiles::ROWS]) {}
 
   int64_t steps() const { return steps_; }
-  // 16 keys times 32 columns, as the sum of two terms.
+  // The tile of 16 keys times 32 columns. The sum of both terms is the keys.
   const Ints* keys(int64_t tile, int64_t step, int64_t term) const {
     return &keys_[((tile * steps_ + step) * 2 + term) * tiles::ROWS];
   }
   const Ints* values(int64_t tile, int64_t key_tile) const { return &values_[(tile * VALUE_TILES + key_tile) * tiles::ROWS]; }
-  // Whether a value is infinite or NaN: it is a zero here, since a weight of 0 times it would be NaN.
-  bool is_spoilt() const { return is_spoilt_; }
+  // Whether a value is infinite or NaN. The tile has 0 for it, since a weight of 0 times infinity would be NaN.
+  bool has_nonfinite() const { return has_nonfinite_; }
 
-  // `num_keys` keys and values [num_keys, d].
-  template <class Number>
-  void pack(const Number* keys, const Number* values, int64_t num_keys) {
-    for (int64_t key = 0; key < KEYS; key++)
+  // Fills the tiles with keys and values [num_keys, d].
+  template <class Scalar>
+  void pack(const Scalar* keys, const Scalar* values, int64_t num_keys) {
+    for (int64_t key = 0; key < KEY_BLOCK; key++)
       for (int64_t step = 0; step < steps_; step++) {
-        auto half = [&](int64_t j) { return key < num_keys ? row_numbers(keys + key * d_, step * tiles::COLUMNS + j, d_) : Floats{}; };
+        auto half = [&](int64_t j) { return key < num_keys ? load_lanes(keys + key * d_, step * tiles::COLUMNS + j, d_) : Floats{}; };
         const Split split(half(0), half(LANES));
         const int64_t tile = key / tiles::ROWS;
         const int64_t row = key % tiles::ROWS;
         keys_[((tile * steps_ + step) * 2) * tiles::ROWS + row] = split.upper;
         keys_[((tile * steps_ + step) * 2 + 1) * tiles::ROWS + row] = split.rest;
       }
-    Ints spoilt = {};
+    Ints nonfinite = {};
     for (int64_t tile = 0; tile < 2 * steps_; tile++)
       for (int64_t key_tile = 0; key_tile < VALUE_TILES; key_tile++) {
         Ints* rows = &values_[(tile * VALUE_TILES + key_tile) * tiles::ROWS];
         for (int64_t pair = 0; pair < tiles::ROWS; pair++) {
           auto finite = [&](int64_t key) {
             if (key >= num_keys) return Floats{};
-            const Floats value = row_numbers(values + key * d_, tile * LANES, d_);
+            const Floats value = load_lanes(values + key * d_, tile * LANES, d_);
             const Ints is_infinite = ((Ints)value & 0x7f800000) == 0x7f800000;
-            spoilt |= is_infinite;
+            nonfinite |= is_infinite;
             return (Floats)((Ints)value & ~is_infinite);
           };
           const int64_t key = key_tile * tiles::COLUMNS + 2 * pair;
@@ -60,22 +60,22 @@ class KeyTiles {
         }
         transpose(rows);
       }
-    is_spoilt_ = any(spoilt);
+    has_nonfinite_ = any(nonfinite);
   }
 
  private:
   int64_t d_;
   int64_t steps_;
-  std::unique_ptr<Ints[]> keys_;    // [KEYS / 16, steps, 2 terms, 16 keys, 32]
-  std::unique_ptr<Ints[]> values_;  // [2 * steps, KEYS / 32, 16 columns, 32 keys]
-  bool is_spoilt_ = false;
+  std::unique_ptr<Ints[]> keys_;    // [KEY_BLOCK / 16, steps, 2 terms, 16 keys, 32]
+  std::unique_ptr<Ints[]> values_;  // [2 * steps, KEY_BLOCK / 32, 16 columns, 32 keys]
+  bool has_nonfinite_ = false;
 };
 
-// Exponentials of numbers up to 0, to 3e-6: weights in bfloat16 need no more. NaN stays NaN.
+// Exponentials of numbers up to 0. The relative error of 3e-6 is enough for weights in bfloat16. NaN stays NaN.
 Floats exponential_of_negative(Floats x) {
-  const Floats least = splat(-87.0f);
+  const Floats lowest = splat(-87.0f);
   const Floats nearest = splat(0x1.8p23f);
-  x = x < least ? least : x;
+  x = x < lowest ? lowest : x;
   const Floats rounded = fma(x, splat(0x1.715476p0f), nearest);
   const Floats rest = fma(rounded - nearest, splat(-0x1.62e430p-1f), x);
   Floats sum = splat(1.0f / 120.0f);
@@ -83,10 +83,10 @@ Floats exponential_of_negative(Floats x) {
   return (Floats)((Ints)sum + ((Ints)rounded << 23));
 }
 
-// Attention of 16 queries, a lane each, over a range of keys; not divided by `sum`.
+// `PartialAttention` of 16 queries, one for each lane.
 class QueryTile {
  public:
-  // Up to 16 of `num_queries` queries [num_queries, d], with their positions.
+  // Takes the first 16 of queries [num_queries, d] and their positions.
   QueryTile(const float* queries, int64_t num_queries, int64_t d, const Ints positions, int64_t window)
       : d_(d), steps_((d + tiles::COLUMNS - 1) / tiles::COLUMNS), positions_(positions),
         oldest_(positions - int32_t(window ? window : INT32_MAX / 2)), queries_(new Ints[2 * steps_ * tiles::ROWS]),
@@ -95,7 +95,7 @@ class QueryTile {
       Ints* upper = &queries_[2 * step * tiles::ROWS];
       Ints* rest = upper + tiles::ROWS;
       for (int64_t i = 0; i < tiles::ROWS; i++) {
-        auto half = [&](int64_t j) { return i < num_queries ? row_numbers(queries + i * d, step * tiles::COLUMNS + j, d) : Floats{}; };
+        auto half = [&](int64_t j) { return i < num_queries ? load_lanes(queries + i * d, step * tiles::COLUMNS + j, d) : Floats{}; };
         const Split split(half(0), half(LANES));
         upper[i] = split.upper;
         rest[i] = split.rest;
@@ -105,39 +105,39 @@ class QueryTile {
     }
   }
 
-  // Adds KEYS keys from position `from` on. Without IS_MASKED all queries see all keys.
-  template <bool IS_MASKED, class Number>
-  void add(const KeyTiles& keys, const Number* values, int64_t from, int64_t num_keys) {
-    alignas(64) Floats scores[KEYS];
-    alignas(64) Ints weights[KEYS / 2];
+  // Adds the block of keys from position `block` on. Without IS_MASKED all queries see all keys.
+  template <bool IS_MASKED, class Scalar>
+  void add(const KeyTiles& keys, const Scalar* values, int64_t block, int64_t num_keys) {
+    alignas(64) Floats scores[KEY_BLOCK];
+    alignas(64) Ints weights[KEY_BLOCK / 2];
     score(keys, scores);
     const Floats none = splat(-INFINITY);
-    Floats largest = largest_;
-    for (int64_t key = 0; key < KEYS; key++) {
-      if (IS_MASKED) scores[key] = sees(from + key) ? scores[key] : none;
-      largest = scores[key] > largest ? scores[key] : largest;
+    Floats new_max = max_scores_;
+    for (int64_t key = 0; key < KEY_BLOCK; key++) {
+      if (IS_MASKED) scores[key] = sees(block + key) ? scores[key] : none;
+      new_max = scores[key] > new_max ? scores[key] : new_max;
     }
-    const Floats base = IS_MASKED ? (largest > none ? largest : Floats{}) : largest;  // a query may see no key yet
+    const Floats base = IS_MASKED ? (new_max > none ? new_max : Floats{}) : new_max;  // a query may see no key yet
     Floats sum = {};
     auto weight = [&](int64_t key) __attribute__((always_inline)) {
-      const Floats relative = exponential_of_negative(scores[key] - base);
-      return IS_MASKED ? (scores[key] != none ? relative : Floats{}) : relative;
+      const Floats power = exponential_of_negative(scores[key] - base);
+      return IS_MASKED ? (scores[key] != none ? power : Floats{}) : power;
     };
 #pragma GCC unroll 4
-    for (int64_t key = 0; key < KEYS; key += 2) {
+    for (int64_t key = 0; key < KEY_BLOCK; key += 2) {
       const Ints pair = to_pairs(weight(key), weight(key + 1));
-      sum += (Floats)(pair << 16) + (Floats)(pair & int32_t(0xffff0000));  // rounded, as they meet the values
+      sum += (Floats)(pair << 16) + (Floats)(pair & int32_t(0xffff0000));  // of the rounded weights, which meet the values
       weights[key / 2] = pair;
     }
-    if (any(largest != largest_)) {
-      const Floats scale = exponential_of_negative(largest_ - base);
+    if (any(new_max != max_scores_)) {
+      const Floats scale = exponential_of_negative(max_scores_ - base);
       sum_ *= scale;
       for (int64_t j = 0; j < steps_ * tiles::COLUMNS; j++) sums_[j] *= scale;
-      largest_ = largest;
+      max_scores_ = new_max;
     }
     sum_ += sum;
     add_values(keys, weights);
-    if (keys.is_spoilt()) spoil(values, from, num_keys);
+    if (keys.has_nonfinite()) spread_nonfinite(values, block, num_keys);
   }
 
   // Writes the attention of `num_queries` queries.
@@ -149,7 +149,7 @@ class QueryTile {
       for (int64_t i = 0; i < num_queries; i++) store((Floats)rows[i], attended[i].values + j, std::min(LANES, d_ - j));
     }
     for (int64_t i = 0; i < num_queries; i++) {
-      attended[i].largest = largest_[i];
+      attended[i].max_score = max_scores_[i];
       attended[i].sum = sum_[i];
     }
   }
@@ -209,29 +209,29 @@ class QueryTile {
     }
   }
 
-  // Queries that see an infinite value, or NaN, have NaN there.
-  template <class Number>
-  void spoil(const Number* values, int64_t from, int64_t num_keys) {
+  // Makes NaN of each sum of a query that sees an infinite value or NaN.
+  template <class Scalar>
+  void spread_nonfinite(const Scalar* values, int64_t block, int64_t num_keys) {
     for (int64_t key = 0; key < num_keys; key++)
       for (int64_t j = 0; j < d_; j++)
-        if (!std::isfinite(float(values[key * d_ + j]))) sums_[j] = sees(from + key) ? splat(NAN) : sums_[j];
+        if (!std::isfinite(float(values[key * d_ + j]))) sums_[j] = sees(block + key) ? splat(NAN) : sums_[j];
   }
 
   int64_t d_;
   int64_t steps_;
   Ints positions_;  // a query sees keys up to its position
   Ints oldest_;     // and after this one
-  Floats largest_ = splat(-INFINITY);
+  Floats max_scores_ = splat(-INFINITY);
   Floats sum_ = {};
   std::unique_ptr<Ints[]> queries_;  // [steps, 2 terms, 16 pairs of columns, 16 queries, 2]
   std::unique_ptr<Floats[]> sums_;   // [columns, 16 queries]
 };
 
-// As `attend_to_span`.
+// Does what `attend_to_span` does.
 void attend_to_span_by_tiles(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
-                             const CachedHead& cached, int64_t begin, PartialAttention* attended) {
+                             const CachedHead& cached, int64_t span_begin, PartialAttention* attended) {
   const int64_t num_queries = tokens * heads;
-  const int64_t end = std::min(begin + SPAN, start + tokens);
+  const int64_t span_end = std::min(span_begin + SPAN, start + tokens);
   std::vector<QueryTile> query_tiles;
   for (int64_t query = 0; query < num_queries; query += tiles::ROWS) {
     Ints positions;
@@ -239,19 +239,19 @@ void attend_to_span_by_tiles(const float* queries, int64_t tokens, int64_t heads
     query_tiles.emplace_back(queries + query * d, num_queries - query, d, positions, window);
   }
   KeyTiles packed(d);
-  for (int64_t from = begin; from < end; from += KEYS) {
-    if (window && from + KEYS <= start + 1 - window) continue;  // no query sees a key
-    const int64_t num_keys = std::min(KEYS, end - from);
-    cached.read(from, num_keys, false, [&]<class Number>(const Number* keys, const Number* values) {
+  for (int64_t block = span_begin; block < span_end; block += KEY_BLOCK) {
+    if (window && block + KEY_BLOCK <= start + 1 - window) continue;  // no query sees a key
+    const int64_t num_keys = std::min(KEY_BLOCK, span_end - block);
+    cached.read(block, num_keys, false, [&]<class Scalar>(const Scalar* keys, const Scalar* values) {
       packed.pack(keys, values, num_keys);
       for (int64_t tile = 0; tile < int64_t(query_tiles.size()); tile++) {
-        const int64_t first = start + tile * tiles::ROWS / heads;
-        const int64_t last = start + std::min(tile * tiles::ROWS + tiles::ROWS - 1, num_queries - 1) / heads;
-        const bool is_seen = from <= last && !(window && from + KEYS <= first - window + 1);
-        const bool is_masked = window || from + KEYS - 1 > first;
+        const int64_t first_position = start + tile * tiles::ROWS / heads;
+        const int64_t last_position = start + std::min(tile * tiles::ROWS + tiles::ROWS - 1, num_queries - 1) / heads;
+        const bool is_seen = block <= last_position && !(window && block + KEY_BLOCK <= first_position - window + 1);
+        const bool is_masked = window || block + KEY_BLOCK - 1 > first_position;
         if (!is_seen) continue;
-        auto add = is_masked ? &QueryTile::add<true, Number> : &QueryTile::add<false, Number>;
-        (query_tiles[tile].*add)(packed, values, from, num_keys);
+        auto add = is_masked ? &QueryTile::add<true, Scalar> : &QueryTile::add<false, Scalar>;
+        (query_tiles[tile].*add)(packed, values, block, num_keys);
       }
     });
   }

@@ -3,8 +3,8 @@
 //   dot<C, A, B>   C [16, 16] float32 += A [16, 32] bfloat16 times B [16 pairs, 16, 2] bfloat16
 //
 // A product adds even columns in one chain and odd columns in another, each from 0, each step one fused multiply-add; then
-// C + (even + odd). Subnormal numbers are zeros. Rows of the first operand and columns of the second do not know of each
-// other. kernels.py asks Linux for tiles before it chooses a variant with them.
+// C + (even + odd). Subnormal numbers are zeros. An element of C depends on one row of A and one column of B alone. kernels.py asks
+// Linux for tiles before it chooses a variant with them.
 #pragma once
 #include "vectors.h"
 
@@ -12,35 +12,36 @@ namespace tiles {
 constexpr int64_t ROWS = 16;     // of a tile
 constexpr int64_t COLUMNS = 32;  // of a tile in bfloat16; 16 in float32
 
-struct alignas(64) Shapes {  // of all eight tiles: fewer rows or bytes take as long
+struct alignas(64) Configuration {  // 16 rows of 64 bytes for all eight tiles: smaller ones take as long
   uint8_t palette = 1;
   uint8_t reserved[15] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A thread has the shapes of tiles while this lives: other libraries set different ones.
-class Shaped {
+// Configures the tiles of a thread while this object lives: other libraries set other shapes.
+class Configured {
  public:
-  explicit Shaped(bool is_needed) : is_needed_(is_needed) {
+  explicit Configured(bool is_needed) : is_needed_(is_needed) {
 #ifdef AMX
-    const Shapes shapes;
-    if (is_needed_) asm volatile("ldtilecfg %0" ::"m"(shapes));
+    const Configuration configuration;
+    if (is_needed_) asm volatile("ldtilecfg %0" ::"m"(configuration));
 #endif
   }
-  ~Shaped() {
+  ~Configured() {
 #ifdef AMX
     if (is_needed_) asm volatile("tilerelease");
 #endif
   }
-  Shaped(const Shaped&) = delete;
+  Configured(const Configured&) = delete;
 
  private:
   [[maybe_unused]] bool is_needed_;
 };
 
 #ifdef AMX
-// By assembly: compilers' names take no constants of a template, and older compilers have none. `volatile` keeps the order. `stride` is in bytes.
+// Assembly, since intrinsics take no template arguments and older compilers have none. `volatile` keeps the order. `stride` is in
+// bytes.
 template <int C>
 INLINE void zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(C));

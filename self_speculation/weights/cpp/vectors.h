@@ -1,5 +1,5 @@
-// Vectors of numbers, and what the instructions of a processor do with them. Code without intrinsics is plain
-// C++, which compiles for any processor.
+// Vectors of LANES floats, and the operations that the other files compute with. Each operation has intrinsics or, for any
+// other processor, plain C++.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -51,16 +51,16 @@ V load(const void* from) {
   return to;
 }
 Floats splat(float x) { return x - Floats{}; }
-// Memory for so many floats, aligned so that no vector crosses a line of the cache.
-std::unique_ptr<Floats[]> aligned(int64_t number) {
-  return std::unique_ptr<Floats[]>(new Floats[(number + LANES - 1) / LANES]);
+// Memory for `count` floats, aligned so that no vector crosses a line of the cache.
+std::unique_ptr<Floats[]> aligned(int64_t count) {
+  return std::unique_ptr<Floats[]>(new Floats[(count + LANES - 1) / LANES]);
 }
-int64_t round_up(int64_t number, int64_t unit) { return (number + unit - 1) / unit * unit; }
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// LANES numbers in the format of a weight or a norm.
+// LANES elements of a weight, a norm or a cache as float32.
 Floats widen(const float* from) { return load<Floats>(from); }
 Floats widen(const BFloat16* from) { return (Floats)(__builtin_convertvector(load<Shorts>(from), Ints) << 16); }
-// LANES numbers rounded to nearest even; subnormal numbers stay. NaN is quiet.
+// Rounds to nearest even. Subnormal numbers stay; NaN becomes quiet.
 Shorts to_bfloat16_bits(Floats x) {
   const Ints bits = (Ints)x;
   const Ints rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
@@ -127,7 +127,7 @@ INLINE void keep_order(Ints& sum) {
 #endif
 }
 
-// As `fma`, of registers: with operands in memory GCC moves sums there, too.
+// As `fma`, with all operands in registers: if one is in memory, GCC moves sums there, too.
 Floats accumulate(Floats a, Floats b, Floats sum) {
 #ifdef __AVX2__
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
@@ -147,8 +147,8 @@ constexpr bool HAS_TILES = true;
 #else
 constexpr bool HAS_TILES = false;
 #endif
-// Adds, in each lane, products of two numbers in bfloat16, the upper ones first. Each of the two sums is rounded to nearest even,
-// and subnormal numbers are zeros.
+// Adds, in each lane, the dot product of two pairs in bfloat16, the upper elements first. Each of the two sums is rounded to nearest
+// even, and subnormal numbers are zeros.
 #ifdef __AVX512BF16__
 Floats accumulate(Ints a, Ints b, Floats sum) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
@@ -164,8 +164,8 @@ Floats accumulate(Ints a, Ints b, Floats sum) {
 }
 #endif
 
-// Numbers in bfloat16, rounded to nearest even: the lower half has `first`, the upper half has `second`. As pairs, the lower
-// half of each lane has a number of `first`, the upper half one of `second`.
+// Two vectors in bfloat16, rounded to nearest even. `to_bfloat16`: the lower half has `first`, the upper half has `second`.
+// `to_pairs`: the lower half of each lane has an element of `first`, the upper half has an element of `second`.
 #ifdef __AVX512BF16__
 Ints to_bfloat16(Floats first, Floats second) { return (Ints)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 Ints to_pairs(Floats first, Floats second) {
@@ -183,9 +183,9 @@ Ints to_pairs(Floats first, Floats second) {
 }
 Ints to_bfloat16(Floats first, Floats second) {
   const Ints halves[] = {upper_half(first), upper_half(second)};
-  uint16_t numbers[2 * LANES];
-  for (int64_t i = 0; i < 2 * LANES; i++) numbers[i] = uint16_t(uint32_t(halves[i / LANES][i % LANES]) >> 16);
-  return load<Ints>(numbers);
+  uint16_t shorts[2 * LANES];
+  for (int64_t i = 0; i < 2 * LANES; i++) shorts[i] = uint16_t(uint32_t(halves[i / LANES][i % LANES]) >> 16);
+  return load<Ints>(shorts);
 }
 #endif
 
@@ -194,36 +194,37 @@ bool any(Ints x) {
 #ifdef __AVX512F__
   return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
 #else
-  bool is = false;
-  for (int64_t i = 0; i < LANES; i++) is |= x[i] != 0;
-  return is;
+  bool found = false;
+  for (int64_t i = 0; i < LANES; i++) found |= x[i] != 0;
+  return found;
 #endif
 }
 
-// Numbers as the sum of two numbers in bfloat16, in the order of `to_bfloat16`. The sum lacks 2^-17 of a number.
+// float32 as the sum of two terms in bfloat16, in the order of `to_bfloat16`. The sum is exact to 2^-17.
 struct Split {
   Ints upper;
   Ints rest;
 
   Split(Floats first, Floats second) : upper(to_bfloat16(first, second)) {
-    BFloat16 numbers[2 * LANES];
-    std::memcpy(numbers, &upper, sizeof(upper));
-    rest = to_bfloat16(first - widen(numbers), second - widen(numbers + LANES));
+    BFloat16 terms[2 * LANES];
+    std::memcpy(terms, &upper, sizeof(upper));
+    rest = to_bfloat16(first - widen(terms), second - widen(terms + LANES));
   }
 };
 
 #ifndef __AVX512VNNI__
-float max_lane(Floats x) {  // of numbers, without NaN
-  float most = x[0];
-  for (int64_t i = 1; i < LANES; i++) most = std::max(most, x[i]);
-  return most;
+float max_lane(Floats x) {  // without NaN
+  float largest = x[0];
+  for (int64_t i = 1; i < LANES; i++) largest = std::max(largest, x[i]);
+  return largest;
 }
 #endif
 
 // Transposes [LANES, LANES].
 #ifdef __AVX512F__
 INLINE void transpose(Ints* rows) {
-  __m512i r[16], s[16];
+  __m512i r[16];
+  __m512i s[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) r[i] = (__m512i)rows[i];
 #pragma GCC unroll 8
@@ -255,36 +256,36 @@ INLINE void transpose(Ints* rows) {
 void transpose(Ints* rows) {
   for (int64_t i = 0; i < LANES; i++)
     for (int64_t j = 0; j < i; j++) {
-      const int32_t kept = rows[i][j];
+      const int32_t upper = rows[i][j];
       rows[i][j] = rows[j][i];
-      rows[j][i] = kept;
+      rows[j][i] = upper;
     }
 }
 #endif
 
-// The first n numbers, then zeros: memory after the last number may not be mapped.
-template <class Number>
-Floats widen(const Number* from, int64_t n) {
+// The first n elements, then zeros: memory after the last element may not be mapped.
+template <class Scalar>
+Floats widen(const Scalar* from, int64_t n) {
   if (n == LANES) return widen(from);
-  Number padded[LANES] = {};
-  std::memcpy(padded, from, n * sizeof(Number));
+  Scalar padded[LANES] = {};
+  std::memcpy(padded, from, n * sizeof(Scalar));
   return widen(padded);
 }
-// The first n numbers, rounded.
-void narrow(Floats numbers, float* to, int64_t n) { std::memcpy(to, &numbers, n * sizeof(float)); }
-void narrow(Floats numbers, BFloat16* to, int64_t n) {
-  const Shorts bits = to_bfloat16_bits(numbers);
+// Writes the first n lanes, rounded.
+void narrow(Floats x, float* to, int64_t n) { std::memcpy(to, &x, n * sizeof(float)); }
+void narrow(Floats x, BFloat16* to, int64_t n) {
+  const Shorts bits = to_bfloat16_bits(x);
   std::memcpy(to, &bits, n * sizeof(bits[0]));
 }
 // Infinities and numbers beyond float16's range become a NaN that arithmetic never gives.
-void narrow(Floats numbers, Half* to, int64_t n) {
-  Shorts bits = to_half_bits(numbers);
+void narrow(Floats x, Half* to, int64_t n) {
+  Shorts bits = to_half_bits(x);
   bits |= (Shorts)((bits & 0x7fff) == 0x7c00) & 0x7fff;
   std::memcpy(to, &bits, n * sizeof(bits[0]));
 }
-void store(Floats numbers, float* to, int64_t n) {
-  if (n == LANES) std::memcpy(to, &numbers, sizeof(numbers));
-  else std::memcpy(to, &numbers, n * sizeof(float));
+void store(Floats x, float* to, int64_t n) {
+  if (n == LANES) std::memcpy(to, &x, sizeof(x));
+  else std::memcpy(to, &x, n * sizeof(float));
 }
 
 // The sums of four vectors, each in the same order.
@@ -309,33 +310,33 @@ float lane_sum(Floats x) {
   return sums[0];
 }
 
-Floats exponential(Floats x) {  // to 2e-7; NaN stays NaN
-  const Floats least = splat(-87.0f);
-  const Floats most = splat(88.0f);
+Floats exponential(Floats x) {  // relative error 2e-7; NaN stays NaN
+  const Floats lowest = splat(-87.0f);
+  const Floats highest = splat(88.0f);
   const Floats nearest = splat(0x1.8p23f);
-  Floats within = x > least ? x : least;
-  within = within < most ? within : most;
-  const Floats power = within * 0x1.715476p0f + nearest;
-  const Floats rest = fma(power - nearest, splat(-0x1.62e430p-1f), within);
+  Floats clamped = x > lowest ? x : lowest;
+  clamped = clamped < highest ? clamped : highest;
+  const Floats power = clamped * 0x1.715476p0f + nearest;
+  const Floats rest = fma(power - nearest, splat(-0x1.62e430p-1f), clamped);
   Floats sum = splat(1.0f / 720.0f);
   for (float factor : {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) sum = fma(sum, rest, splat(factor));
   return x == x ? (Floats)((Ints)sum + (((Ints)power - (Ints)nearest) << 23)) : x;
 }
 
-// Calls f<n>(), for n from 1 to MOST.
-template <int MOST, class F>
-INLINE void with_count(int64_t n, const F& f) {
+// Calls f<n>(), for n from 1 to MAX.
+template <int MAX, class F>
+INLINE void dispatch_count(int64_t n, const F& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
     ((n == I + 1 && (f.template operator()<I + 1>(), true)) || ...);
-  }(std::make_integer_sequence<int, MOST>());
+  }(std::make_integer_sequence<int, MAX>());
 }
 
-// Calls f with the numbers of a tensor.
+// Calls f(data) with a pointer of the type.
 template <class F>
-void with_numbers(ScalarType type, const void* numbers, const F& f) {
-  if (type == ScalarType::Float) return f(static_cast<const float*>(numbers));
-  if (type == ScalarType::Half) return f(static_cast<const Half*>(numbers));
-  if (type == ScalarType::BFloat16) return f(static_cast<const BFloat16*>(numbers));
+void dispatch(ScalarType type, const void* data, const F& f) {
+  if (type == ScalarType::Float) return f(static_cast<const float*>(data));
+  if (type == ScalarType::Half) return f(static_cast<const Half*>(data));
+  if (type == ScalarType::BFloat16) return f(static_cast<const BFloat16*>(data));
   STD_TORCH_CHECK(false, "weight: neither float32 nor float16 nor bfloat16");
 }
 }  // namespace
