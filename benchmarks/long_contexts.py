@@ -12,7 +12,8 @@ The second table compares greedy answers with those of keys and values in float3
 whole answers; an answer is equal if the format has its next token at each position. *tokens* is the share of
 positions. *KL* is the mean divergence of the next token, in nats; *gap* the largest distance of two logits in
 float32 of which the format prefers the lower one. transformers in bfloat16 stands beside transformers in
-float32, along the same answers. Prompts are pieces of Python's library and of these pages, in turn.
+float32, along the same answers. Prompts are pieces of Python's library and of these pages, in turn until
+the pages end.
 
 The third table has tokens/s of rows side by side, and MiB of their keys and values. Each row is behind 64
 tokens, behind --shared tokens that it alone has, or behind as many that are kept once for all rows.
@@ -24,6 +25,7 @@ import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any, cast, get_args
@@ -90,12 +92,12 @@ class ContextArguments:
         check(self, "formats", are_known, f"must be among {', '.join(DTYPES)}, float32 among them")
 
 
-@torch.inference_mode()
 def show(rows: list[Record]) -> None:
     table = pandas.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format)
     print(f"\n{table}", flush=True)
 
 
+@torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, ContextArguments)
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
@@ -130,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _text(num_tokens: int) -> str:
-    """Python's library and the pages of this repository, 3,000 characters of each in turn; enough for so many
-    tokens.
+    """Python's library and the pages of this repository, 3,000 characters of each in turn until the pages
+    end; enough for so many tokens.
     """
     library = Path(sysconfig.get_path("stdlib"))
     pages = Path(__file__).parent.parent / "docs"
@@ -139,7 +141,7 @@ def _text(num_tokens: int) -> str:
     for files in (library.glob("[a-h]*.py"), pages.glob("*.md")):
         text = "".join(each.read_text("utf-8") for each in sorted(files))
         pieces.append([text[at : at + 3000] for at in range(0, len(text), 3000)])
-    pairs = zip(*pieces, strict=False)
+    pairs = zip_longest(*pieces, fillvalue="")
     return "".join(part for pair in pairs for part in pair)[: 8 * num_tokens]
 
 
@@ -196,23 +198,30 @@ def _logits_along(runner: ModelRunner, prompt: list[int], answer: Sequence[int],
 def differences(runner: ModelRunner, prompts: Sequence[list[int]], args: ContextArguments) -> list[Record]:
     """Rows of the second table, for prompts of one length."""
     number = args.answer_tokens
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in args.formats if name != "float32"}
+    found: dict[str, list[Record]] = {name: [] for name in args.formats if name != "float32"}
     answers = list[tuple[list[int], list[int]]]()
     for prompt in prompts:
         answer, expected = _answer(runner, prompt, number)
         answers.append((prompt, answer))
-        for name in found:
-            found[name].append((expected, _logits_along(runner, prompt, answer, name)))
+        for name, compared in found.items():
+            compared.append(_compared(expected, _logits_along(runner, prompt, answer, name)))
     if args.num_peer_prompts:
-        found[PEER] = []
-        exact: Any = plain_copy(runner.model, torch.float32)
-        rounded: Any = plain_copy(runner.model, torch.bfloat16)
-        for prompt, answer in answers[: args.num_peer_prompts]:
-            ids = torch.tensor([[*prompt, *answer[:-1]]])
-            pair = [model(ids, logits_to_keep=number).logits[0].float() for model in (exact, rounded)]
-            found[PEER].append((pair[0], pair[1]))
+        found[PEER] = _peer(runner, answers[: args.num_peer_prompts])
     length = len(prompts[0])
-    return [{"format": name, "prompt": length, **_compared(pairs)} for name, pairs in found.items()]
+    return [{"format": name, "prompt": length, **_summary(compared)} for name, compared in found.items()]
+
+
+def _peer(runner: ModelRunner, answers: Sequence[tuple[list[int], list[int]]]) -> list[Record]:
+    """transformers in bfloat16 and in float32, one after the other: memory has one copy of the model."""
+    logits = list[list[Tensor]]()
+    for dtype in (torch.float32, torch.bfloat16):
+        model: Any = plain_copy(runner.model, dtype)
+        logits.append([])
+        for prompt, answer in answers:
+            ids = torch.tensor([[*prompt, *answer[:-1]]])
+            logits[-1].append(model(ids, logits_to_keep=len(answer)).logits[0].float())
+        del model
+    return [_compared(*pair) for pair in zip(*logits, strict=True)]
 
 
 def sharing(runner: ModelRunner, ids: Sequence[int], args: ContextArguments) -> list[Record]:
@@ -256,26 +265,25 @@ def sharing(runner: ModelRunner, ids: Sequence[int], args: ContextArguments) -> 
     ]
 
 
-def _compared(pairs: Sequence[tuple[Tensor, Tensor]]) -> Record:
-    """Of expected and found logits [N, V] of each answer."""
-    equal = list[bool]()
-    same = list[Tensor]()
-    divergences = list[Tensor]()
-    gap = 0.0
-    for expected, found in pairs:
-        best = expected.argmax(-1)
-        chosen = found.argmax(-1)
-        equal.append(bool((best == chosen).all()))
-        same.append((best == chosen).float())
-        logs = expected.log_softmax(-1)
-        divergence = kl_div(found.log_softmax(-1), logs, reduction="none", log_target=True)
-        divergences.append(divergence.sum(-1))
-        both = [expected.gather(1, ids[:, None]) for ids in (best, chosen)]
-        gap = max(gap, float((both[0] - both[1]).max()))
+def _compared(expected: Tensor, found: Tensor) -> Record:
+    """What two logits [N, V] of an answer differ in."""
+    best = expected.argmax(-1)
+    chosen = found.argmax(-1)
+    same = best == chosen
+    logs = expected.log_softmax(-1)
+    divergence = kl_div(found.log_softmax(-1), logs, reduction="none", log_target=True)
+    both = [expected.gather(1, ids[:, None]) for ids in (best, chosen)]
     return {
-        "answers": len(equal), "equal": sum(equal) / len(equal), "tokens": float(torch.cat(same).mean()),
-        "KL": float(torch.cat(divergences).mean()), "gap": gap,
+        "equal": bool(same.all()), "tokens": float(same.float().mean()),
+        "KL": float(divergence.sum(-1).mean()), "gap": float((both[0] - both[1]).max()),
     }  # fmt: skip
+
+
+def _summary(compared: Sequence[Record]) -> Record:
+    """Means over the answers, and the largest gap."""
+    table = pandas.DataFrame(compared)
+    means = table[["equal", "tokens", "KL"]].mean().to_dict()
+    return {"answers": len(table), **means, "gap": table["gap"].max()}
 
 
 def draw(table: pandas.DataFrame, args: ContextArguments, title: str, path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -49,6 +50,9 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError("no memory for keys and values") from error
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # each head of each slot would take 2 MiB and more
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
     made = torch.frombuffer(memory, dtype=dtype).view(*shape)
     _MAPPED[made.data_ptr()] = memory
     return made
@@ -79,6 +83,11 @@ class Buffers:
         key_shape: kv_heads and head_dim.
         num_slots: the most rows at a time.
         num_prefix_slots: slots after these for positions that several rows share.
+        longest: on a CPU a slot has addresses for so many positions from the beginning, if the system has
+            them. They take memory as they are written, and growing copies nothing.
+
+    Attributes:
+        capacity: positions of a slot that had memory when it was last asked for.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class Buffers:
         dtype: torch.dtype,
         num_slots: int = 1,
         num_prefix_slots: int = 0,
+        longest: int = 0,
     ) -> None:
         self.num_layers = len(devices)
         self.num_slots = num_slots
@@ -98,6 +108,7 @@ class Buffers:
         self.key_shape = key_shape
         self.dtype = dtype
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
+        self._longest = longest if self.grows else 0
         self.by_layer: dict[int, Pair] = {}
         # On a CPU: positions that may have been written. Later ones are zero.
         self.num_used = [0] * len(self.shared_prefixes)
@@ -124,12 +135,16 @@ class Buffers:
         if old is not None and end <= old[0].shape[2]:
             return old
         kv_heads, head_dim = self.key_shape
-        shape = (len(self.shared_prefixes), kv_heads, self.capacity, head_dim)
+        shape = (len(self.shared_prefixes), kv_heads, max(self.capacity, self._longest), head_dim)
         device = self._devices[layer]
         try:
             # Zeros: a mask does not keep NaN out of positions after a row's last one.
             keys, values = (zeros(shape, self.dtype, device) for _ in range(2))
-        except (MemoryError, RuntimeError):  # a shorter sequence may still fit
+        except (MemoryError, RuntimeError):
+            if self._longest > self.capacity:  # `ulimit -v`, or a system that counts addresses as memory
+                self._longest = 0
+                return self.with_room(layer, end)
+            # A shorter sequence may still fit.
             self.capacity = self.capacity_of_all
             raise
         for new, part in zip((keys, values), old or (), strict=False):
@@ -162,7 +177,7 @@ class Buffers:
     def capacity_of_all(self) -> int:
         """The capacity that the buffers of all layers have now; 0: a layer has not run."""
         has_all = len(self.by_layer) == self.num_layers
-        return min(part.shape[2] for part in self.all()) if has_all else 0
+        return min(self.capacity, *(part.shape[2] for part in self.all())) if has_all else 0
 
     def _fit(self, wanted: int, least: int) -> int:
         """The capacity that fits in memory, at most `wanted`. Raises MemoryError if `least` does not fit."""
@@ -189,7 +204,7 @@ class KVCache:
     """Keys and values of every layer, for the rows of a batch. At first there is one row, empty.
 
     The buffers of a layer are allocated when it first runs. Appending writes in place, and rolling back moves
-    a position. Buffers that are too small grow by a quarter.
+    a position. The capacity grows by a quarter. Buffers without addresses for it are copied.
 
     A pass appends positions to each row in a range of layers: one for each new token of the row.
     """

@@ -20,7 +20,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from self_speculation.config import CacheDtypeName
-from self_speculation.families import AttentionType, attention_types, check_supported, key_shape
+from self_speculation.families import (
+    AttentionType,
+    attention_types,
+    check_supported,
+    context_length,
+    key_shape,
+)
 from self_speculation.passes.attention_context import AttentionContext, AttentionTables
 from self_speculation.passes.kv_cache import Buffers, KVCache
 from self_speculation.passes.layers import FusedWeights, Head, Layer, PlainHead, PlainLayer
@@ -102,7 +108,9 @@ class ModelRunner:
         """
         devices = self.devices[: len(self.layers)]
         num_prefix_slots = num_slots // 2 if self.is_ragged else 0
-        buffers = Buffers(devices, self.key_shape, self.cache_dtype(dtype), num_slots, num_prefix_slots)
+        longest = context_length(self.config) + PREFILL_CHUNK  # a draft may end beyond the context
+        of_keys = self.key_shape, self.cache_dtype(dtype)
+        buffers = Buffers(devices, *of_keys, num_slots, num_prefix_slots, longest)
         cache = KVCache(buffers)
         cache.reserve(prompt_length, num_positions)
         return cache

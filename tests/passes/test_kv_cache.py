@@ -5,6 +5,7 @@ from weakref import ref
 
 import pytest
 import torch
+from psutil import Process
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -256,3 +257,51 @@ def test_growing_costs_time_by_what_slots_hold():
         assert not part[0, :, 8:].any()
         assert not part[1, :, 5:].any()
         assert not part[2:].any()
+
+
+def test_growing_copies_nothing_where_slots_have_addresses(monkeypatch):
+    """Guards against a step that copies what all slots hold when one of them outgrows the capacity, against
+    memory that is not asked for then, and against memory of positions that no row has.
+    """
+    positions = 200_000
+    cache = cache_of(*[CPU] * 2, num_slots=8, longest=positions)
+    cache.buffers.key_shape = (2, 64)
+    resident = Process().memory_info().rss
+    numbers = torch.ones(500, 2, 64)
+    for layer in range(2):
+        cache.write(numbers, numbers, layer)
+    cache.extend(0, 2, [500])
+    before = cache.make_room(0, 2, [0])
+    with Written() as written:
+        cache.reserve(100_000, 150_000)
+        after = cache.make_room(0, 2, [positions - 500])
+    assert written.numbers == 0
+    assert [part.data_ptr() for part in after] == [part.data_ptr() for part in before]
+    assert {part.shape for part in after} == {(8, 2, positions, 64)}
+    assert Process().memory_info().rss - resident < 50 * 2**20
+    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _: 2**30)
+    refused = cache_of(*[CPU] * 2, num_slots=8, longest=positions)
+    refused.buffers.key_shape = (2, 64)
+    with pytest.raises(MemoryError, match="8 times 150000 positions"):
+        refused.reserve(150_000, 150_000)
+
+
+def test_buffers_grow_where_the_system_refuses_addresses(monkeypatch):
+    """Guards against a model of a long context that does not decode under `ulimit -v`, and against an error
+    for a text that fits.
+    """
+    mapped = kv_cache.mmap.mmap
+
+    def limited(number, size, flags):
+        if size > 10_000:
+            raise OSError
+        return mapped(number, size, flags)
+
+    monkeypatch.setattr(kv_cache.mmap, "mmap", limited)
+    cache = cache_of(*[CPU] * 2, longest=100_000)
+    for start in range(0, 80, 8):
+        for layer in range(2):
+            keys, values = append(cache, range(start, start + 8), layer)
+            assert contents(keys) == contents(values) == [*range(start + 8)]
+    with pytest.raises(MemoryError):
+        cache.make_room(0, 2, [1000])
