@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1009, "classes": 197, "parameters": 2188}
+LIMITS = {"functions": 1006, "classes": 197, "parameters": 2184}
 
 
 def count() -> dict[str, int]:

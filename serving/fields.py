@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from llguidance import regex_to_lark
 from pydantic import (
@@ -31,7 +31,6 @@ from self_speculation.config import check_template_kwargs
 from self_speculation.decoding.grammar import MAX_CHARACTERS, json_rule
 from serving import JSONObject
 from serving.errors import APIError
-from serving.refused_fields import NEUTRAL, REFUSED
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -40,6 +39,96 @@ _LIKE = 0.88  # the least likeness of a misspelt name
 # stops at the first fault.
 MAX_ITEMS = 2048  # of a list
 _MAX_FIELDS = 100  # of an object
+
+# Fields of other servers that this server refuses, because they would change the answer: the name, what to
+# use instead ("": nothing), and the value that asks for nothing. Without a value: false, 0 and empty values
+# ask for nothing. With None, an empty object asks for something: as a schema it allows anything.
+_Row = tuple[str, str] | tuple[str, str, object]
+_REFUSED: list[_Row] = [
+    ("add_generation_prompt", "chat_template_kwargs", True),
+    ("allowed_token_ids", "logit_bias"),
+    ("audio", ""),
+    ("bad_words", "logit_bias"),
+    ("ban_eos_token", "ignore_eos and max_tokens"),
+    ("best_of", "", 1),
+    ("chat_template", "chat_template_kwargs"),
+    ("continue_final_message", "chat_template_kwargs"),
+    ("do_sample", "temperature", True),
+    ("documents", "chat_template_kwargs"),
+    ("dry_multiplier", "repetition_penalty"),
+    ("dynatemp_range", "temperature"),
+    ("ebnf", "structured_outputs with json, regex or choice"),
+    ("echo", ""),
+    ("enable_thinking", "chat_template_kwargs", True),
+    ("format", "response_format with a json_schema", None),
+    ("functions", "tools"),
+    ("grammar", "structured_outputs with json, regex or choice"),
+    ("guided_choice", "structured_outputs with json, regex or choice"),
+    ("guided_grammar", "structured_outputs with json, regex or choice"),
+    ("guided_json", "structured_outputs with json, regex or choice", None),
+    ("guided_regex", "structured_outputs with json, regex or choice"),
+    ("images", "messages"),
+    ("include_stop_str_in_output", "stop"),
+    ("json_schema", "response_format with a json_schema", None),
+    ("length_penalty", "", 1),
+    ("lora", ""),
+    ("max_new_tokens", "max_tokens"),
+    ("max_output_tokens", "max_tokens"),
+    ("min_new_tokens", "ignore_eos and max_tokens"),
+    ("min_tokens", "ignore_eos and max_tokens"),
+    ("mirostat", "top_p or min_p"),
+    ("modalities", "", ["text"]),
+    ("n_predict", "max_tokens"),
+    ("n_probs", "logprobs"),
+    ("negative_prompt", "messages"),
+    ("no_repeat_ngram_size", "repetition_penalty"),
+    ("num_beams", "", 1),
+    ("num_predict", "max_tokens"),
+    ("options", "temperature"),
+    ("prefix", ""),
+    ("prompt_embeds", ""),
+    ("prompt_logprobs", "logprobs"),
+    ("random_seed", "seed"),
+    ("reasoning", "reasoning_effort"),
+    ("regex", "structured_outputs with json, regex or choice"),
+    ("repeat_penalty", "repetition_penalty", 1),
+    ("return_token_ids", "logprobs"),
+    ("return_tokens_as_token_ids", "logprobs"),
+    ("schema", "response_format with a json_schema", None),
+    ("skip_special_tokens", "", True),
+    ("stop_sequences", "stop"),
+    ("structural_tag", "structured_outputs with json, regex or choice"),
+    ("suffix", ""),
+    ("system", "messages"),
+    ("think", "chat_template_kwargs", True),
+    ("thinking", "chat_template_kwargs"),
+    ("top_a", "top_p or min_p"),
+    ("truncate_prompt_tokens", "", -1),
+    ("typical_p", "top_p or min_p", 1),
+    ("use_beam_search", ""),
+    ("web_search_options", "tools", None),
+    ("xtc_probability", "top_p or min_p"),
+]
+# More of them in the Responses API.
+_REFUSED_IN_RESPONSES: list[_Row] = [
+    ("background", ""),
+    ("conversation", ""),
+    ("logprobs", "include with message.output_text.logprobs, and top_logprobs"),
+    ("max_completion_tokens", "max_output_tokens"),
+    ("max_tokens", "max_output_tokens"),
+    ("messages", "input with all items so far"),
+    ("n", "", 1),
+    ("previous_response_id", "input with all items so far"),
+    ("prompt", ""),
+    ("reasoning_effort", "reasoning with effort"),
+    ("response_format", "text with format"),
+    ("store", ""),
+    ("stream_drafts", ""),
+    ("truncation", "", "disabled"),
+]
+REFUSED = {row[0]: row[1] for row in _REFUSED}
+REFUSED_IN_RESPONSES = {row[0]: row[1] for row in [*_REFUSED, *_REFUSED_IN_RESPONSES]}
+_NEUTRAL = {row[0]: row[2] for row in [*_REFUSED, *_REFUSED_IN_RESPONSES] if len(row) > 2}
 
 
 class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
@@ -72,15 +161,11 @@ def _why_refused(name: str, given: JSONObject, known: set[str], refused: dict[st
         return f"there is no such field, did you mean {near[0]}?" if near else None
     value = given[name]
     instead = refused[name]
-    is_neutral = value == NEUTRAL[name] if name in NEUTRAL else not value
+    is_neutral = value == _NEUTRAL[name] if name in _NEUTRAL else not value
     # With `ignore_eos`, an answer always has the most tokens, so a minimum asks for nothing.
     if is_neutral or (name.startswith("min_") and given.get("ignore_eos") is True):
         return None
     return f"this server does not have it, {f'use {instead}' if instead else 'leave it out'}"
-
-
-def _as_list(given: object) -> object:
-    return [given] if isinstance(given, str) else given
 
 
 Limit = Annotated[int | None, Field(ge=1)]
@@ -88,7 +173,8 @@ Penalty = Annotated[float | None, Field(ge=0.01, le=100)]
 _Id = Annotated[str, Field(pattern="^[0-9]{1,9}$"), AfterValidator(int)]  # a key
 LogitBias = Annotated[dict[_Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
 _Word = Annotated[str, Field(min_length=1, max_length=256)]
-Words = Annotated[list[_Word], Field(max_length=128), BeforeValidator(_as_list)]
+_as_list = BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+Words = Annotated[list[_Word], Field(max_length=128), _as_list]
 
 
 class StreamOptions(Fields):
@@ -126,7 +212,7 @@ class Prediction(Fields):
 class Called(Fields):
     name: str
     # Clients may send no text for a function without parameters.
-    arguments: Annotated[Json[Any], BeforeValidator(lambda given: "{}" if given == "" else given)]
+    arguments: Annotated[Json[object], BeforeValidator(lambda given: "{}" if given == "" else given)]
 
 
 class ToolCall(Fields):
@@ -223,10 +309,11 @@ class StructuredOutputs(Fields):
     @property
     def rules(self) -> list[str]:
         """See `ResponseFormat`."""
-        schemas = [self.json_schema] * (self.json_schema is not None) + [
-            {"type": "object"}
-        ] * self.json_object
-        rules = [json_rule(schema) for schema in schemas]
+        rules = list[str]()
+        if self.json_schema is not None:
+            rules.append(json_rule(self.json_schema))
+        if self.json_object:
+            rules.append(json_rule({"type": "object"}))
         if self.regex is not None:
             rules.append(f"/{regex_to_lark(self.regex)}/")
         if self.choice:

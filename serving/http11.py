@@ -3,7 +3,6 @@
 import asyncio
 import re
 import resource
-from typing import Any
 
 import h11
 from h11 import _readers
@@ -26,7 +25,7 @@ class StrictConnection(h11.Connection):
 
     refused_with = b"400 Bad Request"
 
-    def next_event(self) -> Any:
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
         event = super().next_event()
         if not isinstance(event, h11.Request):
             return event
@@ -55,12 +54,9 @@ def most_connections() -> tuple[int, int]:
 class StrictProtocol(H11Protocol):
     """Closes connections that send no complete request, the oldest one as soon as there are too many."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conn = StrictConnection(h11.SERVER)
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.conn = StrictConnection(h11.SERVER)
         self._since = self.loop.time()
         self._timer = self.loop.call_later(_REQUEST_SECONDS, self._end_if_unfinished, None)
         every = [each for each in self.connections if isinstance(each, StrictProtocol)]

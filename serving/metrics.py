@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
 from runs.status import print_status
 from self_speculation import GenerationStrategyResult
@@ -21,6 +22,8 @@ _SIZES = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]  # tok
 _LONGEST_LINE = 200  # characters
 _MOST_NAMES = 200  # ignored fields in the log, which clients could fill
 _LONGEST_NAME = 50  # characters that are kept
+
+Metric = TypeVar("Metric", bound=MetricWrapperBase)
 
 
 class Origin(NamedTuple):
@@ -123,12 +126,13 @@ class Metrics:
         ]
         self._histograms = [(self._observed(name, about), value) for name, about, value in _OBSERVED]
 
-    def _vllm(self, kind: Any, name: str, about: str, *labels: str, **options: Any) -> Any:
-        return kind(f"vllm:{name}", about, [*self._labels, *labels], registry=self.registry, **options)
+    def _vllm(self, kind: type[Metric], name: str, about: str, *labels: str) -> Metric:
+        return kind(f"vllm:{name}", about, [*self._labels, *labels], registry=self.registry)
 
-    def _observed(self, name: str, about: str) -> Any:
+    def _observed(self, name: str, about: str) -> Histogram:
         buckets = _TIMES if name.endswith("seconds") else _SIZES
-        return self._vllm(Histogram, name, about, buckets=buckets).labels(**self._labels)
+        found = Histogram(f"vllm:{name}", about, self._labels, registry=self.registry, buckets=buckets)
+        return found.labels(**self._labels)
 
     def count_error(self, error: BaseException, origin: Origin) -> APIError:
         """Count an error of a request. Returns the error that the client gets."""

@@ -101,16 +101,13 @@ class BaseRequest(SharedFields, ABC):
 
     def writer(self, model: str) -> ChoicesWriter:
         """Return the object that writes the answer."""
-        return ChoicesWriter(self, self._head(model))
-
-    def _head(self, model: str) -> JSONObject:
-        """The first fields of an answer, or of each chunk of a stream."""
-        return {
+        head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "object": self.chunk_name if self.stream else self.object_name,
             "created": int(time.time()),
             "model": model,
         }
+        return ChoicesWriter(self, head)
 
     def choice(
         self,
@@ -322,7 +319,7 @@ class ChoicesWriter:
 
     def __init__(self, request: BaseRequest, head: JSONObject) -> None:
         self._request = request
-        self._head = head
+        self._head = head  # the first fields of the answer, or of each chunk
         self._choices = dict[int, JSONObject]()  # index -> the last choice
         self._has_usage = request.stream_options.include_usage
 
