@@ -125,13 +125,22 @@ class CachedHead {
   std::unique_ptr<Floats[]> widened_;  // KEY_BLOCK keys, then as many values
 };
 
+// Fetches the numbers that lie some blocks after `from`: the processor fetches too few by itself.
+template <class Scalar>
+void fetch_ahead(const Scalar* from, int64_t count) {
+  constexpr int64_t BYTES = 4096;
+  auto* ahead = reinterpret_cast<const char*>(from) + BYTES;
+  for (int64_t byte = 0; byte < count * int64_t(sizeof(Scalar)); byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+}
+
 // Scores of Q queries [Q, d] and the keys [begin, end) of [KEY_BLOCK, d]. IS_MULTIPLE: d is a multiple of LANES.
 template <int Q, bool IS_MULTIPLE, class Scalar>
-void score(const float* queries, int64_t d, const Scalar* keys, int64_t begin, int64_t end, Scores* scores) {
+void score(const float* queries, int64_t d, const Scalar* keys, int64_t begin, int64_t end, bool fetches, Scores* scores) {
   for (int64_t key = begin; key < end; key += 4) {
     Floats sums[Q * 4] = {};
     const Scalar* four_keys[4];
     for (int i = 0; i < 4; i++) four_keys[i] = keys + std::min(key + i, end - 1) * d;  // the last key stands in for missing ones
+    if (fetches) fetch_ahead(four_keys[0], 4 * d);
     int64_t j = 0;
     for (; j + LANES <= d; j += LANES) {
       Floats query[Q];
@@ -175,11 +184,12 @@ PartialAttention weigh(float* scores, int64_t begin, int64_t end) {
 // For Q queries: attended values = scale_old * attended values + scale_new * weights times the values of the keys [begin, end) of
 // [KEY_BLOCK, d].
 template <int Q, bool IS_MULTIPLE, class Scalar>
-void add_values(const Scores* weights, int64_t d, const Scalar* values, int64_t begin, int64_t end, const float* scale_old,
-                const float* scale_new, PartialAttention* attended) {
+void add_values(const Scores* weights, int64_t d, const Scalar* values, int64_t begin, int64_t end, bool fetches,
+                const float* scale_old, const float* scale_new, PartialAttention* attended) {
   auto add = [&]<int N>(int64_t j) {
     Floats sums[Q * N] = {};
     for (int64_t key = begin; key < end; key++) {
+      if (fetches) fetch_ahead(values + key * d + j, N * LANES);
       Floats weight[Q];
 #pragma GCC unroll 4
       for (int q = 0; q < Q; q++) weight[q] = splat(weights[q][key]);
@@ -214,20 +224,24 @@ void attend_to_keys(const float* queries, int64_t n, int64_t d, const Scalar* ke
   alignas(64) Scores scores[QUERY_BLOCK];
   float scale_old[QUERY_BLOCK];
   float scale_new[QUERY_BLOCK];
-  for (; n > 0; queries += QUERY_BLOCK * d, attended += QUERY_BLOCK, n -= QUERY_BLOCK) {
+  bool fetches = true;  // once for all queries
+  for (; n > 0; queries += QUERY_BLOCK * d, attended += QUERY_BLOCK, n -= QUERY_BLOCK, fetches = false) {
     const int64_t num_queries = std::min(n, QUERY_BLOCK);
     auto for_queries = [&](const auto& f) {
       int64_t i = 0;
       for (; i + MAX_QUERIES <= num_queries; i += MAX_QUERIES) f.template operator()<MAX_QUERIES>(i);
       dispatch_count<MAX_QUERIES - 1>(num_queries - i, [&]<int Q>() { f.template operator()<Q>(i); });
     };
-    for_queries([&]<int Q>(int64_t i) { score<Q, IS_MULTIPLE>(queries + i * d, d, keys, begin, end, scores + i); });
+    for_queries([&]<int Q>(int64_t i) {
+      score<Q, IS_MULTIPLE>(queries + i * d, d, keys, begin, end, fetches && i == 0, scores + i);
+    });
     for (int64_t i = 0; i < num_queries; i++) {
       const PartialAttention added = weigh(scores[i], begin, end);
       attended[i].extend(added, scale_old[i], scale_new[i]);
     }
     for_queries([&]<int Q>(int64_t i) {
-      add_values<Q, IS_MULTIPLE>(scores + i, d, values, begin, end, scale_old + i, scale_new + i, attended + i);
+      add_values<Q, IS_MULTIPLE>(scores + i, d, values, begin, end, fetches && i == 0, scale_old + i, scale_new + i,
+                                 attended + i);
     });
   }
 }
