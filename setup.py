@@ -5,7 +5,6 @@ They use the interface that torch keeps stable, so one file is for all versions 
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -38,5 +37,4 @@ class WithOperators(Distribution):
         return True
 
 
-arguments: dict[str, Any] = {"build_py": BuildOperators, "bdist_wheel": PlatformWheel}
-setup(cmdclass=arguments, distclass=WithOperators)
+setup(cmdclass={"build_py": BuildOperators, "bdist_wheel": PlatformWheel}, distclass=WithOperators)

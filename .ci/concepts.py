@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1006, "classes": 197, "parameters": 2184}
+LIMITS = {"functions": 1001, "classes": 197, "parameters": 2176}
 
 
 def count() -> dict[str, int]:

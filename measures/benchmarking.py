@@ -40,17 +40,13 @@ class Benchmark(Experiment):
         if self.compare:
             self._sides.append((BASELINE, *autoregressive(self.generator, self.config)))
 
-    def _warm_up(self) -> None:
-        """Run every pass that will be timed."""
-        with log_if_slow("warming up"):
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
+        if indices:
             prompt = max((example.ids for example in self.examples), key=len)
             # Later turns read the answers to earlier ones.
             earlier = max(len(example.later_turns) for example in self.examples) * self.config.max_steps
-            warm_up(self._sides, [*prompt, *prompt[:1] * earlier], self.batch_size)
-
-    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        if indices:
-            self._warm_up()
+            with log_if_slow("warming up"):
+                warm_up(self._sides, [*prompt, *prompt[:1] * earlier], self.batch_size)
         requests = deque((index, self.request(index)) for index in indices)
         turns = defaultdict[int, list[Record]](list)
         for index, turn in measure_examples(self._sides, requests, self.batch_size):

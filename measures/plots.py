@@ -24,7 +24,8 @@ def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
     Args:
         path: without suffix.
     """
-    rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
+    rows = table["exit_layer"].nunique()
+    columns = table["num_speculations"].nunique()
     size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.5 * rows))
     figure, panels = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
     length = "mean_accepted_length"

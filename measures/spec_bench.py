@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from measures import metrics
 from runs.description import Record
@@ -23,7 +22,7 @@ def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, pr
         id_ = row["question_id"]
         turns = [metrics.without_prefix(turn, prefix) for turn in record.get("turns", [record])]
         accepted = [_accept_lengths(turn) for turn in turns]
-        choice: dict[str, Any] = {
+        choice = {
             "index": 0,
             "turns": [turn["prediction"] for turn in turns],
             "decoding_steps": [len(lengths) for lengths in accepted],

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import self_speculation
-from arguments import GenerationConfig, ModelArguments
+from arguments import GenerationConfig, JSONObject, ModelArguments
 from data import DataArguments
 from runs import ranks
 from self_speculation.passes.runners import activation_dtype
@@ -23,7 +23,7 @@ from self_speculation.threads import most_threads
 from self_speculation.weights.few_bits import formats_of, num_parameters
 from self_speculation.weights.kernels import cpu_operators
 
-Record = dict[str, Any]
+Record = JSONObject
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
 # These arguments stand elsewhere in the lines or in the table, or do not change the figures.
@@ -90,13 +90,11 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
         changed = [f"{each.name} {asked[each.name]}" for each in shown if asked[each.name] != each.default]
         settings += [*filter(None, [name]), *changed]
     sizes = [f"batch size {asked['batch_size']}"] if "batch_size" in asked else []
-    return "\n".join(map(_filled, (settings, [*machine(run).split(", "), *sizes])))
-
-
-def _filled(parts: list[str]) -> str:
-    """Lines that end between two parts; no part is divided."""
-    text = ", ".join(part.replace(" ", "\xa0") for part in parts)
-    return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False).replace("\xa0", " ")
+    lines = []
+    for parts in (settings, [*machine(run).split(", "), *sizes]):
+        text = ", ".join(part.replace(" ", "\xa0") for part in parts)  # no part is divided
+        lines += textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def fewest_threads(records: Iterable[Record], most: int) -> int:

@@ -15,11 +15,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from arguments import JSONObject
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.grammar import short_json
 from self_speculation.decoding.texts import Thinking
 from self_speculation.families import context_length
-from serving import JSONObject
 from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.flags import ServeArguments
@@ -231,14 +231,13 @@ class Answer:
             raise APIError(message, param="tools", code="context_length_exceeded")
         messages = [message.for_template for message in request.messages]
         kwargs = {**args.template_kwargs, **request.template_kwargs}
-        ending = {
-            "add_generation_prompt": request.begins_message,
-            "continue_final_message": request.continue_final_message,
-        }
+        continues = request.continue_final_message
+        begins = not continues if request.add_generation_prompt is None else request.add_generation_prompt
+        ending = {"add_generation_prompt": begins, "continue_final_message": continues}
         try:
             prompt = generator.render_chat(messages, kwargs, tools=tools or None, **ending)
         except ValueError as error:
-            if not request.continue_final_message:
+            if not continues:
                 raise
             problem = f"the chat template cannot continue this message: {error!s:.80}"
             raise APIError.at("continue_final_message", True, problem) from error

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from arguments import JSONObject
 from runs.failures import reason
 from self_speculation.decoding.grammar_sandbox import GrammarError
-from serving import JSONObject
 from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 
 _log = logging.getLogger(__name__)

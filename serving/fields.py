@@ -27,9 +27,9 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
+from arguments import JSONObject
 from self_speculation.config import check_template_kwargs
 from self_speculation.decoding.grammar import MAX_CHARACTERS, json_rule
-from serving import JSONObject
 from serving.errors import APIError
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

@@ -9,10 +9,10 @@ from typing import NamedTuple, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
+from arguments import JSONObject
 from runs.status import print_status
 from self_speculation import GenerationStrategyResult
 from self_speculation.results import DraftStats, SourceCounts
-from serving import JSONObject
 from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.protocol import FINISH_REASONS

@@ -13,9 +13,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from arguments import JSONObject
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import Grammar, GrammarError
-from serving import JSONObject, fields
+from serving import fields
 from serving.errors import APIError
 from serving.streaming import Delta, TokenLogprob
 from serving.tools import CallReader, call_grammar, find_calls
@@ -132,10 +133,6 @@ class BaseRequest(SharedFields, ABC):
         """Return the object that finds calls in a stream. None: there are no calls."""
         return None
 
-    def first_choice(self, index: int) -> JSONObject | None:  # noqa: ARG002
-        """Return the choice that a stream has before the first text. None: there is no such choice."""
-        return None
-
     @abstractmethod
     def _content(self, delta: Delta, finish_reason: str | None) -> JSONObject: ...
 
@@ -152,7 +149,7 @@ class ChatRequest(BaseRequest):
     id_prefix = "chatcmpl"
 
     messages: fields.Messages
-    add_generation_prompt: bool | None = None  # of vLLM
+    add_generation_prompt: bool | None = None  # of vLLM; None: unless the final message is continued
     continue_final_message: bool = False  # of vLLM
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -172,12 +169,6 @@ class ChatRequest(BaseRequest):
         if value and self.messages[-1].role != "assistant":
             raise APIError.at(name, value, "the last message must be the assistant's")
         return self
-
-    @property
-    def begins_message(self) -> bool:
-        """Whether the prompt ends with the beginning of a new message of the assistant."""
-        given = self.add_generation_prompt
-        return not self.continue_final_message if given is None else given
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -217,10 +208,6 @@ class ChatRequest(BaseRequest):
         """See `BaseRequest`."""
         tools = self.tools_for_template
         return CallReader(tools, self.parallel_tool_calls) if self.stream and tools else None
-
-    def first_choice(self, index: int) -> JSONObject:
-        """See `BaseRequest`."""
-        return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
 
     def _content(self, delta: Delta, finish_reason: str | None) -> JSONObject:
         has_reasoning = delta.thinking and self.include_reasoning
@@ -325,12 +312,17 @@ class ChoicesWriter:
 
     def add(self, choice: JSONObject) -> str:
         """Add new text of a choice, or the complete choice."""
+        request = self._request
         index = choice["index"]
-        first = None if index in self._choices else self._request.first_choice(index)
+        is_first = index not in self._choices
         self._choices[index] = choice
-        if not self._request.stream:
+        if not request.stream:
             return ""
-        return "".join(self._chunk([each]) for each in (first, choice) if each)
+        chunk = self._chunk([choice])
+        if is_first and isinstance(request, ChatRequest):  # the role comes before the text
+            role = {"role": "assistant", "content": ""}
+            chunk = self._chunk([{**request.choice(index, Delta("")), "delta": role}]) + chunk
+        return chunk
 
     def end(self, figures: JSONObject) -> str:
         """End the answer, with `usage` and `metrics`."""

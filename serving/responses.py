@@ -13,7 +13,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from serving import JSONObject, fields
+from arguments import JSONObject
+from serving import fields
 from serving.protocol import ChatRequest, SharedFields, server_sent
 
 _LOGPROBS = "message.output_text.logprobs"  # a value of `include`

@@ -12,9 +12,9 @@ from contextlib import suppress
 
 from transformers import PreTrainedTokenizerBase
 
+from arguments import JSONObject
 from self_speculation.decoding.grammar import Grammar, json_rule
 from self_speculation.decoding.texts import Tag
-from serving import JSONObject
 
 _TAG = "<tool_call>"
 _BEGIN = re.compile(rf"\s*{_TAG}\s*")

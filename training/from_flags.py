@@ -47,7 +47,8 @@ def new_llama(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, seed: int
     """A Llama with random weights in fp32."""
     # Keeps the scale of hidden states from layer to layer; the usual 0.02 does so in wide models only.
     config.initializer_range = config.hidden_size**-0.5
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
     set_seed(seed)
     return LlamaForCausalLM(config)
 

@@ -4,8 +4,6 @@ The logits of all exits, [exits, B, T, V], would be the largest tensor in memory
 chunk, and the backward pass computes them again.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributions import Categorical
@@ -29,17 +27,21 @@ def exit_losses(head: Linear, states: Tensor, labels: Tensor, distill: bool = Fa
     kind = states.device.type
     if torch.is_autocast_enabled(kind):  # linear_cross_entropy ignores it; cast the head once for all exits
         states = states.to(torch.get_autocast_dtype(kind))
-    weight, bias = (None if part is None else part.to(states.dtype) for part in (head.weight, head.bias))
+    weight = head.weight.to(states.dtype)
+    bias = None if head.bias is None else head.bias.to(states.dtype)
 
-    # By itself it adds up the head's gradient in 16 bits on a GPU.
-    in_fp32: dict[str, Any] = {}
-    if kind == "cuda" and states.itemsize == 2 and torch.cuda.get_device_capability(states.device) >= (8, 0):
-        in_fp32 = {"acc_policy": "balanced", "acc_dtype": torch.float32}
+    in_16_bits = kind == "cuda" and states.itemsize == 2
+    adds_in_fp32 = in_16_bits and torch.cuda.get_device_capability(states.device) >= (8, 0)
 
     def cross_entropies(exit: Tensor) -> Tensor:
-        chunks = LinearCrossEntropyOptions(batch_chunk_size=min(_positions(head), len(exit)), **in_fp32)
+        options = LinearCrossEntropyOptions(
+            batch_chunk_size=min(_positions(head), len(exit)),
+            # By default the gradient of the head is added up in 16 bits on a GPU.
+            acc_policy="balanced" if adds_in_fp32 else "auto",
+            acc_dtype=torch.float32 if adds_in_fp32 else None,
+        )
         return functional.linear_cross_entropy(
-            exit, weight, labels, linear_bias=bias, ignore_index=IGNORED, reduction="none", options=chunks
+            exit, weight, labels, linear_bias=bias, ignore_index=IGNORED, reduction="none", options=options
         )
 
     if not distill or len(states) == 1:
@@ -47,8 +49,8 @@ def exit_losses(head: Linear, states: Tensor, labels: Tensor, distill: bool = Fa
     last = cross_entropies(states[-1])[None]
     divergences = [
         # Keeps no logits: the backward pass computes them again.
-        checkpoint(_divergences, weight, bias, part, use_reentrant=False)
-        for part in states.split(_positions(head, len(states) + 2), dim=1)
+        checkpoint(_divergences, weight, bias, chunk, use_reentrant=False)
+        for chunk in states.split(_positions(head, len(states) + 2), dim=1)
     ]
     exits = torch.cat(divergences, dim=1)
     return torch.cat([exits.where(labels != IGNORED, 0), last])
@@ -63,8 +65,8 @@ def exit_scores(head: Linear, states: Tensor, labels: Tensor) -> tuple[Tensor, T
     guesses = []
     entropies = []
     size = _positions(head)
-    for part, targets in zip(states.split(size), labels.split(size), strict=True):
-        logits = _at_least_fp32(functional.linear(part, head.weight, head.bias))
+    for chunk, targets in zip(states.split(size), labels.split(size), strict=True):
+        logits = _at_least_fp32(functional.linear(chunk, head.weight, head.bias))
         losses.append(functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none"))
         guesses.append(logits.argmax(-1))
         entropies.append(Categorical(logits=logits, validate_args=False).entropy())
@@ -74,14 +76,14 @@ def exit_scores(head: Linear, states: Tensor, labels: Tensor) -> tuple[Tensor, T
 def _divergences(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
     """[E - 1, N] KL(last || exit) of states [E, N, H]."""
 
-    def log_probabilities(part: Tensor) -> Tensor:
-        return _at_least_fp32(functional.linear(part, weight, bias)).log_softmax(-1)
+    def log_probabilities(exit: Tensor) -> Tensor:
+        return _at_least_fp32(functional.linear(exit, weight, bias)).log_softmax(-1)
 
     *exits, last = states
     with torch.no_grad():
-        goal = log_probabilities(last)
+        targets = log_probabilities(last)
     return torch.stack([
-        functional.kl_div(log_probabilities(exit), goal, reduction="none", log_target=True).sum(-1)
+        functional.kl_div(log_probabilities(exit), targets, reduction="none", log_target=True).sum(-1)
         for exit in exits
     ])  # fmt: skip
 

@@ -3,12 +3,12 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pandas
 from accelerate.utils import gather_object
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
+from arguments import JSONObject
 from runs.ranks import num_processes
 from runs.records import Run, write_atomically
 
@@ -58,7 +58,7 @@ class Progress(ProgressCallback):
         super().on_step_end(args, state, control, **more)
         control.should_evaluate |= state.global_step == state.max_steps  # to compare with the start
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+    def on_log(self, args: object, state: TrainerState, *_: object, logs: JSONObject, **__: object) -> None:  # noqa: ARG002
         if not state.is_world_process_zero:
             return
         # Leave out the trainer's summary: it counts the time since the last resumption only.
