@@ -6,7 +6,7 @@ They use the interface that torch keeps stable, so one file is for all versions 
 import sys
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -32,9 +32,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-class WithOperators(Distribution):
-    def has_ext_modules(self) -> bool:
-        return True
-
-
-setup(cmdclass={"build_py": BuildOperators, "bdist_wheel": PlatformWheel}, distclass=WithOperators)
+setup(
+    cmdclass={"build_py": BuildOperators, "bdist_wheel": PlatformWheel},
+    has_ext_modules=lambda: True,  # the wheel depends on the platform
+)

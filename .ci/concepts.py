@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1001, "classes": 197, "parameters": 2176}
+LIMITS = {"functions": 995, "classes": 196, "parameters": 2170}
 
 
 def count() -> dict[str, int]:

@@ -250,8 +250,13 @@ def evaluate(settings: Record, args: Any, gen_kwargs: Record) -> int:
         refuse(f"lm_eval: {one_line(error)}")  # tasks or data sets
     records = model.gather_object(model.records)
     if results is not None:  # at rank 0
-        generated = _generated([*chain(*records)])
-        results["generation"] = generated
+        completions = [*chain(*records)]
+        generated: Record | None = None
+        if completions:
+            generated = {"num_answers": len(completions), "speed": metrics.speed(completions)}
+            if "drafts" in completions[0]:
+                generated["acceptance"] = metrics.acceptance(completions)
+        results["generation"] = generated  # speed and drafts, as in `run.json` of benchmark.py
         samples = results.pop("samples", {})
         tracker.save_results_aggregated(results=results, samples=samples)
         for name, task_samples in samples.items():
@@ -263,14 +268,6 @@ def evaluate(settings: Record, args: Any, gen_kwargs: Record) -> int:
             print(_shown(generated))
         print(f"results are in {args.output_path}")
     return 0
-
-
-def _generated(records: list[Record]) -> Record | None:
-    """Speed and drafts of all completions, as in `run.json` of benchmark.py; None: no task has any."""
-    if not records:
-        return None
-    drafts = {"acceptance": metrics.acceptance(records)} if "drafts" in records[0] else {}
-    return {"num_answers": len(records), "speed": metrics.speed(records), **drafts}
 
 
 def _shown(generated: Record) -> str:

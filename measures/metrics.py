@@ -43,11 +43,17 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
     in length, so times alone do not compare. Windows without tokens are left out. `speedup_interval` is the
     90 % confidence interval of the median. `baseline` is the prefix of the other strategy's fields.
     """
+    from scipy.stats import quantile_test  # takes a second to import
+
     speedups = ratios(records, "", baseline)
+    interval = None  # of fewer than five values
+    if len(speedups) >= 5:
+        found = quantile_test(speedups, p=0.5).confidence_interval(0.9)
+        interval = (float(found.low), float(found.high))
     return {
         "speedup": float(numpy.median(speedups)) if len(speedups) else None,
         "speedup_quartiles": numpy.percentile(speedups, (25, 50, 75)).tolist() if len(speedups) else [],
-        "speedup_interval": median_interval(speedups),
+        "speedup_interval": interval,
         "speedup_faster": int((speedups > 1).sum()),
         "speedup_windows": len(speedups),
         "identical_outputs": sum(record["tokens"] == record[f"{baseline}tokens"] for record in records),
@@ -103,14 +109,6 @@ def acceptance(records: Sequence[Record]) -> Record:
         "num_verifications": stats.num_verifications,
         "drafts_by_source": {source: counts._asdict() for source, counts in stats.by_source.items()},
     }
-
-
-def median_interval(values: numpy.ndarray) -> tuple[float, float] | None:
-    """The 90 % confidence interval of the median; None for fewer than five values."""
-    from scipy.stats import quantile_test  # takes a second to import
-
-    interval = quantile_test(values, p=0.5).confidence_interval(0.9) if len(values) >= 5 else None
-    return interval and (float(interval.low), float(interval.high))
 
 
 def undecided(interval: Sequence[float] | None, unit: str) -> list[str]:

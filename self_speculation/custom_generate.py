@@ -145,15 +145,13 @@ def _split_rules(
     left = [*processors]
     rules: dict[str, Any] = {}
     for kind, name in _RULES.items():
-        if left and type(left[-1]) is kind and _removes_others(left[-1]):
+        if not left or type(left[-1]) is not kind:
+            continue
+        # Our rules keep one token at least, and forbid the tokens that they leave out.
+        is_removed = getattr(left[-1], "filter_value", -math.inf) == -math.inf
+        if is_removed and getattr(left[-1], "min_tokens_to_keep", 1) == 1:
             rules[name] = getattr(left.pop(), name)
     return left, rules
-
-
-def _removes_others(rule: Any) -> bool:
-    """Whether what a rule leaves out cannot be drawn."""
-    is_removed = getattr(rule, "filter_value", -math.inf) == -math.inf
-    return is_removed and getattr(rule, "min_tokens_to_keep", 1) == 1
 
 
 def _refusals(
@@ -177,7 +175,8 @@ def _refusals(
     yield kwargs.get("inputs_embeds") is not None, "inputs_embeds: prompts must be token ids"
     # transformers sets the attribute on a cache that the caller passed.
     yield getattr(kwargs.get("cache"), "_is_user_defined", False), "cache: is neither read nor filled"
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask = kwargs.get("attention_mask")
+    positions = kwargs.get("position_ids")
     yield mask is not None and not mask.all(), "attention_mask: one prompt needs no padding"
     is_moved = positions is not None and positions.flatten().tolist() != [*range(length)]
     yield is_moved, "position_ids: must be those from 0"

@@ -58,20 +58,6 @@ class FinishedRequest:
             f"{self.drafts.num_accepted} of {self.drafts.num_drafted} drafted accepted"
         )
 
-    @property
-    def for_log(self) -> dict[str, float]:
-        """Figures as fields of a line; times in seconds."""
-        return {
-            "prompt_tokens": self.result.num_prompt_tokens,
-            "cached_tokens": self.result.num_cached_tokens,
-            "completion_tokens": self.num_tokens,
-            "drafted_tokens": self.drafts.num_drafted,
-            "accepted_tokens": self.drafts.num_accepted,
-            "queue_time": round(self.queue_time, 6),
-            "time_to_first_token": round(self.time_to_first_token, 6),
-            "latency": round(self.latency, 6),
-        }
-
 
 # vLLM's name of a counter, the meaning, and the number that a finished request adds.
 _COUNTED: tuple[tuple[str, str, Callable[[FinishedRequest], float]], ...] = (
@@ -150,7 +136,19 @@ class Metrics:
         finished = FinishedRequest(job, result)
         if error is None:
             reason = FINISH_REASONS[str(result.stop_reason)]
-            self._log(job.origin, finished, finish_reason=reason, **finished.for_log)
+            self._log(
+                job.origin,
+                finished,
+                finish_reason=reason,
+                prompt_tokens=result.num_prompt_tokens,
+                cached_tokens=result.num_cached_tokens,
+                completion_tokens=finished.num_tokens,
+                drafted_tokens=finished.drafts.num_drafted,
+                accepted_tokens=finished.drafts.num_accepted,
+                queue_time=round(finished.queue_time, 6),
+                time_to_first_token=round(finished.time_to_first_token, 6),
+                latency=round(finished.latency, 6),
+            )
             self._finished.labels(**self._labels, finished_reason=reason).inc()
         for counter, value in self._counters:
             counter.inc(value(finished))

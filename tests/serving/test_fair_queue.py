@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
+from serving.app import FairQueue
 from serving.engine import QueueFull
-from serving.fair_queue import FairQueue
 
 
 def in_queue(scenario, max_waiting=9):
