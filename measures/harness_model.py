@@ -80,7 +80,8 @@ def request_config(gen_kwargs: Record, config: GenerationConfig, defaults: objec
     try:
         given = normalize_gen_kwargs(gen_kwargs)
         model_rules = {name: getattr(defaults, name, None) for name in SAMPLING_RULES}
-        rules = {n: v for part in (_DEFAULTS, model_rules, given) for n, v in part.items() if v is not None}
+        found = [_DEFAULTS, model_rules, given]
+        rules = {name: value for each in found for name, value in each.items() if value is not None}
         return replace(
             config,
             max_steps=given["max_gen_toks"],

@@ -91,8 +91,8 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
         settings += [*filter(None, [name]), *changed]
     sizes = [f"batch size {asked['batch_size']}"] if "batch_size" in asked else []
     lines = []
-    for parts in (settings, [*machine(run).split(", "), *sizes]):
-        text = ", ".join(part.replace(" ", "\xa0") for part in parts)  # no part is divided
+    for phrases in (settings, [*machine(run).split(", "), *sizes]):
+        text = ", ".join(phrase.replace(" ", "\xa0") for phrase in phrases)  # no line ends in a phrase
         lines += textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines).replace("\xa0", " ")
 

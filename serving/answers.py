@@ -63,8 +63,8 @@ class _Choice:
 
 
 class Answer:
-    """The answer to a request: call `parse`, `submit`, then `parts`. `parse` and `submit` raise the errors of
-    an invalid request, and take long for a long one.
+    """The answer to a request: call `parse`, `submit`, `chunks`. `parse` and `submit` raise the errors of an
+    invalid request, and take long for a long one.
     """
 
     def __init__(self, served: ServedModel, origin: Origin) -> None:
@@ -155,12 +155,12 @@ class Answer:
         """End the jobs: the client is gone, also during `submit`, or has the whole answer."""
         self._is_cancelled.set()
 
-    async def parts(self) -> AsyncGenerator[str]:
+    async def chunks(self) -> AsyncGenerator[str]:
         """Yield the answer as one JSON object, or as server-sent events."""
         async for choice, delta in self._deltas():
             formatted = self._format(choice, delta)
-            if formatted and (part := self._writer.add(formatted)):
-                yield part
+            if formatted and (chunk := self._writer.add(formatted)):
+                yield chunk
         finished = [choice.finished for choice in self._choices if choice.finished]
         yield self._writer.end(figures(finished, self.request.n))
 
@@ -258,8 +258,8 @@ class Answer:
 
 
 class AnswerResponse(StreamingResponse):
-    """Submits a parsed answer and sends the parts. The head goes out with the first part, so an earlier error
-    sets the status. The end of the response cancels the jobs, also when the client disconnects.
+    """Submits a parsed answer and sends the chunks. The head goes out with the first chunk, so an earlier
+    error sets the status. The end of the response cancels the jobs, also when the client disconnects.
     """
 
     def __init__(self, answer: Answer, submit: Callable[[Answer], Awaitable[None]]) -> None:
@@ -280,11 +280,11 @@ class AnswerResponse(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         await self._submit(self._answer)
         has_begun = False
-        async for part in self._answer.parts():
+        async for chunk in self._answer.chunks():
             if not has_begun:
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             has_begun = True
-            await send({"type": "http.response.body", "body": part.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
         self._is_whole = True
         await send({"type": "http.response.body", "body": b""})
 

@@ -237,7 +237,7 @@ class FairQueue:
         try:
             await turn
         except asyncio.CancelledError:
-            # The turn has come, and it has not lost its place: another client gets the thread.
+            # The turn has come, and the client is gone: another client gets the thread.
             if not turn.cancelled() and turn.exception() is None:
                 self._pass_on()
             raise
@@ -298,8 +298,8 @@ async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
     if int(http.headers.get("content-length", 0)) > max_bytes:
         raise too_long
     body = bytearray()
-    async for part in http.stream():
-        body += part
+    async for chunk in http.stream():
+        body += chunk
         if len(body) > max_bytes:
             raise too_long
     return bytes(body.removeprefix(codecs.BOM_UTF8))  # clients on Windows may send it

@@ -77,8 +77,8 @@ class APIError(Exception):
             first = error.errors(include_url=False)[0]
             message = _PROBLEMS.get(first["type"], first["msg"].removeprefix("Value error, "))
             problem = message.format(**first.get("ctx", {}))
-            # A part in brackets is a mark of pydantic, such as the mark of a bad key.
-            path = ".".join(part for part in map(str, first["loc"]) if "[" not in part)[:100]
+            # A name in brackets is a mark of pydantic, such as the mark of a bad key.
+            path = ".".join(name for name in map(str, first["loc"]) if "[" not in name)[:100]
             if path and first["type"] != "missing":
                 return cls.at(path, first["input"], problem)
             return cls(f"{path or 'the body'}: {problem}", param=path or None)

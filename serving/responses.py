@@ -129,7 +129,7 @@ class NamedFunction(fields.Fields):
 
     @property
     def for_chat(self) -> fields.Tool:
-        """The same in a chat."""
+        """The tool of a chat."""
         given = self.model_dump(exclude_unset=True, exclude={"type"})
         return fields.Tool.model_construct(function=fields.Function.model_construct(**given))
 
@@ -153,7 +153,7 @@ class TextFormat(fields.Fields):
 
     @property
     def for_chat(self) -> fields.ResponseFormat:
-        """The same in a chat."""
+        """The response format of a chat."""
         schema = self.json_schema and fields.JSONSchema.model_construct(json_schema=self.json_schema)
         return fields.ResponseFormat.model_construct(type=self.type, json_schema=schema)
 
@@ -249,7 +249,7 @@ class ResponseWriter:
         self._stream = stream
         self._output: list[JSONObject] = response["output"]  # only the last item is unfinished
         self._numbers = itertools.count()
-        self._events = list[str]()  # the next part of the answer
+        self._events = list[str]()  # not taken yet
         self._is_begun = False
         self._is_cut = False
 

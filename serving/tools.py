@@ -168,20 +168,20 @@ class CallReader:
         self._may_call = True
 
     def read(self, new: str, is_last: bool) -> tuple[str, list[JSONObject]]:
-        """Return new text of the answer, and parts of calls. The first part of a call has an id."""
+        """Return new text of the answer, and deltas of calls. The first delta of a call has an id."""
         self._held += new
         texts = list[str]()
-        parts = list[JSONObject]()
-        while self._take(texts, parts):
+        deltas = list[JSONObject]()
+        while self._take(texts, deltas):
             pass
         if is_last and not self.num_calls:
             texts.append(self._held)
-        return "".join(texts), parts
+        return "".join(texts), deltas
 
-    def _take(self, texts: list[str], parts: list[JSONObject]) -> bool:
-        """Take decided text or a part of a call. False: the rest needs more text."""
+    def _take(self, texts: list[str], deltas: list[JSONObject]) -> bool:
+        """Take decided text or a delta of a call. False: the rest needs more text."""
         if self._num_sent is not None:
-            return self._grow(self._num_sent, parts)
+            return self._grow(self._num_sent, deltas)
         begin = (
             (_BEGIN_OR_OBJECT if self._is_start else _BEGIN).search(self._held) if self._may_call else None
         )
@@ -191,7 +191,7 @@ class CallReader:
             if not self.num_calls:
                 texts.append(text)
         self._held = self._held[end:]
-        return self._begin_call(begin.end() - end, texts, parts) if begin else False
+        return self._begin_call(begin.end() - end, texts, deltas) if begin else False
 
     def _num_decided(self) -> int:
         """Return the number of characters before a tag that may begin at the end of the held text."""
@@ -201,7 +201,7 @@ class CallReader:
         is_tag = start >= 0 and _TAG.startswith(self._held[start:])
         return len(self._held[: start if is_tag else None].rstrip())
 
-    def _begin_call(self, start: int, texts: list[str], parts: list[JSONObject]) -> bool:
+    def _begin_call(self, start: int, texts: list[str], deltas: list[JSONObject]) -> bool:
         """Begin the call whose JSON starts at `start`. Take a complete call if arguments do not come last."""
         is_tagged = _BEGIN.match(self._held) is not None
         call: object = None
@@ -224,8 +224,8 @@ class CallReader:
             return True
         if head:
             function["arguments"] = ""
-        part = {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
-        parts.append({"index": self.num_calls, **part})
+        call_id = f"call_{uuid.uuid4().hex}"
+        deltas.append({"index": self.num_calls, "id": call_id, "type": "function", "function": function})
         self.num_calls += 1
         self._held = self._held[end:]
         self._num_sent = 0 if head else None
@@ -233,15 +233,15 @@ class CallReader:
         self._may_call = bool(head) or self._several
         return True
 
-    def _grow(self, num_sent: int, parts: list[JSONObject]) -> bool:
+    def _grow(self, num_sent: int, deltas: list[JSONObject]) -> bool:
         """Pass on more arguments of the last call. Returns whether the call ends."""
         end = self._json_end.find(self._held)
         index = self.num_calls - 1
         arguments = self._held[num_sent:end]
-        if parts and parts[-1]["index"] == index:
-            parts[-1]["function"]["arguments"] += arguments
+        if deltas and deltas[-1]["index"] == index:
+            deltas[-1]["function"]["arguments"] += arguments
         elif arguments:
-            parts.append({"index": index, "function": {"arguments": arguments}})
+            deltas.append({"index": index, "function": {"arguments": arguments}})
         self._num_sent = None if end else len(self._held)
         if end:
             self._held = self._held[end:]

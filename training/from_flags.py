@@ -16,7 +16,7 @@ from self_speculation.config import DtypeName
 from self_speculation.loading.loading import resolve_dtype
 from training.flags import OptimizationArguments, is_sharded
 
-# Of a new model, unless --model_args says otherwise.
+# The shape of a new model, unless --model_args says otherwise.
 _SHAPE = {
     "vocab_size": 2048, "num_hidden_layers": 16, "hidden_size": 256, "intermediate_size": 704,
     "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -39,8 +39,8 @@ from training.texts import (
 from training.trainer import EXIT_SCORES, EarlyExitTrainer, newest_checkpoint, plain
 
 _EVAL_SAMPLES = 64  # of an evaluation during the training
-# Of the loss by frequencies, at most, where the last layer has learnt something: layers that all predict one
-# token had 0.998 to 1.03 of it, layers that learnt as long from labels 0.88.
+# A last layer that has learnt something has at most this share of the loss by frequencies: layers that all
+# predict one token had 0.998 to 1.03, layers that learnt as long from labels 0.88.
 _LEARNT = 0.95
 _COLLAPSED = "agreement then says\nlittle, see docs/training.md#when-all-layers-predict-one-token"
 
@@ -123,7 +123,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     if args.lora_rank:
         model = from_flags.adapted(model, model_args.model_name, args.lora_rank)
     with state.local_main_process_first():
-        training, evaluation = (to_blocks(part, tokenizer, length, seed) for part in texts)
+        training, evaluation = (to_blocks(split, tokenizer, length, seed) for split in texts)
     # Not earlier, so that Ctrl-C leaves no empty folder.
     run = ranks.share(lambda: Run.open(model_args.output_dir, args.resume, description))
     run.description |= facts
@@ -229,7 +229,7 @@ def _save_and_show(
     run.write_status("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     loss = metrics["eval_loss"]
-    # Of the same samples: before the first step, after the last one; then of all held-out samples.
+    # Before the first step and after the last one, of the same samples; then of all held-out samples.
     evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     start = evaluated[0]
     end = evaluated[-2:][0]

@@ -41,14 +41,14 @@ def load_texts(args: TrainingDataArguments) -> tuple[Dataset, Dataset]:
     """
     rows = _read(args)
     share = args.eval_fraction
-    parts = [rows.filter(_is_in_part, fn_kwargs={"share": share, "held_out": out}) for out in (False, True)]
-    for name, part in zip(("training", "evaluation"), parts, strict=True):
-        if not len(part):
+    splits = [rows.filter(_is_in_split, fn_kwargs={"share": share, "held_out": out}) for out in (False, True)]
+    for name, split in zip(("training", "evaluation"), splits, strict=True):
+        if not len(split):
             raise DataError(f"--eval_fraction {share}: leaves nothing of {len(rows)} texts for {name}")
-    return parts[0], parts[1]
+    return splits[0], splits[1]
 
 
-def _is_in_part(row: dict[str, str], share: float, held_out: bool) -> bool:
+def _is_in_split(row: dict[str, str], share: float, held_out: bool) -> bool:
     text = "\0".join(row.values())
     return bool(text.strip()) and (crc32(text.encode()) / 2**32 < share) == held_out
 
@@ -136,7 +136,7 @@ def to_blocks(texts: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, s
 def _joined_blocks(
     tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]]
 ) -> dict[str, list[list[int]]]:
-    """Of a thousand texts, without the tokens that do not fill a last block."""
+    """The blocks of a thousand texts. Tokens that do not fill a last block are dropped."""
     texts = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
     ids = [*chain(*([*text, tokenizer.eos_token_id] for text in texts))]
     blocks = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]

@@ -71,7 +71,7 @@ def early_exit_loss(
     normed = model.base_model.norm(torch.stack(list(learning.values())))
     by_exit = model.get_output_embeddings()(normed, targets, distill)  # [E, B * (T - 1)]
     sums = by_exit.sum(1, dtype=torch.promote_types(by_exit.dtype, torch.float32))
-    total = sum(weights[exit] * part for exit, part in zip(learning, sums, strict=True))
+    total = sum(weights[exit] * exit_sum for exit, exit_sum in zip(learning, sums, strict=True))
     count = (targets != recipe.IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return {"loss": total / count}
 
@@ -86,7 +86,7 @@ def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: 
         model.get_output_embeddings()(model.base_model.norm(hidden[:, :-1].flatten(0, 1)), targets)
         for hidden in hidden_after_each_layer(model, input_ids)
     ]
-    by_exit, guesses, entropies = (torch.stack(part) for part in zip(*found, strict=True))  # [L, B * (T - 1)]
+    by_exit, guesses, entropies = (torch.stack(each) for each in zip(*found, strict=True))  # [L, B * (T - 1)]
     counted = (targets != recipe.IGNORED).expand_as(guesses)
     columns = [by_exit, guesses == targets, guesses == guesses[-1], entropies, counted]
     scores = torch.stack(columns, dim=-1) * counted[..., None]
@@ -189,14 +189,14 @@ class EarlyExitTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """Raises Failed if this rank cannot write, and of shards on every rank."""
+        """Raises Failed if this rank cannot write; for a checkpoint in shards, on every rank."""
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         try:
             super()._save_checkpoint(model, trial)
         except (Exception, CheckpointException) as error:  # torch raises more than OSError
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            # Of shards: errors by rank.
+            # The error of a checkpoint in shards has the error of each rank.
             causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
             raise Failed(f"cannot write {folder}: {one_line(causes[0])}") from error
 
