@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 995, "classes": 196, "parameters": 2170}
+LIMITS = {"functions": 997, "classes": 196, "parameters": 2171}
 
 
 def count() -> dict[str, int]:

@@ -320,16 +320,22 @@ class Scheduler(Generic[Key]):
         chosen = list[tuple[Sequence, int]]()
         is_ragged = self._ensure_prepared().runner.is_ragged
         for sequence in ready:
-            affordable = max(least, left / self._cost(sequence) + 0.5)  # to the nearest
+            cost = self._cost(sequence)
+            rest = left - sum(width * self._cost(each) for each, width in chosen)
+            affordable = max(0 if chosen else least, rest / cost + 0.5)  # to the nearest
             width = int(min(_num_unread(sequence), affordable, PREFILL_CHUNK))
             if width == 0:
                 continue
             together = [*chosen, (sequence, width)]
             widths = [width for _, width in together]
             computed = widths if is_ragged else [max(widths)] * len(widths)
-            ends = (each.num_computed + width for (each, _), width in zip(together, computed, strict=True))
-            most = min(affordable, self._max_pass_tokens, sum(widths) * 4 / 3)
-            fits = sum(computed) <= most and max(ends) <= self._longest(each for each, _ in together)
+            padded_to = [*zip((each for each, _ in together), computed, strict=True)]
+            fits = (
+                sum(computed) <= min(self._max_pass_tokens, sum(widths) * 4 / 3)
+                and sum(width * self._cost(each) for each, width in padded_to) <= left + cost / 2
+                and max(each.num_computed + width for each, width in padded_to)
+                <= self._longest(each for each, _ in together)
+            )
             if fits or not chosen:
                 chosen = together
         # Slots that are side by side, in this order, need not be moved.

@@ -2,6 +2,7 @@
 in the prompt or in the output, and the tokens that followed them there are the draft.
 """
 
+from bisect import bisect_right
 from collections import abc
 from weakref import WeakKeyDictionary
 
@@ -15,9 +16,9 @@ _END = -1
 class NgramIndex:
     """The text of a sequence (prediction, prompt and output), and where the end of it occurred before.
 
-    Maps every n-gram to the position after the last occurrence; n-grams of the prediction keep the first one.
-    A token is added in constant time. A match of the longest n-gram goes on while the output does as the text
-    did, however often the n-gram occurs: so the next one of many equal lines is found.
+    In prompt and output, the last occurrence of an n-gram counts; in the prediction, the first one after the
+    place where the output left it. A token is added in constant time. A match goes on while the output does
+    as the text did, however often the n-gram occurs: so the next one of many equal lines is found.
 
     Args:
         prediction: the output is expected to begin as it does.
@@ -27,11 +28,17 @@ class NgramIndex:
     def __init__(self, prediction: abc.Sequence[int], longest: int) -> None:
         self.ids: list[int] = []
         self._least = min(2, longest)
-        self._num_predicted = 0
         self._lengths = range(longest, self._least - 1, -1)
-        self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token that followed it
-        self.extend([*prediction, _END] if prediction else [])
-        self._num_predicted = len(self.ids)
+        # N-gram -> positions of the tokens that followed it.
+        self._predicted_at: dict[tuple[int, ...], list[int]] = {}
+        self._last_at: dict[tuple[int, ...], int] = {}
+        predicted = [*prediction, _END] if prediction else []
+        for token in predicted:
+            for ngram in self._ngrams():
+                self._predicted_at.setdefault(ngram, []).append(len(self.ids))
+            self.ids.append(token)
+        self._num_predicted = len(predicted)
+        self._left_at = 0  # the last predicted token that was not the output's
         self._matched = self._least if prediction else 0
         self._position = 0
 
@@ -39,33 +46,39 @@ class NgramIndex:
         """Append tokens to the text."""
         for token in ids:
             # N-grams that end before this token have a follower only now, so none finds itself.
-            position = len(self.ids)
-            for n in self._lengths:
-                if n <= position:
-                    ngram = tuple(self.ids[position - n :])
-                    if self._followed_at.get(ngram, position) >= self._num_predicted:
-                        self._followed_at[ngram] = position
+            self._last_at |= dict.fromkeys(self._ngrams(), len(self.ids))
             self.ids.append(token)
 
+    def _ngrams(self) -> abc.Iterator[tuple[int, ...]]:
+        """The n-grams at the end of the text, the longest one first."""
+        return (tuple(self.ids[-n:]) for n in self._lengths if n <= len(self.ids))
+
     def locate(self) -> tuple[int, int]:
-        """n of the longest n-gram at the end that the text has before, and the position after it there;
-        (0, 0): none.
+        """Find the longest n-gram at the end that the text has before.
+
+        Returns:
+            n, and the position after the earlier occurrence; (0, 0): there is none.
         """
-        for n in self._lengths:
-            if (position := self._followed_at.get(tuple(self.ids[-n:]))) is not None:
-                return n, position
+        for ngram in self._ngrams():
+            if positions := self._predicted_at.get(ngram):
+                following = bisect_right(positions, self._left_at)
+                return len(ngram), positions[min(following, len(positions) - 1)]
+            if (position := self._last_at.get(ngram)) is not None:
+                return len(ngram), position
         return 0, 0
 
     def find(self, sequence: Sequence, k: int) -> Match | None:
-        """Move on with the new tokens of the sequence, and look up what follows. At the end of the text the
-        tokens repeat from the match.
+        """Follow the new tokens of the sequence, and draft k tokens. At the end of the text a draft repeats
+        the tokens from the match on.
         """
         ids = self.ids
         start = len(self.ids)
         num_predicted = self._num_predicted
         self.extend(sequence.ids_from(start - num_predicted))
         for position in range(max(start, num_predicted + len(sequence.prompt)), len(ids)):
-            goes_on = self._matched and ids[self._position] == ids[position]
+            goes_on = self._matched > 0 and ids[self._position] == ids[position]
+            if self._matched and not goes_on and self._position < num_predicted:
+                self._left_at = self._position
             self._matched = self._matched + 1 if goes_on else 0
             self._position += 1
         matched, position = self.locate()

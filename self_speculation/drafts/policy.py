@@ -26,7 +26,6 @@ class Plan(NamedTuple):
     lengths: list[int]  # [B] tokens of each row
     rate: float = 1.0  # expected tokens of all rows per second
     trial: int | None = None  # the row whose draft is a trial
-    trial_cost: float = 0.0  # of the trial, in plain rounds
 
 
 class _Row(NamedTuple):
@@ -142,7 +141,6 @@ class SourceStats:
     used_at: dict[str | None, int] = field(default_factory=dict)  # the last round of each source
     trial_at: int = _WAIT  # the round of the next trial
     wait: int = _WAIT
-    trial_cost: float = 0.0  # of all trials, in plain rounds
     lock: AbstractContextManager[bool] = field(default_factory=RLock)
     _times: dict[int, PassTimes] = field(default_factory=dict)  # by number of threads
 
@@ -221,13 +219,12 @@ class AdaptivePolicy:
             stats = self._stats
             drafted = draft.lengths
             num_rows = len(draft.lengths)
-            if (row := self._plan.trial) is not None:
-                stats.trial_cost += self._plan.trial_cost - accepted[row] / num_rows
-                if accepted[row] == drafted[row]:  # try it again soon
-                    stats.wait = _WAIT
-                    stats.trial_at = stats.num_rounds + _WAIT
-                    name = draft.sources[row]
-                    stats.used_at[name if name in self._draft_steps else None] = 0
+            row = self._plan.trial
+            if row is not None and accepted[row] == drafted[row]:  # try it again soon
+                stats.wait = _WAIT
+                stats.trial_at = stats.num_rounds + _WAIT
+                name = draft.sources[row]
+                stats.used_at[name if name in self._draft_steps else None] = 0
             for row, source in enumerate(draft.sources):
                 if source is None:
                     continue
@@ -251,7 +248,6 @@ class AdaptivePolicy:
         accepted; None: there are none. Drafts that are looked up go on beside it.
         """
         stats = self._stats
-        plain = planner.verify_seconds(len(rows))
         names = [name for name in (None, *self._draft_steps) if name not in used]  # None: the lookups
         for name in sorted(names, key=lambda name: stats.used_at.get(name, 0)):
             stats.used_at[name] = stats.num_rounds
@@ -264,11 +260,9 @@ class AdaptivePolicy:
             likeliest = max if name is None else min  # the likeliest match, or the row that has none
             tried = likeliest(can_draft, key=lambda i: rows[i].p_match)
             match = rows[tried].match
-            drafting = 0.0 if name is None else planner.draft_seconds(name, 1)
             looked_up.sources[tried] = match.source if name is None and match else name
             looked_up.lengths[tried] = 1
-            seconds = drafting + planner.verify_seconds(len(rows) + 1)
-            return looked_up._replace(trial=tried, trial_cost=seconds / plain - 1.0)
+            return looked_up._replace(trial=tried)
         stats.trial_at = stats.num_rounds + _WAIT
         return None
 

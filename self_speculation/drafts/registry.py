@@ -43,6 +43,7 @@ class DraftContext:
         if not config.is_adaptive:
             return [config.exit_layer]
         early = {max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)}
+        early.discard(num_layers)  # of a model with one layer
         return sorted(early) if self.draft_weights == "exact" else [*sorted(early), num_layers]
 
     @cached_property

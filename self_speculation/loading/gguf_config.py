@@ -38,7 +38,8 @@ def config_of(header: Header, given: Mapping[str, object]) -> PretrainedConfig:
     """The config of a file's model, with further settings.
 
     Raises:
-        ValueError: another family, no vocabulary, or a rotation that is not supported.
+        ValueError: another family, no vocabulary, a rotation that is not supported, or a setting that the
+            family does not have.
     """
     metadata = header.metadata
     architecture = metadata["general.architecture"]
@@ -67,6 +68,10 @@ def config_of(header: Header, given: Mapping[str, object]) -> PretrainedConfig:
     if family == "gemma3_text":  # by no key; 27B has 62 layers
         settings["query_pre_attn_scalar"] = width if settings["num_hidden_layers"] == 62 else head_dim
     settings |= _rotation(header, tensors, family, head_dim)
+    config = AutoConfig.for_model(family, **settings)
+    for name in given.keys() - {"dtype"}:
+        if name == "torch_dtype" or not (hasattr(config, name) or hasattr(config, f"_{name}")):
+            raise ValueError(f"model_args {name}: a .gguf file takes dtype and settings of the config")
     return AutoConfig.for_model(family, **{**settings, **given})
 
 

@@ -94,7 +94,7 @@ def load_config(model: str | os.PathLike[str], options: LoadingOptions | None = 
     source, kwargs = located
     with explained(model):
         header = _header(model)  # refuses a file that is cut short
-        given = {**options.model_args}
+        given = _given(options)
         scaling = given.pop("rope_scaling", None)
         config = (
             AutoConfig.from_pretrained(source, **kwargs, **given)
@@ -144,6 +144,7 @@ def load_model_and_tokenizer(
     source, kwargs = located or locate(base, options.trust_remote_code)
     with explained(model), _bars_of_scripts():
         header = _header(base)
+        given = _given(options)
         if header is not None and dtype == "auto":
             dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype
         folder = Path(model).expanduser()  # an adapter may have another tokenizer than the model
@@ -154,7 +155,9 @@ def load_model_and_tokenizer(
             such = "instruction models have one, such as HuggingFaceTB/SmolLM2-135M-Instruct"
             raise LoadingError(f"chat True: the model's tokenizer has no chat template; {such}")
         bits = _bits(options.quantization, device, config, base)
-        file_dtype = _file_dtype(options, device, header, config) if adapted is None else None
+        is_asked_for = options.dtype != "auto" or "dtype" in given
+        reads_file_dtype = adapted is None and options.fuse and not is_asked_for and options.device != "split"
+        file_dtype = _file_dtype(device, header, config) if reads_file_dtype else None
         in_config = {"rope_scaling", *config.to_dict()} - {"dtype"}
         device_map = "auto" if options.device == "split" else str(device)
         model_kwargs: dict[str, object] = {
@@ -163,7 +166,7 @@ def load_model_and_tokenizer(
             "device_map": device_map,
         }
         model_kwargs |= _quantized(options.quantization, dtype, config) if bits is None else {}
-        model_kwargs |= {name: arg for name, arg in options.model_args.items() if name not in in_config}
+        model_kwargs |= {name: arg for name, arg in given.items() if name not in in_config}
         if header is None:
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 source, config=config, **kwargs, **model_kwargs, output_loading_info=True
@@ -202,6 +205,11 @@ def load_model_and_tokenizer(
     return loaded, tokenizer
 
 
+def _given(options: LoadingOptions) -> dict[str, object]:
+    """The model_args; dtype auto is as none."""
+    return {name: value for name, value in options.model_args.items() if (name, value) != ("dtype", "auto")}
+
+
 @contextmanager
 def _bars_of_scripts() -> Iterator[None]:
     """Transformers shows progress in this context only if a script shows ours."""
@@ -218,9 +226,10 @@ def _bars_of_scripts() -> Iterator[None]:
 def _load_tokenizer(
     model: str, config: PretrainedConfig, source: str, header: Header | None, kwargs: dict[str, object]
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a `.gguf` file, or of a folder. Raises LoadingError if it is that of another model."""
+    """The tokenizer of a `.gguf` file, or of a folder. Raises LoadingError if it is another model's."""
     if header is None:
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        of_folder = {name: arg for name, arg in kwargs.items() if name != "gguf_file"}  # the adapter's
+        tokenizer = AutoTokenizer.from_pretrained(source, **of_folder)
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=header.path.name)
     has = tokenizer.vocab_size
@@ -240,14 +249,9 @@ def _placed(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
     return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=kept_whole))
 
 
-def _file_dtype(
-    options: LoadingOptions, device: torch.device, header: Header | None, config: PretrainedConfig
-) -> torch.dtype | None:
-    """The format that operators read weights in, as their file has them; uint8: few bits. None: weights get
-    the dtype that was asked for, or that of the device.
-    """
-    is_asked_for = options.dtype != "auto" or "dtype" in options.model_args
-    if is_asked_for or not options.fuse or options.device == "split" or not _has_operators(device):
+def _file_dtype(device: torch.device, header: Header | None, config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype of weights that operators read as a file has them; uint8: few bits. None: they cannot."""
+    if not _has_operators(device):
         return None
     dtype = config.dtype if header is None else dtype_of_matrices(header)
     is_read = dtype in (torch.bfloat16, torch.float16) and config.model_type in LLAMA_LAYOUT

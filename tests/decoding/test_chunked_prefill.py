@@ -76,6 +76,27 @@ def test_pieces_far_behind_in_a_prompt_are_smaller_beside_an_answer(monkeypatch)
     assert widths[-2] in (3, 4)  # with 32 dimensions, 192 positions cost as much as the products
 
 
+def test_a_step_costs_no_more_than_the_budget_beside_a_prompt_that_is_read_far(monkeypatch):
+    """Guards against prompts in one pass that each get what they could afford alone."""
+    scheduler = scheduler_of(tiny_llama(max_position_embeddings=2048), 3, 61, max_steps=300)
+    add(scheduler, {"running": [5, 9, 4], "long": [3] * 800})
+    deep = scheduler._waiting
+    while not (len(deep) == 1 and deep[0].num_computed > 400):
+        scheduler.step()
+    scheduler.add_request("new", Request([3] * 20))
+    costs = []
+    choose = scheduler._next_pass
+
+    def recorded(left, least):
+        chosen = choose(left, least)
+        costs.extend(width * scheduler._cost(sequence) for sequence, width in chosen or [])
+        return chosen
+
+    monkeypatch.setattr(scheduler, "_next_pass", recorded)
+    scheduler.step()
+    assert 50 < sum(costs) <= 60 + 3  # a token of the long one is rounded to the nearest
+
+
 def test_prompts_are_read_in_turn():
     """Guards against a short prompt that waits until a long one is read, or for a separate step."""
     scheduler = scheduler_of(tiny_llama(), 4, 8, max_steps=30)

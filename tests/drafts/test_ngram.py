@@ -91,6 +91,20 @@ def test_a_prediction_is_found_after_what_is_replaced_left_out_and_put_in():
             assert match.ids[: len(expected)] == expected
 
 
+def test_a_prediction_with_equal_lines_goes_on_after_the_place_where_the_output_left_it():
+    """Guards against the last of several equal lines, which skips all that is between, and against the first
+    one, which goes back.
+    """
+    predicted = [1, 2, 10, 11, 1, 2, 20, 21, 1, 2, 30, 31]
+    for output, expected in (([99, 1, 2], 10), ([1, 2, 99, 1, 2], 20), ([*predicted[:6], 99, 1, 2], 30)):
+        text = sequence(5, prediction=predicted)
+        text.tokens += output
+        assert found_in(text)[::2] == ("prediction", [expected, expected + 1])
+    text = sequence(5, prediction=predicted)
+    text.tokens += [*predicted[:10], 99, 1, 2]  # none is left
+    assert found_in(text).ids == [30, 31]
+
+
 def test_a_prediction_is_drafted_first_also_if_the_prompt_has_it():
     """Guards against a prediction that waits for two tokens, and one that counts as the prompt."""
     predicted = [10, 11, 12, 13, 14]

@@ -20,7 +20,9 @@ from self_speculation.decoding.request import Request
 from self_speculation.drafts import registry
 from self_speculation.drafts.draft import Draft, DraftCost, DraftSource, LookupDrafts, Match
 from self_speculation.drafts.layers import LayerDrafts
+from self_speculation.drafts.ngram import TextDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
+from self_speculation.passes.runners import make_runner
 
 SCRIPTS = {
     generate: [],
@@ -32,6 +34,15 @@ SCRIPTS = {
 }  # fmt: skip
 BUILT_IN = registry.draft_sources
 HOW = ["--generation_strategy", "self_speculative", "--exit_layer", "1", "--num_speculations", "2"]
+
+
+def test_a_model_of_one_layer_has_no_exits():
+    """Guards against all layers as an exit, which would be named and trusted as a copy."""
+    context = registry.DraftContext(
+        make_runner(tiny_llama(num_layers=1)), GenerationConfig(generation_strategy="adaptive")
+    )
+    assert context.draft_weights == "exact"
+    assert [type(source) for source in BUILT_IN(context)] == [TextDrafts]
 
 
 class Always(DraftSource):

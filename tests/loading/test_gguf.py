@@ -216,6 +216,23 @@ def test_model_args_change_the_config(written):
     assert model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_dtype_auto_in_model_args_is_as_without(fuse, written):
+    """Guards against a traceback, since torch has no such dtype."""
+    dtypes = [
+        load_model_and_tokenizer(str(written), LoadingOptions(model_args, fuse=fuse))[0].dtype
+        for model_args in ({}, {"dtype": "auto"})
+    ]
+    assert dtypes[0] == dtypes[1]
+
+
+@pytest.mark.parametrize("name", ["torch_dtype", "max_memory", "rms_norm_epsilon"])
+def test_model_args_that_no_file_takes_are_refused(name, written):
+    """Guards against arguments that are ignored in silence."""
+    refused = error_line(LoadingError, load_config, str(written), LoadingOptions({name: 1}))
+    assert refused.endswith(f"model_args {name}: a .gguf file takes dtype and settings of the config")
+
+
 PEAK = """
 import resource, sys
 from conftest import ids_of
