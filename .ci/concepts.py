@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 997, "classes": 196, "parameters": 2171}
+LIMITS = {"functions": 998, "classes": 196, "parameters": 2172}
 
 
 def count() -> dict[str, int]:

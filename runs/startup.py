@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from arguments import GenerationConfig, ModelArguments, refuse
@@ -89,12 +89,7 @@ def load_generator(
         if options.quantization != "none":
             print_status(f"quantization {options.quantization}: the text is that of the rounded model")
         if model_args.compile is None and model.device.type == "cuda":
-            if (why := capture_where_possible(model)) is None:
-                costs = "each takes tenths of a second and a few MB of the card when it first runs"
-                captures = f"are captured as CUDA graphs: {costs}; --compile False leaves it"
-            else:
-                captures = f"are not captured as CUDA graphs, since {why}"
-            print_status(f"decoding passes {captures}")
+            print_status(captured(model))
         strategy = make_strategy(config.generation_strategy)
         with log_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
@@ -111,6 +106,14 @@ def load_generator(
         adjust_threads(model)
     enable_collector()
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
+
+
+def captured(model: PreTrainedModel) -> str:
+    """Capture a model's passes where that is possible. Says what it costs, or why they are not."""
+    if (why := capture_where_possible(model)) is not None:
+        return f"decoding passes are not captured as CUDA graphs, since {why}"
+    costs = "each takes tenths of a second and a few MB of the card when it first runs"
+    return f"decoding passes are captured as CUDA graphs: {costs}; --compile False leaves it"
 
 
 def set_threads(number: int | None) -> ThreadGovernor:
