@@ -77,11 +77,11 @@ def train(flags: Flags) -> int:
     except (FloatingPointError, Failed, SafetensorError, OSError) as error:
         reason = str(error)
         stop.status = 1
-        if ranks.rank() != 0:  # the first one may have no error, and wait for this one
+        if not ranks.is_first():  # the first one may have no error, and wait for this one
             refuse(reason, stop.status)
     if bar := trainer.pop_callback(Progress).training_bar:
         bar.close()
-    if ranks.rank() == 0:
+    if ranks.is_first():
         with suppress(Failed):
             run.write_status("interrupted" if stop.status > 1 else "failed")
         step, _ = newest_checkpoint(run.folder)
@@ -127,7 +127,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     # Not earlier, so that Ctrl-C leaves no empty folder.
     run = ranks.share(lambda: Run.open(model_args.output_dir, args.resume, description))
     run.description |= facts
-    if ranks.rank() == 0:
+    if ranks.is_first():
         if trained is not None:
             write_atomically(run.folder / "tokenizer.json", trained)
         everything, learning = (model.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
@@ -218,7 +218,7 @@ def _save_and_show(
     layer has learnt nothing that exits could agree on.
     """
     _save_model(trainer, run.folder)
-    if ranks.rank() != 0:
+    if not ranks.is_first():
         return
     columns = {name: [v for k, v in metrics.items() if f"_{name}_exit_" in k] for name in EXIT_SCORES}
     table = pandas.DataFrame({"exit_layer": range(1, len(columns["loss"]) + 1), **columns})
@@ -244,7 +244,7 @@ def _save_and_show(
 
 def _save_model(trainer: EarlyExitTrainer, folder: Path) -> None:
     """Save `model` in bfloat16 with the tokenizer; beside it, `adapter`, which `model` contains."""
-    is_first = ranks.rank() == 0
+    is_first = ranks.is_first()
 
     def save(model: PreTrainedModel, name: str) -> None:
         weights = trainer.accelerator.get_state_dict(model)  # shards are gathered by all ranks
