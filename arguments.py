@@ -151,7 +151,7 @@ def _key_values(group: object, name: str) -> JSONObject:
 
 @dataclass(frozen=True)
 class TemplateArguments:
-    """A base class of those who apply the tokenizer's chat template."""
+    """Base of groups with a chat template."""
 
     chat_template_kwargs: str | None = None
     """Variables of the chat template, as JSON or k=v,k=v, such as enable_thinking=false. The template ignores
@@ -250,7 +250,7 @@ def parse(
 
 
 def _from_environment(environment: Mapping[str, str], parser: argparse.ArgumentParser) -> JSONObject:
-    """Values of flags by variables. An empty variable is none."""
+    """Values of flags, from variables of the environment. An empty variable counts as absent."""
     flags = parser._option_string_actions
     words = list[str]()
     for variable in sorted(
@@ -308,7 +308,7 @@ def _truth(text: str) -> bool:
 
 
 def _hint(unknown: str, flags: Collection[str]) -> str:
-    """What to use in place of an unknown flag, if that is known."""
+    """What to use in place of an unknown flag; empty if nothing is known."""
     flag = unknown.partition("=")[0]
     for names, ours in _FOREIGN.items():
         if flag.lstrip("-").replace("-", "_") in names.split():

@@ -11,7 +11,7 @@ from self_speculation.results import DraftStats
 
 
 def speed(records: Sequence[Record], prefix: str = "") -> Record:
-    """Speed of the strategy whose fields have the prefix, by records of `timed_runs.measure_examples`.
+    """Speed of the strategy whose fields have the prefix, in records of `timed_runs.measure_examples`.
 
     `total_time` [s] is the time of the slowest rank. So `tokens_per_second` is the speed of all ranks
     together, and `time_per_token` [s] is the inverse.
@@ -89,7 +89,7 @@ def ratios(records: Sequence[Record], prefix: str, baseline: str, decode: bool =
 
 
 def draft_stats(records: Sequence[Record], prefix: str = "") -> DraftStats:
-    """The sum over all records; a strategy without drafts has none."""
+    """The sum over all records; empty for a strategy without drafts."""
     return DraftStats.from_rows(row for record in records for row in record.get(f"{prefix}drafts", ()))
 
 

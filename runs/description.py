@@ -115,14 +115,14 @@ def machine(run: Record) -> str:
 
 
 def early_exit_alone(asked: Record) -> str:
-    """Whose tokens a generation by the arguments has, if they are not the full model's."""
+    """A remark on arguments whose tokens are an early exit's; empty if the tokens are the full model's."""
     if asked.get("generation_strategy") != "autoregressive" or asked["exit_layer"] == -1:
         return ""
     return f"by the early exit at layer {asked['exit_layer']} alone, not by the full model"
 
 
 def counted(number: int, what: str) -> str:
-    """Such as "1 round" or "2 rounds"."""
+    """A number and a noun, such as "1 round" or "2 rounds"."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 

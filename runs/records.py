@@ -115,8 +115,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def check_same_run(resume: str, description: Record) -> Record:
-    """The `run.json` of the run to resume, which `parse` has read before; raises Failed, which names the
-    difference, if it is of another script or has other arguments, device or dtype than are known of this run.
+    """Return the `run.json` of the run to resume. Raises Failed, which names the difference, if the script,
+    an argument, the device or the dtype differs from the description of this run.
     """
     earlier = read_run(resume)
     if (script := earlier.get("script")) != description["script"]:

@@ -129,7 +129,7 @@ def set_threads(number: int | None) -> ThreadGovernor:
 
 @functools.cache  # once for each governor
 def tell_of_fewer_threads(governor: ThreadGovernor) -> None:
-    """Say that other programs use processors, and what follows; a `ThreadGovernor` calls it."""
+    """Print that other programs use processors, and how many threads are left; for a `ThreadGovernor`."""
     used = f"other programs use {governor.num_taken:.1f} of {governor.num_processors} processors"
     threads = f"{governor.num_threads} of {governor.most} threads"
     # An answer may be growing on the same terminal.

@@ -21,8 +21,8 @@ _is_json = False
 
 @contextmanager
 def log_if_slow(what: str) -> Iterator[None]:
-    """Print at the first process what is being done, if it takes longer than a second, and then how long it
-    took.
+    """Print the name of work that takes longer than a second, and at the end how long it took. Only the first
+    process prints.
     """
     began = time.perf_counter()
     timer = Timer(_SILENCE, print_status, [f"{what} ..."])

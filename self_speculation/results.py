@@ -134,5 +134,5 @@ class GenerationResult:
     total_time: float  # seconds, with tokenization
     time_per_token: float  # seconds; total_time if no token was generated
     tokens_per_second: float
-    thinking: str = ""  # the text of it, which `decoded_prediction` leaves out
+    thinking: str = ""  # the text of the thinking, which `decoded_prediction` leaves out
     num_thinking_tokens: int = 0  # of `num_tokens_generated`

@@ -179,7 +179,7 @@ class EarlyExitTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Raises FloatingPointError if the mean loss over all ranks, or the gradient of the last step, is not
-        finite. After a gradient that is not, no later one is.
+        finite. Once a gradient is not finite, no later gradient is.
         """
         # fp16 skips a step whose gradient is not finite.
         checked = ("loss",) if self.args.fp16 else ("loss", "grad_norm")

@@ -43,8 +43,8 @@ from self_speculation.passes.runners import activation_dtype, capture_decoding, 
 from self_speculation.progress import is_shown
 from self_speculation.weights.kernels import cpu_operators
 
-# Where `load_config` has found models, by name and `trust_remote_code`: loading weights does not ask a hub
-# that is down again.
+# (model, trust_remote_code) -> the place that `load_config` has found. So `load_model_and_tokenizer` does not
+# ask a hub again that is down.
 _LOCATED = dict[tuple[str, bool], tuple[str, dict[str, object]]]()
 
 
@@ -212,7 +212,7 @@ def _given(options: LoadingOptions) -> dict[str, object]:
 
 @contextmanager
 def _bars_of_scripts() -> Iterator[None]:
-    """Transformers shows progress in this context only if a script shows ours."""
+    """Hide the progress bars of transformers in this context, unless a script shows progress."""
     hides = not is_shown() and logging.is_progress_bar_enabled()
     if hides:
         logging.disable_progress_bar()
@@ -241,7 +241,7 @@ def _load_tokenizer(
 
 
 def _placed(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
-    """A model that was read on the CPU, on a GPU, or split over all of them."""
+    """Move a model from the CPU to a device, or split it over all GPUs."""
     if device_map != "auto":
         return model.to(device_map)
     kept_whole = model._no_split_modules
@@ -270,8 +270,8 @@ def _header(model: str) -> Header | None:
 def _bits(
     quantization: Quantization, device: torch.device, config: PretrainedConfig, weights: str
 ) -> int | None:
-    """Bits that loaded weights are rounded to for our operators; None: they are not. Raises LoadingError if
-    they are in few bits already.
+    """Bits of a weight that `quantize` rounds to, for our operators; None: no rounding. Raises LoadingError
+    for weights that are quantised already.
     """
     if quantization == "none":
         return None
@@ -283,7 +283,7 @@ def _bits(
 def _quantized(
     quantization: Quantization, dtype: torch.dtype | str, config: PretrainedConfig
 ) -> dict[str, object]:
-    """Arguments of `from_pretrained` about weights in fewer bits by other libraries."""
+    """Arguments of `from_pretrained` for torchao or bitsandbytes, which quantise the weights."""
     if quantization == "none":
         return {}
     library = {"int8": "torchao", "int4": "bitsandbytes"}[quantization]
