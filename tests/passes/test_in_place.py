@@ -201,7 +201,9 @@ def test_bits_do_not_depend_on_the_pass(name, form, rows, split, threads, is_pro
     dtype=st.sampled_from(DTYPES),
     rows=st.lists(
         st.tuples(
-            st.sampled_from([0, 64, 512, 576, 1024]), st.integers(0, 600), st.sampled_from([1, 1, 1, 2, 30])
+            st.sampled_from([0, 64, 512, 576, 768, 960, 1024]),
+            st.integers(0, 600),
+            st.sampled_from([1, 1, 1, 2, 30]),
         ),
         min_size=2,
         max_size=6,

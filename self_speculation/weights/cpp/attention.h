@@ -76,8 +76,7 @@ struct SlotHead {
 class CachedHead {
  public:
   CachedHead(SlotHead slot, SlotHead prefix, int64_t prefix_length, ScalarType type, int64_t d)
-      : slot_(slot), prefix_(prefix), prefix_length_(prefix_length), type_(type), d_(d),
-        widened_(type == ScalarType::Float ? nullptr : aligned(2 * KEY_BLOCK * d)) {}
+      : slot_(slot), prefix_(prefix), prefix_length_(prefix_length), type_(type), d_(d) {}
 
   void write(int64_t position, const float* key, const float* value) {
     put(slot_.keys, position, key);
@@ -109,6 +108,7 @@ class CachedHead {
   }
   template <class Scalar>
   const float* widened(const Scalar* from, int64_t num_keys, int64_t offset) const {
+    if (!widened_) widened_ = aligned(2 * KEY_BLOCK * d_);
     float* to = reinterpret_cast<float*>(widened_.get()) + offset;
     const int64_t size = num_keys * d_;
     int64_t j = 0;
@@ -122,7 +122,7 @@ class CachedHead {
   int64_t prefix_length_;
   ScalarType type_;
   int64_t d_;
-  std::unique_ptr<Floats[]> widened_;  // KEY_BLOCK keys, then as many values
+  mutable std::unique_ptr<Floats[]> widened_;  // KEY_BLOCK keys, then as many values
 };
 
 // Fetches the numbers that lie some blocks after `from`: the processor fetches too few by itself.
@@ -153,12 +153,13 @@ void score(const float* queries, int64_t d, const Scalar* keys, int64_t begin, i
         for (int q = 0; q < Q; q++) sums[q * 4 + i] = accumulate(query[q], key_lanes, sums[q * 4 + i]);
       }
     }
-    for (int q = 0; q < Q; q++) {
-      float* four_scores = &scores[q][key];  // `weigh` overwrites scores of missing keys
-      lane_sums(sums + q * 4, four_scores);
-      for (int64_t rest = j; !IS_MULTIPLE && rest < d; rest++)
-        for (int i = 0; i < 4; i++) four_scores[i] += queries[q * d + rest] * float(four_keys[i][rest]);
-    }
+    // `weigh` overwrites scores of missing keys.
+#pragma GCC unroll 4
+    for (int q = 0; q + 1 < Q; q += 2) lane_sums(sums + q * 4, sums + (q + 1) * 4, &scores[q][key], &scores[q + 1][key]);
+    if (Q % 2) lane_sums(sums + (Q - 1) * 4, &scores[Q - 1][key]);
+    for (int64_t rest = j; !IS_MULTIPLE && rest < d; rest++)
+      for (int q = 0; q < Q; q++)
+        for (int i = 0; i < 4; i++) scores[q][key + i] += queries[q * d + rest] * float(four_keys[i][rest]);
   }
 }
 
@@ -246,23 +247,22 @@ void attend_to_keys(const float* queries, int64_t n, int64_t d, const Scalar* ke
   }
 }
 
-// Attention of queries [T, heads, d], from position `start` on, over the span of keys that begins at `span_begin`. A token sees the
-// keys up to and including its position; with a `window` other than 0, only the last `window` of them.
-void attend_to_span(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
-                    const CachedHead& cached, int64_t span_begin, PartialAttention* attended) {
-  for (int64_t i = 0; i < tokens * heads; i++) attended[i].clear(d);
-  const int64_t span_end = std::min(span_begin + SPAN, start + tokens);
+// Adds the keys [begin, end), of whole blocks but for the last one, to the attention of queries [T, heads, d] from position `start`
+// on. A token sees the keys up to and including its position; with a `window` other than 0, only the last `window` of them.
+void attend_to_blocks(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
+                      const CachedHead& cached, int64_t begin, int64_t end, PartialAttention* attended) {
   const bool is_widened = tokens * heads > 2 * MAX_QUERIES;
-  for (int64_t block = span_begin; block < span_end; block += KEY_BLOCK) {
+  for (int64_t block = begin; block < end; block += KEY_BLOCK) {
     const bool all_are_seen = !window && block + KEY_BLOCK <= start + 1;  // by all tokens
     if (window && block + KEY_BLOCK <= start + 1 - window) continue;      // no token sees a key
-    cached.read(block, std::min(KEY_BLOCK, span_end - block), is_widened, [&]<class Scalar>(const Scalar* keys, const Scalar* values) {
+    cached.read(block, std::min(KEY_BLOCK, end - block), is_widened, [&]<class Scalar>(const Scalar* keys, const Scalar* values) {
       for (int64_t t = 0; t < tokens; t += all_are_seen ? tokens : 1) {
-        const int64_t end = std::min(KEY_BLOCK, start + t + 1 - block);
-        const int64_t begin = window ? std::max<int64_t>(0, start + t + 1 - window - block) : 0;
-        if (begin >= end) continue;
+        const int64_t seen_end = std::min(KEY_BLOCK, start + t + 1 - block);
+        const int64_t seen_begin = window ? std::max<int64_t>(0, start + t + 1 - window - block) : 0;
+        if (seen_begin >= seen_end) continue;
         auto* attend = d % LANES == 0 ? attend_to_keys<true, Scalar> : attend_to_keys<false, Scalar>;
-        attend(queries + t * heads * d, (all_are_seen ? tokens : 1) * heads, d, keys, values, begin, end, attended + t * heads);
+        attend(queries + t * heads * d, (all_are_seen ? tokens : 1) * heads, d, keys, values, seen_begin, seen_end,
+               attended + t * heads);
       }
     });
   }

@@ -291,22 +291,26 @@ class Pass {
       if (other < sequence) return;
       sharing.push_back(other);
     }
+    // The first of them see the keys of a block of the prefix that not all see.
+    std::ranges::stable_sort(sharing, std::greater{}, [&](size_t i) { return sequences_[i].prefix_length; });
     int64_t num_tokens = 0;
     for (size_t i : sharing) num_tokens += sequences_[i].tokens;
     std::unique_ptr<float[]> queries(new float[num_tokens * group_size_ * head_dim_]);
     std::vector<PartialAttention> attended;
-    CachedHead cached = cached_head(index, sequences_[sequence], head);
+    std::vector<CachedHead> cached;
     for (float* to = queries.get(); size_t i : sharing) {
-      rotate_and_write(layer, i, head, span, to, cached);
+      cached.push_back(cached_head(index, sequences_[i], head));
+      rotate_and_write(layer, i, head, span, to, cached.back());
       const int64_t num_queries = sequences_[i].tokens * group_size_;
       PartialAttention* partial = partial_of(i, head) + span * num_queries;
       attended.insert(attended.end(), partial, partial + num_queries);
       to += num_queries * head_dim_;
     }
-    const bool by_tiles = HAS_TILES && in_bfloat16_ && layer.query.type != ScalarType::Float;
-    auto* attend = by_tiles ? attend_to_span_by_tiles : attend_to_span;
-    attend(queries.get(), num_tokens, group_size_, head_dim_, sequences_[sequence].start, layer.window, cached, span * SPAN,
-           attended.data());
+    if (HAS_TILES && in_bfloat16_ && layer.query.type != ScalarType::Float)
+      attend_to_span_by_tiles(queries.get(), num_tokens, group_size_, head_dim_, sequences_[sequence].start, layer.window, cached[0],
+                              span * SPAN, attended.data());
+    else
+      attend_to_span(layer, span, sharing, cached, queries.get(), num_tokens, attended.data());
     for (const PartialAttention* from = attended.data(); size_t i : sharing) {
       const int64_t num_queries = sequences_[i].tokens * group_size_;
       std::copy_n(from, num_queries, partial_of(i, head) + span * num_queries);
@@ -315,10 +319,37 @@ class Pass {
     }
   }
 
-  // Whether all tokens of two sequences see the same keys in a span. Tiles take each sequence alone: a prompt has many tokens.
+  // Attention of sequences, those with the longest prefixes first: blocks of the prefix for all that have them, then the rest of the
+  // span for each. A sequence sees its blocks in order, as it does alone.
+  void attend_to_span(const Layer& layer, int64_t span, std::span<const size_t> sharing, std::span<const CachedHead> cached,
+                      const float* queries, int64_t num_tokens, PartialAttention* attended) const {
+    for (int64_t i = 0; i < num_tokens * group_size_; i++) attended[i].clear(head_dim_);
+    const int64_t span_end = (span + 1) * SPAN;
+    auto attend = [&](int64_t first_token, int64_t tokens, size_t i, int64_t begin, int64_t end) {
+      const int64_t query = first_token * group_size_;
+      attend_to_blocks(queries + query * head_dim_, tokens, group_size_, head_dim_, sequences_[sharing[i]].start, layer.window,
+                       cached[i], begin, std::min(end, span_end), attended + query);
+    };
+    int64_t begin = span * SPAN;
+    int64_t tokens = num_tokens;
+    for (size_t i = sharing.size(); i-- > 0; tokens -= sequences_[sharing[i]].tokens) {
+      const int64_t prefix_length = sequences_[sharing[i]].prefix_length;
+      attend(0, tokens, i, begin, prefix_length);
+      begin = std::max(begin, prefix_length);
+    }
+    int64_t first_token = 0;
+    for (size_t i = 0; i < sharing.size(); i++) {
+      const Sequence& sequence = sequences_[sharing[i]];
+      attend(first_token, sequence.tokens, i, std::max(span * SPAN, sequence.prefix_length), sequence.start + sequence.tokens);
+      first_token += sequence.tokens;
+    }
+  }
+
+  // Whether at least half of a span is a prefix that two sequences share. One thread attends for both, so a smaller part would cost
+  // more threads than it saves reading. Tiles take each sequence alone: a prompt has many tokens.
   bool share_span(const Layer& layer, const Sequence& a, const Sequence& b, int64_t span) const {
-    const int64_t end = (span + 1) * SPAN;
-    return !in_bfloat16_ && !layer.window && a.prefix_slot == b.prefix_slot && end <= std::min(a.prefix_length, b.prefix_length);
+    const int64_t shared = std::min(a.prefix_length, b.prefix_length) - span * SPAN;
+    return !in_bfloat16_ && !layer.window && a.prefix_slot == b.prefix_slot && 2 * shared >= SPAN;
   }
 
   PartialAttention* partial_of(size_t sequence, int64_t head) const {

@@ -1,4 +1,4 @@
-// `attend_to_span` of attention.h by tiles, for tokens of a prompt, in bfloat16. Scores are [keys, 16 queries], so a lane is a query
+// `attend_to_blocks` of attention.h by tiles, for tokens of a prompt, in bfloat16. Scores are [keys, 16 queries], so a lane is a query
 // from the scores to the sums.
 #pragma once
 #include "attention.h"
@@ -227,7 +227,7 @@ class QueryTile {
   std::unique_ptr<Floats[]> sums_;   // [columns, 16 queries]
 };
 
-// Does what `attend_to_span` does.
+// Attention of queries over the span of keys that begins at `span_begin`, as `attend_to_blocks`.
 void attend_to_span_by_tiles(const float* queries, int64_t tokens, int64_t heads, int64_t d, int64_t start, int64_t window,
                              const CachedHead& cached, int64_t span_begin, PartialAttention* attended) {
   const int64_t num_queries = tokens * heads;

@@ -303,6 +303,26 @@ void lane_sums(const Floats* vectors, float* sums) {
   }
 #endif
 }
+// The sums of four vectors twice, each in the same order.
+void lane_sums(const Floats* first, const Floats* second, float* first_sums, float* second_sums) {
+#ifdef __AVX512F__
+  auto pair = [&](int i) {
+    const __m512 lower = _mm512_shuffle_f32x4((__m512)first[i], (__m512)second[i], 0x44);
+    return _mm512_add_ps(lower, _mm512_shuffle_f32x4((__m512)first[i], (__m512)second[i], 0xee));
+  };
+  auto add_neighbours = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+  };
+  const __m512 quarters = add_neighbours(add_neighbours(pair(0), pair(1)), add_neighbours(pair(2), pair(3)));
+  const __m512 even = _mm512_shuffle_f32x4(quarters, quarters, 0x88);
+  const __m512 sums = _mm512_add_ps(even, _mm512_shuffle_f32x4(quarters, quarters, 0xdd));
+  _mm_storeu_ps(first_sums, _mm512_castps512_ps128(sums));
+  _mm_storeu_ps(second_sums, _mm512_extractf32x4_ps(sums, 1));
+#else
+  lane_sums(first, first_sums);
+  lane_sums(second, second_sums);
+#endif
+}
 float lane_sum(Floats x) {
   Floats alone[4] = {x};
   float sums[4];
