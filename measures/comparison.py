@@ -16,7 +16,8 @@ from self_speculation.passes.runners import activation_dtype, eager_runner
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3
 # eps in fp32, where every sum rounds, and by 2.1 eps in bf16 and fp16, where sums are kept in fp32 and only
-# results round; eps relative to the largest logit. The bounds are twice that.
+# results round; eps relative to the largest logit. The bounds are twice that. Keys and values that round to
+# another neighbour differ by an eps of the cache's dtype.
 _NEAR_TIE_IN_EPS = {torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 
@@ -60,7 +61,8 @@ def find_difference(
     keys = torch.tensor([noise_key(seed, position)], device=model.device)
     chosen = [output[position] for output in (first, second) if position < len(output)]
     is_rounded = is_on_cpu and rounds_prompts(model)  # which builds the operators of a CPU
-    dtype = torch.bfloat16 if is_rounded else activation_dtype(model)
+    dtypes = torch.bfloat16 if is_rounded else activation_dtype(model), cache.buffers.dtype
+    dtype = max(dtypes, key=lambda each: torch.finfo(each).eps)
     largest = float(logits[logits.isfinite()].abs().max())
     bound = _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
     is_near = len(chosen) == 2

@@ -209,6 +209,11 @@ def test_near_ties_are_told_from_differences(text_model):
     for other in ([worst], []):  # the second one just stops
         assert not find_difference(text_model, prompt, [best], other, [level])["near_tie"]
     assert find_difference(text_model, prompt, [best], [best]) is None
+    # Passes by torch round keys and values to other neighbours: more than 16 roundings of a float32.
+    apart = partial(level, roundings=1000)
+    for dtype, near in (("float32", False), ("float16", True), ("bfloat16", True)):
+        found = find_difference(text_model, prompt, [best], [second], [apart], cache_dtype=dtype)
+        assert found["near_tie"] == near
 
 
 def test_near_ties_of_samples(text_model):
