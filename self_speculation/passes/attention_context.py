@@ -75,6 +75,8 @@ class AttentionContext:
         self._range = start, end
         self._tables = tables
         self._window = kind.window
+        # A float16 cache marks numbers beyond the range as NaN. A draft with one may be rejected.
+        self._hides_nan = cache.buffers.dtype == torch.float16 != tables.dtype
         self._positions: Tensor | None = None  # [B, T]; None: rows have one length
         self._first_key = 0 if kind.window is None else max(0, start + 1 - kind.window)  # that a token sees
         is_uniform = start + width == end
@@ -100,6 +102,7 @@ class AttentionContext:
             return None
         if positions is None:
             positions = torch.arange(start, end, device=tables.device)[None]
+            positions = positions.expand(self.num_rows if self._hides_nan else 1, -1)
         num_keys = end - self._first_key
         # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
         keys = torch.arange(
@@ -113,6 +116,12 @@ class AttentionContext:
         """
         written = self.cache.write(keys, values, layer, self._positions)
         all_keys, all_values = (part[:, :, self._first_key :].to(self._tables.dtype) for part in written)
+        if self._hides_nan and self.mask is not None:
+            # 0 times NaN is NaN. Tokens that do not see NaN get zeros; the mask has NaN for those that do.
+            is_nan = (all_keys.isnan() | all_values.isnan()).any(-1).any(1)  # [B, S]
+            self.mask.masked_fill_(is_nan[:, None, None] & (self.mask == 0), torch.nan)
+            for part in (all_keys, all_values):
+                part.masked_fill_(is_nan[:, None, :, None], 0.0)
         return all_keys, all_values
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> Pair:

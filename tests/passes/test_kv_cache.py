@@ -5,12 +5,14 @@ from weakref import ref
 
 import pytest
 import torch
+from conftest import assert_close, tiny_llama
 from psutil import Process
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from self_speculation.passes import kv_cache
 from self_speculation.passes.kv_cache import Buffers, KVCache, SharedPrefix
+from self_speculation.passes.model_runner import ModelRunner
 
 CPU = torch.device("cpu")
 
@@ -305,3 +307,34 @@ def test_buffers_grow_where_the_system_refuses_addresses(monkeypatch):
             assert contents(keys) == contents(values) == [*range(start + 8)]
     with pytest.raises(MemoryError):
         cache.make_room(0, 2, [1000])
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 5], [5, 9]])
+def test_a_rejected_draft_beyond_the_range_of_float16_changes_no_other_token(lengths):
+    """Guards against a request that fails without operators, since a draft that no output has, in the same
+    pass or an earlier one, has a key or value beyond 65504.
+    """
+    torch.manual_seed(0)
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0.0
+        model.model.embed_tokens.weight[49] = torch.eye(len(model.model.embed_tokens.weight[49]))[0]
+        model.model.layers[0].self_attn.v_proj.weight[:, 0] = 1e6
+    runner = ModelRunner(model)
+    rows = len(lengths)
+    with torch.inference_mode():
+        cache = runner.new_cache(1, 40, rows, dtype="float16")
+        cache.set_rows([0] * rows)
+        for row, length in enumerate(lengths):
+            runner.run(cache.prompt_view(row), torch.arange(3, 3 + length)[None])
+        cache.set_rows(lengths)
+        expected = runner.run(cache, torch.tensor([[7]] * rows)).logits[:, -1]
+        cache.rollback(1)
+        drafted = torch.tensor([[7, 49, 8], [7, 9, 8]][:rows])
+        found = runner.run(cache, drafted, num_logits=3).logits
+        assert found.isfinite().all(-1).tolist() == [[True, False, False], [True] * 3][:rows]
+        assert_close(found[:, 0], expected)
+        cache.rollback([3, 2][:rows])
+        again = runner.run(cache, torch.tensor([[7], [9]][:rows])).logits[:, -1]
+        assert_close(again[:1], expected[:1])
+        assert again.isfinite().all()
