@@ -3,6 +3,7 @@ A prompt with a known prefix is not read again.
 """
 
 import itertools
+import math
 from collections import abc, deque
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -92,12 +93,30 @@ class PrefixCache:
             if isinstance(holder, Sequence)
         )
         length, negative_slot = max(in_flight, default=(0, 0))
-        prefix_slot = next((slot for slot in self._shared_ids if slot not in kept), None)
-        if length > max(longest.length, least) and prefix_slot is not None:
+        if length > max(longest.length, least) and (prefix_slot := self._free_prefix_slot()) is not None:
             longest = SharedPrefix(prefix_slot, length)
             self._shared_ids[prefix_slot] = prompt[:length]
             self.cache.copy_prefix(-negative_slot, longest)
         return longest if longest.length > least else None
+
+    def _free_prefix_slot(self) -> int | None:
+        """A slot of shared prefixes that no sequence refers to; None: there is none. The oldest kept prefixes
+        that refer to it are dropped.
+        """
+        prefixes = self.cache.buffers.shared_prefixes
+        youngest: dict[int, float] = dict.fromkeys(self._shared_ids, 0)  # answer that refers to each
+        for holder, prefix in zip(self._holders, prefixes, strict=False):
+            if prefix.length:
+                age = holder.age if isinstance(holder, _KeptPrefix) else math.inf
+                youngest[prefix.slot] = max(youngest[prefix.slot], age)
+        found = min(youngest, key=lambda slot: youngest[slot], default=None)
+        if found is None or youngest[found] == math.inf:
+            return None
+        for slot in range(len(self._holders)):
+            if prefixes[slot].length and prefixes[slot].slot == found:
+                self._holders[slot] = _KeptPrefix()
+                self.cache.set_prefix(slot, SharedPrefix())
+        return found
 
     def is_prefix_being_read(self, sequence: Sequence) -> bool:
         """Whether a prompt that is being read begins as this one, so that sharing is worth a wait."""

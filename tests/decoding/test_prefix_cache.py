@@ -88,6 +88,48 @@ def scheduler_cache_is_shared(buffers):
 
 
 @needs_operators
+def test_positions_that_rows_share_count_once():
+    """Guards against a server whose cache looks full while eight clients share a system prompt."""
+    torch.manual_seed(0)
+    model = own_llama(agreement="often", max_position_embeddings=512)
+    fuse(model)
+    system = torch.randint(3, 50, (200,)).tolist()
+    scheduler = scheduler_of(model, 4, 64, max_steps=40)
+    for key in range(4):
+        scheduler.add_request(key, Request([*system, key + 3], eos_token_ids=[]))
+    assert scheduler.num_positions == 0
+    while len(scheduler.batch) < 4:
+        scheduler.step()
+    lengths = [each.length for each in scheduler.batch.sequences]
+    assert scheduler.num_positions == sum(lengths) - 3 * 192
+    drained(scheduler)
+    assert scheduler.num_positions == 0
+
+
+@needs_operators
+def test_kept_prefixes_make_room_for_one_that_prompts_in_flight_share():
+    """Guards against kept prefixes that have all slots of shared ones, so that a new system prompt is read
+    and kept for each request.
+    """
+    torch.manual_seed(0)
+    model = own_llama(agreement="often", max_position_embeddings=512)
+    fuse(model)
+    scheduler = scheduler_of(model, 5, 64, max_steps=3, reuse_cache=True)
+    cached = []
+    for _ in range(3):
+        system = torch.randint(3, 50, (130,)).tolist()
+        prompts = [[*system, 3 + n] for n in range(2)]
+        for key, prompt in enumerate(prompts):
+            scheduler.add_request(key, Request(prompt, eos_token_ids=[]))
+        results = drained(scheduler)
+        cached.append([results[key].num_cached_tokens for key in range(2)])
+        for key, prompt in enumerate(prompts):
+            alone = fresh(model, prompt, max_steps=3, eos=())
+            assert results[key].predicted_tokens == alone.predicted_tokens
+    assert cached == [[0, 128]] * 3
+
+
+@needs_operators
 @pytest.mark.parametrize("reuse_cache", [False, True])
 @pytest.mark.parametrize("after", [1, 3, 5])  # steps: the others wait, share what is read, are rows
 def test_a_shared_prefix_stays_when_the_first_of_its_rows_is_cancelled(after, reuse_cache):
