@@ -165,18 +165,10 @@ class Scheduler(Generic[Key]):
     @property
     def num_positions(self) -> int:
         """Positions of keys and values that requests have now, shared ones once; any thread may ask."""
-        rows = [*self.batch.sequences]
-        waiting = [*self._waiting]
         prepared = self._prepared
-        slots = [each.slot for each in (*rows, *waiting)]
-        number = sum(each.length for each in rows) + sum(each.num_computed for each in waiting)
-        shared = dict[int, int]()  # slot of a prefix -> positions that a sequence has of it
-        for slot in slots:
-            if prepared is not None and slot is not None:
-                prefix = prepared.cache.buffers.shared_prefixes[slot]
-                number -= prefix.length
-                shared[prefix.slot] = max(shared.get(prefix.slot, 0), prefix.length)
-        return number + sum(shared.values())
+        repeated = 0 if prepared is None else prepared.prefix_cache.num_repeated
+        rows = sum(each.length for each in [*self.batch.sequences])
+        return rows + sum(each.num_computed for each in [*self._waiting]) - repeated
 
     def shrink_cache(self, num_positions: int) -> None:
         """Forget kept prefixes, while there are no requests, if a slot has room for more positions."""

@@ -53,6 +53,14 @@ class PrefixCache:
         self._shared_ids: dict[int, abc.Sequence[int]] = dict.fromkeys(cache.buffers.prefix_slots, ())
         self._answers = itertools.count(1)
 
+    @property
+    def num_repeated(self) -> int:
+        """Positions that sequences share, without the longest prefix of each slot; any thread may ask."""
+        holders = zip([*self._holders], self.cache.buffers.shared_prefixes, strict=False)
+        prefixes = [prefix for holder, prefix in holders if isinstance(holder, Sequence)]
+        longest = dict(sorted(prefixes))  # by slot
+        return sum(prefix.length for prefix in prefixes) - sum(longest.values())
+
     def acquire(self, sequence: Sequence) -> None:
         """Give a sequence the free slot with the longest prefix of the prompt, the oldest one of equals.
 
