@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from measures.benchmarking import Benchmark
     from runs.examples import run_experiment
 
-    of_script = {name: getattr(args, name) for name in ("compare", "answer_file", "text_quality")}
-    return run_experiment("benchmark", Benchmark, model_args, config, data_args, args, **of_script)
+    settings = {name: getattr(args, name) for name in ("compare", "answer_file", "text_quality")}
+    return run_experiment("benchmark", Benchmark, model_args, config, data_args, args, **settings)
 
 
 if __name__ == "__main__":

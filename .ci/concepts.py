@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1000, "classes": 196, "parameters": 2174}
+LIMITS = {"functions": 999, "classes": 196, "parameters": 2173}
 
 
 def count() -> dict[str, int]:

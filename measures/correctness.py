@@ -56,11 +56,11 @@ class CompareIds(Experiment):
 
     def _request(self, index: int) -> Request:
         """The request of an output: of each example the greedy one first, then the sampled ones."""
-        of_example, nth = divmod(index, self.num_seeds + 1)
+        example_index, nth = divmod(index, self.num_seeds + 1)
         config = self.config if nth else dataclasses.replace(self.config, sample=False)
         criteria = LogitsOfPositions() if self._is_in_place else None
-        seed = self.seed + of_example + (nth << 32)
-        request = self.request(of_example)
+        seed = self.seed + example_index + (nth << 32)
+        request = self.request(example_index)
         return dataclasses.replace(request, seed=seed, config=config, stopping_criteria=criteria)
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
@@ -79,8 +79,8 @@ class CompareIds(Experiment):
     def _compared(self, index: int, request: Request, result: GenerationResult | Exception) -> Record:
         if isinstance(result, Exception):
             raise result
-        of_example, nth = divmod(index, self.num_seeds + 1)
-        example = self.examples[of_example]
+        example_index, nth = divmod(index, self.num_seeds + 1)
+        example = self.examples[example_index]
         other = self._request(index)
         tokens = with_end(result.generation_strategy_result)
         generator, config = autoregressive(self.generator, request.config)
@@ -106,7 +106,12 @@ class CompareIds(Experiment):
                 shown = slice(found["position"], found["position"] + 12)
                 texts = {"text": decode(tokens[shown]), "reference_text": decode(reference[shown])}
                 differences.append({"reference": name, **found, **texts})
-        record = {"example": of_example, "sample": nth, "num_tokens": len(tokens), "differences": differences}
+        record = {
+            "example": example_index,
+            "sample": nth,
+            "num_tokens": len(tokens),
+            "differences": differences,
+        }
         if self._is_in_place:
             pairs = zip(request.stopping_criteria.checksums, other.stopping_criteria.checksums, strict=False)
             record["other_bits"] = sum(mine != plain for mine, plain in pairs)

@@ -115,11 +115,11 @@ class SelfSpeculativeLM(HFLM):
         device: str = "auto",
         **settings: Any,
     ) -> None:
-        if of_task := settings.keys() & TASK_SETTINGS.keys():
-            refuse(f"--model_args {', '.join(sorted(of_task))}: a setting of tasks, use --gen_kwargs")
-        of_model = {each.name for each in fields(ModelArguments)} & settings.keys()
+        if task_settings := settings.keys() & TASK_SETTINGS.keys():
+            refuse(f"--model_args {', '.join(sorted(task_settings))}: a setting of tasks, use --gen_kwargs")
+        model_fields = {each.name for each in fields(ModelArguments)} & settings.keys()
         try:
-            loading = {name: settings.pop(name) for name in of_model}
+            loading = {name: settings.pop(name) for name in model_fields}
             model_args = ModelArguments(model=pretrained, device=device, **loading)
             config = GenerationConfig(**settings)
         except (TypeError, ValueError) as error:

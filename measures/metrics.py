@@ -76,16 +76,16 @@ def rates(records: Sequence[Record], prefix: str, decode: bool = False) -> numpy
     if not decode:
         tokens, seconds = _sums(records, "window", prefix, "num_tokens", "wall_time")
         return tokens / seconds
-    of = ("num_decode_tokens", "wall_time", "prefill_time")
-    tokens, seconds, prefill = _sums(records, "window", prefix, *of)
+    names = ("num_decode_tokens", "wall_time", "prefill_time")
+    tokens, seconds, prefill = _sums(records, "window", prefix, *names)
     return numpy.where(tokens > 0, tokens, numpy.nan) / (seconds - prefill)
 
 
 def ratios(records: Sequence[Record], prefix: str, baseline: str, decode: bool = False) -> numpy.ndarray:
     """[n] the ratio of the rates of two strategies, in each window in which both gave tokens."""
-    ours, theirs = (rates(records, each, decode) for each in (prefix, baseline))
-    both = (ours > 0) & (theirs > 0)
-    return ours[both] / theirs[both]
+    compared, plain = (rates(records, each, decode) for each in (prefix, baseline))
+    have_tokens = (compared > 0) & (plain > 0)
+    return compared[have_tokens] / plain[have_tokens]
 
 
 def draft_stats(records: Sequence[Record], prefix: str = "") -> DraftStats:

@@ -138,6 +138,6 @@ def _rotation(
     if scaling.get("rope_type") in ("longrope", "yarn"):
         scaling["original_max_position_embeddings"] = original
     if by_type:
-        of_windows = {"rope_type": "default", "rope_theta": rope.get("freq_base_swa", 10000.0)}
-        scaling = {"full_attention": scaling or {"rope_type": "default"}, "sliding_attention": of_windows}
+        window_scaling = {"rope_type": "default", "rope_theta": rope.get("freq_base_swa", 10000.0)}
+        scaling = {"full_attention": scaling or {"rope_type": "default"}, "sliding_attention": window_scaling}
     return {**settings, "rope_parameters": scaling} if scaling else settings

@@ -125,8 +125,8 @@ class Header:
         shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
         quant_type = GGMLQuantizationType(self._number("I"))
         start = self._number("Q")
-        of_block, num_bytes = GGML_QUANT_SIZES[quant_type]
-        return TensorInFile(name, shape, quant_type, start, math.prod(shape) // of_block * num_bytes)
+        block_size, num_bytes = GGML_QUANT_SIZES[quant_type]
+        return TensorInFile(name, shape, quant_type, start, math.prod(shape) // block_size * num_bytes)
 
 
 def dtype_of_matrices(header: Header) -> torch.dtype:

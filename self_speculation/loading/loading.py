@@ -228,8 +228,8 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a `.gguf` file, or of a folder. Raises LoadingError if it is another model's."""
     if header is None:
-        of_folder = {name: arg for name, arg in kwargs.items() if name != "gguf_file"}  # the adapter's
-        tokenizer = AutoTokenizer.from_pretrained(source, **of_folder)
+        folder_kwargs = {name: arg for name, arg in kwargs.items() if name != "gguf_file"}
+        tokenizer = AutoTokenizer.from_pretrained(source, **folder_kwargs)
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=header.path.name)
     has = tokenizer.vocab_size
