@@ -58,7 +58,8 @@ def checkout(tmp_path):
     """A copy of the repository with this environment as .venv."""
     ignored = shutil.ignore_patterns(".venv", ".git", "build", "logs", "__pycache__", ".*_cache")
     folder = Path(shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored))
-    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    for command in (["init", "--quiet"], ["add", "--all"]):  # some tests look at all tracked files
+        subprocess.run(["git", *command], cwd=folder, check=True)
     (folder / ".venv").mkdir()
     for entry in Path(sys.prefix).iterdir():
         if entry.name not in ("chat", "test"):

@@ -17,6 +17,8 @@ from self_speculation.drafts.draft import Draft, DraftCost, Match
 # Rounds between two trials: at first, and at most.
 _WAIT = 8
 _LONGEST_WAIT = 128
+# The share of rounds that accepted trials may cost: a source may be right and still take too long.
+_TRIAL_SHARE = 0.01
 
 
 class Plan(NamedTuple):
@@ -26,6 +28,7 @@ class Plan(NamedTuple):
     lengths: list[int]  # [B] tokens of each row
     rate: float = 1.0  # expected tokens of all rows per second
     trial: int | None = None  # the row whose draft is a trial
+    trial_cost: float = 0.0  # of the trial, in plain rounds
 
 
 class _Row(NamedTuple):
@@ -221,8 +224,9 @@ class AdaptivePolicy:
             num_rows = len(draft.lengths)
             row = self._plan.trial
             if row is not None and accepted[row] == drafted[row]:  # try it again soon
-                stats.wait = _WAIT
-                stats.trial_at = stats.num_rounds + _WAIT
+                loss = self._plan.trial_cost - accepted[row] / num_rows
+                stats.wait = max(_WAIT, min(round(loss / _TRIAL_SHARE), _LONGEST_WAIT))
+                stats.trial_at = stats.num_rounds + stats.wait
                 name = draft.sources[row]
                 stats.used_at[name if name in self._draft_steps else None] = 0
             for row, source in enumerate(draft.sources):
@@ -248,6 +252,7 @@ class AdaptivePolicy:
         accepted; None: there are none. Drafts that are looked up go on beside it.
         """
         stats = self._stats
+        plain = planner.verify_seconds(len(rows))
         names = [name for name in (None, *self._draft_steps) if name not in used]  # None: the lookups
         for name in sorted(names, key=lambda name: stats.used_at.get(name, 0)):
             stats.used_at[name] = stats.num_rounds
@@ -262,7 +267,9 @@ class AdaptivePolicy:
             match = rows[tried].match
             looked_up.sources[tried] = match.source if name is None and match else name
             looked_up.lengths[tried] = 1
-            return looked_up._replace(trial=tried)
+            drafting = 0.0 if name is None else planner.draft_seconds(name, 1)
+            seconds = drafting + planner.verify_seconds(len(rows) + 1)
+            return looked_up._replace(trial=tried, trial_cost=seconds / plain - 1.0)
         stats.trial_at = stats.num_rounds + _WAIT
         return None
 

@@ -63,7 +63,7 @@ class Written:
         saved = json.loads(path.read_text())
         self.results = saved["results"]
         self.config = saved["config"]
-        self.generation = saved["generation"]
+        self.generation = saved.get("generation")  # the harness's command has none
         scores = [(task, *score) for task, of in self.results.items() for score in of.items()]
         self.scores = {(task, name): value for task, name, value in scores if isinstance(value, float)}
         self.answers = {}
