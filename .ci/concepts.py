@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 999, "classes": 196, "parameters": 2173}
+LIMITS = {"functions": 1025, "classes": 202, "parameters": 2244}
 
 
 def count() -> dict[str, int]:

@@ -19,12 +19,13 @@ from training import losses
 
 _GIB = 2**30
 _BANDWIDTH = 2.7e12  # bytes per second that an H100 reads
-# Seconds: a kernel besides the bytes; the start of a graph; the GPU's wait for the host in a round.
+# Seconds: a kernel besides the bytes; the start of a graph. The GPU does not wait for the host, which queues
+# a round before it reads the one before.
 _KERNEL = 2.75e-6
 _GRAPH = 11e-6
-_WAIT = 50e-6
 _POSITIONS = 1000  # tokens before a round
 _DRAFTED = 6
+_ROWS = 8  # of a batch
 _GAINED = 5.2  # tokens of a round in which nine of ten drafts are right
 _FP32 = 4  # bytes of a weight or gradient
 _ADAMW = 8  # bytes of a weight's state
@@ -98,8 +99,8 @@ def memory(
 
 
 @cache
-def traces(name: str) -> Mapping[str, Trace]:
-    """What an H100 does in a greedy round of one sequence in 16 bits after _POSITIONS tokens.
+def traces(name: str, num_rows: int = 1) -> Mapping[str, Trace]:
+    """What an H100 does in a greedy round of some sequences in 16 bits after _POSITIONS tokens.
 
     Returns:
         The traces of a plain step and of a round of _DRAFTED tokens, captured, and of such a round if nothing
@@ -120,8 +121,9 @@ def traces(name: str) -> Mapping[str, Trace]:
                 generation_strategy=strategy.name, sample=False,
                 exit_layer=exit_layer if drafted else -1, num_speculations=drafted or -1,
             )  # fmt: skip
-            scheduler = Scheduler[int](strategy, model, config, 1)
-            scheduler.add_request(0, Request([5] * _POSITIONS))
+            scheduler = Scheduler[int](strategy, model, config, num_rows)
+            for row in range(num_rows):
+                scheduler.add_request(row, Request([5] * _POSITIONS))
             scheduler.step()  # captures
             gpu.trace = found[way] = Trace()
             scheduler.step()
@@ -137,8 +139,8 @@ class Decoding(NamedTuple):
     round: float  # of _DRAFTED tokens
 
 
-def decoding(name: str, by_bytes: bool = False) -> Decoding:
-    """The times of captured passes.
+def decoding(name: str, by_bytes: bool = False, num_rows: int = 1) -> Decoding:
+    """The times of captured passes of so many sequences.
 
     Args:
         by_bytes: without what else takes time.
@@ -149,13 +151,13 @@ def decoding(name: str, by_bytes: bool = False) -> Decoding:
         overheads = len(launches) * _KERNEL + graphs * _GRAPH
         return all_bytes / _BANDWIDTH + (0.0 if by_bytes else overheads)
 
-    plain = traces(name)["plain"]
-    whole = traces(name)["round"]
+    plain = traces(name, num_rows)["plain"]
+    whole = traces(name, num_rows)["round"]
     first, second = whole.replays[:2]
     return Decoding(
         seconds(plain.launches, len(plain.replays)),
         seconds(whole.launches[first.start : second.start], 1),
-        seconds(whole.launches, len(whole.replays)) + (0.0 if by_bytes else _WAIT),
+        seconds(whole.launches, len(whole.replays)),
     )
 
 
@@ -181,7 +183,7 @@ def decoding_table() -> str:
     heads = ["model", "plain step", "draft step, exit", "round of 6", "tokens/s, plain", "self-speculative"]
     rows = [f"| {row} |" for row in (" | ".join(heads), *map(decoding_row, EXITS))]
     rows.insert(1, "|---" * len(heads) + "|")
-    return "\n".join([*rows, "", about_launches(next(iter(EXITS)))])
+    return "\n".join([*rows, "", about_launches(next(iter(EXITS))), *map(about_batches, EXITS)])
 
 
 def decoding_row(name: str) -> str:
@@ -200,19 +202,29 @@ def decoding_row(name: str) -> str:
     return " | ".join(cells)
 
 
+def about_batches(name: str) -> str:
+    """Tokens a second of all sequences together."""
+    times = decoding(name, num_rows=_ROWS)
+    plain = round(_ROWS / times.plain_step)
+    drafted = round(_ROWS * _GAINED / times.round)
+    return f"{name} with {_ROWS} sequences: {plain} tokens/s, {drafted} self-speculative"
+
+
 def about_launches(name: str) -> str:
     traced = traces(name)
-    num_layers = MODELS[name].num_hidden_layers
     plain = traced["plain"]
-    layers = plain.launches[plain.replays[0]]
-    kernels = len(layers) // num_layers
-    around = len(plain.launches) - len(layers)
-    micros = 1e6 / num_layers * sum(launch.num_bytes for launch in layers) / _BANDWIDTH
-    calls, captured = (round(trace.num_calls, -1) for trace in (traced["eager"], traced["round"]))
+    replay = plain.launches[plain.replays[0]]
+    first, second = [at for at, launch in enumerate(replay) if launch.name == "attend"][:2]
+    layer = replay[first:second]
+    around = len(plain.launches) - len(replay)
+    num_kernels = len(layer)
+    micros = 1e6 * sum(launch.num_bytes for launch in layer) / _BANDWIDTH
+    calls = round(traced["eager"].num_calls, -1)
+    captured = traced["round"].num_calls
     return (
-        f"A layer of {name} takes {micros:.0f} µs for its bytes and {1e6 * kernels * _KERNEL:.0f} µs for its "
-        f"{kernels} kernels, and a step launches\n{around} more around its graph. A round is some "
-        f"{calls} calls of the host, {captured} with `--compile True`."
+        f"A layer of {name} takes {micros:.0f} µs for its bytes and {1e6 * num_kernels * _KERNEL:.0f} µs for "
+        f"its {num_kernels} kernels, and a step\nlaunches {around} beside its graph, the read of results. "
+        f"A round is some {calls} calls of the host, {captured} with `--compile True`."
     )
 
 

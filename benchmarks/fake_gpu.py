@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from self_speculation.passes.round_tensors import Outcome
 from self_speculation.transfers import AsyncRead
 
 DEVICE = "cuda:0"
@@ -59,13 +60,14 @@ class FakeGPU(TorchDispatchMode):
     Attributes:
         trace: of all since it was set.
         length: positions of a row, whose keys and values attention reads.
+        is_replaying: a graph runs.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.trace = Trace()
         self.length = 1
-        self._is_replaying = False
+        self.is_replaying = False
 
     def graph_recorder(self, _: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
         """In the place of `GraphRecorder`: a replay runs what was captured."""
@@ -75,10 +77,10 @@ class FakeGPU(TorchDispatchMode):
         trace = self.trace
         num_calls = self.trace.num_calls
         num_launches = len(self.trace.launches)
-        self._is_replaying = True
+        self.is_replaying = True
         run()
         trace.num_calls = num_calls + 1
-        self._is_replaying = False
+        self.is_replaying = False
         trace.replays.append(slice(num_launches, len(trace.launches)))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,7 +92,7 @@ class FakeGPU(TorchDispatchMode):
         returned = tensors_of(result)
         if name.startswith(("empty", "new_empty", "device")) or not any(map(is_there, given + returned)):
             return result
-        assert not self._is_replaying or all(map(is_there, given + returned)), "a graph copies from the host"
+        assert not self.is_replaying or all(map(is_there, given + returned)), "a graph copies from the host"
         self.trace.num_calls += 1
         known = {*map(storage, given)}
         is_view = not function._schema.is_mutable and known.issuperset(map(storage, returned))
@@ -139,6 +141,10 @@ class _Kernel:
 class _OnMeta(TorchFunctionMode):
     """A call may ask CUDA for the current device, which a torch without it cannot: it runs on "meta"."""
 
+    def __init__(self, gpu: FakeGPU) -> None:
+        super().__init__()
+        self._gpu = gpu
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is Tensor.copy_ and _is_same(*args[:2]):
@@ -148,7 +154,11 @@ class _OnMeta(TorchFunctionMode):
         except RuntimeError as error:
             if "not linked with support for cuda" not in str(error):
                 raise
-        assert len({tensor.device for tensor in tensors_of((args, kwargs)) if tensor.dim()}) == 1
+        if function is Tensor.copy_ and not is_there(args[1]):
+            assert not self._gpu.is_replaying, "a graph copies from the host"
+            assert hasattr(args[1], "has_pinned_memory"), "pageable memory"
+        else:
+            assert len({tensor.device for tensor in tensors_of((args, kwargs)) if tensor.dim()}) == 1
         result = function(*_moved(args, "meta"), **_moved(kwargs, "meta"))
         is_in_place = function.__name__.endswith("_") and not function.__name__.endswith("__")
         return args[0] if is_in_place else _moved(result, DEVICE)
@@ -245,6 +255,11 @@ def _stand_ins(gpu: FakeGPU) -> dict[str, object]:
     def some_accepted(_: object, __: object, lengths: Sequence[int]) -> list[int]:
         return [draws.randint(0, length) for length in lengths]
 
+    def some_outcomes(_: object, __: object, widths: Sequence[int]) -> list[Outcome]:
+        counts = [draws.randint(1, width) for width in widths]
+        tokens = [[draws.randrange(5, 60) for _ in range(count)] for count in counts]
+        return [Outcome([0.0] * width, of_row) for width, of_row in zip(widths, tokens, strict=True)]
+
     def fake_tensor(data: Any, dtype: Any = None, device: Any = None, pin_memory: bool = False) -> Tensor:
         assert not pin_memory or isinstance(data, list), "Can't pin tensor constructed from numpy"
         made = tensor(data, dtype=dtype)
@@ -273,6 +288,7 @@ def _stand_ins(gpu: FakeGPU) -> dict[str, object]:
         "torch.cuda.current_stream": lambda device=None: device,
         "torch.cuda.Event": _Event,
         f"{package}.self_speculation_generator.leading_matches": some_accepted,
+        f"{package}.passes.round_tensors.RoundTensors.outcomes": some_outcomes,
         f"{package}.transfers.AsyncRead.__init__": queue,
         f"{package}.transfers.AsyncRead.wait": read,
         # Fake mode holds on one thread.
@@ -300,7 +316,7 @@ def fake_gpu() -> Iterator[FakeGPU]:
         for name, value in _stand_ins(gpu).items():
             stack.enter_context(patch(name, value))
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(_OnMeta())
+        stack.enter_context(_OnMeta(gpu))
         yield stack.enter_context(gpu)
 
 

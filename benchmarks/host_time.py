@@ -1,4 +1,5 @@
-"""The host's part of a round on a card: from a read to the next replay, with replays that do nothing.
+"""The host's part of a round on a card, with replays that do nothing: how long the card has no work between
+a read and the next replay, and the work of the host from a read to the next one.
 
     taskset -c 0 python benchmarks/host_time.py
 
@@ -18,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,6 +28,7 @@ from arguments import parse
 from benchmarks.synthetic import llama
 from runs.program import run
 from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation.passes.round_tensors import Outcome, RoundTensors
 from self_speculation.passes.runners import capture_decoding, fuse
 from self_speculation.scheduler import Scheduler
 from self_speculation.transfers import AsyncRead
@@ -51,52 +54,81 @@ class HostTimeArguments:
 
 
 class Gaps:
-    """Seconds of this thread from each read to the replay that follows, without those of other programs."""
+    """Seconds of this thread, without those of other programs.
+
+    Attributes:
+        idle: from each read to the replay that follows; 0 if the card has replays to do when it is read.
+        work: from each read to the next one.
+    """
 
     def __init__(self) -> None:
-        self.seconds = list[float]()
+        self.idle = list[float]()
+        self.work = list[float]()
+        self._num_replays = 0
         self._read_at: float | None = None
+        self._is_idle = False
 
     def recorder(self, _: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
         """In the place of `GraphRecorder`."""
         return lambda run: self._replay
 
     def _replay(self) -> None:
-        now = time.thread_time()
-        if self._read_at is not None:
-            self.seconds.append(now - self._read_at)
-            self._read_at = None
+        self._num_replays += 1
+        if self._is_idle and self._read_at is not None:
+            self.idle.append(time.thread_time() - self._read_at)
+            self._is_idle = False
+
+    def begin(self, reading: Any, numbers: Sequence[Tensor]) -> None:
+        """In the place of `AsyncRead.__init__`."""
+        _BEGIN(reading, numbers)
+        reading.num_replays = self._num_replays
 
     def wait(self, reading: Any) -> list[list[float]]:
         """In the place of `AsyncRead.wait`."""
         numbers = _WAIT(reading)
-        self._read_at = time.thread_time()
+        now = time.thread_time()
+        if self._read_at is not None:
+            self.work.append(now - self._read_at)
+        self._read_at = now
+        self._is_idle = reading.num_replays == self._num_replays
+        if not self._is_idle:
+            self.idle.append(0.0)
         return numbers
 
 
+_BEGIN = AsyncRead.__init__
 _WAIT = AsyncRead.wait
+_OUTCOMES = RoundTensors.outcomes
 
 
-def gaps(way: str, num_rows: int, num_rounds: int) -> list[float]:
-    """Of so many rounds, after one that captures."""
+def gaps(way: str, num_rows: int, num_rounds: int) -> Gaps:
+    """Of so many rounds, after those that capture."""
     draws = random.Random(0)
     found = Gaps()
 
     def some_accepted(_: object, __: object, lengths: Sequence[int]) -> list[int]:
         return [draws.randint(0, length) for length in lengths]
 
+    def some_outcomes(tensors: Any, numbers: Sequence[float], widths: Sequence[int]) -> list[Outcome]:
+        outcomes = _OUTCOMES(tensors, numbers, widths)
+        accepted = some_accepted(None, None, [width - 1 for width in widths])
+        pairs = zip(outcomes, accepted, strict=True)
+        return [each._replace(tokens=[5] * (number + 1)) for each, number in pairs]
+
     stand_ins: dict[str, Any] = {
         f"{_LIBRARY}.passes.captured_runner.GraphRecorder": found.recorder,
         f"{_LIBRARY}.passes.fused_layers.why_no_kernels": lambda *_: None,
         f"{_LIBRARY}.passes.fused_layers.flash_attention": lambda queries, *_: queries,
+        f"{_LIBRARY}.passes.round_tensors.RoundTensors.outcomes": some_outcomes,
         f"{_LIBRARY}.self_speculation_generator.leading_matches": some_accepted,
-        f"{_LIBRARY}.transfers.AsyncRead.wait": found.wait,
+        f"{_LIBRARY}.transfers.AsyncRead.__init__": lambda reading, numbers: found.begin(reading, numbers),
+        f"{_LIBRARY}.transfers.AsyncRead.wait": lambda reading: found.wait(reading),
         f"{_LIBRARY}.decoding.batch.queues_passes": lambda device: True,
         f"{_LIBRARY}.drafts.composer.queues_passes": lambda device: True,
     }
     with ExitStack() as stack:
         for name, value in stand_ins.items():
-            stack.enter_context(patch(name, _method(value) if name.endswith(".wait") else value))
+            stack.enter_context(patch(name, value))
         config = llama(64, 128, 4, 2, 1, 1000, False)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
@@ -111,24 +143,21 @@ def gaps(way: str, num_rows: int, num_rounds: int) -> list[float]:
             scheduler.add_request(row, Request([5 + row, 6, 7] * 5))
         for _ in range(20):
             scheduler.step()
-        found.seconds.clear()
+        found.idle.clear()
+        found.work.clear()
         for _ in range(num_rounds):
             scheduler.step()
-    return found.seconds
-
-
-def _method(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Bound methods bind no instance."""
-    return lambda reading: function(reading)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     (args,) = parse(__doc__ or "", HostTimeArguments, args=argv)
     torch.set_num_threads(1)
-    print("| us from a read to the next replay | 1 row | 8 rows |\n|---|---|---|")
+    print("| us: idle card, work of the host | 1 row | 8 rows |\n|---|---|---|")
     for way in args.ways or WAYS:
-        medians = [1e6 * statistics.median(gaps(way, rows, args.num_rounds)) for rows in (1, 8)]
-        print(f"| {way} | {' | '.join(f'{value:.0f}' for value in medians)} |", flush=True)
+        found = [gaps(way, rows, args.num_rounds) for rows in (1, 8)]
+        pairs = [[1e6 * statistics.median(seconds) for seconds in (each.idle, each.work)] for each in found]
+        print(f"| {way} | {' | '.join(f'{idle:.0f}, {work:.0f}' for idle, work in pairs)} |", flush=True)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Autoregressive decoding: one pass per token, at full depth or up to an exit layer."""
 
 from self_speculation.config import GenerationStrategyName
+from self_speculation.replayed_rounds import replay_round
 from self_speculation.scheduler import Decoding, DecodingStrategy
 
 
@@ -11,7 +12,9 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
 
     def decode_round(self, decoding: Decoding) -> None:
         """Reads from the device: one."""
-        batch = decoding.batch
-        ids = batch.last_tokens[:, None]
-        logits = decoding.runner.run(decoding.cache, ids, 0, decoding.end_layer).logits
+        runner, prefix_cache, batch, end_layer, _ = decoding
+        cache = prefix_cache.cache
+        if replay_round(runner, cache, batch, end_layer):
+            return
+        logits = runner.run(cache, batch.last_tokens[:, None], 0, end_layer).logits
         batch.commit_previous_and_sample(logits[:, 0])

@@ -192,12 +192,13 @@ class Scheduler(Generic[Key]):
         composers = decoding.composer.one_by_one() if decoding.composer else [None]
         widths = _one_of_each_capture(self.batch.longest_draft + 1)
         rows = _one_of_each_capture(self._batch_size)
-        rounds = [*itertools.product(rows, composers, widths, (True, False))]
+        rounds = [*itertools.product(rows, composers, widths, self._settings_of_graphs())]
         with self._without_autocast(), progress("capturing passes", len(rounds), "rounds") as advance:
             cache.buffers.reserve(max(most, longest), most)
             try:
-                for num_rows, composer, width, sample in rounds:
-                    self._rehearse(decoding._replace(composer=composer), num_rows, width - 1, sample)
+                for num_rows, composer, width, (config, watched) in rounds:
+                    config = replace(config, max_steps=width + 1)
+                    self._rehearse(decoding._replace(composer=composer), num_rows, config, watched)
                     advance(1)
             finally:  # no slot holds what it held
                 for slot in range(self._batch_size):
@@ -205,16 +206,19 @@ class Scheduler(Generic[Key]):
                 prefix_cache = PrefixCache(cache, self._batch_size, decoding.prefix_cache.key)
                 self._prepared = decoding._replace(prefix_cache=prefix_cache)
 
-    def _rehearse(self, decoding: Decoding, num_rows: int, longest_draft: int, sample: bool) -> None:
-        """Do a round of `num_rows` rows with drafts of this length."""
+    def _settings_of_graphs(self) -> list[tuple[GenerationConfig, bool]]:
+        """A config for each way to sample that has graphs, and whether the host looks at logits."""
+        greedy = replace(self._config, sample=False)
+        sampled = replace(self._config, sample=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        return [(greedy, False), (sampled, False), (replace(sampled, top_p=0.5), False), (greedy, True)]
+
+    def _rehearse(self, decoding: Decoding, num_rows: int, config: GenerationConfig, watched: bool) -> None:
+        """Do a round of so many rows with the longest drafts that the config allows."""
         prompt = [0, 0, 0]  # n-grams find the end in it
-        max_steps = longest_draft + 2
-        config = replace(self._config, max_steps=max_steps, sample=sample, temperature=1.0)
-        batch = Batch(self._device, longest_draft)
+        batch = Batch(self._device, config.max_steps - 2)
         for _ in range(num_rows):
-            request = Request(prompt, seed=0)
-            batch.sequences.append(Sequence(request, config, len(prompt) + max_steps, self._device))
-        batch.last_tokens = torch.zeros(num_rows, dtype=torch.long, device=self._device)
+            request = Request(prompt, stopping_criteria=[lambda *_: False] if watched else None, seed=0)
+            batch.sequences.append(Sequence(request, config, len(prompt) + config.max_steps, self._device))
         decoding.cache.set_rows([len(prompt) - 1] * num_rows)
         self._strategy.decode_round(decoding._replace(batch=batch))
 
@@ -367,6 +371,7 @@ class Scheduler(Generic[Key]):
             self._waiting.append(sequence)
         for sequence, row_logits in zip((sequences[row] for row in ended), logits, strict=True):
             try:
+                self.batch.commit_unread()  # of the rows before
                 decoding.prefix_cache.join(sequence)
                 self.batch.add(sequence, row_logits)
             except Exception as error:

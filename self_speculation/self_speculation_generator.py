@@ -17,6 +17,7 @@ from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft, row_by_row
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.replayed_rounds import replay_round
 from self_speculation.scheduler import Decoding, DecodingStrategy
 from self_speculation.transfers import AsyncRead, on_device
 
@@ -48,13 +49,18 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     besides the reads of the draft source.
     """
     limits = [sequence.draft_limit(batch.longest_draft) for sequence in batch.sequences]  # [B]
-    draft = composer.draft(batch, cache, limits)
-    if draft is None:
+    plan = composer.plan(batch, limits)
+    if replay_round(runner, cache, batch, len(runner.layers), composer, plan):
+        if composer.needs_outcomes:
+            batch.commit_unread()
+        return
+    if plan is None:
         logits = runner.run(cache, batch.last_tokens[:, None]).logits  # [B, 1, V]
         cache.rollback(0)  # keeps what it has appended
         batch.commit_previous_and_sample(logits[:, 0])
         batch.commit_unread()  # the next round looks them up
         return
+    draft = composer.draft(batch, cache, plan)
     logits, hidden = target_logits(runner, cache, batch, draft)  # [N, V], [N, H]
     tokens = batch.sample(logits, draft.query_lengths)  # [N] of the target, by the noise of the positions
     read = AsyncRead([amax(logits), tokens, draft.tokens])

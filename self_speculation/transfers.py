@@ -12,8 +12,18 @@ def on_device(
     numbers: Sequence[float] | numpy.ndarray, device: torch.device, dtype: torch.dtype = torch.long
 ) -> Tensor:
     """[n], without waiting for the GPU."""
+    return _pinned(numbers, device, dtype).to(device, non_blocking=True)
+
+
+def overwrite(target: Tensor, numbers: Sequence[float]) -> None:
+    """Write all numbers of a contiguous tensor, without waiting for the GPU."""
+    target.view(-1).copy_(_pinned(numbers, target.device, target.dtype), non_blocking=True)
+
+
+def _pinned(numbers: Sequence[float] | numpy.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[n] on the host, in memory that a GPU copies from while the host goes on."""
     there = torch.tensor(numbers, dtype=dtype)  # a copy, since numpy's memory cannot be pinned
-    return (there.pin_memory() if device.type == "cuda" else there).to(device, non_blocking=True)
+    return there.pin_memory() if device.type == "cuda" else there
 
 
 class AsyncRead:
@@ -24,7 +34,10 @@ class AsyncRead:
 
     def __init__(self, numbers: Sequence[Tensor]) -> None:
         self._sizes = [part.numel() for part in numbers]
-        values = torch.cat([part.flatten().float() for part in numbers])
+        parts = [part.flatten().float() for part in numbers]
+        # The GPU copies a single part before work that is queued later overwrites it.
+        is_copied = len(parts) == 1 and parts[0].device.type == "cuda"
+        values = parts[0] if is_copied else torch.cat(parts)
         self._values = values
         self._numbers: list[list[float]] | None = None
         if values.device.type == "cuda":

@@ -6,7 +6,10 @@ A tensor [N] has an entry for each token: all tokens of the first row, then all 
 """
 
 from collections import abc
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +24,13 @@ def queues_passes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+class Unread(NamedTuple):
+    """A step or a round that is queued."""
+
+    commit: Callable[[], None]  # reads the tokens, and commits them
+    queued: object = None  # what the next round may go on from
+
+
 class Batch:
     """See the module.
 
@@ -30,25 +40,42 @@ class Batch:
     """
 
     def __init__(self, device: torch.device, longest_draft: int = 0) -> None:
+        self.device = device
         self.longest_draft = longest_draft
         self.sequences: list[Sequence] = []
-        # [B] the last token of each row, which is not in the cache.
-        self.last_tokens = torch.empty(0, dtype=torch.long, device=device)
-        # The last step, until it is committed: a read of [largest logits, tokens], and logits [B, V].
-        self._unread: tuple[AsyncRead, Tensor] | None = None
+        self._last_tokens: Tensor | None = None  # see `last_tokens`; None: what the host knows
+        self._unread: Unread | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def last_tokens(self) -> Tensor:
+        """[B] the last token of each row, which is not in the cache."""
+        if self._last_tokens is None:
+            self._last_tokens = on_device([sequence.last_id for sequence in self.sequences], self.device)
+        return self._last_tokens
+
+    @property
+    def unread(self) -> object:
+        """What was queued last, if the tokens are unread; None: they are committed."""
+        return None if self._unread is None else self._unread.queued
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the host looks at logits or drafts of a row."""
+        return any(each.processors or each.limits.criteria or each.reads_draft for each in self.sequences)
+
     def add(self, sequence: Sequence, logits: Tensor) -> None:
         """Append a row and sample the first token from logits [V]."""
-        alone = Batch(self.last_tokens.device)
+        alone = Batch(self.device)
         alone.sequences = [sequence]
         alone.commit_previous_and_sample(logits[None])
         for batch in (self, alone):
             batch.commit_unread()
-        # Before it is a row: there may be no memory.
-        self.last_tokens = torch.cat((self.last_tokens, alone.last_tokens))
+        self._last_tokens = torch.cat(
+            (self.last_tokens, alone.last_tokens)
+        )  # may find no memory: before it is a row
         self.sequences.append(sequence)
 
     def remove(self, row: int) -> Sequence:
@@ -57,9 +84,7 @@ class Batch:
         removed = self.sequences[row]
         self.sequences[row] = self.sequences[-1]
         self.sequences.pop()
-        if row < len(self.sequences):
-            self.last_tokens[row] = self.last_tokens[-1]
-        self.last_tokens = self.last_tokens[:-1]
+        self._last_tokens = None
         return removed
 
     def noise_keys(self, positions: abc.Iterable[tuple[int, int]]) -> Tensor | None:
@@ -105,13 +130,6 @@ class Batch:
             at = on_device([i for i, each in enumerate(samplers) if each == sampler], logits.device)
             tokens.index_copy_(0, at, sampler(logits[at], keys[at], is_draft))
         return tokens
-
-    @property
-    def drafts_unseen(self) -> bool:
-        """Whether all drafts are greedy, no processor reads them and no streamer shows them."""
-        return all(
-            each.sampler.greedy and not each.processors and not each.reads_draft for each in self.sequences
-        )
 
     def record_draft(self, tokens: Tensor, position: int, rows: abc.Sequence[int]) -> None:
         """Write drafted tokens [n] into the histories of n rows, and stream them where drafts are shown: at
@@ -168,31 +186,42 @@ class Batch:
         logits = self.process(logits, ones)
         tokens = self.sample(logits, ones)  # [B]
         reading = AsyncRead([amax(logits), tokens])
+        self.leave_unread(Unread(partial(self._commit_step, reading, tokens, logits)), 1)
+        self._last_tokens = tokens
+
+    def _commit_step(self, reading: AsyncRead, last: Tensor, logits: Tensor) -> None:
+        largest, ids = reading.wait()
+        self.check(largest, [1] * len(self))
+        nothing = [None] * len(self)
+        num_drafted = [0] * len(self) if self.longest_draft else nothing
+        rows = [[int(id_)] for id_ in ids]
+        self.commit(rows, last, logits, range(len(self)), num_drafted, nothing)
+
+    def leave_unread(self, unread: Unread, width: int) -> None:
+        """Commit what was left unread before. Commit this, too, unless the next round may be queued first:
+        then each row goes on, with as long a draft, whatever the tokens are.
+
+        Args:
+            width: the most tokens that a row can get.
+        """
         self.commit_unread()
-        self.last_tokens = tokens
-        self._unread = (reading, logits)
-        # The host decides nothing about the next pass if every row goes on whatever the token is.
-        all_go_on = all(sequence.remaining > 1 and not sequence.processors for sequence in self.sequences)
-        if not (all_go_on and queues_passes(self.last_tokens.device)):
+        self._unread = unread
+        all_go_on = all(each.remaining >= 2 * width and not each.processors for each in self.sequences)
+        if not (all_go_on and queues_passes(self.device)):
             self.commit_unread()
 
     def commit_unread(self) -> None:
         """Read and commit the tokens that were left unread. A row that has ended takes none."""
-        if self._unread is not None:
-            reading, logits = self._unread
-            self._unread = None
-            largest, ids = reading.wait()
-            self.check(largest, [1] * len(self))
-            nothing = [None] * len(self)
-            num_drafted = [0] * len(self) if self.longest_draft else nothing
-            rows = [[int(id_)] for id_ in ids]
-            self.commit(rows, self.last_tokens, logits, range(len(self)), num_drafted, nothing)
+        unread = self._unread
+        self._unread = None
+        if unread is not None:
+            unread.commit()
 
     def commit(
         self,
         tokens: abc.Sequence[abc.Sequence[int]],
-        last_tokens: Tensor,
-        logits: Tensor,
+        last_tokens: Tensor | None,
+        logits: Tensor | None,
         starts: abc.Sequence[int],
         num_drafted: abc.Sequence[int | None],
         sources: abc.Sequence[str | None],
@@ -200,12 +229,12 @@ class Batch:
         """Append the tokens of a round to the outputs, up to the token that ends an output.
 
         Args:
-            last_tokens: [B] the last token of each row, on the device.
-            logits: [N, V] processed.
+            last_tokens: [B] the last token of each row, on the device; None: `tokens` has all that are there.
+            logits: [N, V] processed; None: no criteria look at them.
             starts: [B] the first of them of each row.
             num_drafted: [B] tokens of a draft; None: no verification.
             sources: [B] names of the draft sources.
         """
         for row, sequence in enumerate(self.sequences):
             sequence.commit(tokens[row], logits, starts[row], num_drafted[row], sources[row])
-        self.last_tokens = last_tokens
+        self._last_tokens = last_tokens

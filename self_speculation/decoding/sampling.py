@@ -9,6 +9,7 @@ Tensors in, tensors out. On a GPU nothing here is read. Each row is computed by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,6 +104,19 @@ class Sampler:
     def greedy(self) -> bool:
         return not self.sample or self.temperature < LEAST_TEMPERATURE
 
+    @property
+    def filters(self) -> bool:
+        """Whether a rule leaves tokens out."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p)
+
+    @property
+    def numbers(self) -> list[float]:
+        """The rules for a `RowSampler`: temperature, top_k, top_p, min_p."""
+        if self.greedy:
+            return [0.0, 1.0, math.inf, 0.0]
+        top_p = self.top_p if self.top_p < 1 else math.inf
+        return [self.temperature, self.top_k or math.inf, top_p, self.min_p]
+
     def __call__(self, logits: Tensor, keys: Tensor | None, is_draft: bool = False) -> Tensor:
         """The tokens [...] of positions with logits [..., V] and keys [...] of noise (None when greedy).
 
@@ -114,7 +128,7 @@ class Sampler:
         assert keys is not None
         rows = logits.reshape(-1, logits.shape[-1]).float()
         row_keys = keys.flatten()
-        if not (self.top_k or self.top_p < 1 or self.min_p):
+        if not self.filters:
             tokens = argmax(_noise_of_all(row_keys, rows.shape[1]).add_(rows / self.temperature))
         elif is_draft:
             likely, ids = rows.topk(min(_LIKELY, rows.shape[1]))
@@ -168,6 +182,57 @@ class Sampler:
         if len(unsure):
             tokens[unsure] = self._sample_likely(probabilities[unsure], keys[unsure], is_partial=False)
         return tokens
+
+
+@dataclass(frozen=True)
+class RowSampler:
+    """As `Sampler`, with the rules of each row in a tensor, so that a CUDA graph of it serves all settings.
+
+    Args:
+        filters: a row has a rule that leaves tokens out.
+    """
+
+    filters: bool
+
+    @classmethod
+    def of(cls, samplers: Sequence[Sampler]) -> RowSampler | None:
+        """None: all rows are greedy."""
+        if all(sampler.greedy for sampler in samplers):
+            return None
+        return cls(any(sampler.filters for sampler in samplers))
+
+    def __call__(self, logits: Tensor, keys: Tensor, rules: Tensor, is_draft: bool) -> Tensor:
+        """The tokens [n] of positions with logits [n, V], keys [n] of noise and rules [n, 4], see
+        `Sampler.numbers`.
+
+        Args:
+            is_draft: where rules filter, sample among the `_LIKELY` most likely.
+        """
+        temperature = rules[:, :1]
+        is_random = temperature > 0
+        scale = temperature.where(is_random, 1.0).float()
+        size = logits.shape[1]
+        rows = logits.float()
+        if not self.filters:
+            ids = torch.arange(size, device=logits.device)[None]
+            return (gumbel_noise(keys, ids).mul_(is_random) + rows / scale).argmax(-1)
+        if is_draft:
+            likely, ids = rows.topk(min(_LIKELY, size))
+            likely = (likely / scale).softmax(-1)
+        else:
+            likely, ids = (rows / scale).softmax(-1).sort(descending=True, stable=True)
+        kept = self._keep(likely, *rules[:, 1:].split(1, 1))
+        best = (gumbel_noise(keys, ids).mul_(is_random) + kept.log()).argmax(-1)
+        return ids.gather(-1, best[:, None])[:, 0]
+
+    def _keep(self, likely: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        """As `Sampler.keep`."""
+        least = likely.gather(-1, top_k.clamp(max=likely.shape[-1]).long() - 1)
+        likely = likely.where(likely >= least, 0.0)
+        upto = likely.cumsum(-1, dtype=torch.float64)
+        most = top_p.clamp(min=torch.finfo(torch.float32).tiny) * upto[:, -1:].where(top_k.isfinite(), 1.0)
+        likely = likely.where(upto - likely < most, 0.0)
+        return likely.where(likely >= min_p.float() * likely[:, :1], 0.0)
 
 
 def _pick(kept: Tensor, ids: Tensor, keys: Tensor) -> Tensor:

@@ -47,11 +47,11 @@ class Limits:
         self.criteria = as_list(request.stopping_criteria)
         self._checks = as_list(request.stop_checks)
 
-    def reached_by(self, sequence: Sequence, logits: Tensor, index: int) -> StopReason | None:
+    def reached_by(self, sequence: Sequence, logits: Tensor | None, index: int) -> StopReason | None:
         """Why the output ends after the last token; None: it goes on.
 
         Args:
-            logits: [N, V] processed; row `index` belongs to the last token.
+            logits: [N, V] processed; row `index` belongs to the last token. None: there are no criteria.
         """
         tokens = sequence.tokens
         if tokens[-1] in self.end_ids:
@@ -61,6 +61,7 @@ class Limits:
                 return "stop_word"
         for met in self.criteria:
             # One by one: only a result on a GPU has to be waited for.
+            assert logits is not None
             if torch.as_tensor(met(sequence.history(), logits[index : index + 1])).any():
                 return "stopping_criteria"
         if sequence.length < self.max_length:
@@ -191,6 +192,11 @@ class Sequence:
         return len(self.prompt) + len(self.tokens)
 
     @property
+    def last_id(self) -> int:
+        """The last token of prompt and output."""
+        return self.tokens[-1] if self.tokens else self.prompt[-1]
+
+    @property
     def ids(self) -> list[int]:
         """The ids of prompt and output."""
         return [*self.prompt, *self.tokens]
@@ -279,7 +285,7 @@ class Sequence:
     def commit(
         self,
         tokens: abc.Sequence[int],
-        logits: Tensor,
+        logits: Tensor | None,
         first: int = 0,
         num_drafted: int | None = None,
         source: str | None = None,
@@ -289,7 +295,7 @@ class Sequence:
         Args:
             tokens: the accepted ones of a draft and one more.
             logits: [N, V] processed; row `first` belongs to the first of the tokens. Only criteria read rows:
-                to slice one takes the host longer than all else here.
+                to slice one takes the host longer than all else here. None: there are no criteria.
             num_drafted: tokens that `source` drafted in this round; None: no draft was verified.
         """
         failure = self._failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from itertools import takewhile
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,6 +16,15 @@ from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes.captured_runner import num_captures
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.transfers import Stopwatch, on_device
+
+
+class RoundPlan(NamedTuple):
+    """The drafts of a round."""
+
+    sources: abc.Sequence[str | None]  # [B] names; None: no source
+    lengths: abc.Sequence[int]  # [B] tokens of each row
+    computing: DraftSource | None  # of the rows without a match
+    found: abc.Sequence[Match | None]  # [B] matches, with the ids that are drafted
 
 
 class DraftComposer:
@@ -52,8 +62,18 @@ class DraftComposer:
         self._stopwatch = Stopwatch(model.device)
         self._num_graphs = 0
 
-    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft | None:
-        """Draft tokens for each row, see `DraftSource.draft`; None: the round is a plain step."""
+    @property
+    def needs_outcomes(self) -> bool:
+        """Whether the plan of a round follows from the outcome of the round before."""
+        return bool(self._policy or self._lookups or self._learning)
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether a source learns from the states that verification computes."""
+        return bool(self._learning)
+
+    def plan(self, batch: Batch, limits: abc.Sequence[int]) -> RoundPlan | None:
+        """Plan the drafts of each row, of at most `limits` tokens; None: the round is a plain step."""
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         if self._policy is None:
             computing = next(iter(self._sources), None)
@@ -61,25 +81,35 @@ class DraftComposer:
             lengths = [len(match.ids) if match else limit if computing else 0 for match, limit in each]
             plan = Plan([match.source if match else computing for match in matches], lengths)
         else:
-            self._stopwatch = Stopwatch(batch.last_tokens.device)
+            self._stopwatch = Stopwatch(batch.device)
             self._num_graphs = num_captures(self._model)
             if (chosen := self._policy.plan(matches, limits)) is None:
                 return None
             plan = chosen
-        planned = [*zip(plan.sources, plan.lengths, strict=True)]
-        draft = Draft([None] * len(batch), batch.last_tokens[:0], [0] * len(batch))
-        for source in self._sources.keys() & {*plan.sources}:  # one at most
-            lengths = [length if name == source else 0 for name, length in planned]
-            draft = self._sources[source].draft(batch, cache, lengths)
         found = [
             match._replace(ids=match.ids[:length]) if match and match.source == name else None
-            for match, (name, length) in zip(matches, planned, strict=True)
+            for match, name, length in zip(matches, plan.sources, plan.lengths, strict=True)
         ]
-        if any(found):
-            draft = _with_lookups(batch, draft, found)
+        used = self._sources.keys() & {*plan.sources}  # one at most
+        return RoundPlan(plan.sources, plan.lengths, self._sources[used.pop()] if used else None, found)
+
+    def draft(self, batch: Batch, cache: KVCache, plan: RoundPlan) -> Draft:
+        """Draft the tokens of each row as planned, see `DraftSource.draft`."""
+        draft = Draft([None] * len(batch), batch.last_tokens[:0], [0] * len(batch))
+        if plan.computing is not None:
+            name = plan.computing.name
+            planned = zip(plan.sources, plan.lengths, strict=True)
+            lengths = [length if source == name else 0 for source, length in planned]
+            draft = plan.computing.draft(batch, cache, lengths)
+        if any(plan.found):
+            draft = _with_lookups(batch, draft, plan.found)
+        self.end_drafting()
+        return draft
+
+    def end_drafting(self) -> None:
+        """The rest of the round is verification."""
         if self._policy:
             self._stopwatch.split()
-        return draft
 
     def _look_up(self, sequence: Sequence, limit: int) -> Match | None:
         """The longest match, with at most `limit` tokens to draft. It ends before a token that verification
@@ -93,7 +123,9 @@ class DraftComposer:
         return best._replace(ids=ids) if ids else None
 
     def learn(self, draft: Draft, accepted: abc.Sequence[int], hidden: Tensor) -> None:
-        """Learn from the outcome of the last draft, see `DraftSource.learn`; hidden: [N, H] of all rows."""
+        """Learn from the outcome of the last draft, see `DraftSource.learn`; hidden: [N, H] of all rows, or
+        empty unless `needs_states`.
+        """
         if self._policy:
             seconds = self._stopwatch.stop()
             # A round that captures a pass takes ten times as long.

@@ -37,26 +37,13 @@ class LayerDrafts(DraftSource):
         self.drafter = drafter
         self.exit_layer = exit_layer
         self.cost = cost
-        self._keeps_cache = draft_weights == "exact"
+        # Layers that have not drafted verify; all do after a copy.
+        self.start_layer = exit_layer if draft_weights == "exact" else 0
         self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
-        if not self._keeps_cache and not is_whole:
+        if not self.start_layer and not is_whole:
             self.name += " of a 4-bit copy"
 
     def draft(self, batch: Batch, cache: KVCache, limits: Sequence[int]) -> Draft:
-        found = None
-        if batch.drafts_unseen:
-            found = self.drafter.draft_greedily(cache, batch.last_tokens, limits, self.exit_layer)
-        tokens, states = found or self._step_by_step(batch, cache, limits)
-        return Draft(
-            [self.name if limit else None for limit in limits],
-            tokens,
-            limits,
-            self.exit_layer if self._keeps_cache else 0,
-            states if self._keeps_cache else None,
-        )
-
-    def _step_by_step(self, batch: Batch, cache: KVCache, limits: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[K] tokens and [K, H] exit states, row by row."""
         columns = [[row for row, limit in enumerate(limits) if i < limit] for i in range(max(limits))]
         keys = batch.noise_keys((row, i) for i, rows in enumerate(columns) for row in rows)
         keys_of = [None] * len(columns) if keys is None else keys.split([*map(len, columns)])
@@ -76,4 +63,10 @@ class LayerDrafts(DraftSource):
             batch.record_draft(ids, position, rows)
             drafted.append((ids, query_lengths))
             before = rows
-        return row_by_row(*drafted), row_by_row(*exit_hidden)
+        return Draft(
+            [self.name if limit else None for limit in limits],
+            row_by_row(*drafted),
+            limits,
+            self.start_layer,
+            row_by_row(*exit_hidden) if self.start_layer else None,
+        )

@@ -55,7 +55,7 @@ class DecodeContext:
 
     Args:
         buffers: keys and values by layer; row i of the pass is slot i.
-        positions: [B, T] of the tokens; -1: padding.
+        positions: [B, T] of the tokens; negative: padding.
     """
 
     def __init__(

@@ -200,24 +200,6 @@ class ModelRunner:
         """Layers [start_layer:end_layer] and their types."""
         return [*zip(self.layers, self.attention_types, strict=False)][start_layer:end_layer]
 
-    def draft_greedily(
-        self,
-        cache: KVCache,  # noqa: ARG002
-        ids: Tensor,  # noqa: ARG002
-        limits: Sequence[int],  # noqa: ARG002
-        end_layer: int,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor] | None:
-        """Draft by layers [:end_layer] without the host between two tokens; None: this runner cannot.
-
-        Args:
-            ids: [B] the last token of each row.
-            limits: [B] tokens to draft, K together.
-
-        Returns:
-            [K] tokens row by row, and [K, H] the states that they follow from, before the norm.
-        """
-        return None
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V], by norm and head."""
         return self.head(hidden).to(self.device)  # the head may be elsewhere

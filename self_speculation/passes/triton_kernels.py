@@ -2,9 +2,9 @@
 
 Three kernels are attention. They rotate queries and write rotated keys and values into the cache; attend,
 with the keys of a row split among programs; and merge the splits. Positions are read on the device, so one
-CUDA graph serves rows of any length, and rows that differ in length need no mask. Position -1 is padding:
-nothing is written for it, and the output is 0. Row i is slot i of the cache. What is compiled depends on
-powers of two, not on each width. A fourth kernel multiplies what the MLP gates.
+CUDA graph serves rows of any length, and rows that differ in length need no mask. A negative position is
+padding: nothing is written for it, and the output is 0. Row i is slot i of the cache. What is compiled
+depends on powers of two, not on each width. A fourth kernel multiplies what the MLP gates.
 """
 
 from collections.abc import Callable
@@ -112,7 +112,7 @@ def attend(
     token = (tile * QUERY_BLOCK + q) // group
     head = kv * group + (tile * QUERY_BLOCK + q) % group
     position = tl.load(positions + row * width + token, token < width, -1).to(tl.int32)
-    length = tl.max(position, 0) + 1
+    length = tl.maximum(tl.max(position, 0) + 1, 0)
     oldest = tl.min(tl.where(position < 0, length, position), 0) - window + 1  # that a query sees
     start = tl.maximum(oldest, 0) // KEY_BLOCK * KEY_BLOCK
     share = tl.cdiv(tl.cdiv(length - start, KEY_BLOCK), splits) * KEY_BLOCK

@@ -50,7 +50,7 @@ def test_one_graph_serves_all_lengths(graphs):
     # Only a larger cache ends them, for 1,100 and 2,100 tokens.
     assert num_captured[1] < num_captured[2] < num_captured[3] == num_captured[5]
     assert capacity == 3072
-    assert max(Counter(graphs.captured[: num_captured[1]]).values()) == 2  # two ranges of one depth
+    assert max(Counter(graphs.captured[: num_captured[1]]).values()) == 1
 
 
 @pytest.mark.parametrize("way", [*WAYS, "early exit"])
@@ -82,8 +82,9 @@ def test_ids_are_those_of_eager_passes(way, graphs):
     ids, ids_of_eager = ([results[i].predicted_tokens for i in requests] for results in (found, expected))
     assert ids == ids_of_eager
     assert len(graphs.captured) == num_captured > 0
-    assert {1, 2} <= {rows for _, rows, _ in graphs.replayed}
-    assert 1 in (widths := {width for *_, width in graphs.replayed})
+    assert {1, 2} <= {rows for _, _, rows, *_ in graphs.replayed}
+    widths = {key[6] for key in graphs.replayed if key[0] == "verify"}
+    assert 1 in widths
     assert "num_speculations" not in drafts or max(widths) > 1
 
 
@@ -268,7 +269,7 @@ def test_two_models_are_captured_side_by_side(monkeypatch):
 
     def slowly(*args):
         time.sleep(0.05)  # so that the other thread could begin
-        run(*args)
+        return run(*args)
 
     for model in models:
         capture_decoding(model)

@@ -205,29 +205,29 @@ def test_a_mask_is_made_while_the_next_pass_runs(monkeypatch):
     assert min(waited) >= 1
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("is_sampled", [False, True])
+@pytest.mark.parametrize("num_drafted", [0, 2, 6])
 @pytest.mark.usefixtures("triton_kernels")
-def test_a_step_of_a_draft_is_one_replay(gpu):
-    """Guards against work of the host between two tokens of a greedy draft: fourteen launches beside each
-    replay cost more than the kernels of a small model.
+def test_a_round_is_replays_and_a_read(num_drafted, is_sampled, num_rows, gpu):
+    """Guards against work of the host beside the replays of a round that goes on where the last one has left
+    the card: fourteen launches a step cost more than the kernels of a small model.
     """
     model = model_of(**BY_OUR_KERNELS)
     runners.capture_decoding(model)
-    seen = {}
-    for num_drafted in (2, 6):
-        config = config_of(max_steps=40, sample=False, exit_layer=1, num_speculations=num_drafted)
-        scheduler = Scheduler(make_strategy(config.generation_strategy), model, config, 1)
-        scheduler.add_request(0, Request([5, 6, 7]))
-        scheduler.step()  # captures
-        gpu.trace = Trace()
-        scheduler.step()
-        replays = gpu.trace.replays
-        in_replays = sum(replay.stop - replay.start for replay in replays)
-        seen[num_drafted] = len(replays), len(gpu.trace.launches) - in_replays
-        scheduler.cancel([0])
-        scheduler.pop_finished()
-    (few, beside_few), (many, beside_many) = seen.values()
-    assert many - few == 4
-    assert beside_many == beside_few
+    drafts = {"exit_layer": 1, "num_speculations": num_drafted} if num_drafted else {}
+    config = config_of(max_steps=60, sample=is_sampled, top_p=0.9, **drafts)
+    scheduler = Scheduler(make_strategy(config.generation_strategy), model, config, num_rows)
+    for row in range(num_rows):
+        scheduler.add_request(row, Request([5, 6, 7, *[8] * row], seed=row))
+    scheduler.step()  # captures
+    gpu.trace = Trace()
+    scheduler.step()
+    replays = gpu.trace.replays
+    assert len(replays) == num_drafted + 1
+    in_replays = sum(replay.stop - replay.start for replay in replays)
+    # The keys of noise are copied to the card, and results from it.
+    assert len(gpu.trace.launches) - in_replays == 1 + is_sampled
 
 
 @pytest.mark.parametrize("window", [None, 1000])

@@ -59,7 +59,7 @@ def test_kernels_compute_attention(seed, interpreter, monkeypatch):
     positions = torch.tensor(lengths)[:, None] + torch.arange(width)
     positions[:, width - draws.randint(0, width - 1) :] = -1  # as in captured passes
     if draws.random() < 0.3:
-        positions[draws.randrange(rows)] = -1
+        positions[draws.randrange(rows)] = -(1 << 30)
     qkv = torch.randn(rows * width, (heads + 2 * kv_heads) * size).to(dtype)
     norms = (torch.rand(size).to(dtype), torch.rand(size).to(dtype)) if draws.random() < 0.5 else None
     is_centred = draws.choice([True, False])

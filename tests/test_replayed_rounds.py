@@ -1,0 +1,168 @@
+"""Rounds that are replays of graphs, of which the host reads each one after it has queued the next one."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from conftest import (
+    COPY,
+    LAYERS,
+    card_llama,
+    config_of,
+    drained,
+    ids_of,
+    in_batch,
+    mixed_drafts,
+    scheduler_of,
+)
+from cuda_graphs import decode_eagerly
+
+from self_speculation import Request
+from self_speculation.passes.runners import capture_decoding
+from self_speculation.replayed_rounds import Round
+
+WAYS = {"plain": {}, "early exit": {"exit_layer": 2}, "layers": LAYERS, "copy": COPY}
+
+
+@pytest.fixture
+def queued(graphs, monkeypatch):  # noqa: ARG001
+    """The host reads late. Returns whether each round went on from one that was unread."""
+    for user in ("decoding.batch", "drafts.composer"):
+        monkeypatch.setattr(f"self_speculation.{user}.queues_passes", lambda device: True)
+    goes_on = Round.goes_on
+    found = []
+
+    def seen(*args):
+        found.append(goes_on(*args))
+        return found[-1]
+
+    monkeypatch.setattr(Round, "goes_on", seen)
+    return found
+
+
+def ends(output):
+    return sum(output[-3:]) % 19 == 0
+
+
+# What ends an answer, besides a limit.
+ENDINGS = ({}, {"eos_token_ids": [7, 19, 33]}, {"stop_checks": ends}, {"drafts": False}, {})
+
+
+def draw_request(draws, way):
+    """Every third one samples, with rules that filter or without."""
+    rules = {
+        "sample": draws.random() < 0.6, "temperature": draws.choice([0.3, 1.2]),
+        "top_k": draws.choice([0, 0, 20]), "top_p": draws.choice([0.9, 1.0]),
+        "min_p": draws.choice([0.0, 0.0, 0.05]),
+    }  # fmt: skip
+    config = config_of(max_steps=draws.choice([3, 40, 60]), reuse_cache=True, **rules, **way)
+    prompt = [draws.randrange(3, 50) for _ in range(draws.choice([1, 3, 7, 20, 31]))]
+    return Request(prompt, seed=draws.randrange(100), config=config, **draws.choice(ENDINGS))
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", WAYS)
+def test_answers_that_are_read_late(name, seed, queued):
+    """Rows of many lengths and settings join, end and are cancelled. Guards against positions, limits, ids,
+    rules or noise of another row, step or round where the card moves on by itself, and against a round whose
+    row has ended but gets the tokens.
+    """
+    draws = random.Random(seed)
+    way = WAYS[name]
+    model = card_llama(4, agreement="often")
+    requests = {key: draw_request(draws, way) for key in range(6)}
+    expected = in_batch(model, requests.values(), 1, **way)
+    capture_decoding(model)
+    scheduler = scheduler_of(model, 3, reuse_cache=True, **way)
+    waiting = [*requests.items()]
+    found = {}
+    with mixed_drafts() if "num_speculations" in way else torch.no_grad():
+        for step in itertools.count():
+            if not (waiting or scheduler.has_requests):
+                break
+            if waiting and scheduler.num_free_slots:
+                scheduler.add_request(*waiting.pop(0))
+            scheduler.step()
+            if step == 6:
+                scheduler.cancel([scheduler.batch.sequences[0].key])
+            found |= scheduler.pop_finished()
+    for key, result in expected.items():
+        tokens = result.predicted_tokens
+        if found[key].stop_reason == "cancelled":
+            tokens = tokens[: len(found[key].predicted_tokens)]
+        else:
+            assert found[key].stop_reason == result.stop_reason
+        assert found[key].predicted_tokens == tokens, key
+    assert sum(result.stop_reason == "cancelled" for result in found.values()) == 1
+    assert sum(queued) >= 4
+
+
+@pytest.mark.parametrize("budget", [None, 300])
+def test_a_cache_that_grows_between_two_rounds(budget, queued):
+    """Guards against a replay over the keys and values that rows had before a prompt, also one that is read
+    in pieces while the rows decode.
+    """
+    model = card_llama(4, agreement="often", max_position_embeddings=4096)
+    requests = [Request([5, 9, 4], seed=0), Request([5 + i % 40 for i in range(1100)], seed=1)]
+    config = {"max_steps": 60, "sample": True, **LAYERS}
+    expected = in_batch(model, requests, 1, **config)
+    capture_decoding(model)
+    scheduler = scheduler_of(model, 2, budget, **config)
+    scheduler.add_request(0, requests[0])
+    for _ in range(5):
+        scheduler.step()
+    assert scheduler.batch.unread is not None
+    scheduler.add_request(1, requests[1])
+    found = drained(scheduler)
+    assert [found[key].predicted_tokens for key in found] == [expected[key].predicted_tokens for key in found]
+    assert sum(queued) > 10
+
+
+def test_a_row_that_outgrows_the_memory(queued, monkeypatch):
+    """Guards against keys that a replay writes beyond the end of a cache, which memory keeps short of the
+    longest answer.
+    """
+    model = card_llama(4, agreement="often", max_position_embeddings=4096)
+    capture_decoding(model)
+    free = itertools.chain([100 * 2 * 4 * 64 * 4], itertools.repeat(0))  # at first for 100 positions
+    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda device: next(free))
+    monkeypatch.setattr("self_speculation.passes.captured_runner._STEP", 64)
+    scheduler = scheduler_of(model, 1, max_steps=2000, **LAYERS)
+    scheduler.add_request(0, Request([5, 9, 4]))
+    (error,) = drained(scheduler).values()
+    assert isinstance(error, MemoryError)
+    buffers = scheduler._ensure_prepared().cache.buffers
+    assert buffers.capacity == 64
+    assert sum(queued) > 5
+
+
+def test_a_kept_prefix(queued):
+    """Guards against a prefix that a round has written to after its row had ended."""
+    model = card_llama(4, agreement="often")
+    capture_decoding(model)
+    for end in (7, 19, 33):
+        scheduler = scheduler_of(model, 2, max_steps=40, reuse_cache=True, **LAYERS)
+        scheduler.add_request(0, Request([5, 9, 4, 7], eos_token_ids=[end]))
+        (result,) = drained(scheduler).values()
+        longer = [5, 9, 4, 7, *result.predicted_tokens, 8, 3]
+        scheduler.add_request(1, Request(longer))
+        (again,) = drained(scheduler).values()
+        assert again.num_cached_tokens >= len(longer) - 3
+        decode_eagerly(model)
+        assert again.predicted_tokens == ids_of(model, longer, max_steps=40)
+        capture_decoding(model)
+    assert sum(queued) > 5
+
+
+def test_a_weight_that_is_written_between_two_answers(queued):
+    """Guards against a graph over weights of before."""
+    model = card_llama(4, agreement="often")
+    capture_decoding(model)
+    before = ids_of(model, **LAYERS)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
+    after = ids_of(model, **LAYERS)
+    assert sum(queued) > 2
+    decode_eagerly(model)
+    assert ids_of(model) == after != before
