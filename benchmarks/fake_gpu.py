@@ -280,7 +280,7 @@ def _stand_ins(gpu: FakeGPU) -> dict[str, object]:
         "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
         f"{package}.passes.captured_runner.GraphRecorder": gpu.graph_recorder,
         # A parameter of no memory is no `Parameter`, and nowhere.
-        f"{package}.passes.fused_layers.difference": lambda *modules: None,
+        f"{package}.passes.fused_layers.why_not_plain": lambda *modules: None,
         f"{package}.passes.layers.weights_key": lambda model: (),
         "torch.from_dlpack": current.from_dlpack,
         "torch.cuda._exchange_device": current.exchange,

@@ -88,9 +88,9 @@ class TransformersStrategy(GenerationStrategy):
         streamer = SimpleNamespace(
             put=lambda ids: given.append((time.perf_counter(), ids.numel())), end=lambda: None
         )
-        width = max(len(request.ids) for request in requests)
-        pads = [[0] * (width - len(request.ids)) for request in requests]
-        rows = [pad + request.ids for pad, request in zip(pads, requests, strict=True)]
+        width = max(len(request.prompt_ids) for request in requests)
+        pads = [[0] * (width - len(request.prompt_ids)) for request in requests]
+        rows = [pad + request.prompt_ids for pad, request in zip(pads, requests, strict=True)]
         mask = [pad + [1] * (width - len(pad)) for pad in pads]
         end_ids = as_list(requests[0].eos_token_ids)
         with patch.dict(vars(model.generation_config), assistant):

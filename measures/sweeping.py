@@ -160,15 +160,15 @@ class Counted(Sweep):
         runner = eager_runner(model)
         cache = runner.new_cache(ids.shape[1], ids.shape[1], dtype=self.config.cache_dtype)
         exit_layers = sorted({layer for layer, _ in self.grid})
-        drafter = DraftContext(runner, replace(self.config, exit_layer=exit_layers[-1])).drafter
+        draft_runner = DraftContext(runner, replace(self.config, exit_layer=exit_layers[-1])).draft_runner
         processors = LogitsProcessorList(config_processors(self.config, len(prompt)))
         matches = {}
-        hidden = drafter.embed(ids[0, :-1])
+        hidden = draft_runner.embed(ids[0, :-1])
         done = 0
         for layer in exit_layers:
-            hidden = drafter.run_layers(cache, hidden, [len(hidden)], done, layer)
+            hidden = draft_runner.run_layers(cache, hidden, [len(hidden)], done, layer)
             done = layer
-            logits = drafter.logits(hidden[-len(tokens) :])  # [n, V]
+            logits = draft_runner.logits(hidden[-len(tokens) :])  # [n, V]
             if processors:
                 rows = enumerate(logits.float().split(1))
                 logits = torch.cat([processors(ids[:, : len(prompt) + i], row) for i, row in rows])

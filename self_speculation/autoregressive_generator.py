@@ -2,7 +2,7 @@
 
 from self_speculation.config import GenerationStrategyName
 from self_speculation.replayed_rounds import replay_round
-from self_speculation.scheduler import Decoding, DecodingStrategy
+from self_speculation.scheduler import DecodingStrategy, RoundInputs
 
 
 class AutoRegressiveGenerationStrategy(DecodingStrategy):
@@ -10,9 +10,9 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
 
     name: GenerationStrategyName = "autoregressive"
 
-    def decode_round(self, decoding: Decoding) -> None:
+    def decode_round(self, inputs: RoundInputs) -> None:
         """Reads from the device: one."""
-        runner, prefix_cache, batch, end_layer, _ = decoding
+        runner, prefix_cache, batch, end_layer, _ = inputs
         cache = prefix_cache.cache
         if replay_round(runner, cache, batch, end_layer):
             return

@@ -62,10 +62,11 @@ class GenerationStrategy:
             try:
                 processors = request.processors(config)
                 criteria = as_list(request.stopping_criteria)
-                criteria += [_as_criterion(check, len(request.ids)) for check in as_list(request.stop_checks)]
+                length = len(request.prompt_ids)
+                criteria += [_as_criterion(check, length) for check in as_list(request.stop_checks)]
                 result = self.generate_token_ids(
                     model,
-                    request.ids,
+                    request.prompt_ids,
                     as_list(request.eos_token_ids),
                     config,
                     LogitsProcessorList(processors) if processors else None,

@@ -156,7 +156,8 @@ class HuggingfaceLlamaGenerator:
         generation_config: GenerationConfig,
         started: float | None = None,
     ) -> TokenizedRequest:
-        """Tokenize the prompt and attach stop conditions.
+        """Prepare a request for a strategy: ids of prompt and prediction, end ids, the reader of stop words
+        and thinking, and the compiled grammar.
 
         Args:
             started: when the request's time began, by `time.perf_counter`; None: now.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from self_speculation.decoding.batch import Batch, Unread
+from self_speculation.decoding.batch import Batch, QueuedRound
 from self_speculation.decoding.sampling import RowSampler
 from self_speculation.devices import padded
 from self_speculation.drafts.composer import DraftComposer, RoundPlan
@@ -74,7 +74,7 @@ def replay_round(
     cache.check()
     nothing = [None] * len(batch)
     planned = plan or RoundPlan(nothing, [0] * len(batch), None, nothing)
-    before = batch.unread
+    before = batch.queued_round
     goes_on = isinstance(before, Round) and before.goes_on(passes, cache, planned)
     queued = before if goes_on else _begin(runner, passes, cache, batch, end_layer, planned)
     if not isinstance(queued, Round):
@@ -92,9 +92,7 @@ def replay_round(
     queued.verify()
     reading = AsyncRead([tensors.results(padded(queued.width))])
     learning = composer if plan else None
-    batch.leave_unread(
-        Unread(partial(_commit, cache, batch, learning, queued, reading), queued), queued.width
-    )
+    batch.queue(QueuedRound(partial(_commit, cache, batch, learning, queued, reading), queued), queued.width)
     return True
 
 
@@ -107,20 +105,20 @@ def _begin(
     plan: RoundPlan,
 ) -> Round | None:
     """Tell the device where the rows are. None: parts of the round are not captured."""
-    source = plan.computing if any(plan.lengths) else None
-    drafter: ModelRunner = runner
+    source = plan.layer_source if any(plan.lengths) else None
+    draft_runner: ModelRunner = runner
     exit_layer = 0
     start_layer = 0
     if source is not None:
         if not isinstance(source, LayerDrafts):
             return None
-        drafter = source.drafter
+        draft_runner = source.draft_runner
         exit_layer = source.exit_layer
         start_layer = 0 if any(plan.found) else source.start_layer
-    parts = ((runner, end_layer), (drafter, exit_layer))
+    parts = ((runner, end_layer), (draft_runner, exit_layer))
     if not all(isinstance(each, CapturedRunner) and each.captures_rounds(cache, end) for each, end in parts):
         return None
-    batch.commit_unread()
+    batch.commit_queued()
     cache.make_room(0, end_layer, [1 + length for length in plan.lengths])
     width = 1 + max(plan.lengths)
     tensors = passes.round_tensors(len(batch), width)
@@ -128,7 +126,7 @@ def _begin(
     sampler = RowSampler.of(samplers)
     draft = None
     if source is not None:
-        draft = passes.capture_part(tensors.draft, tensors, drafter, exit_layer, sampler)
+        draft = passes.capture_part(tensors.draft, tensors, draft_runner, exit_layer, sampler)
     rest = (start_layer, end_layer, padded(width), sampler)
     verify = passes.capture_part(tensors.verify, tensors, runner, *rest)
     starts = [
@@ -156,8 +154,8 @@ def _commit(
     if composer is not None:
         matched = [match.matched if match else 0 for match in plan.found]
         empty = torch.empty(0, dtype=torch.long)
-        composer.learn(Draft(plan.sources, empty, plan.lengths, matched=matched), accepted, empty)
+        composer.learn(Draft(plan.source_names, empty, plan.lengths, matched=matched), accepted, empty)
     cache.set_rows([length + 1 + n for length, n in zip(cache.lengths(), accepted, strict=True)])
     num_drafted = plan.lengths if batch.longest_draft else [None] * len(batch)
     tokens = [outcome.tokens for outcome in outcomes]
-    batch.commit(tokens, None, None, [0] * len(batch), num_drafted, plan.sources)
+    batch.commit(tokens, None, None, [0] * len(batch), num_drafted, plan.source_names)

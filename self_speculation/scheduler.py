@@ -27,7 +27,7 @@ from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.families import check_supported, context_length, no_room
 from self_speculation.generation_strategy import GenerationStrategy
 from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, forward_pieces
+from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner, prefill
 from self_speculation.passes.runners import is_captured, make_runner
 from self_speculation.passes.unsupported_hooks import check_followed
 from self_speculation.progress import progress
@@ -35,11 +35,11 @@ from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
 from self_speculation.weights.kernels import cpu_operators
 
-Key = TypeVar("Key")
+RequestId = TypeVar("RequestId")
 
 
-class Decoding(NamedTuple):
-    """Inputs of `DecodingStrategy.decode_round`."""
+class RoundInputs(NamedTuple):
+    """What a strategy needs for a round."""
 
     runner: ModelRunner
     prefix_cache: PrefixCache
@@ -59,7 +59,7 @@ class DecodingStrategy(GenerationStrategy, ABC):
     has_drafts = False
 
     @abstractmethod
-    def decode_round(self, decoding: Decoding) -> None:
+    def decode_round(self, inputs: RoundInputs) -> None:
         """Do one round: every sequence gets at least one more token, now or in the next round."""
 
     @torch.inference_mode()
@@ -81,9 +81,9 @@ class DecodingStrategy(GenerationStrategy, ABC):
         batch_size: int,
     ) -> Iterator[tuple[int, GenerationStrategyResult | Exception]]:
         scheduler: Scheduler[int] = Scheduler(self, model, generation_config, batch_size)
-        unread = enumerate(requests)
+        pending = enumerate(requests)
         while True:
-            for index, request in itertools.islice(unread, scheduler.num_free_slots):
+            for index, request in itertools.islice(pending, scheduler.num_free_slots):
                 scheduler.add_request(index, request)
             if not scheduler.has_requests:
                 return
@@ -91,7 +91,7 @@ class DecodingStrategy(GenerationStrategy, ABC):
             yield from scheduler.pop_finished()
 
 
-class Scheduler(Generic[Key]):
+class Scheduler(Generic[RequestId]):
     """Admits requests and does rounds for the sequences in flight.
 
     While requests are there, row i of `batch`, row i of the KV cache and slot i of the `PrefixCache` are one
@@ -135,11 +135,12 @@ class Scheduler(Generic[Key]):
         self._config = config
         self._batch_size = batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
-        # At this position attention costs a token as much as the products: a layer has about 12 hidden_size^2
-        # weights, and a key takes 2 hidden_size multiply-adds.
-        self._even_position = 6 * model.config.hidden_size
+        # A token here costs twice as much as the first one of a prompt: attention takes as long as the
+        # products. A layer has about 12 hidden_size^2 weights, and a key takes 2 hidden_size multiply-adds.
+        self._double_cost_position = 6 * model.config.hidden_size
         self._device = model.get_input_embeddings().weight.device
-        self._max_pass_tokens = cpu_operators().prompt_tokens if self._device.type == "cpu" else PREFILL_CHUNK
+        is_cpu = self._device.type == "cpu"
+        self._max_pass_tokens = cpu_operators().max_pass_tokens if is_cpu else PREFILL_CHUNK
         self._without_autocast = partial(torch.autocast, self._device.type, enabled=False)
         longest = 0
         self._end_layer = model.config.num_hidden_layers
@@ -149,9 +150,9 @@ class Scheduler(Generic[Key]):
             self._end_layer = config.exit_layer
         self.batch = Batch(self._device, longest)
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
-        self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
-        self._prepared: Decoding | None = None  # None: idle, the weights may change
-        self._ensure_prepared()
+        self._finished: list[tuple[RequestId, GenerationStrategyResult | Exception]] = []
+        self._inputs: RoundInputs | None = None  # None: idle, the weights may change
+        self._ensure_inputs()
 
     @property
     def has_requests(self) -> bool:
@@ -165,7 +166,7 @@ class Scheduler(Generic[Key]):
     @property
     def num_positions(self) -> int:
         """Positions of keys and values that requests have now, shared ones once; any thread may ask."""
-        prepared = self._prepared
+        prepared = self._inputs
         repeated = 0 if prepared is None else prepared.prefix_cache.num_repeated
         rows = sum(each.length for each in [*self.batch.sequences])
         return rows + sum(each.num_computed for each in [*self._waiting]) - repeated
@@ -186,10 +187,10 @@ class Scheduler(Generic[Key]):
         if not is_captured(self._model):
             return
         assert not self.has_requests
-        decoding = self._ensure_prepared()
-        cache = decoding.cache
+        inputs = self._ensure_inputs()
+        cache = inputs.cache
         most = num_positions + self.batch.longest_draft
-        composers = decoding.composer.one_by_one() if decoding.composer else [None]
+        composers = inputs.composer.one_by_one() if inputs.composer else [None]
         widths = _one_of_each_capture(self.batch.longest_draft + 1)
         rows = _one_of_each_capture(self._batch_size)
         rounds = [*itertools.product(rows, composers, widths, self._settings_of_graphs())]
@@ -198,13 +199,13 @@ class Scheduler(Generic[Key]):
             try:
                 for num_rows, composer, width, (config, watched) in rounds:
                     config = replace(config, max_steps=width + 1)
-                    self._rehearse(decoding._replace(composer=composer), num_rows, config, watched)
+                    self._rehearse(inputs._replace(composer=composer), num_rows, config, watched)
                     advance(1)
             finally:  # no slot holds what it held
                 for slot in range(self._batch_size):
                     cache.clear_slot(slot)
-                prefix_cache = PrefixCache(cache, self._batch_size, decoding.prefix_cache.key)
-                self._prepared = decoding._replace(prefix_cache=prefix_cache)
+                prefix_cache = PrefixCache(cache, self._batch_size, inputs.prefix_cache.key)
+                self._inputs = inputs._replace(prefix_cache=prefix_cache)
 
     def _settings_of_graphs(self) -> list[tuple[GenerationConfig, bool]]:
         """A config for each way to sample that has graphs, and whether the host looks at logits."""
@@ -212,39 +213,39 @@ class Scheduler(Generic[Key]):
         sampled = replace(self._config, sample=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         return [(greedy, False), (sampled, False), (replace(sampled, top_p=0.5), False), (greedy, True)]
 
-    def _rehearse(self, decoding: Decoding, num_rows: int, config: GenerationConfig, watched: bool) -> None:
+    def _rehearse(self, inputs: RoundInputs, num_rows: int, config: GenerationConfig, watched: bool) -> None:
         """Do a round of so many rows with the longest drafts that the config allows."""
         prompt = [0, 0, 0]  # n-grams find the end in it
         batch = Batch(self._device, config.max_steps - 2)
         for _ in range(num_rows):
             request = Request(prompt, stopping_criteria=[lambda *_: False] if watched else None, seed=0)
             batch.sequences.append(Sequence(request, config, len(prompt) + config.max_steps, self._device))
-        decoding.cache.set_rows([len(prompt) - 1] * num_rows)
-        self._strategy.decode_round(decoding._replace(batch=batch))
+        inputs.cache.set_rows([len(prompt) - 1] * num_rows)
+        self._strategy.decode_round(inputs._replace(batch=batch))
 
     @torch.inference_mode()
-    def add_request(self, key: Key, request: Request) -> None:
+    def add_request(self, request_id: RequestId, request: Request) -> None:
         """Queue a request."""
         config = self._model.config
         has_drafts = self._strategy.has_drafts
         try:
             context = context_length(config)
-            length = len(request.ids)
+            length = len(request.prompt_ids)
             if length >= context:
                 raise ValueError(no_room(f"{length} tokens", config))
-            sequence = Sequence(request, self._config, context, self._device, key, has_drafts)
+            sequence = Sequence(request, self._config, context, self._device, request_id, has_drafts)
         except Exception as error:
-            self._finished.append((key, error))
+            self._finished.append((request_id, error))
         else:
             self._waiting.append(sequence)
 
     @torch.inference_mode()
-    def cancel(self, keys: Container[Key]) -> None:
-        """Finish the requests with `keys` before the next step, with the tokens so far, as "cancelled".
+    def cancel(self, request_ids: Container[RequestId]) -> None:
+        """Finish the requests with these ids before the next step, with the tokens so far, as "cancelled".
         Callbacks of requests may call it.
         """
         for sequence in (*self.batch.sequences, *self._waiting):
-            if sequence.key in keys and sequence.remaining:
+            if sequence.request_id in request_ids and sequence.remaining:
                 sequence.stop_reason = "cancelled"
 
     @torch.inference_mode()
@@ -253,7 +254,7 @@ class Scheduler(Generic[Key]):
         self._remove_finished()
         left = max(1, self._token_budget - len(self.batch))
         least = 1  # prompts get on in each step
-        while chosen := self._next_pass(left, least):
+        while chosen := self._schedule_prefill(left, least):
             adjust_threads(self._model)
             left -= sum(width * self._cost(sequence) for sequence, width in chosen)
             least = 0
@@ -264,26 +265,26 @@ class Scheduler(Generic[Key]):
             self._decode()
 
     @torch.inference_mode()
-    def pop_finished(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:
-        """The keys and results of the requests that have finished."""
+    def pop_finished(self) -> list[tuple[RequestId, GenerationStrategyResult | Exception]]:
+        """The ids and results of the requests that have finished."""
         self._remove_finished()
-        if self._prepared is not None and not (self.batch or self._waiting):
+        if self._inputs is not None and not (self.batch or self._waiting):
             # Leave the cache to the next scheduler; the weights may change.
-            if self._prepared.prefix_cache.key is not None:
-                kept_caches(self._model).append(self._prepared.prefix_cache)
-            self._prepared = None
+            if self._inputs.prefix_cache.key is not None:
+                kept_caches(self._model).append(self._inputs.prefix_cache)
+            self._inputs = None
         finished = self._finished
         self._finished = []
         return finished
 
     def _decode(self) -> None:
-        decoding = self._ensure_prepared()
+        inputs = self._ensure_inputs()
         adjust_threads(self._model)
         try:
             with self._without_autocast():
-                self._strategy.decode_round(decoding)
+                self._strategy.decode_round(inputs)
         except Exception as error:
-            decoding.prefix_cache.discard_prefixes()
+            inputs.prefix_cache.discard_prefixes()
             for sequence in self.batch.sequences:
                 sequence.error = sequence.error or error
             if len(self.batch) > 1:
@@ -299,16 +300,16 @@ class Scheduler(Generic[Key]):
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
-            self._ensure_prepared().prefix_cache.release(sequence)
-        self._finished.append((sequence.key, sequence.result()))
+            self._ensure_inputs().prefix_cache.release(sequence)
+        self._finished.append((sequence.request_id, sequence.result()))
 
     def _cost(self, sequence: Sequence) -> float:
         """The cost of the prompt's next token, relative to its first one. It is 1 if no row decodes."""
-        return 1.0 + sequence.num_computed / self._even_position if self.batch else 1.0
+        return 1.0 + sequence.num_computed / self._double_cost_position if self.batch else 1.0
 
-    def _next_pass(self, left: float, least: int) -> list[tuple[Sequence, int]] | None:
-        """The prompts that are read in one pass, with the tokens of each: the first one in turn, and what
-        fits beside it. Where a pass pads shorter pieces, that is at most a quarter of it.
+    def _schedule_prefill(self, left: float, least: int) -> list[tuple[Sequence, int]] | None:
+        """Give slots to new sequences, and pick the prompts of the next prefill pass with the tokens of each:
+        the first one in turn, and others that fit beside it. Padding is at most a quarter. None: none fits.
 
         Args:
             left: the rest of the budget.
@@ -318,29 +319,27 @@ class Scheduler(Generic[Key]):
         num_free = self._batch_size - len(self.batch) - (len(self._waiting) - len(new))
         for sequence in new[:num_free]:
             with sequence.isolating_errors():
-                slots = self._ensure_prepared().prefix_cache
-                if not slots.is_prefix_being_read(sequence):
+                slots = self._ensure_inputs().prefix_cache
+                if not slots.is_prefix_in_prefill(sequence):
                     slots.acquire(sequence)
         ready = [sequence for sequence in self._waiting if sequence.slot is not None]
         chosen = list[tuple[Sequence, int]]()
-        is_ragged = self._ensure_prepared().runner.is_ragged
+        is_ragged = self._ensure_inputs().runner.is_ragged
         for sequence in ready:
             cost = self._cost(sequence)
             rest = left - sum(width * self._cost(each) for each, width in chosen)
             affordable = max(0 if chosen else least, rest / cost + 0.5)  # to the nearest
-            width = int(min(_num_unread(sequence), affordable, PREFILL_CHUNK))
+            width = int(min(_num_uncomputed(sequence), affordable, PREFILL_CHUNK))
             if width == 0:
                 continue
             together = [*chosen, (sequence, width)]
             widths = [width for _, width in together]
             computed = widths if is_ragged else [max(widths)] * len(widths)
-            padded_to = [*zip((each for each, _ in together), computed, strict=True)]
-            fits = (
-                sum(computed) <= min(self._max_pass_tokens, sum(widths) * 4 / 3)
-                and sum(width * self._cost(each) for each, width in padded_to) <= left + cost / 2
-                and max(each.num_computed + width for each, width in padded_to)
-                <= self._longest(each for each, _ in together)
-            )
+            sequences = [each for each, _ in together]
+            price = sum(n * self._cost(each) for n, each in zip(computed, sequences, strict=True))
+            end = max(each.num_computed + n for n, each in zip(computed, sequences, strict=True))
+            is_dense = sum(computed) <= min(self._max_pass_tokens, sum(widths) * 4 / 3)
+            fits = is_dense and price <= left + cost / 2 and end <= self._longest(sequences)
             if fits or not chosen:
                 chosen = together
         # Slots that are side by side, in this order, need not be moved.
@@ -350,14 +349,14 @@ class Scheduler(Generic[Key]):
         """Read tokens of each chosen prompt in one pass, or one by one if that fails. A prompt that ends
         joins the batch, another one goes to the end of the queue.
         """
-        decoding = self._ensure_prepared()
+        inputs = self._ensure_inputs()
         sequences = [sequence for sequence, _ in chosen]
-        pieces = [each.prompt[each.num_computed : each.num_computed + width] for each, width in chosen]
-        ended = [row for row, (each, width) in enumerate(chosen) if _num_unread(each) <= width]
+        chunks = [each.prompt_ids[each.num_computed : each.num_computed + width] for each, width in chosen]
+        ended = [row for row, (each, width) in enumerate(chosen) if _num_uncomputed(each) <= width]
         try:
-            decoding.cache.reserve(max(len(each.prompt) for each in sequences), self._longest(sequences))
-            cache = decoding.prefix_cache.prompt_view(sequences)
-            logits = forward_pieces(decoding.runner, cache, pieces, decoding.end_layer, ended)
+            inputs.cache.reserve(max(len(each.prompt_ids) for each in sequences), self._longest(sequences))
+            cache = inputs.prefix_cache.prompt_view(sequences)
+            logits = prefill(inputs.runner, cache, chunks, inputs.end_layer, ended)
         except Exception as error:
             if len(chosen) == 1:
                 sequences[0].error = error
@@ -365,31 +364,31 @@ class Scheduler(Generic[Key]):
             for each in chosen:
                 self._prefill([each])
             return
-        for sequence, piece in zip(sequences, pieces, strict=True):
+        for sequence, piece in zip(sequences, chunks, strict=True):
             sequence.num_computed += len(piece)
             self._waiting.remove(sequence)
             self._waiting.append(sequence)
         for sequence, row_logits in zip((sequences[row] for row in ended), logits, strict=True):
             try:
-                self.batch.commit_unread()  # of the rows before
-                decoding.prefix_cache.join(sequence)
+                self.batch.commit_queued()  # of the rows before
+                inputs.prefix_cache.join(sequence)
                 self.batch.add(sequence, row_logits)
             except Exception as error:
                 sequence.error = error
                 self._finish(sequence)
             self._waiting.remove(sequence)  # until now, callbacks may cancel it
 
-    def _ensure_prepared(self) -> Decoding:
+    def _ensure_inputs(self) -> RoundInputs:
         """Prepare for the model's current weights, unless that is done."""
-        if self._prepared is None:
+        if self._inputs is None:
             with self._without_autocast():
                 runner = make_runner(self._model)
                 prefix_cache = self._make_prefix_cache(runner)
                 composer = None
                 if self._strategy.has_drafts:
                     composer = make_composer(DraftContext(runner, self._config))
-                self._prepared = Decoding(runner, prefix_cache, self.batch, self._end_layer, composer)
-        return self._prepared
+                self._inputs = RoundInputs(runner, prefix_cache, self.batch, self._end_layer, composer)
+        return self._inputs
 
     def _make_prefix_cache(self, runner: ModelRunner) -> PrefixCache:
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
@@ -407,7 +406,7 @@ class Scheduler(Generic[Key]):
     def _longest(self, waiting: Iterable[Sequence]) -> int:
         """The most positions that a row, or a waiting sequence, can reach."""
         sequences = (*self.batch.sequences, *waiting)
-        return max(sequence.limits.max_length for sequence in sequences) + self.batch.longest_draft
+        return max(sequence.stop_conditions.max_length for sequence in sequences) + self.batch.longest_draft
 
 
 def _one_of_each_capture(most: int) -> list[int]:
@@ -415,6 +414,6 @@ def _one_of_each_capture(most: int) -> list[int]:
     return [min(1 << power, most) for power in range(padded(most).bit_length())]
 
 
-def _num_unread(sequence: Sequence) -> int:
+def _num_uncomputed(sequence: Sequence) -> int:
     """Tokens of a prompt that are not in the cache."""
-    return len(sequence.prompt) - sequence.num_computed
+    return len(sequence.prompt_ids) - sequence.num_computed

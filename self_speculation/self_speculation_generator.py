@@ -14,11 +14,11 @@ from self_speculation.config import GenerationStrategyName
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import amax, leading_matches
 from self_speculation.drafts.composer import DraftComposer
-from self_speculation.drafts.draft import Draft, row_by_row
+from self_speculation.drafts.draft import Draft, concat_by_row
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.replayed_rounds import replay_round
-from self_speculation.scheduler import Decoding, DecodingStrategy
+from self_speculation.scheduler import DecodingStrategy, RoundInputs
 from self_speculation.transfers import AsyncRead, on_device
 
 
@@ -28,9 +28,9 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     name: GenerationStrategyName = "self_speculative"
     has_drafts = True
 
-    def decode_round(self, decoding: Decoding) -> None:
-        assert decoding.composer is not None
-        speculate(decoding.runner, decoding.cache, decoding.batch, decoding.composer)
+    def decode_round(self, inputs: RoundInputs) -> None:
+        assert inputs.composer is not None
+        speculate(inputs.runner, inputs.cache, inputs.batch, inputs.composer)
 
 
 class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
@@ -52,16 +52,16 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     plan = composer.plan(batch, limits)
     if replay_round(runner, cache, batch, len(runner.layers), composer, plan):
         if composer.needs_outcomes:
-            batch.commit_unread()
+            batch.commit_queued()
         return
     if plan is None:
         logits = runner.run(cache, batch.last_tokens[:, None]).logits  # [B, 1, V]
         cache.rollback(0)  # keeps what it has appended
         batch.commit_previous_and_sample(logits[:, 0])
-        batch.commit_unread()  # the next round looks them up
+        batch.commit_queued()  # the next round looks them up
         return
     draft = composer.draft(batch, cache, plan)
-    logits, hidden = target_logits(runner, cache, batch, draft)  # [N, V], [N, H]
+    logits, hidden = verify(runner, cache, batch, draft)  # [N, V], [N, H]
     tokens = batch.sample(logits, draft.query_lengths)  # [N] of the target, by the noise of the positions
     read = AsyncRead([amax(logits), tokens, draft.tokens])
     batch.show_drafts()  # a GPU verifies meanwhile
@@ -73,23 +73,26 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     starts = [*accumulate(draft.query_lengths[:-1], initial=0)]
     rows = [[*map(int, ids[at : at + number + 1])] for at, number in zip(starts, accepted, strict=True)]
     last_tokens = on_device([row[-1] for row in rows], tokens.device)
-    batch.commit(rows, last_tokens, logits, starts, draft.lengths, draft.sources)
+    batch.commit(rows, last_tokens, logits, starts, draft.lengths, draft.source_names)
 
 
-def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> tuple[Tensor, Tensor]:
-    """[N, V] processed logits of the full model, row by row: for each drafted token, and for the token after;
-    and [N, H] the states that they follow from, after the last layer.
+def verify(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> tuple[Tensor, Tensor]:
+    """Run the full model over the last output token and the draft of each row, N tokens together.
 
-    The layers that did not draft run once, over all tokens. The layers that drafted still miss the last
-    token of each row, so they run over it. Drops what a draft has cached that verification cannot use.
+    If layers [:start_layer] have drafted, they run over each row's last drafted token alone, and the other
+    layers over all tokens. Else the cached positions of the draft are dropped, and all layers run over all
+    tokens.
+
+    Returns:
+        [N, V] processed logits, row by row; [N, H] states after the last layer, before the norm.
     """
     layer = draft.start_layer
     ones = [1] * len(batch)
-    inputs = row_by_row((batch.last_tokens, ones), (draft.tokens, draft.lengths))  # [N] ids
+    inputs = concat_by_row((batch.last_tokens, ones), (draft.tokens, draft.lengths))  # [N] ids
     if draft.exit_hidden is not None:  # the first layers drafted
         ends = on_device([end - 1 for end in accumulate(draft.query_lengths)], inputs.device)
         missing = runner.run_layers(cache, runner.embed(inputs[ends]), ones, 0, layer)
-        hidden = row_by_row((draft.exit_hidden, draft.lengths), (missing, ones))  # [N, H]
+        hidden = concat_by_row((draft.exit_hidden, draft.lengths), (missing, ones))  # [N, H]
     else:
         cache.rollback_draft()
         hidden = runner.embed(inputs)

@@ -69,7 +69,7 @@ class Engine:
         model = generator.model
         assert isinstance(strategy, DecodingStrategy)
         # A chunk of a prompt must not hold up streams for much longer than a round.
-        token_budget = min(128, cpu_operators().prompt_tokens) if model.device.type == "cpu" else 512
+        token_budget = min(128, cpu_operators().max_pass_tokens) if model.device.type == "cpu" else 512
         self._scheduler: Scheduler[Job] = Scheduler(strategy, model, config, batch_size, token_budget)
         # Longer requests need more graphs, which the engine captures later, between steps.
         longest = context_length(model.config)

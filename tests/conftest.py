@@ -260,7 +260,7 @@ def random_plans(seed):
             looks_up = match is not None and draws.choice([True, False])
             length = draws.randint(0, min(most, len(match.ids) if looks_up else limit))
             length = length if looks_up or source else 0
-            plan.sources.append(None if length == 0 else match.source if looks_up else source)
+            plan.source_names.append(None if length == 0 else match.source_name if looks_up else source)
             plan.lengths.append(length)
         return plan
 

@@ -85,7 +85,7 @@ def test_answers_that_are_read_late(name, seed, queued):
                 scheduler.add_request(*waiting.pop(0))
             scheduler.step()
             if step == 6:
-                scheduler.cancel([scheduler.batch.sequences[0].key])
+                scheduler.cancel([scheduler.batch.sequences[0].request_id])
             found |= scheduler.pop_finished()
     for key, result in expected.items():
         tokens = result.predicted_tokens
@@ -112,7 +112,7 @@ def test_a_cache_that_grows_between_two_rounds(budget, queued):
     scheduler.add_request(0, requests[0])
     for _ in range(5):
         scheduler.step()
-    assert scheduler.batch.unread is not None
+    assert scheduler.batch.queued_round is not None
     scheduler.add_request(1, requests[1])
     found = drained(scheduler)
     assert [found[key].predicted_tokens for key in found] == [expected[key].predicted_tokens for key in found]
@@ -132,7 +132,7 @@ def test_a_row_that_outgrows_the_memory(queued, monkeypatch):
     scheduler.add_request(0, Request([5, 9, 4]))
     (error,) = drained(scheduler).values()
     assert isinstance(error, MemoryError)
-    buffers = scheduler._ensure_prepared().cache.buffers
+    buffers = scheduler._ensure_inputs().cache.buffers
     assert buffers.capacity == 64
     assert sum(queued) > 5
 

@@ -71,7 +71,7 @@ class WatchedRound(SelfSpeculativeGenerationStrategy):
         self.cached = []
         for do in (lambda _: None, super().decode_round):
             do(decoding)
-            self.ids.append([sequence.ids for sequence in decoding.batch.sequences])
+            self.ids.append([sequence.all_ids for sequence in decoding.batch.sequences])
             self.cached.append([[length] for length in decoding.cache.lengths(1)])
 
 

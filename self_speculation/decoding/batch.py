@@ -24,11 +24,11 @@ def queues_passes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class Unread(NamedTuple):
+class QueuedRound(NamedTuple):
     """A step or a round that is queued."""
 
     commit: Callable[[], None]  # reads the tokens, and commits them
-    queued: object = None  # what the next round may go on from
+    round: object = None  # what the next round may go on from
 
 
 class Batch:
@@ -36,7 +36,7 @@ class Batch:
 
     Args:
         device: of the model's input ids.
-        longest_draft: K, the most tokens of a draft.
+        longest_draft: the most tokens that a row drafts in a round.
     """
 
     def __init__(self, device: torch.device, longest_draft: int = 0) -> None:
@@ -44,7 +44,7 @@ class Batch:
         self.longest_draft = longest_draft
         self.sequences: list[Sequence] = []
         self._last_tokens: Tensor | None = None  # see `last_tokens`; None: what the host knows
-        self._unread: Unread | None = None
+        self._queued: QueuedRound | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -57,14 +57,16 @@ class Batch:
         return self._last_tokens
 
     @property
-    def unread(self) -> object:
+    def queued_round(self) -> object:
         """What was queued last, if the tokens are unread; None: they are committed."""
-        return None if self._unread is None else self._unread.queued
+        return None if self._queued is None else self._queued.round
 
     @property
     def is_watched(self) -> bool:
         """Whether the host looks at logits or drafts of a row."""
-        return any(each.processors or each.limits.criteria or each.reads_draft for each in self.sequences)
+        return any(
+            each.processors or each.stop_conditions.criteria or each.reads_draft for each in self.sequences
+        )
 
     def add(self, sequence: Sequence, logits: Tensor) -> None:
         """Append a row and sample the first token from logits [V]."""
@@ -72,7 +74,7 @@ class Batch:
         alone.sequences = [sequence]
         alone.commit_previous_and_sample(logits[None])
         for batch in (self, alone):
-            batch.commit_unread()
+            batch.commit_queued()
         self._last_tokens = torch.cat(
             (self.last_tokens, alone.last_tokens)
         )  # may find no memory: before it is a row
@@ -80,7 +82,7 @@ class Batch:
 
     def remove(self, row: int) -> Sequence:
         """Swap with the last row, then shrink."""
-        self.commit_unread()
+        self.commit_queued()
         removed = self.sequences[row]
         self.sequences[row] = self.sequences[-1]
         self.sequences.pop()
@@ -91,7 +93,7 @@ class Batch:
         """[N] keys of noise, for the row and the position after the row's output; None: all are greedy."""
         if all(sequence.sampler.greedy for sequence in self.sequences):
             return None
-        start = 0 if self._unread is None else 1
+        start = 0 if self._queued is None else 1
         keys = [self.sequences[row].noise_key(start + position) for row, position in positions]
         return on_device(keys, self.last_tokens.device)
 
@@ -177,16 +179,17 @@ class Batch:
             sequence.check(largest[end - length : end])
 
     def commit_previous_and_sample(self, logits: Tensor) -> None:
-        """Commit the tokens of the call before, and sample one token of each row from logits [B, V].
+        """Sample one token of each row from logits [B, V], and commit the tokens of the call before.
 
-        The new tokens stay unread where the next pass may be queued first; elsewhere this commits them, too.
-        Reads from the device: one for each call.
+        A GPU reads the new tokens in the next call, so that the next pass is queued first. On a CPU, and
+        where a token may decide about the next pass, this call commits them, too. Reads from the device: one
+        for each call.
         """
         ones = [1] * len(self)
         logits = self.process(logits, ones)
         tokens = self.sample(logits, ones)  # [B]
         reading = AsyncRead([amax(logits), tokens])
-        self.leave_unread(Unread(partial(self._commit_step, reading, tokens, logits)), 1)
+        self.queue(QueuedRound(partial(self._commit_step, reading, tokens, logits)), 1)
         self._last_tokens = tokens
 
     def _commit_step(self, reading: AsyncRead, last: Tensor, logits: Tensor) -> None:
@@ -197,25 +200,25 @@ class Batch:
         rows = [[int(id_)] for id_ in ids]
         self.commit(rows, last, logits, range(len(self)), num_drafted, nothing)
 
-    def leave_unread(self, unread: Unread, width: int) -> None:
-        """Commit what was left unread before. Commit this, too, unless the next round may be queued first:
-        then each row goes on, with as long a draft, whatever the tokens are.
+    def queue(self, queued: QueuedRound, width: int) -> None:
+        """Commit the round that was queued before, and queue this one: the next round may be queued before
+        this one is read. Where a token may decide about the next round, commit this one, too.
 
         Args:
             width: the most tokens that a row can get.
         """
-        self.commit_unread()
-        self._unread = unread
+        self.commit_queued()
+        self._queued = queued
         all_go_on = all(each.remaining >= 2 * width and not each.processors for each in self.sequences)
         if not (all_go_on and queues_passes(self.device)):
-            self.commit_unread()
+            self.commit_queued()
 
-    def commit_unread(self) -> None:
-        """Read and commit the tokens that were left unread. A row that has ended takes none."""
-        unread = self._unread
-        self._unread = None
-        if unread is not None:
-            unread.commit()
+    def commit_queued(self) -> None:
+        """Read and commit the queued tokens, if there are any. A row that has ended takes none."""
+        queued = self._queued
+        self._queued = None
+        if queued is not None:
+            queued.commit()
 
     def commit(
         self,

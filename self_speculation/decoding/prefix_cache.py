@@ -1,5 +1,5 @@
-"""The slots of a KV cache: rows of the batch, prompts that are being read, and what finished requests left.
-A prompt with a known prefix is not read again.
+"""Gives the slots of a KV cache to rows of the batch, to prompts in prefill, and to prefixes that finished
+requests left. A prompt reuses the longest prefix that is kept.
 """
 
 import itertools
@@ -67,7 +67,7 @@ class PrefixCache:
         The last token of a prompt is never found: the first step needs the logits after it. A prefix that a
         prompt in flight has, too, is kept once for both.
         """
-        prompt = sequence.prompt[:-1]
+        prompt = sequence.prompt_ids[:-1]
         free = {slot: held for slot, held in enumerate(self._holders) if isinstance(held, _KeptPrefix)}
         found = {slot: _common_length(held.ids, prompt) for slot, held in free.items()}
         slot = max(free, key=lambda slot: (found[slot], -free[slot].age, -slot))
@@ -96,7 +96,7 @@ class PrefixCache:
             default=SharedPrefix(),
         )
         in_flight = (
-            (_common_blocks(holder.prompt[: holder.num_computed], prompt), -slot)
+            (_common_blocks(holder.prompt_ids[: holder.num_computed], prompt), -slot)
             for slot, holder in enumerate(self._holders)
             if isinstance(holder, Sequence)
         )
@@ -126,18 +126,20 @@ class PrefixCache:
                 self.cache.set_prefix(slot, SharedPrefix())
         return found
 
-    def is_prefix_being_read(self, sequence: Sequence) -> bool:
-        """Whether a prompt that is being read begins as this one, so that sharing is worth a wait."""
+    def is_prefix_in_prefill(self, sequence: Sequence) -> bool:
+        """Whether a prompt in prefill will share more positions with this one than a free slot has: then a
+        sequence waits for it.
+        """
         if not self._shared_ids:
             return False
-        prompt = sequence.prompt[:-1]
+        prompt = sequence.prompt_ids[:-1]
         kept = 0
         being_read = 0
         for holder in self._holders:
             if isinstance(holder, _KeptPrefix):
                 kept = max(kept, _common_length(holder.ids, prompt))
-            elif holder.num_computed < len(holder.prompt):
-                length = _common_blocks(holder.prompt, prompt)
+            elif holder.num_computed < len(holder.prompt_ids):
+                length = _common_blocks(holder.prompt_ids, prompt)
                 being_read = max(being_read, length if length > holder.num_computed else 0)
         return being_read > kept
 
@@ -191,7 +193,7 @@ class PrefixCache:
                 why = f"cache_dtype float16: {where} is beyond 65504; bfloat16 and float32 have it"
                 sequence.error = FloatingPointError(why)
         if not (sequence.error or is_damaged or self.key is None):
-            left = _KeptPrefix(sequence.ids[:length], next(self._answers))
+            left = _KeptPrefix(sequence.all_ids[:length], next(self._answers))
         if is_damaged or (sequence.error and not is_row):
             cache.clear_slot(slot)
         if is_row:
@@ -227,4 +229,4 @@ def kept_caches(model: PreTrainedModel) -> deque[PrefixCache]:
 def cache_key(runner: ModelRunner) -> Hashable:
     """Keys and values are valid while this is the same; None: torch does not count writes to the weights."""
     weights = runner.fused_weights
-    return (weights.token, type(runner)) if weights.counts_writes else None
+    return (weights.identity, type(runner)) if weights.counts_writes else None

@@ -72,7 +72,7 @@ class Request:
                 raise ValueError(f"{name}: must be a function or a list of them, not {type(value).__name__}")
 
     @property
-    def ids(self) -> list[int]:
+    def prompt_ids(self) -> list[int]:
         """The prompt's token ids. Raises ValueError if the prompt is a text."""
         return token_ids(self.prompt, "must be a list of token ids, since a strategy has no tokenizer")
 
@@ -80,7 +80,7 @@ class Request:
         """All logits processors, as transformers orders them: the config's first, then the request's."""
         bias = {(id_,): float(value) for id_, value in (self.logit_bias or {}).items()}
         biases = [SequenceBiasLogitsProcessor(bias)] if bias else []
-        return [*biases, *config_processors(config, len(self.ids)), *as_list(self.logits_processors)]
+        return [*biases, *config_processors(config, len(self.prompt_ids)), *as_list(self.logits_processors)]
 
 
 def token_ids(prompt: object, allowed: str) -> list[int]:

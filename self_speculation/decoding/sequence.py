@@ -31,8 +31,8 @@ class Failure(NamedTuple):
     error: Exception
 
 
-class Limits:
-    """What ends an output.
+class StopConditions:
+    """The conditions that end an output: length, end ids, checks and criteria.
 
     Attributes:
         max_length: the most tokens of prompt and output.
@@ -53,7 +53,7 @@ class Limits:
         Args:
             logits: [N, V] processed; row `index` belongs to the last token. None: there are no criteria.
         """
-        tokens = sequence.tokens
+        tokens = sequence.output_ids
         if tokens[-1] in self.end_ids:
             return "eos"
         for check in self._checks:
@@ -122,19 +122,19 @@ class Sequence:
         config: GenerationConfig,
         context: int,
         device: torch.device,
-        key: Any = None,
+        request_id: Any = None,
         has_drafts: bool = False,
     ) -> None:
         self._started = time.perf_counter()
         self._first_token_at: float | None = None
-        self.key = key
+        self.request_id = request_id
         self._request = request
-        self.prompt = request.ids
-        if not self.prompt:
+        self.prompt_ids = request.prompt_ids
+        if not self.prompt_ids:
             raise ValueError("the prompt has no tokens")
         config = request.config or config
-        self.tokens: list[int] = []  # of the output, with an end id
-        self.limits = Limits(request, config, len(self.prompt), context)
+        self.output_ids: list[int] = []  # of the output, with an end id
+        self.stop_conditions = StopConditions(request, config, len(self.prompt_ids), context)
         self._stream = TokenStream(request.streamer)
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
@@ -152,8 +152,8 @@ class Sequence:
         self._has_grammar = any(hasattr(processor, "masked") for processor in self.processors)
         # This round's draft: each token as an id, or as a read of several tokens and an index in it.
         self._drafted: list[int | tuple[AsyncRead, int]] = []
-        self._ids = torch.empty(1, self.limits.max_length + 1, dtype=torch.long, device=device)
-        self._ids[0, : len(self.prompt)] = on_device(self.prompt, device)
+        self._ids = torch.empty(1, self.stop_conditions.max_length + 1, dtype=torch.long, device=device)
+        self._ids[0, : len(self.prompt_ids)] = on_device(self.prompt_ids, device)
 
     @property
     def prediction(self) -> abc.Sequence[int]:
@@ -165,18 +165,20 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated; 0: finished."""
-        return 0 if self.stop_reason or self.error else self.limits.max_length - self.length
+        return 0 if self.stop_reason or self.error else self.stop_conditions.max_length - self.length
 
     @contextmanager
     def isolating_errors(self) -> Iterator[None]:
-        """Errors of criteria and streamer end this sequence only."""
+        """An error in this block becomes the error of this sequence and ends it. Other rows go on."""
         try:
             yield
         except Exception as error:
             self.error = self.error or error
 
     def check(self, largest: abc.Sequence[float]) -> None:
-        """Find the first position of this round whose largest logit is invalid."""
+        """Record a `Failure` at the first position of this round whose largest logit is NaN or -inf, or inf
+        where tokens are sampled.
+        """
         self.is_damaged = self.is_damaged or any(map(math.isnan, largest))
         end = None if self._failure is None else self._failure.position
         for position, number in enumerate(largest[:end]):
@@ -189,26 +191,26 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens of the prompt and the output."""
-        return len(self.prompt) + len(self.tokens)
+        return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def last_id(self) -> int:
         """The last token of prompt and output."""
-        return self.tokens[-1] if self.tokens else self.prompt[-1]
+        return self.output_ids[-1] if self.output_ids else self.prompt_ids[-1]
 
     @property
-    def ids(self) -> list[int]:
+    def all_ids(self) -> list[int]:
         """The ids of prompt and output."""
-        return [*self.prompt, *self.tokens]
+        return [*self.prompt_ids, *self.output_ids]
 
-    def ids_from(self, position: int) -> list[int]:
-        """`ids[position:]`, without a copy of the rest."""
-        num_prompt = len(self.prompt)
-        return [*self.prompt[position:], *self.tokens[max(0, position - num_prompt) :]]
+    def all_ids_from(self, position: int) -> list[int]:
+        """`all_ids[position:]`, without a copy of the rest."""
+        num_prompt = len(self.prompt_ids)
+        return [*self.prompt_ids[position:], *self.output_ids[max(0, position - num_prompt) :]]
 
     def noise_key(self, offset: int) -> int:
         """The key of the noise of position 0, 1, ... after the output."""
-        return noise_key(self._seed, len(self.tokens) + offset)
+        return noise_key(self._seed, len(self.output_ids) + offset)
 
     def history(self, num_drafted: int = 0) -> Tensor:
         """[1, prompt + output + draft] ids. Without processors and criteria only the prompt is valid."""
@@ -231,7 +233,7 @@ class Sequence:
             try:
                 for processor in self.processors:
                     if hasattr(processor, "masked"):
-                        scores = processor.masked([*self.tokens, *drafted], scores)
+                        scores = processor.masked([*self.output_ids, *drafted], scores)
                     else:
                         scores = processor(self.history(position), scores)
                 processed[i] = scores
@@ -273,13 +275,14 @@ class Sequence:
         if self._drafted and self._stream.shows_drafts:
             ids = self._drafted_ids()  # an error of the device is not the streamer's
             with self.isolating_errors():
-                self._stream.show_draft([*takewhile(lambda id_: id_ not in self.limits.end_ids, ids)])
+                end_ids = self.stop_conditions.end_ids
+                self._stream.show_draft([*takewhile(lambda id_: id_ not in end_ids, ids)])
 
     def allowed(self, draft: list[int]) -> list[int]:
         """The first tokens of a draft, up to one that a processor with `count_allowed` forbids."""
         for processor in self.processors:
             if draft and hasattr(processor, "count_allowed"):
-                draft = draft[: processor.count_allowed(self.tokens, draft)]
+                draft = draft[: processor.count_allowed(self.output_ids, draft)]
         return draft
 
     def commit(
@@ -303,7 +306,7 @@ class Sequence:
         self._drafted = []
         if not self.remaining:
             return
-        before = len(self.tokens)
+        before = len(self.output_ids)
         with self.isolating_errors():
             for i, token in enumerate(tokens):
                 if failure is not None and i == failure.position:
@@ -311,14 +314,14 @@ class Sequence:
                     break
                 # Accepted tokens are there already if processors have read them.
                 is_there = self.processors and i < len(tokens) - 1
-                if (self.processors or self.limits.criteria) and not is_there:
+                if (self.processors or self.stop_conditions.criteria) and not is_there:
                     self._ids[0, self.length] = token
-                self.tokens.append(token)
-                reason = self.limits.reached_by(self, logits, first + i)
+                self.output_ids.append(token)
+                reason = self.stop_conditions.reached_by(self, logits, first + i)
                 self.stop_reason = self.stop_reason or reason  # a check may have cancelled this sequence
                 if self.stop_reason:
                     break
-        new = self.tokens[before:]
+        new = self.output_ids[before:]
         if self.draft_stats is not None and num_drafted is not None:
             self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=len(new))
         self._first_token_at = self._first_token_at or time.perf_counter()
@@ -335,13 +338,13 @@ class Sequence:
         first_token_at = self._first_token_at or finished
         ended_by_id = self.stop_reason == "eos"
         return GenerationStrategyResult(
-            predicted_tokens=self.tokens[:-1] if ended_by_id else self.tokens,
+            predicted_tokens=self.output_ids[:-1] if ended_by_id else self.output_ids,
             acceptance_rate=self.draft_stats.acceptance_rate if self.draft_stats else None,
             stop_reason=self.stop_reason,
-            end_token_id=self.tokens[-1] if ended_by_id else None,
-            num_prompt_tokens=len(self.prompt),
+            end_token_id=self.output_ids[-1] if ended_by_id else None,
+            num_prompt_tokens=len(self.prompt_ids),
             num_cached_tokens=self.num_cached,
-            num_decode_tokens=max(0, len(self.tokens) - 1),
+            num_decode_tokens=max(0, len(self.output_ids) - 1),
             prefill_time=first_token_at - self._started,
             decode_time=finished - first_token_at,
             draft_stats=self.draft_stats,

@@ -1,4 +1,4 @@
-"""Drafts of a round: each row has the draft of one source, as a policy plans."""
+"""Composes the draft of a round: each row drafts by the source that a policy or the longest match picks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch, queues_passes
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, row_by_row
+from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, concat_by_row
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes.captured_runner import num_captures
 from self_speculation.passes.kv_cache import KVCache
@@ -21,14 +21,14 @@ from self_speculation.transfers import Stopwatch, on_device
 class RoundPlan(NamedTuple):
     """The drafts of a round."""
 
-    sources: abc.Sequence[str | None]  # [B] names; None: no source
+    source_names: abc.Sequence[str | None]  # [B] None: no draft
     lengths: abc.Sequence[int]  # [B] tokens of each row
-    computing: DraftSource | None  # of the rows without a match
+    layer_source: DraftSource | None  # of the rows without a match
     found: abc.Sequence[Match | None]  # [B] matches, with the ids that are drafted
 
 
 class DraftComposer:
-    """Drafts as planned: by layers, by lookups or both, or not at all.
+    """Drafts for all rows of a batch: one source of layers at most, and lookups for the rows that they match.
 
     Reads nothing from the device; the sources may.
 
@@ -51,12 +51,12 @@ class DraftComposer:
         self._model = model
         self._policy = policy
         self._vocab_size = model.config.vocab_size
-        computing = [source for source in sources if isinstance(source, DraftSource)]
-        self._sources = {source.name: source for source in computing}
-        self._learning = [source for source in computing if type(source).learn is not DraftSource.learn]
+        layer_sources = [source for source in sources if isinstance(source, DraftSource)]
+        self._sources = {source.name: source for source in layer_sources}
+        self._learning = [source for source in layer_sources if type(source).learn is not DraftSource.learn]
         self._lookups = [source for source in sources if isinstance(source, LookupDrafts)]
-        if policy is None and len(computing) > 1:
-            names = ", ".join(source.name for source in computing)
+        if policy is None and len(layer_sources) > 1:
+            names = ", ".join(source.name for source in layer_sources)
             why = f"one source computes drafts, not {names}; adaptive picks among several"
             raise ValueError(f"generation_strategy self_speculative: {why}")
         self._stopwatch = Stopwatch(model.device)
@@ -76,10 +76,10 @@ class DraftComposer:
         """Plan the drafts of each row, of at most `limits` tokens; None: the round is a plain step."""
         matches = [self._look_up(*row) for row in zip(batch.sequences, limits, strict=True)]  # [B]
         if self._policy is None:
-            computing = next(iter(self._sources), None)
+            default_name = next(iter(self._sources), None)
             each = zip(matches, limits, strict=True)
-            lengths = [len(match.ids) if match else limit if computing else 0 for match, limit in each]
-            plan = Plan([match.source if match else computing for match in matches], lengths)
+            lengths = [len(match.ids) if match else limit if default_name else 0 for match, limit in each]
+            plan = Plan([match.source_name if match else default_name for match in matches], lengths)
         else:
             self._stopwatch = Stopwatch(batch.device)
             self._num_graphs = num_captures(self._model)
@@ -87,20 +87,20 @@ class DraftComposer:
                 return None
             plan = chosen
         found = [
-            match._replace(ids=match.ids[:length]) if match and match.source == name else None
-            for match, name, length in zip(matches, plan.sources, plan.lengths, strict=True)
+            match._replace(ids=match.ids[:length]) if match and match.source_name == name else None
+            for match, name, length in zip(matches, plan.source_names, plan.lengths, strict=True)
         ]
-        used = self._sources.keys() & {*plan.sources}  # one at most
-        return RoundPlan(plan.sources, plan.lengths, self._sources[used.pop()] if used else None, found)
+        used = self._sources.keys() & {*plan.source_names}  # one at most
+        return RoundPlan(plan.source_names, plan.lengths, self._sources[used.pop()] if used else None, found)
 
     def draft(self, batch: Batch, cache: KVCache, plan: RoundPlan) -> Draft:
         """Draft the tokens of each row as planned, see `DraftSource.draft`."""
         draft = Draft([None] * len(batch), batch.last_tokens[:0], [0] * len(batch))
-        if plan.computing is not None:
-            name = plan.computing.name
-            planned = zip(plan.sources, plan.lengths, strict=True)
+        if plan.layer_source is not None:
+            name = plan.layer_source.name
+            planned = zip(plan.source_names, plan.lengths, strict=True)
             lengths = [length if source == name else 0 for source, length in planned]
-            draft = plan.computing.draft(batch, cache, lengths)
+            draft = plan.layer_source.draft(batch, cache, lengths)
         if any(plan.found):
             draft = _with_lookups(batch, draft, plan.found)
         self.end_drafting()
@@ -157,8 +157,8 @@ def _with_lookups(batch: Batch, draft: Draft, matches: abc.Sequence[Match | None
         batch.show_drafts()
     rows = [*enumerate(matches)]
     return Draft(
-        [match.source if match else draft.sources[row] for row, match in rows],
-        row_by_row((draft.tokens, draft.lengths), (looked_up, [*map(len, ids)])),
+        [match.source_name if match else draft.source_names[row] for row, match in rows],
+        concat_by_row((draft.tokens, draft.lengths), (looked_up, [*map(len, ids)])),
         [len(match.ids) if match else draft.lengths[row] for row, match in rows],
         matched=[match.matched if match else 0 for match in matches],
     )

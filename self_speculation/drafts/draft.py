@@ -38,11 +38,11 @@ class DraftCost:
 class Draft:
     """Tokens of each row, 0 or more, and the hidden states that verification starts from."""
 
-    sources: abc.Sequence[str | None]  # [B] names; None: no source
+    source_names: abc.Sequence[str | None]  # [B] None: no draft
     tokens: Tensor  # [K] of the first row, then of the second one, and so on
     lengths: abc.Sequence[int]  # [B] tokens of each row, K together
-    # The first layer of verification. The model's layers before it have run over the draft; 0: a copy has
-    # drafted, or nothing has.
+    # Layers [start_layer:] verify. Above 0, the model's layers [:start_layer] have drafted, and have run over
+    # all tokens of a row but the last one. 0: a copy, a lookup or several sources have drafted, or none has.
     start_layer: int = 0
     # [K, H] the input of that layer, row by row, for the last token of the output and for all drafted tokens
     # but the last one. None: `start_layer` is 0.
@@ -55,11 +55,14 @@ class Draft:
         return [1 + length for length in self.lengths]
 
 
-def row_by_row(*parts: tuple[Tensor, abc.Sequence[int]]) -> Tensor:
-    """[N, ...] each row's entries of the first part, then of the second one, and so on.
+def concat_by_row(*parts: tuple[Tensor, abc.Sequence[int]]) -> Tensor:
+    """Concatenate parts row by row: row 0 of every part, then row 1 of every part, and so on.
 
     Args:
-        parts: entries [n, ...] of all rows, in their order, and [B] how many each row has.
+        parts: entries [n, ...], the rows one after another, and [B] the number of each row's.
+
+    Returns:
+        [N, ...]
     """
     if len(parts[0][1]) == 1:
         return torch.cat([entries for entries, _ in parts])
@@ -89,19 +92,18 @@ class DraftSource(ABC):
         """Learn from the outcome of a round; by default nothing. Every source sees all verified drafts.
 
         Args:
-            draft: of all rows; `draft.sources` has the source of each.
+            draft: of all rows; `draft.source_names` has the source of each.
             accepted: [B] tokens of each row.
-            hidden: [B] of each row, [1 + length, H] the states that verification has computed, after the last
-                layer and before the norm, of the row's last token and of the drafted ones. The first
-                accepted[row] + 1 states belong to the output; the next token follows from the last of
-                them. On the device.
+            hidden: [B] tensors [1 + length, H] on the device: the states of each row's last output token and
+                drafted tokens, after the model's last layer, before the norm. State i predicts the i-th token
+                of the round; states 0 to accepted[row] are the output's.
         """
 
 
 class Match(NamedTuple):
     """A draft that was looked up."""
 
-    source: str
+    source_name: str
     matched: int  # tokens
     ids: abc.Sequence[int] = ()  # that followed
 

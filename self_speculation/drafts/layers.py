@@ -6,7 +6,7 @@ from torch import Tensor
 
 from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
-from self_speculation.drafts.draft import Draft, DraftCost, DraftSource, row_by_row
+from self_speculation.drafts.draft import Draft, DraftCost, DraftSource, concat_by_row
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.transfers import on_device
@@ -18,7 +18,7 @@ class LayerDrafts(DraftSource):
     Reads from the device: one per B tokens if drafts are shown or follow a grammar; otherwise none.
 
     Args:
-        drafter: runs the model's layers, or a copy of them.
+        draft_runner: runs the model's layers, or a copy of them.
         exit_layer: number of layers that draft.
         draft_weights: exact: the model's layers draft, and verification starts from the cache and exit states
             that they leave. Those of a copy are approximate: verification does not use them.
@@ -28,13 +28,13 @@ class LayerDrafts(DraftSource):
 
     def __init__(
         self,
-        drafter: ModelRunner,
+        draft_runner: ModelRunner,
         exit_layer: int,
         draft_weights: DraftWeights,
         cost: DraftCost,
         is_whole: bool = False,
     ) -> None:
-        self.drafter = drafter
+        self.draft_runner = draft_runner
         self.exit_layer = exit_layer
         self.cost = cost
         # Layers that have not drafted verify; all do after a copy.
@@ -51,22 +51,22 @@ class LayerDrafts(DraftSource):
         before = [*range(len(batch))]
         nothing = [0] * len(batch)
         drafted: list[tuple[Tensor, list[int]]] = [(ids[:0], nothing)]
-        exit_hidden: list[tuple[Tensor, list[int]]] = [(self.drafter.embed(ids[:0]), nothing)]
+        exit_hidden: list[tuple[Tensor, list[int]]] = [(self.draft_runner.embed(ids[:0]), nothing)]
         for position, rows in enumerate(columns):
             if rows != before:
                 ids = ids[on_device([before.index(row) for row in rows], ids.device)]
             query_lengths = [int(position < limit) for limit in limits]
-            hidden = self.drafter.embed(ids)
-            hidden = self.drafter.run_layers(cache, hidden, query_lengths, 0, self.exit_layer)
+            hidden = self.draft_runner.embed(ids)
+            hidden = self.draft_runner.run_layers(cache, hidden, query_lengths, 0, self.exit_layer)
             exit_hidden.append((hidden, query_lengths))
-            ids = batch.sample_draft(self.drafter.logits(hidden), position, rows, keys_of[position])
+            ids = batch.sample_draft(self.draft_runner.logits(hidden), position, rows, keys_of[position])
             batch.record_draft(ids, position, rows)
             drafted.append((ids, query_lengths))
             before = rows
         return Draft(
             [self.name if limit else None for limit in limits],
-            row_by_row(*drafted),
+            concat_by_row(*drafted),
             limits,
             self.start_layer,
-            row_by_row(*exit_hidden) if self.start_layer else None,
+            concat_by_row(*exit_hidden) if self.start_layer else None,
         )

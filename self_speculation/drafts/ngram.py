@@ -74,8 +74,8 @@ class NgramIndex:
         ids = self.ids
         start = len(self.ids)
         num_predicted = self._num_predicted
-        self.extend(sequence.ids_from(start - num_predicted))
-        for position in range(max(start, num_predicted + len(sequence.prompt)), len(ids)):
+        self.extend(sequence.all_ids_from(start - num_predicted))
+        for position in range(max(start, num_predicted + len(sequence.prompt_ids)), len(ids)):
             goes_on = self._matched > 0 and ids[self._position] == ids[position]
             if self._matched and not goes_on and self._position < num_predicted:
                 self._left_at = self._position
@@ -92,7 +92,7 @@ class NgramIndex:
         return Match(name, self._matched, [ids[self._position + i % period] for i in range(k)])
 
 
-class TextDrafts(LookupDrafts):
+class NgramDrafts(LookupDrafts):
     """Drafts the tokens that followed the end of a sequence earlier; `longest`: see `NgramIndex`."""
 
     def __init__(self, longest: int) -> None:

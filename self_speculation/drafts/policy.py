@@ -24,7 +24,7 @@ _TRIAL_SHARE = 0.01
 class Plan(NamedTuple):
     """The drafts of one round. At most one source computes."""
 
-    sources: list[str | None]  # [B] of each row's draft; None: no draft
+    source_names: list[str | None]  # [B] of each row's draft; None: no draft
     lengths: list[int]  # [B] tokens of each row
     rate: float = 1.0  # expected tokens of all rows per second
     trial: int | None = None  # the row whose draft is a trial
@@ -120,7 +120,7 @@ class _Planner:
         sources: list[str | None] = [None] * len(rows)
         for i, row in enumerate(rows):
             if lengths[i] and row.match:
-                sources[i] = row.match.source
+                sources[i] = row.match.source_name
             elif num_passes and source_limits[i]:
                 sources[i] = source
                 lengths[i] = min(source_limits[i], num_passes)
@@ -200,7 +200,7 @@ class AdaptivePolicy:
                 if (p_accept := self._acceptance(source, 0).value) > planner.LEAST_PROBABILITY:
                     plan = planner.best_plan(source, p_accept, rows)
                     best = plan if plan.rate > best.rate else best
-            used = {source if source in self._draft_steps else None for source in best.sources if source}
+            used = {source if source in self._draft_steps else None for source in best.source_names if source}
             stats.used_at |= dict.fromkeys(used, stats.num_rounds)
             if not used:
                 self._plain_in = situation
@@ -227,9 +227,9 @@ class AdaptivePolicy:
                 loss = self._plan.trial_cost - accepted[row] / num_rows
                 stats.wait = max(_WAIT, min(round(loss / _TRIAL_SHARE), _LONGEST_WAIT))
                 stats.trial_at = stats.num_rounds + stats.wait
-                name = draft.sources[row]
+                name = draft.source_names[row]
                 stats.used_at[name if name in self._draft_steps else None] = 0
-            for row, source in enumerate(draft.sources):
+            for row, source in enumerate(draft.source_names):
                 if source is None:
                     continue
                 matched = draft.matched[row] if draft.matched else 0
@@ -239,8 +239,8 @@ class AdaptivePolicy:
                 return
             times = stats.times
             draft_seconds, verify_seconds = seconds
-            for source in self._draft_steps.keys() & {*draft.sources}:
-                lengths = [n for n, name in zip(drafted, draft.sources, strict=True) if name == source]
+            for source in self._draft_steps.keys() & {*draft.source_names}:
+                lengths = [n for n, name in zip(drafted, draft.source_names, strict=True) if name == source]
                 if passes := [sum(length > i for length in lengths) for i in range(max(lengths))]:
                     times.add_drafts(source, num_rows, passes, draft_seconds, self._draft_steps[source])
             times.add_verification(num_rows, sum(draft.query_lengths), verify_seconds)
@@ -265,7 +265,7 @@ class AdaptivePolicy:
             likeliest = max if name is None else min  # the likeliest match, or the row that has none
             tried = likeliest(can_draft, key=lambda i: rows[i].p_match)
             match = rows[tried].match
-            looked_up.sources[tried] = match.source if name is None and match else name
+            looked_up.source_names[tried] = match.source_name if name is None and match else name
             looked_up.lengths[tried] = 1
             drafting = 0.0 if name is None else planner.draft_seconds(name, 1)
             seconds = drafting + planner.verify_seconds(len(rows) + 1)

@@ -11,11 +11,11 @@ from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.draft import DraftCost, DraftSource, LookupDrafts
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import TextDrafts
+from self_speculation.drafts.ngram import NgramDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, SourceStats
 from self_speculation.model_cache import kept
 from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.passes.quantized_layers import quantized, why_no_copies
+from self_speculation.passes.quantized_layers import int4_draft_runner, why_no_copies
 from self_speculation.passes.runners import is_captured
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
@@ -53,27 +53,27 @@ class DraftContext:
         return "exact" if config.is_adaptive and why_no_copies(self.runner.model) else config.draft_weights
 
     @cached_property
-    def drafter(self) -> ModelRunner:
-        """Runs the layers that draft and their head. Shared by all exits.
+    def draft_runner(self) -> ModelRunner:
+        """The runner that drafts: the target's, or one over copies in four bits. All exits share it.
 
         Raises:
             ValueError: layers or head cannot be copied.
         """
         if self.draft_weights == "exact":
             return self.runner
-        return quantized(self.runner, self.exit_layers[-1])
+        return int4_draft_runner(self.runner, self.exit_layers[-1])
 
 
 def draft_sources(context: DraftContext) -> list[DraftSource | LookupDrafts]:
     """The sources that the config asks for. Of equally long matches, a row takes the first source's."""
     sources: list[DraftSource | LookupDrafts] = [*_layer_drafts(context)]
     if context.config.looks_up:
-        sources.append(TextDrafts(context.config.prompt_lookup or _LONGEST_MATCH))
+        sources.append(NgramDrafts(context.config.prompt_lookup or _LONGEST_MATCH))
     return sources
 
 
 def make_composer(context: DraftContext) -> DraftComposer:
-    """The sources that the config asks for.
+    """Make the composer of the config's sources; for adaptive decoding with a policy that picks among them.
 
     Raises:
         ValueError: layers or head cannot be copied, or several sources compute and nothing picks one.
@@ -89,7 +89,7 @@ def make_composer(context: DraftContext) -> DraftComposer:
 def _layer_drafts(context: DraftContext) -> Iterator[LayerDrafts]:
     weights = context.draft_weights
     num_layers = len(context.runner.layers)
-    drafter = context.drafter  # first: without kernels for copies, there are no costs of them
+    draft_runner = context.draft_runner  # first: without kernels for copies, there are no costs of them
     grows = relative_pass_cost(context.runner, weights)
 
     def draft_step(layer: int) -> Callable[[int], float]:
@@ -100,7 +100,7 @@ def _layer_drafts(context: DraftContext) -> Iterator[LayerDrafts]:
         cost = DraftCost(draft_step(layer), prior_strength=1.0)  # one good trial is enough
         if is_whole := layer == num_layers:
             cost = replace(cost, priors=_COPY_PRIOR, prior_strength=_COPY_PRIOR_STRENGTH)
-        yield LayerDrafts(drafter, layer, weights, cost, is_whole)
+        yield LayerDrafts(draft_runner, layer, weights, cost, is_whole)
 
 
 def _stats(context: DraftContext) -> SourceStats:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
 from self_speculation.families import FAMILIES
-from self_speculation.loading.gguf_files import ROTATION_TENSORS, Header, TensorInFile, read_tensor
+from self_speculation.loading.gguf_files import ROTATION_TENSORS, Header, TensorInfo, read_tensor
 
 # Families by their names in files, where those differ.
 _FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
@@ -76,7 +76,7 @@ def config_of(header: Header, given: Mapping[str, object]) -> PretrainedConfig:
 
 
 def _rotation(
-    header: Header, tensors: Mapping[str, TensorInFile], family: str, head_dim: int
+    header: Header, tensors: Mapping[str, TensorInfo], family: str, head_dim: int
 ) -> dict[str, object]:
     """Settings of a config that rotates as llama.cpp does.
 

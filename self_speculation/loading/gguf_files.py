@@ -47,7 +47,7 @@ _STRING = 8
 _ARRAY = 9
 
 
-class TensorInFile(NamedTuple):
+class TensorInfo(NamedTuple):
     name: str
     shape: tuple[int, ...]  # [out, in] of a matrix
     quant_type: GGMLQuantizationType
@@ -119,17 +119,17 @@ class Header:
         self._at += struct.calcsize(f"<{number}{_NUMBERS[value_type]}")
         return [*values]
 
-    def _tensor(self) -> TensorInFile:
+    def _tensor(self) -> TensorInfo:
         name = self._text()
         dimensions = self._number("I")
         shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
         quant_type = GGMLQuantizationType(self._number("I"))
         start = self._number("Q")
         block_size, num_bytes = GGML_QUANT_SIZES[quant_type]
-        return TensorInFile(name, shape, quant_type, start, math.prod(shape) // block_size * num_bytes)
+        return TensorInfo(name, shape, quant_type, start, math.prod(shape) // block_size * num_bytes)
 
 
-def dtype_of_matrices(header: Header) -> torch.dtype:
+def storage_dtype(header: Header) -> torch.dtype:
     """uint8 if the operators read every matrix and one is quantised. Else the dtype of most matrices, or
     float16. Warns about formats without operators.
     """
@@ -137,17 +137,17 @@ def dtype_of_matrices(header: Header) -> torch.dtype:
     for tensor in header.tensors:
         if len(tensor.shape) > 1:
             sizes[tensor.quant_type] += math.prod(tensor.shape)
-    unread = [quant_type for quant_type in sizes if quant_type not in FORMATS and quant_type not in _DENSE]
-    for quant_type in unread:
+    unsupported = [quant_type for quant_type in sizes if quant_type not in (*FORMATS, *_DENSE)]
+    for quant_type in unsupported:
         share = f"{sizes[quant_type] / sizes.total():.0%} of its weights are in {quant_type.name}"
         what = f"{share}, which no operator here has: all are read in 16 bits"
         warnings.warn(f"model {header.path}: {what}", LoadingWarning, stacklevel=4)
-    if not unread and any(quant_type in FORMATS for quant_type in sizes):
+    if not unsupported and any(quant_type in FORMATS for quant_type in sizes):
         return torch.uint8
     return _DENSE.get(max(sizes, key=sizes.__getitem__), torch.float16)
 
 
-def load_file(
+def load_gguf(
     header: Header, config: PretrainedConfig, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, list[str]]:
     """A model on the CPU, and the names of parameters that the file lacks.
@@ -159,7 +159,7 @@ def load_file(
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = model_class._from_config(config, dtype=dtype or torch.float32)
 
-    def read(tensor: TensorInFile) -> Tensor:
+    def read(tensor: TensorInfo) -> Tensor:
         if dtype is None and len(tensor.shape) == 2 and tensor.quant_type in FORMATS:
             rows = np.fromfile(header.path, np.uint8, tensor.num_bytes, offset=tensor.start)
             return torch.from_numpy(rows).view(tensor.shape[0], -1)
@@ -168,7 +168,7 @@ def load_file(
         return read_tensor(header.path, tensor, dtype if dtype and is_matrix else torch.float32)
 
     dense: dict[str, Tensor] = {}
-    for name, tensor, weight in _read_all(header, config, model.state_dict(), read):
+    for name, tensor, weight in _load_tensors(header, config, model.state_dict(), read):
         if weight.dtype != torch.uint8:
             dense[name] = weight.to(dtype or torch.float32)
             continue
@@ -189,14 +189,14 @@ def load_file(
     return model.eval(), [name for name, tensor in tensors if tensor.is_meta]
 
 
-def _read_all(
+def _load_tensors(
     header: Header,
     config: PretrainedConfig,
     parameters: Iterable[str],
-    read: Callable[[TensorInFile], Tensor],
-) -> Iterator[tuple[str, TensorInFile, Tensor]]:
-    """The weights of parameters, in transformers' order of rows; read on several threads. Bytes become
-    weights in few bits.
+    read: Callable[[TensorInfo], Tensor],
+) -> Iterator[tuple[str, TensorInfo, Tensor]]:
+    """Yield parameter name, tensor and weight, the largest tensor first. Several threads read tensors, order
+    their rows as transformers does, and move quantised blocks to where the operators want them.
     """
     architecture = header.metadata["general.architecture"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
@@ -205,11 +205,11 @@ def _read_all(
     by_name_in_file = {names.get_name(name, (".weight", ".bias")): name for name in parameters}
     largest_first = sorted(header.tensors, key=lambda tensor: -tensor.num_bytes)
     tensors = {by_name_in_file[t.name]: t for t in largest_first if t.name in by_name_in_file}
-    if unread := {t.name for t in largest_first} - by_name_in_file.keys() - {*ROTATION_TENSORS}:
-        raise ValueError(f"{min(unread)} is no tensor of a {config.model_type} model as transformers has it")
+    if unknown := {t.name for t in largest_first} - by_name_in_file.keys() - {*ROTATION_TENSORS}:
+        raise ValueError(f"{min(unknown)} is no tensor of a {config.model_type} model as transformers has it")
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
 
-    def ordered(tensor: TensorInFile) -> Tensor:
+    def ordered(tensor: TensorInfo) -> Tensor:
         weight = read(tensor)
         # Nothing is computed: numpy need not know bfloat16.
         plain = weight.view(torch.int16) if weight.dtype.itemsize == 2 else weight
@@ -229,7 +229,7 @@ def _read_all(
             advance(tensor.num_bytes)
 
 
-def read_tensor(path: Path, tensor: TensorInFile, dtype: torch.dtype) -> Tensor:
+def read_tensor(path: Path, tensor: TensorInfo, dtype: torch.dtype) -> Tensor:
     row = math.prod(tensor.shape[1:])
     row_bytes = tensor.num_bytes // tensor.shape[0]
     weight = torch.empty(tensor.shape, dtype=dtype)

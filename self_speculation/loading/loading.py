@@ -36,7 +36,7 @@ from self_speculation.config import (
 from self_speculation.devices import why_no_gpu
 from self_speculation.families import LLAMA_LAYOUT, check_supported, experts_per_token, scale_rotation
 from self_speculation.loading.gguf_config import config_of
-from self_speculation.loading.gguf_files import Header, dtype_of_matrices, load_file
+from self_speculation.loading.gguf_files import Header, load_gguf, storage_dtype
 from self_speculation.loading.sources import LoadingError, adapted_model, explained, locate, path_of
 from self_speculation.passes.quantized_layers import quantize
 from self_speculation.passes.runners import activation_dtype, capture_decoding, check_can_be_captured, fuse
@@ -154,7 +154,7 @@ def load_model_and_tokenizer(
         if chat and not tokenizer.chat_template:
             such = "instruction models have one, such as HuggingFaceTB/SmolLM2-135M-Instruct"
             raise LoadingError(f"chat True: the model's tokenizer has no chat template; {such}")
-        bits = _bits(options.quantization, device, config, base)
+        bits = _operator_bits(options.quantization, device, config, base)
         is_asked_for = options.dtype != "auto" or "dtype" in given
         reads_file_dtype = adapted is None and options.fuse and not is_asked_for and options.device != "split"
         file_dtype = _file_dtype(device, header, config) if reads_file_dtype else None
@@ -165,7 +165,7 @@ def load_model_and_tokenizer(
             "use_safetensors": True,
             "device_map": device_map,
         }
-        model_kwargs |= _quantized(options.quantization, dtype, config) if bits is None else {}
+        model_kwargs |= _quantization_kwargs(options.quantization, dtype, config) if bits is None else {}
         model_kwargs |= {name: arg for name, arg in given.items() if name not in in_config}
         if header is None:
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -174,14 +174,14 @@ def load_model_and_tokenizer(
             absent = sorted(info["missing_keys"])
         else:
             name = str(model_kwargs["dtype"]).removeprefix("torch.")  # model_args has names
-            loaded, absent = load_file(
+            loaded, absent = load_gguf(
                 header, config, None if file_dtype == torch.uint8 else getattr(torch, name)
             )
         if absent:
             missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
             raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
         if header is not None:
-            loaded = _placed(loaded, device_map)
+            loaded = _moved(loaded, device_map)
         if adapted is not None:
             from peft import PeftModel
 
@@ -240,7 +240,7 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _placed(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
+def _moved(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
     """Move a model from the CPU to a device, or split it over all GPUs."""
     if device_map != "auto":
         return model.to(device_map)
@@ -253,7 +253,7 @@ def _file_dtype(device: torch.device, header: Header | None, config: PretrainedC
     """The dtype of weights that operators read as a file has them; uint8: few bits. None: they cannot."""
     if not _has_operators(device):
         return None
-    dtype = config.dtype if header is None else dtype_of_matrices(header)
+    dtype = config.dtype if header is None else storage_dtype(header)
     is_read = dtype in (torch.bfloat16, torch.float16) and config.model_type in LLAMA_LAYOUT
     return dtype if is_read or dtype == torch.uint8 else None
 
@@ -267,7 +267,7 @@ def _header(model: str) -> Header | None:
     return Header(Path(model).expanduser()) if model.lower().endswith(".gguf") else None
 
 
-def _bits(
+def _operator_bits(
     quantization: Quantization, device: torch.device, config: PretrainedConfig, weights: str
 ) -> int | None:
     """Bits of a weight that `quantize` rounds to, for our operators; None: no rounding. Raises LoadingError
@@ -280,7 +280,7 @@ def _bits(
     return {"int8": 8, "int4": 4}[quantization] if _has_operators(device) else None
 
 
-def _quantized(
+def _quantization_kwargs(
     quantization: Quantization, dtype: torch.dtype | str, config: PretrainedConfig
 ) -> dict[str, object]:
     """Arguments of `from_pretrained` for torchao or bitsandbytes, which quantise the weights."""

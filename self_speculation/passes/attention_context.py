@@ -12,8 +12,9 @@ from self_speculation.model_cache import lock
 from self_speculation.passes.kv_cache import ALIGNMENT, KVCache, Pair
 
 
-class AttentionTables:
-    """What the passes of a model share: cos and sin by kind of rotation, and constants.
+class RotaryTables:
+    """cos and sin of positions by kind of rotation, for all passes of a model. They grow with the longest
+    row.
 
     Args:
         dtype: of activations.
@@ -64,7 +65,7 @@ class AttentionContext:
     """
 
     def __init__(
-        self, tables: AttentionTables, cache: KVCache, start_layer: int, width: int, kind: AttentionType
+        self, tables: RotaryTables, cache: KVCache, start_layer: int, width: int, kind: AttentionType
     ) -> None:
         lengths = cache.lengths(start_layer)
         self.cache = cache

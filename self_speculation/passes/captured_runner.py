@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from self_speculation.config import CacheDtypeName
 from self_speculation.devices import padded, round_up
 from self_speculation.model_cache import cached, lock, peek
-from self_speculation.passes.attention_context import AttentionTables
+from self_speculation.passes.attention_context import RotaryTables
 from self_speculation.passes.fused_layers import DecodeContext, FusedRunner
 from self_speculation.passes.kv_cache import Buffers, KVCache
 from self_speculation.passes.layers import PlainHead
@@ -63,7 +63,7 @@ class CapturedRunner(FusedRunner):
         self.cache_dtype(dtype)
 
         def valid_for(passes: CapturedPasses) -> Hashable:
-            return self.fused_weights.token, passes.num_slots >= num_slots
+            return self.fused_weights.identity, passes.num_slots >= num_slots
 
         with lock(self.model):
             passes = cached(self.model, CapturedPasses, valid_for, lambda: CapturedPasses(self, num_slots))
@@ -104,7 +104,7 @@ class CapturedPasses(Buffers):
         super().__init__(runner.devices, runner.key_shape, runner.dtype, num_slots)
         self.grows = False
         # Graphs read them, and they only grow here.
-        self._tables = AttentionTables(runner.model, runner.dtype)
+        self._tables = RotaryTables(runner.model, runner.dtype)
         self._drop_replays()
         self.inputs = dict[tuple[int, int], tuple[Tensor, Tensor]]()  # [B, T, H] states, [B, T] positions
         self._hidden_size = runner.config.hidden_size

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from self_speculation.devices import is_lost_device
 from self_speculation.families import AttentionType
-from self_speculation.passes.attention_context import AttentionContext, AttentionTables
+from self_speculation.passes.attention_context import AttentionContext, RotaryTables
 from self_speculation.passes.kv_cache import KVCache, Pair
 from self_speculation.passes.layers import FusedWeights, Head, Layer, LlamaLayer, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner, run_through
-from self_speculation.passes.unsupported_hooks import difference
+from self_speculation.passes.unsupported_hooks import why_not_plain
 
 _SIZES = (64, 96, 128, 256)  # of a head, that our kernels take
 
@@ -59,7 +59,7 @@ class DecodeContext:
     """
 
     def __init__(
-        self, tables: AttentionTables, buffers: Mapping[int, Pair], positions: Tensor, kind: AttentionType
+        self, tables: RotaryTables, buffers: Mapping[int, Pair], positions: Tensor, kind: AttentionType
     ) -> None:
         self._buffers = buffers
         self._positions = positions
@@ -211,9 +211,9 @@ class JointWeights(FusedWeights):
     def replace(self, model: PreTrainedModel) -> None:
         base = model.base_model
         head = model.get_output_embeddings()
-        layers = [layer for layer in base.layers if difference(model, layer) is None]
+        layers = [layer for layer in base.layers if why_not_plain(model, layer) is None]
         self.replaced = {layer: FusedLayer(layer) for layer in layers}
-        if difference(model, base.norm, head) is None:
+        if why_not_plain(model, base.norm, head) is None:
             self.replaced[head] = Head(RMSNorm(base.norm), JointLinear(head))
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.layers import FusedWeights, Head, Layer, LlamaLayer, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.passes.unsupported_hooks import difference
+from self_speculation.passes.unsupported_hooks import why_not_plain
 from self_speculation.weights.few_bits import NONE, apply_linear, is_in_few_bits
 from self_speculation.weights.kernels import cpu_operators
 
@@ -84,7 +84,7 @@ class InPlaceWeights(FusedWeights):
         roots = [*([layer] for layer in base.layers), [base.norm, head]]
         if model.dtype.itemsize == 2 and hasattr(base.embed_tokens, "scalar_embed_scale"):
             roots.append([base.embed_tokens])  # `ModelRunner.embed` scales by itself
-        if any(difference(model, *modules) is not None for modules in roots):
+        if any(why_not_plain(model, *modules) is not None for modules in roots):
             return
         layers = [InPlaceLayer(layer) for layer in base.layers]
         if any(layer.is_gelu is None for layer in layers):
@@ -128,7 +128,7 @@ class InPlaceRunner(ModelRunner):
         states = hidden.contiguous()
         piece_begin = 0
         row_ends = [*accumulate(query_lengths)]
-        num_pieces = -(-len(states) // cpu_operators().prompt_tokens)
+        num_pieces = -(-len(states) // cpu_operators().max_pass_tokens)
         for piece in states.tensor_split(num_pieces):  # of nearly equal size
             piece_end = piece_begin + len(piece)
             row_tokens = [  # tokens of each row in this piece

@@ -153,10 +153,11 @@ class LlamaLayer(Layer):
 
 
 class FusedWeights:
-    """What `fuse` makes of a model, valid for one `weights_key`; this class makes nothing.
+    """The layers and head that decode in place of a model's modules, valid for one `weights_key`. This class
+    replaces none.
 
     Attributes:
-        token: a unique object, which identifies these weights while it is kept.
+        identity: a unique object, other than that of all other weights while it is kept.
         replaced: module of the model -> layer or head of this library; `lm_head` -> head.
         dtype: of activations, keys, values and logits.
         copies: linear module -> the copy in four bits.
@@ -165,7 +166,7 @@ class FusedWeights:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        self.token = object()
+        self.identity = object()
         self.replaced = dict[nn.Module, Any]()
         self.copies = dict[Hashable, Any]()
         self.dtype = model.dtype

@@ -27,7 +27,7 @@ from self_speculation.families import (
     context_length,
     key_shape,
 )
-from self_speculation.passes.attention_context import AttentionContext, AttentionTables
+from self_speculation.passes.attention_context import AttentionContext, RotaryTables
 from self_speculation.passes.kv_cache import Buffers, KVCache
 from self_speculation.passes.layers import FusedWeights, Head, Layer, PlainHead, PlainLayer
 from self_speculation.transfers import on_device
@@ -77,7 +77,7 @@ class ModelRunner:
         self.head: Head = replaced.get(head) or PlainHead(base.norm, head)
         self.attention_types = attention_types(self.config)  # [L]
         self._embed = base.embed_tokens
-        self.tables = AttentionTables(model, self.dtype)
+        self.tables = RotaryTables(model, self.dtype)
         self.device = self.tables.device
         self.key_shape = key_shape(self.config)
         devices = (next(layer.parameters()).device for layer in base.layers)
@@ -85,7 +85,7 @@ class ModelRunner:
         self.devices = [self.device if device.type == "meta" else device for device in devices]
 
     def cache_dtype(self, name: CacheDtypeName) -> torch.dtype:
-        """Of keys and values. Raises ValueError for one that this device does not have."""
+        """The dtype of keys and values. Raises ValueError for one that this device does not have."""
         dtype = self.dtype if name == "auto" else getattr(torch, name)
         if self.device.type != "cpu" and dtype != self.dtype:
             has = str(self.dtype).removeprefix("torch.")
@@ -218,14 +218,20 @@ def run_through(
     return states.view_as(hidden)
 
 
-def forward_pieces(
-    runner: ModelRunner, cache: KVCache, pieces: Sequence[list[int]], end_layer: int, ended: Sequence[int]
+def prefill(
+    runner: ModelRunner, cache: KVCache, chunks: Sequence[list[int]], end_layer: int, ended: Sequence[int]
 ) -> Tensor:
-    """Layers [:end_layer] over new tokens of each row, in one pass; logits [n, V] after the last token of
-    those rows that have `ended`, or [0, H] if none has.
+    """Run layers [:end_layer] over the next tokens of each row's prompt, in one pass.
+
+    Args:
+        chunks: [B] the ids of these tokens.
+        ended: the n rows whose prompts end with them.
+
+    Returns:
+        [n, V] logits after the last tokens of these rows; if there are none, an empty tensor.
     """
-    hidden = runner.embed(on_device([id_ for piece in pieces for id_ in piece], runner.device))
-    hidden = runner.run_layers(cache, hidden, [*map(len, pieces)], 0, end_layer)
-    ends = [*accumulate(map(len, pieces))]
+    hidden = runner.embed(on_device([id_ for piece in chunks for id_ in piece], runner.device))
+    hidden = runner.run_layers(cache, hidden, [*map(len, chunks)], 0, end_layer)
+    ends = [*accumulate(map(len, chunks))]
     finals = [hidden[ends[row] - 1] for row in ended]  # of each, [H]
     return runner.logits(torch.stack(finals)) if finals else hidden[:0]

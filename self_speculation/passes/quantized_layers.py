@@ -18,7 +18,7 @@ from self_speculation.passes.fused_layers import JointLinear
 from self_speculation.passes.layers import Head, PlainHead, PlainLayer
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.runners import eager_runner
-from self_speculation.passes.unsupported_hooks import difference
+from self_speculation.passes.unsupported_hooks import why_not_plain
 from self_speculation.progress import progress
 from self_speculation.threads import most_threads, one_thread
 from self_speculation.weights.few_bits import FewBitsLinear, apply_linear, eight_bits, mean_bytes_per_weight
@@ -103,7 +103,7 @@ def check_family(draft_weights: DraftWeights, config: PretrainedConfig) -> None:
         raise ValueError(f"draft_weights {draft_weights}: there are no copies of a {kind}; it must be exact")
 
 
-def quantized(runner: ModelRunner, num_layers: int) -> ModelRunner:
+def int4_draft_runner(runner: ModelRunner, num_layers: int) -> ModelRunner:
     """A runner of the first layers and the head in four bits. Each copy is made once.
 
     Raises:
@@ -157,7 +157,7 @@ def _check_plain(runner: ModelRunner, num_layers: int, flag: str) -> None:
     if isinstance(runner.head, PlainHead):
         asked.append(("head", [runner.model.base_model.norm, runner.head.linear]))
     for name, modules in asked:
-        if (why := difference(runner.model, *modules)) is not None:
+        if (why := why_not_plain(runner.model, *modules)) is not None:
             only = "only layers and a head without hooks, adapters and quantised weights are rounded"
             raise ValueError(f"{flag}: {name}: {why}; {only}")
 

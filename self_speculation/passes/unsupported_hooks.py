@@ -84,9 +84,10 @@ def _name(function: object) -> str:
     return f"{named.__qualname__} of {named.__module__}"
 
 
-def difference(model: PreTrainedModel, *roots: nn.Module) -> str | None:
-    """The first reason why modules are not plain, or None. Plain ones are of the model's family,
-    without hooks, and have weights of one dtype on one device.
+def why_not_plain(model: PreTrainedModel, *roots: nn.Module) -> str | None:
+    """The first reason why modules are not plain, so that only transformers can compute them; None: they are.
+
+    Plain modules are of the model's family, without hooks, and have weights of one dtype on one device.
     """
     family = f"transformers.models.{model_type_to_module_name(model.config.model_type)}."
     named = [pair for root in roots for pair in root.named_modules()]

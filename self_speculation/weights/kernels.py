@@ -60,8 +60,8 @@ class CPUOperators(NamedTuple):
         return self.variant == "AMX"
 
     @property
-    def prompt_tokens(self) -> int:
-        """The most tokens of a prompt in a pass: a core's cache has the inputs of so many. With tiles
+    def max_pass_tokens(self) -> int:
+        """The most tokens of one call of an operator: a core's cache holds their inputs. With tiles
         arithmetic is fast, so that more tokens have to pay for reading the weights.
         """
         return 256 if self.has_tiles else 64

@@ -51,7 +51,7 @@ def test_every_step_works(outcome):
     assert errors == {}, next(iter(errors.values()))["traceback"]
     assert status == 0
     assert [*found] == ["card", "model", *STEPS]
-    assert not [name for name, result in found.items() if result.get("difference") or result.get("rows")]
+    assert not [name for name, result in found.items() if result.get("why_not_plain") or result.get("rows")]
     assert found["guided"]["conforms"]
     assert found["capture"]["captures"] > 0
     assert found["captured self-speculative"].keys() > {"tokens/s", "ms a round", "accepted", "drafted"}

@@ -181,7 +181,7 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
     for key in range(num_rows):
         scheduler.add_request(key, requests[key])
     with monkeypatch.context() as patches:
-        patches.setattr("self_speculation.self_speculation_generator.target_logits", out_of_memory)
+        patches.setattr("self_speculation.self_speculation_generator.verify", out_of_memory)
         with pytest.raises(MemoryError) if num_rows > 1 else nullcontext():
             scheduler.step()
     assert all(isinstance(error, MemoryError) for _, error in scheduler.pop_finished())
@@ -258,7 +258,7 @@ def test_a_callback_may_cancel(callback, budget, drafts):
     scheduler = scheduler_of(model, 3, budget, max_steps=20, **drafts)
     cancels = Calls(lambda: scheduler.cancel({"cancels", "waits"}))
     cancels_what_has_ended = Calls(
-        lambda: scheduler.cancel({row.key for row in scheduler.batch.sequences if row.stop_reason})
+        lambda: scheduler.cancel({row.request_id for row in scheduler.batch.sequences if row.stop_reason})
     )
     scheduler.add_request("stays", Request(PROMPTS[0], streamer=cancels_what_has_ended))
     scheduler.add_request("waits", Request(PROMPTS[4]))
@@ -282,7 +282,7 @@ def test_the_first_error_of_a_round_counts():
     logits = sequence.process(torch.zeros(3, 50), 0)
     sequence.check([0.0, 0.0, torch.nan])
     sequence.commit([7, 8, 9], logits)
-    assert (sequence.tokens, type(sequence.result())) == ([7], KeyError)
+    assert (sequence.output_ids, type(sequence.result())) == ([7], KeyError)
     sequence.check([0.0])
     assert sequence.is_damaged
 
@@ -298,7 +298,7 @@ def test_logits_are_for_criteria_alone():
         request = Request([5, 6], stopping_criteria=criteria)
         sequence = Sequence(request, GenerationConfig(max_steps=2), 99, torch.device("cpu"))
         sequence.commit([7, 8, 9], Mock(spec=[]) if criteria is None else logits, first=3)
-        assert (sequence.tokens, sequence.error, sequence.stop_reason) == ([7, 8], None, "max_steps")
+        assert (sequence.output_ids, sequence.error, sequence.stop_reason) == ([7, 8], None, "max_steps")
     assert seen == [([5, 6, 7], [[3.0]]), ([5, 6, 7, 8], [[4.0]])]
 
 
@@ -313,4 +313,4 @@ def test_an_error_of_a_draft_alone_does_not_count():
     sequence = Sequence(Request([5, 6], process), GenerationConfig(max_steps=9), 99, torch.device("cpu"))
     sequence.process(torch.ones(1, 50), 0)
     sequence.commit([7, 8], sequence.process(torch.zeros(2, 50), 0), num_drafted=1)
-    assert (sequence.tokens, sequence.error) == ([7, 8], None)
+    assert (sequence.output_ids, sequence.error) == ([7, 8], None)

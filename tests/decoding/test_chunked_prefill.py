@@ -42,7 +42,7 @@ def test_a_long_prompt_does_not_hold_up_others(budget, left):
     lengths = []
     while len(scheduler.batch) < 2 and scheduler.batch.sequences[0].remaining:
         scheduler.step()
-        lengths.append(len(scheduler.batch.sequences[0].tokens))
+        lengths.append(len(scheduler.batch.sequences[0].output_ids))
     assert lengths == list(range(3, 3 + len(lengths)))  # a token in each step
     fewest = -(-len(LONG) // left)  # the first sequence's token counts
     assert fewest <= len(lengths) <= 1.3 * fewest  # tokens far behind count as more
@@ -53,13 +53,13 @@ def test_pieces_far_behind_in_a_prompt_are_smaller_beside_an_answer(monkeypatch)
     before them, and against a prompt that is read in smaller pieces though nobody waits.
     """
     widths = []
-    forward = self_speculation.scheduler.forward_pieces
+    forward = self_speculation.scheduler.prefill
 
     def recorded(runner, cache, pieces, *args):
         widths.extend(map(len, pieces))
         return forward(runner, cache, pieces, *args)
 
-    monkeypatch.setattr(self_speculation.scheduler, "forward_pieces", recorded)
+    monkeypatch.setattr(self_speculation.scheduler, "prefill", recorded)
     scheduler = scheduler_of(tiny_llama(max_position_embeddings=2048), 2, 17, max_steps=300)
     scheduler.add_request("long alone", Request([3] * 800))
     while not scheduler.batch:
@@ -85,14 +85,14 @@ def test_a_step_costs_no_more_than_the_budget_beside_a_prompt_that_is_read_far(m
         scheduler.step()
     scheduler.add_request("new", Request([3] * 20))
     costs = []
-    choose = scheduler._next_pass
+    choose = scheduler._schedule_prefill
 
     def recorded(left, least):
         chosen = choose(left, least)
         costs.extend(width * scheduler._cost(sequence) for sequence, width in chosen or [])
         return chosen
 
-    monkeypatch.setattr(scheduler, "_next_pass", recorded)
+    monkeypatch.setattr(scheduler, "_schedule_prefill", recorded)
     scheduler.step()
     assert 50 < sum(costs) <= 60 + 3  # a token of the long one is rounded to the nearest
 
@@ -107,7 +107,7 @@ def test_prompts_are_read_in_turn():
     while len(scheduler.batch) < 4:
         before = len(scheduler.batch)
         scheduler.step()
-        joined += [sequence.key for sequence in scheduler.batch.sequences[before:]]
+        joined += [sequence.request_id for sequence in scheduler.batch.sequences[before:]]
     assert joined == ["short", "third", "long"]
 
 
@@ -170,14 +170,14 @@ def test_a_pass_reads_many_prompts(most, budget, lengths, passes, monkeypatch):
 
 def test_an_error_in_a_pass_is_that_of_one_prompt(monkeypatch):
     """Guards against an error that ends all prompts of a pass."""
-    forward = self_speculation.scheduler.forward_pieces
+    forward = self_speculation.scheduler.prefill
 
     def out_of_memory(runner, cache, pieces, *args):
         if any(49 in piece for piece in pieces):
             raise MemoryError
         return forward(runner, cache, pieces, *args)
 
-    monkeypatch.setattr("self_speculation.scheduler.forward_pieces", out_of_memory)
+    monkeypatch.setattr("self_speculation.scheduler.prefill", out_of_memory)
     scheduler = scheduler_of(tiny_llama(), 3)
     prompts = {0: [5, 9, 4], 1: [5, 49, 4], 2: [7, 7]}
     add(scheduler, prompts)

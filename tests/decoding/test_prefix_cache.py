@@ -67,7 +67,7 @@ def test_a_prefix_of_several_prompts_is_kept_once(reuse_cache):
     for key, prompt in enumerate(prompts):
         config = config_of(max_steps=steps[key])
         scheduler.add_request(key, Request(prompt, config=config, eos_token_ids=[]))
-    buffers = scheduler._ensure_prepared().cache.buffers
+    buffers = scheduler._ensure_inputs().cache.buffers
     results = {}
     held = []
     while scheduler.has_requests:
@@ -166,7 +166,7 @@ def test_nan_in_a_shared_prefix_fails_those_who_share_it():
     scheduler = scheduler_of(model, 3, 64, reuse_cache=True)
     for key, prompt in enumerate(prompts):
         scheduler.add_request(key, Request(prompt, eos_token_ids=[]))
-    buffers = scheduler._ensure_prepared().cache.buffers
+    buffers = scheduler._ensure_inputs().cache.buffers
     results = drained(scheduler)
     assert all(isinstance(results[key], FloatingPointError) for key in range(3))
     for key in range(3, 6):

@@ -137,8 +137,8 @@ def end_of(result):
 @torch.inference_mode()
 def end_by_transformers(model, request, config, context, tokens):
     """The end of an answer of the given tokens and the position. Fails if a token is another one."""
-    start = len(request.ids)
-    ids = [*request.ids, *tokens]
+    start = len(request.prompt_ids)
+    ids = [*request.prompt_ids, *tokens]
     passed = model(torch.tensor([ids]), output_hidden_states=True)
     logits = passed.logits
     if config.exit_layer != -1:
@@ -186,7 +186,7 @@ def together(model, requests, batch_size, budget, cancelled, **config):
             scheduler.add_request(*waiting.popleft())
         if step == cancelled[0]:
             scheduler.cancel({cancelled[1]})
-            before = {row.key: [*row.tokens] for row in scheduler.batch.sequences}
+            before = {row.request_id: [*row.output_ids] for row in scheduler.batch.sequences}
         scheduler.step()
         results |= scheduler.pop_finished()
         if not (waiting or scheduler.has_requests):

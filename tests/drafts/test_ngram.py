@@ -11,7 +11,7 @@ from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts import ngram
 from self_speculation.drafts.composer import DraftComposer
-from self_speculation.drafts.ngram import NgramIndex, TextDrafts
+from self_speculation.drafts.ngram import NgramDrafts, NgramIndex
 
 
 def by_scanning(ids, longest):
@@ -44,16 +44,16 @@ def longest_match(text, *sources):
 def test_what_a_grammar_forbids_is_not_drafted():
     """Guards against a verification of tokens that it must reject."""
     text = sequence(7, 1, 2, 3, 7, 1, processor=Mock(count_allowed=lambda output, draft: 1))
-    assert longest_match(text, TextDrafts(2)) == ("n-grams", 2, [2])
+    assert longest_match(text, NgramDrafts(2)) == ("n-grams", 2, [2])
 
 
 def found_in(text, k=2):
     """What an index finds that has read the output token by token."""
-    drafts = TextDrafts(4)
-    begun = sequence(*text.prompt, prediction=text.prediction)
-    for token in text.tokens:
+    drafts = NgramDrafts(4)
+    begun = sequence(*text.prompt_ids, prediction=text.prediction)
+    for token in text.output_ids:
         drafts.find(begun, k)
-        begun.tokens.append(token)
+        begun.output_ids.append(token)
     return drafts.find(begun, k)
 
 
@@ -63,9 +63,9 @@ def test_a_match_goes_on_beyond_the_longest_ngram():
     """
     line = [1, 2, 3, 4, 5]
     text = sequence(8, *line, 10, *line, 20, *line, 30, 9)
-    text.tokens += [8, *line]
+    text.output_ids += [8, *line]
     assert found_in(text).ids == [10, 1]
-    text.tokens += [10, *line]
+    text.output_ids += [10, *line]
     assert found_in(text).ids == [20, 1]
     assert found_in(sequence(9, 1, 2, 1, 2), k=5).ids == [1, 2, 1, 2, 1]
 
@@ -82,12 +82,12 @@ def test_a_prediction_is_found_after_what_is_replaced_left_out_and_put_in():
         ([99, 98, 97, 42, 43], [44, 45], 2),  # put in
         (predicted[34:], [], 18),
     ):
-        text.tokens += more
+        text.output_ids += more
         match = found_in(text)
         if expected is None:
             assert match is None
         else:
-            assert (match.source, match.matched) == ("prediction", matched)
+            assert (match.source_name, match.matched) == ("prediction", matched)
             assert match.ids[: len(expected)] == expected
 
 
@@ -98,10 +98,10 @@ def test_a_prediction_with_equal_lines_goes_on_after_the_place_where_the_output_
     predicted = [1, 2, 10, 11, 1, 2, 20, 21, 1, 2, 30, 31]
     for output, expected in (([99, 1, 2], 10), ([1, 2, 99, 1, 2], 20), ([*predicted[:6], 99, 1, 2], 30)):
         text = sequence(5, prediction=predicted)
-        text.tokens += output
+        text.output_ids += output
         assert found_in(text)[::2] == ("prediction", [expected, expected + 1])
     text = sequence(5, prediction=predicted)
-    text.tokens += [*predicted[:10], 99, 1, 2]  # none is left
+    text.output_ids += [*predicted[:10], 99, 1, 2]  # none is left
     assert found_in(text).ids == [30, 31]
 
 
@@ -109,8 +109,8 @@ def test_a_prediction_is_drafted_first_also_if_the_prompt_has_it():
     """Guards against a prediction that waits for two tokens, and one that counts as the prompt."""
     predicted = [10, 11, 12, 13, 14]
     text = sequence(5, *predicted, 6, prediction=predicted)
-    text.tokens += predicted[:1]
+    text.output_ids += predicted[:1]
     assert found_in(text) == ("prediction", 3, [11, 12])
-    text.tokens += [99, 12, 13]
+    text.output_ids += [99, 12, 13]
     assert found_in(text)[::2] == ("prediction", [14, ngram._END])
-    assert found_in(sequence(5, *predicted, 6, 10, 11)).source == "n-grams"
+    assert found_in(sequence(5, *predicted, 6, 10, 11)).source_name == "n-grams"

@@ -18,7 +18,7 @@ from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.draft import Draft, DraftCost, Match
-from self_speculation.drafts.ngram import TextDrafts
+from self_speculation.drafts.ngram import NgramDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Plan, SourceStats, _Planner, _Row
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.weights.kernels import CPUOperators
@@ -108,13 +108,13 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
         planned = policy.plan([*map(match, found)], [8] * num_rows)
         plan = planned or Plan([None] * num_rows, [0] * num_rows)
         accepted = [0] * num_rows
-        for row, source in enumerate(plan.sources):
+        for row, source in enumerate(plan.source_names):
             assert (plan.lengths[row] > 0) == (source is not None)
             assert source != "n-grams" or found[row] is not None
             while accepted[row] < plan.lengths[row] and draws.random() < world.chances.get(source, 0.0):
                 accepted[row] += 1
-        (layers,) = {*plan.sources} - {None, "n-grams"} or {None}
-        lengths = [n for n, source in zip(plan.lengths, plan.sources, strict=True) if source == layers]
+        (layers,) = {*plan.source_names} - {None, "n-grams"} or {None}
+        lengths = [n for n, source in zip(plan.lengths, plan.source_names, strict=True) if source == layers]
         # Drafts of all rows in turn; a pass of few rows costs as much as one of many.
         drafting = 0.0 if layers is None else max(lengths) * world.draft_step(layers)
         times = drafting, world.verification(num_rows, sum(plan.lengths))
@@ -125,7 +125,7 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
         seconds = (times[0] * scatter, times[1] * scatter)
         if planned is not None:
             matched = [number or 0 for number in found]
-            policy.learn(drafted_by(plan.sources, plan.lengths, matched), accepted, seconds)
+            policy.learn(drafted_by(plan.source_names, plan.lengths, matched), accepted, seconds)
         made.append(Round(layers, plan, sum(accepted) + num_rows, sum(times)))
     return made
 
@@ -283,7 +283,7 @@ def test_ngrams_go_before_a_copy_row_by_row():
     made = play(chooser, world, 400, num_rows=4)
     ready = [match(3), None, None, None]
     plan = next(p for p in (chooser.plan(ready, [8, 8, 8, 0]) for _ in range(9)) if p.trial is None)
-    assert plan.sources == ["n-grams", COPY, COPY, None]
+    assert plan.source_names == ["n-grams", COPY, COPY, None]
     made_alone = play(policy(copy_takes=0.05), alone, 400, num_rows=4)
     assert speed(made, world, 4) > speed(made_alone, alone, 4) + 0.1
 
@@ -293,7 +293,7 @@ def test_the_row_that_is_most_likely_right_drafts_most():
     rows that verify three tokens cost 2.6 steps, where one that does costs 1.2.
     """
     plan = policy(stats(0.15)).plan([match(3), match(1), *[None] * 6], [8] * 8)
-    assert plan.sources == ["n-grams", *[None] * 7]
+    assert plan.source_names == ["n-grams", *[None] * 7]
     assert 2 <= plan.lengths[0] < 8
     assert not any(plan.lengths[1:])
     plan = policy(stats()).plan([match(3), match(2), *[None] * 6], [8] * 8)
@@ -337,15 +337,15 @@ def test_a_trial_is_one_token_of_one_row():
     chooser = policy()
     plans = [chooser.plan([match(3), None], [8, 8]) for _ in range(200)]
     trials = [plan for plan in plans if plan.trial is not None]
-    assert {plan.sources[1] for plan in trials} == {"exit 2", "exit 4"}
+    assert {plan.source_names[1] for plan in trials} == {"exit 2", "exit 4"}
     assert {plan.lengths[1] for plan in trials} == {1}
-    assert {(plan.trial, plan.sources[0]) for plan in trials} == {(1, "n-grams")}
-    assert {tuple(plan.sources) for plan in plans} == {
+    assert {(plan.trial, plan.source_names[0]) for plan in trials} == {(1, "n-grams")}
+    assert {tuple(plan.source_names) for plan in plans} == {
         ("n-grams", None),
-        *map(tuple, (p.sources for p in trials)),
+        *map(tuple, (p.source_names for p in trials)),
     }
     alone = [chooser.plan([match(3)], [8]) for _ in range(200)]
-    assert {"exit 2", "exit 4"} <= {plan.sources[plan.trial] for plan in alone if plan.trial is not None}
+    assert {"exit 2", "exit 4"} <= {plan.source_names[plan.trial] for plan in alone if plan.trial is not None}
 
 
 @pytest.mark.parametrize("num_rows", [1, 8])
@@ -365,7 +365,7 @@ def test_a_round_without_drafts_is_a_plain_step(monkeypatch):
     """
     model = tiny_llama(agreement="never")
     model_cache.kept(model).pop(SourceStats, None)
-    monkeypatch.setattr(TextDrafts, "find", lambda *_: None)
+    monkeypatch.setattr(NgramDrafts, "find", lambda *_: None)
     plans = watch(monkeypatch, AdaptivePolicy, "plan")
     shared = {"max_steps": 200, "eos": (), "seed": 0, "sample": True, "temperature": 0.9}
     found = generate(model, PROMPT, **shared, **ADAPTIVE)
@@ -382,7 +382,7 @@ def test_what_is_looked_up_is_planned_while_a_plan_without_drafts_holds():
     play(chooser, World(), 300)
     while chooser.plan([None], [8]) is not None:
         pass
-    assert chooser.plan([match(3)], [8]).sources == ["n-grams"]
+    assert chooser.plan([match(3)], [8]).source_names == ["n-grams"]
 
 
 def test_a_token_after_a_rejected_one_is_not_judged():

@@ -20,7 +20,7 @@ from self_speculation.decoding.request import Request
 from self_speculation.drafts import registry
 from self_speculation.drafts.draft import Draft, DraftCost, DraftSource, LookupDrafts, Match
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import TextDrafts
+from self_speculation.drafts.ngram import NgramDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.passes.runners import make_runner
 
@@ -42,7 +42,7 @@ def test_a_model_of_one_layer_has_no_exits():
         make_runner(tiny_llama(num_layers=1)), GenerationConfig(generation_strategy="adaptive")
     )
     assert context.draft_weights == "exact"
-    assert [type(source) for source in BUILT_IN(context)] == [TextDrafts]
+    assert [type(source) for source in BUILT_IN(context)] == [NgramDrafts]
 
 
 class Always(DraftSource):
@@ -154,7 +154,7 @@ class Echo(LookupDrafts):
     costs = {"echo": DraftCost(priors=(0.1, 0.99))}  # noqa: RUF012
 
     def find(self, sequence, k):
-        return Match("echo", 100, sequence.ids_from(sequence.length - 1) * k)
+        return Match("echo", 100, sequence.all_ids_from(sequence.length - 1) * k)
 
 
 @pytest.mark.parametrize("strategy", ["adaptive", "self_speculative"])

@@ -151,7 +151,7 @@ def test_on_a_gpu_auto_is_half(has_bf16, wanted, written, monkeypatch):
     monkeypatch.setattr(loading, "resolve_device", lambda _: torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "set_device", (choose := Mock()))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: has_bf16)
-    monkeypatch.setattr(loading, "_placed", lambda model, place: model)
+    monkeypatch.setattr(loading, "_moved", lambda model, place: model)
     for dtype, expected in (("auto", wanted), ("float32", torch.float32)):
         model, _ = load_model_and_tokenizer(str(written), LoadingOptions(dtype=dtype, fuse=False))
         assert {weight.dtype for weight in model.parameters()} == {expected}

@@ -161,7 +161,7 @@ def test_rounds_before_the_first_request_leave_nothing(way):
     rehearsed = scheduler()
     rehearsed.run_every_pass(100)
     assert torch.equal(torch.random.get_rng_state(), state)
-    buffers = rehearsed._ensure_prepared().cache.buffers
+    buffers = rehearsed._ensure_inputs().cache.buffers
     assert not any(part.count_nonzero() for part in buffers.all())
     result = answer(rehearsed)
     assert result.predicted_tokens == expected
@@ -237,7 +237,7 @@ def test_an_error_in_a_capture(fails, monkeypatch):
     scheduler.add_request(0, Request(PROMPT))
     with monkeypatch.context() as broken:
         if fails in ("growth", "tables"):
-            buffers = scheduler._ensure_prepared().cache.buffers
+            buffers = scheduler._ensure_inputs().cache.buffers
             # Of one layer, and the keys of the next.
             fail_after(*((3, kv_cache, "zeros") if fails == "growth" else (0, buffers._tables, "reserve")))
             scheduler.add_request(1, Request(prompts[3]))
@@ -328,7 +328,7 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
         capture_decoding(model)
         scheduler = scheduler_of(model, 2, max_steps=4)
         scheduler.run_every_pass(100, longest=8192)
-        cache = scheduler._ensure_prepared().cache
+        cache = scheduler._ensure_inputs().cache
         monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _: 0)
         cache.reserve(10, 9000)
         assert cache.buffers.replays

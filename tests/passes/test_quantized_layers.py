@@ -26,7 +26,7 @@ from self_speculation import make_strategy, progress
 from self_speculation.drafts import costs
 from self_speculation.families import FAMILIES
 from self_speculation.passes import quantized_layers
-from self_speculation.passes.quantized_layers import quantized
+from self_speculation.passes.quantized_layers import int4_draft_runner
 from self_speculation.passes.runners import bytes_made, fuse, make_runner
 from self_speculation.weights import int4_linear
 from self_speculation.weights.int4_linear import copy_bytes, int4_copy
@@ -42,7 +42,7 @@ def test_a_copy_knows_which_inputs_are_large():
     assert {*squares} == {part for part in model.model.layers.modules() if type(part) is nn.Linear}
     assert all(len(squares[module]) == module.in_features for module in squares)
     module = model.model.layers[0].mlp.down_proj
-    (copied,) = (part for part in quantized(runner, 1).layers[0].linears if part.in_features == 48)
+    (copied,) = (part for part in int4_draft_runner(runner, 1).layers[0].linears if part.in_features == 48)
     x = torch.randn(2, 48)
     ones = torch.ones(48)
     assert torch.equal(copied(x), int4_copy(module, squares[module])(x))
@@ -66,7 +66,7 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
     free = needed - 1
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: free)
     with pytest.raises(ValueError, match=r"draft_weights int4: takes 0.00 GiB more .* 0.00 GiB are free"):
-        quantized(runner, 2)
+        int4_draft_runner(runner, 2)
     free = needed
     shown = []
 
@@ -76,13 +76,13 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
         yield done.append
 
     with progress.shown_by(bar):
-        quantized(runner, 2)
+        int4_draft_runner(runner, 2)
     ((title, num_bytes, done),) = shown
     assert (title, sum(done)) == ("copies for drafts, int4", num_bytes)
     free = 0
-    quantized(make_runner(model), 2)  # the copies are there already
+    int4_draft_runner(make_runner(model), 2)  # the copies are there already
     with pytest.raises(ValueError, match="draft_weights int4: takes"):
-        quantized(runner, 3)
+        int4_draft_runner(runner, 3)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -98,7 +98,7 @@ def test_the_best_ids_have_the_logits_of_the_models_head(fused):
     runner = make_runner(model)
     hidden = torch.randn(3, 32)
     with torch.inference_mode():
-        exact, logits = runner.head(hidden), quantized(runner, 4).head(hidden)
+        exact, logits = runner.head(hidden), int4_draft_runner(runner, 4).head(hidden)
     best = exact.topk(4).indices
     assert_close(logits.gather(1, best), exact.gather(1, best))
     assert logits.topk(4).indices.equal(best)
@@ -165,9 +165,9 @@ def test_layers_that_are_not_plain_have_no_copies(model_type, change, message):
     change(model)
     fuse(model)
     with pytest.raises(ValueError, match=f"^draft_weights int4: {message}.*; only layers and a head without"):
-        quantized(make_runner(model), 2)
+        int4_draft_runner(make_runner(model), 2)
     if "layer 1" in message:
-        quantized(make_runner(model), 1)
+        int4_draft_runner(make_runner(model), 1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "olmoe"])
@@ -193,7 +193,7 @@ def test_two_threads_make_a_copy_once(monkeypatch):
 
     def copied():
         together.wait(10)
-        return quantized(runner, 2).head._copied
+        return int4_draft_runner(runner, 2).head._copied
 
     with ThreadPoolExecutor(2) as pool:
         first, second = (pool.submit(copied) for _ in range(2))

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from self_speculation import fuse, self_speculative_generate
 from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
 from self_speculation.passes.runners import activation_dtype
-from self_speculation.passes.unsupported_hooks import difference
+from self_speculation.passes.unsupported_hooks import why_not_plain
 
 ADAPTIVE = {"custom_generate": self_speculative_generate, "generation_strategy": "adaptive"}
 
@@ -146,7 +146,7 @@ def test_code_in_layers_is_followed(change, fused):
     FOLLOWED[change](model)
     if fused:
         fuse(model)
-        are_plain = [difference(model, layer) is None for layer in model.model.layers]
+        are_plain = [why_not_plain(model, layer) is None for layer in model.model.layers]
         assert [isinstance(layer, FusedLayer) for layer in FusedRunner(model).layers] == are_plain
     with torch.compiler.set_stance("force_eager"):  # compiling takes seconds
         expected = transformers_generate(model, PROMPT, 9)

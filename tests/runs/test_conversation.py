@@ -30,9 +30,9 @@ def test_a_turn_reads_what_the_template_changes(template, byte_tokenizer, text_m
         talk.answer(prompt)
     (((first, _), _), ((second, _), result)) = seen
     text = tokenizer.apply_chat_template(talk.messages[:3], add_generation_prompt=True, tokenize=False)
-    assert second.ids == tokenizer.encode(text, add_special_tokens=False)
+    assert second.prompt_ids == tokenizer.encode(text, add_special_tokens=False)
     num_cached = result.generation_strategy_result.num_cached_tokens
-    assert template != TEMPLATE or num_cached > len(first.ids) // 2
+    assert template != TEMPLATE or num_cached > len(first.prompt_ids) // 2
 
 
 def test_commands_of_a_conversation(byte_tokenizer):

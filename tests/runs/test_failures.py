@@ -34,7 +34,7 @@ def fails_at(monkeypatch):
     """Passes over the prompts numbered first to last raise an error, or have NaN logits. A warm-up counts."""
 
     def arrange(error, first, last=99):
-        forward = scheduler.forward_pieces
+        forward = scheduler.prefill
         seen = []
 
         def failing(*args):
@@ -47,7 +47,7 @@ def fails_at(monkeypatch):
                     logits.fill_(torch.nan)
             return of_prompts
 
-        monkeypatch.setattr(scheduler, "forward_pieces", failing)
+        monkeypatch.setattr(scheduler, "prefill", failing)
 
     return arrange
 

@@ -160,14 +160,14 @@ def test_correctness_counts_positions_with_other_bits(common, monkeypatch, capsy
     args = [*common, *SPECULATION, "--temperature", "1"]
     assert correctness.main(args) == 0
     assert re.search(r"\n0 of \d+ positions .*\npassed: 10 of ", capsys.readouterr().out)
-    target = self_speculation_generator.target_logits
+    target = self_speculation_generator.verify
     bit = 1 + torch.finfo(torch.float32).eps
 
     def other(*args):
         logits, hidden = target(*args)
         return bit * logits, hidden
 
-    monkeypatch.setattr(self_speculation_generator, "target_logits", other)
+    monkeypatch.setattr(self_speculation_generator, "verify", other)
     assert correctness.main(args) == 1
     assert re.search(r"\n[1-9]\d* of \d+ positions .*\nFAILED: 10 of ", capsys.readouterr().out)
 
