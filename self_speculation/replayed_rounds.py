@@ -17,8 +17,7 @@ from self_speculation.decoding.batch import Batch, QueuedRound
 from self_speculation.decoding.sampling import RowSampler
 from self_speculation.devices import padded
 from self_speculation.drafts.composer import DraftComposer, RoundPlan
-from self_speculation.drafts.draft import Draft
-from self_speculation.drafts.layers import LayerDrafts
+from self_speculation.drafts.draft import Draft, LayerDrafts
 from self_speculation.passes.captured_runner import CapturedPasses, CapturedRunner, Replay
 from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner

@@ -1,4 +1,4 @@
-"""The interface of draft sources: those that compute tokens, and those that look them up.
+"""Draft sources: the interfaces of sources that compute tokens and that look them up, and drafts by layers.
 
 The output is exact for any draft: verification accepts the tokens that are the target's.
 """
@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.passes.kv_cache import KVCache
+from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.transfers import on_device
 
 
 @dataclass(frozen=True)
@@ -116,3 +119,65 @@ class LookupDrafts(ABC):
     @abstractmethod
     def find(self, sequence: Sequence, k: int) -> Match | None:
         """The longest match of the end of a sequence, and at most k > 0 tokens that follow."""
+
+
+class LayerDrafts(DraftSource):
+    """The first layers draft: each pass gives one token to every row whose draft has not ended.
+
+    Reads from the device: one per B tokens if drafts are shown or follow a grammar; otherwise none.
+
+    Args:
+        draft_runner: runs the model's layers, or a copy of them.
+        exit_layer: number of layers that draft.
+        draft_weights: exact: the model's layers draft, and verification starts from the cache and exit states
+            that they leave. Those of a copy are approximate: verification does not use them.
+        cost: what a policy expects of the drafts.
+        is_whole: all layers draft.
+    """
+
+    def __init__(
+        self,
+        draft_runner: ModelRunner,
+        exit_layer: int,
+        draft_weights: DraftWeights,
+        cost: DraftCost,
+        is_whole: bool = False,
+    ) -> None:
+        self.draft_runner = draft_runner
+        self.exit_layer = exit_layer
+        self.cost = cost
+        # Layers that have not drafted verify; all do after a copy.
+        self.start_layer = exit_layer if draft_weights == "exact" else 0
+        self.name = "4-bit copy" if is_whole else f"exit {exit_layer}"
+        if not self.start_layer and not is_whole:
+            self.name += " of a 4-bit copy"
+
+    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
+        rows_by_step = [
+            [row for row, limit in enumerate(limits) if step < limit] for step in range(max(limits))
+        ]
+        keys = batch.noise_keys((row, step) for step, rows in enumerate(rows_by_step) for row in rows)
+        keys_by_step = [None] * len(rows_by_step) if keys is None else keys.split([*map(len, rows_by_step)])
+        ids = batch.last_tokens
+        previous_rows = [*range(len(batch))]
+        nothing = [0] * len(batch)
+        drafted: list[tuple[Tensor, list[int]]] = [(ids[:0], nothing)]
+        exit_hidden: list[tuple[Tensor, list[int]]] = [(self.draft_runner.embed(ids[:0]), nothing)]
+        for step, rows in enumerate(rows_by_step):
+            if rows != previous_rows:
+                ids = ids[on_device([previous_rows.index(row) for row in rows], ids.device)]
+            query_lengths = [int(step < limit) for limit in limits]
+            hidden = self.draft_runner.embed(ids)
+            hidden = self.draft_runner.run_layers(cache, hidden, query_lengths, 0, self.exit_layer)
+            exit_hidden.append((hidden, query_lengths))
+            ids = batch.sample_draft(self.draft_runner.logits(hidden), step, rows, keys_by_step[step])
+            batch.record_draft(ids, step, rows)
+            drafted.append((ids, query_lengths))
+            previous_rows = rows
+        return Draft(
+            [self.name if limit else None for limit in limits],
+            concat_by_row(*drafted),
+            limits,
+            self.start_layer,
+            concat_by_row(*exit_hidden) if self.start_layer else None,
+        )

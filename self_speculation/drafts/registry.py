@@ -9,8 +9,7 @@ import torch
 from self_speculation.config import DraftWeights, GenerationConfig
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
-from self_speculation.drafts.draft import DraftCost, DraftSource, LookupDrafts
-from self_speculation.drafts.layers import LayerDrafts
+from self_speculation.drafts.draft import DraftCost, DraftSource, LayerDrafts, LookupDrafts
 from self_speculation.drafts.ngram import NgramDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, SourceStats
 from self_speculation.model_cache import kept
