@@ -209,9 +209,10 @@ def test_a_mask_is_made_while_the_next_pass_runs(monkeypatch):
 @pytest.mark.parametrize("is_sampled", [False, True])
 @pytest.mark.parametrize("num_drafted", [0, 2, 6])
 @pytest.mark.usefixtures("triton_kernels")
-def test_a_round_is_replays_and_a_read(num_drafted, is_sampled, num_rows, gpu):
+def test_a_round_is_replays_and_a_read(num_drafted, is_sampled, num_rows, gpu, monkeypatch):
     """Guards against work of the host beside the replays of a round that goes on where the last one has left
-    the card: fourteen launches a step cost more than the kernels of a small model.
+    the card: fourteen launches a step cost more than the kernels of a small model. Guards against a card that
+    idles until the host has read a round.
     """
     model = model_of(**BY_OUR_KERNELS)
     runners.capture_decoding(model)
@@ -222,9 +223,12 @@ def test_a_round_is_replays_and_a_read(num_drafted, is_sampled, num_rows, gpu):
         scheduler.add_request(row, Request([5, 6, 7, *[8] * row], seed=row))
     scheduler.step()  # captures
     gpu.trace = Trace()
-    scheduler.step()
+    replayed = []
+    with monkeypatch.context() as reads:  # it ends before the fake card does
+        watch(reads, AsyncRead, "wait", lambda *_: replayed.append(len(gpu.trace.replays)))
+        scheduler.step()
     replays = gpu.trace.replays
-    assert len(replays) == num_drafted + 1
+    assert [len(replays)] == replayed == [num_drafted + 1]
     in_replays = sum(replay.stop - replay.start for replay in replays)
     # The keys of noise are copied to the card, and results from it.
     assert len(gpu.trace.launches) - in_replays == 1 + is_sampled
