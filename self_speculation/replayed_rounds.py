@@ -123,11 +123,14 @@ def _begin(
     tensors = passes.round_tensors(len(batch), width)
     samplers = [sequence.sampler for sequence in batch.sequences]
     sampler = RowSampler.of(samplers)
-    draft = None
-    if source is not None:
-        draft = passes.capture_part(tensors.draft, tensors, draft_runner, exit_layer, sampler)
     rest = (start_layer, end_layer, padded(width), sampler)
-    verify = passes.capture_part(tensors.verify, tensors, runner, *rest)
+    graphs = None
+    while graphs is not passes.replays:  # a thread that had captured has ended: graphs go together
+        graphs = passes.replays
+        draft = None
+        if source is not None:
+            draft = passes.capture_part(tensors.draft, tensors, draft_runner, exit_layer, sampler)
+        verify = passes.capture_part(tensors.verify, tensors, runner, *rest)
     starts = [
         RowStart(position, [sequence.last_id, *(match.ids if match else ())], length, match is not None)
         for position, sequence, length, match in zip(
@@ -137,7 +140,7 @@ def _begin(
     tensors.begin(starts)
     if sampler is not None:
         tensors.set_rules([each.numbers for each in samplers])
-    return Round(tensors, draft, verify, passes.replays, plan, sampler)
+    return Round(tensors, draft, verify, graphs, plan, sampler)
 
 
 def _commit(

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from threading import Thread
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from conftest import (
 )
 from cuda_graphs import decode_eagerly
 
-from self_speculation import Request
+from self_speculation import Request, replayed_rounds
+from self_speculation.model_cache import release
+from self_speculation.passes.captured_runner import CapturedPasses
 from self_speculation.passes.runners import capture_decoding
 from self_speculation.replayed_rounds import Round
 
@@ -153,6 +156,35 @@ def test_a_kept_prefix(queued):
         assert again.predicted_tokens == ids_of(model, longer, max_steps=40)
         capture_decoding(model)
     assert sum(queued) > 5
+
+
+def test_a_thread_that_ends_between_two_captures_of_a_round(queued, monkeypatch):
+    """Guards against a round with one graph of before, whose workspace is gone."""
+    model = card_llama(4, agreement="often")
+    capture_decoding(model)
+    expected = ids_of(model, **LAYERS)
+    release(model)
+    capture = CapturedPasses.capture_part
+    begin = replayed_rounds._begin
+    ended = [Thread()]
+    rounds = []
+
+    def capture_beside_a_thread(passes, *args):
+        replay = capture(passes, *args)
+        passes._threads |= {ended.pop()} if ended else set()
+        return replay
+
+    def recorded(*args):
+        made = begin(*args)
+        rounds.append({part for part, *_ in made.graphs})
+        return made
+
+    monkeypatch.setattr(CapturedPasses, "capture_part", capture_beside_a_thread)
+    monkeypatch.setattr(replayed_rounds, "_begin", recorded)
+    assert ids_of(model, **LAYERS) == expected
+    assert not ended
+    assert queued
+    assert all({"draft", "verify"} <= parts for parts in rounds)
 
 
 def test_a_weight_that_is_written_between_two_answers(queued):
