@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1025, "classes": 202, "parameters": 2244}
+LIMITS = {"functions": 1027, "classes": 203, "parameters": 2249}
 
 
 def count() -> dict[str, int]:

@@ -146,7 +146,7 @@ class Tried(KernelSteps):
         scheduler = Scheduler[int](make_strategy("adaptive"), self._model, config, 1)
         free = free_memory(self._model.device)
         began = time.perf_counter()
-        scheduler.run_every_pass(_PROMPT + self._args.max_steps)
+        scheduler.capture_passes(_PROMPT + self._args.max_steps)
         self.synchronize()
         seconds = time.perf_counter() - began
         taken = (free - free_memory(self._model.device)) / 1e9

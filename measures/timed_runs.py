@@ -50,7 +50,7 @@ def warm_up(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> N
         endless = replace(config, stop_words=None, stop_token_ids=None)
         if is_captured(model) and isinstance(strategy, DecodingStrategy):
             scheduler = Scheduler[int](strategy, model, endless, batch_size)
-            scheduler.run_every_pass(min(len(prompt) + config.max_steps, context))
+            scheduler.capture_passes(min(len(prompt) + config.max_steps, context))
         for _, result in strategy.generate_batch(model, requests, endless, batch_size):
             if isinstance(result, Exception):
                 raise result

@@ -26,11 +26,11 @@ from self_speculation.transfers import AsyncRead
 
 
 class Round(NamedTuple):
-    """What is replayed for rows, and the tensors that it leaves where the next round begins.
+    """The graphs of a round, and the tensors from which the next round continues.
 
     Args:
         draft: of a token of each row; None: no layers draft.
-        graphs: all that are kept, which go together.
+        graphs: the dictionary of captures. If there is another one, these were dropped.
     """
 
     tensors: RoundTensors
@@ -45,10 +45,10 @@ class Round(NamedTuple):
         """The most tokens of a row."""
         return 1 + max(self.plan.lengths)
 
-    def goes_on(self, passes: CapturedPasses, cache: KVCache, plan: RoundPlan) -> bool:
-        """Whether the next round, of the same rows, is the same one from where the device is then."""
+    def can_continue(self, passes: CapturedPasses, cache: KVCache, plan: RoundPlan) -> bool:
+        """Whether the next round can replay the same graphs before this round is read."""
         end = max(cache.lengths()) + 2 * self.width  # this round is unread
-        is_kept = self.graphs is passes.replays and end <= passes.capacity
+        is_kept = self.graphs is passes.replays and end <= passes.buffers.capacity
         return is_kept and plan == self.plan and not any(plan.found)
 
 
@@ -67,29 +67,31 @@ def replay_round(
     """
     if not isinstance(runner, CapturedRunner) or batch.is_watched or (composer and composer.needs_states):
         return False
-    passes = cache.buffers
-    if not isinstance(passes, CapturedPasses):
+    if (passes := runner.passes_of(cache)) is None:
         return False
-    cache.check()
     nothing = [None] * len(batch)
     planned = plan or RoundPlan(nothing, [0] * len(batch), None, nothing)
     before = batch.queued_round
-    goes_on = isinstance(before, Round) and before.goes_on(passes, cache, planned)
-    queued = before if goes_on else _begin(runner, passes, cache, batch, end_layer, planned)
-    if not isinstance(queued, Round):
-        return False
-    tensors = queued.tensors
-    if queued.sampler is not None:
-        number = queued.width * (2 if goes_on else 1)  # the host does not know where the device is
-        pairs = zip(cache.lengths(), batch.sequences, strict=True)
-        tensors.set_noise([(at, [*map(sequence.noise_key, range(number))]) for at, sequence in pairs])
-    if queued.draft is not None:
-        for _ in range(max(planned.lengths)):
-            queued.draft()
-    if composer is not None:
-        composer.end_drafting()
-    queued.verify()
-    reading = AsyncRead([tensors.results(padded(queued.width))])
+    can_continue = isinstance(before, Round) and before.can_continue(passes, cache, planned)
+    if not can_continue and runner.captures_rounds(cache, end_layer):
+        batch.commit_queued()  # callbacks of requests run without the lock
+    with passes.lock:
+        cache.check()
+        queued = before if can_continue else _begin(runner, passes, cache, batch, end_layer, planned)
+        if not isinstance(queued, Round):
+            return False
+        tensors = queued.tensors
+        if queued.sampler is not None:
+            number = queued.width * (2 if can_continue else 1)  # the host does not know where the device is
+            pairs = zip(cache.lengths(), batch.sequences, strict=True)
+            tensors.set_noise([(at, [*map(sequence.noise_key, range(number))]) for at, sequence in pairs])
+        if queued.draft is not None:
+            for _ in range(max(planned.lengths)):
+                queued.draft()
+        if composer is not None:
+            composer.end_drafting()
+        queued.verify()
+        reading = AsyncRead([tensors.results(padded(queued.width))])
     learning = composer if plan else None
     batch.queue(QueuedRound(partial(_commit, cache, batch, learning, queued, reading), queued), queued.width)
     return True
@@ -117,7 +119,6 @@ def _begin(
     parts = ((runner, end_layer), (draft_runner, exit_layer))
     if not all(isinstance(each, CapturedRunner) and each.captures_rounds(cache, end) for each, end in parts):
         return None
-    batch.commit_queued()
     cache.make_room(0, end_layer, [1 + length for length in plan.lengths])
     width = 1 + max(plan.lengths)
     tensors = passes.round_tensors(len(batch), width)
@@ -139,7 +140,7 @@ def _begin(
     ]
     tensors.begin(starts)
     if sampler is not None:
-        tensors.set_rules([each.numbers for each in samplers])
+        tensors.set_rules([each.rules for each in samplers])
     return Round(tensors, draft, verify, graphs, plan, sampler)
 
 

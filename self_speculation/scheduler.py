@@ -174,11 +174,12 @@ class Scheduler(Generic[RequestId]):
     def shrink_cache(self, num_positions: int) -> None:
         """Forget kept prefixes, while there are no requests, if a slot has room for more positions."""
         kept = kept_caches(self._model)
-        if not self.has_requests and any(each.cache.buffers.capacity > num_positions for each in kept):
+        can_free = not self.has_requests and not is_captured(self._model)  # which keeps the buffers
+        if can_free and any(each.cache.buffers.capacity > num_positions for each in kept):
             kept.clear()
 
     @torch.inference_mode()
-    def run_every_pass(self, num_positions: int, longest: int = 0) -> None:
+    def capture_passes(self, num_positions: int, longest: int = 0) -> None:
         """With --compile True, capture all passes before the first request: do rounds of each kind.
 
         The cache gets room for `longest` positions, or at least for `num_positions` if memory is short. A
@@ -329,7 +330,7 @@ class Scheduler(Generic[RequestId]):
             cost = self._cost(sequence)
             rest = left - sum(width * self._cost(each) for each, width in chosen)
             affordable = max(0 if chosen else least, rest / cost + 0.5)  # to the nearest
-            width = int(min(_num_uncomputed(sequence), affordable, PREFILL_CHUNK))
+            width = int(min(sequence.num_uncomputed, affordable, PREFILL_CHUNK))
             if width == 0:
                 continue
             together = [*chosen, (sequence, width)]
@@ -352,7 +353,7 @@ class Scheduler(Generic[RequestId]):
         inputs = self._ensure_inputs()
         sequences = [sequence for sequence, _ in chosen]
         chunks = [each.prompt_ids[each.num_computed : each.num_computed + width] for each, width in chosen]
-        ended = [row for row, (each, width) in enumerate(chosen) if _num_uncomputed(each) <= width]
+        ended = [row for row, (each, width) in enumerate(chosen) if each.num_uncomputed <= width]
         try:
             inputs.cache.reserve(max(len(each.prompt_ids) for each in sequences), self._longest(sequences))
             cache = inputs.prefix_cache.prompt_view(sequences)
@@ -399,8 +400,11 @@ class Scheduler(Generic[RequestId]):
             key = self._batch_size, self.batch.longest_draft, values_valid, weights_valid
             with suppress(IndexError):
                 kept = kept_caches(self._model).pop()
-                if kept.key == key and kept.cache.is_valid:
+                if kept.key == key and kept.cache.is_latest:
                     return kept
+                del kept  # before a new one takes memory
+        if is_captured(self._model):
+            kept_caches(self._model).clear()  # a captured model has the buffers of one cache
         return PrefixCache(runner.new_cache(1, 1, self._batch_size, dtype), self._batch_size, key)
 
     def _longest(self, waiting: Iterable[Sequence]) -> int:
@@ -412,8 +416,3 @@ class Scheduler(Generic[RequestId]):
 def _one_of_each_capture(most: int) -> list[int]:
     """Numbers up to `most`, one for each capture: it is made for the next power of two."""
     return [min(1 << power, most) for power in range(padded(most).bit_length())]
-
-
-def _num_uncomputed(sequence: Sequence) -> int:
-    """Tokens of a prompt that are not in the cache."""
-    return len(sequence.prompt_ids) - sequence.num_computed

@@ -74,7 +74,7 @@ class Engine:
         # Longer requests need more graphs, which the engine captures later, between steps.
         longest = context_length(model.config)
         self._usual = min(longest, _USUAL_PROMPT + config.max_steps)  # positions of a slot
-        self._scheduler.run_every_pass(self._usual, longest)
+        self._scheduler.capture_passes(self._usual, longest)
         self._batch_size = batch_size
         self.max_jobs = batch_size + max_waiting
         self.max_choices = max(1, self.max_jobs // 2)  # jobs of one request; a second request has room

@@ -33,14 +33,14 @@ def queued(graphs, monkeypatch):  # noqa: ARG001
     """The host reads late. Returns whether each round went on from one that was unread."""
     for user in ("decoding.batch", "drafts.composer"):
         monkeypatch.setattr(f"self_speculation.{user}.queues_passes", lambda device: True)
-    goes_on = Round.goes_on
+    can_continue = Round.can_continue
     found = []
 
     def seen(*args):
-        found.append(goes_on(*args))
+        found.append(can_continue(*args))
         return found[-1]
 
-    monkeypatch.setattr(Round, "goes_on", seen)
+    monkeypatch.setattr(Round, "can_continue", seen)
     return found
 
 

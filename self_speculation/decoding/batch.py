@@ -58,7 +58,7 @@ class Batch:
 
     @property
     def queued_round(self) -> object:
-        """What was queued last, if the tokens are unread; None: they are committed."""
+        """The queued round whose tokens are unread; None: all tokens are committed."""
         return None if self._queued is None else self._queued.round
 
     @property

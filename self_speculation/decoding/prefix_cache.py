@@ -67,6 +67,7 @@ class PrefixCache:
         The last token of a prompt is never found: the first step needs the logits after it. A prefix that a
         prompt in flight has, too, is kept once for both.
         """
+        self.cache.check()
         prompt = sequence.prompt_ids[:-1]
         free = {slot: held for slot, held in enumerate(self._holders) if isinstance(held, _KeptPrefix)}
         found = {slot: _common_length(held.ids, prompt) for slot, held in free.items()}
@@ -178,7 +179,7 @@ class PrefixCache:
         slot = sequence.slot
         sequence.slot = None
         cache = self.cache
-        if not cache.is_valid:
+        if not cache.is_latest:
             return
         assert slot is not None
         left = _KeptPrefix()

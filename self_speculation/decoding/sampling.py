@@ -110,8 +110,8 @@ class Sampler:
         return bool(self.top_k or self.top_p < 1 or self.min_p)
 
     @property
-    def numbers(self) -> list[float]:
-        """The rules for a `RowSampler`: temperature, top_k, top_p, min_p."""
+    def rules(self) -> list[float]:
+        """[4] temperature, top_k, top_p and min_p, for `RowSampler`."""
         if self.greedy:
             return [0.0, 1.0, math.inf, 0.0]
         top_p = self.top_p if self.top_p < 1 else math.inf
@@ -203,7 +203,7 @@ class RowSampler:
 
     def __call__(self, logits: Tensor, keys: Tensor, rules: Tensor, is_draft: bool) -> Tensor:
         """The tokens [n] of positions with logits [n, V], keys [n] of noise and rules [n, 4], see
-        `Sampler.numbers`.
+        `Sampler.rules`.
 
         Args:
             is_draft: where rules filter, sample among the `_LIKELY` most likely.

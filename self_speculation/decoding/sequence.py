@@ -163,6 +163,11 @@ class Sequence:
         return prediction
 
     @property
+    def num_uncomputed(self) -> int:
+        """Tokens of the prompt that are not in the KV cache."""
+        return len(self.prompt_ids) - self.num_computed
+
+    @property
     def remaining(self) -> int:
         """Tokens that may still be generated; 0: finished."""
         return 0 if self.stop_reason or self.error else self.stop_conditions.max_length - self.length

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from threading import Lock, Thread, current_thread
+from threading import Lock, RLock, Thread, current_thread
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,9 +48,7 @@ def num_captures(model: PreTrainedModel) -> int:
 
 
 class CapturedRunner(FusedRunner):
-    """Replays passes over the buffers of `CapturedPasses`, except prompts, and passes by layers of
-    transformers.
-    """
+    """Replays captured passes, except prompts, and passes by layers of transformers."""
 
     def new_cache(
         self,
@@ -63,33 +61,38 @@ class CapturedRunner(FusedRunner):
         self.cache_dtype(dtype)
 
         def valid_for(passes: CapturedPasses) -> Hashable:
-            return self.fused_weights.identity, passes.num_slots >= num_slots
+            return self.fused_weights.identity, passes.buffers.num_slots >= num_slots
 
         with lock(self.model):
             passes = cached(self.model, CapturedPasses, valid_for, lambda: CapturedPasses(self, num_slots))
-            cache = KVCache(passes)
+        with passes.lock:
+            cache = KVCache(passes.buffers)
         cache.reserve(prompt_length, num_positions)
         return cache
 
+    def passes_of(self, cache: KVCache) -> CapturedPasses | None:
+        """The captured passes over the buffers of a cache; None: there are none."""
+        passes: CapturedPasses | None = peek(self.model, CapturedPasses)
+        return None if passes is None or passes.buffers is not cache.buffers else passes
+
     def run_rectangle(self, cache: KVCache, hidden: Tensor, start_layer: int, end_layer: int) -> Tensor:
         num_rows, width, _ = hidden.shape
-        passes = cache.buffers
-        if not isinstance(passes, CapturedPasses):
-            return super().run_rectangle(cache, hidden, start_layer, end_layer)
-        cache.check()
-        if not self.decodes_by_kernels(cache, self.layers[start_layer:end_layer]):
+        passes = self.passes_of(cache)
+        if passes is None or not self.decodes_by_kernels(cache, self.layers[start_layer:end_layer]):
             return super().run_rectangle(cache, hidden, start_layer, end_layer)
         shape = (padded(num_rows), padded(width))
-        new_positions = cache.positions(start_layer, width, self.device)
-        cache.make_room(start_layer, end_layer, [width] * num_rows)
-        replay = passes.capture(self, start_layer, end_layer, *shape)
-        states, positions = passes.inputs[shape]
-        if shape != (num_rows, width):
-            positions.fill_(-1)
-        states[:num_rows, :width] = hidden
-        positions[:num_rows, :width] = new_positions
-        replay()
-        return states[:num_rows, :width].clone()
+        with passes.lock:
+            cache.check()
+            new_positions = cache.positions(start_layer, width, self.device)
+            cache.make_room(start_layer, end_layer, [width] * num_rows)
+            replay = passes.capture(self, start_layer, end_layer, *shape)
+            states, positions = passes.inputs[shape]
+            if shape != (num_rows, width):
+                positions.fill_(-1)
+            states[:num_rows, :width] = hidden
+            positions[:num_rows, :width] = new_positions
+            replay()
+            return states[:num_rows, :width].clone()
 
     def captures_rounds(self, cache: KVCache, end_layer: int) -> bool:
         """Whether embedding, layers [:end_layer] and head can be in one graph."""
@@ -97,57 +100,72 @@ class CapturedRunner(FusedRunner):
         return not isinstance(self.head, PlainHead) and self.decodes_by_kernels(cache, layers)
 
 
-class CapturedPasses(Buffers):
-    """The buffers of the latest cache, and captured passes of a model over them."""
+class FixedBuffers(Buffers):
+    """Buffers of all layers and tables of rotation, at one address until `num_allocations` rises."""
 
-    def __init__(self, runner: CapturedRunner, num_slots: int) -> None:
+    def __init__(self, runner: ModelRunner, num_slots: int) -> None:
         super().__init__(runner.devices, runner.key_shape, runner.dtype, num_slots)
         self.grows = False
-        # Graphs read them, and they only grow here.
-        self._tables = RotaryTables(runner.model, runner.dtype)
-        self._drop_replays()
-        self.inputs = dict[tuple[int, int], tuple[Tensor, Tensor]]()  # [B, T, H] states, [B, T] positions
-        self._hidden_size = runner.config.hidden_size
-        self._rounds = dict[tuple[int, int], RoundTensors]()  # by rows and tokens
-
-    def _drop_replays(self) -> None:
-        """All graphs of a stream use one cuBLAS workspace. Destroying one of them frees it (pytorch issue
-        193402), and an exception may keep one for long. So all go together, and the stream with them.
-        """
-        # By kind, whether a copy runs, rows, tokens, and what else a graph depends on.
-        self._replays = dict[tuple[Hashable, ...], Replay]()
-        self._threads = set[Thread]()  # that have captured
-        vars(self).pop("_recorder", None)  # a stream is free now
-        self._recorder = GraphRecorder(self._tables.device)
-
-    @property
-    def replays(self) -> dict[tuple[Hashable, ...], Replay]:
-        """The captures that are kept. All end with a thread that has captured: workspaces of cuBLAS may go
-        with it (pytorch issue 192061).
-        """
-        if not all(thread.is_alive() for thread in self._threads):
-            self._drop_replays()
-        return self._replays
+        self.tables = RotaryTables(runner.model, runner.dtype)
+        self.num_allocations = 0
 
     def reserve(self, num_positions: int, least: int) -> None:
-        """Make buffers of so many positions, or as many as fit. Larger ones end all captured passes."""
+        """Allocate `num_positions`, or as many as fit, in all layers at once."""
         before = self.capacity
         if num_positions > before:
             super().reserve(round_up(num_positions, _STEP), least)
         if self.capacity > before:
+            self.num_allocations += 1
             try:
-                self._drop_replays()
-                self._tables.reserve(self.capacity)
+                self.tables.reserve(self.capacity)
                 for layer in range(self.num_layers):
                     self.with_room(layer, self.capacity)
             except BaseException:  # no layer may grow once a pass is captured
                 self.capacity = self.capacity_of_all
                 raise
 
+
+class CapturedPasses:
+    """Captured passes of a model over the buffers of the latest cache.
+
+    Attributes:
+        lock: held from the check of a cache to the last launch over the buffers, and while another generation
+            takes the buffers.
+    """
+
+    def __init__(self, runner: CapturedRunner, num_slots: int) -> None:
+        self.lock = RLock()
+        self.buffers = FixedBuffers(runner, num_slots)
+        self._drop_replays()
+        self.inputs = dict[tuple[int, int], tuple[Tensor, Tensor]]()  # [B, T, H] states, [B, T] positions
+        self._hidden_size = runner.config.hidden_size
+        self._rounds = dict[tuple[int, int], RoundTensors]()  # by rows and tokens
+
+    def _drop_replays(self) -> None:
+        """Drop all captures, and take a new stream. Graphs of a stream share a cuBLAS workspace, which the
+        first destroyed graph frees (pytorch issue 193402), and an exception may keep an old graph alive.
+        """
+        # By kind, whether a copy runs, rows, tokens, and what else a graph depends on.
+        self._replays = dict[tuple[Hashable, ...], Replay]()
+        self._threads = set[Thread]()  # that have captured
+        self._allocation = self.buffers.num_allocations
+        vars(self).pop("_recorder", None)  # a stream is free now
+        self._recorder = GraphRecorder(self.buffers.tables.device)
+
+    @property
+    def replays(self) -> dict[tuple[Hashable, ...], Replay]:
+        """The valid captures. All are dropped if the buffers have moved, or if a thread that captured has
+        ended: cuBLAS may free its workspaces (pytorch issue 192061).
+        """
+        are_alive = all(thread.is_alive() for thread in self._threads)
+        if not are_alive or self._allocation != self.buffers.num_allocations:
+            self._drop_replays()
+        return self._replays
+
     def capture(self, runner: ModelRunner, start_layer: int, end_layer: int, rows: int, width: int) -> Replay:
         """The replay of a pass over `inputs[rows, width]`."""
         if (rows, width) not in self.inputs:
-            states = self._tables.like.new_zeros(rows, width, runner.config.hidden_size)
+            states = self.buffers.tables.like.new_zeros(rows, width, runner.config.hidden_size)
             self.inputs[rows, width] = states, torch.zeros_like(states[..., 0], dtype=torch.long)
         states, positions = self.inputs[rows, width]
         run = partial(self._run, runner, start_layer, end_layer, states, positions)
@@ -158,13 +176,13 @@ class CapturedPasses(Buffers):
         """The tensors of rounds of so many rows and tokens. Their content is another round's."""
         shape = padded(rows), max(_WIDTH, padded(width))
         if shape not in self._rounds:
-            self._rounds[shape] = RoundTensors(self._tables.like, *shape, self._hidden_size)
+            self._rounds[shape] = RoundTensors(self.buffers.tables.like, *shape, self._hidden_size)
         return self._rounds[shape]
 
     def capture_part(
         self, part: Callable[..., None], tensors: RoundTensors, runner: ModelRunner, *rest: Hashable
     ) -> Replay:
-        """The replay of `RoundTensors.draft` or `RoundTensors.verify`. Another round loses what it has begun.
+        """The replay of `RoundTensors.draft` or `RoundTensors.verify`. A capture overwrites `tensors`.
 
         Args:
             rest: what the part takes after the runner.
@@ -178,21 +196,22 @@ class CapturedPasses(Buffers):
         """The replay of a function over static tensors. `clear` makes them those of no row: the function runs
         before it is captured. If a capture fails, all are captured anew.
         """
-        if key not in self.replays:
+        replays = self.replays  # another thread may drop them during a capture
+        if key not in replays:
             clear()
             self._threads.add(current_thread())
             try:
-                self._replays[key] = self._recorder(run)
+                replays[key] = self._recorder(run)
             except BaseException:
                 self._drop_replays()
                 raise
-        return self._replays[key]
+        return replays[key]
 
     def _run(
         self, runner: ModelRunner, start_layer: int, end_layer: int, states: Tensor, positions: Tensor
     ) -> Tensor:
         """Layers [start_layer:end_layer] over states [B, T, H], in place."""
-        make = partial(DecodeContext, self._tables, self.by_layer, positions)
+        make = partial(DecodeContext, self.buffers.tables, self.buffers.by_layer, positions)
         after = run_through(runner.typed_layers(start_layer, end_layer), make, states)
         return states.copy_(after)  # fused layers work in place: then nothing is copied
 

@@ -157,8 +157,8 @@ class Buffers:
         self.by_layer[layer] = keys, values
         return keys, values
 
-    def give_back(self, slot: int, length: int) -> None:
-        """Zero the first positions of a slot. On a CPU their whole pages take no memory then."""
+    def zero_and_free(self, slot: int, length: int) -> None:
+        """Zero the first positions of a slot. On a CPU, return whole pages to the system."""
         for buffer in self.all():
             memory = _MAPPED.get(buffer.data_ptr())
             for head in buffer[slot, :, :length]:
@@ -249,13 +249,13 @@ class KVCache:
         self.buffers.reserve(wanted, prompt_length)
 
     @property
-    def is_valid(self) -> bool:
-        """Whether no later cache has the buffers."""
+    def is_latest(self) -> bool:
+        """Whether this is the latest cache over its buffers."""
         return self._number == self.buffers.num_caches
 
     def check(self) -> None:
         """Raises RuntimeError if a later cache has the buffers: captured passes have one cache."""
-        if not self.is_valid:
+        if not self.is_latest:
             why = "another generation has this one's cache; let one end before the next begins"
             raise RuntimeError(f"compile True: {why}")
 
@@ -361,11 +361,11 @@ class KVCache:
             return
         self.buffers.shared_prefixes[slot] = prefix
         if prefix.length < before.length:  # what follows is another text's
-            self.buffers.give_back(slot, self.buffers.num_used[slot])
+            self.buffers.zero_and_free(slot, self.buffers.num_used[slot])
             self.buffers.num_used[slot] = 0
-        self.buffers.give_back(slot, prefix.length)
+        self.buffers.zero_and_free(slot, prefix.length)
         if before.length and not self.is_shared(before.slot):
-            self.buffers.give_back(before.slot, self.buffers.num_used[before.slot])
+            self.buffers.zero_and_free(before.slot, self.buffers.num_used[before.slot])
             self.buffers.num_used[before.slot] = 0
 
     def is_shared(self, slot: int) -> bool:
@@ -417,4 +417,4 @@ class KVCache:
                 target.bitwise_xor_(source)
         for each in (slot, other):
             if prefixes[each].length > first:
-                self.buffers.give_back(each, prefixes[each].length)
+                self.buffers.zero_and_free(each, prefixes[each].length)

@@ -157,7 +157,7 @@ class FusedWeights:
     replaces none.
 
     Attributes:
-        identity: a unique object, other than that of all other weights while it is kept.
+        identity: a unique object: no other weights have an equal one while something refers to it.
         replaced: module of the model -> layer or head of this library; `lm_head` -> head.
         dtype: of activations, keys, values and logits.
         copies: linear module -> the copy in four bits.

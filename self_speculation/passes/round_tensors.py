@@ -51,15 +51,15 @@ class RoundTensors:
         device = like.device
         self.rows = rows
         self.width = width
-        places = torch.zeros(rows, 3 * width + 2, dtype=torch.long, device=device)
-        self._places = places
+        packed = torch.zeros(rows, 3 * width + 2, dtype=torch.long, device=device)
+        self._packed = packed
         # [R, W] of each token of the round; negative: the row has no such token.
-        self._positions = places[:, :width]
+        self._positions = packed[:, :width]
         # [R, W] the column of `_ids` for the token that each step drafts.
-        self._columns = places[:, width : 2 * width]
-        # [R, W + 1] the tokens of the round. The last column is for tokens that no row wants.
-        self._ids = places[:, 2 * width : -1]
-        self._number = places[0, -1:]  # [1] of the next step
+        self._columns = packed[:, width : 2 * width]
+        # [R, W + 1] the tokens of the round. Column W takes drafted tokens that are dropped.
+        self._ids = packed[:, 2 * width : -1]
+        self._step_index = packed[0, -1:]  # [1] of the next draft step
         self._noise = torch.zeros(rows, 1 + 2 * width, dtype=torch.long, device=device)
         self._keys = self._noise[:, 1:]  # [R, 2 W] of noise, from the position in the first column on
         self._rules = torch.ones(rows, 4, dtype=torch.float64, device=device)  # which leave tokens
@@ -77,7 +77,7 @@ class RoundTensors:
             numbers += ids
             numbers += [0] * (width + 2 - len(ids))
         padding = [_PADDING] * width + [width] * width + [0] * (width + 2)
-        overwrite(self._places, numbers + padding * (self.rows - len(starts)))
+        overwrite(self._packed, numbers + padding * (self.rows - len(starts)))
 
     def set_noise(self, keys: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Set the keys of noise of each row, from a position on."""
@@ -96,23 +96,23 @@ class RoundTensors:
         Args:
             sample: None: greedily.
         """
-        hidden = self._step(run, runner, end_layer)
+        hidden = self._run_step(run, runner, end_layer)
         logits = runner.logits(hidden[:, 0])
-        columns = self._columns.index_select(1, self._number)
+        columns = self._columns.index_select(1, self._step_index)
         if sample is None:
             tokens = logits.argmax(-1)
         else:
-            positions = self._positions.index_select(1, self._number)
+            positions = self._positions.index_select(1, self._step_index)
             tokens = sample(logits, self._keys_at(positions), self._rules, True)
         self._ids.scatter_(1, columns, tokens[:, None])
-        self._number.add_(1)
+        self._step_index.add_(1)
 
-    def _step(self, run: Run, runner: ModelRunner, end_layer: int) -> Tensor:
+    def _run_step(self, run: Run, runner: ModelRunner, end_layer: int) -> Tensor:
         """[R, 1, H] the states of the next token of each row after layers [:end_layer], which it keeps."""
-        positions = self._positions.index_select(1, self._number)
-        ids = self._ids.index_select(1, self._number)
+        positions = self._positions.index_select(1, self._step_index)
+        ids = self._ids.index_select(1, self._step_index)
         hidden = run(runner, 0, end_layer, runner.embed(ids), positions)
-        self._states.index_copy_(1, self._number, hidden)
+        self._states.index_copy_(1, self._step_index, hidden)
         return hidden
 
     def verify(
@@ -132,7 +132,7 @@ class RoundTensors:
         ids = self._ids[:, :width]
         positions = self._positions[:, :width]
         if start_layer:
-            self._step(run, runner, start_layer)
+            self._run_step(run, runner, start_layer)
             hidden = self._states[:, :width].clone(memory_format=torch.contiguous_format)
         else:
             hidden = runner.embed(ids)
@@ -158,7 +158,7 @@ class RoundTensors:
         results[:, -1:] = accepted
         self._ids[:, :1] = tokens.gather(1, accepted)
         self._positions.add_(accepted + 1)
-        self._number.zero_()
+        self._step_index.zero_()
 
     def _keys_at(self, positions: Tensor) -> Tensor:
         """[R, n] positions of tokens -> [R * n] keys of the noise of the tokens after them."""

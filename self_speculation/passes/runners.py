@@ -5,8 +5,9 @@ import warnings
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from self_speculation.families import LLAMA_LAYOUT, check_supported
+from self_speculation.families import LLAMA_LAYOUT, check_supported, key_shape
 from self_speculation.model_cache import kept, lock, peek, release
+from self_speculation.passes import fused_layers
 from self_speculation.passes.captured_runner import CapturedRunner
 from self_speculation.passes.fused_layers import FusedRunner, JointWeights
 from self_speculation.passes.in_place_runner import InPlaceRunner, InPlaceWeights
@@ -17,7 +18,12 @@ from self_speculation.passes.unsupported_hooks import check_followed
 
 def make_runner(model: PreTrainedModel) -> ModelRunner:
     """The runner with the least work for the host."""
-    return CapturedRunner(model) if is_captured(model) else eager_runner(model)
+    if not is_captured(model):
+        return eager_runner(model)
+    # The model may have moved to a device without kernels since.
+    _, head_dim = key_shape(model.config)
+    why_not = fused_layers.why_no_kernels(model.device, model.dtype, head_dim)
+    return CapturedRunner(model) if why_not is None else eager_runner(model)
 
 
 def eager_runner(model: PreTrainedModel) -> ModelRunner:

@@ -1,9 +1,11 @@
 """Captured passes: the ids of eager ones, one capture per shape, and no captures that CUDA refuses."""
 
+import gc
 import itertools
 import time
+import weakref
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
 import pytest
@@ -21,14 +23,16 @@ from conftest import (
     own_llama,
     planned,
     scheduler_of,
+    tiny_llama,
 )
 from cuda_graphs import decode_eagerly
 from helpers import watch
 from test_llama_model_utils import family, windowed
 
 from runs.startup import captured
-from self_speculation import Request
+from self_speculation import Request, replayed_rounds
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
+from self_speculation.model_cache import kept, peek
 from self_speculation.passes import captured_runner, kv_cache, runners
 from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.runners import capture_decoding, fuse, make_runner
@@ -71,7 +75,7 @@ def test_ids_are_those_of_eager_passes(way, graphs):
     expected = in_batch(model, requests.values(), 3, **config)
     capture_decoding(model)
     scheduler = scheduler_of(model, 3, 8 if way == "plain" else None, **config)
-    scheduler.run_every_pass(600)
+    scheduler.capture_passes(600)
     num_captured = len(graphs.captured)
     found = {}
     for index, request in requests.items():  # each joins while the ones before decode
@@ -117,7 +121,7 @@ def test_greedy_drafts_are_whole_steps(way, graphs):
     expected = {index: ids_of_request(model, request) for index, request in requests.items()}
     capture_decoding(model)
     scheduler = scheduler_of(model, 3, max_steps=30, **config)
-    scheduler.run_every_pass(600)
+    scheduler.capture_passes(600)
     num_graphs = graphs.num_graphs
     found = {}
     for index in (0, 1, 2, 3):
@@ -159,7 +163,7 @@ def test_rounds_before_the_first_request_leave_nothing(way):
     answer(scheduler())  # leaves a prefix
     state = torch.random.get_rng_state()
     rehearsed = scheduler()
-    rehearsed.run_every_pass(100)
+    rehearsed.capture_passes(100)
     assert torch.equal(torch.random.get_rng_state(), state)
     buffers = rehearsed._ensure_inputs().cache.buffers
     assert not any(part.count_nonzero() for part in buffers.all())
@@ -239,7 +243,7 @@ def test_an_error_in_a_capture(fails, monkeypatch):
         if fails in ("growth", "tables"):
             buffers = scheduler._ensure_inputs().cache.buffers
             # Of one layer, and the keys of the next.
-            fail_after(*((3, kv_cache, "zeros") if fails == "growth" else (0, buffers._tables, "reserve")))
+            fail_after(*((3, kv_cache, "zeros") if fails == "growth" else (0, buffers.tables, "reserve")))
             scheduler.add_request(1, Request(prompts[3]))
             scheduler.step()
             assert buffers.capacity == min(part.shape[2] for part in buffers.all())
@@ -327,11 +331,11 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
         model = card_llama(max_position_embeddings=8192)
         capture_decoding(model)
         scheduler = scheduler_of(model, 2, max_steps=4)
-        scheduler.run_every_pass(100, longest=8192)
+        scheduler.capture_passes(100, longest=8192)
         cache = scheduler._ensure_inputs().cache
         monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _: 0)
         cache.reserve(10, 9000)
-        assert cache.buffers.replays
+        assert peek(model, captured_runner.CapturedPasses).replays
         keys, _ = cache.buffers.by_layer[0]
         assert keys.shape[2] == cache.buffers.capacity
         capacities.append(keys.shape[2])
@@ -390,3 +394,135 @@ def test_prompts_see_their_window():
         cache = FusedRunner(model).new_cache(12, 12)
         cache.is_prompt = True
         assert_close(FusedRunner(model).run(cache, ids, num_logits=12).logits, expected)
+
+
+def begun(model, prompt, **config):
+    """A scheduler that has read a prompt and not decoded."""
+    scheduler = scheduler_of(model, 1, **config)
+    scheduler.add_request(0, Request(prompt, eos_token_ids=[]))
+    scheduler._decode = lambda: None
+    scheduler.step()
+    del scheduler._decode
+    return scheduler
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_cache_that_grows_while_another_generation_captures(monkeypatch):
+    """Guards against a graph over old buffers that is kept for the new ones."""
+    model = card_llama(max_position_embeddings=4096)
+    prompt = [31, 8, 4, 17, 3, 22, 9, 6]
+    expected = ids_of(model, prompt, max_steps=20, eos=())
+    capture_decoding(model)
+    record = captured_runner.GraphRecorder.__call__
+    second = []
+    with ThreadPoolExecutor(1) as other:
+
+        def record_beside_another(recorder, run):
+            replay = record(recorder, run)
+            if not second:
+                second.append(other.submit(begun, model, prompt, max_steps=2000))
+                wait(second, timeout=1.0)
+            return replay
+
+        monkeypatch.setattr(captured_runner.GraphRecorder, "__call__", record_beside_another)
+        first = scheduler_of(model, 1, max_steps=20)
+        first.add_request(0, Request(PROMPT))
+        first.step()
+        scheduler = second[0].result()
+    for _ in range(21):
+        scheduler.step()
+    assert scheduler.batch.sequences[0].output_ids[:20] == expected
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_generation_that_begins_during_a_round_of_another_one(monkeypatch):
+    """Guards against keys that a generation writes after it has lost the buffers."""
+    model = card_llama()
+    prompt = [*range(4, 28)]
+    expected = ids_of(model, prompt)
+    capture_decoding(model)
+    first = scheduler_of(model, 1, max_steps=20)
+    first.add_request(0, Request(PROMPT))
+    first.step()
+    begin = replayed_rounds._begin
+    with ThreadPoolExecutor(1) as other:
+        second = []
+
+        def begin_beside_another(*args):
+            made = begin(*args)
+            if not second:
+                second.append(other.submit(begun, model, prompt, max_steps=20))
+                wait(second, timeout=1.0)
+            return made
+
+        monkeypatch.setattr(replayed_rounds, "_begin", begin_beside_another)
+        first.step()
+        first.step()
+        assert second, "the second round went on from the first one"
+        found = drained(second[0].result())
+    assert found[0].predicted_tokens[: len(expected)] == expected
+    (error,) = drained(first).values()
+    assert "another generation has this one's cache" in str(error)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_waiting_request_of_a_lost_cache_says_so():
+    """Guards against an error about an empty sequence."""
+    model = card_llama()
+    capture_decoding(model)
+    first = scheduler_of(model, 1, max_steps=20)
+    for key in range(2):
+        first.add_request(key, Request(PROMPT))
+    first.step()
+    begun(model, PROMPT, max_steps=20)
+    errors = drained(first)
+    assert len({*map(str, errors.values())}) == 1
+
+
+@pytest.mark.usefixtures("graphs")
+def test_old_buffers_are_freed_before_new_ones_are_made(monkeypatch):
+    """Guards against two caches on a card at once, of which kept prefixes hold one."""
+    model = card_llama()
+    capture_decoding(model)
+    kept = {"max_steps": 5, "reuse_cache": True}
+    old = []
+    make = captured_runner.CapturedPasses.__init__
+
+    def seen(passes, *args):
+        gc.collect()
+        assert not any(passes() for passes in old)
+        old.append(weakref.ref(passes))
+        make(passes, *args)
+
+    monkeypatch.setattr(captured_runner.CapturedPasses, "__init__", seen)
+    for batch_size, config in ((1, kept), (1, kept), (4, {"max_steps": 5})):
+        scheduler = scheduler_of(model, batch_size, **config)
+        scheduler.add_request(0, Request(PROMPT))
+        drained(scheduler)
+        del scheduler
+        if len(old) == 1:
+            with torch.no_grad():
+                model.lm_head.weight.mul_(1.5)
+    assert len(old) == 3
+
+
+@pytest.mark.usefixtures("graphs")
+def test_an_idle_server_keeps_the_prefixes_of_a_captured_model():
+    """Guards against prefixes that are lost though no memory comes back."""
+    model = card_llama()
+    capture_decoding(model)
+    scheduler = scheduler_of(model, 1, max_steps=5, reuse_cache=True)
+    scheduler.add_request(0, Request(PROMPT))
+    drained(scheduler)
+    scheduler.shrink_cache(1)
+    scheduler.add_request(1, Request([*PROMPT, 5]))
+    (result,) = drained(scheduler).values()
+    assert result.num_cached_tokens >= len(PROMPT) - 1
+
+
+def test_a_captured_model_that_has_moved_to_a_cpu_decodes():
+    """Guards against a stream of a card that is not the model's."""
+    model = tiny_llama()
+    expected = ids_of(model)
+    kept(model)["is_captured"] = True
+    assert ids_of(model) == expected

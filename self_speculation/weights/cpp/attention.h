@@ -125,7 +125,7 @@ class CachedHead {
   mutable std::unique_ptr<Floats[]> widened_;  // KEY_BLOCK keys, then as many values
 };
 
-// Fetches the numbers that lie some blocks after `from`: the processor fetches too few by itself.
+// Prefetches what lies 4 KiB after `from`: the processor alone fetches too little.
 template <class Scalar>
 void fetch_ahead(const Scalar* from, int64_t count) {
   constexpr int64_t BYTES = 4096;

@@ -291,7 +291,7 @@ class Pass {
       if (other < sequence) return;
       sharing.push_back(other);
     }
-    // The first of them see the keys of a block of the prefix that not all see.
+    // Longest prefix first: where one prefix ends, the sequences before it still share the next blocks.
     std::ranges::stable_sort(sharing, std::greater{}, [&](size_t i) { return sequences_[i].prefix_length; });
     int64_t num_tokens = 0;
     for (size_t i : sharing) num_tokens += sequences_[i].tokens;

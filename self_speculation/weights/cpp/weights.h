@@ -10,11 +10,11 @@
 #include "tiles.h"
 
 namespace {
-constexpr int64_t ROW_BLOCK = 32;  // rows of a weight that are multiplied at a time; of few bits without tiles PANEL are
-constexpr int64_t MAX_TOKENS = LANES == 16 ? 8 : 6;  // that are multiplied at a time: twice as many sums are in registers
-constexpr int64_t MAX_TOKENS_IN_PAIRS = 6;           // the same of tokens in bfloat16, with four rows
-constexpr int64_t COLUMNS = 2 * LANES;               // that are multiplied at a time
-constexpr int64_t MAX_TILES = 8;                     // of a weight along the columns: 16 KiB, which the first cache has
+constexpr int64_t ROW_BLOCK = 32;  // rows that are multiplied at a time; PANEL rows of a weight in few bits, without tiles
+constexpr int64_t MAX_TOKENS = LANES == 16 ? 8 : 6;  // tokens that are multiplied at a time: with two rows, their sums fit in registers
+constexpr int64_t MAX_TOKENS_IN_PAIRS = 6;           // tokens in bfloat16 that are multiplied at a time, with four rows
+constexpr int64_t COLUMNS = 2 * LANES;               // columns that are multiplied at a time
+constexpr int64_t MAX_TILES = 8;                     // tiles of a weight along the columns: 16 KiB, which the first cache holds
 
 // How inputs lie in memory, with zeros after the columns. Tokens that are multiplied together are a token tile.
 enum class Layout {
