@@ -86,7 +86,7 @@ class Tried(KernelSteps):
         return self._generate()
 
     def answer(self, way: Found, captured: bool = False, plain: Found | None = None) -> Found:
-        """Speed of the second answer, and its first difference: from transformers, or from a plain one."""
+        """Speed of the second answer, and the first difference: from transformers, or from a plain one."""
         if captured and (why := self._why_not_captured()):
             return {"none": why}
         for _ in range(2):
@@ -106,7 +106,7 @@ class Tried(KernelSteps):
         return {**found, **difference}
 
     def batch(self, way: Found, captured: bool = False) -> Found:
-        """Speed of the second batch of eight rows that differ in length, after its prompts, and the first
+        """Speed of the second batch of eight rows that differ in length, after the prompts, and the first
         difference of each row from a batch of one.
         """
         if captured and (why := self._why_not_captured()):
@@ -154,7 +154,7 @@ class Tried(KernelSteps):
 
     @torch.inference_mode()
     def passes(self) -> Found:
-        """Milliseconds of each kind of captured pass after a prompt, with its head."""
+        """Milliseconds of each kind of captured pass after a prompt, with the head."""
         if why := self._why_not_captured():
             return {"none": why}
         runner = make_runner(self._model)

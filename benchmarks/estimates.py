@@ -100,7 +100,7 @@ def memory(
 
 @cache
 def traces(name: str, num_rows: int = 1) -> Mapping[str, Trace]:
-    """What an H100 does in a greedy round of some sequences in 16 bits after _POSITIONS tokens.
+    """What an H100 does in a greedy round of several sequences in 16 bits after _POSITIONS tokens.
 
     Returns:
         The traces of a plain step and of a round of _DRAFTED tokens, captured, and of such a round if nothing

@@ -36,7 +36,7 @@ from self_speculation.devices import why_no_gpu
 
 _LIMIT = 480.0  # seconds, after which no step begins
 _STEP_LIMIT = 150.0  # seconds, after which a step is ended
-_LAST = 1500  # characters of an error: Triton's reason stands at its end
+_LAST = 1500  # characters of an error: Triton's reason stands at the end
 _START = "spawn"  # of a process, since CUDA cannot be forked
 _MODEL = "model"  # the first step of each process
 
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 
 
 def tried_out(step: Callable[[], Any], works: Callable[[], object]) -> Outcome:
-    """What a step has found, or its error; `works` raises if the card is lost."""
+    """What a step has found, or the error; `works` raises if the card is lost."""
     try:
         return Outcome(step())
     except Exception as error:
@@ -87,7 +87,7 @@ def work(args: FirstGPUArguments, names: Sequence[str], until: float, results: C
 def outcomes(
     args: FirstGPUArguments, names: Sequence[str], until: float, **environment: str
 ) -> Iterator[tuple[str, Outcome]]:
-    """The model and these steps, by name, in a new process, up to one that loses the card."""
+    """The model and the steps, by name, in a new process, up to one that loses the card."""
     context: Any = multiprocessing.get_context(_START)
     receiver, sender = context.Pipe(duplex=False)
     with patch.dict(os.environ, environment):

@@ -4,7 +4,7 @@ a read and the next replay, and the work of the host from a read to the next one
     taskset -c 0 python benchmarks/host_time.py
 
 Needs no card: the tensors are a CPU's, so work of the host for pinned memory and for queueing is left out.
-Greedy rounds of six drafted tokens, of which some are accepted.
+Greedy rounds of six drafted tokens, of which several are accepted.
 """
 
 import random

@@ -18,7 +18,7 @@ from self_speculation.passes.fused_layers import FusedRunner
 
 REPEATS = 20  # of a pass that is timed
 _ROTATED = 128 * 2**20  # bytes that kernels rotate through, more than a card's cache has
-_COPIED = 2**30  # bytes of the copy that shows the card's own speed
+_COPIED = 2**30  # bytes of the copy that shows the card's speed
 _ROUNDINGS = 8  # of the largest number, by which kernels may differ from float32
 
 Found = Mapping[str, Any]
@@ -75,8 +75,8 @@ class KernelSteps:
         right = torch.empty(len(lengths), width, heads, size, device=device)
         for row, length in enumerate(lengths):
             at = slice(length, length + width)
-            turned, own = (_turned(each[row], cos[at], sin[at]) for each in (queries, new_keys))
-            all_keys = torch.cat((keys[row, :, :length].float(), own.to(dtype).float()), 1)
+            turned, new = (_turned(each[row], cos[at], sin[at]) for each in (queries, new_keys))
+            all_keys = torch.cat((keys[row, :, :length].float(), new.to(dtype).float()), 1)
             all_values = torch.cat((values[row, :, :length].float(), new_values[row]), 1)
             seen = torch.arange(length + width, device=device)
             mask = causal_mask(positions[row], seen, window, torch.float32)
@@ -168,6 +168,6 @@ def repeat(compute: Callable[[], object]) -> None:
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[heads, T, size], rotated by the angles of its positions."""
+    """[heads, T, size], rotated by the angles of the positions."""
     first, second = heads.chunk(2, -1)
     return heads * cos.float() + torch.cat((-second, first), -1) * sin.float()

@@ -5,14 +5,14 @@ answers; and what rows cost that share the beginning of their prompts.
     python benchmarks/long_contexts.py --prompt_tokens 300 2000 --num_prompts 20
     python benchmarks/long_contexts.py --rows 8 --shared 1500
 
-Formats alternate in one process over the same weights. *ms* is a pass over one token and its logits, without
+Formats alternate in one process over the same weights. *ms* is a pass over one token and the logits, without
 sampling.
 
 The second table compares greedy answers with those of keys and values in float32. *equal* is the share of
-whole answers; an answer is equal if the format has its next token at each position. *tokens* is the share of
+whole answers; an answer is equal if the format has the next token at each position. *tokens* is the share of
 positions. *KL* is the mean divergence of the next token, in nats; *gap* the largest distance of two logits in
 float32 of which the format prefers the lower one. transformers in bfloat16 stands beside transformers in
-float32, along the same answers. Prompts are pieces of Python's library and of these pages, in turn until
+float32, along the same answers. Prompts are pieces of Python's library and of the pages here, in turn until
 the pages end.
 
 The third table has tokens/s of rows side by side, and MiB of their keys and values. Each row is behind 64

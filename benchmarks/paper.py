@@ -4,7 +4,7 @@
     python benchmarks/paper.py --model checkpoints/python-10m --rows human_eval --num_samples 5
 
 benchmarks/paper.csv has the published rows: the paper's, and rows of the authors' post about transformers,
-whose defaults draft up to 20 tokens while the draft's own probabilities are above 0.4. Here those rows always
+whose defaults draft up to 20 tokens while the draft's probabilities are above 0.4. Here those rows always
 draft 20 tokens, so their speed-up is a lower bound. Each row is a run of benchmark.py with --compare True,
 greedy, in a separate process. A checkpoint or a dataset that is not at
 hand is named, and the other rows run. --resume FOLDER goes on with an interrupted run.

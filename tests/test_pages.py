@@ -58,7 +58,7 @@ def checkout(tmp_path):
     """A copy of the repository with this environment as .venv."""
     ignored = shutil.ignore_patterns(".venv", ".git", "build", "logs", "__pycache__", ".*_cache")
     folder = Path(shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored))
-    for command in (["init", "--quiet"], ["add", "--all"]):  # some tests look at all tracked files
+    for command in (["init", "--quiet"], ["add", "--all"]):  # tests look at all tracked files
         subprocess.run(["git", *command], cwd=folder, check=True)
     (folder / ".venv").mkdir()
     for entry in Path(sys.prefix).iterdir():

@@ -141,7 +141,7 @@ def test_a_row_that_outgrows_the_memory(queued, monkeypatch):
 
 
 def test_a_kept_prefix(queued):
-    """Guards against a prefix that a round has written to after its row had ended."""
+    """Guards against a prefix that a round has written to after the row had ended."""
     model = card_llama(4, agreement="often")
     capture_decoding(model)
     for end in (7, 19, 33):

@@ -105,6 +105,9 @@ class TokenStream:
 class Sequence:
     """Prompt and output of one request, on the host.
 
+    The parts: ids; `stop_conditions`, which end the output; `sampler` and `noise_key`, which pick tokens;
+    logits processors; the stream; counts and times.
+
     The prompt's ids are on the device, too. For processors and criteria the output is there as well, and for
     processors the draft.
 

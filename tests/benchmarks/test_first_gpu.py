@@ -130,7 +130,7 @@ def test_a_driver_that_is_too_old(outcome, monkeypatch):
 
 
 def test_a_model_that_cannot_be_made(outcome, monkeypatch):
-    """Guards against a process that ends before its first step, and a program that waits for it."""
+    """Guards against a process that ends before the first step, and a program that waits for it."""
     monkeypatch.setattr(first_gpu, "make_tried", lambda args: 1 / 0)
     monkeypatch.setattr(first_gpu, "STEPS", dict.fromkeys(NAMES))
     status, found, table = outcome()

@@ -116,7 +116,7 @@ def test_an_invalid_prompt_is_its_own_result(wrong, why, generator):
 
 
 def loud_llama(token):
-    """A model whose values of one token, in its first layer, are beyond the range of float16."""
+    """A model whose values of one token, in the first layer, are beyond the range of float16."""
     model = own_llama(agreement="often")
     with torch.no_grad():
         embedding = model.model.embed_tokens.weight

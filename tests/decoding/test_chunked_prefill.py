@@ -49,7 +49,7 @@ def test_a_long_prompt_does_not_hold_up_others(budget, left):
 
 
 def test_pieces_far_behind_in_a_prompt_are_smaller_beside_an_answer(monkeypatch):
-    """Guards against steps that get longer and longer while a prompt is read, since its tokens attend to all
+    """Guards against steps that get longer and longer while a prompt is read, since the tokens attend to all
     before them, and against a prompt that is read in smaller pieces though nobody waits.
     """
     widths = []

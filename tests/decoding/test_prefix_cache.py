@@ -131,7 +131,7 @@ def test_kept_prefixes_make_room_for_one_that_prompts_in_flight_share():
 
 @needs_operators
 @pytest.mark.parametrize("reuse_cache", [False, True])
-@pytest.mark.parametrize("after", [1, 3, 5])  # steps: the others wait, share what is read, are rows
+@pytest.mark.parametrize("after", [1, 3, 5])  # steps: other requests wait, share what is read, are rows
 def test_a_shared_prefix_stays_when_the_first_of_its_rows_is_cancelled(after, reuse_cache):
     """Guards against prompts that wait for one that is gone, and against keys that go with it."""
     torch.manual_seed(0)

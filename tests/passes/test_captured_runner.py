@@ -116,8 +116,8 @@ def test_greedy_drafts_are_whole_steps(way, graphs):
     requests = {}
     for index, length in enumerate(lengths):
         ids = [5 + (3 * index + i) % 40 for i in range(length)]
-        own = config_of(**config, max_steps=9 + 4 * index)
-        requests[index] = Request(ids, eos_token_ids=[19] if index == 3 else None, config=own)
+        row_config = config_of(**config, max_steps=9 + 4 * index)
+        requests[index] = Request(ids, eos_token_ids=[19] if index == 3 else None, config=row_config)
     expected = {index: ids_of_request(model, request) for index, request in requests.items()}
     capture_decoding(model)
     scheduler = scheduler_of(model, 3, max_steps=30, **config)

@@ -305,8 +305,8 @@ FAILED = subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
 )
 @pytest.mark.usefixtures("gpu")
 def test_a_host_where_triton_cannot_launch(error, why, triton_kernels, monkeypatch):
-    """Guards against a slim host where each model in 16 bits ends at its first token: triton builds a library
-    at its first launch. There the kernels of torch decode.
+    """Guards against a slim host where each model in 16 bits ends at the first token: triton builds a library
+    at the first launch. There the kernels of torch decode.
     """
     why_no_kernels.cache_clear()
     monkeypatch.setattr(triton_kernels, "gated", Mock(side_effect=error))
@@ -322,7 +322,7 @@ def test_a_host_where_triton_cannot_launch(error, why, triton_kernels, monkeypat
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("lost")])
 @pytest.mark.usefixtures("gpu")
 def test_a_card_that_fails_is_no_reason(error, triton_kernels, monkeypatch):
-    """Guards against a card that decodes without kernels since other programs had its memory for a moment."""
+    """Guards against a card that decodes without kernels since other programs had the memory for a moment."""
     why_no_kernels.cache_clear()
     monkeypatch.setattr(triton_kernels, "gated", Mock(side_effect=error))
     with pytest.raises(type(error), match=str(error)):

@@ -331,7 +331,7 @@ def test_prompts_in_bfloat16(variant, flags):
 @pytest.mark.parametrize("is_prompt", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_stays_in_its_row(dtype, is_prompt):
-    """Guards against a broken row that spoils its neighbours, and against NaN that vanishes in a maximum."""
+    """Guards against a broken row that spoils neighbours, and against NaN that vanishes in a maximum."""
     model = own_llama().to(dtype)
     fuse(model)
     runner = InPlaceRunner(model)

@@ -77,7 +77,7 @@ class OutOfMemory(TorchDispatchMode):
 
 
 def test_numbers_beyond_the_range_of_float16_are_found():
-    """Guards against infinite keys, which hide their position or all others without an error, and against
+    """Guards against infinite keys, which hide their position or all other keys without an error, and against
     another position in the message.
     """
     cache = KVCache(Buffers([CPU] * 2, (2, 3), torch.float16))

@@ -75,12 +75,12 @@ def test_what_nobody_waits_for_is_not_done():
 
 
 def test_who_loses_a_place_and_leaves_frees_no_thread():
-    """Guards against one more thread for each client that leaves just as its place in the queue is lost."""
+    """Guards against one more thread for each client that leaves just as the place in the queue is lost."""
 
     async def scenario(add, tasks):
         await add("a1", "a2", "a3")
         await add("b1")
-        tasks["a3"].cancel()  # before it knows that it has lost its place
+        tasks["a3"].cancel()  # before it knows that it has lost the place
         await add("c1")
         assert not tasks["a1"].done()
 

@@ -75,7 +75,7 @@ def test_numbers_are_those_of_the_file(code, rows):
         assert torch.equal(linear.dequantized(), numbers)
         ids = torch.tensor([[rows - 1], [0]])
         assert torch.equal(FewBitsEmbedding(linear.weight, rows, columns, 3.0)(ids), 3.0 * numbers[ids])
-        flipped = ids.flip(0)  # read as 64 bits, these would be one id beyond all rows
+        flipped = ids.flip(0)  # read as 64 bits, they would be one id beyond all rows
         assert torch.equal(FewBitsEmbedding(linear.weight, rows, columns)(flipped.int()), numbers[flipped])
 
 
