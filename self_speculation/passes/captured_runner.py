@@ -145,7 +145,7 @@ class CapturedPasses:
         """Drop all captures, and take a new stream. Graphs of a stream share a cuBLAS workspace, which the
         first destroyed graph frees (pytorch issue 193402), and an exception may keep an old graph alive.
         """
-        # By kind, whether a copy runs, rows, tokens, and what else a graph depends on.
+        # By kind, `layers_key`, rows, tokens, and what else a graph depends on.
         self._replays = dict[tuple[Hashable, ...], Replay]()
         self._threads = set[Thread]()  # that have captured
         self._allocation = self.buffers.num_allocations
@@ -169,7 +169,7 @@ class CapturedPasses:
             self.inputs[rows, width] = states, torch.zeros_like(states[..., 0], dtype=torch.long)
         states, positions = self.inputs[rows, width]
         run = partial(self._run, runner, start_layer, end_layer, states, positions)
-        key = ("layers", runner.is_copy, rows, width, start_layer, end_layer)
+        key = ("layers", runner.layers_key, rows, width, start_layer, end_layer)
         return self._captured(key, run, partial(positions.fill_, -1))
 
     def round_tensors(self, rows: int, width: int) -> RoundTensors:
@@ -187,7 +187,7 @@ class CapturedPasses:
         Args:
             rest: what the part takes after the runner.
         """
-        key = (part.__name__, runner.is_copy, tensors.rows, tensors.width, *rest)
+        key = (part.__name__, runner.layers_key, tensors.rows, tensors.width, *rest)
         return self._captured(key, partial(part, self._run, runner, *rest), partial(tensors.begin, ()))
 
     def _captured(

@@ -7,7 +7,7 @@ A runner has weights and kernels. The cache is an argument. Knows nothing of sam
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -57,11 +57,11 @@ class ModelRunner:
         devices: [L] of each layer.
         is_ragged: passes compute no padding.
         key_shape: kv_heads and head_dim.
-        is_copy: it has other layers than the model.
+        layers_key: equal for runners with the same layers and head; None: the model's.
     """
 
     weights_kind: type[FusedWeights] = FusedWeights
-    is_copy = False
+    layers_key: Hashable = None
     is_ragged = False
 
     def __init__(self, model: PreTrainedModel, fused_weights: FusedWeights | None = None) -> None:
@@ -120,7 +120,7 @@ class ModelRunner:
         other = copy.copy(self)
         other.layers = layers
         other.head = head
-        other.is_copy = True
+        other.layers_key = object()
         return other
 
     def embed(self, input_ids: Tensor) -> Tensor:

@@ -121,7 +121,9 @@ def int4_draft_runner(runner: ModelRunner, num_layers: int) -> ModelRunner:
         linears = [*(linear for layer in layers for linear in layer.linears), head.linear]
         _make_copies(runner, num_layers, [linear for linear in linears if linear not in copies])
     copied = [layer.with_linears(copies) for layer in layers]
-    return runner.with_layers(copied, CopiedHead(head, copies[head.linear]))
+    draft_runner = runner.with_layers(copied, CopiedHead(head, copies[head.linear]))
+    draft_runner.layers_key = "int4"
+    return draft_runner
 
 
 class CopiedHead(Head):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import (
     ADAPTIVE,
+    LAYERS,
     PROMPT,
     WAYS,
     assert_close,
@@ -31,10 +32,13 @@ from test_llama_model_utils import family, windowed
 
 from runs.startup import captured
 from self_speculation import Request, replayed_rounds
+from self_speculation.drafts import registry
+from self_speculation.drafts.draft import DraftCost, LayerDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.model_cache import kept, peek
 from self_speculation.passes import captured_runner, kv_cache, runners
 from self_speculation.passes.fused_layers import FusedRunner
+from self_speculation.passes.layers import Head
 from self_speculation.passes.runners import capture_decoding, fuse, make_runner
 
 
@@ -526,3 +530,34 @@ def test_a_captured_model_that_has_moved_to_a_cpu_decodes():
     expected = ids_of(model)
     kept(model)["is_captured"] = True
     assert ids_of(model) == expected
+
+
+@pytest.mark.usefixtures("graphs")
+def test_two_sources_with_other_layers_have_their_graphs(monkeypatch):
+    """Guards against the graph of one source's head that drafts for another source."""
+    model = card_llama(4)
+    capture_decoding(model)
+    num_graphs = []
+
+    class OneToken(Head):
+        def __init__(self, head, token):
+            super().__init__(head.norm, head.linear)
+            self._token = token
+
+        def __call__(self, hidden):
+            logits = torch.zeros(len(hidden), model.config.vocab_size)
+            logits[:, self._token] = 1
+            return logits
+
+    for token in (7, 9):
+
+        def source(context, token=token):
+            runner = context.runner
+            other = runner.with_layers(runner.layers, OneToken(runner.head, token))
+            return [LayerDrafts(other, 1, "int4", DraftCost())]
+
+        monkeypatch.setattr(registry, "draft_sources", source)
+        ids_of(model, **LAYERS, max_steps=4, eos=())
+        replays = peek(model, captured_runner.CapturedPasses).replays
+        num_graphs.append(sum(part == "draft" for part, *_ in replays))
+    assert num_graphs == [1, 2]
