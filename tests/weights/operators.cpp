@@ -103,8 +103,11 @@ void attention(ScalarType type, int64_t d) {
   std::vector<float> memory(tokens * heads * d);
   for (int64_t window : {0, 150}) {
     std::vector<PartialAttention> attended(tokens * heads);
-    for (int64_t i = 0; i < tokens * heads; i++) attended[i].values = &memory[i * d];
-    attend_to_span(queries.data(), tokens, heads, d, start, window, cached, 0, attended.data());
+    for (int64_t i = 0; i < tokens * heads; i++) {
+      attended[i].values = &memory[i * d];
+      attended[i].clear(d);
+    }
+    attend_to_blocks(queries.data(), tokens, heads, d, start, window, cached, 0, start + tokens, attended.data());
     for (const PartialAttention& each : attended) {
       print("sum", &each.sum, 1);
       print("attended", each.values, d);
