@@ -67,7 +67,7 @@ class CPUOperators(NamedTuple):
         return 256 if self.has_tiles else 64
 
     def __str__(self) -> str:
-        return f"torch ({self.why_not})" if self.variant is None else f"own operators ({self.variant})"
+        return f"torch ({self.why_not})" if self.variant is None else f"operators for {self.variant}"
 
 
 def cpu_operators() -> CPUOperators:
