@@ -3,7 +3,7 @@
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from queue import LifoQueue
 from typing import Any
 
@@ -36,6 +36,12 @@ def _sandboxes(*tokenizer: Hashable) -> LifoQueue[GrammarSandbox]:
     for _ in range(2):
         sandboxes.put(GrammarSandbox(*tokenizer))
     return sandboxes
+
+
+@lru_cache(maxsize=4)
+def _longest_token(tokenizer: PreTrainedTokenizerBase, *_: Hashable) -> int:
+    """Characters. Listing a vocabulary takes time; its size is part of the key, since it may grow."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,15 +267,13 @@ class HuggingfaceLlamaGenerator:
         start of it has more already. Tokenizing takes seconds for a million characters.
         """
         context = context_length(self.model.config)
-        longest = self._longest_token
-        if len(prompt) <= context * _USUAL or len(prompt) > context * longest:
-            return len(prompt) > context * longest
+        if len(prompt) <= context * _USUAL:
+            return False
+        longest = _longest_token(self.tokenizer, len(self.tokenizer))
+        if len(prompt) > context * longest:
+            return True
         start = self.tokenizer.encode(prompt[: context * _USUAL], add_special_tokens=False)
         return len(start) > context + longest  # the last token may be cut into so many
-
-    @cached_property
-    def _longest_token(self) -> int:
-        return max(map(len, self.tokenizer.get_vocab()))
 
     @property
     def eos_token_ids(self) -> list[int]:

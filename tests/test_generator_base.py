@@ -1,5 +1,7 @@
 """HuggingfaceLlamaGenerator: a user's strategies, and prompts that are refused before tokenization."""
 
+import copy
+
 import pytest
 import torch
 from conftest import config_of, generator_of
@@ -36,6 +38,18 @@ def test_only_texts_that_cannot_fit_are_not_tokenized(kind, text_model, request,
     for text in ("all work and no play ", " ", "🙂"):
         with pytest.raises(ValueError, match="leaves no room in the model's context of 256 tokens"):
             generator.encode(text * 99_000)
+
+
+def test_a_text_of_tokens_that_were_added_later_fits(byte_tokenizer, text_model):
+    """Guards against a refusal by the longest token that the generator's tokenizer had before."""
+    generator = generator_of(copy.deepcopy(byte_tokenizer), text_model)
+    longer = "x" * 900
+    text = longer * 200
+    assert generator.is_far_too_long(text)
+    generator.tokenizer.add_tokens([longer])
+    assert not generator.is_far_too_long(text)
+    generator.tokenizer = byte_tokenizer
+    assert generator.is_far_too_long(text)
 
 
 def test_a_strategy_with_generate_token_ids_alone(byte_tokenizer, text_model):

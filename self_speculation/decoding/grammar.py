@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import takewhile
@@ -131,7 +131,9 @@ class GrammarProcessor:
         eos_token_ids: Sequence[int],
     ) -> None:
         self._vocab_size = vocab_size
-        self._unused = _matcher(_tokenizer(tokenizer, vocab_size, tuple(eos_token_ids)), grammar)
+        added = tokenizer.added_tokens_decoder.items()
+        read = _tokenizer(tokenizer, vocab_size, tuple(eos_token_ids), *added)
+        self._unused = _matcher(read, grammar)
         self._matcher = self._unused.deep_copy()
         self._consumed = list[int]()
 
@@ -177,9 +179,9 @@ def _byte_biases(device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _tokenizer(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: tuple[int, ...], *_: Hashable
 ) -> llguidance.LLTokenizer:
-    """Making one takes a tenth of a second and more."""
+    """Making one takes a tenth of a second and more. The key has the added tokens, too: they may change."""
     return llguidance.LLTokenizer(tokenizer_json(tokenizer), vocab_size, [*eos_token_ids])
 
 

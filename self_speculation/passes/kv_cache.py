@@ -393,10 +393,8 @@ class KVCache:
 
     def clear_slot(self, slot: int) -> None:
         """Fill it with zeros: it may hold NaN, and a mask does not keep NaN out."""
-        end = self.buffers.num_used[slot] if self.buffers.grows else None
-        first = self.buffers.shared_prefixes[slot].length
-        for buffer in self.buffers.all():
-            buffer[slot, :, first:end].zero_()
+        end = self.buffers.num_used[slot] if self.buffers.grows else self.buffers.capacity
+        self.buffers.zero_and_free(slot, end)
         self.buffers.num_used[slot] = 0
 
     def swap(self, slot: int, other: int, length: int) -> None:
@@ -406,7 +404,8 @@ class KVCache:
         if slot == other:
             return
         used = self.buffers.num_used
-        used[slot] = used[other] = max(used[slot], used[other])
+        for each in (slot, other):
+            used[each] = max(used[each], length)
         prefixes = self.buffers.shared_prefixes
         first = min(prefixes[slot].length, prefixes[other].length)
         prefixes[slot], prefixes[other] = prefixes[other], prefixes[slot]

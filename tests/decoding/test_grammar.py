@@ -1,5 +1,6 @@
 """Guided decoding: the output belongs to the language, whatever drafts."""
 
+import copy
 import json
 import random
 
@@ -117,6 +118,19 @@ def test_an_output_that_the_grammar_forbids_is_an_error(bundled, monkeypatch, dr
     monkeypatch.setattr("self_speculation.decoding.grammar._bitmask", lambda matcher: every)
     with pytest.raises(GrammarError, match="a token that the grammar forbids"):
         answer(bundled, Grammar.regex("[0-9]+ apples"), max_steps=20, **DRAFTS[drafts])
+
+
+def test_a_grammar_has_tokens_that_were_added_after_the_first_one(bundled):
+    """Guards against a grammar that is read with the tokens that there were, so that a new one is unknown."""
+    tokenizer = copy.deepcopy(bundled[1])
+    size = len(tokenizer) + 8
+    eos = [tokenizer.eos_token_id]
+    with pytest.raises(GrammarError):
+        GrammarProcessor(Grammar.lark("start: <|tool|>"), tokenizer, size, eos)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    processor = GrammarProcessor(Grammar.lark("start: <|tool|>"), tokenizer, size, eos)
+    allowed = processor.masked([], torch.zeros(1, size)).isfinite().nonzero()[:, 1].tolist()
+    assert allowed == [tokenizer.convert_tokens_to_ids("<|tool|>")]
 
 
 def test_a_processor_counts_the_allowed_tokens_of_a_draft(bundled):

@@ -203,6 +203,26 @@ def test_memory_of_positions_that_another_slot_has_is_given_back():
     assert not any(part[3].any() for part in cache.buffers.all())
 
 
+def test_slots_have_no_memory_that_nobody_reads():
+    """Guards against a swap after which a slot counts, or copies when buffers grow, what only the other one
+    has written, and against memory that a cleared slot keeps and no limit counts.
+    """
+    cache = cache_of(CPU, num_slots=2)
+    cache.buffers.key_shape = (2, 64)
+    cache.set_rows([])
+    numbers = torch.ones(40_000, 2, 64)
+    resident = Process().memory_info().rss
+    cache.prompt_view(0).write(numbers, numbers, 0)
+    one = Process().memory_info().rss - resident
+    cache.swap(0, 1, 100)
+    assert cache.buffers.num_used == [40_000, 100]
+    cache.clear_slot(0)
+    assert cache.buffers.num_used == [0, 100]
+    assert Process().memory_info().rss - resident < one / 4
+    assert not cache.buffers.by_layer[0][0][0].any()
+    assert cache.buffers.by_layer[0][0][1].sum() == 100 * 2 * 64
+
+
 def test_numbers_of_a_shared_prefix_are_checked_for_each_slot_and_stay_when_one_is_cleared():
     """Guards against NaN, and numbers beyond float16's range, that are not found where rows share them."""
     cache = cache_of(CPU, num_slots=2, num_prefix_slots=1)

@@ -149,7 +149,7 @@ def test_what_cannot_fit_is_measured_only(served, monkeypatch):
         "encode",
         lambda text, **how: (lengths.append(len(text)), encode(text, **how))[1],
     )
-    monkeypatch.setitem(vars(served.generator), "_longest_token", 100)
+    monkeypatch.setattr("self_speculation.generator_base._longest_token", lambda *_: 100)
     context = context_length(served.generator.model.config)
     for size in (20 * context, 500 * context):
         message = refused(served, prompt="1 a" * (size // 3))
