@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1027, "classes": 203, "parameters": 2249}
+LIMITS = {"functions": 1030, "classes": 203, "parameters": 2253}
 
 
 def count() -> dict[str, int]:

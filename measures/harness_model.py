@@ -15,9 +15,13 @@ import logging
 import sys
 import zlib
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import lm_eval.tasks
 import torch
@@ -25,7 +29,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
-from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers import EvaluationTracker, evaluation_tracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import make_table, setup_logging
@@ -38,7 +42,7 @@ from measures import metrics
 from measures.timed_runs import measure_examples
 from runs import ranks
 from runs.description import Record, counted
-from runs.failures import reason
+from runs.failures import Failed, reason
 from runs.flags import validate
 from runs.startup import load_generator
 from runs.status import print_status
@@ -259,16 +263,42 @@ def evaluate(settings: Record, args: Any, gen_kwargs: Record) -> int:
                 generated["acceptance"] = metrics.acceptance(completions)
         results["generation"] = generated  # speed and drafts, as in `run.json` of benchmark.py
         samples = results.pop("samples", {})
-        tracker.save_results_aggregated(results=results, samples=samples)
-        for name, task_samples in samples.items():
-            tracker.save_results_samples(task_name=name, samples=task_samples)
         print(make_table(results))
         if results.get("groups"):
             print(make_table(results, "groups"))
         if generated is not None:
             print(_shown(generated))
+        _save(tracker, results, samples)
         print(f"results are in {args.output_path}")
     return 0
+
+
+def _save(tracker: EvaluationTracker, results: Record, samples: Mapping[str, list[Record]]) -> None:
+    """Write the harness's files; no file is cut short under its name. Raises Failed if one cannot be
+    written.
+    """
+    path = Path(tracker.output_path)
+    names_file = path.suffix == ".json"
+    folder = path.parent if names_file else path
+
+    def fail(*_: object) -> None:
+        raise  # the error of which the harness would only warn
+
+    try:
+        with (
+            TemporaryDirectory(prefix=".partial-", dir=folder) as partial,
+            patch.object(evaluation_tracker.eval_logger, "warning", fail),
+        ):
+            tracker.output_path = str(Path(partial, path.name)) if names_file else partial
+            tracker.save_results_aggregated(results=results, samples=samples)
+            for name, task_samples in samples.items():
+                tracker.save_results_samples(task_name=name, samples=task_samples)
+            for file in [each for each in Path(partial).rglob("*") if each.is_file()]:
+                target = folder / file.relative_to(partial)
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+    except OSError as error:
+        raise Failed(f"cannot write {folder}: {error.strerror}") from error
 
 
 def _shown(generated: Record) -> str:

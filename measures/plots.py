@@ -80,6 +80,11 @@ def paired_ratios(
 def save(figure: Figure, title: str, path: Path) -> None:
     """Write a figure with a title above it; `path` has no suffix."""
     figure.suptitle(title, fontsize=SMALL)
-    for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=130)
+    partial = path.with_suffix(".partial")
+    try:
+        for kind in ("png", "pdf"):
+            figure.savefig(partial, dpi=130, format=kind)
+            partial.replace(path.with_suffix(f".{kind}"))
+    finally:
+        partial.unlink(missing_ok=True)
     pyplot.close(figure)

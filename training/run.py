@@ -1,8 +1,10 @@
 """One training: flags of train.py -> a run's folder with log, checkpoints, scores of exits and the model."""
 
 import math
+import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from arguments import ModelArguments, refuse
+from data import one_line
 from runs import ranks
 from runs.description import Record, describe, describe_model, heading
 from runs.failures import Failed, check_writable
@@ -249,12 +252,34 @@ def _save_model(trainer: EarlyExitTrainer, folder: Path) -> None:
     def save(model: PreTrainedModel, name: str) -> None:
         weights = trainer.accelerator.get_state_dict(model)  # shards are gathered by all ranks
         if is_first:
-            model.save_pretrained(folder / name, state_dict=weights)
+            with _replaced(folder / name) as partial:
+                model.save_pretrained(partial, state_dict=weights)
+                if name == "model":
+                    trainer.processing_class.save_pretrained(partial)
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if plain(model) is not model:
         save(model, "adapter")
         model = model.merge_and_unload()
     save(model.to(torch.bfloat16), "model")
-    if is_first:
-        trainer.processing_class.save_pretrained(folder / "model")
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when the block ends. Raises Failed if a file
+    cannot be written; `folder` then stays as it is.
+    """
+    partial = folder.with_suffix(".partial")
+    earlier = folder.with_suffix(".earlier")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(earlier, ignore_errors=True)
+            folder.rename(earlier)
+        partial.rename(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise Failed(f"cannot write {folder}: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,5 +1,7 @@
 """Pictures name what they show."""
 
+import errno
+
 import numpy
 import pandas
 import pytest
@@ -11,7 +13,7 @@ from measures import plots
 def drawn(monkeypatch):
     """The figures that would have been saved."""
     figures = []
-    monkeypatch.setattr("measures.plots.Figure.savefig", lambda *_, **__: None)
+    monkeypatch.setattr("measures.plots.Figure.savefig", lambda _, path, **__: path.touch())
     monkeypatch.setattr("measures.plots.pyplot.close", figures.append)
     return figures
 
@@ -32,6 +34,20 @@ def test_paired_ratios(drawn, tmp_path, interval):
     (label,) = [text for legend in drawn[0].legends for text in texts(legend.texts)]
     between = ", 90 % confidence interval 1.10-1.40" if interval else ""
     assert label == f"median 1.20{between}; above 1 in 2 of 3"
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    """Guards against a picture that is cut short by a full disk."""
+
+    def full(_, path, **__):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "ratios.png").write_bytes(b"earlier")
+    monkeypatch.setattr("measures.plots.Figure.savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        plots.paired_ratios(numpy.array([1.3]), None, "speed-up", "a title", tmp_path / "ratios")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("ratios.png", b"earlier")]
 
 
 def test_heat_maps_have_the_figures_of_the_table(drawn, tmp_path):

@@ -1,6 +1,8 @@
 """eval.py against the harness's Hugging Face model, on tasks whose data is here."""
 
+import builtins
 import copy
+import errno
 import functools
 import json
 import shutil
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
 from measures.harness_model import SelfSpeculativeLM
+from runs.failures import Failed
 from self_speculation import fuse
 from self_speculation.scheduler import Scheduler
 
@@ -212,6 +215,24 @@ def test_an_interrupted_evaluation_goes_on_from_its_cache(
     assert answered[4] == answered[3]
     evaluated("functions", *cache, "--exit_layer", "1", to="early")
     assert len(answered) == 7 + 6
+
+
+@pytest.mark.parametrize("place", ["results", "samples"])
+def test_results_that_cannot_be_written_are_an_error(place, arguments, tmp_path, monkeypatch, capsys):
+    """Guards against a full disk that the harness only warns of, and JSON that is cut short."""
+
+    def is_full(path, *_, **__):
+        if Path(str(path)).name.startswith(f"{place}_"):
+            Path(path).touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    watch(monkeypatch, builtins, "open", is_full)  # of samples
+    watch(monkeypatch, Path, "write_text", is_full)
+    flags = ["--log_samples", "True"]
+    with pytest.raises(Failed, match=f"cannot write {tmp_path}/logs: No space left on device"):
+        eval_script.main(arguments("python_lines", *flags))
+    assert "|python_lines" in capsys.readouterr().out
+    assert not [*(tmp_path / "logs").iterdir()]
 
 
 def test_flags_about_prompts_and_metrics_reach_the_harness(evaluated):

@@ -1,11 +1,13 @@
 """train.py as users run it, on models of a few thousand parameters."""
 
+import errno
 import gc
 import os
 import re
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from pkgutil import resolve_name
 from unittest.mock import Mock
 
@@ -13,11 +15,13 @@ import pandas
 import pytest
 import torch
 from helpers import SMALL_TRAINING, Killed, about, only_run, refused, watch, write_program
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import generate
 import train
+from runs.failures import Failed
 from self_speculation import load_model_and_tokenizer
+from training.run import _replaced
 from training.trainer import EarlyExitTrainer
 
 STEPS = ["--num_steps", "12", "--eval_steps", "6", "--save_steps", "4"]
@@ -159,6 +163,15 @@ def whole(tmp_path_factory, texts):
     return run(tmp_path_factory.mktemp("whole"), texts, *EXACT)
 
 
+def full_disk():
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+def by_the_model(_, folder, *__):
+    """Whether a tokenizer is saved beside the model, whose weights are there already."""
+    return Path(folder).name.startswith("model")
+
+
 NO_ROOM = "[enforce fail at inline_container.cc:672]"
 INTERRUPTIONS = {  # an event, exit status, steps of the checkpoints that are left, the message
     "kill": (at_step(5, raises(Killed)), None, {4}, ""),
@@ -170,6 +183,10 @@ INTERRUPTIONS = {  # an event, exit status, steps of the checkpoints that are le
     "disk full": (
         in_last_checkpoint(raises(RuntimeError(NO_ROOM))), 1, {4, 8},
         f"cannot write {{folder}}/checkpoint-12: {NO_ROOM}; step 8",
+    ),
+    "disk full at the end": (
+        before(PreTrainedTokenizerBase, "save_pretrained", raises(full_disk()), by_the_model), 1, {8, 12},
+        f"cannot write {{folder}}/model: {full_disk()}; step 12",
     ),
 }  # fmt: skip
 
@@ -186,6 +203,7 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
         ended = train.main(arguments(tmp_path, texts, *EXACT))
     folder = only_run(tmp_path)
     assert (ended, checkpoints(folder)) == (status, kept)
+    assert not [*folder.glob("model*")]  # which is whole or not there
     if status is None:
         (folder / "checkpoint-11").mkdir()  # killed while it wrote
         (folder / "checkpoint-11" / "trainer_state.json").write_text('{"global_st')
@@ -224,6 +242,29 @@ def test_resume_keeps_the_recipe_and_may_add_steps(tmp_path, texts, capsys, monk
     assert seen == [*range(12, 18), *(step for step in range(16, 20) for _ in range(2))]
     assert (about(folder)["status"], about(folder)["arguments"]["num_steps"]) == ("finished", 20)
     assert not (folder / "records.jsonl").exists()
+
+
+def test_a_model_stays_until_the_next_one_is_whole(tmp_path):
+    """Guards against a model that a longer training overwrites, and then cannot write."""
+    folder = tmp_path / "model"
+
+    def write(text, error=None):
+        with _replaced(folder) as partial:
+            partial.mkdir()
+            (partial / "weights").write_text(text)
+            if error is not None:
+                raise error
+
+    write("first")
+    for error, seen in ((full_disk(), Failed), (Killed(), Killed)):
+        with pytest.raises(seen):
+            write("second", error)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert (folder / "weights").read_text() == "first"
+    (tmp_path / "model.partial").mkdir()  # of a process that was killed
+    write("second")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (folder / "weights").read_text() == "second"
 
 
 def test_continual_pretraining(tmp_path, texts, model_folder):
