@@ -236,8 +236,10 @@ def parse(
             for group in groups
         ]
     except argparse.ArgumentError as error:
-        dashed = [value for flag, value in pairwise(args) if flag == error.argument_name and value[:1] == "-"]
-        hint = f"; a value that begins with - is written {error.argument_name}={dashed[0]}" if dashed else ""
+        flag = error.argument_name
+        values = [value for name, value in pairwise(args) if name == flag and value not in flags]
+        dashed = next((value for value in values if value.startswith("-")), None)
+        hint = f"; a value that begins with - is written {flag}={dashed}" if dashed else ""
         refuse(f"{error}{hint}")
     except ValueError as error:  # a dataclass refuses the value of a field; the message starts with the field
         name, _, problem = str(error).partition(" ")

@@ -59,20 +59,15 @@ class SweepArguments(RunArguments):
         super().__post_init__()
         for axis in ("exit_layer", "num_speculations"):
             first, last = (getattr(self, f"{axis}_{end}") for end in ("first", "last"))
-            at_least(self, 1, f"{axis}_first", f"{axis}_step")
+            at_least(self, 1, f"{axis}_first", f"{axis}_last", f"{axis}_step")
             check(self, f"{axis}_first", first <= last, f"beyond --{axis}_last {last}, the grid is empty")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments)
     model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv, without=SELDOM)
-    if args.mode == "counted" and not config.greedy:
-        print_status("--mode counted decodes greedily, as with --sample False; --mode measured can sample")
-        config = dataclasses.replace(config, sample=False)
     if config.generation_strategy == "adaptive":
         refuse("--generation_strategy adaptive: cells are self_speculative, leave it out")
-    if unused := sorted(given_flags(argv, GenerationConfig) & {"exit_layer", "num_speculations"}):
-        print_status(f"--{' and --'.join(unused)}: not used, cells are on the grid of the flags of sweeps")
     cell = {"generation_strategy": "self_speculative", "exit_layer": 1, "num_speculations": 1}
     config = dataclasses.replace(config, **cell)
     validate(model_args, config)
@@ -93,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_layers = [*range(args.exit_layer_first, min(args.exit_layer_last, last) + 1, args.exit_layer_step)]
     if is_copy and last not in exit_layers:
         exit_layers.append(last)  # a copy of all layers guesses best
+    if args.mode == "counted" and not config.greedy:
+        print_status("--mode counted decodes greedily, as with --sample False; --mode measured can sample")
+        config = dataclasses.replace(config, sample=False)
+    if unused := sorted(given_flags(argv, GenerationConfig) & {"exit_layer", "num_speculations"}):
+        print_status(f"--{' and --'.join(unused)}: not used, cells are on the grid of the flags of sweeps")
     if args.exit_layer_last > last:
         cut = f"cut to {last}, the model has {num_layers} layers"
         print_status(f"--exit_layer_last {args.exit_layer_last}: {cut}")

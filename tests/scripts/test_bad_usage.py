@@ -65,6 +65,7 @@ REFUSALS = {
         "--exit_layer_first 4 --exit_layer_last 3": "--exit_layer_first 4: beyond --exit_layer_last 3",
         "--exit_layer_first 9": "--exit_layer_first 9: must be between 1 and 3",
         "--num_speculations_step 0": "--num_speculations_step 0: must be at least 1",
+        "--exit_layer_last -1": "--exit_layer_last -1: must be at least 1",
     },
     generate: {
         "--exit_layer 4": "--exit_layer 4: must be between 1 and 3, the model has 4 layers; -1 is full depth",
@@ -148,6 +149,19 @@ def test_bad_usage_is_refused_before_weights_are_read(
     assert says in line
     assert line.startswith(os.path.basename(sys.argv[0]) + ": error: ")
     assert not list((tmp_path / "logs").glob("*/*"))
+
+
+def test_a_missing_value_is_no_value_that_begins_with_a_dash(capsys):
+    """Guards against advice to write the next flag as the value."""
+    line = refused(benchmark.main, ["--max_steps", "--compare", "True"], capsys)
+    assert line.endswith("error: argument --max_steps: expected one argument")
+
+
+def test_a_refusal_is_the_only_line(common, capsys):
+    """Guards against a line about other flags above the one that says what is wrong."""
+    with pytest.raises(SystemExit):
+        sweep.main([*common, "--prompt_lookup", "3"])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 BAD_USAGE = [
