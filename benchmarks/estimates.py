@@ -26,6 +26,10 @@ _GRAPH = 11e-6
 _POSITIONS = 1000  # tokens before a round
 _DRAFTED = 6
 _ROWS = 8  # of a batch
+# Tokens before a step of sequences that share a prefix, or none.
+_SHORT = 64
+_LONG = 1500
+_SHARED = 1472
 _GAINED = 5.2  # tokens of a round in which nine of ten drafts are right
 _FP32 = 4  # bytes of a weight or gradient
 _ADAMW = 8  # bytes of a weight's state
@@ -99,8 +103,14 @@ def memory(
 
 
 @cache
-def traces(name: str, num_rows: int = 1) -> Mapping[str, Trace]:
-    """What an H100 does in a greedy round of several sequences in 16 bits after _POSITIONS tokens.
+def traces(
+    name: str, num_rows: int = 1, length: int = _POSITIONS, num_shared: int = 0
+) -> Mapping[str, Trace]:
+    """What an H100 does in a greedy round of several sequences in 16 bits.
+
+    Args:
+        length: tokens before the round, of each.
+        num_shared: the first of them, which they share.
 
     Returns:
         The traces of a plain step and of a round of _DRAFTED tokens, captured, and of such a round if nothing
@@ -110,7 +120,8 @@ def traces(name: str, num_rows: int = 1) -> Mapping[str, Trace]:
     found = dict[str, Trace]()
     ways = {"eager": _DRAFTED, "plain": 0, "round": _DRAFTED}
     with fake_gpu() as gpu:
-        gpu.length = _POSITIONS
+        gpu.length = length
+        gpu.num_shared = num_shared
         model = fake_model(MODELS[name])
         fuse(model)
         for way, drafted in ways.items():
@@ -123,7 +134,9 @@ def traces(name: str, num_rows: int = 1) -> Mapping[str, Trace]:
             )  # fmt: skip
             scheduler = Scheduler[int](strategy, model, config, num_rows)
             for row in range(num_rows):
-                scheduler.add_request(row, Request([5] * _POSITIONS))
+                scheduler.add_request(row, Request([5 + row] * length))
+            while len(scheduler.batch) < num_rows:
+                scheduler.step()
             scheduler.step()  # captures
             gpu.trace = found[way] = Trace()
             scheduler.step()
@@ -139,11 +152,14 @@ class Decoding(NamedTuple):
     round: float  # of _DRAFTED tokens
 
 
-def decoding(name: str, by_bytes: bool = False, num_rows: int = 1) -> Decoding:
+def decoding(
+    name: str, by_bytes: bool = False, num_rows: int = 1, length: int = _POSITIONS, num_shared: int = 0
+) -> Decoding:
     """The times of captured passes of so many sequences.
 
     Args:
         by_bytes: without what else takes time.
+        length, num_shared: see `traces`.
     """
 
     def seconds(launches: Sequence[Launch], graphs: int) -> float:
@@ -151,8 +167,9 @@ def decoding(name: str, by_bytes: bool = False, num_rows: int = 1) -> Decoding:
         overheads = len(launches) * _KERNEL + graphs * _GRAPH
         return all_bytes / _BANDWIDTH + (0.0 if by_bytes else overheads)
 
-    plain = traces(name, num_rows)["plain"]
-    whole = traces(name, num_rows)["round"]
+    traced = traces(name, num_rows, length, num_shared)
+    plain = traced["plain"]
+    whole = traced["round"]
     first, second = whole.replays[:2]
     return Decoding(
         seconds(plain.launches, len(plain.replays)),
@@ -183,7 +200,15 @@ def decoding_table() -> str:
     heads = ["model", "plain step", "draft step, exit", "round of 6", "tokens/s, plain", "self-speculative"]
     rows = [f"| {row} |" for row in (" | ".join(heads), *map(decoding_row, EXITS))]
     rows.insert(1, "|---" * len(heads) + "|")
-    return "\n".join([*rows, "", about_launches(next(iter(EXITS))), *map(about_batches, EXITS)])
+    return "\n".join(
+        [
+            *rows,
+            "",
+            about_launches(next(iter(EXITS))),
+            *map(about_batches, EXITS),
+            *map(about_prefixes, EXITS),
+        ]
+    )
 
 
 def decoding_row(name: str) -> str:
@@ -208,6 +233,17 @@ def about_batches(name: str) -> str:
     plain = round(_ROWS / times.plain_step)
     drafted = round(_ROWS * _GAINED / times.round)
     return f"{name} with {_ROWS} sequences: {plain} tokens/s, {drafted} self-speculative"
+
+
+def about_prefixes(name: str) -> str:
+    """Speed of sequences with long prompts, over that of short ones."""
+    short = decoding(name, num_rows=_ROWS, length=_SHORT).plain_step
+    alone = decoding(name, num_rows=_ROWS, length=_LONG).plain_step
+    shared = decoding(name, num_rows=_ROWS, length=_LONG, num_shared=_SHARED).plain_step
+    return (
+        f"{name} with {_ROWS} sequences behind {_LONG} tokens, over behind {_SHORT}: {short / alone:.2f}, "
+        f"and {short / shared:.2f} if they share {_SHARED}"
+    )
 
 
 def about_launches(name: str) -> str:

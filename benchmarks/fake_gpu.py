@@ -60,6 +60,7 @@ class FakeGPU(TorchDispatchMode):
     Attributes:
         trace: of all since it was set.
         length: positions of a row, whose keys and values attention reads.
+        num_shared: the first of them, which are read once for all rows.
         is_replaying: a graph runs.
     """
 
@@ -67,6 +68,7 @@ class FakeGPU(TorchDispatchMode):
         super().__init__()
         self.trace = Trace()
         self.length = 1
+        self.num_shared = 0
         self.is_replaying = False
 
     def graph_recorder(self, _: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -126,14 +128,17 @@ class _Kernel:
         parts = {name: part for name, part in given.items() if isinstance(part, Tensor)}
         if "positions" in parts:
             rows, width = parts["positions"].shape
-            num_read = rows * (self._gpu.length if self._name == "attend" else width)
+            num_read = rows * width
+            if self._name == "attend":
+                num_read = rows * (self._gpu.length - self._gpu.num_shared) + self._gpu.num_shared
             for name in parts.keys() & {"cos", "sin"}:
                 parts[name] = parts[name][0].expand(num_read, -1)
             for name in ("keys", "values"):
                 parts[name] = parts[name][0, :, 0].expand(num_read, -1, -1)
         for name in parts.keys() & {"sums", "stats"}:  # of all heads of queries, without padding
             num_heads = len(parts["out" if self._name == "merge" else "qkv"]) * given["HEADS"]
-            parts[name] = parts[name][0, 0, :, 0].expand(num_heads, -1, -1)
+            num_splits = given["SPLITS"] + (given["PREFIX_SPLITS"] if self._gpu.num_shared else 0)
+            parts[name] = parts[name][0, 0].expand(num_heads * num_splits, -1)
         num_bytes = sum(part.numel() * part.itemsize for part in parts.values())
         self._gpu.trace.launches.append(Launch(self._name, num_bytes))
 

@@ -21,6 +21,9 @@ _ROTATED = 128 * 2**20  # bytes that kernels rotate through, more than a card's 
 _COPIED = 2**30  # bytes of the copy that shows the card's speed
 _ROUNDINGS = 8  # of the largest number, by which kernels may differ from float32
 
+# Tokens of a row, window, and the first positions that rows read together.
+_SHAPES = ((1, None, 0), (1, 100, 0), (8, None, 0), (32, 100, 0), (1, None, 128), (8, 100, 64))
+
 Found = Mapping[str, Any]
 
 
@@ -48,24 +51,28 @@ class KernelSteps:
         found = dict[str, float]()
         for size in (64, 96, 128, 256):
             for dtype in (torch.bfloat16, torch.float16):
-                for width, window in ((1, None), (1, 100), (8, None), (32, 100)):
+                for width, window, num_shared in _SHAPES:
                     name = f"{size}, {str(dtype).removeprefix('torch.')}, {width} wide, window {window}"
-                    found[name] = self._difference_of_attention(size, dtype, width, window)
+                    name += f", {num_shared} shared" if num_shared else ""
+                    found[name] = self._difference_of_attention(size, dtype, width, window, num_shared)
         wrong = {name: value for name, value in found.items() if not value <= _ROUNDINGS}
         worst = max(found.values())
         return {"cases": len(found), "roundings": round(worst, 2), **({"error": wrong} if wrong else {})}
 
     def _difference_of_attention(
-        self, size: int, dtype: torch.dtype, width: int, window: int | None
+        self, size: int, dtype: torch.dtype, width: int, window: int | None, num_shared: int
     ) -> float:
         device = self._model.device
         torch.manual_seed(size + width)
-        lengths = [300, 17]
+        lengths = [300, num_shared + 17]
         heads = 8
         kv_heads = 2
         random = partial(torch.randn, device=device, dtype=dtype)
         keys = random(len(lengths), kv_heads, 400, size)
         values = random(len(lengths), kv_heads, 400, size)
+        for part in (keys, values):
+            part[1, :, :num_shared] = part[0, :, :num_shared]
+        prefix_reads = torch.tensor([0, num_shared, num_shared], device=device)
         qkv = random(len(lengths) * width, (heads + 2 * kv_heads) * size)
         angles = torch.arange(400)[:, None] * 1e4 ** -(torch.arange(size // 2) / (size // 2))
         cos, sin = (torch.cat((table, table), 1).to(device, dtype) for table in (angles.cos(), angles.sin()))
@@ -85,8 +92,10 @@ class KernelSteps:
             rounded = turned.to(dtype).float()
             attended = scaled_dot_product_attention(rounded, all_keys, all_values, mask, scale=size**-0.5)
             right[row] = attended.transpose(0, 1)
-        given = (qkv, None, None, 0.0, False, cos, sin, keys, values, positions, size**-0.5, window)
-        found = torch.ops.self_speculation.decode_attention(*given).view_as(right).float()
+        before = (qkv, None, None, 0.0, False, cos, sin)
+        after = (positions, prefix_reads, size**-0.5, window)
+        attend = torch.ops.self_speculation.decode_attention
+        found = attend(*before, keys, values, *after).view_as(right).float()
         largest = float(right.abs().max())
         return float((found - right).abs().max()) / (torch.finfo(dtype).eps * largest)
 
@@ -100,7 +109,9 @@ class KernelSteps:
         kv_heads, size = runner.key_shape
         heads = self._model.config.num_attention_heads
         like = runner.tables.like
-        for rows, width, length in ((1, 1, 1000), (1, 8, 1000), (8, 1, 1000), (8, 8, 1000), (1, 1, 8000)):
+        cases = [(1, 1, 1000, 0), (1, 8, 1000, 0), (8, 1, 1000, 0), (8, 8, 1000, 0), (1, 1, 8000, 0)]
+        cases += [(8, 1, 1500, 0), (8, 1, 1500, 1472)]
+        for rows, width, length, num_shared in cases:
             shape = (rows, kv_heads, length + width, size)
             bytes_of_pair = 2 * like.itemsize * rows * kv_heads * (length + width) * size
             random = partial(torch.randn, dtype=like.dtype, device=like.device)
@@ -109,11 +120,15 @@ class KernelSteps:
             cos, sin = runner.tables.cos_sin(runner.attention_types[0].rotation, length + width)
             positions = torch.arange(length, length + width, device=like.device).expand(rows, -1).contiguous()
             before = (qkv, None, None, 0.0, False, cos, sin)
-            after = (positions, size**-0.5, None)
+            prefix_reads = torch.tensor([0, *[num_shared] * rows], device=like.device)
+            after = (positions, prefix_reads, size**-0.5, None)
             attend = torch.ops.self_speculation.decode_attention
             seconds = self._replayed([partial(attend, *before, *pair, *after) for pair in pairs])
-            speed = bytes_of_pair / seconds / 1e9
-            found[f"{rows} x {width} after {length}"] = f"{1e6 * seconds:.1f} us, {speed:.0f} GB/s"
+            position = bytes_of_pair / rows / (length + width)
+            num_read = rows * (length + width - num_shared) + num_shared
+            speed = position * num_read / seconds / 1e9
+            of_which = f", {num_shared} shared" if num_shared else ""
+            found[f"{rows} x {width} after {length}{of_which}"] = f"{1e6 * seconds:.1f} us, {speed:.0f} GB/s"
         return found
 
     @torch.inference_mode()

@@ -75,7 +75,7 @@ def replay_round(
     can_continue = isinstance(before, Round) and before.can_continue(passes, cache, planned)
     if not can_continue and runner.captures_rounds(cache, end_layer):
         batch.commit_queued()  # callbacks of requests run without the lock
-    with passes.lock:
+    with cache.buffers.lock:
         cache.check()
         queued = before if can_continue else _begin(runner, passes, cache, batch, end_layer, planned)
         if not isinstance(queued, Round):

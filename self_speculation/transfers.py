@@ -15,6 +15,7 @@ def on_device(
     return _pinned(numbers, device, dtype).to(device, non_blocking=True)
 
 
+@torch.inference_mode()
 def overwrite(target: Tensor, numbers: Sequence[float]) -> None:
     """Write all numbers of a contiguous tensor, without waiting for the GPU."""
     target.view(-1).copy_(_pinned(numbers, target.device, target.dtype), non_blocking=True)

@@ -8,9 +8,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def decode_attention(
-    qkv, query_norm, key_norm, epsilon, is_centred, cos, sin, keys, values, positions, scale, window
+    qkv, query_norm, key_norm, epsilon, is_centred, cos, sin, keys, values, positions, prefix_reads, scale,
+    window,
 ):  # fmt: skip
     """Row by row and token by token. Writes to keys and values."""
+    source, *lengths = prefix_reads.tolist()
     rows, width = positions.shape
     kv_heads, size = keys.shape[1::2]
     heads = qkv.shape[1] // size - 2 * kv_heads
@@ -28,8 +30,12 @@ def decode_attention(
         at = int(positions[row, token])
         seen = slice(max(0, at + 1 - window) if window else 0, at + 1)
         groups = q[row, token].float().view(kv_heads, -1, size)
-        weights = (groups @ keys[row, :, seen].float().mT * scale).softmax(-1)
-        out[row, token] = (weights @ values[row, :, seen].float()).flatten(0, 1)
+        of_row = [
+            torch.cat((part[source, :, : lengths[row]], part[row, :, lengths[row] :]), 1)[:, seen].float()
+            for part in (keys, values)
+        ]
+        weights = (groups @ of_row[0].mT * scale).softmax(-1)
+        out[row, token] = (weights @ of_row[1]).flatten(0, 1)
     return out.view(len(qkv), -1).to(qkv.dtype)
 
 

@@ -52,7 +52,12 @@ def ends(output):
 ENDINGS = ({}, {"eos_token_ids": [7, 19, 33]}, {"stop_checks": ends}, {"drafts": False}, {})
 
 
-def draw_request(draws, way):
+# Where prompts begin alike: two blocks of positions and more, one block and more, and none.
+SYSTEM = [3 + 7 * i * i % 47 for i in range(135)]
+BEGINNINGS = [SYSTEM, SYSTEM[:70], SYSTEM, [], SYSTEM, SYSTEM[:64]]
+
+
+def draw_request(draws, way, beginning):
     """Every third one samples, with rules that filter or without."""
     rules = {
         "sample": draws.random() < 0.6, "temperature": draws.choice([0.3, 1.2]),
@@ -61,7 +66,7 @@ def draw_request(draws, way):
     }  # fmt: skip
     config = config_of(max_steps=draws.choice([3, 40, 60]), reuse_cache=True, **rules, **way)
     prompt = [draws.randrange(3, 50) for _ in range(draws.choice([1, 3, 7, 20, 31]))]
-    return Request(prompt, seed=draws.randrange(100), config=config, **draws.choice(ENDINGS))
+    return Request([*beginning, *prompt], seed=draws.randrange(100), config=config, **draws.choice(ENDINGS))
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -69,17 +74,19 @@ def draw_request(draws, way):
 def test_answers_that_are_read_late(name, seed, queued):
     """Rows of many lengths and settings join, end and are cancelled. Guards against positions, limits, ids,
     rules or noise of another row, step or round where the card moves on by itself, and against a round whose
-    row has ended but gets the tokens.
+    row has ended but gets the tokens. Prompts begin alike: guards against positions that rows read together
+    where the slot has another text by now, or that are not theirs.
     """
     draws = random.Random(seed)
     way = WAYS[name]
     model = card_llama(4, agreement="often")
-    requests = {key: draw_request(draws, way) for key in range(6)}
+    requests = {key: draw_request(draws, way, beginning) for key, beginning in enumerate(BEGINNINGS)}
     expected = in_batch(model, requests.values(), 1, **way)
     capture_decoding(model)
     scheduler = scheduler_of(model, 3, reuse_cache=True, **way)
     waiting = [*requests.items()]
     found = {}
+    prefix_reads = set()
     with mixed_drafts() if "num_speculations" in way else torch.no_grad():
         for step in itertools.count():
             if not (waiting or scheduler.has_requests):
@@ -90,6 +97,7 @@ def test_answers_that_are_read_late(name, seed, queued):
             if step == 6:
                 scheduler.cancel([scheduler.batch.sequences[0].request_id])
             found |= scheduler.pop_finished()
+            prefix_reads.add((*scheduler._ensure_inputs().cache.buffers.prefix_reads.tolist(),))
     for key, result in expected.items():
         tokens = result.predicted_tokens
         if found[key].stop_reason == "cancelled":
@@ -99,6 +107,8 @@ def test_answers_that_are_read_late(name, seed, queued):
         assert found[key].predicted_tokens == tokens, key
     assert sum(result.stop_reason == "cancelled" for result in found.values()) == 1
     assert sum(queued) >= 4
+    assert len(prefix_reads) > 2  # none, and several
+    assert any(result.num_cached_tokens >= 64 for result in found.values())
 
 
 @pytest.mark.parametrize("budget", [None, 300])

@@ -64,8 +64,8 @@ class PrefixCache:
     def acquire(self, sequence: Sequence) -> None:
         """Give a sequence the free slot with the longest prefix of the prompt, the oldest one of equals.
 
-        The last token of a prompt is never found: the first step needs the logits after it. A prefix that a
-        prompt in flight has, too, is kept once for both.
+        The last token of a prompt is never found: the first step needs the logits after it. A longer prefix
+        of a prompt in flight is kept once for both. It is copied where there are no slots of shared prefixes.
         """
         self.cache.check()
         prompt = sequence.prompt_ids[:-1]
@@ -74,8 +74,14 @@ class PrefixCache:
         slot = max(free, key=lambda slot: (found[slot], -free[slot].age, -slot))
         length = found[slot]
         prefix = self.cache.buffers.shared_prefixes[slot]
-        if (shared := self._share(prompt, length)) is not None:
-            slot = min(free, key=lambda slot: (free[slot].age, slot))
+        oldest = min(free, key=lambda slot: (free[slot].age, slot))
+        in_flight, source = self._in_flight(prompt)
+        if not self._shared_ids and in_flight > length:
+            slot = oldest
+            length = in_flight
+            self.cache.copy_positions(source, slot, length)
+        elif (shared := self._share(prompt, length)) is not None:
+            slot = oldest
             prefix = shared
             length = shared.length
         elif length < prefix.length:
@@ -96,17 +102,22 @@ class PrefixCache:
             key=lambda prefix: prefix.length,
             default=SharedPrefix(),
         )
-        in_flight = (
+        length, source = self._in_flight(prompt)
+        if length > max(longest.length, least) and (prefix_slot := self._free_prefix_slot()) is not None:
+            longest = SharedPrefix(prefix_slot, length)
+            self._shared_ids[prefix_slot] = prompt[:length]
+            self.cache.copy_prefix(source, longest)
+        return longest if longest.length > least else None
+
+    def _in_flight(self, prompt: abc.Sequence[int]) -> tuple[int, int]:
+        """The longest prefix, in whole blocks, that a prompt in flight has, too: the length and the slot."""
+        found = (
             (_common_blocks(holder.prompt_ids[: holder.num_computed], prompt), -slot)
             for slot, holder in enumerate(self._holders)
             if isinstance(holder, Sequence)
         )
-        length, negative_slot = max(in_flight, default=(0, 0))
-        if length > max(longest.length, least) and (prefix_slot := self._free_prefix_slot()) is not None:
-            longest = SharedPrefix(prefix_slot, length)
-            self._shared_ids[prefix_slot] = prompt[:length]
-            self.cache.copy_prefix(-negative_slot, longest)
-        return longest if longest.length > least else None
+        length, negative_slot = max(found, default=(0, 0))
+        return length, -negative_slot
 
     def _free_prefix_slot(self) -> int | None:
         """A slot of shared prefixes that no sequence refers to; None: there is none. The oldest kept prefixes
@@ -131,8 +142,6 @@ class PrefixCache:
         """Whether a prompt in prefill will share more positions with this one than a free slot has: then a
         sequence waits for it.
         """
-        if not self._shared_ids:
-            return False
         prompt = sequence.prompt_ids[:-1]
         kept = 0
         being_read = 0
@@ -160,6 +169,31 @@ class PrefixCache:
         """Make a sequence the next row, in slot B, once the prompt is read."""
         self._move(sequence, self.cache.num_rows)
         self.cache.set_rows([*self.cache.lengths(), sequence.num_computed])
+        self._read_together()
+
+    def _read_together(self) -> None:
+        """Let a card read the positions once that most rows have in common. Further ones, of fewer rows, are
+        read with them.
+        """
+        if self.cache.buffers.grows:
+            return
+        rows = self._holders[: self.cache.num_rows]
+        prompts = dict(enumerate(row.prompt_ids for row in rows if isinstance(row, Sequence)))
+        lengths = [0] * len(rows)
+        source = 0
+        for end in itertools.count(PREFIX_BLOCK, PREFIX_BLOCK):
+            alike: dict[tuple[int, ...], list[int]] = {}
+            for row, prompt in prompts.items():
+                if len(prompt) > end:
+                    alike.setdefault((*prompt[end - PREFIX_BLOCK : end],), []).append(row)
+            most = max(alike.values(), key=len, default=[])
+            if len(most) < 2:
+                break
+            prompts = {row: prompts[row] for row in most}
+            source = most[0]
+            for row in most:
+                lengths[row] = end
+        self.cache.read_together(source, lengths)
 
     def _move(self, sequence: Sequence, slot: int) -> None:
         """Swap the slot of a sequence whose prompt is being read with another one, of no row."""
@@ -178,10 +212,12 @@ class PrefixCache:
         """
         slot = sequence.slot
         sequence.slot = None
+        with self.cache.buffers.lock:
+            if slot is not None and self.cache.is_latest:
+                self._release(sequence, slot)
+
+    def _release(self, sequence: Sequence, slot: int) -> None:
         cache = self.cache
-        if not cache.is_latest:
-            return
-        assert slot is not None
         left = _KeptPrefix()
         is_row = slot < cache.num_rows
         length = cache.lengths()[slot] if is_row else sequence.num_computed
@@ -204,6 +240,8 @@ class PrefixCache:
                 self._put(self._holders[last], slot)
             slot = last
         self._holders[slot] = left
+        if is_row:
+            self._read_together()
         if not left.ids:
             self.cache.set_prefix(slot, SharedPrefix())
 

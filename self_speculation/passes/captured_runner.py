@@ -11,7 +11,7 @@ All captured passes of a model share one cache. It serves one generation at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from threading import Lock, RLock, Thread, current_thread
 from weakref import WeakKeyDictionary
@@ -65,7 +65,7 @@ class CapturedRunner(FusedRunner):
 
         with lock(self.model):
             passes = cached(self.model, CapturedPasses, valid_for, lambda: CapturedPasses(self, num_slots))
-        with passes.lock:
+        with passes.buffers.lock:
             cache = KVCache(passes.buffers)
         cache.reserve(prompt_length, num_positions)
         return cache
@@ -75,24 +75,29 @@ class CapturedRunner(FusedRunner):
         passes: CapturedPasses | None = peek(self.model, CapturedPasses)
         return None if passes is None or passes.buffers is not cache.buffers else passes
 
+    def run_layers(
+        self, cache: KVCache, hidden: Tensor, query_lengths: Sequence[int], start_layer: int, end_layer: int
+    ) -> Tensor:
+        with cache.buffers.lock:
+            cache.check()
+            return super().run_layers(cache, hidden, query_lengths, start_layer, end_layer)
+
     def run_rectangle(self, cache: KVCache, hidden: Tensor, start_layer: int, end_layer: int) -> Tensor:
         num_rows, width, _ = hidden.shape
         passes = self.passes_of(cache)
         if passes is None or not self.decodes_by_kernels(cache, self.layers[start_layer:end_layer]):
             return super().run_rectangle(cache, hidden, start_layer, end_layer)
         shape = (padded(num_rows), padded(width))
-        with passes.lock:
-            cache.check()
-            new_positions = cache.positions(start_layer, width, self.device)
-            cache.make_room(start_layer, end_layer, [width] * num_rows)
-            replay = passes.capture(self, start_layer, end_layer, *shape)
-            states, positions = passes.inputs[shape]
-            if shape != (num_rows, width):
-                positions.fill_(-1)
-            states[:num_rows, :width] = hidden
-            positions[:num_rows, :width] = new_positions
-            replay()
-            return states[:num_rows, :width].clone()
+        new_positions = cache.positions(start_layer, width, self.device)
+        cache.make_room(start_layer, end_layer, [width] * num_rows)
+        replay = passes.capture(self, start_layer, end_layer, *shape)
+        states, positions = passes.inputs[shape]
+        if shape != (num_rows, width):
+            positions.fill_(-1)
+        states[:num_rows, :width] = hidden
+        positions[:num_rows, :width] = new_positions
+        replay()
+        return states[:num_rows, :width].clone()
 
     def captures_rounds(self, cache: KVCache, end_layer: int) -> bool:
         """Whether embedding, layers [:end_layer] and head can be in one graph."""
@@ -106,6 +111,7 @@ class FixedBuffers(Buffers):
     def __init__(self, runner: ModelRunner, num_slots: int) -> None:
         super().__init__(runner.devices, runner.key_shape, runner.dtype, num_slots)
         self.grows = False
+        self.lock = RLock()
         self.tables = RotaryTables(runner.model, runner.dtype)
         self.num_allocations = 0
 
@@ -126,15 +132,9 @@ class FixedBuffers(Buffers):
 
 
 class CapturedPasses:
-    """Captured passes of a model over the buffers of the latest cache.
-
-    Attributes:
-        lock: held from the check of a cache to the last launch over the buffers, and while another generation
-            takes the buffers.
-    """
+    """Captured passes of a model over the buffers of the latest cache."""
 
     def __init__(self, runner: CapturedRunner, num_slots: int) -> None:
-        self.lock = RLock()
         self.buffers = FixedBuffers(runner, num_slots)
         self._drop_replays()
         self.inputs = dict[tuple[int, int], tuple[Tensor, Tensor]]()  # [B, T, H] states, [B, T] positions
@@ -211,7 +211,7 @@ class CapturedPasses:
         self, runner: ModelRunner, start_layer: int, end_layer: int, states: Tensor, positions: Tensor
     ) -> Tensor:
         """Layers [start_layer:end_layer] over states [B, T, H], in place."""
-        make = partial(DecodeContext, self.buffers.tables, self.buffers.by_layer, positions)
+        make = partial(DecodeContext, self.buffers.tables, self.buffers, positions)
         after = run_through(runner.typed_layers(start_layer, end_layer), make, states)
         return states.copy_(after)  # fused layers work in place: then nothing is copied
 

@@ -3,7 +3,7 @@ same input lie side by side in memory. They decode by our kernels where a card h
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from self_speculation.devices import is_lost_device
 from self_speculation.families import AttentionType
 from self_speculation.passes.attention_context import AttentionContext, RotaryTables
-from self_speculation.passes.kv_cache import KVCache, Pair
+from self_speculation.passes.kv_cache import Buffers, KVCache
 from self_speculation.passes.layers import FusedWeights, Head, Layer, LlamaLayer, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner, run_through
 from self_speculation.passes.unsupported_hooks import why_not_plain
@@ -54,12 +54,12 @@ class DecodeContext:
     """As `AttentionContext`, for a pass by kernels: fused layers call `attend`.
 
     Args:
-        buffers: keys and values by layer; row i of the pass is slot i.
+        buffers: row i of the pass is slot i.
         positions: [B, T] of the tokens; negative: padding.
     """
 
     def __init__(
-        self, tables: RotaryTables, buffers: Mapping[int, Pair], positions: Tensor, kind: AttentionType
+        self, tables: RotaryTables, buffers: Buffers, positions: Tensor, kind: AttentionType
     ) -> None:
         self._buffers = buffers
         self._positions = positions
@@ -74,7 +74,15 @@ class DecodeContext:
         if query_norm is not None and key_norm is not None:
             norms = query_norm.weight, key_norm.weight, query_norm.epsilon, query_norm.is_centred
         return torch.ops.self_speculation.decode_attention.default(
-            qkv, *norms, self._cos, self._sin, *self._buffers[layer], self._positions, scale, self._window
+            qkv,
+            *norms,
+            self._cos,
+            self._sin,
+            *self._buffers.by_layer[layer],
+            self._positions,
+            self._buffers.prefix_reads,
+            scale,
+            self._window,
         )
 
 
@@ -251,7 +259,7 @@ class FusedRunner(ModelRunner):
         positions = cache.positions(start_layer, width, self.device)
         cache.make_room(start_layer, end_layer, [width] * len(lengths))
         self.tables.reserve(max(lengths) + width)
-        make = partial(DecodeContext, self.tables, cache.buffers.by_layer, positions)
+        make = partial(DecodeContext, self.tables, cache.buffers, positions)
         return run_through(self.typed_layers(start_layer, end_layer), make, hidden)
 
     def decodes_by_kernels(self, cache: KVCache, layers: Sequence[Layer]) -> bool:

@@ -7,7 +7,7 @@ import math
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from self_speculation.devices import free_memory, round_up
-from self_speculation.transfers import on_device
+from self_speculation.transfers import on_device, overwrite
 
 # Capacities are multiples of it, and so are rows of masks: attention kernels want them aligned.
 ALIGNMENT = 8
@@ -88,6 +88,10 @@ class Buffers:
 
     Attributes:
         capacity: positions of a slot that had memory when it was last asked for.
+        lock: held from the check of a cache to the last launch over the buffers, and while another generation
+            takes the buffers.
+        prefix_reads: [1 + slots] a slot, and how many of the first positions the kernels of a card read there
+            for each row. The row has the same keys and values.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class Buffers:
         self.prefix_slots = range(num_slots, num_slots + num_prefix_slots)
         self.shared_prefixes = [SharedPrefix()] * (num_slots + num_prefix_slots)  # by slot
         self.capacity = 0
+        self.prefix_reads = torch.zeros(1 + num_slots, dtype=torch.long, device=devices[0])
         self._devices = devices
         self.key_shape = key_shape
         self.dtype = dtype
@@ -113,6 +118,7 @@ class Buffers:
         # On a CPU: positions that may have been written. Later ones are zero.
         self.num_used = [0] * len(self.shared_prefixes)
         self.num_caches = 0  # the last one has the buffers
+        self.lock: AbstractContextManager = nullcontext()  # there is one cache
 
     def all(self) -> Iterator[Tensor]:
         return (part for pair in self.by_layer.values() for part in pair)
@@ -218,6 +224,8 @@ class KVCache:
         self.first_slot = 0
         self._number = buffers.num_caches
         self.set_rows([0])
+        self._prefix_reads = list[int]()  # what the device has once it comes to it
+        self.read_together(0, [])
 
     def set_rows(self, lengths: Sequence[int]) -> None:
         """Set row lengths; keys and values are already in the slots."""
@@ -380,6 +388,25 @@ class KVCache:
         self.buffers.num_used[prefix.slot] = prefix.length
         self.set_prefix(slot, prefix)
 
+    def copy_positions(self, source: int, slot: int, length: int) -> None:
+        """Copy the first positions of a slot to another one. Raises RuntimeError, see `check`."""
+        with self.buffers.lock:
+            self.check()
+            for buffer in self.buffers.all():
+                buffer[slot, :, :length] = buffer[source, :, :length]
+        self.buffers.num_used[slot] = max(self.buffers.num_used[slot], length)
+
+    def read_together(self, slot: int, lengths: Sequence[int]) -> None:
+        """Let a card read the first positions of rows in one slot, [B] of each; 0: none. Raises RuntimeError,
+        see `check`.
+        """
+        numbers = [slot, *lengths, *[0] * (self.buffers.num_slots - len(lengths))]
+        if numbers != self._prefix_reads:
+            with self.buffers.lock:
+                self.check()
+                overwrite(self.buffers.prefix_reads, numbers)
+            self._prefix_reads = numbers
+
     def beyond_range(self, slot: int, length: int) -> int | None:
         """The first of `length` positions of a slot with a number beyond float16's range, in the first layer
         that has one; None: there is none.
@@ -399,10 +426,15 @@ class KVCache:
 
     def swap(self, slot: int, other: int, length: int) -> None:
         """Exchange the first `length` positions of two slots. It allocates nothing, so memory cannot run out
-        when only a part of the layers is exchanged.
+        when only a part of the layers is exchanged. Raises RuntimeError, see `check`.
         """
         if slot == other:
             return
+        with self.buffers.lock:
+            self.check()
+            self._swap(slot, other, length)
+
+    def _swap(self, slot: int, other: int, length: int) -> None:
         used = self.buffers.num_used
         for each in (slot, other):
             used[each] = max(used[each], length)

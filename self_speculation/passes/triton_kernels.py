@@ -5,6 +5,9 @@ with the keys of a row split among programs; and merge the splits. Positions are
 CUDA graph serves rows of any length, and rows that differ in length need no mask. A negative position is
 padding: nothing is written for it, and the output is 0. Row i is slot i of the cache. What is compiled
 depends on powers of two, not on each width. A fourth kernel multiplies what the MLP gates.
+
+Where prompts of rows begin alike, programs of these positions read them once for the queries of all rows, see
+`Buffers.prefix_reads`. It is read on the device, too: the same graph serves rows that share nothing.
 """
 
 from collections.abc import Callable
@@ -26,7 +29,7 @@ _BLOCK = 1024  # numbers of a program of `gate`
 _NO_WINDOW = 1 << 30
 
 
-@triton.jit(do_not_specialize=["width", "window", "tiles"])
+@triton.jit(do_not_specialize=["width"])
 def rotate_and_write(
     qkv, query_norm, key_norm, epsilon, cos, sin, keys, values, positions, width, slot_stride, head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_ROWS: tl.constexpr,
@@ -84,91 +87,121 @@ def rotate_and_write(
     tl.store(values + at + half, second, is_valid & is_value)
 
 
-@triton.jit(do_not_specialize=["width", "window", "tiles"])
+@triton.jit(do_not_specialize=["rows", "width", "window"])
 def attend(
-    qkv, keys, values, positions, sums, stats, scale, window, width, slot_stride, head_stride,
+    qkv, keys, values, positions, prefix_reads, sums, stats, scale, window, rows, width,
+    slot_stride, head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, SPLITS: tl.constexpr, PREFIX_SPLITS: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B * KV_HEADS, splits, tiles]: attention of QUERY_BLOCK queries of the heads that share keys, over
-    one split of the keys that they see.
+    """A program is attention of QUERY_BLOCK queries of the heads that share keys, over one split of the keys
+    that they see.
+
+    Grid [B * KV_HEADS * tiles * SPLITS + KV_HEADS * prefix tiles * PREFIX_SPLITS]: programs of the queries of
+    a row, and then those of the queries of all rows over the positions that `prefix_reads` names.
 
     Args:
         qkv, keys, values, positions: as above; queries are rotated.
-        sums: [B * KV_HEADS, tiles, splits, QUERY_BLOCK, PADDED_DIM] weighted values, written.
-        stats: [B * KV_HEADS, tiles, splits, QUERY_BLOCK, 2] maximum of scores and sum of weights, written.
+        prefix_reads: [1 + slots] a slot, and how many of the first positions each row reads there.
+        sums: [programs, QUERY_BLOCK, PADDED_DIM] weighted values, written where it has weights.
+        stats: [programs, QUERY_BLOCK, 2] maximum of scores and sum of weights, written.
         window: positions that a token sees, the token's included.
         PADDED_DIM: HEAD_DIM, or the next power of two.
         KEY_BLOCK: keys that are read at a time.
     """
-    row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
-    kv = tl.program_id(0) % KV_HEADS
-    split = tl.program_id(1)
-    splits = tl.num_programs(1)
-    tile = tl.program_id(2)
+    program = tl.program_id(0)
     group = HEADS // KV_HEADS
+    num_of_rows = rows * KV_HEADS * tl.cdiv(width * group, QUERY_BLOCK) * SPLITS
+    is_prefix = program >= num_of_rows
+    splits = tl.where(is_prefix, PREFIX_SPLITS, SPLITS)
+    num_tokens = tl.where(is_prefix, rows * width, width)
+    tiles = tl.cdiv(num_tokens * group, QUERY_BLOCK)
+    index = tl.where(is_prefix, program - num_of_rows, program)
+    split = index % splits
+    tile = index // splits % tiles
+    kv = index // splits // tiles % KV_HEADS
+    row = (index // splits // tiles // KV_HEADS).to(tl.int64)  # 0 for a prefix
     q = tl.arange(0, QUERY_BLOCK)
     d = tl.arange(0, PADDED_DIM)
-    token = (tile * QUERY_BLOCK + q) // group
-    head = kv * group + (tile * QUERY_BLOCK + q) % group
-    position = tl.load(positions + row * width + token, token < width, -1).to(tl.int32)
-    length = tl.maximum(tl.max(position, 0) + 1, 0)
-    oldest = tl.min(tl.where(position < 0, length, position), 0) - window + 1  # that a query sees
-    start = tl.maximum(oldest, 0) // KEY_BLOCK * KEY_BLOCK
-    share = tl.cdiv(tl.cdiv(length - start, KEY_BLOCK), splits) * KEY_BLOCK
+    query = tile * QUERY_BLOCK + q
+    is_token = query // group < num_tokens
+    token = row * width + query // group
+    head = kv * group + query % group
+    position = tl.load(positions + token, is_token, -1).to(tl.int32)
+    has_prefixes = is_token & (PREFIX_SPLITS > 0)
+    of_prefix = tl.load(prefix_reads + 1 + token // width, has_prefixes, 0).to(tl.int32)
+    last = tl.where(is_prefix, tl.minimum(position, of_prefix - 1), position)  # key that a query sees
+    length = tl.maximum(tl.max(last, 0) + 1, 0)
+    oldest = tl.min(tl.where(last < 0, length, position), 0) - window + 1  # that a query sees
+    start = tl.maximum(oldest, tl.where(is_prefix, 0, tl.max(of_prefix, 0))) // KEY_BLOCK * KEY_BLOCK
+    share = tl.cdiv(tl.cdiv(tl.maximum(length - start, 0), KEY_BLOCK), splits) * KEY_BLOCK
     begin = start + split * share
     end = tl.minimum(begin + share, length)
-    at = ((row * width + token)[:, None] * (HEADS + 2 * KV_HEADS) + head[:, None]) * HEAD_DIM + d[None]
-    queries = tl.load(qkv + at, (position[:, None] >= 0) & (d[None] < HEAD_DIM), 0.0)
-    base = row * slot_stride + kv.to(tl.int64) * head_stride
+    at = (token[:, None] * (HEADS + 2 * KV_HEADS) + head[:, None]) * HEAD_DIM + d[None]
+    queries = tl.load(qkv + at, (last[:, None] >= 0) & (d[None] < HEAD_DIM), 0.0)
+    slot = tl.where(is_prefix, tl.load(prefix_reads), row)
+    head_at = slot * slot_stride + kv.to(tl.int64) * head_stride
     max_score = tl.full([QUERY_BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([QUERY_BLOCK], tl.float32)
     out = tl.zeros([QUERY_BLOCK, PADDED_DIM], tl.float32)
     for first in range(begin, end, KEY_BLOCK):
         n = first + tl.arange(0, KEY_BLOCK)
-        at_keys = base + n[:, None] * HEAD_DIM + d[None]
+        key_at = n[:, None] * HEAD_DIM + d[None]
         is_valid = (n[:, None] < end) & (d[None] < HEAD_DIM)
-        k = tl.load(keys + at_keys, is_valid, 0.0)
+        k = tl.load(keys + head_at + key_at, is_valid, 0.0)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
-        sees = (n[None] <= position[:, None]) & (n[None] > position[:, None] - window) & (n[None] < end)
+        sees = (n[None] <= last[:, None]) & (n[None] > position[:, None] - window) & (n[None] < end)
         scores = tl.where(sees, scores, -float("inf"))
         new_max = tl.maximum(max_score, tl.max(scores, 1))
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         weights = tl.exp(scores - shift[:, None])
         scale_old = tl.exp(max_score - shift)
-        v = tl.load(values + at_keys, is_valid, 0.0)
+        v = tl.load(values + head_at + key_at, is_valid, 0.0)
         out = out * scale_old[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * scale_old + tl.sum(weights, 1)
         max_score = new_max
-    partial = ((tl.program_id(0) * tl.num_programs(2) + tile) * splits + split) * QUERY_BLOCK + q
-    is_read = token < width  # by `merge`
-    tl.store(sums + partial[:, None] * PADDED_DIM + d[None], out, is_read[:, None])
-    tl.store(stats + partial * 2, max_score, is_read)
-    tl.store(stats + partial * 2 + 1, total, is_read)
+    partial = program * QUERY_BLOCK + q
+    tl.store(stats + partial * 2, max_score, is_token)
+    tl.store(stats + partial * 2 + 1, total, is_token)
+    if begin < end:
+        tl.store(sums + partial[:, None] * PADDED_DIM + d[None], out, is_token[:, None])
 
 
-@triton.jit(do_not_specialize=["width", "window", "tiles"])
+@triton.jit(do_not_specialize=["rows", "width"])
 def merge(
-    sums, stats, out, width, tiles,
+    sums, stats, out, rows, width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, SPLITS: tl.constexpr, PREFIX_SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B * T, HEADS]: out [B * T, HEADS, HEAD_DIM] from `sums` and `stats` of `attend`."""
+    """Grid [B * T, HEADS]: out [B * T, HEADS, HEAD_DIM] from `sums` and `stats` of `attend`.
+
+    Args:
+        ALL_SPLITS: the next power of two of the splits of a row and of a prefix.
+    """
     token = tl.program_id(0)
     head = tl.program_id(1)
+    row = token // width
+    kv = head // (HEADS // KV_HEADS)
     group = HEADS // KV_HEADS
+    tiles = tl.cdiv(width * group, QUERY_BLOCK)
+    prefix_tiles = tl.cdiv(rows * width * group, QUERY_BLOCK)
     q = token % width * group + head % group
-    row_tile = (token // width * KV_HEADS + head // group) * tiles + q // QUERY_BLOCK
-    split = tl.arange(0, SPLITS)
+    prefix_q = token * group + head % group
+    split = tl.arange(0, ALL_SPLITS)
+    is_of_row = split < SPLITS
+    of_row = ((row * KV_HEADS + kv) * tiles + q // QUERY_BLOCK) * SPLITS + split
+    of_prefix = (kv * prefix_tiles + prefix_q // QUERY_BLOCK) * PREFIX_SPLITS + split - SPLITS
+    program = tl.where(is_of_row, of_row, rows * KV_HEADS * tiles * SPLITS + of_prefix).to(tl.int64)
+    partial = program * QUERY_BLOCK + tl.where(is_of_row, q, prefix_q) % QUERY_BLOCK
+    is_split = split < SPLITS + PREFIX_SPLITS
     d = tl.arange(0, PADDED_DIM)
-    partial = (row_tile * SPLITS + split) * QUERY_BLOCK + q % QUERY_BLOCK
-    max_score = tl.load(stats + partial * 2)
-    total = tl.load(stats + partial * 2 + 1)
+    max_score = tl.load(stats + partial * 2, is_split, -float("inf"))
+    total = tl.load(stats + partial * 2 + 1, is_split, 0.0)
     row_max = tl.max(max_score, 0)
     scale = tl.exp(max_score - tl.where(row_max == -float("inf"), 0.0, row_max))
     weight = tl.sum(total * scale, 0)  # 0: the token is padding
-    merged = tl.sum(tl.load(sums + partial[:, None] * PADDED_DIM + d[None]) * scale[:, None], 0)
-    merged = merged / tl.where(weight == 0.0, 1.0, weight)
+    of_splits = tl.load(sums + partial[:, None] * PADDED_DIM + d[None], total[:, None] > 0.0, 0.0)
+    merged = tl.sum(of_splits * scale[:, None], 0) / tl.where(weight == 0.0, 1.0, weight)
     at = out + (token.to(tl.int64) * HEADS + head) * HEAD_DIM + d
     tl.store(at, merged.to(out.dtype.element_ty), d < HEAD_DIM)
 
@@ -193,52 +226,61 @@ _LIBRARY = torch.library.Library("self_speculation", "FRAGMENT")
 _LIBRARY.define("gated(Tensor joint, bool is_gelu) -> Tensor")
 _LIBRARY.define(
     "decode_attention(Tensor(a!) qkv, Tensor? query_norm, Tensor? key_norm, float epsilon, bool is_centred, "
-    "Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, Tensor positions, float scale, int? window) "
-    "-> Tensor"
+    "Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, Tensor positions, Tensor prefix_reads, "
+    "float scale, int? window) -> Tensor"
 )
 
 
 class Shape(NamedTuple):
-    """The constants of programs of `attend`, and their grid."""
+    """The constants of programs of `attend`, and their number."""
 
     constants: dict[str, int]
-    grid: tuple[int, int, int]
+    num_programs: int
 
 
 def shape_of(rows: int, width: int, heads: int, kv_heads: int, size: int, processors: int) -> Shape:
     """The shape for tensors of these sizes. Splits give all processors work."""
+    group = heads // kv_heads
     most = _MAX_QUERY_BLOCK if size <= 128 else _MIN_QUERY_BLOCK  # registers hold so many
-    queries = padded(padded(width) * heads // kv_heads)  # of all heads that share keys
-    tile = min(max(queries, _MIN_QUERY_BLOCK), most)
+    block = min(max(padded(padded(width) * group), _MIN_QUERY_BLOCK), most)
+    tiles = -(-width * group // block)
+    prefix_tiles = -(-rows * width * group // block)
     splits = min(padded(-(-processors // (rows * kv_heads))), _MAX_SPLITS)
-    constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": size, "PADDED_DIM": padded(size)}
-    return Shape(constants | {"QUERY_BLOCK": tile}, (rows * kv_heads, splits, -(-queries // tile)))
+    prefix_splits = min(padded(-(-processors // (prefix_tiles * kv_heads))), _MAX_SPLITS)
+    if rows == 1:  # it shares nothing
+        prefix_splits = 0
+    constants = {
+        "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": size, "PADDED_DIM": padded(size),
+        "QUERY_BLOCK": block, "SPLITS": splits, "PREFIX_SPLITS": prefix_splits,
+    }  # fmt: skip
+    return Shape(constants, kv_heads * (rows * tiles * splits + prefix_tiles * prefix_splits))
 
 
 def decode_attention(
     qkv: Tensor, query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float, is_centred: bool,
-    cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float,
-    window: int | None,
+    cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor, prefix_reads: Tensor,
+    scale: float, window: int | None,
 ) -> Tensor:  # fmt: skip
     """[B * T, (heads + 2 kv_heads) size] -> [B * T, heads size], see the kernels. Overwrites `qkv`."""
     rows, width = positions.shape
     _, kv_heads, _, size = keys.shape
     heads = qkv.shape[1] // size - 2 * kv_heads
-    steps = (width, keys.stride(0), keys.stride(1))
-    constants, grid = shape_of(rows, width, heads, kv_heads, size, _processors(qkv.device))
+    strides = keys.stride(0), keys.stride(1)
+    constants, num_programs = shape_of(rows, width, heads, kv_heads, size, _processors(qkv.device))
     rotate_and_write[rows * width, kv_heads](
-        qkv, query_norm, key_norm, epsilon, cos, sin, keys, values, positions, *steps,
+        qkv, query_norm, key_norm, epsilon, cos, sin, keys, values, positions, width, *strides,
         heads, kv_heads, size, padded(heads // kv_heads + 2), padded(size // 2), float(is_centred),
     )  # fmt: skip
-    partial_shape = grid[0], grid[2], grid[1], constants["QUERY_BLOCK"]
+    partial_shape = num_programs, constants["QUERY_BLOCK"]
     sums = torch.empty(*partial_shape, padded(size), dtype=torch.float32, device=qkv.device)
     stats = torch.empty(*partial_shape, 2, dtype=torch.float32, device=qkv.device)
-    attend[grid](
-        qkv, keys, values, positions, sums, stats, scale, window or _NO_WINDOW, *steps,
-        KEY_BLOCK=64 if size <= 128 else 32, **constants,
+    attend[num_programs,](
+        qkv, keys, values, positions, prefix_reads, sums, stats, scale, window or _NO_WINDOW, rows, width,
+        *strides, KEY_BLOCK=64 if size in (64, 128) else 32, **constants,
     )  # fmt: skip
     out = torch.empty(len(qkv), heads * size, dtype=qkv.dtype, device=qkv.device)
-    merge[rows * width, heads](sums, stats, out, width, grid[2], SPLITS=grid[1], **constants)
+    num_splits = constants["SPLITS"] + constants["PREFIX_SPLITS"]
+    merge[rows * width, heads](sums, stats, out, rows, width, ALL_SPLITS=padded(num_splits), **constants)
     return out
 
 

@@ -66,7 +66,7 @@ def test_pieces_far_behind_in_a_prompt_are_smaller_beside_an_answer(monkeypatch)
         scheduler.step()
     assert widths == [17] * 47 + [1]
     widths.clear()
-    scheduler.add_request("long", Request([3] * 800))
+    scheduler.add_request("long", Request([4] * 800))
     while len(scheduler.batch) < 2:
         scheduler.step()
     assert scheduler.batch.sequences[0].remaining  # it decoded all the time
@@ -163,7 +163,9 @@ def test_a_pass_reads_many_prompts(most, budget, lengths, passes, monkeypatch):
     scheduler = scheduler_of(tiny_llama(fused=most == 64), 8, budget, max_steps=3)
     scheduler._max_pass_tokens = most
     ran = watch(monkeypatch, InPlaceRunner if most == 64 else ModelRunner, "run_layers")
-    add(scheduler, {number: TEXT[:length] for number, length in enumerate(lengths)})
+    starts = [1 if length == 80 else number for number, length in enumerate(lengths)]
+    pairs = zip(starts, lengths, strict=True)
+    add(scheduler, {number: TEXT[at : at + length] for number, (at, length) in enumerate(pairs)})
     scheduler.step()
     assert [[*widths] for (_, cache, _, widths, *_), _ in ran if cache.is_prompt] == passes
 

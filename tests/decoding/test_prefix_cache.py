@@ -83,6 +83,33 @@ def test_a_prefix_of_several_prompts_is_kept_once(reuse_cache):
     assert sum(buffers.num_used[4:]) == (192 if reuse_cache else 0)
 
 
+@pytest.mark.parametrize("reuse_cache", [False, True])
+def test_a_prefix_in_flight_is_copied_where_rows_cannot_share_it(reuse_cache):
+    """Guards against clients of a card, or of layers of transformers, whose requests each read the system
+    prompt at the same time; and against a copy of another prompt's keys, or of positions that are not read.
+    """
+    torch.manual_seed(0)
+    model = tiny_llama(agreement="often", max_position_embeddings=512)
+    system = torch.randint(3, 50, (200,)).tolist()
+    prompts = [[*system, *STORY[n:], n + 3] for n in range(5)]
+    prompts.append([*system[:100], 3, 4])
+    scheduler = scheduler_of(model, 4, 64, max_steps=9, reuse_cache=reuse_cache, **LAYERS)
+    assert not scheduler._ensure_inputs().runner.is_ragged
+    for key, prompt in enumerate(prompts):
+        scheduler.add_request(key, Request(prompt, eos_token_ids=[]))
+    scheduler.step()
+    scheduler.step()
+    scheduler.cancel([0])  # it has read a part
+    results = drained(scheduler)
+    for key, result in results.items():
+        alone = fresh(model, prompts[key], max_steps=9, eos=())
+        assert key == 0 or result.predicted_tokens == alone.predicted_tokens
+    found = [results[key].num_cached_tokens for key in range(len(prompts))]
+    assert (found[1] >= 64) == reuse_cache
+    assert min(found[2:5]) >= 192
+    assert found[5] >= 64
+
+
 def scheduler_cache_is_shared(buffers):
     return lambda slot: any(each.length and each.slot == slot for each in buffers.shared_prefixes)
 

@@ -35,8 +35,9 @@ def launch(card, width, heads, kv_heads, size, rows):
     cache = empty(8, kv_heads, 4096, size)
     positions = torch.empty(rows, width, dtype=torch.long, device="meta")
     qkv = empty(rows * width, (heads + 2 * kv_heads) * size)
+    prefix_reads = torch.empty(9, dtype=torch.long, device="meta")
     kernels.decode_attention(
-        qkv, norm, norm, 1e-5, False, table, table, cache, cache, positions, size**-0.5, None
+        qkv, norm, norm, 1e-5, False, table, table, cache, cache, positions, prefix_reads, size**-0.5, None
     )
     kernels.gated(empty(rows * width, 2 * 4096), size == 256)
 

@@ -5,7 +5,7 @@ from weakref import ref
 
 import pytest
 import torch
-from conftest import assert_close, tiny_llama
+from conftest import assert_close, own_llama
 from psutil import Process
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,7 +40,7 @@ def test_a_cache_on_a_gpu_has_all_positions_at_once(monkeypatch):
     position = 2 * 2 * 3 * 4  # bytes
     for free, capacity in ((10_000, 1504), (500, 400)):  # four fifths
         monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _, n=free: n * position)
-        cache = cache_of(torch.device("cuda"))
+        cache = cache_of(torch.device("meta"))
         cache.reserve(30, 1500)
         assert cache.buffers.capacity == capacity
 
@@ -335,7 +335,7 @@ def test_a_rejected_draft_beyond_the_range_of_float16_changes_no_other_token(len
     pass or an earlier one, has a key or value beyond 65504.
     """
     torch.manual_seed(0)
-    model = tiny_llama()
+    model = own_llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 0.0
         model.model.embed_tokens.weight[49] = torch.eye(len(model.model.embed_tokens.weight[49]))[0]

@@ -32,7 +32,8 @@ DEFAULT = [("llama", False, "layers"), ("llama", True, "layers"), ("windows", Tr
 )
 def test_kernels_compute_attention(seed, interpreter, monkeypatch):
     """Guards against keys of another row, head, split or window, positions that are off by one, lost norms,
-    padding that is written, and reads of what no row has written, which is NaN here.
+    padding that is written, and reads of what no row has written, which is NaN here. So are positions that a
+    row reads in another slot, together with other rows. Rows share more of them, fewer, or none.
     """
     draws = random.Random(seed)
     num_processors = draws.choice([1, 16, 64])
@@ -51,9 +52,16 @@ def test_kernels_compute_attention(seed, interpreter, monkeypatch):
     keys, values = (
         torch.full((rows + 1, kv_heads, capacity, size), torch.nan, dtype=dtype) for _ in range(2)
     )
+    prefix_reads = torch.zeros(2 + rows, dtype=torch.long)
+    if rows > 1 and draws.random() < 0.7:
+        prefix_reads[0] = draws.randrange(rows)
+        for row, length in enumerate(lengths):
+            prefix_reads[1 + row] = draws.choice([0, length // 64 * 64, length // 128 * 64])
+        lengths[prefix_reads[0]] = max(lengths)
     for buffer in (keys, values):
         for row, length in enumerate(lengths):
-            buffer[row, :, :length] = torch.randn(kv_heads, length, size)
+            first = int(prefix_reads[1 + row]) if row != prefix_reads[0] else 0
+            buffer[row, :, first:length] = torch.randn(kv_heads, length - first, size)
     angles = torch.arange(capacity)[:, None] * 1e4 ** -(torch.arange(size // 2) / (size // 2))
     cos, sin = (torch.cat((table, table), 1).to(dtype) for table in (angles.cos(), angles.sin()))
     positions = torch.tensor(lengths)[:, None] + torch.arange(width)
@@ -66,8 +74,9 @@ def test_kernels_compute_attention(seed, interpreter, monkeypatch):
     scale = size**-0.5
     right = keys.clone(), values.clone()
     given = (*(norms or (None, None)), 1e-5, is_centred, cos, sin)
-    want = card_kernels.decode_attention(qkv.clone(), *given, *right, positions, scale, window).float()
-    found = torch.ops.self_speculation.decode_attention(qkv, *given, keys, values, positions, scale, window)
+    rest = (positions, prefix_reads, scale, window)
+    want = card_kernels.decode_attention(qkv.clone(), *given, *right, *rest).float()
+    found = torch.ops.self_speculation.decode_attention(qkv, *given, keys, values, *rest)
     roundings = {torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(
         found.float(), want, rtol=0, atol=roundings * max(1.0, float(want.abs().max()))
