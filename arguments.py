@@ -237,8 +237,8 @@ def parse(
         ]
     except argparse.ArgumentError as error:
         flag = error.argument_name
-        values = [value for name, value in pairwise(args) if name == flag and value not in flags]
-        dashed = next((value for value in values if value.startswith("-")), None)
+        refused = [value for name, value in pairwise(args) if name == flag and value not in flags]
+        dashed = next((value for value in refused if value.startswith("-")), None)
         hint = f"; a value that begins with - is written {flag}={dashed}" if dashed else ""
         refuse(f"{error}{hint}")
     except ValueError as error:  # a dataclass refuses the value of a field; the message starts with the field

@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1030, "classes": 203, "parameters": 2253}
+LIMITS = {"functions": 1037, "classes": 203, "parameters": 2283}
 
 
 def count() -> dict[str, int]:

@@ -44,7 +44,8 @@ from runs.description import Record, describe, describe_model, heading
 from runs.program import run
 from runs.startup import load_generator
 from self_speculation.config import CacheDtypeName
-from self_speculation.passes.kv_cache import PREFIX_BLOCK, KVCache, SharedPrefix
+from self_speculation.passes.buffers import PREFIX_BLOCK, SharedPrefix
+from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.runners import eager_runner
 

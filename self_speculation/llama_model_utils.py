@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Cache, TopKLogitsWarper, TopPLogitsWarper
 
 from self_speculation.config import LEAST_TEMPERATURE, check_kind
-from self_speculation.passes.kv_cache import KVCache, Pair
+from self_speculation.passes.buffers import Pair
+from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ForwardResult, ModelRunner
 
 __all__ = [

@@ -139,7 +139,7 @@ def test_a_row_that_outgrows_the_memory(queued, monkeypatch):
     model = card_llama(4, agreement="often", max_position_embeddings=4096)
     capture_decoding(model)
     free = itertools.chain([100 * 2 * 4 * 64 * 4], itertools.repeat(0))  # at first for 100 positions
-    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda device: next(free))
+    monkeypatch.setattr("self_speculation.passes.buffers.free_memory", lambda device: next(free))
     monkeypatch.setattr("self_speculation.passes.captured_runner._STEP", 64)
     scheduler = scheduler_of(model, 1, max_steps=2000, **LAYERS)
     scheduler.add_request(0, Request([5, 9, 4]))

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.model_cache import cached
-from self_speculation.passes.kv_cache import PREFIX_BLOCK, KVCache, SharedPrefix
+from self_speculation.passes.buffers import PREFIX_BLOCK, SharedPrefix
+from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner
 
 

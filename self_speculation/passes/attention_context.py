@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from self_speculation.devices import round_up
 from self_speculation.families import AttentionType, attention_types, context_length
 from self_speculation.model_cache import lock
-from self_speculation.passes.kv_cache import ALIGNMENT, KVCache, Pair
+from self_speculation.passes.buffers import ALIGNMENT, Pair
+from self_speculation.passes.kv_cache import KVCache
 
 
 class RotaryTables:

@@ -24,8 +24,9 @@ from self_speculation.config import CacheDtypeName
 from self_speculation.devices import padded, round_up
 from self_speculation.model_cache import cached, lock, peek
 from self_speculation.passes.attention_context import RotaryTables
+from self_speculation.passes.buffers import Buffers
 from self_speculation.passes.fused_layers import DecodeContext, FusedRunner
-from self_speculation.passes.kv_cache import Buffers, KVCache
+from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.layers import PlainHead
 from self_speculation.passes.model_runner import ModelRunner, run_through
 from self_speculation.passes.round_tensors import RoundTensors

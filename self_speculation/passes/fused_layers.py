@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from self_speculation.devices import is_lost_device
 from self_speculation.families import AttentionType
 from self_speculation.passes.attention_context import AttentionContext, RotaryTables
-from self_speculation.passes.kv_cache import Buffers, KVCache
+from self_speculation.passes.buffers import Buffers
+from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.layers import FusedWeights, Head, Layer, LlamaLayer, RMSNorm
 from self_speculation.passes.model_runner import ModelRunner, run_through
 from self_speculation.passes.unsupported_hooks import why_not_plain

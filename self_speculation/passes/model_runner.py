@@ -28,7 +28,8 @@ from self_speculation.families import (
     key_shape,
 )
 from self_speculation.passes.attention_context import AttentionContext, RotaryTables
-from self_speculation.passes.kv_cache import Buffers, KVCache
+from self_speculation.passes.buffers import Buffers
+from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.layers import FusedWeights, Head, Layer, PlainHead, PlainLayer
 from self_speculation.transfers import on_device
 

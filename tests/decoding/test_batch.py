@@ -196,7 +196,7 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
 
 def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
     """Guards against a cache that is sized for the longest earlier prompt."""
-    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda *_: 4 * 2**20)
+    monkeypatch.setattr("self_speculation.passes.buffers.free_memory", lambda *_: 4 * 2**20)
     model = tiny_llama(max_position_embeddings=200_000)
     requests = [Request(prompt) for prompt in ([3] * 9000, PROMPTS[0], [3] * 9000, PROMPTS[1])]
     got = in_batch(model, requests, 2, max_steps=5)

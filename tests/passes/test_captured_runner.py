@@ -36,7 +36,7 @@ from self_speculation.drafts import registry
 from self_speculation.drafts.draft import DraftCost, LayerDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 from self_speculation.model_cache import kept, peek
-from self_speculation.passes import captured_runner, kv_cache, runners
+from self_speculation.passes import buffers, captured_runner, runners
 from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.layers import Head
 from self_speculation.passes.runners import capture_decoding, fuse, make_runner
@@ -245,12 +245,12 @@ def test_an_error_in_a_capture(fails, monkeypatch):
     scheduler.add_request(0, Request(PROMPT))
     with monkeypatch.context() as broken:
         if fails in ("growth", "tables"):
-            buffers = scheduler._ensure_inputs().cache.buffers
+            held = scheduler._ensure_inputs().cache.buffers
             # Of one layer, and the keys of the next.
-            fail_after(*((3, kv_cache, "zeros") if fails == "growth" else (0, buffers.tables, "reserve")))
+            fail_after(*((3, buffers, "zeros") if fails == "growth" else (0, held.tables, "reserve")))
             scheduler.add_request(1, Request(prompts[3]))
             scheduler.step()
-            assert buffers.capacity == min(part.shape[2] for part in buffers.all())
+            assert held.capacity == min(part.shape[2] for part in held.all())
         else:
             fail_after(fails == "capture", captured_runner.CapturedPasses, "_run")
             scheduler.add_request(1, Request(prompts[1]))
@@ -331,13 +331,13 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
     """
     capacities = []
     for free in (3e6, 15e6, 25e6):
-        monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("self_speculation.passes.buffers.free_memory", lambda device, free=free: free)
         model = card_llama(max_position_embeddings=8192)
         capture_decoding(model)
         scheduler = scheduler_of(model, 2, max_steps=4)
         scheduler.capture_passes(100, longest=8192)
         cache = scheduler._ensure_inputs().cache
-        monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _: 0)
+        monkeypatch.setattr("self_speculation.passes.buffers.free_memory", lambda _: 0)
         cache.reserve(10, 9000)
         assert peek(model, captured_runner.CapturedPasses).replays
         keys, _ = cache.buffers.by_layer[0]

@@ -19,8 +19,8 @@ from torch import nn
 from self_speculation import Request, make_strategy
 from self_speculation.families import LLAMA_LAYOUT
 from self_speculation.llama_model_utils import forward, forward_early, forward_remainder
+from self_speculation.passes.buffers import SharedPrefix
 from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.kv_cache import SharedPrefix
 from self_speculation.passes.model_runner import ModelRunner
 from self_speculation.passes.quantized_layers import quantize
 from self_speculation.passes.runners import bytes_made, fuse, make_runner

@@ -10,8 +10,9 @@ from psutil import Process
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from self_speculation.passes import kv_cache
-from self_speculation.passes.kv_cache import Buffers, KVCache, SharedPrefix
+from self_speculation.passes import buffers
+from self_speculation.passes.buffers import Buffers, SharedPrefix
+from self_speculation.passes.kv_cache import KVCache
 from self_speculation.passes.model_runner import ModelRunner
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_a_cache_on_a_gpu_has_all_positions_at_once(monkeypatch):
     """
     position = 2 * 2 * 3 * 4  # bytes
     for free, capacity in ((10_000, 1504), (500, 400)):  # four fifths
-        monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _, n=free: n * position)
+        monkeypatch.setattr("self_speculation.passes.buffers.free_memory", lambda _, n=free: n * position)
         cache = cache_of(torch.device("meta"))
         cache.reserve(30, 1500)
         assert cache.buffers.capacity == capacity
@@ -53,7 +54,7 @@ def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     devices = CPU, torch.device("cuda:1"), CPU
     layer = 2 * 2 * 8 * 3 * 4  # bytes: keys and values of 2 heads, 8 positions, 3 numbers
     free = {devices[0]: 2 * layer - missing[0], devices[1]: layer - missing[1]}
-    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda device: free[device])
+    monkeypatch.setattr("self_speculation.passes.buffers.free_memory", lambda device: free[device])
     refused = pytest.raises(MemoryError, match="1 times 8 positions") if any(missing) else nullcontext()
     with refused:
         cache_of(*devices).reserve(1, 1)
@@ -98,7 +99,7 @@ def test_limits_count_the_bytes_of_the_dtype(dtype, most, monkeypatch):
     """Guards against a prompt that is refused, or memory that is promised twice, since positions count in
     another dtype.
     """
-    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _: 40 * 2 * 2 * 3 * 4)
+    monkeypatch.setattr("self_speculation.passes.buffers.free_memory", lambda _: 40 * 2 * 2 * 3 * 4)
     cache = KVCache(Buffers([CPU], (2, 3), dtype))
     cache.reserve(most, most)
     with pytest.raises(MemoryError, match=f"{most + 8} positions of keys and values"):
@@ -134,7 +135,7 @@ def test_growing_without_memory_keeps_what_is_there(left, monkeypatch):
         append(cache, range(8), layer)
     cache.reserve(1000, 2000)  # of another sequence
     allocated = []
-    zeros = kv_cache.zeros
+    zeros = buffers.zeros
 
     def few_zeros(*args):
         if len(allocated) == left:
@@ -142,7 +143,7 @@ def test_growing_without_memory_keeps_what_is_there(left, monkeypatch):
         allocated.append(args)
         return zeros(*args)
 
-    monkeypatch.setattr(kv_cache, "zeros", few_zeros)
+    monkeypatch.setattr(buffers, "zeros", few_zeros)
     try:
         cache.make_room(0, 2, [1])
     except MemoryError:
@@ -301,7 +302,7 @@ def test_growing_copies_nothing_where_slots_have_addresses(monkeypatch):
     assert [part.data_ptr() for part in after] == [part.data_ptr() for part in before]
     assert {part.shape for part in after} == {(8, 2, positions, 64)}
     assert Process().memory_info().rss - resident < 50 * 2**20
-    monkeypatch.setattr("self_speculation.passes.kv_cache.free_memory", lambda _: 2**30)
+    monkeypatch.setattr("self_speculation.passes.buffers.free_memory", lambda _: 2**30)
     refused = cache_of(*[CPU] * 2, num_slots=8, longest=positions)
     refused.buffers.key_shape = (2, 64)
     with pytest.raises(MemoryError, match="8 times 150000 positions"):
@@ -312,14 +313,14 @@ def test_buffers_grow_where_the_system_refuses_addresses(monkeypatch):
     """Guards against a model of a long context that does not decode under `ulimit -v`, and against an error
     for a text that fits.
     """
-    mapped = kv_cache.mmap.mmap
+    mapped = buffers.mmap.mmap
 
     def limited(number, size, flags):
         if size > 10_000:
             raise OSError
         return mapped(number, size, flags)
 
-    monkeypatch.setattr(kv_cache.mmap, "mmap", limited)
+    monkeypatch.setattr(buffers.mmap, "mmap", limited)
     cache = cache_of(*[CPU] * 2, longest=100_000)
     for start in range(0, 80, 8):
         for layer in range(2):
