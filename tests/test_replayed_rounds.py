@@ -24,6 +24,7 @@ from self_speculation.model_cache import release
 from self_speculation.passes.captured_runner import CapturedPasses
 from self_speculation.passes.runners import capture_decoding
 from self_speculation.replayed_rounds import Round
+from self_speculation.scheduler import Scheduler
 
 WAYS = {"plain": {}, "early exit": {"exit_layer": 2}, "layers": LAYERS, "copy": COPY}
 
@@ -109,6 +110,49 @@ def test_answers_that_are_read_late(name, seed, queued):
     assert sum(queued) >= 4
     assert len(prefix_reads) > 2  # none, and several
     assert any(result.num_cached_tokens >= 64 for result in found.values())
+
+
+@pytest.mark.usefixtures("queued")
+def test_positions_that_rows_read_together(monkeypatch):
+    """Rows share one block, or none though the second one is the same. Guards against rows that read another
+    text: of a row that has moved, of a block that follows another one, or behind the prompt; and against keys
+    and values that are read for each row.
+    """
+    model = card_llama(4, agreement="often")
+    other = SYSTEM[::-1]
+    prompts = [SYSTEM, [*SYSTEM[:100], 5], [*SYSTEM[:100], 5], [*other[:64], *SYSTEM[64:]]]
+    steps = [9, 30, 30, 50]
+    requests = [
+        Request(prompt, seed=seed, config=config_of(max_steps=number, sample=True, reuse_cache=True))
+        for seed, (prompt, number) in enumerate(zip(prompts, steps, strict=True))
+    ]
+    expected = in_batch(model, requests, 1)
+    capture_decoding(model)
+    scheduler = scheduler_of(model, 4, reuse_cache=True)
+    cache = scheduler._ensure_inputs().cache
+    for key, request in enumerate(requests):
+        scheduler.add_request(key, request)
+    seen = set()
+    decode = Scheduler._decode
+
+    def without_copies(scheduler):
+        """Rows that read positions of another slot have none of their own."""
+        source, *lengths = cache.buffers.prefix_reads.tolist()
+        seen.add((*sorted(lengths),))
+        spoilt = [(row, length) for row, length in enumerate(lengths) if length and row != source]
+        parts = [part[row, :, :length] for part in cache.buffers.all() for row, length in spoilt]
+        numbers = [part.clone() for part in parts]
+        for part in parts:
+            part.fill_(torch.nan)
+        decode(scheduler)
+        for part, before in zip(parts, numbers, strict=True):
+            part.copy_(before)
+
+    monkeypatch.setattr(Scheduler, "_decode", without_copies)
+    found = drained(scheduler)
+    assert {(0, 0, 0, 0), (0, 64, 64, 64), (0, 0, 64, 64)} <= seen, seen
+    for key, result in found.items():
+        assert result.predicted_tokens == expected[key].predicted_tokens, key
 
 
 @pytest.mark.parametrize("budget", [None, 300])

@@ -470,6 +470,25 @@ def test_a_generation_that_begins_during_a_round_of_another_one(monkeypatch):
 
 
 @pytest.mark.usefixtures("graphs")
+@pytest.mark.usefixtures("graphs")
+def test_a_new_cache_reads_no_positions_together():
+    """Guards against the shared prefix of a generation that was left in the middle."""
+    model = card_llama()
+    capture_decoding(model)
+    runner = make_runner(model)
+    with torch.inference_mode():
+        before = runner.new_cache(1, 100, 2)
+        before.read_together(1, [64, 64])
+        assert before.buffers.prefix_reads.tolist() == [1, 64, 64]
+        cache = runner.new_cache(1, 100, 2)
+        assert cache.buffers.prefix_reads.tolist() == [0, 0, 0]
+        with pytest.raises(RuntimeError, match="another generation"):
+            before.read_together(1, [64, 128])
+        with pytest.raises(RuntimeError, match="another generation"):
+            before.copy_positions(0, 1, 8)
+    assert cache.buffers.prefix_reads.tolist() == [0, 0, 0]
+
+
 def test_a_waiting_request_of_a_lost_cache_says_so():
     """Guards against an error about an empty sequence."""
     model = card_llama()
