@@ -92,6 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     validate(model_args, config)
     path = Path(args.output_path or model_args.output_dir)
     check_writable("output_path", path.parent if path.suffix == ".json" else path)
+    if args.use_cache is not None:
+        check_writable("use_cache", Path(args.use_cache).parent)
+
+    from runs.startup import read_config
+
+    read_config(model_args)  # the harness takes seconds to look for all tasks
 
     from lm_eval.utils import simple_parse_args_string
 

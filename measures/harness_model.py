@@ -220,15 +220,15 @@ def evaluate(settings: Record, args: Any, gen_kwargs: Record) -> int:
         gen_kwargs: override settings of tasks.
     """
     setup_logging(args.verbosity)
+    try:
+        request_config(gen_kwargs, GenerationConfig(), None)
+    except UnsupportedError as error:
+        refuse(f"--gen_kwargs {error}")
     tasks = lm_eval.tasks.TaskManager(include_path=args.include_path)
     for name in args.tasks:
         if not tasks.match_tasks([name]):
             hint = "; tasks of this program need --include_path eval_tasks" * (not args.include_path)
             refuse(f"--tasks {name}: lm_eval has no such task{hint}")
-    try:
-        request_config(gen_kwargs, GenerationConfig(), None)
-    except UnsupportedError as error:
-        refuse(f"--gen_kwargs {error}")
     tracker = EvaluationTracker(output_path=args.output_path)
     model = SelfSpeculativeLM(**settings, batch_size=args.batch_size)
     theirs = {name: value for name, value in asdict(args).items() if name not in _OURS}

@@ -90,11 +90,14 @@ REFUSALS = {
     eval_script: {
         "": "--tasks: needs names of tasks, such as python_functions with",
         "--tasks function": "--tasks function: lm_eval has no such task",
-        f"{TASK} --gen_kwargs num_beams=2": "--gen_kwargs num_beams=2: supported are",
+        # Before the harness has listed all tasks, which takes seconds.
+        "--tasks function --model no/such": "--model 'no/such': ",
+        "--tasks function --gen_kwargs num_beams=2": "--gen_kwargs num_beams=2: supported are",
         f"{TASK} --gen_kwargs top_p=1.5": "--gen_kwargs top_p 1.5: must be",
         f"{TASK} --batch_size auto:x": "--batch_size 'auto:x': must be a number from 1",
         f"{TASK} --include_path /nowhere": "--include_path '/nowhere': no such folder",
         f"{TASK} --output_path /dev/null/x": "--output_path /dev/null/x: cannot be",
+        f"{TASK} --use_cache /proc/nowhere/x": "--use_cache /proc/nowhere: cannot be written (",
     },
     serve: {
         "--port 70000": "--port 70000: must be between 0 and 65535",
