@@ -81,7 +81,8 @@ class EvalArguments:
         is_size = re.fullmatch(r"auto(:\d+)?|[1-9]\d*", self.batch_size)
         check(self, "batch_size", bool(is_size), "must be a number from 1, auto or auto:N")
         check(self, "include_path", Path(self.include_path or ".").is_dir(), "no such folder")
-        at_least(self, 0, "num_fewshot", "bootstrap_iters", "limit")
+        at_least(self, 0, "num_fewshot", "bootstrap_iters")
+        check(self, "limit", self.limit is None or self.limit > 0, "must be above 0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from runs.failures import Failed
+
 SMALL = 9  # a line of 100 characters fits above two panels
 
 
@@ -78,13 +80,15 @@ def paired_ratios(
 
 
 def save(figure: Figure, title: str, path: Path) -> None:
-    """Write a figure with a title above it; `path` has no suffix."""
+    """Write a figure with a title above it; `path` has no suffix. Raises Failed."""
     figure.suptitle(title, fontsize=SMALL)
     partial = path.with_suffix(".partial")
     try:
         for kind in ("png", "pdf"):
             figure.savefig(partial, dpi=130, format=kind)
             partial.replace(path.with_suffix(f".{kind}"))
+    except OSError as error:
+        raise Failed(f"cannot write {path}.{kind}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
     pyplot.close(figure)

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from arguments import ModelArguments, refuse
-from data import one_line
+from data import DataError, one_line
 from runs import ranks
 from runs.description import Record, describe, describe_model, heading
 from runs.failures import Failed, check_writable
@@ -56,10 +56,13 @@ def train(flags: Flags) -> int:
     datasets.disable_progress_bars()
     try:
         run, trainer, evaluation = _set_up(flags)
-    except (LoadingError, ValueError, Failed) as error:
-        refuse(str(error) if str(error).startswith("--") else f"--{error}")
+    except (DataError, Failed) as error:
+        refuse(str(error))
+    except (LoadingError, ValueError) as error:  # the message starts with a field
+        refuse(f"--{error}")
     except OSError as error:  # of the cache of datasets
-        refuse(f"{error.filename or datasets.config.HF_DATASETS_CACHE}: {error.strerror}", status=1)
+        place = error.filename or datasets.config.HF_DATASETS_CACHE
+        refuse(f"{place}: {error.strerror or one_line(error)}", status=1)
     enable_collector()
     trainer.add_callback(Progress(run))
     trainer.add_callback(stop := Stop())

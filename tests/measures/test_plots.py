@@ -7,6 +7,7 @@ import pandas
 import pytest
 
 from measures import plots
+from runs.failures import Failed
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_paired_ratios(drawn, tmp_path, interval):
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    """Guards against a picture that is cut short by a full disk."""
+    """Guards against a picture that is cut short by a full disk, and an error that does not name it."""
 
     def full(_, path, **__):
         path.write_bytes(b"half")
@@ -45,7 +46,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monke
 
     (tmp_path / "ratios.png").write_bytes(b"earlier")
     monkeypatch.setattr("measures.plots.Figure.savefig", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(Failed, match=f"cannot write {tmp_path}/ratios.png: No space left on device"):
         plots.paired_ratios(numpy.array([1.3]), None, "speed-up", "a title", tmp_path / "ratios")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("ratios.png", b"earlier")]
 

@@ -97,6 +97,7 @@ REFUSALS = {
         f"{TASK} --batch_size auto:x": "--batch_size 'auto:x': must be a number from 1",
         f"{TASK} --include_path /nowhere": "--include_path '/nowhere': no such folder",
         f"{TASK} --output_path /dev/null/x": "--output_path /dev/null/x: cannot be",
+        f"{TASK} --limit 0": "--limit 0.0: must be above 0",
         f"{TASK} --use_cache /proc/nowhere/x": "--use_cache /proc/nowhere: cannot be written (",
     },
     serve: {
@@ -121,6 +122,7 @@ REFUSALS = {
         "--num_steps 2": "--warmup_steps 2: must be below --num_steps 2",
         "--dtype float16": "--dtype float16: float16 needs a GPU without FSDP; must be bfloat16 or float32",
         "--lora_rank 2": "--lora_rank 2: needs a --model to adapt",
+        f"--data_path {ROOT}/checkpoints/python-10m/*.json": "error: /",
         "--device cuda:1": "must be auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES=1 chooses the GPU",
         "--model MODEL --sequence_length 257": "--sequence_length 257: must be at most 256",
     },
