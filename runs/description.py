@@ -130,9 +130,13 @@ def _commit() -> str | None:
     """The commit of the running checkout, with -dirty if files differ from it; None outside of a checkout."""
     root = Path(__file__).parent.parent
     git = ["git", "--no-optional-locks", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
-    command = [*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    # `describe --dirty` would write to the index all the same, under a lock that commits of the user meet.
+    command = [*git, "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     with suppress(FileNotFoundError):  # no git
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        commits = [line.split()[-1] for line in lines if line.startswith("# branch.oid ")]
+        is_changed = any(not line.startswith("#") for line in lines)
+        return f"{commits[0]}{'-dirty' * is_changed}" if commits else None
     return None
 
 

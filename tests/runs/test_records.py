@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import subprocess
 from unittest.mock import Mock
 
@@ -45,6 +46,32 @@ def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):
     assert (describe("test", [])["commit"] or "").removesuffix("-dirty") == head
     monkeypatch.setattr("runs.description.__file__", str(tmp_path / "runs" / "records.py"))
     assert describe("test", [])["commit"] is None
+
+
+def test_a_run_leaves_the_index_of_git_alone(tmp_path, monkeypatch):
+    """Guards against a lock in the checkout, which a commit meets, and which stays if the run is killed."""
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        found = subprocess.run(
+            ["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True
+        )
+        return found.stdout.strip()
+
+    tracked = tmp_path / "file"
+    tracked.write_text("1")
+    git("init")
+    git("add", "file")
+    git("commit", "-m", "first")
+    os.utime(tracked, (1, 1))  # git would note that it is unchanged
+    before = (tmp_path / ".git" / "index").read_bytes()
+    monkeypatch.setattr("runs.description.__file__", str(tmp_path / "runs" / "description.py"))
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "other").touch()
+    assert describe("test", [])["commit"] == head
+    tracked.write_text("2")
+    assert describe("test", [])["commit"] == f"{head}-dirty"
+    assert (tmp_path / ".git" / "index").read_bytes() == before
 
 
 def test_a_full_disk_is_refused_before_anything_is_loaded(common, tmp_path, capsys, monkeypatch):
