@@ -179,21 +179,20 @@ class PrefixCache:
         if self.cache.buffers.grows:
             return
         rows = self._holders[: self.cache.num_rows]
-        prompts = dict(enumerate(row.prompt_ids for row in rows if isinstance(row, Sequence)))
         lengths = [0] * len(rows)
         source = 0
-        for end in itertools.count(PREFIX_BLOCK, PREFIX_BLOCK):
-            alike: dict[tuple[int, ...], list[int]] = {}
-            for row, prompt in prompts.items():
-                if len(prompt) > end:
-                    alike.setdefault((*prompt[end - PREFIX_BLOCK : end],), []).append(row)
-            most = max(alike.values(), key=len, default=[])
+        most = dict(enumerate(row.prompt_blocks for row in rows if isinstance(row, Sequence)))
+        for index in itertools.count():
+            alike: dict[bytes, dict[int, list[bytes]]] = {}
+            for row, blocks in most.items():
+                if index < len(blocks):
+                    alike.setdefault(blocks[index], {})[row] = blocks
+            most = max(alike.values(), key=len, default={})
             if len(most) < 2:
                 break
-            prompts = {row: prompts[row] for row in most}
-            source = most[0]
+            source = min(most)
             for row in most:
-                lengths[row] = end
+                lengths[row] = (index + 1) * PREFIX_BLOCK
         self.cache.read_together(source, lengths)
 
     def _move(self, sequence: Sequence, slot: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from transformers.generation import BaseStreamer
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request, as_list
 from self_speculation.decoding.sampling import Sampler, noise_key
+from self_speculation.passes.buffers import PREFIX_BLOCK
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
 from self_speculation.transfers import AsyncRead, on_device
 
@@ -164,6 +167,14 @@ class Sequence:
         prediction = self._request.prediction or ()
         assert not isinstance(prediction, str), "a strategy takes token ids"
         return prediction
+
+    @cached_property
+    def prompt_blocks(self) -> list[bytes]:
+        """The ids of each block of PREFIX_BLOCK before the last token of the prompt. Bytes are compared at
+        once.
+        """
+        ends = range(PREFIX_BLOCK, len(self.prompt_ids), PREFIX_BLOCK)
+        return [array("q", self.prompt_ids[end - PREFIX_BLOCK : end]).tobytes() for end in ends]
 
     @property
     def num_uncomputed(self) -> int:
