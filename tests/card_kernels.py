@@ -14,6 +14,7 @@ def decode_attention(
     """Row by row and token by token. Writes to keys and values."""
     source, *lengths = prefix_reads.tolist()
     rows, width = positions.shape
+    assert rows <= len(lengths), "programs of padded rows would read behind the end"
     kv_heads, size = keys.shape[1::2]
     heads = qkv.shape[1] // size - 2 * kv_heads
     q, k, v = qkv.view(rows, width, -1, size).split([heads, kv_heads, kv_heads], 2)

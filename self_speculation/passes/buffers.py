@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from self_speculation.devices import free_memory, round_up
+from self_speculation.devices import free_memory, padded, round_up
 
 # Capacities are multiples of it, and so are rows of masks: attention kernels want them aligned.
 ALIGNMENT = 8
@@ -72,7 +72,7 @@ class Buffers:
         capacity: positions of a slot that had memory when it was last asked for.
         lock: held from the check of a cache to the last launch over the buffers, and while another generation
             takes the buffers.
-        prefix_reads: [1 + slots] a slot, and how many of the first positions the kernels of a card read there
+        prefix_reads: [1 + rows] a slot, and how many of the first positions the kernels of a card read there
             for each row. The row has the same keys and values.
     """
 
@@ -90,7 +90,8 @@ class Buffers:
         self.prefix_slots = range(num_slots, num_slots + num_prefix_slots)
         self.shared_prefixes = [SharedPrefix()] * (num_slots + num_prefix_slots)  # by slot
         self.capacity = 0
-        self.prefix_reads = torch.zeros(1 + num_slots, dtype=torch.long, device=devices[0])
+        num_rows = padded(num_slots)  # passes are captured for so many
+        self.prefix_reads = torch.zeros(1 + num_rows, dtype=torch.long, device=devices[0])
         self._devices = devices
         self.key_shape = key_shape
         self.dtype = dtype

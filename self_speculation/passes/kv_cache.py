@@ -223,7 +223,8 @@ class KVCache:
         """Let a card read the first positions of rows in one slot, [B] of each; 0: none. Raises RuntimeError,
         see `check`.
         """
-        numbers = [slot, *lengths, *[0] * (self.buffers.num_slots - len(lengths))]
+        numbers = [slot, *lengths]
+        numbers += [0] * (len(self.buffers.prefix_reads) - len(numbers))
         if numbers != self._prefix_reads:
             with self.buffers.lock:
                 self.check()

@@ -102,7 +102,7 @@ def attend(
 
     Args:
         qkv, keys, values, positions: as above; queries are rotated.
-        prefix_reads: [1 + slots] a slot, and how many of the first positions each row reads there.
+        prefix_reads: [1 + rows] a slot, and how many of the first positions each row reads there.
         sums: [programs, QUERY_BLOCK, PADDED_DIM] weighted values, written where it has weights.
         stats: [programs, QUERY_BLOCK, 2] maximum of scores and sum of weights, written.
         window: positions that a token sees, the token's included.

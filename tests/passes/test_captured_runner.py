@@ -470,7 +470,6 @@ def test_a_generation_that_begins_during_a_round_of_another_one(monkeypatch):
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.usefixtures("graphs")
 def test_a_new_cache_reads_no_positions_together():
     """Guards against the shared prefix of a generation that was left in the middle."""
     model = card_llama()
@@ -489,6 +488,7 @@ def test_a_new_cache_reads_no_positions_together():
     assert cache.buffers.prefix_reads.tolist() == [0, 0, 0]
 
 
+@pytest.mark.usefixtures("graphs")
 def test_a_waiting_request_of_a_lost_cache_says_so():
     """Guards against an error about an empty sequence."""
     model = card_llama()
