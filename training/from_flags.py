@@ -29,9 +29,13 @@ def new_config(model_args: ModelArguments, context: int) -> LlamaConfig:
     place = f"model_args {model_args.model_args!r}"
     if unknown := sorted(given.keys() - {each.name for each in fields(LlamaConfig)}):
         raise ValueError(f"{place}: LlamaConfig has no {unknown[0]}")
+    shape = {**_SHAPE, **given}
+    for name in (*_SHAPE, "head_dim"):
+        if isinstance(size := shape.get(name), int) and size < 1:
+            raise ValueError(f"{place}: {name} must be at least 1")
     try:
         config = LlamaConfig(
-            **{**_SHAPE, **given}, max_position_embeddings=context, tie_word_embeddings=True,
+            **shape, max_position_embeddings=context, tie_word_embeddings=True,
             pad_token_id=None,  # padding is the end of a text, whose embedding would stay zero
         )  # fmt: skip
     except (ValueError, TypeError, StrictDataclassError) as error:

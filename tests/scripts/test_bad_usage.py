@@ -118,6 +118,8 @@ REFUSALS = {
         "--layer_dropout 1.5": "--layer_dropout 1.5: must be between 0 and 1",
         "--model_args num_heads=2": "--model_args 'num_heads=2': LlamaConfig has no num_heads",
         "--model_args num_key_value_heads=3": "num_key_value_heads divides num_attention_heads, vocab",
+        "--model_args hidden_size=0": "--model_args 'hidden_size=0': hidden_size must be at least 1",
+        "--model_args num_key_value_heads=0": ": num_key_value_heads must be at least 1",
         "--model_args hidden_size=x": "'hidden_size=x': Validation error for field 'hidden_size'",
         "--num_steps 2": "--warmup_steps 2: must be below --num_steps 2",
         "--dtype float16": "--dtype float16: float16 needs a GPU without FSDP; must be bfloat16 or float32",
