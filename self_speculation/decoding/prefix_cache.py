@@ -141,8 +141,9 @@ class PrefixCache:
 
     def is_prefix_in_prefill(self, sequence: Sequence) -> bool:
         """Whether a prompt in prefill will share more positions with this one than a free slot has: then a
-        sequence waits for it.
+        sequence waits for it. Raises RuntimeError, see `KVCache.check`: a lost cache reads no prompt on.
         """
+        self.cache.check()
         prompt = sequence.prompt_ids[:-1]
         kept = 0
         being_read = 0

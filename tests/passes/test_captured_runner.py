@@ -198,6 +198,24 @@ def test_a_lost_cache_is_not_written_to():
 
 
 @pytest.mark.usefixtures("graphs")
+def test_no_request_waits_for_a_prompt_whose_cache_is_lost():
+    """Guards against requests that wait for ever for a prompt with the same beginning, which is not read on
+    since another generation began.
+    """
+    model = card_llama()
+    capture_decoding(model)
+    scheduler = scheduler_of(model, 2, token_budget=16)
+    for key in range(2):
+        scheduler.add_request(key, Request([*range(3, 47)] * 3 + [key]))
+    scheduler.step()
+    ids_of(model)
+    for _ in range(3):
+        scheduler.step()
+    lost = "compile True: another generation has this one's cache; let one end before the next begins"
+    assert {key: str(error) for key, error in scheduler.pop_finished()} == {0: lost, 1: lost}
+
+
+@pytest.mark.usefixtures("graphs")
 def test_the_end_of_the_context(monkeypatch):
     """Guards against padding that is written beyond the end of the cache."""
     monkeypatch.setattr(captured_runner, "_STEP", 8)
