@@ -196,15 +196,16 @@ class Scheduler(Generic[RequestId]):
         rows = _one_of_each_capture(self._batch_size)
         rounds = [*itertools.product(rows, composers, widths, self._settings_of_graphs())]
         with self._without_autocast(), progress("capturing passes", len(rounds), "rounds") as advance:
-            cache.buffers.reserve(max(most, longest), most)
+            cache.reserve(most, max(most, longest))
             try:
                 for num_rows, composer, width, (config, watched) in rounds:
                     config = replace(config, max_steps=width + 1)
                     self._rehearse(inputs._replace(composer=composer), num_rows, config, watched)
                     advance(1)
             finally:  # no slot holds what it held
-                for slot in range(self._batch_size):
-                    cache.clear_slot(slot)
+                with cache.buffers.lock:
+                    for slot in range(self._batch_size if cache.is_latest else 0):
+                        cache.clear_slot(slot)
                 prefix_cache = PrefixCache(cache, self._batch_size, inputs.prefix_cache.key)
                 self._inputs = inputs._replace(prefix_cache=prefix_cache)
 

@@ -73,11 +73,12 @@ class KVCache:
             MemoryError: the prompt does not fit.
             RuntimeError: see `check`.
         """
-        self.check()
         wanted = num_positions
         if self.buffers.grows:
             wanted = min(wanted, prompt_length + _FIRST_ALLOCATION // self.buffers.num_slots)
-        self.buffers.reserve(wanted, prompt_length)
+        with self.buffers.lock:
+            self.check()
+            self.buffers.reserve(wanted, prompt_length)
 
     @property
     def is_latest(self) -> bool:

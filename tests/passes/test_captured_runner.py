@@ -40,6 +40,7 @@ from self_speculation.passes import buffers, captured_runner, runners
 from self_speculation.passes.fused_layers import FusedRunner
 from self_speculation.passes.layers import Head
 from self_speculation.passes.runners import capture_decoding, fuse, make_runner
+from self_speculation.scheduler import Scheduler
 
 
 def test_one_graph_serves_all_lengths(graphs):
@@ -213,6 +214,54 @@ def test_no_request_waits_for_a_prompt_whose_cache_is_lost():
         scheduler.step()
     lost = "compile True: another generation has this one's cache; let one end before the next begins"
     assert {key: str(error) for key, error in scheduler.pop_finished()} == {0: lost, 1: lost}
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_capture_of_passes_that_is_lost_clears_no_slots(monkeypatch):
+    """Guards against a prompt of another generation that becomes zeros, since that generation began while
+    passes were captured.
+    """
+    model = card_llama()
+    expected = ids_of(model)
+    capture_decoding(model)
+    second = []
+
+    def begin(*_):
+        if not second:
+            second.append(scheduler_of(model, 1, max_steps=20))
+            second[0].add_request(0, Request(PROMPT, eos_token_ids=[]))
+            second[0].step()
+
+    first = scheduler_of(model, 1)
+    watch(monkeypatch, Scheduler, "_rehearse", begin)
+    with pytest.raises(RuntimeError, match="another generation"):
+        first.capture_passes(100)
+    assert [result.predicted_tokens for result in drained(second[0]).values()] == [expected]
+
+
+@pytest.mark.usefixtures("graphs")
+def test_no_generation_takes_buffers_that_grow(monkeypatch):
+    """Guards against keys and values of another generation that are lost, since it writes them to buffers
+    that have been copied to larger ones.
+    """
+    model = card_llama(max_position_embeddings=4096)
+    capture_decoding(model)
+    cache = make_runner(model).new_cache(1, 1)
+    lock = cache.buffers.lock
+
+    def takes():
+        is_free = lock.acquire(blocking=False)
+        if is_free:
+            lock.release()
+        return is_free
+
+    taken = []
+    with ThreadPoolExecutor(1) as thread:
+        try_out = lambda *_: taken.append(thread.submit(takes).result())  # noqa: E731
+        watch(monkeypatch, buffers.Buffers, "with_room", try_out)
+        cache.reserve(1100, 1100)
+    assert taken
+    assert not any(taken)
 
 
 @pytest.mark.usefixtures("graphs")
