@@ -76,12 +76,12 @@ class PrefixCache:
         length = found[slot]
         prefix = self.cache.buffers.shared_prefixes[slot]
         oldest = min(free, key=lambda slot: (free[slot].age, slot))
-        in_flight, source = self._in_flight(prompt)
-        if not self._shared_ids and in_flight > length:
+        in_flight, source = (0, 0) if self._shared_ids else self._in_flight(prompt)
+        if in_flight > length:
             slot = oldest
             length = in_flight
             self.cache.copy_positions(source, slot, length)
-        elif (shared := self._share(prompt, length)) is not None:
+        elif self._shared_ids and (shared := self._share(prompt, length)) is not None:
             slot = oldest
             prefix = shared
             length = shared.length
@@ -174,8 +174,8 @@ class PrefixCache:
         self._read_together()
 
     def _read_together(self) -> None:
-        """Let a card read the positions once that most rows have in common. Further ones, of fewer rows, are
-        read with them.
+        """Let a card read positions once that several rows have in common: block by block, the largest group
+        of rows that are alike goes on.
         """
         if self.cache.buffers.grows:
             return
