@@ -47,9 +47,9 @@ oldest:
 	build/oldest/bin/python -m pip install --quiet uv
 	build/oldest/bin/uv pip install --quiet --python build/oldest --resolution lowest-direct -r requirements.txt
 	$(MAKE) VENV=build/oldest build/oldest/test
-	build/oldest/bin/python -m pytest tests/weights tests/passes tests/loading tests/decoding tests/drafts \
+	build/oldest/bin/python -m pytest tests/weights tests/backends tests/loading tests/engine tests/drafts tests/text tests/models tests/machine \
 		tests/test_generator_base.py tests/test_self_speculation_generator.py tests/test_custom_generate.py \
-		tests/test_llama_model_utils.py tests/test_speculative_streamer.py tests/test_transfers.py
+		tests/test_llama_model_utils.py tests/test_speculative_streamer.py
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check .

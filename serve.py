@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from runs.startup import load_generator
     from self_speculation import Request
-    from self_speculation.decoding.grammar import Grammar
+    from self_speculation.text.grammar import Grammar
     from serving.answers import ServedModel
     from serving.app import App
     from serving.engine import Engine

@@ -29,12 +29,12 @@ from self_speculation import (
     load_model_and_tokenizer,
     make_strategy,
 )
-from self_speculation.decoding.grammar import Grammar, GrammarProcessor
-from self_speculation.decoding.sampling import Sampler
-from self_speculation.devices import free_memory
-from self_speculation.passes.captured_runner import num_captures
-from self_speculation.passes.runners import capture_decoding, fuse, is_captured, make_runner
-from self_speculation.scheduler import Scheduler
+from self_speculation.backends.captures import num_captures
+from self_speculation.backends.runners import capture_decoding, fuse, is_captured, make_runner
+from self_speculation.backends.sampling import Sampler
+from self_speculation.engine.scheduler import Scheduler
+from self_speculation.machine.devices import free_memory
+from self_speculation.text.grammar import Grammar, GrammarProcessor
 
 _SHAPE = "Llama-3.2-1B"  # of the model that is made
 _PROMPT = 1000  # tokens

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from benchmarks.fake_gpu import Launch, Trace, fake_gpu, fake_model
 from benchmarks.synthetic import MODELS
 from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.passes.runners import capture_decoding, fuse
-from self_speculation.scheduler import Scheduler
+from self_speculation.backends.runners import capture_decoding, fuse
+from self_speculation.engine.scheduler import Scheduler
 from training import losses
 
 _GIB = 2**30

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from self_speculation.passes.round_tensors import Outcome
-from self_speculation.transfers import AsyncRead
+from self_speculation.backends.round_tensors import Outcome
+from self_speculation.machine.transfers import AsyncRead
 
 DEVICE = "cuda:0"
-_OURS = ("decode_attention", "gated")  # operators of triton_kernels.py
+_OURS = ("decode_attention", "gated")  # operators of card_kernels.py
 _KERNELS = ("rotate_and_write", "attend", "merge", "gate")
 _LOOKED_UP = ("embedding", "index", "index_select", "gather")  # they read no more than they return
 
@@ -106,7 +106,7 @@ class FakeGPU(TorchDispatchMode):
     def _launched_by(self, name: str, *args: object) -> Tensor:
         """An operator of ours, which launches kernels."""
         self.trace.num_calls += 1
-        module = sys.modules["self_speculation.passes.triton_kernels"]
+        module = sys.modules["self_speculation.backends.card_kernels"]
         kernels: dict[str, Any] = {kernel: _Kernel(getattr(module, kernel), self) for kernel in _KERNELS}
         with patch.multiple(module, **kernels):
             return getattr(module, name)(*args)
@@ -283,23 +283,21 @@ def _stand_ins(gpu: FakeGPU) -> dict[str, object]:
         "torch.cuda.get_device_capability": lambda device: (9, 0),
         "torch.cuda.get_device_properties": lambda device: SimpleNamespace(multi_processor_count=132),
         "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
-        f"{package}.passes.captured_runner.GraphRecorder": gpu.graph_recorder,
+        f"{package}.backends.captures.GraphRecorder": gpu.graph_recorder,
         # A parameter of no memory is no `Parameter`, and nowhere.
-        f"{package}.passes.fused_layers.why_not_plain": lambda *modules: None,
-        f"{package}.passes.layers.weights_key": lambda model: (),
+        f"{package}.backends.card_runner.why_not_plain": lambda *modules: None,
+        f"{package}.backends.layers.weights_key": lambda model: (),
         "torch.from_dlpack": current.from_dlpack,
         "torch.cuda._exchange_device": current.exchange,
         "torch.cuda._maybe_exchange_device": current.exchange,
         "torch.cuda.current_stream": lambda device=None: device,
         "torch.cuda.Event": _Event,
         f"{package}.self_speculation_generator.leading_matches": some_accepted,
-        f"{package}.passes.round_tensors.RoundTensors.outcomes": some_outcomes,
-        f"{package}.transfers.AsyncRead.__init__": queue,
-        f"{package}.transfers.AsyncRead.wait": read,
+        f"{package}.backends.round_tensors.RoundTensors.outcomes": some_outcomes,
+        f"{package}.machine.transfers.AsyncRead.__init__": queue,
+        f"{package}.machine.transfers.AsyncRead.wait": read,
         # Fake mode holds on one thread.
-        f"{package}.passes.quantized_layers.ThreadPoolExecutor": lambda number: nullcontext(
-            SimpleNamespace(map=map)
-        ),
+        f"{package}.backends.copies.ThreadPoolExecutor": lambda number: nullcontext(SimpleNamespace(map=map)),
         # These draw by a generator of CUDA's.
         "torch.Tensor.normal_": lambda tensor, *_, **__: tensor,
         "torch.Tensor.uniform_": lambda tensor, *_, **__: tensor,

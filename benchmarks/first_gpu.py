@@ -32,7 +32,7 @@ from arguments import parse
 from benchmarks.card_steps import STEPS, FirstGPUArguments, Tried, make_tried
 from benchmarks.kernel_steps import Found
 from runs.program import run
-from self_speculation.devices import why_no_gpu
+from self_speculation.machine.devices import why_no_gpu
 
 _LIMIT = 480.0  # seconds, after which no step begins
 _STEP_LIMIT = 150.0  # seconds, after which a step is ended

@@ -28,10 +28,10 @@ from arguments import parse
 from benchmarks.synthetic import llama
 from runs.program import run
 from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.passes.round_tensors import Outcome, RoundTensors
-from self_speculation.passes.runners import capture_decoding, fuse
-from self_speculation.scheduler import Scheduler
-from self_speculation.transfers import AsyncRead
+from self_speculation.backends.round_tensors import Outcome, RoundTensors
+from self_speculation.backends.runners import capture_decoding, fuse
+from self_speculation.engine.scheduler import Scheduler
+from self_speculation.machine.transfers import AsyncRead
 
 _DRAFTED = 6
 _LIBRARY = "self_speculation"
@@ -116,14 +116,16 @@ def gaps(way: str, num_rows: int, num_rounds: int) -> Gaps:
         return [each._replace(tokens=[5] * (number + 1)) for each, number in pairs]
 
     stand_ins: dict[str, Any] = {
-        f"{_LIBRARY}.passes.captured_runner.GraphRecorder": found.recorder,
-        f"{_LIBRARY}.passes.fused_layers.why_no_kernels": lambda *_: None,
-        f"{_LIBRARY}.passes.fused_layers.flash_attention": lambda queries, *_: queries,
-        f"{_LIBRARY}.passes.round_tensors.RoundTensors.outcomes": some_outcomes,
+        f"{_LIBRARY}.backends.captures.GraphRecorder": found.recorder,
+        f"{_LIBRARY}.backends.card_runner.why_no_kernels": lambda *_: None,
+        f"{_LIBRARY}.backends.card_runner.flash_attention": lambda queries, *_: queries,
+        f"{_LIBRARY}.backends.round_tensors.RoundTensors.outcomes": some_outcomes,
         f"{_LIBRARY}.self_speculation_generator.leading_matches": some_accepted,
-        f"{_LIBRARY}.transfers.AsyncRead.__init__": lambda reading, numbers: found.begin(reading, numbers),
-        f"{_LIBRARY}.transfers.AsyncRead.wait": lambda reading: found.wait(reading),
-        f"{_LIBRARY}.decoding.batch.queues_passes": lambda device: True,
+        f"{_LIBRARY}.machine.transfers.AsyncRead.__init__": lambda reading, numbers: found.begin(
+            reading, numbers
+        ),
+        f"{_LIBRARY}.machine.transfers.AsyncRead.wait": lambda reading: found.wait(reading),
+        f"{_LIBRARY}.engine.batch.queues_passes": lambda device: True,
         f"{_LIBRARY}.drafts.composer.queues_passes": lambda device: True,
     }
     with ExitStack() as stack:

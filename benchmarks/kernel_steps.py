@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from self_speculation.devices import free_memory
-from self_speculation.passes.attention_context import causal_mask
-from self_speculation.passes.captured_runner import GraphRecorder
-from self_speculation.passes.fused_layers import FusedRunner
+from self_speculation.backends.captures import GraphRecorder
+from self_speculation.backends.card_runner import FusedRunner
+from self_speculation.backends.torch_attention import causal_mask
+from self_speculation.machine.devices import free_memory
 
 REPEATS = 20  # of a pass that is timed
 _ROTATED = 128 * 2**20  # bytes that kernels rotate through, more than a card's cache has

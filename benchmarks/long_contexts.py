@@ -43,11 +43,11 @@ from measures.plots import pyplot, save
 from runs.description import Record, describe, describe_model, heading
 from runs.program import run
 from runs.startup import load_generator
+from self_speculation.backends.buffers import PREFIX_BLOCK, SharedPrefix
+from self_speculation.backends.kv_cache import KVCache
+from self_speculation.backends.runner import ModelRunner
+from self_speculation.backends.runners import eager_runner
 from self_speculation.config import CacheDtypeName
-from self_speculation.passes.buffers import PREFIX_BLOCK, SharedPrefix
-from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.passes.runners import eager_runner
 
 DTYPES = [name for name in get_args(CacheDtypeName) if name != "auto"]
 PEER = "transformers, bfloat16"

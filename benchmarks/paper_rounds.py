@@ -24,9 +24,9 @@ from runs.description import Record
 from runs.examples import Experiment, run_experiment
 from runs.program import run
 from runs.records import Run
-from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.passes.runners import make_runner
-from self_speculation.transfers import on_device
+from self_speculation.backends.runner import ModelRunner
+from self_speculation.backends.runners import make_runner
+from self_speculation.machine.transfers import on_device
 
 
 class PaperRounds(Experiment):

@@ -26,8 +26,8 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     Request,
 )
-from self_speculation.decoding.request import as_list
-from self_speculation.results import DraftStats
+from self_speculation.requests.request import as_list
+from self_speculation.requests.results import DraftStats
 from self_speculation.weights.few_bits import formats_of
 
 TRANSFORMERS = "transformers"

@@ -60,8 +60,8 @@ from runs.program import run
 from runs.startup import load_generator
 from self_speculation import HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.drafts.policy import SourceStats
-from self_speculation.families import context_length
-from self_speculation.model_cache import kept
+from self_speculation.models.families import context_length
+from self_speculation.models.model_cache import kept
 
 PLAIN = "without drafts"
 SPECULATIVE = "self-speculative"

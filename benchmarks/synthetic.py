@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from arguments import check, parse
 from runs.failures import check_writable
 from runs.program import run
+from self_speculation.backends.full_forward import hidden_after_each_layer
 from self_speculation.config import default_model
 from self_speculation.loading.loading import resolve_device
-from self_speculation.passes.full_forward import hidden_after_each_layer
 
 # Standard deviation of the logits: as peaked as a trained model, so sampled drafts are accepted about
 # as often as greedy ones.

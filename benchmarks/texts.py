@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.workloads import texts
 from self_speculation import default_model
-from self_speculation.decoding.texts import OutputReader
+from self_speculation.text.texts import OutputReader
 from serving.streaming import Delta, DeltaStreamer
 
 WORD = 256  # characters, the most that the server takes

@@ -16,7 +16,7 @@ from runs.records import Run, write_atomically
 from runs.startup import autoregressive
 from runs.status import log_if_slow
 from self_speculation import Request
-from self_speculation.families import context_length
+from self_speculation.models.families import context_length
 
 # Fields of a record that add up over the turns of a conversation.
 _ADD_UP = ("prediction", "tokens", "num_tokens", "wall_time", "num_decode_tokens", "prefill_time", "drafts")

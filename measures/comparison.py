@@ -8,10 +8,10 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from runs.description import Record
 from self_speculation import GenerationStrategyResult
+from self_speculation.backends.cpu_runner import rounds_prompts
+from self_speculation.backends.runners import activation_dtype, eager_runner
+from self_speculation.backends.sampling import Sampler, gumbel_noise, noise_key
 from self_speculation.config import CacheDtypeName
-from self_speculation.decoding.sampling import Sampler, gumbel_noise, noise_key
-from self_speculation.passes.in_place_runner import rounds_prompts
-from self_speculation.passes.runners import activation_dtype, eager_runner
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3

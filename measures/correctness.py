@@ -16,12 +16,12 @@ from runs.examples import Encoded, Experiment
 from runs.records import Run
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, Request
-from self_speculation.decoding.request import config_processors
-from self_speculation.decoding.sampling import Sampler
-from self_speculation.decoding.texts import OutputReader
-from self_speculation.families import context_length
-from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.runners import is_captured, make_runner
+from self_speculation.backends.cpu_runner import InPlaceRunner
+from self_speculation.backends.runners import is_captured, make_runner
+from self_speculation.backends.sampling import Sampler
+from self_speculation.models.families import context_length
+from self_speculation.requests.request import config_processors
+from self_speculation.text.texts import OutputReader
 
 
 @dataclass

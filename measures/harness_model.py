@@ -47,10 +47,10 @@ from runs.flags import validate
 from runs.startup import load_generator
 from runs.status import print_status
 from self_speculation import Request, Sampler
+from self_speculation.backends.runners import activation_dtype, eager_runner
 from self_speculation.config import SAMPLING_RULES, check
-from self_speculation.families import context_length
-from self_speculation.passes.runners import activation_dtype, eager_runner
-from self_speculation.threads import adjust_threads
+from self_speculation.machine.threads import adjust_threads
+from self_speculation.models.families import context_length
 
 # Fields of a config that tasks set, and the harness's names of them.
 TASK_SETTINGS = {

@@ -7,7 +7,7 @@ import numpy
 import pandas
 
 from runs.description import Record
-from self_speculation.results import DraftStats
+from self_speculation.requests.results import DraftStats
 
 
 def speed(records: Sequence[Record], prefix: str = "") -> Record:

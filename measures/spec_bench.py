@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from measures import metrics
 from runs.description import Record
-from self_speculation.results import DraftStats
+from self_speculation.requests.results import DraftStats
 
 
 def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, prefix: str = "") -> str:

@@ -23,12 +23,12 @@ from runs.description import Record, counted, fewest_threads, heading
 from runs.examples import Experiment
 from runs.records import Run, write_atomically
 from runs.startup import autoregressive
-from self_speculation.decoding.request import config_processors
+from self_speculation.backends.runners import eager_runner
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.registry import DraftContext
-from self_speculation.families import context_length
-from self_speculation.passes.runners import eager_runner
-from self_speculation.results import DraftStats
+from self_speculation.models.families import context_length
+from self_speculation.requests.request import config_processors
+from self_speculation.requests.results import DraftStats
 
 Cell = tuple[int, int]  # exit layer, draft length
 

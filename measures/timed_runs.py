@@ -12,9 +12,9 @@ from tqdm import tqdm
 from runs import ranks
 from runs.description import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
-from self_speculation.families import context_length
-from self_speculation.passes.runners import is_captured
-from self_speculation.scheduler import DecodingStrategy, Scheduler
+from self_speculation.backends.runners import is_captured
+from self_speculation.engine.scheduler import DecodingStrategy, Scheduler
+from self_speculation.models.families import context_length
 
 BASELINE = "autoregressive_"  # prefix of the baseline's fields in a record
 

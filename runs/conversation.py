@@ -26,10 +26,10 @@ from self_speculation import (
     SpeculativeTextStreamer,
     StandardTextStreamer,
 )
-from self_speculation.decoding.grammar import Grammar
-from self_speculation.decoding.grammar_sandbox import LIMITS, grammar_error
-from self_speculation.decoding.texts import Thinking
-from self_speculation.threads import adjust_threads
+from self_speculation.machine.threads import adjust_threads
+from self_speculation.text.grammar import Grammar
+from self_speculation.text.grammar_sandbox import LIMITS, grammar_error
+from self_speculation.text.texts import Thinking
 
 _TURNS = 3  # of a comparison: a single one would show the noise of the machine
 

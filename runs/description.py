@@ -18,8 +18,8 @@ import self_speculation
 from arguments import GenerationConfig, JSONObject, ModelArguments
 from data import DataArguments
 from runs import ranks
-from self_speculation.passes.runners import activation_dtype
-from self_speculation.threads import most_threads
+from self_speculation.backends.runners import activation_dtype
+from self_speculation.machine.threads import most_threads
 from self_speculation.weights.few_bits import formats_of, num_parameters
 from self_speculation.weights.kernels import cpu_operators
 

@@ -19,9 +19,9 @@ from runs.records import Run, check_same_run
 from runs.startup import encode_chat, load_generator
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
-from self_speculation.decoding.texts import Thinking
-from self_speculation.devices import is_lost_rank
-from self_speculation.families import context_length
+from self_speculation.machine.devices import is_lost_rank
+from self_speculation.models.families import context_length
+from self_speculation.text.texts import Thinking
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from arguments import refuse
 from runs import ranks
 from runs.failures import LESS, reason
 from runs.status import print_status, work_bar
-from self_speculation.progress import shown_by
+from self_speculation.machine.progress import shown_by
 
 
 def on_signals(act: Callable[[int], None], seconds: float) -> None:
@@ -83,7 +83,7 @@ def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
             except OSError:
                 _discard_output()
             refuse(why, status=1)
-        from self_speculation.devices import is_lost_rank
+        from self_speculation.machine.devices import is_lost_rank
 
         if not is_lost_rank(error):
             raise

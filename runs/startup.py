@@ -19,12 +19,12 @@ from runs.failures import reason
 from runs.program import enable_collector
 from runs.status import log_if_slow, print_status
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
+from self_speculation.backends.copies import check_family, why_no_copies
+from self_speculation.backends.runners import bytes_made, capture_where_possible
 from self_speculation.config import LoadingWarning
-from self_speculation.decoding.texts import Thinking
 from self_speculation.loading.loading import load_config, resolve_device
-from self_speculation.passes.quantized_layers import check_family, why_no_copies
-from self_speculation.passes.runners import bytes_made, capture_where_possible
-from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
+from self_speculation.machine.threads import ThreadGovernor, adjust_threads, govern_threads
+from self_speculation.text.texts import Thinking
 from self_speculation.weights.kernels import cpu_operators
 
 

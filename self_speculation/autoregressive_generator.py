@@ -1,8 +1,8 @@
 """Autoregressive decoding: one pass per token, at full depth or up to an exit layer."""
 
 from self_speculation.config import GenerationStrategyName
-from self_speculation.replayed_rounds import replay_round
-from self_speculation.scheduler import DecodingStrategy, RoundInputs
+from self_speculation.engine.replayed_rounds import replay_round
+from self_speculation.engine.scheduler import DecodingStrategy, RoundInputs
 
 
 class AutoRegressiveGenerationStrategy(DecodingStrategy):

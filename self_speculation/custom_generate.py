@@ -29,12 +29,12 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
+from self_speculation.backends.unsupported_hooks import check_followed
 from self_speculation.config import GenerationConfig
-from self_speculation.decoding.request import Request
 from self_speculation.drafts.registry import draft_flags
-from self_speculation.generation_strategy import single_result
-from self_speculation.passes.unsupported_hooks import check_followed
-from self_speculation.strategies import make_strategy
+from self_speculation.engine.generation_strategy import single_result
+from self_speculation.engine.strategies import make_strategy
+from self_speculation.requests.request import Request
 
 # Outputs of `generate` that are not computed here.
 _NOT_RETURNED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")

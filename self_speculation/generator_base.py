@@ -16,14 +16,14 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 from self_speculation.config import GenerationConfig, check_kind
-from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
-from self_speculation.decoding.grammar_sandbox import GrammarSandbox
-from self_speculation.decoding.request import Callables, Request, as_list, token_ids
-from self_speculation.decoding.texts import OutputReader
-from self_speculation.families import context_length, no_room
-from self_speculation.generation_strategy import GenerationStrategy, single_result
-from self_speculation.results import GenerationResult, GenerationStrategyResult
-from self_speculation.strategies import make_strategy
+from self_speculation.engine.generation_strategy import GenerationStrategy, single_result
+from self_speculation.engine.strategies import make_strategy
+from self_speculation.models.families import context_length, no_room
+from self_speculation.requests.request import Callables, Request, as_list, token_ids
+from self_speculation.requests.results import GenerationResult, GenerationStrategyResult
+from self_speculation.text.grammar import GrammarProcessor, tokenizer_json
+from self_speculation.text.grammar_sandbox import GrammarSandbox
+from self_speculation.text.texts import OutputReader
 
 _CHARACTERS = 20  # that a token of a prediction has on average, at most
 _USUAL = 8  # characters of a token: with more on average, a text is strange

@@ -11,10 +11,10 @@ from typing import TypeAlias
 from torch import Tensor
 from transformers import Cache, TopKLogitsWarper, TopPLogitsWarper
 
+from self_speculation.backends.buffers import Pair
+from self_speculation.backends.kv_cache import KVCache
+from self_speculation.backends.runner import ForwardResult, ModelRunner
 from self_speculation.config import LEAST_TEMPERATURE, check_kind
-from self_speculation.passes.buffers import Pair
-from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ForwardResult, ModelRunner
 
 __all__ = [
     "ForwardResult",

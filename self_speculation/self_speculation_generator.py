@@ -10,16 +10,16 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from self_speculation.backends.kv_cache import KVCache
+from self_speculation.backends.runner import ModelRunner
+from self_speculation.backends.sampling import amax, leading_matches
 from self_speculation.config import GenerationStrategyName
-from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.sampling import amax, leading_matches
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft, concat_by_row
-from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.replayed_rounds import replay_round
-from self_speculation.scheduler import DecodingStrategy, RoundInputs
-from self_speculation.transfers import AsyncRead, on_device
+from self_speculation.engine.batch import Batch
+from self_speculation.engine.replayed_rounds import replay_round
+from self_speculation.engine.scheduler import DecodingStrategy, RoundInputs
+from self_speculation.machine.transfers import AsyncRead, on_device
 
 
 class SelfSpeculativeGenerationStrategy(DecodingStrategy):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from wcwidth import wcwidth
 
-from self_speculation.decoding.texts import OutputReader, Part
+from self_speculation.text.texts import OutputReader, Part
 
 _COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": ""}
 _DIM = "\x1b[2m"

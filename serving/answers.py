@@ -17,9 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from arguments import JSONObject
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator, Request
-from self_speculation.decoding.grammar import short_json
-from self_speculation.decoding.texts import Thinking
-from self_speculation.families import context_length
+from self_speculation.models.families import context_length
+from self_speculation.text.grammar import short_json
+from self_speculation.text.texts import Thinking
 from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.flags import ServeArguments

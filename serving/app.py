@@ -26,7 +26,7 @@ from starlette.routing import Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
-from self_speculation.families import context_length
+from self_speculation.models.families import context_length
 from serving.answers import Answer, AnswerResponse, RequestKind, ServedModel
 from serving.engine import QueueFull
 from serving.errors import APIError, unrouted

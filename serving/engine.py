@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from threading import Condition, Event
 
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
-from self_speculation.devices import is_lost_device
-from self_speculation.families import context_length
+from self_speculation.engine.scheduler import DecodingStrategy, Scheduler
 from self_speculation.generator_base import TokenizedRequest
-from self_speculation.scheduler import DecodingStrategy, Scheduler
+from self_speculation.machine.devices import is_lost_device
+from self_speculation.models.families import context_length
 from self_speculation.weights.kernels import cpu_operators
 
 _USUAL_PROMPT = 1024  # tokens of a usual prompt

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from arguments import JSONObject
 from runs.failures import reason
-from self_speculation.decoding.grammar_sandbox import GrammarError
+from self_speculation.text.grammar_sandbox import GrammarError
 from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 
 _log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from pydantic import (
 
 from arguments import JSONObject
 from self_speculation.config import check_template_kwargs
-from self_speculation.decoding.grammar import MAX_CHARACTERS, json_rule
+from self_speculation.text.grammar import MAX_CHARACTERS, json_rule
 from serving.errors import APIError
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

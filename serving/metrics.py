@@ -12,7 +12,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from arguments import JSONObject
 from runs.status import print_status
 from self_speculation import GenerationStrategyResult
-from self_speculation.results import DraftStats, SourceCounts
+from self_speculation.requests.results import DraftStats, SourceCounts
 from serving.engine import Engine, Job
 from serving.errors import APIError
 from serving.protocol import FINISH_REASONS

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import JSONObject
 from self_speculation.config import GenerationConfig
-from self_speculation.decoding.grammar import Grammar, GrammarError
+from self_speculation.text.grammar import Grammar, GrammarError
 from serving import fields
 from serving.errors import APIError
 from serving.streaming import Delta, TokenLogprob

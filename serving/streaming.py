@@ -14,8 +14,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from arguments import JSONObject
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.texts import OutputReader
 from self_speculation.speculative_streamer import Cell
+from self_speculation.text.texts import OutputReader
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # of byte-level vocabularies

@@ -13,8 +13,8 @@ from contextlib import suppress
 from transformers import PreTrainedTokenizerBase
 
 from arguments import JSONObject
-from self_speculation.decoding.grammar import Grammar, json_rule
-from self_speculation.decoding.texts import Tag
+from self_speculation.text.grammar import Grammar, json_rule
+from self_speculation.text.texts import Tag
 
 _TAG = "<tool_call>"
 _BEGIN = re.compile(rf"\s*{_TAG}\s*")

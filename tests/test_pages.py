@@ -23,7 +23,7 @@ from arguments import GenerationConfig, ModelArguments, RunArguments, field_text
 from benchmarks.servers import started
 from data import DataArguments
 from self_speculation.config import default_model
-from self_speculation.families import FAMILIES, LLAMA_LAYOUT
+from self_speculation.models.families import FAMILIES, LLAMA_LAYOUT
 
 FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
 PAGES = sorted({*FILES} - {"CHANGELOG.md"})

@@ -9,7 +9,7 @@ from conftest import PROMPT, ROOT, generate, ids_of, mixed_drafts, tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from self_speculation import GenerationConfig, Request, SelfSpeculativeGenerationStrategy
-from self_speculation.scheduler import Scheduler
+from self_speculation.engine.scheduler import Scheduler
 
 
 @pytest.mark.parametrize(

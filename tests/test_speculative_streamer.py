@@ -16,7 +16,7 @@ from thinkers import TAGS, thinking_tokenizer
 from wcwidth import wcwidth
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.texts import OutputReader, Thinking
+from self_speculation.text.texts import OutputReader, Thinking
 
 
 class Screen(pyte.Screen):

@@ -25,9 +25,9 @@ from runs.program import enable_collector
 from runs.records import Run, check_same_run, write_atomically
 from runs.startup import set_threads
 from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_device
 from self_speculation.loading.sources import adapted_model
+from self_speculation.models.families import context_length
 from training import from_flags
 from training.flags import Flags, is_sharded
 from training.progress import Progress, Stop

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from data import DataError, cell, one_line, rows_of
 from self_speculation.config import default_model
-from self_speculation.devices import round_up
+from self_speculation.machine.devices import round_up
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 

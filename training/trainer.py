@@ -26,8 +26,8 @@ from transformers.trainer_utils import EvalPrediction
 
 from data import one_line
 from runs.failures import Failed
-from self_speculation.families import check_supported
-from self_speculation.passes.full_forward import hidden_after_each_layer
+from self_speculation.backends.full_forward import hidden_after_each_layer
+from self_speculation.models.families import check_supported
 from training import losses, recipe
 from training.flags import RecipeArguments
 

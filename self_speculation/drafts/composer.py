@@ -9,13 +9,13 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from self_speculation.decoding.batch import Batch, queues_passes
-from self_speculation.decoding.sequence import Sequence
+from self_speculation.backends.captures import num_captures
+from self_speculation.backends.kv_cache import KVCache
 from self_speculation.drafts.draft import Draft, DraftSource, LookupDrafts, Match, concat_by_row
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
-from self_speculation.passes.captured_runner import num_captures
-from self_speculation.passes.kv_cache import KVCache
-from self_speculation.transfers import Stopwatch, on_device
+from self_speculation.engine.batch import Batch, queues_passes
+from self_speculation.machine.transfers import Stopwatch, on_device
+from self_speculation.requests.sequence import Sequence
 
 
 class RoundPlan(NamedTuple):

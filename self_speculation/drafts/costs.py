@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from self_speculation.families import experts_per_token
-from self_speculation.passes.quantized_layers import copy_bytes_per_weight
+from self_speculation.backends.copies import copy_bytes_per_weight
+from self_speculation.models.families import experts_per_token
 from self_speculation.weights.few_bits import is_in_few_bits, mean_bytes_per_weight
 from self_speculation.weights.kernels import cpu_operators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from self_speculation.backends.runner import ModelRunner
     from self_speculation.config import DraftWeights
-    from self_speculation.passes.model_runner import ModelRunner
 
 
 _DECAY = 0.97  # of the weight of earlier observations, with each new one

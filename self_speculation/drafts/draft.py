@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from self_speculation.backends.kv_cache import KVCache
+from self_speculation.backends.runner import ModelRunner
 from self_speculation.config import DraftWeights
-from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.sequence import Sequence
-from self_speculation.passes.kv_cache import KVCache
-from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.transfers import on_device
+from self_speculation.engine.batch import Batch
+from self_speculation.machine.transfers import on_device
+from self_speculation.requests.sequence import Sequence
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections import abc
 from weakref import WeakKeyDictionary
 
-from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import DraftCost, LookupDrafts, Match
+from self_speculation.requests.sequence import Sequence
 
 # Ends a predicted output: no model has this id.
 _END = -1

@@ -6,16 +6,16 @@ from functools import cached_property
 
 import torch
 
+from self_speculation.backends.copies import int4_draft_runner, why_no_copies
+from self_speculation.backends.runner import ModelRunner
+from self_speculation.backends.runners import is_captured
 from self_speculation.config import DraftWeights, GenerationConfig
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, relative_pass_cost
 from self_speculation.drafts.draft import DraftCost, DraftSource, LayerDrafts, LookupDrafts
 from self_speculation.drafts.ngram import NgramDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, SourceStats
-from self_speculation.model_cache import kept
-from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.passes.quantized_layers import int4_draft_runner, why_no_copies
-from self_speculation.passes.runners import is_captured
+from self_speculation.models.model_cache import kept
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4

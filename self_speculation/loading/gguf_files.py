@@ -26,7 +26,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from self_speculation.config import LoadingWarning
-from self_speculation.progress import progress
+from self_speculation.machine.progress import progress
 from self_speculation.weights.few_bits import FORMATS, FewBitsEmbedding, FewBitsLinear
 
 # Elements that are dequantised at a time: they stay in the processor's cache.

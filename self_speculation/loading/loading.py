@@ -27,20 +27,20 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from self_speculation.backends.copies import quantize
+from self_speculation.backends.runners import activation_dtype, capture_decoding, check_can_be_captured, fuse
 from self_speculation.config import (
     LoadingOptions,
     LoadingWarning,
     Quantization,
     check_kind,
 )
-from self_speculation.devices import why_no_gpu
-from self_speculation.families import LLAMA_LAYOUT, check_supported, experts_per_token, scale_rotation
 from self_speculation.loading.gguf_config import config_of
 from self_speculation.loading.gguf_files import Header, load_gguf, storage_dtype
 from self_speculation.loading.sources import LoadingError, adapted_model, explained, locate, path_of
-from self_speculation.passes.quantized_layers import quantize
-from self_speculation.passes.runners import activation_dtype, capture_decoding, check_can_be_captured, fuse
-from self_speculation.progress import is_shown
+from self_speculation.machine.devices import why_no_gpu
+from self_speculation.machine.progress import is_shown
+from self_speculation.models.families import LLAMA_LAYOUT, check_supported, experts_per_token, scale_rotation
 from self_speculation.weights.kernels import cpu_operators
 
 # (model, trust_remote_code) -> the place that `load_config` has found. So `load_model_and_tokenizer` does not

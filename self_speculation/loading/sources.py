@@ -103,7 +103,7 @@ def explained(model: str) -> Iterator[None]:
     except LoadingError:
         raise
     except Exception as error:
-        from self_speculation.devices import is_lost_rank  # imports torch
+        from self_speculation.machine.devices import is_lost_rank  # imports torch
 
         if is_lost_rank(error):
             raise

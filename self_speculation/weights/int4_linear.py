@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from self_speculation.devices import round_up
+from self_speculation.machine.devices import round_up
 from self_speculation.weights.few_bits import FewBitsLinear
 from self_speculation.weights.kernels import cpu_operators
 

@@ -107,7 +107,7 @@ def test_a_card_that_fails_at_a_step(way, number, outcome, monkeypatch):
 @pytest.mark.parametrize("why", ["the package triton is not installed", "triton cannot launch kernels here"])
 def test_a_card_without_kernels(why, outcome, monkeypatch):
     """Guards against steps that fail one by one where Triton or a compiler lacks: eager ones have figures."""
-    monkeypatch.setattr("self_speculation.passes.fused_layers.why_no_kernels", lambda *_: why)
+    monkeypatch.setattr("self_speculation.backends.card_runner.why_no_kernels", lambda *_: why)
     kept = ("kernels, numbers", "eager plain", "capture", "captured plain")
     monkeypatch.setattr(first_gpu, "STEPS", {name: STEPS[name] for name in kept})
     status, found, table = outcome()

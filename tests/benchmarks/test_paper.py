@@ -14,7 +14,7 @@ from helpers import only_run, refused, watch
 
 import benchmark
 from benchmarks import paper, paper_rounds
-from self_speculation.passes.runners import make_runner
+from self_speculation.backends.runners import make_runner
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from self_speculation import GenerationConfig, Request
-from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts import ngram
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.ngram import NgramDrafts, NgramIndex
+from self_speculation.requests.sequence import Sequence
 
 
 def by_scanning(ids, longest):

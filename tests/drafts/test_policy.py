@@ -13,14 +13,14 @@ from conftest import ADAPTIVE, PROMPT, generate, own_llama, tiny_llama
 from helpers import watch
 from test_llama_model_utils import mixture
 
-from self_speculation import model_cache
+from self_speculation.backends.runner import ModelRunner
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs
 from self_speculation.drafts.costs import DecayedMean, PassTimes, draft_ratio
 from self_speculation.drafts.draft import Draft, DraftCost, Match
 from self_speculation.drafts.ngram import NgramDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Plan, SourceStats, _Planner, _Row
-from self_speculation.passes.model_runner import ModelRunner
+from self_speculation.models import model_cache
 from self_speculation.weights.kernels import CPUOperators
 
 COPY = "exit 10"
@@ -434,7 +434,7 @@ def test_a_copy_on_a_gpu_costs_half_a_step(monkeypatch):
     """Guards against an estimate by bytes: torch's kernel takes half the time of 16 bits, not a third."""
     model = own_llama(10).bfloat16()
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
-    monkeypatch.setattr("self_speculation.passes.quantized_layers.has_kernel", lambda *_: True)
+    monkeypatch.setattr("self_speculation.backends.copies.has_kernel", lambda *_: True)
     head = head_in_layers(model)
     assert draft_ratio(model, 10, "int4") == pytest.approx(95 / 187)
     assert draft_ratio(model, 3, "exact") == pytest.approx((3 + head) / (10 + head))

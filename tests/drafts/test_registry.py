@@ -15,13 +15,13 @@ import generate
 import sweep
 from measures import harness_model
 from self_speculation import custom_generate, make_strategy
+from self_speculation.backends.runners import make_runner
 from self_speculation.config import GenerationConfig
-from self_speculation.decoding.request import Request
 from self_speculation.drafts import registry
 from self_speculation.drafts.draft import Draft, DraftCost, DraftSource, LayerDrafts, LookupDrafts, Match
 from self_speculation.drafts.ngram import NgramDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
-from self_speculation.passes.runners import make_runner
+from self_speculation.requests.request import Request
 
 SCRIPTS = {
     generate: [],

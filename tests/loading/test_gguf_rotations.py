@@ -11,7 +11,7 @@ from test_gguf import write
 from test_llama_model_utils import family
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
-from self_speculation.families import context_length
+from self_speculation.models.families import context_length
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -30,13 +30,13 @@ from safetensors.torch import load_file
 from arguments import ModelArguments
 from runs.startup import load_generator
 from self_speculation import GenerationConfig, LoadingError, LoadingOptions, Request, load_model_and_tokenizer
+from self_speculation.backends.cpu_runner import InPlaceRunner
+from self_speculation.backends.runners import activation_dtype, eager_runner
 from self_speculation.config import default_model
-from self_speculation.families import context_length
 from self_speculation.loading.loading import load_config, resolve_dtype
 from self_speculation.loading.sources import hub_answers
-from self_speculation.passes.in_place_runner import InPlaceRunner
-from self_speculation.passes.runners import activation_dtype, eager_runner
-from self_speculation.progress import shown_by
+from self_speculation.machine.progress import shown_by
+from self_speculation.models.families import context_length
 from self_speculation.weights.kernels import cpu_operators
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from measures import metrics
-from self_speculation.results import DraftStats
+from self_speculation.requests.results import DraftStats
 
 
 def record(**kwargs):

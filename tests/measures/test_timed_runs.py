@@ -9,8 +9,8 @@ from helpers import watch
 from measures.metrics import speed
 from measures.timed_runs import measure_examples, warm_up
 from self_speculation import Request
-from self_speculation.passes.model_runner import ModelRunner
-from self_speculation.passes.runners import capture_decoding
+from self_speculation.backends.runner import ModelRunner
+from self_speculation.backends.runners import capture_decoding
 
 
 def side(tokenizer, model, settings):

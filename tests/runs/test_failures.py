@@ -14,7 +14,7 @@ import sweep
 from runs import program
 from runs.conversation import Conversation
 from runs.failures import reason
-from self_speculation import scheduler
+from self_speculation.engine import scheduler
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you")

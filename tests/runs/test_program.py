@@ -13,8 +13,8 @@ from conftest import ROOT
 from arguments import GenerationConfig, ModelArguments
 from runs.program import run
 from runs.startup import load_generator, set_threads, tell_of_fewer_threads
-from self_speculation.model_cache import kept
-from self_speculation.threads import ThreadGovernor, most_threads
+from self_speculation.machine.threads import ThreadGovernor, most_threads
+from self_speculation.models.model_cache import kept
 
 # The main thread waits in C, as for a lock; the last thread never gives the interpreter away once it begins.
 STUCK = """
@@ -81,7 +81,7 @@ def test_threads_are_fixed_or_follow_other_programs(threads, model_folder):
 @pytest.mark.parametrize(("number", "warns"), [(2, False), (3, True), (None, False)])
 def test_more_threads_than_processors_are_warned_of(number, warns, monkeypatch, capsys):
     """Guards against a prompt that takes thirty times as long without a word."""
-    monkeypatch.setattr("self_speculation.threads._processors", lambda _: [0, 1])
+    monkeypatch.setattr("self_speculation.machine.threads._processors", lambda _: [0, 1])
     try:
         set_threads(number)
     finally:

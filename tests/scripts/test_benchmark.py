@@ -20,7 +20,7 @@ from measures.correctness import CompareIds
 from runs.description import heading
 from runs.records import Run
 from self_speculation import HuggingfaceLlamaGenerator, Sampler
-from self_speculation.decoding.sampling import gumbel_noise, leading_matches, noise_key
+from self_speculation.backends.sampling import gumbel_noise, leading_matches, noise_key
 
 SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
 

@@ -25,7 +25,7 @@ import eval as eval_script
 from measures.harness_model import SelfSpeculativeLM
 from runs.failures import Failed
 from self_speculation import fuse
-from self_speculation.scheduler import Scheduler
+from self_speculation.engine.scheduler import Scheduler
 
 ALL = "functions,python_lines,python_text"
 

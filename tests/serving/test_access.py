@@ -9,7 +9,7 @@ import requests
 from helpers import watch
 from servers import CHAT, HELLO, Served, held, post, raw_request, refused, send, tiny_generator, until
 
-from self_speculation.families import context_length
+from self_speculation.models.families import context_length
 from serving.answers import Answer
 from serving.app import allowed_hosts, check_key
 from serving.errors import APIError

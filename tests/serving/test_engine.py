@@ -13,9 +13,9 @@ from helpers import watch
 from servers import GREEDY, Running, held, tiny_generator, until
 
 from self_speculation import GenerationStrategyResult, Request
-from self_speculation.decoding.prefix_cache import kept_caches
-from self_speculation.passes.runners import capture_decoding
-from self_speculation.scheduler import Scheduler
+from self_speculation.backends.runners import capture_decoding
+from self_speculation.engine.prefix_cache import kept_caches
+from self_speculation.engine.scheduler import Scheduler
 from self_speculation.weights.kernels import cpu_operators
 from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown
 

@@ -15,8 +15,8 @@ from conftest import config_of, generator_of
 from helpers import watch
 from servers import CHAT, HELLO, Served, chunks, post, raw_request, refused, tiny_generator, until
 
-from self_speculation.decoding import grammar
-from self_speculation.decoding.grammar_sandbox import GrammarSandbox
+from self_speculation.text import grammar
+from self_speculation.text.grammar_sandbox import GrammarSandbox
 
 SCHEMA = {
     "type": "object",

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from servers import HELLO
 
 from self_speculation import GenerationConfig
-from self_speculation.decoding.grammar import Grammar, GrammarError
+from self_speculation.text.grammar import Grammar, GrammarError
 from serving.errors import APIError
 from serving.protocol import ChatRequest, CompletionRequest
 from serving.streaming import Delta

@@ -70,7 +70,7 @@ def test_a_server_from_its_start_to_its_end():
 WITHOUT_SANDBOX = """
 from unittest.mock import patch
 import serve
-from self_speculation.decoding.grammar_sandbox import GrammarSandbox
+from self_speculation.text.grammar_sandbox import GrammarSandbox
 with patch.object(GrammarSandbox, "_start", side_effect=BrokenPipeError):
     sys.exit(serve.main())
 """

@@ -19,7 +19,7 @@ from servers import Served, chunks, raw_request, send, tiny_generator, until
 from test_serve import serving
 
 from self_speculation import Request, load_model_and_tokenizer
-from self_speculation.decoding.grammar import Grammar
+from self_speculation.text.grammar import Grammar
 from serving.engine import Job
 from serving.protocol import FINISH_REASONS
 

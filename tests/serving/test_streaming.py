@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from self_speculation.decoding.texts import continuation
+from self_speculation.text.texts import continuation
 from serving.streaming import LogprobCollector
 
 PROMPT = "Once upon"

@@ -9,7 +9,7 @@ from conftest import LAYERS, config_of, generator_of, tiny_llama
 from tokenizers import AddedToken, normalizers
 
 from self_speculation import Request
-from self_speculation.decoding.grammar import Grammar, GrammarProcessor
+from self_speculation.text.grammar import Grammar, GrammarProcessor
 from serving import tools
 from serving.tools import CallReader, call_grammar, find_calls
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from arguments import GenerationConfig, ModelArguments
 from runs.startup import load_generator
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.backends.copies import quantize
+from self_speculation.backends.cpu_runner import rounds_prompts
+from self_speculation.backends.runners import fuse, make_runner
 from self_speculation.loading import gguf_files
-from self_speculation.passes.in_place_runner import rounds_prompts
-from self_speculation.passes.quantized_layers import quantize
-from self_speculation.passes.runners import fuse, make_runner
 from self_speculation.weights.few_bits import (
     FORMATS,
     FewBitsEmbedding,

@@ -1,1 +1,0 @@
-"""Shared by all strategies: the batch, sequences, sampling and stop conditions."""

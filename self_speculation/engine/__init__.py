@@ -1,0 +1,1 @@
+"""The scheduler, rounds of the rows in flight, and kept prefixes."""
