@@ -25,8 +25,8 @@ LIBRARY = {
     "weights": {"config", *BASE},
     "backends": {"config", "weights", *BASE},
     "loading": {"config", "backends", "weights", *BASE},
-    "requests": {"config", "backends", *BASE},
-    "text": {"config", "requests", *BASE},
+    "text": {"config", *BASE},
+    "requests": {"config", "text", "backends", *BASE},
     "drafts": {"config", "weights", "backends", "requests", "engine", *BASE},
 }
 
