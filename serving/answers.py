@@ -188,18 +188,20 @@ class Answer:
 
     def _format(self, choice: _Choice, delta: Delta) -> JSONObject | None:
         """Format new text of a chunk, or the whole answer. Returns None while text may become a call."""
-        logprobs = None
+        is_last = choice.finished is not None
         stop_reason = choice.finished.result.stop_reason if choice.finished else None
-        if choice.logprobs:
-            # A stop word is not part of the answer.
-            logprobs = choice.logprobs.take(len(delta.text), stop_reason not in (None, "stop_word"))
-        if choice.call_reader and not delta.thinking:
-            text, calls = choice.call_reader.read(delta.text, choice.finished is not None)
-            if delta.text and not (text or calls or logprobs or choice.finished):
+        if choice.call_reader and (delta.text or is_last):
+            text, calls = choice.call_reader.read(delta.text, is_last)
+            if not (text or calls or is_last):
                 return None
             accepted = min(delta.accepted, len(text))
             has_calls = choice.call_reader.num_calls > 0
             delta = delta._replace(text=text, accepted=accepted, calls=calls, has_calls=has_calls)
+        logprobs = None
+        if choice.logprobs:
+            # A stop word is not part of the answer, and tokens of calls are not part of the text.
+            is_whole = stop_reason not in (None, "stop_word") and not delta.has_calls
+            logprobs = choice.logprobs.take(len(delta.text), is_whole)
         return self.request.choice(choice.index, delta, logprobs, stop_reason)
 
     def _check(self) -> None:

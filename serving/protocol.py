@@ -19,7 +19,7 @@ from self_speculation.text.grammar import Grammar, GrammarError
 from serving import fields
 from serving.errors import APIError
 from serving.streaming import Delta, TokenLogprob
-from serving.tools import CallReader, call_grammar, find_calls
+from serving.tools import CallReader, call_grammar
 
 FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
 # Fields of a chat that `TokenizeRequest` has, too.
@@ -130,7 +130,7 @@ class BaseRequest(SharedFields, ABC):
         return choice
 
     def call_reader(self) -> CallReader | None:
-        """Return the object that finds calls in a stream. None: there are no calls."""
+        """Return the object that finds calls in an answer. None: there are no calls."""
         return None
 
     @abstractmethod
@@ -207,25 +207,17 @@ class ChatRequest(BaseRequest):
     def call_reader(self) -> CallReader | None:
         """See `BaseRequest`."""
         tools = self.tools_for_template
-        return CallReader(tools, self.parallel_tool_calls) if self.stream and tools else None
+        return CallReader(tools, self.parallel_tool_calls) if tools else None
 
     def _content(self, delta: Delta, finish_reason: str | None) -> JSONObject:
         has_reasoning = delta.thinking and self.include_reasoning
         reasoning = dict.fromkeys(_REASONING, delta.thinking) if has_reasoning else {}
         message = JSONObject(content=delta.text)
-        tools = self.tools_for_template
-        has_calls = delta.has_calls
-        if self.stream and delta.calls:
-            message = {"content": delta.text or None, "tool_calls": delta.calls}
-        elif not self.stream and tools:
-            text, functions = find_calls(delta.text, tools)
-            calls = [
-                {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
-                for function in functions[: None if self.parallel_tool_calls else 1]
-            ]
-            has_calls = bool(calls)
-            message = {"content": text or None, "tool_calls": calls} if calls else message
-        if has_calls and finish_reason == "stop":
+        if delta.calls:
+            without = () if self.stream else ("index",)  # other servers reject a message that has it
+            calls = [{name: call[name] for name in call if name not in without} for call in delta.calls]
+            message = {"content": delta.text or None, "tool_calls": calls}
+        if delta.has_calls and finish_reason == "stop":
             finish_reason = "tool_calls"
         if not self.stream:
             message = {"role": "assistant", **message, **reasoning, "refusal": None}

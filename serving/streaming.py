@@ -29,8 +29,8 @@ class Delta(NamedTuple):
     accepted: int = 0  # leading characters that are accepted drafts
     pending: str = ""  # the draft after all text so far
     thinking: str = ""  # in a stream, `text` is empty then, and `accepted` counts characters of `thinking`
-    calls: Sequence[JSONObject] = ()  # deltas of calls in a stream
-    has_calls: bool = False  # whether a stream has had calls so far
+    calls: Sequence[JSONObject] = ()  # deltas of calls
+    has_calls: bool = False  # whether the answer has had calls so far
 
 
 class DeltaStreamer(StandardTextStreamer):

@@ -17,11 +17,11 @@ from self_speculation.text.grammar import Grammar, json_rule
 from self_speculation.text.texts import Tag
 
 _TAG = "<tool_call>"
-_BEGIN = re.compile(rf"\s*{_TAG}\s*")
+# Without the look-behind, the time grows with the square of white space.
+_BEGIN = re.compile(rf"(?<!\s)\s*{_TAG}\s*")
 _BEGIN_OR_OBJECT = re.compile(rf"{_BEGIN.pattern}|\A\s*(?={{)")
 # A call up to the arguments, which are an object or a list.
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=[{[])')
-_END = re.compile(r"\s*</tool_call>")
 # Ends or opens something in JSON; an escaped character does not.
 _MARK = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
 _DECODER = json.JSONDecoder()
@@ -76,26 +76,6 @@ def call_grammar(
     return Grammar.lark("\n".join(rules))
 
 
-def find_calls(text: str, tools: Sequence[JSONObject]) -> tuple[str, list[dict[str, str]]]:
-    """Return the text before the calls in an answer, and the calls: `name`, and `arguments` as JSON. A call
-    that begins the answer is the only one. Without a call, or with tags around an object that calls no
-    function of the tools, the whole answer is text.
-    """
-    start = len(text) - len(text.lstrip())
-    position = 0  # after an object that begins the answer
-    if text.startswith("{", start):
-        with suppress(ValueError, RecursionError):
-            content, position = _DECODER.raw_decode(text, start)
-            if call := _function(content, tools):
-                return "", [call]
-    calls = [_function(content, tools) for content in _objects(text, position)]
-    functions = [call for call in calls if call is not None]
-    if not calls or len(functions) < len(calls):
-        return text, []
-    begin = _BEGIN.search(text, position)
-    return text[: begin.start()] if begin else "", functions
-
-
 def _function(content: object, tools: Sequence[JSONObject]) -> dict[str, str] | None:
     """Return a call of a tool. None: the content is no call."""
     if not isinstance(content, dict) or content.get("name") not in [
@@ -106,22 +86,6 @@ def _function(content: object, tools: Sequence[JSONObject]) -> dict[str, str] | 
     return {"name": content["name"], "arguments": json.dumps(arguments)}
 
 
-def _objects(text: str, position: int) -> list[object]:
-    """Return the objects between tags from a position on. The list is empty if anything but JSON is between
-    tags. An unfinished object at the end does not count. The JSON decoder finds where an object ends, since a
-    string may hold tags.
-    """
-    found = list[object]()
-    with suppress(ValueError, RecursionError):
-        while (begin := _BEGIN.search(text, position)) and _END.search(text, begin.end()):
-            content, position = _DECODER.raw_decode(text, begin.end())
-            if not _END.match(text, position):
-                return []
-            found.append(content)
-        return found
-    return []
-
-
 class _JSONEnd:
     """Finds the end of an object or a list in JSON that grows. Reads each character once."""
 
@@ -129,10 +93,9 @@ class _JSONEnd:
         self._num_read = 0
         self._depth = 0
         self._in_string = False
-        self.is_json = True  # so far
 
     def find(self, text: str, start: int = 0) -> int | None:
-        """Return the end of the JSON that begins at `start`. None: it is incomplete, or no JSON so far."""
+        """Return the end of the brackets that begin at `start` or later. None: they are not closed yet."""
         for mark in _MARK.finditer(text, max(start, self._num_read)):
             self._num_read = mark.end()
             if mark[0] == '"':
@@ -141,12 +104,8 @@ class _JSONEnd:
                 self._depth += 1
             elif not self._in_string and mark[0] in "}]":
                 self._depth -= 1
-                if self._depth == 0:
-                    try:
-                        return _DECODER.raw_decode(text, start)[1]
-                    except (ValueError, RecursionError):
-                        self.is_json = False
-                        return None
+                if self._depth <= 0:
+                    return mark.end()
         # The second half of an escape may come next.
         self._num_read = max(self._num_read, len(text) - text.endswith("\\"))
         return None
@@ -154,7 +113,9 @@ class _JSONEnd:
 
 class CallReader:
     """Finds calls in an answer as the text comes, and passes on arguments as they grow. Text before the first
-    call is text, and so is an object that calls no tool. After a call there are only calls.
+    call is text, and so is an object that calls no tool. After a call there are only calls. A call begins
+    with the name and ends with the arguments, closed or not: what comes next, a tag or nothing, changes
+    nothing. So pieces of any size give the text and the calls of the whole answer.
     """
 
     def __init__(self, tools: Sequence[JSONObject], several: bool) -> None:
@@ -168,7 +129,9 @@ class CallReader:
         self._may_call = True
 
     def read(self, new: str, is_last: bool) -> tuple[str, list[JSONObject]]:
-        """Return new text of the answer, and deltas of calls. The first delta of a call has an id."""
+        """Return new text of the answer, and deltas of calls. The first delta of a call has an id. A whole
+        answer has one delta for each call.
+        """
         self._held += new
         texts = list[str]()
         deltas = list[JSONObject]()
@@ -210,10 +173,11 @@ class CallReader:
         if head and _function({"name": head[1]}, self._tools):
             call = {"name": head[1]}
             end = head.end()
-        elif self._json_end.find(self._held, start):
-            call, end = _DECODER.raw_decode(self._held, start)
-        elif self._json_end.is_json:
+        elif self._json_end.find(self._held, start) is None:
             return False
+        else:
+            with suppress(ValueError, RecursionError):
+                call, end = _DECODER.raw_decode(self._held, start)
         self._json_end = _JSONEnd()
         if (function := _function(call, self._tools)) is None:
             self._is_start = False

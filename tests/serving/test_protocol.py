@@ -152,7 +152,9 @@ def test_a_call_at_the_limit():
     call = '{"name": "f", "arguments": {}}'
     tools = [{"function": {"name": "f"}}]
     for stop_reason, finish_reason in (("eos", "tool_calls"), ("max_steps", "length")):
-        choice = chat(tools=tools).choice(0, Delta(call), None, stop_reason)
+        request = chat(tools=tools)
+        text, calls = request.call_reader().read(call, is_last=True)
+        choice = request.choice(0, Delta(text, calls=calls, has_calls=True), None, stop_reason)
         assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (1, finish_reason)
 
 

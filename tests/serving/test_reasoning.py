@@ -69,16 +69,16 @@ def called(name="stop", arguments="{}"):
         ("So be it.</s>", NO_TOOLS, "So be it.", []),
         ("So be it.</s>", {**NO_TOOLS, "include_reasoning": False}, "So be it.", []),
         ("", {**NO_TOOLS, "response_format": SCHEMA}, '"', []),
-        (called(), {"tool_choice": "required", "response_format": SCHEMA, "ignore_eos": True}, None, ["{}"]),
-        (called(), {"response_format": SCHEMA}, None, ["{}"]),
+        (called(), {"tool_choice": "required", "response_format": SCHEMA, "ignore_eos": True}, None, [{}]),
+        (called(), {"response_format": SCHEMA}, None, [{}]),
         ('"Rome"</s>', {"response_format": SCHEMA}, '"Rome"', []),
-        (f"Now.\n{called()}</s>", {"tools": [STRICT]}, None, ["{}"]),
-        (called(arguments="[5]"), {"tools": [STRICT], "max_tokens": 110}, None, ["{}"]),
-        (f"{called(arguments='[5]')}</s>", {}, None, ["[5]"]),
+        (f"Now.\n{called()}</s>", {"tools": [STRICT]}, None, [{}]),
+        (called(arguments="[5]"), {"tools": [STRICT], "max_tokens": 110}, None, [{}]),
+        (f"{called(arguments='[5]')}</s>", {}, None, [[5]]),
         ("Now.</s>", {"tools": [STRICT]}, "Now.", []),
-        (f"{called()}\n{called()}</s>", {}, None, ["{}"] * 2),
-        (f"{called()}\n{called()}</s>", ONE, None, ["{}"]),
-        (f"{called()}\n{called()}</s>", {"tools": [STRICT]}, None, ["{}"] * 2),
+        (f"{called()}\n{called()}</s>", {}, None, [{}] * 2),
+        (f"{called()}\n{called()}</s>", ONE, None, [{}]),
+        (f"{called()}\n{called()}</s>", {"tools": [STRICT]}, None, [{}] * 2),
         ("🙂 yes, Hm, no", {**NO_TOOLS, **LOGPROBS, "stop": "Hm"}, "🙂 yes, ", []),
         ("🙂 yes, Hm, no", {**NO_TOOLS, **LOGPROBS, "stop": " "}, "🙂", []),
     ],
@@ -94,7 +94,7 @@ def test_thinking_comes_before_the_answer(served, text, fields, content, calls):
     message = choice["message"]
     is_shown = fields.get("include_reasoning", True)
     assert [message.get(name) for name in NAMES] == [THOUGHT if is_shown else None] * 2
-    assert [call["function"]["arguments"] for call in message.get("tool_calls", [])] == calls
+    assert [json.loads(call["function"]["arguments"]) for call in message.get("tool_calls", [])] == calls
     assert (message["content"] or "").startswith(content or "")
     if "response_format" in fields and not calls:
         assert json.loads(message["content"]) in SCHEMA["json_schema"]["schema"]["enum"]

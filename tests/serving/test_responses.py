@@ -54,9 +54,6 @@ def answered(served, text, /, **request):
         assert deltas.get(item.id, "") == shown
     done = [event.item for event in events if event.type == "response.output_item.done"]
     assert done == last.response.output
-    for item in last.response.output:
-        if item.type == "function_call":  # a stream has the model's spaces
-            item.arguments = json.dumps(json.loads(item.arguments))
     assert (events[0].type, last.type) == ("response.created", f"response.{whole.status}")
     changing = {"id": True, "created_at": True, "usage": True, "metrics": True}
     changing["output"] = {"__all__": {"id", "call_id"}}
@@ -129,9 +126,9 @@ def test_calls_are_items(served):
     ]  # fmt: skip
     for choice in ("required", {"type": "function", "name": "stop"}):
         forced, _ = answered(served, "So be it.", tools=[STOP], tool_choice=choice)
-        assert forced.output[0].arguments == "{}"
+        assert json.loads(forced.output[0].arguments) == {}
     strict, _ = answered(served, called(arguments="[5]"), tools=[{**STOP, "strict": True}])
-    assert strict.output[0].arguments == "{}"
+    assert json.loads(strict.output[0].arguments) == {}
     free, _ = answered(served, "So be it.</s>", tools=[STOP], tool_choice="none")
     assert free.output_text == "So be it."
     calls = [item.model_dump(exclude_none=True) for item in whole.output]
@@ -166,6 +163,22 @@ def test_log_probabilities_are_those_of_a_chat(served):
     assert [token.token for token in found] == [token.token for token in whole.output[0].content[0].logprobs]
     assert [token.token for token in found] == expected
     assert {len(token.top_logprobs) for token in found} == {2}
+
+
+@pytest.mark.parametrize("text", ["", "I see.\n"])
+def test_log_probabilities_belong_to_messages(served, text):
+    """Guards against a stream that dies where a call's tokens have log-probabilities, and a message without
+    text before a call.
+    """
+    fields = {"tools": [STOP], "include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    whole, events = answered(served, f"{text}{called()}</s>", **fields)
+    *messages, call = whole.output
+    assert (call.type, call.name) == ("function_call", "stop")
+    assert [message.content[0].text for message in messages] == [text.strip()] * bool(text)
+    for message in messages:
+        assert "".join(token.token for token in message.content[0].logprobs) == text.strip()
+    found = [token for event in events if event.type.endswith("text.delta") for token in event.logprobs]
+    assert "".join(token.token for token in found) == text.strip()
 
 
 def test_a_conversation_becomes_that_of_a_chat():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from unittest.mock import Mock
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import AddedToken, normalizers
 from self_speculation import Request
 from self_speculation.text.grammar import Grammar, GrammarProcessor
 from serving import tools
-from serving.tools import CallReader, call_grammar, find_calls
+from serving.tools import CallReader, call_grammar
 
 TAGS = "{% if tools %}<tool_call>{% endif %}"
 OBJECT = '{% if tools %}{"name": , "parameters": }{% endif %}'
@@ -30,6 +31,24 @@ TOOLS = [
     tool("north", {"Place": {"enum": ["north1", "north2", None]}}, place=PLACE),
     tool("south", {"Place": {"enum": ["south1", "south2", None]}}, place=PLACE),
 ]
+
+
+def read(*pieces, several=True):
+    """The text and the calls, name and arguments, of an answer that comes in pieces."""
+    reader = CallReader(TOOLS, several)
+    text = ""
+    calls = []
+    for number, piece in enumerate(pieces, 1):
+        new, parts = reader.read(piece, number == len(pieces))
+        text += new
+        for part in parts:
+            if "id" in part:
+                calls.append({**part["function"]})
+            else:
+                calls[-1]["arguments"] += part["function"]["arguments"]
+            assert part["index"] == len(calls) - 1
+    assert reader.num_calls == len(calls)
+    return text, calls
 
 
 TAG_NAMES = ["<tool_call>", "</tool_call>"]
@@ -68,7 +87,7 @@ def test_added_tokens_are_guided(family):
         return result.decoded_prediction, result.generation_strategy_result.predicted_tokens
 
     called, ids = answer(call_grammar(TOOLS[1:2], tokenizer))
-    assert find_calls(called, TOOLS)[1]
+    assert read(called)[1]
     tags = [id_ for id_ in ids if id_ in tokenizer.get_added_vocab().values()]
     assert tokenizer.convert_ids_to_tokens(tags) == [tag for tag in TAG_NAMES if tag in special + plain]
     text = f"e\u0301{''.join(special + plain)}"
@@ -129,19 +148,25 @@ def test_what_may_be_called_or_answered(byte_tokenizer, template, added, name, a
 
 
 def test_calls_are_found():
-    """Guards against words that are taken for a call."""
+    """Guards against words that are taken for a call, and calls that are lost without the tag that ends them:
+    at a stop word, at the limit of tokens, or where the model leaves it out.
+    """
     call = '{"name": "weather", "arguments": {"city": "Rome", "days": 2}}'
     expected = {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}
-    assert find_calls(f"<tool_call>\n{call}\n</tool_call>", TOOLS)[1] == [expected]
-    assert find_calls(f"<tool_call>{call}</tool_call>" * 2, TOOLS)[1] == [expected] * 2
-    assert find_calls(call.replace("arguments", "parameters"), TOOLS)[1] == [expected]
-    texts = ["It is sunny.", "{}", "[1]", "[" * 9999, '{"name": "unknown"}', '{"name": []}']
-    for text in (
-        *texts,
-        "<tool_call>{</tool_call>",
-        f"<tool_call>{call}</tool_call><tool_call>{{</tool_call>",
+    cut = {**expected, "arguments": '{"city": "Ro'}
+    for text, calls in (
+        (f"<tool_call>\n{call}\n</tool_call>", [expected]),
+        (f"<tool_call>{call}</tool_call>" * 2, [expected] * 2),
+        (call.replace("arguments", "parameters"), [expected]),
+        (f"<tool_call>\n{call}\n", [expected]),
+        (f"<tool_call>{call}<tool_call>{call} and more</tool_call>", [expected] * 2),
+        (f"<tool_call>{call}</tool_call><tool_call>{{</tool_call>", [expected]),
+        ("<tool_call>" + call.partition('me", "days')[0], [cut]),
     ):
-        assert find_calls(text, TOOLS)[1] == []
+        assert read(text) == ("", calls)
+    texts = ["It is sunny.", "{}", "[1]", "[" * 9999, '{"name": "unknown"}', '{"name": []}']
+    for text in (*texts, "<tool_call>{</tool_call>"):
+        assert read(text) == (text, [])
 
 
 @pytest.mark.parametrize("name", ["arguments", "parameters"])
@@ -157,10 +182,9 @@ def test_an_argument_may_hold_tags(name):
         call = json.dumps({"name": "weather", name: arguments})
         expected = {"name": "weather", "arguments": json.dumps(arguments)}
         tagged = f"<tool_call>\n{call}\n</tool_call>"
-        assert find_calls(call, TOOLS)[1] == [expected]
-        assert find_calls(f"I see.\n{tagged}\n{tagged}", TOOLS)[1] == [expected] * 2
-        assert find_calls(f"{tagged}<tool_call>{{", TOOLS)[1] == [expected]
-        assert find_calls(f"<tool_call>{call} and more</tool_call>", TOOLS)[1] == []
+        assert read(call) == ("", [expected])
+        assert read(f"I see.\n{tagged}\n{tagged}") == ("I see.", [expected] * 2)
+        assert read(f"{tagged}<tool_call>{{") == ("", [expected])
 
 
 NESTED = '{"name": "weather", "arguments": {"city": "</tool_call> {}]", "days": [2, {"a": "\\""}]}}'
@@ -191,28 +215,45 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("size", [1, 7, 100_000])
+# What random answers are made of: calls, what breaks them, and texts.
+PARTS = [
+    *ANSWERS, NESTED, "<tool_call>", "</tool_call>", "<tool_", '{"name": "weather", "arguments": ', "{", "}",
+    "[", "]", '"', "\\", ", ", ' "days": [1, {}]', '{"city": "Ro\\"me"}', '{"name": "stop", "arguments": {}}',
+    '{"name": "other", "arguments": {}}', '{"arguments": {}, "name": "stop"}', "\n", " ", "I see.",
+    "é</tool_call",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [3000, pytest.param(60_000, marks=pytest.mark.slow)])
+def test_a_stream_has_the_calls_of_the_whole(number):
+    """However the text is cut. Guards against calls that a stream loses, repeats or makes of words, and ones
+    that are calls in a stream and text as a whole.
+    """
+    draw = random.Random(number)
+    texts = [*ANSWERS]
+    while len(texts) < number:
+        text = "".join(draw.choices(PARTS, k=draw.randint(1, 6)))
+        texts.append(text[: draw.choice([None, None, draw.randint(0, len(text))])][:2000])
+    differ = []
+    num_calls = 0
+    for text in texts:
+        several = draw.random() < 0.8
+        cuts = sorted(draw.randint(0, len(text)) for _ in range(draw.randint(1, 30)))
+        pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        whole, calls = read(text, several=several)
+        num_calls += len(calls)
+        assert text.startswith(whole)
+        assert calls or whole == text
+        if read(*pieces, "", several=several) != (whole, calls):
+            differ.append(pieces)
+    assert num_calls > number / 4
+    assert not differ, (len(differ), differ[0])
+
+
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_a_stream_has_the_calls_of_the_whole(answer, size):
-    """However the text is cut. Guards against calls that a stream loses, repeats or makes of words."""
-    reader = CallReader(TOOLS, several=True)
-    text = ""
-    calls = []
-    pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
-    for piece, is_last in [*((piece, False) for piece in pieces), ("", True)]:
-        new, parts = reader.read(piece, is_last)
-        text += new
-        for part in parts:
-            if "id" in part:
-                calls.append({**part["function"]})
-            else:
-                calls[-1]["arguments"] += part["function"]["arguments"]
-            assert part["index"] == len(calls) - 1
-    expected_text, expected = find_calls(answer, TOOLS)
-    assert (text, len(calls)) == (expected_text, reader.num_calls)
-    for call in calls:
-        call["arguments"] = json.dumps(json.loads(call["arguments"]))
-    assert calls == expected
+def test_each_character_may_be_a_piece(answer):
+    """Guards against calls that need a part of the text at once."""
+    assert read(*answer, "") == read(answer)
 
 
 @pytest.mark.parametrize("order", [["name", "arguments"], ["arguments", "name"]])
