@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1038, "classes": 203, "parameters": 2284}
+LIMITS = {"functions": 1038, "classes": 204, "parameters": 2284}
 
 
 def count() -> dict[str, int]:

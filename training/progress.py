@@ -11,6 +11,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from arguments import JSONObject
 from runs.ranks import num_processes
 from runs.records import Run, write_atomically
+from self_speculation import ThreadGovernor
 
 
 class Stop(TrainerCallback):
@@ -45,6 +46,18 @@ class Stop(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
 
     on_train_end = on_step_end  # a signal may have come after the last step
+
+
+class Threads(TrainerCallback):
+    """Leave processors to other programs, before each step and each batch that is evaluated."""
+
+    def __init__(self, governor: ThreadGovernor) -> None:
+        self._governor = governor
+
+    def on_step_begin(self, *_: object, **__: object) -> None:
+        self._governor.adjust()
+
+    on_prediction_step = on_step_begin
 
 
 class Progress(ProgressCallback):

@@ -30,7 +30,7 @@ from self_speculation.loading.sources import adapted_model
 from self_speculation.models.families import context_length
 from training import from_flags
 from training.flags import Flags, is_sharded
-from training.progress import Progress, Stop
+from training.progress import Progress, Stop, Threads
 from training.texts import (
     load_texts,
     loss_by_frequency,
@@ -50,7 +50,7 @@ _COLLAPSED = "agreement then says\nlittle, see docs/training.md#when-all-layers-
 
 def train(flags: Flags) -> int:
     """Train, print the scores of all exits and save the model; return the exit status."""
-    set_threads(flags.model.threads)
+    governor = set_threads(flags.model.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of saving
     datasets.disable_progress_bars()
@@ -65,6 +65,7 @@ def train(flags: Flags) -> int:
         refuse(f"{place}: {error.strerror or one_line(error)}", status=1)
     enable_collector()
     trainer.add_callback(Progress(run))
+    trainer.add_callback(Threads(governor))
     trainer.add_callback(stop := Stop())
     _, checkpoint = newest_checkpoint(run.folder)
     trainer.args.eval_on_start = checkpoint is None

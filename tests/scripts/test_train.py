@@ -106,18 +106,33 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, capsys):
     assert generate.main([*map(str, ["--model", folder / "model", *GENERATE])]) == 0
 
 
+NOTHING = ["--learning_rate", "1e-12"]
+# The first step multiplies weights by 1 - 1e-6 * 1e6 = 0: logits are equal, and the loss is that of chance.
+FORGET = ["--learning_rate", "1e-6", "--weight_decay", "1e6", "--warmup_steps", "0"]
+
+
 @pytest.mark.parametrize(("more", "why"), [
-    (["--learning_rate", "1e-12"], "predictions are hardly better than frequencies of tokens"),
-    (["--learning_rate", "30", "--warmup_steps", "0"], "loss rose"),
+    (NOTHING, "predictions are hardly better than frequencies of tokens"), (FORGET, "loss rose"),
 ])  # fmt: skip
 def test_a_model_whose_exits_agree_on_nothing_is_named(more, why, tmp_path, texts, capsys):
     """Guards against an agreement of 1.000 that is read as success: all layers may predict one token."""
+    if more == FORGET:
+        steps = ["--num_steps", "40", "--eval_steps", "40", "--save_steps", "40"]
+        more = [*more, "--model", str(run(tmp_path / "before", texts, *steps) / "model")]
     folder = run(tmp_path, texts, "--exit_loss", "distill", *more)
     printed = capsys.readouterr().out
     assert f"warning: the last layer's {why}; agreement then says\nlittle, see docs/training.md" in printed
     assert "perplexity" in printed
     assert log(folder)["step"].iloc[0] == 0  # what the loss is compared with
     assert pandas.read_csv(folder / "exits.csv")["entropy"].iloc[-1] == 1
+
+
+def test_each_step_leaves_processors_to_other_programs(tmp_path, texts, monkeypatch):
+    """Guards against a training whose threads wait for each other while other programs use the processors."""
+    governor = Mock()
+    monkeypatch.setattr("training.run.set_threads", lambda number: governor)
+    run(tmp_path, texts)
+    assert governor.adjust.call_count >= 12
 
 
 def raises(error):
