@@ -7,6 +7,7 @@ import re
 import datasets
 import pandas
 import pytest
+from conftest import ROOT
 from helpers import error_line, watch
 
 import data
@@ -227,3 +228,10 @@ def test_columns_of_other_names(tmp_path):
     assert (example.prompt, example.reference, example.later_turns) == ("2 + 2?", "4", ())
     with pytest.raises(DataError, match=r"no column 'x'; found: turns, data, task_id; .* in --prompt_field"):
         load("custom_jsonl", path, **{**fields, "prompt_field": "x"})
+
+
+def test_the_entry_on_the_page_is_one_of_the_table():
+    """Guards against a recipe of another version."""
+    page = (ROOT / "docs" / "measuring.md").read_text()
+    (entry,) = re.findall(r"## Add a dataset\n.*?```py\n(.*?)```", page, re.DOTALL)
+    assert entry.strip() in (ROOT / "data.py").read_text()
