@@ -222,8 +222,9 @@ class RowSampler:
         else:
             likely, ids = (rows / scale).softmax(-1).sort(descending=True, stable=True)
         kept = self._keep(likely, *rules[:, 1:].split(1, 1))
-        best = (gumbel_noise(keys, ids).mul_(is_random) + kept.log()).argmax(-1)
-        return ids.gather(-1, best[:, None])[:, 0]
+        best = (gumbel_noise(keys, ids) + kept.log()).argmax(-1)
+        tokens = ids.gather(-1, best[:, None])[:, 0]
+        return tokens.where(is_random[:, 0], rows.argmax(-1))  # different logits may have one probability
 
     def _keep(self, likely: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
         """As `Sampler.keep`."""

@@ -16,6 +16,7 @@ from transformers import MinPLogitsWarper
 from arguments import parse
 from self_speculation import Request
 from self_speculation.backends.sampling import (
+    RowSampler,
     Sampler,
     amax,
     argmax,
@@ -166,6 +167,19 @@ def test_a_row_is_decided_by_itself(seed, scales, top_p):
     for row, alone in enumerate(logits.split(1)):
         assert tokens[row] == sampler(alone, keys[row, None])
     assert tokens.equal(sampler._sample_likely(logits.softmax(-1), keys, is_partial=False))
+
+
+@pytest.mark.parametrize("is_draft", [False, True])
+def test_a_greedy_row_beside_a_filtered_one_has_the_largest_logit(is_draft):
+    """Guards against the first of two ids whose logits differ and whose probabilities are rounded to one."""
+    logits = torch.tensor([[0.0, 1e-8, -20.0]] * 2)
+    first, second, _ = logits.softmax(-1)[0].tolist()
+    assert first == second
+    greedy = Sampler(False)
+    filtered = Sampler(top_p=0.9)
+    rules = torch.tensor([greedy.rules, filtered.rules], dtype=torch.float64)
+    tokens = RowSampler(True)(logits, keys_of(2), rules, is_draft)
+    assert tokens[0] == 1
 
 
 def test_drafts_of_likely_ids_are_accepted():
