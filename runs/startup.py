@@ -133,7 +133,7 @@ def tell_of_fewer_threads(governor: ThreadGovernor) -> None:
     used = f"other programs use {governor.num_taken:.1f} of {governor.num_processors} processors"
     threads = f"{governor.num_threads} of {governor.most} threads"
     # An answer may be growing on the same terminal.
-    print_status(f"\n{used}: it is slower here, with {threads} while they do")
+    print_status(f"\n{used}: {threads} compute while they do, which takes longer")
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:

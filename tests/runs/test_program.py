@@ -94,5 +94,7 @@ def test_others_are_told_of_once(capsys):
     governor = Mock(num_taken=1.26, num_processors=2, num_threads=1, most=2)
     tell_of_fewer_threads(governor)
     tell_of_fewer_threads(governor)
-    warning = "other programs use 1.3 of 2 processors: it is slower here, with 1 of 2 threads while they do\n"
+    warning = (
+        "other programs use 1.3 of 2 processors: 1 of 2 threads compute while they do, which takes longer\n"
+    )
     assert capsys.readouterr().err.lstrip() == warning
