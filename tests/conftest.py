@@ -131,6 +131,13 @@ def model() -> LlamaForCausalLM:
 
 needs_operators = pytest.mark.skipif(cpu_operators().variant is None, reason=str(cpu_operators()))
 
+WITHOUT_OPERATORS = cpu_operators().variant is None  # then scripts print a line more
+
+
+def ways(*names):
+    """Parameters of a test: copies need operators on a CPU."""
+    return [pytest.param(name, marks=needs_operators if "copy" in name else ()) for name in names]
+
 
 def config_of(**settings):
     """Greedy settings, with the strategy that they ask for."""

@@ -25,6 +25,7 @@ from conftest import (
     planned,
     scheduler_of,
     tiny_llama,
+    ways,
 )
 from cuda_graphs import decode_eagerly
 from helpers import watch
@@ -63,7 +64,7 @@ def test_one_graph_serves_all_lengths(graphs):
     assert max(Counter(graphs.captured[: num_captured[1]]).values()) == 1
 
 
-@pytest.mark.parametrize("way", [*WAYS, "early exit"])
+@pytest.mark.parametrize("way", ways(*WAYS, "early exit"))
 def test_ids_are_those_of_eager_passes(way, graphs):
     """Guards against positions, lengths, widths or copies that are constants of a graph, graphs of other
     layers than those that draft or verify, results that are read after the next replay, and padding that is
@@ -109,7 +110,7 @@ def ids_of_request(model, request):
     return ids
 
 
-@pytest.mark.parametrize("way", ["layers", "n-grams", "copy", "adaptive"])
+@pytest.mark.parametrize("way", ways("layers", "n-grams", "copy", "adaptive"))
 def test_greedy_drafts_are_whole_steps(way, graphs):
     """Guards against positions, limits or ids of another row or step where the card moves on by itself:
     prompts of many lengths, rows that join and end, drafts that end at a limit, a stop, a cache that grows,

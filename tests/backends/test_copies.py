@@ -50,6 +50,7 @@ def test_a_copy_knows_which_inputs_are_large():
     assert not torch.equal(copied(x), int4_copy(module, ones)(x))
 
 
+@needs_operators
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
     """Guards against a machine that swaps because copies fill the memory, new copies for each generation,
     a traceback where there are no kernels, and minutes of silence.
@@ -86,6 +87,7 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
         int4_draft_runner(runner, 3)
 
 
+@needs_operators
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_best_ids_have_the_logits_of_the_models_head(fused):
     """Guards against drafts of the second best id, which four bits confuse with the best in 6 of 100 cases,
@@ -117,6 +119,7 @@ def in_sixteen_steps(model):
     return model
 
 
+@needs_operators
 @pytest.mark.parametrize("model_type", [*filter(is_dense, FAMILIES)])
 def test_a_copy_of_every_family(model_type):
     """Guards against copies of layers that leave a product, a bias or a norm out, and against a draft that
@@ -148,6 +151,7 @@ def in_fewer_bits(model):
     up.weight = nn.Parameter(up.weight.char(), requires_grad=False)
 
 
+@needs_operators
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -171,6 +175,7 @@ def test_layers_that_are_not_plain_have_no_copies(model_type, change, message):
         int4_draft_runner(make_runner(model), 1)
 
 
+@needs_operators
 @pytest.mark.parametrize("kind", ["llama", "olmoe"])
 def test_scripts_refuse_in_one_line(kind, common, tmp_path, monkeypatch, capsys):
     """Guards against a traceback if a loaded model turns out to be too large to be copied, and against copies
@@ -186,6 +191,7 @@ def test_scripts_refuse_in_one_line(kind, common, tmp_path, monkeypatch, capsys)
     assert f"error: --draft_weights int4: {why}" in refused(benchmark.main, flags, capsys)
 
 
+@needs_operators
 def test_two_threads_make_a_copy_once(monkeypatch):
     """Guards against twice the memory and time when two threads first need copies."""
     made = watch(monkeypatch, copies, "int4_copy")

@@ -17,6 +17,7 @@ from conftest import (
     card_llama,
     config_of,
     ids_of,
+    needs_operators,
     own_llama,
     tiny_llama,
     transformers_generate,
@@ -116,6 +117,7 @@ CHANGED = [
 ]
 
 
+@needs_operators
 @pytest.mark.parametrize(("change", "runner"), CHANGED)
 def test_a_changed_model_decodes_as_it_is_now(change, runner, request):
     """Guards against weights, copies, numbers or hooks of before in fused layers and
@@ -198,6 +200,7 @@ def test_what_is_made_of_a_model_is_freed(is_captured, request):
     assert not any(part() for part in before)
 
 
+@needs_operators
 def test_inference_mode_and_autocast(model):
     """Guards against parameters that cannot be set because they were made in inference mode, and against
     products in the format of the caller's autocast.

@@ -55,6 +55,7 @@ def test_first_tokens(measured):
     assert all(row["first_ms"] > 0 and row["decode_tokens/s"] is None for row in rows)
 
 
+@needs_operators
 def test_side_by_side(measured, monkeypatch, capsys):
     """Guards against different outputs, different draft lengths (transformers reads the length from another
     place), padding that counts as tokens, a machine with threads that no turn had, and a table that is not
@@ -129,6 +130,7 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
     assert padded[1].prefill_time == padded[0].prefill_time > 0
 
 
+@needs_operators
 def test_our_sides_by_kind_of_prompt(measured, endless_folder, monkeypatch, capsys):
     """Guards against a missing workload, kind of sampling or side, against sampled peers, and a copy without
     room that ends all other sides.

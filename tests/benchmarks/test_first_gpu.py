@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import card_llama
+from conftest import card_llama, needs_operators
 
 from benchmarks import card_steps, first_gpu, kernel_steps
 from benchmarks.card_steps import STEPS, Tried
@@ -43,6 +43,7 @@ def outcome(card, capsys):  # noqa: ARG001
     return run
 
 
+@needs_operators
 @pytest.mark.usefixtures("graphs")
 def test_every_step_works(outcome):
     """Guards against a step that fails for want of a card to try it on, and against numbers of none."""

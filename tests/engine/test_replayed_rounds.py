@@ -16,6 +16,7 @@ from conftest import (
     in_batch,
     mixed_drafts,
     scheduler_of,
+    ways,
 )
 from cuda_graphs import decode_eagerly
 
@@ -72,7 +73,7 @@ def draw_request(draws, way, beginning):
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", ways(*WAYS))
 def test_answers_that_are_read_late(name, seed, queued):
     """Rows of many lengths and settings join, end and are cancelled. Guards against positions, limits, ids,
     rules or noise of another row, step or round where the card moves on by itself, and against a round whose

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from conftest import ADAPTIVE, LAYERS, Recorder, generate, random_plans, tiny_llama
+from conftest import ADAPTIVE, LAYERS, Recorder, generate, needs_operators, random_plans, tiny_llama
 from helpers import watch
 from transformers import MaxLengthCriteria
 
@@ -35,7 +35,7 @@ SHOWN = {**LAYERS, "streamer": Mock()}
     [
         ({}, False),
         (LAYERS, False),
-        ({**LAYERS, "draft_weights": "int4"}, False),
+        pytest.param({**LAYERS, "draft_weights": "int4"}, False, marks=needs_operators),
         ({**LAYERS, "prompt_lookup": 3}, False),
         (SHOWN, True),
         ({**SHOWN, "prompt_lookup": 3}, True),  # but not what the host has drafted

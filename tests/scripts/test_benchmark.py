@@ -107,7 +107,10 @@ def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, c
 @pytest.mark.parametrize(
     "flags",
     [
-        [*SPECULATION, "--draft_weights", "int4", "--prompt_lookup", "2", "--stop_words", "b"],
+        pytest.param(
+            [*SPECULATION, "--draft_weights", "int4", "--prompt_lookup", "2", "--stop_words", "b"],
+            marks=needs_operators,
+        ),
         ["--generation_strategy", "adaptive", "--no_repeat_ngram_size", "3"],
     ],
     ids=["int4 and lookup", "adaptive"],

@@ -5,6 +5,7 @@ import re
 import numpy
 import pandas
 import pytest
+from conftest import needs_operators
 from helpers import about, no_pictures, only_run, small_run, watch
 
 import sweep
@@ -144,6 +145,7 @@ def test_a_measured_sweep_of_empty_answers(common, tmp_path, capsys):
     assert about(only_run(tmp_path))["metrics"]["best"] is None
 
 
+@needs_operators
 def test_copies_may_use_all_layers(common, tmp_path, monkeypatch, capsys):
     """Guards against flags of a best cell without the copy, and a grid that ends before the best exit."""
     monkeypatch.setattr(sweeping.metrics, "ratios", lambda *_: numpy.array([2.0] * 5))

@@ -7,7 +7,7 @@ import random
 import jsonschema
 import pytest
 import torch
-from conftest import ADAPTIVE, generate, mixed_drafts
+from conftest import ADAPTIVE, WITHOUT_OPERATORS, generate, mixed_drafts
 
 from self_speculation.text.grammar import Grammar, GrammarError, GrammarProcessor
 
@@ -17,6 +17,8 @@ DRAFTS = {
     "four bits": {"exit_layer": 24, "num_speculations": 4, "draft_weights": "int4"},
     "adaptive": ADAPTIVE,
 }
+if WITHOUT_OPERATORS:
+    del DRAFTS["four bits"]
 
 
 def answer(bundled, grammar, prompt="values = ", max_steps=120, **config):
