@@ -64,6 +64,8 @@ class EvalArguments:
     """Settings that override a task's, as k=v,k=v."""
     predict_only: bool = False
     """Save answers, without metrics."""
+    confirm_run_unsafe_code: bool = False
+    """Run answers as programs, for tasks such as humaneval and mbpp. Nothing confines these programs."""
     verbosity: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "WARNING"
     """Lines of lm_eval about progress."""
     random_seed: int = 0

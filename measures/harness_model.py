@@ -12,6 +12,8 @@ The harness's Hugging Face model does the rest, but for the log-likelihoods of a
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 import zlib
 from collections import Counter, deque
@@ -229,6 +231,9 @@ def evaluate(settings: Record, args: Any, gen_kwargs: Record) -> int:
         if not tasks.match_tasks([name]):
             hint = "; tasks of this program need --include_path eval_tasks" * (not args.include_path)
             refuse(f"--tasks {name}: lm_eval has no such task{hint}")
+    if args.confirm_run_unsafe_code:
+        print_status("Answers of tasks such as humaneval run as programs. Nothing confines these programs.")
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # `code_eval` of evaluate asks for the consent once more
     tracker = EvaluationTracker(output_path=args.output_path)
     model = SelfSpeculativeLM(**settings, batch_size=args.batch_size)
     theirs = {name: value for name, value in asdict(args).items() if name not in _OURS}
@@ -252,6 +257,9 @@ def evaluate(settings: Record, args: Any, gen_kwargs: Record) -> int:
             return 1
         if model.has_begun and not isinstance(error, UnsupportedError):
             raise
+        if not args.confirm_run_unsafe_code and re.search("HF_ALLOW_CODE_EVAL|unsafe_code", str(error)):
+            names = " ".join(args.tasks)
+            refuse(f"--tasks {names}: answers run as programs, which needs --confirm_run_unsafe_code True")
         refuse(f"lm_eval: {one_line(error)}")  # tasks or data sets
     records = model.gather_object(model.records)
     if results is not None:  # at rank 0

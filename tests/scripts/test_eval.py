@@ -39,7 +39,26 @@ TASKS = {
     "functions": {"generation_kwargs": GREEDY},
     "sampled": {"generation_kwargs": SAMPLED, "repeats": 2},
     "beams": {"generation_kwargs": {"num_beams": 4}},
+    "marked": {"generation_kwargs": GREEDY, "unsafe_code": True},
 }
+# As tasks with lm_eval's `code_eval`: their module ends with a warning of many lines unless it may run.
+PROGRAMS = """
+import os
+
+if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+    raise ValueError("#####\\nWARNING\\nset HF_ALLOW_CODE_EVAL")
+
+
+def passed(references, predictions):
+    exec(f"length = len({predictions[0]!r})", found := {})
+    return float(found["length"] > 0)
+"""
+RUNS_PROGRAMS = """
+include: python_functions.yaml
+task: programs
+unsafe_code: true
+metric_list: [{metric: !function programs.passed, aggregation: mean, higher_is_better: true}]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +73,8 @@ def task_folder(tmp_path_factory):
     for name, config in TASKS.items():
         task_settings = {"include": "python_functions.yaml", "task": name, **config}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task_settings))
+    (folder / "programs.py").write_text(PROGRAMS)
+    (folder / "programs.yaml").write_text(RUNS_PROGRAMS)
     (folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["functions", "sampled"]}))
     return folder
 
@@ -243,6 +264,17 @@ def test_flags_about_prompts_and_metrics_reach_the_harness(evaluated):
     assert prompt.startswith("system: Be brief.\nuser: ")
     assert (prompt.count("user: "), prompt.endswith("assistant:")) == (2, True)
     assert "exact_match,none" not in found.results["functions"]
+
+
+def test_answers_run_as_programs_only_if_that_is_confirmed(arguments, evaluated, monkeypatch, capsys):
+    """Guards against tasks that no flag lets run, a row of # as the error, and no warning."""
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    for task in ("marked", "programs"):
+        line = refused(eval_script.main, arguments(task), capsys)
+        assert f"--tasks {task}: answers run as programs, which needs --confirm_run_unsafe_code True" in line
+    found = evaluated("programs", "--confirm_run_unsafe_code", "True")
+    assert 0 < found.scores["programs", "passed,none"] <= 1
+    assert "Nothing confines these programs." in capsys.readouterr().err
 
 
 def test_what_cannot_run_is_refused_by_name(arguments, model_folder, capsys):
