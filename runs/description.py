@@ -18,7 +18,8 @@ import self_speculation
 from arguments import GenerationConfig, JSONObject, ModelArguments
 from data import DataArguments
 from runs import ranks
-from self_speculation.backends.runners import activation_dtype
+from self_speculation.backends.cpu_runner import InPlaceRunner, rounds_prompts
+from self_speculation.backends.runners import activation_dtype, eager_runner
 from self_speculation.machine.threads import most_threads
 from self_speculation.weights.few_bits import formats_of, num_parameters
 from self_speculation.weights.kernels import cpu_operators
@@ -55,12 +56,15 @@ def describe_model(name: str, model: PreTrainedModel, device: torch.device | Non
     """The model and the machine of a run; `device` says where the model will be."""
     device = device or model.device
     on_gpu = device.type == "cuda"
+    computed_in = str(activation_dtype(model)).removeprefix("torch.")
+    is_rounded = isinstance(eager_runner(model), InPlaceRunner) and rounds_prompts(model)
     return {
         "model": name,
         "num_layers": model.config.num_hidden_layers,
         "num_parameters": num_parameters(model),
         "dtype": formats_of(model) or str(model.dtype).removeprefix("torch."),
-        "computed_in": str(activation_dtype(model)).removeprefix("torch."),
+        "computed_in": computed_in,
+        "prompts_computed_in": "bfloat16" if is_rounded else computed_in,
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": _processor(),
         "threads": most_threads(model),
@@ -105,8 +109,10 @@ def fewest_threads(records: Iterable[Record], most: int) -> int:
 
 def machine(run: Record) -> str:
     """Number format, GPU or processor with threads, and number of ranks."""
-    same = run["computed_in"] == run["dtype"]
-    dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
+    dtype, computed_in, of_prompts = run["dtype"], run["computed_in"], run["prompts_computed_in"]
+    if not dtype == computed_in == of_prompts:
+        dtype = f"weights in {dtype}, products in {computed_in}"
+        dtype += f", those of prompts in {of_prompts}" * (of_prompts != computed_in)
     threads = counted(run["threads"], "thread")
     if (used := run.get("threads_used", run["threads"])) < run["threads"]:
         threads = f"down to {used} of {threads}"

@@ -126,7 +126,7 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     else:
         model, tokenizer = _load_model(flags, config)
     facts = describe_model(model_args.model or "a new Llama", model, device)
-    facts["computed_in"] = computed_in
+    facts |= {"computed_in": computed_in, "prompts_computed_in": computed_in}
     if args.lora_rank:
         model = from_flags.adapted(model, model_args.model_name, args.lora_rank)
     with state.local_main_process_first():

@@ -7,15 +7,17 @@ import subprocess
 from unittest.mock import Mock
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, needs_operators, own_llama
 from helpers import about, refused
 
 import benchmark
 from arguments import BatchArguments, GenerationConfig, ModelArguments
 from data import DataArguments
-from runs.description import describe, heading
+from runs.description import describe, describe_model, heading, machine
 from runs.failures import Failed
 from runs.records import Run
+from self_speculation import fuse
 
 DESCRIPTION = {"script": "test", "arguments": {"seed": 1}}
 
@@ -85,6 +87,7 @@ def test_a_full_disk_is_refused_before_anything_is_loaded(common, tmp_path, caps
 
 MACHINE = {
     "model": "a/b", "dtype": "bfloat16", "computed_in": "float32", "device": "cpu",
+    "prompts_computed_in": "float32",
     "processor": "a processor", "threads": 2, "num_ranks": 1,
 }  # fmt: skip
 
@@ -102,7 +105,27 @@ def test_a_heading_names_settings_and_machine(tmp_path):
     assert named == "a/b, fuse False, human_eval, n_shot 2, autoregressive, temperature 0"
     assert by == "weights in bfloat16, products in float32, a processor, 2 threads, 1 rank, batch size 8"
     (tmp_path / "tiny").mkdir()
-    facts = {"device": "a GPU", "computed_in": "bfloat16", "model": str(tmp_path / "tiny"), "num_ranks": 2}
+    rounded = run_of(prompts_computed_in="bfloat16", batch_size=1)
+    formats = "weights in bfloat16, products in float32, those of prompts in bfloat16"
+    assert machine(rounded) == f"{formats}, a processor, 2 threads, 1 rank"
+    facts = {"device": "a GPU", "model": str(tmp_path / "tiny"), "num_ranks": 2}
+    facts |= dict.fromkeys(("computed_in", "prompts_computed_in"), "bfloat16")
     assert heading(run_of(DataArguments(), **facts)) == "tiny, human_eval\nbfloat16, a GPU, 2 ranks"
     long = (ModelArguments(model_args="a=" + "x/" * 99), DataArguments(template="{message} " * 30), config)
     assert max(map(len, heading(run_of(*long)).splitlines())) <= 100
+
+
+@needs_operators
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_a_run_says_in_which_format_prompts_are_read(is_rounded, monkeypatch):
+    """Guards against "products in float32" alone where a processor rounds tokens of prompts to bfloat16, and
+    against that remark where transformers' layers decode.
+    """
+    monkeypatch.setattr("runs.description.rounds_prompts", lambda _: is_rounded)
+    model = own_llama().to(torch.bfloat16)
+    of_torch = describe_model("a/b", model)
+    assert (of_torch["computed_in"], of_torch["prompts_computed_in"]) == ("bfloat16", "bfloat16")
+    fuse(model)
+    by_operators = describe_model("a/b", model)
+    prompts = "bfloat16" if is_rounded else "float32"
+    assert (by_operators["computed_in"], by_operators["prompts_computed_in"]) == ("float32", prompts)
