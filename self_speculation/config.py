@@ -128,7 +128,8 @@ def check_template_kwargs(given: Mapping[str, object]) -> Mapping[str, object]:
     return given
 
 
-# Metadata of fields about drafts: the strategies that use them, the one to suggest first.
+# Metadata of fields about drafts: the strategies that use them, the one to suggest first. A field with
+# `is_source` names a source of drafts when it is set.
 _FIXED: Mapping[str, object] = {"used_by": ("self_speculative",)}
 _DRAFTS: Mapping[str, object] = {"used_by": ("adaptive", "self_speculative")}
 
@@ -182,8 +183,11 @@ class GenerationConfig:
 
     max_steps: int = 512
     """The most new tokens; at least 1."""
-    exit_layer: int = field(default=-1, metadata={"used_by": ("autoregressive", "self_speculative")})
-    """Layers of the draft (self_speculative) or of the whole generation (autoregressive); -1: full depth."""
+    exit_layer: int = field(
+        default=-1, metadata={"used_by": ("autoregressive", "self_speculative"), "is_source": True}
+    )
+    """Layers of the draft (self_speculative) or of the whole generation (autoregressive); -1: full depth, no
+    draft by layers."""
     num_speculations: int = field(default=-1, metadata=_FIXED)
     """Tokens drafted per round; self_speculative needs at least 1."""
     generation_strategy: GenerationStrategyName = "autoregressive"
@@ -205,7 +209,7 @@ class GenerationConfig:
     draft_weights: DraftWeights = field(default="exact", metadata=_DRAFTS)
     """int4: draft with a copy of layers and head in four bits, which takes 0.63 bytes for each of their
     weights; exit_layer may be all layers. exact: the model's."""
-    prompt_lookup: int = field(default=0, metadata=_DRAFTS)
+    prompt_lookup: int = field(default=0, metadata={**_DRAFTS, "is_source": True})
     """Find the last tokens, up to this many, earlier in prompt and output; draft what followed; 0: off."""
     reuse_cache: bool = False
     """Keep the keys and values of finished requests: only the part of a prompt after the longest common
@@ -239,15 +243,19 @@ class GenerationConfig:
         """Check what does not depend on the model.
 
         Raises:
-            ValueError: self_speculative without an exit layer or num_speculations; settings that adaptive
-                picks itself.
+            ValueError: self_speculative without a source of drafts or num_speculations; a copy without the
+                number of layers to copy; settings that adaptive picks itself.
         """
         if self.is_adaptive and (idle := next(self.idle_fields(), None)):
             raise ValueError(f"{idle.name} {getattr(self, idle.name)}: adaptive chooses it, leave it out")
         if self.generation_strategy == "self_speculative":
-            if self.exit_layer == -1:
-                last = "the last but one layer" if self.draft_weights == "exact" else "the last layer"
-                raise ValueError(f"exit_layer: self_speculative needs one between 1 and {last}")
+            sources = [each for each in fields(self) if each.metadata.get("is_source")]
+            if self.draft_weights != "exact" and self.exit_layer == -1:
+                raise ValueError("exit_layer: a copy in four bits needs one between 1 and the last layer")
+            if all(getattr(self, each.name) == each.default for each in sources):
+                others = " or ".join(each.name for each in sources if each.name != "exit_layer")
+                of_layers = "self_speculative needs one between 1 and the last but one layer"
+                raise ValueError(f"exit_layer: {of_layers}, or {others} in the place of layers")
             if self.num_speculations < 1:
                 raise ValueError("num_speculations: self_speculative needs at least 1, such as 4")
 

@@ -34,13 +34,13 @@ class DraftContext:
 
     @property
     def exit_layers(self) -> list[int]:
-        """Exits in ascending order. Adaptive decoding has exits from a twelfth to a third of the layers, and
-        in a copy in fewer bits also all layers.
+        """Exits in ascending order; none where layers draft nothing. Adaptive decoding has exits from a
+        twelfth to a third of the layers, and in a copy in fewer bits also all layers.
         """
         config = self.config
         num_layers = len(self.runner.layers)
         if not config.is_adaptive:
-            return [config.exit_layer]
+            return [] if config.exit_layer == -1 else [config.exit_layer]
         early = {max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)}
         early.discard(num_layers)  # of a model with one layer
         return sorted(early) if self.draft_weights == "exact" else [*sorted(early), num_layers]
@@ -86,6 +86,8 @@ def make_composer(context: DraftContext) -> DraftComposer:
 
 
 def _layer_drafts(context: DraftContext) -> Iterator[LayerDrafts]:
+    if not context.exit_layers:
+        return
     weights = context.draft_weights
     num_layers = len(context.runner.layers)
     draft_runner = context.draft_runner  # first: without kernels for copies, there are no costs of them

@@ -32,7 +32,7 @@ SCRIPTS = {
     eval: ["--include_path", "eval_tasks", "--tasks", "python_functions", "--limit", "2"],
 }  # fmt: skip
 BUILT_IN = registry.draft_sources
-HOW = ["--generation_strategy", "self_speculative", "--exit_layer", "1", "--num_speculations", "2"]
+HOW = ["--generation_strategy", "self_speculative", "--num_speculations", "2"]
 
 
 def test_a_model_of_one_layer_has_no_exits():
@@ -65,7 +65,7 @@ class Always(DraftSource):
 @dataclasses.dataclass(frozen=True)
 class WithAlways(GenerationConfig):
     always: int | None = dataclasses.field(
-        default=None, metadata={"used_by": ("adaptive", "self_speculative")}
+        default=None, metadata={"used_by": ("adaptive", "self_speculative"), "is_source": True}
     )
     """Guess this token."""
 
@@ -118,9 +118,7 @@ def test_generate_of_transformers_hands_its_flag_on(monkeypatch):
     monkeypatch.setattr(custom_generate, "GenerationConfig", WithAlways)
     monkeypatch.setattr(speculate, "__signature__", custom_generate._signature())
     shared = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": EOS}
-    drafted = model.generate(
-        ids, custom_generate=speculate, exit_layer=1, num_speculations=2, always=9, **shared
-    )
+    drafted = model.generate(ids, custom_generate=speculate, num_speculations=2, always=9, **shared)
     assert Always.made
     assert torch.equal(drafted, model.generate(ids, **shared))
 
@@ -172,6 +170,17 @@ def test_a_source_that_looks_up_drafts_without_layers(monkeypatch):
     result = conftest.generate(tiny_llama(), PROMPT, exit_layer=1, num_speculations=2, **shared)
     assert "echo" in result.draft_stats.by_source
     assert result.predicted_tokens == conftest.generate(tiny_llama(), PROMPT, **shared).predicted_tokens
+
+
+def test_n_grams_draft_alone():
+    """Guards against drafts of layers that nobody asked for, and an exit layer that has to be made up."""
+    model = tiny_llama()
+    prompt = [*PROMPT, *PROMPT]
+    with mixed_drafts("n-grams"):
+        result = conftest.generate(model, prompt, prompt_lookup=2, num_speculations=3, max_steps=60, eos=[])
+    assert {*result.draft_stats.by_source} == {"n-grams", "none"}
+    plain = conftest.generate(model, prompt, max_steps=60, eos=[])
+    assert result.predicted_tokens == plain.predicted_tokens
 
 
 @pytest.mark.parametrize("way", ["layers", "n-grams"])

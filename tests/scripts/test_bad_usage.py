@@ -70,7 +70,9 @@ REFUSALS = {
     generate: {
         "--exit_layer 4": "--exit_layer 4: must be between 1 and 3, the model has 4 layers; -1 is full depth",
         f"{SPECULATIVE} --exit_layer 4 --num_speculations 3": "; with draft_weights int4 it may be 4",
-        SPECULATIVE: "between 1 and the last but one layer; sweep.py finds exit layer and length",
+        SPECULATIVE: "between 1 and the last but one layer, or prompt_lookup in the place of layers; ",
+        f"{SPECULATIVE} --num_speculations 3 --prompt_lookup 2 --draft_weights int4": "--exit_layer: a copy "
+        "in four bits needs one between 1 and the last layer",
         f"{SPECULATIVE} --exit_layer 2": "--num_speculations: self_speculative needs at least 1, such as 4; ",
         "--compare True": "--compare True: needs a --generation_strategy to compare",
         "--prompt_lookup 9": "--prompt_lookup 9: autoregressive decoding drafts nothing, add",
