@@ -89,9 +89,10 @@ class Answer:
         prompt_field = client_request.prompt_field
         self._check()
         if isinstance(request, ChatRequest):
-            prompts = [self._encode_chat(request, prompt_field)]
+            prompts = [self._encode_chat(request, prompt_field, request.add_special_tokens)]
         else:
-            prompts = [Request(self._encode(prompt, prompt_field)) for prompt in request.prompt]
+            encode = partial(self._encode, param=prompt_field, special_tokens=request.add_special_tokens)
+            prompts = [Request(encode(prompt)) for prompt in request.prompt]
         config = request.generation_config(self._served.config)
         bias = dict(request.logit_bias)
         grammar = request.grammar(generator.tokenizer)
@@ -220,7 +221,7 @@ class Answer:
         if any(id_ >= size for id_ in request.logit_bias):
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
 
-    def _encode_chat(self, request: ChatRequest, param: str, special_tokens: bool = False) -> Request:
+    def _encode_chat(self, request: ChatRequest, param: str, special_tokens: bool) -> Request:
         """Encode the prompt by the chat template, which adds special tokens. Find how the answer thinks."""
         generator = self._generator
         args = self._served.args
@@ -246,7 +247,7 @@ class Answer:
         thinking = Thinking.of(generator.tokenizer, prompt)
         return Request(self._encode(prompt, param, special_tokens), thinking=thinking)
 
-    def _encode(self, prompt: str | list[int], param: str, special_tokens: bool = True) -> list[int]:
+    def _encode(self, prompt: str | list[int], param: str, special_tokens: bool) -> list[int]:
         generator = self._generator
         length = f"{len(prompt)} characters"
         context = context_length(generator.model.config)

@@ -40,11 +40,14 @@ _LIKE = 0.88  # the least likeness of a misspelt name
 MAX_ITEMS = 2048  # of a list
 _MAX_FIELDS = 100  # of an object
 
-# Fields of other servers that this server refuses, because they would change the answer: the name, what to
-# use instead ("": nothing), and the value that asks for nothing. Without a value: false, 0 and empty values
-# ask for nothing. With None, an empty object asks for something: as a schema it allows anything.
-_Row = tuple[str, str] | tuple[str, str, object]
+# Fields that other servers have (vLLM, llama.cpp, SGLang, TGI, Ollama) and this one refuses, because they
+# would change the answer: the name, what to use instead ("": nothing), and values that ask for nothing.
+# Without a value: false, 0 and empty values ask for nothing. With None, an empty object asks for something:
+# as a schema it allows anything. A field that only adds to one of them, such as `mirostat_tau`, is ignored.
+_Row = tuple[str, str] | tuple[str, str, object] | tuple[str, str, object, object]
 _REFUSED: list[_Row] = [
+    ("adapter_id", ""),
+    ("adaptive_target", "temperature", -1),
     ("add_generation_prompt", "chat_template_kwargs", True),
     ("allowed_token_ids", "logit_bias"),
     ("audio", ""),
@@ -53,6 +56,9 @@ _REFUSED: list[_Row] = [
     ("best_of", "", 1),
     ("chat_template", "chat_template_kwargs"),
     ("continue_final_message", "chat_template_kwargs"),
+    ("custom_logit_processor", "logit_bias"),
+    ("custom_params", ""),
+    ("decoder_input_details", "logprobs"),
     ("do_sample", "temperature", True),
     ("documents", "chat_template_kwargs"),
     ("dry_multiplier", "repetition_penalty"),
@@ -60,57 +66,114 @@ _REFUSED: list[_Row] = [
     ("ebnf", "structured_outputs with json, regex or choice"),
     ("echo", ""),
     ("enable_thinking", "chat_template_kwargs", True),
+    ("epsilon_cutoff", "top_p or min_p"),
+    ("eta_cutoff", "top_p or min_p"),
     ("format", "response_format with a json_schema", None),
+    ("function_call", "tools and tool_choice", "none", "auto"),
     ("functions", "tools"),
     ("grammar", "structured_outputs with json, regex or choice"),
     ("guided_choice", "structured_outputs with json, regex or choice"),
     ("guided_grammar", "structured_outputs with json, regex or choice"),
     ("guided_json", "structured_outputs with json, regex or choice", None),
     ("guided_regex", "structured_outputs with json, regex or choice"),
+    ("guideline", "messages"),
+    ("image_data", "messages"),
     ("images", "messages"),
     ("include_stop_str_in_output", "stop"),
+    ("input_ids", "/v1/completions with the ids as prompt"),
     ("json_schema", "response_format with a json_schema", None),
     ("length_penalty", "", 1),
+    ("logits_processors", "logit_bias"),
+    ("logprob_token_ids", "logprobs"),
     ("lora", ""),
+    ("lora_path", ""),
     ("max_new_tokens", "max_tokens"),
     ("max_output_tokens", "max_tokens"),
+    ("min_keep", "top_p or min_p", 0, 1),
     ("min_new_tokens", "ignore_eos and max_tokens"),
     ("min_tokens", "ignore_eos and max_tokens"),
     ("mirostat", "top_p or min_p"),
     ("modalities", "", ["text"]),
+    ("n_cmpl", "n", 1),
+    ("n_indent", ""),
     ("n_predict", "max_tokens"),
     ("n_probs", "logprobs"),
     ("negative_prompt", "messages"),
     ("no_repeat_ngram_size", "repetition_penalty"),
+    ("no_stop_trim", "stop"),
     ("num_beams", "", 1),
     ("num_predict", "max_tokens"),
     ("options", "temperature"),
+    ("parse_tool_calls", "tool_choice", True),
+    ("penalize_nl", "repetition_penalty"),
+    ("post_sampling_probs", "logprobs"),
     ("prefix", ""),
     ("prompt_embeds", ""),
     ("prompt_logprobs", "logprobs"),
     ("random_seed", "seed"),
     ("reasoning", "reasoning_effort"),
+    ("reasoning_budget", "reasoning_effort or max_tokens", -1),
+    ("reasoning_budget_tokens", "reasoning_effort or max_tokens", -1),
+    ("reasoning_format", "include_reasoning", "auto", "deepseek"),
     ("regex", "structured_outputs with json, regex or choice"),
+    ("repeat_last_n", "repetition_penalty", -1),
     ("repeat_penalty", "repetition_penalty", 1),
+    ("repetition_detection", "stop or max_tokens"),
+    ("response_fields", ""),
+    ("return_full_text", ""),
+    ("return_hidden_states", ""),
+    ("return_input_ids_in_sglext", "/tokenize"),
+    ("return_meta_info", "logprobs"),
+    ("return_output_ids_in_sglext", "logprobs"),
+    ("return_prompt_text", ""),
+    ("return_prompt_token_ids", "/tokenize"),
+    ("return_routed_experts", ""),
+    ("return_sampling_mask", "logprobs"),
     ("return_token_ids", "logprobs"),
+    ("return_tokens", "logprobs"),
     ("return_tokens_as_token_ids", "logprobs"),
+    ("safe_prompt", "messages"),
+    ("samplers", "top_p, top_k or min_p"),
+    ("sampling_logprobs_mode", "logprobs"),
+    ("sampling_params", "temperature"),
     ("schema", "response_format with a json_schema", None),
+    ("separate_reasoning", "include_reasoning", True),
+    ("session_params", "messages"),
     ("skip_special_tokens", "", True),
+    ("smoothing_factor", "temperature"),
+    ("spaces_between_special_tokens", "", True),
+    ("stop_regex", "stop"),
     ("stop_sequences", "stop"),
+    ("stream_reasoning", "include_reasoning", True),
     ("structural_tag", "structured_outputs with json, regex or choice"),
     ("suffix", ""),
     ("system", "messages"),
+    ("system_prompt", "messages"),
+    ("t_max_predict_ms", "max_tokens", -1, 0),
+    ("tfs_z", "top_p or min_p", 1),
     ("think", "chat_template_kwargs", True),
     ("thinking", "chat_template_kwargs"),
+    ("thinking_budget", "reasoning_effort or max_tokens", -1),
+    ("thinking_budget_tokens", "reasoning_effort or max_tokens", -1),
+    ("thinking_token_budget", "reasoning_effort or max_tokens", -1),
+    ("tool_prompt", "messages"),
     ("top_a", "top_p or min_p"),
+    ("top_n_sigma", "top_p or min_p", -1, 0),
+    ("top_n_tokens", "logprobs"),
+    ("truncate", "", False, True),
     ("truncate_prompt_tokens", "", -1),
     ("typical_p", "top_p or min_p", 1),
     ("use_beam_search", ""),
+    ("verbosity", "messages", "medium"),
+    ("vllm_xargs", ""),
+    ("watermark", ""),
+    ("watermarking", ""),
     ("web_search_options", "tools", None),
     ("xtc_probability", "top_p or min_p"),
 ]
 # More of them in the Responses API.
 _REFUSED_IN_RESPONSES: list[_Row] = [
+    ("add_special_tokens", "/v1/completions"),
     ("background", ""),
     ("conversation", ""),
     ("logprobs", "include with message.output_text.logprobs, and top_logprobs"),
@@ -128,7 +191,7 @@ _REFUSED_IN_RESPONSES: list[_Row] = [
 ]
 REFUSED = {row[0]: row[1] for row in _REFUSED}
 REFUSED_IN_RESPONSES = {row[0]: row[1] for row in [*_REFUSED, *_REFUSED_IN_RESPONSES]}
-_NEUTRAL = {row[0]: row[2] for row in [*_REFUSED, *_REFUSED_IN_RESPONSES] if len(row) > 2}
+_NEUTRAL = {row[0]: row[2:] for row in [*_REFUSED, *_REFUSED_IN_RESPONSES] if len(row) > 2}
 
 
 class Fields(BaseModel, extra="ignore", strict=True, allow_inf_nan=False):
@@ -161,7 +224,7 @@ def _why_refused(name: str, given: JSONObject, known: set[str], refused: dict[st
         return f"there is no such field, did you mean {near[0]}?" if near else None
     value = given[name]
     instead = refused[name]
-    is_neutral = value == _NEUTRAL[name] if name in _NEUTRAL else not value
+    is_neutral = value in _NEUTRAL[name] if name in _NEUTRAL else not value
     # With `ignore_eos`, an answer always has the most tokens, so a minimum asks for nothing.
     if is_neutral or (name.startswith("min_") and given.get("ignore_eos") is True):
         return None

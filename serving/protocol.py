@@ -151,6 +151,7 @@ class ChatRequest(BaseRequest):
     messages: fields.Messages
     add_generation_prompt: bool | None = None  # of vLLM; None: unless the final message is continued
     continue_final_message: bool = False  # of vLLM
+    add_special_tokens: bool = False  # of vLLM; besides those of the template
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     tools: list[fields.Tool] = Field([], max_length=128)
@@ -239,6 +240,7 @@ class CompletionRequest(BaseRequest):
     id_prefix = "cmpl"
 
     prompt: fields.Prompts
+    add_special_tokens: bool = True  # of vLLM; to a text
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @property

@@ -36,6 +36,10 @@ NEUTRAL = {
     "response_format": [{}, {"type": "text"}], "skip_special_tokens": [True], "structured_outputs": [{}],
     "stream_options": [{}, {"include_usage": True, "continuous_usage_stats": True}], "suffix": [""],
     "tool_choice": ["none", "auto"], "tools": [[]], "top_k": [-1, 0], "truncate_prompt_tokens": [-1],
+    "function_call": ["none", "auto"], "reasoning_format": ["auto"], "samplers": [[]], "min_keep": [0, 1],
+    "spaces_between_special_tokens": [True], "thinking_budget_tokens": [-1], "top_n_sigma": [-1.0, 0],
+    "add_special_tokens": [False], "t_max_predict_ms": [-1], "tfs_z": [1.0], "truncate": [True],
+    "verbosity": ["medium"], "watermark": [False],
 }  # fmt: skip
 
 
@@ -77,6 +81,78 @@ def test_fields_without_an_effect_are_named(fields, same, named):
     request = ChatRequest.model_validate({"messages": HELLO, **fields}, context=ignored)
     assert same is None or request == chat(**same)
     assert ignored == {*named}
+
+
+# The fields that other servers' requests for chats and completions have, besides OpenAI's.
+FOREIGN = {
+    "vLLM": """
+        add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template
+        chat_template_kwargs continue_final_message documents early_stopping echo ec_transfer_params
+        guided_choice guided_decoding_backend guided_grammar guided_json guided_regex
+        guided_whitespace_pattern ignore_eos include_reasoning include_stop_str_in_output
+        kv_transfer_params length_penalty logits_processors logprob_token_ids media_io_kwargs min_p
+        min_tokens mm_processor_kwargs priority prompt_embeds prompt_logprobs reasoning_effort
+        repetition_detection repetition_penalty request_id return_mm_kwargs return_prompt_text
+        return_token_ids return_token_offsets return_tokens_as_token_ids routed_experts_prompt_start
+        session_id skip_special_tokens spaces_between_special_tokens stop_token_ids stream_interval
+        structural_tag structured_outputs thinking_token_budget top_k truncate_prompt_tokens
+        truncation_side use_beam_search vllm_xargs watermarking
+    """,
+    "llama.cpp": """
+        adaptive_decay adaptive_target backend_sampling cache_prompt dry_allowed_length dry_base
+        dry_multiplier dry_penalty_last_n dry_sequence_breakers dynatemp_exponent dynatemp_range grammar
+        grammar_lazy grammar_triggers id_slot image_data json_schema lora min_keep min_p mirostat
+        mirostat_eta mirostat_tau n_cache_reuse n_cmpl n_discard n_indent n_keep n_predict n_probs
+        parse_tool_calls penalize_nl post_sampling_probs preserved_tokens reasoning_budget_tokens
+        reasoning_format repeat_last_n repeat_penalty response_fields return_progress return_tokens
+        samplers system_prompt t_max_predict_ms tfs_z thinking_budget_tokens timings_per_token top_k
+        top_n_sigma typical_p xtc_probability xtc_threshold
+    """,
+    "SGLang": """
+        bootstrap_host bootstrap_port bootstrap_room cache_salt custom_labels custom_logit_processor
+        custom_params data_parallel_rank ebnf extra_key ignore_eos images_config input_ids json_schema
+        lora_path max_dynamic_patch min_dynamic_patch min_p min_tokens no_stop_trim priority regex
+        repetition_penalty return_cached_tokens_details return_hidden_states return_input_ids_in_sglext
+        return_meta_info return_output_ids_in_sglext return_prompt_token_ids return_routed_experts
+        return_sampling_mask return_spec_tokens_details return_token_ids rid routed_dp_rank
+        routed_experts_start_len sampling_logprobs_mode separate_reasoning session_id session_params
+        skip_special_tokens stop_regex stop_token_ids stream_reasoning top_k use_audio_in_video
+        video_config
+    """,
+    "TGI": """
+        adapter_id best_of decoder_input_details do_sample grammar guideline max_new_tokens
+        repetition_penalty return_full_text stop_sequences tool_prompt top_k top_n_tokens truncate
+        typical_p watermark
+    """,
+}  # fmt: skip
+# Fields of other servers that change no text: names and order of requests, places of keys and values,
+# figures; or that only add to a field that is refused, to pictures or to a text beyond the context.
+WITHOUT_EFFECT = """
+    adaptive_decay backend_sampling bootstrap_host bootstrap_port bootstrap_room cache_prompt cache_salt
+    custom_labels data_parallel_rank dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers
+    dynatemp_exponent early_stopping ec_transfer_params extra_key grammar_lazy grammar_triggers
+    guided_decoding_backend guided_whitespace_pattern id_slot images_config kv_transfer_params
+    max_dynamic_patch media_io_kwargs min_dynamic_patch mirostat_eta mirostat_tau mm_processor_kwargs
+    n_cache_reuse n_discard n_keep preserved_tokens priority request_id return_cached_tokens_details
+    return_mm_kwargs return_progress return_spec_tokens_details return_token_offsets rid routed_dp_rank
+    routed_experts_prompt_start routed_experts_start_len session_id stream_interval timings_per_token
+    truncation_side use_audio_in_video video_config xtc_threshold
+"""
+
+
+@pytest.mark.parametrize("server", FOREIGN)
+def test_a_field_of_another_server_works_or_is_refused_or_changes_no_answer(server):
+    """Guards against `top_n_sigma`, `samplers` and the like, which were ignored with status 200."""
+    for name in FOREIGN[server].split():
+        if name in ChatRequest.model_fields:
+            continue
+        named = set()
+        request = {"messages": HELLO, name: "unusual"}
+        if name in WITHOUT_EFFECT.split():
+            ChatRequest.model_validate(request, context=named)
+            assert named == {name}
+        else:
+            assert refused(ChatRequest, **request)[0] == name
 
 
 def test_unknown_fields_are_few():
@@ -175,6 +251,10 @@ FAULTS = [
         for name, (value, use) in INSTEAD.items()
     ),
     ({"num_beams": 2}, "num_beams", f" 2{LEAVE}"),
+    ({"top_n_sigma": 1.5}, "top_n_sigma", "use top_p or min_p"),
+    ({"repeat_last_n": 64}, "repeat_last_n", "use repetition_penalty"),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens", LEAVE),
+    ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "function_call", "use tools"),
     ({"modalities": ["audio"]}, "modalities", LEAVE),
     ({"skip_special_tokens": False}, "skip_special_tokens", LEAVE),
     ({"messages": [{**HELLO[0], "prefix": True}]}, "prefix", LEAVE),

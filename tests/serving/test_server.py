@@ -427,6 +427,24 @@ def test_text_to_token_ids_and_back(served):
     assert TOO_LONG in converted("tokenize", prompt="x y " * 1000)
 
 
+def test_a_request_says_whether_its_prompt_has_special_tokens(served, monkeypatch):
+    """As in vLLM. Guards against a field that was ignored, which changes each prompt of Llama."""
+    encoded = []
+    encode = type(served.generator).encode
+    monkeypatch.setattr(
+        served.generator,
+        "encode",
+        lambda prompt, *special: (
+            encoded.append((prompt, *special)) or encode(served.generator, prompt, *special)
+        ),
+    )
+    for field in ({}, {"add_special_tokens": False}, {"add_special_tokens": True}):
+        post(served, prompt="x", max_tokens=1, **field).raise_for_status()
+        post(served, CHAT, messages=HELLO, max_tokens=1, **field).raise_for_status()
+    texts = [special for prompt, *special in encoded if isinstance(prompt, str)]
+    assert texts == [[True], [False], [False], [False], [True], [True]]
+
+
 def test_the_last_message_can_be_continued(served, monkeypatch):
     """Guards against the beginning of another message before the continuation, and a text that is lost."""
     begun = [*HELLO, {"role": "assistant", "content": "The capital"}]
