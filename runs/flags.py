@@ -1,9 +1,13 @@
 """Flags of several groups that cannot work together. Does not import torch."""
 
+import ctypes
 import json
 import re
+import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
@@ -21,10 +25,8 @@ def validate(model_args: ModelArguments, config: GenerationConfig) -> None:
         if re.search(r"[^\W\d],[^\W\d]", word) or re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", word, re.DOTALL):
             several = " ".join(re.findall(r"\w+", word))
             refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
-    folder = Path(model_args.model_name).expanduser()
-    layers = None
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        layers = json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"]
+    check_device(model_args.device)
+    layers = _num_layers(model_args)
     try:
         config.check_drafts()
         if isinstance(layers, int) and not model_args.model_args:
@@ -35,3 +37,37 @@ def validate(model_args: ModelArguments, config: GenerationConfig) -> None:
     for idle in config.idle_fields():
         add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
         refuse(f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}")
+
+
+def check_device(name: str) -> None:
+    """End the program in one line if no device of this kind can be on this machine."""
+    kind = name.partition(":")[0]
+    why = "it is one of macOS" if kind == "mps" and sys.platform != "darwin" else ""
+    found = find_spec("torch") if kind == "cuda" else None
+    if found is not None and found.origin is not None:
+        built = run_path(str(Path(found.origin).with_name("version.py")))  # importing torch takes seconds
+        if built["cuda"] is None and built["hip"] is None:
+            why = f"torch {built['__version__']} is built without CUDA"
+        elif built["hip"] is None and sys.platform == "linux":
+            try:
+                ctypes.CDLL("libcuda.so.1")
+            except OSError:
+                why = f"torch {built['__version__']} needs a driver of NVIDIA, and there is none"
+    if why:
+        refuse(f"--device {name}: not on this machine, {why}; use auto or cpu")
+
+
+def _num_layers(model_args: ModelArguments) -> object:
+    """The number of layers in the files of --model, if there are any. Refuses a damaged .gguf file."""
+    path = Path(model_args.model_name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        from self_speculation.loading.gguf_header import Header  # imports numpy
+
+        try:
+            values = Header(path).metadata
+        except (OSError, ValueError) as error:
+            refuse(f"--model {model_args.model!r}: {getattr(error, 'strerror', None) or error}")
+        return values.get(f"{values['general.architecture']}.block_count")
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return json.loads((path / "config.json").read_text("utf-8"))["num_hidden_layers"]
+    return None

@@ -3,7 +3,8 @@
 import ast
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
@@ -34,7 +35,8 @@ SAMPLING_RULES: dict[str, tuple[float, float | None]] = {
 
 # Least and most values of other fields of `GenerationConfig`.
 _BOUNDS: dict[str, tuple[float, float | None]] = {
-    "max_steps": (1, None),
+    "max_steps": (1, 2**31 - 1),
+    "num_speculations": (-1, 256),  # the chance that a draft is accepted to the end falls with each token
     "no_repeat_ngram_size": (1, None),
     "prompt_lookup": (0, 32),  # longer n-grams are followed by the same token nearly always
     "repetition_penalty": (0.01, 100),  # logits do not overflow
@@ -54,7 +56,7 @@ def check(options: object, field: str, ok: bool, allowed: str) -> None:
 
 # Types of fields, by their names in messages.
 _KINDS: dict[Any, str] = {
-    bool: "True or False", int: "an integer", float: "a number", str: "a text", NoneType: "None",
+    bool: "True or False", int: "an integer", float: "a number", str: "a text",
     list[str]: "a list of texts", list[int]: "a list of integers", Mapping[str, Any]: "a dictionary",
 }  # fmt: skip
 
@@ -64,8 +66,16 @@ def check_types(of: type, values: Mapping[str, object]) -> None:
     for name, kind in field_types(of).items():
         kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
         if name in values and not any(_is_a(values[name], each) for each in kinds):
-            allowed = (_KINDS.get(each) or f"one of {', '.join(get_args(each))}" for each in kinds)
-            raise ValueError(f"{name} {values[name]!r}: must be {' or '.join(allowed)}")
+            value = values[name]
+            given = (each for each in kinds if each is not NoneType)
+            allowed = (_KINDS.get(each) or one_of(value, get_args(each)) for each in given)
+            raise ValueError(f"{name} {value!r}: must be {' or '.join(allowed)}")
+
+
+def one_of(value: object, allowed: Collection[str]) -> str:
+    """For a message: the allowed names, and the one that is meant by another one."""
+    near = get_close_matches(str(value), allowed, 1, cutoff=0.5)  # fp16 and float16 have .55
+    return f"one of {', '.join(allowed)}{f'; did you mean {near[0]}?' if near else ''}"
 
 
 @cache
@@ -340,3 +350,5 @@ class LoadingOptions:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
+        is_name = re.fullmatch(r"auto|split|(cpu|cuda|mps)(:\d+)?", self.device)
+        check(self, "device", bool(is_name), "must be auto, cpu, cuda, cuda:N, mps or split")

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
-from self_speculation.loading.gguf_files import ROTATION_TENSORS, Header, TensorInfo, read_tensor
+from self_speculation.loading.gguf_files import ROTATION_TENSORS, read_tensor
+from self_speculation.loading.gguf_header import Header, TensorInfo
 from self_speculation.models.families import FAMILIES
 
 # Families by their names in files, where those differ.

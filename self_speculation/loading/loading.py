@@ -36,7 +36,8 @@ from self_speculation.config import (
     check_kind,
 )
 from self_speculation.loading.gguf_config import config_of
-from self_speculation.loading.gguf_files import Header, load_gguf, storage_dtype
+from self_speculation.loading.gguf_files import load_gguf, storage_dtype
+from self_speculation.loading.gguf_header import Header
 from self_speculation.loading.sources import LoadingError, adapted_model, explained, locate, path_of
 from self_speculation.machine.devices import why_no_gpu
 from self_speculation.machine.progress import is_shown

@@ -66,9 +66,9 @@ def test_flags_by_variables(capsys):
     assert found(["--port", "82"], PORT="81")[1].port == 82
     for variables, says in (
         ({"PROT": "1"}, "SELF_SPECULATION_PROT: there is no flag --prot; did you mean --port?"),
-        ({"PORT": "x"}, "SELF_SPECULATION_PORT: invalid int value: 'x'"),
+        ({"PORT": "x"}, "SELF_SPECULATION_PORT 'x': must be an integer"),
         ({"PORT": "99999"}, "SELF_SPECULATION_PORT 99999: must be between 0 and 65535"),
-        ({"SAMPLE": "maybe"}, "SELF_SPECULATION_SAMPLE: must be True or False, not 'maybe'"),
+        ({"SAMPLE": "maybe"}, "SELF_SPECULATION_SAMPLE 'maybe': must be True or False"),
     ):
         with pytest.raises(SystemExit) as exit_:
             found(**variables)

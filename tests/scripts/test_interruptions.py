@@ -205,7 +205,7 @@ def test_a_resumed_run_keeps_its_arguments(common, tmp_path, capsys):
     for damaged in ("[]", "{"):
         assert "no run.json of a run in there" in says(run=damaged)
     old = {**run, "arguments": run["arguments"] | {"threads": "two"}}
-    assert "--threads 'two': must be an integer or None" in says(run=old)
+    assert "--threads 'two': must be an integer" in says(run=old)
     del run["arguments"]["n_shot"]  # of a version without this flag
     (folder / "run.json").write_text(json.dumps(run))
     assert sweep.main([*flags, resume, "--output_dir", str(tmp_path)]) == 0
