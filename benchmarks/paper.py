@@ -12,12 +12,16 @@ hand is named, and the other rows run. --resume FOLDER goes on with an interrupt
 With --model, all rows decode with that model: a rehearsal, which a CPU can do. The exit is at the same share
 of the layers.
 
+With --temperature 1 answers are sampled from all tokens, where published rows are greedy. *reject* is then
+what rejection sampling would have accepted in the same rounds, see measures/rejection.py.
+
 The columns: *acc* accepted / drafted tokens, as published the mean of examples; *x* the speed-up over
 decoding without drafts; *formula* the speed-up by the published acceptance, (1 + k acc) / (1 + k exit /
 layers); *len* the mean accepted length; *tok/s* whole answers. The columns with a star are measured
 here: speeds are medians, with the 90 % confidence interval. *paper* is the acceptance by the paper's
-definition, see paper_rounds.py. --repeats 3 measures each row three times: speeds are then of the median
-repeat, *least* and *most* the slowest and the fastest. The CSV of the run also has the acceptance rate
+definition, see paper_rounds.py. --repeats 3 measures each row three times, and --seeds 1 2 3 with each of
+these seeds, which choose examples and samples: speeds are then of the median run, *least* and *most* the
+slowest and the fastest, and acceptance is the mean. The CSV of the run also has the acceptance rate
 of all tokens together, numbers of examples, seeds and machines, with memory, pinning, and the load before.
 """
 
@@ -52,13 +56,21 @@ PUBLISHED["row"] = [
 ]
 _COLUMNS = {
     "row": "row", "exit": "exit", "num_speculations": "k", "acceptance": "acc", "measured_acceptance": "acc*",
-    "paper_acceptance": "paper*", "mean_accepted_length": "len*", "speedup": "x", "formula": "formula",
-    "measured_speedup": "x*", "low": "from", "high": "to", "least": "least*", "most": "most*",
-    "tokens_per_second": "tok/s", "measured_tokens_per_second": "tok/s*",
+    "paper_acceptance": "paper*", "rejection_acceptance": "reject*", "mean_accepted_length": "len*",
+    "speedup": "x", "formula": "formula", "measured_speedup": "x*", "low": "from", "high": "to",
+    "least": "least*", "most": "most*", "tokens_per_second": "tok/s", "measured_tokens_per_second": "tok/s*",
 }  # fmt: skip
 _FOOTNOTE = """acc* counts as this library drafts: the pass over the prompt gives the first token, and a draft
 goes on after an end id. paper* counts as the paper does, over the same prompts: the first token is
 drafted too, and a draft stops at an end id."""
+
+# Columns whose values are means over all runs of a row.
+_MEANS = [
+    "measured_acceptance", "pooled_acceptance", "mean_accepted_length", "rejection_acceptance",
+    "paper_acceptance",
+]  # fmt: skip
+_OF_SAMPLES = """acc* counts what this library accepts; reject* is what rejection sampling would have accepted
+in the same rounds."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,11 @@ class PaperArguments:
     rows: list[str] = field(default_factory=list)
     """Only rows whose model or dataset contains one of the given texts."""
     repeats: int = 1
-    """How often each row is measured."""
+    """How often each row is measured with each seed."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds to measure each row with; without them, --seed."""
+    temperature: float = 0.0
+    """Of sampled answers; 0: greedy, as published."""
     num_samples: int | None = None
     """Examples of each row; without it, all."""
     max_steps: int | None = None
@@ -80,6 +96,8 @@ class PaperArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_samples", "max_steps", "repeats")
+        at_least(self, 0, "temperature")
+        check(self, "seeds", all(0 <= seed < 2**32 for seed in self.seeds), f"must be from 0 to {2**32 - 1}")
         names = ", ".join(pandas.unique(PUBLISHED[["model", "dataset"]].to_numpy().ravel()))
         unknown = [part for part in self.rows if not any(part in name for name in self._named())]
         check(self, "rows", not unknown, f"{', '.join(unknown)} must be a part of one of {names}")
@@ -103,14 +121,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for index, row in rows.iterrows():
             print_status(f"{row['row']} ...")
-            records.append(_repeated(_flags(row, model_args, args), run.folder / f"row{index}", args.repeats))
+            seeds = args.seeds or [model_args.seed]
+            flags = _flags(row, model_args, args)
+            records.append(_repeated(flags, run.folder / f"row{index}", seeds, args.repeats))
             if "not_measured" in records[-1]:
                 print_status(f"  not measured: {records[-1]['not_measured']}")
     except KeyboardInterrupt:
         run.write_status("interrupted")
         print_status(f"interrupted, go on with {run.resume_command}")
         return 130
-    return _show(run, rows, records, model_args)
+    return _show(run, rows, records, model_args, args.temperature)
 
 
 def _rows(model_args: ModelArguments, args: PaperArguments) -> pandas.DataFrame:
@@ -124,7 +144,13 @@ def _rows(model_args: ModelArguments, args: PaperArguments) -> pandas.DataFrame:
     return rows
 
 
-def _show(run: Run, rows: pandas.DataFrame, records: list[Record], model_args: ModelArguments) -> int:
+def _show(
+    run: Run,
+    rows: pandas.DataFrame,
+    records: list[Record],
+    model_args: ModelArguments,
+    temperature: float,
+) -> int:
     """Write, draw and print the table. The exit status is 1 if no row is measured."""
     table = rows.join(pandas.DataFrame(records))
     table = table.reindex(columns=[*dict.fromkeys((*table, *_COLUMNS, "not_measured"))])
@@ -135,6 +161,8 @@ def _show(run: Run, rows: pandas.DataFrame, records: list[Record], model_args: M
     names = table["row"] + ", exit " + table["exit_layer"].astype(str)
     table.index = names + ", k " + table["num_speculations"].astype(str)
     title = "; ".join(machines)
+    if temperature:
+        title += f"\nsampled at temperature {temperature:g}, published rows are greedy"
     here = "measured here"
     color = "C2"
     if model_args.model:
@@ -151,9 +179,10 @@ def _show(run: Run, rows: pandas.DataFrame, records: list[Record], model_args: M
     label = "speed-up over decoding without drafts"
     bars(pandas.concat(drawn), label, title, run.folder / "paper", colors=("C0", "C1", color))
     print(f"{title}\n* {here}\n")
-    shown = table.rename(columns=_COLUMNS)[[*_COLUMNS.values()]]
+    unknown = "paper_acceptance" if temperature else "rejection_acceptance"
+    shown = table[[name for name in _COLUMNS if name != unknown]].rename(columns=_COLUMNS)
     print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
-    print(f"\n{_FOOTNOTE}")
+    print(f"\n{_OF_SAMPLES if temperature else _FOOTNOTE}")
     for name, at, why in table[["row", "exit", "not_measured"]].dropna().to_numpy():
         print(f"\nnot measured: {name}, exit {at}: {why}")
     print(f"\n{run.folder}/: run.json, paper.csv, paper.png")
@@ -165,35 +194,52 @@ def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments)
     given = {each.name: getattr(model_args, each.name) for each in fields(model_args)}
     changed = {each.name for each in fields(model_args) if given[each.name] != each.default} - {"output_dir"}
     flags = {
-        "model": row["model"], **{name: given[name] for name in changed}, "dataset": row["dataset"],
-        "n_shot": row["n_shot"], "generation_strategy": "self_speculative", "exit_layer": row["exit"],
+        "model": row["model"],
+        **{name: given[name] for name in changed},
+        "dataset": row["dataset"],
+        "n_shot": row["n_shot"],
+        "generation_strategy": "self_speculative",
+        "exit_layer": row["exit"],
         "num_speculations": row["num_speculations"],
-        "max_steps": args.max_steps or row["max_steps"], "num_samples": args.num_samples,
-        "sample": False,
-    }  # fmt: skip
+        "max_steps": args.max_steps or row["max_steps"],
+        "num_samples": args.num_samples,
+        "sample": args.temperature > 0,
+    }
+    if args.temperature:
+        flags |= {"temperature": args.temperature, "top_p": 1.0}  # fmt: skip
     if args.data_path is not None and not isinstance(DATASETS[row["dataset"]].source, Path):
         path = Path(args.data_path) / row["dataset"]
         flags["data_path"] = path if path.expanduser().is_dir() else path.with_suffix(".jsonl")
     return {name: value for name, value in flags.items() if not pandas.isna(value)}
 
 
-def _repeated(flags: dict[str, Any], folder: Path, repeats: int) -> Record:
-    """The figures of the median repeat of a row, with the spread of speed-ups; or why there are none."""
+def _repeated(flags: dict[str, Any], folder: Path, seeds: Sequence[int], repeats: int) -> Record:
+    """The figures of the median run of a row, with the spread of speed-ups and means of acceptance; or why
+    there are none.
+    """
     found = []
-    for repeat in range(repeats):
-        found.append(_measured({**flags, "compare": True}, folder / f"repeat{repeat}"))
-        if "not_measured" in found[-1]:
-            return found[-1]
-    rounds = _finished("benchmarks/paper_rounds.py", flags, folder)
-    if "not_measured" in rounds:
-        return rounds
+    by_paper = []
+    for seed in seeds:
+        of_seed = {**flags, "seed": seed}
+        compared = {**of_seed, "compare": True, "rejection_sampling": flags["sample"]}
+        for repeat in range(repeats):
+            found.append(_measured(compared, folder / f"seed{seed}_repeat{repeat}"))
+            if "not_measured" in found[-1]:
+                return found[-1]
+        if not flags["sample"]:  # those rounds are greedy
+            rounds = _finished("benchmarks/paper_rounds.py", of_seed, folder / f"seed{seed}")
+            if "not_measured" in rounds:
+                return rounds
+            by_paper.append({"paper_acceptance": rounds["metrics"]["paper_acceptance"]})
+    acceptance = pandas.DataFrame([*found, *by_paper]).reindex(columns=_MEANS).astype(float).mean()
     found.sort(key=lambda figures: figures["measured_speedup"])
     return {
         **found[len(found) // 2],
+        **acceptance,
+        "seeds": " ".join(map(str, seeds)),
         "repeats": repeats,
         "least": found[0]["measured_speedup"],
         "most": found[-1]["measured_speedup"],
-        "paper_acceptance": rounds["metrics"]["paper_acceptance"],
     }
 
 
@@ -231,12 +277,13 @@ def _figures(report: Record) -> Record:
     pinned = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else []
     return {
         "measured_acceptance": metrics["acceptance"]["acceptance_rate_mean"],
+        "rejection_acceptance": metrics["acceptance"].get("by_rejection", {}).get("acceptance_rate"),
         "pooled_acceptance": metrics["acceptance"]["acceptance_rate"],
         "mean_accepted_length": metrics["acceptance"]["mean_accepted_length"],
         "measured_speedup": compared["speedup"], "low": low, "high": high,
         "measured_tokens_per_second": metrics["speed"]["tokens_per_second_median"],
         "examples": metrics["num_examples"], "identical_outputs": compared["identical_outputs"],
-        "seed": report["arguments"]["seed"], "machine": machine(report), "processor": report["processor"],
+        "machine": machine(report), "processor": report["processor"],
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "processors": psutil.cpu_count(), "pinned_to": " ".join(map(str, pinned)),
     }  # fmt: skip

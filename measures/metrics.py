@@ -97,8 +97,18 @@ def acceptance(records: Sequence[Record]) -> Record:
     """Counts of all drafts as JSON.
 
     `acceptance_rate` is the rate of all tokens, `acceptance_rate_mean` the mean over examples with drafts.
+    `by_rejection` has the rates of `rejection.replay`: of the same rounds, and of the tokens that a draft has
+    reached (`acceptance_rate_reached`, with this library's noise; `mean_of_minima`, by rejection sampling).
     """
     stats = draft_stats(records)
+    replayed = pandas.DataFrame(row for record in records for row in record.get("rejection", ())).sum()
+    by_rejection = {}
+    if len(replayed) and replayed["num_reached"]:
+        by_rejection["by_rejection"] = {
+            "acceptance_rate": float(replayed["accepted_by_rejection"] / replayed["num_drafted"]),
+            "acceptance_rate_reached": float(replayed["num_accepted"] / replayed["num_reached"]),
+            "mean_of_minima": float(replayed["minima"] / replayed["num_reached"]),
+        }
     rates = [rate for record in records if (rate := draft_stats([record]).acceptance_rate) is not None]
     return {
         "acceptance_rate": stats.acceptance_rate,
@@ -108,6 +118,7 @@ def acceptance(records: Sequence[Record]) -> Record:
         "num_accepted": stats.num_accepted,
         "num_verifications": stats.num_verifications,
         "drafts_by_source": {source: counts._asdict() for source, counts in stats.by_source.items()},
+        **by_rejection,
     }
 
 

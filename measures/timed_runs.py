@@ -25,7 +25,14 @@ _BATCHES_IN_TURN = 4
 _RUNS = 3
 
 # Fields of a strategy's result that a record copies.
-_COPIED = ("num_prompt_tokens", "num_cached_tokens", "num_decode_tokens", "prefill_time", "decode_time")
+_COPIED = (
+    "num_prompt_tokens",
+    "num_cached_tokens",
+    "num_decode_tokens",
+    "prefill_time",
+    "decode_time",
+    "end_token_id",
+)
 
 # A strategy that is compared: the prefix of fields in a record, generator and settings.
 TimedSide = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]

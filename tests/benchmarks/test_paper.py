@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas
 import pytest
 from conftest import PROMPT, ROOT, config_of, generate, tiny_llama
-from helpers import only_run, refused, watch
+from helpers import no_pictures, only_run, refused, watch
 
 import benchmark
 from benchmarks import paper, paper_rounds
@@ -74,7 +74,7 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     assert measured["measured_speedup"] > 0 < measured["mean_accepted_length"]
     assert measured["least"] == measured["measured_speedup"] == measured["most"]
     assert 0 <= measured["paper_acceptance"] <= 1
-    assert {"seed", "processor", "memory_gib", "processors", "pinned_to", "load"} <= {
+    assert {"seeds", "processor", "memory_gib", "processors", "pinned_to", "load"} <= {
         *measured.dropna().index
     }
     assert "--data_path" in missing["not_measured"]
@@ -110,8 +110,31 @@ def test_repeats_have_a_spread(monkeypatch, tmp_path):
     speeds = iter([1.2, 1.5, 1.3])
     monkeypatch.setattr(paper, "_measured", lambda flags, folder: {"measured_speedup": next(speeds)})
     monkeypatch.setattr(paper, "_finished", lambda *_: {"metrics": {"paper_acceptance": 0.5}})
-    found = paper._repeated({}, tmp_path, 3)
+    found = paper._repeated({"sample": False}, tmp_path, [1], 3)
     assert (found["least"], found["measured_speedup"], found["most"]) == (1.2, 1.3, 1.5)
+
+
+def test_samples_by_several_seeds(started, endless_folder, tmp_path, monkeypatch, capsys):
+    """Guards against greedy runs, one seed for all, the paper's greedy rounds beside sampled ones, and
+    acceptance of one run in the place of the mean.
+    """
+    no_pictures(monkeypatch)
+    monkeypatch.setattr(paper, "bars", lambda *_, **__: None)
+    flags = ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs"), "--rows", "7B human"]
+    flags += ["--temperature", "1", "--seeds", "7", "8", "--num_samples", "2", "--max_steps", "12"]
+    assert paper.main(flags) == 0
+    asked = [dict(zip(run[::2], run[1::2], strict=True)) for run in started]
+    rules = [(each["--seed"], each["--temperature"], each["--top_p"]) for each in asked]
+    assert rules == [("7", "1.0", "1.0"), ("8", "1.0", "1.0")]
+    output = capsys.readouterr().out
+    assert "sampled at temperature 1, published rows are greedy" in output
+    assert (" reject* " in output, " paper* " in output) == (True, False)
+    folder = only_run(tmp_path)
+    row = pandas.read_csv(folder / "paper.csv").iloc[0]
+    found = [json.loads(path.read_text()) for path in folder.glob("row0/seed*/benchmark_*/run.json")]
+    rates = [run["metrics"]["acceptance"]["by_rejection"]["acceptance_rate"] for run in found]
+    assert (len(rates), row["seeds"]) == (2, "7 8")
+    assert row["rejection_acceptance"] == pytest.approx(sum(rates) / 2)
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_beside_others(capsys):

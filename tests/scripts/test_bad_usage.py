@@ -60,8 +60,11 @@ REFUSALS = {
         "while columns prompt and response need --dataset custom_jsonl",
         "--dataset spec_bench": "; --dataset spec_bench needs question_id, category, turns",
         "--answer_file x": "--answer_file x: is a format of spec_bench, not of custom_jsonl",
-        "--dataset spec_bench --answer_file x --batch_size 2": "--answer_file x: needs --batch_size 1",
+        "--dataset spec_bench --answer_file x --batch_size 2": "--answer_file x: needs --batch_size 1 and",
         "--dataset spec_bench --answer_file .": "--answer_file .: is a folder, must be a file",
+        f"{SPECULATIVE} --exit_layer 2 --num_speculations 3 --sample False --rejection_sampling": "needs "
+        "--generation_strategy self_speculative with drafts of --exit_layer alone, and --sample True",
+        "--repeats 0": "--repeats 0: must be at least 1",
         "--resume /dev/null": "--resume /dev/null: no run.json of a run in there",
     },
     correctness: {},
@@ -120,6 +123,8 @@ REFUSALS = {
         "--api_key ''": "--api_key '': must not be empty",
     },
     paper: {
+        "--seeds 1 -2": "--seeds [1, -2]: must be from 0 to 4294967295",
+        "--temperature -1": "--temperature -1.0: must be at least 0",
         "--rows gpt-4": "--rows ['gpt-4']: gpt-4 must be a part of one of facebook/layerskip-llama2-7B",
     },
     train: {

@@ -74,6 +74,43 @@ def test_examples_draw_their_own_samples(common, tmp_path):
     assert len(set(map(tuple, records_of(only_run(tmp_path))["tokens"]))) == 3
 
 
+def test_repeats_have_other_seeds_and_a_spread(common, tmp_path, capsys):
+    """Guards against the same samples in each repeat, and a spread of examples in the place of repeats."""
+    flags = ["--num_samples", "2", "--repeats", "3", "--batch_size", "2", "--temperature", "5", "--compare"]
+    assert benchmark.main([*common, *flags, "True", *SPECULATION]) == 0
+    metrics = about(only_run(tmp_path))["metrics"]
+    records = records_of(only_run(tmp_path))
+    assert (metrics["num_examples"], len(metrics["repeats"]), records["prompt"].nunique()) == (6, 3, 2)
+    assert len(set(map(tuple, records["tokens"]))) == 6
+    rates = [repeat["acceptance"]["acceptance_rate"] for repeat in metrics["repeats"]]
+    output = capsys.readouterr().out
+    assert re.search(r"\n2 examples, 3 times each ", output)
+    assert re.search(rf"\nacceptance rate, of 3 repeats +{min(rates):.1%}-{max(rates):.1%}\n", output)
+    assert re.search(r"\nspeed-up, of 3 repeats +\d+\.\d\d-\d+\.\d\d\n", output)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--draft_weights", "int4", "--top_k", "9"], marks=needs_operators),
+        ["--no_repeat_ngram_size", "3", "--stop_token_ids", *map(str, range(30, 40)), "--repeats", "2"],
+    ],
+)
+def test_rejection_sampling_is_compared_in_the_rounds_of_decoding(flags, common, tmp_path, capsys):
+    """Guards against another answer, noise, cache or end of rounds in the replay of the rounds."""
+    common += ["--temperature", "1", "--generation_strategy", "self_speculative", *SPECULATION]
+    assert benchmark.main([*common, "--max_steps", "24", "--rejection_sampling", "True", *flags]) == 0
+    records = records_of(only_run(tmp_path))
+    for drafts, (replayed,) in records[["drafts", "rejection"]].to_numpy():
+        done = [sum(row[name] * row["rounds"] for row in drafts) for name in ("drafted", "accepted")]
+        assert done == [replayed["num_drafted"], replayed["num_accepted"]]
+    acceptance = about(only_run(tmp_path))["metrics"]["acceptance"]
+    rates = acceptance["by_rejection"]
+    assert 0 < acceptance["acceptance_rate"] < rates["acceptance_rate_reached"] < 1
+    shown = f"  by rejection sampling{rates['acceptance_rate']:>29.1%}\n"
+    assert shown in capsys.readouterr().out
+
+
 def test_prompts_go_through_the_chat_template(common, model_folder, tmp_path, monkeypatch):
     """Guards against a prompt without the template or the variables, and special tokens twice."""
     shutil.copytree(model_folder, tmp_path / "chat")
