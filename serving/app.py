@@ -257,11 +257,13 @@ class FairQueue:
 
 
 def check_key(scope: Scope, key: str | None) -> None:
-    """Raises APIError if the request lacks the API key."""
+    """Raises APIError if the request lacks the API key, or has two: a proxy may check the other one."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(given) > 1:
+        raise APIError("Authorization: must be one header, not several")
     # The router uses this path. `Request.url` has another one, made from the Host header.
     if key is None or scope["path"] in _PUBLIC_PATHS:
         return
-    given = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, word = b"".join(given).partition(b" ")
     # Headers are bytes. A key may hold bytes that are no characters.
     if scheme.lower() != b"bearer" or not hmac.compare_digest(word.strip(), os.fsencode(key)):
@@ -294,6 +296,9 @@ async def _read_body(http: HTTPRequest, max_bytes: int) -> bytes:
     content_type = http.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
+    encoding = http.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise APIError(f"Content-Encoding {encoding[:60]!r}: must be identity, a body is not compressed", 415)
     too_long = APIError(f"the request has more than {max_bytes} bytes", 413)
     if int(http.headers.get("content-length", 0)) > max_bytes:
         raise too_long

@@ -12,23 +12,34 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 _readers.chunk_header_re = re.compile(
     rb"(?P<chunk_size>[0-9A-Fa-f]{1,20})(?P<chunk_ext>;[\t\x20-\x7e\x80-\xff]*)?[ \t]*\r\n"
 )
+_TOO_LONG = b"431 Request Header Fields Too Large"
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)  # a target with a host
 _REQUEST_SECONDS = 60  # a connection may wait this long for a complete request
 _PROBE_SECONDS = 0.5  # between interim responses to a client that sends no more
+_DRAIN_SECONDS = 2  # in which a refused client may read why
+_MAX_HEAD = 65_536  # bytes of names and values of headers
 _RESERVED = 32  # descriptors for files and pipes
 
 
 class StrictConnection(h11.Connection):
-    """Refuses requests with two lengths, and other versions than 1; takes targets with a host (RFC 9112: 6.1,
-    2.3, 3.2.2).
+    """Refuses requests with two lengths, long headers, and other versions than 1; takes targets with a host
+    (RFC 9112: 6.1, 2.3, 3.2.2; RFC 6585: 5).
     """
 
     refused_with = b"400 Bad Request"
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
-        event = super().next_event()
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            if error.error_status_hint == 431:
+                self.refused_with = _TOO_LONG
+            raise
         if not isinstance(event, h11.Request):
             return event
+        if sum(len(name) + len(value) for name, value in event.headers) > _MAX_HEAD:
+            self.refused_with = _TOO_LONG
+            raise h11.RemoteProtocolError("headers of more bytes than h11 waits for")
         if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
             raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding")
         if not event.http_version.startswith(b"1."):
@@ -56,7 +67,8 @@ class StrictProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.conn = StrictConnection(h11.SERVER)
+        self.conn = StrictConnection(h11.SERVER, _MAX_HEAD)
+        self._is_refused = False
         self._since = self.loop.time()
         self._timer = self.loop.call_later(_REQUEST_SECONDS, self._end_if_unfinished, None)
         every = [each for each in self.connections if isinstance(each, StrictProtocol)]
@@ -68,6 +80,10 @@ class StrictProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()  # the timer refers to this object
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_refused:
+            super().data_received(data)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer a client that sends no more after a complete request. Returns whether the connection stays.
@@ -94,9 +110,14 @@ class StrictProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
+        """Refuse the connection, and read on: closing with unread bytes makes the client's machine drop the
+        answer.
+        """
         assert isinstance(self.conn, StrictConnection)
         self.transport.write(b"HTTP/1.1 %s\r\nConnection: close\r\n\r\n" % self.conn.refused_with)
-        self.transport.close()
+        self.transport.write_eof()
+        self._is_refused = True
+        self.loop.call_later(_DRAIN_SECONDS, self.transport.close)
 
     def _end_if_unfinished(self, before: RequestResponseCycle | None) -> None:
         """Close the connection if `before`, the unfinished request of the last check, is unfinished still."""

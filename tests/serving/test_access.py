@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,7 +52,9 @@ def test_only_the_key_opens_a_server():
         for scheme in (b"Bearer ", b"bearer ", b"BEARER  "):
             assert status("sésame\udcff", "/x", scheme + key) == expected
     assert status("sesame", "/x", b"Basic sesame") == 401
-    assert status("sesame", "/x", b"Bearer x", b"Bearer sesame") == 401
+    for words in ((b"Bearer x", b"Bearer sesame"), (b"Bearer sesame", b""), (b"Bear", b"er sesame")):
+        for key, path in (("sesame", "/x"), (None, "/x"), ("sesame", "/health")):
+            assert status(key, path, *words) == 400
 
 
 def test_headers_and_methods_that_clients_expect(served, monkeypatch):
@@ -85,6 +88,15 @@ def test_headers_and_methods_that_clients_expect(served, monkeypatch):
     for content_type in ("text/plain", "application/x-www-form-urlencoded"):
         response = send(served, b'{"prompt": "x"}', **{"Content-Type": content_type})
         assert (response.status_code, "application/json" in response.text) == (400, True)
+
+
+def test_a_compressed_body_is_named(served):
+    """Guards against advice about JSON for a body that is JSON, in gzip."""
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    for encoding, content, status in (("gzip", gzip.compress(body), 415), ("identity", body, 200)):
+        response = send(served, content, **{"Content-Encoding": encoding})
+        assert response.status_code == status
+        assert response.ok or "Content-Encoding 'gzip': must be identity" in response.text
 
 
 def test_a_request_that_waits_at_the_end_of_the_server(served):

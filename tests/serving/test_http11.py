@@ -97,6 +97,20 @@ def test_a_declared_length_is_refused_before_the_body(address):
     assert statuses(address, HEAD + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n")[0] == 413
 
 
+@pytest.mark.parametrize("num_bytes", [60_000, 70_000, 200_000, 5_000_000])
+def test_long_headers_have_an_answer(address, num_bytes):
+    """Guards against a limit that depends on how the network cuts a request, against status 400, and against
+    a connection that is reset while the client sends, so that the answer is lost.
+    """
+    sent = HEALTH.replace(b"Connection", b"X-Long: " + b"x" * num_bytes + b"\r\nConnection")
+    for pieces in ([sent], [sent[:100], sent[100:-2], sent[-2:]]):
+        with socket.create_connection(address, timeout=60) as connection:
+            for piece in pieces:
+                connection.sendall(piece)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.split()[1] == (b"431" if num_bytes > 65_536 else b"200")
+
+
 @pytest.mark.parametrize("sent", [b"", HEAD, GOOD + HEAD, SLOW, GOOD + SLOW])
 def test_a_connection_without_a_whole_request_ends(address, monkeypatch, sent):
     """Guards against idle connections and slow bodies that use up the server's descriptors."""

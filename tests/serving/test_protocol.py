@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import ROOT
 from pydantic import ValidationError
 from servers import HELLO
 
@@ -10,6 +11,7 @@ from self_speculation import GenerationConfig
 from self_speculation.text.grammar import Grammar, GrammarError
 from serving.errors import APIError
 from serving.protocol import ChatRequest, CompletionRequest
+from serving.responses import ResponsesRequest
 from serving.streaming import Delta
 
 
@@ -348,3 +350,19 @@ def test_the_servers_config_has_the_defaults():
     more = {"max_tokens": 9, "max_completion_tokens": 9}
     for limits in ({"max_tokens": 5}, more | {"max_tokens": 5}, more | {"max_completion_tokens": 5}):
         assert chat(**limits).max_new_tokens == 5
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, ResponsesRequest])
+def test_the_page_has_all_limits(kind):
+    """Guards against a limit that clients learn of by status 400."""
+    page = (ROOT / "docs/serving.md").read_text()
+    rows = page.partition("## Limits")[2].split("\n\n")[1].splitlines()
+    schema = kind.model_json_schema()
+    found = 0
+    for each in (schema, *schema["$defs"].values()):
+        for name, field in each.get("properties", {}).items():
+            for part in (field, *field.get("anyOf", [])):
+                if limit := part.get("maxItems") or part.get("maxProperties"):
+                    found += 1
+                    assert any(f"`{name}`" in row and f" {limit:,}" in row for row in rows), (name, limit)
+    assert found >= 5
