@@ -270,7 +270,10 @@ def _from_environment(environment: Mapping[str, str], parser: argparse.ArgumentP
         value = environment[variable]
         if flag not in flags:
             refuse(f"{variable}: there is no flag {flag}; {_hint(flag, flags)}--help all lists the flags")
-        words += [flag, *shlex.split(value)] if flags[flag].nargs == "+" else [f"{flag}={value}"]
+        try:
+            words += [flag, *shlex.split(value)] if flags[flag].nargs == "+" else [f"{flag}={value}"]
+        except ValueError:
+            refuse(f"{variable} {value!r}: must be words as in a shell; this quotation or escape has no end")
     try:
         return vars(parser.parse_args(words))
     except argparse.ArgumentError as error:

@@ -68,10 +68,17 @@ def log_as_json() -> None:
 
 
 class _JSONHandler(logging.Handler):
-    """Prints records of Python's logging as objects."""
+    """Prints records of Python's logging as objects. No work ends because of a mistaken call, whose arguments
+    do not fit its text: a line names the place.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = {"level": record.levelname.lower()}
-        if record.exc_info:
-            fields["traceback"] = "".join(traceback.format_exception(*record.exc_info))
-        print_status(record.getMessage(), **fields)
+        try:
+            message = record.getMessage()
+            if record.exc_info:
+                fields["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        except Exception:
+            message = f"a mistaken log call at {record.pathname}:{record.lineno}"
+            fields["traceback"] = traceback.format_exc()
+        print_status(message, **fields)

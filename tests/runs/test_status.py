@@ -36,3 +36,29 @@ def test_every_line_is_an_object(capsys):
     assert (failed["message"], failed["level"]) == ("a step failed", "error")
     assert failed["traceback"].endswith("ValueError: wrong\n")
     assert "mind" in warned["message"]
+
+
+class _Unprintable:
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.usefixtures("as_json")
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (("%d tokens", "five"), "TypeError"),
+        (("%s and %s", 1), "TypeError"),
+        ((_Unprintable(),), "RuntimeError: no text"),
+    ],
+)
+def test_a_mistaken_log_call_raises_nothing(capsys, monkeypatch, call, error):
+    """Python's handlers print a traceback. Guards against a request that fails because of a line about it."""
+    root = logging.getLogger()
+    ours = [handler for handler in root.handlers if type(handler) is status._JSONHandler]
+    monkeypatch.setattr(root, "handlers", ours)  # pytest's raises
+    logging.getLogger("serving.engine").error(*call)
+    line = json.loads(capsys.readouterr().err)
+    assert line["message"].startswith("a mistaken log call at ")
+    assert "test_status.py" in line["message"]
+    assert error in line["traceback"]

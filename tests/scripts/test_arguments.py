@@ -53,7 +53,9 @@ def test_spellings_of_flags():
 
 
 def test_flags_by_variables(capsys):
-    """Guards against a variable that wins over a flag, one of another kind of value, and a misspelt one."""
+    """Guards against a variable that wins over a flag, one of another kind of value, a misspelt one, and a
+    traceback because of an apostrophe.
+    """
 
     def found(args=(), **variables):
         environment = {f"SELF_SPECULATION_{name}": value for name, value in variables.items()}
@@ -69,6 +71,8 @@ def test_flags_by_variables(capsys):
         ({"PORT": "x"}, "SELF_SPECULATION_PORT 'x': must be an integer"),
         ({"PORT": "99999"}, "SELF_SPECULATION_PORT 99999: must be between 0 and 65535"),
         ({"SAMPLE": "maybe"}, "SELF_SPECULATION_SAMPLE 'maybe': must be True or False"),
+        ({"STOP_WORDS": "it's"}, 'SELF_SPECULATION_STOP_WORDS "it\'s": must be words as in a shell; '),
+        ({"STOP_WORDS": "a\\"}, "has no end"),
     ):
         with pytest.raises(SystemExit) as exit_:
             found(**variables)
