@@ -39,7 +39,8 @@ _FIRST = """
     model dtype device quantization output_dir max_steps generation_strategy exit_layer num_speculations
     sample temperature top_p stop_words draft_weights prompt chat streamer compare grammar batch_size host
     port api_key dataset data_path num_samples n_shot resume reference tasks num_fewshot limit include_path
-    output_path exit_layer_first exit_layer_last num_speculations_first num_speculations_last num_steps
+    output_path url ways clients picking no_drafts
+    exit_layer_first exit_layer_last num_speculations_first num_speculations_last num_steps
     learning_rate sequence_length early_exit_scale layer_dropout lora_rank gradient_accumulation
 """
 
@@ -121,7 +122,7 @@ class ModelArguments(LoadingOptions):
 
     def from_pretrained_args(self) -> JSONObject:
         """Parse `model_args`."""
-        return _key_values(self, "model_args")
+        return key_values(self, "model_args")
 
     def loading_options(self, **changes: object) -> LoadingOptions:
         """The library's options, with `changes` by field."""
@@ -131,7 +132,7 @@ class ModelArguments(LoadingOptions):
         return LoadingOptions(**{**options, "model_args": found, **changes})
 
 
-def _key_values(group: object, name: str) -> JSONObject:
+def key_values(group: object, name: str) -> JSONObject:
     """Parse a flag of JSON or of k=v,k=v: Python literals, also true, false and none in any case, or else
     text.
     """
@@ -175,7 +176,7 @@ class TemplateArguments:
     @property
     def template_kwargs(self) -> JSONObject:
         """Parse `chat_template_kwargs`."""
-        return _key_values(self, "chat_template_kwargs")
+        return key_values(self, "chat_template_kwargs")
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,26 @@
 """Pictures of results, as PNG and PDF."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
 matplotlib.use("Agg")  # never opens a window, never blocks
 
 import numpy
-import pandas
 from matplotlib import pyplot
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from arguments import JSONObject
 from runs.failures import Failed
+
+if TYPE_CHECKING:
+    import pandas  # which equality.py does without
 
 SMALL = 9  # a line of 100 characters fits above two panels
 
@@ -45,7 +51,7 @@ def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
         for (row, column), number in numpy.ndenumerate(grid):
             cell = (grid.index[row], grid.columns[column])
             text = form.format(number)
-            if name == length and pandas.notna(speedups[cell]):
+            if name == length and numpy.isfinite(speedups[cell]):
                 text += f"\nx {speedups[cell]:.2f}"
             color = "white" if norm(number) < 0.6 else "black"  # the colours of large values are bright
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
@@ -76,6 +82,30 @@ def paired_ratios(
     axes.set_ylabel("in ascending order", fontsize=SMALL)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center", fontsize=SMALL)
+    save(figure, title, path)
+
+
+def shares(pairs: Sequence[JSONObject], label: str, title: str, path: Path) -> None:
+    """Draw `share` and `interval` of each pair of `ways`, in one color for each `picking`.
+
+    Args:
+        label: of the axis of shares.
+        path: without suffix.
+    """
+    figure, axes = pyplot.subplots(figsize=(8.0, 1.4 + 0.26 * len(pairs)), constrained_layout=True)
+    kinds = [*dict.fromkeys(pair["picking"] for pair in pairs)]
+    for place, pair in enumerate(pairs):
+        low, high = pair["interval"]
+        color = f"C{kinds.index(pair['picking'])}"
+        axes.barh(place, pair["share"], 0.7, color=color)
+        axes.plot([low, high], [place, place], color="#333333", linewidth=1)
+    names = [f"{pair['picking']}, {' / '.join(pair['ways'])}" for pair in pairs]
+    axes.set_yticks(range(len(pairs)), names, fontsize=SMALL)
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.set_xlim(0.0, 1.0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel(label, fontsize=SMALL)
     save(figure, title, path)
 
 

@@ -6,7 +6,7 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "train", "serve")
+SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "equality", "train", "serve")
 # From top to bottom: a module imports from the same folder and from folders below.
 ROOMS = [
     SCRIPTS, ("benchmarks",), ("training",), ("measures",), ("serving",),

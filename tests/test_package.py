@@ -9,18 +9,25 @@ import sys
 
 import pytest
 from conftest import ROOT
+from test_layout import MODULES, imports
 
 import self_speculation
 from self_speculation.weights.kernels import cpu_operators
+
+(COMMAND,) = (
+    ast.literal_eval(node.value)
+    for node in ast.parse((ROOT / "setup.py").read_text()).body
+    if isinstance(node, ast.Assign)
+)
 
 
 @pytest.mark.slow
 def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
     """Guards against modules or a model that are not installed, and against imports of scripts."""
     source = tmp_path / "source"
-    for name in ("self_speculation", "checkpoints"):
+    for name in ("self_speculation", "checkpoints", "measures", "runs"):
         shutil.copytree(ROOT / name, source / name)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", *COMMAND[:3]):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", tmp_path / "site", source], check=True)
@@ -36,6 +43,27 @@ def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
     text, acceptance = text.rsplit(maxsplit=1)
     assert len(text) > 20
     assert 0 < float(acceptance) <= 1
+    # Without torch, and with no other script.
+    (tmp_path / "light").mkdir()
+    (tmp_path / "light" / "torch.py").write_text("raise SystemExit('torch is imported')\n")
+    command = [sys.executable, tmp_path / "site" / "bin" / "self-speculation-equality"]
+    here["PYTHONPATH"] = "light:site"
+    asked = [*command, "--url", "http://127.0.0.1:9"]
+    done = subprocess.run(asked, cwd=tmp_path, env=here, capture_output=True, text=True)
+    said = "self-speculation-equality: error: --url http://127.0.0.1:9: no answer ("
+    assert (done.returncode, done.stderr.startswith(said)) == (2, True), done.stderr
+
+
+def test_a_wheel_has_the_modules_of_the_command():
+    """Guards against an installed command that cannot import what equality.py has come to need."""
+    needed = {"runs", "measures"}
+    new = {"equality"}
+    while new:
+        needed |= new
+        new = {other for name in new for other in imports(name)} - needed
+        new = {name for name in new if not name.startswith("self_speculation")}
+    paths = {MODULES[name].relative_to(ROOT).as_posix() for name in needed}
+    assert paths == {*COMMAND}
 
 
 def test_the_citation_has_the_version():

@@ -203,7 +203,8 @@ def test_pages_and_the_makefile_name_flags_and_values_of_scripts():
 
 
 PROGRAMS_WITH_FLAGS = [
-    "generate.py", "benchmark.py", "sweep.py", "correctness.py", "eval.py", "train.py", "serve.py",
+    "generate.py", "benchmark.py", "sweep.py", "correctness.py", "equality.py", "eval.py", "train.py",
+    "serve.py",
     *(f"benchmarks/{name}.py" for name in ("side_by_side", "serving", "paper", "products", "synthetic")),
     "benchmarks/long_contexts.py",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from test_layout import HEAVY
 
 import benchmark
 import correctness
+import equality
 import eval as eval_script
 import generate
 import serve
@@ -68,6 +69,18 @@ REFUSALS = {
         "--resume /dev/null": "--resume /dev/null: no run.json of a run in there",
     },
     correctness: {},
+    equality: {
+        "--url 127.0.0.1:8000": "--url '127.0.0.1:8000': must begin with http:// or https://",
+        "--url http://127.0.0.1:9": "--url http://127.0.0.1:9: no answer (",
+        "--ways alone": "--ways ['alone']: must be two or more of alone, again, stream, together",
+        "--ways alone twice": "--ways ['alone', 'twice']: must be two or more of alone, again, stream",
+        "--picking beam": "--picking ['beam']: must be greedy, sampled or both",
+        "--clients 0": "--clients 0: must be at least 1",
+        "--no_drafts x": "--no_drafts 'x': must be a JSON object or k=v,k=v",
+        "--no_drafts {}": "--no_drafts '{}': must have a field",
+        "--model a --url http://127.0.0.1:9": "--url http://127.0.0.1:9: no answer (",
+        "--max-tokens 9": "unknown argument '--max-tokens'; here it is --max_steps",
+    },
     sweep: {
         "--generation_strategy adaptive": "--generation_strategy adaptive: cells are self_speculative",
         "--exit_layer_first 4 --exit_layer_last 3": "--exit_layer_first 4: beyond --exit_layer_last 3",
@@ -162,6 +175,7 @@ def test_bad_usage_is_refused_before_weights_are_read(
         generate: [*common[:2], "--prompt", "def"],
         eval_script: [*common[:4], *PYTHON_FUNCTIONS[:2]],
         serve: [],
+        equality: common[2:],
         paper: common[:4],
         train: [*SMALL_TRAINING, *common[2:4], "--data_path", "no/such/*.txt"],
     }.get(script, common)
@@ -190,6 +204,7 @@ BAD_USAGE = [
     "serve --generation_strategy self_speculative --num_speculations 2",
     "benchmark --data_path nofile.jsonl",
     "correctness --sample False --exit_layer 2",
+    "equality --ways alone",
     "eval",
     "sweep --exit_layer_step 0",
     "train --layer_dropout 1.5",
