@@ -15,7 +15,7 @@ from pathlib import Path
 from arguments import SELDOM, GenerationConfig, ModelArguments, RunArguments, at_least, parse, refuse
 from data import DataArguments
 from runs.failures import check_writable
-from runs.flags import validate
+from runs.flags import read_examples, validate
 from runs.program import run
 
 _SETTINGS = ("compare", "answer_file", "text_quality", "repeats", "rejection_sampling")
@@ -64,12 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         needs = "needs --generation_strategy self_speculative with drafts of --exit_layer alone"
         refuse(f"--rejection_sampling True: {needs}, and --sample True")
     validate(model_args, config)
+    examples = read_examples(model_args, data_args, args)
 
     from measures.benchmarking import Benchmark
     from runs.examples import run_experiment
 
     settings = {name: getattr(args, name) for name in _SETTINGS}
-    return run_experiment("benchmark", Benchmark, model_args, config, data_args, args, **settings)
+    return run_experiment("benchmark", Benchmark, model_args, config, data_args, args, examples, **settings)
 
 
 if __name__ == "__main__":

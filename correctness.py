@@ -14,7 +14,7 @@ from typing import Literal
 
 from arguments import SELDOM, GenerationConfig, ModelArguments, RunArguments, parse
 from data import DataArguments
-from runs.flags import validate
+from runs.flags import read_examples, validate
 from runs.program import run
 
 _SAMPLED = 3  # outputs of each prompt, by different seeds
@@ -36,12 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.generation_strategy == "autoregressive" and not no_drafts:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     validate(model_args, config)
+    examples = read_examples(model_args, data_args, args)
 
     from measures.correctness import CompareIds
     from runs.examples import run_experiment
 
     settings = {"reference": args.reference, "num_seeds": 0 if config.greedy else _SAMPLED}
-    return run_experiment("correctness", CompareIds, model_args, config, data_args, args, **settings)
+    return run_experiment(
+        "correctness", CompareIds, model_args, config, data_args, args, examples, **settings
+    )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from arguments import GenerationConfig, ModelArguments, TemplateArguments, parse, refuse
+from runs import ranks
 from runs.flags import validate
 from runs.program import run
+from runs.status import print_status
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     prediction = _read("prediction", args.prediction)
     grammar_text = '{"type": "object"}' if args.grammar == "json" else _read("grammar", args.grammar)
 
-    from runs import ranks
-    from runs.conversation import Conversation, one_prompt, read_grammar
-    from runs.startup import load_generator
-
     if not ranks.is_first():
         return 0  # every rank has a copy of the model, and one answer is enough
+    interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
+    prompt = "" if interactive else _one_prompt(args.prompt)
+
+    from runs.conversation import Conversation, read_grammar
+    from runs.startup import load_generator
+
     try:
         grammar = None if grammar_text is None else read_grammar(args.grammar, grammar_text)
     except ValueError as error:
         refuse(f"--grammar {args.grammar}: {error}")
-    interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
-    prompt = "" if interactive else one_prompt(args.prompt)
     generator = load_generator(model_args, config, chat=args.chat)
     settings = (args.chat, args.compare, grammar, prediction, args.template_kwargs)
     talk = Conversation(generator, config, args.streamer, *settings)
@@ -73,6 +75,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if talk.answer(prompt) else 130
     except ValueError as error:
         refuse(str(error))
+
+
+def _one_prompt(given: str | None) -> str:
+    """The text of --prompt, or of standard input without the last line break.
+
+    An invalid or empty text ends the program with status 2.
+    """
+    try:
+        prompt = given
+        if prompt is None:
+            prompt = sys.stdin.read().removesuffix("\n") if sys.stdin is not None else ""
+        prompt.encode()
+    except UnicodeError:
+        refuse("the prompt is not valid UTF-8")
+    if given is None and (lines := prompt.count("\n")):
+        print_status(f"standard input is one prompt of {lines + 1} lines")
+    if given is None and not prompt:
+        refuse('the prompt is empty: standard input has no text; --prompt "" stands for the BOS token alone')
+    return prompt
 
 
 def _read(flag: str, path: str | None) -> str | None:

@@ -26,7 +26,7 @@ from arguments import (
     refuse,
 )
 from data import DataArguments
-from runs.flags import validate
+from runs.flags import read_examples, validate
 from runs.program import run
 from runs.status import print_status
 
@@ -71,15 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     cell = {"generation_strategy": "self_speculative", "exit_layer": 1, "num_speculations": 1}
     config = dataclasses.replace(config, **cell)
     validate(model_args, config)
+    drafting = (each for each in dataclasses.fields(config) if "used_by" in each.metadata)
+    changed = {each.name for each in drafting if getattr(config, each.name) != each.default}
+    if args.mode == "counted" and changed - _COUNTED:
+        refuse("--mode counted: needs drafts of layers and of one length; use --mode measured")
+    examples = read_examples(model_args, data_args, args)
 
     from measures.sweeping import Counted, Measured
     from runs.examples import run_experiment
     from runs.startup import read_config
 
-    drafting = (each for each in dataclasses.fields(config) if "used_by" in each.metadata)
-    changed = {each.name for each in drafting if getattr(config, each.name) != each.default}
-    if args.mode == "counted" and changed - _COUNTED:
-        refuse("--mode counted: needs drafts of layers and of one length; use --mode measured")
     num_layers = read_config(model_args).num_hidden_layers
     is_copy = config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
     grid = [(layer, k) for layer in exit_layers for k in lengths]
     make = Measured if args.mode == "measured" else Counted
-    return run_experiment("sweep", make, model_args, config, data_args, args, grid=grid)
+    return run_experiment("sweep", make, model_args, config, data_args, args, examples, grid=grid)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from arguments import ModelArguments, at_least, check, parse, refuse
 from benchmarks.bars import bars
 from data import DATASETS
 from runs.description import Record, describe, machine
-from runs.failures import Failed, check_writable
+from runs.failures import Failed, check_folder
 from runs.program import run
 from runs.records import Run, write_atomically
 from runs.startup import read_config
@@ -111,7 +111,7 @@ class PaperArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     model_args, args = parse(__doc__ or "", ModelArguments, PaperArguments, args=argv)
-    check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
+    check_folder(model_args.output_dir, args.resume)
     rows = _rows(model_args, args)
     try:
         run = Run.open(model_args.output_dir, args.resume, describe("paper", (model_args, args)))

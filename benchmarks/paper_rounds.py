@@ -22,6 +22,7 @@ from arguments import GenerationConfig, ModelArguments, RunArguments, parse, ref
 from data import DataArguments
 from runs.description import Record
 from runs.examples import Experiment, run_experiment
+from runs.flags import read_examples
 from runs.program import run
 from runs.records import Run
 from self_speculation.backends.runner import ModelRunner
@@ -88,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
     if not config.greedy or config.generation_strategy != "self_speculative":
         refuse("--generation_strategy self_speculative and --sample False: the rounds are greedy")
-    return run_experiment("paper_rounds", PaperRounds, model_args, config, data_args, args)
+    examples = read_examples(model_args, data_args, args)
+    return run_experiment("paper_rounds", PaperRounds, model_args, config, data_args, args, examples)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Answers go to standard output, everything else to standard error.
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,6 @@ from threading import Event
 
 from llguidance import LLMatcher
 
-from arguments import refuse
 from runs.description import counted, early_exit_alone
 from runs.startup import autoregressive, encode_chat
 from runs.status import print_status, work_bar
@@ -147,25 +145,6 @@ def ctrl_c() -> Iterator[Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def one_prompt(given: str | None) -> str:
-    """The text of --prompt, or of standard input without the last line break.
-
-    An invalid or empty text ends the program with status 2.
-    """
-    try:
-        prompt = given
-        if prompt is None:
-            prompt = sys.stdin.read().removesuffix("\n") if sys.stdin is not None else ""
-        prompt.encode()
-    except UnicodeError:
-        refuse("the prompt is not valid UTF-8")
-    if given is None and (lines := prompt.count("\n")):
-        print_status(f"standard input is one prompt of {lines + 1} lines")
-    if given is None and not prompt:
-        refuse('the prompt is empty: standard input has no text; --prompt "" stands for the BOS token alone')
-    return prompt
 
 
 def _statistics(result: GenerationResult, config: GenerationConfig) -> str:

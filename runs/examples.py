@@ -11,10 +11,10 @@ from functools import partial
 from tqdm import tqdm
 
 from arguments import GenerationConfig, ModelArguments, RunArguments, refuse
-from data import DataArguments, DataError, Example, load_examples
+from data import DataArguments, Example
 from runs import ranks
 from runs.description import Record, counted, describe, describe_model, fewest_threads
-from runs.failures import Failed, check_writable, reason
+from runs.failures import Failed, reason
 from runs.records import Run, check_same_run
 from runs.startup import encode_chat, load_generator
 from runs.status import print_status
@@ -87,21 +87,21 @@ def run_experiment(
     config: GenerationConfig,
     data_args: DataArguments,
     args: RunArguments,
+    examples: list[Example],
     **settings: object,
 ) -> int:
-    """Load the model and the examples that fit it, and do the work on them; the exit status.
+    """Load the model, and do the work on the examples that fit it; the exit status.
 
     Args:
         make: called with the fields of an `Experiment`, and `settings`.
         args: the arguments of the script alone.
+        examples: of `runs.flags.read_examples`.
     """
-    check_writable("resume" if args.resume else "output_dir", args.resume or model_args.output_dir)
+    description = describe(script, (model_args, config, data_args, args))
     try:
-        examples = load_examples(data_args, model_args.seed)
-        description = describe(script, (model_args, config, data_args, args))
         if args.resume is not None:
             check_same_run(args.resume, description)
-    except (DataError, Failed) as error:
+    except Failed as error:
         refuse(str(error))
     generator = load_generator(model_args, config, data_args.chat)
     description |= describe_model(model_args.model_name, generator.model)

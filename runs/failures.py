@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from arguments import refuse
+from runs import ranks
 
 # Ways to generate with less memory.
 LESS = (
@@ -51,3 +52,9 @@ def check_writable(flag: str, folder: str | Path) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         refuse(f"--{flag} {folder}: cannot be written ({error.strerror})")
+
+
+def check_folder(output_dir: str, resume: str | None) -> None:
+    """`check_writable` for the folder of a run's records, at the first process."""
+    if ranks.is_first():
+        check_writable("resume" if resume else "output_dir", resume or output_dir)

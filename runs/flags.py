@@ -9,8 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
 
-from arguments import GenerationConfig, ModelArguments, refuse
+from arguments import GenerationConfig, ModelArguments, RunArguments, refuse
+from data import DataArguments, DataError, Example, load_examples
 from runs import ranks
+from runs.failures import check_folder
 
 
 def validate(model_args: ModelArguments, config: GenerationConfig) -> None:
@@ -55,6 +57,15 @@ def check_device(name: str) -> None:
                 why = f"torch {built['__version__']} needs a driver of NVIDIA, and there is none"
     if why:
         refuse(f"--device {name}: not on this machine, {why}; use auto or cpu")
+
+
+def read_examples(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> list[Example]:
+    """The examples of a run, whose folder can be written; else end the program in one line."""
+    check_folder(model_args.output_dir, args.resume)
+    try:
+        return load_examples(data_args, model_args.seed)
+    except DataError as error:
+        refuse(str(error))
 
 
 def _num_layers(model_args: ModelArguments) -> object:

@@ -2,6 +2,8 @@
 
 import os
 from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from arguments import ModelArguments, at_least, check
@@ -24,6 +26,16 @@ class TrainingDataArguments:
     def __post_init__(self) -> None:
         check(self, "eval_fraction", 0 < self.eval_fraction < 1, "must be between 0 and 1")
         at_least(self, 2, "sequence_length")
+        self.paths()
+
+    def paths(self) -> list[Path]:
+        """The files of `data_path`, none without it. Raises ValueError if there are no such files."""
+        pattern = os.path.expanduser(self.data_path or "")
+        where = f"is a folder; name its files, such as {os.path.join(pattern, '**/*.jsonl')}"
+        check(self, "data_path", not os.path.isdir(pattern), where)
+        found = [Path(name) for name in sorted(glob(pattern, recursive=True)) if os.path.isfile(name)]
+        check(self, "data_path", bool(found) or self.data_path is None, "no such files")
+        return found
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from arguments import ModelArguments, refuse
 from data import DataError, one_line
 from runs import ranks
 from runs.description import Record, describe, describe_model, heading
-from runs.failures import Failed, check_writable
+from runs.failures import Failed
 from runs.program import enable_collector
 from runs.records import Run, check_same_run, write_atomically
 from runs.startup import set_threads
@@ -113,8 +113,6 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     computed_in = str(from_flags.computed_in(model_args.dtype, device)).removeprefix("torch.")
     # All ranks join before rank 0 does anything alone.
     state = PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE)
-    place = ("resume", args.resume) if args.resume else ("output_dir", model_args.output_dir)
-    ranks.share(lambda: check_writable(*place))
     description = ranks.share(partial(_describe, flags))
     with state.local_main_process_first():  # other processes find cached files
         texts = load_texts(data_args)

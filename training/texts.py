@@ -3,8 +3,6 @@
 The content of a text alone decides whether it is held out, so no text is both learnt and held out.
 """
 
-import glob
-import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -37,7 +35,7 @@ def load_texts(args: TrainingDataArguments) -> tuple[Dataset, Dataset]:
     """(training, evaluation) rows: `text`, or `prompt` and `response`.
 
     Raises:
-        DataError: there are no such files, or they lack the columns.
+        DataError: the files lack the columns, or are malformed.
     """
     rows = _read(args)
     share = args.eval_fraction
@@ -55,7 +53,7 @@ def _is_in_split(row: dict[str, str], share: float, held_out: bool) -> bool:
 
 def _read(args: TrainingDataArguments) -> Dataset:
     """All rows, with the columns to learn."""
-    paths = standard_library() if args.data_path is None else _files(args.data_path)
+    paths = args.paths() or _standard_library()
     names = [*next(rows_of(paths[0]))]
     column = args.text_column
     if {"prompt", "response"} <= {*names}:  # they come before any other
@@ -81,16 +79,7 @@ def _texts_of(files: list[tuple[Path, int]], columns: dict[str, str]) -> Iterato
             yield {ours: cell(f"{path}: column {name!r}", row.get(name)) for name, ours in columns.items()}
 
 
-def _files(pattern: str) -> list[Path]:
-    if os.path.isdir(os.path.expanduser(pattern)):
-        raise DataError(f'--data_path {pattern}: is a folder; name its files, such as "{pattern}/**/*.jsonl"')
-    found = map(Path, sorted(glob.glob(os.path.expanduser(pattern), recursive=True)))
-    if not (paths := [path for path in found if path.is_file()]):
-        raise DataError(f"--data_path {pattern}: no such files")
-    return paths
-
-
-def standard_library() -> list[Path]:
+def _standard_library() -> list[Path]:
     """The sources of the running interpreter's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     return [

@@ -62,7 +62,8 @@ def test_ctrl_c_during_imports(tmp_path):
         "except KeyboardInterrupt:\n    raise ImportError('half of a library')\n"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    run = subprocess.run([sys.executable, ROOT / "generate.py"], capture_output=True, env=env)
+    command = [sys.executable, ROOT / "generate.py", "--prompt", "x"]
+    run = subprocess.run(command, capture_output=True, env=env)
     assert (run.returncode, run.stderr) == (130, b"interrupted\n")
 
 

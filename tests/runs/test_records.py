@@ -80,7 +80,7 @@ def test_a_full_disk_is_refused_before_anything_is_loaded(common, tmp_path, caps
     """Guards against minutes of loading before the error."""
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("runs.failures.tempfile.TemporaryFile", Mock(side_effect=full))
-    monkeypatch.setattr("runs.examples.load_examples", lambda *_: pytest.fail("data are read"))
+    monkeypatch.setattr("runs.flags.load_examples", lambda *_: pytest.fail("data are read"))
     line = refused(benchmark.main, common, capsys)
     assert line.endswith(f"--output_dir {tmp_path}/logs: cannot be written (No space left on device)")
 

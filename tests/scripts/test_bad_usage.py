@@ -177,7 +177,7 @@ def test_bad_usage_is_refused_before_weights_are_read(
         serve: [],
         equality: common[2:],
         paper: common[:4],
-        train: [*SMALL_TRAINING, *common[2:4], "--data_path", "no/such/*.txt"],
+        train: [*SMALL_TRAINING, *common[2:4], "--data_path", f"{ROOT}/README.md"],
     }.get(script, common)
     line = refused(script.main, [*required, *shlex.split(flags.replace("MODEL", common[1]))], capsys)
     assert says in line
@@ -210,6 +210,10 @@ BAD_USAGE = [
     "train --layer_dropout 1.5",
     "generate --device cuda",
     "train --device mps",
+    "train --data_path nofile*.txt",
+    "sweep --output_dir /dev/null/x",
+    "train --output_dir /dev/null/x",
+    "sweep --prompt_lookup 3",
 ]
 EACH = """
 import importlib, sys
@@ -234,7 +238,9 @@ def without_libraries(tmp_path):
         (tmp_path / "torch" / "version.py").write_text("__version__ = '0'\ncuda = hip = None\n")
         env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", EACH, *usages]
-        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env, cwd=tmp_path
+        )
 
     return run
 
@@ -245,6 +251,16 @@ def test_bad_usage_needs_no_library(without_libraries):
     assert run.stdout.split("\n")[:-1] == ["2"] * len(BAD_USAGE), run.stderr
     for line, usage in zip(run.stderr.splitlines(), BAD_USAGE, strict=True):
         assert line.startswith(f"{usage.split()[0]}.py: error: --")
+
+
+def test_data_and_pipes_are_read_before_libraries(without_libraries, tmp_path):
+    """Guards against seconds of imports before an error about rows, and before that of an empty pipe."""
+    (tmp_path / "rows.jsonl").write_text("[]\n")
+    run = without_libraries("generate", "benchmark --dataset custom_jsonl --data_path rows.jsonl")
+    assert run.stdout.split() == ["2", "2"]
+    empty, broken = run.stderr.splitlines()
+    assert "the prompt is empty: standard input has no text" in empty
+    assert "rows.jsonl: line 1 must be a JSON object" in broken
 
 
 @pytest.mark.parametrize("words", ["--help", "--help all", "--version"])

@@ -38,15 +38,15 @@ def test_errors_of_files(tmp_path):
     (tmp_path / "c.txt").write_text("x")
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
     for name, message in (
-        ("none*", "no such files"),
         ("a.jsonl", "--text_column text: not in the data, which has content"),
         ("[ac].*", "c.txt: column 'content' must be text, not NoneType"),
-        ("", "is a folder; name its files, such as "),
         ("d.jsonl", "d.jsonl: column 'text' must be text, not NoneType"),
         ("c.txt", "leaves nothing of 1 texts for"),
     ):
         args = arguments(tmp_path / name, text_column="content" if "c" in name else "text")
         assert message in error_line(DataError, load_texts, args)
+    for name, message in (("none*", "no such files"), ("", "is a folder; name its files, such as ")):
+        assert message in error_line(ValueError, arguments, tmp_path / name)
 
 
 def test_texts_are_tokenised_once_until_a_file_changes(tmp_path):
