@@ -297,9 +297,8 @@ class Measurement:
         print(_way_line("way", "answers", "errors", "drafted", "accepted", "s/answer", "tokens/s"))
         for each in ways:
             name = f"{each['picking']}, {each['way']}"
-            numbers = (each[key] for key in ("answers", "errors", "drafted", "accepted"))
-            speeds = (_rounded(each[key]) for key in ("seconds", "tokens_per_second"))
-            print(_way_line(name, *numbers, *speeds))
+            keys = ("answers", "errors", "drafted", "accepted", "seconds", "tokens_per_second")
+            print(_way_line(name, *(each[key] for key in keys)))
         print(f"\n{'pair of ways':<44}{'equal':>14}{'share':>9}{'90 % interval':>18}{'near-ties':>11}")
         for pair in pairs:
             print(_pair_line(pair))
@@ -376,11 +375,8 @@ def _shown(pair: JSONObject) -> str:
 
 
 def _way_line(name: str, *cells: object) -> str:
-    return f"{name:<32}" + "".join(f"{'-' if cell is None else cell:>10}" for cell in cells)
-
-
-def _rounded(number: float | None) -> str | None:
-    return None if number is None else f"{number:.2f}"
+    shown = ("-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else cell for cell in cells)
+    return f"{name:<32}" + "".join(f"{cell:>10}" for cell in shown)
 
 
 def _pair_line(pair: JSONObject) -> str:
