@@ -7,6 +7,8 @@ The flags are defaults for what requests leave out. Variables of the environment
 SELF_SPECULATION_PORT is the default of --port.
 """
 
+import ctypes
+import math
 import os
 import socket
 import sys
@@ -24,6 +26,9 @@ from runs.status import log_as_json, print_status
 from serving.flags import ServeArguments
 
 _GRACE = 5  # seconds in which aborted requests get their last event
+_ADDRESSES = 2  # reserves: of threads and an answer, and the one that stays
+_M_ARENA_MAX = -8  # of malloc.h
+_POLL_SECONDS = 0.01  # until the port answers
 _SWITCH_INTERVAL = 5e-4  # seconds that another thread may keep the engine's waiting; Python has 5e-3
 
 
@@ -54,16 +59,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from runs.startup import load_generator
     from self_speculation import Request
+    from self_speculation.machine.devices import RESERVED_ADDRESSES, free_addresses
     from self_speculation.text.grammar import Grammar
     from serving.answers import ServedModel
     from serving.app import App
     from serving.engine import Engine
     from serving.http11 import StrictProtocol, most_connections
 
+    def check_addresses(weights: int) -> None:
+        """End the program in time: without memory, libraries abort, and a thread that begins never ends."""
+        least = _ADDRESSES * RESERVED_ADDRESSES + 2 * weights  # the file, and rows that are moved
+        if (free := free_addresses()) < least:
+            left = f"`ulimit -v` leaves {max(0.0, free) / 1e6:.0f} MB"
+            refuse(f"out of memory: {left}, and the server needs {least / 1e6:.0f} more", status=1)
+
+    if free_addresses() < math.inf:
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # glibc takes 64 MB of addresses for each thread
+    path = Path(model_args.model_name).expanduser()
+    files = [path] if path.is_file() else [*path.glob("*.safetensors")]
+    check_addresses(sum(file.stat().st_size for file in files))
     generator = load_generator(model_args, config)
+    check_addresses(0)
     latest_end = max(args.shutdown_time, _GRACE)
     engine = Engine(generator, config, batch.batch_size, args.max_waiting)
-    path = Path(model_args.model_name).expanduser()
     name = args.served_name or (path.resolve().name if path.exists() else model_args.model_name)
     address, port = listener.getsockname()[:2]
     app = App(ServedModel(generator, engine, config, args, name), address)
@@ -82,9 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
 
+    failure: Exception | None = None
+
     def serve() -> None:
+        nonlocal failure
         try:
             server.run([listener])
+        except Exception as error:
+            failure = error
         finally:
             engine.shut_down(0)
 
@@ -98,14 +122,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_signals(shut_down, latest_end)
     sys.setswitchinterval(_SWITCH_INTERVAL)
     host = f"[{address}]" if ":" in address else address
-    print_status(f"serving {name} at http://{host}:{port}")
     http = Thread(target=serve, name="http")
     http.start()
     try:
+        while http.is_alive() and not server.started:
+            http.join(_POLL_SECONDS)
+        if server.started:
+            print_status(f"serving {name} at http://{host}:{port}")
         succeeded = engine.run()
     finally:
         server.should_exit = True
         http.join()
+    if failure is not None:
+        raise failure
     print_status("the server has ended")
     return 0 if succeeded and server.started else 1
 

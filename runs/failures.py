@@ -14,8 +14,14 @@ from runs import ranks
 LESS = (
     "a shorter prompt, a lower --max_steps, --dtype half, --quantization int8 or int4, --draft_weights exact"
 )
-# torch's words; torch.OutOfMemoryError is a RuntimeError.
-_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
+# Words of torch, of the operators and of Python; torch.OutOfMemoryError is a RuntimeError.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "DefaultCPUAllocator",
+    "allocate memory",
+    "aoti_torch_empty",
+    "can't start new thread",
+)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 
@@ -36,7 +42,8 @@ def reason(error: BaseException, less: str = LESS, batch_size: int = 1) -> str |
     while cause is not None:
         if isinstance(cause, MemoryError):
             return f"out of memory{f': {cause}' if str(cause) else ''}; less takes {less}"
-        if isinstance(cause, RuntimeError) and any(words in str(cause) for words in _OUT_OF_MEMORY):
+        is_short = isinstance(cause, RuntimeError) and any(words in str(cause) for words in _OUT_OF_MEMORY)
+        if is_short or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
             return f"out of memory; less takes {less}"
         cause = cause.__cause__
     return None

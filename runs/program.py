@@ -20,6 +20,8 @@ from runs.failures import LESS, reason
 from runs.status import print_status, work_bar
 from self_speculation.machine.progress import shown_by
 
+_NO_THREAD = b"error: out of memory: a thread cannot start\n"
+
 
 def on_signals(act: Callable[[int], None], seconds: float) -> None:
     """From now on a thread for signals calls `act` at SIGTERM, Ctrl-C and SIGHUP, whatever the main thread
@@ -59,6 +61,7 @@ def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
     `less`: ways to use less memory.
     """
     gc.disable()  # until `enable_collector`
+    sys.unraisablehook = _end_without_memory
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -89,6 +92,17 @@ def run(main: Callable[[], int], less: str = LESS) -> NoReturn:
             raise
         status = 1  # the lost rank or torchrun says why
     sys.exit(status)
+
+
+def _end_without_memory(error: "sys.UnraisableHookArgs") -> None:
+    """End the program, without more memory, if there is none for the first call of a thread: whoever starts
+    the thread waits for ever. Elsewhere, such as in a function for the exit, the shortage is named already.
+    """
+    if not isinstance(error.exc_value, MemoryError):
+        sys.__unraisablehook__(error)
+    elif "thread" in (error.err_msg or ""):
+        os.write(2, _NO_THREAD)
+        os._exit(1)
 
 
 def _discard_output() -> None:

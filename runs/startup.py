@@ -98,8 +98,6 @@ def load_generator(
         if copies := bytes_made(model):
             print_status(f"weights made for drafts take {copies / 2**30:.2f} GiB")
     except (LoadingError, ValueError) as error:
-        if (why := reason(error)) is not None:
-            refuse(f"--model {model_args.model_name}: {why}", status=1)
         _refuse_to_load(model_args, error)
     if model_args.threads is None and model.device.type == "cpu":
         govern_threads(model, governor)
@@ -137,5 +135,7 @@ def tell_of_fewer_threads(governor: ThreadGovernor) -> None:
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
+    if (why := reason(error)) is not None:
+        refuse(f"--model {model_args.model_name}: {why}", status=1)
     given = f" (with --model_args {model_args.model_args!r})" if model_args.model_args else ""
     refuse(f"--{error}{given}")

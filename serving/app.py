@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import hmac
+import math
 import os
 import time
 import uuid
@@ -13,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
+from threading import Barrier
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -26,6 +28,7 @@ from starlette.routing import Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
+from self_speculation.machine.devices import RESERVED_ADDRESSES, free_addresses
 from self_speculation.models.families import context_length
 from serving.answers import Answer, AnswerResponse, RequestKind, ServedModel
 from serving.engine import QueueFull
@@ -56,6 +59,7 @@ _HEADERS = {
     503: {"Retry-After": "1"},
 }
 _LONGEST_ID = 200  # characters that the server keeps of a client's x-request-id
+_BYTES_PER_BYTE = 128  # memory that two bodies take while they are parsed, per byte of one
 
 Result = TypeVar("Result")
 
@@ -72,6 +76,7 @@ class App:
         self._metrics = Metrics(served.engine, served.name, args.log_requests)
         self._parsing = FairQueue("bodies", served.engine.max_jobs)
         self._compiling = FairQueue("grammars", served.engine.max_jobs)
+        self._submitting = FairQueue("answers", served.engine.max_jobs, 1)
         served.engine.on_end = self._metrics.count
         served.engine.on_round = self._metrics.count_round
         served.generator.use_sandbox()
@@ -120,6 +125,7 @@ class App:
         scope["app"] = self  # with an app, the router raises errors
         try:
             check_key(scope, self._key)
+            _check_memory(http, self._served.args.max_body)
             await self._router(scope, receive, send_with_headers)
         except (Exception, asyncio.CancelledError) as exception:  # at shutdown, uvicorn cancels late requests
             headers = getattr(exception, "headers", None)
@@ -178,10 +184,8 @@ class App:
             parsing.cancel()
 
     async def _submit(self, client: str, answer: Answer) -> None:
-        if answer.is_guided:
-            await self._compiling.run(client, answer.submit)
-        else:
-            await asyncio.to_thread(answer.submit)
+        queue = self._compiling if answer.is_guided else self._submitting
+        await queue.run(client, answer.submit)
 
 
 class FairQueue:
@@ -198,6 +202,14 @@ class FairQueue:
         self._what = what
         self._max_waiting = max_waiting
         self._threads = ThreadPoolExecutor(num_threads, what)
+        # Later there may be no memory for threads. A thread that works starts no other one, so all wait.
+        begun = Barrier(num_threads)
+        try:
+            for _ in range(num_threads):
+                self._threads.submit(begun.wait)
+        except RuntimeError:
+            begun.abort()  # else the process waits for threads that have begun
+            raise
         self._num_free = num_threads
         # Client -> a future for each piece of work; the next client comes first.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
@@ -268,6 +280,17 @@ def check_key(scope: Scope, key: str | None) -> None:
     # Headers are bytes. A key may hold bytes that are no characters.
     if scheme.lower() != b"bearer" or not hmac.compare_digest(word.strip(), os.fsencode(key)):
         raise APIError("Authorization: must be Bearer and the API key", 401, code="invalid_api_key")
+
+
+def _check_memory(http: HTTPRequest, max_body: int) -> None:
+    """Raises APIError if the request may take more addresses than there are. Without memory, libraries that
+    parse and tokenize end the process.
+    """
+    if http.scope["path"] in ("/health", "/metrics") or (free := free_addresses()) == math.inf:
+        return
+    size = max_body if "transfer-encoding" in http.headers else int(http.headers.get("content-length", 0))
+    if RESERVED_ADDRESSES / 2 + _BYTES_PER_BYTE * min(size, max_body) > free:
+        raise APIError("the server is short of memory (ulimit -v): send less, or try again later", 503)
 
 
 def allowed_hosts(address: str, host: str) -> list[str]:

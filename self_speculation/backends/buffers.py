@@ -13,7 +13,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from self_speculation.machine.devices import free_memory, padded, round_up
+from self_speculation.machine.devices import (
+    RESERVED_ADDRESSES,
+    free_addresses,
+    free_memory,
+    padded,
+    round_up,
+)  # fmt: skip
 
 # Capacities are multiples of it, and so are rows of masks: attention kernels want them aligned.
 ALIGNMENT = 8
@@ -38,8 +44,11 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """
     if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    if size + RESERVED_ADDRESSES > free_addresses():
+        raise MemoryError("no memory for keys and values")
     try:
-        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError("no memory for keys and values") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # each head of each slot would take 2 MiB and more
@@ -96,7 +105,10 @@ class Buffers:
         self.key_shape = key_shape
         self.dtype = dtype
         self.grows = all(device.type == "cpu" for device in devices)  # else there is room for all at once
-        self._longest = longest if self.grows else 0
+        # In all layers or in none: the first ones would leave nothing to the last.
+        size = 2 * len(devices) * len(self.shared_prefixes) * math.prod(key_shape) * longest * dtype.itemsize
+        has_addresses = self.grows and size + RESERVED_ADDRESSES <= free_addresses()
+        self._longest = longest if has_addresses else 0
         self.by_layer: dict[int, Pair] = {}
         # On a CPU: positions that may have been written. Later ones are zero.
         self.num_used = [0] * len(self.shared_prefixes)

@@ -1,8 +1,14 @@
 """Lost ranks and devices, free memory, powers of two."""
 
+import math
+import resource
+
 import psutil
 import torch
 import torch.distributed as dist
+
+# Bytes of addresses that keys and values leave to libraries which abort where they get no memory.
+RESERVED_ADDRESSES = 2**27
 
 _DRIVERS = {12: "525", 13: "580"}  # the oldest ones, by CUDA's version
 
@@ -33,6 +39,12 @@ def free_memory(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available
+
+
+def free_addresses() -> float:
+    """Bytes of addresses that the process may still take; infinite without `ulimit -v`."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return math.inf if most == resource.RLIM_INFINITY else most - psutil.Process().memory_info().vms
 
 
 def round_up(number: int, step: int) -> int:

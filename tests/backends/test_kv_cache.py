@@ -330,6 +330,23 @@ def test_buffers_grow_where_the_system_refuses_addresses(monkeypatch):
         cache.make_room(0, 2, [1000])
 
 
+def test_buffers_leave_addresses_to_libraries_that_abort_without(monkeypatch):
+    """Guards against a server under `ulimit -v` that a tokenizer or a grammar ends, and against first layers
+    with addresses for whole texts that leave none to the last one.
+    """
+    layer = 2 * 1000 * 2 * 3 * 4  # bytes of keys and values of 1,000 positions
+    for free, capacities in ((3 * layer, {1000}), (3 * layer - 1, {16})):
+        left = buffers.RESERVED_ADDRESSES + free
+        monkeypatch.setattr(buffers, "free_addresses", lambda left=left: left)
+        cache = cache_of(*[CPU] * 3, longest=1000)
+        for number in range(3):
+            append(cache, range(8), number)
+        assert {part.shape[2] for part in cache.buffers.all()} == capacities
+    monkeypatch.setattr(buffers, "free_addresses", lambda: buffers.RESERVED_ADDRESSES)
+    with pytest.raises(MemoryError):
+        cache.make_room(0, 2, [1000])
+
+
 @pytest.mark.parametrize("lengths", [[5], [5, 5], [5, 9]])
 def test_a_rejected_draft_beyond_the_range_of_float16_changes_no_other_token(lengths):
     """Guards against a request that fails without operators, since a draft that no output has, in the same

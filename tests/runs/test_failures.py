@@ -1,5 +1,6 @@
 """Too little memory and NaN logits end the work in one line of error, and nothing is lost."""
 
+import errno
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -119,7 +120,11 @@ def test_out_of_memory_is_told_from_other_errors(capsys):
     """Guards against a mistake that is explained away, and a traceback where the error comes wrapped."""
     wrapped = ValueError("cannot load")
     wrapped.__cause__ = CPU
-    for error in (CUDA, CPU, MemoryError(), wrapped):
+    unmapped = OSError(errno.ENOMEM, "Cannot allocate memory")
+    operator = RuntimeError(
+        "aoti_torch_empty_strided(n, shape.begin()) API call failed at few_bits.h, line 457"
+    )
+    for error in (CUDA, CPU, MemoryError(), wrapped, unmapped, operator):
         assert reason(error).startswith(OUT_OF_MEMORY)
     assert reason(MemoryError("cache of 9 GiB")).startswith("out of memory: cache of 9 GiB; less")
     with pytest.raises(RuntimeError, match="mat1"):

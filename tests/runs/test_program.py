@@ -43,6 +43,30 @@ def test_a_process_that_hangs_ends():
     assert (ended.returncode, ended.stdout, "in act" in ended.stderr) == (1, "1\n2\n", True)
 
 
+# No memory for the first call of a thread looks so. Python then waits in `start` for ever.
+NO_THREAD = """
+import _thread, threading
+from runs.program import run
+
+def begin():
+    raise MemoryError
+
+def main():
+    begun = threading.Event()
+    _thread.start_new_thread(begin, ())
+    begun.wait()
+
+run(main)
+"""
+
+
+def test_a_thread_that_has_no_memory_to_begin():
+    """Guards against a server under `ulimit -v` that waits for ever and answers nobody."""
+    command = [sys.executable, "-c", NO_THREAD]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=forks.HANGS)
+    assert (ended.returncode, ended.stderr) == (1, "error: out of memory: a thread cannot start\n")
+
+
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_an_output_that_is_closed(name, monkeypatch, capsys):
     """As `generate.py >&-` and `2>&-`. Guards against a traceback of what asks whether it is a terminal, and

@@ -10,6 +10,7 @@ import requests
 from helpers import watch
 from servers import CHAT, HELLO, Served, held, post, raw_request, refused, send, tiny_generator, until
 
+from self_speculation.machine.devices import RESERVED_ADDRESSES
 from self_speculation.models.families import context_length
 from serving.answers import Answer
 from serving.app import allowed_hosts, check_key
@@ -90,6 +91,20 @@ def test_headers_and_methods_that_clients_expect(served, monkeypatch):
         assert (response.status_code, "application/json" in response.text) == (400, True)
 
 
+def test_requests_are_refused_while_addresses_are_few(served, monkeypatch):
+    """Guards against libraries in Rust that end the server where they get no memory for a request."""
+    free = RESERVED_ADDRESSES / 2 + 128 * 1000
+    monkeypatch.setattr("serving.app.free_addresses", lambda: free)
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    for content, status in ((body.ljust(1000), 200), (body.ljust(1001), 503), (iter([body]), 503)):
+        answer = send(served, content)
+        assert answer.status_code == status
+        assert answer.ok or (answer.headers["Retry-After"], "ulimit -v" in answer.text) == ("1", True)
+    free = 0
+    statuses = [requests.get(f"{served.url}/{path}").status_code for path in ("", "health", "metrics")]
+    assert statuses == [503, 200, 200]
+
+
 def test_a_compressed_body_is_named(served):
     """Guards against advice about JSON for a body that is JSON, in gzip."""
     body = b'{"prompt": "x", "max_tokens": 1}'
@@ -148,7 +163,7 @@ def test_a_long_request_blocks_no_other(served, monkeypatch):
         watch(monkeypatch, owner, name, lambda *_, **__: threads.append(threading.current_thread().name))
     assert post(served, prompt="x").status_code == 200
     assert len(threads) >= 3
-    assert all(name.startswith(("bodies_", "asyncio_")) for name in threads)  # names of workers
+    assert all(name.startswith(("bodies_", "answers_")) for name in threads)  # names of workers
 
 
 def test_what_cannot_fit_is_measured_only(served, monkeypatch):

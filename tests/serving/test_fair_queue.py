@@ -1,6 +1,7 @@
 """The queue before parsing and compiling: whose turn it is, and who is refused."""
 
 import asyncio
+import gc
 import threading
 
 import pytest
@@ -43,6 +44,38 @@ def test_clients_take_turns():
         await add("a1", "a2", "a3", "a4", "b1", "b2", "c1")
 
     assert in_queue(scenario)[1] == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+
+
+def test_threads_are_there_before_work(monkeypatch):
+    """Guards against a request for whose thread there is no memory: the turn was lost, and later requests
+    waited for ever.
+    """
+    queue = FairQueue("bodies", 9, num_threads=2)
+    monkeypatch.setattr(threading.Thread, "start", None)
+
+    async def run():
+        return await asyncio.gather(*(queue.run("a", lambda number=number: number) for number in range(4)))
+
+    assert asyncio.run(run()) == [0, 1, 2, 3]
+
+
+def test_a_queue_without_memory_for_threads_ends(monkeypatch):
+    """Guards against a server that cannot start and does not end: its first thread waits for the second."""
+    started = []
+    start = threading.Thread.start
+
+    def start_one(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="new thread"):
+        FairQueue("bodies", 9, num_threads=2)
+    gc.collect()  # the pool's thread ends with it
+    started[0].join(60)
+    assert not started[0].is_alive()
 
 
 def test_nobody_fills_the_queue_for_all():

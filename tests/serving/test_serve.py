@@ -7,6 +7,7 @@ import signal
 import socket
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import forks
 import openai
@@ -86,6 +87,74 @@ def test_a_machine_that_is_too_busy_for_grammars(tmp_path):
         assert answer.status_code == 503
         script.send_signal(signal.SIGTERM)
         assert script.wait() == 0
+
+
+WITHOUT_HTTP = """
+from unittest.mock import patch
+import serve
+from runs.program import run
+with patch("uvicorn.Server.run", side_effect=RuntimeError("can't start new thread")):
+    run(serve.main)
+"""
+
+
+def test_a_server_that_cannot_listen_does_not_serve(tmp_path):
+    """Guards against the line `serving` of a server that answers nobody, and one that does not end."""
+    with tempfile.TemporaryFile() as stderr:
+        script = forks.Fork(
+            write_program(tmp_path, WITHOUT_HTTP), *FLAGS, "--port", 0, stderr=stderr.fileno()
+        )
+        assert script.wait() == 1
+        (line,) = [line for line in forks.read(stderr).splitlines() if not line.startswith("other programs")]
+        assert line.startswith("program.py: error: out of memory; less takes")
+
+
+# So many MB of addresses are left when the flags are read.
+LIMITED = """
+import resource
+import psutil, torch, transformers
+import serve
+from runs.program import run
+most = psutil.Process().memory_info().vms + int(sys.argv.pop(1)) * 10**6
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+run(serve.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("megabytes", [*range(50, 901, 50)])
+def test_a_server_with_few_addresses_answers_or_ends(megabytes, tmp_path):
+    """With `ulimit -v`. Guards against SIGABRT by a library in Rust, and a server that hangs because a thread
+    could not begin.
+    """
+    program = write_program(tmp_path, LIMITED)
+    with tempfile.TemporaryFile() as stderr:
+        script = forks.Fork(program, megabytes, *FLAGS, "--port", 0, stderr=stderr.fileno())
+        try:
+            until = time.monotonic() + forks.HANGS
+            while not (found := re.search(r"serving \S+ at (\S+)", forks.read(stderr))):
+                assert time.monotonic() < until
+                if script.poll() is not None:
+                    printed = forks.read(stderr)
+                    assert (script.poll(), printed.count("error: out of memory")) == (1, 1), printed
+                    assert "Traceback" not in printed
+                    return
+                time.sleep(0.01)
+            body = {"prompt": "def f(x):\n    return x\n" * 60, "max_tokens": 20}
+
+            def status(number):
+                request = {**body, "seed": number, "structured_outputs": {"regex": "[a-z]+"}}
+                return requests.post(
+                    f"{found[1]}/v1/completions", json=request, timeout=forks.HANGS
+                ).status_code
+
+            with ThreadPoolExecutor(4) as threads:
+                assert {*threads.map(status, range(8))} <= {200, 500, 503}
+            assert requests.get(f"{found[1]}/health", timeout=60).ok
+            script.send_signal(signal.SIGTERM)
+            assert script.wait() == 0
+        finally:
+            script.end()
 
 
 def test_flags_by_variables_and_lines_as_objects():
