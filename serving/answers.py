@@ -22,6 +22,7 @@ from self_speculation.text.grammar import short_json
 from self_speculation.text.texts import Thinking
 from serving.engine import Engine, Job
 from serving.errors import APIError
+from serving.fields import check_number_of_values
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, Origin, figures
 from serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -82,6 +83,7 @@ class Answer:
         """Read, check and tokenize the request. Returns the names of ignored fields."""
         generator = self._generator
         ignored = set[str]()
+        check_number_of_values(body)
         client_request = kind.model_validate_json(body, context=ignored)
         self._writer = client_request.writer(self._served.name)
         request = client_request.chat if isinstance(client_request, ResponsesRequest) else client_request
@@ -116,6 +118,7 @@ class Answer:
         """Convert text to token ids, or back. Adds the names of ignored fields to `ignored`."""
         generator = self._generator
         context = context_length(self._generator.model.config)
+        check_number_of_values(body)
         request = kind.model_validate_json(body, context=ignored)
         self._served.check_name(request.model or self._served.name)
         if isinstance(request, DetokenizeRequest):

@@ -38,6 +38,8 @@ _LIKE = 0.88  # the least likeness of a misspelt name
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, validation of a list
 # stops at the first fault.
 MAX_ITEMS = 2048  # of a list
+MAX_OBJECTS = 100_000  # texts with names, lists and objects of a body
+MAX_VALUES = 500_000  # of a body, such as token ids
 _MAX_FIELDS = 100  # of an object
 
 # Fields that other servers have (vLLM, llama.cpp, SGLang, TGI, Ollama) and this one refuses, because they
@@ -229,6 +231,21 @@ def _why_refused(name: str, given: JSONObject, known: set[str], refused: dict[st
     if is_neutral or (name.startswith("min_") and given.get("ignore_eos") is True):
         return None
     return f"this server does not have it, {f'use {instead}' if instead else 'leave it out'}"
+
+
+def check_number_of_values(body: bytes) -> None:
+    """Raises APIError for a body of more values than a request needs. Making objects of JSON keeps the
+    interpreter for seconds, and streams wait; counting takes milliseconds.
+    """
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in body else body
+    number = unescaped.count(b'"') // 2
+    if number <= MAX_OBJECTS:
+        outside = b"".join(unescaped.split(b'"')[::2])
+        number += outside.count(b"[") + outside.count(b"{")
+        if outside.count(b",") > MAX_VALUES:
+            raise APIError(f"the body: must have at most {MAX_VALUES} values")
+    if number > MAX_OBJECTS:
+        raise APIError(f"the body: must have at most {MAX_OBJECTS} texts, lists and objects together")
 
 
 Limit = Annotated[int | None, Field(ge=1)]

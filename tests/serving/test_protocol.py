@@ -1,6 +1,7 @@
 """The fields of requests, without a server."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from conftest import ROOT
@@ -10,6 +11,7 @@ from servers import HELLO
 from self_speculation import GenerationConfig
 from self_speculation.text.grammar import Grammar, GrammarError
 from serving.errors import APIError
+from serving.fields import check_number_of_values
 from serving.protocol import ChatRequest, CompletionRequest
 from serving.responses import ResponsesRequest
 from serving.streaming import Delta
@@ -163,6 +165,26 @@ def test_unknown_fields_are_few():
     with pytest.raises(ValidationError, match="at most 100 unknown fields together"):
         ChatRequest.model_validate({"messages": messages}, context=set())
     ChatRequest.model_validate({"messages": messages[:1] * 4}, context=set())
+
+
+@pytest.mark.parametrize(
+    ("values", "is_allowed"),
+    [
+        (["x"] * 90_000, True),
+        (['\\"\\\\', "a,b[{"] * 45_000, True),
+        ([1] * 499_000, True),
+        (["x" * 500_000 + "{,[" * 500_000], True),
+        (["x"] * 100_001, False),
+        ([[]] * 100_001, False),
+        ([{}] * 100_001, False),
+        ([{"a": {"b": 1}}] * 30_000, False),
+        ([1] * 500_002, False),
+    ],
+)
+def test_values_of_a_body_are_counted_before_they_are_made(values, is_allowed):
+    """Guards against a body of 4 MB of empty lists, which kept the interpreter for seconds."""
+    with nullcontext() if is_allowed else pytest.raises(APIError, match="the body: must have at most"):
+        check_number_of_values(json.dumps(values).encode())
 
 
 def calling(arguments):

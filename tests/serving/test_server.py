@@ -427,6 +427,17 @@ def test_text_to_token_ids_and_back(served):
     assert TOO_LONG in converted("tokenize", prompt="x y " * 1000)
 
 
+@pytest.mark.parametrize("path", ["v1/chat/completions", "v1/completions", "v1/responses", "tokenize"])
+def test_a_body_of_too_many_values_is_never_parsed(served, monkeypatch, path):
+    """Guards against a path that parses them."""
+    monkeypatch.setattr("pydantic.BaseModel.model_validate_json", None)
+    body = b'{"x": [' + b"[]," * 100_000 + b"[]]}"
+    answer = requests.post(
+        f"{served.url}/{path}", body, headers={"Content-Type": "application/json"}, timeout=60
+    )
+    assert (answer.status_code, "100000 texts, lists and objects" in answer.text) == (400, True)
+
+
 def test_a_request_says_whether_its_prompt_has_special_tokens(served, monkeypatch):
     """As in vLLM. Guards against a field that was ignored, which changes each prompt of Llama."""
     encoded = []
