@@ -206,7 +206,7 @@ PROGRAMS_WITH_FLAGS = [
     "generate.py", "benchmark.py", "sweep.py", "correctness.py", "equality.py", "eval.py", "train.py",
     "serve.py",
     *(f"benchmarks/{name}.py" for name in ("side_by_side", "serving", "paper", "products", "synthetic")),
-    "benchmarks/long_contexts.py",
+    "benchmarks/long_contexts.py", "benchmarks/variants.py",
 ]  # fmt: skip
 # Of llama.cpp, docker, torchrun, accelerate and the hub's client.
 FOREIGN_FLAGS = {

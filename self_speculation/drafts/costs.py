@@ -86,8 +86,11 @@ _COSTS: Mapping[str, Sequence[float]] = {
     # Our operators on weights in 16 bits and, in four, on copies.
     "AVX512_VNNI": (1.0, 1.05, 1.2, 1.9, 3.4, 6.6, 13.0),
     "AVX2": (1.0, 1.2, 1.45, 2.5, 4.1, 7.7, 15.4),
+    "AVX_VNNI": (1.0, 1.2, 1.45, 2.5, 4.1, 7.7, 15.4),  # as AVX2
     "AVX512_VNNI, few bits": (1.0, 1.1, 1.2, 1.5, 2.8, 5.5, 11.0),
     "AVX512_VNNI, eight bits": (1.0, 1.06, 1.07, 1.2, 2.0, 3.7, 7.6),  # one scale for a block, no minimum
+    "AVX_VNNI, few bits": (1.2, 1.3, 1.45, 2.2, 4.1, 8.1, 16.5),
+    "AVX_VNNI, eight bits": (1.15, 1.2, 1.27, 1.35, 2.1, 4.0, 7.8),
     "AVX2, few bits": (1.25, 1.35, 1.7, 3.0, 5.6, 11.0, 22.0),
     "torch": (1.0, 1.1, 1.3, 1.6, 2.2, 3.5, 6.0),
     "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # bound by memory

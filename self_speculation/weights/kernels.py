@@ -33,12 +33,14 @@ _OPTIONS = (
 
 # The compiler's options, by the instructions that the operators use.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX_VNNI = (*_AVX2, "-mavxvnni")
 _AVX512_VNNI = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 _AVX512_BF16 = (*_AVX512_VNNI, "-mavx512bf16")
 VARIANTS = {
     "AMX": (*_AVX512_BF16, "-DAMX"),
     "AVX512_BF16": _AVX512_BF16,
     "AVX512_VNNI": _AVX512_VNNI,
+    "AVX_VNNI": _AVX_VNNI,
     "AVX2": _AVX2,
     "ARM": ("-march=armv8.2-a+fp16+dotprod",),
 }
@@ -82,7 +84,15 @@ def _load_operators() -> CPUOperators:
     if variant is None:
         return CPUOperators(None, "there are none for this processor")
     try:
-        _load_or_build(variant)
+        try:
+            _load_or_build(variant)
+        except RuntimeError as error:
+            if variant != "AVX_VNNI":
+                raise
+            variant = "AVX2"  # the same bits, by what GCC before 11 and Clang before 12 know
+            _load_or_build(variant)
+            why = f"operators: for AVX2, since those for AVX_VNNI cannot be built: {error}"
+            warnings.warn(why, LoadingWarning, stacklevel=3)
     except RuntimeError as error:
         return CPUOperators(None, f"ours cannot be built: {error}")
     except OSError as error:
@@ -132,9 +142,9 @@ def _best_variant() -> str | None:
     level = torch.backends.cpu.get_cpu_capability()  # ATEN_CPU_CAPABILITY lowers it
     if level not in ("AVX2", "AVX512"):
         return None
-    has = torch.cpu.get_capabilities() if level == "AVX512" else {}
-    if not has.get("avx512_vnni", False):
-        return "AVX2"
+    has = torch.cpu.get_capabilities()
+    if level == "AVX2" or not has.get("avx512_vnni", False):
+        return "AVX_VNNI" if has.get("avx_vnni", False) else "AVX2"
     if not has.get("avx512_bf16", False):
         return "AVX512_VNNI"
     if not has.get("amx_bf16", False):

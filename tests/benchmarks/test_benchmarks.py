@@ -15,7 +15,7 @@ from transformers import AutoConfig, LlamaConfig
 
 import generate as generate_script
 from arguments import ModelArguments
-from benchmarks import long_contexts, serving, side_by_side, synthetic
+from benchmarks import long_contexts, serving, side_by_side, synthetic, variants
 from benchmarks.peers import (
     TRANSFORMERS,
     TransformersStrategy,
@@ -272,3 +272,16 @@ def test_pairs_of_turns():
         (1, 3, 1.2, 1), (8, 1, 0.5, 0),
     ]  # fmt: skip
     assert (found[0]["low"], found[0]["high"], found[0]["plain tokens/s"]) == (1.0, 1.5, 4.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx_vnni", False), reason="a processor without")
+def test_variants_of_operators(capsys):
+    """Guards against a variant that is compared with itself, and passes whose bits depend on the variant."""
+    model = ["--model", str(default_model())]
+    assert "must be two of" in refused(variants.main, [*model, "--variants", "AVX2", "AVX2"], capsys)
+    passes = ["--quantization", "int8", "--turns", "2", "--tokens", "1", "70"]
+    assert variants.main([*model, *passes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[-3:-1]] == [["1", "tokens"], ["70", "tokens"]]
+    assert lines[-1] == "logits are equal in every bit"

@@ -417,8 +417,10 @@ def head_in_layers(model):
     return model.lm_head.weight.numel() / sum(p.numel() for p in model.model.layers[0].parameters())
 
 
-@pytest.mark.parametrize(("variant", "slower"), [("AVX512_BF16", 1.0), ("AVX2", 1.25)])
-def test_estimated_costs_are_those_of_the_formula(variant, slower, monkeypatch):
+@pytest.mark.parametrize(
+    ("variant", "slower", "four"), [("AVX512_BF16", 1.0, 1.2), ("AVX_VNNI", 1.2, 1.45), ("AVX2", 1.25, 1.7)]
+)
+def test_estimated_costs_are_those_of_the_formula(variant, slower, four, monkeypatch):
     """Guards against first plans that take torch's kernel for as fast as memory."""
     monkeypatch.setattr(costs, "cpu_operators", lambda: CPUOperators(variant))
     model = tiny_llama(num_layers=10, fused=True)
@@ -427,7 +429,7 @@ def test_estimated_costs_are_those_of_the_formula(variant, slower, monkeypatch):
     weights = slower * 5 / 32  # with scales
     assert draft_ratio(model, 3, "int4") == pytest.approx((3 + head) * weights / (10 + head))
     grows = costs.relative_pass_cost(ModelRunner(model), "int4")
-    assert (grows(1), grows(4)) == (1.0, pytest.approx(1.7 / 1.25 if slower > 1 else 1.2))
+    assert (grows(1), grows(4)) == (1.0, pytest.approx(four / slower))
 
 
 def test_a_copy_on_a_gpu_costs_half_a_step(monkeypatch):

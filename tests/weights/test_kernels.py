@@ -135,6 +135,21 @@ def test_operators_that_cannot_be_built(builds, case):
     assert case == "other file" or not file.exists()
 
 
+def test_a_compiler_that_is_too_old_for_avx_vnni(builds, monkeypatch):
+    """Guards against torch in the place of operators, where a compiler of 2020 builds those for AVX2."""
+    file, compiler, loaded = builds
+    refuses = "case \"$*\" in *-mavxvnni*) echo 'c++: error: unknown option -mavxvnni' >&2; exit 1; esac\n"
+    compiler.write_text(compiler.read_text().replace("\n", f"\n{refuses}", 1))
+    monkeypatch.setattr(kernels, "_best_variant", lambda: "AVX_VNNI")
+    with pytest.warns(LoadingWarning, match=r"for AVX2, .* AVX_VNNI .*: unknown option -mavxvnni"):
+        assert load().variant == "AVX2"
+    assert [each.name for each in loaded] == [kernels._file_name("AVX2")]
+    compiler.unlink()
+    for each in file.parent.iterdir():
+        each.unlink()
+    assert "compiler, install Debian's package g++" in load().why_not
+
+
 @pytest.mark.parametrize(
     ("cache", "why"),
     [
@@ -163,13 +178,17 @@ def test_operators_that_cannot_be_kept(cache, why, builds, monkeypatch, tmp_path
 
 
 def test_other_processors_have_none(monkeypatch):
-    """Guards against instructions that a processor does not have."""
+    """Guards against instructions that a processor does not have, and against AVX2 on Intel's processors for
+    clients, which have AVX_VNNI and no AVX512.
+    """
     both = {"avx512_vnni", "avx512_bf16"}
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
     for level, has, variant in (
         ("AVX512", {*both, "amx_bf16"}, "AMX"),
         ("AVX512", both, "AVX512_BF16"), ("AVX512", {"avx512_vnni"}, "AVX512_VNNI"),
-        ("AVX512", {"avx512_bf16"}, "AVX2"), ("AVX2", both, "AVX2"), ("DEFAULT", both, None),
+        ("AVX512", {"avx512_bf16"}, "AVX2"), ("AVX2", both, "AVX2"), ("AVX2", {"avx_vnni"}, "AVX_VNNI"),
+        ("AVX2", {*both, "avx_vnni"}, "AVX_VNNI"), ("AVX512", {*both, "avx_vnni"}, "AVX512_BF16"),
+        ("DEFAULT", {*both, "avx_vnni"}, None),
     ):  # fmt: skip
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda level=level: level)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: dict.fromkeys(has, True))

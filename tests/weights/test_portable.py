@@ -16,13 +16,15 @@ from self_speculation.weights.kernels import cpu_operators
 
 FLAGS = {
     "AVX2": ["c++", *kernels.VARIANTS["AVX2"]],
+    "AVX_VNNI": ["c++", *kernels.VARIANTS["AVX_VNNI"]],
+    "eight bits": ["c++", *kernels.VARIANTS["AVX2"], "-DEIGHT_BITS"],  # AVX_VNNI in plain C++
     "AVX512_BF16": ["c++", *kernels.VARIANTS["AVX512_BF16"]],
     "no vectors": ["c++"],
     "16 numbers": ["c++", "-DWIDE"],
     "ARM": ["aarch64-linux-gnu-g++", "-static", *kernels.VARIANTS["ARM"]],
     "sanitizers": ["c++", *kernels.VARIANTS["AVX2"], "-O1", "-g", "-fsanitize=address,undefined"],
 }
-
+NEEDS = {"AVX_VNNI": "avx_vnni", "AVX512_BF16": "avx512_bf16"}  # of the processor
 
 DIGEST_OF_TILES = "digest 1a4b7ff81fa3445f"  # of a Xeon's
 
@@ -56,7 +58,7 @@ def printed(name):
     compiler, *flags = FLAGS[name]
     if name == "ARM" and not shutil.which("qemu-aarch64"):
         pytest.skip("no qemu-aarch64")
-    if name == "AVX512_BF16" and not torch.cpu._is_avx512_bf16_supported():
+    if name in NEEDS and not torch.cpu.get_capabilities().get(NEEDS[name], False):
         pytest.skip("a processor without")
     emulator = ["qemu-aarch64"] if name == "ARM" else []
     lines = run_program("tests/weights/operators.cpp", compiler, ["-O2", *flags], emulator)
@@ -72,3 +74,12 @@ def test_other_processors_compute_the_same(name):
     assert len(found) > 2000
     numbers = [torch.tensor([float(number) for _, number in each]) for each in (found, expected)]
     torch.testing.assert_close(*numbers, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AVX_VNNI", "eight bits"])
+def test_eight_bits_at_once_change_no_bit(name):
+    """Guards against text that depends on the processor: AVX_VNNI adds in 32 bits what AVX2 adds in 16, and
+    takes quants of eight bits whole. Integers are exact, and all other sums have one order.
+    """
+    assert printed(name) == printed("AVX2")

@@ -27,7 +27,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Tests define WIDE, PAIRS or TILES. They run this code on processors without such instructions.
+// Tests define WIDE, EIGHT_BITS, PAIRS or TILES. They run this code on processors without such instructions.
 #ifdef TILES
 #define WIDE
 #define PAIRS
@@ -67,33 +67,19 @@ Shorts to_bfloat16_bits(Floats x) {
   return __builtin_convertvector(rounded >> 16, Shorts);
 }
 #ifdef __AVX512VNNI__
-constexpr bool TAKES_EIGHT_BITS = true;  // `dot` takes quants above 127
 Floats widen(const Half* from) { return _mm512_cvtph_ps(load<__m256i>(from)); }
 Shorts to_half_bits(Floats x) { return (Shorts)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 Floats widen(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-// Adds four quants times four inputs, in each lane. `total` follows up to 8 calls for quants of 4 bits, 4 calls for 5 bits and
-// 2 calls for 6 bits.
-Ints dot(Ints sums, Bytes quants, int32_t x) {
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)quants, _mm512_set1_epi32(x));
-}
-Ints total(Ints sums) { return sums; }
 float max_lane(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
 __m256 sum_of_halves(Floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 #elif defined(__AVX2__)
-constexpr bool TAKES_EIGHT_BITS = false;
 Floats widen(const Half* from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
 Shorts to_half_bits(Floats x) { return (Shorts)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 Floats widen(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))); }
 Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-// Two sums of 16 bits for each lane, of 16 products of 15 * 127, 8 of 31 * 127, or 4 of 63 * 127.
-Ints dot(Ints sums, Bytes quants, int32_t x) {
-  return (Ints)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)quants, _mm256_set1_epi32(x)));
-}
-Ints total(Ints sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
 __m256 sum_of_halves(Floats x) { return x; }
 #else
-constexpr bool TAKES_EIGHT_BITS = false;
 typedef _Float16 Halves VECTOR(2);
 Floats widen(const Half* from) { return __builtin_convertvector(load<Halves>(from), Floats); }
 Shorts to_half_bits(Floats x) { return (Shorts)__builtin_convertvector(x, Halves); }
@@ -105,17 +91,42 @@ Floats fma(Floats a, Floats b, Floats c) {
   for (int i = 0; i < LANES; i++) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return a;
 }
+#endif
+
+// Adds four quants times four inputs, in each lane. If `dot` takes no quants above 127, `total` follows up to 8 calls for quants of
+// 4 bits, 4 calls for 5 bits and 2 calls for 6 bits. All sums are exact, so each processor has the same.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool TAKES_EIGHT_BITS = true;
 Ints dot(Ints sums, Bytes quants, int32_t x) {
-#ifdef __ARM_FEATURE_DOTPROD
+#ifdef __AVX512VNNI__
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)quants, _mm512_set1_epi32(x));
+#else
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)quants, _mm256_set1_epi32(x));
+#endif
+}
+Ints total(Ints sums) { return sums; }
+#elif defined(__AVX2__) && !defined(EIGHT_BITS)
+constexpr bool TAKES_EIGHT_BITS = false;
+// Two sums of 16 bits for each lane, of 16 products of 15 * 127, 8 of 31 * 127, or 4 of 63 * 127.
+Ints dot(Ints sums, Bytes quants, int32_t x) {
+  return (Ints)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)quants, _mm256_set1_epi32(x)));
+}
+Ints total(Ints sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr bool TAKES_EIGHT_BITS = false;
+Ints dot(Ints sums, Bytes quants, int32_t x) {
   int32x4_t quarters[LANES / 4];
   std::memcpy(quarters, &sums, sizeof(quarters));
   for (int64_t i = 0; i < LANES / 4; i++)
     quarters[i] = vdotq_s32(quarters[i], load<int8x16_t>((char*)&quants + 16 * i), vreinterpretq_s8_s32(vdupq_n_s32(x)));
   return load<Ints>(quarters);
+}
+Ints total(Ints sums) { return sums; }
 #else
+constexpr bool TAKES_EIGHT_BITS = true;
+Ints dot(Ints sums, Bytes quants, int32_t x) {
   for (int j = 0; j < 4; j++) sums += ((Ints)quants >> 8 * j & 255) * int32_t(int8_t(x >> 8 * j));
   return sums;
-#endif
 }
 Ints total(Ints sums) { return sums; }
 #endif
