@@ -22,11 +22,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import ModelArguments, at_least, check, parse
-from runs.description import describe, describe_model, heading
 from runs.startup import load_generator
 from self_speculation import GenerationConfig
 from self_speculation.backends.cpu_runner import InPlaceRunner
 from self_speculation.weights import kernels
+from self_speculation.weights.few_bits import formats_of
 
 _LIBRARY = "self_speculation"
 
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
     generator = load_generator(model_args, config)
     model = generator.model
-    about = describe("variants", (model_args, config)) | describe_model(model_args.model_name, model)
-    print(heading(about))
+    weights = formats_of(model) or str(model.dtype).removeprefix("torch.")
+    print(f"{model_args.model_name}, weights in {weights}, {torch.get_num_threads()} threads")
     libraries = {variant: operators_of(variant) for variant in args.variants}
     longest = max(args.tokens)
     ids = torch.randint(0, model.config.vocab_size, (1, longest), generator=torch.Generator().manual_seed(0))
