@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1038, "classes": 204, "parameters": 2284}
+LIMITS = {"functions": 1083, "classes": 209, "parameters": 2376}
 
 
 def count() -> dict[str, int]:
