@@ -25,7 +25,7 @@ from typing import get_type_hints
 from arguments import parse, refuse
 from runs import ranks
 from runs.failures import check_folder
-from runs.flags import check_device
+from runs.flags import check_device, num_layers
 from runs.program import run
 from training.flags import Flags, is_sharded
 
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         choice = f"; CUDA_VISIBLE_DEVICES={index} chooses the GPU" if kind == "cuda" else ""
         refuse(f"--device {model.device}: must be auto, cpu, cuda or mps{choice}")
     check_device(model.device)
+    if model.model is not None:
+        num_layers(model)
     check_folder(model.output_dir, flags.optimization.resume)
 
     from training.run import train

@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1083, "classes": 209, "parameters": 2376}
+LIMITS = {"functions": 1084, "classes": 209, "parameters": 2377}
 
 
 def count() -> dict[str, int]:

@@ -28,7 +28,7 @@ def validate(model_args: ModelArguments, config: GenerationConfig) -> None:
             several = " ".join(re.findall(r"\w+", word))
             refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
     check_device(model_args.device)
-    layers = _num_layers(model_args)
+    layers = num_layers(model_args)
     try:
         config.check_drafts()
         if isinstance(layers, int) and not model_args.model_args:
@@ -68,8 +68,10 @@ def read_examples(model_args: ModelArguments, data_args: DataArguments, args: Ru
         refuse(str(error))
 
 
-def _num_layers(model_args: ModelArguments) -> object:
-    """The number of layers in the files of --model, if there are any. Refuses a damaged .gguf file."""
+def num_layers(model_args: ModelArguments) -> object:
+    """The number of layers that the files of --model tell, if they do. Ends the program in one line if a
+    .gguf file is damaged, or neither cache nor hub has the model.
+    """
     path = Path(model_args.model_name).expanduser()
     if path.suffix.lower() == ".gguf":
         from self_speculation.loading.gguf_header import Header  # imports numpy
@@ -79,6 +81,13 @@ def _num_layers(model_args: ModelArguments) -> object:
         except (OSError, ValueError) as error:
             refuse(f"--model {model_args.model!r}: {getattr(error, 'strerror', None) or error}")
         return values.get(f"{values['general.architecture']}.block_count")
+    if model_args.model_args:  # they may name another revision
+        return None
+    from self_speculation.loading.sources import LoadingError, config_file  # takes a fifth of a second
+
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return json.loads((path / "config.json").read_text("utf-8"))["num_hidden_layers"]
+        try:
+            return json.loads(config_file(model_args.model_name).read_text("utf-8"))["num_hidden_layers"]
+        except LoadingError as error:
+            refuse(f"--{error}")
     return None

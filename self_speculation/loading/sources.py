@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -65,6 +66,19 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, object]]
     return model, {**options, "local_files_only": not hub_answers(model)}
 
 
+def config_file(model: str) -> Path:
+    """The path of a model's config.json, which may be missing in a folder. Raises LoadingError if neither the
+    cache nor the hub has it.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder / "config.json"
+    with explained(model):
+        if isinstance(cached := try_to_load_from_cache(model, "config.json"), str):
+            return Path(cached)
+        return Path(hf_hub_download(model, "config.json", local_files_only=not hub_answers(model)))
+
+
 def adapted_model(folder: str, options: LoadingOptions | None = None) -> str | None:
     """The folder or hub id of the model that a folder's LoRA adapter changes; None: it has no adapter. Raises
     LoadingError if the adapter cannot be used, or not with the options.
@@ -103,10 +117,11 @@ def explained(model: str) -> Iterator[None]:
     except LoadingError:
         raise
     except Exception as error:
-        from self_speculation.machine.devices import is_lost_rank  # imports torch
+        if "torch" in sys.modules:  # without it there are no ranks to lose
+            from self_speculation.machine.devices import is_lost_rank
 
-        if is_lost_rank(error):
-            raise
+            if is_lost_rank(error):
+                raise
         raise LoadingError(f"model {model!r}: {_advice(model, error)}") from error
 
 

@@ -184,7 +184,10 @@ REFUSED = {
     "nowhere': no such folder": (lambda folder: folder / "nowhere", {}),
     "'./nowhere': no such folder": (lambda folder: "./nowhere", {}),
     "no such file": (lambda folder: "nowhere.gguf", {}),
-    "device 'cuda:99': not on this machine; use auto, cpu, cuda, cuda:N, mps or split": (str, {"device": "cuda:99"}),
+    "device 'cuda:99': not on this machine; use auto, cpu, cuda, cuda:N, mps or split": (
+        str,
+        {"device": "cuda:99"},
+    ),
     "compile True: needs a GPU; on a CPU decoding is faster": (str, {"device": "cpu", "compile": True}),
     "whose rope_type is one of linear, llama3, yarn": (str, scaled({"rope_type": "dynamic", "factor": 4.0})),
     "model_args rope_scaling 'yarn': must be a dictionary": (str, scaled("yarn")),

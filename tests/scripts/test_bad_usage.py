@@ -213,6 +213,8 @@ BAD_USAGE = [
     "train --data_path nofile*.txt",
     "sweep --output_dir /dev/null/x",
     "train --output_dir /dev/null/x",
+    "generate --model nobody/nothing --prompt x",
+    "serve --model Qwen/",
     "sweep --prompt_lookup 3",
 ]
 EACH = """
@@ -246,11 +248,19 @@ def without_libraries(tmp_path):
 
 
 def test_bad_usage_needs_no_library(without_libraries):
-    """Guards against seconds of imports before an error about flags alone."""
+    """Guards against seconds of imports before an error about flags alone, or about the name of a model."""
     run = without_libraries(*BAD_USAGE)
     assert run.stdout.split("\n")[:-1] == ["2"] * len(BAD_USAGE), run.stderr
     for line, usage in zip(run.stderr.splitlines(), BAD_USAGE, strict=True):
         assert line.startswith(f"{usage.split()[0]}.py: error: --")
+
+
+def test_a_damaged_file_is_refused_before_training_is_imported(tmp_path, monkeypatch, capsys):
+    """Guards against seconds of imports before train.py looks at the file."""
+    monkeypatch.setitem(sys.modules, "training.run", None)
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    line = refused(train.main, ["--model", f"{tmp_path}/some.gguf"], capsys)
+    assert line.endswith(".gguf': the file is cut short: download it again")
 
 
 def test_data_and_pipes_are_read_before_libraries(without_libraries, tmp_path):
