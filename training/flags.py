@@ -97,7 +97,9 @@ class OptimizationArguments:
     lora_rank: int = 0
     """Train a LoRA adapter of this rank instead of all weights, and merge it at the end (0: all weights)."""
     eval_steps: int = 250
-    """Steps between evaluations of 64 held-out samples; the last one takes all."""
+    """Steps between evaluations; there are two more, before the first step and after the last one."""
+    eval_samples: int = 64
+    """Held-out samples of each evaluation at most."""
     save_steps: int = 250
     """Steps between checkpoints; the last two are kept."""
     resume: str | None = None
@@ -105,7 +107,7 @@ class OptimizationArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_steps", "batch_size", "gradient_accumulation")
-        at_least(self, 1, "eval_steps", "save_steps")
+        at_least(self, 1, "eval_steps", "eval_samples", "save_steps")
         at_least(self, 0, "warmup_steps", "weight_decay", "lora_rank")
         short = self.warmup_steps < self.num_steps
         check(self, "warmup_steps", short, f"must be below --num_steps {self.num_steps}")

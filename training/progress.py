@@ -69,7 +69,12 @@ class Progress(ProgressCallback):
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **more: object) -> None:
         super().on_step_end(args, state, control, **more)
-        control.should_evaluate |= state.global_step == state.max_steps  # to compare with the start
+        control.should_evaluate &= state.global_step < state.max_steps  # then the model is saved before
+
+    def on_prediction_step(self, *args: object, **more: object) -> None:
+        super().on_prediction_step(*args, **more)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("held-out losses", refresh=False)
 
     def on_log(self, args: object, state: TrainerState, *_: object, logs: JSONObject, **__: object) -> None:  # noqa: ARG002
         if not state.is_world_process_zero:

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 
 import datasets
 import pandas
@@ -19,12 +21,12 @@ from transformers.utils import logging
 from arguments import ModelArguments, refuse
 from data import DataError, one_line
 from runs import ranks
-from runs.description import Record, describe, describe_model, heading
+from runs.description import Record, counted, describe, describe_model, heading
 from runs.failures import Failed
 from runs.program import enable_collector
 from runs.records import Run, check_same_run, write_atomically
 from runs.startup import set_threads
-from self_speculation import LoadingError, load_model_and_tokenizer
+from self_speculation import LoadingError, ThreadGovernor, load_model_and_tokenizer
 from self_speculation.loading.loading import load_config, resolve_device
 from self_speculation.loading.sources import adapted_model
 from self_speculation.models.families import context_length
@@ -41,7 +43,7 @@ from training.texts import (
 )
 from training.trainer import EXIT_SCORES, EarlyExitTrainer, newest_checkpoint, plain
 
-_EVAL_SAMPLES = 64  # of an evaluation during the training
+_TIMED = 5  # batches; the first one prepares what later ones find
 # A last layer that has learnt something has at most this share of the loss by frequencies: layers that all
 # predict one token had 0.998 to 1.03, layers that learnt as long from labels 0.88.
 _LEARNT = 0.95
@@ -55,7 +57,7 @@ def train(flags: Flags) -> int:
     logging.disable_progress_bar()  # of saving
     datasets.disable_progress_bars()
     try:
-        run, trainer, evaluation = _set_up(flags)
+        run, trainer = _set_up(flags, governor)
     except (DataError, Failed) as error:
         refuse(str(error))
     except (LoadingError, ValueError) as error:  # the message starts with a field
@@ -68,13 +70,12 @@ def train(flags: Flags) -> int:
     trainer.add_callback(Threads(governor))
     trainer.add_callback(stop := Stop())
     _, checkpoint = newest_checkpoint(run.folder)
-    trainer.args.eval_on_start = checkpoint is None
     try:
         with stop.handle_signals():
             trainer.train(resume_from_checkpoint=checkpoint)
         if not stop.status:
-            by_frequency = loss_by_frequency(evaluation["labels"])
-            _save_and_show(run, trainer, trainer.evaluate(evaluation), by_frequency)
+            _save_model(trainer, run.folder)
+            _show(run, trainer, trainer.evaluate())
             ranks.barrier()  # no exchange may be under way when the process group is destroyed
             return 0
         reason = "interrupted"
@@ -98,8 +99,8 @@ def train(flags: Flags) -> int:
     return stop.status
 
 
-def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
-    """A new or resumed run, the trainer, and all held-out samples; quick checks come first.
+def _set_up(flags: Flags, governor: ThreadGovernor) -> tuple[Run, EarlyExitTrainer]:
+    """A new or resumed run, and the trainer; quick checks come first.
 
     Raises:
         LoadingError, ValueError, Failed: something is missing, or flags do not fit.
@@ -132,30 +133,54 @@ def _set_up(flags: Flags) -> tuple[Run, EarlyExitTrainer, datasets.Dataset]:
     # Not earlier, so that Ctrl-C leaves no empty folder.
     run = ranks.share(lambda: Run.open(model_args.output_dir, args.resume, description))
     run.description |= facts
-    if ranks.is_first():
-        if trained is not None:
-            write_atomically(run.folder / "tokenizer.json", trained)
-        everything, learning = (model.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
-        samples = args.num_steps * _samples(description)
-        print(
-            f"{everything:.1f} million parameters, {learning:.1f} million of them trainable; {samples} "
-            f"samples ({samples / len(training):.2f} epochs), {len(evaluation)} held out; {run.folder}"
-        )
-        if 1 in exits and recipe_args.exit_loss == "label":
-            unequal = "its weight in the paper's loss is 0; --exit_loss distill gives all exits the same"
-            print(f"exit 1 never learns: {unequal}")
+    if ranks.is_first() and trained is not None:
+        write_atomically(run.folder / "tokenizer.json", trained)
     trainer = EarlyExitTrainer(
         model,
         recipe_args,
         args=from_flags.trainer_settings(args, model_args, run.folder, device),
         train_dataset=training,
-        eval_dataset=evaluation.select(range(min(_EVAL_SAMPLES, len(evaluation)))),
+        eval_dataset=evaluation.select(range(min(args.eval_samples, len(evaluation)))),
         data_collator=partial(padded, tokenizer.pad_token_id or 0, length),
         processing_class=tokenizer,
     )
     trainer.remove_callback(ProgressCallback)
+    step, checkpoint = newest_checkpoint(run.folder)
+    trainer.args.eval_on_start = checkpoint is None
+    if ranks.is_first():
+        everything, learning = (model.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
+        samples = args.num_steps * _samples(description)
+        print(
+            f"{everything:.1f} million parameters, {learning:.1f} million of them trainable; {samples} "
+            f"samples ({samples / len(training):.2f} epochs); {_held_out(trainer, step, governor)}; "
+            f"{run.folder}"
+        )
+        if 1 in exits and recipe_args.exit_loss == "label":
+            unequal = "its weight in the paper's loss is 0; --exit_loss distill gives all exits the same"
+            print(f"exit 1 never learns: {unequal}")
     from_flags.complete_sharding(trainer.accelerator, args, model_args.dtype)
-    return run, trainer, evaluation
+    return run, trainer
+
+
+def _held_out(trainer: EarlyExitTrainer, step: int, governor: ThreadGovernor) -> str:
+    """How often held-out losses are computed after this step, and how long that takes by a few batches."""
+    args = trainer.args
+    number = len(trainer.eval_dataset)
+    between = max(0, (args.max_steps - 1) // int(args.eval_steps) - step // int(args.eval_steps))
+    times = args.eval_on_start + between + 1
+    text = f"losses of {number} held-out samples are computed {counted(times, 'time')}"
+    if is_sharded():  # shards are made later, and the whole model may not fit
+        return text
+    size = args.per_device_eval_batch_size
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(min(size, number))])
+    ends = []
+    for _ in range(_TIMED):
+        governor.adjust()
+        trainer.prediction_step(trainer.model, batch)[1].sum().item()  # waits for a GPU
+        ends.append(perf_counter())
+    least = min(end - start for start, end in pairwise(ends))  # other programs may disturb some
+    seconds = times * math.ceil(number / size / args.world_size) * least
+    return f"{text}, which takes about {seconds:.0f} s"
 
 
 def _read_config(model_args: ModelArguments, sequence_length: int) -> PretrainedConfig:
@@ -216,13 +241,10 @@ def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel
     return model.requires_grad_(), tokenizer  # a merged adapter leaves frozen weights
 
 
-def _save_and_show(
-    run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float], by_frequency: float
-) -> None:
-    """Write the model, the tokenizer and the scores of all exits; print the scores, and a warning if the last
-    layer has learnt nothing that exits could agree on.
+def _show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float]) -> None:
+    """Write and print the scores of all exits, and a warning if the last layer has learnt nothing that exits
+    could agree on.
     """
-    _save_model(trainer, run.folder)
     if not ranks.is_first():
         return
     columns = {name: [v for k, v in metrics.items() if f"_{name}_exit_" in k] for name in EXIT_SCORES}
@@ -234,21 +256,21 @@ def _save_and_show(
     run.write_status("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     loss = metrics["eval_loss"]
-    # Before the first step and after the last one, of the same samples; then of all held-out samples.
-    evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    start = evaluated[0]
-    end = evaluated[-2:][0]
+    start = next(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
+    by_frequency = loss_by_frequency(trainer.eval_dataset["labels"])
     print(f"perplexity {math.exp(loss):.2f} at the last layer")
     alone = f"{by_frequency:.3f} by frequencies of tokens alone"
-    print(f"its loss: {start:.3f} at the start, {end:.3f} now; {alone}")
-    if end > start or loss > _LEARNT * by_frequency:
-        why = "loss rose" if end > start else "predictions are hardly better than frequencies of tokens"
+    print(f"its loss: {start:.3f} at the start, {loss:.3f} now; {alone}")
+    if loss > start or loss > _LEARNT * by_frequency:
+        why = "loss rose" if loss > start else "predictions are hardly better than frequencies of tokens"
         print(f"warning: the last layer's {why}; {_COLLAPSED}")
     print(f"\n{run.listing()}")
 
 
 def _save_model(trainer: EarlyExitTrainer, folder: Path) -> None:
-    """Save `model` in bfloat16 with the tokenizer; beside it, `adapter`, which `model` contains."""
+    """Save `model` in bfloat16 with the tokenizer; beside it, `adapter`, which `model` contains. Rounds the
+    trainer's model, which then is the saved one.
+    """
     is_first = ranks.is_first()
 
     def save(model: PreTrainedModel, name: str) -> None:
@@ -263,7 +285,9 @@ def _save_model(trainer: EarlyExitTrainer, folder: Path) -> None:
     if plain(model) is not model:
         save(model, "adapter")
         model = model.merge_and_unload()
+    dtype = model.dtype
     save(model.to(torch.bfloat16), "model")
+    model.to(dtype)  # with the bits of the saved one, for the last evaluation
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from pkgutil import resolve_name
 from unittest.mock import Mock
@@ -127,6 +128,36 @@ def test_a_model_whose_exits_agree_on_nothing_is_named(more, why, tmp_path, text
     assert pandas.read_csv(folder / "exits.csv")["entropy"].iloc[-1] == 1
 
 
+def test_all_tables_are_of_the_same_samples_and_the_first_line_says_their_time(
+    tmp_path, texts, capsys, monkeypatch
+):
+    """Guards against a last evaluation that takes longer than the training, without a word about it before,
+    and against numbers of other samples in the table of exits than in the log.
+    """
+    monkeypatch.setattr("training.run.perf_counter", count().__next__)  # a batch takes a second
+    batches = watch(monkeypatch, EarlyExitTrainer, "prediction_step")
+    folder = run(tmp_path, texts, "--eval_steps", "4", "--eval_samples", "6")
+    first, *_ = capsys.readouterr().out.splitlines()
+    # At steps 0, 4, 8 and 12, in batches of 4 and 2.
+    assert "; losses of 6 held-out samples are computed 4 times, which takes about 8 s; " in first
+    assert len(batches) == 5 + 8
+    evaluated = pandas.read_csv(folder / "log.csv").dropna(subset="eval_loss")
+    assert [*evaluated["step"]] == [0, 4, 8, 12]
+    scores = pandas.read_csv(folder / "exits.csv")
+    assert [evaluated[f"eval_loss_exit_{exit}"].iloc[-1] for exit in scores["exit_layer"]] == [
+        *scores["loss"]
+    ]
+
+
+def test_the_saved_model_has_the_scores(tmp_path, texts):
+    """Guards against scores of weights that are rounded afterwards."""
+    folder = run(tmp_path, texts)
+    again = ["--model", str(folder / "model"), "--num_steps", "1", "--warmup_steps", "0"]
+    other = run(tmp_path / "again", texts, *again, "--learning_rate", "1e-12")
+    left, right = (pandas.read_csv(each / "exits.csv") for each in (folder, other))
+    pandas.testing.assert_frame_equal(left, right, rtol=1e-5)
+
+
 def test_each_step_leaves_processors_to_other_programs(tmp_path, texts, monkeypatch):
     """Guards against a training whose threads wait for each other while other programs use the processors."""
     governor = Mock()
@@ -192,7 +223,7 @@ INTERRUPTIONS = {  # an event, exit status, steps of the checkpoints that are le
     "kill": (at_step(5, raises(Killed)), None, {4}, ""),
     "checkpoint": (in_last_checkpoint(SIGTERM), 143, {8, 12}, "interrupted; step 12"),
     "evaluation": (
-        before(EarlyExitTrainer, "evaluate", SIGINT, lambda trainer, *held_out: held_out),  # the last one
+        before(EarlyExitTrainer, "evaluate", SIGINT, lambda trainer, *_: trainer.state.global_step == 12),
         130, {8, 12}, "interrupted; step 12",
     ),
     "disk full": (
@@ -218,7 +249,8 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
         ended = train.main(arguments(tmp_path, texts, *EXACT))
     folder = only_run(tmp_path)
     assert (ended, checkpoints(folder)) == (status, kept)
-    assert not [*folder.glob("model*")]  # which is whole or not there
+    is_saved = name == "evaluation"  # it comes last
+    assert [path.name for path in folder.glob("model*")] == ["model"] * is_saved
     if status is None:
         (folder / "checkpoint-11").mkdir()  # killed while it wrote
         (folder / "checkpoint-11" / "trainer_state.json").write_text('{"global_st')
