@@ -8,7 +8,7 @@ import ast
 import subprocess
 import sys
 
-LIMITS = {"functions": 1086, "classes": 209, "parameters": 2381}
+LIMITS = {"functions": 1083, "classes": 209, "parameters": 2374}
 
 
 def count() -> dict[str, int]:

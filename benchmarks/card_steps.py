@@ -238,7 +238,7 @@ class Tried(KernelSteps):
         self, prompt: list[int], first: list[int], second: list[int], sampler: Sampler | None = None
     ) -> Found:
         """The largest gap of a near-tie is what rounding did here."""
-        sampler = sampler or Sampler(sample=False)
+        sampler = sampler or Sampler(temperature=0.0)
         found = find_difference(self._model, prompt, first, second, sampler=sampler)
         return {} if found is None else {"difference": found}
 

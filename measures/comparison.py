@@ -33,7 +33,7 @@ def find_difference(
     first: list[int],
     second: list[int],
     processors: Sequence[Callable] = (),
-    sampler: Sampler = Sampler(sample=False),  # noqa: B008  # it is frozen
+    sampler: Sampler = Sampler(temperature=0.0),  # noqa: B008  # it is frozen
     seed: int = 0,
     cache_dtype: CacheDtypeName = "auto",
 ) -> Record | None:

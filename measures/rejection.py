@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from runs.description import Record
 from self_speculation import GenerationConfig, Request, Sampler
 from self_speculation.backends.runners import eager_runner
-from self_speculation.backends.sampling import noise_key
+from self_speculation.backends.sampling import keep, noise_key
 from self_speculation.drafts.registry import DraftContext
 from self_speculation.requests.request import config_processors
 
@@ -92,5 +92,6 @@ def replay(
 def probabilities(sampler: Sampler, logits: Tensor) -> Tensor:
     """[n, V] logits -> [n, V] probabilities of the tokens that the sampler draws."""
     likely, ids = (logits.double() / sampler.temperature).softmax(-1).sort(descending=True, stable=True)
-    kept = sampler.keep(likely)
+    rules = torch.tensor([sampler.numbers], dtype=torch.float64, device=logits.device).expand(len(likely), -1)
+    kept = keep(likely, rules, sampler.active)
     return torch.zeros_like(kept).scatter(-1, ids, kept / kept.sum(-1, keepdim=True))

@@ -4,7 +4,7 @@ import ast
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
 DraftWeights = Literal["exact", "int4"]
@@ -24,14 +24,30 @@ CacheDtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 # The longest draft of adaptive decoding.
 LONGEST_DRAFT = 16
 
-# The rules that `decoding.sampling.Sampler` computes, with their least and most values. Scripts, server and
-# harness derive flags and fields from this table.
-SAMPLING_RULES: dict[str, tuple[float, float | None]] = {
-    "temperature": (0, 1000),
-    "top_k": (0, None),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-}
+
+# Probabilities [n, m] in descending order, values [n, 1] of the rule, and sums [n, 1] of all probabilities
+# that earlier rules kept, also beyond m -> probabilities [n, m], 0 for tokens that the rule leaves out.
+# Values and sums are in float64 where a device has it. A rule calls methods of tensors, so nothing imports
+# torch here.
+Keep = Callable[[Any, Any, Any], Any]
+
+
+class SamplingRule(NamedTuple):
+    """A rule of sampling: the metadata of a field of `GenerationConfig`.
+
+    Args:
+        neutral: the value that changes nothing.
+        least, most: bounds of values.
+        keep: which tokens are kept; None: all, as by the temperature.
+        is_count: the value is a number of tokens, and no more are sorted where that is enough.
+    """
+
+    neutral: float
+    least: float
+    most: float | None
+    keep: Keep | None = None
+    is_count: bool = False
+
 
 # Least and most values of other fields of `GenerationConfig`.
 _BOUNDS: dict[str, tuple[float, float | None]] = {
@@ -204,11 +220,37 @@ class GenerationConfig:
     """How to decode; adaptive: self-speculative, picks exit layer, draft length and n-grams in each round."""
     sample: bool = True
     """Sample tokens; False: greedy, always the most likely token."""
-    temperature: float = 0.6
+    temperature: float = field(default=0.6, metadata={"rule": SamplingRule(1.0, 0, 1000)})
     """Divides the logits before sampling; 0 (below 1e-5): greedy."""
-    top_k: int = 0
+    top_k: int = field(
+        default=0,
+        metadata={
+            "rule": SamplingRule(
+                neutral=0,
+                least=0,
+                most=None,
+                # All that are equal to the last one are kept, as in transformers.
+                keep=lambda likely, k, _: likely.where(
+                    likely >= likely.gather(-1, k.clamp(1, likely.shape[-1]).long() - 1), 0.0
+                ),
+                is_count=True,
+            )
+        },
+    )
     """Sample among the k most likely tokens; 0: off."""
-    top_p: float = 0.9
+    top_p: float = field(
+        default=0.9,
+        metadata={
+            "rule": SamplingRule(
+                neutral=1.0,
+                least=0,
+                most=1,
+                keep=lambda likely, p, total: likely.where(
+                    likely.cumsum(-1, dtype=p.dtype) - likely < p.clamp(min=2.0**-126) * total, 0.0
+                ),
+            )
+        },
+    )
     """Sample among the fewest most likely tokens whose probabilities reach p; 1: off."""
     no_repeat_ngram_size: int | None = None
     """No n-gram of this size occurs twice in prompt and output."""
@@ -227,7 +269,17 @@ class GenerationConfig:
     cache_dtype: CacheDtypeName = "auto"
     """Number format of keys and values, rounded once as they are written; auto: as activations. On a GPU they
     have no other."""
-    min_p: float = 0.0
+    min_p: float = field(
+        default=0.0,
+        metadata={
+            "rule": SamplingRule(
+                neutral=0.0,
+                least=0,
+                most=1,
+                keep=lambda likely, p, _: likely.where(likely >= p.float() * likely[:, :1], 0.0),
+            )
+        },
+    )
     """Sample among tokens of at least p times the probability of the most likely one; 0: off."""
     repetition_penalty: float = 1.0
     """Divides positive logits of ids in prompt and output, multiplies negative ones; 1: off."""
@@ -241,7 +293,8 @@ class GenerationConfig:
         for name in ("exit_layer", "num_speculations"):
             value = getattr(self, name)
             check(self, name, value == -1 or value >= 1, "must be -1 or at least 1")
-        for name, (least, most) in (SAMPLING_RULES | _BOUNDS).items():
+        rules = {name: (rule.least, rule.most) for name, rule in SAMPLING_RULES.items()}
+        for name, (least, most) in (rules | _BOUNDS).items():
             allowed = f"must be at least {least}" if most is None else f"must be between {least} and {most}"
             value = getattr(self, name)
             upto = math.inf if most is None else most
@@ -309,6 +362,12 @@ class GenerationConfig:
     @property
     def greedy(self) -> bool:
         return not self.sample or self.temperature < LEAST_TEMPERATURE
+
+
+# By name, in the order in which they apply. Scripts, server, harness and sampler know rules from here alone.
+SAMPLING_RULES: dict[str, SamplingRule] = {
+    each.name: each.metadata["rule"] for each in fields(GenerationConfig) if "rule" in each.metadata
+}
 
 
 class LoadingWarning(UserWarning):

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from self_speculation.backends.runner import ModelRunner
+from self_speculation.backends.sampling import sample_by_rules
+from self_speculation.config import SAMPLING_RULES
 from self_speculation.machine.transfers import overwrite
-
-# Logits [n, V], keys of noise [n], rules of sampling [n, 4] and whether tokens are drafted -> [n] tokens.
-Sample = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 # A runner, start and end layer, states [R, T, H] and positions [R, T] -> states.
 Run = Callable[[ModelRunner, int, int, Tensor, Tensor], Tensor]
@@ -62,7 +61,7 @@ class RoundTensors:
         self._step_index = packed[0, -1:]  # [1] of the next draft step
         self._noise = torch.zeros(rows, 1 + 2 * width, dtype=torch.long, device=device)
         self._keys = self._noise[:, 1:]  # [R, 2 W] of noise, from the position in the first column on
-        self._rules = torch.ones(rows, 4, dtype=torch.float64, device=device)  # which leave tokens
+        self._rules = torch.ones(rows, len(SAMPLING_RULES), dtype=torch.float64, device=device)
         self._states = like.new_zeros(rows, width, hidden_size)  # the input of verification
         self._results = torch.zeros(rows * (2 * width + 1), dtype=torch.float32, device=device)
 
@@ -90,20 +89,20 @@ class RoundTensors:
         """Set the rules of sampling of each row."""
         overwrite(self._rules, [number for i in range(self.rows) for number in rules[min(i, len(rules) - 1)]])
 
-    def draft(self, run: Run, runner: ModelRunner, end_layer: int, sample: Sample | None) -> None:
+    def draft(self, run: Run, runner: ModelRunner, end_layer: int, active: tuple[str, ...]) -> None:
         """Layers [:end_layer] draft the next token of each row.
 
         Args:
-            sample: None: greedily.
+            active: names of the rules of sampling; (): greedily.
         """
         hidden = self._run_step(run, runner, end_layer)
         logits = runner.logits(hidden[:, 0])
         columns = self._columns.index_select(1, self._step_index)
-        if sample is None:
+        if not active:
             tokens = logits.argmax(-1)
         else:
             positions = self._positions.index_select(1, self._step_index)
-            tokens = sample(logits, self._keys_at(positions), self._rules, True)
+            tokens = sample_by_rules(logits, self._keys_at(positions), self._rules, active, is_draft=True)
         self._ids.scatter_(1, columns, tokens[:, None])
         self._step_index.add_(1)
 
@@ -122,7 +121,7 @@ class RoundTensors:
         start_layer: int,
         end_layer: int,
         width: int,
-        sample: Sample | None,
+        active: tuple[str, ...],
     ) -> None:
         """Layers [start_layer:end_layer] verify at most `width` tokens T of each row; the next round begins.
 
@@ -138,14 +137,14 @@ class RoundTensors:
             hidden = runner.embed(ids)
         hidden = run(runner, start_layer, end_layer, hidden, positions.contiguous())
         logits = runner.logits(hidden.flatten(0, 1))  # [R * T, V]
-        if sample is None:
+        if not active:
             largest, tokens = logits.max(-1)
         else:
             largest = logits.amax(-1)
             offsets = torch.arange(width, device=ids.device)
             keys = self._keys_at(self._positions[:, :1] + offsets)
             rules = self._rules[:, None].expand(-1, width, -1).flatten(0, 1)
-            tokens = sample(logits, keys, rules, False)
+            tokens = sample_by_rules(logits, keys, rules, active, is_draft=False)
         tokens = tokens.view(-1, width)
         if width == 1:
             accepted = torch.zeros_like(tokens)

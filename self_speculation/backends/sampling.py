@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import make_dataclass
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from self_speculation.config import LEAST_TEMPERATURE, SAMPLING_RULES, GenerationConfig
+from self_speculation.machine.transfers import on_device
 
 # Rules hardly ever keep more ids than this. A draft samples among this many; a CPU sorts this many first.
 _LIKELY = 128
@@ -71,179 +73,182 @@ def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
     return minus_v.log1p_().neg_().log_().neg_()
 
 
-def _noise_of_all(keys: Tensor, vocab_size: int) -> Tensor:
-    """[n] keys -> [n, V] noise of all ids. A CPU keeps the noise of drafted positions for verification."""
-    if keys.device.type == "cpu":
-        return torch.stack([_noise_of_position(key, vocab_size) for key in keys.tolist()])
-    return gumbel_noise(keys, torch.arange(vocab_size, device=keys.device)[None])
-
-
 @lru_cache(maxsize=24)
 def _noise_of_position(key: int, vocab_size: int) -> Tensor:
+    """[V] noise of all ids. That of drafted positions is kept for verification."""
     return gumbel_noise(torch.tensor([key]), torch.arange(vocab_size)[None])[0]
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Turns logits into tokens: greedy, or by `SAMPLING_RULES`. By default no rule changes probabilities.
-    Draft and target share it.
-    """
+# A field for each rule. Type checkers do not know classes that are made from a table: Any.
+_Rules: Any = make_dataclass(
+    "_Rules", [(name, float, rule.neutral) for name, rule in SAMPLING_RULES.items()], frozen=True
+)
 
-    sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+
+class Sampler(_Rules):
+    """A row's value of each of `SAMPLING_RULES`. The default values change no probability. A temperature of 0
+    is greedy. Draft and target share a sampler.
+    """
 
     @classmethod
     def of(cls, config: GenerationConfig) -> Sampler:
-        made = cls(config.sample, **{name: getattr(config, name) for name in SAMPLING_RULES})
-        return cls(False) if made.greedy else made  # greedy ones are equal
+        if config.greedy:
+            return cls(temperature=0.0)  # greedy samplers are equal
+        return cls(*(getattr(config, name) for name in SAMPLING_RULES))
 
     @property
     def greedy(self) -> bool:
-        return not self.sample or self.temperature < LEAST_TEMPERATURE
+        return self.temperature < LEAST_TEMPERATURE
 
-    @property
-    def filters(self) -> bool:
-        """Whether a rule leaves tokens out."""
-        return bool(self.top_k or self.top_p < 1 or self.min_p)
+    @cached_property
+    def numbers(self) -> list[float]:
+        """The values in the order of `SAMPLING_RULES`."""
+        return [float(getattr(self, name)) for name in SAMPLING_RULES]
 
-    @property
-    def rules(self) -> list[float]:
-        """[4] temperature, top_k, top_p and min_p, for `RowSampler`."""
+    @cached_property
+    def active(self) -> tuple[str, ...]:
+        """Names of the temperature and of the rules that filter, in order; (): greedy."""
         if self.greedy:
-            return [0.0, 1.0, math.inf, 0.0]
-        top_p = self.top_p if self.top_p < 1 else math.inf
-        return [self.temperature, self.top_k or math.inf, top_p, self.min_p]
+            return ()
+        rules = SAMPLING_RULES.items()
+        return tuple(name for name, rule in rules if rule.keep is None or getattr(self, name) != rule.neutral)
 
     def __call__(self, logits: Tensor, keys: Tensor | None, is_draft: bool = False) -> Tensor:
-        """The tokens [...] of positions with logits [..., V] and keys [...] of noise (None when greedy).
-
-        Args:
-            is_draft: where rules filter, sample among the `_LIKELY` most likely.
-        """
-        if self.greedy:
-            return argmax(logits)
-        assert keys is not None
-        rows = logits.reshape(-1, logits.shape[-1]).float()
-        row_keys = keys.flatten()
-        if not self.filters:
-            tokens = argmax(_noise_of_all(row_keys, rows.shape[1]).add_(rows / self.temperature))
-        elif is_draft:
-            likely, ids = rows.topk(min(_LIKELY, rows.shape[1]))
-            tokens = _pick(self.keep((likely / self.temperature).softmax(-1)), ids, row_keys)
-        else:
-            probabilities = (rows / self.temperature).softmax(-1)
-            tokens = self._sample_likely(probabilities, row_keys, is_partial=rows.device.type == "cpu")
-        return tokens.view(keys.shape)
-
-    def keep(self, likely: Tensor) -> Tensor:
-        """Set probabilities that the rules leave out to 0: [..., m] in descending order -> [..., m].
-
-        Top-k keeps all that are equal to the last one, as transformers does.
-        """
-        if 0 < self.top_k < likely.shape[-1]:
-            likely = likely.where(likely >= likely[..., self.top_k - 1, None], 0.0)
-        if self.top_p < 1:
-            # A GPU sums a row in any order: in float32 the last token of the nucleus, and so the output of a
-            # seed, would vary.
-            precise = torch.float32 if likely.device.type == "mps" else torch.float64
-            upto = likely.cumsum(-1, dtype=precise)
-            most = max(self.top_p, torch.finfo(torch.float32).tiny) * (upto[..., -1:] if self.top_k else 1.0)
-            likely = likely.where(upto - likely < most, 0.0)
-        if self.min_p:
-            likely = likely.where(likely >= self.min_p * likely[..., :1], 0.0)
-        return likely
-
-    def _sample_likely(self, probabilities: Tensor, keys: Tensor, is_partial: bool) -> Tensor:
-        """Sample [n] tokens from probabilities [n, V], among the tokens that the rules keep.
-
-        Args:
-            is_partial: sort the `_LIKELY` most likely tokens alone where they are enough. A GPU would have
-                to read whether they are.
-        """
-        num = max(_LIKELY, self.top_k + 1)
-        is_partial = is_partial and num < probabilities.shape[1]
-        if is_partial:
-            likely, ids = probabilities.topk(num)
-        else:
-            likely, ids = probabilities.sort(descending=True, stable=True)
-        kept = self.keep(likely)
-        unsure = keys[:0]
-        if is_partial:
-            end = kept.count_nonzero(-1)[:, None]
-            last, after = (likely.gather(-1, at) for at in ((end - 1).clamp(min=0), end.clamp(max=num - 1)))
-            # `topk` has no fixed order of equal tokens, and a row may need more. Each row decides alone.
-            unsure = (last > after).logical_not().nonzero()[:, 0]
-            if len(unsure) == len(keys):
-                return self._sample_likely(probabilities, keys, is_partial=False)
-        tokens = _pick(kept, ids, keys)
-        if len(unsure):
-            tokens[unsure] = self._sample_likely(probabilities[unsure], keys[unsure], is_partial=False)
-        return tokens
+        """The tokens [...] of positions with logits [..., V], see `sample`."""
+        rows = logits.reshape(-1, logits.shape[-1])
+        tokens = sample(rows, None if keys is None else keys.flatten(), [self] * len(rows), is_draft)
+        return tokens.view(logits.shape[:-1])
 
 
-@dataclass(frozen=True)
-class RowSampler:
-    """As `Sampler`, with the rules of each row in a tensor, so that a CUDA graph of it serves all settings.
+def sample(
+    logits: Tensor, keys: Tensor | None, samplers: Sequence[Sampler], is_draft: bool = False
+) -> Tensor:
+    """The tokens [N] of positions with logits [N, V], keys [N] of noise and samplers [N].
 
     Args:
-        filters: a row has a rule that leaves tokens out.
+        keys: None: all samplers are greedy.
+        is_draft: where rules filter, sample among the `_LIKELY` most likely.
     """
+    groups: dict[tuple[str, ...], list[int]] = {}  # positions with the same rules, of any values
+    for position, sampler in enumerate(samplers):
+        groups.setdefault(sampler.active, []).append(position)
+    active = tuple(name for name in SAMPLING_RULES if any(name in names for names in groups))
+    if not active:
+        return argmax(logits)
+    assert keys is not None
+    is_on_cpu = logits.device.type == "cpu"
+    if is_on_cpu and len(groups) > 1:  # no row sorts because another one does
+        tokens = torch.empty_like(keys)
+        for positions in groups.values():
+            members = [samplers[position] for position in positions]
+            tokens[positions] = sample(logits[positions], keys[positions], members, is_draft)
+        return tokens
+    # A GPU sums a row in any order: in float32 the last token of the nucleus, and so a seed's output, varies.
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64
+    numbers = [number for sampler in samplers for number in sampler.numbers]
+    rules = on_device(numbers, logits.device, precise).view(len(samplers), -1)
+    if not is_on_cpu:
+        return sample_by_rules(logits, keys, rules, active, is_draft)
+    rows = logits.float()
+    scale = rules[:, :1].float()
+    if len(active) == 1:
+        noise = torch.stack([_noise_of_position(key, rows.shape[1]) for key in keys.tolist()])
+        return argmax(noise.add_(rows / scale))
+    if is_draft:
+        likely, ids = rows.topk(min(_LIKELY, rows.shape[1]))
+        return _pick(keep((likely / scale).softmax(-1), rules, active), ids, keys)
+    return _sample_likely((rows / scale).softmax(-1), keys, rules, active, is_partial=True)
 
-    filters: bool
 
-    @classmethod
-    def of(cls, samplers: Sequence[Sampler]) -> RowSampler | None:
-        """None: all rows are greedy."""
-        if all(sampler.greedy for sampler in samplers):
-            return None
-        return cls(any(sampler.filters for sampler in samplers))
+def sample_by_rules(
+    logits: Tensor, keys: Tensor, rules: Tensor, active: tuple[str, ...], is_draft: bool
+) -> Tensor:
+    """As `sample`, with the rules of rows in a tensor [N, n]. Nothing is read, so a CUDA graph serves all
+    values of rules.
 
-    def __call__(self, logits: Tensor, keys: Tensor, rules: Tensor, is_draft: bool) -> Tensor:
-        """The tokens [n] of positions with logits [n, V], keys [n] of noise and rules [n, 4], see
-        `Sampler.rules`.
+    Args:
+        active: names of the rules that rows may have, from the temperature on.
+    """
+    temperature = rules[:, :1]
+    is_random = temperature >= LEAST_TEMPERATURE
+    scale = temperature.where(is_random, 1.0).float()
+    rows = logits.float()
+    if len(active) == 1:
+        ids = torch.arange(rows.shape[1], device=rows.device)[None]
+        return (gumbel_noise(keys, ids).mul_(is_random) + rows / scale).argmax(-1)
+    if is_draft:
+        likely, ids = rows.topk(min(_LIKELY, rows.shape[1]))
+        likely = (likely / scale).softmax(-1)
+    else:
+        likely, ids = (rows / scale).softmax(-1).sort(descending=True, stable=True)
+    best = (gumbel_noise(keys, ids) + keep(likely, rules, active).log()).argmax(-1)
+    tokens = ids.gather(-1, best[:, None])[:, 0]
+    return tokens.where(is_random[:, 0], rows.argmax(-1))  # different logits may have one probability
 
-        Args:
-            is_draft: where rules filter, sample among the `_LIKELY` most likely.
-        """
-        temperature = rules[:, :1]
-        is_random = temperature > 0
-        scale = temperature.where(is_random, 1.0).float()
-        size = logits.shape[1]
-        rows = logits.float()
-        if not self.filters:
-            ids = torch.arange(size, device=logits.device)[None]
-            return (gumbel_noise(keys, ids).mul_(is_random) + rows / scale).argmax(-1)
-        if is_draft:
-            likely, ids = rows.topk(min(_LIKELY, size))
-            likely = (likely / scale).softmax(-1)
-        else:
-            likely, ids = (rows / scale).softmax(-1).sort(descending=True, stable=True)
-        kept = self._keep(likely, *rules[:, 1:].split(1, 1))
-        best = (gumbel_noise(keys, ids) + kept.log()).argmax(-1)
-        tokens = ids.gather(-1, best[:, None])[:, 0]
-        return tokens.where(is_random[:, 0], rows.argmax(-1))  # different logits may have one probability
 
-    def _keep(self, likely: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-        """As `Sampler.keep`."""
-        least = likely.gather(-1, top_k.clamp(max=likely.shape[-1]).long() - 1)
-        likely = likely.where(likely >= least, 0.0)
-        upto = likely.cumsum(-1, dtype=torch.float64)
-        most = top_p.clamp(min=torch.finfo(torch.float32).tiny) * upto[:, -1:].where(top_k.isfinite(), 1.0)
-        likely = likely.where(upto - likely < most, 0.0)
-        return likely.where(likely >= min_p.float() * likely[:, :1], 0.0)
+def keep(likely: Tensor, rules: Tensor, active: Sequence[str], is_partial: bool = False) -> Tensor:
+    """Set probabilities that the rules [n, r] leave out to 0: [n, m] in descending order -> [n, m].
+
+    Args:
+        active: names of the rules that rows may have.
+        is_partial: there are more than m tokens. A rule that needs the sum of tokens beyond m keeps none.
+    """
+    total = torch.ones_like(rules[:, :1])
+    for at, (name, rule) in enumerate(SAMPLING_RULES.items()):
+        if name not in active or rule.keep is None:
+            continue
+        number = rules[:, at, None]
+        has_rule = number != rule.neutral
+        likely = rule.keep(likely, number, total).where(has_rule, likely)
+        if name != active[-1]:  # a later rule may need the sum
+            kept = likely.sum(-1, keepdim=True, dtype=rules.dtype)
+            if is_partial:
+                kept = kept.where(likely[:, -1:] == 0, math.nan)
+            total = kept.where(has_rule, total)
+    return likely
+
+
+def _sample_likely(
+    probabilities: Tensor, keys: Tensor, rules: Tensor, active: tuple[str, ...], is_partial: bool
+) -> Tensor:
+    """Sample [n] tokens from probabilities [n, V], among the tokens that the rules keep.
+
+    Args:
+        is_partial: sort the `_LIKELY` most likely tokens alone where they are enough.
+    """
+    num = _LIKELY
+    for at, (name, rule) in enumerate(SAMPLING_RULES.items()):
+        if rule.is_count and name in active:
+            num = max(num, 1 + int(rules[:, at].max()))
+    is_partial = is_partial and num < probabilities.shape[1]
+    if is_partial:
+        likely, ids = probabilities.topk(num)
+    else:
+        likely, ids = probabilities.sort(descending=True, stable=True)
+    kept = keep(likely, rules, active, is_partial)
+    unsure = keys[:0]
+    if is_partial:
+        end = kept.count_nonzero(-1)[:, None]
+        last, after = (likely.gather(-1, at) for at in ((end - 1).clamp(min=0), end.clamp(max=num - 1)))
+        # `topk` has no fixed order of equal tokens, and a row may need more. Each row decides alone.
+        unsure = (last > after).logical_not().nonzero()[:, 0]
+        if len(unsure) == len(keys):
+            return _sample_likely(probabilities, keys, rules, active, is_partial=False)
+    tokens = _pick(kept, ids, keys)
+    if len(unsure):
+        tokens[unsure] = _sample_likely(
+            probabilities[unsure], keys[unsure], rules[unsure], active, is_partial=False
+        )
+    return tokens
 
 
 def _pick(kept: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
     """[n] tokens, one of each row of ids [n, m], by the row's key and probabilities [n, m] in descending
     order. A probability of 0 is never picked.
     """
-    if kept.device.type == "cpu":  # noise of kept ids only
-        most = max(1, int(kept.count_nonzero(-1).max()))
-        kept = kept[:, :most].contiguous()
-        ids = ids[:, :most]
+    most = max(1, int(kept.count_nonzero(-1).max()))  # noise of kept ids only
+    kept = kept[:, :most].contiguous()
+    ids = ids[:, :most]
     best = argmax(kept.log().add_(gumbel_noise(keys, ids)))
     return ids.gather(-1, best[:, None])[:, 0]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from self_speculation.backends.sampling import amax
+from self_speculation.backends.sampling import amax, sample
 from self_speculation.machine.transfers import AsyncRead, on_device
 from self_speculation.requests.sequence import Sequence
 
@@ -104,7 +104,8 @@ class Batch:
             query_lengths: [B] positions of each row, N together.
         """
         positions = [(row, i) for row, count in enumerate(query_lengths) for i in range(count)]
-        return self._sampled(logits, self.noise_keys(positions), [row for row, _ in positions])
+        samplers = [self.sequences[row].sampler for row, _ in positions]
+        return sample(logits, self.noise_keys(positions), samplers)
 
     def sample_draft(
         self, logits: Tensor, position: int, rows: abc.Sequence[int], keys: Tensor | None
@@ -116,22 +117,8 @@ class Batch:
             keys: [n] `noise_keys`.
         """
         in_draft = [int(row in rows) for row in range(len(self))]
-        return self._sampled(self.process(logits, in_draft, position), keys, rows, is_draft=True)
-
-    def _sampled(
-        self, logits: Tensor, keys: Tensor | None, rows: abc.Sequence[int], is_draft: bool = False
-    ) -> Tensor:
-        """Sample [N] tokens from logits [N, V], each by the row's sampler. Equal samplers run together."""
         samplers = [self.sequences[row].sampler for row in rows]
-        different = dict.fromkeys(samplers)
-        if len(different) == 1:
-            return samplers[0](logits, keys, is_draft)
-        assert keys is not None
-        tokens = torch.empty_like(keys)
-        for sampler in different:
-            at = on_device([i for i, each in enumerate(samplers) if each == sampler], logits.device)
-            tokens.index_copy_(0, at, sampler(logits[at], keys[at], is_draft))
-        return tokens
+        return sample(self.process(logits, in_draft, position), keys, samplers, is_draft=True)
 
     def record_draft(self, tokens: Tensor, position: int, rows: abc.Sequence[int]) -> None:
         """Write drafted tokens [n] into the histories of n rows, and stream them where drafts are shown: at

@@ -17,7 +17,7 @@ from self_speculation.backends.captures import CapturedPasses, CapturedRunner, R
 from self_speculation.backends.kv_cache import KVCache
 from self_speculation.backends.round_tensors import RoundTensors, RowStart
 from self_speculation.backends.runner import ModelRunner
-from self_speculation.backends.sampling import RowSampler
+from self_speculation.config import SAMPLING_RULES
 from self_speculation.drafts.composer import DraftComposer, RoundPlan
 from self_speculation.drafts.draft import Draft, LayerDrafts
 from self_speculation.engine.batch import Batch, QueuedRound
@@ -38,7 +38,7 @@ class Round(NamedTuple):
     verify: Replay
     graphs: Mapping
     plan: RoundPlan
-    sampler: RowSampler | None  # None: greedy
+    active: tuple[str, ...]  # rules of sampling; (): greedy
 
     @property
     def width(self) -> int:
@@ -81,7 +81,7 @@ def replay_round(
         if not isinstance(queued, Round):
             return False
         tensors = queued.tensors
-        if queued.sampler is not None:
+        if queued.active:
             number = queued.width * (2 if can_continue else 1)  # the host does not know where the device is
             pairs = zip(cache.lengths(), batch.sequences, strict=True)
             tensors.set_noise([(at, [*map(sequence.noise_key, range(number))]) for at, sequence in pairs])
@@ -123,14 +123,16 @@ def _begin(
     width = 1 + max(plan.lengths)
     tensors = passes.round_tensors(len(batch), width)
     samplers = [sequence.sampler for sequence in batch.sequences]
-    sampler = RowSampler.of(samplers)
-    rest = (start_layer, end_layer, padded(width), sampler)
+    active = max((each.active for each in samplers), key=len)
+    if len(active) > 1:  # a graph for each set of rules would be captured in the midst of decoding
+        active = tuple(SAMPLING_RULES)
+    rest = (start_layer, end_layer, padded(width), active)
     graphs = None
     while graphs is not passes.replays:  # a thread that had captured has ended: graphs go together
         graphs = passes.replays
         draft = None
         if source is not None:
-            draft = passes.capture_part(tensors.draft, tensors, draft_runner, exit_layer, sampler)
+            draft = passes.capture_part(tensors.draft, tensors, draft_runner, exit_layer, active)
         verify = passes.capture_part(tensors.verify, tensors, runner, *rest)
     starts = [
         RowStart(position, [sequence.last_id, *(match.ids if match else ())], length, match is not None)
@@ -139,9 +141,9 @@ def _begin(
         )
     ]
     tensors.begin(starts)
-    if sampler is not None:
-        tensors.set_rules([each.rules for each in samplers])
-    return Round(tensors, draft, verify, graphs, plan, sampler)
+    if active:
+        tensors.set_rules([each.numbers for each in samplers])
+    return Round(tensors, draft, verify, graphs, plan, active)
 
 
 def _commit(

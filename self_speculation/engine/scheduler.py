@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Container, Hashable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from self_speculation.backends.kv_cache import KVCache
 from self_speculation.backends.runner import PREFILL_CHUNK, ModelRunner, prefill
 from self_speculation.backends.runners import is_captured, make_runner
+from self_speculation.backends.sampling import Sampler
 from self_speculation.backends.unsupported_hooks import check_followed
 from self_speculation.config import GenerationConfig, GenerationStrategyName, check_kind
 from self_speculation.drafts.composer import DraftComposer
@@ -212,7 +213,7 @@ class Scheduler(Generic[RequestId]):
     def _settings_of_graphs(self) -> list[tuple[GenerationConfig, bool]]:
         """A config for each way to sample that has graphs, and whether the host looks at logits."""
         greedy = replace(self._config, sample=False)
-        sampled = replace(self._config, sample=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        sampled = replace(self._config, sample=True, **asdict(Sampler()))
         return [(greedy, False), (sampled, False), (replace(sampled, top_p=0.5), False), (greedy, True)]
 
     def _rehearse(self, inputs: RoundInputs, num_rows: int, config: GenerationConfig, watched: bool) -> None:

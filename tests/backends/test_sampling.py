@@ -16,12 +16,14 @@ from transformers import MinPLogitsWarper
 from arguments import parse
 from self_speculation import Request
 from self_speculation.backends.sampling import (
-    RowSampler,
     Sampler,
+    _sample_likely,
     amax,
     argmax,
     gumbel_noise,
+    keep,
     noise_key,
+    sample_by_rules,
 )
 from self_speculation.config import SAMPLING_RULES, GenerationConfig
 from self_speculation.llama_model_utils import decode_next_token, top_k_top_p_filtering
@@ -36,6 +38,15 @@ FILTERS = [
 
 def keys_of(n):
     return torch.tensor([noise_key(seed, 7) for seed in range(n)])
+
+
+def rules_of(samplers):
+    return torch.tensor([each.numbers for each in samplers], dtype=torch.float64)
+
+
+def kept_by(sampler, likely):
+    rows = likely.view(-1, likely.shape[-1])
+    return keep(rows, rules_of([sampler] * len(rows)), sampler.active).view(likely.shape)
 
 
 def by_definition(logits, keys, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -125,15 +136,15 @@ def test_tokens_have_the_largest_logit_and_noise(vocab_size, top_p, top_k, min_p
     rules = {"temperature": 0.5, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     for scale in (0.1, 4.0):
         logits = scale * torch.randn(100, vocab_size)
-        assert Sampler(True, **rules)(logits, keys).equal(by_definition(logits, keys, **rules))
+        assert Sampler(**rules)(logits, keys).equal(by_definition(logits, keys, **rules))
 
 
 def test_a_bound_that_is_reached_exactly():
     """Guards against one token more or less, where rounding decides nothing."""
     alike = torch.full((4,), 0.25)
-    assert Sampler(top_p=0.5).keep(alike).tolist() == [0.25, 0.25, 0, 0]
-    assert Sampler(min_p=1.0).keep(alike).equal(alike)
-    assert Sampler(top_k=1).keep(torch.tensor([0.4, 0.4, 0.2])).tolist() == pytest.approx([0.4, 0.4, 0])
+    assert kept_by(Sampler(top_p=0.5), alike).tolist() == [0.25, 0.25, 0, 0]
+    assert kept_by(Sampler(min_p=1.0), alike).equal(alike)
+    assert kept_by(Sampler(top_k=1), torch.tensor([0.4, 0.4, 0.2])).tolist() == pytest.approx([0.4, 0.4, 0])
 
 
 def test_order_of_sums_does_not_matter(monkeypatch):
@@ -148,7 +159,7 @@ def test_order_of_sums_does_not_matter(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cumsum", in_any_order)
     torch.manual_seed(0)
     likely = torch.rand(64, 2**14).softmax(-1).sort(descending=True).values
-    first, *again = (Sampler(top_p=0.9).keep(likely) for _ in range(4))
+    first, *again = (kept_by(Sampler(top_p=0.9), likely) for _ in range(4))
     assert all(first.equal(kept) for kept in again)
 
 
@@ -166,7 +177,8 @@ def test_a_row_is_decided_by_itself(seed, scales, top_p):
     tokens = sampler(logits, keys)
     for row, alone in enumerate(logits.split(1)):
         assert tokens[row] == sampler(alone, keys[row, None])
-    assert tokens.equal(sampler._sample_likely(logits.softmax(-1), keys, is_partial=False))
+    rules = rules_of([sampler] * len(scales))
+    assert tokens.equal(_sample_likely(logits.softmax(-1), keys, rules, sampler.active, is_partial=False))
 
 
 @pytest.mark.parametrize("is_draft", [False, True])
@@ -175,10 +187,9 @@ def test_a_greedy_row_beside_a_filtered_one_has_the_largest_logit(is_draft):
     logits = torch.tensor([[0.0, 1e-8, -20.0]] * 2)
     first, second, _ = logits.softmax(-1)[0].tolist()
     assert first == second
-    greedy = Sampler(False)
     filtered = Sampler(top_p=0.9)
-    rules = torch.tensor([greedy.rules, filtered.rules], dtype=torch.float64)
-    tokens = RowSampler(True)(logits, keys_of(2), rules, is_draft)
+    rules = rules_of([Sampler(temperature=0.0), filtered])
+    tokens = sample_by_rules(logits, keys_of(2), rules, filtered.active, is_draft)
     assert tokens[0] == 1
 
 
